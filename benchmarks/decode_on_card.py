@@ -36,7 +36,7 @@ from antefix.model.card_pool import CardPool
 from antefix.model.load_plan import dtype_of
 from antefix.model.norms_rope import inverse_frequencies
 from antefix.model.triton_ops import TritonOps
-from antefix_kernels import linear, routing
+from antefix_kernels import expert_routing, linear
 from benchmarks.run_record import about
 
 KINDS = {"W": "sliding_attention", "C": "compressed_sparse_attention", "H": "heavily_compressed_attention"}
@@ -174,14 +174,15 @@ def check_routing() -> None:
     for tokens in (1, 7, 32, 128):
         scores = torch.rand(tokens, 256, device="cuda").round(decimals=2)
         bias = torch.rand(256, device="cuda").round(decimals=1)
-        experts, weights = routing.pick_experts(scores, 6, 1.5, bias=bias)
+        experts, weights = expert_routing.pick_experts(scores, 6, 1.5, bias=bias)
         want = moe.pick_experts(scores + bias, 6)
         held = scores.gather(1, want)
         error = float((weights - held / held.sum(1, keepdim=True) * 1.5).abs().max())
+        was, expert_routing.ENABLED = expert_routing.ENABLED, True
         got = linear.route(experts, 256)
-        few, linear.FEW_PICKS = linear.FEW_PICKS, 0
+        expert_routing.ENABLED = False
         torch_route = linear.route(want, 256)
-        linear.FEW_PICKS = few
+        expert_routing.ENABLED = was
         used = torch_route.experts < 256
         same = [torch.equal(getattr(got, name), getattr(torch_route, name)) for name in ("order", "place", "experts")]
         same += [torch.equal(getattr(got, n)[used], getattr(torch_route, n)[used]) for n in ("firsts", "stops")]
@@ -384,7 +385,7 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=65536, help="the same of one sequence alone")
     parser.add_argument("--ways", nargs="+", default=["alone", "batched", "graphs"])
     parser.add_argument("--reproducible", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--few", type=int, default=0, help="take the tiles for few rows from the start")
+    parser.add_argument("--few", type=int, default=0, help="take the tiles for few rows, and one-launch routing")
     parser.add_argument("--quick", action="store_true", help="few products and tiles")
     parser.add_argument("--toy", action="store_true", help="a small model: does it run at all?")
     parser.add_argument("--out", type=Path)
@@ -392,6 +393,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.few:
         linear.FEW_ROWS_MAX, linear.FEW_PICKS_MAX = 128, 1024
+        expert_routing.ENABLED = True
     if args.toy:
         triton_ops.REPRODUCIBLE_QUERIES_MIN = 16
     found: dict[str, Any] = {}

@@ -55,7 +55,7 @@ class ExpertRouter(nn.Module):
         """Expert ids [N, K], ascending, and their weights [N, K]."""
         logits = linear(x_ND, self.weight)[: len(tokens_N)]
         scores = expert_scores(logits.to(wide(logits.dtype)), self.scoring)
-        if has_kernels(x_ND):
+        if has_kernels(x_ND) and _routes_in_one_launch():
             return self._on_card(scores, tokens_N)
         if self.hash_routed:
             experts = self.tid2eid[tokens_N].sort(-1).values
@@ -67,12 +67,18 @@ class ExpertRouter(nn.Module):
 
     def _on_card(self, scores_NE: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
         """The same in one launch."""
-        from antefix_kernels import routing
+        from antefix_kernels import expert_routing
 
-        pick = functools.partial(routing.pick_experts, scores_NE.contiguous(), self.num_picked, self.scaling)
+        pick = functools.partial(expert_routing.pick_experts, scores_NE.contiguous(), self.num_picked, self.scaling)
         if self.hash_routed:
             return pick(tokens=tokens_N.contiguous(), table=self.tid2eid)
         return pick(bias=self.e_score_correction_bias.float())
+
+
+def _routes_in_one_launch() -> bool:
+    from antefix_kernels import expert_routing
+
+    return expert_routing.ENABLED
 
 
 class Experts(nn.Module):

@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
+from antefix_kernels import expert_routing
 from antefix_kernels.finish import store_output
 from antefix_kernels.number_formats import check
-from antefix_kernels.routing import FEW_PICKS, sort_picks
 
 _FLOATS = (torch.bfloat16, torch.float32)
 # Rows, outputs, addends, warps and stages of a tile. Fewer rows for experts: a chunk gives each of them few. Routed
@@ -152,9 +152,9 @@ def route(experts: torch.Tensor, num_experts: int, *, tile: int = _TILE_ROUTED[0
     """
     rows, device = experts.numel(), experts.device
     flat = experts.flatten()
-    if rows <= FEW_PICKS:
+    if expert_routing.ENABLED and rows <= expert_routing.FEW_PICKS:
         num_tiles = min(rows, rows // tile + num_experts)
-        return Routing(*sort_picks(flat, num_experts, num_tiles, tile), num_picked=experts.shape[1])
+        return Routing(*expert_routing.sort_picks(flat, num_experts, num_tiles, tile), num_picked=experts.shape[1])
     order = flat.argsort(stable=True)
     counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
     ends = counts.cumsum(0)

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from antefix.model import ModelConfig, moe
-from antefix_kernels import linear, routing
+from antefix_kernels import expert_routing, linear
 from tests.kernels.test_triton_ops import CONFIG
 
 
@@ -32,7 +32,7 @@ def test_the_picks_and_weights_of_the_router(device, draw, monkeypatch, num_toke
         monkeypatch.setattr(moe, "has_kernels", lambda _: False)
         want = router(x, tokens)
         given = {"tokens": tokens, "table": router.tid2eid} if hashed else {"bias": router.e_score_correction_bias}
-        got = routing.pick_experts(scores, num_picked, router.scaling, **given)
+        got = expert_routing.pick_experts(scores, num_picked, router.scaling, **given)
     assert torch.equal(got[0], want[0])
     torch.testing.assert_close(got[1], want[1])
 
@@ -45,8 +45,9 @@ def test_sorted_picks(device, draw, monkeypatch, num_tokens, num_experts, num_pi
     picks = torch.rand(num_tokens, num_experts, generator=draw, device=device).argsort(1)[:, :num_picked]
     # Most go to one of them.
     picks[num_tokens // 3 :, 0] = num_experts - 1
+    monkeypatch.setattr(expert_routing, "ENABLED", True)
     got = linear.route(picks, num_experts, tile=tile)
-    monkeypatch.setattr(linear, "FEW_PICKS", 0)
+    monkeypatch.setattr(expert_routing, "ENABLED", False)
     want = linear.route(picks, num_experts, tile=tile)
     for name in ("order", "place", "experts"):
         assert torch.equal(getattr(got, name), getattr(want, name)), name
