@@ -314,6 +314,10 @@ def steps(args: argparse.Namespace, bandwidth: float, device: str) -> list[dict[
     rows = []
     for count in args.sequences:
         context = args.long if count == 1 else args.tokens
+        try:
+            print(f"{count} sequences: {agreement(model, count, context)}", flush=True)
+        except Exception:  # noqa: BLE001 - the next one says more
+            print(f"{count} agreement: FAILED\n{traceback.format_exc()}", flush=True)
         for way in args.ways:
             for reproducible in args.reproducible:
                 try:
@@ -327,6 +331,28 @@ def steps(args: argparse.Namespace, bandwidth: float, device: str) -> list[dict[
                 if device == "cuda":
                     torch.cuda.empty_cache()
     return rows
+
+
+def agreement(model: Model, count: int, context: int) -> str:
+    """How far the faster kernels' logits are from reproducible mode's, batched, after a step of the same sequences; and
+    how far those of a sequence by itself, in both."""
+    found = {}
+    pool, sequences = follow(model, ops_of(model, "alone", False), context, count, 16)
+    random = np.random.default_rng(5)
+    tokens = random.integers(0, model.config.vocab_size, count).astype(np.uint32)
+    for way, reproducible in (("batched", True), ("batched", False), ("alone", True), ("alone", False)):
+        copies = [Sequence(s.block_table, s.window.clone()) for s in sequences[: count if way == "batched" else 2]]
+        batch = [(sequence, tokens[i : i + 1]) for i, sequence in enumerate(copies)]
+        found[way, reproducible] = forward(model, pool, batch, ops=ops_of(model, way, reproducible)).float()
+    exact, fast = found["batched", True], found["batched", False]
+    errors = ((fast - exact).norm(dim=1) / exact.norm(dim=1)).sort().values
+    few = len(found["alone", True])
+    alone = ((fast[:few] - found["alone", False]).norm(dim=1) / exact[:few].norm(dim=1)).max()
+    return (
+        f"fast against reproducible, relative: median {float(errors[len(errors) // 2]):.1e}, most {float(errors[-1]):.1e};"
+        f" fast against alone {float(alone):.1e}; reproducible equals alone:"
+        f" {torch.equal(exact[:few], found['alone', True])}"
+    )
 
 
 def measure(
