@@ -349,8 +349,8 @@ def agreement(model: Model, count: int, context: int) -> str:
     few = len(found["alone", True])
     alone = ((fast[:few] - found["alone", False]).norm(dim=1) / exact[:few].norm(dim=1)).max()
     return (
-        f"fast against reproducible, relative: median {float(errors[len(errors) // 2]):.1e}, most {float(errors[-1]):.1e};"
-        f" fast against alone {float(alone):.1e}; reproducible equals alone:"
+        f"fast against reproducible, relative: median {float(errors[len(errors) // 2]):.1e},"
+        f" most {float(errors[-1]):.1e}; fast against alone {float(alone):.1e}; reproducible equals alone:"
         f" {torch.equal(exact[:few], found['alone', True])}"
     )
 
