@@ -31,7 +31,10 @@ _GLOB: Final = "pruned-*.json"
 
 @dataclass(slots=True, kw_only=True)
 class Total:
-    """Of one month (UTC, by when requests started), tenant, model and currency. records: settled attempts."""
+    """Of one month (UTC, by when requests started), tenant, model and currency.
+
+    records: settled attempts.  requests: those that ended.
+    """
 
     month: str
     tenant: str
@@ -39,6 +42,7 @@ class Total:
     currency: str
     records: int = 0
     requests: int = 0
+    charged: int = 0
     prompt_tokens: int = 0
     cache_hit_tokens: int = 0
     cache_miss_tokens: int = 0
@@ -75,6 +79,7 @@ class Totals:
         total = self._of(record.started_us, record.tenant, record.model, record.currency)
         total.records += 1
         total.requests += record.is_final
+        total.charged += record.is_charged
         for name in _COUNTS:
             setattr(total, name, getattr(total, name) + getattr(record, name))
         total.price += record.price
