@@ -97,6 +97,15 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     return rows.view(*x.shape[:-1], weight.shape[0])
 
 
+def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """`linear` of x [N, K], to `out` [N, O], whose rows may lie apart. For the CPU."""
+    prepared = _prepared(weight)
+    if x.shape[0] % ROW_TILE or prepared.more_addends or prepared.more_columns or len(prepared.parts) > 1:
+        out.copy_(_multiply_prepared(x, prepared))
+    else:
+        _chain(x, prepared.parts[0], out)
+
+
 def _packed_linear(x: Tensor, weight: PackedMatrix, start: int, stop: int) -> Tensor:
     """x [..., K] times rows [start, stop) of a packed matrix, decoded tile by tile: the same bits as decoded whole."""
     rows = x.reshape(-1, x.shape[-1])
@@ -161,12 +170,12 @@ def _multiply_prepared(a: Tensor, b: _Prepared) -> Tensor:
     return product[:num_rows] if more_rows else product
 
 
-def _chain(a: Tensor, pieces: tuple[Tensor, ...]) -> Tensor:
-    """a times b, given as pieces of SUM_TILE addends, added up in order."""
+def _chain(a: Tensor, pieces: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+    """a times b, given as pieces of SUM_TILE addends, added up in order.  out: where to."""
     if len(pieces) == 1:
-        return torch.mm(a, pieces[0])
+        return torch.mm(a, pieces[0], out=out)
     lefts = a.split(SUM_TILE, 1)
-    product = torch.mm(lefts[0], pieces[0])
+    product = torch.mm(lefts[0], pieces[0], out=out)
     for left, piece in zip(lefts[1:], pieces[1:], strict=True):
         product.addmm_(left, piece)
     return product

@@ -32,7 +32,7 @@ from antefix.model.numerics import ROW_TILE, linear
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.pool import BlockPool
 from antefix.model.step_threads import step_threads
-from antefix.model.steps import Steps, TokenRows
+from antefix.model.steps import Steps, TokenRows, steps_of
 from antefix.model.window_state import CompressorState, Sequence, WindowState
 
 _TORCH_OPS = TorchOps()
@@ -204,7 +204,7 @@ def _run_items(
     single = [item for item in items if item.stop - item.start == 1] if ops.steps_together else []
     for number, item in enumerate(single):
         item.step = number
-    steps = Steps(model, pool, [item.sequence for item in single], write=write) if single else None
+    steps = steps_of(model, pool, [item.sequence for item in single], write=write) if single else None
     split = _Split(items, single, model.device)
     # 2. The layers. Rows beyond the last sequence are padding.
     ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
