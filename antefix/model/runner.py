@@ -24,11 +24,12 @@ from antefix.errors import InternalError, InvalidRequest
 from antefix.layout import LayerKind, PartKind
 from antefix.model.attend import WindowLine, advance_ring, line_up
 from antefix.model.attention import CSACompressor
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.compressor import Compressor
 from antefix.model.lead import LeadCall
 from antefix.model.mhc import expand
 from antefix.model.model import DecoderLayer, Model
-from antefix.model.numerics import ROW_TILE, linear
+from antefix.model.numerics import ROW_TILE, ROWS_FEW, linear
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.pool import BlockPool
 from antefix.model.step_threads import step_threads
@@ -379,13 +380,20 @@ def _plan(
         start = stop
     if len({id(item.sequence.window) for item in items}) < len(items):
         raise InternalError("a sequence may appear only once in a batch")
-    both = np.zeros((2, -(-start // ROW_TILE) * ROW_TILE), np.int64)
+    both = np.zeros((2, num_rows(model, start)), np.int64)
     both[0, :start] = np.concatenate(pieces)
     both[1, :start] = np.concatenate(
         [np.arange(item.position, item.position + item.stop - item.start) for item in items]
     )
     tokens_N, positions_N = torch.from_numpy(both).to(model.device)
     return items, tokens_N, positions_N
+
+
+def num_rows(model: Model, num_tokens: int) -> int:
+    """Rows of a batch: whole tiles, except where so few are multiplied without."""
+    if num_tokens <= ROWS_FEW and is_compiled(model.lm_head.weight):
+        return num_tokens
+    return -(-num_tokens // ROW_TILE) * ROW_TILE
 
 
 def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, largest: int) -> None:

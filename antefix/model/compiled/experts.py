@@ -17,7 +17,7 @@ from torch import Tensor
 
 from antefix.model.compiled import expert_kernels as kernels
 from antefix.model.compiled.tokens import lanes
-from antefix.model.numerics import ROW_TILE, linear, linear_into, matrices_of, softplus
+from antefix.model.numerics import ROW_TILE, ROWS_FEW, linear, linear_into, matrices_of, softplus
 
 if TYPE_CHECKING:
     from antefix.model.moe import ExpertRouter, MoE
@@ -29,13 +29,14 @@ def run(layer: MoE, x_ND: Tensor, tokens_n: Tensor) -> Tensor:
     experts, weights = _pick(layer.gate, x_ND, tokens_n)
     num_experts, num_picked = layer.experts.num_experts, experts.shape[1]
     shared, inner = layer.shared_experts, layer.shared_experts.gate_proj.out_features
-    # 1. Rows of the picked experts, as runs of whole tiles.
-    rows_max = num_tokens * num_picked + min(num_experts, num_tokens * num_picked) * (ROW_TILE - 1)
+    # 1. Rows of the picked experts, as runs of whole tiles; of few tokens none is filled up.
+    tile = 1 if num_tokens <= ROWS_FEW else ROW_TILE
+    rows_max = num_tokens * num_picked + min(num_experts, num_tokens * num_picked) * (tile - 1)
     rows = x_ND.new_empty(rows_max, size)
     places, counts = torch.empty_like(experts), np.empty(num_experts, np.int64)
     kernels.spread(
         rows.data_ptr(), places.data_ptr(), counts.ctypes.data, x_ND.data_ptr(), experts.data_ptr(),
-        num_tokens, num_experts, num_picked, size, ROW_TILE,
+        num_tokens, num_experts, num_picked, size, tile,
     )  # fmt: skip
     runs, stop = [], 0
     for expert, count in enumerate(counts.tolist()):
