@@ -84,10 +84,10 @@ if TYPE_CHECKING:
     from antefix.sampling import Sampling as Sampling
     from antefix.security.credentials import Credentials as Credentials
     from antefix.store.api import Store as Store
-    from antefix.store.client import LocalStore as LocalStore
-    from antefix.store.client import RemoteStore as RemoteStore
+    from antefix.store.local_store import LocalStore as LocalStore
     from antefix.store.open_store import StoreAddress as StoreAddress
     from antefix.store.open_store import open_store as open_store
+    from antefix.store.remote_store import RemoteStore as RemoteStore
     from antefix.usage import Usage as Usage
     from antefix.wire import TokenLogprob as TokenLogprob
 
@@ -116,8 +116,9 @@ _NAMES = {
     "antefix.sampling": "Sampling",
     "antefix.security.credentials": "Credentials",
     "antefix.store.api": "Store",
-    "antefix.store.client": "LocalStore RemoteStore",
+    "antefix.store.local_store": "LocalStore",
     "antefix.store.open_store": "StoreAddress open_store",
+    "antefix.store.remote_store": "RemoteStore",
     "antefix.usage": "Usage",
     "antefix.wire": "TokenLogprob",
 }

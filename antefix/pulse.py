@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextvars import Context
@@ -42,7 +43,8 @@ LAST_PATIENCE_S: Final = 10.0
 class Pulse:
     """One peer's. `start` once, on the event loop that waits for the peer; `close` at the end.
 
-    rtt_s: the usual time to answer.  num_silences: times that it fell silent.
+    rtt_s: the usual time to answer.  num_silences: times that it fell silent.  returned_s: when it last began to
+    answer, for the first time or again, by `clock`.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Pulse:
         self._every_s = every_s
         self._silent_s = silent_s
         self._clock = clock
+        self.returned_s = -math.inf
         self._silent_since: float | None = None
         self._reachable: bool | None = None
         self._waiting: dict[asyncio.Task[object], float] = {}
@@ -140,6 +143,8 @@ class Pulse:
             await asyncio.sleep(max(0.0, self._every_s - (self._clock() - begun)))
 
     def _heard(self, *, reachable: bool) -> None:
+        if reachable and not self.answers:
+            self.returned_s = self._clock()
         if self.is_silent:
             log.warning("%s answers again after %.1f s", self.name, self._silence_s())
         self._silent_since, self._reachable = None, reachable

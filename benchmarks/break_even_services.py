@@ -34,7 +34,7 @@ from ttft import direct_read_rate
 from antefix.linear_law import LinearLaw
 from antefix.record import RecordKind
 from antefix.sampling import Sampling
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.window import Plan, PromptFacts, RatePriors, Rates, RestorePlanner, Sizes, StoredPrefix, parse
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_simulate.machine import Machine, carry_out, model_sizes

@@ -30,7 +30,7 @@ from antefix.model.norms_rope import inverse_frequencies
 from antefix.model_dir import ModelIdentity
 from antefix.record import LookupResult, PutResult, Record, RecordKind
 from antefix.store.api import Store
-from antefix.store.client import LocalStore
+from antefix.store.local_store import LocalStore
 from antefix.window import PlanKind
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_console.verify.models import Subject
@@ -99,7 +99,7 @@ class TimedStore:
 
 
 def random_model(layers: str, dtype: torch.dtype, device: str, small: bool) -> Subject:
-    """Drawn on the device itself: 13 GB a layer are too much to send."""
+    """Drawn on the device itself: 13 GB per layer are too much to send."""
     fields = dict(FLASH)
     if small:
         fields |= {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "head_dim": 96, "q_lora_rank": 16}

@@ -52,7 +52,7 @@ from antefix.security.credential_files import CredentialFiles
 from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
 from antefix.store.allocator import keep_large_buffers
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from benchmarks.run_record import write
 from benchmarks.store import chain, records
 from benchmarks.store_payloads import blocks, layout_of

@@ -27,7 +27,7 @@ from typing import Any
 
 from antefix import rpc
 from antefix.record import RecordKind
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store_files.index import Index
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig

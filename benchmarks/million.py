@@ -26,7 +26,7 @@ import numpy.typing as npt
 from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, init_weights, save_model
 from antefix.sampling import Sampling
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.tokenizer import load_tokenizer
 from antefix_console.deployment import Deployment, DeploymentConfig
 from benchmarks.run_record import write

@@ -41,7 +41,7 @@ from antefix.model.backend import make_backend
 from antefix.model.packed import PackedLinear
 from antefix.model_dir import ModelIdentity
 from antefix.sampling import Sampling
-from antefix.store.client import LocalStore
+from antefix.store.local_store import LocalStore
 from antefix.window import PlanKind
 from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_console.verify.models import Subject

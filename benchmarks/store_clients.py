@@ -36,7 +36,7 @@ from antefix.block import Chain, chain_of
 from antefix.errors import AntefixError
 from antefix.record import Record, RecordKind
 from antefix.store.allocator import keep_large_buffers
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from benchmarks.run_record import write
 
 BLOCK_BYTES, BLOCK_TOKENS = 449_792, 128

@@ -26,7 +26,7 @@ from grpc.experimental import ChannelOptions
 
 from antefix.block import Chain
 from antefix.record import Record
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 
 MIB = 1 << 20
 Array = Any
@@ -59,7 +59,7 @@ asyncio.run(main())
 
 @dataclass
 class RemoteFound:
-    """By name, a number a round: bytes a second, and microseconds of CPU a MiB of both processes together."""
+    """By name, a number per round: bytes per second, and microseconds of CPU per MiB of both processes together."""
 
     rates: dict[str, list[float]] = field(default_factory=dict)
     cpu_us: dict[str, list[float]] = field(default_factory=dict)

@@ -31,7 +31,8 @@ _SECTIONS = {
     "antefix.security.credentials": "What a caller shows",
     "antefix.store.open_store": "Stores",
     "antefix.store.api": "",
-    "antefix.store.client": "",
+    "antefix.store.local_store": "",
+    "antefix.store.remote_store": "",
     "antefix.miss_reason": "Why a block missed",
     "antefix.record": "What a store holds",
     "antefix.block": "Names of blocks",
@@ -62,7 +63,7 @@ def api_text() -> str:
         if title:
             parts.append(f"## {title}\n")
         parts += [_entry(name, getattr(antefix, name)) for name in antefix._NAMES[module].split()]
-        if module == "antefix.store.client":
+        if module == "antefix.store.remote_store":
             parts.append("### A store in this process: `antefix_kvstore`\n")
             parts += [_entry("antefix_kvstore.open", antefix_kvstore.open), _entry("EmbeddedStore", EmbeddedStore)]
     return "\n".join(parts)

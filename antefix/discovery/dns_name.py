@@ -33,6 +33,9 @@ async def addresses_of(host: str, port: int) -> Sequence[str]:
 class DnsName:
     """`dns:HOST:PORT`, a source of `Following`. resolve, clock: as tests give them."""
 
+    # Name servers keep an answer for longer than that.
+    every_s = 2.0
+
     def __init__(
         self, text: str, *, resolve: Resolve = addresses_of, clock: Callable[[], float] = time.monotonic
     ) -> None:

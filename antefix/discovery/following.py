@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import Final
+import time
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 
 from antefix.discovery.found import Found, Source
 from antefix.end_tasks import end_tasks
@@ -13,19 +14,24 @@ from antefix.errors import AntefixError
 
 log = logging.getLogger("antefix.discovery")
 
-EVERY_S: Final = 2.0
-
 
 class Following:
-    """changed: called with all that is known, whenever it is another set than before. Names stand once: of two services
-    with one name the source that is named first counts, of one source the address that sorts first."""
+    """changed: called with all that is known, whenever it is another set than before.
+
+    identity: what tells services apart, their names by default. Of two that are one by it the source that is named
+    first counts, of one source the address that sorts first.
+    """
 
     def __init__(
-        self, sources: Sequence[Source], changed: Callable[[frozenset[Found]], object], *, every_s: float = EVERY_S
+        self,
+        sources: Sequence[Source],
+        changed: Callable[[frozenset[Found]], object],
+        *,
+        identity: Callable[[Found], str] = attrgetter("name"),
     ) -> None:
+        self._identity = identity
         self._sources = sources
         self._changed = changed
-        self._every_s = every_s
         self._found: list[frozenset[Found]] = [frozenset()] * len(sources)
         self._is_silent = [False] * len(sources)
         self._known: frozenset[Found] = frozenset()
@@ -39,12 +45,15 @@ class Following:
 
     async def look(self) -> None:
         """Ask all sources once, and tell what has changed."""
-        await asyncio.gather(*(self._ask(number) for number in range(len(self._sources))))
-        by_name: dict[str, Found] = {}
+        await self._look(range(len(self._sources)))
+
+    async def _look(self, numbers: Iterable[int]) -> None:
+        await asyncio.gather(*(self._ask(number) for number in numbers))
+        by_identity: dict[str, Found] = {}
         for found in self._found:
             for each in sorted(found):
-                by_name.setdefault(each.name, each)
-        known = frozenset(by_name.values())
+                by_identity.setdefault(self._identity(each), each)
+        known = frozenset(by_identity.values())
         if known != self._known:
             log.info(
                 "services found: %s", ", ".join(f"{each.name} at {each.address}" for each in sorted(known)) or "none"
@@ -63,9 +72,14 @@ class Following:
         await asyncio.gather(*(source.close() for source in self._sources))
 
     async def _run(self) -> None:
+        due_s = [time.monotonic()] * len(self._sources)
         while True:
-            await self.look()
-            await asyncio.sleep(self._every_s)
+            now = time.monotonic()
+            due = [number for number, at in enumerate(due_s) if at <= now]
+            await self._look(due)
+            for number in due:
+                due_s[number] = now + self._sources[number].every_s
+            await asyncio.sleep(max(0.0, min(due_s) - time.monotonic()))
 
     async def _ask(self, number: int) -> None:
         try:

@@ -22,7 +22,9 @@ class Found:
 
 
 class Source(Protocol):
-    """Where services are looked for."""
+    """Where services are looked for.  every_s: how often it is worth asking."""
+
+    every_s: float
 
     async def find(self) -> frozenset[Found]:
         """Those that are there now.

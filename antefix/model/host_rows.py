@@ -1,4 +1,4 @@
-"""Host memory beside a pool on a card: payloads land there before they go up, and are put there when they come down.
+"""Host memory next to a pool on a card: payloads land there before they go up, and are put there when they come down.
 
     restore   disk -> landing(ids), pinned -> send(ids): one copy a run of neighbours -> rows on the card
     capture   rows on the card -> fetch(ids): one copy a run -> pinned rows -> disk

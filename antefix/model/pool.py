@@ -1,4 +1,4 @@
-"""The paged pool of global KV: one row a block, whose bytes are the payload that goes to disk.
+"""The paged pool of global KV: one row per block, whose bytes are the payload that goes to disk.
 
 A restore reads from disk straight into `landing(block_ids)` and then calls `note_filled`; what goes to disk comes from
 `payloads(block_ids)`. Here both are the rows themselves; a pool on a card has pinned host memory next to them. The

@@ -1,7 +1,9 @@
 """Keeps a store that hangs, or is too slow, from costing more than it saves.
 
-    silent (antefix.pulse)        every call ends now, until it answers again
-    a call over its time          calls end at once for OPEN_S; then one is tried again, and the next failure doubles it
+    silent (antefix.pulse)            every call ends now, until it answers again
+    one call over its time            the next one is given twice as long for its bytes
+    NUM_LATE_MAX of them in a row     calls end at once for OPEN_S, or until it was away and is back; then one is tried
+                                      again, and the next failure doubles the time
 
 A call's time follows from its bytes at the measured rate. A store that is slow for good is learnt: each time over
 halves the rate, so the next call gets twice the time.
@@ -10,6 +12,7 @@ halves the rate, so the next call gets twice the time.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Final
@@ -29,6 +32,10 @@ _BYTES_PER_S_MIN: Final = 1e5
 # Below this a duration says more of calls than of bytes.
 _BYTES_MIN: Final = 1 << 18
 _FADE: Final = 0.9
+# One late answer is what a busy machine has now and then; a store whose next one is late as well is too slow.
+NUM_LATE_MAX: Final = 2
+# gRPC makes a broken connection again within a second or so.
+JUST_BACK_S: Final = 2.0
 OPEN_S: Final = 5.0
 OPEN_S_MAX: Final = 40.0
 
@@ -47,11 +54,23 @@ class Breaker:
         self._flying_bytes = 0
         self._open_s = OPEN_S
         self._open_until = 0.0
+        self._late_s = -math.inf
+        self._num_late = 0
 
     @property
     def num_silences(self) -> int:
         """Times that the store fell silent."""
         return self.pulse.num_silences if self.pulse is not None else 0
+
+    @property
+    def is_just_back(self) -> bool:
+        """Whether it began to answer a moment ago: then not all connections to it are made yet."""
+        return self._clock() - self.returned_s < JUST_BACK_S
+
+    @property
+    def returned_s(self) -> float:
+        """When the store last began to answer, for the first time or again, in monotonic seconds."""
+        return self.pulse.returned_s if self.pulse is not None else -math.inf
 
     def follow(self, address: str, channel: grpc.aio.Channel) -> None:
         """Ask the store for signs of life from now on."""
@@ -75,7 +94,7 @@ class Breaker:
         Raises:  Unavailable: the store is silent, falls silent, or was too slow just now.
         """
         now = self._clock()
-        if now < self._open_until:
+        if now < self._open_until and self.returned_s <= self._late_s:
             self.num_spared += 1
             raise Unavailable(f"the store was too slow; it is asked again in {self._open_until - now:.0f} s")
         if self.pulse is not None and self.pulse.is_silent:
@@ -95,12 +114,16 @@ class Breaker:
     def _over_time(self, begun: float) -> None:
         self.num_slow += 1
         now = self._clock()
-        if begun < self._open_until:
+        if begun < self._late_s:
             return  # it began before another one's failure was known, and says the same
+        self._late_s = now
+        self._num_late += 1
         self._bytes_per_s = max(_BYTES_PER_S_MIN, self._bytes_per_s / 2)
+        if self._num_late < NUM_LATE_MAX:
+            return
         self._open_until, self._open_s = now + self._open_s, min(OPEN_S_MAX, 2 * self._open_s)
 
     def _in_time(self, nbytes: int, seconds: float) -> None:
-        self._open_s = OPEN_S
+        self._open_s, self._num_late = OPEN_S, 0
         if nbytes >= _BYTES_MIN and seconds > 0:
             self._bytes_per_s = _FADE * self._bytes_per_s + (1 - _FADE) * self._flying_bytes / seconds

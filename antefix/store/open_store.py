@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from antefix.config import require, setting
-from antefix.discovery import DnsName, LeaseReader, Source
-from antefix.discovery.dns_name import PREFIX as DNS_PREFIX
+from antefix.discovery import Source
+from antefix.discovery.finders import check_finders, finders, is_finder
 from antefix.discovery.found import SERVICE_NAME
 from antefix.errors import ConfigError
 from antefix.events.event_seal import EventKeys
-from antefix.redis_access import SCHEMES, RedisAccess, RedisConfig, check_redis_url
+from antefix.redis_access import RedisAccess, RedisConfig
 from antefix.security.identity import Role
-from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.feed_room import FeedRoom
 from antefix.store.found_stores import FoundStores
 from antefix.store.local_copies import LocalCopies
+from antefix.store.local_store import LocalStore
 from antefix.store.many_stores import ManyStores
 from antefix.store.object_access import check_object_store
+from antefix.store.remote_store import RemoteStore
 from antefix.store.store_feed import StoreFeed
 from antefix.store.store_members import Member
 from antefix.store.tier import Tier, TierKind
@@ -56,7 +58,7 @@ class StoreAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoresConfig:
-    """Settings of whoever reads stores; `same_setting` hands them on."""
+    """Settings of a reader of stores; `same_setting` hands them on."""
 
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
@@ -117,38 +119,22 @@ def check_stores(config: ReadsStores) -> None:
     names = [where.name for where in store_addresses(config)]
     require(len(names) == len(set(names)), f"--stores: each store has a name of its own, not {', '.join(names)}")
     unknown = sorted(set(config.near_stores) - set(names))
-    require(not unknown or bool(_finders(config)), f"--near-stores: {', '.join(unknown)} is none of --stores")
-    for text in _finders(config):
-        if text.startswith(DNS_PREFIX):
-            DnsName(text)
-        else:
-            check_redis_url(text, "stores")
+    is_complete = not any(is_finder(text) for text in config.stores)
+    require(not (unknown and is_complete), f"--near-stores: {', '.join(unknown)} is none of --stores")
+    check_finders(config.stores, "stores")
     check_object_store(config.object_store)
 
 
 def store_addresses(config: ReadsStores) -> list[StoreAddress]:
     """All stores that the settings name, without those that are found.  Raises:  ConfigError: one is malformed."""
     if config.stores:
-        return [StoreAddress.parse(text) for text in config.stores if not _is_finder(text)]
+        return [StoreAddress.parse(text) for text in config.stores if not is_finder(text)]
     return [StoreAddress(address=config.store_address, directory=config.store_dir)]
-
-
-def _finders(config: ReadsStores) -> list[str]:
-    return [text for text in config.stores if _is_finder(text)]
-
-
-def _is_finder(text: str) -> bool:
-    return text.startswith((DNS_PREFIX, *(f"{scheme}://" for scheme in SCHEMES)))
 
 
 def store_sources(config: FindsStores, keys: EventKeys) -> list[Source]:
     """What finds stores, as the settings say.  keys: what leases in Redis must be signed with."""
-    return [
-        DnsName(text)
-        if text.startswith(DNS_PREFIX)
-        else LeaseReader(RedisAccess.of(text, config), role=Role.KVSTORE, keys=keys)
-        for text in _finders(config)
-    ]
+    return finders(config.stores, config, role=Role.KVSTORE, keys=keys)
 
 
 def open_store(where: StoreAddress | str, *, seals: Seals | None = None) -> LocalStore | RemoteStore:
@@ -178,7 +164,7 @@ def open_stores(
     """One client of all of these stores; of a single one and nothing more what `open_store` gives.
 
     near: names of those that are written to; none: those with a directory, or else the first.
-    more, copies, make_feed: as for `ManyStores`.  sources: what finds more of them, with `FoundStores.start`.
+    more, copies, make_feed: as for `ManyStores`.  sources: what finds more of them. `ManyStores.start` comes first.
     may_call: raises ConfigError for an address of those that must not be called.
     """
     if len(where) == 1 and not sources and not more:
@@ -205,15 +191,20 @@ def open_stores(
 def _member(where: StoreAddress, seals: Seals | None, *, near: bool = False) -> Member:
     store = open_store(where, seals=seals)
     kind = TierKind.DISK if where.directory else TierKind.PEER
-    return Member(tier=Tier(where.name or _ONLY, kind, store), store=store, address=where.address, near=near)
+    tier = Tier(where.name or _ONLY, kind, store)
+    tier.standing.returned_s = lambda: store.breaker.returned_s
+    return Member(tier=tier, store=store, address=where.address, near=near)
 
 
-def feed_maker(redis: RedisAccess | str, keys: EventKeys) -> Callable[[Member, bytes], StoreFeed]:
-    """What follows a store's events: through Redis where that is given, else from the store itself."""
+def feed_maker(redis: RedisAccess | str, keys: EventKeys, room: FeedRoom) -> Callable[[Member, bytes], StoreFeed]:
+    """What follows a store's events: through Redis where that is given, else from the store itself.
+
+    room: for the names of all of them.
+    """
 
     def make(member: Member, fingerprint: bytes) -> StoreFeed:
         watch, name = member.store.watch, member.address
-        return StoreFeed(watch, fingerprint=fingerprint, redis_url=redis, name=name, keys=keys)
+        return StoreFeed(watch, fingerprint=fingerprint, room=room, redis_url=redis, name=name, keys=keys)
 
     return make
 

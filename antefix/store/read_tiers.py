@@ -62,6 +62,10 @@ async def read_tiers(tiers: Sequence[Tier], held: Mapping[int, Held], wanted: Wa
 class _Late(DeadlineExceeded):
     """A tier was given up for another one, which may have failed meanwhile: then this one is asked again."""
 
+    def __init__(self, message: str, begun_s: float) -> None:
+        super().__init__(message)
+        self.begun_s = begun_s
+
 
 class _Reading:
     def __init__(self, tiers: Sequence[Tier], held: Mapping[int, Held], wanted: Wanted) -> None:
@@ -114,7 +118,7 @@ class _Reading:
         predicted_s = IN_FLIGHT * tier.speed.predicted_s(nbytes)
         has_other = self._has_other(number, piece)
         limit_s = predicted_s * _LATE + _LATE_S if has_other else predicted_s * _ALONE + _ALONE_S
-        started = time.perf_counter()
+        started, begun_s = time.perf_counter(), tier.clock()
         try:
             async with asyncio.timeout(limit_s):
                 num_good = await tier.source.get_blocks(
@@ -124,8 +128,8 @@ class _Reading:
                     tenant=wanted.tenant,
                 )
         except TimeoutError as err:
-            what = _Late if has_other else DeadlineExceeded
-            raise what(f"{tier.label} took longer than {limit_s:.1f} s for {nbytes} bytes") from err
+            text = f"{tier.label} took longer than {limit_s:.1f} s for {nbytes} bytes"
+            raise _Late(text, begun_s) if has_other else DeadlineExceeded(text) from err
         if num_good:
             self._given.append((number, replace(piece, stop=piece.start + num_good)))
             began, _ = self._times.get(number, (started, 0.0))
@@ -143,7 +147,10 @@ class _Reading:
             left = [piece.after(task.result(), without=self._failed | this)]
         else:
             self._errors.append(err)
-            self._tiers[number].failed(err)
+            if isinstance(err, _Late):
+                self._tiers[number].late(err.begun_s)
+            else:
+                self._tiers[number].failed(err)
             if isinstance(err, ReadHangs):
                 # Its buffers are given to no other tier: what comes late would be written over what that one reads.
                 self._hanging.append(err)

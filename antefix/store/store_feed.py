@@ -1,8 +1,9 @@
 """What a store holds, followed by its numbered events, so that a request need not ask.
 
 It is the store's own word, a moment late: a block that it dropped since is found missing by the worker, at the cost of
-computing it. While the feed is not in step (no snapshot yet, a broken stream, nothing heard for too long, more blocks
-than it may hold), it says nothing, and the store is asked.
+computing it. While the feed is not in step (no snapshot yet, a broken stream, nothing heard for too long), it says
+nothing, and the store is asked. Names that there is no room for are left out: then the feed says what it knows to be
+there, and the store is asked for prompts that have more.
 """
 
 from __future__ import annotations
@@ -17,32 +18,35 @@ from antefix.events.follower import Follower, Watch
 from antefix.events.redis_stream import StreamReader, store_stream
 from antefix.record import Held
 from antefix.redis_access import RedisAccess
-
-# At some 70 bytes each.
-NUM_BLOCKS_MAX = 1 << 23
+from antefix.store.feed_room import FeedRoom
 
 
 class StoreFeed(Follower[BlockEvent]):
-    """Blocks and checkpoints of one fingerprint that the store holds. name: what its stream in Redis is called."""
+    """Blocks and checkpoints of one fingerprint that the store holds.
+
+    num_left_out: names that there was no room for since the last snapshot.
+    """
 
     def __init__(
         self,
         watch: Watch[BlockEvent],
         *,
         fingerprint: bytes,
-        num_blocks_max: int = NUM_BLOCKS_MAX,
+        room: FeedRoom | None = None,
         redis_url: RedisAccess | str = "",
         name: str = "",
         keys: EventKeys | None = None,
     ) -> None:
-        """keys: what events through Redis must be signed with.
+        """room: shared with others; None: one of its own.  name: what its stream in Redis is called.
+        keys: what events through Redis must be signed with.
 
         Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
         """
         super().__init__(through_redis=bool(redis_url))
         self._watch = watch
         self._fingerprint = fingerprint
-        self._num_blocks_max = num_blocks_max
+        self._room = room or FeedRoom()
+        self.num_left_out = 0
         self._blocks: set[Key] = set()
         self._checkpoints: set[Key] = set()
         self._reader: StreamReader | None = None
@@ -72,30 +76,44 @@ class StoreFeed(Follower[BlockEvent]):
             self._task = asyncio.create_task(self.run(self._watch))
 
     def __len__(self) -> int:
-        return len(self._blocks)
+        """Names that it holds."""
+        return len(self._blocks) + len(self._checkpoints)
 
     def num_leading(self, keys: Sequence[Key]) -> int | None:
         """How many of the chain's first blocks the store holds; None: ask it."""
         if not self.in_step:
             return None
         blocks = self._blocks
-        return next((index for index, key in enumerate(keys) if key not in blocks), len(keys))
+        num_leading = next((index for index, key in enumerate(keys) if key not in blocks), len(keys))
+        return num_leading if num_leading == len(keys) or not self.num_left_out else None
 
     def held(self, hashes: Sequence[bytes], *, fingerprint: bytes) -> Held | None:
         """What of a chain, or of a part of one, the store has; None: ask it."""
         if fingerprint != self._fingerprint or not self.in_step:
             return None
         keys = keys_of(hashes)
+        flags = [key in self._blocks for key in keys]
+        if self.num_left_out and not all(flags):
+            return None
         checkpoints = (number for number, key in enumerate(keys, start=1) if key in self._checkpoints)
-        return Held.of_flags(map(self._blocks.__contains__, keys), checkpoints)
+        return Held.of_flags(flags, checkpoints)
+
+    def trim(self) -> None:
+        """Hold no more than its share of the room. Any name may go: none is known to be worth more."""
+        for names in (self._checkpoints, self._blocks):
+            while names and len(self) > self._room.share:
+                names.pop()
+                self.num_left_out += 1
 
     def start(self) -> None:
         """Follow from now on. Needs a running event loop."""
+        self._room.join(self)
         if self._reader is not None:
             self._reader.start()
         self._task = asyncio.create_task(self.run(self._watch))
 
     async def close(self) -> None:
+        self._room.leave(self)
         if self._task is not None:
             await end_tasks([*self._ending, self._task])
         if self._reader is not None:
@@ -103,20 +121,27 @@ class StoreFeed(Follower[BlockEvent]):
 
     def forget_all(self) -> None:
         self._blocks, self._checkpoints = set(), set()
+        self.num_left_out = 0
 
     def learn(self, events: Sequence[BlockEvent]) -> bool:
         for event in events:
             if event.fingerprint != self._fingerprint:
                 continue
             if event.kind is EventKind.STORED:
-                self._blocks.update(event.keys().tolist())
+                self._take(self._blocks, event.keys().tolist())
             elif event.kind is EventKind.EVICTED:
                 self._blocks.difference_update(event.keys().tolist())
             elif event.kind is EventKind.CHECKPOINTED:
-                self._checkpoints.update(event.keys().tolist())
+                self._take(self._checkpoints, event.keys().tolist())
             elif event.kind is EventKind.CHECKPOINT_EVICTED:
                 self._checkpoints.difference_update(event.keys().tolist())
-        if len(self._blocks) + len(self._checkpoints) <= self._num_blocks_max:
-            return True
-        self.forget_all()
-        return False
+        return True
+
+    def _take(self, names: set[Key], more: Sequence[Key]) -> None:
+        num_free = self._room.share - len(self)
+        if len(more) <= num_free:
+            names.update(more)
+            return
+        new = [key for key in more if key not in names]
+        names.update(new[:num_free])
+        self.num_left_out += max(0, len(new) - num_free)

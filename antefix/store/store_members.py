@@ -15,8 +15,12 @@ from antefix.store.store_feed import StoreFeed
 from antefix.store.tier import Tier
 
 T = TypeVar("T")
-# A store that does not say within this time what it holds holds nothing, for now.
-ASK_S: Final = 0.5
+# An answer that is late may come so long after the question; then it is as good as none.
+_LATE_S_MAX: Final = 10.0
+# Of one tier. A question more is given up when it is late.
+_NUM_LATE_MAX: Final = 32
+# Our own loop was held up by this much: the answer may have come, and it has not read it yet.
+_OWN_DELAY_S: Final = 0.05
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +45,7 @@ class Members:
         self.stores: Final = tuple(members)
         self.tiers: Final = (*(member.tier for member in members), *more)
         self.near: Final = tuple(member for member in members if member.near)
+        self._late: dict[asyncio.Task[Held], Tier] = {}
 
     def is_near(self, number: int) -> bool:
         return number < len(self.stores) and self.stores[number].near
@@ -77,14 +82,44 @@ class Members:
         if not ask and (known := self._known(number, chain, fingerprint)) is not None:
             return known
         tier = self.tiers[number]
+        question = tier.source.held(chain, fingerprint=fingerprint, tenant=tenant)
+        return await self._in_time(tier, asyncio.create_task(question))
+
+    async def _in_time(self, tier: Tier, asked: asyncio.Task[Held]) -> Held | AntefixError | TimeoutError:
+        """The answer, if it comes while it is waited for. Afterwards it still says how fast the tier is."""
+        begun_s, limit_s = tier.clock(), tier.standing.limit_s
         try:
-            async with asyncio.timeout(ASK_S):
-                held = await tier.source.held(chain, fingerprint=fingerprint, tenant=tenant)
-        except (AntefixError, TimeoutError) as err:
-            tier.failed(err)
-            return err
-        tier.answered()
-        return held
+            await asyncio.wait({asked}, timeout=limit_s)
+            if not asked.done() and tier.clock() - begun_s > limit_s + _OWN_DELAY_S:
+                await asyncio.wait({asked}, timeout=_OWN_DELAY_S)
+        except asyncio.CancelledError:
+            asked.cancel()
+            raise
+        if asked.done():
+            return _settled(tier, asked, begun_s)
+        tier.late(begun_s)
+        self._await_late(tier, asked, begun_s)
+        return TimeoutError(f"{tier.label} did not say within {limit_s:.1f} s what it holds")
+
+    def _await_late(self, tier: Tier, asked: asyncio.Task[Held], begun_s: float) -> None:
+        if sum(late is tier for late in self._late.values()) >= _NUM_LATE_MAX:
+            asked.cancel()
+            return
+        ends = asyncio.get_running_loop().call_later(_LATE_S_MAX, asked.cancel)
+        self._late[asked] = tier
+
+        def over(_: asyncio.Task[Held]) -> None:
+            ends.cancel()
+            del self._late[asked]
+            if not asked.cancelled():
+                _settled(tier, asked, begun_s)
+
+        asked.add_done_callback(over)
+
+    def close(self) -> None:
+        """Wait for no late answer any more."""
+        for asked in self._late:
+            asked.cancel()
 
     def _known(self, number: int, hashes: Sequence[bytes], fingerprint: bytes) -> Held | None:
         """What events or the router of this call have said that a store has; None: nobody, so it is asked."""
@@ -157,6 +192,18 @@ class Members:
         if not good:
             raise errors[0]
         return good
+
+
+def _settled(tier: Tier, asked: asyncio.Task[Held], begun_s: float) -> Held | AntefixError | TimeoutError:
+    """What a tier said, which it is known by from now on."""
+    err = asked.exception()
+    if err is None:
+        tier.standing.answered(tier.clock() - begun_s)
+        return asked.result()
+    if not isinstance(err, (AntefixError, TimeoutError)):
+        raise err
+    tier.failed(err)
+    return err
 
 
 def union_of(parts: Iterable[Held], num_blocks: int) -> Held:

@@ -11,15 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from antefix.errors import DeadlineExceeded, Unavailable
 from antefix.linear_law import SECONDS_MIN, LinearLaw
 from antefix.record import Held, RecordKind
-
-# A tier that failed is left alone for so long; each further failure in a row doubles it.
-SHUNNED_S: Final = 1.0
-SHUNNED_S_MAX: Final = 30.0
+from antefix.store.standing import Standing
 
 
 class TierKind(StrEnum):
@@ -67,6 +64,14 @@ class TierSource(Protocol):
 
     async def close(self) -> None:
         """Let go of connections and files."""
+
+
+@runtime_checkable
+class LoadedSource(Protocol):
+    """A source that knows what it holds from an index, which it loads before it can say anything."""
+
+    async def load(self) -> None:
+        """Returns when it is loaded.  Raises:  Unavailable: it cannot be, now."""
 
 
 class TierSpeed:
@@ -127,7 +132,7 @@ class TierSpeed:
 class Tier:
     """One place to read from.
 
-    name: of the store, or of the tier.  source: what is read.
+    name: of the store, or of the tier.  source: what is read.  standing: whether it is asked now.
     clock: of monotonic seconds.
     """
 
@@ -136,12 +141,12 @@ class Tier:
     source: TierSource
     clock: Callable[[], float] = time.monotonic
     speed: TierSpeed = field(init=False)
+    standing: Standing = field(init=False)
     num_failures: int = 0
-    _num_in_a_row: int = 0
-    _shunned_until: float = 0.0
 
     def __post_init__(self) -> None:
         self.speed = TierSpeed(self.kind, self.clock)
+        self.standing = Standing(self.clock)
 
     @property
     def label(self) -> str:
@@ -151,7 +156,7 @@ class Tier:
     @property
     def is_shunned(self) -> bool:
         """It failed a moment ago, so nobody waits for it now."""
-        return self.clock() < self._shunned_until
+        return self.standing.is_shunned
 
     def failed(self, err: Exception) -> None:
         """It gave an error. Left alone is only one that does not answer, or not in time.
@@ -159,14 +164,16 @@ class Tier:
         What it refuses to one tenant, or a record that is broken, says nothing of what it has for others.
         """
         self.num_failures += 1
-        if not isinstance(err, (Unavailable, DeadlineExceeded, TimeoutError)):
-            return
-        pause = min(SHUNNED_S * 2**self._num_in_a_row, SHUNNED_S_MAX)
-        self._num_in_a_row += 1
-        self._shunned_until = self.clock() + pause
+        if isinstance(err, (Unavailable, DeadlineExceeded, TimeoutError)):
+            self.standing.failed()
+
+    def late(self, begun_s: float) -> None:
+        """It was given up, asked at that time of `clock`; it may answer yet."""
+        self.num_failures += 1
+        self.standing.late(begun_s)
 
     def answered(self) -> None:
-        self._num_in_a_row, self._shunned_until = 0, 0.0
+        self.standing.answered()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ taken out: relu is homogeneous, and the row's factor multiplies the sum (keys) o
 Whatever the scales, nothing overflows, and a group 2^23 below its row's largest is all that can round away.
 
 Shapes:  T = S * Q queries (S sequences of Q each, in order), H index heads, d indexer dim, N entries at most a
-         sequence, P, E, R = blocks, keys a block, record bytes, B blocks a sequence, G scores to one maximum.
+         sequence, P, E, R = blocks, keys per block, record bytes, B blocks per sequence, G scores to one maximum.
 """
 
 from __future__ import annotations

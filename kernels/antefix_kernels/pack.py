@@ -4,7 +4,7 @@ Released order of work: gated softmax over a group's rows, RMSNorm, RoPE, (keys:
 float32; the released code also rounds to BF16 between these steps, which these kernels do not.
 
 Shapes:  N = rows of projections, c = head dim (main) or indexer dim (keys), m = ratio, G = groups, S = overlap slots,
-         P, E, R = blocks, entries a block, record bytes.
+         P, E, R = blocks, entries per block, record bytes.
 Records lie in a pool; slot i is entry i % E of block i // E. A negative slot is skipped.
 """
 

@@ -1,6 +1,6 @@
 """What a layer computes for each token alone, besides products: norms, rotary turns, mixing of residual streams,
 experts' activations and their sum. One row is one program's (or a fixed tile's), so that its bits depend on nothing
-beside it.
+next to it.
 
 Shapes:  N = tokens, H = heads (1 where there are none), C = columns of a row, R = RoPE dims, M = streams,
          D = hidden size, J = (2 + M) * M mixing logits, P = picked experts, I = inner size.

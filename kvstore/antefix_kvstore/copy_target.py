@@ -11,7 +11,7 @@ from antefix.errors import ConfigError
 from antefix.objects.bucket import is_object_url
 from antefix.record import Held, PutResult, Record, RecordName
 from antefix.security.listening import UNIX
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store.store_stats import StoreTotals
 from antefix.store_files.encryption import KeyRing
 from antefix_kvstore.embedded_store import EmbeddedStore

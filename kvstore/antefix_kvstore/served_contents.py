@@ -10,7 +10,7 @@ from typing import Final, Self
 from antefix import rpc
 from antefix.blocking import LoopThread
 from antefix.record import Record, RecordKind, RecordName
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.contents_wire import layout_from_wire, stretch_from_wire
 from antefix_kvstore.store_contents import LayoutOf, Stretch

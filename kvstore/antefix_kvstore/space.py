@@ -108,7 +108,7 @@ class Space:
         self._leave_margin(nbytes)
 
     def follow_disk(self) -> None:
-        """Let the limit follow what the file system has, as when a ledger beside the store grows."""
+        """Let the limit follow what the file system has, as when a ledger next to the store grows."""
         free = self.free
         if not free.is_sudden:
             can_hold = self.used_bytes + free.room() - 2 * self._segments.segment_bytes

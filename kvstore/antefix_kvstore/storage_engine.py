@@ -99,7 +99,7 @@ class StorageCounters:
     asked: int = 0
     # How often the index was made again, or the store begun again, because its files were harmed.
     heals: int = 0
-    # Malformed, so that no state of the store could take them: whoever sends such is not served by the cache at all.
+    # Malformed, so that no state of the store could take them: their sender is not served by the cache at all.
     impossible: int = 0
     last_impossible: str = ""
 
@@ -358,7 +358,7 @@ class StorageEngine:
 
     @contextlib.contextmanager
     def _syncing(self) -> Iterator[Callable[[], None]]:
-        """Syncs the segments beside what is done inside; gives what waits for it. Not left before it has ended."""
+        """Syncs the segments while the code inside runs; gives what waits for it. Not left before it has ended."""
         if not self.config.durable:
             yield lambda: None
             return

@@ -10,17 +10,19 @@ from dataclasses import replace
 from prometheus_client.core import Metric
 
 from antefix.block import CPU_FLOAT32, exactness_of
+from antefix.discovery import Source
+from antefix.discovery.finders import finders, without_finders
 from antefix.errors import FingerprintMismatch
 from antefix.events.event_seal import EventKeys
 from antefix.layout import KVFormat
 from antefix.model_dir import ModelIdentity
 from antefix.redis_access import RedisAccess
-from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.grants import Granter
 from antefix.security.identity import Role
 from antefix.store.api import Store
 from antefix.store.breaker_metrics import breaker_metrics
+from antefix.store.feed_room import FeedRoom
 from antefix.store.many_stores import ManyStores
 from antefix.store.store_feed import StoreFeed
 from antefix.tokenizer import Tokenizer
@@ -33,6 +35,7 @@ from antefix_router.live_books import LiveBooks
 from antefix_router.load_shedding import LoadShedding
 from antefix_router.metrics import (
     accounts_metrics,
+    finding_metrics,
     hedge_metrics,
     key_metrics,
     lost_metrics,
@@ -40,10 +43,12 @@ from antefix_router.metrics import (
     reload_metrics,
     router_metrics,
     shedding_metrics,
+    store_names_metrics,
 )
 from antefix_router.naming import PromptNames
 from antefix_router.page.prefix_forest import PrefixForest
 from antefix_router.placement.directory import Directory
+from antefix_router.placement.found_workers import FoundWorkers, Status
 from antefix_router.placement.leases import Leases
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.policy import make_policy
@@ -72,8 +77,11 @@ class Router:
         config: RouterConfig,
         *,
         granter: Callable[[], Granter | None] = lambda: None,
+        may_call: Callable[[str], object] = lambda address: None,
     ) -> None:
-        """granter: gives what signs what workers and store ask for; None where they ask for nothing."""
+        """granter: gives what signs what workers and store ask for; None where they ask for nothing.
+        may_call: raises ConfigError for an address that was found and must not be called.
+        """
         self.identity = identity
         self.tokenizer = tokenizer
         self.store = store
@@ -82,8 +90,10 @@ class Router:
         self.arithmetic = config.arithmetic or CPU_FLOAT32
         self.fingerprint = self._fingerprint_of(self.arithmetic)
         weight = config.compute_weight
-        self.prefill = Workers(WorkerRole.PREFILL, make_policy(config.policy, compute_weight=weight), config.prefill)
-        self.decode = Workers(WorkerRole.DECODE, make_policy(config.policy, compute_weight=weight), config.decode)
+        self.prefill, self.decode = (
+            Workers(role, make_policy(config.policy, compute_weight=weight), without_finders(named))
+            for role, named in ((WorkerRole.PREFILL, config.prefill), (WorkerRole.DECODE, config.decode))
+        )
         keyring = Keyring.from_file(config.secret_file)
         self._names = PromptNames(
             fingerprint=self.fingerprint,
@@ -99,6 +109,7 @@ class Router:
         self.feed = StoreFeed(
             store.watch,
             fingerprint=self.fingerprint,
+            room=FeedRoom(config.store_events_bytes),
             redis_url=events if config.store_events else "",
             name=config.store_address,
             keys=event_keys,
@@ -126,6 +137,7 @@ class Router:
             memory=self.memory,
             block_size=identity.geometry.block_size,
         )
+        self.found = FoundWorkers(_finders(config, event_keys), self.leases, admit=self.admit, may_call=may_call)
         self.pins = BreakpointPins(store, lambda: self.fingerprint)
         self.forest = PrefixForest()
         self.front: Front = open_front(
@@ -160,6 +172,7 @@ class Router:
     def start(self) -> None:
         """Follow workers' leases, changes of API keys, and the store's events where the settings say so."""
         self.leases.start()
+        self.found.start()
         if self.key_changes is not None:
             self.key_changes.start()
         self.front.start()
@@ -174,6 +187,7 @@ class Router:
         await self.front.close()
         if self.key_changes is not None:
             await self.key_changes.close()
+        await self.found.close()
         await self.leases.close()
         await self.feed.close()
         await self.pins.close()
@@ -210,33 +224,54 @@ class Router:
         accounts = self.front.accounts
         accounts.served = replace(accounts.served, fingerprint=self.fingerprint.hex())
 
-    def check_arithmetic(self, worker: Registration, arithmetic: str, setup: str) -> None:
+    def admit(self, role: WorkerRole, address: str, status: Status) -> None:
+        """A worker that was found gets work from now on.  Raises:  FingerprintMismatch: it cannot serve here."""
+        arithmetic, setup = status.arithmetic, status.setup
+        self.check_arithmetic(role, address, fingerprint=status.fingerprint, arithmetic=arithmetic, setup=setup)
+        self.leases.add_found(role, address, fingerprint=status.fingerprint, arithmetic=arithmetic, setup=setup)
+
+    def check_arithmetic(self, role: str, address: str, *, fingerprint: bytes, arithmetic: str, setup: str) -> None:
         """The first worker says what a router computes with that was not told; others must say the same.
 
         Raises:  FingerprintMismatch: this one computes something else.
         """
-        if not arithmetic or not worker.ttl_s or arithmetic == self.arithmetic:
+        if not arithmetic or arithmetic == self.arithmetic:
             return
         others = [*self.prefill.workers, *self.decode.workers]
-        is_ours = worker.fingerprint == self._fingerprint_of(arithmetic)
+        is_ours = fingerprint == self._fingerprint_of(arithmetic)
         if is_ours and not others and not self.config.arithmetic:
             self._adopt(arithmetic)
         elif is_ours:
             known = next((other for other in others if other.arithmetic), None)
             who = f"{known.role} worker {known.address}" if known else "this router's --arithmetic"
             here = Said(who=who, arithmetic=self.arithmetic, setup=known.setup if known else "a setting")
-            who = f"{worker.role} worker {worker.address}"
+            who = f"{role} worker {address}"
             raise FingerprintMismatch(difference(here, Said(who=who, arithmetic=arithmetic, setup=setup)))
 
+    def _feeds(self) -> list[StoreFeed]:
+        """Of the stores whose events are followed."""
+        if not isinstance(self.store, ManyStores):
+            return [self.feed]
+        return [member.feed for member in self.store.members.stores if member.feed is not None]
+
     def metrics(self) -> Iterable[Metric]:
-        """What it shows, beside its HTTP door's own. Read in the event loop."""
+        """What it shows, next to its HTTP door's own. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
         yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
         yield from lost_metrics(self.leases.lost(time.monotonic()))
+        yield from finding_metrics(self.found)
         yield from hedge_metrics(self.budget)
         yield from shedding_metrics(self.front.shedding)
         yield from router_metrics(self.counters, self.memory, self.feed)
+        yield from store_names_metrics(self._feeds())
         if (breaker := getattr(self.store, "breaker", None)) is not None:
             yield from breaker_metrics(breaker)
         yield from key_metrics(self.front.keys, self.key_changes)
         yield from reload_metrics(self.live_books)
+
+
+def _finders(config: RouterConfig, keys: EventKeys) -> dict[WorkerRole, list[Source]]:
+    return {
+        WorkerRole.PREFILL: finders(config.prefill, config, role=Role.PREFILL, keys=keys),
+        WorkerRole.DECODE: finders(config.decode, config, role=Role.DECODE, keys=keys),
+    }

@@ -1,4 +1,4 @@
-"""What a router shows to whoever scrapes it. The counters are its parts' own; here are their names."""
+"""What a router shows to a scraper. The counters are its parts' own; here are their names."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from antefix_router.hedging import HedgeBudget
 from antefix_router.key_changes import KeyChanges
 from antefix_router.live_books import LiveBooks
 from antefix_router.load_shedding import LoadShedding
+from antefix_router.placement.found_workers import FoundWorkers
 from antefix_router.placement.memory_feed import MemoryFeed
 from antefix_router.placement.pace import slow_ones
 from antefix_router.placement.workers import WorkerRole, Workers
@@ -223,6 +224,22 @@ def lost_metrics(lost: Sequence[tuple[WorkerRole, str, float]]) -> Iterable[Metr
     )
 
 
+def finding_metrics(found: FoundWorkers) -> Iterable[Metric]:
+    """Of workers that are looked for by DNS names or leases in Redis."""
+    yield counter(
+        "antefix_router_failed_lookups",
+        "Looks for workers by name or lease that failed; those that were known stay.",
+        {(role.value,): float(number) for role, number in found.num_failed.items()},
+        ("role",),
+    )
+    yield counter(
+        "antefix_router_refused_workers",
+        "Workers that were found and cannot serve here: other weights, arithmetic or version.",
+        {(role.value,): float(found.num_refused[role]) for role in found.num_failed},
+        ("role",),
+    )
+
+
 def hedge_metrics(budget: HedgeBudget) -> Iterable[Metric]:
     yield counter(
         "antefix_router_hedges",
@@ -249,6 +266,20 @@ def router_metrics(prefilling: PrefillingCounters, memory: MemoryFeed, store: St
         " old), malformed.",
         {(name, why.value): float(dropped.get(why, 0)) for name, dropped in feeds.items() for why in DropReason},
         ("source", "reason"),
+    )
+
+
+def store_names_metrics(feeds: Iterable[StoreFeed]) -> Iterable[Metric]:
+    """What is known of the stores by their events."""
+    feeds = list(feeds)
+    yield gauge(
+        "antefix_router_store_names",
+        "Blocks and checkpoints that stores' events told of: held, or left out, for which the store is asked.",
+        {
+            ("held",): float(sum(len(feed) for feed in feeds)),
+            ("left_out",): float(sum(feed.num_left_out for feed in feeds)),
+        },
+        ("state",),
     )
 
 

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from antefix.block import check_arithmetic
 from antefix.config import check_choices, require, same_setting, setting
+from antefix.discovery.finders import check_finders
 from antefix.events.address import check_url
 from antefix.redis_access import check_redis_url
 from antefix.security.process_security import credentials_setting
+from antefix.store.feed_room import BYTES_MAX
 from antefix.store.open_store import StoresConfig, check_stores
 from antefix.telemetry.settings import (
     check_telemetry,
@@ -55,13 +57,23 @@ class RouterConfig(GatewayConfig):
         2.0, "refuse at once, with a retry hint, a tenant that would wait longer in a long queue; 0: any", unit="s"
     )
     store_events: bool = setting(False, "follow the store's events instead of asking it at every request")
+    store_events_bytes: int = setting(
+        BYTES_MAX,
+        "memory for the names that stores' events tell, in equal parts; a store that has more is asked for prompts that"
+        " are not known whole",
+        unit="bytes",
+    )
     events_redis: str = setting("", "redis:// URL that workers and store tell events to; empty: each of them is asked")
     policy: str = setting("least_work", "placement: least_work, or round_robin to measure it against")
     compute_weight: float = setting(
         COMPUTE_WEIGHT, "least_work without a store: waiting that computing a token again is worth, in tokens"
     )
-    prefill: tuple[str, ...] = setting((), "addresses of prefill workers, separated by commas")
-    decode: tuple[str, ...] = setting((), "addresses of decode workers, separated by commas")
+    prefill: tuple[str, ...] = setting(
+        (),
+        "addresses of prefill workers, separated by commas; dns:HOST:PORT stands for one at each address of the name, a"
+        " redis:// URL for all that say there that they are there (--lease-redis of workers)",
+    )
+    decode: tuple[str, ...] = setting((), "the same of decode workers")
     leases: bool = setting(False, "start without workers: they register themselves")
     metrics_address: str = metrics_setting()
     log_level: str = log_level_setting()
@@ -82,6 +94,9 @@ class RouterConfig(GatewayConfig):
         require(self.prefill_tokens_min >= -1, f"prefill_tokens_min must be at least -1, is {self.prefill_tokens_min}")
         require(self.ttft_s_max > 0, f"ttft_s_max must be positive, is {self.ttft_s_max}")
         require(self.wait_s_max >= 0, f"wait_s_max must not be negative, is {self.wait_s_max}")
+        check_finders(self.prefill, "prefill")
+        check_finders(self.decode, "decode")
+        require(self.store_events_bytes > 0, f"store_events_bytes must be positive, is {self.store_events_bytes}")
         check_url(self.events_redis)
         if self.keys_redis:
             check_redis_url(self.keys_redis, "keys_redis")

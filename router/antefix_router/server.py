@@ -16,6 +16,7 @@ from starlette.routing import Route
 from antefix import rpc
 from antefix.block import as_tokens
 from antefix.clients import Tokens
+from antefix.discovery.finders import called_names
 from antefix.end_tasks import end_tasks
 from antefix.events.event_seal import EventKeys
 from antefix.generation_request import Caller, GenerationRequest
@@ -27,11 +28,12 @@ from antefix.secret import Keyring
 from antefix.security.guard import admitted
 from antefix.security.identity import Role
 from antefix.security.process_security import open_security
-from antefix.store.client import LocalStore, RemoteStore
-from antefix.store.found_stores import FoundStores
+from antefix.store.feed_room import FeedRoom
+from antefix.store.local_store import LocalStore
 from antefix.store.many_stores import ManyStores
 from antefix.store.object_access import object_tiers
 from antefix.store.open_store import StoreAddress, feed_maker, open_stores, store_addresses, store_sources
+from antefix.store.remote_store import RemoteStore
 from antefix.telemetry import Registry, bind_request, span
 from antefix.telemetry.settings import serve_metrics
 from antefix.tokenizer import load_tokenizer
@@ -176,7 +178,14 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
         worker.check(self.router.keyring, request.proof)
         identity = admitted().identity
         worker.check_identity(identity)
-        self.router.check_arithmetic(worker, request.arithmetic, request.setup)
+        if worker.ttl_s:
+            self.router.check_arithmetic(
+                worker.role,
+                worker.address,
+                fingerprint=worker.fingerprint,
+                arithmetic=request.arithmetic,
+                setup=request.setup,
+            )
         self.router.leases.renew(
             request.role,
             request.address,
@@ -210,12 +219,12 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     security.use()
     stores = store_addresses(config)
     called = [where.address for where in stores]
-    security.check_calling((*called, *config.prefill, *config.decode))
+    security.check_calling((*called, *called_names((*config.prefill, *config.decode))))
     store = _open_store(config, stores, security.check_calling_one)
-    if isinstance(store, FoundStores):
+    if isinstance(store, ManyStores):
         await store.start()
     identity, tokenizer = identify(config.model), load_tokenizer(config.model)
-    router = Router(identity, tokenizer, store, config, granter=security.granter)
+    router = Router(identity, tokenizer, store, config, granter=security.granter, may_call=security.check_calling_one)
     servicer = RouterServicer(router)
 
     def register(server: grpc.aio.Server) -> None:
@@ -275,7 +284,7 @@ def _open_store(
 ) -> ManyStores | LocalStore | RemoteStore:
     events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
     keys = EventKeys.of(Keyring.from_file(config.secret_file))
-    make_feed = feed_maker(events, keys) if config.store_events else None
+    make_feed = feed_maker(events, keys, FeedRoom(config.store_events_bytes)) if config.store_events else None
     return open_stores(
         stores,
         near=config.near_stores,

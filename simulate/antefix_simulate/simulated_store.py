@@ -29,7 +29,7 @@ class StoreLimits:
 
 
 class SimStore:
-    """Prefix-closed set of units, checkpoints on them, and a window pool beside it. Times in seconds of the trace."""
+    """Prefix-closed set of units, checkpoints on them, and a window pool next to it. Times in seconds of the trace."""
 
     def __init__(self, sizes: Sizes, limits: StoreLimits, *, unit_blocks: int, apart: bool = False) -> None:
         """apart: one of several stores, which keeps records whose parent another one has."""
@@ -103,7 +103,7 @@ class SimStore:
             self._disk.touch(2 * int(names[num_units - 1]), _ms(now_s))
 
     def touch_checkpoint(self, names: Names, num_units: int, tier: Tier, now_s: float) -> None:
-        """Using a checkpoint starts its time anew."""
+        """Using a checkpoint starts its time again."""
         name = 2 * int(names[num_units - 1]) + 1
         _, ttl_s = self._expiry[tier][name]
         self._expiry[tier][name] = (now_s + ttl_s, ttl_s)

@@ -1,11 +1,11 @@
-"""The evidence of a hit outlives whoever made it: the reader, the store's service, both."""
+"""The evidence of a hit outlives its makers: the reader, the store's service, both."""
 
 from pathlib import Path
 
 import pytest
 
 from antefix import rpc
-from antefix.store.client import LocalStore
+from antefix.store.local_store import LocalStore
 from antefix.store_files.hit_log import StoreEventKind, read_store_log
 from antefix.store_files.read_log import USAGE_LOG_FILE
 from antefix.v1 import kvstore_pb2

@@ -16,7 +16,7 @@ from antefix.layout import KVFormat
 from antefix.model_dir import identify
 from antefix.record import Record, RecordKind
 from antefix.secret import Keyring
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store_files.hit_log import StoreLog
 from antefix.v1 import kvstore_pb2, prefill_pb2, prefill_pb2_grpc
 from antefix.window_pool import StoreMemoryPool

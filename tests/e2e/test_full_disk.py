@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from antefix.sampling import Sampling
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.reconcile import verify
 from antefix_console.deployment import Deployment, DeploymentConfig

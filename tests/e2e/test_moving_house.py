@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from antefix.store.client import RemoteStore
 from antefix.store.open_store import StoreAddress, open_stores
+from antefix.store.remote_store import RemoteStore
 from tests.e2e.test_stores_over_services import serve_store, services
 from tests.kvstore.small_store import FINGERPRINT, Prompt, owner
 

@@ -12,7 +12,7 @@ from antefix.clients import WindowClient
 from antefix.layout import KVFormat
 from antefix.record import RecordKind
 from antefix.sampling import Sampling
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig
 

@@ -8,7 +8,7 @@ from antefix.events.event_wire import watch_memory
 from antefix.events.redis_stream import StreamPublisher, memory_stream, store_stream
 from antefix.record import RecordKind
 from antefix.secret import Keyring
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store.store_feed import StoreFeed
 from antefix_router.placement.directory import Directory
 from antefix_router.placement.memory_feed import MemoryFeed

@@ -1,4 +1,4 @@
-"""Events: whoever starts from a snapshot and follows the numbers knows what is stored, whatever happens meanwhile."""
+"""Events: who starts from a snapshot and follows the numbers knows what is stored, whatever happens meanwhile."""
 
 from __future__ import annotations
 

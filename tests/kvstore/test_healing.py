@@ -8,7 +8,7 @@ import pytest
 
 from antefix.errors import ConfigError, Unavailable
 from antefix.record import RecordKind
-from antefix.store.client import LocalStore
+from antefix.store.local_store import LocalStore
 from antefix_billing.ledger import Ledger
 from antefix_kvstore.identity import lock_directory
 from antefix_kvstore.kvstore_config import KvStoreConfig
@@ -156,7 +156,7 @@ async def test_a_reader_of_another_process_survives_and_finds_what_healed(engine
         assert (await reader.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == wanted
     finally:
         index._open = shared
-        reader._uses.used.clear()
+        reader.uses.uses.used.clear()
         await reader.close()
 
 

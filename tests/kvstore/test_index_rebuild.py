@@ -45,7 +45,7 @@ def test_records_in_any_order_come_back(
     open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int
 ) -> None:
     monkeypatch.setattr(index_rebuild, "_WAITING_MAX", waiting)
-    monkeypatch.setattr(index_rebuild, "_TXN_RECORDS", 7)
+    monkeypatch.setattr(index_rebuild, "_GROUP_RECORDS", 7)
     monkeypatch.setattr(index_rebuild, "_CHUNK_RECORDS", 3)
     engine = open_engine(budget_bytes=16 << 20)
     for prompt in PROMPTS:
@@ -64,7 +64,7 @@ def test_what_stands_apart_comes_back_with_what_hangs_on_it(
     open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int
 ) -> None:
     monkeypatch.setattr(index_rebuild, "_WAITING_MAX", waiting)
-    monkeypatch.setattr(index_rebuild, "_TXN_RECORDS", 3)
+    monkeypatch.setattr(index_rebuild, "_GROUP_RECORDS", 3)
     engine = open_engine(budget_bytes=16 << 20)
     engine.put(PROMPTS[0].blocks())
     apart: list[Record] = [PROMPTS[1].block(4, parent_elsewhere=True), *(PROMPTS[1].block(at) for at in range(5, 9))]

@@ -8,7 +8,7 @@ import pytest
 from antefix import rpc
 from antefix.errors import Unavailable
 from antefix.record import RecordKind
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore import contents_wire
 from antefix_kvstore.contents_wire import contents_to_wire, stretch_from_wire

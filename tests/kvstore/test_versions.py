@@ -15,9 +15,9 @@ from antefix.errors import InvalidRequest
 from antefix.layout import KVFormat, KVGeometry
 from antefix.record import RecordKind
 from antefix.secret import Keyring
-from antefix.store.client import RemoteStore
 from antefix.store.payload_wire import unpack_get_response
 from antefix.store.pieces import join_hashes
+from antefix.store.remote_store import RemoteStore
 from antefix.store_files.owners import KnownNames, Owners
 from antefix.store_files.record_format import (
     FORMAT_VERSION,

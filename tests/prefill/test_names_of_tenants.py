@@ -12,7 +12,8 @@ from antefix import rpc
 from antefix.layout import KVFormat
 from antefix.record import Record, RecordKind, RefusalReason
 from antefix.secret import Keyring
-from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.local_store import LocalStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store_files.seal import Seals
 from antefix.v1 import kvstore_pb2
 from antefix.window_pool import StoreMemoryPool
@@ -181,7 +182,7 @@ async def test_an_older_record_that_is_gone_meanwhile_makes_the_hit_shorter(work
 
 
 async def test_a_forged_block_is_computed_again_and_replaced(worker, service):
-    """The attack: whoever can reach the store puts zeros, with right checksums, where a tenant looks for a block."""
+    """The attack: anyone who can reach the store puts zeros, with right checksums, where a tenant looks for a block."""
     cold = await run(worker(), "acme")
     engine = worker()
     prompt = prompt_of(engine, TOKENS, "acme")

@@ -45,6 +45,7 @@ async def _router(host: str, port: int) -> AsyncIterator[_Router]:
 async def test_routers_behind_a_name_come_and_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_lease, "_RENEW_S", 0.02)
     monkeypatch.setattr(dns_name, "KEPT_S", 0.1)
+    monkeypatch.setattr(dns_name.DnsName, "every_s", 0.02)
     async with AsyncExitStack() as stack:
         first = await stack.enter_async_context(_router("127.0.0.1", 0))
         second, third = [await stack.enter_async_context(_router(f"127.0.0.{n}", first.port)) for n in (2, 3)]

@@ -7,7 +7,8 @@ import pytest
 
 from antefix import rpc
 from antefix.record import RecordKind
-from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.local_store import LocalStore
+from antefix.store.remote_store import RemoteStore
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register

@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import tracemalloc
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from antefix.errors import Unavailable
 from antefix.events.block_events import BlockEvent, EventKind, keys_of
 from antefix.events.numbered_log import Batch, Cursor, snapshot_batches
+from antefix.store.feed_room import BYTES_PER_NAME, FeedRoom
 from antefix.store.store_feed import StoreFeed
 from tests.redis_servers import until
 
@@ -61,28 +64,80 @@ def test_a_gap_a_repeat_or_another_epoch_is_noticed(number, epoch):
     assert feed.num_leading(KEYS) == 10 and feed.counters.num_snapshots == 2
 
 
-def test_more_blocks_than_it_may_hold_are_not_half_known():
-    feed = StoreFeed(None, fingerprint=FINGERPRINT, num_blocks_max=3)
-    first, last = snapshot()
-    assert feed.apply(first) and not feed.apply(last)
-    assert feed.num_leading(KEYS) is None
+def room_for(num_names):
+    return FeedRoom(num_names * BYTES_PER_NAME)
 
 
-async def test_a_store_with_too_many_blocks_is_not_asked_for_a_snapshot_again_and_again(monkeypatch):
-    monkeypatch.setattr("antefix.events.follower._RETRY_S", 0.0)
-    cursors = []
+def test_a_store_with_more_names_than_there_is_room_for_is_asked_for_what_is_not_known_whole():
+    feed = feed_of(*snapshot(), room=room_for(3))
+    assert (len(feed), feed.num_left_out) == (3, 1) and feed.in_step
+    assert feed.num_leading(KEYS[:3]) == 3 and feed.num_leading(KEYS[:4]) is None
+    assert feed.held(HASHES[:3], fingerprint=FINGERPRINT).num_leading == 3
+    assert feed.held(HASHES[:4], fingerprint=FINGERPRINT) is None
+    # What was evicted makes room for what is new, and what was left out stays unknown.
+    assert feed.apply(batch(6, event("EVICTED", HASHES[:1]))) and feed.apply(batch(7, event("STORED", HASHES[9:])))
+    assert feed.num_leading(KEYS[9:]) == 1 and feed.num_leading(KEYS[:1]) is None
+    assert (
+        feed.apply(
+            batch(
+                8,
+                event("STORED", HASHES[9:]),
+            )
+        )
+        and feed.num_left_out == 1
+    )
+    # A snapshot that fits is known whole again.
+    assert all(feed.apply(each) for each in snapshot(20, HASHES[:3]))
+    assert feed.num_left_out == 0 and feed.num_leading(KEYS) == 3
 
-    async def watch(cursor):
-        cursors.append(cursor)
-        for each in snapshot():
-            yield each
 
-    feed = StoreFeed(watch, fingerprint=FINGERPRINT, num_blocks_max=3)
-    feed.start()
-    await until(lambda: cursors)
-    await asyncio.sleep(0.1)
-    assert cursors == [None] and not feed.in_step
-    await feed.close()
+def test_checkpoints_take_room_as_blocks_do():
+    feed = feed_of(*snapshot(), batch(6, event("CHECKPOINTED", HASHES[:4])), room=room_for(6))
+    assert (len(feed), feed.num_left_out) == (6, 2)
+    assert feed.held(HASHES[:4], fingerprint=FINGERPRINT).num_leading == 4
+
+
+async def test_feeds_share_the_room_in_equal_parts_and_one_that_goes_leaves_its_part():
+    room, gone = room_for(8), asyncio.Event()
+
+    def watch_of(hashes):
+        async def watch(cursor):
+            for each in snapshot(5, hashes):
+                yield each
+            await gone.wait()
+
+        return watch
+
+    first = StoreFeed(watch_of(HASHES[:8]), fingerprint=FINGERPRINT, room=room)
+    first.start()
+    await until(lambda: first.in_step)
+    assert (len(first), first.num_left_out) == (8, 0)
+    second = StoreFeed(watch_of(HASHES[2:]), fingerprint=FINGERPRINT, room=room)
+    second.start()
+    await until(lambda: second.in_step)
+    assert [(len(feed), feed.num_left_out) for feed in (first, second)] == [(4, 4), (4, 4)]
+    await second.close()
+    assert first.apply(batch(6, event("STORED", HASHES[8:]))) and len(first) == 6
+    await first.close()
+
+
+@pytest.mark.parametrize("bytes_max", [200_000, 1 << 20])
+def test_the_stated_bound_holds_in_memory(bytes_max):
+    """Some times more names than there is room for, and no more memory than was said."""
+    feed = feed_of(*snapshot(5, HASHES[:2]), room=FeedRoom(bytes_max))
+    part = bytes_max // BYTES_PER_NAME // 4
+    batches = []
+    for number in range(6, 18):
+        names = np.random.default_rng(number).bytes(32 * part)
+        hashes = [names[at : at + 32] for at in range(0, len(names), 32)]
+        batches.append(batch(number, event("STORED", hashes)))
+    tracemalloc.start()
+    try:
+        assert all(feed.apply(each) for each in batches)
+        assert feed.num_left_out > 7 * part
+        assert 0 < tracemalloc.get_traced_memory()[0] < bytes_max
+    finally:
+        tracemalloc.stop()
 
 
 async def test_a_feed_that_is_renamed_in_mid_snapshot_knows_the_other_fingerprints_blocks_alone():

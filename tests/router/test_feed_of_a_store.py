@@ -9,7 +9,7 @@ from antefix import rpc
 from antefix.errors import Unavailable
 from antefix.events.block_events import keys_of
 from antefix.record import RecordKind
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store.store_feed import StoreFeed
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig

@@ -7,7 +7,7 @@ from antefix.block import chain_of
 from antefix.model_dir import identify
 from antefix.record import OWNER_BYTES, RecordKind
 from antefix.secret import create_secret_file
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.tokenizer import load_tokenizer
 from antefix_router.assembly import Router
 from antefix_router.breakpoint_pins import BreakpointPins

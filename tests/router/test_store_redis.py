@@ -13,7 +13,7 @@ from antefix.events import redis_stream
 from antefix.events.block_events import keys_of
 from antefix.events.redis_stream import StreamPublisher, store_stream
 from antefix.record import RecordKind
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store.store_feed import StoreFeed
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from tests.events.sources import EVENT_KEYS

@@ -14,7 +14,7 @@ from antefix.security.certificates import TENANT_GRANT, write_lasting_grant
 from antefix.security.credentials import Credentials
 from antefix.security.grants import GrantCheck, fits_prompt, public_keys
 from antefix.security.identity import Role
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.v1 import kvstore_pb2
 from antefix_console.cli import main
 from antefix_engines.engine_store import EngineStore, StoreSettings

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from antefix.record import RecordKind
 from antefix.secret import Keyring
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store_files.seal import Seals, sealed_part_of
 from antefix_billing.ledger_files import read_settled
 from antefix_billing.ledger_format import EntryKind, chain_hash

@@ -8,8 +8,8 @@ from antefix import rpc
 from antefix.errors import PermissionDenied
 from antefix.record import RecordKind
 from antefix.security import grants
-from antefix.store.client import RemoteStore
 from antefix.store.many_stores import ManyStores
+from antefix.store.remote_store import RemoteStore
 from antefix.store.store_members import Member
 from antefix.store.tier import Tier, TierKind
 from antefix.v1 import kvstore_pb2

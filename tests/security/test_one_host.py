@@ -16,7 +16,7 @@ from antefix.secret import Keyring
 from antefix.security import own_credentials
 from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.e2e.conftest import MODEL, SMALL_POOL

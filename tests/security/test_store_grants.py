@@ -19,7 +19,7 @@ from antefix.security.credential_files import CredentialFiles
 from antefix.security.grants import Grant, GrantCheck, Granter, fits_prompt, prompt_root, public_keys, secret_keys
 from antefix.security.identity import Role
 from antefix.security.process_security import ProcessSecurity
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register

@@ -1,4 +1,4 @@
-"""What another service answers is held to limits before anybody believes it: whoever asked goes on without it."""
+"""What another service answers is held to limits before anybody believes it: the caller goes on without it."""
 
 import math
 
@@ -13,7 +13,7 @@ from antefix.errors import Unavailable
 from antefix.generation_request import Caller, GenerationRequest
 from antefix.request_limits import answered
 from antefix.sampling import Sampling
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.v1 import decode_pb2, decode_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc, prefill_pb2, prefill_pb2_grpc
 from antefix.wire import tokens_to_wire
 from tests.shared.test_request_limits import SERVICES, fields_below

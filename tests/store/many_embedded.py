@@ -25,7 +25,8 @@ OWNER = owner("")
 class FaultyStore:
     """An embedded store that counts what is read of it. dead: refuses all.  dies_after: blocks that it still gives.
 
-    hangs: reads never end.  slow_s: before each.  lost: blocks that it says it has, and has not.
+    hangs: reads never end.  slow_s: before each.  says_s: before it says what it holds.  lost: blocks that it says it
+    has, and has not.
     """
 
     def __init__(self, store: EmbeddedStore) -> None:
@@ -34,6 +35,7 @@ class FaultyStore:
         self.dies_after: int | None = None
         self.hangs = False
         self.slow_s = 0.0
+        self.says_s = 0.0
         self.num_read = 0
         self.num_hung = 0
         self.num_asked = 0
@@ -48,6 +50,8 @@ class FaultyStore:
         self.num_asked += 1
         if self.dead:
             raise Unavailable("this store is dead")
+        if self.says_s:
+            await asyncio.sleep(self.says_s)
         return await self.store.held(chain, fingerprint=fingerprint)
 
     async def get_blocks(

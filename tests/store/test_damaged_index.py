@@ -6,7 +6,7 @@ import pytest
 
 from antefix.errors import Unavailable
 from antefix.record import Record, RecordKind
-from antefix.store.client import LocalStore
+from antefix.store.local_store import LocalStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
 

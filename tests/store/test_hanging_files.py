@@ -9,8 +9,8 @@ import pytest
 
 from antefix.errors import Unavailable
 from antefix.store.breaker import Breaker
-from antefix.store.client import LocalStore
 from antefix.store.file_reads import FileReads, ReadHangs
+from antefix.store.local_store import LocalStore
 from antefix.store.read_tiers import Wanted, read_tiers
 from antefix.store_files import segment_files
 from antefix_prefill.run_prompt import run_prompt
@@ -75,7 +75,7 @@ async def test_a_client_that_leaves_waits_no_longer_than_the_read_may_take(disk)
     async with asyncio.timeout(BOUND_S):
         with pytest.raises(ReadHangs):
             await asking
-    # Whoever closes does not wait for it.
+    # The caller that closes does not wait for it.
     reads.close()
 
 

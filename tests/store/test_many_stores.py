@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 from pathlib import Path
 
@@ -9,14 +10,14 @@ import pytest
 
 from antefix.errors import Unavailable
 from antefix.record import RecordKind
-from antefix.store import read_shares, read_tiers
+from antefix.store import read_shares, read_tiers, standing
 from antefix.store.local_copies import LocalCopies
 from antefix.store.store_feed import StoreFeed
 from antefix.store.store_stats import sum_of
 from antefix_kvstore.check_store import fsck
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 from tests.redis_servers import until
-from tests.store.many_embedded import OWNER, PROMPT, rack_of
+from tests.store.many_embedded import OWNER, PROMPT, Rack, rack_of
 
 pytestmark = pytest.mark.asyncio
 
@@ -110,6 +111,60 @@ async def test_a_store_that_hangs_alone_costs_its_part_and_no_more(
         await rack.fill("b", 12, 40)
         rack.stores["b"].hangs = True
         assert await rack.num_restored() == 12
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the time that is meant in earnest, and nothing is asked again."""
+    monkeypatch.setattr(standing, "ASK_S", 0.05)
+    monkeypatch.setattr(standing, "ASK_S_MAX", 60.0)
+    monkeypatch.setattr(standing, "SHUNNED_S", 3600.0)
+    monkeypatch.setattr(standing, "SHUNNED_S_MAX", 3600.0)
+
+
+def wait_long_for(rack: Rack, *names: str) -> None:
+    """However busy this machine is, these are not late."""
+    for name, member in zip(rack.stores, rack.members, strict=True):
+        if name in names:
+            member.tier.standing.answered(60.0)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_late_answer_is_a_miss_for_the_one_who_asked_and_a_hit_for_the_next(tmp_path: Path) -> None:
+    async with rack_of(tmp_path) as rack:
+        await rack.fill("a", 0, 12)
+        await rack.fill("b", 12, 40)
+        wait_long_for(rack, "a", "c")
+        rack.stores["b"].says_s = 0.1
+        assert await rack.num_stored() == 12
+        tier = rack.members[1].tier
+        assert not tier.is_shunned
+        # It came after all, and says how long such an answer is to be waited for.
+        await until(lambda: tier.standing.limit_s > 0.1)
+        wait_long_for(rack, "b")
+        assert await rack.num_stored() == 40
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_store_that_never_says_what_it_holds_is_left_alone_after_some_questions(tmp_path: Path) -> None:
+    async with rack_of(tmp_path) as rack:
+        await rack.fill("a", 0, 12)
+        wait_long_for(rack, "a", "c")
+        rack.stores["b"].says_s = 3600.0
+        for _ in range(10):
+            assert await rack.num_stored() == 12
+        assert rack.stores["b"].num_asked == standing.NUM_LATE_MAX
+        assert rack.members[1].tier.is_shunned
+
+
+@pytest.mark.usefixtures("quick")
+async def test_questions_that_are_late_together_are_one_reason_to_leave_a_store_alone(tmp_path: Path) -> None:
+    async with rack_of(tmp_path) as rack:
+        await rack.fill("a", 0, 12)
+        wait_long_for(rack, "a", "c")
+        rack.stores["b"].says_s = 0.15
+        assert set(await asyncio.gather(*(rack.num_stored() for _ in range(40)))) == {12}
+        assert not rack.members[1].tier.is_shunned
 
 
 async def test_a_stale_word_is_a_miss(tmp_path: Path) -> None:

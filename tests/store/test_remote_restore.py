@@ -13,8 +13,8 @@ import pytest
 from antefix import rpc
 from antefix.errors import BlockCorrupt, InvalidRequest
 from antefix.record import RecordKind
-from antefix.store.client import RemoteStore
 from antefix.store.payload_channel import PayloadChannel
+from antefix.store.remote_store import RemoteStore
 from antefix.store.stream_progress import Progress
 from antefix.store_files.record_format import RECORD_VERSION
 from antefix.store_files.segment_files import preadv_full
@@ -377,7 +377,7 @@ async def test_readers_that_stop_or_leave_hold_up_no_other(store: RemoteStore, s
 async def test_urgent_calls_have_payloads_give_way(
     store: RemoteStore, servicer: KvStoreServicer, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Calls that no request waits for do not: readers tell what they used five times a second."""
+    """Calls that no request waits for do not: readers tell what they used five times per second."""
     given: list[bool] = []
     monkeypatch.setattr(servicer.turns, "give_way", lambda: given.append(True))
     await restored(store)

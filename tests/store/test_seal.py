@@ -14,7 +14,8 @@ from antefix.block import Labels
 from antefix.record import Record, RecordKind
 from antefix.secret import Keyring
 from antefix.store.api import Store
-from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.local_store import LocalStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store_files.record_format import RECORD_HEADER_BYTES, payload_checksum
 from antefix.store_files.record_header import SEALED_PART, SIGNED_PART, pack_record_header, unpack_record_header
 from antefix.store_files.seal import Seals, sealed_part_of, signed_part

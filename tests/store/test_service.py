@@ -17,7 +17,8 @@ from antefix.events.block_events import EventKind
 from antefix.events.numbered_log import Cursor
 from antefix.record import STORED_KINDS, Record, RecordKind, RecordName
 from antefix.store.api import Store
-from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.local_store import LocalStore
+from antefix.store.remote_store import RemoteStore
 from antefix.v1 import kvstore_pb2
 from antefix_console.commands import doctor
 from antefix_kvstore.kvstore_config import KvStoreConfig

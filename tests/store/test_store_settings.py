@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import pytest
 
 from antefix.errors import ConfigError
-from antefix.store.client import LocalStore, RemoteStore
+from antefix.store.local_store import LocalStore
 from antefix.store.many_stores import ManyStores
 from antefix.store.open_store import StoreAddress, check_stores, open_stores, store_addresses
+from antefix.store.remote_store import RemoteStore
 from antefix.store.tier import TierKind
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from antefix.errors import BlockCorrupt, Overloaded, PermissionDenied, Unavailable
-from antefix.store.tier import SHUNNED_S, SHUNNED_S_MAX, Tier, TierKind, TierSpeed
+from antefix.store.standing import ASK_S, ASK_S_MAX, NUM_LATE_MAX, SHUNNED_S, SHUNNED_S_MAX, Standing
+from antefix.store.tier import Tier, TierKind, TierSpeed
 from tests.kvstore.small_store import Clock
 
 
@@ -74,3 +75,75 @@ def test_a_tier_that_nobody_reads_is_tried_again_after_a_while() -> None:
     assert usual_s < speed.predicted_s(10_000_000) < slow_s / 4
     clock.advance(600)
     assert speed.predicted_s(10_000_000) < 3 * usual_s
+
+
+def standing_of(clock: Clock) -> Standing:
+    return Standing(lambda: clock() / 1000)
+
+
+def test_one_late_answer_leaves_a_tier_in_use_and_answers_in_time_forgive_it() -> None:
+    clock = Clock()
+    standing = standing_of(clock)
+    for _ in range(20):
+        begun_s = clock() / 1000
+        clock.advance(standing.limit_s)
+        standing.late(begun_s)
+        assert not standing.is_shunned
+        standing.answered(0.001)
+    assert standing.num_late == 20
+
+
+def test_a_burst_of_late_answers_counts_once() -> None:
+    clock = Clock()
+    standing = standing_of(clock)
+    begun_s = clock() / 1000
+    for number in range(50):
+        clock.advance(0.01)
+        standing.late(begun_s + number * 0.001)
+    assert not standing.is_shunned
+
+
+def test_a_tier_that_says_nothing_is_left_alone_after_some_late_answers_one_after_the_other() -> None:
+    clock = Clock()
+    standing = standing_of(clock)
+    for number in range(NUM_LATE_MAX):
+        assert not standing.is_shunned, number
+        begun_s = clock() / 1000
+        clock.advance(standing.limit_s)
+        standing.late(begun_s)
+    assert standing.is_shunned
+    # The answer comes after all.
+    standing.answered(NUM_LATE_MAX * ASK_S)
+    assert not standing.is_shunned
+
+
+def test_how_long_an_answer_is_waited_for_follows_from_the_answers() -> None:
+    standing = standing_of(Clock())
+    assert standing.limit_s == ASK_S
+    # One slow answer at high load is enough to be given more time, for some answers to come.
+    standing.answered(0.8)
+    assert 0.8 < standing.limit_s <= ASK_S_MAX
+    for _ in range(50):
+        standing.answered(0.01)
+    assert standing.limit_s == ASK_S
+    for _ in range(50):
+        standing.answered(60.0)
+    assert standing.limit_s == ASK_S_MAX
+
+
+def test_a_tier_that_is_back_is_asked_at_once_however_long_it_was_away() -> None:
+    clock, returned_s = Clock(), [float("-inf")]
+    standing = Standing(lambda: clock() / 1000, lambda: returned_s[0])
+    for _ in range(8):
+        standing.failed()
+        clock.advance(SHUNNED_S_MAX)
+    standing.failed()
+    clock.advance(0.1)
+    assert standing.is_shunned
+    returned_s[0] = clock() / 1000
+    assert not standing.is_shunned
+    # One more failure, of a call that was under way, costs as little as a first one.
+    clock.advance(0.01)
+    standing.failed()
+    clock.advance(SHUNNED_S + 0.01)
+    assert not standing.is_shunned

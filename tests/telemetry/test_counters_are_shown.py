@@ -139,6 +139,7 @@ COUNTED = {
     "busy_s": "antefix_decode_busy_seconds",
     "num_drafted": "antefix_decode_drafted_tokens",
     "num_drafts_kept": "antefix_decode_drafts_kept",
+    "num_held_back": "antefix_decode_held_back_sequences",
     "_num_streams": "antefix_store_streams",
     "_num_joined": "antefix_router_retries",
     "_num_given": "antefix_router_retries",
@@ -161,6 +162,7 @@ COUNTED = {
     "num_blocks_wanted": "antefix_prefill_waited_blocks",
     "num_blocks_found": "antefix_prefill_waited_blocks_found",
     "num_over_budget": "antefix_worker_local_copies_over_budget",
+    "num_left_out": "antefix_router_store_names",
     # Of the object tier.
     "num_bad": "antefix_object_bad_records",
     "num_blocks": "antefix_object_read_blocks",

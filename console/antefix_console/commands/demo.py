@@ -23,7 +23,7 @@ from antefix.layout import KVFormat, KVGeometry
 from antefix.model_dir import read_config
 from antefix.record import RecordKind
 from antefix.sampling import Sampling
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store.store_stats import StoreTotals
 from antefix.tokenizer import Tokenizer, load_tokenizer
 from antefix_console.bare_model import Reference

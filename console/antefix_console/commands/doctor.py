@@ -232,7 +232,7 @@ def _disk(directory: Path | None) -> Finding:
 
 def _store(address: str) -> list[Finding]:
     """Whether a running store takes what it is given. Raises:  Unavailable: it does not answer."""
-    from antefix.store.client import RemoteStore
+    from antefix.store.remote_store import RemoteStore
 
     async def ask() -> StoreTotals:
         store = RemoteStore(address)

@@ -33,7 +33,7 @@ from antefix.layout import KVFormat
 from antefix.miss_reason import MissReason
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
-from antefix.store.client import RemoteStore
+from antefix.store.remote_store import RemoteStore
 from antefix.store_files.record_format import STORE_FILE
 from antefix.text_table import visible
 from antefix.window import RatePriors, Rates, RestorePlanner, Sizes, check_bounded

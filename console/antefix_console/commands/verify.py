@@ -18,7 +18,7 @@ from rich.table import Table
 from antefix.config import add_flags, given_flags
 from antefix.errors import InvalidRequest
 from antefix.store.api import Store
-from antefix.store.client import LocalStore
+from antefix.store.local_store import LocalStore
 from antefix.worker_settings import WorkerSettings
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig

@@ -11,12 +11,14 @@ import logging
 import secrets
 import time
 from collections.abc import Sequence
+from operator import attrgetter
 from types import TracebackType
 
 from antefix import rpc
-from antefix.discovery.dns_name import PREFIX, DnsName, Resolve, addresses_of
+from antefix.discovery import DnsName, Following, Found
+from antefix.discovery.dns_name import PREFIX, Resolve, addresses_of
 from antefix.end_tasks import end_tasks
-from antefix.errors import AntefixError, Unavailable
+from antefix.errors import AntefixError
 from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.identity import Role
@@ -49,8 +51,9 @@ class WorkerLease:
         self._block_size = block_size
         self._arithmetic, self._setup = arithmetic, setup
         self._fixed = tuple(dict.fromkeys(each for each in routers if not each.startswith(PREFIX)))
-        self._names = [DnsName(each, resolve=resolve) for each in dict.fromkeys(routers) if each.startswith(PREFIX)]
-        self._found: dict[DnsName, list[str]] = {name: [] for name in self._names}
+        names = [DnsName(each, resolve=resolve) for each in dict.fromkeys(routers) if each.startswith(PREFIX)]
+        # Two routers may listen on one host, so an address tells them apart.
+        self._following = Following(names, self._changed, identity=attrgetter("address"))
         self._role = role
         self._address = address
         self._fingerprint = fingerprint
@@ -58,9 +61,12 @@ class WorkerLease:
         self._instance = secrets.token_bytes(16)
         self._ttl_s = LEASE_TTL_S
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        # Those of routers that are gone.
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> WorkerLease:
-        self._tasks = {"": asyncio.create_task(self._follow())}
+        self._changed(frozenset())
+        self._following.start()
         return self
 
     async def __aexit__(
@@ -76,34 +82,24 @@ class WorkerLease:
 
     def _routers(self) -> list[str]:
         """Those that are named, and those that were found last."""
-        return list(dict.fromkeys((*self._fixed, *(each for found in self._found.values() for each in found))))
+        return list(dict.fromkeys((*self._fixed, *sorted(each.address for each in self._following.known))))
 
     async def _stop(self) -> None:
-        following = self._tasks.pop("", None)
-        if following is not None:
-            await end_tasks([following])
-        tasks, self._tasks = list(self._tasks.values()), {}
+        await self._following.close()
+        tasks, self._tasks = [*self._tasks.values(), *self._ending], {}
         await end_tasks(tasks)
 
-    async def _follow(self) -> None:
+    def _changed(self, found: frozenset[Found]) -> None:
         """One task for each router that there is now."""
-        failing: set[DnsName] = set()
-        while True:
-            for name in self._names:
-                try:
-                    self._found[name] = sorted(each.address for each in await name.find())
-                    failing.discard(name)
-                except Unavailable as err:
-                    if name not in failing:
-                        log.warning("routers are not looked up, those that are known stay: %s", err)
-                    failing.add(name)
-            wanted = self._routers()
-            for router in wanted:
-                if router not in self._tasks:
-                    self._tasks[router] = asyncio.create_task(self._keep(router))
-            gone = [router for router in self._tasks if router and router not in wanted]
-            await end_tasks([self._tasks.pop(router) for router in gone])
-            await asyncio.sleep(_RENEW_S)
+        wanted = self._routers()
+        for router in wanted:
+            if router not in self._tasks:
+                self._tasks[router] = asyncio.create_task(self._keep(router))
+        for router in [router for router in self._tasks if router not in wanted]:
+            task = self._tasks.pop(router)
+            task.cancel()
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
 
     async def _keep(self, router: str) -> None:
         known = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -12,16 +13,17 @@ from google.protobuf.descriptor import FileDescriptor
 
 from antefix import rpc
 from antefix.config import grace_setting, require, same_setting, setting
-from antefix.discovery.dns_name import PREFIX as DNS_PREFIX
+from antefix.discovery import ServiceLease
+from antefix.discovery.finders import called_names
 from antefix.events.address import check_url
 from antefix.events.event_seal import EventKeys
 from antefix.events.redis_stream import StreamPublisher, memory_stream
-from antefix.redis_access import RedisAccess
+from antefix.redis_access import RedisAccess, check_redis_url
 from antefix.secret import Keyring
 from antefix.security.identity import Role
 from antefix.security.listening import advertised, is_wildcard, parse_address
 from antefix.security.process_security import ProcessSecurity, credentials_setting, open_security
-from antefix.store.found_stores import FoundStores
+from antefix.store.many_stores import ManyStores
 from antefix.store.object_access import object_tiers
 from antefix.store.open_store import (
     StoresConfig,
@@ -73,6 +75,7 @@ class WorkerConfig(EngineConfig):
     routers: tuple[str, ...] = setting(
         (), "routers to register with, separated by commas; dns:HOST:PORT: one at each address of that name"
     )
+    lease_redis: str = setting("", "redis:// URL in which routers find this worker by a lease; empty: not")
     events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
     kv_events: str = setting(
         "", "tcp:// or ipc:// address to tell vLLM's KV events on, with token ids; loopback or CURVE; empty: none"
@@ -97,6 +100,8 @@ class WorkerConfig(EngineConfig):
             f"nobody can call {self.address}: give --advertise HOST, as routers know this host",
         )
         check_url(self.events_redis)
+        if self.lease_redis:
+            check_redis_url(self.lease_redis, "lease_redis")
         require(bool(self.kv_events) or not self.kv_events_replay, "--kv-events-replay needs --kv-events")
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
         check_telemetry(self)
@@ -109,7 +114,7 @@ def secure_worker(config: WorkerConfig, role: Role) -> ProcessSecurity:
     security.check_calling(
         (
             *(where.address for where in store_addresses(config)),
-            *(each.removeprefix(DNS_PREFIX) for each in config.routers),
+            *called_names(config.routers),
         )
     )
     return security
@@ -138,7 +143,7 @@ async def start_engine(config: WorkerConfig, *, may_call: Callable[[str], object
         may_call=may_call,
     )
     engine = build_engine(config, store, keyring)
-    if isinstance(store, FoundStores):
+    if isinstance(store, ManyStores):
         await store.start()
     await engine.register()
     return engine
@@ -193,7 +198,7 @@ async def serve_worker(
         address,
         keys=EventKeys.of(engine.keyring),
     )
-    async with lease, events, telling_kv_events(config, engine):
+    async with lease, events, telling_kv_events(config, engine), _leased(config, engine, security.role, address):
         await rpc.run_until_signal(
             server,
             role=role,
@@ -203,3 +208,13 @@ async def serve_worker(
             leave=lease.end,
             grace_s=config.grace_s,
         )
+
+
+def _leased(
+    config: WorkerConfig, engine: Engine, role: Role, address: str
+) -> contextlib.AbstractAsyncContextManager[object]:
+    """Says in Redis that the worker is there while it is entered, where that is wanted."""
+    if not config.lease_redis:
+        return contextlib.nullcontext()
+    where = RedisAccess.of(config.lease_redis, config)
+    return ServiceLease(where, role=role, name=address, address=address, keys=EventKeys.of(engine.keyring))

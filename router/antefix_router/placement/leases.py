@@ -1,4 +1,5 @@
-"""Workers that register themselves: known as long as they renew their lease. Those named in the settings need none."""
+"""Workers that register themselves: known as long as they renew their lease. Those named in the settings need none, and
+those that are found (`found_workers.py`) are known as long as they are found."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class _Lease:
 
 
 class Leases:
-    """Who has a lease on which role. instance: made anew by each process; another one's memory starts empty.
+    """Who has a lease on which role. instance: each process makes a new one; another one's memory starts empty.
 
     memory: told of who comes and goes, to follow what they hold.  block_size: tokens, of the router's model; 0: any.
     """
@@ -55,6 +56,8 @@ class Leases:
         self._directory = directory
         self.fingerprint = fingerprint
         self._leases: dict[tuple[WorkerRole, str], _Lease] = {}
+        # Role and address of those that `add_found` made known.
+        self.found: set[tuple[WorkerRole, str]] = set()
         self._lost_at: dict[tuple[WorkerRole, str], float] = {}
         self._health = HealthWatch(directory)
         self._sweeper: asyncio.Task[None] | None = None
@@ -99,10 +102,7 @@ class Leases:
                 f"the worker at {address} has blocks of {block_size} tokens, this router's model of {self._block_size}:"
                 " they cannot share KV; give both the same model directory (--model)"
             )
-        if fingerprint != self.fingerprint:
-            raise FingerprintMismatch(
-                f"the worker at {address} has other weights, format or namespace than this router"
-            )
+        self._check_fingerprint(address, fingerprint)
         if ttl_s and not TTL_S_MIN <= ttl_s <= TTL_S_MAX:
             raise InvalidRequest(f"a lease lasts {TTL_S_MIN:g} to {TTL_S_MAX:g} s, not {ttl_s:g}")
         key = (role, address)
@@ -119,10 +119,29 @@ class Leases:
             log.info("%s worker %s joins", role, address)
             self._directory.forget(address)
         self._leases[key] = _Lease(instance=instance, name=name, until=time.monotonic() + ttl_s)
-        if self._groups[role].find(address) is None:
+        if not self.knows(role, address):
             worker = self._groups[role].join(address, name=name)
             worker.arithmetic, worker.setup = arithmetic, setup
             self._followed()
+
+    def knows(self, role: WorkerRole, address: str) -> bool:
+        return self._groups[role].find(address) is not None
+
+    def add_found(self, role: WorkerRole, address: str, *, fingerprint: bytes, arithmetic: str, setup: str) -> None:
+        """Know a worker until `drop_found`.  Raises:  FingerprintMismatch: it cannot serve here."""
+        self._check_fingerprint(address, fingerprint)
+        if not self.knows(role, address):
+            log.info("%s worker %s is found", role, address)
+            self.found.add((role, address))
+            worker = self._groups[role].join(address)
+            worker.arithmetic, worker.setup = arithmetic, setup
+            self._followed()
+
+    def drop_found(self, role: WorkerRole, address: str) -> None:
+        """It is found no more. One that has a lease as well stays as long as that."""
+        self.found.discard((role, address))
+        if (role, address) not in self._leases:
+            self._leave(role, address, "is found no more")
 
     def expire(self, now: float) -> None:
         """End what has run out."""
@@ -140,11 +159,19 @@ class Leases:
     def _end(self, key: tuple[WorkerRole, str], why: str) -> None:
         if self._leases.pop(key, None) is None:
             return
-        role, address = key
+        self._leave(*key, why)
+
+    def _leave(self, role: WorkerRole, address: str, why: str) -> None:
         log.info("%s worker %s %s", role, address, why)
         self._groups[role].leave(address)
         self._directory.forget(address)
         self._followed()
+
+    def _check_fingerprint(self, address: str, fingerprint: bytes) -> None:
+        if fingerprint != self.fingerprint:
+            raise FingerprintMismatch(
+                f"the worker at {address} has other weights, format or namespace than this router"
+            )
 
     def _followed(self) -> None:
         if self._sweeper is None:

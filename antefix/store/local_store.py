@@ -1,0 +1,180 @@
+"""A store on the same host: reads go straight to its files, in threads; writes and handoffs go to its service."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self, TypeVar
+
+import lmdb
+
+from antefix.errors import Unavailable
+from antefix.events.block_events import BlockEvent
+from antefix.events.numbered_log import Batch, Cursor
+from antefix.layout import PayloadLayout
+from antefix.record import MEMORY_KINDS, BlockFate, Held, LookupResult, PutResult, Record, RecordKind, RecordName
+from antefix.store.breaker import Breaker
+from antefix.store.file_reads import FileReads
+from antefix.store.payload_reads import PAYLOAD_BYTES_GUESSED, STREAM_DEADLINE_S
+from antefix.store.remote_store import RemoteStore
+from antefix.store.store_stats import StoreTotals
+from antefix.store.uses_told import UsesTold
+from antefix.store_files.encryption import KeyRing
+from antefix.store_files.gone_blocks import fate_of
+from antefix.store_files.read_log import ReadEvidence
+from antefix.store_files.seal import Seals
+from antefix.store_files.segment_reader import ReadOutcome, StoreReader, wall_ms
+
+T = TypeVar("T")
+
+
+class LocalStore:
+    """Connects when first used, and finds a restarted service, or a rebuilt index, again."""
+
+    def __init__(
+        self,
+        directory: Path | str,
+        address: str,
+        *,
+        deadline_s: float = STREAM_DEADLINE_S,
+        keys: KeyRing | None = None,
+        seals: Seals | None = None,
+    ) -> None:
+        """keys: for stores that are encrypted; without them, encrypted records are read through the service.
+
+        seals: where given, only sealed records are taken.
+        """
+        self.directory = Path(directory)
+        self._decrypt = keys.decrypt if keys else None
+        self._seals = seals
+        self.remote = RemoteStore(address, deadline_s=deadline_s, seals=seals)
+        self._reader: StoreReader | None = None
+        self.reads = FileReads(f"the store in {self.directory}", self.remote.breaker)
+        self.uses: Final = UsesTold(self.remote.touch)
+        self._evidence: ReadEvidence | None = None
+
+    @property
+    def breaker(self) -> Breaker:
+        """Of the calls that go to the service."""
+        return self.remote.breaker
+
+    @property
+    def num_broken_seals(self) -> int:
+        """Records that were read and not sealed by this deployment."""
+        return self._seals.num_broken if self._seals is not None else 0
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self.uses.close()
+        await self.remote.close()
+        hangs = self.reads.hangs
+        self.reads.close()
+        if not hangs:
+            self._close_files()
+
+    def _close_files(self) -> None:
+        if self._evidence is not None:
+            self._evidence.close()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
+        return await self._in_thread(lambda reader: reader.lookup(chain, fingerprint=fingerprint))
+
+    async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
+        return await self._in_thread(lambda reader: reader.held(chain, fingerprint=fingerprint))
+
+    async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
+        return await self._in_thread(
+            lambda reader: fate_of(reader.directory, reader.index, hash, fingerprint=fingerprint, now_ms=wall_ms())
+        )
+
+    async def get_blocks(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> int:
+        if not hashes:
+            return 0
+
+        def read(reader: StoreReader) -> ReadOutcome:
+            outcome = reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
+            if outcome.num_good:
+                # The service is told later, and neither it nor this process may live until then.
+                self._evidence = self._evidence or ReadEvidence(self.directory)
+                self._evidence.used(hashes[outcome.num_good - 1])
+            return outcome
+
+        outcome = await self._in_thread(read, sum(buffer.nbytes for buffer in into))
+        last = hashes[outcome.num_good - 1] if outcome.num_good else None
+        if outcome.locked and not outcome.suspects and not outcome.forged:
+            done = outcome.num_good
+            rest = self.remote.get_blocks(hashes[done:], into[done:], fingerprint=fingerprint, tenant=tenant)
+            return done + await rest
+        self.uses.note(RecordKind.BLOCK, last, len(hashes) - outcome.num_good, outcome, fingerprint)
+        await self.remote.tell_forged(RecordKind.BLOCK, outcome.forged)
+        return outcome.num_good
+
+    async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
+        if kind in MEMORY_KINDS:
+            return await self.remote.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
+        payload, outcome = await self._in_thread(
+            lambda reader: reader.read(kind, hash, fingerprint=fingerprint, tenant=tenant), PAYLOAD_BYTES_GUESSED
+        )
+        if outcome.locked:
+            return await self.remote.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
+        self.uses.note(kind, hash if payload is not None else None, int(payload is None), outcome, fingerprint)
+        await self.remote.tell_forged(kind, outcome.forged)
+        return None if payload is None else bytes(payload)
+
+    async def get_records(
+        self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> list[Record]:
+        """The leading ones of these, whole, to be stored elsewhere."""
+        return await self.remote.get_records(kind, hashes, fingerprint=fingerprint, tenant=tenant)
+
+    async def put(self, records: Sequence[Record]) -> PutResult:
+        return await self.remote.put(records)
+
+    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
+        await self.remote.reject(kind, hashes)
+
+    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
+        await self.remote.register(fingerprint, layout, statement=statement)
+
+    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
+        return await self.remote.pin(names, duration_s=duration_s, owner=owner)
+
+    async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
+        return await self.remote.evict(names, owner=owner)
+
+    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
+        return self.remote.watch(cursor)
+
+    async def stats(self) -> StoreTotals:
+        return await self.remote.stats()
+
+    async def _in_thread(self, call: Callable[[StoreReader], T], nbytes: int = 0) -> T:
+        """nbytes: that may be read.
+
+        Raises:  Unavailable: the files cannot be read, however that shows: to a worker that is a miss.  ReadHangs.
+        """
+        try:
+            return await self.reads.run(lambda: call(self._open_reader()), nbytes)
+        except (lmdb.Error, OSError) as err:
+            raise Unavailable(f"the store in {self.directory} cannot be read, see `antefix fsck`: {err}") from err
+
+    def _open_reader(self) -> StoreReader:
+        """The reader, opened when the store first exists, and again after the service rebuilt the index."""
+        reader = self._reader
+        if reader is None or reader.index.replaced:
+            # The old one is left to the collector: another thread may still be reading through it.
+            reader = self._reader = StoreReader(self.directory, decrypt=self._decrypt, seals=self._seals)
+        return reader
