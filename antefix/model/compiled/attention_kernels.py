@@ -144,7 +144,7 @@ def score(out: int, hits: int, weights: int, num: int, heads: int, E: int, step:
                 made[e] = fma(w, max(row[e], f32(0)), made[e])
 
 
-@plain  # type: ignore[misc]
+@plain
 def _kth(x: Any, k: int) -> Any:
     """The k-th largest number; x is put in another order."""
     low, high, place = 0, len(x) - 1, k - 1

@@ -15,7 +15,7 @@ from antefix.model.compiled.intrinsics import f32, floats, fma, integers, kernel
 from antefix.model.compiled.sums import row_sum, scratch
 
 
-@plain  # type: ignore[misc]
+@plain
 def _best(ranked: Any, picked: Any) -> None:
     """The highest ranked experts, ascending by id; of equals the first. What is no number ranks first, as in torch."""
     for k in range(len(picked)):
@@ -31,7 +31,7 @@ def _best(ranked: Any, picked: Any) -> None:
         picked[k] = best
 
 
-@plain  # type: ignore[misc]
+@plain
 def _sort(picked: Any) -> None:
     for k in range(1, len(picked)):
         value, j = picked[k], k - 1

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 def run(layer: MoE, x_ND: Tensor, tokens_n: Tensor) -> Tensor:
     """x_ND may have rows of padding behind the tokens'; the output has them too, and they mean nothing."""
-    num_tokens, (num_rows, size) = len(tokens_n), x_ND.shape
+    num_tokens, (num_rows, size) = tokens_n.shape[0], x_ND.shape
     experts, weights = _pick(layer.gate, x_ND, tokens_n)
+    gate_up_stack, down_stack = layer.experts.gate_up_proj, layer.experts.down_proj
+    assert isinstance(gate_up_stack, Tensor) and isinstance(down_stack, Tensor)
     num_experts, num_picked = layer.experts.num_experts, experts.shape[1]
     shared, inner = layer.shared_experts, layer.shared_experts.gate_proj.out_features
     # 1. Rows of the picked experts, as runs of whole tiles; of few tokens none is filled up.
@@ -47,17 +49,17 @@ def run(layer: MoE, x_ND: Tensor, tokens_n: Tensor) -> Tensor:
     gate_up = x_ND.new_empty(num_rows + stop, 2 * inner)
     linear_into(x_ND, shared.gate_proj.weight, gate_up[:num_rows, :inner])
     linear_into(x_ND, shared.up_proj.weight, gate_up[:num_rows, inner:])
-    matrices = matrices_of(layer.experts.gate_up_proj, num_experts)
+    matrices = matrices_of(gate_up_stack, num_experts)
     for expert, part, place in runs:
         linear_into(rows[part], matrices[expert], gate_up[place])
-    active = x_ND.new_empty(len(gate_up), inner)
-    kernels.gates(active.data_ptr(), gate_up.data_ptr(), len(gate_up), inner, shared.limit)
+    active = x_ND.new_empty(gate_up.shape[0], inner)
+    kernels.gates(active.data_ptr(), gate_up.data_ptr(), gate_up.shape[0], inner, shared.limit)
     active.exp_()
-    kernels.activate(active.data_ptr(), gate_up.data_ptr(), len(gate_up), inner, shared.limit)
+    kernels.activate(active.data_ptr(), gate_up.data_ptr(), gate_up.shape[0], inner, shared.limit)
     # 3. Down, and each token's sum.
     out = x_ND.new_empty(num_rows, size)
     linear_into(active[:num_rows], shared.down_proj.weight, out)
-    matrices = matrices_of(layer.experts.down_proj, num_experts)
+    matrices = matrices_of(down_stack, num_experts)
     for expert, part, place in runs:
         linear_into(active[place], matrices[expert], rows[part])
     kernels.combine(
@@ -68,7 +70,7 @@ def run(layer: MoE, x_ND: Tensor, tokens_n: Tensor) -> Tensor:
 
 def _pick(router: ExpertRouter, x_ND: Tensor, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
     """`ExpertRouter.forward`: experts [n, K] and their weights."""
-    num, (num_experts, _) = len(tokens_n), router.weight.shape
+    num, (num_experts, _) = tokens_n.shape[0], router.weight.shape
     # torch's square root of floats is not always the nearest one, so it is torch's here as well.
     scores = torch.sqrt_(softplus(linear(x_ND, router.weight)[:num])).contiguous()
     experts = torch.empty((num, router.num_picked), dtype=torch.long)

@@ -65,11 +65,11 @@ def _pointer(_context: Any, address: Any) -> Any:
 
 
 # Division by zero is infinite, as in torch: an error's branch would keep loops from being vectorised.
-inline = numba.njit(inline="always", error_model="numpy")
+inline = numba.njit(error_model="numpy")
 plain = numba.njit(error_model="numpy")
 
 
-@inline  # type: ignore[misc]
+@inline
 def floats(address: int, first: int, size: int) -> Any:
     """`size` float32 from number `first` on of those at an address (`Tensor.data_ptr`).
 
@@ -79,7 +79,7 @@ def floats(address: int, first: int, size: int) -> Any:
     return numba.carray(_pointer(address + 4 * first), (size,), dtype=np.float32)
 
 
-@inline  # type: ignore[misc]
+@inline
 def integers(address: int, first: int, size: int) -> Any:
     """The same of int64."""
     return numba.carray(_pointer(address + 8 * first), (size,), dtype=np.int64)

@@ -1,7 +1,7 @@
 """Products of a few rows: MKL's order of addition without the rows that fill up its tiles.
 
-MKL adds in one chain of fused multiply-adds per element, but only from a whole tile of rows on (`numerics`). For one row
-that is sixteen times the arithmetic. Here the chain is written down, over weights that lie transposed.
+MKL adds in one chain of fused multiply-adds per element, but only from a whole tile of rows on (`numerics`). For one
+row that is sixteen times the arithmetic. Here the chain is written down, over weights that lie transposed.
 
 Shapes:  N = rows, K = addends, O = columns.
 """
@@ -20,7 +20,7 @@ from antefix.model.compiled.intrinsics import f32, floats, fma, kernel, plain
 _NUMBERS_MAX = 1 << 20
 
 
-@plain  # type: ignore[misc]
+@plain
 def _chain(made: Any, row: Any, weights: int, O: int) -> None:  # noqa: E741
     """made [O] gets row [K] times weights [K, O], from 0 on."""
     for c in range(O):
@@ -61,15 +61,15 @@ def multiply(x: Tensor, weight: Tensor, tile: int, out: Tensor | None = None) ->
     if turned is None:
         return None
     x = x.contiguous()
-    made = x.new_empty(len(x), columns) if out is None else out
+    made = x.new_empty(x.shape[0], columns) if out is None else out
     _multiply(
-        made.data_ptr(), x.data_ptr(), turned.data_ptr(), len(x), addends, columns, made.stride(0), tile
+        made.data_ptr(), x.data_ptr(), turned.data_ptr(), x.shape[0], addends, columns, made.stride(0), tile
     )  # fmt: skip
     return made
 
 
 def _turned(weight: Tensor) -> Tensor | None:
-    """The weights transposed [K, O], kept with them. Those that were changed, or lie elsewhere now, are turned again."""
+    """The weights transposed [K, O], kept with them; turned again where they were changed or lie elsewhere."""
     if weight.numel() > _NUMBERS_MAX or weight.dtype is not torch.float32:
         return None
     if weight.is_inference():

@@ -19,13 +19,13 @@ _FP4_FLOOR, _FP4_MAX, _FP4_SHARE = f32(FP4_FLOOR), f32(FP4_MAX), f32(1.0 / FP4_M
 _SIDE = 8
 
 
-@inline  # type: ignore[misc]
+@inline
 def _power_above(largest: Any, share: Any) -> Any:
     """The group's scale (`quant._scales`)."""
     return float_of(i32((i32(bits_of(largest * share)) + i32(0x7FFFFF)) & i32(0x7F800000)))
 
 
-@inline  # type: ignore[misc]
+@inline
 def _to_fp8(value: Any) -> Any:
     """A number in [-448, 448] as E4M3 has it."""
     bits = bits_of(value)
@@ -35,7 +35,7 @@ def _to_fp8(value: Any) -> Any:
     return small if (bits & i32(0x7FFFFFFF)) < i32(0x3C800000) else large
 
 
-@plain  # type: ignore[misc]
+@plain
 def _transform(work: Any, size: int, shrink: Any) -> None:
     """Butterflies of _SIDE rows at once: work [C, _SIDE]."""
     reach = 1
@@ -51,7 +51,7 @@ def _transform(work: Any, size: int, shrink: Any) -> None:
         work[k] *= shrink
 
 
-@plain  # type: ignore[misc]
+@plain
 def _round_group(group: Any) -> None:
     """Round _SIDE rows' groups, each by its own scale: group [32, _SIDE]."""
     scales = np.full(_SIDE, _FP4_FLOOR, np.float32)

@@ -113,10 +113,10 @@ class CompiledSteps(Steps):
         decoded, tables = self._pool.decoded(part), self._tables[rows]
         most = (max(self._positions) + 1) // self._geometry.ratio(layer)
         num_entries, width = -(-most // multiple) * multiple, decoded.shape[2]
-        out = decoded.new_empty(len(tables), num_entries, width)
+        out = decoded.new_empty(tables.shape[0], num_entries, width)
         kernels.gather_first(
             out.data_ptr(), decoded.data_ptr(), decoded.stride(0), part.num_rows, tables.data_ptr(), tables.shape[1],
-            visible[rows].data_ptr(), len(tables), num_entries, width,
+            visible[rows].data_ptr(), tables.shape[0], num_entries, width,
         )  # fmt: skip
         return out
 
@@ -137,7 +137,7 @@ class CompiledSteps(Steps):
                     keys = self._keys(layer, rows, num_keys, 1)
                 hits = multiply_each(queries[rows], keys.mT).contiguous()
                 kernels.score(
-                    scores[rows].data_ptr(), hits.data_ptr(), weights[rows].data_ptr(), len(hits), heads, num_keys,
+                    scores[rows].data_ptr(), hits.data_ptr(), weights[rows].data_ptr(), hits.shape[0], heads, num_keys,
                     num_keys, 0,
                 )  # fmt: skip
         picked = torch.empty((num, k), dtype=torch.long)

@@ -15,13 +15,13 @@ from antefix.model.compiled.intrinsics import f32, floats, inline, plain
 _STEP = 16
 
 
-@inline  # type: ignore[misc]
+@inline
 def scratch(lanes: int) -> Any:
     """What `row_sum` works in: three levels."""
     return np.empty(12 * lanes, np.float32)
 
 
-@plain  # type: ignore[misc]
+@plain
 def row_sum(address: int, size: int, squares: bool, lanes: int, work: Any) -> Any:
     """Sum of the `size` numbers at an address, or of their squares."""
     if size < lanes:
@@ -67,7 +67,7 @@ def row_sum(address: int, size: int, squares: bool, lanes: int, work: Any) -> An
     return total
 
 
-@plain  # type: ignore[misc]
+@plain
 def _few(x: Any, squares: bool) -> Any:
     """Less than a vector: four sums side by side, what is left goes to the first."""
     sums = np.zeros(4, np.float32)

@@ -16,12 +16,12 @@ from antefix.model.compiled.intrinsics import f32, floats, fma, inline, kernel, 
 from antefix.model.compiled.sums import row_sum, scratch
 
 
-@inline  # type: ignore[misc]
+@inline
 def _inverse_root(total: Any, size: int, eps: Any) -> Any:
     return f32(1) / np.sqrt(total / f32(size) + eps)
 
 
-@plain  # type: ignore[misc]
+@plain
 def turn(x: Any, cos: Any, sin: Any, sign: Any) -> None:
     """Rotate pairs of x [R] in place by sign times the angle (`norms_rope.rotate`)."""
     for r in range(len(cos)):
@@ -31,7 +31,7 @@ def turn(x: Any, cos: Any, sin: Any, sign: Any) -> None:
         x[2 * r + 1] = odd * cos[r] + even * s
 
 
-@plain  # type: ignore[misc]
+@plain
 def _columns(comb: int, M: int, eps: Any, sums: Any) -> None:
     for j in range(M):
         sums[j] = f32(0)
@@ -47,7 +47,7 @@ def _columns(comb: int, M: int, eps: Any, sums: Any) -> None:
             row[j] /= sums[j]
 
 
-@plain  # type: ignore[misc]
+@plain
 def _rows(comb: int, M: int, eps: Any) -> None:
     for i in range(M):
         row = floats(comb, i * M, M)
@@ -88,11 +88,11 @@ def mix_gates(x: int, post: int, comb: int, powers: int, streams: int, num: int,
               eps: float) -> None:  # fmt: skip
     """From exponentials [N, J] to the block's input x [N, D], post [N, M] and comb [N, M, M] (`mhc.sinkhorn`)."""
     J = (2 + M) * M
-    pre, sums, eps = np.empty(M, np.float32), np.empty(M, np.float32), f32(eps)
+    pre, sums, least = np.empty(M, np.float32), np.empty(M, np.float32), f32(eps)
     for n in range(num):
         e, spread = floats(powers, n * J, 2 * M), floats(post, n * M, M)
         for m in range(M):
-            pre[m] = f32(1) / (e[m] + f32(1)) + eps
+            pre[m] = f32(1) / (e[m] + f32(1)) + least
             spread[m] = f32(2) * (f32(1) / (e[M + m] + f32(1)))
         for i in range(M):
             row, cells = floats(powers, n * J + (2 + i) * M, M), floats(comb, n * M * M + i * M, M)
@@ -100,12 +100,12 @@ def mix_gates(x: int, post: int, comb: int, powers: int, streams: int, num: int,
             for j in range(M):
                 total += row[j]
             for j in range(M):
-                cells[j] = row[j] / total + eps
+                cells[j] = row[j] / total + least
         for turn_number in range(2 * iters - 1):
             if turn_number % 2 == 0:
-                _columns(comb + 4 * n * M * M, M, eps, sums)
+                _columns(comb + 4 * n * M * M, M, least, sums)
             else:
-                _rows(comb + 4 * n * M * M, M, eps)
+                _rows(comb + 4 * n * M * M, M, least)
         made = floats(x, n * D, D)
         stream = floats(streams, n * M * D, D)
         for d in range(D):
@@ -141,7 +141,7 @@ def norm_rotate(out: int, x: int, weight: int, cos: int, sin: int, num: int, hea
     """`norms_rope.norm_rotate` of x [N, stride], whose rows begin with H heads of C channels: [N, H, C]. weight [C],
     or 0 for none; cos, sin [N, R / 2], or rope 0 for none; a scale of 1 is none."""
     half, weights = rope // 2, floats(weight, 0, size)
-    work, scale = scratch(lanes), f32(scale)
+    work, factor_of_all = scratch(lanes), f32(scale)
     for n in range(num):
         for h in range(heads):
             at, to = n * stride + h * size, (n * heads + h) * size
@@ -156,9 +156,9 @@ def norm_rotate(out: int, x: int, weight: int, cos: int, sin: int, num: int, hea
             if rope:
                 angle = n * half
                 turn(floats(out, to + size - rope, rope), floats(cos, angle, half), floats(sin, angle, half), f32(1))
-            if scale != f32(1):
+            if factor_of_all != f32(1):
                 for c in range(size):
-                    made[c] *= scale
+                    made[c] *= factor_of_all
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, float32)")

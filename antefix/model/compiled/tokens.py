@@ -86,7 +86,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     heads = x.shape[1] if x.dim() == 3 else 1
     made, size = torch.empty_like(x), x.shape[-1]
     token_kernels.rotate(
-        made.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), len(x), heads, size, heads * size,
+        made.data_ptr(), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), x.shape[0], heads, size, heads * size,
         2 * cos.shape[-1], 1, 1.0,
     )  # fmt: skip
     return made
@@ -129,9 +129,9 @@ def project(compressor: Compressor, x_ND: Tensor, positions_N: Tensor) -> Tensor
     """`Compressor.project`."""
     bias = compressor.position_bias
     ratio, width = bias.shape
-    rows = x_ND.new_empty(2, len(x_ND), width)
+    rows = x_ND.new_empty(2, x_ND.shape[0], width)
     linear_into(x_ND, compressor.kv_proj.weight, rows[0])
     linear_into(x_ND, compressor.gate_proj.weight, rows[1])
     positions = positions_N.contiguous()
-    expert_kernels.add_places(rows[1].data_ptr(), bias.data_ptr(), positions.data_ptr(), len(x_ND), ratio, width)
+    expert_kernels.add_places(rows[1].data_ptr(), bias.data_ptr(), positions.data_ptr(), x_ND.shape[0], ratio, width)
     return rows
