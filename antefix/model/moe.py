@@ -183,7 +183,7 @@ class MoE(nn.Module):
             assert isinstance(down_proj, PackedStack)
             tile = gate_up_proj.card_tile(x_ND, picks.numel())
             routing = products.route(picks, num_routed, tile=tile)
-            inner = tokens.swiglu(gate_up_proj.card_product(x_ND, routing, gathered=True), stacks.limit)
+            inner = gate_up_proj.card_product(x_ND, routing, gathered=True, gate_limit=stacks.limit)
             rows = down_proj.card_product(inner, routing, gathered=False)
         else:
             assert not isinstance(down_proj, PackedStack)

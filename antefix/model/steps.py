@@ -102,6 +102,9 @@ class Steps:
         entries = self._read(layer, PartKind.CSA_MAIN, picked.clamp(min=0))
         return _attend_picked(q, near, ring, sinks, entries, picked >= 0).to(rows.q.dtype)
 
+    def keep_all(self) -> None:
+        self.keep(range(len(self._windows)))
+
     def keep(self, which: collections.abc.Sequence[int]) -> None:
         """Put the tokens of these sequences into their window states; the caller moves the positions on.
 
@@ -217,7 +220,7 @@ class Steps:
 
 def steps_of(model: Model, pool: BlockPool, sequences: collections.abc.Sequence[Sequence], *, write: bool) -> Steps:
     """The steps of sequences that run one token each, with compiled kernels where they are in use."""
-    if is_compiled(sequences[0].window.window):
+    if all(is_compiled(sequence.window.window) and sequence.window.window.is_contiguous() for sequence in sequences):
         from antefix.model.compiled.steps import CompiledSteps
 
         return CompiledSteps(model, pool, sequences, write)

@@ -45,10 +45,21 @@ class FingerprintState:
 class IndexTxn:
     """One write transaction. Use as a context manager: commits at the end, aborts on an exception."""
 
-    def __init__(self, index: Index, *, before_commit: Callable[[], object] | None = None) -> None:
-        """before_commit: called when everything is ready to be committed; what it raises aborts."""
+    def __init__(
+        self,
+        index: Index,
+        *,
+        before_commit: Callable[[], object] | None = None,
+        may_drop: Callable[[int], bool] = lambda _number: False,
+    ) -> None:
+        """before_commit: called when everything is ready to be committed; what it raises aborts.
+
+        may_drop: whether a segment without a live record may be let go of; those that were are in `dropped`.
+        """
         self._index = index
         self._before_commit = before_commit
+        self._may_drop = may_drop
+        self.dropped: list[int] = []
         self._txn: Any = index.env.begin(write=True)
         # name -> what the table holds, and what it shall hold.
         self._old: dict[RecordName, bytes | None] = {}
@@ -211,6 +222,9 @@ class IndexTxn:
             self._segments[number] = dataclasses.replace(
                 before, live_bytes=before.live_bytes + nbytes, live_records=before.live_records + records
             )
+            if before.live_records + records == 0 and self._may_drop(number):
+                self._segments[number] = None
+                self.dropped.append(number)
         self._write_segments()
         if self._num_quarantined:
             known = self._index.num_quarantined(self._txn)

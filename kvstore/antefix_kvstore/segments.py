@@ -61,13 +61,15 @@ class Segments:
         self.sizes: dict[int, int] = {}
         self.active: int | None = None
         self._fd = -1
+        # The active one's name may not be durable yet.
+        self._is_new = False
         self._next = 1
         self.read_directory(identity)
 
     def read_directory(self, identity: StoreIdentity) -> None:
         """See which segments there are; none is open for writing then."""
         self.identity = identity
-        self.active, self._fd = None, -1
+        self.active, self._fd, self._is_new = None, -1, False
         self.sizes.clear()
         for path in self.directory.iterdir():
             number = segment_number(path.name)
@@ -141,7 +143,15 @@ class Segments:
         return headers, buffers
 
     def sync(self) -> None:
+        """Make what was appended durable, and then its segment's name: the first does most of the second."""
         self.disk.sync_data(self._fd)
+        self.sync_name()
+
+    def sync_name(self) -> None:
+        """Make the active segment's name durable, which must come before anything refers to it."""
+        if self._is_new:
+            self.disk.sync_directory(self.directory)
+            self._is_new = False
 
     def sync_file(self, number: int) -> None:
         """Make a segment that is not the active one durable."""
@@ -157,20 +167,19 @@ class Segments:
             self._truncate(end)
 
     def roll(self, created_ms: int) -> None:
-        """Start a new segment. Its name is durable before anything refers to it."""
+        """Start a new segment. Its name is durable when it has been synced."""
         number = self._next
         self._next += 1
         fd = self.disk.create(self.path(number))
         try:
             self.disk.write(fd, [pack_segment_header(self.identity, number, created_ms)], 0)
-            self.disk.sync_directory(self.directory)
         except OSError:
             self.disk.close(fd)
             with contextlib.suppress(OSError):
                 self.disk.unlink(self.path(number))
             raise
         self._close_active()
-        self._fd, self.active = fd, number
+        self._fd, self.active, self._is_new = fd, number, True
         self.sizes[number] = SEGMENT_HEADER_BYTES
 
     def rewrite_header(self, number: int, created_ms: int) -> None:
@@ -199,13 +208,18 @@ class Segments:
     def close(self) -> None:
         self._close_active()
 
-    def read(self, number: int, offset: int, nbytes: int) -> bytes:
-        """For the writer's own checks; readers have antefix.store_files.segment_reader."""
+    @contextlib.contextmanager
+    def reading(self, number: int) -> Iterator[int]:
+        """A segment's file, for the writer's own reads; readers have antefix.store_files.segment_reader."""
         fd = os.open(self.path(number), os.O_RDONLY | os.O_CLOEXEC)
         try:
-            return os.pread(fd, nbytes, offset)
+            yield fd
         finally:
             os.close(fd)
+
+    def read(self, number: int, offset: int, nbytes: int) -> bytes:
+        with self.reading(number) as fd:
+            return os.pread(fd, nbytes, offset)
 
     def scan(self, number: int, start: int = SEGMENT_HEADER_BYTES, *, check_payloads: bool) -> Iterator[RecordHeader]:
         """Headers of the whole records from `start` on, stepping over what is damaged.
@@ -227,7 +241,7 @@ class Segments:
     def _close_active(self) -> None:
         if self.active is not None:
             self.disk.close(self._fd)
-            self.active, self._fd = None, -1
+            self.active, self._fd, self._is_new = None, -1, False
 
 
 def _groups(drafts: Sequence[Draft]) -> Iterator[Sequence[Draft]]:

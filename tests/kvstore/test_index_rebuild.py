@@ -30,8 +30,8 @@ def shuffled(engine: StorageEngine, seed: int) -> None:
     rng.shuffle(headers)
     for first in range(0, len(headers), 9):
         engine.segments.roll(engine.clock_ms())
-        engine.space._copy(headers[first : first + 9])
-    engine.space._drop_dead()
+        engine.space.compactor.copy(headers[first : first + 9])
+    engine.space.compactor.drop_dead()
 
 
 def rebuilt(engine: StorageEngine, tmp_path: Path, open_engine: OpenEngine) -> StorageEngine:
@@ -84,7 +84,7 @@ def test_of_two_copies_the_later_one_counts(open_engine: OpenEngine, tmp_path: P
     places = {header.hash: header.segment for header in engine.segments.scan(1, check_payloads=False)}
     headers = list(engine.segments.scan(1, check_payloads=False))[3:6]
     engine.segments.roll(engine.clock_ms())
-    engine.space._copy(headers)
+    engine.space.compactor.copy(headers)
     engine = rebuilt(engine, tmp_path, open_engine)
     with engine.index.txn() as txn:
         entries = [engine.index.entry(txn, header.kind, header.hash) for header in headers]
