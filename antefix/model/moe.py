@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,6 +55,8 @@ class ExpertRouter(nn.Module):
         """Expert ids [N, K], ascending, and their weights [N, K]."""
         logits = linear(x_ND, self.weight)[: len(tokens_N)]
         scores = expert_scores(logits.to(wide(logits.dtype)), self.scoring)
+        if has_kernels(x_ND) and _routes_in_one_launch():
+            return self._on_card(scores, tokens_N)
         if self.hash_routed:
             experts = self.tid2eid[tokens_N].sort(-1).values
         else:
@@ -61,6 +64,21 @@ class ExpertRouter(nn.Module):
         weights = scores.gather(1, experts)
         # 1e-20: as the reference; only all-zero scores would notice.
         return experts, weights / (_row_sums(weights) + 1e-20) * self.scaling
+
+    def _on_card(self, scores_NE: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in one launch."""
+        from antefix_kernels import expert_routing
+
+        pick = functools.partial(expert_routing.pick_experts, scores_NE.contiguous(), self.num_picked, self.scaling)
+        if self.hash_routed:
+            return pick(tokens=tokens_N.contiguous(), table=self.tid2eid)
+        return pick(bias=self.e_score_correction_bias.float())
+
+
+def _routes_in_one_launch() -> bool:
+    from antefix_kernels import expert_routing
+
+    return expert_routing.ENABLED
 
 
 class Experts(nn.Module):
@@ -158,7 +176,8 @@ class MoE(nn.Module):
         with self.experts.fetched():
             if has_kernels(x_ND):
                 done = self._on_card(x_ND[:num_tokens], experts, weights)
-                return nn.functional.pad(done, (0, 0, 0, len(x_ND) - num_tokens))
+                missing = len(x_ND) - num_tokens
+                return nn.functional.pad(done, (0, 0, 0, missing)) if missing else done
             routed: Tensor = self.experts(x_ND[:num_tokens], experts, weights)
         shared: Tensor = self.shared_experts(x_ND)
         if len(x_ND) == num_tokens:
