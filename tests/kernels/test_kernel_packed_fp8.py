@@ -166,6 +166,7 @@ def test_the_model_takes_them_where_they_are_switched_on(draw, monkeypatch, is_f
         true = getattr(packed_fp8, name)
         monkeypatch.setattr(packed_fp8, name, lambda *a, true=true, **k: taken.append(true) or true(*a, **k))
     monkeypatch.setattr(packed_fp8, "runs_on", lambda x: True)
+    monkeypatch.setattr(packed, "USES_FP8", False)
     x = normal(draw, 3, 1, 128, dtype=torch.bfloat16)
     before = packed.card_product(x, matrix)
     routing = linear.route(torch.tensor([[0], [1], [1]], device=draw.device), 2, tile=stack.card_tile(x[:, 0], 3))
