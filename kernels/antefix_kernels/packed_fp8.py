@@ -80,8 +80,8 @@ class Inputs:
 
     def view(self, num_rows: int, num_groups: int) -> Inputs:
         """[N, K] as [N / G, G, K]."""
-        shape = (num_rows, num_groups, -1)
-        return Inputs(codes=self.codes.view(shape), scales=self.scales.view(shape))
+        codes = self.codes.view(num_rows, num_groups, self.codes.shape[-1])
+        return Inputs(codes=codes, scales=self.scales.view(num_rows, num_groups, self.scales.shape[-1]))
 
 
 @triton.jit
@@ -99,7 +99,9 @@ def _prepare_kernel(x, codes, scales, num_addends, stride_n, factor, HALVES: tl.
     target = k
     if HALVES:
         target = k // 32 * 32 + k % 2 * 16 + k % 32 // 2
-    tl.store(codes + row * num_addends + target, e4m3_code(y).to(tl.uint8), live)
+    # What is no number stays none, as on a CPU: 127 is E4M3's NaN.
+    code = tl.where(tl.abs(v) < float("inf"), e4m3_code(y), 127)
+    tl.store(codes + row * num_addends + target, code.to(tl.uint8), live)
     scale = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
     tl.store(scales + row * (num_addends // GROUP) + g, scale * factor, g < num_addends // GROUP)
 
