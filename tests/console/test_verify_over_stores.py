@@ -56,7 +56,7 @@ async def verified(stores: SpreadStores, strategies: tuple[str, ...]) -> Report:
     for tier in stores.tiers:
         # However busy this machine is.
         tier.standing.answered(60.0)
-    await Suite(subject, stores, SMALL, report, lambda _: None).run(strategies, ("conversations",))
+    await Suite(subject, stores, SMALL, report, lambda _: None).run(strategies, ("conversations", "names"))
     return report
 
 
