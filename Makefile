@@ -55,7 +55,7 @@ $(CLIENTS)/.ready: tests/clients/install.sh tests/clients/package.json tests/cli
 test-clients: setup $(CLIENTS)/.ready
 	$(BIN)/python -m pytest -m clients tests/clients
 
-# What they send, anew, for the default run to replay.
+# Record again what they send, for the default run to replay.
 record-clients: setup $(CLIENTS)/.ready
 	RECORD_CLIENTS=1 $(BIN)/python -m pytest -m clients tests/clients/test_programs.py
 
@@ -171,6 +171,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python docs/check_words.py
 
 fmt: setup
 	$(BIN)/ruff format .

@@ -10,12 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
+import time
 from collections import Counter
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from antefix.errors import Overloaded
 
+# Of how long places are held: the last one counts so much, those before it the rest.
+_HELD_WEIGHT = 0.1
+_RETRY_S_MAX = 60.0
 # Clocks of tenants that wait for nothing are forgotten when there are so many.
 _NUM_CLOCKS_MAX = 1024
 
@@ -46,6 +50,8 @@ class FairTurns:
         self._now = 0.0
         self._clocks: dict[str, float] = {}
         self._forget_at = _NUM_CLOCKS_MAX
+        # How long places are held, faded; 0: none was yet.
+        self._held_s = 0.0
 
     @property
     def num_running(self) -> int:
@@ -61,18 +67,25 @@ class FairTurns:
         return self.num_running >= self._num_places or bool(self._waiting)
 
     @contextlib.asynccontextmanager
-    async def turn(self, tenant: str, cost: float, *, retry_after_s: float = 1.0) -> AsyncIterator[None]:
+    async def turn(
+        self, tenant: str, cost: float, *, share: int = 1, retry_after_s: float | None = None
+    ) -> AsyncIterator[None]:
         """Wait for a place and hold it.  cost: predicted work, in any unit that all of them share.
+        share: a tenant with 2 gets twice the work of one with 1 where both wait.  retry_after_s: what one that is
+        refused is told; None: as long as places were held lately, for those that wait.
 
         Raises:  Overloaded: the queue is full, and this tenant has as much in it as anybody.
         """
-        await self._enter(tenant, cost, retry_after_s)
+        await self._enter(tenant, cost / share, retry_after_s)
+        begun = time.monotonic()
         try:
             yield
         finally:
+            held_s = time.monotonic() - begun
+            self._held_s = held_s if not self._held_s else self._held_s + _HELD_WEIGHT * (held_s - self._held_s)
             self._end(tenant)
 
-    async def _enter(self, tenant: str, cost: float, retry_after_s: float) -> None:
+    async def _enter(self, tenant: str, cost: float, retry_after_s: float | None) -> None:
         start = max(self._now, self._clocks.get(tenant, 0.0))
         if not self.is_full or self._has_extra(tenant):
             self._clocks[tenant], self._now = start + cost, max(self._now, start if not self.is_full else 0.0)
@@ -104,7 +117,7 @@ class FairTurns:
             # What it was counted with was not done.
             self._clocks[waiter.tenant] = self._clocks.get(waiter.tenant, waiter.cost) - waiter.cost
 
-    def _make_room(self, tenant: str, retry_after_s: float) -> None:
+    def _make_room(self, tenant: str, retry_after_s: float | None) -> None:
         if self._num_waiting_max is None or self.num_waiting < self._num_waiting_max:
             return
         greediest, most = self._waiting.most_common(1)[0] if self._waiting else ("", 0)
@@ -114,7 +127,11 @@ class FairTurns:
         self._leave(last)
         last.turn.set_exception(self._overloaded(retry_after_s))
 
-    def _overloaded(self, retry_after_s: float) -> Overloaded:
+    def _overloaded(self, retry_after_s: float | None) -> Overloaded:
+        if retry_after_s is None:
+            # Half of those that wait now have had their turns by then.
+            wait_s = self.num_waiting / 2 * self._held_s / self._num_places
+            retry_after_s = min(max(1.0, wait_s), _RETRY_S_MAX)
         return Overloaded(f"{self.num_waiting} requests are waiting already", retry_after_s=retry_after_s)
 
     def _has_extra(self, tenant: str) -> bool:

@@ -66,6 +66,7 @@ class GenerationRequest:
     num_samples: outputs over the one prompt; each has a seed of its own.
     model: which one, where there are several.  content: what else decides the answer, beyond tokens and sampling.
     num_tokens_about: of a prompt whose tokens nobody could tell, at least as many.
+    share: its tenant's, of workers that others want too, next to theirs.
     """
 
     tokens: Tokens
@@ -76,6 +77,7 @@ class GenerationRequest:
     model: str = ""
     content: bytes = b""
     num_tokens_about: int = 0
+    share: int = 1
 
     @property
     def num_tokens(self) -> int:

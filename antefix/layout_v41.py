@@ -133,7 +133,7 @@ class V41Geometry:
     @cached_property
     def replay_reach(self) -> tuple[int, ...]:
         """As `KVGeometry.replay_reach`: of each layer, how many of the last tokens before a block's end shape the
-        window state there by their input. Global KV is read from the store, whoever made it; a source with groups of
+        window state there by their input. Global KV is read from the store, by any writer; a source with groups of
         several tokens keeps the last group's rows."""
         reach: list[int] = []
         for layer in reversed(range(self.num_layers)):

@@ -73,7 +73,7 @@ class LinearLaw:
 
     def _fit(self) -> npt.NDArray[np.float64]:
         # The ridge pulls towards the prior where the data say nothing (one size seen only: rate and fixed cost mix).
-        # It is scaled to the prior's own prediction at a typical feature, hence dimensionless like the data rows.
+        # It is scaled to the prior's own prediction at a typical feature, so it has no dimension, like the data rows.
         typical = max(float(self._prior.sum()), SECONDS_MIN)
         ridge = PRIOR_WEIGHT * self._memory**self.num_observations + 1e-6
         xx = self._xx + ridge * np.eye(len(self._prior)) / typical**2

@@ -1,4 +1,4 @@
-"""Who may register as a worker: whoever has the deployment's secret, which is proved without sending it.
+"""Who may register as a worker: a process that has the deployment's secret, which is proved without sending it.
 
 Applications call the router on the same port. One that registered an address of its own as a worker would be sent
 other tenants' prompts.
@@ -21,7 +21,7 @@ AGE_S_MAX: Final = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registration:
-    """A worker's statement. instance: made anew by each process.  ttl_s: 0 takes it out.  said_at_ms: Unix time."""
+    """A worker's statement. instance: each process makes a new one.  ttl_s: 0 takes it out.  said_at_ms: Unix time."""
 
     role: str
     address: str

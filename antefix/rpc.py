@@ -89,7 +89,7 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_connection_age_grace_ms", 3_600_000),
 )
 
-# Most specific first. The name travels beside the status, so that the caller gets the same class back.
+# Most specific first. The name travels next to the status, so that the caller gets the same class back.
 _STATUS: tuple[tuple[type[errors.AntefixError], grpc.StatusCode], ...] = (
     (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
@@ -311,7 +311,7 @@ class Server:
 
     async def drain(self, grace_s: float = GRACE_S) -> None:
         await self.health.enter_graceful_shutdown()
-        # Whoever watches our health hears of it first.
+        # Those that watch our health hear of it first.
         await asyncio.sleep(min(grace_s, _LAST_WORD_S))
         self.draining.set()
         await self.server.stop(grace_s)
@@ -417,7 +417,7 @@ async def run_until_signal(
     """Announce the address on stdout as one JSON line, serve until SIGTERM or SIGINT, `leave`, drain, then `stop`.
 
     watch_stdin: stop as well when stdin closes, which it does when the process that started us dies in any way.
-    grace_s: calls that run may take so long; a SIGINT while they do ends them at once.  others: drained beside the
+    grace_s: calls that run may take so long; a SIGINT while they do ends them at once.  others: drained along with the
     server.  end: makes what still runs then end by itself, with an error; without it, it is cut off.
     """
     asked, hurried = asyncio.Event(), asyncio.Event()

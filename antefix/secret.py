@@ -77,7 +77,7 @@ class Keyring:
         return hashlib.blake2b(digest_size=32, key=secret, person=b"antefix-events").digest()
 
     def proof(self, *parts: bytes, generation: int = 0) -> bytes:
-        """32 bytes over these parts that whoever has the secret can make, and nobody else."""
+        """32 bytes over these parts that anyone who has the secret can make, and nobody else."""
         secret = self._secrets[generation or self.generation]
         state = hashlib.blake2b(digest_size=32, key=secret, person=b"antefix-service")
         for part in parts:

@@ -14,7 +14,7 @@ from antefix.redis_access import redis_ca_setting, redis_password_setting
 from antefix.window import Strategies, Strategy, check_exactness, in_force
 from antefix.window_pool import DISK, MEMORY, check_address
 
-# Those that stand in the names of KV: a router, and whoever looks for KV, must have them as the workers do.
+# Those that stand in the names of KV: a router, and anyone who looks for KV, must have them as the workers do.
 NAMING: Final = ("kv_format", "namespace", "bounded_windows")
 
 # Of one host's cards there are 8 or 16; more is a mistake.

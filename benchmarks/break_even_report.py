@@ -65,7 +65,7 @@ def write_table(found: dict[str, Any], document: Path) -> None:
 
 
 def plot_services(found: dict[str, Any], path: Path) -> None:
-    """Measured beside simulated: time to first token, and seconds saved per stored GB, for each prompt length."""
+    """Measured next to simulated: time to first token, and seconds saved per stored GB, for each prompt length."""
     pyplot = load_pyplot()
     lengths = list(dict.fromkeys(row["tokens"] for row in found["rows"]))
     cases = list(dict.fromkeys(row["case"] for row in found["rows"]))

@@ -99,7 +99,7 @@ class TimedStore:
 
 
 def random_model(layers: str, dtype: torch.dtype, device: str, small: bool) -> Subject:
-    """Drawn on the device itself: 13 GB a layer are too much to send."""
+    """Drawn on the device itself: 13 GB per layer are too much to send."""
     fields = dict(FLASH)
     if small:
         fields |= {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "head_dim": 96, "q_lora_rank": 16}

@@ -25,7 +25,7 @@ from benchmarks.run_record import write
 
 UNIT_TOKENS = 2048
 DOCUMENT_TOKENS = 200_000
-# A worker prefills 18,000 tokens a second: so busy the fleet is.
+# A worker prefills 18,000 tokens per second: so busy the fleet is.
 BUSY = 0.6
 
 

@@ -1,4 +1,4 @@
-"""How many requests a second can the ledger make durable, alone and in groups, and what does one cost?
+"""How many requests per second can the ledger make durable, alone and in groups, and what does one cost?
 
     python benchmarks/ledger.py [--directory DIR] [--records N]
 
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def measure(scratch: Path, args: argparse.Namespace, concurrent: int) -> dict[str, object]:
-    """One row: requests a second, CPU time each, syncs each."""
+    """One row: requests per second, CPU time each, syncs each."""
     runs = []
     num_records = max(200, args.records // (20 if concurrent == 1 else 2 if concurrent == 8 else 1))
     for number in range(args.runs):

@@ -1,6 +1,6 @@
 """How fast is the model path on this machine, and how near to what its matrix products allow?
 
-Prefill and decode tokens a second over context length, beside the rate of a large matrix product on the same threads in
+Prefill and decode tokens per second over context length, next to a large matrix product's rate on the same threads in
 the same run. CPU seconds, not wall seconds: what else the machine does must not count.
 
     python benchmarks/model.py --lengths 2048 8192 16384 --threads 1

@@ -71,12 +71,12 @@ async def measure(compute: ComputeThread, args: argparse.Namespace) -> tuple[flo
     alone = [await run(engine, np.concatenate((shared, draw(args.new)))) for _ in range(args.repeats)]
     longs = [asyncio.create_task(run(engine, draw(args.long))) for _ in range(args.num_long)]
     await asyncio.sleep(0.3)
-    beside: list[float] = []
-    while len(beside) < args.repeats and not all(task.done() for task in longs):
-        beside.append(await run(engine, np.concatenate((shared, draw(args.new)))))
+    loaded: list[float] = []
+    while len(loaded) < args.repeats and not all(task.done() for task in longs):
+        loaded.append(await run(engine, np.concatenate((shared, draw(args.new)))))
     await asyncio.gather(*longs)
     compute.close()
-    return statistics.median(alone), statistics.median(beside)
+    return statistics.median(alone), statistics.median(loaded)
 
 
 def main() -> None:
@@ -99,8 +99,8 @@ def main() -> None:
         for name, order in orders.items():
             found[name].append(asyncio.run(measure(order("model"), args)))
     for name, rounds in found.items():
-        alone, beside = (min(each) for each in zip(*rounds, strict=True))
-        table.add_row(name, f"{alone * 1e3:.0f}", f"{beside * 1e3:.0f}", f"{beside / alone:.1f}")
+        alone, loaded = (min(each) for each in zip(*rounds, strict=True))
+        table.add_row(name, f"{alone * 1e3:.0f}", f"{loaded * 1e3:.0f}", f"{loaded / alone:.1f}")
     Console().print(table)
 
 

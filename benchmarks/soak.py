@@ -6,7 +6,9 @@
 One router, two prefill and two decode workers that register by lease, one store. Conversations of an agents' trace, one
 token for each of its 64-token hashes, are played by several clients at once, some requests as several twins, some
 cancelled. Every answer is compared with a run of the bare model. One worker of each role is killed (kill -9) at random
-times and started again; the others live on, and what memory they take is sampled, with a line fitted to the last half.
+times and started again; the others live on. Their memory, descriptors and threads are sampled, and the disk that the
+store, the bill and the logs take, with a line fitted to the last half of each: "grew" names what is not flat
+(benchmarks/soak_samples.py).
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from antefix.sampling import Sampling
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
 from antefix_simulate.trace import TraceRequest, load
+from benchmarks.run_record import about
+from benchmarks.soak_samples import Samples, disk_mb, num_threads
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
@@ -78,11 +82,9 @@ class Soak:
         self.reference = Reference(MODEL, KVFormat.FP8)
         self.computing = asyncio.Lock()
         self.started = time.monotonic()
-        self.samples: dict[str, list[tuple[float, float, int]]] = {}
+        self.samples: dict[str, Samples] = {}
         self.victims: dict[str, RoleProcess] = {}
         self.steady: dict[str, RoleProcess] = {}
-        # Of all steady roles and of the store's files, every minute.
-        self.threads_and_disk: list[tuple[int, float]] = []
         self.client: RouterClient
         self.cpu_before_s = 0.0
 
@@ -201,17 +203,17 @@ class Soak:
 
     async def sample(self) -> None:
         while True:
+            at_s = time.monotonic() - self.started
             for role, process in self.steady.items():
-                if not process.alive:
-                    continue
-                row = (time.monotonic() - self.started, resident_mb(process), open_files(process))
-                self.samples.setdefault(role, []).append(row)
+                if process.alive:
+                    self.samples.setdefault(role, Samples()).add_process(at_s, process.process.pid)
+            for name, directory in self.directories.items():
+                self.samples.setdefault(f"files of {name}", Samples()).add(at_s, disk_mb=disk_mb(directory))
             await asyncio.sleep(SAMPLE_S)
 
     async def save(self) -> None:
         while True:
             await asyncio.sleep(SAVE_S)
-            self.threads_and_disk.append((sum(map(num_threads, self.living())), self.disk_mb()))
             # On a busy machine a router may take longer to say how it is than it is given.
             with contextlib.suppress(AntefixError):
                 await self.report()
@@ -219,13 +221,10 @@ class Soak:
     def living(self) -> list[RoleProcess]:
         return [process for process in self.steady.values() if process.alive]
 
-    def disk_mb(self) -> float:
-        """Files may go while they are looked at."""
-        nbytes = 0
-        for path in self.deployment.config.store_dir.rglob("*"):
-            with contextlib.suppress(OSError):
-                nbytes += path.stat().st_size if path.is_file() else 0
-        return round(nbytes / 1e6, 1)
+    @property
+    def directories(self) -> dict[str, Path]:
+        config = self.deployment.config
+        return {"store": config.store_dir, "ledger": config.ledger_dir, "logs": config.data_dir / "logs"}
 
     async def report(self) -> dict[str, Any]:
         """The result so far, also written to --out."""
@@ -248,15 +247,13 @@ class Soak:
             "counters": dataclasses.asdict(counters),
             "coalesced_share": round(counters.followed / max(1, num_routed), 4),
             "router_cpu_ms_per_request": round(1000 * router_s / max(1, num_routed), 2),
-            "threads": {process.role: num_threads(process) for process in self.living()},
-            "store_files_mb": self.disk_mb(),
-            "every_minute_threads_and_disk_mb": self.threads_and_disk,
+            "threads": {process.role: num_threads(process.process.pid) for process in self.living()},
             "load_left": sum(worker.num_requests for worker in status.workers),
-            "memory": {role: fitted(rows) for role, rows in self.samples.items()},
-            "load_average": [round(each, 1) for each in os.getloadavg()],
+            "growth": {name: samples.figures() for name, samples in self.samples.items()},
+            "grew": sorted(name for name, samples in self.samples.items() if not samples.is_flat),
         }
         if self.args.out:
-            self.args.out.write_text(json.dumps(result, indent=1) + "\n")
+            self.args.out.write_text(json.dumps({**about("grpcio", "torch"), **result}, indent=1) + "\n")
         return result
 
 
@@ -277,35 +274,6 @@ def tokens_of(request: TraceRequest, salt: int, system: Tokens) -> Tokens:
     mixed = (request.names.astype(np.uint64) + np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
     own = (mixed >> np.uint64(56)).astype(np.uint32)
     return np.concatenate((system, own, np.array([len(own) % 256], np.uint32)))
-
-
-def fitted(rows: list[tuple[float, float, int]]) -> dict[str, float]:
-    """Memory at the start, half-way and end, and the slope of a line through the last half."""
-    times, megabytes, files = (np.array(column, float) for column in zip(*rows, strict=True))
-    half = times >= times[-1] / 2
-    slope = np.polyfit(times[half], megabytes[half], 1)[0] if half.sum() > 2 else 0.0
-    return {
-        "first_mb": round(float(megabytes[0]), 1),
-        "half_mb": round(float(megabytes[half][0]), 1),
-        "last_mb": round(float(megabytes[-1]), 1),
-        "slope_mb_per_h": round(float(slope) * 3600, 2),
-        "files_first": int(files[0]),
-        "files_last": int(files[-1]),
-        "every_minute_mb": [round(float(each), 1) for each in megabytes[:: round(60 / SAMPLE_S)]],
-    }
-
-
-def resident_mb(process: RoleProcess) -> float:
-    text = Path(f"/proc/{process.process.pid}/status").read_text()
-    return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
-
-
-def open_files(process: RoleProcess) -> int:
-    return len(list(Path(f"/proc/{process.process.pid}/fd").iterdir()))
-
-
-def num_threads(process: RoleProcess) -> int:
-    return len(list(Path(f"/proc/{process.process.pid}/task").iterdir()))
 
 
 def cpu_s(process: RoleProcess) -> float:

@@ -54,14 +54,14 @@ Array = Any
 
 
 def tell(what: str) -> None:
-    """Progress, beside the result."""
+    """Progress, next to the result."""
     sys.stderr.write(f"bench store: {what}\n")
     sys.stderr.flush()
 
 
 @dataclass
 class Found:
-    """Bytes a second of everything that was timed, in the order of the rounds."""
+    """Bytes per second of everything that was timed, in the order of the rounds."""
 
     nbytes: int
     values: dict[str, list[float]] = field(default_factory=dict)
@@ -122,11 +122,11 @@ class Peer:
         self.process.wait()
 
 
-# --- the store beside them -------------------------------------------------------------------------------------------
+# --- the store next to them -------------------------------------------------------------------------------------------
 
 
 def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Callable[[Path, Path], list[Peer]]) -> Found:
-    """Bytes a second by name, as many numbers of each as are measured in all repeats."""
+    """Bytes per second by name, as many numbers of each as are measured in all repeats."""
     names = chain(len(payloads))
     into = np.zeros_like(payloads)
     views = [row.data for row in into]

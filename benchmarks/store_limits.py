@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-# Threads or requests in flight, and MiB a request.
+# Threads or requests in flight, and MiB per request.
 DIRECT_READERS = ((1, 4), (4, 1), (16, 1), (16, 4))
-# Threads, and blocks a call. With one thread for each core, and calls as large as the store's own runs.
+# Threads, and blocks per call. With one thread for each core, and calls as large as the store's own runs.
 WARM_READERS = ((1, 1), (2, 1), (2, 9))
 Array = Any
 

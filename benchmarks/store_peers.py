@@ -126,7 +126,7 @@ class LMCacheDisk:
     """LMCache's local disk backend, called directly: a file a chunk, written by 4 threads, read by 4 into its own pool.
 
     It syncs nothing and checks nothing; a sync of the file system follows each batch. Its index lives in memory, so it
-    is not opened anew for cold reads. Values are put and returned in its memory objects, without a copy to the caller.
+    is not opened again for cold reads. Values are put and returned in its memory objects, without a copy to the caller.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -185,7 +185,7 @@ PEERS = {
 }
 # What each needs beyond the standard library.
 MODULES = {"lmdb_values": "lmdb", "rocksdb": "rocksdict", "lmcache_disk": "lmcache", "diskcache": "diskcache"}
-# What forgets its index when it is closed is not opened anew.
+# What forgets its index when it is closed is not opened again.
 FORGETFUL = ("lmcache_disk",)
 
 
@@ -204,7 +204,7 @@ def main(name: str, directory: Path, payloads: Path, num_blocks: int, block_byte
                 peer.put(batch[first : first + step])
         else:
             if command["do"] == "cold":
-                # Pages that are mapped, and what a library caches itself, stay unless it is opened anew.
+                # Pages that are mapped, and what a library caches itself, stay unless it is opened again.
                 if name not in FORGETFUL:
                     peer.close()
                 drop_cache(directory)

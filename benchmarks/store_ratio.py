@@ -3,7 +3,7 @@
     python -m benchmarks.store_ratio [--model DIR] [--text FILE] [--tokens N] [--json]
 
 Prefills a text, takes the blocks out of the pool as they would be stored, and codes them as the store does. Reports
-per part, and beside it V4-Flash-shaped blocks packed from Gaussian vectors.
+per part, and next to it V4-Flash-shaped blocks packed from Gaussian vectors.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ asyncio.run(main())
 
 @dataclass
 class RemoteFound:
-    """By name, a number a round: bytes a second, and microseconds of CPU a MiB of both processes together."""
+    """By name, a number per round: bytes per second, and microseconds of CPU per MiB of both processes together."""
 
     rates: dict[str, list[float]] = field(default_factory=dict)
     cpu_us: dict[str, list[float]] = field(default_factory=dict)

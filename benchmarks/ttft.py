@@ -104,7 +104,7 @@ def summarise(length, cold, warm, disk, read_rate) -> dict[str, object]:
 
 
 def direct_read_rate(store_dir: Path) -> float:
-    """Bytes a second of direct 1 MiB reads of a fresh file beside the store: its disk, without the page cache."""
+    """Bytes per second of direct 1 MiB reads of a fresh file next to the store: its disk, without the page cache."""
     path, nbytes = store_dir / "probe.tmp", 64 << 20
     path.write_bytes(os.urandom(nbytes))
     descriptor = os.open(path, os.O_RDONLY)

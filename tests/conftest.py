@@ -1,7 +1,7 @@
 """Fixtures that several test folders share, and the rule that keeps `make test-fast` fast.
 
 A test that starts a process is marked `services`, uses a fixture of PROCESS_FIXTURES or lies in a folder of
-PROCESS_FOLDERS. Any other that tries is stopped: whoever adds a test cannot slow down the fast run without seeing it.
+PROCESS_FOLDERS. Any other that tries is stopped: a new test cannot slow down the fast run without seeing it.
 Heavy imports wait until a test asks for them.
 """
 
@@ -29,7 +29,7 @@ __all__ = ["_deployment_of_all", "redis", "running", "shared_redis", "start_clus
 
 # As services start. Tests write secrets, keys and stores, which are refused where everybody may read them.
 os.umask(0o077)
-# Triton reads this when it is first imported, whoever imports it (transformers does): without a card the kernels' tests
+# Triton reads this when it is first imported, by us or by transformers: without a card the kernels' tests
 # run in its interpreter.
 HAS_CARD = Path("/dev/nvidiactl").exists()
 if not HAS_CARD:
@@ -74,7 +74,7 @@ def own_credentials_of_each_test():
 
 @pytest.fixture
 def open_umask():
-    """As most machines have it: whoever makes a file that others must not read has to say so."""
+    """As most machines have it: anyone who makes a file that others must not read has to say so."""
     before = os.umask(0o022)
     yield
     os.umask(before)
@@ -98,7 +98,7 @@ PROCESS_FOLDERS = {"e2e", "wheel"}
 # Nothing in them is for `make test-fast`, which does not import them either.
 NOT_FAST_FOLDERS = PROCESS_FOLDERS | {"environments", "hosts", "page"}
 
-# Asks `uname` once a process, whoever wants to know first.
+# Asks `uname` once per process, no matter who wants to know first.
 platform.processor()
 
 

@@ -1,6 +1,6 @@
 """A model that workers in tests serve: random, with every kind of layer, at a quarter of the shipped model's cost.
 
-Blocks, window and tokenizer are the shipped model's, so whoever counts tokens counts the same.
+Blocks, window and tokenizer are the shipped model's, so anyone who counts tokens counts the same.
 """
 
 from __future__ import annotations

@@ -79,6 +79,7 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
             handoff=handoff,
             num_emitted=len(emitted),
             hints=hints_to_wire(located),
+            share=request.share,
         )
         num_tokens, num_left = len(request.tokens) + len(emitted), sampling.max_tokens - len(emitted)
         call = self._stub.Decode(message, timeout=timeout_s, metadata=outgoing())

@@ -54,6 +54,7 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
             tenant=request.cache_tenant,
             prompt=tokens_to_wire(request.tokens),
             hints=hints_to_wire(located),
+            share=request.share,
         )
         for num_tokens, ttl_s in request.breakpoints:
             message.breakpoints.add(num_tokens=num_tokens, ttl_s=ttl_s)

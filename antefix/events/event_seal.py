@@ -1,4 +1,4 @@
-"""Events through Redis are signed: whoever may write there, and has not the deployment's secret, tells routers nothing.
+"""Events through Redis are signed: without the deployment's secret, a writer tells routers nothing.
 
 They have a key of their own, derived from each generation of the secret: the store, which must not have the secret,
 gets only that (`antefix secret events-key`). An entry is stamped when it is sent, so an old one that is told again

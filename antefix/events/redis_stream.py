@@ -8,10 +8,10 @@
         v  the same with the source's epoch, of which `e` is the public name
 
 No command names two keys, and each key has its hash tag, so streams may lie anywhere in a cluster. Streams are trimmed:
-who falls behind sees a gap in the numbers and takes a snapshot from the source itself, as does whoever is new. A source
+who falls behind sees a gap in the numbers and takes a snapshot from the source itself, as a new one does. A source
 says now and then that it is alive, with its last number: so the loss of its last events is noticed as well.
 
-Whoever can write to Redis could say anything, so what is not signed by this deployment is dropped and counted
+Anyone who can write to Redis could say anything, so what is not signed by this deployment is dropped and counted
 (`event_seal`).
 """
 

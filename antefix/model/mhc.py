@@ -1,6 +1,6 @@
 """Manifold-constrained hyper-connections: M residual streams, mixed by doubly stochastic matrices.
 
-Shapes:  N = tokens, M = streams (hc_mult), D = hidden size, J = (2 + M) * M mixing logits a token.
+Shapes:  N = tokens, M = streams (hc_mult), D = hidden size, J = (2 + M) * M mixing logits per token.
 Source:  V4 report, section 2.2; oracle: transformers' DeepseekV4HyperConnection and DeepseekV4HyperHead.
 """
 
@@ -104,7 +104,7 @@ def expand(streams_NMD: Tensor, output_ND: Tensor, post_NM: Tensor, comb_NMM: Te
 def sinkhorn(logits_NMM: Tensor, num_iters: int, eps: float) -> Tensor:
     """Softmax over columns, then columns and rows normalised in turn: nearly doubly stochastic [N, M, M].
 
-    A product with a 0/1 matrix gives every element the sum of its row, or column: two operations a step instead of
+    A product with a 0/1 matrix gives every element the sum of its row, or column: two operations per step instead of
     the four that M by M reductions take, which is most of a decode step's overhead.
     """
     num_streams = logits_NMM.shape[1]

@@ -1,6 +1,6 @@
 """Mixture of experts: learned top-k or token-id hash routing, SwiGLU experts and one shared expert.
 
-Shapes:  N = tokens, D = hidden size, E = experts, K = experts a token, I = intermediate size.
+Shapes:  N = tokens, D = hidden size, E = experts, K = experts per token, I = intermediate size.
 Source:  V4 report, section 2.1; oracle: transformers' DeepseekV4SparseMoeBlock.
 """
 

@@ -13,7 +13,7 @@ sums in another way than the whole, and fewer heads may take another kernel: the
 
 A layer whose sizes do not divide is not split. `lead` and `follower` are what makes every rank run the same calls.
 
-Shapes:  N = tokens, G = output groups, R = output rank, E = experts, K = experts a token, D = hidden size.
+Shapes:  N = tokens, G = output groups, R = output rank, E = experts, K = experts per token, D = hidden size.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _can_cut(linear: nn.Linear | PackedLinear, ranks: Ranks) -> bool:
 
 
 def _cut_linear(name: str, linear: nn.Linear | PackedLinear, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
-    """`out_features` stays the whole's: the arithmetic is probed in the model's shapes, whoever has which part."""
+    """`out_features` stays the whole's: the arithmetic is probed in the model's shapes, however ranks divide it."""
     tensors = ("codes", "scales") if isinstance(linear, PackedLinear) else ("weight",)
     return {f"{name}.{own}": _cut_rows(linear, own, ranks) for own in tensors}
 

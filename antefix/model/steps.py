@@ -101,6 +101,9 @@ class Steps:
         entries = self._read(layer, PartKind.CSA_MAIN, picked.clamp(min=0))
         return _attend_picked(q, near, ring, sinks, entries, picked >= 0).to(rows.q.dtype)
 
+    def keep_all(self) -> None:
+        self.keep(range(len(self._windows)))
+
     def keep(self, which: collections.abc.Sequence[int]) -> None:
         """Put the tokens of these sequences into their window states; the caller moves the positions on.
 

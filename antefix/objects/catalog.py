@@ -135,7 +135,7 @@ class Catalog:
         """
         async with self._updating:
             now_ms = self.clock_ms()
-            # Whoever deletes has done so by now; others need not remember them for ever.
+            # All deletions are done by now; others need not remember them for ever.
             since_ms = now_ms - _EXPIRED_KEPT_MS
             self._expired = {name: ref for name, ref in self._expired.items() if ref.expires_ms > since_ms}
             if not self.loaded_ms:

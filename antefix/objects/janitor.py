@@ -59,7 +59,7 @@ class Janitor:
         self.counters.num_drafts += await self._catalog.bucket.clean()
 
     async def delete(self, refs: Iterable[SegmentRef]) -> int:
-        """Segments, whoever reads them: those find that they are gone. Returns how many."""
+        """Segments, even those in use: their readers find that they are gone. Returns how many."""
         gone = list(refs)
         if gone:
             await self._catalog.bucket.delete([ref.name for ref in gone])

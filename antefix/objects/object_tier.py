@@ -47,6 +47,10 @@ class ObjectTier:
         self._refreshing: asyncio.Task[None] | None = None
         self._next_s = 0.0
 
+    async def load(self) -> None:
+        """Returns when it is known what is there.  Raises:  Unavailable: the bucket does not answer."""
+        await self._be_fresh()
+
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
         """Raises:  Unavailable: the bucket does not answer, and nothing is known of it."""
         await self._be_fresh()

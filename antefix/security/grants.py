@@ -164,7 +164,7 @@ class GrantCheck:
 
 
 def unchecked(signed: bytes) -> Grant:
-    """What a grant says, whoever signed it.  Raises:  PermissionDenied: it is none."""
+    """What a grant says, no matter who signed it.  Raises:  PermissionDenied: it is none."""
     return _parse(signed)[1]
 
 

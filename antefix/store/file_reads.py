@@ -1,7 +1,7 @@
 """Reads of a store's files, in threads, and bounded in time: a disk or a mount that hangs is a miss.
 
 A thread that waits for a disk cannot be stopped, and writes into its buffers whenever the disk comes back. So a read
-that is given up says when nobody writes any more, and whoever owns the buffers keeps them until then. While one hangs
+that is given up says when nobody writes any more, and the owner of the buffers keeps them until then. While one hangs
 no other one begins: at most the threads that there are wait, and the first of them to come back says that it is over.
 """
 
@@ -64,7 +64,7 @@ class FileReads:
         return bool(self._hanging)
 
     def close(self) -> None:
-        """A thread that hangs is left behind: waiting for it would hang whoever closes."""
+        """A thread that hangs is left behind: waiting for it would hang the caller that closes."""
         self._threads.shutdown(wait=not self._hanging, cancel_futures=True)
 
     async def run(self, call: Callable[[], T], nbytes: int = 0) -> T:

@@ -6,6 +6,7 @@ left alone from the first call that fails (`Tier.failed`), and forgotten when it
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import socket
@@ -51,8 +52,8 @@ class FoundStores(ManyStores):
         self._following: Final = Following(sources, self._changed)
 
     async def start(self) -> None:
-        """Look once, and follow from then on."""
-        await self._following.look()
+        """Look once, and follow from then on; and as `ManyStores`."""
+        await asyncio.gather(self._following.look(), super().start())
         self._following.start()
 
     async def close(self) -> None:

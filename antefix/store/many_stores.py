@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import replace
 from typing import Final
@@ -36,7 +37,9 @@ from antefix.store.record_source import RecordSource
 from antefix.store.store_feed import StoreFeed
 from antefix.store.store_members import Member, Members, nearest_of, union_of
 from antefix.store.store_stats import StoreTotals
-from antefix.store.tier import Tier
+from antefix.store.tier import LoadedSource, Tier
+
+log = logging.getLogger("antefix.store")
 
 # The most telling first: what is stored after all, what was and went, what never was.
 _FATES: Final = (
@@ -49,6 +52,8 @@ _FATES: Final = (
 )
 
 
+# What serves is not ready before its tiers' indexes are loaded, or this has passed: then they load behind its answers.
+LOAD_S: Final = 10.0
 # A read that began before a store went has ended after so long, or has gone on elsewhere.
 _LET_GO_S: Final = 60.0
 
@@ -81,6 +86,10 @@ class ManyStores:
     def tiers(self) -> tuple[Tier, ...]:
         """All that is read from."""
         return self.members.tiers
+
+    async def start(self) -> None:
+        """Have tiers' indexes loaded, so that the first request finds what is there."""
+        await asyncio.gather(*(_load(tier) for tier in self._more))
 
     def change(self, members: Sequence[Member]) -> None:
         """From now on these, nearest first. Those that go are let go of when nobody can be reading from them any more.
@@ -346,6 +355,16 @@ class ManyStores:
     def _note_read(self, kind: RecordKind, hashes: Sequence[bytes], fingerprint: bytes, tenant: bytes) -> None:
         if self.copies is not None and hashes:
             self.copies.note(self, kind, hashes, fingerprint=fingerprint, tenant=tenant)
+
+
+async def _load(tier: Tier) -> None:
+    if not isinstance(tier.source, LoadedSource):
+        return
+    try:
+        async with asyncio.timeout(LOAD_S):
+            await tier.source.load()
+    except (AntefixError, TimeoutError) as err:
+        log.warning("%s is not loaded yet, so it holds nothing for now: %s", tier.label, err or "it takes long")
 
 
 async def _let_go(member: Member) -> None:

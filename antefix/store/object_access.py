@@ -1,4 +1,4 @@
-"""Opening the object tier as a tier to read from, by the settings of whoever reads stores."""
+"""Opening the object tier as a tier to read from, by the settings of a reader of stores."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class StoreAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoresConfig:
-    """Settings of whoever reads stores; `same_setting` hands them on."""
+    """Settings of a reader of stores; `same_setting` hands them on."""
 
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
@@ -164,7 +164,7 @@ def open_stores(
     """One client of all of these stores; of a single one and nothing more what `open_store` gives.
 
     near: names of those that are written to; none: those with a directory, or else the first.
-    more, copies, make_feed: as for `ManyStores`.  sources: what finds more of them, with `FoundStores.start`.
+    more, copies, make_feed: as for `ManyStores`.  sources: what finds more of them. `ManyStores.start` comes first.
     may_call: raises ConfigError for an address of those that must not be called.
     """
     if len(where) == 1 and not sources and not more:

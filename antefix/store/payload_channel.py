@@ -69,6 +69,9 @@ class PayloadChannel:
             # Nobody writes to the caller's buffers after this returns.
             call.cancel()
             await asyncio.wait([work])
+            if not work.cancelled():
+                # Seen, or asyncio would log it as never retrieved.
+                work.exception()
             raise
 
 

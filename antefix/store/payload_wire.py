@@ -47,7 +47,7 @@ _PYBUF_WRITE: Final = 0x200
 
 @dataclass(frozen=True, slots=True)
 class Piece(Generic[M]):
-    """A message and, beside it, the content of its `data` field."""
+    """A message and, next to it, the content of its `data` field."""
 
     message: M
     data: memoryview

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final, Protocol
+from typing import Final, Protocol, runtime_checkable
 
 from antefix.errors import DeadlineExceeded, Unavailable
 from antefix.linear_law import SECONDS_MIN, LinearLaw
@@ -64,6 +64,14 @@ class TierSource(Protocol):
 
     async def close(self) -> None:
         """Let go of connections and files."""
+
+
+@runtime_checkable
+class LoadedSource(Protocol):
+    """A source that knows what it holds from an index, which it loads before it can say anything."""
+
+    async def load(self) -> None:
+        """Returns when it is loaded.  Raises:  Unavailable: it cannot be, now."""
 
 
 class TierSpeed:

@@ -1,4 +1,4 @@
-"""What became of blocks that are not stored any more: a bounded memory in one file beside the index.
+"""What became of blocks that are not stored any more: a bounded memory in one file next to the index.
 
 GONE is an array of 16-byte slots: 15 bytes of a block's hash, one byte why it went. A hash has one slot, so a later one
 may take it over: what was forgotten is answered as never seen. It is written without a sync and read without a lock:

@@ -1,6 +1,6 @@
 """Whose records are meant: from a tenant's name, or its digest, to what stands for it in a store.
 
-A store has digests, which only the deployment's secret makes. Whoever has it may name tenants; others give digests.
+A store has digests, which only the deployment's secret makes. Anyone who has it may name tenants; others give digests.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class KnownNames:
 
 
 def account_of(owner: bytes) -> bytes:
-    """The tenant, whoever of its users is meant."""
+    """The tenant, no matter which of its users is meant."""
     return owner[:_ACCOUNT_ROW_BYTES] if owner[:1] == b"o" else owner
 
 

@@ -1,6 +1,6 @@
 """A reader's own lines in the store's log: written as it reads, so that no process's end takes the evidence of a hit.
 
-The writer of a store that keeps a log leaves the log's directory in USAGE_LOG beside the segments; readers on its host
+The writer of a store that keeps a log leaves the log's directory in USAGE_LOG next to the segments; readers on its host
 append what they used to files of their own there. Readers elsewhere are logged by the service that serves them.
 """
 

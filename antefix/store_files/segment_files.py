@@ -1,6 +1,6 @@
 """Open segment files for reading: a bounded cache of descriptors that lets go of deleted segments.
 
-Segments never change in place, and a deleted one stays readable to whoever has it open; so a descriptor is good for
+Segments never change in place, and a deleted one stays readable to who has it open; so a descriptor is good for
 as long as it is held, and holding it too long only keeps disk space.
 """
 
@@ -17,7 +17,7 @@ from typing import Final
 
 from antefix.store_files.record_format import segment_name
 
-# Far below the usual limit of 1,024 descriptors a process.
+# Far below the usual limit of 1,024 descriptors per process.
 NUM_OPEN_MAX: Final = 256
 # How long the space of a deleted segment may stay taken by an idle reader.
 SWEEP_S: Final = 1.0

@@ -189,7 +189,7 @@ class StoreReader:
         return max(1, min(run, max(evenly, RUN_BYTES_MIN * run // RUN_BYTES_MAX), RUN_RECORDS_MAX))
 
     def _with_helpers(self, work: Callable[[], None], num_helpers: int, stop: Callable[[], None]) -> None:
-        """Do `work` in this thread, and beside it in up to `num_helpers` others; `stop` makes all of them end."""
+        """Do `work` in this thread and, meanwhile, in up to `num_helpers` others; `stop` makes all of them end."""
         helpers = [self._pool.submit(work) for _ in range(min(num_helpers, self._num_helpers))]
         try:
             work()

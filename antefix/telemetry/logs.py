@@ -202,7 +202,7 @@ def set_up_logs(level: str = "info", form: str = "text", stream: IO[str] | None 
 
 
 def _notes(record: logging.LogRecord) -> dict[str, Any]:
-    """What stands beside the message: ids, what the caller gave as `extra`, and what was held back."""
+    """What stands next to the message: ids, what the caller gave as `extra`, and what was held back."""
     notes = {name: value for name, value in vars(record).items() if name not in _OWN}
     ids = {"request_id": request_id(), "trace_id": trace_id()}
     notes.update({name: value for name, value in ids.items() if value})

@@ -1,6 +1,6 @@
 """Names that come from callers as values of a label: the most used ones by name, the rest as one. Pure.
 
-Each value of a label is a series in whoever scrapes, so there may be so many and no more. Which names are shown changes
+Each value of a label is a series in every scraper, so there may be so many and no more. Which names are shown changes
 slowly: a name takes another's place when it was used twice as much lately. A name that lost its place ends as a series,
 and what comes of it later counts among the rest; sums over increases stay right.
 """

@@ -61,7 +61,7 @@ def begin(name: str, **attributes: Value) -> Span:
 def serving(name: str, **attributes: Value) -> Iterator[Span]:
     """Around the serving of one call, whose caller's context has been bound (`context.incoming`).
 
-    The task's own context keeps it: whoever closes a generator late does so from another one, which could not put back
+    The task's own context keeps it: a generator that is closed late closes in another one, which could not put back
     what was before.
     """
     if _tracer is None:

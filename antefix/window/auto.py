@@ -73,7 +73,7 @@ NEW_GROUND_TOKENS = 32_768
 # hours), and each costs room for blocks: at a turnover of 2 to 5 min leaving none gains 0.2 to 2.6 points of hit rate.
 TURNOVER_MIN_S = 600.0
 # From half of the budget on nothing sparse is left any more, and all else for a shorter time: what is used lives on,
-# because each use starts its time anew, and what is dead makes room the sooner the less there is.
+# because each use starts its time again, and what is dead makes room the sooner the less there is.
 PRESSURE_FREE = 0.5
 TTL_MIN_S = 60.0
 

@@ -14,7 +14,7 @@ from antefix.layout_v41 import V41Layout
 class Sizes:
     """Tokens and bytes of one model's KV.
 
-    block_size: tokens a block.  block_bytes: global KV of a block.  checkpoint_bytes: window state of a checkpoint.
+    block_size: tokens per block.  block_bytes: global KV of a block.  checkpoint_bytes: window state of a checkpoint.
     window_tokens: n_win.  replay_reach: `KVGeometry.replay_reach`, the one bound of exact replays.
     """
 

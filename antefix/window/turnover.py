@@ -11,7 +11,7 @@ _FULL_SHARE = 0.8
 
 
 class Turnover:
-    """Fed with a store's counters now and then, by whoever asks it for them anyway."""
+    """Fed with a store's counters now and then, by the caller that asks it for them anyway."""
 
     def __init__(self) -> None:
         self._last: tuple[float, int] | None = None
@@ -24,7 +24,7 @@ class Turnover:
         return self._seconds
 
     def observe(self, now_s: float, *, bytes_written: int, used_bytes: int, budget_bytes: int | None) -> None:
-        """bytes_written: since the store started; a smaller number than before is a restart and starts anew."""
+        """bytes_written: since the store started; a smaller number than before is a restart and starts again."""
         if self._last is None or bytes_written < self._last[1] or now_s <= self._last[0]:
             self._last = (now_s, bytes_written) if self._last is None or bytes_written < self._last[1] else self._last
             return

@@ -9,7 +9,7 @@ The book of keys is JSON:
         {"id": "3f9c01ab", "tenant": "acme", "sha256": "<64 hex digits>", "scopes": ["generate", "usage"],
          "created": "2026-09-10T04:00:00Z", "expires": "2026-12-01T00:00:00Z", "revoked": "", "note": "laptop"}]}
 
-The number counts its changes. Whoever knows a book takes none with a smaller number: an old book has keys that were
+The number counts its changes. Anyone who knows a book takes none with a smaller number: an old book has keys that were
 revoked since.
 """
 

@@ -84,7 +84,7 @@ class KeyRegister:
             holder = KeyHolder(tenant=tenant)
         else:
             raise self._refuse(Refused.UNKNOWN)
-        # Whoever may read everybody's records may read its own.
+        # Anyone who may read everybody's records may read its own.
         is_enough = scope in (None, *holder.scopes) or (scope is Scope.USAGE and Scope.ADMIN in holder.scopes)
         if not is_enough:
             self._count(Refused.SCOPE)

@@ -62,6 +62,7 @@ from antefix_billing.ledger_index import EntryPlace, LedgerIndex, LedgerIndexDam
 from antefix_billing.ledger_mark import Mark, MarkFile
 from antefix_billing.ledger_reserve import LedgerReserve
 from antefix_billing.progress_slots import ProgressJournal
+from antefix_billing.pruned import pruned_to
 from antefix_billing.usage_record import OpenEntry, UsageRecord
 
 log = logging.getLogger("antefix_billing")
@@ -246,10 +247,13 @@ class Ledger:
         return adjusted if adjusted.adjustment.key == key else None
 
     def _find_entry(self, key: str) -> tuple[bytes, Entry] | None:
+        """None also where it was pruned: ids are known as long as their records are here."""
         place = self._tail.places.get(key) or self._find_sealed(key)
         if place is None:
             return None
         path = segment_path(self.directory, place.segment)
+        if not path.exists() and place.segment <= pruned_to(self.directory)[0]:
+            return None
         entry = read_entry_at(path, place.offset)
         return hash_before(path, entry), entry
 
@@ -354,7 +358,7 @@ class Ledger:
         mark = Mark.of(self.directory)
         paths = segments_of(self.directory)
         if paths and paths[-1].stat().st_size <= SEGMENT_HEADER_BYTES:
-            paths.pop().unlink()  # started and not used, perhaps not even whole: started anew when needed
+            paths.pop().unlink()  # started and not used, perhaps not even whole: started again when needed
         self._check_segments(paths, mark)
         if not paths:
             self._start_segment()
@@ -385,8 +389,9 @@ class Ledger:
     def _check_segments(self, paths: Sequence[Path], mark: Mark | None) -> None:
         """Raises:  LedgerCorrupt: a segment that was sealed or acknowledged is missing, or has another length."""
         sizes = {first_sequence_of(path): path.stat().st_size for path in paths}
-        sealed = self._index.segments()
-        expected = sealed.keys() | ({mark.segment} if mark is not None else set()) | ({1} if sizes else set())
+        begin = pruned_to(self.directory)[0] + 1
+        sealed = {first: nbytes for first, nbytes in self._index.segments().items() if first >= begin}
+        expected = sealed.keys() | ({mark.segment} if mark is not None else set()) | ({begin} if sizes else set())
         if missing := sorted(expected - sizes.keys()):
             names = ", ".join(segment_path(Path(), first).name for first in missing)
             raise LedgerCorrupt(f"segments of the ledger in {self.directory} are missing: {names}; {RESTORE}")

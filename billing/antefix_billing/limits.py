@@ -55,10 +55,14 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantLimits:
-    """All that one tenant may use. requests: at the same time."""
+    """All that one tenant may use. requests: at the same time.
+
+    share: of workers that other tenants want too, next to their shares; what nobody else wants it has whatever it is.
+    """
 
     limits: tuple[Limit, ...] = ()
     requests: int | None = None
+    share: int = 1
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """How far the requests that are running have got, so that a crash does not leave them without a bill.
 
-A file of 256-byte slots beside the ledger, one for each running request, written over before each piece of output is
+A file of 256-byte slots next to the ledger, one for each running request, written over before each piece of output is
 handed out and freed when the request is settled. A write is a `pwrite` within one page and without a sync, some
 microseconds: it outlives the process, whatever ends it. Once a second all of it is synced, so a power cut costs us at
 most that second's output. What a slot says goes into the ledger when the next start closes the request.

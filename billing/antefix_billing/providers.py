@@ -16,7 +16,7 @@ from antefix.usage import Usage
 
 
 def chat_usage(used: Usage) -> dict[str, Any]:
-    """`usage` of /v1/chat/completions and /v1/completions: OpenAI's fields, and DeepSeek's beside them."""
+    """`usage` of /v1/chat/completions and /v1/completions: OpenAI's fields, and DeepSeek's next to them."""
     return {
         "prompt_tokens": used.prompt_tokens,
         "completion_tokens": used.output_tokens,

@@ -6,6 +6,7 @@
     name = "acme"
     api_key_sha256 = ["<64 hex digits>"]        # printf %s "$KEY" | sha256sum
     requests = 8                                # at the same time
+    share = 2                                   # of busy workers, next to 1 of everybody who has none here
     limit = [{ window = "day", tokens = 5000000, money = "2.50" }]
 
 A tenant named "*" holds the limits of everyone who is not named. Keys that come and go are in a file of their own
@@ -28,6 +29,8 @@ from antefix_billing.ratecard import PRICE_DIGITS_MAX
 
 # Of a budget: more than any tenant will pay, and exact in sums.
 MONEY_MAX: Final = 10**15
+# As the protos say.
+SHARE_MAX: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,5 +100,6 @@ def _limits(table: Table) -> TenantLimits:
             raise ConfigError(f"{row.where}: a limit needs tokens, requests or money")
         limits.append(limit)
     requests = table.integer("requests")
+    share = table.integer("share", 1, low=1, high=SHARE_MAX)
     table.close()
-    return TenantLimits(limits=tuple(limits), requests=requests)
+    return TenantLimits(limits=tuple(limits), requests=requests, share=share or 1)

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Final
 
 from antefix.errors import ConfigError
@@ -185,38 +184,6 @@ def as_text(lines: Sequence[Line], by: Sequence[str]) -> str:
         for line in lines
     ]
     return text_table(head, rows, num_left=len(by))
-
-
-def plot(records: Iterable[UsageRecord], path: Path) -> None:
-    """Tokens a day as hit, miss and output, and money paid beside money saved.
-
-    Raises:  ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        raise ConfigError("the plot needs matplotlib: pip install matplotlib") from err
-    lines = summarize(records, by=("day",))
-    currency = next((line.currency for line in lines if line.currency), "")
-    days = sorted({line.group[0] for line in lines})
-    sums = {day: [line for line in lines if line.group[0] == day] for day in days}
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    tokens, money = figure.subplots(2, 1, sharex=True)
-    bottom = [0] * len(days)
-    for name in ("cache_hit_tokens", "cache_miss_tokens", "output_tokens"):
-        heights = [sum(getattr(line, name) for line in sums[day]) for day in days]
-        tokens.bar(range(len(days)), heights, bottom=bottom, label=name.replace("_", " "))
-        bottom = [low + high for low, high in zip(bottom, heights, strict=True)]
-    for offset, name in ((-0.2, "price"), (0.2, "saved")):
-        # Heights of bars, not amounts: here a float is what the plot needs.
-        heights = [float(sum(getattr(line, name) for line in sums[day] if line.currency == currency)) for day in days]
-        money.bar([i + offset for i in range(len(days))], heights, width=0.4, label=name)
-    tokens.set_ylabel("tokens")
-    money.set_ylabel(currency or "money")
-    for axes in (tokens, money):
-        axes.legend()
-    money.set_xticks(range(len(days)), days, rotation=45)
-    figure.savefig(path)
 
 
 def _time_value(time_us: int, name: str) -> str:

@@ -291,7 +291,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "bench": Command(
         load=_bench,
-        help="measure beside the machine's limits and beside peers (in a checkout)",
+        help="measure next to the machine's limits and next to peers (in a checkout)",
         example="antefix bench store --json",
     ),
     "top": Command(

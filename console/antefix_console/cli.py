@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AntefixError as err:
         return _fail(err, EXIT_FAILED)
     except OSError as err:
-        # A file or directory of the caller's; anything else of the system's is for whoever mends the program.
+        # A file or directory of the caller's; anything else of the system's is for the program's developers.
         if err.filename is not None:
             return _fail(err, EXIT_USAGE)
         if "temporary directory" in str(err):

@@ -492,7 +492,7 @@ class Deployment:
 
 
 def _door_settings(config: DeploymentConfig) -> dict[str, str]:
-    """Files by their whole path: whoever reads this may be elsewhere."""
+    """Files by their whole path: the reader may be elsewhere."""
     files = {"model_aliases": config.model_aliases, "prefix_rules": config.prefix_rules}
     whole = {name: str(Path(path).absolute()) if Path(path).is_file() else path for name, path in files.items()}
     return {"chat_format": config.chat_format, **whole}
@@ -509,7 +509,7 @@ def _given(flag: str, value: str) -> list[str]:
 def _child_environment(data_dir: Path) -> dict[str, str]:
     """Ours, tuned for workers, and with a directory for temporary files where the system has none: torch needs one.
 
-    glibc would map and unmap each 1 to 4 MiB buffer anew. OpenMP threads would spin at the end of each loop, on a busy
+    glibc would map and unmap each 1 to 4 MiB buffer again. OpenMP threads would spin at the end of each loop, on a busy
     machine for a thread that is not running: a prefill of 3,000 tokens took 6.9 s instead of 0.9 s.
     """
     tuned = {
@@ -530,7 +530,7 @@ def _child_environment(data_dir: Path) -> dict[str, str]:
 def _log_bytes(path: Path) -> int:
     """How long the log is in which a role is about to go on. A large one is moved aside, for one start more.
 
-    Earlier runs' words stay: after a crash they explain it, and whoever starts it again and again must not lose them.
+    Earlier runs' words stay: after a crash they explain it, and no number of restarts may lose them.
     """
     if not path.exists():
         return 0

@@ -91,6 +91,13 @@ async def _put_back_row(engine: Engine, block_id: int, row: bytes) -> None:
     if len(row) != len(target):
         raise BlockCorrupt(f"the handoff's unfinished block has {len(row)} bytes, a row {len(target)}")
     target[:] = row
-    if await engine.compute.run(engine.pool.unusable, [block_id]):
+    if not await engine.compute.run(_take_row, engine, block_id):
         raise BlockUnusable("the handoff's unfinished block holds what are no numbers")
-    await engine.compute.run(engine.pool.note_filled, [block_id])
+
+
+def _take_row(engine: Engine, block_id: int) -> bool:
+    """In the compute thread, as one job: each waits for a decode step. Whether the row can be used."""
+    if engine.pool.unusable([block_id]):
+        return False
+    engine.pool.note_filled([block_id])
+    return True

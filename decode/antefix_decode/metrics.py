@@ -1,4 +1,4 @@
-"""What a decode worker's scheduler shows to whoever scrapes it."""
+"""What a decode worker's scheduler shows to a scraper."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ def scheduler_metrics(scheduler: Scheduler) -> Iterable[Metric]:
     yield gauge(
         "antefix_decode_waiting_requests", "Requests that wait for a place.", {(): float(scheduler.num_waiting)}
     )
+    yield counter(
+        "antefix_decode_held_back_sequences",
+        "Sequences left out of a step, since other tenants have a share of the worker too; summed over steps.",
+        {(): float(scheduler.shares.num_held_back)},
+    )
     yield counter("antefix_decode_tokens", "Tokens that decode steps ran.", {(): float(scheduler.num_tokens)})
     drafted, kept = {(): float(scheduler.num_drafted)}, {(): float(scheduler.num_drafts_kept)}
     yield counter("antefix_decode_drafted_tokens", "Tokens that were drafted ahead and run.", drafted)
     yield counter("antefix_decode_drafts_kept", "Drafted tokens that were right.", kept)
     yield counter("antefix_decode_busy_seconds", "Time that decode steps took.", {(): scheduler.busy_s})
-    yield gauge("antefix_decode_speed", "Tokens a second while it decodes.", {(): scheduler.tokens_per_s})
+    yield gauge("antefix_decode_speed", "Tokens per second while it decodes.", {(): scheduler.tokens_per_s})

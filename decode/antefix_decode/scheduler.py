@@ -3,7 +3,8 @@
     join -> [step: grow, run, choose, emit, store finished blocks; the same for drafted tokens that are right]* -> leave
 
 Sequences join and leave between steps. A client that does not read stops only its own sequence: its bounded queue
-fills up and the sequence sits out.
+fills up and the sequence sits out. Where several tenants want the worker, a step is no longer than their shares allow
+(`step_shares`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from antefix.model.finite import are_numbers
 from antefix.wire import TokenLogprob
 from antefix_decode.logprobs import Logprobs
 from antefix_decode.step import Stepped, keep_drafted, run_step
+from antefix_decode.step_shares import Place, StepShares
 from antefix_decode.stopping import Stopper
 from antefix_decode.store_output import store_end, store_token
 from antefix_decode.token_choice import Sampler
@@ -70,6 +72,8 @@ class Running:
     unread: asyncio.Queue[VisibleTokens | AntefixError | None] = field(default_factory=asyncio.Queue)
     boundary_window: WindowState | None = None
     done: bool = False
+    place: Place = field(default_factory=Place)
+    last_step: int = 0
 
     @property
     def can_run(self) -> bool:
@@ -83,6 +87,7 @@ class Scheduler:
         self._engine = engine
         # Sequences last: without places of their own, tenants would wait until somebody's long answers end.
         self._turns = FairTurns(num_running_max, num_waiting_max, num_extra=num_running_max // _EXTRA_OF)
+        self.shares = StepShares()
         self._running: list[Running] = []
         self._wake = asyncio.Event()
         self._step_lock = asyncio.Lock()
@@ -91,6 +96,7 @@ class Scheduler:
         self.num_drafted = 0
         self.num_drafts_kept = 0
         self.busy_s = 0.0
+        self._began = 0.0
 
     @property
     def num_running(self) -> int:
@@ -110,17 +116,24 @@ class Scheduler:
         return self.num_tokens / self.busy_s if self.busy_s else 0.0
 
     @contextlib.asynccontextmanager
-    async def place(self, tenant: str = "", num_tokens: int = 0) -> AsyncIterator[None]:
+    async def place(self, tenant: str = "", num_tokens: int = 0, share: int = 1) -> AsyncIterator[Place]:
         """One of the places, from a request's beginning on: many may be loading before the first of them joins. Waits
-        for one where there is none, in turn by tenant.  num_tokens: the most that it may generate.
+        for one where there is none, in turn by tenant.  num_tokens: the most that it may generate.  share: the
+        tenant's, next to those of others.
 
         Raises:  Overloaded: as many sequences run, or are about to, as may, and as many wait.
         """
-        async with self._turns.turn(tenant, float(num_tokens)):
-            yield
+        async with self._turns.turn(tenant, float(num_tokens), share=share):
+            place = Place(tenant=tenant, share=share)
+            self.shares.enter(place)
+            try:
+                yield place
+            finally:
+                self.shares.leave(place)
 
     def join(self, running: Running) -> None:
         """Add a sequence; it takes part from the next step on. The caller calls `leave` whatever happens."""
+        running.place.is_loading = False
         self._running.append(running)
         self._wake.set()
         if self._task is None:
@@ -163,11 +176,14 @@ class Scheduler:
         while True:
             self._wake.clear()
             async with self._step_lock:
-                batch = [running for running in self._running if running.can_run]
+                able = [running for running in self._running if running.can_run]
+                batch = self.shares.choose(able) if able else []
                 if batch:
+                    self._engine.compute.wanted_by({each.place.tenant: each.place.share for each in batch})
                     await self._step(batch)
             if batch:
                 await asyncio.sleep(0)  # let sequences join and leave, and tokens go out
+                self.shares.observe(len(batch), time.perf_counter() - self._began)
             else:
                 await self._wake.wait()
 
@@ -203,7 +219,7 @@ class Scheduler:
         """Those whose step has run, and their steps. If it fails for all of them, each runs alone: one fails alone."""
         positions = [running.sequence.position for running in ready]
         try:
-            return ready, await self._engine.compute.run(run_step, self._engine, items)
+            return ready, await self._engine.compute.run(self._run_step, items)
         except Exception as err:
             log.exception("a decode step of %d sequences failed", len(ready))
             if len(ready) == 1:
@@ -219,6 +235,11 @@ class Scheduler:
             one, step = await self._run_together([running], [item])
             able, steps = able + one, steps + step
         return able, steps
+
+    def _run_step(self, items: list[tuple[Sequence, int, bool]]) -> list[Stepped]:
+        """In the compute thread. What it waited for that thread is no time of the step's."""
+        self._began = time.perf_counter()
+        return run_step(self._engine, items)
 
     async def _finish_step(self, running: Running, logits: npt.NDArray[np.float32]) -> None:
         try:

@@ -34,6 +34,7 @@ from antefix_decode.logprobs import Logprobs
 from antefix_decode.metrics import scheduler_metrics
 from antefix_decode.penalties import Penalties
 from antefix_decode.scheduler import Running, Scheduler, VisibleTokens
+from antefix_decode.step_shares import Place
 from antefix_decode.stopping import Stopper
 from antefix_decode.token_choice import Sampler
 from antefix_prefill.record_writer import RecordWriter
@@ -58,6 +59,16 @@ class DecodeConfig(WorkerConfig):
         require(self.num_waiting_max >= 0, f"num_waiting_max must not be negative, is {self.num_waiting_max}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A request. emitted: the end of the prompt, which its client has already."""
+
+    prompt: Prompt
+    sampling: Sampling
+    emitted: list[int]
+    place: Place
+
+
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     """One worker's calls."""
 
@@ -74,21 +85,20 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         sampling = sampling_from_wire(request.sampling)
         prompt, emitted = self._prompt(request, sampling)
         tenant, _ = split_tenant(request.tenant)
-        compute_for(tenant)
+        share = request.share or 1
+        compute_for(tenant, share)
         tell(hints_from_wire(request.hints, prompt.chain.hashes, self._engine.fingerprint))
-        async with (
-            self.scheduler.place(tenant, sampling.max_tokens - len(emitted)),
-            contextlib.aclosing(self._decode(prompt, sampling, emitted, request.handoff)) as responses,
-        ):
-            async for response in responses:
-                if response.finish_reason:
-                    speeds = read_speeds(self._engine, [hint.store for hint in request.hints])
-                    response.tier_speeds.extend(speeds_to_wire(speeds))
-                yield response
+        async with self.scheduler.place(tenant, sampling.max_tokens - len(emitted), share) as place:
+            asked = _Asked(prompt=prompt, sampling=sampling, emitted=emitted, place=place)
+            async with contextlib.aclosing(self._decode(asked, request.handoff)) as responses:
+                async for response in responses:
+                    if response.finish_reason:
+                        speeds = read_speeds(self._engine, [hint.store for hint in request.hints])
+                        response.tier_speeds.extend(speeds_to_wire(speeds))
+                    yield response
 
-    async def _decode(
-        self, prompt: Prompt, sampling: Sampling, emitted: list[int], name: bytes
-    ) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
+    async def _decode(self, asked: _Asked, name: bytes) -> AsyncGenerator[decode_pb2.DecodeResponse, None]:
+        prompt, sampling, emitted = asked.prompt, asked.sampling, asked.emitted
         sampler = await self._sampler(sampling, prompt, emitted)
         stopper = Stopper(sampling, self._tokenizer.eos_ids, emitted)
         logprobs = Logprobs(sampling.num_top_logprobs)
@@ -131,6 +141,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             next_token=first,
             prompt_tokens=prompt.num_tokens,
             logprobs=logprobs,
+            place=asked.place,
         )
         async with contextlib.aclosing(self._generate(running)) as responses:
             async for response in responses:

@@ -36,8 +36,8 @@ async def store_token(engine: Engine, output: StorableOutput, token: int) -> Non
         return
     index = position // engine.block_size - 1
     block_id = output.sequence.block_table[index]
-    payload = (await engine.compute.run(engine.pool.payloads, [block_id]))[0]
-    if await engine.compute.run(engine.pool.unusable, [block_id]):
+    payload = await engine.compute.run(_usable_payload, engine, block_id)
+    if payload is None:
         raise not_finite(position)
     publish_block(engine, output.prompt, index, block_id, tokens=np.append(before, np.uint32(token)))
     await output.writer.put(block_record(engine, output.prompt, index, payload))
@@ -45,6 +45,12 @@ async def store_token(engine: Engine, output: StorableOutput, token: int) -> Non
     for mark in marks_for_output(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):
         if mark.block == index + 1 and mark.reason is not Reason.OUTPUT_END:
             await leave_checkpoint(engine, output.prompt, output.boundary_window, mark, output.writer)
+
+
+def _usable_payload(engine: Engine, block_id: int) -> memoryview | None:
+    """In the compute thread, as one job, since each waits for the work in hand. None: what it holds are no numbers."""
+    (payload,) = engine.pool.payloads([block_id])
+    return None if engine.pool.unusable([block_id]) else payload
 
 
 async def store_end(engine: Engine, output: StorableOutput) -> None:

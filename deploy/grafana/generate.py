@@ -99,7 +99,7 @@ SERVING: list[Panel] = [
     ("Prompts in flight", "short", {"{{way}}": f"sum by (way) (rate(antefix_router_prefills_total[{R}]))"}),
     ("Retries", "short", {"{{way}}": f"sum by (way) (rate(antefix_router_retries_total[{R}]))"}),
     (
-        "Tokens a second",
+        "Tokens per second",
         "short",
         {
             "prompt": f"sum(rate(antefix_prompt_tokens_total[{R}]))",

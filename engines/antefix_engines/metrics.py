@@ -1,4 +1,4 @@
-"""What an engine's store shows to whoever scrapes the engine's process."""
+"""What an engine's store shows to a scraper of the engine's process."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ RMS-normed, so they are under sqrt(D) times the largest norm weight. Queries com
 can read them as they are loaded. Probabilities keep three more bits than in BF16.
 
 Shapes:  T = S * Q queries (S sequences of Q each, in order), H heads, D = nope + rope dims, K selected,
-         P, E, R = blocks, entries a block, record bytes, B blocks a sequence, W window rows a sequence.
+         P, E, R = blocks, entries per block, record bytes, B blocks per sequence, W window rows per sequence.
 """
 
 # mypy: disable-error-code="assignment"
@@ -287,7 +287,7 @@ def _attend(
     head_tiles = triton.cdiv(num_heads, head_tile)
     n, warps = tile or _TILE
     tiles = triton.cdiv(entries_max + min(window.records.shape[1], 128), n)
-    # Whoever names the splits gets one kernel, whatever the batch.
+    # A caller that names the splits gets one kernel, whatever the batch.
     many = splits is not None or (num_queries * head_tiles >= _ROLES_PROGRAMS_MIN and tiles >= _ROLES_TILES_MIN)
     splits = splits or max(1, min(_PROGRAMS // (num_queries * head_tiles), tiles // _TILES_MIN))
     part_out = part_lse = out

@@ -1,6 +1,6 @@
 """Read records back: unpack to BF16 or float32, and copy records as they are (checkpoints, handoffs, window rings).
 
-Shapes:  P, E, R = blocks, entries a block, record bytes; N = records asked for; c = head dim, d = indexer dim.
+Shapes:  P, E, R = blocks, entries per block, record bytes; N = records asked for; c = head dim, d = indexer dim.
 Slot i is entry i % E of block i // E.
 """
 

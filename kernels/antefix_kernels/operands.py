@@ -1,6 +1,6 @@
 """What attention kernels take besides queries and entries, and the checks that they share.
 
-Shapes:  T = S * Q queries (S sequences of Q each, in order), H heads, D head dim, W window rows a sequence,
+Shapes:  T = S * Q queries (S sequences of Q each, in order), H heads, D head dim, W window rows per sequence,
          R record bytes.
 """
 

@@ -86,7 +86,7 @@ class Weight:
 
     codes: [G or E, O, B] float8_e4m3fn, or uint8 for FP4 (the even addend in the low nibble).
     scales: [G or E, ceil(O / block[0]), ceil(K / block[1])] float8_e8m0fnu or float32, last dim contiguous; of FP4 at
-        most 2 (the byte 128), or decoded numbers overflow: whoever makes one checks it.
+        most 2 (the byte 128), or decoded numbers overflow: its maker checks it.
     """
 
     codes: torch.Tensor

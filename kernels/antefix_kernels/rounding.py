@@ -44,7 +44,7 @@ def e4m3_code(x):
 def e2m1_code(x):
     """FP4 E2M1 codes of float32 x with |x| <= 6, to nearest even, as int32 in 0 .. 15."""
     a = tl.abs(x)
-    # Midpoints between levels 0 .5 1 1.5 2 3 4 6; a tie goes to the even code, hence > and >= in turn.
+    # Midpoints between levels 0 .5 1 1.5 2 3 4 6; a tie goes to the even code, so > and >= alternate.
     code = (a > 0.25).to(tl.int32) + (a >= 0.75).to(tl.int32) + (a > 1.25).to(tl.int32) + (a >= 1.75).to(tl.int32)
     code += (a > 2.5).to(tl.int32) + (a >= 3.5).to(tl.int32) + (a > 5.0).to(tl.int32)
     return code | ((x.to(tl.int32, bitcast=True) >> 28) & 8)

@@ -31,7 +31,7 @@ Layout = tuple[bytes, RecordKind]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """Why payloads of one layout are compressed or not. Speeds in payload bytes a second; codec: all cores together."""
+    """Why a layout's payloads are compressed or not. Speeds in payload bytes per second; codec: all cores together."""
 
     compress: bool
     ratio: float

@@ -2,7 +2,7 @@
 `antefix drain`.
 
 What a target has already is not sent, so a copy that broke off goes on when it is run again, and one under load is run
-again until it finds nothing new. A record is checked when it is read, on its way, and by whoever reads it there.
+again until it finds nothing new. A record is checked when it is read, on its way, and by the reader there.
 """
 
 from __future__ import annotations

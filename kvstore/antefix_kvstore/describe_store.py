@@ -1,6 +1,6 @@
 """What a store directory holds: by namespace, owner, kind and age, and a picture of its prefix forest.
 
-Reads the index only, so it may run beside a service. The picture draws runs of blocks without a fork as one line.
+Reads the index only, so it may run next to a service. The picture draws runs of blocks without a fork as one line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the store shows to whoever scrapes it. The counters are the engine's own; here are their names."""
+"""What the store shows to a scraper. The counters are the engine's own; here are their names."""
 
 from __future__ import annotations
 

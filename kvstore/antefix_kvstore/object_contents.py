@@ -24,7 +24,7 @@ from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.store_contents import LayoutOf, Stretch, StretchTables, stretches_of
 
 _BATCH_RECORDS: Final = 256
-# It has no budget of its own: whoever tidies the tier sees to that.
+# It has no budget of its own: the janitor sees to that.
 _ROOM_BYTES: Final = 1 << 62
 
 

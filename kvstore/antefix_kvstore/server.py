@@ -63,7 +63,7 @@ PUT_BATCH_BYTES: Final = 32 << 20
 STREAMS_MAX: Final = 64
 NAMES_MAX: Final = 65_536
 _READ_THREADS: Final = 8
-# What a request waits for. Nobody waits for what readers tell (Touch), and they tell it five times a second each.
+# What a request waits for. Nobody waits for what readers tell (Touch), and they tell it five times per second each.
 _URGENT: Final = ("Lookup", "Fate")
 
 
@@ -347,7 +347,7 @@ class _Counted:
 
 def _names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]:
     if len(records) > NAMES_MAX:
-        raise InvalidRequest(f"at most {NAMES_MAX} records a call")
+        raise InvalidRequest(f"at most {NAMES_MAX} records per call")
     return [(kind_of(record.kind), record.hash) for record in records]
 
 

@@ -50,6 +50,7 @@ from antefix.store_files.record_header import RecordHeader, owner_row, unpack_re
 from antefix.store_files.segment_reader import ReadOutcome, StoreReader, verify, wall_ms
 from antefix.telemetry.exposition import SHORT_SECONDS, histogram
 from antefix_kvstore.admission import Admission, admit, batches_of, check_record, refuse, results_of, without_orphans
+from antefix_kvstore.compaction import note_end
 from antefix_kvstore.compression import Compression
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.disk_probe import read_bytes_per_s
@@ -65,7 +66,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.opening import drop_locked, load_plans, log_newest
 from antefix_kvstore.recovery import open_store
 from antefix_kvstore.segments import Draft
-from antefix_kvstore.space import Space, note_end
+from antefix_kvstore.space import Space
 from antefix_kvstore.tenant_quota import Quotas
 from antefix_kvstore.touches import Touches
 
@@ -99,7 +100,7 @@ class StorageCounters:
     asked: int = 0
     # How often the index was made again, or the store begun again, because its files were harmed.
     heals: int = 0
-    # Malformed, so that no state of the store could take them: whoever sends such is not served by the cache at all.
+    # Malformed, so that no state of the store could take them: their sender is not served by the cache at all.
     impossible: int = 0
     last_impossible: str = ""
 
@@ -154,8 +155,8 @@ class StorageEngine:
             now_ms=clock_ms,
             free=free or FreeSpace(Path(config.dir), config.free_bytes_min),
         )
-        self.space.on_corrupt = self.quarantine
-        self.space.on_dropped = self.reader.runs.files.let_go
+        self.space.compactor.on_corrupt = self.quarantine
+        self.space.compactor.on_dropped = self.reader.runs.files.let_go
         self.compression = Compression(config.compression, lambda: read_bytes_per_s(Path(config.dir)))
         self._drafter = Drafter(config, self.compression, keys, clock_ms)
         self._usage_log = StoreLog(Path(config.usage_log_dir)) if config.usage_log_dir else None
@@ -358,8 +359,9 @@ class StorageEngine:
 
     @contextlib.contextmanager
     def _syncing(self) -> Iterator[Callable[[], None]]:
-        """Syncs the segments beside what is done inside; gives what waits for it. Not left before it has ended."""
+        """Syncs the segments while the code inside runs; gives what waits for it. Not left before it has ended."""
         if not self.config.durable:
+            self.segments.sync_name()
             yield lambda: None
             return
         syncing = self._sync_thread.submit(self._sync)
@@ -537,7 +539,7 @@ class StorageEngine:
             # Both take space before they give any; compaction copies before it deletes.
             return
         self.space.reserve.hold()
-        self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
+        self.space.compactor.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
 
     def _check_directory(self) -> None:
         """Raises:  IndexDamaged: what lies under our path is not ours, perhaps another writer's, or is damaged."""
@@ -567,7 +569,7 @@ class StorageEngine:
         self._damage = self._unhealed = ""
         self.identity = self._store.identity
         self.reader.renew(self.identity.seed)
-        self.space.restart()
+        self.space.compactor.restart()
         self._touches.take()
         with IndexTxn(self.index) as txn:
             for fingerprint, kind, plan in self.compression.registered():

@@ -25,7 +25,7 @@ BEYOND_TRAINING = [(65536, [48_000, 64_000]), (131072, [96_000, 128_000])]
 
 
 def text_bits(model: CachedModel, text: Tokens, *, sequences: int) -> list[float]:
-    """Mean bits a byte of each slice."""
+    """Mean bits per byte of each slice."""
     rng = np.random.default_rng(1)
     means = []
     for _ in range(sequences):

@@ -56,7 +56,7 @@ class Evaluator:
         return dense.forward(self.parameters, self.config, tokens, options=options, rope=rope, rows=no_rows)[0]
 
     def text_bits(self, text: Tokens, variant: str, *, sequences: int) -> dict[str, float]:
-        """Mean bits a byte over slices of `text`, whole and by position."""
+        """Mean bits per byte over slices of `text`, whole and by position."""
         rng = np.random.default_rng(1)
         bits = np.zeros(TEXT_LENGTH)
         for _ in range(sequences):

@@ -2,7 +2,7 @@
 
     python -m models.training.plots --figures models/antefix-tiny/figures
 
-reads train_1.jsonl, train_2.jsonl, quality.json and window_quality.json there and writes SVG files beside them.
+reads train_1.jsonl, train_2.jsonl, quality.json and window_quality.json there and writes SVG files next to them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def draw_training(runs: list[list[dict[str, float]]], path: Path) -> None:
             values = np.array([run[index][name] for index in kept]) * BITS
             # A batch without answers logs zero.
             values = np.where(values > 0, values, np.nan)
-            label = f"{name}, bits a byte" if number == 0 else None
+            label = f"{name}, bits per byte" if number == 0 else None
             axes.plot(seen[kept] / 1e6, np.maximum(values, 1e-4), colour, linewidth=0.8, label=label)
         offset = float(seen[-1])
         axes.axvline(offset / 1e6, color="0.8", linewidth=0.8)
@@ -55,7 +55,7 @@ def draw_retrieval(quality: dict[str, Any], path: Path) -> None:
 
 
 def draw_window(window: dict[str, Any], path: Path) -> None:
-    """Divergence from the exact logits, and bits a byte after the hit, over the windows replayed."""
+    """Divergence from the exact logits, and bits per byte after the hit, over the windows replayed."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.3))
     for offset, lengths in window["offsets"].items():
         short = {int(count): value for count, value in lengths.items() if count != "exact"}
@@ -63,8 +63,8 @@ def draw_window(window: dict[str, Any], path: Path) -> None:
         left.plot(list(short), divergence, "o-", label=f"hit at {offset}")
         extra = [value["bits_0_64"] - lengths["exact"]["bits_0_64"] for value in short.values()]
         right.plot(list(short), extra, "o-", label=f"hit at {offset}")
-    left.set(xlabel="windows replayed", ylabel="divergence from exact, bits a token", yscale="log")
-    right.set(xlabel="windows replayed", ylabel="extra bits a byte, first 64 bytes")
+    left.set(xlabel="windows replayed", ylabel="divergence from exact, bits per token", yscale="log")
+    right.set(xlabel="windows replayed", ylabel="extra bits per byte, first 64 bytes")
     left.legend()
     _save(figure, path)
 

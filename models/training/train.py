@@ -37,7 +37,7 @@ from models.training.parameters import (
 )
 from models.training.tasks import ANSWER, TEXT, make_sequence
 
-# Weight of the mean loss on answers beside the mean loss on text, and of the indexer's loss. The indexer's parameters
+# Weight of the mean loss on answers next to the mean loss on text, and of the indexer's loss. The indexer's parameters
 # get no other gradient and both optimisers ignore a gradient's scale, so its weight is free.
 ANSWER_WEIGHT = 1.0
 # How fast expert biases move against imbalance (V3 report, section 2.1.2).

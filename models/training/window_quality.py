@@ -28,7 +28,7 @@ from models.training.corpus import BOS, Tokens, load
 from models.training.tasks import Fact, random_slice
 
 OFFSETS = [1024, 4096, 16384]
-# Windows replayed; the exact replay of all layers is measured beside them.
+# Windows replayed; the exact replay of all layers is measured next to them.
 WINDOWS = [0, 1, 2, 3, 4, 6]
 CONTINUATION = 1024
 # Bytes after the hit over which bits are averaged apart.

@@ -54,8 +54,8 @@ async def leave_checkpoint(
 
     What no computation may meet is not left; what made it shows in logits, which fail the request.
     """
-    if not await engine.compute.run(lambda: window.is_usable):
+    data = await engine.compute.run(lambda: window.to_bytes() if window.is_usable else None)
+    if data is None:
         return
-    data = await engine.compute.run(window.to_bytes)
     engine.budget.add(len(data))
     await writer.put(checkpoint_record(engine, prompt, mark, data), tier=mark.tier)

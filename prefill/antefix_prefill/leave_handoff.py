@@ -16,9 +16,10 @@ async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
     if unstored:
         return b""  # in reproducible mode whole blocks of the last chunk are not in the store, and decode needs them
     partial = sequence.position % engine.block_size
-    window = await engine.compute.run(sequence.window.to_bytes)
     unfinished = sequence.block_table[-1:] if partial else []
-    row = b"".join(await engine.compute.run(engine.pool.payloads, unfinished))
+    # One job, since each waits for the work in hand.
+    window, rows = await engine.compute.run(lambda: (sequence.window.to_bytes(), engine.pool.payloads(unfinished)))
+    row = b"".join(rows)
     chain = computed.prompt.chain
     handoff = Handoff(
         position=sequence.position, prompt=chain.digest(), window=window, partial_row=row, logits=computed.logits

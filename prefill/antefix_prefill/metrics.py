@@ -1,4 +1,4 @@
-"""What a prefill worker's queue shows to whoever scrapes it."""
+"""What a prefill worker's queue shows to a scraper."""
 
 from __future__ import annotations
 

@@ -9,6 +9,9 @@ from antefix.fair_turns import FairTurns
 from antefix.telemetry import span
 from antefix.telemetry.exposition import SECONDS, histogram
 
+# One place more for each so many, for tenants that have none.
+_EXTRA_OF = 8
+
 
 class PrefillQueue:
     """At most `num_running_max` prompts at work and `num_waiting_max` behind them, whose turns go round by tenant.
@@ -19,7 +22,9 @@ class PrefillQueue:
     """
 
     def __init__(self, num_running_max: int, num_waiting_max: int, num_short_max: int = 0) -> None:
-        self._turns = FairTurns(num_running_max, num_waiting_max)
+        # A tenant that has nothing at work has not to wait for the end of another one's long prompt: the compute thread
+        # takes tenants' chunks in turn.
+        self._turns = FairTurns(num_running_max, num_waiting_max, num_extra=max(1, num_running_max // _EXTRA_OF))
         self._short_turns = FairTurns(num_short_max, num_waiting_max)
         self._has_short_turns = num_short_max > 0
         self.num_running = 0
@@ -31,10 +36,16 @@ class PrefillQueue:
 
     @contextlib.asynccontextmanager
     async def turn(
-        self, retry_after_s: float, is_short: Callable[[], Awaitable[bool]], *, tenant: str = "", num_tokens: int = 0
+        self,
+        retry_after_s: float,
+        is_short: Callable[[], Awaitable[bool]],
+        *,
+        tenant: str = "",
+        share: int = 1,
+        num_tokens: int = 0,
     ) -> AsyncIterator[None]:
         """Wait for a turn.  is_short: whether little is left to compute; asked only where the prompt would wait.
-        num_tokens: to compute, as far as is known.
+        num_tokens: to compute, as far as is known.  share: the tenant's.
 
         Raises:  Overloaded: the queue is full; nothing was queued.
         """
@@ -43,7 +54,8 @@ class PrefillQueue:
                 turns = self._turns
                 if turns.is_full and self._has_short_turns and await is_short():
                     turns = self._short_turns
-                await place.enter_async_context(turns.turn(tenant, float(num_tokens), retry_after_s=retry_after_s))
+                turn = turns.turn(tenant, float(num_tokens), share=share, retry_after_s=retry_after_s)
+                await place.enter_async_context(turn)
             self.num_running += 1
             try:
                 yield

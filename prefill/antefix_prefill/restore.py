@@ -96,7 +96,7 @@ class _Known:
 
     @property
     def own_checkpoints(self) -> tuple[int, ...]:
-        """Those under the present names: the others are to be left anew."""
+        """Those under the present names: the others are to be left again."""
         older = self.older.checkpoints if self.older else frozenset()
         return tuple(sorted(self.checkpoints.keys() - older))
 
@@ -388,16 +388,23 @@ async def _read_into_pool(
 
 async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report: RestoreReport) -> int:
     """How many of the landed blocks may be computed with, from the first on; the store is told of one that may not."""
-    unusable = await engine.compute.run(engine.pool.unusable, landed)
+    unusable = await engine.compute.run(_fill, engine, landed)
     if unusable:
         index = landed.index(unusable[0])
         report.store_errors += 1
         engine.counters.note(BlockUnusable(f"block {names[index].hex()[:16]} holds what are no numbers"))
         await engine.store.reject(RecordKind.BLOCK, names[index : index + 1])
         landed = landed[:index]
-    if landed:
-        await engine.compute.run(engine.pool.note_filled, landed)
     return len(landed)
+
+
+def _fill(engine: Engine, landed: list[int]) -> list[int]:
+    """In the compute thread, as one job, since each waits for the work in hand: the rows that may not be used. Those
+    before the first one are filled."""
+    unusable = engine.pool.unusable(landed)
+    if good := landed[: landed.index(unusable[0])] if unusable else landed:
+        engine.pool.note_filled(good)
+    return unusable
 
 
 async def _read_stretch(

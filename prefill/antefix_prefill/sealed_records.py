@@ -51,7 +51,7 @@ def checkpoint_record(engine: Engine, prompt: Prompt, mark: Mark, payload: Buffe
 
 
 def handoff_record(engine: Engine, prompt: Prompt, payload: Buffer) -> Record:
-    """Live state after the whole prompt, under a name that nobody can guess: whoever knows it may take the handoff."""
+    """Live state after the whole prompt, under a name that nobody can guess: who knows it may take the handoff."""
     chain = prompt.chain
     return engine.seals.seal(
         Record(

@@ -70,10 +70,15 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
         wait_s = engine.rates.prefill_s(len(tokens), context=0) * (self.queue.num_waiting + 1)
         num_tokens = len(tokens) - engine.blocks.num_leading(chain.hashes) * engine.block_size
         tenant, _ = split_tenant(request.tenant)
-        compute_for(tenant)
+        share = request.share or 1
+        compute_for(tenant, share)
         async with contextlib.AsyncExitStack() as place:
             turn = self.queue.turn(
-                wait_s, lambda: has_short_rest(engine, prompt), tenant=tenant, num_tokens=max(1, num_tokens)
+                wait_s,
+                lambda: has_short_rest(engine, prompt),
+                tenant=tenant,
+                share=share,
+                num_tokens=max(1, num_tokens),
             )
             async with self.prefetcher.while_waiting(prompt):
                 await place.enter_async_context(turn)

@@ -291,7 +291,7 @@ class Accounts:
             return await anext(outputs, None)
 
     def _ended_from_outside(self, bill: Bill) -> tuple[Status, str]:
-        """What it means that whoever reads an output closes it."""
+        """What it means that the reader of an output closes it."""
         if bill.ended_here:
             return Status.STOP, ""
         return (Status.FAILED, Draining.__name__) if self.ending.is_over else (Status.CANCELLED, CLIENT_LEFT)
@@ -396,7 +396,8 @@ class Accounts:
             prompt_marks=bill.generation.prompt_marks,
             write_error=bill.write_error,
             paid_before=bill.paid_before,
-            finished_us=max(_now_us(), bill.opened.started_us),
+            # The clock may have been set back meanwhile.
+            finished_us=max(_now_us(), bill.opened.started_us + round(bill.total_s * 1e6)),
         )
 
     def _crashed(self, ledger: Ledger, entry: OpenEntry) -> UsageRecord:
@@ -443,7 +444,7 @@ class Accounts:
         )
 
     def _digest(self, request: GenerationRequest, generation: int = 0) -> str:
-        """Of prompt and sampling. Keyed: whoever reads the ledger must not be able to try out guesses of a prompt."""
+        """Of prompt and sampling. Keyed: a reader of the ledger must not be able to test guesses of a prompt."""
         key = self._keyring.key(request.caller.tenant, generation)
         digest = hashlib.blake2b(key=key, digest_size=16, person=b"antefix-digest")
         # Log probabilities tell of the answer and do not change it.

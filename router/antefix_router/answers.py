@@ -34,7 +34,7 @@ Run = Callable[[Generation, float], AsyncGenerator[OutputPiece, None]]
 
 # How far an answer may be ahead of the client that has most of it, as a decode worker's sequence may be.
 AHEAD_TOKENS_MAX: Final = 256
-# What an answer takes beside its tokens, and a token's log probability beside its alternatives: measured, rounded up.
+# What an answer takes next to its tokens, and a token's log probability next to its alternatives: measured, rounded up.
 _ANSWER_BYTES: Final = 2048
 _LOGPROB_BYTES: Final = 160
 _ALTERNATIVE_BYTES: Final = 128

@@ -255,7 +255,7 @@ class Router:
         return [member.feed for member in self.store.members.stores if member.feed is not None]
 
     def metrics(self) -> Iterable[Metric]:
-        """What it shows, beside its HTTP door's own. Read in the event loop."""
+        """What it shows, next to its HTTP door's own. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
         yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
         yield from lost_metrics(self.leases.lost(time.monotonic()))

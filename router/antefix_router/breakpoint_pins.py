@@ -17,7 +17,7 @@ log = logging.getLogger("antefix.router")
 
 
 class BreakpointPins:
-    """Pins beside the requests: a pin that fails costs a later hit, never an answer."""
+    """Pins, apart from the requests: a pin that fails costs a later hit, never an answer."""
 
     def __init__(self, store: Store, fingerprint: Callable[[], bytes]) -> None:
         """fingerprint: of all chains, as it is now."""

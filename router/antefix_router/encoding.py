@@ -1,4 +1,4 @@
-"""Text to tokens beside the event loop: while a long prompt is tokenized, all other streams go on.
+"""Text to tokens off the event loop: while a long prompt is tokenized, all other streams go on.
 
 A million characters take a Hugging Face tokenizer a quarter of a second, and would hold up everybody's tokens for as
 long. Short texts are encoded where they are: handing them to a thread would cost them more than it saves others.
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 # 4 ms of a Hugging Face tokenizer at the measured 0.25 us a character; the byte tokenizer takes 0.05 ms for them.
 CHARACTERS_MIN: Final = 16_384
-# Clients that leave do not stop an encoding that has begun: so many run at once, whoever comes and goes.
+# Clients that leave do not stop an encoding that has begun: so many run at once, no matter who comes and goes.
 _THREADS_MAX: Final = 4
 # A tokenizer holds some 30 bytes per character until it is done.
 _LARGE_CHARACTERS: Final = 4 << 20

@@ -155,6 +155,7 @@ class Front(BilledFront):
         self.encoding = Encoding()
         self.grammars = GrammarCheck(identity.path, identity.vocab_size)
         self.shedding = shedding or LoadShedding(0.0, lambda: 1)
+        self.shedding.share_of = lambda tenant: accounts.quotas.limits_of(tenant).share
 
     def check_text(self, num_characters: int, *, num_plain: int | None = None, payer: str | None = None) -> None:
         """What can be told of a prompt before it is encoded: how many tokens it has at least.
@@ -197,6 +198,7 @@ class Front(BilledFront):
         check_samples(request)
         if request.sampling.grammar:
             await self.grammars.check(request.sampling.grammar)
+        request = replace(request, share=self.accounts.quotas.limits_of(caller.tenant).share)
         is_named = caller.is_named
         if not caller.request_id:
             request = replace(request, caller=replace(caller, request_id=secrets.token_hex(12)))
@@ -230,7 +232,7 @@ class Front(BilledFront):
 def cache_tenant(tenant: str, user: str) -> str:
     """Whose blocks a request may hit: the tenant's, or those of one of its users."""
     for text in (tenant, user):
-        # One of them separates the two in a cache's name, and others would move the cursor of whoever reads a bill.
+        # One of them separates the two in a cache's name, and others would move the cursor of anyone who reads a bill.
         if CONTROL.search(text):
             raise InvalidRequest("tenant and user may not hold control characters")
     return join_tenant(tenant, user)

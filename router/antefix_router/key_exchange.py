@@ -1,4 +1,4 @@
-"""The book of API keys in Redis, for routers on several hosts: one value, which whoever writes to Redis cannot forge.
+"""The book of API keys in Redis, for routers on several hosts: one value, which a writer to Redis cannot forge.
 
     antefix:api-keys    a hash of three fields: number, book (JSON, as in the file), mac
 

@@ -1,10 +1,12 @@
 """Refuses early what would wait too long for its first token: by its head, before its body is read or it has a bill.
 
-    wait = a tenant's requests that wait * tenants that wait / first tokens per second while a queue was there
+    wait = a tenant's requests that wait / its share among waiting tenants / first tokens per second of a queue
 
 Workers' queues go round by tenant, so that is when the tenant's next request has its turn. A tenant that has none
 waiting is never refused here, nor is anybody while no more wait than workers take at once. Refused work costs next to
 nothing; work that is accepted and given up later by an impatient client costs as much as an answer.
+
+A burst is no overload: a queue that has just come may take five times as long as one that stays.
 """
 
 from __future__ import annotations
@@ -28,10 +30,13 @@ _MEMORY_S: Final = 10.0
 _SEEN_S_MIN: Final = 3.0
 # A worker runs so many at once, so fewer are no queue.
 FREE_PER_WORKER: Final = 32
+# Of the longest wait: what a burst's last one waits, and how long a queue may stay and be a burst. After an overload it
+# takes as long again until a queue is taken for a burst once more.
+BURST_FACTOR: Final = 5
 
 
 class LoadShedding:
-    """One router's. num_refused: requests."""
+    """One router's. num_refused: requests.  share_of: a tenant's, of the workers."""
 
     def __init__(
         self, wait_s_max: float, num_workers: Callable[[], int], *, clock: Callable[[], float] = time.monotonic
@@ -41,11 +46,14 @@ class LoadShedding:
         self.num_refused = 0
         self._num_workers = num_workers
         self._clock = clock
+        self.share_of: Callable[[str], int] = lambda tenant: 1
         self._waiting: Counter[str] = Counter()
         # Fading sums, of the time with a queue and of what was served in it.
         self._queued_s = 0.0
         self._num_served = 0.0
         self._seen_s = clock()
+        # How long there is a queue, less the time since without one.
+        self._standing_s = 0.0
 
     @property
     def num_waiting(self) -> int:
@@ -74,17 +82,23 @@ class LoadShedding:
         own = self._waiting[tenant]
         if not own or not self._has_queue or self._queued_s < _SEEN_S_MIN:
             return 0.0
-        num_turns = (own + 1) * len(+self._waiting)
+        num_turns = (own + 1) * sum(map(self.share_of, self._waiting)) / self.share_of(tenant)
         return num_turns * self._queued_s / self._num_served if self._num_served else math.inf
 
+    @property
+    def bound_s(self) -> float:
+        """The longest predicted wait that is accepted now; 0: any."""
+        burst_s = BURST_FACTOR * self.wait_s_max
+        return burst_s if self._standing_s < burst_s else self.wait_s_max
+
     def _check(self, tenant: str) -> None:
-        if not self.wait_s_max or (wait_s := self.wait_s(tenant)) <= self.wait_s_max:
+        if not self.wait_s_max or (wait_s := self.wait_s(tenant)) <= self.bound_s:
             return
         self.num_refused += 1
         told = f"{wait_s:.0f} s" if wait_s < 3600 else "longer than anybody waits"
         raise Overloaded(
-            f"the first token would take {told}, more than {self.wait_s_max:g} s",
-            retry_after_s=min(max(1.0, wait_s - self.wait_s_max), 60.0),
+            f"the first token would take {told}, more than {self.bound_s:g} s",
+            retry_after_s=min(max(1.0, wait_s - self.bound_s), 60.0),
         )
 
     @property
@@ -94,8 +108,12 @@ class LoadShedding:
     def _pass(self) -> None:
         """Time passed. To be called before anything changes."""
         now = self._clock()
+        passed_s = now - self._seen_s
+        change_s = passed_s if self._has_queue else -passed_s
+        # Bounded above, or after a long overload the next burst would be refused for as long.
+        self._standing_s = min(max(0.0, self._standing_s + change_s), 2 * BURST_FACTOR * self.wait_s_max)
         if self._has_queue:
-            faded = math.exp((self._seen_s - now) / _MEMORY_S)
+            faded = math.exp(-passed_s / _MEMORY_S)
             self._queued_s = faded * self._queued_s + _MEMORY_S * (1 - faded)
             self._num_served *= faded
         self._seen_s = now

@@ -1,4 +1,4 @@
-"""What a router shows to whoever scrapes it. The counters are its parts' own; here are their names."""
+"""What a router shows to a scraper. The counters are its parts' own; here are their names."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Served:
 
 
 class Bill:
-    """One admitted request. `reasoning_tokens` is set by whoever reads the output, before its end.
+    """One admitted request. `reasoning_tokens` is set by the reader of the output, before its end.
 
     mode: how the model thinks, as clients are told; empty where nobody asked it to hold a conversation.
 

@@ -1,6 +1,6 @@
 """The first half of a request: what its prompt still needs, which worker does it, and what if that one fails.
 
-Equal prefixes in flight are computed once: whoever comes first leads, the others wait for its blocks, with a deadline.
+Equal prefixes in flight are computed once: the first one leads, the others wait for its blocks, with a deadline.
 A leader that ends in any way wakes its followers, and one of them leads on.
 """
 
@@ -148,7 +148,7 @@ class Prefilling:
     def _goes_straight(self, work: Work) -> bool:
         """Whether decode should do the rest itself: computing it there against a call to a prefill worker.
 
-        There it delays whoever runs, so its time counts for each of them; the call costs what calls have cost, and
+        There it delays the running ones, so its time counts for each of them; the call costs what calls have cost, and
         what waits at the worker that has least.
         """
         rest = work.num_tokens - (work.stored_tokens or 0)

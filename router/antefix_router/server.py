@@ -29,7 +29,6 @@ from antefix.security.guard import admitted
 from antefix.security.identity import Role
 from antefix.security.process_security import open_security
 from antefix.store.feed_room import FeedRoom
-from antefix.store.found_stores import FoundStores
 from antefix.store.local_store import LocalStore
 from antefix.store.many_stores import ManyStores
 from antefix.store.object_access import object_tiers
@@ -222,7 +221,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     called = [where.address for where in stores]
     security.check_calling((*called, *called_names((*config.prefill, *config.decode))))
     store = _open_store(config, stores, security.check_calling_one)
-    if isinstance(store, FoundStores):
+    if isinstance(store, ManyStores):
         await store.start()
     identity, tokenizer = identify(config.model), load_tokenizer(config.model)
     router = Router(identity, tokenizer, store, config, granter=security.granter, may_call=security.check_calling_one)

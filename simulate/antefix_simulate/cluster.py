@@ -17,6 +17,7 @@ from enum import StrEnum
 import numpy as np
 
 from antefix.linear_law import LinearLaw
+from antefix.located import ReadSpeed
 from antefix.window import (
     BudgetState,
     Plan,
@@ -32,13 +33,15 @@ from antefix.window import (
 from antefix_router.inflight import InFlight, worth_waiting
 from antefix_router.placement.backlog import Backlog
 from antefix_router.placement.directory import Directory
+from antefix_router.placement.loading import loading_tokens
 from antefix_router.placement.work import Loads, Policy, Work, own_work, seeds_of
 from antefix_simulate.baselines import make_policy
 from antefix_simulate.cluster_result import RECOVERY_S, Outcomes, PolicyResult
 from antefix_simulate.cluster_worker import Job, Memory, PrefillWorker
 from antefix_simulate.machine import RATE_CARDS, Machine, TokenPrices, carry_out
-from antefix_simulate.many_stores import DISK, OBJECT, PEER, HostStore, ManySimStores
+from antefix_simulate.many_stores import DISK, OBJECT, PEER, HostStore, ManySimStores, store_name
 from antefix_simulate.replay_result import percentile
+from antefix_simulate.simulated_objects import ObjectPrices
 from antefix_simulate.simulated_store import SimStore, StoreLimits
 from antefix_simulate.trace import TraceRequest
 
@@ -77,6 +80,7 @@ class Fleet:
     num_stores: int = 1
     copies_bytes: int = 0
     object_bytes: int = 0
+    object_prices: ObjectPrices = field(default_factory=ObjectPrices)
     prices: TokenPrices = RATE_CARDS["v4-flash"]
     memory_bytes: int = 64 * 10**9
     coalesce: bool = True
@@ -134,6 +138,8 @@ class _Run:
             num_stores=fleet.num_stores,
             copies_bytes=fleet.copies_bytes,
             object_bytes=fleet.object_bytes,
+            # Workers, stores and a router.
+            num_processes=fleet.num_prefill + fleet.num_decode + fleet.num_stores + 1,
         )
         # The planner knows the machine: learning it is what the other simulation is about.
         machine = fleet.machine
@@ -160,8 +166,9 @@ class _Run:
         # Workers that will join have their row from the start, and are out of reach until then.
         self.workers = [self._worker(i) for i in range(fleet.num_prefill + len(fleet.joins))]
         self.addresses = [worker.address for worker in self.workers]
+        self.read_speeds = [self._read_speeds(self.many.home_of(row)) for row in range(fleet.num_stores)]
         self.loads = _loads(self.addresses)
-        self.head = np.zeros((3, len(self.workers)))  # head's tokens, since when, tokens a second
+        self.head = np.zeros((3, len(self.workers)))  # head's tokens, since when, tokens per second
         self.total = np.zeros(len(self.workers))
         # An engine decodes what it prefilled.
         num_decode = len(self.workers) if fleet.engines is not None else fleet.num_decode
@@ -207,11 +214,13 @@ class _Run:
             affinity=_mixed(names[min(known, len(names) - 1)] if names else num_tokens),
             head=_mixed(names[min(2, len(names)) - 1] if names else num_tokens),
             replay_tokens=0 if self.fleet.engines is not None else self.sizes.replay_tokens,
+            places=self._places(names[:num_stored]) if self.fleet.has_tiers else (),
         )
         self.loads.resident_tokens = np.minimum(resident * self.unit_tokens, num_tokens - 1)
         self.loads.pending_tokens = self.total - np.minimum(self.head[0], (self.now - self.head[1]) * self.head[2])
         self.loads.leading = found[0].row if found else -1
         self.loads.soon_tokens = min(found[1] * self.unit_tokens, num_tokens - 1) if found else 0
+        self.loads.loading_tokens = self._loading(work) if work.places else None
         row = self.policy.choose(work, self.loads)
         # 4. Count it, and start it if the worker is free.
         computing, loading = own_work(work, self.loads)
@@ -228,6 +237,28 @@ class _Run:
         job.row = row
         if worker.running is None:
             self._start(row)
+
+    def _places(self, names: list[int]) -> tuple[tuple[int, frozenset[str]], ...]:
+        return tuple((units * self.unit_tokens, stores) for units, stores in self.many.places(names))
+
+    def _loading(self, work: Work) -> np.ndarray:
+        """What loading the stored prefix is worth on each worker, as a router knows it from what workers measured."""
+        rate = self.fleet.machine.prefill_tokens_per_s
+        resident = self.loads.resident_tokens.tolist()
+        speeds = [self.read_speeds[self.many.home_of(row)] for row in range(len(self.workers))]
+        return np.array([loading_tokens(work, own, each, rate) for own, each in zip(resident, speeds, strict=True)])
+
+    def _read_speeds(self, home: int) -> dict[str, ReadSpeed]:
+        """Of a worker on that store's host."""
+        machine, bytes_per_token = self.fleet.machine, self.sizes.block_bytes / self.sizes.block_size
+
+        def speed(fixed_s: float, bytes_per_s: float) -> ReadSpeed:
+            return ReadSpeed(latency_s=fixed_s, seconds_per_token=bytes_per_token / bytes_per_s)
+
+        peer = speed(machine.peer_fixed_s, machine.peer_bytes_per_s)
+        others = {store_name(number): peer for number in range(self.fleet.num_stores)}
+        own = {store_name(home): speed(machine.disk_fixed_s, machine.disk_bytes_per_s)}
+        return {**others, **own, OBJECT: speed(machine.object_fixed_s, machine.object_bytes_per_s)}
 
     def _start(self, row: int) -> None:
         worker = self.workers[row]
@@ -439,11 +470,13 @@ class _Run:
             before = out.window(first - fleet.window_s, first)
             after = out.window(first + RECOVERY_S, first + RECOVERY_S + fleet.window_s)
         hit = sum(out.hit_tokens)
+        self.many.objects.now_s = max(self.many.objects.now_s, max(out.finished_s, default=0.0))
         by_tier = {"memory": out.bytes_in_memory(self.sizes), **self._bytes_by_tier()}
         return PolicyResult(
             policy=policy,
             bytes_by_tier=by_tier,
             dollars=fleet.prices.dollars(hit_tokens=hit, miss_tokens=sum(out.prompt_tokens) - hit),
+            object_bill=self.many.objects.bill(fleet.object_prices),
             token_hit_rate=sum(out.hit_tokens) / tokens,
             fetched_share=sum(out.fetched_tokens) / tokens,
             ttft_p50_s=percentile(ttft, 0.5),

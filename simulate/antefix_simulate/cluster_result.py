@@ -11,6 +11,7 @@ import numpy as np
 from antefix.text_table import text_table
 from antefix.window import Sizes
 from antefix_simulate.replay_result import percentile
+from antefix_simulate.simulated_objects import ObjectBill
 
 # A fleet that lost a worker is looked at again after this long.
 RECOVERY_S = 60.0
@@ -22,8 +23,9 @@ class PolicyResult:
 
     bytes_by_tier: blocks used from memory, loaded from a host's own disk and from another host's store; "copied": put
     into a second store for being read often.  dollars: for the prompts, by the fleet's token prices.
+    object_bill: what the object store was asked, and its dollars.
     token_hit_rate: share of prompt tokens that no worker ran.  fetched_share: share that was loaded from the store.
-    ttft_*: from arrival to first token: waiting, loading, computing.  goodput: requests a second within both limits.
+    ttft_*: from arrival to first token: waiting, loading, computing.  goodput: requests per second within both limits.
     load_max_over_mean: seconds at work, the busiest prefill worker's over the mean.  coalesced_share: requests that
     waited for another's blocks.  before_*, after_*: the windows before the first kill and from a minute after it.
     """
@@ -31,6 +33,7 @@ class PolicyResult:
     policy: str
     bytes_by_tier: dict[str, int]
     dollars: float
+    object_bill: ObjectBill
     token_hit_rate: float
     fetched_share: float
     ttft_p50_s: float
@@ -66,7 +69,7 @@ class ClusterSimulation:
 
     def as_dict(self) -> dict[str, Any]:
         shared = {name: value for name, value in asdict(self).items() if name != "results"}
-        return shared | {"policies": {result.policy: asdict(result) for result in self.results}}
+        return shared | {"policies": {result.policy: _as_dict(result) for result in self.results}}
 
 
 @dataclass(slots=True)
@@ -120,6 +123,7 @@ _STORE_COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
     ("copied GB", lambda r: f"{r.bytes_by_tier['copied'] / 1e9:.1f}"),
     ("uploaded GB", lambda r: f"{r.bytes_by_tier['uploaded'] / 1e9:.1f}"),
     ("prompts $", lambda r: f"{r.dollars:.2f}"),
+    ("objects $", lambda r: f"{r.object_bill.dollars:.2f}"),
 )
 _KILL_COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
     ("hit before", lambda r: _shown(r.before_hit_rate, "{:.2%}")),
@@ -127,6 +131,12 @@ _KILL_COLUMNS: tuple[tuple[str, Callable[[PolicyResult], str]], ...] = (
     ("p90 before", lambda r: _shown(r.before_ttft_p90_s, "{:.3f}")),
     ("p90 after", lambda r: _shown(r.after_ttft_p90_s, "{:.3f}")),
 )
+
+
+def _as_dict(result: PolicyResult) -> dict[str, Any]:
+    fields = asdict(result)
+    fields["object_bill"]["dollars"] = result.object_bill.dollars
+    return fields
 
 
 def cluster_text(simulation: ClusterSimulation) -> str:

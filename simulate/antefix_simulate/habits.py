@@ -35,7 +35,7 @@ class _Left:
 
 @dataclass(slots=True)
 class Habits:
-    """Filled while a trace runs. A checkpoint that expired and is left anew counts twice."""
+    """Filled while a trace runs. A checkpoint that expired and is left again counts twice."""
 
     _current: dict[int, _Left] = field(default_factory=dict)
     _left: dict[Reason, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Several simulated stores of one fleet, and the object tier behind them: each worker writes to its host's store and
+"""Several simulated stores of one fleet, with the object tier behind them: each worker writes to its host's store and
 reads from any, as `antefix.store` does.
 
 What a worker computes after another host's prefix is stored apart. What a host reads NUM_READS times from others is
@@ -7,10 +7,13 @@ copied to its own store, within a budget of bytes.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
 from typing import Final
 
 from antefix.window import Sizes, Tier
+from antefix_simulate.simulated_objects import SimObjects
 from antefix_simulate.simulated_store import SimStore, StoreLimits
 from antefix_simulate.trace import Names
 
@@ -19,31 +22,10 @@ DISK, PEER, OBJECT = "disk", "peer", "object"
 NUM_READS: Final = 3
 
 
-class SimObjects:
-    """Blocks in the object tier, which all hosts share: what was read again or is about to be evicted goes up, the
-    oldest upload goes first. Checkpoints stay in stores.
-    """
-
-    def __init__(self, bytes_max: int, unit_bytes: int) -> None:
-        self.bytes_uploaded = 0
-        self._num_max = bytes_max // unit_bytes
-        self._unit_bytes = unit_bytes
-        self._names: OrderedDict[int, None] = OrderedDict()
-
-    def __contains__(self, name: int) -> bool:
-        return name in self._names
-
-    def upload(self, name: int) -> None:
-        if not self._num_max or name in self._names:
-            return
-        while len(self._names) >= self._num_max:
-            self._names.popitem(last=False)
-        self._names[name] = None
-        self.bytes_uploaded += self._unit_bytes
-
-
 class ManySimStores:
-    """limits: of each store. copies_bytes: of copies per store.  object_bytes: of the object tier; 0: there is none."""
+    """limits: of each store. copies_bytes: of copies per store.  object_bytes: of the object tier; 0: there is none.
+    num_processes: that know the object tier.
+    """
 
     def __init__(
         self,
@@ -54,6 +36,7 @@ class ManySimStores:
         num_stores: int,
         copies_bytes: int,
         object_bytes: int = 0,
+        num_processes: int = 0,
     ) -> None:
         self.stores = [SimStore(sizes, limits, unit_blocks=unit_blocks, apart=True) for _ in range(num_stores)]
         self.bytes_by_tier: Counter[str] = Counter()
@@ -62,14 +45,31 @@ class ManySimStores:
         self._unit_bytes = unit_blocks * sizes.block_bytes
         self._reads: Counter[tuple[int, int]] = Counter()
         self._room = [copies_bytes] * num_stores
-        self.objects = SimObjects(object_bytes, self._unit_bytes)
+        self.objects = SimObjects(object_bytes, self._unit_bytes, num_processes=num_processes)
         if object_bytes:
             for store in self.stores:
                 store.on_evict = self.objects.upload
 
     def of(self, worker: int) -> HostStore:
         """As the worker's host sees them; hosts take turns."""
-        return HostStore(self, worker % len(self.stores))
+        return HostStore(self, self.home_of(worker))
+
+    def home_of(self, worker: int) -> int:
+        return worker % len(self.stores)
+
+    def places(self, names: Sequence[int]) -> tuple[tuple[int, frozenset[str]], ...]:
+        """Runs of units that the same stores have: how many, and names of the stores."""
+        holders = (self._holders(name) for name in names)
+        return tuple((sum(1 for _ in run), held) for held, run in groupby(holders))
+
+    def _holders(self, name: int) -> frozenset[str]:
+        found = [store_name(number) for number, store in enumerate(self.stores) if store.has(name)]
+        return frozenset([*found, OBJECT] if name in self.objects else found)
+
+
+def store_name(number: int) -> str:
+    """What placement calls it."""
+    return f"store-{number}"
 
 
 class HostStore:
@@ -81,6 +81,7 @@ class HostStore:
         self._own = many.stores[home]
 
     def expire(self, now_s: float) -> None:
+        self._many.objects.now_s = now_s
         for store in self._many.stores:
             store.expire(now_s)
 
@@ -112,9 +113,13 @@ class HostStore:
     def note_read(self, names: Names, first: int, stop: int, now_s: float) -> None:
         """Units [first, stop) were loaded: count bytes by tier, and copy what was read often from elsewhere."""
         many = self._many
-        for unit in range(first, stop):
+        many.objects.now_s = now_s
+        tiers = {unit: self._tier_of(int(names[unit])) for unit in range(first, stop)}
+        for tier, run in groupby(tiers.values()):
+            if tier == OBJECT:
+                many.objects.read(sum(1 for _ in run))
+        for unit, tier in tiers.items():
             name = int(names[unit])
-            tier = self._tier_of(name)
             many.bytes_by_tier[tier] += many._unit_bytes
             many.objects.upload(name)
             if tier == DISK:

@@ -105,5 +105,5 @@ def _lines(axes: Any, simulations: Sequence[Simulation]) -> None:
         axis.set_xlabel("store, GB")
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
-    # Beside the plot: inside, it would hide lines.
+    # Next to the plot: inside, it would hide lines.
     axes[1].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")

@@ -1,4 +1,4 @@
-"""The evidence of a hit outlives whoever made it: the reader, the store's service, both."""
+"""The evidence of a hit outlives its makers: the reader, the store's service, both."""
 
 from pathlib import Path
 

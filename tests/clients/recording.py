@@ -97,7 +97,7 @@ class _Synthetic:
     def _value(self, value: Any, key: str) -> Any:
         if isinstance(value, dict):
             made = {name: self._value(each, name) for name, each in value.items()}
-            # Made anew where it is replayed, as the door would sign and seal it then.
+            # Made again where it is replayed, as the door would sign and seal it then.
             if value.get("type") == "thinking" and value.get("signature"):
                 made["signature"] = "(signed)"
             if value.get("encrypted_content"):

@@ -37,7 +37,7 @@ from antefix.v1 import (
 )
 from antefix.wire import tokens_to_wire
 
-TEXTS = ["Once", " upon", " a time"]
+TEXTS = ["Once", " there", " was"]
 
 
 class Router(router_pb2_grpc.RouterServiceServicer):
@@ -213,7 +213,7 @@ async def test_a_blocking_client_works_inside_a_running_loop(elsewhere: tuple[Ro
     with BlockingPrefillClient(elsewhere[1]) as prefill:
         assert prefill.status().num_blocks == 9
     async with PrefillClient(elsewhere[1]) as client:
-        assert (await client.status()).num_blocks == 9, "and the running loop's own clients beside it"
+        assert (await client.status()).num_blocks == 9, "and the running loop's own clients next to it"
 
 
 def test_a_blocking_client_serves_several_threads(elsewhere: tuple[Router, str]) -> None:

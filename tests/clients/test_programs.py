@@ -41,7 +41,7 @@ async def test_an_agents_session(name, door, home, folder, picture):
     ended = await program.run(*resumed, AGAIN)
     assert ended.status == 0 and "got-49" in ended.out and "got-49" in door.script.last_answer, ended.last
     assert [each.status for each in door.turns()] == [200] * 5
-    # Each prompt hits to the last full block of the answer before it, whoever was asked for titles in between.
+    # Each prompt hits to the last full block of the answer before it, no matter who was asked for titles in between.
     hits, full = hits_and_full_blocks(door)
     assert hits[1:] == full[1:] and all(full[1:])
     record(name, door, home=home, folder=folder)

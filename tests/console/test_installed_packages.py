@@ -1,4 +1,4 @@
-"""Doctor sees a package that is older than what works, whoever put it there."""
+"""Doctor sees a package that is older than what works, no matter who put it there."""
 
 from __future__ import annotations
 

@@ -40,5 +40,5 @@ async def test_routers_and_workers_outlive_their_stores_files(deploy, ask, docum
         for prompt in prompts:
             assert (await ask(deployment, prompt))[0] == reference.generate(prompt, 24)
         dead = [process.role for process in deployment.processes if process.process.returncode is not None]
-        # The owner of an index that was cut may die of its map; whoever supervises it starts it again.
+        # The owner of an index that was cut may die of its map; anyone who supervises it starts it again.
         assert set(dead) <= ({"kvstore"} if harm is cut_index else set())

@@ -13,7 +13,7 @@ from antefix.secret import Keyring, create_secret_file
 from antefix.security import grants, own_credentials
 from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
-from antefix.store import store_members
+from antefix.store import standing
 from antefix.store.local_copies import LocalCopies
 from antefix.store.open_store import StoreAddress, open_stores
 from antefix.store.remote_store import RemoteStore
@@ -29,7 +29,8 @@ PROMPT = Prompt(list(range(40 * 8)), payload_bytes=BLOCK_BYTES)
 async def services(tmp_path, monkeypatch):
     """Processes and addresses by name, and what every call shows."""
     # A busy machine's stores are late, which is a miss and not what is meant here.
-    monkeypatch.setattr(store_members, "ASK_S", 10.0)
+    monkeypatch.setattr(standing, "ASK_S", 10.0)
+    monkeypatch.setattr(standing, "ASK_S_MAX", 10.0)
     keyring = Keyring.from_file(create_secret_file(tmp_path / "secret"))
     credentials = Credentials(Role.OPERATOR, files=None, keyring=keyring)
     own_credentials.use(credentials)

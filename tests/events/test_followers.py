@@ -1,4 +1,4 @@
-"""Whoever follows numbered events is in step with their source, or knows that it is not: the same for both sources."""
+"""A follower of numbered events is in step with their source, or knows that it is not: the same for both sources."""
 
 import asyncio
 import contextlib

@@ -413,7 +413,7 @@ async def test_what_another_worker_has_and_this_one_has_not_is_said(fleet, two):
     door = await fleet(*two)
     first = await door.chat(LONG)
     await door.heard()
-    # Whoever has it is busy with so much that computing it again is sooner done.
+    # The worker that has it is busy with so much that computing it again is sooner done.
     (holder,) = [each for each in door.router.workers.workers if each.address == first.headers["antefix-worker"]]
     with door.router.workers.load(holder, 1_000_000):
         second = await door.chat(LONG)

@@ -151,7 +151,7 @@ class LogicalHostPool:
 
 
 class DeepSeekV4PagedHostPool:
-    """Pages of uint8 rows, one row a layer."""
+    """Pages of uint8 rows, one row per layer."""
 
     def __init__(
         self,

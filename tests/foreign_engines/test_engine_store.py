@@ -97,7 +97,7 @@ def test_names_by_an_engines_own_keys(store):
 
 
 def test_the_names_of_engines_keys_stay_what_they_are():
-    """A golden value: whoever changes it makes every stored block of every engine a miss."""
+    """A golden value: anyone who changes it makes every stored block of every engine a miss."""
     keyring = Keyring(b"sixteen bytes or more")
     with EngineStore(BlockingStore(Dead()), keyring) as store:
         kv = store.kv(fingerprint(hash_kind=HashKind.ENGINE_KEY), LAYOUT)

@@ -1,4 +1,4 @@
-"""What real clients do to an answer before they send it back: they drop its reasoning, write its calls anew, and send
+"""What real clients do to an answer before they send it back: they drop its reasoning, rewrite its calls, and send
 pictures as JSON. The next prompt goes on from the very tokens all the same, and no picture's data is in it."""
 
 import json

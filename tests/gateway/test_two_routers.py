@@ -59,7 +59,7 @@ async def test_each_router_keeps_its_own_ledger_and_a_new_one_takes_over_a_dead_
         answers = [await ask(router, number) for number, router in enumerate((first, second, first, second))]
         # What one router's client had computed, the other's hits.
         assert [bool(answer.usage.prompt_tokens_details.cached_tokens) for answer in answers] == [False] + [True] * 3
-        # Whoever asks for a receipt checks it with the same published key.
+        # Anyone who asks for a receipt checks it with the same published key.
         keys = {get(router, "/v1/usage/public_key")["public_key"] for router in (first, second)}
         assert len(keys) == 1
         receipt = get(second, "/v1/usage/receipts/q1")

@@ -1,4 +1,4 @@
-"""Makes the golden store of the present format version: `python -m tests.kvstore.golden` writes it beside the others.
+"""Makes the golden store of the present format version: `python -m tests.kvstore.golden` writes it next to the others.
 
 Run it once for each new version and never again: what it makes must open for ever.
 """

@@ -1,6 +1,6 @@
 """A disk that loses power: what was written but not synced may be there, be torn, or be gone.
 
-The files on the real disk are what a process sees (the page cache). Beside them `PowerLossDisk` keeps what is durable:
+The files on the real disk are what a process sees (the page cache). Next to them `PowerLossDisk` keeps what is durable:
 the content of each file as of its last sync, the names as of the last sync of their directory, and the writes since.
 `lose_power` rewrites the directory: of each file's unsynced writes any subset survives, sector by sector, and of the
 unsynced names any subset is undone. Sectors are 512 bytes: the device writes one whole or not at all.

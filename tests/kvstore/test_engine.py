@@ -172,7 +172,7 @@ def test_a_new_stores_directory_is_its_owners_alone(tmp_path: Path, made_before:
     directory = tmp_path / "store"
     if made_before:
         directory.mkdir()
-        directory.chmod(0o750)  # whoever made it has decided
+        directory.chmod(0o750)  # anyone who made it has decided
     StorageEngine(KvStoreConfig(dir=str(directory), budget_bytes=64 << 20)).close()
     assert directory.stat().st_mode & 0o777 == (0o750 if made_before else 0o700)
 

@@ -88,7 +88,7 @@ def test_its_room_is_bounded_and_a_taken_slot_forgets_the_old_name(tmp_path: Pat
     known = [remembered(tmp_path, name) for name in names]
     assert set(known) == {MissReason.EVICTED, MissReason.FIRST_SEEN}
     assert (tmp_path / GONE_FILE).stat().st_size == writer.nbytes == 256 * SLOT_BYTES
-    # Under another budget every name has another slot: it begins anew instead of answering wrongly.
+    # Under another budget every name has another slot: it begins again instead of answering wrongly.
     GoneWriter(tmp_path, 1 << 30).note(b"z" * 32, MissReason.EXPIRED)
     assert (
         remembered(tmp_path, names[-1]) is MissReason.FIRST_SEEN

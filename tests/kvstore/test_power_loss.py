@@ -66,7 +66,7 @@ def life(directory: Path, rng: random.Random, acknowledged: dict[int, int], inde
             assert not result.refused
             acknowledged[number] = max(acknowledged[number], count)
             if rng.random() < 0.3:
-                engine.space.compact_one(0.0)
+                engine.space.compactor.compact_one(0.0)
             if rng.random() < 0.5:
                 # LMDB syncs itself; but an older index must do too, as when a backup of it is put back.
                 saved = directory / f"index-{len(indexes)}"

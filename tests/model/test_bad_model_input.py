@@ -216,7 +216,7 @@ def test_the_revision_names_config_and_weights(directory: Path) -> None:
 def test_another_choice_of_shards_is_another_revision(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = sharded(checkpoint, tmp_path / "sharded")
     shards = sorted(path.glob("*.safetensors"))
-    # The same tensors with other values, beside the ones that the index names; then the index names those.
+    # The same tensors with other values, next to the ones that the index names; then the index names those.
     save_file({name: tensor + 1 for name, tensor in load_file(shards[0]).items()}, path / "other.safetensors")
     first, weights = identify(path).weights_revision, load_model(path).state_dict()
     index = path / "model.safetensors.index.json"

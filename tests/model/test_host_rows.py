@@ -1,4 +1,4 @@
-"""Host memory beside a pool on a card: payloads come and go whole, nothing else moves. The rows lie on a CPU here."""
+"""Host memory next to a pool on a card: payloads come and go whole, nothing else moves. The rows lie on a CPU here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The indexer keeps each query's best visible entries; ties go to the lowest index, whatever was scored beside them."""
+"""The indexer keeps each query's best visible entries; ties go to the lowest index, whatever else was scored."""
 
 from __future__ import annotations
 

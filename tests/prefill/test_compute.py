@@ -195,3 +195,42 @@ async def test_where_a_call_fails_each_piece_runs_alone():
     results, _ = await together([("a", 1), ("b", 2), ("c", 3)], run)
     assert (results[0], results[2]) == ("a", "c")
     assert isinstance(results[1], ValueError)
+
+
+async def pieces_of_tenants(pieces):
+    """Calls of the model, as (tenant, tokens) each, for pieces that wait for a busy thread."""
+    thread, let_go, calls = ComputeThread("test"), threading.Event(), []
+
+    def run(group):
+        calls.append(group)
+        return group
+
+    async def ask(tenant, share, size):
+        compute_for(tenant, share)
+        await thread.run_piece(size, 0.0, run, (tenant, size), size)
+
+    busy = asyncio.create_task(thread.run(let_go.wait))
+    await asyncio.sleep(0)
+    waiting = [asyncio.create_task(ask(*each)) for each in pieces]
+    await asyncio.sleep(0)
+    let_go.set()
+    await asyncio.gather(busy, *waiting)
+    thread.close()
+    return calls
+
+
+async def test_where_tenants_share_the_thread_a_call_is_no_longer_than_a_share_allows():
+    calls = await pieces_of_tenants([("greedy", 1, 20)] * 12 + [("modest", 1, 20)])
+    # Two tenants: a call may be twice as long as its first piece, and the second one is the other tenant's.
+    assert max(len(call) for call in calls) == 2
+    assert {tenant for tenant, _ in calls[0]} == {"greedy", "modest"}
+
+
+async def test_many_tenants_short_pieces_still_run_as_one_call():
+    calls = await pieces_of_tenants([(f"tenant-{number}", 1, 10) for number in range(8)])
+    assert [len(call) for call in calls] == [8]
+
+
+async def test_a_larger_share_lets_fewer_others_into_its_calls():
+    calls = await pieces_of_tenants([("large", 3, 20)] + [("small", 1, 20)] * 3)
+    assert ("large", 20) in calls[0] and len(calls[0]) == 1

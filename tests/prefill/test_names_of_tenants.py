@@ -182,7 +182,7 @@ async def test_an_older_record_that_is_gone_meanwhile_makes_the_hit_shorter(work
 
 
 async def test_a_forged_block_is_computed_again_and_replaced(worker, service):
-    """The attack: whoever can reach the store puts zeros, with right checksums, where a tenant looks for a block."""
+    """The attack: anyone who can reach the store puts zeros, with right checksums, where a tenant looks for a block."""
     cold = await run(worker(), "acme")
     engine = worker()
     prompt = prompt_of(engine, TOKENS, "acme")

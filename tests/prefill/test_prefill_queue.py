@@ -41,7 +41,7 @@ async def test_short_rests_do_not_wait_for_long_prompts():
     assert await started(queue, False, False, False) == (2, 1)
     assert await started(queue, False, False, True, True) == (4, 0)
     assert await started(queue, False, False, *[True] * 5) == (5, 2)
-    # A free place is taken by whoever comes, and nobody is asked.
+    # A free place is taken by the next one that comes, and nobody is asked.
     assert await started(queue, True, True) == (2, 0)
 
 

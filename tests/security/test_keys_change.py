@@ -1,4 +1,4 @@
-"""Keys that change while routers run: through their file, through a real Redis, and against whoever writes there."""
+"""Keys that change while routers run: through their file, through a real Redis, and against anyone who writes there."""
 
 import asyncio
 import dataclasses

@@ -67,7 +67,7 @@ async def test_a_stolen_secret_that_is_dropped_at_once_reads_and_forges_nothing(
     step("drop", path, 1)
     engine = worker(Keyring.from_file(path))
     await run(engine, "acme")
-    # Whoever has the stolen one finds nothing, and what he writes is under names that nobody asks for.
+    # Anyone who has the stolen one finds nothing, and what he writes is under names that nobody asks for.
     assert await hit(worker(stolen), "acme") == 0
     assert await hit(worker(Keyring.from_file(path)), "acme") == WHOLE
     assert engine.seals.num_broken == 0

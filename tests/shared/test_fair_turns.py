@@ -45,6 +45,23 @@ async def test_work_counts_not_requests():
     assert order.index(("long", 100.0), order.index(("long", 100.0)) + 1) >= 99
 
 
+async def test_a_share_of_three_has_three_turns_for_one():
+    turns, order, let_go = FairTurns(1), [], asyncio.Event()
+
+    async def ask(tenant, share):
+        async with turns.turn(tenant, 1.0, share=share):
+            order.append(tenant)
+            await let_go.wait()
+
+    tasks = [asyncio.create_task(ask("first", 1))]
+    await asyncio.sleep(0)
+    tasks += [asyncio.create_task(ask(*each)) for _ in range(12) for each in (("large", 3), ("small", 1))]
+    await asyncio.sleep(0)
+    let_go.set()
+    await asyncio.gather(*tasks)
+    assert order[1:13].count("large") == 9
+
+
 async def test_one_tenants_requests_keep_their_order():
     asked = [("a", float(cost)) for cost in (5, 1, 3, 2)]
     assert await serve(FairTurns(1), asked) == asked
@@ -58,6 +75,33 @@ async def test_a_pause_is_not_saved_up():
     order = await serve(turns, [("busy", 10.0), ("idle", 10.0)] * 10)
     # The one that paused is not ahead by what it might have had.
     assert order[:4].count(("idle", 10.0)) <= 3
+
+
+async def test_who_is_refused_is_told_to_come_when_half_of_the_queue_is_gone(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr("antefix.fair_turns.time.monotonic", lambda: now)
+    turns, let_go = FairTurns(2, 8), asyncio.Event()
+    for _ in range(50):
+        async with turns.turn("a", 1.0):
+            now += 6.0
+
+    async def hold():
+        async with turns.turn("a", 1.0):
+            await let_go.wait()
+
+    tasks = [asyncio.create_task(hold()) for _ in range(10)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded) as refused:
+        async with turns.turn("a", 1.0):
+            pass
+    # Two places, each held for 6 s: four of the eight that wait have gone in by then.
+    assert refused.value.retry_after_s == pytest.approx(12.0)
+    with pytest.raises(Overloaded) as told:
+        async with turns.turn("a", 1.0, retry_after_s=3.0):
+            pass
+    assert told.value.retry_after_s == 3.0
+    let_go.set()
+    await asyncio.gather(*tasks)
 
 
 async def test_where_the_queue_is_full_the_greediest_gives_way():

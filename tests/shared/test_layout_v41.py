@@ -37,7 +37,7 @@ def changed(**fields):
 def test_v41_has_the_published_sizes():
     assert LAYOUT.bytes_per_token == 890
     assert {part.kind: part.record.nbytes for part in LAYOUT.parts} == {V41PartKind.MAIN: 288, V41PartKind.KEYS: 68}
-    # 720 of main entries and 170 of keys a token: three sources of ratio 2 and one of ratio 1.
+    # 720 of main entries and 170 of keys per token: three sources of ratio 2 and one of ratio 1.
     main = sum(part.nbytes for part in LAYOUT.parts if part.kind is V41PartKind.MAIN)
     assert (main / 128, LAYOUT.block_bytes / 128 - main / 128) == (720, 170)
     # Window KV as V4's, of 40 layers, and the overlap rows of three sources.

@@ -149,6 +149,6 @@ def test_no_setting_of_a_worker_is_defined_or_made_a_flag_again():
     # doctor judges a machine on which a package that the settings need may be missing; these have other meanings.
     told = {("doctor.py", "--device"), ("doctor.py", "--dtype"), ("doctor.py", "--reproducible")}
     others = {(name, "--strategy") for name in ("window.py", "simulate.py", "simulate_cluster.py")}
-    # Whoever uses Redis has these: `antefix.redis_access` defines them.
+    # Anyone who uses Redis has these: `antefix.redis_access` defines them.
     shared = {"redis_password_file", "redis_ca_file"}
     assert set(again) - told - others == {("worker_settings.py", name) for name in names - shared}

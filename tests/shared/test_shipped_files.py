@@ -1,4 +1,4 @@
-"""What is shipped beside the code works: the sample settings are valid, the example runs."""
+"""What is shipped next to the code works: the sample settings are valid, the example runs."""
 
 import argparse
 import asyncio

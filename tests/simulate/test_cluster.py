@@ -17,6 +17,7 @@ from antefix_simulate.cluster_result import RECOVERY_S
 from antefix_simulate.cluster_worker import Job, Memory
 from antefix_simulate.generated_traces import generate
 from antefix_simulate.machine import Machine, model_sizes
+from antefix_simulate.simulated_objects import ObjectPrices
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import Trace, TraceRequest
 
@@ -130,7 +131,7 @@ def test_the_minutes_in_which_nobody_died_can_be_looked_at_as_well(chat):
 
 @pytest.mark.slow
 def test_a_minute_after_one_of_eight_workers_died_hits_and_waits_are_what_they_were():
-    """Beside the same minutes of a run in which nobody died: a trace has its own course."""
+    """Next to the same minutes of a run in which nobody died: a trace has its own course."""
     trace = generate("chat", num_requests=6000, unit_tokens=512, seed=4)
     killed_s, speedup, windows = 60.0, 8.0, []
     for kills in ((), ((killed_s, 0.0),)):
@@ -312,3 +313,46 @@ def test_dollars_are_those_of_the_tokens_that_hit_and_missed(chat):
     tokens = chat.num_tokens
     hit = result.token_hit_rate * tokens
     assert result.dollars == pytest.approx((hit * 0.003 + (tokens - hit) * 0.15) / 1e6)
+
+
+def test_requests_go_where_their_blocks_are_loaded_fastest(chat):
+    """Over slow links less than half as much is loaded from other hosts as where all stores are equally fast."""
+    changes = {"memory_bytes": 0, "num_stores": 4, "num_prefill": 4}
+    alike = Machine(jitter=0, peer_bytes_per_s=6e9, peer_fixed_s=0.001)
+    slow = Machine(jitter=0, peer_bytes_per_s=0.1e9, peer_fixed_s=0.001)
+    from_others = []
+    for machine in (alike, slow):
+        loaded = one_result(chat, machine=machine, **changes).bytes_by_tier
+        from_others.append(loaded["peer"] / (loaded["disk"] + loaded["peer"]))
+    assert 0 < from_others[1] < from_others[0] / 2
+
+
+def test_the_object_store_s_bill_follows_from_requests_bytes_and_time(chat):
+    small = StoreLimits(store_bytes=40 * 10**6)
+    prices = ObjectPrices(put=5.0, get=7.0, month=11.0, read=13.0)
+    run = {"memory_bytes": 0, "num_stores": 2, "store": small, "object_bytes": 10**12}
+    result = one_result(chat, object_prices=prices, **run)
+    bill = result.object_bill
+    assert bill.num_puts == -(-result.bytes_by_tier["uploaded"] // (32 << 20))
+    assert bill.gb_read == pytest.approx(result.bytes_by_tier["object"] / 1e9)
+    assert bill.num_gets >= result.bytes_by_tier["object"] / (4 << 20) > 0
+    # Four prefill and two decode workers, two stores and a router, each of which lists twice per minute.
+    assert bill.num_lists == pytest.approx(9 * chat.requests[-1].at_s / 30, rel=0.2)
+    # It fills from nothing: some of what lies there at the end, for all of the time.
+    ends_with = result.bytes_by_tier["uploaded"] / 1e9 * chat.requests[-1].at_s / (30 * 86_400)
+    assert 0.1 * ends_with < bill.gb_months < 1.1 * ends_with
+    assert bill.request_dollars == pytest.approx((bill.num_puts + bill.num_lists) * 0.005 + bill.num_gets * 0.007)
+    assert bill.storage_dollars == pytest.approx(bill.gb_months * 11)
+    assert bill.dollars == pytest.approx(bill.request_dollars + bill.storage_dollars + bill.gb_read * 13)
+    nothing = one_result(chat, memory_bytes=0, num_stores=2).object_bill
+    assert (nothing.dollars, nothing.num_lists) == (0.0, 0)
+
+
+@pytest.mark.parametrize("text", ["put", "put=x", "put=-1", "get=nan", "month=inf", "weight=1"])
+def test_prices_of_an_object_store_that_are_none_are_refused(text):
+    with pytest.raises(InvalidRequest):
+        ObjectPrices.parse(text)
+
+
+def test_prices_of_an_object_store_are_named():
+    assert ObjectPrices.parse("get=0.001,month=0") == ObjectPrices(get=0.001, month=0.0)

@@ -202,6 +202,16 @@ def test_vllms_own_log_gives_exact_tokens(tmp_path: Path) -> None:
     assert list(ideal_hits(trace)) == [0, 256, 0]
 
 
+@pytest.mark.parametrize("ids", ["1, 3 4", "1,, 2", "1, 2, ", ",", " ", "99999999999"])
+def test_token_ids_that_vllm_would_not_write_are_no_token_ids(tmp_path: Path, ids: str) -> None:
+    path = tmp_path / "vllm.log"
+    line = "INFO 11-01 10:00:0{} [logger.py:39] Received request r-{}: prompt: {!r}, prompt_token_ids: [{}], x: None."
+    path.write_text(line.format(0, 0, "a" * 40, ids) + "\n" + line.format(1, 1, "x", "1, 2, 3") + "\n")
+    trace = _import(tmp_path, "vllm", path)
+    # The first one's length comes from its text.
+    assert [request.num_tokens for request in trace.requests] == [10, 3]
+
+
 def _session(tmp_path: Path) -> Path:
     common = {"sessionId": "s", "version": "2.0", "cwd": "/w", "isSidechain": False}
     rows: list[dict[str, Any]] = [{"type": "summary", "summary": "a title"}]

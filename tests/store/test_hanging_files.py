@@ -75,7 +75,7 @@ async def test_a_client_that_leaves_waits_no_longer_than_the_read_may_take(disk)
     async with asyncio.timeout(BOUND_S):
         with pytest.raises(ReadHangs):
             await asking
-    # Whoever closes does not wait for it.
+    # The caller that closes does not wait for it.
     reads.close()
 
 

@@ -107,7 +107,7 @@ async def test_a_stale_word_costs_a_shorter_prefix_and_no_wrong_byte(tmp_path):
         await rack.fill("b", 0, 20)
         tell(Located(chain=PROMPT.hashes, fingerprint=FINGERPRINT, held={"b": Held(spans=((0, 40),)), "c": Held()}))
         assert await rack.num_restored() == 20
-        # What has come since, where nobody said so, is found by whoever asks.
+        # What has come since, where nobody said so, is found by the next that asks.
         await rack.fill("c", 20, 40)
         assert await rack.num_restored() == 20
         tell(None)

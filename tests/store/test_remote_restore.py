@@ -317,7 +317,7 @@ async def test_records_that_moved_since_they_were_looked_up_are_found_again(
     def and_compact(*args: Any, **more: Any) -> Any:
         located = locate(*args, **more)
         if old.exists():
-            engine.space.compact_one(0.0)
+            engine.space.compactor.compact_one(0.0)
             assert not old.exists()
         return located
 
@@ -377,7 +377,7 @@ async def test_readers_that_stop_or_leave_hold_up_no_other(store: RemoteStore, s
 async def test_urgent_calls_have_payloads_give_way(
     store: RemoteStore, servicer: KvStoreServicer, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Calls that no request waits for do not: readers tell what they used five times a second."""
+    """Calls that no request waits for do not: readers tell what they used five times per second."""
     given: list[bool] = []
     monkeypatch.setattr(servicer.turns, "give_way", lambda: given.append(True))
     await restored(store)

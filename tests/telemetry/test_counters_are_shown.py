@@ -139,6 +139,7 @@ COUNTED = {
     "busy_s": "antefix_decode_busy_seconds",
     "num_drafted": "antefix_decode_drafted_tokens",
     "num_drafts_kept": "antefix_decode_drafts_kept",
+    "num_held_back": "antefix_decode_held_back_sequences",
     "_num_streams": "antefix_store_streams",
     "_num_joined": "antefix_router_retries",
     "_num_given": "antefix_router_retries",

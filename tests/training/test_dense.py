@@ -52,7 +52,7 @@ def test_dense_forward_rounds_as_the_cache_stores(
     plain, _ = run(config, parameters, tokens, DenseOptions(topk=config["index_topk"], quantise=False))
     model = CachedModel(model_dir, num_tokens_max=NUM_TOKENS)
     cached = model.extend(model.start(), tokens[0].numpy().astype(np.uint16))
-    # Sums in another order tip a few values over a rounding boundary; that is small beside the rounding itself.
+    # Sums in another order tip a few values over a rounding boundary; that is small next to the rounding itself.
     assert (logits[0] - cached).abs().mean() < 0.1 * (plain[0] - cached).abs().mean()
 
 
@@ -68,7 +68,7 @@ def test_straight_through_rounding_gives_the_served_values(config: dict[str, Any
     keys = x[:, : layout.geometry.indexer_dim]
     served = quant.round_queries(keys, layout)
     ours = round_keys(keys, enabled=True)
-    # The rotation is a matrix product here and butterflies there: a value beside a boundary may fall to either side.
+    # The rotation is a matrix product here and butterflies there: a value next to a boundary may fall to either side.
     assert torch.isclose(ours, served, rtol=1e-5, atol=1e-12).float().mean() > 0.999
 
 

@@ -1,7 +1,7 @@
 """The wheel and the sdist: what is in them, and that a clean environment outside the checkout runs from them.
 
 The default run puts the wheel into an empty environment that sees this one's dependencies, but not this checkout. The
-long run (`make test-wheel`) installs everything anew from the package index, Hugging Face's `kernels` among it.
+long run (`make test-wheel`) installs everything again from the package index, Hugging Face's `kernels` among it.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ async def _wall(probing: Probing, what: str, callers: list[Scope], *, promised: 
     shared_by_all = max(each.usage.cached_tokens for each in fresh)
     num_crossed = sum(1 for each in crossed if each.usage.cached_tokens > shared_by_all)
     num_again = sum(1 for each in again if each.usage.cached_tokens > shared_by_all)
-    # Whoever can see no hits can still feel them: are the second caller's answers faster than fresh ones?
+    # A caller that sees no hits can still feel them: are the second caller's answers faster than fresh ones?
     p_time = hits_are_faster([each.ttft_s for each in crossed], [each.ttft_s for each in fresh])
     # And how faster are real hits? Where those are not told apart, times prove nothing either way.
     p_control = hits_are_faster([each.ttft_s for each in again], [each.ttft_s for each in fresh])

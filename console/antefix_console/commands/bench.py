@@ -12,7 +12,7 @@ from typing import Any
 from antefix.errors import InvalidRequest
 from antefix_console.shipped import CHECKOUT
 
-# Beside the checkout's environment; `make bench-peers` makes it.
+# Next to the checkout's environment; `make bench-peers` makes it.
 _PEERS_PYTHON = CHECKOUT / ".venv-peers" / "bin" / "python"
 # Likewise, of `make test-s3`: an S3 server, and boto3.
 _S3 = CHECKOUT / ".s3"
@@ -21,7 +21,7 @@ _ABOUT_STORE = "how near the store is to its disk, and how far from its peers"
 
 
 def add_parser(subparsers: Any) -> None:
-    bench = subparsers.add_parser("bench", help="measure beside the machine's limits and beside peers")
+    bench = subparsers.add_parser("bench", help="measure next to the machine's limits and next to peers")
     which = bench.add_subparsers(dest="bench", required=True, metavar="store|tier")
     store = which.add_parser(
         "store",

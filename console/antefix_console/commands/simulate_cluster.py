@@ -19,6 +19,7 @@ from antefix_simulate.cluster import EngineHits, Fleet, simulate_cluster
 from antefix_simulate.cluster_result import ClusterSimulation, PolicyResult, cluster_text
 from antefix_simulate.machine import Machine, TokenPrices
 from antefix_simulate.plot import SUFFIXES, load_pyplot
+from antefix_simulate.simulated_objects import ObjectPrices
 from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import Trace, TraceRequest
 
@@ -53,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fleet.add_argument(
         "--object-store", default="0", metavar="SIZE", help="an object tier behind the stores, of so much (none)"
+    )
+    fleet.add_argument(
+        "--object-prices",
+        default="",
+        metavar="NAME=DOLLARS,...",
+        help="put and get per 1,000 requests (lists cost as puts), month per GB kept, read per GB read (default: S3"
+        " Standard's, put=0.005,get=0.0004,month=0.023,read=0)",
     )
     fleet.add_argument("--no-store", action="store_true", help="no shared store: workers have their own memory only")
     fleet.add_argument("--no-coalesce", action="store_true", help="compute equal prefixes in flight more than once")
@@ -99,6 +107,7 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine, 
         num_stores=args.stores,
         copies_bytes=parse_byte_size(args.copies_bytes),
         object_bytes=object_bytes,
+        object_prices=ObjectPrices.parse(args.object_prices),
         prices=prices,
         num_prefill=num_prefill,
         num_decode=num_decode,

@@ -33,7 +33,7 @@ def typical_difference(cpu: Tensor, card: Tensor) -> Difference:
     if not errors.any():
         return Difference(identical=True)
     where = f"median over {len(errors)} tokens; worst token {errors.max():.2g}"
-    # A median of exactly zero beside worse tokens is not identity.
+    # A median of exactly zero next to worse tokens is not identity.
     return Difference(identical=False, error=max(float(errors.median()), 1e-12), where=where)
 
 

@@ -7,7 +7,7 @@ vLLM packs one block of every layer of a group into a row. A page per layer, pad
     window     64      64 entries of 584 B                                the last 128 tokens: 2 rows
     CSA state  4       kv and score of two series: 2 x 2 x 512 floats a   of 1 row, the first series
                        token, the indexer's: 128
-    HCA state  8       kv and score: 2 x 512 floats a token               nothing: all groups are closed
+    HCA state  8       kv and score: 2 x 512 floats per token               nothing: all groups are closed
 
 n entries of 584 B lie as n x 576 B (448 FP8 codes, 64 BF16), then n x 8 B of scales; n keys as n x 128 B, then n x 4 B,
 or as n x 64 B and n x 4 B. `V4Pages.of` knows a cache by the names of its layers, and believes it only if its pages add

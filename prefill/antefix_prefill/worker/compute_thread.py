@@ -5,7 +5,8 @@
                   few turns the one that began first, so that a stream of short prompts starves nobody
 
 So a short rest after a hit waits for a long prompt's chunk in hand, and at most for one more; never for the prompt.
-Short rests that wait together run together, as one call of the model: most of what each costs is paid once.
+Short rests that wait together run together, as one call of the model: most of what each costs is paid once. Where
+several tenants want the worker, a call is no longer than what its first piece would take on its tenant's share alone.
 
 A cancelled request gives its pool rows back. If the thread (or a read) were still writing into them, another
 request's KV would be overwritten: so cancellation waits for the work in hand, which takes one chunk at most.
@@ -16,9 +17,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
+import math
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -55,13 +57,17 @@ OLDEST_EVERY = 4
 TOGETHER_TOKENS = 256
 
 
-# Whose request the present task works for.
-_tenant: ContextVar[str] = ContextVar("antefix_compute_tenant", default="")
+# A tenant that had work here so lately still counts among those that want the worker.
+_RECENT_S = 1.0
+_NUM_RECENT_MAX = 256
+
+# Whose request the present task works for, and that tenant's share.
+_tenant: ContextVar[tuple[str, int]] = ContextVar("antefix_compute_tenant", default=("", 1))
 
 
-def compute_for(tenant: str) -> None:
-    """From here on, in this task: chunks of several tenants take turns by the time that theirs took."""
-    _tenant.set(tenant)
+def compute_for(tenant: str, share: int = 1) -> None:
+    """From here on, in this task: tenants take turns at chunks, by the time that theirs took and their shares."""
+    _tenant.set((tenant, share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,7 @@ class _Job:
     remaining: int | None = None
     began: float = 0.0
     tenant: str = ""
+    share: int = 1
     asked: float = field(default_factory=time.perf_counter)
     together: _Together | None = None
 
@@ -93,7 +100,7 @@ class _Job:
     def run(self) -> None:
         try:
             self.done.set_result(self.work())
-        except BaseException as err:  # noqa: BLE001 - whoever asked for the work is told, whatever it is
+        except BaseException as err:  # noqa: BLE001 - the caller is told, whatever it is
             self.done.set_exception(err)
 
     def settle(self, result: object) -> None:
@@ -117,6 +124,8 @@ class ComputeThread:
         # Seconds that each tenant's chunks took, for those that wait; and where who is served stands.
         self._clocks: dict[str, float] = {}
         self._now = 0.0
+        # When each tenant had work here last, and its share.
+        self._recent: dict[str, tuple[float, int]] = {}
         self.wait_s = histogram(
             "antefix_compute_wait_seconds",
             "How long work waited for the compute thread: small jobs, and chunks of prompts.",
@@ -136,7 +145,7 @@ class ComputeThread:
         self, remaining: int, began: float, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """A chunk of a prompt that has `remaining` tokens left, whose computing began at `began`."""
-        job = _Job(lambda: function(*args, **kwargs), Future(), remaining, began, _tenant.get())
+        job = _Job(lambda: function(*args, **kwargs), Future(), remaining, began, *_tenant.get())
         return cast(T, await self._submit(job))
 
     async def run_piece(
@@ -159,9 +168,16 @@ class ComputeThread:
                 raise result
             return result
 
-        job = _Job(alone, Future(), remaining, began, _tenant.get())
+        job = _Job(alone, Future(), remaining, began, *_tenant.get())
         job.together = _Together(function, piece, num_tokens)
         return cast(T, await self._submit(job))
+
+    def wanted_by(self, shares: Mapping[str, int]) -> None:
+        """These tenants have work on this worker, of which the thread is not told: they have decode steps."""
+        now = time.perf_counter()
+        with self._lock:
+            for tenant, share in shares.items():
+                self._recent[tenant] = (now, share)
 
     def close(self) -> None:
         self._executor.shutdown(wait=True)
@@ -172,6 +188,7 @@ class ComputeThread:
                 self._small.append(job)
             else:
                 self._chunks.append(job)
+                self._recent[job.tenant] = (job.asked, job.share)
         # As many turns as jobs: each takes the job that is best when it begins.
         self._executor.submit(self._run_next)
         return await uninterrupted(asyncio.wrap_future(job.done))
@@ -201,27 +218,55 @@ class ComputeThread:
                 self._now = 0.0
                 return
             for job in jobs:
-                self._clocks[job.tenant] = self._clocks.get(job.tenant, self._now) + took / len(jobs)
+                self._clocks[job.tenant] = self._clocks.get(job.tenant, self._now) + took / len(jobs) / job.share
 
     def _join_others(self, first: _Job) -> list[_Job]:
-        """With it all that run in the same call, least left first, as far as TOGETHER_TOKENS go."""
+        """With it those that run in the same call: as far as TOGETHER_TOKENS go and, where several tenants want the
+        thread, as each one's share of a call of so many tokens lets others in. A piece of each tenant before a second
+        one of any; of one tenant's the one with the least left."""
         jobs = [first]
         if first.together is None:
             return jobs
-        left = TOGETHER_TOKENS - first.together.num_tokens
-        for job in sorted(self._chunks, key=lambda job: (job.remaining, job.began)):
+        num_tokens = first.together.num_tokens
+        parts = self._parts(first)
+        most = min(float(TOGETHER_TOKENS), _tokens_max(first, parts))
+        for job in self._in_turn(first.tenant):
             other = job.together
-            if other is not None and other.function is first.together.function and other.num_tokens <= left:
-                left -= other.num_tokens
+            if other is None or other.function is not first.together.function:
+                continue
+            # Of a tenant that has a piece in the call, more pieces only make its own part larger.
+            most_now = most if any(each.tenant == job.tenant for each in jobs) else min(most, _tokens_max(job, parts))
+            if num_tokens + other.num_tokens <= most_now:
+                num_tokens, most = num_tokens + other.num_tokens, most_now
                 jobs.append(job)
                 self._chunks.remove(job)
         self.num_joined += len(jobs) - 1
         return jobs
 
+    def _in_turn(self, served: str) -> list[_Job]:
+        """Chunks, of which the tenant `served` has had one."""
+        number = collections.Counter({served: 1})
+        turns = []
+        for job in sorted(self._chunks, key=lambda job: (job.remaining, job.began)):
+            turns.append((number[job.tenant], job))
+            number[job.tenant] += 1
+        return [job for _, job in sorted(turns, key=lambda turn: turn[0])]
+
+    def _parts(self, first: _Job) -> dict[str, float]:
+        """Of the thread, for each tenant that wants it now, as `first` does, or did lately: summed up 1."""
+        since = time.perf_counter() - _RECENT_S
+        if len(self._recent) > _NUM_RECENT_MAX:
+            self._recent = {name: seen for name, seen in self._recent.items() if seen[0] >= since}
+        shares = {name: share for name, (at, share) in self._recent.items() if at >= since}
+        shares |= {each.tenant: each.share for each in (first, *self._chunks)}
+        total = sum(shares.values())
+        return {name: share / total for name, share in shares.items()}
+
     def _next_chunk(self) -> _Job:
         """Of the tenant that had least; of its prompts the shortest rest, and now and then the oldest."""
         self._num_chunks_run += 1
-        tenants = {job.tenant for job in self._chunks}
+        # In the order in which they came, which decides where none had less.
+        tenants = list(dict.fromkeys(job.tenant for job in self._chunks))
         if len(tenants) > 1:
             # One that comes after a pause begins where the others are: a pause is not saved up.
             clocks = {tenant: max(self._now, self._clocks.get(tenant, 0.0)) for tenant in tenants}
@@ -236,6 +281,12 @@ class ComputeThread:
             job = min(jobs, key=lambda job: job.began)
         self._chunks.remove(job)
         return job
+
+
+def _tokens_max(job: _Job, parts: Mapping[str, float]) -> float:
+    """Of a call with this piece in it, so that it is no later than on its tenant's part of the thread alone."""
+    part = parts.get(job.tenant, 1.0)
+    return cast(_Together, job.together).num_tokens / part if part < 1.0 else math.inf
 
 
 def _run(jobs: list[_Job]) -> None:

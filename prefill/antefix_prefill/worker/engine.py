@@ -278,7 +278,7 @@ def _build_engine(
     keyring: Keyring,
     ranks: RankProcesses | None = None,
 ) -> Engine:
-    # The kernels read packed records; torch keeps decoded mirrors beside them.
+    # The kernels read packed records; torch keeps decoded mirrors next to them.
     packed = uses_triton(config.kernels, model.layout, config.device)
     block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
     num_blocks = max(1, config.pool_bytes // max(block_bytes, BLOCK_BYTES_MIN))

@@ -29,7 +29,7 @@ def device_of(rank: int, size: int, device: str) -> str:
 
 
 def join_ranks(rank: int, size: int, device: str, *, rendezvous: Path, timeout_s: float) -> Ranks:
-    """Meet the others at a file. Whoever waits longer than `timeout_s` for another, then or in any exchange, fails.
+    """Meet the others at a file. A rank that waits longer than `timeout_s` for another, then or in any exchange, fails.
 
     device: this rank's own.
     """

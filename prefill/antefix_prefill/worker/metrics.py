@@ -1,4 +1,4 @@
-"""What every worker shows to whoever scrapes it: its store, pools, plans. The counters are its parts' own."""
+"""What every worker shows to a scraper: its store, pools, plans. The counters are its parts' own."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _of_offload(engine: Engine) -> Iterable[Metric]:
 
 
 def worker_registry(role: str, engine: Engine) -> Registry:
-    """What a worker shows beside its service's own. Needs a running event loop."""
+    """What a worker shows next to its service's own. Needs a running event loop."""
     registry = Registry(role)
     registry.add_in_loop(lambda: worker_metrics(engine))
     return registry

@@ -77,7 +77,7 @@ class RankProcesses:
         threads = threads or max(1, usable_cores() // size)
         torch.set_num_threads(threads)
         self._on_lost = on_lost
-        # While they start, what is wrong is raised by whoever waits for them.
+        # While they start, what is wrong is raised by the one who waits for them.
         self._is_starting = True
         self._is_closing = False
         self._lost = ""

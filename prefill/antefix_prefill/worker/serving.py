@@ -23,7 +23,7 @@ from antefix.secret import Keyring
 from antefix.security.identity import Role
 from antefix.security.listening import advertised, is_wildcard, parse_address
 from antefix.security.process_security import ProcessSecurity, credentials_setting, open_security
-from antefix.store.found_stores import FoundStores
+from antefix.store.many_stores import ManyStores
 from antefix.store.object_access import object_tiers
 from antefix.store.open_store import (
     StoresConfig,
@@ -143,7 +143,7 @@ async def start_engine(config: WorkerConfig, *, may_call: Callable[[str], object
         may_call=may_call,
     )
     engine = build_engine(config, store, keyring)
-    if isinstance(store, FoundStores):
+    if isinstance(store, ManyStores):
         await store.start()
     await engine.register()
     return engine

@@ -21,7 +21,7 @@ import numpy as np
 
 from antefix_router.chat.messages import Message
 
-# 4 bytes a token: 32 MB.
+# 4 bytes per token: 32 MB.
 NUM_TOKENS_MAX = 8 << 20
 # What an answer takes besides its tokens, counted as so many of them: millions of answers of one token must not fit.
 _TOKENS_A_NAME = 64
@@ -136,7 +136,7 @@ def aside_name(prefix: hashlib.blake2b) -> bytes:
 
 def answer_name(prefix: hashlib.blake2b, message: Message) -> bytes:
     """Tool calls count by name and arguments: clients keep those, and some make up ids of their own. Many keep the
-    arguments as an object and write it anew, so their JSON counts by what it says."""
+    arguments as an object and rewrite it, so their JSON counts by what it says."""
     state = prefix.copy()
     parts = [message.reasoning, message.content]
     for call in message.tool_calls:

@@ -37,7 +37,7 @@ def choose_format(name: str, model: Path, tokenizer: Tokenizer, *, bounded: bool
 
 def _deepseek_v4(model: Path) -> str:
     """The format of a V4 checkpoint, or empty. Its config does not tell the later checkpoint from the first; the
-    encoder that is shipped beside it does, and else its name."""
+    encoder that is shipped next to it does, and else its name."""
     config = read_config(model)
     if config.get("model_type") != "deepseek_v4":
         return ""  # DeepSeek-V4.1 ("deepseek_v41") is another architecture with another format

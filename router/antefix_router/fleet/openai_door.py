@@ -104,7 +104,7 @@ class OpenAIDoor:
         ends = time.monotonic() + timeout_s
         with _errors(self.place.address):
             async with contextlib.AsyncExitStack() as stack:
-                # Within one step each: a timeout belongs to a task, and whoever reads may read on in another one.
+                # Within one step each: a timeout belongs to a task, and the reader may go on in another one.
                 async with asyncio.timeout(timeout_s):
                     response = await stack.enter_async_context(self._sent("POST", path, body))
                     await self._check(response)

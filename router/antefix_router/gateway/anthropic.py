@@ -86,7 +86,7 @@ def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
     knobs = read_knobs(fields, "max_tokens", stop_name="stop_sequences")
     config = fields.child("output_config")
     effort = gateway.choose_effort(read_wish(fields, config), model, Effort.NONE, fields.notes)
-    # The API had it beside the other fields first.
+    # The API had it next to the other fields first.
     early, late = fields.child("output_format"), None if config is None else config.child("format")
     form = flat_form(early if late is None else late)
     tools = anthropic_tools(fields)

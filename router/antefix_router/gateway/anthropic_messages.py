@@ -148,7 +148,7 @@ class _Answer:
         self._ends += end_breakpoint(block)
 
     def _other(self, block: Fields) -> None:
-        """Text; or what another provider's own tools did, in a word: whoever reads on should know that it happened."""
+        """Text; or what another provider's own tools did, in a word: the reader should know that it happened."""
         kind = block.take("type", "")
         if not isinstance(kind, str) or not kind.endswith(("tool_use", "tool_result")):
             self._said.add_part(block, kind)

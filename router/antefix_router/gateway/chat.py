@@ -1,4 +1,4 @@
-"""OpenAI's /v1/chat/completions, with DeepSeek's fields beside them."""
+"""OpenAI's /v1/chat/completions, with DeepSeek's fields next to them."""
 
 from __future__ import annotations
 

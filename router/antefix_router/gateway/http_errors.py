@@ -84,7 +84,7 @@ def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]
             message = _told(err, status)
             return status, _body(message, provider, openai_type, anthropic_type, code, param, has_code=status == 429)
     if isinstance(err, RecursionError):
-        # Whoever looked through the body, and wherever: it holds more brackets in each other than anybody means.
+        # No matter which parser found it: the body nests brackets deeper than any real request.
         return error_body(errors.InvalidRequest("the body is nested too deeply"), provider)
     error_id = secrets.token_hex(6)
     log.error("internal error %s", error_id, exc_info=err)

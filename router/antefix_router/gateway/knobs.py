@@ -104,7 +104,7 @@ def _counts(fields: Fields) -> tuple[int, int]:
         raise unsupported("best_of", f" is {best_of}: it must be at least n, which is {n}")
     if best_of > NUM_SAMPLES_MAX:
         name = "n" if n > NUM_SAMPLES_MAX else "best_of"
-        raise unsupported(name, f" is {max(n, best_of)}: at most {NUM_SAMPLES_MAX} outputs a request")
+        raise unsupported(name, f" is {max(n, best_of)}: at most {NUM_SAMPLES_MAX} outputs per request")
     return n, best_of
 
 

@@ -16,7 +16,7 @@ HEADER_BYTES_MAX: Final = 1024
 _NAME_BYTES_MAX: Final = 128
 # Of one request. A body of 32 MB has room for millions of keys, and naming each would hold up everybody's tokens.
 _NUM_IGNORED_MAX: Final = 1000
-# What a field is called, by whoever made an API. Anything else may be text of a prompt: it is counted without its name.
+# Names of fields in known APIs. Anything else may be text of a prompt: it is counted without its name.
 _SHOWN: Final = re.compile(r"[A-Za-z_][\w-]{0,39}(?:(?:\[\])*\.[A-Za-z_][\w-]{0,39})*(?:\[\])*", re.ASCII)
 _INDEX: Final = re.compile(r"\[\d+\]")
 

@@ -81,7 +81,7 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
 
 
 def _num_top_logprobs(fields: Fields, wanted: list[str]) -> int | None:
-    """`include` asks for them, `top_logprobs` for how many beside each. Of what else it asks for, there is nothing."""
+    """`include` asks for them, `top_logprobs` for how many next to each. Of what else it asks for, there is nothing."""
     for index, name in enumerate(wanted):
         if name not in (_LOGPROBS, _SEALED):
             fields.notes.ignore(f"include[{index}]")

@@ -139,7 +139,7 @@ class Activity:
         bucket = self._buckets.setdefault(number, Totals())
         while len(self._buckets) > _BUCKETS_MAX:
             self._buckets.popitem(last=False)
-        # 2. By tenant; whoever was quiet longest is forgotten first.
+        # 2. By tenant; the one that was quiet longest is forgotten first.
         tenant = self._tenants.setdefault(record.tenant, TenantActivity())
         self._tenants.move_to_end(record.tenant)
         while len(self._tenants) > _TENANTS_MAX:

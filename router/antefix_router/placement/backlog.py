@@ -16,7 +16,7 @@ _TOKENS_MIN = 256.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BacklogState:
-    """What `pending_tokens` is made of, for whoever weighs many workers at once."""
+    """What `pending_tokens` is made of, for a caller that weighs many workers at once."""
 
     total_tokens: float
     head_tokens: float

@@ -2,7 +2,7 @@
 
 It steers placement and promises nothing: a worker that has lost a block reads it from the store. Blocks are known by
 64 bits of their hash (a collision costs a wrong guess), holders by the bits of one number, shared by all blocks that
-have the same holders: about 100 bytes a block whatever the number of holders.
+have the same holders: about 100 bytes per block whatever the number of holders.
 """
 
 from __future__ import annotations

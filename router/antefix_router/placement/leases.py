@@ -35,7 +35,7 @@ class _Lease:
 
 
 class Leases:
-    """Who has a lease on which role. instance: made anew by each process; another one's memory starts empty.
+    """Who has a lease on which role. instance: each process makes a new one; another one's memory starts empty.
 
     memory: told of who comes and goes, to follow what they hold.  block_size: tokens, of the router's model; 0: any.
     """

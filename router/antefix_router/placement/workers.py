@@ -57,7 +57,7 @@ class Worker:
 
     address: str
     role: WorkerRole
-    # Which one, the role says; whoever calls it knows.
+    # Which one, the role says; its caller knows.
     client: Any
     num_requests: int = 0
     num_tokens: int = 0

@@ -8,7 +8,7 @@
     antefix:bill:cursor:SOURCE   the last entry of its ledger that was told of
     antefix:bill:limits:HASH     one tenant's counts, a field for each router (`shared_quotas`)
 
-Accounts are sealed with the deployment's secret: whoever writes to Redis cannot make an answer free or dear.
+Accounts are sealed with the deployment's secret: anyone who writes to Redis cannot make an answer free or dear.
 """
 
 from __future__ import annotations

@@ -70,9 +70,13 @@ def _answers(path: Path) -> Iterator[tuple[str, int]]:
 
 def _ids_of(line: str) -> Tokens | None:
     found = _IDS.search(line)
-    if found is None or not found[1].strip():
+    if found is None:
         return None
-    numbers = [int(each[:12]) for each in found[1].split(",") if each.strip()]
+    written = [each.strip() for each in found[1].split(",")]
+    # Two numbers without a comma between them, or none: the line was cut or changed, and no list of ids is in it.
+    if not all(each.isdigit() for each in written):
+        return None
+    numbers = [int(each[:12]) for each in written]
     return np.asarray(numbers, dtype=np.uint32) if max(numbers) < 1 << 32 else None
 
 

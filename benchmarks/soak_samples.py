@@ -1,0 +1,125 @@
+"""What processes and directories take during a soak, and whether it grows: a line through the last half of the samples.
+
+Flat: over the last half the line rises by no more than is allowed (a fiftieth of memory and disk, one descriptor, one
+thread), or by no more than the scatter of the samples explains (three standard errors). The first half is the warm-up:
+pools of threads, caches and a store's budget fill up in it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# What may grow over the last half: a share of its middle, and so many in any case.
+_ALLOWED_SHARE = {"memory_mb": 0.02, "disk_mb": 0.02}
+_ALLOWED = {"memory_mb": 1.0, "disk_mb": 0.1, "files": 1.0, "threads": 1.0}
+_ERRORS_MAX = 3.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Growth:
+    """Of one kind of sample, in its unit. rise: of the line over the last half.  error: its standard error."""
+
+    first: float
+    half: float
+    last: float
+    per_h: float
+    rise: float
+    error: float
+    allowed: float
+
+    @property
+    def is_flat(self) -> bool:
+        return self.rise <= max(self.allowed, _ERRORS_MAX * self.error)
+
+
+def growth(kind: str, times_s: Sequence[float], values: Sequence[float]) -> Growth:
+    """kind: "memory_mb", "disk_mb", "files" or "threads".  times_s, values: [N], N > 0, times rising."""
+    times, found = np.array(times_s, float), np.array(values, float)
+    half = times >= (times[0] + times[-1]) / 2
+    x, y = times[half] - times[half].mean(), found[half]
+    spread = float((x**2).sum())
+    slope = float((x * y).sum() / spread) if spread else 0.0
+    span = float(x[-1] - x[0])
+    left = y - y.mean() - slope * x
+    error = float(np.sqrt((left**2).sum() / (len(x) - 2) / spread)) if len(x) > 2 and spread else 0.0
+    allowed = max(_ALLOWED[kind], _ALLOWED_SHARE.get(kind, 0.0) * float(np.median(y)))
+    return Growth(
+        first=float(found[0]),
+        half=float(y[0]),
+        last=float(found[-1]),
+        per_h=3600 * slope,
+        rise=slope * span,
+        error=error * span,
+        allowed=allowed,
+    )
+
+
+@dataclass(slots=True)
+class Samples:
+    """Of one process or directory, by kind."""
+
+    times_s: list[float] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, at_s: float, **values: float) -> None:
+        self.times_s.append(at_s)
+        for kind, value in values.items():
+            self.values.setdefault(kind, []).append(value)
+
+    def add_process(self, at_s: float, pid: int) -> None:
+        """Nothing if it is gone by now."""
+        with contextlib.suppress(OSError):
+            self.add(at_s, memory_mb=resident_mb(pid), files=open_files(pid), threads=num_threads(pid))
+
+    @property
+    def is_flat(self) -> bool:
+        return all(growth(kind, self.times_s, values).is_flat for kind, values in self.values.items())
+
+    def figures(self) -> dict[str, Any]:
+        told = {}
+        for kind, values in self.values.items():
+            found = growth(kind, self.times_s, values)
+            told[kind] = {
+                **{name: round(getattr(found, name), 2) for name in ("first", "half", "last", "per_h", "rise")},
+                "allowed": round(max(found.allowed, _ERRORS_MAX * found.error), 2),
+                "flat": found.is_flat,
+                "samples": [round(value, 1) for value in _every_minute(self.times_s, values)],
+            }
+        return told
+
+
+def _every_minute(times_s: Sequence[float], values: Sequence[float]) -> list[float]:
+    kept, next_s = [], 0.0
+    for at_s, value in zip(times_s, values, strict=True):
+        if at_s >= next_s:
+            kept.append(value)
+            next_s = at_s + 59.0
+    return kept
+
+
+def resident_mb(pid: int) -> float:
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in text.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+def open_files(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+
+
+def num_threads(pid: int) -> int:
+    return len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+def disk_mb(directory: Path) -> float:
+    """Files may go while they are looked at."""
+    nbytes = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):
+            nbytes += path.stat().st_blocks * 512 if path.is_file() else 0
+    return nbytes / 1e6
