@@ -31,13 +31,12 @@ import torch
 from torch import nn
 
 from antefix.layout import KVFormat, LayerKind
-from antefix.model import Model, ModelConfig, Sequence, WindowState, forward, triton_ops
+from antefix.model import Model, ModelConfig, Sequence, WindowState, forward, moe, triton_ops
 from antefix.model.card_pool import CardPool
 from antefix.model.load_plan import dtype_of
-from antefix.model.moe import ExpertRouter
 from antefix.model.norms_rope import inverse_frequencies
 from antefix.model.triton_ops import TritonOps
-from antefix_kernels import linear
+from antefix_kernels import expert_routing, linear
 from benchmarks.run_record import about
 
 KINDS = {"W": "sliding_attention", "C": "compressed_sparse_attention", "H": "heavily_compressed_attention"}
@@ -60,6 +59,9 @@ PRODUCTS = (
 TILES = (
     (64, 16, 128, 4, 5), (64, 32, 128, 4, 5), (64, 64, 128, 4, 4), (64, 128, 64, 4, 5), (128, 32, 128, 4, 4),
     (128, 64, 64, 4, 5), (128, 128, 64, 8, 4),
+)  # fmt: skip
+QUICK_TILES = (
+    (64, 16, 128, 4, 5), (64, 32, 128, 4, 5), (64, 64, 128, 4, 4), (128, 32, 128, 4, 4), (128, 64, 64, 4, 5),
 )  # fmt: skip
 ROUTED_TILES = ((64, 32, 128, 4, 4), (64, 64, 128, 4, 4), (64, 128, 64, 4, 4), (64, 128, 128, 4, 3))
 STEPS = 8
@@ -167,11 +169,35 @@ def compare(name: str, alone: dict[str, Any], got: dict[str, Any]) -> None:
     )
 
 
-def products(bandwidth: float) -> list[dict[str, Any]]:
+def check_routing() -> None:
+    """Picks and their order by one launch each, against torch."""
+    for tokens in (1, 7, 32, 128):
+        scores = torch.rand(tokens, 256, device="cuda").round(decimals=2)
+        bias = torch.rand(256, device="cuda").round(decimals=1)
+        experts, weights = expert_routing.pick_experts(scores, 6, 1.5, bias=bias)
+        want = moe.pick_experts(scores + bias, 6)
+        held = scores.gather(1, want)
+        error = float((weights - held / held.sum(1, keepdim=True) * 1.5).abs().max())
+        was, expert_routing.ENABLED = expert_routing.ENABLED, True
+        got = linear.route(experts, 256)
+        expert_routing.ENABLED = False
+        torch_route = linear.route(want, 256)
+        expert_routing.ENABLED = was
+        used = torch_route.experts < 256
+        same = [torch.equal(getattr(got, name), getattr(torch_route, name)) for name in ("order", "place", "experts")]
+        same += [torch.equal(getattr(got, n)[used], getattr(torch_route, n)[used]) for n in ("firsts", "stops")]
+        print(
+            f"routing of {tokens}: picks equal {torch.equal(experts, want)}, weights off by {error:.1e}, {same}",
+            flush=True,
+        )
+
+
+def products(bandwidth: float, *, quick: bool) -> list[dict[str, Any]]:
     from benchmarks.kernels import replay_ms
 
+    check_routing()
     rows = []
-    for name, outputs, addends, groups in PRODUCTS:
+    for name, outputs, addends, groups in PRODUCTS[:5:2] + PRODUCTS[1:2] if quick else PRODUCTS:
         copies = max(1, min(16, (100 << 20) // (2 * outputs * addends * groups)))
         weights = [
             (torch.randn(groups, outputs, addends, device="cuda") * addends**-0.5).bfloat16() for _ in range(copies)
@@ -180,8 +206,8 @@ def products(bandwidth: float) -> list[dict[str, Any]]:
             x = torch.randn(tokens, groups, addends, device="cuda").bfloat16()
             floor = (2 * groups * outputs * addends) / bandwidth * 1e3
             many = None
-            for tile in (None, *TILES):
-                if tile is not None and tile[0] == 64 and tokens > 64:
+            for tile in (None, *(QUICK_TILES if quick else TILES)):
+                if tile is not None and (tile[0] == 64) != (tokens <= 64):
                     continue
                 with tiles(tile, None):
                     out = linear.multiply_groups(x, weights[0])
@@ -189,27 +215,27 @@ def products(bandwidth: float) -> list[dict[str, Any]]:
                     ms = replay_ms([lambda w=w, x=x: linear.multiply_groups(x, w) for w in weights])
                 rows.append({"name": name, "tokens": tokens, "tile": tile, "us": ms * 1e3, "of_floor": floor / ms,
                              "same_bits": torch.equal(out, many)})  # fmt: skip
-            best = max(rows[-len(TILES) :], key=lambda row: row["of_floor"])
-            print(json.dumps({"now": next(r for r in reversed(rows) if r["tile"] is None), "best": best}), flush=True)
-    rows += routed(bandwidth, replay_ms)
+                print(json.dumps(rows[-1]), flush=True)
+    rows += routed(bandwidth, replay_ms, quick=quick)
     return rows
 
 
-def routed(bandwidth: float, replay_ms: Callable[..., float]) -> list[dict[str, Any]]:
+def routed(bandwidth: float, replay_ms: Callable[..., float], *, quick: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    for name, outputs, addends in (("experts w1 and w3", 4096, 4096), ("experts w2", 4096, 2048)):
+    shapes = (("experts w1 and w3", 4096, 4096), ("experts w2", 4096, 2048))
+    for name, outputs, addends in shapes[:1] if quick else shapes:
         weight = torch.randn(256, outputs, addends, device="cuda", dtype=torch.bfloat16)
         for tokens in (1, 32, 128):
             picks = torch.rand(tokens, 256, device="cuda").argsort(1)[:, :6].contiguous()
             x = torch.randn(tokens, addends, device="cuda").bfloat16()
-            routing = linear.route(picks, 256)
+            order = linear.route(picks, 256)
             floor = 2 * len(picks.unique()) * outputs * addends / bandwidth * 1e3
             many = None
             for tile in (None, *ROUTED_TILES):
                 with tiles(None, tile):
-                    out = linear.multiply_routed(x, weight, routing, gathered=True)
+                    out = linear.multiply_routed(x, weight, order, gathered=True)
                     many = out if many is None else many
-                    ms = replay_ms([lambda x=x, r=routing, w=weight: linear.multiply_routed(x, w, r, gathered=True)])
+                    ms = replay_ms([lambda x=x, r=order, w=weight: linear.multiply_routed(x, w, r, gathered=True)])
                 rows.append({"name": name, "tokens": tokens, "tile": tile, "us": ms * 1e3, "of_floor": floor / ms,
                              "same_bits": torch.equal(out, many)})  # fmt: skip
                 print(json.dumps(rows[-1]), flush=True)
@@ -244,7 +270,7 @@ def picked_experts(model: Model, step: Callable[[], object]) -> list[int]:
     def note(module: nn.Module, _: Any, out: tuple[torch.Tensor, torch.Tensor]) -> None:
         found.append(len(out[0].unique()))
 
-    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, ExpertRouter)]
+    hooks = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, moe.ExpertRouter)]
     step()
     for hook in hooks:
         hook.remove()
@@ -288,6 +314,10 @@ def steps(args: argparse.Namespace, bandwidth: float, device: str) -> list[dict[
     rows = []
     for count in args.sequences:
         context = args.long if count == 1 else args.tokens
+        try:
+            print(f"{count} sequences: {agreement(model, count, context)}", flush=True)
+        except Exception:  # noqa: BLE001 - the next one says more
+            print(f"{count} agreement: FAILED\n{traceback.format_exc()}", flush=True)
         for way in args.ways:
             for reproducible in args.reproducible:
                 try:
@@ -301,6 +331,28 @@ def steps(args: argparse.Namespace, bandwidth: float, device: str) -> list[dict[
                 if device == "cuda":
                     torch.cuda.empty_cache()
     return rows
+
+
+def agreement(model: Model, count: int, context: int) -> str:
+    """How far the faster kernels' logits are from reproducible mode's, batched, after a step of the same sequences; and
+    how far those of a sequence by itself, in both."""
+    found = {}
+    pool, sequences = follow(model, ops_of(model, "alone", False), context, count, 16)
+    random = np.random.default_rng(5)
+    tokens = random.integers(0, model.config.vocab_size, count).astype(np.uint32)
+    for way, reproducible in (("batched", True), ("batched", False), ("alone", True), ("alone", False)):
+        copies = [Sequence(s.block_table, s.window.clone()) for s in sequences[: count if way == "batched" else 2]]
+        batch = [(sequence, tokens[i : i + 1]) for i, sequence in enumerate(copies)]
+        found[way, reproducible] = forward(model, pool, batch, ops=ops_of(model, way, reproducible)).float()
+    exact, fast = found["batched", True], found["batched", False]
+    errors = ((fast - exact).norm(dim=1) / exact.norm(dim=1)).sort().values
+    few = len(found["alone", True])
+    alone = ((fast[:few] - found["alone", False]).norm(dim=1) / exact[:few].norm(dim=1)).max()
+    return (
+        f"fast against reproducible, relative: median {float(errors[len(errors) // 2]):.1e},"
+        f" most {float(errors[-1]):.1e}; fast against alone {float(alone):.1e}; reproducible equals alone:"
+        f" {torch.equal(exact[:few], found['alone', True])}"
+    )
 
 
 def measure(
@@ -359,13 +411,15 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=65536, help="the same of one sequence alone")
     parser.add_argument("--ways", nargs="+", default=["alone", "batched", "graphs"])
     parser.add_argument("--reproducible", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--few", type=int, default=0, help="take the tiles for few rows from the start")
+    parser.add_argument("--few", type=int, default=0, help="take the tiles for few rows, and one-launch routing")
+    parser.add_argument("--quick", action="store_true", help="few products and tiles")
     parser.add_argument("--toy", action="store_true", help="a small model: does it run at all?")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.few:
         linear.FEW_ROWS_MAX, linear.FEW_PICKS_MAX = 128, 1024
+        expert_routing.ENABLED = True
     if args.toy:
         triton_ops.REPRODUCIBLE_QUERIES_MIN = 16
     found: dict[str, Any] = {}
@@ -379,7 +433,7 @@ def main() -> None:
     dtypes = [torch.bfloat16] if device == "cuda" else [torch.float32]
     parts: dict[str, Callable[[], Any]] = {
         "check": lambda: check(device, dtypes, toy=args.toy),
-        "products": lambda: products(bandwidth),
+        "products": lambda: products(bandwidth, quick=args.quick),
         "steps": lambda: steps(args, bandwidth, device),
     }
     with torch.inference_mode():

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from antefix_kernels import expert_routing
 from antefix_kernels.finish import store_output
 from antefix_kernels.number_formats import check
 
@@ -40,7 +41,7 @@ _TILE_FEW_PICKS = (64, 64, 128, 4, 4)
 _ROW_TILES_TOGETHER = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Routing:
     """Which rows go to which expert, sorted by expert, without asking the card: nothing here waits for it.
 
@@ -151,6 +152,9 @@ def route(experts: torch.Tensor, num_experts: int, *, tile: int = _TILE_ROUTED[0
     """
     rows, device = experts.numel(), experts.device
     flat = experts.flatten()
+    if expert_routing.ENABLED and rows <= expert_routing.FEW_PICKS:
+        num_tiles = min(rows, rows // tile + num_experts)
+        return Routing(*expert_routing.sort_picks(flat, num_experts, num_tiles, tile), num_picked=experts.shape[1])
     order = flat.argsort(stable=True)
     counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
     ends = counts.cumsum(0)

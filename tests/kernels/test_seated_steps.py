@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -22,6 +21,7 @@ from antefix.model.seats import Seats
 from antefix.model.step_runner import run_step
 from antefix.model.triton_ops import TritonOps
 from tests.kernels.test_triton_ops import build
+from tests.no_waiting import Watched
 
 LENGTHS = (1, 5, 8)
 
@@ -64,28 +64,6 @@ def test_reproducible_steps_have_the_bits_of_each_sequence_alone(device, longer)
     assert torch.equal(alone[0], together[0])
     assert alone[1] == together[1]
     assert torch.equal(alone[2], together[2])
-
-
-# What asks a card for numbers, or sends it some, and so waits for it.
-WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "_unique2", "lift_fresh",
-         "bincount", "equal", "item"}  # fmt: skip
-
-
-class Watched(TorchDispatchMode):
-    """Counts torch's operations, views aside, and refuses those that wait for a card."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name.removeprefix("aten::")
-        assert name not in WAITS, name
-        if name in ("index", "index_put", "index_put_"):
-            assert all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1]), f"{name} by a mask"
-        if not func.is_view:
-            self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
