@@ -138,7 +138,7 @@ def run_few(model: Model, way: str, reproducible: bool, lengths: list[int], num_
     runner = ops.step_runner
     return {
         "logits": torch.cat(logits), "rows": pool.rows.cpu(), "states": [s.window.to_bytes() for s in sequences],
-        "replayed": 0 if runner is None else runner.num_replayed,
+        "replayed": 0 if runner is None else runner.counters.steps_replayed,
     }  # fmt: skip
 
 
@@ -249,14 +249,13 @@ class tiles:
         self.plain, self.routed = plain, routed
 
     def __enter__(self) -> None:
-        self.held = {name: getattr(linear, name) for name in
-                     ("FEW_ROWS_MAX", "FEW_PICKS_MAX", "_TILES_FEW", "_TILES_FEW_128", "_TILE_FEW_PICKS")}  # fmt: skip
+        self.held = {name: getattr(linear, name) for name in ("_TILES_FEW", "_TILE_PICKS", "_PICKS")}
         few: Any = linear
-        few.FEW_ROWS_MAX, few.FEW_PICKS_MAX = 0, 0
+        few._TILES_FEW, few._PICKS = (), range(0)
         if self.plain is not None:
-            few.FEW_ROWS_MAX, few._TILES_FEW, few._TILES_FEW_128 = 128, ((None, self.plain),), ((None, self.plain),)
+            few._TILES_FEW = ((128, 1 << 30, self.plain),)
         if self.routed is not None:
-            few.FEW_PICKS_MAX, few._TILE_FEW_PICKS = 1 << 20, self.routed
+            few._TILE_PICKS, few._PICKS = self.routed, range(1 << 20)
 
     def __exit__(self, *_: object) -> None:
         for name, value in self.held.items():
@@ -411,15 +410,15 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=65536, help="the same of one sequence alone")
     parser.add_argument("--ways", nargs="+", default=["alone", "batched", "graphs"])
     parser.add_argument("--reproducible", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--few", type=int, default=0, help="take the tiles for few rows, and one-launch routing")
+    parser.add_argument("--few", type=int, default=1, help="0: tiles for many rows, and torch's routing")
     parser.add_argument("--quick", action="store_true", help="few products and tiles")
     parser.add_argument("--toy", action="store_true", help="a small model: does it run at all?")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.few:
-        linear.FEW_ROWS_MAX, linear.FEW_PICKS_MAX = 128, 1024
-        expert_routing.ENABLED = True
+    if not args.few:
+        linear._TILES_FEW, linear._PICKS = (), range(0)
+        expert_routing.ENABLED = False
     if args.toy:
         triton_ops.REPRODUCIBLE_QUERIES_MIN = 16
     found: dict[str, Any] = {}

@@ -29,14 +29,13 @@ _TILE_ROUTED = (64, 256, 64, 8, 3)
 _TILE_FLOAT32 = (64, 64, 32, 4, 2)
 # From this many outputs on a tile is wide.
 _OUTPUTS_WIDE = 2048
-# The same for so few rows at most, whose time is that of reading weights: by outputs at most. An element's sum runs
-# over the same addends in the same instructions as in the tiles above, so its bits are the same.
-FEW_ROWS_MAX = 0
-_TILES_FEW = ((2048, (64, 16, 128, 4, 5)), (8192, (64, 32, 128, 4, 5)), (None, (64, 64, 128, 4, 4)))
-_TILES_FEW_128 = ((2048, (128, 16, 128, 4, 4)), (8192, (128, 32, 128, 4, 4)), (None, (128, 64, 64, 4, 4)))
-# Of rows routed to experts.
-FEW_PICKS_MAX = 0
-_TILE_FEW_PICKS = (64, 64, 128, 4, 4)
+# For so few rows and outputs at most, whose time is that of reading weights, what measured best on an H200. A sum runs
+# over the same addends in the same instructions as in the tiles above, so its bits are the same: compared by
+# benchmarks/decode_on_card.py, and by the probe of a worker's arithmetic at every start.
+_TILES_FEW = ((64, 2048, (64, 32, 128, 4, 5)), (64, 8192, (64, 64, 128, 4, 4)), (128, 8192, (128, 32, 128, 4, 4)))
+# Of so many rows routed to experts.
+_TILE_PICKS = (64, 128, 64, 4, 4)
+_PICKS = range(64, 1025)
 # Tiles of rows that run side by side, so that weights are read from the cache.
 _ROW_TILES_TOGETHER = 8
 
@@ -240,8 +239,8 @@ def _tile(dtype: torch.dtype, num_rows: int, num_outputs: int, *, is_routed: boo
     if dtype is torch.float32:
         return _TILE_FLOAT32
     if is_routed:
-        return _TILE_FEW_PICKS if num_rows <= FEW_PICKS_MAX else _TILE_ROUTED
-    if num_rows <= FEW_ROWS_MAX:
-        tiles = _TILES_FEW if num_rows <= _TILES_FEW[0][1][0] else _TILES_FEW_128
-        return next(tile for most, tile in tiles if most is None or num_outputs <= most)
+        return _TILE_PICKS if num_rows in _PICKS else _TILE_ROUTED
+    for rows_max, outputs_max, tile in _TILES_FEW:
+        if num_rows <= rows_max and num_outputs <= outputs_max:
+            return tile
     return _TILE_WIDE if num_outputs >= _OUTPUTS_WIDE else _TILE_NARROW
