@@ -23,8 +23,9 @@ def _shown_ns() -> int:
 
 
 def _is_ours() -> bool:
-    """Whether it is our code that looks at the clock."""
-    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith(("antefix", "benchmarks"))
+    """Whether our code looks at the clock; in `antefix.rpc` it is gRPC's, which tells how long a call has."""
+    name = str(sys._getframe(2).f_globals.get("__name__", ""))
+    return name.startswith(("antefix", "benchmarks")) and name != "antefix.rpc"
 
 
 def _time_ns() -> int:

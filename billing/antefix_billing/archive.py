@@ -13,14 +13,14 @@ import asyncio
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from antefix.directory_lock import DirectoryLock
 from antefix.errors import ConfigError
-from antefix.objects.bucket import Bucket, ObjectGone, is_object_url, open_bucket
+from antefix.objects.bucket import Bucket, ObjectGone
 from antefix.private_file import open_private, write_private
 from antefix_billing.ledger_files import (
     first_sequence_of,
@@ -36,28 +36,14 @@ from antefix_billing.ledger_format import (
     entries_of,
     unpack_segment_header,
 )
+from antefix_billing.places import with_bucket
 from antefix_billing.pruned import Pruned, PrunedFile, Totals, pruned_of, pruned_to, summary_name
 from antefix_billing.receipt import Signer
 from antefix_billing.usage_record import OpenEntry, UsageRecord
 
-T = TypeVar("T")
 _FOLDER: Final = "antefix-ledgers"
 # Not the ledger's own lock: a router that writes it has that.
 _PRUNING: Final = "pruning"
-
-
-def with_bucket(place: str, act: Callable[[Bucket], Awaitable[T]]) -> T:
-    """place: a directory, or the URL of an object store.  Raises:  ConfigError, Unavailable.  Not in an event loop."""
-    url = place if is_object_url(place) else Path(place).absolute().as_uri()
-
-    async def run() -> T:
-        bucket = open_bucket(url)
-        try:
-            return await act(bucket)
-        finally:
-            await bucket.close()
-
-    return asyncio.run(run())
 
 
 def archive(ledger: Path, place: str) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.record import RecordKind
-from antefix.store_files.index import TABLE_OF_KIND, Index
+from antefix.store_files.index import DATA_FILE, TABLE_OF_KIND, Index
 from antefix.store_files.record_format import HASH_BYTES, IndexEntry, RecordFlag, pack_entry, unpack_entry
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.forest_rows import Forest, hang_together, parent_names
@@ -27,6 +27,8 @@ Array = npt.NDArray[Any]
 
 # Each key is on a page of its own, around which the kernel maps up to 15 more: 32 MiB at most.
 _SLICE_RECORDS: Final = 512
+_MAPPED_BYTES_MAX: Final = 32 << 20
+_PACKED_RECORDS: Final = 8_192
 _FIRST: Final = int(RecordFlag.FIRST)
 _SEALED: Final = int(RecordFlag.SEALED)
 _APART: Final = int(RecordFlag.APART)
@@ -46,7 +48,9 @@ class BulkIndex:
         self._seen = SeenNames()
 
     def reopen(self) -> None:
-        """Let go of the map, and of all that was read through it."""
+        """Let go of the map, and of all that was read through it, where that may be much."""
+        if (self.index.directory / DATA_FILE).stat().st_size <= _MAPPED_BYTES_MAX:
+            return
         self.index.close()
         self.index = self._open_index()
 
@@ -92,18 +96,19 @@ class BulkIndex:
 
     def _write(self, rows: Array, forest: Forest) -> None:
         of = self._fields(rows, forest)
-        stands = forest.stands
-        chosen, of = rows[stands], {name: values[stands] for name, values in of.items()}
+        stands = np.flatnonzero(forest.stands)
         # Keys in order, nearly: by eight bytes of the hash.
-        hashes = np.ascontiguousarray(chosen["hash"]).view(np.uint8).reshape(-1, HASH_BYTES)
-        order = np.argsort(hashes[:, :8].copy().view(">u8")[:, 0])
+        hashes = np.ascontiguousarray(rows["hash"][stands]).view(np.uint8).reshape(-1, HASH_BYTES)
+        order = stands[np.lexsort((hashes[:, :8].copy().view(">u8")[:, 0], rows["kind"][stands]))]
+        rows, of = rows[order], {name: values[order] for name, values in of.items()}
         for kind, table in TABLE_OF_KIND.items():
-            of_kind = order[chosen["kind"][order] == kind]
-            for part in _slices(of_kind):
-                self._put(table, chosen[part], {name: values[part] for name, values in of.items()})
+            first, last = np.searchsorted(rows["kind"], [kind, kind + 1]).tolist()
+            for start in range(first, last, _PACKED_RECORDS):
+                part = slice(start, min(start + _PACKED_RECORDS, last))
+                self._put(table, rows[part], {name: values[part] for name, values in of.items()})
         is_leaf = of["children"] == 0
-        self._put_keys("leaves", chosen, of["rank_ms"], is_leaf)
-        self._put_keys("expiry", chosen, of["expires_ms"], is_leaf & (of["expires_ms"] != 0))
+        self._put_keys("leaves", rows, of["rank_ms"], is_leaf)
+        self._put_keys("expiry", rows, of["expires_ms"], is_leaf & (of["expires_ms"] != 0))
 
     def _fields(self, rows: Array, forest: Forest) -> dict[str, Array]:
         """The fields of each row's entry. Gives fingerprints and owners their numbers; counts what will be there."""
@@ -135,7 +140,9 @@ class BulkIndex:
         for at in np.flatnonzero(~fits).tolist():
             fields = {name: int(of[name][at]) for name in _ENTRY_FIELDS}
             packed[at] = pack_entry(IndexEntry(**fields, parent=parents[at].tobytes()), keys[at])
-        self._put_items(table, list(zip(keys, packed, strict=True)))
+        items = list(zip(keys, packed, strict=True))
+        for first in range(0, len(items), _SLICE_RECORDS):
+            self._put_items(table, items[first : first + _SLICE_RECORDS])
 
     def _put_keys(self, table: str, rows: Array, times: Array, chosen: Array) -> None:
         """Keys of leaves or expiry, for the rows that are chosen."""
@@ -163,10 +170,6 @@ class BulkIndex:
                     assert entry is not None, "it was read a moment ago"
                     entry.children += more[block_hash]
             self.reopen()
-
-
-def _slices(order: Array) -> Iterator[Array]:
-    return (order[first : first + _SLICE_RECORDS] for first in range(0, len(order), _SLICE_RECORDS))
 
 
 def _fingerprint_ids(txn: IndexTxn, rows: Array, stands: Array) -> Array:
