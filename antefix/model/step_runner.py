@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections.abc
 import logging
+import time
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,8 @@ log = logging.getLogger("antefix.model")
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # Blocks of a graph's tables, at least: 8K tokens of V4's.
 _BLOCKS_MIN = 64
+# A worker that starts takes no more than so long for recordings, but for the one in hand.
+PREPARE_S = 20.0
 # Graphs kept; each holds little but its own record of launches.
 _GRAPHS_MAX = 64
 
@@ -142,10 +145,13 @@ class StepRunner:
 
     @torch.inference_mode()
     def prepare(self, model: Model, pool: BlockPool, num_sequences_max: int) -> None:
-        """Record steps of up to so many sequences with short tables now, rather than when they first come."""
-        seats = self.seats(model)
+        """Record steps of up to so many sequences with short tables now, rather than when they first come. What does
+        not fit into PREPARE_S is left until then."""
+        seats, started = self.seats(model), time.monotonic()
         seats.reserve(num_sequences_max)
         for size in BUCKETS:
+            if time.monotonic() - started > PREPARE_S:
+                return
             self._recorded(model, pool, seats, np.zeros((min(size, num_sequences_max), NUM_COLUMNS + 1), np.int32))
             if size >= num_sequences_max:
                 return

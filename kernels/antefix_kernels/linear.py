@@ -36,6 +36,9 @@ _TILES_FEW = ((64, 2048, (64, 32, 128, 4, 5)), (64, 8192, (64, 64, 128, 4, 4)), 
 # Of so many rows routed to experts.
 _TILE_PICKS = (64, 128, 64, 4, 4)
 _PICKS = range(64, 1025)
+# Whether rows that a tile has no input for are left out, or repeat the last one, so that all threads ask for its
+# address. Off: not measured yet (`benchmarks/decode_on_card.py` compares the two).
+SKIPS_MISSING_ROWS = False
 # Tiles of rows that run side by side, so that weights are read from the cache.
 _ROW_TILES_TOGETHER = 8
 
@@ -76,7 +79,7 @@ def place_of_program(columns, TOGETHER: tl.constexpr):
 def _product_kernel(x, weights, out, experts, firsts, stops, sources, num_rows, num_outputs, num_addends, num_experts,
                     stride_xn, stride_xg, stride_wg, stride_wo, stride_on, stride_og, ROUTED: tl.constexpr,
                     GATHERED: tl.constexpr, PICKED: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
-                    WIDEN: tl.constexpr,
+                    WIDEN: tl.constexpr, SKIPS: tl.constexpr,
                     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
     """One tile [M, N] of x times weights transposed, of one group or expert."""
@@ -96,18 +99,23 @@ def _product_kernel(x, weights, out, experts, firsts, stops, sources, num_rows, 
             source = (tl.load(sources + rows) // PICKED).to(tl.int32)
         o = column * N + tl.arange(0, N)
         k = tl.arange(0, K)
-        # Rows and outputs past the end repeat the last one and are not stored.
+        # Rows and outputs past the end repeat the last one and are not stored; rows that SKIPS are not read either.
+        has_row = (first + tl.arange(0, M) < stop)[:, None]
         at_x = x + source.to(tl.int64)[:, None] * stride_xn + (0 if ROUTED else group * stride_xg) + k[None, :]
         outputs = tl.minimum(o, num_outputs - 1)
         at_w = weights + group.to(tl.int64) * stride_wg + outputs.to(tl.int64)[None, :] * stride_wo + k[:, None]
         acc = tl.zeros((M, N), tl.float32)
         for step in tl.range(0, tl.cdiv(num_addends, K), num_stages=STAGES):
-            if EVEN:
+            left = num_addends - step * K
+            if SKIPS:
+                a = tl.load(at_x, has_row & (k < left)[None, :], other=0.0)
+            elif EVEN:
                 a = tl.load(at_x)
+            else:
+                a = tl.load(at_x, (k < left)[None, :], other=0.0)
+            if EVEN:
                 b = tl.load(at_w)
             else:
-                left = num_addends - step * K
-                a = tl.load(at_x, (k < left)[None, :], other=0.0)
                 b = tl.load(at_w, (k < left)[:, None], other=0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
@@ -224,6 +232,7 @@ def _launch(
         EXACT=x.dtype is torch.float32,
         # On a CPU this is the interpreter, whose dot takes BF16's bits for integers.
         WIDEN=x.device.type == "cpu" and x.dtype is torch.bfloat16,
+        SKIPS=SKIPS_MISSING_ROWS,
         M=m,
         N=n,
         K=k,
