@@ -311,7 +311,7 @@ def under_a_clock(args: argparse.Namespace) -> int:
         directory = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)
         write_clock(directory, 0)
-        command = [sys.executable, "-m", "benchmarks.bill_routers", *sys.argv[1:], "--keep", str(directory)]
+        command = [sys.executable, "-m", "benchmarks.bill_routers", *sys.argv[1:]]
         return subprocess.run(command, env={**os.environ, **clock_environment(directory)}, check=False).returncode
 
 
@@ -330,7 +330,7 @@ def main() -> None:
     args = parser.parse_args()
     if "ANTEFIX_CLOCK_FILE" not in os.environ:
         sys.exit(under_a_clock(args))
-    started, directory = time.perf_counter(), args.keep
+    started, directory = time.perf_counter(), Path(os.environ["ANTEFIX_CLOCK_FILE"]).parent
     installed = [kind for kind, package in CLIENTS.items() if importlib.util.find_spec(package)]
     systems = {kind: receiver() for kind in ("webhook", *installed)}
     clients, deployment = asyncio.run(live(directory, args, systems["webhook"]))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.model_config import ModelConfig
 from antefix.model.numerics import (
     has_kernels,
@@ -172,6 +173,10 @@ class MoE(nn.Module):
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
         """x_ND may have rows of padding behind the tokens': the output has them too, and they mean nothing."""
         num_tokens = len(tokens_N)
+        if is_compiled(x_ND) and takes_compiled(self):
+            from antefix.model.compiled.experts import run
+
+            return run(self, x_ND, tokens_N)
         experts, weights = self.gate(x_ND, tokens_N)
         with self.experts.fetched():
             if has_kernels(x_ND):
@@ -210,6 +215,13 @@ class MoE(nn.Module):
             rows = stacks.ranks.merge(rows.index_select(0, place), is_mine)
             place = torch.arange(len(place), device=place.device)
         return tokens.combine(rows, place, weights_NK, self.shared_experts(x_ND))
+
+
+def takes_compiled(layer: MoE) -> bool:
+    """Whether its experts are plain matrices of this process alone."""
+    experts = layer.experts
+    plain = not isinstance(experts.gate_up_proj, PackedStack) and isinstance(layer.shared_experts.gate_proj, nn.Linear)
+    return plain and experts.ranks is None and experts.offload is None and layer.gate.scoring == "sqrtsoftplus"
 
 
 def _own_picks(stacks: Experts, experts_NK: Tensor) -> tuple[Tensor, int, Tensor | None]:

@@ -24,16 +24,17 @@ from antefix.errors import InternalError, InvalidRequest
 from antefix.layout import LayerKind, PartKind
 from antefix.model.attend import WindowLine, advance_ring, line_up
 from antefix.model.attention import Attention, CSACompressor
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.compressor import Compressor
 from antefix.model.host_rows import upload
 from antefix.model.layer_loop import run_layers
 from antefix.model.lead import LeadCall
 from antefix.model.model import Model
-from antefix.model.numerics import ROW_TILE, linear
+from antefix.model.numerics import ROW_TILE, ROWS_FEW, linear
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.pool import BlockPool
 from antefix.model.step_threads import step_threads
-from antefix.model.steps import Steps, TokenRows
+from antefix.model.steps import Steps, TokenRows, steps_of
 from antefix.model.window_state import CompressorState, Sequence, WindowState
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ def _steps(
     if not sequences:
         return None
     if runner is None:
-        return Steps(model, pool, sequences, write=write)
+        return steps_of(model, pool, sequences, write=write)
     return runner.steps(model, pool, sequences, tokens[[item.start for item in single]], write=write)
 
 
@@ -404,12 +405,19 @@ def _plan(
         start = stop
     if len({id(item.sequence.window) for item in items}) < len(items):
         raise InternalError("a sequence may appear only once in a batch")
-    both = np.zeros((2, -(-start // ROW_TILE) * ROW_TILE), np.int64)
+    both = np.zeros((2, num_rows(model, start)), np.int64)
     both[0, :start] = np.concatenate(pieces)
     both[1, :start] = np.concatenate(
         [np.arange(item.position, item.position + item.stop - item.start) for item in items]
     )
     return items, both
+
+
+def num_rows(model: Model, num_tokens: int) -> int:
+    """Rows of a batch: whole tiles, except where so few are multiplied without."""
+    if num_tokens <= ROWS_FEW and is_compiled(model.lm_head.weight):
+        return num_tokens
+    return -(-num_tokens // ROW_TILE) * ROW_TILE
 
 
 def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, largest: int) -> None:

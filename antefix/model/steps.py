@@ -22,6 +22,7 @@ from torch import Tensor
 
 from antefix.layout import LayerKind, PartKind
 from antefix.model.attention import Attention, CSACompressor
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.compressor import Compressor, finish_entries, pool_disjoint, pool_pairs
 from antefix.model.indexer import top_entries
 from antefix.model.model import Model
@@ -215,6 +216,15 @@ class Steps:
         if kind not in self._ropes:
             self._ropes[kind] = self._model.rope(kind, self._position[closing] + 1 - ratio)
         return self._ropes[kind]
+
+
+def steps_of(model: Model, pool: BlockPool, sequences: collections.abc.Sequence[Sequence], *, write: bool) -> Steps:
+    """The steps of sequences that run one token each, with compiled kernels where they are in use."""
+    if all(is_compiled(sequence.window.window) and sequence.window.window.is_contiguous() for sequence in sequences):
+        from antefix.model.compiled.steps import CompiledSteps
+
+        return CompiledSteps(model, pool, sequences, write)
+    return Steps(model, pool, sequences, write)
 
 
 def _attend_window(near: Tensor, ring: Tensor, sinks: Tensor) -> Tensor:

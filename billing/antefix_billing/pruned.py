@@ -20,6 +20,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from antefix.checked_files import read_json
+from antefix.errors import InvalidRequest
 from antefix_billing.adjustment import Adjustment
 from antefix_billing.ledger_format import GENESIS, Entry, EntryKind, LedgerCorrupt
 from antefix_billing.pricing import moment_of
@@ -31,7 +32,10 @@ _GLOB: Final = "pruned-*.json"
 
 @dataclass(slots=True, kw_only=True)
 class Total:
-    """Of one month (UTC, by when requests started), tenant, model and currency. records: settled attempts."""
+    """Of one month (UTC, by when requests started), tenant, model and currency.
+
+    records: settled attempts.  requests: those that ended.
+    """
 
     month: str
     tenant: str
@@ -39,6 +43,7 @@ class Total:
     currency: str
     records: int = 0
     requests: int = 0
+    charged: int = 0
     prompt_tokens: int = 0
     cache_hit_tokens: int = 0
     cache_miss_tokens: int = 0
@@ -75,6 +80,7 @@ class Totals:
         total = self._of(record.started_us, record.tenant, record.model, record.currency)
         total.records += 1
         total.requests += record.is_final
+        total.charged += record.is_charged
         for name in _COUNTS:
             setattr(total, name, getattr(total, name) + getattr(record, name))
         total.price += record.price
@@ -190,3 +196,10 @@ def pruned_to(directory: Path) -> tuple[int, bytes]:
     """The last entry that was pruned, and its hash: what the first segment goes on from."""
     summaries: Sequence[Pruned] = pruned_of(directory)
     return (summaries[-1].last, summaries[-1].hash) if summaries else (0, GENESIS)
+
+
+def check_cursor(directory: Path, after: int) -> None:
+    """Raises:  InvalidRequest: what follows this entry was pruned, so that going on from there would leave it out."""
+    last, _ = pruned_to(directory)
+    if 0 < after < last:
+        raise InvalidRequest(f"entries {after + 1} to {last} were pruned; `antefix usage restore` brings them back")

@@ -14,9 +14,7 @@ import hashlib
 import json
 import logging
 import time
-from collections import Counter
 from datetime import UTC, datetime
-from decimal import Decimal
 from pathlib import Path
 from typing import Final
 
@@ -25,11 +23,17 @@ from antefix.errors import AntefixError, ConfigError
 from antefix_billing.accepted_cards import accept_cards, accepted_cards, accepted_texts, texts_of
 from antefix_billing.adjustment import Change, ChangeKind
 from antefix_billing.adjustment_inbox import read_waiting, waiting
-from antefix_billing.card_changes import ChangedTime, affected, changed_times
+from antefix_billing.card_changes import (
+    ChangedTime,
+    affected,
+    changed_times,
+    entry_before,
+    models_of,
+    refuse_priced,
+)
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import read_billed, read_settled, sequence_before
 from antefix_billing.limits import LimitWindow
-from antefix_billing.pricing import priced
 from antefix_billing.ratecard import RateCards, parse_cards
 from antefix_billing.receipt import Signer
 from antefix_billing.rerate import rerated
@@ -77,13 +81,15 @@ class LiveBooks:
         """Times in which records are to be priced again.  Raises:  ConfigError: as `__init__`."""
         accounts = self._front.accounts
         ledger = accounts.ledger
-        old = accepted_cards(ledger.directory) if ledger is not None else None
-        if ledger is None or old is None:
+        if ledger is None or accepted_texts(ledger.directory) == self._cards_text:
+            return []
+        old = accepted_cards(ledger.directory)
+        if old is None:
             return []
         times = changed_times(old, accounts.cards, self._models(ledger, old, accounts.cards), datetime.now(UTC))
         if times:
             # What a router priced by these cards before it stopped is no fault of theirs.
-            _refuse_priced(ledger, _entry_before(ledger, times), times, priced_by=accounts.cards)
+            refuse_priced(ledger, entry_before(ledger, times), times, priced_by=accounts.cards)
         return times
 
     async def _begin(self) -> None:
@@ -141,7 +147,8 @@ class LiveBooks:
         tenants = load_tenants(config.tenants_file, has_other_keys=has_keys) if config.tenants_file else None
         cards = parse_cards(texts)
         # 2. Would records that are priced cost something else?
-        times, read_to = await self._check_cards(accounts.cards, cards)
+        is_same = texts == self._cards_text
+        times, read_to = ([], None) if is_same else await self._check_cards(accounts.cards, cards)
         # 3. What is read while nothing is taken yet.
         now = datetime.now(UTC)
         month = await asyncio.to_thread(_used_since, accounts.ledger, LimitWindow.MONTH.start(now)) if tenants else []
@@ -175,24 +182,22 @@ class LiveBooks:
         if not times:
             return [], None
         read_to = ledger.sequence
-        after = await asyncio.to_thread(_entry_before, ledger, times)
-        await asyncio.to_thread(_refuse_priced, ledger, after, times)
+        after = await asyncio.to_thread(entry_before, ledger, times)
+        await asyncio.to_thread(refuse_priced, ledger, after, times)
         return times, read_to
 
     def _models(self, ledger: Ledger, old: RateCards, new: RateCards) -> list[str]:
         """That a change of cards may be about."""
-        if old is new:
-            return []
         models = {*old.models, *new.models, self._front.accounts.served.model}
         if "*" in models:
-            models |= _models_of(ledger)
+            models |= models_of(ledger)
         return sorted(models - {"*", ""})
 
     def _check_again(self, times: list[ChangedTime], read_to: int | None) -> None:
         """What was settled while the ledger was read."""
         ledger = self._front.accounts.ledger
         if ledger is not None and read_to is not None and ledger.sequence > read_to:
-            _refuse_priced(ledger, read_to, times)
+            refuse_priced(ledger, read_to, times)
 
     def _take_tenants(self, tenants: TenantBook, month: list[UsageRecord], now: datetime) -> None:
         front = self._front
@@ -276,41 +281,6 @@ def _state_of(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return (found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode)
-
-
-def _entry_before(ledger: Ledger, times: list[ChangedTime]) -> int:
-    """An entry before all records of these times."""
-    return sequence_before(ledger.directory, max(0.0, min(span.begin for span in times).timestamp()))
-
-
-def _refuse_priced(ledger: Ledger, after: int, times: list[ChangedTime], *, priced_by: RateCards | None = None) -> None:
-    """priced_by: records that these cards priced are left out.
-
-    Raises:  ConfigError: records are priced in these times, and the card does not ask for a re-rating.
-    """
-    counts: Counter[str] = Counter()
-    firsts: dict[str, ChangedTime] = {}
-    records = (item.record for item in read_settled(ledger.directory, after=after))
-    for record, span in affected(records, times):
-        if priced_by is not None and _costs(priced(record, priced_by)) == _costs(record):
-            continue
-        if span.card is None or not span.card.rerate:
-            counts[record.model] += 1
-            firsts.setdefault(record.model, span)
-    for model, span in firsts.items():
-        what = f"rate card {span.card.version}" if span.card is not None else "no rate card"
-        raise ConfigError(
-            f"{what} would hold for {model} from {span.begin.isoformat()} on, and {counts[model]} of its records are"
-            " priced since: give it a later `effective`, or say `rerate = true` in the card to have them priced again"
-        )
-
-
-def _costs(record: UsageRecord) -> tuple[str, str, Decimal]:
-    return record.rate_card, record.currency, record.price
-
-
-def _models_of(ledger: Ledger) -> set[str]:
-    return {item.record.model for item in read_settled(ledger.directory)}
 
 
 def _used_since(ledger: Ledger | None, start: datetime) -> list[UsageRecord]:

@@ -208,6 +208,16 @@ def test_an_anchor_of_a_pruned_end_still_holds(ledger, tmp_path, signer):
     assert anchored(summary.hash) and not anchored(bytes(32))
 
 
+def test_a_report_by_month_counts_what_was_pruned(ledger, tmp_path, signer, capsys):
+    words = ("report", "--ledger", ledger.directory, "--json", "--by")
+    before = run(capsys, *words, "tenant,month")[1]
+    prune_it(ledger, tmp_path, signer)
+    status, out, err = run(capsys, *words, "tenant,month")
+    assert (status, out, err) == (0, before, "") and json.loads(out)[0]["requests"] == 14
+    _, out, err = run(capsys, *words, "hour")
+    assert "were pruned, and are not in this report" in err and json.loads(out)[0]["requests"] < 14
+
+
 def run(capsys, *words):
     parser = ArgumentParser()
     cli.add_parser(parser.add_subparsers())

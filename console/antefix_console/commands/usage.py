@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from antefix_billing import usage_report as report
 from antefix_billing.adjustment import Adjusted
 from antefix_billing.export import ExportFormat, write_export, write_text
 from antefix_billing.ledger_files import Settled, ledgers_of, read_entries, source_of
+from antefix_billing.pruned import Total, pruned_of
 from antefix_billing.ratecard import load_cards
 from antefix_console.commands.usage_adjust import add_adjust_arguments, add_rerate_arguments, run_adjust, run_rerate
 from antefix_console.commands.usage_archive import (
@@ -138,7 +139,7 @@ def _report(args: argparse.Namespace) -> int:
         items = [item for _, item in billed(args)]
         records = [item.record for item in items if isinstance(item, Settled)]
         adjustments = [item.adjustment for item in items if isinstance(item, Adjusted)]
-        lines = report.summarize(records, by, cards=cards, adjustments=adjustments)
+        lines = report.summarize(records, by, cards=cards, adjustments=adjustments, totals=_pruned_totals(args, by))
     if args.savings:
         rows = report.remedies(records, cards)
         sys.stdout.write(
@@ -150,6 +151,16 @@ def _report(args: argparse.Namespace) -> int:
     if args.plot is not None:
         usage_plot.plot(records, args.plot, cards=cards)
     return 0
+
+
+def _pruned_totals(args: argparse.Namespace, by: Sequence[str]) -> list[Total]:
+    """Of the summaries, where they tell what is asked for; else it is said that they are left out."""
+    found = [(ledger, each) for ledger in ledgers_of(args.ledger) for each in pruned_of(ledger)]
+    if found and (args.since or args.until or args.after or args.savings or not report.GROUPS_OF_PRUNED.issuperset(by)):
+        for ledger, each in found:
+            sys.stderr.write(f"{ledger}: entries {each.first} to {each.last} were pruned, and are not in this report\n")
+        return []
+    return [total for _, each in found for total in each.totals if args.tenant in (None, total.tenant)]
 
 
 def _rerate(args: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 from antefix.errors import ConfigError
 from antefix_billing.adjustment import Adjusted, Adjustment
 from antefix_billing.ledger_files import Settled, ledgers_of, read_billed
-from antefix_billing.pruned import pruned_to
+from antefix_billing.pruned import check_cursor
 from antefix_billing.usage_record import UsageRecord
 
 
@@ -44,11 +44,7 @@ def billed(args: argparse.Namespace) -> Iterator[tuple[Path, Settled | Adjusted]
     if args.after and len(ledgers) > 1:
         raise ConfigError("--after is a place in one ledger; export each of several on its own to go on from a cursor")
     for ledger in ledgers:
-        last, _ = pruned_to(ledger)
-        if 0 < args.after < last:
-            raise ConfigError(
-                f"entries {args.after + 1} to {last} of {ledger} were pruned; `antefix usage restore` brings them back"
-            )
+        check_cursor(ledger, args.after)
         for item in read_billed(ledger, after=args.after):
             if chosen(item.record) if isinstance(item, Settled) else chosen_adjustment(item.adjustment):
                 yield ledger, item
