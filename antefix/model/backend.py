@@ -54,17 +54,18 @@ def make_backend(
 ) -> tuple[BlockPool, Ops]:
     """A pool on `device` and the operations that go with it; `kernels` is auto, triton or torch.
 
-    decode_steps: of DECODE_STEPS, where Triton runs. Over several ranks sequences run one by one.
+    decode_steps: of DECODE_STEPS, where Triton runs. Over several ranks "graphs" is "alone".
 
     reproducible: kernels that give a query the same bits whatever else is computed; torch on a CPU does so anyway.
     lead: the model's, where it is over several ranks: each gets such a pool.  takes_payloads: as `BlockPool` has it.
     """
     if decode_steps not in DECODE_STEPS:
         raise ConfigError(f"decode_steps must be one of {DECODE_STEPS}, is {decode_steps!r}")
-    steps = "alone" if lead is not None else decode_steps
+    # Exchanges between ranks are the host's calls, which no graph records; all ranks must run the same.
+    steps = "alone" if lead is not None and decode_steps == "graphs" else decode_steps
     pool, ops = _make_backend(kernels, layout, num_blocks, device, reproducible, takes_payloads, steps)
     if lead is not None:
-        lead.add_pool(pool, kernels=kernels, reproducible=reproducible)
+        lead.add_pool(pool, kernels=kernels, reproducible=reproducible, decode_steps=steps)
     return pool, ops
 
 
