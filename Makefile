@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-push test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -86,6 +86,18 @@ $(S3)/.ready:
 test-s3: setup $(S3)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt obstore
 	ANTEFIX_S3=$(CURDIR)/$(S3) $(BIN)/python -m pytest -rs -m s3 tests/objects
+
+# What billing systems are sent, through their own clients: an environment of its own in .push/, because Lago's client
+# installs a package called `tests`, which would hide ours.
+PUSH := .push
+$(PUSH)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(PUSH)
+	$(PUSH)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[push]' hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist
+	rm -rf $(PUSH)/lib/python3*/site-packages/tests
+	touch $@
+
+test-push: setup $(PUSH)/.ready
+	$(PUSH)/bin/python -m pytest -rs tests/billing/test_push.py
 
 # NVIDIA's checks over all kernels, on a card, with compute-sanitizer of the CUDA toolkit. Each report stays in .sanitizer/.
 SANITIZER_TESTS ?= tests/kernels

@@ -28,14 +28,26 @@ def read_toml(path: str | Path, what: str) -> dict[str, Any]:
 
     Raises:  ConfigError: it cannot be read, is too large, or is no TOML.
     """
-    text = read_text(path, what, bytes_max=TOML_BYTES_MAX)
+    return parse_toml(read_toml_text(path, what), f"{what} {path}")
+
+
+def read_toml_text(path: str | Path, what: str) -> str:
+    """What `parse_toml` reads.  Raises:  ConfigError: it cannot be read, or is too large."""
+    return read_text(path, what, bytes_max=TOML_BYTES_MAX)
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The tables of a text.  where: the kind of file and its name, for the message.
+
+    Raises:  ConfigError: it is no TOML.
+    """
     try:
         for number, line in enumerate(text.splitlines(), 1):
             if any(part.count(".") > _NAME_PARTS_MAX for part in _SPLIT_NAMES.split(_without_strings(line))):
                 raise ConfigError(f"line {number} has a name of more than {_NAME_PARTS_MAX} parts")
         return tomllib.loads(text)
     except (ConfigError, ValueError, RecursionError) as err:
-        raise ConfigError(f"{what} {path}: {_reason(err)}") from err
+        raise ConfigError(f"{where}: {_reason(err)}") from err
 
 
 def read_json(path: str | Path, what: str, *, error: type[InvalidRequest] = ConfigError, infinity: bool = False) -> Any:

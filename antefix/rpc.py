@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -29,12 +30,14 @@ from grpc_reflection.v1alpha import reflection
 from antefix import errors
 from antefix.about_service import AboutServicer
 from antefix.config import GRACE_S
+from antefix.end_tasks import end_tasks
 from antefix.request_limits import readable, reading
 from antefix.security.caller_limits import CallerLimits
 from antefix.security.channels import ReloadingChannel
 from antefix.security.credentials import Credentials
 from antefix.security.guard import Guard, admitted
 from antefix.security.identity import Role
+from antefix.security.idle_connections import watch_connections
 from antefix.security.listening import UNIX, check_calling, join_address, parse_address
 from antefix.security.own_credentials import credentials_for
 from antefix.security.process_security import OPEN, ProcessSecurity
@@ -63,8 +66,8 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # A restarted peer is found again within a second, not after gRPC's two minutes of back-off.
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A restarted peer is found again within half a second, not after gRPC's two minutes of back-off.
+    ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.initial_reconnect_backoff_ms", 100),
     # A proxy of the environment is for the world outside: it cannot reach our loopback addresses and sockets.
     ("grpc.enable_http_proxy", 0),
@@ -161,7 +164,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     def __init__(self, draining: asyncio.Event, guard: Guard) -> None:
         self._draining = draining
         self._guard = guard
-        self._limits = CallerLimits()
+        self.limits = CallerLimits()
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         handler = await continuation(handler_call_details)
@@ -200,7 +203,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
         self._guard.admit(method, context)
         with contextlib.ExitStack() as place:
             try:
-                place.enter_context(self._limits.taken(context.peer(), admitted().identity))
+                place.enter_context(self.limits.taken(context.peer(), admitted().identity))
             except errors.Overloaded:
                 self._guard.refused.labels(method, "address").inc()
                 raise
@@ -304,6 +307,7 @@ class Server:
     host: str
     draining: asyncio.Event
     token_address: str = ""
+    watches: tuple[asyncio.Task[None], ...] = ()
 
     @property
     def address(self) -> str:
@@ -315,6 +319,7 @@ class Server:
         await asyncio.sleep(min(grace_s, _LAST_WORD_S))
         self.draining.set()
         await self.server.stop(grace_s)
+        await end_tasks(self.watches)
 
 
 async def start_server(
@@ -354,7 +359,19 @@ async def start_server(
     await server.start()
     for name in ("", *names):
         await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(server=server, health=health, port=bound, host=host, draining=draining, token_address=for_tokens)
+    ports = [] if host.startswith(UNIX) else [bound]
+    if for_tokens:
+        ports.append(parse_address(for_tokens)[1])
+    note = partial(security.guard.refused.labels("(connection)", "address").inc)
+    return Server(
+        server=server,
+        health=health,
+        port=bound,
+        host=host,
+        draining=draining,
+        token_address=for_tokens,
+        watches=tuple(asyncio.create_task(watch_connections(each, interceptor.limits, note)) for each in ports),
+    )
 
 
 def _connections_limit() -> tuple[str, int]:

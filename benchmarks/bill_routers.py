@@ -1,31 +1,34 @@
-"""Is it one bill, whatever dies? Requests through several routers, which are killed, like Redis and the receiver.
+"""Is it one bill, whatever dies? Requests through several routers, while everything is killed, set and changed.
 
-    python -m benchmarks.bill_routers --requests 100000 --routers 3 [--seed N] [--out FILE]
+    python -m benchmarks.bill_routers --requests 100000 --routers 3 [--until-s S] [--status FILE] [--out FILE]
 
-Workers are a script with a store log of its own (tests/billing/failing_router.py), routers are processes with the real
-accounts, ledgers and shared bill; Redis is a real server that loses all it knew at each kill; the receiver is a local
-webhook that keeps events by their ids, fed by the real pusher, which is killed too. Clients send each request again, at
-whichever router, until they have its answer. Not in it: steps of clocks, reloads, and kills of real stores and workers
-(tests/gateway/test_bill_over_real_services.py has those, with one router).
+Routers, store, decode workers and the pusher are the real processes over a small random model; Redis is a real server
+that loses all it knew at each kill; receivers are local stand-ins that keep events by their ids. What goes wrong
+meanwhile is in `bill_failures.py`: kills of each role, steps of the host's clock, reloads, changes of the
+price. Clients send each request again, at any router, until they have its answer; some come again though they have it,
+some leave in the middle first.
 
-Held to be equal, to the token and the last decimal: what clients were told, the ledgers with adjustments, and what the
-receiver has; every hit is in the store's log, and no request costs more than its dearest attempt.
+Held to be equal, to the token and the last decimal: what clients were told, the ledgers with their adjustments, and
+what each receiver has. Every hit is in the store's log, every anchor in its ledger, and no request costs more than its
+dearest attempt.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import importlib.util
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -37,142 +40,157 @@ from antefix.errors import AntefixError
 from antefix.sampling import Sampling
 from antefix.usage import Usage
 from antefix_billing.adjustment import Adjusted
+from antefix_billing.anchor import read_anchors
 from antefix_billing.ledger_files import ledgers_of, read_billed
 from antefix_billing.push.push_config import SinkConfig
 from antefix_billing.push.pusher import Pusher
 from antefix_billing.push.sinks import open_sink
 from antefix_billing.reconcile import verify_all
+from antefix_billing.usage_record import UsageRecord
+from antefix_console.deployment import Deployment, DeploymentConfig
 from benchmarks import run_record
+from benchmarks.bill_failures import Failures, add_card, clock_environment, write_clock, write_tenants
 from tests.billing.billing_systems import BillingSystem
 from tests.redis_servers import RedisServer
+from tests.small_worker_model import small_worker_model
 
-ROOT = Path(__file__).parents[1]
-ROUTER = ROOT / "tests" / "billing" / "failing_router.py"
 NUM_AT_ONCE = 32
-NUM_GROUPS = 50
-AGAIN_ELSEWHERE = 0.1
+NUM_DOCUMENTS = 50
+AGAIN_ELSEWHERE, LEAVES_FIRST, LONG_ANSWER = 0.1, 0.01, 0.1
+NUM_TRIES_MAX = 400
+CLIENTS = {"openmeter": "openmeter", "lago": "lago_python_client"}
+Key = tuple[str, str]
 
 
-class World:
-    """Routers, Redis, and what clients were told."""
+class Clients:
+    """What they were told, and received."""
 
-    def __init__(self, directory: Path, args: argparse.Namespace) -> None:
-        self.directory, self.args = directory, args
-        self.chance = random.Random(args.seed)
-        self.redis = RedisServer(directory)
-        self.routers: list[tuple[subprocess.Popen[str], RouterClient] | None] = [None] * args.routers
-        self.seen: dict[tuple[str, str], Usage] = {}
+    def __init__(self, deployment: Deployment, args: argparse.Namespace, chance: random.Random) -> None:
+        self.deployment, self.args, self.chance = deployment, args, chance
+        self.routers: dict[str, RouterClient] = {}
+        self.seen: dict[Key, tuple[Usage, int]] = {}
         self.counts: Counter[str] = Counter()
+        self.started = time.monotonic()
+        self.documents = [chance.choices(range(256), k=chance.randint(70, 400)) for _ in range(NUM_DOCUMENTS)]
 
-    async def start_router(self, number: int) -> None:
-        ledger = self.directory / (f"ledger-{number}")
-        command = [sys.executable, str(ROUTER), str(self.directory), str(ledger), self.redis.url]
-        paths = os.pathsep.join((str(ROOT), *sys.path))
-        process = await asyncio.to_thread(
-            subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": paths},
-        )  # fmt: skip
-        line = await asyncio.to_thread(process.stdout.readline)  # type: ignore[union-attr]
-        self.routers[number] = (process, RouterClient(json.loads(line)["address"]))
+    def progress(self) -> float:
+        """By requests or by time, whichever is further."""
+        share = (time.monotonic() - self.started) / self.args.until_s if self.args.until_s else 0.0
+        return max(share, self.counts["requests"] / self.args.requests)
 
-    async def kill_routers(self) -> None:
-        while True:
-            await asyncio.sleep(self.chance.uniform(0.5, 1.5) * self.args.kill_every_s)
-            number = self.chance.randrange(self.args.routers)
-            running, self.routers[number] = self.routers[number], None
-            if running is not None:
-                running[0].kill()
-                await asyncio.to_thread(running[0].wait)
-                self.counts["router kills"] += 1
-            await self.start_router(number)
+    async def run(self) -> None:
+        numbers = iter(range(self.args.requests))
 
-    async def kill_redis(self) -> None:
-        while True:
-            await asyncio.sleep(self.chance.uniform(0.5, 1.5) * 2 * self.args.kill_every_s)
-            self.redis.kill()
-            self.counts["redis kills"] += 1
-            await asyncio.sleep(self.chance.random())
-            await asyncio.to_thread(self.redis.start)
+        async def client() -> None:
+            for number in numbers:
+                if self.progress() >= 1:
+                    return
+                await self.ask(number)
+                self.counts["requests"] += 1
+
+        await asyncio.gather(*(client() for _ in range(NUM_AT_ONCE)))
 
     async def ask(self, number: int) -> None:
-        """One request, at any router, until its usage is known; some come again elsewhere although they are known."""
+        """One request, at any router, until its usage is known."""
+        chance = self.chance
         tenant, request_id = f"t{number % 5}", f"q{number}"
-        length = 64 * self.chance.randint(0, 6) + self.chance.randint(1, 63)
-        prompt = np.full(length, self.chance.randrange(NUM_GROUPS), np.uint32)
-        prompt[-1] = self.chance.randrange(1000)
-        times = 2 if self.chance.random() < AGAIN_ELSEWHERE else 1
-        while times:
-            running = self.chance.choice(self.routers)
-            if running is None:
-                await asyncio.sleep(0.05)
-                continue
+        prompt = np.array(
+            chance.choice(self.documents) + chance.choices(range(256), k=chance.randint(1, 20)), np.uint32
+        )
+        sampling = Sampling(max_tokens=4 if chance.random() < LONG_ANSWER else 1, ignore_eos=True)
+        leaves, times = chance.random() < LEAVES_FIRST, 1 + (chance.random() < AGAIN_ELSEWHERE)
+        for _ in range(NUM_TRIES_MAX):
             try:
-                answer = running[1].generate(
-                    prompt, Sampling(max_tokens=8), tenant=tenant, request_id=request_id, timeout_s=20
-                )
-                async for message in answer:
-                    if message.usage is not None:
-                        self.note((tenant, request_id), message.usage)
-                        times -= 1
+                if leaves:
+                    leaves = False
+                    await self.leave(prompt, sampling, tenant, request_id)
+                await self.hear(prompt, sampling, tenant, request_id)
+                times -= 1
+                if not times:
+                    return
             except AntefixError as err:
                 self.counts[f"error {type(err).__name__}"] += 1
                 # What is refused while Redis is told again takes seconds.
                 await asyncio.sleep(0.3)
+        self.counts["requests without an answer"] += 1
 
-    def note(self, key: tuple[str, str], usage: Usage) -> None:
-        self.counts["answers"] += 1
-        self.seen.setdefault(key, usage)
+    async def hear(self, prompt: Any, sampling: Sampling, tenant: str, request_id: str) -> None:
+        num_received = 0
+        router = self.router()
+        async for message in router.generate(prompt, sampling, tenant=tenant, request_id=request_id, timeout_s=30):
+            num_received += len(message.tokens)
+            if message.usage is not None:
+                self.counts["answers"] += 1
+                self.seen.setdefault((tenant, request_id), (message.usage, num_received))
 
-    async def end(self) -> None:
-        """Every router stops in order, after it told Redis all that it has."""
-        await asyncio.to_thread(self.redis.start) if self.redis.process is None else None
-        for number, running in enumerate(self.routers):
-            if running is None or running[0].poll() is not None:
-                await self.start_router(number)
-        await asyncio.sleep(15)
-        for running in self.routers:
-            if running is not None:
-                running[0].stdin.close()  # type: ignore[union-attr]
-                await asyncio.to_thread(running[0].wait)
-        self.redis.kill()
+    async def leave(self, prompt: Any, sampling: Sampling, tenant: str, request_id: str) -> None:
+        answer = self.router().generate(prompt, sampling, tenant=tenant, request_id=request_id, timeout_s=30)
+        async with contextlib.aclosing(answer):
+            async for _ in answer:
+                self.counts["left"] += 1
+                return
+
+    def router(self) -> RouterClient:
+        addresses = self.deployment.addresses("router")
+        address = self.chance.choice(addresses) if addresses else next(iter(self.routers))
+        if address not in self.routers:
+            self.routers[address] = RouterClient(address)
+        return self.routers[address]
 
 
-def _stops_after(number: int) -> Callable[[float], bool]:
-    """A pusher's sleep that takes no time, and ends it at so many."""
-    left = iter(range(number))
-    return lambda seconds: next(left, None) is None
+class Amounts(dict[Any, tuple[Decimal, int]]):
+    """Of the events that a receiver keeps, what they cost and how many tokens they are: the rest would fill memory."""
+
+    def setdefault(self, id: Any, event: Any = None) -> Any:
+        if id not in self:
+            self[id] = _amounts_of(event)
+        return self[id]
 
 
-def push(directory: Path, system: BillingSystem, chance: random.Random) -> int:
-    """All ledgers to the receiver, with lost answers and a state that is lost now and then. Returns restarts."""
-    config = SinkConfig(name="hook", kind="webhook", url=system.url, key="s", unmapped="name")
-    state, restarts = directory / "push", 0
-    for _ in range(20):
-        state.mkdir(exist_ok=True)
-        system.answers = [chance.choice((0, 500, 503)) for _ in range(5)]
-        pusher = Pusher(config, open_sink(config), ledgers_of([directory]), state, sleep=_stops_after(8))
-        pusher.push()
-        restarts += 1
-        if chance.random() < 0.3:
-            shutil.rmtree(state)
-    system.answers = []
+def _amounts_of(event: dict[str, Any]) -> tuple[Decimal, int]:
+    data = event.get("properties") or event["data"]
+    price = Decimal(str(data.get("price", data.get("amount", "0"))))
+    return price, sum(int(data.get(name, 0)) for name in ("prompt_tokens", "output_tokens"))
+
+
+class Forgets(list[Any]):
+    """Of the bodies that came, none is kept."""
+
+    def append(self, _: Any) -> None:
+        return
+
+
+def receiver() -> BillingSystem:
+    system = BillingSystem()
+    system.taken, system.heads, system.bodies = Amounts(), Forgets(), Forgets()
+    return system
+
+
+def push(kind: str, ledgers: list[Path], state: Path, system: BillingSystem, chance: random.Random) -> None:
+    """All that is left to one receiver, over answers that are lost."""
     state.mkdir(exist_ok=True)
-    Pusher(config, open_sink(config), ledgers_of([directory]), state).push()
-    return restarts
+    config = SinkConfig(name="hook", kind=kind, url=system.url, key="secret", unmapped="name")
+    system.answers = [chance.choice((0, 500, 503)) for _ in range(20)]
+    Pusher(config, open_sink(config), ledgers, state, sleep=lambda _: None).push()
 
 
-def check(world: World, directory: Path, system: BillingSystem) -> dict[str, Any]:
+def check(clients: Clients, config: DeploymentConfig, systems: dict[str, BillingSystem]) -> dict[str, Any]:
     """What does not agree is in `faults`."""
-    items = [item for ledger in ledgers_of([directory]) for item in read_billed(ledger)]
-    charged: defaultdict[tuple[str, str], Decimal] = defaultdict(Decimal)
-    dearest: defaultdict[tuple[str, str], Decimal] = defaultdict(Decimal)
-    finals: defaultdict[tuple[str, str], list[Any]] = defaultdict(list)
+    ledgers = ledgers_of([config.data_dir])
+    items = [item for ledger in ledgers for item in read_billed(ledger)]
+    charged: defaultdict[Key, Decimal] = defaultdict(Decimal)
+    dearest: defaultdict[Key, Decimal] = defaultdict(Decimal)
+    finals: defaultdict[Key, list[UsageRecord]] = defaultdict(list)
+    statuses: Counter[str] = Counter()
+    cards: Counter[str] = Counter()
     for item in items:
         if isinstance(item, Adjusted):
             charged[item.adjustment.tenant, item.adjustment.request_id] += item.adjustment.amount
             continue
         record = item.record
         key = (record.tenant, record.request_id)
+        statuses[record.status.value] += 1
+        cards[record.rate_card] += 1
         charged[key] += record.price
         dearest[key] = max(dearest[key], record.paid)
         if record.is_final:
@@ -182,66 +200,147 @@ def check(world: World, directory: Path, system: BillingSystem) -> dict[str, Any
         for key in dearest
         if charged[key] != dearest[key]
     ]
-    for key, usage in world.seen.items():
-        told = (usage.prompt_tokens, usage.cache_hit_tokens, usage.output_tokens)
-        if told not in [(r.prompt_tokens, r.cache_hit_tokens, r.output_tokens) for r in finals[key]]:
-            faults.append(f"{key}: told {told}, which no final record says")
-    sent = [event["data"] for event in system.taken.values()]
-    received = sum((Decimal(data.get("price", data.get("amount", "0"))) for data in sent), Decimal(0))
+    for key, (usage, num_received) in clients.seen.items():
+        told = (usage.prompt_tokens, usage.cache_hit_tokens, usage.cache_miss_tokens, usage.output_tokens)
+        if told not in [_told(record) for record in finals[key]] or num_received != usage.output_tokens:
+            faults.append(f"{key}: told {told} and given {num_received}, which no final record says")
     billed = sum(charged.values(), Decimal(0))
-    if received != billed or len(sent) != len(items):
-        faults.append(f"the receiver has {len(sent)} entries of {received}, the ledgers {len(items)} of {billed}")
-    verdict = verify_all(ledgers_of([directory]), store_log=directory / "store-log", anchors={})
+    tokens = sum(_tokens(item) for item in items)
+    received = {}
+    for name, system in systems.items():
+        held = sum((price for price, _ in system.taken.values()), Decimal(0))
+        held_tokens = sum(number for _, number in system.taken.values())
+        received[name] = {"entries": len(system.taken), "price": str(held), "tokens": held_tokens}
+        if (len(system.taken), held, held_tokens) != (len(items), billed, tokens):
+            faults.append(f"{name} has {received[name]}, the ledgers {len(items)} entries, {billed}, {tokens} tokens")
+    verdict = verify_all(
+        ledgers, store_log=config.usage_log_dir, anchors={}, signed=read_anchors(config.anchors), are_all=True
+    )
     if not verdict.ok:
         faults.append(verdict.to_json())
     return {
-        "requests": len(world.seen),
-        "counts": dict(sorted(world.counts.items())),
+        "requests": len(clients.seen),
+        "counts": dict(sorted(clients.counts.items())),
         "entries": len(items),
+        "statuses": dict(statuses),
+        "records_by_price": dict(cards),
         "adjustments": sum(isinstance(item, Adjusted) for item in items),
-        "final_records_beyond_one": sum(len(group) - 1 for group in finals.values()),
+        "hit_tokens": sum(item.record.cache_hit_tokens for item in items if not isinstance(item, Adjusted)),
+        "tokens": tokens,
         "price": str(billed),
-        "received": str(received),
+        "received": received,
+        "final_records_beyond_one": sum(len(group) - 1 for group in finals.values() if group),
         "faults": len(faults),
         "examples": faults[:10],
     }
 
 
-async def live(directory: Path, args: argparse.Namespace) -> World:
-    world = World(directory, args)
-    await asyncio.to_thread(world.redis.start)
-    for number in range(args.routers):
-        await world.start_router(number)
-    killers = [asyncio.create_task(world.kill_routers()), asyncio.create_task(world.kill_redis())]
-    numbers = iter(range(args.requests))
+def _told(record: UsageRecord) -> tuple[int, int, int, int]:
+    return record.prompt_tokens, record.cache_hit_tokens, record.cache_miss_tokens, record.output_tokens
 
-    async def client() -> None:
-        for number in numbers:
-            await world.ask(number)
 
-    await asyncio.gather(*(client() for _ in range(NUM_AT_ONCE)))
-    for killer in killers:
-        killer.cancel()
-    await asyncio.gather(*killers, return_exceptions=True)
-    await world.end()
-    return world
+def _tokens(item: Any) -> int:
+    return 0 if isinstance(item, Adjusted) else item.record.prompt_tokens + item.record.output_tokens
+
+
+async def live(directory: Path, args: argparse.Namespace, system: BillingSystem) -> tuple[Clients, Deployment]:
+    chance = random.Random(args.seed)
+    write_tenants(directory / "tenants.toml", tokens=10**12)
+    add_card(directory / "cards.toml", 1, datetime(2020, 1, 1, tzinfo=UTC))
+    redis = RedisServer(directory)
+    await asyncio.to_thread(redis.start)
+    config = DeploymentConfig(
+        model=small_worker_model(),
+        data_dir=directory / "data",
+        num_prefill=0,
+        num_decode=2,
+        num_routers=args.routers,
+        bill_redis=redis.url,
+        ratecards=(str(directory / "cards.toml"),),
+        tenants_file=str(directory / "tenants.toml"),
+        anchors=(str(directory / "anchors.jsonl"),),
+        extra_flags={"kvstore": ("--budget-bytes", "256M"), "decode": ("--pool-bytes", "64M")},
+    )
+    deployment = Deployment(config)
+    try:
+        await deployment.start()
+        clients = Clients(deployment, args, chance)
+        failures = Failures(directory, deployment, redis, clients.progress, chance)
+        failures.counts = clients.counts
+        tasks = failures.tasks(args.kills, webhook=system.url)
+        telling = asyncio.create_task(_tell(clients, args.status))
+        await clients.run()
+        # What was spread over the run is carried out to its end.
+        await asyncio.gather(*tasks)
+        telling.cancel()
+        await end(deployment, redis, failures)
+    finally:
+        await deployment.stop()
+        redis.kill()
+    return clients, deployment
+
+
+async def end(deployment: Deployment, redis: RedisServer, failures: Failures) -> None:
+    """Every router starts once more: what the one before it left open is settled, and Redis is told all of it."""
+    await asyncio.to_thread(redis.start) if redis.process is None else None
+    for process in [each for each in deployment.processes if each.role == "router"]:
+        await deployment.kill(process)
+        await failures.restart(process)
+    await asyncio.sleep(20)
+
+
+async def _tell(clients: Clients, path: Path | None) -> None:
+    while True:
+        await asyncio.sleep(10)
+        if path is not None:
+            seconds = round(time.monotonic() - clients.started)
+            said = json.dumps({"seconds": seconds, **dict(sorted(clients.counts.items()))}) + "\n"
+            await asyncio.to_thread(path.write_text, said)
+
+
+def save(clients: Clients, path: Path) -> None:
+    """What clients were told, one request a line."""
+    with path.open("w") as file:
+        for key, (usage, num_received) in clients.seen.items():
+            file.write(json.dumps([*key, num_received, asdict(usage)], default=str) + "\n")
+
+
+def under_a_clock(args: argparse.Namespace) -> int:
+    """This program again, in a process whose clock is that of all it starts."""
+    with contextlib.ExitStack() as stack:
+        directory = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        directory.mkdir(parents=True, exist_ok=True)
+        write_clock(directory, 0)
+        command = [sys.executable, "-m", "benchmarks.bill_routers", *sys.argv[1:]]
+        return subprocess.run(command, env={**os.environ, **clock_environment(directory)}, check=False).returncode
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--routers", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=20, help="of each kind, spread over the run")
+    parser.add_argument(
+        "--until-s", type=float, default=0.0, help="ask for no more after so long; 0: until all are asked"
+    )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--kill-every-s", type=float, default=10.0)
+    parser.add_argument("--status", type=Path, help="file that says every 10 s how far it is")
+    parser.add_argument("--keep", type=Path, help="directory to work in, and to keep")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        directory = Path(scratch)
-        world = asyncio.run(live(directory, args))
-        system = BillingSystem()
-        world.counts["pusher restarts"] = push(directory, system, world.chance)
-        result = check(world, directory, system)
+    if "ANTEFIX_CLOCK_FILE" not in os.environ:
+        sys.exit(under_a_clock(args))
+    started, directory = time.perf_counter(), Path(os.environ["ANTEFIX_CLOCK_FILE"]).parent
+    installed = [kind for kind, package in CLIENTS.items() if importlib.util.find_spec(package)]
+    systems = {kind: receiver() for kind in ("webhook", *installed)}
+    clients, deployment = asyncio.run(live(directory, args, systems["webhook"]))
+    save(clients, directory / "seen.jsonl")
+    ledgers = ledgers_of([deployment.config.data_dir])
+    for kind, system in systems.items():
+        state = directory / ("push" if kind == "webhook" else f"push-{kind}")
+        push(kind, ledgers, state, system, random.Random(args.seed))
+    result = check(clients, deployment.config, systems)
+    for system in systems.values():
         system.close()
     result["seconds"] = round(time.perf_counter() - started)
     print(json.dumps(result, indent=1))

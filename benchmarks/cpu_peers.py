@@ -25,6 +25,7 @@ from rich.table import Table
 from antefix.layout import KVFormat
 from antefix.model import Model, Sequence, WindowState, forward, load_model
 from antefix.model.backend import make_backend
+from antefix.model.compiled.check import enable
 from benchmarks.run_record import write
 from benchmarks.step import follow
 
@@ -97,6 +98,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     ours = load_model(args.model, device="cpu", kv_format=KVFormat.FP8)
     ours.threads_are_free = True
+    print("compiled kernels:", enable(ours))
     theirs = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     threads, rows = (1, args.threads), []
     tokens = np.random.default_rng(0).integers(0, ours.config.vocab_size, args.prefill).astype(np.uint32)

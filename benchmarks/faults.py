@@ -3,6 +3,7 @@
     python -m benchmarks.faults --rounds 1 --seed 1 --json benchmarks/results/faults.json
     python -m benchmarks.faults --only 'stop' --rounds 3         # faults whose name has this
     python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: disks, mounts, clocks
+    python -m benchmarks.faults --clients 16 --pause-s 0         # under all the load that two cores take
 
 One deployment as `antefix up` runs it, supervised, its roles behind proxies. Clients play conversations that go on and
 ask again what was asked. Faults come one after the other; --seed fixes their order, and all prompts. Each answer is
@@ -115,7 +116,7 @@ class Campaign:
     async def _play(self) -> None:
         while True:
             await self._ask(next(self.prompts))
-            await asyncio.sleep(self.rng.uniform(0.0, 0.5))
+            await asyncio.sleep(self.rng.uniform(0.0, self.args.pause_s))
 
     async def _ask(self, prompt: Tokens) -> float | None:
         """When it was answered; None: it was not."""
@@ -196,6 +197,8 @@ def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[s
     return {
         "seed": campaign.args.seed,
         "minutes": round(minutes, 1),
+        "clients": campaign.args.clients,
+        "answers_per_s": round(tally.num_checked / max(60 * minutes, 1e-9), 2),
         "faults": len(every) + len(tally.not_recovered),
         "answers_checked": tally.num_checked,
         "wrong": tally.num_wrong,
@@ -269,6 +272,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of prompts, and of the order and place of faults")
     parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name has this")
     parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument("--pause-s", type=float, default=0.5, help="the longest that a client waits between requests")
     parser.add_argument("--undisturbed", type=int, default=10, help="requests before the first fault, to compare with")
     parser.add_argument("--max-tokens", type=int, default=12)
     parser.add_argument("--small-disk", default="", metavar="SIZE", help="put all on a tmpfs of this size (as root)")

@@ -33,6 +33,7 @@ import httpx2
 import numpy as np
 
 from antefix_console.deployment import Deployment, DeploymentConfig
+from benchmarks.load_client import LoadClient
 from benchmarks.run_record import write
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,7 @@ class Outcome:
     """Of one stretch of requests. statuses: 0 for no answer."""
 
     seconds: float = 0.0
+    client_cpu_s: float = 0.0
     latencies_s: list[float] = field(default_factory=list)
     statuses: Counter[int] = field(default_factory=Counter)
 
@@ -62,6 +64,8 @@ class Outcome:
             "goodput_per_s": round(len(found) / max(self.seconds, 1e-9), 2),
             "p50_ms": round(1000 * float(np.quantile(found, 0.5))) if found else None,
             "p99_ms": round(1000 * self.p99_s) if found else None,
+            # Of one core: what the clients took from those that are measured.
+            "clients_cpu": round(self.client_cpu_s / max(self.seconds, 1e-9), 3),
             "statuses": {str(status): number for status, number in sorted(self.statuses.items())},
         }
 
@@ -72,7 +76,10 @@ class Door:
     def __init__(self, url: str) -> None:
         self.url = url
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
+        # For streams alone.
         self.client = httpx2.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=limits)
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        self.load = LoadClient(host, int(port))
         self._numbers = itertools.count()
 
     async def ask(
@@ -89,9 +96,9 @@ class Door:
         body = {"model": "antefix-tiny", "prompt": prompt, "max_tokens": max_tokens}
         begun = time.monotonic()
         try:
-            answer = await self.client.post("/v1/completions", json=body, headers=key_of(tenant), timeout=patience_s)
-            status = answer.status_code
-        except (httpx2.HTTPError, OSError):
+            async with asyncio.timeout(patience_s):
+                status = await self.load.post("/v1/completions", body, key_of(tenant))
+        except (OSError, EOFError, ValueError):
             status = 0
         outcome.statuses[status] += 1
         if status == 200:
@@ -99,17 +106,18 @@ class Door:
 
     async def at_rate(self, per_s: float, seconds: float, **more: Any) -> Outcome:
         """Requests at fixed times, whether or not earlier ones were answered."""
-        outcome, begun = Outcome(), time.monotonic()
+        outcome, begun, cpu = Outcome(), time.monotonic(), time.process_time()
         async with asyncio.TaskGroup() as group:
             for number in range(round(per_s * seconds)):
                 await asyncio.sleep(max(0.0, begun + number / per_s - time.monotonic()))
                 group.create_task(self.ask(outcome, **more))
             outcome.seconds = max(seconds, time.monotonic() - begun)
+        outcome.client_cpu_s = time.process_time() - cpu
         return outcome
 
     async def in_turn(self, seconds: float, num_clients: int = 1, **more: Any) -> Outcome:
         """Clients that ask again when they are answered."""
-        outcome, begun = Outcome(), time.monotonic()
+        outcome, begun, cpu = Outcome(), time.monotonic(), time.process_time()
 
         async def client() -> None:
             while time.monotonic() < begun + seconds:
@@ -117,6 +125,7 @@ class Door:
 
         await asyncio.gather(*(client() for _ in range(num_clients)))
         outcome.seconds = time.monotonic() - begun
+        outcome.client_cpu_s = time.process_time() - cpu
         return outcome
 
 
@@ -263,6 +272,7 @@ async def deployed(args: argparse.Namespace, scratch: Path) -> AsyncIterator[Doo
     async with Deployment(config) as deployment:
         door = Door(f"http://{deployment.one('router').http_address}")
         yield door
+        door.load.close()
         await door.client.aclose()
 
 

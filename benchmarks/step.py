@@ -5,8 +5,9 @@
     python -m benchmarks.step --device cuda                 # with the kernels; there is no one-by-one to compare with
 
 All sequences follow one prompt, whose blocks they share. Times are CPU seconds on a CPU, since what else the machine
-does must not count, and wall seconds on a card. The two ways take turns; the median of `--steps` counts. "ratio" is one
-by one over together: higher is better. "sequence" is what one more sequence adds, over the first row.
+does must not count, and wall seconds on a card. The ways take turns; the median of `--steps` counts. "ratio" is one
+by one over together: higher is better. "sequence" is what one more sequence adds, over the first row. "torch alone"
+is all sequences together without the compiled kernels, where those are in use.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from rich.table import Table
 from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward, load_model
 from antefix.model.backend import make_backend
+from antefix.model.compiled import switch
+from antefix.model.compiled.check import enable
 from antefix.model.ops import Ops, TorchOps
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +67,7 @@ def step_s(model: Model, pool: BlockPool, ops: Ops, sequences: list[Sequence], t
 def measure(model: Model, num_tokens: int, num_sequences: int, num_steps: int) -> dict[str, Any]:
     """Median seconds of a step, together and one by one."""
     size = model.config.geometry.block_size
-    room = 2 * num_steps + 4
+    room = 3 * num_steps + 4
     num_blocks = -(-num_tokens // size) + num_sequences * -(-room // size)
     pool, ops = make_backend("auto", model.layout, num_blocks, model.device)
     sequences = follow(model, pool, ops, num_tokens, num_sequences, room)
@@ -72,11 +75,16 @@ def measure(model: Model, num_tokens: int, num_sequences: int, num_steps: int) -
     ways: dict[str, Ops] = {"together": ops}
     if ops.steps_together:
         ways["one by one"] = OneByOne()
+    compiled = switch.is_on()
+    if compiled:
+        ways["torch alone"] = ops
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(num_steps):
         for name, way in ways.items():
+            switch.use(compiled and name != "torch alone")
             tokens = random.integers(0, model.config.vocab_size, num_sequences).astype(np.uint32)
             seconds[name].append(step_s(model, pool, way, sequences, tokens))
+    switch.use(compiled)
     # The first step of each way finds nothing in caches.
     return {"sequences": num_sequences} | {name: statistics.median(took[1:]) for name, took in seconds.items()}
 
@@ -122,6 +130,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kernels", choices=("auto", "torch"), default="auto", help="as the worker has it")
     parser.add_argument("--profile", action="store_true", help="list the operations of one step instead")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -129,6 +138,8 @@ def main() -> None:
     model = load_model(args.model, device=args.device, kv_format=KVFormat.FP8)
     # As in a worker that has measured it.
     model.threads_are_free = True
+    if args.kernels == "auto":
+        enable(model)
     if args.profile:
         print(profile(model, args.tokens, args.sequences[-1]))
         return
@@ -136,7 +147,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"tokens": args.tokens, "threads": args.threads, "device": args.device, "rows": rows}))
         return
-    table = Table("sequences", "together, ms", "one by one, ms", "ratio", "sequence, ms", "tokens/s")
+    table = Table("sequences", "together, ms", "one by one, ms", "torch alone, ms", "ratio", "sequence, ms", "tokens/s")
     first = rows[0]
     for row in rows:
         alone = row.get("one by one")
@@ -145,6 +156,7 @@ def main() -> None:
             str(row["sequences"]),
             f"{row['together'] * 1e3:.1f}",
             f"{alone * 1e3:.1f}" if alone else "",
+            f"{row['torch alone'] * 1e3:.1f}" if "torch alone" in row else "",
             f"{alone / row['together']:.2f}" if alone else "",
             f"{(row['together'] - first['together']) / more * 1e3:.2f}" if more else "",
             f"{row['sequences'] / row['together']:.0f}",

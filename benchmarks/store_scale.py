@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import statistics
 import subprocess
@@ -45,7 +46,7 @@ def reset_peak_memory() -> None:
 
 
 def scale_figures(directory: Path, *, num_blocks: int) -> dict[str, float]:
-    """Figures of a store of `num_blocks` small blocks in chains of 7,813, a 1M-token prompt each."""
+    """Figures of a store of `num_blocks` small blocks in chains of 7,813, a 1M-token prompt each, with a checkpoint."""
     config = KvStoreConfig(dir=str(directory / "scale"), budget_bytes=8 << 30, compression="off", scrub_bytes_per_s=0)
     engine = StorageEngine(config)
     num_prompts = max(1, num_blocks // PROMPT_BLOCKS)
@@ -68,7 +69,7 @@ def _tokens(number: int) -> np.ndarray:
 
 def small_prompt(number: int) -> list[Record]:
     chain = chain_of(_tokens(number), fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS)
-    return [
+    blocks = [
         Record(
             kind=RecordKind.BLOCK,
             hash=block_hash,
@@ -79,6 +80,7 @@ def small_prompt(number: int) -> list[Record]:
         )
         for index, block_hash in enumerate(chain.hashes)
     ]
+    return [*blocks, dataclasses.replace(blocks[-1], kind=RecordKind.CHECKPOINT)]
 
 
 def _lookups(engine: StorageEngine, num_prompts: int) -> dict[str, float]:
@@ -94,7 +96,7 @@ def _lookups(engine: StorageEngine, num_prompts: int) -> dict[str, float]:
         found = engine.lookup(chain.hashes, fingerprint=FINGERPRINT)
         store.append(time.perf_counter() - hashed)
         whole.append(time.perf_counter() - start)
-        assert found.num_blocks == PROMPT_BLOCKS
+        assert (found.num_blocks, found.checkpoints) == (PROMPT_BLOCKS, (PROMPT_BLOCKS,))
         start = time.perf_counter()
         hashlib.blake2b(hashed_bytes).digest()
         floor.append(time.perf_counter() - start)

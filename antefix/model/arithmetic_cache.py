@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import tempfile
 from dataclasses import asdict
@@ -30,10 +31,13 @@ def key(setup: Setup, prefix: str, salt: str, steps: list[str]) -> str:
 
 @functools.cache
 def _code() -> str:
-    """Of every module that computes: another way to compute is another probe."""
+    """Of every module that computes, the kernels' included: another way to compute is another probe."""
     state = hashlib.blake2b(digest_size=16)
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        state.update(file.read_bytes())
+    kernels = importlib.util.find_spec("antefix_kernels")
+    folders = [Path(__file__).parent, *map(Path, (kernels and kernels.submodule_search_locations) or ())]
+    for folder in folders:
+        for file in sorted(folder.glob("*.py")):
+            state.update(file.read_bytes())
     return state.hexdigest()
 
 

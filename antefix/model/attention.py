@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from antefix.layout import LayerKind
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.compressor import Compressor
 from antefix.model.indexer import Indexer
 from antefix.model.model_config import ModelConfig
@@ -73,6 +74,10 @@ class Attention(nn.Module):
 
     def output(self, attended_NHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Undo the values' rotation at the query's position, then project to [N, D]."""
+        if is_compiled(attended_NHC) and self.ranks is None:
+            from antefix.model.compiled import tokens
+
+            return linear(tokens.grouped_back(self, attended_NHC, cos, sin), self.o_b_proj.weight)
         turned_back = rotate(attended_NHC, cos.unsqueeze(1), -sin.unsqueeze(1))
         grouped = turned_back.reshape(len(turned_back), self.o_groups, -1)
         low = grouped_linear(grouped, self.o_a_proj.weight).flatten(1)

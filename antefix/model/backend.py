@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from antefix.model.lead import Lead
 
 KERNELS = ("auto", "triton", "torch")
+# Whether decode steps of many sequences share their launches, and are recorded as CUDA graphs. Off until
+# benchmarks/decode_on_card.py has found them right on a card.
+BATCHED_STEPS = False
+STEP_GRAPHS = False
 
 
 def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -> bool:
@@ -74,7 +78,7 @@ def _make_backend(
     from antefix.model.triton_ops import TritonOps
 
     pool = CardPool(layout, num_blocks, device, takes_payloads=takes_payloads)
-    return pool, TritonOps(layout, reproducible=reproducible)
+    return pool, TritonOps(layout, reproducible=reproducible, batched=BATCHED_STEPS, graphs=STEP_GRAPHS)
 
 
 def _fits(layout: BlockLayout) -> bool:

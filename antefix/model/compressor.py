@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from antefix.layout import LayerKind
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.model_config import ModelConfig
 from antefix.model.norms_rope import RMSNorm, rms_norm, rotate
 from antefix.model.numerics import linear, sum_middle, wide
@@ -32,11 +33,19 @@ class Compressor(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(self.ratio, series))
         self.kv_norm = RMSNorm(width, config.rms_norm_eps)
 
+    def rows(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's kv and gate, [N, S] each, as the products give them."""
+        return linear(x_ND, self.kv_proj.weight), linear(x_ND, self.gate_proj.weight)
+
     def project(self, x_ND: Tensor, positions_N: Tensor) -> Tensor:
         """Each token's rows [2, N, S]: kv, and gate with the bias of its place in the group added."""
+        if is_compiled(x_ND):
+            from antefix.model.compiled import tokens
+
+            return tokens.project(self, x_ND, positions_N)
         work = wide(x_ND.dtype)
-        kv = linear(x_ND, self.kv_proj.weight).to(work)
-        gate = linear(x_ND, self.gate_proj.weight).to(work) + self.position_bias[positions_N % self.ratio]
+        kv, gate = (rows.to(work) for rows in self.rows(x_ND))
+        gate = gate + self.position_bias[positions_N % self.ratio]
         return torch.stack((kv, gate))
 
 

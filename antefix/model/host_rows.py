@@ -9,9 +9,19 @@ No other copy on either way. Memory: as much as the pool's rows, pinned.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+
+def upload(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
+    """A copy of the array on the device, which the host does not wait for."""
+    host = torch.from_numpy(array)
+    if device.type != "cuda":
+        return host.to(device)
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 class HostRows:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.model_config import ModelConfig
 from antefix.model.numerics import ALIGN, ROW_TILE, has_kernels, linear, multiply_each, multiply_tiles, sigmoid, wide
 
@@ -35,7 +36,11 @@ class HyperConnection(nn.Module):
         num_streams = streams_NMD.shape[1]
         if has_kernels(streams_NMD):
             return self._on_card(streams_NMD)
-        scale = self.scale.index_select(0, _scale_numbers(num_streams, streams_NMD.device))
+        if is_compiled(streams_NMD):
+            from antefix.model.compiled import tokens as compiled
+
+            return compiled.mix(self, streams_NMD)
+        scale = self.scale.index_select(0, scale_numbers(num_streams, streams_NMD.device))
         logits = mixing_logits(streams_NMD, self.fn, self.norm_eps) * scale + self.base
         gates = sigmoid(logits[:, : 2 * num_streams])
         pre, post = gates[:, :num_streams] + self.eps, 2 * gates[:, num_streams:]
@@ -96,6 +101,10 @@ def expand(streams_NMD: Tensor, output_ND: Tensor, post_NM: Tensor, comb_NMM: Te
         from antefix_kernels.tokens import expand as card_expand
 
         return card_expand(streams_NMD, output_ND, post_NM, comb_NMM)
+    if is_compiled(streams_NMD):
+        from antefix.model.compiled.tokens import expand as compiled_expand
+
+        return compiled_expand(streams_NMD, output_ND, post_NM, comb_NMM)
     # contiguous: a batched product runs strided batches one by one.
     mixed = multiply_each(comb_NMM.transpose(1, 2).contiguous(), streams_NMD)
     return mixed + post_NM.unsqueeze(-1) * output_ND.unsqueeze(1)
@@ -131,7 +140,7 @@ def sinkhorn(logits_NMM: Tensor, num_iters: int, eps: float) -> Tensor:
 
 
 @functools.cache
-def _scale_numbers(num_streams: int, device: torch.device) -> Tensor:
+def scale_numbers(num_streams: int, device: torch.device) -> Tensor:
     """Which of the three scales each mixing logit takes: [J]."""
     with torch.inference_mode(False):
         sizes = torch.tensor([num_streams, num_streams, num_streams * num_streams])

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import collections.abc
 import contextlib
+import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.model_config import ModelConfig
 from antefix.model.numerics import (
     has_kernels,
@@ -54,6 +56,8 @@ class ExpertRouter(nn.Module):
         """Expert ids [N, K], ascending, and their weights [N, K]."""
         logits = linear(x_ND, self.weight)[: len(tokens_N)]
         scores = expert_scores(logits.to(wide(logits.dtype)), self.scoring)
+        if has_kernels(x_ND) and _routes_in_one_launch():
+            return self._on_card(scores, tokens_N)
         if self.hash_routed:
             experts = self.tid2eid[tokens_N].sort(-1).values
         else:
@@ -61,6 +65,21 @@ class ExpertRouter(nn.Module):
         weights = scores.gather(1, experts)
         # 1e-20: as the reference; only all-zero scores would notice.
         return experts, weights / (_row_sums(weights) + 1e-20) * self.scaling
+
+    def _on_card(self, scores_NE: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
+        """The same in one launch."""
+        from antefix_kernels import expert_routing
+
+        pick = functools.partial(expert_routing.pick_experts, scores_NE.contiguous(), self.num_picked, self.scaling)
+        if self.hash_routed:
+            return pick(tokens=tokens_N.contiguous(), table=self.tid2eid)
+        return pick(bias=self.e_score_correction_bias.float())
+
+
+def _routes_in_one_launch() -> bool:
+    from antefix_kernels import expert_routing
+
+    return expert_routing.ENABLED
 
 
 class Experts(nn.Module):
@@ -154,11 +173,16 @@ class MoE(nn.Module):
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
         """x_ND may have rows of padding behind the tokens': the output has them too, and they mean nothing."""
         num_tokens = len(tokens_N)
+        if is_compiled(x_ND) and takes_compiled(self):
+            from antefix.model.compiled.experts import run
+
+            return run(self, x_ND, tokens_N)
         experts, weights = self.gate(x_ND, tokens_N)
         with self.experts.fetched():
             if has_kernels(x_ND):
                 done = self._on_card(x_ND[:num_tokens], experts, weights)
-                return nn.functional.pad(done, (0, 0, 0, len(x_ND) - num_tokens))
+                missing = len(x_ND) - num_tokens
+                return nn.functional.pad(done, (0, 0, 0, missing)) if missing else done
             routed: Tensor = self.experts(x_ND[:num_tokens], experts, weights)
         shared: Tensor = self.shared_experts(x_ND)
         if len(x_ND) == num_tokens:
@@ -178,7 +202,7 @@ class MoE(nn.Module):
             assert isinstance(down_proj, PackedStack)
             tile = gate_up_proj.card_tile(x_ND, picks.numel())
             routing = products.route(picks, num_routed, tile=tile)
-            inner = tokens.swiglu(gate_up_proj.card_product(x_ND, routing, gathered=True), stacks.limit)
+            inner = gate_up_proj.card_product(x_ND, routing, gathered=True, gate_limit=stacks.limit)
             rows = down_proj.card_product(inner, routing, gathered=False)
         else:
             assert not isinstance(down_proj, PackedStack)
@@ -191,6 +215,13 @@ class MoE(nn.Module):
             rows = stacks.ranks.merge(rows.index_select(0, place), is_mine)
             place = torch.arange(len(place), device=place.device)
         return tokens.combine(rows, place, weights_NK, self.shared_experts(x_ND))
+
+
+def takes_compiled(layer: MoE) -> bool:
+    """Whether its experts are plain matrices of this process alone."""
+    experts = layer.experts
+    plain = not isinstance(experts.gate_up_proj, PackedStack) and isinstance(layer.shared_experts.gate_proj, nn.Linear)
+    return plain and experts.ranks is None and experts.offload is None and layer.gate.scoring == "sqrtsoftplus"
 
 
 def _own_picks(stacks: Experts, experts_NK: Tensor) -> tuple[Tensor, int, Tensor | None]:

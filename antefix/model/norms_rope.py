@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.model_config import RopeConfig
 from antefix.model.numerics import has_kernels, wide
 
@@ -33,6 +34,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         from antefix_kernels.tokens import norm_turn
 
         return norm_turn(x.reshape(-1, 1, x.shape[-1]), weight=weight, eps=eps).view(x.shape)
+    if is_compiled(x):
+        from antefix.model.compiled import tokens as compiled
+
+        return compiled.norm_rotate(x, weight, eps)
     work = wide(x.dtype)
     wide_x = x if x.dtype is work else x.to(work)
     normed = wide_x * (wide_x.square().mean(-1, keepdim=True) + eps).rsqrt_()
@@ -79,6 +84,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """
     if has_kernels(x):
         return _on_card(x, None, None, cos, sin, 1.0)
+    if is_compiled(x):
+        from antefix.model.compiled import tokens as compiled
+
+        return compiled.rotate(x, cos, sin)
     if x.dtype is cos.dtype and not x.requires_grad:
         return _turn(x.clone(), cos, sin)
     rope_dim = 2 * cos.shape[-1]
@@ -104,6 +113,10 @@ def norm_rotate(
     """RMS norm, rotation and a factor: on a card in one pass over x."""
     if has_kernels(x):
         return _on_card(x, weight, eps, cos, sin, scale)
+    if is_compiled(x):
+        from antefix.model.compiled import tokens as compiled
+
+        return compiled.norm_rotate(x, weight, eps, cos, sin, scale)
     normed = rms_norm(x, weight, eps)
     turned = rotate(normed, cos, sin) if normed.requires_grad or x.dtype is not cos.dtype else _turn(normed, cos, sin)
     return turned if scale == 1.0 else turned * scale

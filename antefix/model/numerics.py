@@ -30,6 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.packed import PackedMatrix, card_product, round_inputs
 
 # What row counts are padded to. From 4 rows on every kernel that was tried is the chain; 16 has margin.
@@ -49,6 +50,8 @@ _PAIR_WORK_MIN = 400
 _PADDED_COLUMNS_MAX = 512
 # Rows of a packed matrix that are decoded at once on a CPU: whole tiles, and 1 MiB of float32 for 1,024 addends.
 DECODED_ROWS = 256
+# Up to so many rows a compiled chain is faster than MKL's tile of rows (antefix-tiny, AVX2).
+ROWS_FEW = 8
 
 
 def pad_rows(x: Tensor, multiple: int = ROW_TILE) -> Tensor:
@@ -91,10 +94,34 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
         return card_multiply(rows, weight).view(*x.shape[:-1], weight.shape[0])
     if is_plain(x, weight):
         return F.linear(x, weight)
+    if few_rows(x) and (product := _few_rows_linear(x, weight)) is not None:
+        return product
     if x.dim() == 2:
         return _multiply_prepared(x, _prepared(weight))
     rows = _multiply_prepared(x.reshape(-1, x.shape[-1]), _prepared(weight))
     return rows.view(*x.shape[:-1], weight.shape[0])
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether products of x [N, K] are compiled ones, which need no whole tiles."""
+    return x.shape[0] <= ROWS_FEW and x.dim() == 2 and is_compiled(x)
+
+
+def _few_rows_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor | None:
+    from antefix.model.compiled.products import multiply as multiply_few
+
+    return multiply_few(x, weight, SUM_TILE, out)
+
+
+def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """`linear` of x [N, K], to `out` [N, O], whose rows may lie apart. For the CPU."""
+    if few_rows(x) and _few_rows_linear(x, weight, out) is not None:
+        return
+    prepared = _prepared(weight)
+    if x.shape[0] % ROW_TILE or prepared.more_addends or prepared.more_columns or len(prepared.parts) > 1:
+        out.copy_(_multiply_prepared(x, prepared))
+    else:
+        _chain(x, prepared.parts[0], out)
 
 
 def _packed_linear(x: Tensor, weight: PackedMatrix, start: int, stop: int) -> Tensor:
@@ -161,12 +188,12 @@ def _multiply_prepared(a: Tensor, b: _Prepared) -> Tensor:
     return product[:num_rows] if more_rows else product
 
 
-def _chain(a: Tensor, pieces: tuple[Tensor, ...]) -> Tensor:
-    """a times b, given as pieces of SUM_TILE addends, added up in order."""
+def _chain(a: Tensor, pieces: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
+    """a times b, given as pieces of SUM_TILE addends, added up in order.  out: where to."""
     if len(pieces) == 1:
-        return torch.mm(a, pieces[0])
+        return torch.mm(a, pieces[0], out=out)
     lefts = a.split(SUM_TILE, 1)
-    product = torch.mm(lefts[0], pieces[0])
+    product = torch.mm(lefts[0], pieces[0], out=out)
     for left, piece in zip(lefts[1:], pieces[1:], strict=True):
         product.addmm_(left, piece)
     return product

@@ -10,7 +10,7 @@ Shapes:  T = tokens of one sequence's chunk, H = heads, C = head dim (entries) o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from antefix.model.indexer import index_scores, top_entries
 from antefix.model.numerics import ROW_TILE, pad_rows
 from antefix.model.pool import BlockPool
 from antefix.model.quant import round_entries, round_queries
+
+if TYPE_CHECKING:
+    from antefix.model.step_runner import StepRunner
 
 # Scores of one product, queries * heads * keys: a core's L2 cache holds them (2^17 floats are 512 KiB).
 SCORES = 1 << 17
@@ -50,10 +53,12 @@ class Entries:
 class Ops(Protocol):
     """What a device implements. All of it is per sequence.
 
-    steps_together: sequences that run one token each take `steps` instead, all in one set of calls.
+    steps_together: sequences that run one token each take `steps` instead, all in one set of calls; or `step_runner`,
+        where there is one.
     """
 
     steps_together: bool
+    step_runner: StepRunner | None
 
     def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
         """Window KV rounded as it is stored."""
@@ -91,6 +96,7 @@ class TorchOps:
     """The torch implementation: CPU with row-invariant bits, CUDA without that promise."""
 
     steps_together = True
+    step_runner: StepRunner | None = None
 
     def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
         return round_entries(entries_TC, layout)

@@ -27,6 +27,9 @@ from antefix.model.quant import fp4_pairs, fp8_values, round_groups
 
 # Addends that share a scale when inputs are rounded.
 INPUT_GROUP = 128
+# Whether rounded inputs meet packed weights on FP8 tensor cores where a card has them (`antefix_kernels.packed_fp8`),
+# or in BF16 everywhere (`antefix_kernels.packed_linear`). Bits differ, so names of KV do.
+USES_FP8 = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +76,17 @@ def round_inputs(x: Tensor) -> Tensor:
     return round_groups(x, INPUT_GROUP).to(x.dtype)
 
 
+def takes_fp8(x: Tensor, weight: Weight, *, rounds_inputs: bool) -> bool:
+    """Whether x is multiplied on FP8 tensor cores: on Hopper, in BF16 models, where inputs are rounded anyway."""
+    from antefix_kernels import packed_fp8
+
+    is_able = USES_FP8 and rounds_inputs and x.dtype is torch.bfloat16 and packed_fp8.takes(weight)
+    return is_able and packed_fp8.runs_on(x)
+
+
 def card_product(x: Tensor, weight: PackedMatrix) -> Tensor:
     """x [N, G, K] times a matrix [G * O, K], group by group, by kernels that read its codes: [N, G, O]."""
-    from antefix_kernels import packed_linear
+    from antefix_kernels import packed_fp8, packed_linear
 
     num_groups = x.shape[1]
     per_group = weight.shape[0] // num_groups
@@ -92,6 +103,9 @@ def card_product(x: Tensor, weight: PackedMatrix) -> Tensor:
         block=(rows, addends),
     )
     flat = x.reshape(-1, x.shape[2])
+    if takes_fp8(x, operand, rounds_inputs=weight.rounds_inputs):
+        codes = packed_fp8.prepare_inputs(flat, is_fp4=weight.is_fp4)
+        return packed_fp8.multiply(codes.view(len(x), num_groups), operand, x.dtype)
     inputs = packed_linear.prepare_inputs(flat, rounds=weight.rounds_inputs, is_fp4=weight.is_fp4)
     return packed_linear.multiply(inputs.view(x.shape), operand)
 
@@ -137,17 +151,24 @@ class PackedStack(nn.Module):
 
     def card_tile(self, x: Tensor, num_rows: int) -> int:
         """Rows of a tile of the routed product on a card, of `num_rows` picks."""
-        from antefix_kernels.packed_linear import routed_tile
+        from antefix_kernels import packed_fp8, packed_linear
 
-        return routed_tile(x, num_rows, self._operand())
+        weight = self._operand()
+        if takes_fp8(x, weight, rounds_inputs=self.form.rounds_inputs):
+            return packed_fp8.routed_tile(weight, num_rows, x.device)
+        return packed_linear.routed_tile(x, num_rows, weight)
 
-    def card_product(self, x: Tensor, routing: Routing, *, gathered: bool) -> Tensor:
-        """`antefix_kernels.linear.multiply_routed` with packed experts."""
-        from antefix_kernels import packed_linear
+    def card_product(self, x: Tensor, routing: Routing, *, gathered: bool, gate_limit: float | None = None) -> Tensor:
+        """`antefix_kernels.linear.multiply_routed` with packed experts; with `gate_limit` `tokens.swiglu` of it."""
+        from antefix_kernels import packed_fp8, packed_linear, tokens
 
-        form = self.form
+        form, weight = self.form, self._operand()
+        if takes_fp8(x, weight, rounds_inputs=form.rounds_inputs):
+            rows = packed_fp8.prepare_inputs(x, is_fp4=form.is_fp4)
+            return packed_fp8.multiply_routed(rows, weight, routing, x.dtype, gathered=gathered, gate_limit=gate_limit)
         inputs = packed_linear.prepare_inputs(x, rounds=form.rounds_inputs, is_fp4=form.is_fp4)
-        return packed_linear.multiply_routed(inputs, self._operand(), routing, gathered=gathered)
+        out = packed_linear.multiply_routed(inputs, weight, routing, gathered=gathered)
+        return out if gate_limit is None else tokens.swiglu(out, gate_limit)
 
     def _operand(self) -> Weight:
         from antefix_kernels.packed_linear import Weight

@@ -24,7 +24,7 @@ from torch import Tensor
 from antefix.errors import InternalError, Overloaded
 from antefix.layout import BlockLayout, KVFormat, Part, PartKind
 from antefix.model.finite import unusable_rows
-from antefix.model.host_rows import HostRows
+from antefix.model.host_rows import HostRows, upload
 from antefix.model.quant import pack, unpack, value_dtype, width_of
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class BlockPool:
 
     def clear(self, block_ids: Iterable[int]) -> None:
         """Zero rows that are about to be written for the first time, so that no earlier owner's bytes linger."""
-        self.rows[torch.as_tensor(list(block_ids), dtype=torch.long, device=self.rows.device)] = 0
+        self.rows[upload(np.array(list(block_ids), np.int64), self.rows.device)] = 0
 
     def part(self, layer: int, kind: PartKind) -> Part:
         return self._parts[layer, kind]

@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from antefix.layout import FP4_GROUP, FP8_GROUP, BlockLayout, KVFormat, Part, PartKind
+from antefix.model.compiled.switch import is_compiled
 
 FP8_MAX = 448.0
 FP4_MAX = 6.0
 # Floors of a group's largest value, as in the released kernels: an all-zero group still has a valid scale.
-_FP8_FLOOR = 1e-4
-_FP4_FLOOR = 6.0 * 2.0**-126
+FP8_FLOOR = 1e-4
+FP4_FLOOR = 6.0 * 2.0**-126
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -43,7 +44,7 @@ def pack_entries(x: Tensor, layout: BlockLayout) -> Tensor:
     geometry = layout.geometry
     plain, rope = x.float().split_with_sizes((geometry.nope_dim, geometry.rope_dim), dim=-1)
     groups = _groups(plain, FP8_GROUP)
-    scales = _scales(groups, _FP8_FLOOR, FP8_MAX)
+    scales = _scales(groups, FP8_FLOOR, FP8_MAX)
     codes = _fp8_codes(groups, scales).flatten(-2)[..., : geometry.nope_dim]
     head = codes, _as_bytes(rope.to(torch.bfloat16)), _exponents(scales)
     packed = torch.cat(head, dim=-1)
@@ -73,7 +74,7 @@ def pack_keys(x: Tensor, layout: BlockLayout) -> Tensor:
     if layout.kv_format is not KVFormat.FP8:
         return _as_bytes(x.to(value_dtype(layout.kv_format)))
     groups = _groups(hadamard(x.float()), FP4_GROUP)
-    scales = _scales(groups, _FP4_FLOOR, FP4_MAX)
+    scales = _scales(groups, FP4_FLOOR, FP4_MAX)
     codes = _fp4_codes((groups / scales).clamp_(-FP4_MAX, FP4_MAX)).flatten(-2)[..., : x.shape[-1]]
     packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return torch.cat((packed, _exponents(scales)), dim=-1)
@@ -94,6 +95,10 @@ def round_entries(x: Tensor, layout: BlockLayout) -> Tensor:
     if layout.kv_format is not KVFormat.FP8:
         return x.to(value_dtype(layout.kv_format))
     geometry = layout.geometry
+    if is_compiled(x):
+        from antefix.model.compiled import tokens
+
+        return tokens.round_entries(x, geometry.rope_dim)
     plain, rope = x.float().split_with_sizes((geometry.nope_dim, geometry.rope_dim), dim=-1)
     return torch.cat((round_groups(plain, FP8_GROUP), rope.to(torch.bfloat16).float()), dim=-1)
 
@@ -102,8 +107,12 @@ def round_queries(q: Tensor, layout: BlockLayout) -> Tensor:
     """Indexer queries [..., C] as the scorer sees them: rotated and rounded like the keys they meet."""
     if layout.kv_format is not KVFormat.FP8:
         return q
+    if is_compiled(q):
+        from antefix.model.compiled import tokens
+
+        return tokens.round_queries(q)
     groups = _groups(hadamard(q.float()), FP4_GROUP)
-    scales = _scales(groups, _FP4_FLOOR, FP4_MAX)
+    scales = _scales(groups, FP4_FLOOR, FP4_MAX)
     rounded = _round_to_fp4((groups / scales).clamp_(-FP4_MAX, FP4_MAX)).mul_(scales)
     return rounded.flatten(-2)[..., : q.shape[-1]]
 
@@ -129,7 +138,7 @@ def entry_bytes(layout: BlockLayout) -> int:
 def round_groups(x: Tensor, size: int) -> Tensor:
     """x [..., n] in groups of `size`, each rounded to FP8 codes times a power of two, as float32."""
     groups = _groups(x.float(), size)
-    scales = _scales(groups, _FP8_FLOOR, FP8_MAX)
+    scales = _scales(groups, FP8_FLOOR, FP8_MAX)
     values = _look_up(fp8_values(x.device), _fp8_codes(groups, scales)).mul_(scales)
     return values.flatten(-2)[..., : x.shape[-1]]
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import collections.abc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,19 +23,26 @@ from antefix.block import Tokens, as_tokens
 from antefix.errors import InternalError, InvalidRequest
 from antefix.layout import LayerKind, PartKind
 from antefix.model.attend import WindowLine, advance_ring, line_up
-from antefix.model.attention import CSACompressor
+from antefix.model.attention import Attention, CSACompressor
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.compressor import Compressor
+from antefix.model.host_rows import upload
+from antefix.model.layer_loop import run_layers
 from antefix.model.lead import LeadCall
-from antefix.model.mhc import expand
-from antefix.model.model import DecoderLayer, Model
-from antefix.model.numerics import ROW_TILE, linear
+from antefix.model.model import Model
+from antefix.model.numerics import ROW_TILE, ROWS_FEW, linear
 from antefix.model.ops import Entries, Ops, TorchOps
 from antefix.model.pool import BlockPool
 from antefix.model.step_threads import step_threads
-from antefix.model.steps import Steps, TokenRows
+from antefix.model.steps import Steps, TokenRows, steps_of
 from antefix.model.window_state import CompressorState, Sequence, WindowState
 
+if TYPE_CHECKING:
+    from antefix.model.seated_steps import SeatedSteps
+    from antefix.model.step_runner import StepRunner
+
 _TORCH_OPS = TorchOps()
+_Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(slots=True)
@@ -119,7 +126,7 @@ class Ran:
     logits: Tensor
     streams: Tensor
     _items: list[_Item]
-    _steps: Steps | None = None
+    _steps: Steps | SeatedSteps | None = None
     _call: LeadCall | None = None
 
     def rows(self, number: int) -> slice:
@@ -144,7 +151,7 @@ class Ran:
             self._call.keep(None)
         steps = [item for item in self._items if item.step is not None]
         if self._steps is not None:
-            self._steps.keep(range(len(steps)))
+            self._steps.keep_all()
         for item in steps:
             item.move_on(1)
         for item in self._items:
@@ -177,14 +184,14 @@ def run_tokens(
     """`forward` without its last step: the caller says how many of each sequence's tokens are kept, and the rest is as
     if it had never run. Raises as `forward`."""
     # 1. Check everything, before anything is written.
-    items, tokens, positions = _plan(model, pool, batch)
+    items, given = _plan(model, pool, batch)
     lead = model.lead
     with step_threads(model, items[-1].stop):
         if lead is None:
-            return _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
-        given = [(sequence, as_tokens(each)) for sequence, each in batch]
-        with lead.run(pool, given, logits=logits, write_global_kv=write_global_kv) as call:
-            ran = _run_items(model, pool, items, tokens, positions, logits=logits, write=write_global_kv, ops=ops)
+            return _run_items(model, pool, items, given, logits=logits, write=write_global_kv, ops=ops)
+        told = [(sequence, as_tokens(each)) for sequence, each in batch]
+        with lead.run(pool, told, logits=logits, write_global_kv=write_global_kv) as call:
+            ran = _run_items(model, pool, items, given, logits=logits, write=write_global_kv, ops=ops)
         return replace(ran, _call=call)
 
 
@@ -192,8 +199,7 @@ def _run_items(
     model: Model,
     pool: BlockPool,
     items: list[_Item],
-    tokens: Tensor,
-    positions: Tensor,
+    given: _Integers,
     *,
     logits: Literal["last", "all"],
     write: bool,
@@ -204,25 +210,43 @@ def _run_items(
     single = [item for item in items if item.stop - item.start == 1] if ops.steps_together else []
     for number, item in enumerate(single):
         item.step = number
-    steps = Steps(model, pool, [item.sequence for item in single], write=write) if single else None
+    runner = ops.step_runner
+    if runner is not None and len(single) == len(items):
+        sequences = [item.sequence for item in items]
+        seated, streams, head = runner.run(model, pool, sequences, given[0, : len(items)], write=write)
+        return Ran(head, streams, items, seated)
+    tokens, positions = upload(given, model.device)
+    steps = _steps(model, pool, single, given[0], runner, write=write)
     split = _Split(items, single, model.device)
     # 2. The layers. Rows beyond the last sequence are padding.
-    ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
-    streams = model.model.embed_tokens(tokens).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
     num_tokens = items[-1].stop
-    live = tokens[:num_tokens]
-    for index, module in enumerate(model.model.layers):
-        layer = cast(DecoderLayer, module)
-        x, post, comb = layer.attn_hc(streams)
-        attention = _LayerPass(model, pool, index, layer, ops, write, steps)
-        output = attention.run(layer.input_layernorm(x), positions, ropes[layer.self_attn.kind], split)
-        streams = expand(streams, output, post, comb)
-        x, post, comb = layer.ffn_hc(streams)
-        streams = expand(streams, layer.mlp(layer.post_attention_layernorm(x), live), post, comb)
+
+    def attend(layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        return _LayerPass(model, pool, layer, attention, ops, write, steps).run(x, positions, rope, split)
+
+    streams = run_layers(model, tokens, positions, num_tokens, attend)
     # 3. Window states move on only when tokens are kept, so that a failed call can be repeated.
     hidden = model.model.norm(model.model.hc_head(streams))
     wanted = hidden[:num_tokens] if logits == "all" else hidden[[item.stop - 1 for item in items]]
     return Ran(linear(wanted, model.lm_head.weight), streams[:num_tokens], items, steps)
+
+
+def _steps(
+    model: Model,
+    pool: BlockPool,
+    single: list[_Item],
+    tokens: _Integers,
+    runner: StepRunner | None,
+    *,
+    write: bool,
+) -> Steps | SeatedSteps | None:
+    """What runs the sequences of one token together, if there are any."""
+    sequences = [item.sequence for item in single]
+    if not sequences:
+        return None
+    if runner is None:
+        return steps_of(model, pool, sequences, write=write)
+    return runner.steps(model, pool, sequences, tokens[[item.start for item in single]], write=write)
 
 
 class _Split:
@@ -247,14 +271,14 @@ class _LayerPass:
     model: Model
     pool: BlockPool
     index: int
-    layer: DecoderLayer
+    attention: Attention
     ops: Ops
     write: bool
-    steps: Steps | None
+    steps: Steps | SeatedSteps | None
 
     def run(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], split: _Split) -> Tensor:
         """x [N, D], normed, to the attention block's output [N, D]."""
-        attention = self.layer.self_attn
+        attention = self.attention
         # 1. What is computed for each token alone, for the whole batch at once.
         residual = attention.query_residual(x)
         q = attention.queries(residual, *rope)
@@ -266,8 +290,10 @@ class _LayerPass:
             index = indexer.project(x, positions), indexer.queries(residual, *rope), indexer.head_weights(x)
         # 2. What reaches across tokens: of sequences that run one token together, of others one by one.
         attended = torch.zeros_like(q)
-        if self.steps is not None:
-            at = split.rows
+        at = split.rows
+        if self.steps is not None and not isinstance(self.steps, Steps):
+            attended[at] = self.steps.attend(self.index, attention, x[at], (rope[0][at], rope[1][at]))
+        elif self.steps is not None:
             mine = TokenRows(
                 q=q[at],
                 window=window[at],
@@ -295,7 +321,7 @@ class _LayerPass:
         return line_up(ring, entries_TC, position, item.sequence.window.cut)
 
     def _hca(self, item: _Item, q: Tensor, line: WindowLine, rows: Tensor) -> Tensor:
-        attention = self.layer.self_attn
+        attention = self.attention
         compressor = cast(Compressor, attention.compressor)
         entries = self._entries(item, PartKind.HCA_MAIN)
         self._compress(item, compressor, item.sequence.window.main[self.index], rows, entries)
@@ -305,7 +331,7 @@ class _LayerPass:
     def _csa(
         self, item: _Item, q: Tensor, line: WindowLine, rows: Tensor, index: tuple[Tensor, Tensor, Tensor]
     ) -> Tensor:
-        attention = self.layer.self_attn
+        attention = self.attention
         compressor = cast(CSACompressor, attention.compressor)
         entries = self._entries(item, PartKind.CSA_MAIN)
         keys = self._entries(item, PartKind.INDEXER_KEYS)
@@ -351,7 +377,7 @@ class _LayerPass:
 
     def _group_rope(self, item: _Item, first: int, num_groups: int) -> tuple[Tensor, Tensor]:
         """cos and sin at each group's first token; the same for all layers of a kind."""
-        kind = self.layer.self_attn.kind
+        kind = self.attention.kind
         if kind not in item.group_ropes:
             ratio = self.model.config.geometry.ratio(self.index)
             starts = torch.arange(first, first + num_groups, device=self.model.device) * ratio
@@ -361,8 +387,8 @@ class _LayerPass:
 
 def _plan(
     model: Model, pool: BlockPool, batch: collections.abc.Sequence[tuple[Sequence, Tokens]]
-) -> tuple[list[_Item], Tensor, Tensor]:
-    """Checked items, and the batch's tokens and positions [N], padded with 0."""
+) -> tuple[list[_Item], _Integers]:
+    """Checked items, and the batch's tokens and positions [2, N], padded with 0."""
     if not batch:
         raise InternalError("a batch needs at least one sequence")
     if pool.layout != model.layout:
@@ -379,13 +405,19 @@ def _plan(
         start = stop
     if len({id(item.sequence.window) for item in items}) < len(items):
         raise InternalError("a sequence may appear only once in a batch")
-    both = np.zeros((2, -(-start // ROW_TILE) * ROW_TILE), np.int64)
+    both = np.zeros((2, num_rows(model, start)), np.int64)
     both[0, :start] = np.concatenate(pieces)
     both[1, :start] = np.concatenate(
         [np.arange(item.position, item.position + item.stop - item.start) for item in items]
     )
-    tokens_N, positions_N = torch.from_numpy(both).to(model.device)
-    return items, tokens_N, positions_N
+    return items, both
+
+
+def num_rows(model: Model, num_tokens: int) -> int:
+    """Rows of a batch: whole tiles, except where so few are multiplied without."""
+    if num_tokens <= ROWS_FEW and is_compiled(model.lm_head.weight):
+        return num_tokens
+    return -(-num_tokens // ROW_TILE) * ROW_TILE
 
 
 def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, largest: int) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from antefix.layout import LayerKind, PartKind
 from antefix.model.attention import Attention, CSACompressor
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.compressor import Compressor, finish_entries, pool_disjoint, pool_pairs
 from antefix.model.indexer import top_entries
 from antefix.model.model import Model
@@ -100,6 +101,9 @@ class Steps:
         picked = self._pick(layer, queries, weights, compressor)
         entries = self._read(layer, PartKind.CSA_MAIN, picked.clamp(min=0))
         return _attend_picked(q, near, ring, sinks, entries, picked >= 0).to(rows.q.dtype)
+
+    def keep_all(self) -> None:
+        self.keep(range(len(self._windows)))
 
     def keep(self, which: collections.abc.Sequence[int]) -> None:
         """Put the tokens of these sequences into their window states; the caller moves the positions on.
@@ -212,6 +216,15 @@ class Steps:
         if kind not in self._ropes:
             self._ropes[kind] = self._model.rope(kind, self._position[closing] + 1 - ratio)
         return self._ropes[kind]
+
+
+def steps_of(model: Model, pool: BlockPool, sequences: collections.abc.Sequence[Sequence], *, write: bool) -> Steps:
+    """The steps of sequences that run one token each, with compiled kernels where they are in use."""
+    if all(is_compiled(sequence.window.window) and sequence.window.window.is_contiguous() for sequence in sequences):
+        from antefix.model.compiled.steps import CompiledSteps
+
+        return CompiledSteps(model, pool, sequences, write)
+    return Steps(model, pool, sequences, write)
 
 
 def _attend_window(near: Tensor, ring: Tensor, sinks: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from antefix.model.attend import WindowLine
 from antefix.model.compressor import Compressor
 from antefix.model.ops import Entries
 from antefix.model.quant import entry_bytes
+from antefix.model.step_runner import StepRunner
 from antefix_kernels import (
     decode_attention as attention,
 )
@@ -51,16 +52,19 @@ class TritonOps:
     """An implementation of `Ops` for CUDA; in Triton's interpreter it runs on a CPU too, slowly.
 
     reproducible: a query's bits do not depend on what else is computed.
+    batched: sequences that run one token each run in one launch per layer.  graphs: and are recorded and replayed.
     Raises:  InternalError: a layout of another record format than FP8.
     """
 
-    steps_together = False
-
-    def __init__(self, layout: BlockLayout, *, reproducible: bool = False) -> None:
+    def __init__(
+        self, layout: BlockLayout, *, reproducible: bool = False, batched: bool = False, graphs: bool = False
+    ) -> None:
         if layout.kv_format is not KVFormat.FP8:
             raise InternalError(f"the kernels know the fp8 record format only, not {layout.kv_format.value}")
         self._layout = layout
         self.reproducible = reproducible
+        self.steps_together = batched
+        self.step_runner = StepRunner(reproducible=reproducible, graphs=graphs) if batched else None
 
     def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
         records = self._pack(entries_TC)

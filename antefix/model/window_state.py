@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -106,11 +107,23 @@ class DraftState:
         return cls(ring, first, position - 1, raw[records_end:].clone().view(torch.float32))
 
 
+class Seat(Protocol):
+    """Where a state lies while decode steps run it on a card (`antefix.model.seats`)."""
+
+    def copy_out(self, state: WindowState) -> None:
+        """Give an empty state the values that lie here."""
+
+    def leave(self) -> None:
+        """The place is free for another state."""
+
+
 class WindowState:
     """Decoded window state of one sequence after `position` tokens.
 
     window: [L, n_win, c]; the token at position p lies in slot p mod n_win.
     main, indexer: compressor states by layer.
+    seat: where those three lie instead, after a decode step on a card. Whatever asks for one of them moves them out, so
+        it may change them in place.
     draft: of a model that drafts; what it holds decides speed, never an answer.
     cut: tokens before it are not attended to in windows. 0, except during a bounded replay, which starts there; not
         part of the bytes, since n_win tokens later nothing of it is left.
@@ -119,22 +132,63 @@ class WindowState:
     def __init__(self, layout: BlockLayout, position: int = 0, device: str | torch.device = "cpu") -> None:
         if position < 0:
             raise InternalError(f"a position must not be negative, is {position}")
-        geometry = layout.geometry
-        dtype = value_dtype(layout.kv_format)
         self.layout = layout
         self.position = position
         self.cut = 0
         self.draft: DraftState | None = None
-        self.window = torch.zeros(geometry.num_layers, geometry.window, geometry.head_dim, dtype=dtype, device=device)
-        self.main: dict[int, CompressorState] = {}
-        self.indexer: dict[int, CompressorState] = {}
+        self._seat: Seat | None = None
+        self._fill_empty(device)
+
+    def _fill_empty(self, device: str | torch.device) -> None:
+        geometry = self.layout.geometry
+        dtype = value_dtype(self.layout.kv_format)
+        self._window = torch.zeros(geometry.num_layers, geometry.window, geometry.head_dim, dtype=dtype, device=device)
+        self._main: dict[int, CompressorState] = {}
+        self._indexer: dict[int, CompressorState] = {}
         for layer, kind in enumerate(geometry.layers):
             if kind is LayerKind.CSA:
-                self.main[layer] = _empty_csa(geometry.csa_ratio, geometry.head_dim, self.window)
-                self.indexer[layer] = _empty_csa(geometry.csa_ratio, geometry.indexer_dim, self.window)
+                self._main[layer] = _empty_csa(geometry.csa_ratio, geometry.head_dim, self._window)
+                self._indexer[layer] = _empty_csa(geometry.csa_ratio, geometry.indexer_dim, self._window)
             elif kind is LayerKind.HCA:
-                tail = self.window.new_zeros(2, geometry.hca_ratio, geometry.head_dim)
-                self.main[layer] = CompressorState(tail, None)
+                tail = self._window.new_zeros(2, geometry.hca_ratio, geometry.head_dim)
+                self._main[layer] = CompressorState(tail, None)
+
+    @property
+    def window(self) -> Tensor:
+        self._move_out()
+        return self._window
+
+    @window.setter
+    def window(self, values: Tensor) -> None:
+        self._move_out()
+        self._window = values
+
+    @property
+    def main(self) -> dict[int, CompressorState]:
+        self._move_out()
+        return self._main
+
+    @property
+    def indexer(self) -> dict[int, CompressorState]:
+        self._move_out()
+        return self._indexer
+
+    @property
+    def seat(self) -> Seat | None:
+        return self._seat
+
+    def take_seat(self, seat: Seat) -> None:
+        """From now on the values lie there."""
+        self._seat = seat
+        self._window, self._main, self._indexer = self._window.new_empty(0), {}, {}
+
+    def _move_out(self) -> None:
+        if self._seat is None:
+            return
+        seat, self._seat = self._seat, None
+        self._fill_empty(self._window.device)
+        seat.copy_out(self)
+        seat.leave()
 
     @classmethod
     def zeros(cls, layout: BlockLayout, position: int, device: str | torch.device = "cpu") -> WindowState:
@@ -150,15 +204,23 @@ class WindowState:
 
     def clone(self) -> WindowState:
         """An independent copy: two continuations of one prompt."""
-        copy = object.__new__(WindowState)
-        copy.layout, copy.position, copy.cut, copy.window = self.layout, self.position, self.cut, self.window.clone()
+        if self._seat is not None:
+            copy = WindowState(self.layout, self.position, self._window.device)
+            self._seat.copy_out(copy)
+        else:
+            copy = object.__new__(WindowState)
+            copy.layout, copy.position, copy._seat = self.layout, self.position, None
+            copy._window = self._window.clone()
+            copy._main = {layer: state.clone() for layer, state in self._main.items()}
+            copy._indexer = {layer: state.clone() for layer, state in self._indexer.items()}
+        copy.cut = self.cut
         copy.draft = None if self.draft is None else self.draft.clone()
-        copy.main = {layer: state.clone() for layer, state in self.main.items()}
-        copy.indexer = {layer: state.clone() for layer, state in self.indexer.items()}
         return copy
 
     def to_bytes(self) -> bytes:
         """The state's bytes (table above). Equal states give equal bytes."""
+        if self._seat is not None:
+            return self.clone().to_bytes()
         oldest_first = self.window.roll(-(self.position % self.layout.geometry.window), dims=1)
         pieces = [pack_entries(oldest_first, self.layout)]
         pieces += [piece.contiguous().view(torch.uint8) for piece in self._float_pieces()]
@@ -184,7 +246,7 @@ class WindowState:
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         num_layers, window = layout.geometry.num_layers, layout.geometry.window
         records = raw[: layout.window_bytes].view(num_layers, window, entry_bytes(layout))
-        state.window = unpack_entries(records, layout).roll(position % window, dims=1)
+        state._window = unpack_entries(records, layout).roll(position % window, dims=1)
         offset = layout.window_bytes
         for piece in state._float_pieces():
             nbytes = piece.numel() * piece.element_size()
@@ -200,6 +262,8 @@ class WindowState:
     @property
     def is_usable(self) -> bool:
         """Whether it holds nothing but numbers that may be computed with."""
+        if self._seat is not None:
+            return self.clone().is_usable
         draft = () if self.draft is None else (self.draft.ring, self.draft.streams)
         floats = tuple(self._float_pieces())
         # Of each two: values and gates. A group that was never seen has gates of minus infinity.

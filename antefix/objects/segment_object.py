@@ -19,9 +19,9 @@ from antefix.errors import BlockCorrupt
 from antefix.record import OWNER_BYTES, Buffer, Record, RecordKind
 from antefix.secret import TENANT_BYTES
 from antefix.store_files import codec
-from antefix.store_files.encryption import TAG_BYTES, KeyRing, fresh_nonce
+from antefix.store_files.encryption import KeyRing
+from antefix.store_files.record_draft import draft_of
 from antefix.store_files.record_format import (
-    NONCE_BYTES,
     RECORD_ALIGN,
     RECORD_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
@@ -181,33 +181,8 @@ def _draft(
     """Coded where that is smaller, and encrypted; without its place."""
     plan = plans.get((record.fingerprint, record.kind))
     coded = codec.encode(record.payload, plan) if plan is not None else None
-    body = memoryview(record.payload if coded is None else coded).cast("B")
-    header = RecordHeader(
-        payload_checksum=bytes(16),
-        hash=record.hash,
-        parent=record.parent,
-        fingerprint=record.fingerprint,
-        segment=0,
-        offset=0,
-        stored_bytes=body.nbytes + (TAG_BYTES if keys else 0),
-        payload_bytes=memoryview(record.payload).nbytes,
-        position=record.position,
-        created_ms=created_ms,
-        expires_ms=expires_ms,
-        cost_us=max(0, round(record.cost_s * 1e6)),
-        kind=record.kind,
-        codec=Codec.RAW if coded is None else Codec.PLANES_ZSTD,
-        flags=RecordFlag.ELSEWHERE | (RecordFlag.ENCRYPTED if keys else RecordFlag.NONE),
-        tenant=record.tenant,
-        generation=record.generation,
-        num_cards=record.labels.num_cards,
-        hash_kind=record.labels.hash_kind,
-        family=record.labels.family,
-        salt=record.salt,
-        mac=record.mac,
-        nonce=fresh_nonce() if keys else bytes(NONCE_BYTES),
-    )
-    return header, (keys.encrypt(header, body) if keys is not None else body)
+    flags = RecordFlag.ELSEWHERE
+    return draft_of(record, coded, keys, created_ms=created_ms, expires_ms=expires_ms, flags=flags)
 
 
 def _inner_header(kind: RecordKind, payload: bytes, created_ms: int) -> RecordHeader:

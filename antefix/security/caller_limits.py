@@ -1,16 +1,17 @@
 """How much of a port one address may take, so that nobody takes all of it: calls that run, and connections they are on.
 
 Services of a deployment and front ends are not counted: behind their addresses are many callers, who are counted there.
-gRPC tells of a connection only with its calls. One without any is closed after two minutes (`antefix.rpc`), and a port
-takes so many in all.
+gRPC tells of a connection only with its calls. Those without any are counted and closed in `idle_connections`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Final
+from urllib.parse import unquote
 
 from antefix.errors import Overloaded
 from antefix.security.identity import Identity, Role
@@ -18,7 +19,27 @@ from antefix.security.identity import Identity, Role
 # Twice what one connection may have: clients put all of their calls on one.
 CALLS_MAX: Final = 2048
 CONNECTIONS_MAX: Final = 256
+# Where nobody looks at connections, their names are forgotten at so many.
+_NUM_KNOWN_MAX: Final = 1 << 16
+# Address and port of a connection's other end.
+Peer = tuple[str, int]
 _FOR_MANY: Final = frozenset({Role.ROUTER, Role.PREFILL, Role.DECODE, Role.KVSTORE, Role.FRONTEND, Role.OPERATOR})
+
+
+def peer_of(name: str) -> Peer | None:
+    """As gRPC names it: "ipv4:1.2.3.4:5678", "ipv6:[::1]:5678" or "ipv6:%5B::1%5D:5678"; None: a socket file."""
+    kind, _, rest = name.partition(":")
+    host, _, port = unquote(rest).rpartition(":")
+    return (plain_address(host.strip("[]")), int(port)) if kind in ("ipv4", "ipv6") and port.isdigit() else None
+
+
+def plain_address(host: str) -> str:
+    """An IPv4 address that is written as an IPv6 one is the same address."""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host.partition("%")[0])
+        mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+        return str(mapped or address)
+    return host
 
 
 class CallerLimits:
@@ -29,6 +50,9 @@ class CallerLimits:
         # Calls by address, and by address and port.
         self._calls: Counter[str] = Counter()
         self._on: dict[str, Counter[str]] = {}
+        # Of connections: how many calls run, whether they had any, and whether a service's.
+        self._running: Counter[Peer] = Counter()
+        self._known: dict[Peer, bool] = {}
 
     @contextlib.contextmanager
     def taken(self, peer: str, identity: Identity) -> Iterator[None]:
@@ -36,9 +60,46 @@ class CallerLimits:
 
         Raises:  Overloaded: its address has as much as it may.
         """
-        if identity.role in _FOR_MANY:
+        of_service = identity.role in _FOR_MANY
+        with self._connected(peer, of_service=of_service):
+            if of_service:
+                yield
+                return
+            with self._counted(peer):
+                yield
+
+    @contextlib.contextmanager
+    def _connected(self, peer: str, *, of_service: bool) -> Iterator[None]:
+        if (end := peer_of(peer)) is None:
             yield
             return
+        if len(self._known) >= _NUM_KNOWN_MAX:
+            self.keep(set(self._running))
+        self._known[end] = of_service or self._known.get(end, False)
+        self._running[end] += 1
+        try:
+            yield
+        finally:
+            self._running[end] -= 1
+            if not self._running[end]:
+                del self._running[end]
+
+    def is_of_service(self, end: Peer) -> bool:
+        """Whether a service has called over this connection."""
+        return self._known.get(end, False)
+
+    def has_calls(self, end: Peer) -> bool:
+        return end in self._running
+
+    def had_calls(self, end: Peer) -> bool:
+        return end in self._known
+
+    def keep(self, ends: set[Peer]) -> None:
+        """The others are no connections any more."""
+        self._known = {end: known for end, known in self._known.items() if end in ends or end in self._running}
+
+    @contextlib.contextmanager
+    def _counted(self, peer: str) -> Iterator[None]:
         address = peer.rpartition(":")[0] if peer.startswith("ip") else peer
         self._check(address, peer)
         on = self._on.setdefault(address, Counter())

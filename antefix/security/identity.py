@@ -49,7 +49,7 @@ ISSUED: Final = tuple(role for role in Role if role not in (Role.LOCAL, Role.NOB
 class Identity:
     """A caller. tenants: that it may act for; "*" stands for all.  hosts: that its certificate names.
 
-    expires_s: Unix time at which its certificate ends; infinite without one.
+    expires_s: Unix time at which its certificate ends; infinite without one.  key_id: of the API key that it showed.
     """
 
     role: Role
@@ -57,6 +57,7 @@ class Identity:
     tenants: frozenset[str] = frozenset()
     hosts: frozenset[str] = frozenset()
     expires_s: float = float("inf")
+    key_id: str = ""
     # Whether it was proved, by a certificate, a token or the deployment's secret.
     proved: bool = True
 

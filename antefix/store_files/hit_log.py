@@ -22,6 +22,9 @@ from antefix.private_file import open_private
 log = logging.getLogger("antefix_billing")
 
 FILE_BYTES = 64 << 20
+# A file that nothing was appended to for so long gets nothing more: what makes it smaller may replace it.
+QUIET_S = 7200.0
+_BEGINS_NEW_AFTER_S = 3600.0
 # Microseconds since 1970, of 64 bits.
 _DIGITS_MAX = 20
 _KINDS = ("stored", "read")
@@ -53,6 +56,7 @@ class StoreLog:
         self._file_bytes = file_bytes
         self._file: IO[str] | None = None
         self._num_bytes = 0
+        self._written_at = 0.0
         self.num_lost = 0
         self._mutex = threading.Lock()
 
@@ -85,7 +89,10 @@ class StoreLog:
                 self.num_lost += 1
 
     def _append(self, line: str, now_us: int) -> None:
-        if self._file is None or self._num_bytes >= self._file_bytes:
+        now_s = time.monotonic()
+        is_old = now_s - self._written_at > _BEGINS_NEW_AFTER_S
+        self._written_at = now_s
+        if self._file is None or is_old or self._num_bytes >= self._file_bytes:
             self.close()
             self._file = open_private(self._directory / f"store-{now_us:017d}.log", "a")
             self._num_bytes = 0
@@ -95,11 +102,27 @@ class StoreLog:
 
 def read_store_log(directory: Path) -> Iterator[StoreEvent]:
     """All events, oldest file first. A line that is not whole (the end of a file after a crash) is skipped."""
-    for path in sorted(directory.glob("store-*.log")):
-        # A disk may have put anything there: what is no line of ours is skipped, whatever it is.
-        with path.open(encoding="ascii", errors="replace") as file:
-            for line in file:
-                yield from _parse(line)
+    for events in read_store_log_files(directory):
+        yield from events
+
+
+def read_store_log_files(directory: Path) -> Iterator[Iterator[StoreEvent]]:
+    """The events of each file, which one process wrote, in the order of its lines."""
+    for path in log_files(directory):
+        yield read_log_file(path)
+
+
+def log_files(directory: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(directory.glob("store-*.log"))
+
+
+def read_log_file(path: Path) -> Iterator[StoreEvent]:
+    """Of one file, in the order of its lines."""
+    # A disk may have put anything there: what is no line of ours is skipped, whatever it is.
+    with path.open(encoding="ascii", errors="replace") as file:
+        for line in file:
+            yield from _parse(line)
 
 
 def _parse(line: str) -> Iterator[StoreEvent]:

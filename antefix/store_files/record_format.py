@@ -280,6 +280,13 @@ def unpack_entry(value: bytes, key: bytes) -> IndexEntry | None:
     return IndexEntry(*(*short_fields(place, use, life, nbytes, tree, sums), parent))
 
 
+def position_in(value: bytes) -> int:
+    """The position in an entry, unchecked."""
+    if len(value) == INDEX_ENTRY.size:
+        return int.from_bytes(value[20:24], "little")
+    return int.from_bytes(value[32:36], "little") & 0xFFFFFFF
+
+
 def short_fields(place: Any, use: Any, life: Any, nbytes: Any, tree: Any, sums: Any) -> tuple[Any, ...]:
     """The fields of IndexEntry but its parent, in order, from the words of the short form, or from arrays of them."""
     return (

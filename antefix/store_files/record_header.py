@@ -6,6 +6,7 @@ and fingerprint in one place. docs/FORMAT.md has the tables.
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import dataclass
 from typing import Final
@@ -69,6 +70,8 @@ _KINDS: Final = {int(kind): kind for kind in RecordKind}
 _HASH_KINDS: Final = {int(kind): kind for kind in HashKind}
 _CODECS: Final = {int(codec): codec for codec in Codec}
 _FLAGS: Final = tuple(RecordFlag(bits) for bits in range(256))
+# Kind, hash kind and codec of a header that this build can read.
+CODES: Final = frozenset(itertools.product(_KINDS, _HASH_KINDS, _CODECS))
 
 
 # Not frozen: making a frozen one of so many fields takes three times as long, and a rebuild makes one per record.

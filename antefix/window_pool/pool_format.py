@@ -7,10 +7,13 @@ with the Redis password can make, with right checksums, has no right seal.
 
 from __future__ import annotations
 
+import dataclasses
+
 from antefix.errors import BlockCorrupt
 from antefix.record import Record, RecordKind
-from antefix.store_files.record_format import RECORD_HEADER_BYTES, Codec, RecordFlag, payload_checksum
-from antefix.store_files.record_header import RecordHeader, pack_record_header, plain_record, sealed_part
+from antefix.store_files.record_draft import draft_of
+from antefix.store_files.record_format import RECORD_HEADER_BYTES, payload_checksum
+from antefix.store_files.record_header import pack_record_header, plain_record, sealed_part
 from antefix.store_files.seal import SealBroken, Seals
 
 HEADER_BYTES = RECORD_HEADER_BYTES
@@ -18,30 +21,9 @@ _SEED = 0
 
 
 def pack(record: Record) -> bytes:
-    payload = memoryview(record.payload).cast("B")
-    header = RecordHeader(
-        payload_checksum=payload_checksum(payload),
-        hash=record.hash,
-        parent=record.parent,
-        fingerprint=record.fingerprint,
-        segment=0,
-        offset=0,
-        stored_bytes=payload.nbytes,
-        payload_bytes=payload.nbytes,
-        position=record.position,
-        created_ms=0,
-        expires_ms=0,
-        cost_us=0,
-        kind=RecordKind.POOLED,
-        codec=Codec.RAW,
-        flags=RecordFlag.NONE,
-        tenant=record.tenant,
-        generation=record.generation,
-        num_cards=record.labels.num_cards,
-        hash_kind=record.labels.hash_kind,
-        family=record.labels.family,
-        salt=record.salt,
-        mac=record.mac,
+    header, payload = draft_of(record, None, None, created_ms=0, expires_ms=0)
+    header = dataclasses.replace(
+        header, kind=RecordKind.POOLED, cost_us=0, version=2, payload_checksum=payload_checksum(payload)
     )
     return b"".join((pack_record_header(header, _SEED), payload))
 

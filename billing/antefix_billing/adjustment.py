@@ -126,6 +126,7 @@ class ChangeKind(StrEnum):
     TENANTS = "tenants"
     RATE_CARDS = "rate_cards"
     PRUNED = "pruned"
+    API_KEYS = "api_keys"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,13 +5,16 @@ older copy of it was put back, or that all of it was written again: the entry th
 
     file       one JSON object a line, appended and synced
     file://    a directory as an object store: an object for each, antefix-anchors/SOURCE/SEQUENCE.json
+    s3://      an object store, likewise; gs:// and az:// as well
     receipt    what a customer has of one request; it says as much of its place
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +26,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from antefix.checked_files import parse_json, read_text
 from antefix.errors import AntefixError, ConfigError, InvalidRequest
+from antefix.objects.bucket import CLOUD_SCHEMES, Bucket, StoredObject, open_bucket
 from antefix.private_file import write_private
 from antefix_billing.ledger_files import sync_directory
+from antefix_billing.places import with_bucket
 from antefix_billing.receipt import Signer, signed_of_receipt
 
 _DOMAIN: Final = b"antefix-anchor\0"
 _FOLDER: Final = "antefix-anchors"
 _FILE: Final = "file"
+_NUM_NEWEST: Final = 1000
+_NUM_READS: Final = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,14 +106,24 @@ def make_anchor(signer: Signer, *, source: bytes, sequence: int, hash: bytes, ti
 
 
 def check_place(place: str) -> None:
-    """Raises:  ConfigError: not a path or a file:// URL."""
+    """Raises:  ConfigError: not a path or such a URL, or the library for it is not installed."""
     scheme = urlsplit(place).scheme
-    if scheme not in ("", _FILE) or not place:
-        raise ConfigError(f"an anchor goes to a file or to file://DIRECTORY, not to {place!r}")
+    if scheme in CLOUD_SCHEMES:
+        open_bucket(place)
+    elif scheme not in ("", _FILE) or not place:
+        raise ConfigError(f"an anchor goes to a file, to file://DIRECTORY or to an object store, not to {place!r}")
 
 
 def write_anchor(anchor: Anchor, place: str) -> None:
-    """Durable when it returns.  place: a file, or file://DIRECTORY.  Raises:  OSError."""
+    """Durable when it returns. Not to be called in an event loop.
+
+    place: as `check_place` has them.  Raises:  OSError, Unavailable.
+    """
+    name = f"{anchor.sequence:020d}.json"
+    if urlsplit(place).scheme in CLOUD_SCHEMES:
+        object_name = f"{_FOLDER}/{anchor.source.hex()}/{name}"
+        with_bucket(place, lambda bucket: bucket.put(object_name, [anchor.to_json().encode() + b"\n"]))
+        return
     directory = _directory_of(place)
     if directory is None:
         path = Path(place)
@@ -120,36 +137,58 @@ def write_anchor(anchor: Anchor, place: str) -> None:
         return
     folder = directory / _FOLDER / anchor.source.hex()
     folder.mkdir(parents=True, exist_ok=True)
-    write_private(folder / f"{anchor.sequence:020d}.json", anchor.to_json() + "\n")
+    write_private(folder / name, anchor.to_json() + "\n")
     sync_directory(folder)
 
 
 def read_anchors(places: Sequence[str]) -> list[Anchor]:
-    """Of files with anchors or receipts, of directories of such files, and of file:// places.
+    """Of files with anchors or receipts, of directories of such files, and of file:// and other object stores.
 
-    Raises:  ConfigError: a place is not there, or holds something else.
+    Raises:  ConfigError: a place is not there, or holds something else.  Unavailable: an object store does not answer.
     """
     return [anchor for place in places for anchor in _anchors_of(place)]
 
 
 def _anchors_of(place: str) -> list[Anchor]:
     check_place(place)
+    if urlsplit(place).scheme in CLOUD_SCHEMES:
+        texts = with_bucket(place, _texts_of_bucket)
+        return [anchor for name, text in texts for anchor in _of_text(text, f"{place}/{name}")]
     root = _directory_of(place) or Path(place)
     paths = sorted(root.rglob("*.json")) if root.is_dir() else [root]
-    return [anchor for path in paths for anchor in _of_file(path)]
+    return [anchor for path in paths for anchor in _of_text(read_text(path, "anchors"), str(path))]
 
 
-def _of_file(path: Path) -> list[Anchor]:
-    text = read_text(path, "anchors")
+async def _texts_of_bucket(bucket: Bucket) -> list[tuple[str, str]]:
+    """(name, text) of each anchor, or of enough of them. Those of years are many, and each is a call."""
+    by_source: defaultdict[str, list[StoredObject]] = defaultdict(list)
+    for each in await bucket.list_objects(f"{_FOLDER}/"):
+        by_source[each.name.rpartition("/")[0]].append(each)
+    chosen = [each for found in by_source.values() for each in _enough(found)]
+    texts: list[tuple[str, str]] = []
+    for first in range(0, len(chosen), _NUM_READS):
+        part = chosen[first : first + _NUM_READS]
+        data = await asyncio.gather(*(bucket.read(each.name, 0, each.nbytes) for each in part))
+        texts += [(each.name, bytes(found).decode(errors="replace")) for each, found in zip(part, data, strict=True)]
+    return texts
+
+
+def _enough(found: list[StoredObject]) -> list[StoredObject]:
+    """Of one ledger's anchors, by name and so by sequence: the newest ones, and before them as many, evenly."""
+    older, newest = found[:-_NUM_NEWEST], found[-_NUM_NEWEST:]
+    return older[:: max(1, len(older) // _NUM_NEWEST)] + newest
+
+
+def _of_text(text: str, where: str) -> list[Anchor]:
     try:
         whole = json.loads(text)
         rows = whole if isinstance(whole, list) else [whole]
     except ValueError:
         # Lines; the last one may be torn, since the process may die while it writes.
         lines = text.split("\n")
-        rows = [parse_json(line.encode(), f"anchors {path}") for line in lines[:-1] if line.strip()]
+        rows = [parse_json(line.encode(), f"anchors {where}") for line in lines[:-1] if line.strip()]
     try:
-        return [Anchor.from_dict(row, f"anchors {path}") for row in rows]
+        return [Anchor.from_dict(row, f"anchors {where}") for row in rows]
     except AntefixError as err:
         raise ConfigError(str(err)) from err
 

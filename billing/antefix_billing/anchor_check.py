@@ -37,16 +37,16 @@ def check_anchors(
 ) -> AnchorVerdict:
     """Hold anchors of one ledger against it.
 
-    hashes: of its entries, those that anchors name at least.  first, head: its first and last entry's number; before
-    the first was pruned.  chain_error: why reading ended at the head.
+    hashes: of its entries, those that anchors name at least.  first, head: its first and last entry's number; what
+    lies before the first was pruned.  chain_error: why reading ended at the head.
     """
     keys = list(public_keys)
     unsigned = [anchor for anchor in anchors if keys and not anchor.is_signed_by(keys)]
     trusted = sorted((a for a in anchors if a not in unsigned), key=lambda a: (a.sequence, a.time_us))
     confirmed, faults = 0, []
     for anchor in trusted:
-        if anchor.sequence < first:
-            continue
+        if anchor.sequence < first and anchor.sequence not in hashes:
+            continue  # it was pruned
         if anchor.sequence > head:
             if not chain_error:
                 faults.append(

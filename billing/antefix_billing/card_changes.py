@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 
-from antefix_billing.pricing import moment_of
+from antefix.errors import ConfigError
+from antefix_billing.ledger import Ledger
+from antefix_billing.ledger_files import read_settled, sequence_before
+from antefix_billing.pricing import moment_of, priced
 from antefix_billing.ratecard import RateCard, RateCards
 from antefix_billing.usage_record import UsageRecord
 
@@ -56,3 +61,38 @@ def _alike(one: RateCard | None, other: RateCard | None) -> bool:
 
 def _terms(card: RateCard) -> tuple[object, ...]:
     return (card.version, card.currency, card.prices, card.peak, card.calendar)
+
+
+def entry_before(ledger: Ledger, times: list[ChangedTime]) -> int:
+    """An entry before all records of these times."""
+    return sequence_before(ledger.directory, max(0.0, min(span.begin for span in times).timestamp()))
+
+
+def refuse_priced(ledger: Ledger, after: int, times: list[ChangedTime], *, priced_by: RateCards | None = None) -> None:
+    """priced_by: records that these cards priced are left out.
+
+    Raises:  ConfigError: records are priced in these times, and the card does not ask for a re-rating.
+    """
+    counts: Counter[str] = Counter()
+    firsts: dict[str, ChangedTime] = {}
+    records = (item.record for item in read_settled(ledger.directory, after=after))
+    for record, span in affected(records, times):
+        if priced_by is not None and _costs(priced(record, priced_by)) == _costs(record):
+            continue
+        if span.card is None or not span.card.rerate:
+            counts[record.model] += 1
+            firsts.setdefault(record.model, span)
+    for model, span in firsts.items():
+        what = f"rate card {span.card.version}" if span.card is not None else "no rate card"
+        raise ConfigError(
+            f"{what} would hold for {model} from {span.begin.isoformat()} on, and {counts[model]} of its records are"
+            " priced since: give it a later `effective`, or say `rerate = true` in the card to have them priced again"
+        )
+
+
+def _costs(record: UsageRecord) -> tuple[str, str, Decimal]:
+    return record.rate_card, record.currency, record.price
+
+
+def models_of(ledger: Ledger) -> set[str]:
+    return {item.record.model for item in read_settled(ledger.directory)}

@@ -7,7 +7,7 @@ such blocks in memory and hits them there. Their prompts' marks (`antefix.prompt
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from antefix.errors import InvalidRequest
@@ -17,17 +17,21 @@ from antefix_billing.usage_record import UsageRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
-    """Records by the mark of their prompt's first block, which names tenant and model as well."""
+    """Records by the mark of their prompt's first block, which names tenant and model as well.
+
+    earliest: the lowest time that a clock showed after a time, where it was set back.
+    """
 
     by_first: Mapping[str, list[UsageRecord]]
+    earliest: Callable[[int], int]
 
     @classmethod
-    def of(cls, records: Iterable[UsageRecord]) -> Computed:
+    def of(cls, records: Iterable[UsageRecord], earliest: Callable[[int], int] = lambda time_us: time_us) -> Computed:
         by_first: defaultdict[str, list[UsageRecord]] = defaultdict(list)
         for record in records:
             if first := mark_at(record.prompt_marks, 1):
                 by_first[first].append(record)
-        return cls(by_first=by_first)
+        return cls(by_first=by_first, earliest=earliest)
 
     def supports(self, record: UsageRecord, slack_us: int) -> bool:
         """Whether another request, begun before this one ended, had this one's hit in its prompt or its output."""
@@ -35,7 +39,7 @@ class Computed:
         return any(
             _had(other, record)
             for other in others
-            if other is not record and other.started_us <= record.finished_us + slack_us
+            if other is not record and self.earliest(other.started_us) <= record.finished_us + slack_us
         )
 
 

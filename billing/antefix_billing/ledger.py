@@ -17,14 +17,14 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import lmdb
 
-from antefix.errors import InvalidRequest, Unavailable
+from antefix.errors import Unavailable
 from antefix.telemetry.exposition import SHORT_SECONDS, histogram
 from antefix_billing.adjustment import Adjusted, Adjustment, Change
+from antefix_billing.ledger_batch import LedgerBatch, LedgerTail
 from antefix_billing.ledger_files import (
     RESTORE,
     SOURCE_PREFIX,
@@ -44,9 +44,6 @@ from antefix_billing.ledger_files import (
     take_lock,
 )
 from antefix_billing.ledger_format import (
-    FLAG_BATCH_START,
-    GENESIS,
-    PAYLOAD_BYTES_MAX,
     SEGMENT_HEADER_BYTES,
     Entry,
     EntryKind,
@@ -55,13 +52,13 @@ from antefix_billing.ledger_format import (
     chain_hash,
     entries_of,
     has_later_batch,
-    pack_entry,
     unpack_segment_header,
 )
 from antefix_billing.ledger_index import EntryPlace, LedgerIndex, LedgerIndexDamaged
 from antefix_billing.ledger_mark import Mark, MarkFile
 from antefix_billing.ledger_reserve import LedgerReserve
 from antefix_billing.progress_slots import ProgressJournal
+from antefix_billing.pruned import pruned_to
 from antefix_billing.usage_record import OpenEntry, UsageRecord
 
 log = logging.getLogger("antefix_billing")
@@ -71,36 +68,6 @@ Written = Settled | OpenEntry | Adjusted | Change
 
 # Opening reads the last segment whole: 16 MiB are some 15,000 requests and half a second.
 SEGMENT_BYTES = 16 << 20
-
-
-@dataclass(slots=True)
-class _Tail:
-    """Where the ledger ends, and what its last segment holds."""
-
-    sequence: int = 0
-    hash: bytes = GENESIS
-    segment: int = 1
-    offset: int = 0
-    places: dict[str, EntryPlace] = field(default_factory=dict)
-    unsettled: dict[str, OpenEntry] = field(default_factory=dict)
-
-    def note_open(self, entry: OpenEntry) -> None:
-        self.unsettled[entry.key] = entry
-
-    def note_settled(self, key: str, sequence: int, offset: int) -> None:
-        self.unsettled.pop(key, None)
-        self.places[key] = EntryPlace(sequence=sequence, segment=self.segment, offset=offset)
-
-    def note_adjusted(self, key: str, sequence: int, offset: int) -> None:
-        self.places[key] = EntryPlace(sequence=sequence, segment=self.segment, offset=offset)
-
-    def note(self, entry: Entry) -> None:
-        if entry.kind is EntryKind.OPEN:
-            self.note_open(OpenEntry.from_payload(entry.payload))
-        elif entry.kind is EntryKind.ADJUST:
-            self.note_adjusted(Adjustment.from_payload(entry.payload).key, entry.sequence, entry.offset)
-        elif entry.kind is EntryKind.SETTLE:
-            self.note_settled(UsageRecord.from_payload(entry.payload).key, entry.sequence, entry.offset)
 
 
 class Ledger:
@@ -113,7 +80,7 @@ class Ledger:
         self._mutex = threading.Lock()
         self._broken = ""
         self.sync_s = histogram("antefix_ledger_sync_seconds", "Syncs of the ledger.", buckets=SHORT_SECONDS)
-        self._tail = _Tail()
+        self._tail = LedgerTail()
         self._fd = -1
         prepare_directory(self.directory)
         self._reserve = LedgerReserve(self.directory)
@@ -193,7 +160,7 @@ class Ledger:
                 raise Unavailable("the ledger cannot start a segment; the router's log has why") from err
             except OSError as err:
                 raise Unavailable(f"the ledger cannot start a segment: {err}") from err
-            batch = _Batch(self._tail)
+            batch = LedgerBatch(self._tail)
             answers = [self._add(batch, item) for item in items]
             if batch.data:
                 self._write(bytes(batch.data))
@@ -219,7 +186,7 @@ class Ledger:
             with contextlib.suppress(OSError):
                 self._mark.write(Mark(sequence=tail.sequence, segment=tail.segment, end=tail.offset, hash=tail.hash))
 
-    def _add(self, batch: _Batch, item: Item) -> Written:
+    def _add(self, batch: LedgerBatch, item: Item) -> Written:
         if isinstance(item, OpenEntry):
             return batch.unsettled(item.key) or batch.open(item)
         if isinstance(item, Change):
@@ -246,10 +213,13 @@ class Ledger:
         return adjusted if adjusted.adjustment.key == key else None
 
     def _find_entry(self, key: str) -> tuple[bytes, Entry] | None:
+        """None also where it was pruned: ids are known as long as their records are here."""
         place = self._tail.places.get(key) or self._find_sealed(key)
         if place is None:
             return None
         path = segment_path(self.directory, place.segment)
+        if not path.exists() and place.segment <= pruned_to(self.directory)[0]:
+            return None
         entry = read_entry_at(path, place.offset)
         return hash_before(path, entry), entry
 
@@ -265,7 +235,7 @@ class Ledger:
         log.warning("the index of the ledger in %s is made again: %s", self.directory, why)
         self._index.clear()
         firsts = [first_sequence_of(path) for path in segments_of(self.directory)]
-        sealed = _Tail()
+        sealed = LedgerTail()
         for _, entry in read_entries(self.directory):
             first = firsts[bisect_right(firsts, entry.sequence) - 1]
             if first != sealed.segment:
@@ -278,7 +248,7 @@ class Ledger:
         if sealed.places:
             self._seal(sealed, sealed.sequence)
 
-    def _seal(self, tail: _Tail, covered: int, size: int | None = None) -> None:
+    def _seal(self, tail: LedgerTail, covered: int, size: int | None = None) -> None:
         """size: of a segment in hand, behind whose end space is allocated; else the file's."""
         if size is None:
             size = segment_path(self.directory, tail.segment).stat().st_size
@@ -385,8 +355,9 @@ class Ledger:
     def _check_segments(self, paths: Sequence[Path], mark: Mark | None) -> None:
         """Raises:  LedgerCorrupt: a segment that was sealed or acknowledged is missing, or has another length."""
         sizes = {first_sequence_of(path): path.stat().st_size for path in paths}
-        sealed = self._index.segments()
-        expected = sealed.keys() | ({mark.segment} if mark is not None else set()) | ({1} if sizes else set())
+        begin = pruned_to(self.directory)[0] + 1
+        sealed = {first: nbytes for first, nbytes in self._index.segments().items() if first >= begin}
+        expected = sealed.keys() | ({mark.segment} if mark is not None else set()) | ({begin} if sizes else set())
         if missing := sorted(expected - sizes.keys()):
             names = ", ".join(segment_path(Path(), first).name for first in missing)
             raise LedgerCorrupt(f"segments of the ledger in {self.directory} are missing: {names}; {RESTORE}")
@@ -410,76 +381,3 @@ class Ledger:
             tail.note(entry)
         if tail.places:
             self._seal(tail, firsts[-1] - 1)
-
-
-class _Batch:
-    """Entries on their way into one write; the tail changes only in `accept`, when they are durable."""
-
-    def __init__(self, tail: _Tail) -> None:
-        self._tail = tail
-        self._sequence, self._hash = tail.sequence, tail.hash
-        self._notes: list[tuple[OpenEntry | Settled | Adjusted, int]] = []
-        self._last: dict[str, OpenEntry | Settled | Adjusted] = {}
-        self._settled: dict[str, Settled] = {}
-        self.data = bytearray()
-
-    def unsettled(self, key: str) -> OpenEntry | None:
-        if isinstance(self._last.get(key), Settled):
-            return None
-        opened = self._last.get(key) or self._tail.unsettled.get(key)
-        return opened if isinstance(opened, OpenEntry) else None
-
-    def settled(self, key: str) -> Settled | None:
-        return self._settled.get(key)
-
-    def open(self, item: OpenEntry) -> OpenEntry:
-        self._put(EntryKind.OPEN, item.to_payload())
-        self._note(item.key, item, 0)
-        return item
-
-    def settle(self, item: UsageRecord) -> Settled:
-        previous, offset = self._hash, self._tail.offset + len(self.data)
-        self._put(EntryKind.SETTLE, item.to_payload())
-        settled = Settled(sequence=self._sequence, hash=self._hash, previous_hash=previous, record=item)
-        self._note(item.key, settled, offset)
-        self._settled[item.key] = settled
-        return settled
-
-    def adjusted(self, key: str) -> Adjusted | None:
-        standing = self._last.get(key)
-        return standing if isinstance(standing, Adjusted) else None
-
-    def adjust(self, item: Adjustment) -> Adjusted:
-        previous, offset = self._hash, self._tail.offset + len(self.data)
-        self._put(EntryKind.ADJUST, item.to_payload())
-        adjusted = Adjusted(sequence=self._sequence, hash=self._hash, previous_hash=previous, adjustment=item)
-        self._note(item.key, adjusted, offset)
-        return adjusted
-
-    def change(self, item: Change) -> Change:
-        self._put(EntryKind.CHANGE, item.to_payload())
-        return item
-
-    def _note(self, key: str, note: OpenEntry | Settled | Adjusted, offset: int) -> None:
-        self._notes.append((note, offset))
-        self._last[key] = note
-
-    def _put(self, kind: EntryKind, payload: bytes) -> None:
-        if len(payload) > PAYLOAD_BYTES_MAX:
-            raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}")
-        flags = 0 if self.data else FLAG_BATCH_START
-        self._sequence += 1
-        self._hash = chain_hash(self._hash, self._sequence, kind, payload)
-        self.data += pack_entry(self._sequence, kind, flags, self._hash, payload)
-
-    def accept(self) -> None:
-        tail = self._tail
-        for note, offset in self._notes:
-            if isinstance(note, OpenEntry):
-                tail.note_open(note)
-            elif isinstance(note, Adjusted):
-                tail.note_adjusted(note.adjustment.key, note.sequence, offset)
-            else:
-                tail.note_settled(note.record.key, note.sequence, offset)
-        tail.sequence, tail.hash = self._sequence, self._hash
-        tail.offset += len(self.data)

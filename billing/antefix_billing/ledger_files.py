@@ -4,6 +4,7 @@ usage-000000000001.ledger   segments, named by their first entry's sequence numb
 index/                      LMDB, of sealed segments only; rebuilt from them when lost
 acknowledged                how far it was acknowledged (ledger_mark.py)
 progress                    how far running requests are (progress_slots.py)
+pruned-000000012345.json    what stands for segments that were pruned (pruned.py)
 source                      this ledger's identity, 32 hex digits
 lock                        held by the one writer
 """
@@ -21,7 +22,6 @@ from antefix.errors import ConfigError
 from antefix.private_file import open_private
 from antefix_billing.adjustment import Adjusted, Adjustment
 from antefix_billing.ledger_format import (
-    GENESIS,
     SEGMENT_HEADER_BYTES,
     SOURCE_BYTES,
     Entry,
@@ -34,6 +34,7 @@ from antefix_billing.ledger_format import (
     unpack_segment_header,
 )
 from antefix_billing.ledger_mark import Mark
+from antefix_billing.pruned import pruned_to
 from antefix_billing.usage_record import UsageRecord
 
 _GLOB = "usage-*.ledger"
@@ -102,18 +103,19 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
     """(previous hash, entry) with sequence > `after`, the chain checked on the way.
 
     Segments that end before `after` are not read, so the first hash read is trusted; `verify` reads them all.
+    Entries that were pruned are not there: it begins behind them.
     Raises:  LedgerCorrupt: the chain is broken, entries are missing, or a sealed segment is damaged.
     """
     mark = Mark.of(directory)
     source = source_of(directory) if (directory / "source").exists() else None
-    paths = segments_of(directory)
+    paths, begin, begin_hash = _kept_of(directory)
     if mark is not None and not paths:
         raise LedgerCorrupt(f"all segments of {directory} are missing, entry {mark.sequence} was the last; {RESTORE}")
     firsts = [first_sequence_of(path) for path in paths]
     start = max((i for i, first in enumerate(firsts) if first <= after + 1), default=0)
-    previous: bytes | None = None if start else GENESIS
-    expected = firsts[start] if start < len(firsts) else 1
-    if not start and expected != 1:
+    previous: bytes | None = None if start else begin_hash
+    expected = firsts[start] if start < len(firsts) else begin
+    if not start and expected != begin:
         raise LedgerCorrupt(f"the ledger begins with entry {expected}: earlier segments are missing")
     for index in range(start, len(paths)):
         data = paths[index].read_bytes()
@@ -142,6 +144,17 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
         if stop == SEGMENT_HEADER_BYTES and not is_last:
             raise LedgerCorrupt(f"{paths[index].name} holds no entry")
     check_mark(mark, expected - 1)
+
+
+def _kept_of(directory: Path) -> tuple[list[Path], int, bytes]:
+    """(segments that were not pruned, their first entry, the hash before it)."""
+    for _ in range(2):
+        last, hash = pruned_to(directory)
+        paths = [path for path in segments_of(directory) if first_sequence_of(path) > last]
+        if not paths or first_sequence_of(paths[0]) == last + 1:
+            break
+        # Pruned between the two looks.
+    return paths, last + 1, hash
 
 
 def check_mark(mark: Mark | None, last: int) -> None:

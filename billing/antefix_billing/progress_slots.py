@@ -14,6 +14,8 @@ most that second's output. What a slot says goes into the ledger when the next s
     64      24    restore plan, padded with zeros
     88      24    miss reason, padded with zeros
     112     32    hash of the last block that was hit; zeros without a hit
+    144     4     written tokens that are to be kept for an hour or longer
+    148     4     crc-32 of bytes 8 to 148; where it does not hold, as in slots of before there was one, these are 0
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import hashlib
 import os
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +41,7 @@ _HEAD: Final = struct.Struct("<4sI")
 # By number; 0 is what slots had before there was a choice.
 _EVIDENCE: Final = (Evidence.PROVED, Evidence.REPORTED, Evidence.EXPECTED, Evidence.UNKNOWN)
 _BODY: Final = struct.Struct("<16s8IQ24s24s32s")
+_MORE: Final = struct.Struct("<II")
 _GROW_SLOTS: Final = 64
 _RESERVE_SLOTS: Final = 1024
 
@@ -126,19 +130,24 @@ def _pack(event_id: str, done: Usage) -> bytes:
         done.miss_reason.value.encode(),
         bytes.fromhex(done.last_hit_hash),
     )
-    return _HEAD.pack(_MAGIC, zlib.crc32(body)) + body
+    crc = zlib.crc32(body)
+    kept = done.cache_write_1h_tokens
+    return _HEAD.pack(_MAGIC, crc) + body + _MORE.pack(kept, zlib.crc32(kept.to_bytes(4, "little"), crc))
 
 
 def _unpack(data: bytes) -> tuple[bytes, Usage] | None:
     """(name, work), or None where a slot was never used, or torn by a power cut."""
-    if len(data) < _HEAD.size + _BODY.size:
+    if len(data) < _HEAD.size + _BODY.size + _MORE.size:
         return None
     magic, crc = _HEAD.unpack_from(data)
     if magic != _MAGIC or zlib.crc32(data[_HEAD.size : _HEAD.size + _BODY.size]) != crc:
         return None
     fields = _BODY.unpack_from(data, _HEAD.size)
+    kept, crc_with_it = _MORE.unpack_from(data, _HEAD.size + _BODY.size)
+    if zlib.crc32(kept.to_bytes(4, "little"), crc) != crc_with_it:
+        kept = 0
     try:
-        return fields[0], _usage_of(fields)
+        return fields[0], replace(_usage_of(fields), cache_write_1h_tokens=kept)
     except ValueError:
         return None  # texts that no version has written
 

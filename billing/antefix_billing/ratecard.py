@@ -7,14 +7,14 @@ it started. Cards never change once used: a new price is a new card.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time
 from decimal import Decimal, localcontext
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from antefix.checked_files import read_toml
+from antefix.checked_files import parse_toml, read_toml
 from antefix.checked_table import Table
 from antefix.errors import ConfigError
 from antefix.usage import Usage
@@ -156,14 +156,24 @@ class RateCards:
 
 def load_cards(paths: Sequence[str | Path]) -> RateCards:
     """Raises:  ConfigError: a file does not parse or does not make sense; the message says where."""
-    cards: list[RateCard] = []
-    for path in paths:
-        # tomllib gives floats; prices must be strings, or their digits are already lost.
-        file = Table(read_toml(path, "rate cards"), f"rate cards {path}")
-        calendars = {name: _calendar(table) for name, table in file.named_children("calendar").items()}
-        cards += [_card(table, calendars) for table in file.children("card")]
-        file.close()
-    return RateCards(cards)
+    return RateCards(
+        [card for path in paths for card in _cards_of(read_toml(path, "rate cards"), f"rate cards {path}")]
+    )
+
+
+def parse_cards(texts: Mapping[str, str]) -> RateCards:
+    """Of files' texts, by their names.  Raises:  ConfigError: as `load_cards`."""
+    wheres = {f"rate cards {name}": text for name, text in texts.items()}
+    return RateCards([card for where, text in wheres.items() for card in _cards_of(parse_toml(text, where), where)])
+
+
+def _cards_of(values: dict[str, Any], where: str) -> list[RateCard]:
+    # tomllib gives floats; prices must be strings, or their digits are already lost.
+    file = Table(values, where)
+    calendars = {name: _calendar(table) for name, table in file.named_children("calendar").items()}
+    cards = [_card(table, calendars) for table in file.children("card")]
+    file.close()
+    return cards
 
 
 def _card(table: Table, calendars: dict[str, Calendar]) -> RateCard:

@@ -8,25 +8,42 @@ or an earlier request computed them, and the store did not take them.
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain as chained
 from pathlib import Path
 
 from antefix.errors import AntefixError
-from antefix.store_files.hit_log import StoreEventKind, read_store_log
 from antefix_billing.adjustment import Adjusted, AdjustmentKind
 from antefix_billing.anchor import Anchor
 from antefix_billing.anchor_check import AnchorVerdict, check_anchors
-from antefix_billing.computed_prefixes import Computed
+from antefix_billing.archive import check_archive
+from antefix_billing.hit_evidence import CLOCK_SLACK_US, HitEvidence
 from antefix_billing.ledger_files import Settled, adjusted_of, read_entries, settled_of, source_of
 from antefix_billing.ledger_format import EntryKind
-from antefix_billing.usage_record import OpenEntry, UsageRecord
+from antefix_billing.pruned import pruned_of
+from antefix_billing.usage_record import OpenEntry
 
-# Store and router have a clock each; hosts of one deployment are kept within a second of one another by NTP.
-CLOCK_SLACK_US = 2_000_000
 _NUM_EXAMPLES_MAX = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedVerdict:
+    """Of what stands in place of pruned entries. to: the last of them.  records: that they were, by the summaries.
+    unsigned: summaries without a signature of a known key; None where no key was given.  archive: whether it has the
+    files, and they add up to the summaries; None where none was named.
+    """
+
+    to: int
+    summaries: int
+    records: int
+    unsigned: int | None
+    archive: bool | None
+    faults: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.faults and not self.unsigned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +63,13 @@ class Verdict:
     unsupported_examples: tuple[str, ...]
     adjustments: int = 0
     anchors: AnchorVerdict | None = None
+    pruned: PrunedVerdict | None = None
 
     @property
     def ok(self) -> bool:
         is_anchored = self.anchors is None or self.anchors.ok
-        return self.chain_ok and self.head_ok and is_anchored and not self.duplicates and not self.unsupported_hits
+        is_whole = self.chain_ok and self.head_ok and (self.pruned is None or self.pruned.ok)
+        return is_whole and is_anchored and not self.duplicates and not self.unsupported_hits
 
     def to_json(self) -> str:
         return json.dumps({"ok": self.ok, **asdict(self)}, indent=2)
@@ -119,7 +138,7 @@ def verify(
     anchor: a head that an earlier run reported; the entry must still be there with that hash.
     """
     chain = _read(ledger, anchor, ())
-    evidence = None if store_log is None else _Evidence.of(chain.settled, store_log)
+    evidence = None if store_log is None else HitEvidence.of(chain.settled, store_log)
     return _verdict(chain, evidence, slack_us, has_anchor=anchor is not None)
 
 
@@ -131,12 +150,13 @@ def verify_all(
     signed: Sequence[Anchor] = (),
     public_keys: Sequence[bytes] = (),
     are_all: bool = False,
+    archive: str = "",
 ) -> Verdicts:
     """All ledgers of a deployment against the logs of its stores.
 
     anchors: heads that earlier runs printed, by the ledger's source; see `verify`.  signed: anchors and receipts, of
-    any of them.  public_keys: that may have signed those; none: signatures are not checked.  are_all: a ledger that
-    only an anchor names is missing.
+    any of them.  public_keys: that may have signed those, and summaries of what was pruned; none: signatures are not
+    checked.  are_all: a ledger that only an anchor names is missing.  archive: where pruned segments are.
     """
     named = [(ledger, anchors.get(source_of(ledger))) for ledger in ledgers]
     by_source = {source_of(ledger): [each for each in signed if each.source == source_of(ledger)] for ledger in ledgers}
@@ -156,12 +176,16 @@ def verify_all(
     ]
     missing = {each.source.hex() for each in signed if each.source not in by_source} if are_all else set()
     settled = [item for chain in chains for item in chain.settled]
-    evidence = None if store_log is None else _Evidence.of(settled, store_log)
+    evidence = None if store_log is None else HitEvidence.of(settled, store_log)
     return Verdicts(
         ledgers=tuple(
             (
                 str(ledger),
-                replace(_verdict(chain, evidence, CLOCK_SLACK_US, has_anchor=anchor is not None), anchors=anchored),
+                replace(
+                    _verdict(chain, evidence, CLOCK_SLACK_US, has_anchor=anchor is not None),
+                    anchors=anchored,
+                    pruned=_check_pruned(ledger, public_keys, archive),
+                ),
             )
             for (ledger, anchor), chain, anchored in zip(named, chains, verdicts, strict=True)
         ),
@@ -170,7 +194,28 @@ def verify_all(
     )
 
 
-def _verdict(chain: _Chain, evidence: _Evidence | None, slack_us: int, *, has_anchor: bool) -> Verdict:
+def _check_pruned(ledger: Path, public_keys: Sequence[bytes], archive: str) -> PrunedVerdict | None:
+    """None where nothing was pruned, or where its summaries are damaged: reading the chain says that."""
+    try:
+        summaries = pruned_of(ledger)
+    except AntefixError:
+        return None
+    if not summaries:
+        return None
+    faults = list(check_archive(ledger, archive)) if archive else []
+    foreign = [each for each in summaries if each.source != source_of(ledger)]
+    faults += [f"the summary of entries {each.first} to {each.last} is another ledger's" for each in foreign]
+    return PrunedVerdict(
+        to=summaries[-1].last,
+        summaries=len(summaries),
+        records=sum(total.records for each in summaries for total in each.totals),
+        unsigned=sum(not each.is_signed_by(public_keys) for each in summaries) if public_keys else None,
+        archive=not faults if archive else None,
+        faults=tuple(faults),
+    )
+
+
+def _verdict(chain: _Chain, evidence: HitEvidence | None, slack_us: int, *, has_anchor: bool) -> Verdict:
     unsupported = None if evidence is None else evidence.unsupported(chain.settled, slack_us)
     return Verdict(
         records=len(chain.settled),
@@ -211,6 +256,7 @@ def _read(ledger: Path, anchor: tuple[int, str] | None, signed: Sequence[Anchor]
     chain, opened = _Chain(settled=[]), set[str]()
     wanted = {each.sequence for each in signed}
     try:
+        chain.hashes.update((each.last, each.hash) for each in pruned_of(ledger))
         for previous, entry in read_entries(ledger):
             if not chain.sequence:
                 chain.first = entry.sequence
@@ -247,47 +293,3 @@ def _num_duplicates(settled: list[Settled]) -> int:
         if record.is_final:
             final.add(record.key)
     return num_duplicates
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Evidence:
-    """What stores' logs say of the hashes that records name: when each was first stored, and when it was read."""
-
-    stored_us: dict[str, int]
-    reads_us: dict[str, list[int]]
-
-    @classmethod
-    def of(cls, settled: Sequence[Settled], store_log: Path | Sequence[Path]) -> _Evidence:
-        wanted = {item.record.last_hit_hash for item in settled if item.record.is_proved_hit}
-        stored: dict[str, int] = {}
-        reads: defaultdict[str, list[int]] = defaultdict(list)
-        logs = [store_log] if isinstance(store_log, Path) else store_log
-        for event in chained.from_iterable(map(read_store_log, logs)):
-            if event.hash not in wanted:
-                continue
-            if event.kind is StoreEventKind.STORED:
-                stored[event.hash] = min(event.time_us, stored.get(event.hash, event.time_us))
-            else:
-                reads[event.hash].append(event.time_us)
-        return cls(stored_us=stored, reads_us=reads)
-
-    def unsupported(self, settled: Sequence[Settled], slack_us: int) -> list[str]:
-        """Event ids of records whose hit the log does not support. What a worker that is not ours says it cannot."""
-        hits = [item.record for item in settled if item.record.is_proved_hit]
-        doubtful = [record for record in hits if not self._supports(record, slack_us)]
-        # A store that was harmed, full or down did not take what a worker computed and went on to hit in its memory.
-        computed = Computed.of([item.record for item in settled]) if doubtful else None
-        return [
-            record.event_id
-            for record in doubtful
-            if record.hit_store_tokens or computed is None or not computed.supports(record, slack_us)
-        ]
-
-    def _supports(self, record: UsageRecord, slack_us: int) -> bool:
-        stored_us = self.stored_us.get(record.last_hit_hash)
-        if stored_us is None or stored_us > record.finished_us + slack_us:
-            return False
-        if record.hit_store_tokens == 0:
-            return True
-        start, stop = record.started_us - slack_us, record.finished_us + slack_us
-        return any(start <= read_us <= stop for read_us in self.reads_us.get(record.last_hit_hash, ()))

@@ -1,4 +1,4 @@
-"""What was used, by tenant, model and day: tokens, money, and what the cache saved. Pure but for the plot."""
+"""What was used, by tenant, model and day: tokens, money, and what the cache saved. Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Final
 
 from antefix.errors import ConfigError
@@ -15,11 +14,14 @@ from antefix.text_table import text_table
 from antefix.usage import Usage
 from antefix_billing.adjustment import Adjustment
 from antefix_billing.pricing import moment_of
+from antefix_billing.pruned import Total
 from antefix_billing.ratecard import RateCards
 from antefix_billing.usage_record import UsageRecord
 
-GROUPS = ("tenant", "user", "key_id", "model", "day", "hour", "miss_reason")
+GROUPS = ("tenant", "user", "key_id", "model", "month", "day", "hour", "miss_reason")
 GROUPS_BY_DEFAULT = ("tenant", "model", "day")
+# What summaries of pruned entries tell apart.
+GROUPS_OF_PRUNED: Final = frozenset({"tenant", "model", "month"})
 
 
 @dataclass(slots=True)
@@ -48,6 +50,18 @@ class Line:
     def hit_rate(self) -> float:
         return self.cache_hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
+    def add_total(self, total: Total) -> None:
+        """Of pruned entries, which say nothing of the rest."""
+        self.requests += total.records
+        self.charged += total.charged
+        self.prompt_tokens += total.prompt_tokens
+        self.cache_hit_tokens += total.cache_hit_tokens
+        self.cache_miss_tokens += total.cache_miss_tokens
+        self.output_tokens += total.output_tokens
+        self.price += total.price
+        self.saved += total.saved
+        self.adjusted += total.adjusted
+
     def add(self, record: UsageRecord, missed: Decimal = Decimal(0)) -> None:
         self.missed += missed
         self.requests += 1
@@ -67,8 +81,10 @@ def summarize(
     *,
     cards: RateCards | None = None,
     adjustments: Iterable[Adjustment] = (),
+    totals: Iterable[Total] = (),
 ) -> list[Line]:
-    """Sums for each combination of `by`, sorted.  cards: what misses cost is told by them.
+    """Sums for each combination of `by`, sorted.  cards: what misses cost is told by them.  totals: of what was pruned,
+    where `by` is among GROUPS_OF_PRUNED.
 
     Raises:  ConfigError: an unknown group.
     """
@@ -83,6 +99,9 @@ def summarize(
         group = tuple(_value_of_adjustment(made, name) for name in by)
         line = lines.setdefault((group, made.currency), Line(group=group, currency=made.currency))
         line.adjusted += made.amount
+    for total in totals:
+        group = tuple(str(getattr(total, name)) for name in by)
+        lines.setdefault((group, total.currency), Line(group=group, currency=total.currency)).add_total(total)
     return [lines[key] for key in sorted(lines)]
 
 
@@ -187,51 +206,22 @@ def as_text(lines: Sequence[Line], by: Sequence[str]) -> str:
     return text_table(head, rows, num_left=len(by))
 
 
-def plot(records: Iterable[UsageRecord], path: Path) -> None:
-    """Tokens per day as hit, miss and output, and money paid next to money saved.
-
-    Raises:  ConfigError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as err:
-        raise ConfigError("the plot needs matplotlib: pip install matplotlib") from err
-    lines = summarize(records, by=("day",))
-    currency = next((line.currency for line in lines if line.currency), "")
-    days = sorted({line.group[0] for line in lines})
-    sums = {day: [line for line in lines if line.group[0] == day] for day in days}
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    tokens, money = figure.subplots(2, 1, sharex=True)
-    bottom = [0] * len(days)
-    for name in ("cache_hit_tokens", "cache_miss_tokens", "output_tokens"):
-        heights = [sum(getattr(line, name) for line in sums[day]) for day in days]
-        tokens.bar(range(len(days)), heights, bottom=bottom, label=name.replace("_", " "))
-        bottom = [low + high for low, high in zip(bottom, heights, strict=True)]
-    for offset, name in ((-0.2, "price"), (0.2, "saved")):
-        # Heights of bars, not amounts: here a float is what the plot needs.
-        heights = [float(sum(getattr(line, name) for line in sums[day] if line.currency == currency)) for day in days]
-        money.bar([i + offset for i in range(len(days))], heights, width=0.4, label=name)
-    tokens.set_ylabel("tokens")
-    money.set_ylabel(currency or "money")
-    for axes in (tokens, money):
-        axes.legend()
-    money.set_xticks(range(len(days)), days, rotation=45)
-    figure.savefig(path)
+_TIMES: Final = {"month": "%Y-%m", "day": "%Y-%m-%d", "hour": "%Y-%m-%dT%H:00Z"}
 
 
 def _time_value(time_us: int, name: str) -> str:
     moment = moment_of(time_us)
-    return moment.date().isoformat() if name == "day" else moment.strftime("%Y-%m-%dT%H:00Z")
+    return moment.strftime(_TIMES[name])
 
 
 def _value_of_adjustment(made: Adjustment, name: str) -> str:
-    if name in ("day", "hour"):
+    if name in _TIMES:
         return _time_value(made.created_us, name)
     return str(getattr(made, name, ""))
 
 
 def _value(record: UsageRecord, name: str) -> str:
-    if name in ("day", "hour"):
+    if name in _TIMES:
         return _time_value(record.started_us, name)
     if name == "miss_reason":
         return record.miss_reason.label

@@ -36,10 +36,15 @@ class Matcher:
 
     def mask(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Raises:  InvalidRequest: the grammar has become too large to go on with."""
+        allowed = np.unpackbits(self.allowed().view(np.uint8), bitorder="little")[: len(logits)]
+        return np.where(allowed.view(np.bool_), logits, np.float32(-np.inf))
+
+    def allowed(self) -> npt.NDArray[np.int32]:
+        """Raises:  InvalidRequest: the grammar has become too large to go on with."""
         masks.fill_next_token_bitmask(self._matcher, self._bits)
         self._check()
-        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)]
-        return np.where(allowed.view(np.bool_), logits, np.float32(-np.inf))
+        bits: npt.NDArray[np.int32] = self._bits[0].copy()
+        return bits
 
     def push(self, token: int) -> None:
         """Raises:  InvalidRequest: the token may not come next."""

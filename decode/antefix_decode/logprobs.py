@@ -48,6 +48,14 @@ class Logprobs:
         if self._num_top is not None:
             self._waiting.append(token_logprob(logits, token, self._num_top))
 
+    @property
+    def num_top(self) -> int | None:
+        return self._num_top
+
+    def add(self, logprob: TokenLogprob) -> None:
+        """Of the next token, computed elsewhere."""
+        self._waiting.append(logprob)
+
     def take(self, num_tokens: int) -> tuple[TokenLogprob, ...]:
         """Those of the next tokens that are shown."""
         return tuple(self._waiting.popleft() for _ in range(num_tokens)) if self._num_top is not None else ()

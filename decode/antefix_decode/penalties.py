@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.sampling import Sampling
+from antefix_decode.card_choice import Edits
 
 Logits = npt.NDArray[np.float32]
 
@@ -63,6 +64,24 @@ class Penalties:
         if self._counts:
             self._penalize(logits)
         return logits
+
+    def edits(self) -> Edits | None:
+        """What `apply` does, for logits that lie elsewhere; None where there is nothing to do."""
+        if not (self._must_go_on or len(self._biased) or self._counts):
+            return None
+        none, sampling = np.zeros(0, np.int64), self._sampling
+        return Edits(
+            forbidden=self._stop_ids if self._must_go_on else none,
+            biased=self._biased,
+            bias=self._bias,
+            # Copies: these arrays go on changing.
+            repeated=none if self._repeated is None else self._repeated.tokens.copy(),
+            repetition=sampling.repetition_penalty,
+            counted=self._output.tokens.copy(),
+            counts=self._output.counts.copy(),
+            frequency=sampling.frequency_penalty,
+            presence=sampling.presence_penalty,
+        )
 
     @property
     def _must_go_on(self) -> bool:

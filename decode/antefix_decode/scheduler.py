@@ -13,9 +13,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextvars import Context
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +26,9 @@ from antefix.fair_turns import FairTurns
 from antefix.model import Sequence, WindowState
 from antefix.model.finite import are_numbers
 from antefix.wire import TokenLogprob
+from antefix_decode.card_choice import Choice
 from antefix_decode.logprobs import Logprobs
-from antefix_decode.step import Stepped, keep_drafted, run_step
+from antefix_decode.step import ChosenStep, chooses_on_card, keep_drafted, run_and_choose, run_step
 from antefix_decode.step_shares import Place, StepShares
 from antefix_decode.stopping import Stopper
 from antefix_decode.store_output import store_end, store_token
@@ -39,6 +41,8 @@ from antefix_prefill.worker.engine import Engine
 
 log = logging.getLogger("antefix.decode")
 
+Step = TypeVar("Step")
+RunStep = Callable[[Engine, list[tuple[Sequence, int, bool]]], list[Step]]
 
 # Tokens a client may lag behind before its sequence pauses.
 NUM_UNREAD_MAX = 256
@@ -178,8 +182,8 @@ class Scheduler:
             async with self._step_lock:
                 able = [running for running in self._running if running.can_run]
                 batch = self.shares.choose(able) if able else []
+                self._engine.compute.stepping_for({each.place.tenant: each.place.share for each in batch})
                 if batch:
-                    self._engine.compute.wanted_by({each.place.tenant: each.place.share for each in batch})
                     await self._step(batch)
             if batch:
                 await asyncio.sleep(0)  # let sequences join and leave, and tokens go out
@@ -194,9 +198,13 @@ class Scheduler:
         ready = [running for running in batch if self._grow(running)]
         if not ready:
             return
+        if chooses_on_card(engine):
+            self.num_tokens += await self._step_on_card(ready)
+            self.busy_s += time.perf_counter() - started
+            return
         # 2. Run the tokens.
         items = [(r.sequence, r.next_token, self._has_room_to_draft(r)) for r in ready]
-        ready, steps = await self._run_together(ready, items)
+        ready, steps = await self._run_together(ready, items, run_step)
         if not ready:
             return
         # 3. Store what is finished, choose the next tokens, hand out what may be shown.
@@ -213,37 +221,56 @@ class Scheduler:
         self.num_tokens += len(ready) + len(right)
         self.busy_s += time.perf_counter() - started
 
+    async def _step_on_card(self, ready: list[Running]) -> int:
+        """The same where tokens are chosen on the card. Returns how many there are."""
+        items = [(r.sequence, r.next_token, False) for r in ready]
+        choosers = {id(r.sequence): (r.sampler, r.logprobs.num_top) for r in ready}
+
+        def run(engine: Engine, items: list[tuple[Sequence, int, bool]]) -> list[ChosenStep]:
+            return run_and_choose(engine, items, [choosers[id(sequence)] for sequence, _, _ in items])
+
+        ready, steps = await self._run_together(ready, items, run)
+        for running, step in zip(ready, steps, strict=True):
+            await self._finish_step(running, step.choice)
+        return len(ready)
+
     async def _run_together(
-        self, ready: list[Running], items: list[tuple[Sequence, int, bool]]
-    ) -> tuple[list[Running], list[Stepped]]:
+        self, ready: list[Running], items: list[tuple[Sequence, int, bool]], run: RunStep[Step]
+    ) -> tuple[list[Running], list[Step]]:
         """Those whose step has run, and their steps. If it fails for all of them, each runs alone: one fails alone."""
         positions = [running.sequence.position for running in ready]
         try:
-            return ready, await self._engine.compute.run(self._run_step, items)
+            return ready, await self._engine.compute.run(self._run_step, run, items)
         except Exception as err:
             log.exception("a decode step of %d sequences failed", len(ready))
             if len(ready) == 1:
                 _fail(ready[0], step_failed(err))
                 return [], []
         able: list[Running] = []
-        steps: list[Stepped] = []
+        steps: list[Step] = []
         for running, item, position in zip(ready, items, positions, strict=True):
             if running.sequence.position != position:
                 # It was moved on before another one failed: what follows its token is lost with the step.
                 _fail(running, step_failed(None))
                 continue
-            one, step = await self._run_together([running], [item])
+            one, step = await self._run_together([running], [item], run)
             able, steps = able + one, steps + step
         return able, steps
 
-    def _run_step(self, items: list[tuple[Sequence, int, bool]]) -> list[Stepped]:
+    def _run_step(self, run: RunStep[Step], items: list[tuple[Sequence, int, bool]]) -> list[Step]:
         """In the compute thread. What it waited for that thread is no time of the step's."""
         self._began = time.perf_counter()
-        return run_step(self._engine, items)
+        return run(self._engine, items)
 
-    async def _finish_step(self, running: Running, logits: npt.NDArray[np.float32]) -> None:
+    async def _finish_step(self, running: Running, found: npt.NDArray[np.float32] | Choice | AntefixError) -> None:
+        """found: what the step leaves of this sequence: logits, the choice that was made of them, or an error."""
         try:
-            await self._take_token(running, logits)
+            if isinstance(found, AntefixError):
+                raise found
+            if isinstance(found, Choice):
+                await self._take_choice(running, found)
+            else:
+                await self._take_token(running, found)
         except AntefixError as err:
             _fail(running, err)  # its own grammar, say
         except Exception as err:
@@ -258,6 +285,15 @@ class Scheduler:
         token = running.sampler.choose(logits, running.sequence.position)
         running.logprobs.push(logits, token)
         _emit(running, token, is_last=running.sampler.is_over)
+
+    async def _take_choice(self, running: Running, choice: Choice) -> None:
+        if not choice.are_numbers:
+            raise not_finite(running.sequence.position)
+        await store_token(self._engine, running, running.next_token)
+        running.sampler.take(choice.token)
+        if choice.logprob is not None:
+            running.logprobs.add(choice.logprob)
+        _emit(running, choice.token, is_last=running.sampler.is_over)
 
     def _grow(self, running: Running) -> bool:
         try:

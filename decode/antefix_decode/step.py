@@ -13,8 +13,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from antefix.errors import AntefixError
 from antefix.model import Ran, Sequence, can_draft, draft, follow_ran, run_tokens
+from antefix.sampling import Sampling
+from antefix_decode.card_choice import Choice, Wish, choose_tokens
+from antefix_decode.token_choice import Sampler
 from antefix_prefill.worker.engine import Engine
+
+# A sampler, and how many of the likeliest tokens' log probabilities are wanted; None: none.
+Chooser = tuple[Sampler, int | None]
+_ANY = Wish(sampling=Sampling(max_tokens=1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +37,46 @@ class Stepped:
     ran: Ran
     drafted: int | None
     logits: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenStep:
+    """A sequence after a step whose next token was chosen where the logits are; or why it could not be."""
+
+    choice: Choice | AntefixError
+
+
+def chooses_on_card(engine: Engine) -> bool:
+    """Whether a worker's steps choose their tokens on the card. A drafted token is compared with the host's choice."""
+    return engine.ops.step_runner is not None and not engine.model.mtp
+
+
+def run_and_choose(
+    engine: Engine, items: list[tuple[Sequence, int, bool]], choosers: list[Chooser]
+) -> list[ChosenStep]:
+    """The same as `run_step` without drafts, and the choice of what follows. In the compute thread.
+
+    choosers: of each item, its sampler and how many of the likeliest tokens' log probabilities are wanted.
+    """
+    batch = [(sequence, np.array([token], np.uint32)) for sequence, token, _ in items]
+    ran = run_tokens(engine.model, engine.pool, batch, ops=engine.ops)
+    # While the card computes, the host looks at grammars.
+    wishes = [_wish(sampler, sequence.position + 1, num_top)
+              for (sequence, _, _), (sampler, num_top) in zip(items, choosers, strict=True)]  # fmt: skip
+    fine = [wish if isinstance(wish, Wish) else _ANY for wish in wishes]
+    choices = choose_tokens(ran.logits, fine)
+    ran.keep_all()
+    return [
+        ChosenStep(choice=choice if isinstance(wish, Wish) else wish)
+        for wish, choice in zip(wishes, choices, strict=True)
+    ]
+
+
+def _wish(sampler: Sampler, position: int, num_top: int | None) -> Wish | AntefixError:
+    try:
+        return sampler.wish(position, num_top)
+    except AntefixError as err:
+        return err  # its own grammar, say
 
 
 def run_step(engine: Engine, items: list[tuple[Sequence, int, bool]]) -> list[Stepped]:

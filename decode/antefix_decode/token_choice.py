@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from antefix.sampling import Sampling
+from antefix_decode.card_choice import Wish
 from antefix_decode.penalties import Logits, Penalties
 
 
@@ -23,6 +24,9 @@ class Constraint(Protocol):
 
     def mask(self, logits: Logits) -> Logits:
         """A copy of the logits in which what may not come next is minus infinity."""
+
+    def allowed(self) -> npt.NDArray[np.int32]:
+        """The same as bits, one per token, lowest first: [V / 32], rounded up."""
 
     def push(self, token: int) -> None: ...
 
@@ -52,10 +56,27 @@ class Sampler:
         if self._constraint is not None:
             logits = self._constraint.mask(logits)
         token = self._draw(self._penalties.apply(logits), position)
+        self.take(token)
+        return token
+
+    def wish(self, position: int, num_top: int | None = None) -> Wish:
+        """The same as something to be asked for where the logits are; whoever chooses then says so by `take`.
+
+        num_top: of log probabilities.  Raises:  InvalidRequest: the grammar cannot be followed any further.
+        """
+        return Wish(
+            sampling=self._sampling,
+            edits=self._penalties.edits(),
+            allowed=None if self._constraint is None else self._constraint.allowed(),
+            uniform=self._uniform(position) if self._sampling.temperature else 0.0,
+            num_top=num_top,
+        )
+
+    def take(self, token: int) -> None:
+        """The token was chosen; it counts as output from here on."""
         self._penalties.push(token)
         if self._constraint is not None:
             self._constraint.push(token)
-        return token
 
     def _draw(self, logits: npt.NDArray[np.float32], position: int) -> int:
         sampling = self._sampling

@@ -86,11 +86,12 @@ def _queries_kernel(q, weights, codes, out_weights, factor, num_queries, stride_
         tl.store(out_weights + t * HEADS + h, w * factor * power_of_two(top), live)
 
 
-def prepare_queries(q: torch.Tensor, weights: torch.Tensor, factor: float) -> IndexQuery:
+def prepare_queries(q: torch.Tensor, weights: torch.Tensor, factor: float, *, as_many: bool = False) -> IndexQuery:
     """Rotate (Hadamard) and round index queries to FP4, ready for index_scores.
 
     Shapes:  q [T, H, d] float32 or bfloat16, RoPE applied, last dim contiguous; weights [T, H] float, last dim
              contiguous; factor multiplies every weight (V4: d^-1/2 * H^-1/2).
+             as_many: few queries are rounded by products of the shape that many are.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  released inference code; oracle: reference.prepare_queries.
     """
@@ -102,7 +103,7 @@ def prepare_queries(q: torch.Tensor, weights: torch.Tensor, factor: float) -> In
     out_weights = torch.empty(num_queries, heads, dtype=torch.float32, device=q.device)
     check(dim >= 16, "need an indexer dim of at least 16")
     # Few queries are spread over more programs of fewer heads.
-    rows = 16 if num_queries < _QUERY_PROGRAMS else min(64, max(16, triton.next_power_of_2(heads)))
+    rows = 16 if num_queries < _QUERY_PROGRAMS and not as_many else min(64, max(16, triton.next_power_of_2(heads)))
     if num_queries:
         each = min(_QUERIES_MAX, max(1, triton.next_power_of_2(num_queries) // _QUERY_PROGRAMS))
         _queries_kernel[(triton.cdiv(num_queries, each), triton.cdiv(heads, rows))](

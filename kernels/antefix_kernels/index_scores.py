@@ -225,12 +225,14 @@ def index_scores(
     *,
     group: int = 16,
     tile: tuple[int, int, int, int] | None = None,
+    as_chunk: bool = False,
 ) -> IndexScores:
     """Score each query against the first lens[t] keys of its sequence.
 
     Shapes:  query as in its class, T = S * Q; records [P, E, R] uint8; block_table [S, B] int32, values in [0, P);
              lens [T] int32, at most num_entries_max <= B * E, not decreasing within a sequence (causal order).
              tile: keys a program, queries a product, warps and stages; None takes what measured best.
+             as_chunk: sequences of one query take the kernel that longer chunks take.
     Raises:  ValueError: wrong dtype, shape or stride, or tables and lens that are not on the card.
     Source:  V4 report, section 2.3.1, equations 13 to 16; oracle: reference.index_scores.
     """
@@ -245,7 +247,8 @@ def index_scores(
     check(dim >= 16 and group & (group - 1) == 0, "need an indexer dim of at least 16 and a power-of-two group")
     check(num_entries_max <= block_table.shape[1] * records.shape[1], "num_entries_max exceeds the block tables")
     per_sequence = num_queries // sequences
-    keys, q_step, warps, stages = tile or (_DECODE_TILE if per_sequence == 1 else _PREFILL_TILE)
+    is_decode = per_sequence == 1 and not as_chunk
+    keys, q_step, warps, stages = tile or (_DECODE_TILE if is_decode else _PREFILL_TILE)
     check(keys >= 64, "a tile must have at least 64 keys: the compiler was seen to err below, at an indexer dim of 16")
     check(not in_words(fmt) or byte_alignment(records) >= 4, "keys of whole words must start at multiples of 4")
     check(keys % group == 0, f"a tile of {keys} keys must hold whole groups of {group}")
@@ -261,7 +264,7 @@ def index_scores(
     heads_pad = max(16, triton.next_power_of_2(heads))
     sizes = {"DIM": dim, "H": heads_pad, "N": keys, "GROUP": group, "PACKED": in_words(fmt), "num_warps": warps}
     on_hopper = tile is None and heads <= 64 and in_words(fmt) and hopper.available(records)
-    if on_hopper and per_sequence == 1 and records.shape[1] % 32 == 0:
+    if on_hopper and is_decode and records.shape[1] % 32 == 0:
         parts = max(1, min(triton.cdiv(padded, _HOPPER_KEYS), _HOPPER_PROGRAMS // num_queries))
         from antefix_kernels.index_scores_hopper import decode_kernel
 
@@ -275,7 +278,7 @@ def index_scores(
         grid = (triton.cdiv(num_entries_max, 256), sequences * triton.cdiv(per_sequence, _HOPPER_QUERIES))
         sizes = {"Q_TILE": _HOPPER_QUERIES, "ENTRIES": records.shape[1], "GROUP": group}
         prefill_kernel[grid](described, *tensors[1:], per_sequence, *strides, **sizes, num_warps=4)
-    elif per_sequence == 1:
+    elif is_decode:
         parts = max(1, min(padded // keys, _DECODE_PROGRAMS // num_queries))
         _decode_kernel[(parts, num_queries)](*tensors, heads, *strides, **layout, **sizes)
     else:

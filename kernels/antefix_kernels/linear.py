@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from antefix_kernels import expert_routing
 from antefix_kernels.finish import store_output
 from antefix_kernels.number_formats import check
 
@@ -28,11 +29,19 @@ _TILE_ROUTED = (64, 256, 64, 8, 3)
 _TILE_FLOAT32 = (64, 64, 32, 4, 2)
 # From this many outputs on a tile is wide.
 _OUTPUTS_WIDE = 2048
+# The same for so few rows at most, whose time is that of reading weights: by outputs at most. An element's sum runs
+# over the same addends in the same instructions as in the tiles above, so its bits are the same.
+FEW_ROWS_MAX = 0
+_TILES_FEW = ((2048, (64, 16, 128, 4, 5)), (8192, (64, 32, 128, 4, 5)), (None, (64, 64, 128, 4, 4)))
+_TILES_FEW_128 = ((2048, (128, 16, 128, 4, 4)), (8192, (128, 32, 128, 4, 4)), (None, (128, 64, 64, 4, 4)))
+# Of rows routed to experts.
+FEW_PICKS_MAX = 0
+_TILE_FEW_PICKS = (64, 64, 128, 4, 4)
 # Tiles of rows that run side by side, so that weights are read from the cache.
 _ROW_TILES_TOGETHER = 8
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Routing:
     """Which rows go to which expert, sorted by expert, without asking the card: nothing here waits for it.
 
@@ -143,6 +152,9 @@ def route(experts: torch.Tensor, num_experts: int, *, tile: int = _TILE_ROUTED[0
     """
     rows, device = experts.numel(), experts.device
     flat = experts.flatten()
+    if expert_routing.ENABLED and rows <= expert_routing.FEW_PICKS:
+        num_tiles = min(rows, rows // tile + num_experts)
+        return Routing(*expert_routing.sort_picks(flat, num_experts, num_tiles, tile), num_picked=experts.shape[1])
     order = flat.argsort(stable=True)
     counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
     ends = counts.cumsum(0)
@@ -185,7 +197,7 @@ def _launch(
     num_groups, num_outputs, num_addends = weights.shape
     if not out.shape[0]:
         return
-    m, n, k, warps, stages = _tile(x.dtype, num_outputs, is_routed=routing is not None)
+    m, n, k, warps, stages = _tile(x.dtype, out.shape[0], num_outputs, is_routed=routing is not None)
     row_tiles = triton.cdiv(out.shape[0], m) if routing is None else len(routing.experts)
     empty = x if routing is None else routing.order
     _product_kernel[(row_tiles * triton.cdiv(num_outputs, n), 1 if routing else num_groups)](
@@ -223,10 +235,13 @@ def _launch(
     )
 
 
-def _tile(dtype: torch.dtype, num_outputs: int, *, is_routed: bool) -> tuple[int, int, int, int, int]:
-    """By the weight alone: how many rows there are must not matter."""
+def _tile(dtype: torch.dtype, num_rows: int, num_outputs: int, *, is_routed: bool) -> tuple[int, int, int, int, int]:
+    """Rows, outputs, addends, warps, stages. The order of sums is the same in all tiles of a type."""
     if dtype is torch.float32:
         return _TILE_FLOAT32
     if is_routed:
-        return _TILE_ROUTED
+        return _TILE_FEW_PICKS if num_rows <= FEW_PICKS_MAX else _TILE_ROUTED
+    if num_rows <= FEW_ROWS_MAX:
+        tiles = _TILES_FEW if num_rows <= _TILES_FEW[0][1][0] else _TILES_FEW_128
+        return next(tile for most, tile in tiles if most is None or num_outputs <= most)
     return _TILE_WIDE if num_outputs >= _OUTPUTS_WIDE else _TILE_NARROW

@@ -96,8 +96,10 @@ def _overlap_kernel(kv, gate, bias, prior_rows, first_rows, overlap_kv, overlap_
                     ROPE: tl.constexpr, D: tl.constexpr, ENTRIES: tl.constexpr, RECORD: tl.constexpr,
                     ALIGN: tl.constexpr, SCALE_OFFSET: tl.constexpr, KEYS: tl.constexpr,
                     LOG2_D: tl.constexpr):  # fmt: skip
-    """Pool one CSA group with the group before's first series, norm, round and write it."""
+    """Pool one CSA group with the group before's first series, norm, round and write it, unless it is dropped."""
     g = tl.program_id(0)
+    if tl.load(slots + g) < 0:
+        return
     r = tl.arange(0, M_PAD)[:, None]
     d = tl.arange(0, D)[None, :]
     used = (r < M) & (d < DIM)
@@ -140,10 +142,12 @@ def _overlap_kernel(kv, gate, bias, prior_rows, first_rows, overlap_kv, overlap_
 
 
 @triton.jit
-def _pool_kernel(kv, gate, bias, first_rows, pooled, stride_n, M: tl.constexpr, DIM: tl.constexpr, C: tl.constexpr,
-                 ROWS: tl.constexpr):  # fmt: skip
-    """Softmax-gated sum of C columns of one HCA group, online over ROWS rows at a time."""
+def _pool_kernel(kv, gate, bias, first_rows, slots, pooled, stride_n, M: tl.constexpr, DIM: tl.constexpr,
+                 C: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Softmax-gated sum of C columns of one HCA group, online over ROWS rows at a time; of a dropped one nothing."""
     g = tl.program_id(0)
+    if tl.load(slots + g) < 0:
+        return
     d = tl.program_id(1) * C + tl.arange(0, C)[None, :]
     first = tl.load(first_rows + g).to(tl.int64)
     top = tl.full((ROWS, C), float("-inf"), tl.float32)
@@ -203,6 +207,7 @@ def pack_hca(
     groups, (m, dim) = first_rows.shape[0], bias.shape
     _check_projections(kv, gate, bias, dim, first_rows)
     _check_norm(norm, groups, dim)
+    _check_slots(target, groups)
     pooled = torch.empty(groups, dim, dtype=torch.float32, device=kv.device)
     if groups:
         rows = min(_POOL_ROWS, triton.next_power_of_2(m))
@@ -211,6 +216,7 @@ def pack_hca(
             gate,
             bias,
             first_rows,
+            target.slots,
             pooled,
             kv.stride(0),
             M=m,

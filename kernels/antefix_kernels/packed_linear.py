@@ -32,7 +32,7 @@ INPUT_GROUP = 128
 FP4_BLOCK = 32
 # Outputs, rows, addends, warps and stages of a tile, for so many rows (of an expert: on average) at most: the fastest
 # on an H200 at 32, 128 and 2,048 tokens of V4-Flash's products.
-_TILES_FP8 = ((32, (64, 32, 128, 4, 4)), (256, (128, 64, 128, 8, 4)), (None, (128, 128, 128, 8, 3)))
+_TILES_FP8 = ((32, (64, 32, 128, 4, 4)), (64, (128, 64, 128, 8, 4)), (None, (128, 128, 128, 8, 3)))
 _TILES_FP4 = ((8, (64, 16, 128, 4, 4)), (None, (128, 64, 128, 8, 3)))
 # What splits are counted by, whatever the tile.
 _SPLIT_OUTPUTS = 128
@@ -282,17 +282,22 @@ def multiply(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     check(x.dim() == 3 and x.shape[1] == num_groups, "inputs and weights have other numbers of groups")
     tile = _tile(x, weight, len(x))
     m = tile[1]
-    splits = _splits(num_groups * triton.cdiv(num_outputs, _SPLIT_OUTPUTS), weight.num_addends)
+    splits = num_splits(weight)
     out = torch.empty(x.shape[0], num_groups, num_outputs, dtype=x.dtype, device=x.device)
     if splits == 1:
         _launch(x, weight, out, None, tile=tile, splits=1, row_tiles=triton.cdiv(len(x), m), gathered=False)
         return out
     parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device)
     _launch(x, weight, parts, None, tile=tile, splits=splits, row_tiles=triton.cdiv(len(x), m), gathered=False)
+    add_parts(parts, out)
+    return out
+
+
+def add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
+    """parts [S, ...] float32, contiguous, added up in order into out [...]."""
     if out.numel():
         grid = (triton.cdiv(out.numel(), 1024),)
-        _sum_kernel[grid](parts, out, out.numel(), SPLITS=splits, COLUMNS=1024, enable_fp_fusion=False)
-    return out
+        _sum_kernel[grid](parts, out, out.numel(), SPLITS=len(parts), COLUMNS=1024, enable_fp_fusion=False)
 
 
 def routed_tile(x: torch.Tensor, num_rows: int, weight: Weight) -> int:
@@ -384,11 +389,18 @@ def _launch(
 
 
 def _check_operands(x: torch.Tensor, weight: Weight) -> None:
-    num_weights, num_outputs, _ = weight.codes.shape
     num_addends = weight.num_addends
     check(x.dtype in (torch.bfloat16, torch.float32), f"need float32 or bfloat16, got {x.dtype}")
-    check(x.stride(2) == 1 and weight.codes.stride(2) == 1, "the last dims must be contiguous")
+    check(x.stride(2) == 1, "the last dims must be contiguous")
     check(x.shape[2] == num_addends, f"inputs have {x.shape[2]} addends, weights {num_addends}")
+    check_weight(weight)
+
+
+def check_weight(weight: Weight) -> None:
+    """Raises ValueError: a weight that the kernels would read wrongly."""
+    num_weights, num_outputs, _ = weight.codes.shape
+    num_addends = weight.num_addends
+    check(weight.codes.stride(2) == 1, "the last dims must be contiguous")
     check(weight.codes.dtype in (torch.float8_e4m3fn, torch.uint8), f"codes of {weight.codes.dtype} are not known")
     rows, addends = weight.block
     shape = (num_weights, triton.cdiv(num_outputs, rows), triton.cdiv(num_addends, addends))
@@ -410,9 +422,11 @@ def _tile(x: torch.Tensor, weight: Weight, num_rows: int) -> tuple[int, int, int
     return n, m, k if weight.is_fp4 else min(k, weight.block[1]), warps, stages
 
 
-def _splits(num_tiles: int, num_addends: int) -> int:
-    """Parts over which addends are split: a power of two, by the weight alone."""
+def num_splits(weight: Weight) -> int:
+    """Runs into which addends are cut where outputs are few: a power of two, by the weight alone."""
+    num_groups, num_outputs = weight.codes.shape[:2]
+    num_tiles = num_groups * triton.cdiv(num_outputs, _SPLIT_OUTPUTS)
     splits = 1
-    while num_tiles * splits < _PROGRAMS_MIN and num_addends // (2 * splits) >= _SPLIT_ADDENDS_MIN:
+    while num_tiles * splits < _PROGRAMS_MIN and weight.num_addends // (2 * splits) >= _SPLIT_ADDENDS_MIN:
         splits *= 2
     return splits

@@ -20,6 +20,10 @@ _ELEMENTS = 4096
 _COLUMNS = 1024
 # Tokens of a program that mixes, and addends of a step: 16 is the least that a product has.
 _MIX_TOKENS, _MIX_STEP = 16, 128
+# Addends of one program: of V4's 16,384 one program alone took 185 us on an H200, which is a decode step's.
+_MIX_ADDENDS = 512
+# Tokens of a program that adds up parts.
+_MIX_SUM_TOKENS = 4
 _GATE_TOKENS = 32
 
 
@@ -50,23 +54,43 @@ def _norm_turn_kernel(x, weight, cos, sin, out, num_rows, heads, eps, scale, str
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _mixing_kernel(streams, fn, logits, num_tokens, width, eps, J: tl.constexpr, J_PAD: tl.constexpr, T: tl.constexpr,
-                   K: tl.constexpr):  # fmt: skip
-    """T tokens' streams, RMS-normed, times fn."""
+def _mixing_kernel(streams, fn, parts, squares, num_tokens, width, J: tl.constexpr, J_PAD: tl.constexpr,
+                   T: tl.constexpr, K: tl.constexpr, ADDENDS: tl.constexpr):  # fmt: skip
+    """T tokens' streams times fn, and their squares' sum, over one part of the addends."""
     t = tl.program_id(0) * T + tl.arange(0, T)
     j = tl.arange(0, J_PAD)
     k = tl.arange(0, K)
-    squares = tl.zeros((T, K), tl.float32)
+    part = tl.program_id(1)
+    total = tl.zeros((T, K), tl.float32)
     acc = tl.zeros((T, J_PAD), tl.float32)
     row = streams + tl.minimum(t, num_tokens - 1).to(tl.int64)[:, None] * width
-    for start in tl.range(0, width, K, num_stages=3):
+    for start in tl.range(part * ADDENDS, part * ADDENDS + ADDENDS, K, num_stages=3):
         inside = start + k < width
         x = tl.load(row + start + k[None, :], inside[None, :], other=0.0).to(tl.float32)
         f = tl.load(fn + j[None, :] * width + start + k[:, None], inside[:, None] & (j < J)[None, :], other=0.0)
         acc = tl.dot(x, f.to(tl.float32), acc, input_precision="tf32x3")
-        squares += x * x
-    out = acc * tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
-    tl.store(logits + t[:, None] * J + j[None, :], out, (t < num_tokens)[:, None] & (j < J)[None, :])
+        total += x * x
+    live = t < num_tokens
+    at = part.to(tl.int64) * num_tokens + t
+    tl.store(parts + at[:, None] * J + j[None, :], acc, live[:, None] & (j < J)[None, :])
+    tl.store(squares + at, tl.sum(total, 1), live)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _mixing_sum_kernel(parts, squares, logits, num_tokens, width, eps, J: tl.constexpr, J_PAD: tl.constexpr,
+                       T: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """T tokens' parts added up in order, over the root of their mean square."""
+    t = tl.program_id(0) * T + tl.arange(0, T)
+    j = tl.arange(0, J_PAD)
+    live = t < num_tokens
+    mask = live[:, None] & (j < J)[None, :]
+    acc = tl.zeros((T, J_PAD), tl.float32)
+    total = tl.zeros((T,), tl.float32)
+    for part in tl.static_range(PARTS):
+        at = part * num_tokens + t
+        acc += tl.load(parts + at[:, None] * J + j[None, :], mask, other=0.0)
+        total += tl.load(squares + at, live, other=0.0)
+    tl.store(logits + t[:, None] * J + j[None, :], acc * tl.rsqrt(total / width + eps)[:, None], mask)
 
 
 @triton.jit
@@ -214,22 +238,42 @@ def mixing_logits(streams: torch.Tensor, fn: torch.Tensor, eps: float) -> torch.
     width = streams.shape[1] * streams.shape[2]
     check(streams.is_contiguous() and fn.is_contiguous(), "streams and fn must be contiguous")
     check(fn.dim() == 2 and fn.shape[1] == width, f"fn must be [J, {width}]")
-    logits = torch.empty(len(streams), len(fn), dtype=torch.float32, device=streams.device)
-    if len(streams):
-        _mixing_kernel[(triton.cdiv(len(streams), _MIX_TOKENS),)](
-            streams,
-            fn,
-            logits,
-            len(streams),
-            width,
-            eps,
-            J=len(fn),
-            J_PAD=max(16, triton.next_power_of_2(len(fn))),
-            T=_MIX_TOKENS,
-            K=_MIX_STEP,
-            num_warps=4,
-            enable_fp_fusion=False,
-        )
+    num_tokens, num_logits = len(streams), len(fn)
+    logits = torch.empty(num_tokens, num_logits, dtype=torch.float32, device=streams.device)
+    if not num_tokens:
+        return logits
+    # How a sum is parted follows from the weight alone, so a token's bits do not depend on how many there are.
+    num_parts = triton.cdiv(width, _MIX_ADDENDS)
+    parts = torch.empty(num_parts, num_tokens, num_logits, dtype=torch.float32, device=streams.device)
+    squares = torch.empty(num_parts, num_tokens, dtype=torch.float32, device=streams.device)
+    sizes = {"J": num_logits, "J_PAD": max(16, triton.next_power_of_2(num_logits))}
+    _mixing_kernel[(triton.cdiv(num_tokens, _MIX_TOKENS), num_parts)](
+        streams,
+        fn,
+        parts,
+        squares,
+        num_tokens,
+        width,
+        **sizes,
+        T=_MIX_TOKENS,
+        K=_MIX_STEP,
+        ADDENDS=_MIX_ADDENDS,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    _mixing_sum_kernel[(triton.cdiv(num_tokens, _MIX_SUM_TOKENS),)](
+        parts,
+        squares,
+        logits,
+        num_tokens,
+        width,
+        eps,
+        **sizes,
+        T=_MIX_SUM_TOKENS,
+        PARTS=num_parts,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
     return logits
 
 

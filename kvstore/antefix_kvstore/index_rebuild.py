@@ -1,150 +1,157 @@
 """An index from the segments' headers, in memory that does not grow with the store.
 
-Headers are read in the order in which they were written, so that nearly every record comes after its parent. One that
-does not, as compaction may have moved its parent, waits for it. Where more wait than may, their segments are read again
-once everything else is there.
+Headers are read in the order in which they were written, so that nearly every record comes after its parent. A group of
+them at a time is resolved and indexed as rows. One whose parent has not come, as compaction may have moved it, goes
+into the next group again. Where more wait than may, their segments are read again once everything else is there.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
-from antefix.record import STORED_KINDS, RecordName
+import numpy as np
+import numpy.typing as npt
+
+from antefix.record import STORED_KINDS
 from antefix.store_files.index import Index
-from antefix.store_files.record_format import RecordFlag
-from antefix.store_files.record_header import RecordHeader
+from antefix.store_files.record_format import RECORD_HEADER_BYTES
+from antefix.store_files.record_header import unpack_record_header
 from antefix_kvstore.eviction import EvictionPolicy
+from antefix_kvstore.header_rows import ROW, extents_of, rows_of
+from antefix_kvstore.index_bulk import BulkIndex
 from antefix_kvstore.index_forest import insert_entry
 from antefix_kvstore.index_writer import IndexTxn
 from antefix_kvstore.segments import Segments
-from antefix_kvstore.space import parent_of
+
+Array = npt.NDArray[Any]
 
 # Segments scanned at once: headers of large records lie far apart, and a disk answers many such reads as fast as one.
 _SCAN_THREADS: Final = 8
 _CHUNK_RECORDS: Final = 2_000
-_TXN_RECORDS: Final = 10_000
-# A header takes about a kilobyte.
+# A group writes nearly every page of the index again, so larger ones are faster. A record takes some 400 bytes in it.
+_GROUP_RECORDS: Final = 1 << 16
 _WAITING_MAX: Final = 50_000
-_FIRST: Final = int(RecordFlag.FIRST)
-_ELSEWHERE: Final = int(RecordFlag.ELSEWHERE)
 
 
-def fill_index(index: Index, segments: Segments, *, check_all: bool) -> dict[int, int]:
+def fill_index(open_index: Callable[[], Index], segments: Segments, *, check_all: bool) -> dict[int, int]:
     """Index all records of which the parents are there, or may be in another store.
 
+    open_index: opens the new index, which nobody else has open.
     check_all: read every payload, and leave out those that are wrong. Else those of the last segment are read: it may
     end in a batch that was never acknowledged; the others were synced before it began.
     Returns per segment where its last record ends.
     """
-    filling = _Filling(index)
-    last = max(segments.sizes, default=0)
-    numbers: Sequence[int] = sorted(segments.sizes)
-    while numbers:
-        before = filling.num_indexed
-        for chunk in _chunks(segments, numbers, last, check_all):
-            filling.add(chunk)
-        filling.flush()
-        if filling.num_indexed == before or not filling.crowded:
-            # What still waits has no parent here: it stands apart, or is nobody's.
-            numbers = () if filling.takes_apart else sorted(filling.crowded)
-            filling.take_apart()
-        else:
-            numbers = filling.start_again()
-    return filling.ends
+    bulk = BulkIndex(open_index)
+    try:
+        filling = _Filling(bulk, segments)
+        last = max(segments.sizes, default=0)
+        numbers: Sequence[int] = sorted(segments.sizes)
+        while numbers:
+            before = bulk.num_indexed
+            for rows in _chunks(segments, numbers, last, check_all):
+                filling.add(rows)
+            filling.flush()
+            if bulk.num_indexed == before or not filling.crowded:
+                # What still waits has no parent here: it stands apart, or is nobody's.
+                numbers = () if filling.takes_apart else sorted(filling.crowded)
+                filling.take_apart()
+            else:
+                numbers = filling.start_again()
+        return filling.ends
+    finally:
+        bulk.index.close()
 
 
 class _Filling:
     """takes_apart: whether a record whose parent may be in another store is indexed without it."""
 
-    def __init__(self, index: Index) -> None:
-        self._index = index
-        self._policy = EvictionPolicy()
-        self._gathered: list[RecordHeader] = []
-        self._waiting: dict[RecordName, list[RecordHeader]] = {}
-        self._num_waiting = 0
+    def __init__(self, bulk: BulkIndex, segments: Segments) -> None:
+        self._bulk = bulk
+        self._segments = segments
+        self._gathered: list[Array] = []
+        self._num_gathered = 0
+        self._waiting = np.empty(0, ROW)
         self.crowded: set[int] = set()
         self.takes_apart = False
-        self.num_indexed = 0
         self.ends: dict[int, int] = {}
 
-    def add(self, headers: Sequence[RecordHeader]) -> None:
-        for header in headers:
-            end = header.offset + header.extent_bytes
-            self.ends[header.segment] = max(self.ends.get(header.segment, 0), end)
-        self._gathered += (header for header in headers if header.kind in STORED_KINDS)
-        if len(self._gathered) >= _TXN_RECORDS:
+    def add(self, rows: Array) -> None:
+        """rows: of one segment, in order."""
+        number, end = int(rows["segment"][-1]), int(rows["offset"][-1]) + int(extents_of(rows[-1:])[0])
+        self.ends[number] = max(self.ends.get(number, 0), end)
+        self._gathered.append(rows[np.isin(rows["kind"], [int(kind) for kind in STORED_KINDS])])
+        self._num_gathered += len(rows)
+        if self._num_gathered >= _GROUP_RECORDS:
             self.flush()
 
     def flush(self) -> None:
-        # Parents have smaller positions; a checkpoint comes after the block that it hangs on.
-        self._gathered.sort(key=lambda header: (header.position, header.kind))
-        with IndexTxn(self._index) as txn:
-            for header in self._gathered:
-                self._index_one(txn, header)
-        self._gathered = []
+        rows = _last_copies(np.concatenate([self._waiting, *self._gathered]))
+        self._gathered, self._num_gathered = [], 0
+        rows, newer_copies = self._apart_from_known(rows)
+        waiting = self._bulk.add(rows, takes_apart=self.takes_apart)
+        self._waiting, crowd = waiting[:_WAITING_MAX], waiting[_WAITING_MAX:]
+        self.crowded |= set(np.unique(crowd["segment"]).tolist())
+        self._replace(newer_copies)
 
     def start_again(self) -> Sequence[int]:
         """The segments that must be read once more, without what of them waits already."""
         numbers, self.crowded = sorted(self.crowded), set()
-        known = set(numbers)
-        for name, waiting in list(self._waiting.items()):
-            kept = [header for header in waiting if header.segment not in known]
-            self._num_waiting -= len(waiting) - len(kept)
-            if kept:
-                self._waiting[name] = kept
-            else:
-                del self._waiting[name]
+        self._waiting = self._waiting[~np.isin(self._waiting["segment"], numbers)]
         return numbers
 
     def take_apart(self) -> None:
         """Index what waits for a parent that may be in another store, with what waits for it."""
         self.takes_apart = True
-        self._gathered = [header for waiting in self._waiting.values() for header in waiting]
-        self._gathered = [header for header in self._gathered if int(header.flags) & _ELSEWHERE]
         self.flush()
 
-    def _index_one(self, txn: IndexTxn, header: RecordHeader) -> None:
-        """This one, and what has waited for it."""
-        found = [header]
-        while found:
-            header = found.pop()
-            name = (header.kind, header.hash)
-            old = txn.get(name)
-            # Of copies the last one counts: what was put again has taken the place of what was damaged.
-            if old is not None and (old.segment, old.offset) >= (header.segment, header.offset):
-                continue
-            parent = parent_of(name, header.parent)
-            flags = int(header.flags)
-            may_stand = flags & _FIRST or old is not None or (self.takes_apart and flags & _ELSEWHERE)
-            if not may_stand and txn.get(parent) is None:
-                self._wait(parent, header)
-                continue
-            # When it was last used is lost with the index; when it was written is the best guess.
-            self.num_indexed += insert_entry(txn, header, self._policy, used_ms=header.created_ms)
-            waited = self._waiting.pop(name, ())
-            self._num_waiting -= len(waited)
-            found += waited
+    def _apart_from_known(self, rows: Array) -> tuple[Array, Array]:
+        """Those that are not indexed, and those that are in an earlier copy."""
+        is_new, is_later = np.ones(len(rows), bool), np.zeros(len(rows), bool)
+        for number, entry in self._bulk.known_copies(rows):
+            is_new[number] = False
+            place = (int(rows["segment"][number]), int(rows["offset"][number]))
+            is_later[number] = place > (entry.segment, entry.offset)
+        return rows[is_new], rows[is_later]
 
-    def _wait(self, parent: RecordName, header: RecordHeader) -> None:
-        if self._num_waiting >= _WAITING_MAX:
-            self.crowded.add(header.segment)
+    def _replace(self, rows: Array) -> None:
+        """Of copies the last one counts: what was put again has taken the place of what was damaged."""
+        if not len(rows):
             return
-        self._waiting.setdefault(parent, []).append(header)
-        self._num_waiting += 1
+        policy = EvictionPolicy()
+        with IndexTxn(self._bulk.index) as txn:
+            for number, offset in zip(rows["segment"].tolist(), rows["offset"].tolist(), strict=True):
+                raw = self._segments.read(number, offset, RECORD_HEADER_BYTES)
+                header = unpack_record_header(raw, self._segments.identity.seed)
+                insert_entry(txn, header, policy, used_ms=header.created_ms)
+        self._bulk.num_indexed += len(rows)
 
 
-def _chunks(segments: Segments, numbers: Sequence[int], last: int, check_all: bool) -> Iterator[Sequence[RecordHeader]]:
-    """The headers of these segments, in order; a few segments are read ahead, a chunk of each."""
+def _last_copies(rows: Array) -> Array:
+    """Of each name the row whose place is last."""
+    rows = rows[np.lexsort((rows["offset"], rows["segment"]))]
+    kept = np.ones(len(rows), bool)
+    for kind in STORED_KINDS:
+        numbers = np.flatnonzero(rows["kind"] == kind)
+        last = dict(zip(rows["hash"][numbers].tolist(), numbers.tolist(), strict=True))
+        if len(last) < len(numbers):
+            kept[numbers] = False
+            kept[list(last.values())] = True
+    return rows[kept]
 
-    def next_of(scan: Iterator[RecordHeader]) -> list[RecordHeader]:
-        return list(itertools.islice(scan, _CHUNK_RECORDS))
 
-    scans = (segments.scan(number, check_payloads=check_all or number == last) for number in numbers)
-    ahead: deque[tuple[Iterator[RecordHeader], Future[list[RecordHeader]]]] = deque()
+def _chunks(segments: Segments, numbers: Sequence[int], last: int, check_all: bool) -> Iterator[Array]:
+    """Rows of these segments, in order; a few segments are read ahead, a chunk of each."""
+
+    def next_of(scan: Iterator[bytes]) -> Array | None:
+        raws = list(itertools.islice(scan, _CHUNK_RECORDS))
+        return rows_of(raws, segments.identity.seed) if raws else None
+
+    scans = (segments.raw_headers(number, check_payloads=check_all or number == last) for number in numbers)
+    ahead: deque[tuple[Iterator[bytes], Future[Array | None]]] = deque()
     with ThreadPoolExecutor(_SCAN_THREADS) as pool:
         while True:
             for scan in itertools.islice(scans, _SCAN_THREADS - len(ahead)):
@@ -153,6 +160,6 @@ def _chunks(segments: Segments, numbers: Sequence[int], last: int, check_all: bo
                 return
             scan, reading = ahead.popleft()
             chunk = reading.result()
-            if chunk:
+            if chunk is not None:
                 ahead.appendleft((scan, pool.submit(next_of, scan)))
                 yield chunk

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final
 
@@ -93,11 +93,7 @@ def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, chec
     """A new index from the segments' headers, put in place only when it is whole."""
     new = directory / REBUILT_DIR
     new.mkdir(mode=0o700)
-    index = Index(new, map_bytes=index_bytes, write=True)
-    try:
-        _fill(index, segments, check_all)
-    finally:
-        index.close()
+    _fill(lambda: Index(new, map_bytes=index_bytes, write=True, durable=False), segments, check_all)
     old = directory / INDEX_DIR
     if old.exists():
         segments.disk.rename(old, directory / DISCARDED_DIR)
@@ -107,11 +103,19 @@ def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, chec
     return Index(old, map_bytes=index_bytes, write=True)
 
 
-def _fill(index: Index, segments: Segments, check_all: bool) -> None:
-    ends = fill_index(index, segments, check_all=check_all)
-    with IndexTxn(index) as txn:
-        for number, size in segments.sizes.items():
-            set_end(txn, number, min(ends.get(number, SEGMENT_HEADER_BYTES), size))
+def _fill(open_index: Callable[[], Index], segments: Segments, check_all: bool) -> None:
+    ends = fill_index(open_index, segments, check_all=check_all)
+    if ends:
+        # All others were synced before it began, and the index must not be ahead of the segments.
+        segments.sync_file(max(ends))
+    index = open_index()
+    try:
+        with IndexTxn(index) as txn:
+            for number, size in segments.sizes.items():
+                set_end(txn, number, min(ends.get(number, SEGMENT_HEADER_BYTES), size))
+        index.env.sync(True)
+    finally:
+        index.close()
 
 
 def index_headers(index: Index, headers: Iterable[RecordHeader]) -> int:

@@ -108,7 +108,7 @@ class Derived:
         """Shapes:  rows [N, hash and entry of one form] uint8."""
         checked = np.ascontiguousarray(rows)
         said = checked[:, -4:].copy().view("<u4")[:, 0]
-        if (_xxh32(checked[:, :-4]) != said).any():
+        if (xxh32_of_rows(checked[:, :-4]) != said).any():
             raise Fault("an entry is damaged")
         is_short = rows.shape[1] == HASH_BYTES + INDEX_ENTRY_SHORT.size
         of = _short_columns(checked) if is_short else _long_columns(checked)
@@ -138,17 +138,17 @@ class Derived:
         stored, payload = of["stored_bytes"].astype(np.int64), of["payload_bytes"].astype(np.int64)
         extents = RECORD_HEADER_BYTES + (stored + RECORD_ALIGN - 1) // RECORD_ALIGN * RECORD_ALIGN
         ones = np.ones_like(extents)
-        tenants, sums = _sums_by(of["tenant_id"], ones, extents, payload)
+        tenants, sums = sums_by(of["tenant_id"], ones, extents, payload)
         self.tenant_ids |= set(tenants)
         for tenant, row in zip(tenants, sums, strict=True):
             for key in (b"k" + bytes([kind]), b"t" + tenant.to_bytes(4, "little")):
                 self.totals[key] = [a + b for a, b in zip(self.totals[key], row, strict=True)]
         good = (of["flags"] & RecordFlag.QUARANTINED) == 0
-        for segment, row in zip(*_sums_by(of["segment"][good], extents[good], ones[good]), strict=True):
+        for segment, row in zip(*sums_by(of["segment"][good], extents[good], ones[good]), strict=True):
             self.live[segment] = [a + b for a, b in zip(self.live[segment], row, strict=True)]
 
 
-def _sums_by(keys: Array, *columns: Array) -> tuple[list[int], list[list[int]]]:
+def sums_by(keys: Array, *columns: Array) -> tuple[list[int], list[list[int]]]:
     """The distinct keys, and of each the sums of the columns."""
     distinct, places = np.unique(keys, return_inverse=True)
     sums = np.zeros((len(distinct), len(columns)), np.int64)
@@ -168,7 +168,7 @@ def _long_columns(rows: Array) -> Columns:
     return {name: fields[name].astype(np.int64) for name in _FIELDS}
 
 
-def _xxh32(rows: Array) -> Array:
+def xxh32_of_rows(rows: Array) -> Array:
     """XXH32 (seed 0) of each row, whose length is a multiple of 16. Source: xxHash specification, "XXH32 algorithm".
 
     Shapes:  rows [N, nbytes] uint8; result [N] uint32.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,10 +45,21 @@ class FingerprintState:
 class IndexTxn:
     """One write transaction. Use as a context manager: commits at the end, aborts on an exception."""
 
-    def __init__(self, index: Index, *, before_commit: Callable[[], object] | None = None) -> None:
-        """before_commit: called when everything is ready to be committed; what it raises aborts."""
+    def __init__(
+        self,
+        index: Index,
+        *,
+        before_commit: Callable[[], object] | None = None,
+        may_drop: Callable[[int], bool] = lambda _number: False,
+    ) -> None:
+        """before_commit: called when everything is ready to be committed; what it raises aborts.
+
+        may_drop: whether a segment without a live record may be let go of; those that were are in `dropped`.
+        """
         self._index = index
         self._before_commit = before_commit
+        self._may_drop = may_drop
+        self.dropped: list[int] = []
         self._txn: Any = index.env.begin(write=True)
         # name -> what the table holds, and what it shall hold.
         self._old: dict[RecordName, bytes | None] = {}
@@ -58,6 +69,9 @@ class IndexTxn:
         # Every record names one, and they are few.
         self._fingerprints: dict[bytes, FingerprintState] = {}
         self._owners = OwnerNumbers(index, self._txn)
+        self._totals: dict[bytes, list[int]] = defaultdict(lambda: [0, 0, 0])
+        self._live: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+        self._num_quarantined = self._num_apart = 0
 
     def __enter__(self) -> IndexTxn:
         return self
@@ -165,14 +179,24 @@ class IndexTxn:
     def set_segment(self, number: int, state: SegmentState | None) -> None:
         self._segments[number] = state
 
+    def count(
+        self, totals: Mapping[bytes, Sequence[int]], live: Mapping[int, Sequence[int]], *, num_apart: int
+    ) -> None:
+        """Add records to what is counted that do not pass through here.
+
+        totals: by key, records, extent bytes and payload bytes.  live: by segment, bytes and records.
+        """
+        for key, row in totals.items():
+            self._totals[key] = [a + b for a, b in zip(self._totals[key], row, strict=True)]
+        for number, pair in live.items():
+            self._live[number] = [a + b for a, b in zip(self._live[number], pair, strict=True)]
+        self._num_apart += num_apart
+
     def set_meta(self, key: bytes, value: bytes) -> None:
         self._txn.put(key, value, db=self._index.db["meta"])
 
     def _flush(self) -> None:
         db = self._index.db
-        totals: dict[bytes, list[int]] = defaultdict(lambda: [0, 0, 0])
-        live: dict[int, list[int]] = defaultdict(lambda: [0, 0])
-        num_quarantined = num_apart = 0
         for name, entry in self._new.items():
             raw = self._old[name]
             packed = None if entry is None else pack_entry(entry, name[1])
@@ -183,28 +207,31 @@ class IndexTxn:
             self._note_change(name, old, entry)
             for state, sign in ((old, -1), (entry, 1)):
                 if state is not None:
-                    count_entry(totals, live, name[0], state, sign)
-                    num_quarantined += sign * state.quarantined
-                    num_apart += sign * state.apart
+                    count_entry(self._totals, self._live, name[0], state, sign)
+                    self._num_quarantined += sign * state.quarantined
+                    self._num_apart += sign * state.apart
             if packed is None:
                 self._txn.delete(name[1], db=db[TABLE_OF_KIND[name[0]]])
             else:
                 self._txn.put(name[1], packed, db=db[TABLE_OF_KIND[name[0]]])
-        for key, delta in totals.items():
+        for key, delta in self._totals.items():
             self._add_totals(key, delta)
-        self._owners.forget_empty(int.from_bytes(key[1:], "little") for key in totals if key[:1] == b"t")
-        for number, (nbytes, records) in live.items():
+        self._owners.forget_empty(int.from_bytes(key[1:], "little") for key in self._totals if key[:1] == b"t")
+        for number, (nbytes, records) in self._live.items():
             before = self.segment(number) or SegmentState()
             self._segments[number] = dataclasses.replace(
                 before, live_bytes=before.live_bytes + nbytes, live_records=before.live_records + records
             )
+            if before.live_records + records == 0 and self._may_drop(number):
+                self._segments[number] = None
+                self.dropped.append(number)
         self._write_segments()
-        if num_quarantined:
+        if self._num_quarantined:
             known = self._index.num_quarantined(self._txn)
-            self._txn.put(QUARANTINED_KEY, _U64.pack(known + num_quarantined), db=db["meta"])
-        if num_apart:
+            self._txn.put(QUARANTINED_KEY, _U64.pack(known + self._num_quarantined), db=db["meta"])
+        if self._num_apart:
             known = self._index.num_apart(self._txn)
-            self._txn.put(APART_KEY, _U64.pack(known + num_apart), db=db["meta"])
+            self._txn.put(APART_KEY, _U64.pack(known + self._num_apart), db=db["meta"])
 
     def _derive(self, name: RecordName, old: IndexEntry | None, new: IndexEntry | None) -> None:
         """The leaf and expiry keys that an entry stands under."""

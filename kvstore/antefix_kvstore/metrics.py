@@ -110,7 +110,7 @@ def store_metrics(engine: StorageEngine, scrubber: Scrubber, writer: GroupCommit
         "Lines of the log of hits that could not be written.",
         {(): float(engine.num_log_lines_lost)},
     )
-    yield from engine.sync_s.collect()
+    yield from engine.writer.sync_s.collect()
 
 
 def memory_metrics(pool: MemoryRecords, num_streams: int) -> Iterable[Metric]:

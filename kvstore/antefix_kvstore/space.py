@@ -1,57 +1,41 @@
-"""Keeping the store inside its budget: expiry, leaf-first eviction, dropping dead segments, compacting half-dead ones.
+"""Keeping the store inside its budget: expiry, leaf-first eviction, and when to compact (`antefix_kvstore.compaction`).
 
 The budget covers everything under the directory; how much of it may be used follows what the file system has free
 (`antefix_kvstore.free_space`). A reserve of two segments inside it is never given to puts, so that
-compaction, which copies before it deletes, always has room. Order everywhere: the index lets go first, then the file
-goes; a crash between leaves an unreferenced file, which opening drops.
+compaction, which copies before it deletes, always has room.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from typing import Final
 
 from antefix.errors import StoreFull
 from antefix.miss_reason import MissReason
-from antefix.record import STORED_KINDS, RecordKind, RecordName
+from antefix.record import RecordKind, RecordName
 from antefix.store_files.gone_blocks import GoneWriter
 from antefix.store_files.index import Index
 from antefix.store_files.record_format import (
     BATCH_ALIGN,
-    RECORD_HEADER_BYTES,
     SEGMENT_HEADER_BYTES,
     RecordFlag,
-    align,
-    payload_checksum,
 )
-from antefix.store_files.record_header import RecordHeader
+from antefix_kvstore.compaction import Compactor, SpaceCounters
 from antefix_kvstore.disk_reserve import DiskReserve
-from antefix_kvstore.eviction import victims
+from antefix_kvstore.eviction import ahead_bytes, victims
 from antefix_kvstore.free_space import FreeSpace
-from antefix_kvstore.index_writer import IndexTxn, SegmentState, read_segments
-from antefix_kvstore.segments import Draft, Segments
+from antefix_kvstore.index_writer import IndexTxn
+from antefix_kvstore.segments import Segments
 
 log = logging.getLogger("antefix_kvstore.space")
 
 # Live data may fill this much of what puts may use. The rest is dead space waiting for compaction: less of it means
 # that compaction copies more for each byte it frees.
 LIVE_SHARE_MAX: Final = 0.85
-# Eviction frees a little more than asked, so that not every put has to evict.
-EVICT_STEP_SHARE: Final = 1 / 128
 EXPIRE_RECORDS_MAX: Final = 4096
 # Below this gain a segment is not worth copying, even when space is short.
 COMPACT_GAIN_MIN: Final = 1 / 16
-
-
-@dataclasses.dataclass(slots=True)
-class SpaceCounters:
-    evictions: int = 0
-    expirations: int = 0
-    compacted_bytes: int = 0
-    dropped_segments: int = 0
 
 
 class Space:
@@ -78,10 +62,7 @@ class Space:
         # Why nothing is stored now; empty while it is.
         self.stopped = ""
         self.counters = SpaceCounters()
-        # The segment being compacted and what of it has not been looked at yet.
-        self._compacting: tuple[int, deque[RecordHeader]] | None = None
-        self.on_corrupt: Callable[[RecordName], object] = lambda _name: None
-        self.on_dropped: Callable[[], object] = lambda: None
+        self.compactor = Compactor(segments, index, self.counters, now_ms=now_ms)
 
     @property
     def index_bytes(self) -> int:
@@ -90,10 +71,6 @@ class Space:
     @property
     def used_bytes(self) -> int:
         return self._segments.used_bytes + self.index_bytes + self.reserve.nbytes + self._gone.nbytes
-
-    def restart(self) -> None:
-        """The directory holds other files now."""
-        self._compacting = None
 
     def make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:
         """See to it that a batch of `nbytes` may be appended.
@@ -133,21 +110,22 @@ class Space:
         self.expire()
         fixed = self.index_bytes + self.reserve.nbytes + self._gone.nbytes
         live_max = int(LIVE_SHARE_MAX * (self.limit_bytes - fixed))
+        ahead = ahead_bytes(self.limit_bytes)
         while self.used_bytes + nbytes > self.limit_bytes:
-            if self._drop_dead():
+            if self.compactor.drop_dead():
                 continue
-            live = sum(state.live_bytes for state in self._states().values())
+            live = sum(state.live_bytes for state in self.compactor.states().values())
             excess = live + nbytes - live_max
             if excess > 0:
-                step = excess + int(EVICT_STEP_SHARE * self.limit_bytes)
-                if self.evict(step, keep):
+                if self.evict(excess + ahead, keep):
                     continue
                 raise StoreFull(f"the store's budget of {self.budget_bytes} bytes is taken by records that must stay")
-            if self.compact_one(COMPACT_GAIN_MIN) is None:
+            wanted = self.used_bytes + nbytes + ahead - self.limit_bytes
+            if self.compactor.compact_together(COMPACT_GAIN_MIN, wanted) is None:
                 # Live data lies so densely that only evicting more of it makes segments worth compacting.
                 if live_max <= 0:
                     raise StoreFull(f"the store's budget of {self.budget_bytes} bytes is too small for this record")
-                live_max -= int(EVICT_STEP_SHARE * self.limit_bytes) + nbytes
+                live_max -= ahead + nbytes
 
     def evict(self, nbytes: int, keep: Collection[RecordName] = (), *, owners: Collection[bytes] | None = None) -> int:
         """Take leaves, lowest rank first, until `nbytes` are dead. Returns how many records went.
@@ -156,7 +134,7 @@ class Space:
         """
         now_ms = self._now_ms()
         num_taken = freed = 0
-        with self._gone.together(), IndexTxn(self._index) as txn:
+        with self._gone.together(), self.compactor.transaction() as txn:
             numbers = None if owners is None else {txn.known_owner_id(owner) for owner in owners} - {None}
             if numbers is not None and not numbers:
                 return 0
@@ -178,6 +156,7 @@ class Space:
                     num_taken += 1
                     if freed >= nbytes:
                         break
+        self.compactor.delete(txn.dropped)
         self.counters.evictions += num_taken
         return num_taken
 
@@ -189,7 +168,7 @@ class Space:
             due = cursor.first() and int.from_bytes(cursor.key()[:8], "big") <= now_ms
         if not due:
             return 0
-        with self._gone.together(), IndexTxn(self._index) as txn:
+        with self._gone.together(), self.compactor.transaction() as txn:
             waiting = txn.expiring(now_ms)[:EXPIRE_RECORDS_MAX]
             while waiting:
                 name = waiting.pop()
@@ -202,6 +181,7 @@ class Space:
                 num_taken += 1
                 if parent is not None:
                     waiting.append(parent[1])
+        self.compactor.delete(txn.dropped)
         self.counters.expirations += num_taken
         return num_taken
 
@@ -228,115 +208,7 @@ class Space:
                 parent.expires_ms = max(parent.expires_ms, entry.expires_ms)
         return None if parent.children else (parent.rank_ms, parent_name)
 
-    def compact_one(self, gain_min: float) -> int | None:
-        """Copy what is live of the deadest segment, then drop it. Returns the bytes copied, None if none pays."""
-        copied = self.compact_step(gain_min, self._segments.segment_bytes)
-        while self._compacting is not None:
-            copied = (copied or 0) + (self.compact_step(gain_min, self._segments.segment_bytes) or 0)
-        return copied
-
-    def compact_step(self, gain_min: float, nbytes: int) -> int | None:
-        """Go on compacting, or begin with the deadest segment; copies about `nbytes`. None if no segment pays."""
-        if self._compacting is None or self._compacting[0] not in self._segments.sizes:
-            number = self._deadest(gain_min)
-            if number is None:
-                self._compacting = None
-                return None
-            if number == self._segments.active:
-                self._segments.roll(self._now_ms())
-            headers = list(self._segments.scan(number, check_payloads=False))
-            self._compacting = (number, deque(self._live(headers)))
-        number, waiting = self._compacting
-        share: list[RecordHeader] = []
-        while waiting and nbytes > 0:
-            share.append(waiting.popleft())
-            nbytes -= share[-1].extent_bytes
-        copied = self._copy(share)
-        if not waiting:
-            self._compacting = None
-            self._drop_dead()
-        return copied
-
-    def _deadest(self, gain_min: float) -> int | None:
-        """The segment whose compaction frees most, if that is at least `gain_min` of it."""
-        best, best_gain = None, 0
-        for number, state in self._states().items():
-            size = self._segments.sizes[number]
-            # What a fresh copy would take less; without the alignment, one compaction would call for the next.
-            gain = size - SEGMENT_HEADER_BYTES - align(state.live_bytes, BATCH_ALIGN)
-            if gain > max(best_gain, gain_min * size) and (number != self._segments.active or gain > size // 2):
-                best, best_gain = number, gain
-        return best
-
-    def _copy(self, headers: Sequence[RecordHeader]) -> int:
-        """Move those records that the index still names to the active segment. Returns the bytes copied."""
-        drafts = [draft for header in self._live(headers) if (draft := self._load(header)) is not None]
-        if not drafts:
-            return 0
-        placed = self._segments.append(drafts, self._now_ms())
-        try:
-            self._segments.sync()
-            with IndexTxn(self._index) as txn:
-                for header in placed:
-                    entry = txn.get((header.kind, header.hash))
-                    assert entry is not None, "the engine's lock is held"
-                    entry.segment, entry.offset = header.segment, header.offset
-                note_end(txn, self._segments)
-        except BaseException:
-            self._segments.rollback(placed[0].offset)
-            raise
-        copied = sum(header.extent_bytes for header in placed)
-        self.counters.compacted_bytes += copied
-        return copied
-
-    def _live(self, headers: Sequence[RecordHeader]) -> list[RecordHeader]:
-        """Those that the index names."""
-        with self._index.txn() as txn:
-            entries = [
-                (header, self._index.entry(txn, header.kind, header.hash))
-                for header in headers
-                if header.kind in STORED_KINDS
-            ]
-        return [
-            header
-            for header, entry in entries
-            if entry and (entry.segment, entry.offset) == (header.segment, header.offset) and not entry.quarantined
-        ]
-
-    def _load(self, header: RecordHeader) -> Draft | None:
-        stored = self._segments.read(header.segment, header.offset + RECORD_HEADER_BYTES, header.stored_bytes)
-        if payload_checksum(stored) != header.payload_checksum:
-            self.on_corrupt((header.kind, header.hash))
-            return None
-        return Draft(header, stored, sealed=True)
-
-    def _drop_dead(self) -> int:
-        """Drop segments that the index names nothing in. Returns how many."""
-        dead = [n for n, state in self._states().items() if not state.live_records and n != self._segments.active]
-        if not dead:
-            return 0
-        with IndexTxn(self._index) as txn:
-            for number in dead:
-                txn.set_segment(number, None)
-        for number in dead:
-            self._segments.drop(number)
-        self.on_dropped()
-        self.counters.dropped_segments += len(dead)
-        return len(dead)
-
-    def _states(self) -> dict[int, SegmentState]:
-        with self._index.txn() as txn:
-            states = read_segments(self._index, txn)
-        return {number: states.get(number, SegmentState()) for number in self._segments.sizes}
-
 
 def parent_of(name: RecordName, parent: bytes) -> RecordName:
     """What a record hangs on: a block on the block before it, a checkpoint on the block of the same hash."""
     return (RecordKind.BLOCK, parent if name[0] is RecordKind.BLOCK else name[1])
-
-
-def note_end(txn: IndexTxn, segments: Segments) -> None:
-    """Record how far the active segment is committed."""
-    assert segments.active is not None
-    state = txn.segment(segments.active) or SegmentState()
-    txn.set_segment(segments.active, dataclasses.replace(state, end=segments.sizes[segments.active]))

@@ -11,20 +11,17 @@ Readers of any process see a record when step 4 has happened and not before. Blo
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import lmdb
 
 from antefix.block import digest_of
-from antefix.errors import AntefixError, BlockCorrupt, FingerprintMismatch, InvalidRequest, StoreFull
+from antefix.errors import AntefixError, BlockCorrupt, FingerprintMismatch, InvalidRequest
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch
 from antefix.record import (
@@ -35,7 +32,6 @@ from antefix.record import (
     Record,
     RecordKind,
     RecordName,
-    Refusal,
     RefusalReason,
 )
 from antefix.secret import Keyring
@@ -46,10 +42,10 @@ from antefix.store_files.index import STATEMENT_PREFIX, Change
 from antefix.store_files.owners import Owners, account_of, without_user
 from antefix.store_files.read_log import announce_log
 from antefix.store_files.record_format import RECORD_HEADER_BYTES, IndexEntry, RecordFlag, payload_checksum
-from antefix.store_files.record_header import RecordHeader, owner_row, unpack_record_header
+from antefix.store_files.record_header import unpack_record_header
 from antefix.store_files.segment_reader import ReadOutcome, StoreReader, verify, wall_ms
-from antefix.telemetry.exposition import SHORT_SECONDS, histogram
-from antefix_kvstore.admission import Admission, admit, batches_of, check_record, refuse, results_of, without_orphans
+from antefix_kvstore.admission import admit, batches_of, check_record, results_of
+from antefix_kvstore.batch_writer import BatchWriter
 from antefix_kvstore.compression import Compression
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.disk_probe import read_bytes_per_s
@@ -59,13 +55,13 @@ from antefix_kvstore.event_log import EventLog
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.free_space import FreeSpace
 from antefix_kvstore.index_faults import IndexDamaged, fault_of, told
-from antefix_kvstore.index_forest import drop_false_roots, drop_subtrees, insert_entry
+from antefix_kvstore.index_forest import drop_subtrees
 from antefix_kvstore.index_writer import PLAN_PREFIX, IndexTxn, read_totals
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.opening import drop_locked, load_plans, log_newest
 from antefix_kvstore.recovery import open_store
-from antefix_kvstore.segments import Draft
-from antefix_kvstore.space import Space, note_end
+from antefix_kvstore.space import Space
+from antefix_kvstore.storage_counters import StorageCounters
 from antefix_kvstore.tenant_quota import Quotas
 from antefix_kvstore.touches import Touches
 
@@ -79,29 +75,6 @@ HALF_DEAD: Final = 0.5
 PIN_S_MAX: Final = 3_153_600_000
 # No state that the store gets into by itself makes such a record one that it takes.
 _FOR_EVER: Final = (RefusalReason.INVALID, RefusalReason.NO_KEY, RefusalReason.TOO_LARGE)
-
-
-@dataclass(slots=True)
-class StorageCounters:
-    hits: int = 0
-    misses: int = 0
-    bytes_read: int = 0
-    bytes_written: int = 0
-    payload_bytes_written: int = 0
-    corrupt: int = 0
-    forged: int = 0
-    # Of right bytes that stand for no numbers.
-    unusable: int = 0
-    refused: int = 0
-    syncs: int = 0
-    puts: int = 0
-    # Dropped because a call asked for it.
-    asked: int = 0
-    # How often the index was made again, or the store begun again, because its files were harmed.
-    heals: int = 0
-    # Malformed, so that no state of the store could take them: their sender is not served by the cache at all.
-    impossible: int = 0
-    last_impossible: str = ""
 
 
 class StorageEngine:
@@ -124,16 +97,11 @@ class StorageEngine:
         self.policy = policy or EvictionPolicy()
         self.clock_ms = clock_ms
         self.counters = StorageCounters()
-        self.sync_s = histogram(
-            "antefix_store_sync_seconds", "Syncs of a segment before a put is answered.", buckets=SHORT_SECONDS
-        )
         self._lock = threading.RLock()
         self._counters_lock = threading.Lock()
         self._touches = Touches()
-        self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="antefix-sync")
         owners = Owners(Keyring.from_file(config.secret_file) if config.secret_file else None)
         keys = _keys(config, owners)
-        self._quotas = Quotas(config, owners)
         self._store = open_store(config, disk or Disk(), clock_ms)
         self.identity = self._store.identity
         self.index = self._store.index
@@ -154,10 +122,22 @@ class StorageEngine:
             now_ms=clock_ms,
             free=free or FreeSpace(Path(config.dir), config.free_bytes_min),
         )
-        self.space.on_corrupt = self.quarantine
-        self.space.on_dropped = self.reader.runs.files.let_go
+        self.space.compactor.on_corrupt = self.quarantine
+        self.space.compactor.on_dropped = self.reader.runs.files.let_go
         self.compression = Compression(config.compression, lambda: read_bytes_per_s(Path(config.dir)))
         self._drafter = Drafter(config, self.compression, keys, clock_ms)
+        self.writer = BatchWriter(
+            self.index,
+            self.segments,
+            self.space,
+            drafter=self._drafter,
+            quotas=Quotas(config, owners),
+            policy=self.policy,
+            touches=self._touches,
+            counters=self.counters,
+            clock_ms=clock_ms,
+            durable=config.durable,
+        )
         self._usage_log = StoreLog(Path(config.usage_log_dir)) if config.usage_log_dir else None
         announce_log(Path(config.dir), config.usage_log_dir)
         try:
@@ -182,7 +162,7 @@ class StorageEngine:
                 # The seal needs room, and the next start takes this back.
                 self.space.reserve.release()
             self.flush_touches()
-            self._sync_thread.shutdown()
+            self.writer.close()
             self._drafter.close()
             self.reader.close()
             self._store.close()
@@ -192,7 +172,7 @@ class StorageEngine:
     def abandon(self) -> None:
         """Let go of the files as a crash would: nothing is written, nothing is sealed. For tests of recovery."""
         with self._lock:
-            self._sync_thread.shutdown()
+            self.writer.close()
             self._drafter.close()
             self.reader.close()
             self._store.abandon()
@@ -286,7 +266,7 @@ class StorageEngine:
             with self.index.txn() as snapshot:
                 admission = admit(self.index, snapshot, merged, refusal=self._drafter.refusal)
             for batch in batches_of(admission.new, self.config):
-                self._put_batch(batch, admission)
+                self.writer.put(batch, admission)
             self.counters.refused += len(admission.refused)
             for refusal in admission.refused.values():
                 if refusal.reason in _FOR_EVER:
@@ -309,80 +289,6 @@ class StorageEngine:
         with self._counters_lock:
             self.counters.impossible += 1
             self.counters.last_impossible = reason
-
-    def _put_batch(self, batch: Sequence[Record], admission: Admission) -> None:
-        """Steps 2 to 4 for records that share a sync; refuses them all when there is no space."""
-        batch = without_orphans(batch, admission)
-        try:
-            drafts = self._drafter.drafts(batch, admission.first)
-            if refused := self._quotas.over(self.space, self.index, drafts, admission.anchors):
-                for owner, reason in refused.items():
-                    refuse([record for record in batch if _owner_of(record) == owner], admission, reason)
-                batch = [record for record in batch if _owner_of(record) not in refused]
-                drafts = [draft for draft in drafts if draft.header.owner not in refused]
-            self._make_room(sum(draft.header.extent_bytes for draft in drafts), admission.anchors)
-            self._append_and_commit(batch, drafts, admission)
-        except (StoreFull, lmdb.Error, OSError) as err:
-            if not isinstance(err, StoreFull) and not is_full(err, self.index.directory):
-                raise
-            refuse(batch, admission, Refusal(RefusalReason.FULL, f"the store is full: {err}"))
-
-    def _make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:
-        try:
-            self.space.make_room(nbytes, keep)
-        except (lmdb.Error, OSError) as err:
-            # Letting go of records needs room too; that is what the reserve is for.
-            if not (is_full(err, self.index.directory) and self.space.reserve.release()):
-                raise
-            self.space.make_room(nbytes, keep)
-
-    def _append_and_commit(self, batch: Sequence[Record], drafts: Sequence[Draft], admission: Admission) -> None:
-        if not drafts:
-            return
-        placed = self.segments.append(drafts, self.clock_ms())
-        start = placed[0].offset
-        try:
-            # The index transaction is prepared while the disk works, and committed when the records are durable.
-            with self._syncing() as synced, IndexTxn(self.index, before_commit=synced) as txn:
-                for record, header in zip(batch, placed, strict=True):
-                    self._insert(txn, record, header, admission)
-                note_end(txn, self.segments)
-                self._apply_touches(txn)
-        except BaseException:
-            self.segments.rollback(start)
-            raise
-        admission.anchors.update((record.kind, record.hash) for record in batch)
-        self.counters.puts += len(placed)
-        self.counters.bytes_written += sum(header.extent_bytes for header in placed)
-        self.counters.payload_bytes_written += sum(header.payload_bytes for header in placed)
-
-    @contextlib.contextmanager
-    def _syncing(self) -> Iterator[Callable[[], None]]:
-        """Syncs the segments while the code inside runs; gives what waits for it. Not left before it has ended."""
-        if not self.config.durable:
-            yield lambda: None
-            return
-        syncing = self._sync_thread.submit(self._sync)
-        self.counters.syncs += 1
-        try:
-            yield syncing.result
-        finally:
-            wait([syncing])
-
-    def _sync(self) -> None:
-        with self.sync_s.time():
-            self.segments.sync()
-
-    def _insert(self, txn: IndexTxn, record: Record, header: RecordHeader, admission: Admission) -> None:
-        insert_entry(txn, header, self.policy, used_ms=header.created_ms)
-        state = txn.fingerprint(record.fingerprint)
-        tokens = admission.block_tokens.get(record.fingerprint)
-        assert state is not None
-        if tokens is not None and (state.block_tokens == 0 or tokens < state.block_tokens):
-            relearned = state.block_tokens != 0
-            txn.set_fingerprint(record.fingerprint, tokens)
-            if relearned:
-                drop_false_roots(txn, self.space, state.id, tokens)
 
     def register(
         self,
@@ -420,19 +326,7 @@ class StorageEngine:
         with self._lock:
             if self._touches:
                 with IndexTxn(self.index) as txn:
-                    self._apply_touches(txn)
-
-    def _apply_touches(self, txn: IndexTxn) -> None:
-        for name, used_ms in self._touches.take().items():
-            if name[0] not in STORED_KINDS:
-                continue
-            entry = txn.get(name)
-            if entry is None:
-                continue
-            rank = self.policy.rank_ms(used_ms=used_ms, cost_s=entry.cost_ms / 1000, nbytes=entry.extent_bytes)
-            entry.rank_ms = max(entry.rank_ms, rank)
-            if entry.expires_ms:
-                entry.expires_ms = max(entry.expires_ms, used_ms + entry.ttl_s * 1000)
+                    self._touches.apply(txn, self.policy)
 
     # --- keeping -------------------------------------------------------------------------------------------------
 
@@ -537,7 +431,7 @@ class StorageEngine:
             # Both take space before they give any; compaction copies before it deletes.
             return
         self.space.reserve.hold()
-        self.space.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
+        self.space.compactor.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
 
     def _check_directory(self) -> None:
         """Raises:  IndexDamaged: what lies under our path is not ours, perhaps another writer's, or is damaged."""
@@ -567,7 +461,7 @@ class StorageEngine:
         self._damage = self._unhealed = ""
         self.identity = self._store.identity
         self.reader.renew(self.identity.seed)
-        self.space.restart()
+        self.space.compactor.restart()
         self._touches.take()
         with IndexTxn(self.index) as txn:
             for fingerprint, kind, plan in self.compression.registered():
@@ -604,7 +498,3 @@ def _keys(config: KvStoreConfig, owners: Owners) -> KeyRing | None:
     if config.encrypt_key_file:
         return KeyRing.from_master_file(Path(config.encrypt_key_file))
     return KeyRing.from_file(Path(config.keys_file), owners) if config.keys_file else None
-
-
-def _owner_of(record: Record) -> bytes:
-    return owner_row(record.version, record.tenant)

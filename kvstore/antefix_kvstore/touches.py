@@ -6,7 +6,9 @@ import threading
 from collections.abc import Iterable
 from typing import Final
 
-from antefix.record import RecordName
+from antefix.record import STORED_KINDS, RecordName
+from antefix_kvstore.eviction import EvictionPolicy
+from antefix_kvstore.index_writer import IndexTxn
 
 # Uses wait here for the next transaction; past this the oldest knowledge is worth less than the memory.
 TOUCHED_MAX: Final = 65_536
@@ -33,6 +35,17 @@ class Touches:
         with self._lock:
             taken, self._used_ms = self._used_ms, {}
             return taken
+
+    def apply(self, txn: IndexTxn, policy: EvictionPolicy) -> None:
+        """Write them down; what is not stored, or not on disk, is left out."""
+        for name, used_ms in self.take().items():
+            entry = txn.get(name) if name[0] in STORED_KINDS else None
+            if entry is None:
+                continue
+            rank = policy.rank_ms(used_ms=used_ms, cost_s=entry.cost_ms / 1000, nbytes=entry.extent_bytes)
+            entry.rank_ms = max(entry.rank_ms, rank)
+            if entry.expires_ms:
+                entry.expires_ms = max(entry.expires_ms, used_ms + entry.ttl_s * 1000)
 
     def __len__(self) -> int:
         return len(self._used_ms)

@@ -16,20 +16,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import hashlib
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Any
 
 from antefix.errors import AntefixError, Conflict, Draining, InvalidRequest, Overloaded, Unavailable
 from antefix.generation_request import GenerationRequest
 from antefix.secret import Keyring
 from antefix.telemetry import span
-from antefix.usage import Usage
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import Settled, read_settled, sequence_before, source_of_name
 from antefix_billing.limits import LimitWindow, QuotaBook, Reservation
@@ -39,9 +35,10 @@ from antefix_billing.ratecard import RateCards
 from antefix_billing.request_account import rank
 from antefix_billing.tenants import TenantBook
 from antefix_billing.usage_commit import LedgerWriter, NoLedger, UsageWriter
-from antefix_billing.usage_record import OpenEntry, Status, UsageRecord, request_key
+from antefix_billing.usage_record import OpenEntry, Status, UsageRecord
 from antefix_router.anchoring import Anchoring
 from antefix_router.answers import KeptAnswer, RetryConfig, Run, SharedRun
+from antefix_router.bill_records import BillRecords
 from antefix_router.ending import Ending
 from antefix_router.generation import Generation, OutputPiece
 from antefix_router.open_bill import Bill, Served
@@ -77,6 +74,7 @@ class Accounts:
         self.ledger = ledger
         self.writer: UsageWriter = LedgerWriter(ledger) if ledger is not None else NoLedger()
         self._keyring = keyring
+        self.records = BillRecords(self.writer.source_name, keyring)
         self.served = served
         self.cards = cards
         self.peers = peers or PeerLedgers(())
@@ -101,7 +99,7 @@ class Accounts:
 
     def _take_up(self, ledger: Ledger) -> None:
         """Close what a crash left open, and count what tenants used before."""
-        crashed = [self._crashed(ledger, entry) for entry in ledger.unsettled()]
+        crashed = [priced(self.records.crashed(ledger, entry), self.cards) for entry in ledger.unsettled()]
         for start in range(0, len(crashed), 1024):
             ledger.append(crashed[start : start + 1024])
         for record in crashed:
@@ -129,7 +127,7 @@ class Accounts:
         Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.  Unavailable: whether another
             router has it cannot be told.
         """
-        request, opened = self._open_entry(request)
+        request, opened = self.records.opened(request, self.served)
         while (busy := self._settling.get(opened.key) or self._admitting.get(opened.key)) is not None:
             await asyncio.wait({busy})
         if retryable and (joined := self.retries.join(request, opened)) is not None:
@@ -190,7 +188,7 @@ class Accounts:
             bill.kept = self.retries.kept(request, opened)
             return bill
         # While secrets rotate, the record may be of the older one.
-        digests = (self._digest(request, number) for number in self._keyring.generations)
+        digests = (self.records.digest(request, number) for number in self._keyring.generations)
         if standing.record.user != opened.user or standing.record.request_digest not in digests:
             raise InvalidRequest(f"request id {request.request_id} was used for another request")
         kept = self.retries.kept(request, opened)
@@ -336,7 +334,7 @@ class Accounts:
             if bill.shared is not None:
                 await bill.shared.stop()
             await asyncio.gather(opening, return_exceptions=True)
-            record = priced(self._record(bill, status, detail), self.cards)
+            record = priced(self.records.ended(bill, status, detail), self.cards)
             if record.write_error and bill.kept is None:
                 self.num_unstored, self.unstored_reason = self.num_unstored + 1, record.write_error
             with span("settle", status=status.value):
@@ -378,82 +376,6 @@ class Accounts:
     def keyring(self) -> Keyring:
         return self._keyring
 
-    def _record(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
-        """Of an answer that ended, all of it counts; of one that broke off, what a client was given of it."""
-        has_ended = status in (Status.STOP, Status.LENGTH)
-        num_output = bill.generation.num_emitted if has_ended else bill.num_given
-        used = dataclasses.replace(bill.used(num_output), output_write_tokens=bill.generation.output_written_tokens)
-        if status is Status.FAILED and bill.generation.restore is None:
-            # No worker said how far it came: all of the prompt was asked for, nothing of it is known to be a hit.
-            used = dataclasses.replace(used, prompt_tokens=bill.opened.prompt_tokens)
-        return UsageRecord.of(
-            used,
-            **self._common(bill.opened),
-            status=status,
-            detail=detail,
-            mode=bill.mode,
-            prefix_volatile=bill.prefix_volatile,
-            prompt_marks=bill.generation.prompt_marks,
-            write_error=bill.write_error,
-            paid_before=bill.paid_before,
-            finished_us=max(_now_us(), bill.opened.started_us),
-        )
-
-    def _crashed(self, ledger: Ledger, entry: OpenEntry) -> UsageRecord:
-        """A request that the last process left open, as far as its progress was noted."""
-        standing = ledger.find(entry.key)
-        used = ledger.progress.found(entry.event_id) or Usage(prompt_tokens=entry.prompt_tokens)
-        return priced(
-            UsageRecord.of(
-                used,
-                **self._common(entry),
-                status=Status.CRASHED,
-                detail="the router stopped in the middle",
-                paid_before=Decimal(0) if standing is None else standing.record.paid,
-                finished_us=max(_now_us(), entry.started_us),
-            ),
-            self.cards,
-        )
-
-    def _common(self, entry: OpenEntry) -> dict[str, Any]:
-        values = dataclasses.asdict(entry)
-        del values["prompt_tokens"]
-        return {**values, "source": self.writer.source_name}
-
-    def _open_entry(self, request: GenerationRequest) -> tuple[GenerationRequest, OpenEntry]:
-        """The request with a seed, and how its record begins."""
-        sampling, tenant = request.sampling, request.caller.tenant
-        if sampling.temperature and sampling.seed is None:
-            # From the id, so that a repeat of this request draws the same numbers and gives the same answer.
-            drawn = hashlib.blake2b(request_key(tenant, request.request_id).encode(), digest_size=7).digest()
-            sampling = dataclasses.replace(sampling, seed=int.from_bytes(drawn, "little"))
-            request = dataclasses.replace(request, sampling=sampling)
-        return request, OpenEntry(
-            request_id=request.request_id,
-            attempt=1,
-            tenant=tenant,
-            user=request.caller.user,
-            model=request.model or self.served.model,
-            revision=self.served.revision,
-            fingerprint=self.served.fingerprint,
-            key_id=request.caller.key_id,
-            request_digest=self._digest(request),
-            prompt_tokens=request.num_tokens,
-            started_us=_now_us(),
-        )
-
-    def _digest(self, request: GenerationRequest, generation: int = 0) -> str:
-        """Of prompt and sampling. Keyed: a reader of the ledger must not be able to test guesses of a prompt."""
-        key = self._keyring.key(request.caller.tenant, generation)
-        digest = hashlib.blake2b(key=key, digest_size=16, person=b"antefix-digest")
-        # Log probabilities tell of the answer and do not change it.
-        digest.update(repr(dataclasses.replace(request.sampling, num_top_logprobs=None)).encode())
-        digest.update(request.tokens.tobytes())
-        if request.num_samples > 1:
-            digest.update(f"{request.num_samples} samples".encode())
-        digest.update(request.content)
-        return digest.hexdigest()
-
     async def _reserve(self, request: GenerationRequest) -> Reservation:
         now = datetime.now(UTC)
         num_output = request.sampling.max_tokens * request.num_samples
@@ -482,7 +404,3 @@ class Accounts:
         self._repeats[opened.key] = num_repeats
         while len(self._repeats) > _NUM_REPEATED_IDS_MAX:
             self._repeats.popitem(last=False)
-
-
-def _now_us() -> int:
-    return time.time_ns() // 1000

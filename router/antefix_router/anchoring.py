@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 from antefix.end_tasks import end_tasks
+from antefix.errors import AntefixError
 from antefix_billing.anchor import make_anchor, write_anchor
 from antefix_billing.ledger import Ledger
 from antefix_billing.receipt import Signer
@@ -54,7 +55,7 @@ class Anchoring:
             try:
                 write_anchor(anchor, place)
                 self._done[place] = sequence
-            except OSError as err:
+            except (OSError, AntefixError) as err:
                 self.num_failed += 1
                 log.error("the ledger's head could not be anchored in %s: %s", place, err)  # noqa: TRY400
 

@@ -76,7 +76,8 @@ class BillingConfig(RetryConfig):
     )
     peer_ledgers: tuple[str, ...] = setting((), "ledger directories of other routers on this host, to answer for them")
     anchors: tuple[str, ...] = setting(
-        (), "where the ledger's signed head goes: files elsewhere, or file:// directories of an object store"
+        (),
+        "where the ledger's signed head goes: files elsewhere, file:// directories, or object stores (s3://, gs://, az://)",
     )
     anchor_s: float = setting(60.0, "how often", unit="s")
     receipt_key_file: str = setting("", "Ed25519 key that signs receipts, made if missing (default: in ledger_dir)")

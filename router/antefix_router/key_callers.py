@@ -20,4 +20,4 @@ def caller_of_key(keys: KeyRegister, key: str, method: str) -> Identity | None:
     if scope is Scope.USAGE and Scope.ADMIN in holder.scopes:
         # For this call, like a front end for which all tenants are listed.
         return Identity(role=Role.FRONTEND, name=holder.key_id, tenants=frozenset({ALL_TENANTS}))
-    return Identity(role=Role.TENANT, name=holder.tenant, tenants=frozenset({holder.tenant}))
+    return Identity(role=Role.TENANT, name=holder.tenant, tenants=frozenset({holder.tenant}), key_id=holder.key_id)

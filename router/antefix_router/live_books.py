@@ -3,6 +3,7 @@
 All files are read and checked first, and then all of it holds, or nothing changes: what is wrong is logged and counted.
 What holds from then on stands in the ledger. A card that would price records otherwise that are priced already is
 refused, unless it says `rerate = true`: then adjustments bring them to its prices. Nothing that was written changes.
+The same goes for cards that changed while the router was down; a re-rating that a crash broke off is gone on with.
 """
 
 from __future__ import annotations
@@ -13,20 +14,27 @@ import hashlib
 import json
 import logging
 import time
-from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
 from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError, ConfigError
+from antefix_billing.accepted_cards import accept_cards, accepted_cards, accepted_texts, texts_of
 from antefix_billing.adjustment import Change, ChangeKind
 from antefix_billing.adjustment_inbox import read_waiting, waiting
-from antefix_billing.card_changes import ChangedTime, affected, changed_times
+from antefix_billing.card_changes import (
+    ChangedTime,
+    affected,
+    changed_times,
+    entry_before,
+    models_of,
+    refuse_priced,
+)
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import read_billed, read_settled, sequence_before
 from antefix_billing.limits import LimitWindow
-from antefix_billing.ratecard import RateCards, load_cards
+from antefix_billing.ratecard import RateCards, parse_cards
 from antefix_billing.receipt import Signer
 from antefix_billing.rerate import rerated
 from antefix_billing.tenants import TenantBook, load_tenants
@@ -44,6 +52,7 @@ class LiveBooks:
     """One router's. `start` it. num_changes, num_refused: reloads that were taken, and that were not."""
 
     def __init__(self, config: BillingConfig, front: BilledFront) -> None:
+        """Raises:  ConfigError: a card may not hold from when it says, by what is priced already."""
         self._config = config
         self._front = front
         self._paths = [Path(path) for path in (config.tenants_file, *config.ratecards) if path]
@@ -53,6 +62,9 @@ class LiveBooks:
         self._task: asyncio.Task[None] | None = None
         self.num_changes = 0
         self.num_refused = 0
+        self._keys_number = front.keys.number
+        self._cards_text = texts_of(config.ratecards)
+        self._times_to_rerate = self._check_start()
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run())
@@ -65,7 +77,40 @@ class LiveBooks:
         """Look now, whatever the files' times say: what SIGHUP does."""
         self._asked.set()
 
+    def _check_start(self) -> list[ChangedTime]:
+        """Times in which records are to be priced again.  Raises:  ConfigError: as `__init__`."""
+        accounts = self._front.accounts
+        ledger = accounts.ledger
+        if ledger is None or accepted_texts(ledger.directory) == self._cards_text:
+            return []
+        old = accepted_cards(ledger.directory)
+        if old is None:
+            return []
+        times = changed_times(old, accounts.cards, self._models(ledger, old, accounts.cards), datetime.now(UTC))
+        if times:
+            # What a router priced by these cards before it stopped is no fault of theirs.
+            refuse_priced(ledger, entry_before(ledger, times), times, priced_by=accounts.cards)
+        return times
+
+    async def _begin(self) -> None:
+        """What other cards than those of the last run ask for."""
+        accounts = self._front.accounts
+        ledger = accounts.ledger
+        if ledger is None or accepted_texts(ledger.directory) == self._cards_text:
+            return
+        if accepted_texts(ledger.directory) is not None:
+            await self._note(ChangeKind.RATE_CARDS, list(self._config.ratecards), self._digest)
+        if self._times_to_rerate:
+            await self._rerate(accounts.cards, self._times_to_rerate)
+        await asyncio.to_thread(accept_cards, ledger.directory, self._cards_text)
+
     async def _run(self) -> None:
+        try:
+            await self._begin()
+        except Exception:
+            log.exception(
+                "rate cards that changed while this router was down could not be noted; the next start does it"
+            )
         while True:
             is_asked = self._asked.is_set()
             self._asked.clear()
@@ -80,6 +125,7 @@ class LiveBooks:
     async def look(self, *, is_asked: bool = False) -> None:
         """Take in adjustments that wait, and files that changed."""
         await self._take_inbox()
+        await self._note_keys()
         seen = await asyncio.to_thread(self._look_at_files)
         if seen == self._seen and not is_asked:
             return
@@ -96,11 +142,13 @@ class LiveBooks:
         digest = await asyncio.to_thread(self._read_digest)
         signer = Signer.from_file(self._front.signer_path) if self._front.signer_path else None
         # 1. Read all; whatever is wrong with one of them, none is taken.
+        texts = await asyncio.to_thread(texts_of, config.ratecards)
         has_keys = bool(config.api_keys_file)
         tenants = load_tenants(config.tenants_file, has_other_keys=has_keys) if config.tenants_file else None
-        cards = load_cards(config.ratecards) if config.ratecards else RateCards()
+        cards = parse_cards(texts)
         # 2. Would records that are priced cost something else?
-        times, read_to = await self._check_cards(accounts.cards, cards)
+        is_same = texts == self._cards_text
+        times, read_to = ([], None) if is_same else await self._check_cards(accounts.cards, cards)
         # 3. What is read while nothing is taken yet.
         now = datetime.now(UTC)
         month = await asyncio.to_thread(_used_since, accounts.ledger, LimitWindow.MONTH.start(now)) if tenants else []
@@ -119,29 +167,37 @@ class LiveBooks:
         await self._record(digest)
         if times:
             await self._rerate(cards, times)
+        self._cards_text = texts
+        if accounts.ledger is not None:
+            # Last: a re-rating that breaks off is gone on with at the next start.
+            await asyncio.to_thread(accept_cards, accounts.ledger.directory, texts)
 
     async def _check_cards(self, old: RateCards, new: RateCards) -> tuple[list[ChangedTime], int | None]:
         """(times in which records are to be priced again, how far the ledger was read).  Raises:  ConfigError."""
         ledger = self._front.accounts.ledger
-        models = {*old.models, *new.models, self._front.accounts.served.model} - {"*"}
         if ledger is None:
             return [], None
-        if {"*"} & {*old.models, *new.models}:
-            models |= await asyncio.to_thread(_models_of, ledger)
-        times = changed_times(old, new, sorted(models), datetime.now(UTC))
+        models = await asyncio.to_thread(self._models, ledger, old, new)
+        times = changed_times(old, new, models, datetime.now(UTC))
         if not times:
             return [], None
         read_to = ledger.sequence
-        since_s = max(0.0, min(span.begin for span in times).timestamp())
-        after = await asyncio.to_thread(sequence_before, ledger.directory, since_s)
-        await asyncio.to_thread(_refuse_priced, ledger, after, times)
+        after = await asyncio.to_thread(entry_before, ledger, times)
+        await asyncio.to_thread(refuse_priced, ledger, after, times)
         return times, read_to
+
+    def _models(self, ledger: Ledger, old: RateCards, new: RateCards) -> list[str]:
+        """That a change of cards may be about."""
+        models = {*old.models, *new.models, self._front.accounts.served.model}
+        if "*" in models:
+            models |= models_of(ledger)
+        return sorted(models - {"*", ""})
 
     def _check_again(self, times: list[ChangedTime], read_to: int | None) -> None:
         """What was settled while the ledger was read."""
         ledger = self._front.accounts.ledger
         if ledger is not None and read_to is not None and ledger.sequence > read_to:
-            _refuse_priced(ledger, read_to, times)
+            refuse_priced(ledger, read_to, times)
 
     def _take_tenants(self, tenants: TenantBook, month: list[UsageRecord], now: datetime) -> None:
         front = self._front
@@ -151,15 +207,15 @@ class LiveBooks:
 
     async def _record(self, digest: dict[str, str]) -> None:
         log.info("tenants and rate cards were read again and hold: %s", ", ".join(sorted(digest)) or "none")
+        await self._note(ChangeKind.TENANTS, [self._config.tenants_file], digest)
+        await self._note(ChangeKind.RATE_CARDS, list(self._config.ratecards), digest)
+
+    async def _note(self, kind: ChangeKind, paths: list[str], digest: dict[str, str]) -> None:
         writer = self._front.accounts.writer
-        if not isinstance(writer, LedgerWriter):
-            return
-        kinds = {ChangeKind.TENANTS: [self._config.tenants_file], ChangeKind.RATE_CARDS: list(self._config.ratecards)}
-        for kind, paths in kinds.items():
-            files = {Path(path).name: digest[path] for path in paths if path in digest}
-            if files:
-                content = json.dumps({"sha256": files}, sort_keys=True)
-                await writer.note(Change(kind=kind, content=content, created_us=time.time_ns() // 1000))
+        files = {Path(path).name: digest[path] for path in paths if path in digest}
+        if files and isinstance(writer, LedgerWriter):
+            content = json.dumps({"sha256": files}, sort_keys=True)
+            await writer.note(Change(kind=kind, content=content, created_us=time.time_ns() // 1000))
 
     async def _rerate(self, cards: RateCards, times: list[ChangedTime]) -> None:
         accounts = self._front.accounts
@@ -180,6 +236,18 @@ class LiveBooks:
         for start in range(0, len(adjustments), _NUM_A_BATCH):
             await asyncio.gather(*(writer.adjust(each) for each in adjustments[start : start + _NUM_A_BATCH]))
         log.info("%d records were priced again", len(adjustments))
+
+    async def _note_keys(self) -> None:
+        """API keys that were made, revoked or changed elsewhere (`key_changes`) and are in force."""
+        book = self._front.keys.book
+        if book.number == self._keys_number:
+            return
+        self._keys_number = book.number
+        writer = self._front.accounts.writer
+        if isinstance(writer, LedgerWriter):
+            digest = hashlib.sha256(repr(book).encode()).hexdigest()
+            content = json.dumps({"number": book.number, "keys": len(book.keys), "sha256": digest}, sort_keys=True)
+            await writer.note(Change(kind=ChangeKind.API_KEYS, content=content, created_us=time.time_ns() // 1000))
 
     async def _take_inbox(self) -> None:
         writer = self._front.accounts.writer
@@ -213,27 +281,6 @@ def _state_of(path: Path) -> tuple[int, ...] | None:
     except OSError:
         return None
     return (found.st_ino, found.st_mtime_ns, found.st_size, found.st_mode)
-
-
-def _refuse_priced(ledger: Ledger, after: int, times: list[ChangedTime]) -> None:
-    """Raises:  ConfigError: records are priced in these times, and the card does not ask for a re-rating."""
-    counts: Counter[str] = Counter()
-    firsts: dict[str, ChangedTime] = {}
-    records = (item.record for item in read_settled(ledger.directory, after=after))
-    for record, span in affected(records, times):
-        if span.card is None or not span.card.rerate:
-            counts[record.model] += 1
-            firsts.setdefault(record.model, span)
-    for model, span in firsts.items():
-        what = f"rate card {span.card.version}" if span.card is not None else "no rate card"
-        raise ConfigError(
-            f"{what} would hold for {model} from {span.begin.isoformat()} on, and {counts[model]} of its records are"
-            " priced since: give it a later `effective`, or say `rerate = true` in the card to have them priced again"
-        )
-
-
-def _models_of(ledger: Ledger) -> set[str]:
-    return {item.record.model for item in read_settled(ledger.directory)}
 
 
 def _used_since(ledger: Ledger | None, start: datetime) -> list[UsageRecord]:

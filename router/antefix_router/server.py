@@ -81,7 +81,13 @@ class RouterServicer(router_pb2_grpc.RouterServiceServicer):
     async def _generate(
         self, message: router_pb2.GenerateRequest, context: rpc.Context, tenant: str
     ) -> AsyncGenerator[router_pb2.GenerateResponse, None]:
-        caller = Caller(tenant=tenant, user=message.user, request_id=message.request_id, session=message.session)
+        caller = Caller(
+            tenant=tenant,
+            user=message.user,
+            request_id=message.request_id,
+            session=message.session,
+            key_id=admitted().identity.key_id,
+        )
         request = GenerationRequest(
             tokens=await self._tokens(message, tenant),
             sampling=sampling_from_wire(message.sampling),

@@ -17,6 +17,7 @@ from antefix.security.identity import ALL_TENANTS
 from antefix.v1 import usage_pb2, usage_pb2_grpc
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import Settled, read_settled
+from antefix_billing.pruned import check_cursor
 from antefix_billing.usage_record import request_key
 from antefix_router.front import BilledFront
 
@@ -39,6 +40,7 @@ class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
     ) -> AsyncIterator[usage_pb2.ExportResponse]:
         ledger, cursor, tenant = self._ledger(), request.cursor, _tenant_of(request.tenant)
         loop = asyncio.get_running_loop()
+        check_cursor(ledger.directory, cursor)
         while True:
             # Only what is durable: an entry that a crash takes back must not have been exported.
             durable = ledger.sequence

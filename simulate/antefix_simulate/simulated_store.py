@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from antefix.window import Sizes, Tier
-from antefix_kvstore.eviction import EvictionPolicy, Forest
+from antefix_kvstore.eviction import EvictionPolicy, Forest, ahead_bytes
 from antefix_simulate.trace import Names
 
 # As the engine: eviction frees a little more than asked, so that not every put has to evict.
-_EVICT_STEP_SHARE = 1 / 128
+_POOL_STEP_SHARE = 1 / 128
 # Checkpoints past their time are unusable at once; when room is short, their bytes are swept this often.
 _SWEEP_EVERY_S = 60.0
 
@@ -174,13 +174,13 @@ class SimStore:
             self.sweep(now_s)
         excess = self._disk.nbytes + nbytes - limit
         if excess > 0:
-            self._take(Tier.DISK, excess + int(_EVICT_STEP_SHARE * limit), spare=lambda name: name == kept)
+            self._take(Tier.DISK, excess + ahead_bytes(limit), spare=lambda name: name == kept)
         return self._disk.nbytes + nbytes <= limit
 
     def _trim_pool(self, nbytes: int) -> None:
         limit = self.limits.pool_bytes
         if limit is not None and self._pool.nbytes + nbytes > limit:
-            step = self._pool.nbytes + nbytes - limit + int(_EVICT_STEP_SHARE * limit)
+            step = self._pool.nbytes + nbytes - limit + int(_POOL_STEP_SHARE * limit)
             self._take(Tier.POOL, step, spare=lambda _: False)
 
     def _take(self, tier: Tier, nbytes: int, *, spare: Callable[[int], bool]) -> None:

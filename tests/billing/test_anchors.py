@@ -128,7 +128,7 @@ def test_a_directory_as_an_object_store_has_one_object_for_each(tmp_path):
         anchor(tmp_path / "ledger", place)
     assert [each.sequence for each in read_anchors([place])] == [4, 8]
     with pytest.raises(ConfigError, match="file://"):
-        check_place("s3://bucket/x")
+        check_place("ftp://bucket/x")
 
 
 def test_a_torn_last_line_is_passed_over(anchored, tmp_path):

@@ -1,5 +1,6 @@
 """Tenants and rate cards change while a router runs; what was priced stays as it was written."""
 
+import asyncio
 import json
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -7,9 +8,10 @@ from decimal import Decimal
 
 import pytest
 
-from antefix.errors import InvalidRequest, QuotaExceeded, Unauthenticated
+from antefix.errors import ConfigError, InvalidRequest, QuotaExceeded, Unauthenticated
 from antefix_billing.adjustment import Adjusted, Adjustment, AdjustmentKind, Change
 from antefix_billing.adjustment_inbox import adjust
+from antefix_billing.api_keys import new_key
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import read_billed, read_entries, read_settled
 from antefix_billing.ledger_format import EntryKind
@@ -84,6 +86,17 @@ async def test_a_new_tenant_a_gone_key_and_another_limit_hold_from_the_next_look
         front.keys.authenticate("unknown")
     assert [change.kind for change in changes(tmp_path)] == ["tenants", "rate_cards"]
     assert verify(tmp_path / "ledger").ok
+
+
+async def test_api_keys_that_changed_stand_in_the_ledger(tmp_path, live):
+    front, books, *_ = live
+    _, key = new_key("acme")
+    front.keys.take(front.keys.book.added(key))
+    for _ in range(2):
+        await books.look()
+    (change,) = changes(tmp_path)
+    said = json.loads(change.content)
+    assert (change.kind, said["number"], said["keys"]) == ("api_keys", 1, 1) and key.digest.hex() not in change.content
 
 
 async def test_a_fault_in_one_file_changes_nothing_of_the_other(live):
@@ -188,3 +201,85 @@ def test_an_adjustment_of_a_ledger_without_a_router_is_written_at_once(tmp_path)
     assert written.adjustment == made and Adjustment.from_payload(made.to_payload()) == made
     with pytest.raises(InvalidRequest, match="decimals"):
         Adjustment(**{**made.to_dict(), "kind": made.kind, "amount": Decimal("0.0000000000001")})
+
+
+def started(tmp_path, cards, ledger="ledger"):
+    """The books of a router that starts with these cards, over the ledger that is there."""
+    path = tmp_path / "cards.toml"
+    path.write_text(cards)
+    front = make_front(Script(hit=64), ledger=tmp_path / ledger, cards=load_cards([path]))
+    return front, LiveBooks(Files("", (str(path),)), front)
+
+
+async def ran(tmp_path, cards, *ids):
+    front, books = started(tmp_path, cards)
+    await books._begin()
+    for each in ids:
+        await ask(front, each)
+    await front.accounts.close()
+
+
+YESTERDAY = datetime.now(UTC) - timedelta(days=1)
+DEARER = card_text("second", YESTERDAY, miss="3.00")
+
+
+async def test_a_start_with_a_card_from_before_priced_records_is_refused(tmp_path):
+    await ran(tmp_path, FIRST, "r")
+    for text in (FIRST + DEARER, FIRST.replace('"1.00"', '"3.00"'), ""):
+        path = tmp_path / "cards.toml"
+        path.write_text(text)
+        front = make_front(Script(), ledger=tmp_path / "ledger", cards=load_cards([path]))
+        with pytest.raises(ConfigError, match="of its records are priced since"):
+            LiveBooks(Files("", (str(path),)), front)
+        await front.accounts.close()
+    # What holds from later on is taken, and noted.
+    await ran(tmp_path, FIRST + card_text("second", datetime.now(UTC) + timedelta(hours=1), miss="3.00"), "s")
+    assert [change.kind for change in changes(tmp_path)] == ["rate_cards"]
+
+
+async def test_a_start_with_a_card_that_asks_for_it_prices_again_once(tmp_path):
+    await ran(tmp_path, FIRST, "r")
+    dearer = FIRST + DEARER.replace("prices =", "rerate = true\nprices =")
+    for _ in range(2):
+        await ran(tmp_path, dearer)
+    items = list(read_billed(tmp_path / "ledger"))
+    (adjusted,) = [item.adjustment for item in items if isinstance(item, Adjusted)]
+    assert (adjusted.kind, adjusted.rate_card) == (AdjustmentKind.RERATE, "second") and adjusted.amount > 0
+
+
+async def test_a_rerating_that_a_crash_broke_off_is_gone_on_with(tmp_path, monkeypatch):
+    await ran(tmp_path, FIRST, "r", "s")
+    dearer = FIRST + DEARER.replace("prices =", "rerate = true\nprices =")
+    front, books = started(tmp_path, dearer)
+
+    async def die(*_):
+        raise RuntimeError
+
+    monkeypatch.setattr(LiveBooks, "_rerate", die)
+    with pytest.raises(RuntimeError):
+        await books._begin()
+    await ask(front, "t")
+    await front.accounts.close()
+    monkeypatch.undo()
+    await ran(tmp_path, dearer)
+    adjusted = [item.adjustment for item in read_billed(tmp_path / "ledger") if isinstance(item, Adjusted)]
+    assert sorted(each.request_id for each in adjusted) == ["r", "s"]
+
+
+async def test_records_that_the_new_cards_priced_before_a_crash_are_no_reason_to_refuse(tmp_path):
+    front, books = started(tmp_path, FIRST)
+    cards = tmp_path / "cards.toml"
+    await books._begin()
+    await ask(front, "r")
+    # Requests go by whole seconds.
+    soon = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=1)
+    cards.write_text(FIRST + card_text("second", soon, miss="3.00"))
+    kept = (tmp_path / "ledger" / "ratecards.json").read_text()
+    await books.look()
+    await asyncio.sleep((soon - datetime.now(UTC)).total_seconds())
+    bill, _ = await ask(front, "s")
+    assert bill.record.rate_card == "second"
+    await front.accounts.close()
+    (tmp_path / "ledger" / "ratecards.json").write_text(kept)
+    await ran(tmp_path, cards.read_text(), "t")
+    assert [item.record.rate_card for item in read_settled(tmp_path / "ledger")] == ["first", "second", "second"]

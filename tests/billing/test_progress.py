@@ -19,6 +19,7 @@ work = st.builds(
     prompt_tokens=counts,
     cache_hit_tokens=st.integers(1, 2**32 - 1),
     cache_write_tokens=counts,
+    cache_write_1h_tokens=counts,
     output_tokens=counts,
     reasoning_tokens=counts,
     hit_memory_tokens=counts,
@@ -53,6 +54,18 @@ def test_the_last_mark_of_each_request_is_found_by_the_next_process(tmp_path_fac
     again = ProgressJournal(directory)
     assert all(again.found(name) is None for name in "abcd")
     again.close()
+
+
+def test_a_slot_of_before_there_were_lifetimes_says_nothing_of_them(journal, tmp_path):
+    journal.mark("r", Usage(prompt_tokens=9, cache_write_tokens=5, cache_write_1h_tokens=3))
+    path = tmp_path / PROGRESS_FILE
+    data = bytearray(path.read_bytes())
+    for stray in (bytes(8), b"\x05" + bytes(7)):
+        data[144:152] = stray
+        path.write_bytes(data)
+        again = ProgressJournal(tmp_path)
+        assert again.found("r") == Usage(prompt_tokens=9, cache_write_tokens=5)
+        again.close()
 
 
 def test_a_slot_is_used_again_by_the_next_request(journal, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from antefix.prompt_marks import marks_of
 from antefix.store_files.hit_log import StoreLog, read_store_log
 from antefix_billing.ledger import Ledger
-from antefix_billing.reconcile import verify
+from antefix_billing.reconcile import verify, verify_all
 from tests.billing.usage_records import record
 
 HASH = bytes.fromhex("ab" * 32)
@@ -138,9 +138,57 @@ def test_a_memory_hit_that_nobody_can_have_computed_is_not_supported(settle, log
     assert settle(first, asked("again", CHAIN, hit=8, at_us=MINUTE_US)).unsupported_examples == ("acme:again",)
 
 
+def test_what_another_routers_request_computed_supports_a_memory_hit(tmp_path, log):
+    log.stored([])
+    for name, each in (("a", asked("first", CHAIN)), ("b", asked("again", CHAIN, hit=8, at_us=MINUTE_US))):
+        ledger = Ledger(tmp_path / name)
+        ledger.append([each])
+        ledger.close()
+    both = [tmp_path / "a", tmp_path / "b"]
+    assert verify_all(both, store_log=tmp_path / "log", anchors={}).ok
+    assert not verify_all(both[1:], store_log=tmp_path / "log", anchors={}).ok
+
+
 def test_a_request_does_not_support_itself_and_no_hit_of_the_store(settle, log):
     log.stored([])
     alone = asked("alone", CHAIN, hit=8)
     assert settle(alone).unsupported_hits == 1
     from_store = asked("store", CHAIN, hit=8, at_us=MINUTE_US, hit_memory_tokens=0)
     assert settle(asked("first", CHAIN), from_store).unsupported_examples == ("acme:store",)
+
+
+HOUR_US = 60 * MINUTE_US
+
+
+def logged(directory, *lines):
+    """A store's log: (time_us, kind) of HASH, or of another block where the kind ends in "!"."""
+    directory.mkdir()
+    other = "cd" * 32
+    text = "".join(f"{us} {kind.strip('!')} {other if kind.endswith('!') else HASH.hex()}\n" for us, kind in lines)
+    (directory / "store-00000000000000001.log").write_text(text)
+
+
+def test_a_hit_after_the_clock_was_set_back_is_supported(settle, tmp_path):
+    noon = now_us()
+    logged(tmp_path / "log", (noon, "stored"), (noon - HOUR_US, "read!"), (noon - HOUR_US + 5_000_000, "read"))
+    after = noon - HOUR_US + 4_900_000
+    assert settle(record(started_us=after, finished_us=after + 200_000)).unsupported_hits == 0
+
+
+def test_a_hit_of_a_request_that_ran_while_the_clock_was_set_back_is_supported(settle, tmp_path):
+    noon = now_us()
+    logged(tmp_path / "log", (noon - MINUTE_US, "stored"), (noon, "read!"), (noon - HOUR_US, "read"))
+    assert settle(record(started_us=noon - 100_000, finished_us=noon + 400_000)).unsupported_hits == 0
+
+
+@pytest.mark.parametrize("at", [-2 * HOUR_US, -HOUR_US // 2, HOUR_US])
+def test_a_step_of_the_clock_excuses_nothing_that_is_not_next_to_it(settle, tmp_path, at):
+    noon = now_us()
+    logged(tmp_path / "log", (noon - MINUTE_US, "stored"), (noon, "read!"), (noon - HOUR_US, "read"))
+    assert settle(record(started_us=noon + at, finished_us=noon + at + 1000)).unsupported_hits == 1
+
+
+def test_a_hit_that_was_stored_only_after_the_clock_was_set_back_is_not(settle, tmp_path):
+    noon = now_us()
+    logged(tmp_path / "log", (noon, "read!"), (noon - HOUR_US, "read!"), (noon + HOUR_US, "stored"))
+    assert settle(record(started_us=noon, finished_us=noon + 1000, hit_memory_tokens=128)).unsupported_hits == 1

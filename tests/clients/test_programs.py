@@ -130,6 +130,7 @@ async def test_a_streaming_client_that_leaves_stops_the_work(door, home):
     running.process.kill()
     await wait_for(lambda: door.script.num_cancelled == 1)
     await asyncio.wait_for(running.ended(), 10)
+    assert door.script.generations[-1].finish_reason == "", "the output was not made to its end"
 
 
 async def test_a_new_claude_code_session_hits_the_one_before(door, home, folder):

@@ -56,7 +56,7 @@ def run_as(mutation: Mutation, scratch: Path, report: Report) -> None:
         subject, coverage = [*chosen.subjects()][index]
         suite = (subject, coverage, report, lambda _: None, Backend())
         if mutation.real_store:
-            async with command._store_service(scratch) as store:
+            async with command._stores(scratch, 1, "") as store:
                 await Suite(suite[0], store, *suite[1:]).run(mutation.strategies, mutation.parts)
         else:
             await Suite(suite[0], MemoryStore(), *suite[1:]).run(mutation.strategies, mutation.parts)

@@ -74,6 +74,49 @@ async def test_a_batch_gives_what_each_gives_alone(make_engine, make_prompt):
 
 
 @pytest.mark.slow
+async def test_tokens_chosen_where_the_logits_are_are_the_same(make_engine, make_prompt, monkeypatch):
+    """As on a card whose steps share their launches; and a sequence whose grammar fails ends alone."""
+
+    async def outputs(engine):
+        scheduler = Scheduler(engine, 8)
+        started = [await start(engine, make_prompt(engine, p), 6, num_top_logprobs=2) for p in PROMPTS]
+        pieces = []
+        for running, _ in started:
+            scheduler.join(running)
+        for running, _ in started:
+            pieces.append([(p.tokens, p.logprobs) async for p in scheduler.tokens(running)])
+            await scheduler.leave(running)
+        await scheduler.close()
+        return pieces, scheduler.num_tokens
+
+    engine = make_engine()
+    want = await outputs(engine)
+    chosen = []
+    monkeypatch.setattr("antefix_decode.scheduler.chooses_on_card", lambda engine: chosen.append(1) or True)
+    got = await outputs(engine)
+    assert chosen
+    assert [[tokens for tokens, _ in of] for of in got[0]] == [[tokens for tokens, _ in of] for of in want[0]]
+    tops = [[[t.top[0][0] for t in logprobs] for _, logprobs in of] for of in got[0]]
+    assert tops == [[[t.top[0][0] for t in logprobs] for _, logprobs in of] for of in want[0]]
+    assert got[1] == want[1]
+
+    scheduler = Scheduler(engine, 8)
+    (bad, _), (good, shown) = [await start(engine, make_prompt(engine, p), 6) for p in PROMPTS[:2]]
+
+    def refuse(position, num_top):
+        raise InvalidRequest("the output format is too complex")
+
+    monkeypatch.setattr(bad, "sampler", type("Refusing", (), {"wish": staticmethod(refuse), "is_over": False})())
+    scheduler.join(bad)
+    scheduler.join(good)
+    with pytest.raises(InvalidRequest, match="too complex"):
+        await finish(scheduler, bad, [])
+    await finish(scheduler, good, shown)
+    assert shown[1:] == [token for tokens, _ in want[0][1] for token in tokens]
+    await scheduler.close()
+
+
+@pytest.mark.slow
 async def test_the_next_turn_hits_the_models_own_answer(make_engine, make_prompt, store):
     engine = make_engine("boundary")
     scheduler = Scheduler(engine, 8)

@@ -331,6 +331,7 @@ async def test_a_source_that_redis_hears_nothing_of_is_not_believed(source, star
     await source.hold(2)
     await source.publish(redis.url)
     await level(source, router)
+    assert router.follower.in_step
 
 
 @pytest.mark.parametrize("turns", range(5))
@@ -346,8 +347,8 @@ async def test_what_ends_in_the_moment_of_news_does_end(source, started, redis, 
     router.follower._wanted.set()
     for _ in range(turns):
         await asyncio.sleep(0)
-    async with asyncio.timeout(10):
-        await router.close()
+    ended, _ = await asyncio.wait([closing := asyncio.create_task(router.close())], timeout=60)
+    assert ended and closing.exception() is None
 
 
 # The race: a snapshot is on its way while events come through Redis.
@@ -417,6 +418,7 @@ async def test_a_source_that_restarts_while_its_snapshot_is_taken_is_asked_again
     await source.hold(8)
     go.set()
     await level(source, router)
+    assert router.follower.in_step
 
 
 async def test_a_snapshot_that_stalls_is_asked_for_again(source, started, redis, monkeypatch):

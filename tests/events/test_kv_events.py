@@ -141,9 +141,10 @@ def test_no_batch_is_refused(payload):
 def test_no_bytes_break_the_reader(payload):
     for each in (payload, b"\x92\xcb" + bytes(8) + b"\x91" + payload):
         try:
-            decode_batch(each)
+            batch = decode_batch(each)
         except InvalidRequest:
             continue
+        assert all(isinstance(event, (KvStored, KvRemoved, KvCleared)) for event in batch.events)
 
 
 @given(
@@ -151,7 +152,9 @@ def test_no_bytes_break_the_reader(payload):
 )
 def test_no_value_in_place_of_a_field_breaks_the_reader(value):
     for name in ("block_hashes", "parent_block_hash", "token_ids", "block_size", "extra_keys", "group_idx"):
-        decode_batch(PACK([1.0, [stored(**{name: value})]]))
+        batch = decode_batch(PACK([1.0, [stored(**{name: value}), stored()]]))
+        # Read or counted, and the event behind it is read.
+        assert 1 <= len(batch.events) == 2 - batch.num_unread
 
 
 @pytest.mark.parametrize(

@@ -476,6 +476,7 @@ async def test_tenants_have_quotas_and_do_not_share_prefixes(fleet, two, tmp_pat
     await door.chat(LONG, headers=bob)
     refused = await door.chat(LONG, headers=bob, expect=429)
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
+    assert refused.headers["x-ratelimit-remaining-tokens"].isdigit()
     hits = [(record.tenant, record.cache_hit_tokens > 0) for record in door.records]
     assert hits == [("alice", False), ("alice", True), ("bob", False)]
     salts = {body["cache_salt"] for worker in two for _, body in worker.requests}

@@ -62,7 +62,7 @@ async def test_a_ledger_that_cannot_be_written_shows_for_a_while(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(accounts.ledger, "append", full)
-    entry = accounts._open_entry(make_request())[1]
+    entry = accounts.records.opened(make_request(), accounts.served)[1]
     with pytest.raises(OSError, match="No space"):
         await accounts.writer.open(entry)
     assert why_unready(accounts, workers) == "the ledger cannot be written"

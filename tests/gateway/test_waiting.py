@@ -144,3 +144,4 @@ async def test_a_client_that_leaves_while_it_is_told_that_we_live_stops_the_work
         async with asyncio.timeout(10):
             while not script.num_cancelled:  # noqa: ASYNC110 - the server notices when it does
                 await asyncio.sleep(0.01)
+        assert [each.finish_reason for each in script.generations] == [""]

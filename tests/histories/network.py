@@ -28,10 +28,10 @@ class Network:
         self.loss = 0.0
         self.delay_s = 0.002
 
-    async def way(self, peer: str) -> None:
-        """One way to a peer or back.  Raises:  Unavailable, DeadlineExceeded: it did not arrive."""
+    async def way(self, peer: str, after_s: float = 0.0) -> None:
+        """One way to a peer or back, after so long.  Raises:  Unavailable, DeadlineExceeded: it did not arrive."""
         self.counts["messages"] += 1
-        await asyncio.sleep(self._rng.expovariate(1 / self.delay_s))
+        await asyncio.sleep(after_s + self._rng.expovariate(1 / self.delay_s))
         if peer in self.hanging:
             await asyncio.sleep(HANG_S)
             raise DeadlineExceeded(f"{peer} did not answer in time")

@@ -8,9 +8,12 @@ nothing is left to do but wait for ever, the history is stuck, and says so.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
+import contextvars
 import errno
 import heapq
+import itertools
 import random
 import secrets
 import time
@@ -26,6 +29,42 @@ class Stuck(Exception):
     """Somebody waits for what nobody will do."""
 
 
+class _Turn:
+    """What asyncio's Handle and TimerHandle do, without what is for debugging."""
+
+    __slots__ = ("_args", "_callback", "_context", "_when", "is_cancelled")
+
+    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Any, when: float = 0.0) -> None:
+        self._callback = callback
+        self._args = args
+        self._context = contextvars.copy_context() if context is None else context
+        self._when = when
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        # What it would have run is often a cycle that leads back here.
+        self._callback, self._args = _nothing, ()
+
+    def cancelled(self) -> bool:
+        return self.is_cancelled
+
+    def when(self) -> float:
+        return self._when
+
+    def run(self, loop: asyncio.BaseEventLoop) -> None:
+        try:
+            self._context.run(self._callback, *self._args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as err:
+            loop.call_exception_handler({"message": "in a callback", "exception": err})
+
+
+def _nothing() -> None:
+    """Of a turn that was cancelled."""
+
+
 class SimulatedLoop(asyncio.BaseEventLoop):
     """rng: draws how long what runs in executors takes.  wall_step_s: how far the wall clock has been moved."""
 
@@ -34,6 +73,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         self.now_s = 0.0
         self.wall_step_s = 0.0
         self._rng = rng
+        # What runs next, in order; and what runs later: when, which came first of those, and what.
+        self._turns: collections.deque[_Turn] = collections.deque()
+        self._later: list[tuple[float, int, _Turn]] = []
+        self._numbers = itertools.count()
 
     def time(self) -> float:
         return self.now_s
@@ -41,31 +84,37 @@ class SimulatedLoop(asyncio.BaseEventLoop):
     def wall_s(self) -> float:
         return WALL_S + self.now_s + self.wall_step_s
 
-    def _run_once(self) -> None:
-        """As asyncio's, without its questions to a selector: they were a tenth of a history's time.
+    def call_soon(self, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
+        turn = _Turn(callback, args, context)
+        self._turns.append(turn)
+        return turn
 
-        Waits by moving the clock to the next timer; one that was cancelled moves nothing.
-        """
-        ready, scheduled = self._ready, self._scheduled  # type: ignore[attr-defined]
-        while scheduled and scheduled[0]._cancelled:
-            heapq.heappop(scheduled)._scheduled = False
-            self._timer_cancelled_count -= 1
-        if not ready and not self._stopping:  # type: ignore[attr-defined]
-            if not scheduled:
+    def call_later(self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
+        return self.call_at(self.now_s + delay, callback, *args, context=context)
+
+    def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
+        turn = _Turn(callback, args, context, when)
+        heapq.heappush(self._later, (when, next(self._numbers), turn))
+        return turn
+
+    def _run_once(self) -> None:
+        """Waits by moving the clock to the next timer; one that was cancelled moves nothing. Nobody asks a selector."""
+        turns, later = self._turns, self._later
+        while later and later[0][2].is_cancelled:
+            heapq.heappop(later)
+        if not turns and not self._stopping:  # type: ignore[attr-defined]
+            if not later:
                 raise Stuck("nothing is scheduled, and somebody waits")
-            self.now_s = max(self.now_s, scheduled[0]._when)
-        while scheduled and scheduled[0]._when <= self.now_s:
-            handle = heapq.heappop(scheduled)
-            handle._scheduled = False
-            if handle._cancelled:
-                self._timer_cancelled_count -= 1
-            else:
-                ready.append(handle)
+            self.now_s = max(self.now_s, later[0][0])
+        while later and later[0][0] <= self.now_s:
+            turn = heapq.heappop(later)[2]
+            if not turn.is_cancelled:
+                turns.append(turn)
         # What these add has its turn next time.
-        for _ in range(len(ready)):
-            handle = ready.popleft()
-            if not handle._cancelled:
-                handle._run()
+        for _ in range(len(turns)):
+            turn = turns.popleft()
+            if not turn.is_cancelled:
+                turn.run(self)
 
     def _process_events(self, events: list[Any]) -> None:
         """There are none."""

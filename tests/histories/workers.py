@@ -208,12 +208,12 @@ class SimDecode(DecodeClient):
         worker.handoffs.discard(handoff)
         number = len(emitted)
         while number < sampling.max_tokens:
-            count = min(worker.rng.randint(1, 3), sampling.max_tokens - number)
-            await asyncio.sleep(0.01 * count)
-            worker.check_alive()
+            count = min(worker.rng.randint(1, 5), sampling.max_tokens - number)
             tokens = np.array([token_of(request.tokens, number + i) for i in range(count)], np.uint32)
             number += count
-            await self.network.way(self.address)
+            # What it takes and the way back in one: whether the worker lived until it was sent shows in either.
+            await self.network.way(self.address, after_s=0.01 * count)
+            worker.check_alive()
             reason = "length" if number == sampling.max_tokens else ""
             yield Decoded(tokens=tokens, finish_reason=reason, restore=restore)
             restore = None

@@ -133,7 +133,7 @@ class World:
         )
         self.store_gone = asyncio.Event()
         engine = StorageEngine(config, disk=self.disk, clock_ms=lambda: int(self.loop.wall_s() * 1000))
-        engine._sync_thread = engine.reader._pool = InlineExecutor()
+        engine.writer.sync_thread = engine.reader._pool = InlineExecutor()
         self.store.engine = engine
 
     def open_router(self) -> None:

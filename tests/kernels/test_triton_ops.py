@@ -218,7 +218,9 @@ def test_a_cut_window_is_not_attended_to(device):
     pool = BlockPool(model.layout, 8, device)
     run(model, pool, TorchOps())
     sequence = Sequence([5, 1, 2, 7, 0, 3], WindowState.cut_at(model.layout, 8, device))
-    forward(model, pool, [(sequence, TOKENS[8:11])], write_global_kv=False, ops=Compared(pool))
+    ops = Compared(pool)
+    forward(model, pool, [(sequence, TOKENS[8:11])], write_global_kv=False, ops=ops)
+    assert ops.checked, "steps were run both ways"
 
 
 def test_payloads_travel_through_a_card_pool_unchanged(device):

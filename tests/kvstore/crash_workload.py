@@ -113,7 +113,7 @@ def live(directory: Path, seed: int, fatal: int) -> None:
             note(evict=True)
             engine.space.evict(rng.randrange(1, 60_000))
         elif action < 0.95:
-            engine.space.compact_one(0.0)
+            engine.space.compactor.compact_one(0.0)
         else:
             engine.close()
             engine = StorageEngine(config, disk=FatalDisk(counter))

@@ -202,3 +202,20 @@ def test_a_directory_may_have_any_name(tmp_path: Path, name: bytes) -> None:
         engine.put(PROMPT.blocks(3))
     with contextlib.closing(StorageEngine(config)) as engine:
         assert PROMPT.check(engine) == 3
+
+
+@pytest.mark.parametrize("num_others", [0, 1, 40])
+def test_few_checkpoints_are_found_as_many_are(open_engine: OpenEngine, num_others: int) -> None:
+    # With few the table is walked over; with many each block of the chain is asked for.
+    engine = open_engine(budget_bytes=16 << 20)
+    prompt, twin = Prompt(list(range(BLOCK * 96))), Prompt(list(range(BLOCK * 96)), fingerprint=b"G" * 32)
+    engine.put([*prompt.blocks(), prompt.checkpoint(3), prompt.checkpoint(95)])
+    engine.put([*twin.blocks(4), twin.checkpoint(2)])
+    for number in range(num_others):
+        other = Prompt([1000 + number] * BLOCK)
+        engine.put([*other.blocks(), other.checkpoint(0)])
+    # An entry in the long form.
+    assert engine.pin([(RecordKind.CHECKPOINT, prompt.hashes[3])], 60.0) == 1
+    assert engine.lookup(prompt.hashes, fingerprint=FINGERPRINT).checkpoints == (4, 96)
+    assert engine.lookup(prompt.hashes[:95], fingerprint=FINGERPRINT).checkpoints == (4,)
+    assert engine.held(prompt.hashes, fingerprint=FINGERPRINT).checkpoints == (4, 96)

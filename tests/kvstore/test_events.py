@@ -108,7 +108,7 @@ def test_compaction_is_no_event(open_engine: OpenEngine) -> None:
     engine.put(prompt.blocks())
     engine.evict([(RecordKind.BLOCK, prompt.hashes[1])])
     cursor = engine.events.cursor
-    assert engine.space.compact_one(0.0) is not None
+    assert engine.space.compactor.compact_one(0.0) is not None
     assert engine.events.cursor == cursor
 
 

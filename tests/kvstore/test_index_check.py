@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from antefix.record import RecordKind
 from antefix_kvstore.index_check import index_fault
-from antefix_kvstore.index_sums import _xxh32
+from antefix_kvstore.index_sums import xxh32_of_rows
 from antefix_kvstore.index_writer import IndexTxn
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, Prompt
@@ -103,7 +103,7 @@ def test_an_index_that_was_cut_is_refused(index: Path) -> None:
 @given(rows=st.lists(st.binary(min_size=112, max_size=112), min_size=1, max_size=3))
 @settings(max_examples=20)
 def test_sums_of_many_rows_are_those_of_each(rows: list[bytes]) -> None:
-    found = _xxh32(np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), 112))
+    found = xxh32_of_rows(np.frombuffer(b"".join(rows), np.uint8).reshape(len(rows), 112))
     assert found.tolist() == [xxhash.xxh32_intdigest(row) for row in rows]
 
 

@@ -30,8 +30,8 @@ def shuffled(engine: StorageEngine, seed: int) -> None:
     rng.shuffle(headers)
     for first in range(0, len(headers), 9):
         engine.segments.roll(engine.clock_ms())
-        engine.space._copy(headers[first : first + 9])
-    engine.space._drop_dead()
+        engine.space.compactor.copy(headers[first : first + 9])
+    engine.space.compactor.drop_dead()
 
 
 def rebuilt(engine: StorageEngine, tmp_path: Path, open_engine: OpenEngine) -> StorageEngine:
@@ -45,7 +45,7 @@ def test_records_in_any_order_come_back(
     open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int
 ) -> None:
     monkeypatch.setattr(index_rebuild, "_WAITING_MAX", waiting)
-    monkeypatch.setattr(index_rebuild, "_TXN_RECORDS", 7)
+    monkeypatch.setattr(index_rebuild, "_GROUP_RECORDS", 7)
     monkeypatch.setattr(index_rebuild, "_CHUNK_RECORDS", 3)
     engine = open_engine(budget_bytes=16 << 20)
     for prompt in PROMPTS:
@@ -64,7 +64,7 @@ def test_what_stands_apart_comes_back_with_what_hangs_on_it(
     open_engine: OpenEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waiting: int
 ) -> None:
     monkeypatch.setattr(index_rebuild, "_WAITING_MAX", waiting)
-    monkeypatch.setattr(index_rebuild, "_TXN_RECORDS", 3)
+    monkeypatch.setattr(index_rebuild, "_GROUP_RECORDS", 3)
     engine = open_engine(budget_bytes=16 << 20)
     engine.put(PROMPTS[0].blocks())
     apart: list[Record] = [PROMPTS[1].block(4, parent_elsewhere=True), *(PROMPTS[1].block(at) for at in range(5, 9))]
@@ -84,7 +84,7 @@ def test_of_two_copies_the_later_one_counts(open_engine: OpenEngine, tmp_path: P
     places = {header.hash: header.segment for header in engine.segments.scan(1, check_payloads=False)}
     headers = list(engine.segments.scan(1, check_payloads=False))[3:6]
     engine.segments.roll(engine.clock_ms())
-    engine.space._copy(headers)
+    engine.space.compactor.copy(headers)
     engine = rebuilt(engine, tmp_path, open_engine)
     with engine.index.txn() as txn:
         entries = [engine.index.entry(txn, header.kind, header.hash) for header in headers]

@@ -87,7 +87,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def compact(self) -> None:
-        self.engine.space.compact_one(0.0)
+        self.engine.space.compactor.compact_one(0.0)
 
     @rule()
     def reopen(self) -> None:

@@ -253,7 +253,7 @@ def test_encrypted_records_survive_compaction(open_engine: OpenEngine, keys_file
         engine.put(blocks_of(prompt, "a"))
     for prompt in prompts[::2]:
         engine.evict([(RecordKind.BLOCK, prompt.hashes[0])])
-    while engine.space.compact_one(0.05) is not None:
+    while engine.space.compactor.compact_one(0.05) is not None:
         continue
     assert engine.space.counters.compacted_bytes > 0
     assert [prompt.check(engine) for prompt in prompts] == [0, 4] * 6

@@ -12,6 +12,8 @@ from antefix.errors import ConfigError
 from antefix.record import RecordKind
 from antefix_kvstore import check_store as fsck
 from antefix_kvstore import describe_store as inspect
+from antefix_kvstore.disk import Disk
+from antefix_kvstore.index_writer import IndexTxn
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
@@ -34,7 +36,7 @@ def test_a_used_store_is_sound(open_engine: OpenEngine, tmp_path: Path) -> None:
         prompt = Prompt(tokens, payload_bytes=2000, version=1 + number % 2)
         engine.put([*prompt.blocks(), prompt.checkpoint(5)])
     engine.space.evict(50_000)
-    engine.space.compact_one(0.0)
+    engine.space.compactor.compact_one(0.0)
     engine.close()
     report = fsck.fsck(tmp_path / "store")
     assert report.sound, fsck.render(report)
@@ -129,3 +131,52 @@ def test_half_dead_segments_are_compacted_a_step_at_a_time(open_engine: OpenEngi
         engine.maintain()
     assert engine.segments.used_bytes < before / 2
     assert all(prompt.check(engine) == 3 for prompt in prompts[2::3])
+
+
+class CountingDisk(Disk):
+    def __init__(self) -> None:
+        self.num_syncs = self.num_names = 0
+
+    def sync_data(self, fd: int) -> None:
+        self.num_syncs += 1
+        super().sync_data(fd)
+
+    def sync_directory(self, path: Path) -> None:
+        self.num_names += 1
+        super().sync_directory(path)
+
+
+def test_several_segments_are_compacted_by_one_sync_and_one_commit(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = CountingDisk()
+    engine = open_engine(segment_bytes=64 << 10)
+    engine.segments.disk = disk
+    kept = [Prompt([number] * BLOCK, payload_bytes=9_000) for number in range(4)]
+    dead = [Prompt([number] * BLOCK * 4, payload_bytes=9_000) for number in range(50, 54)]
+    for one, other in zip(kept, dead, strict=True):
+        engine.put([*one.blocks(), *other.blocks()])
+        engine.segments.roll(engine.clock_ms())
+    engine.evict([(RecordKind.BLOCK, prompt.hashes[0]) for prompt in dead])
+    before = set(engine.segments.sizes)
+    disk.num_syncs = disk.num_names = 0
+    commits: list[IndexTxn] = []
+    leave = IndexTxn.__exit__
+    monkeypatch.setattr(IndexTxn, "__exit__", lambda txn, *raised: commits.append(txn) or leave(txn, *raised))
+    assert engine.space.compactor.compact_together(0.0, 3 * 36_000)
+    assert (disk.num_syncs, disk.num_names, len(commits)) == (1, 1, 1)
+    assert len(before & set(engine.segments.sizes)) == len(before) - 3
+    assert [prompt.check(engine) for prompt in kept] == [1] * 4
+
+
+def test_eviction_lets_go_of_dead_segments_in_its_own_commit(open_engine: OpenEngine) -> None:
+    engine = open_engine(segment_bytes=64 << 10)
+    engine.put(Prompt([1] * BLOCK * 4, payload_bytes=9_000).blocks())
+    engine.segments.roll(engine.clock_ms())
+    last = Prompt([2] * BLOCK, payload_bytes=9_000)
+    engine.put(last.blocks())
+    num_segments = len(engine.segments.sizes)
+    assert engine.space.evict(36_000) == 4
+    assert len(engine.segments.sizes) == num_segments - 1
+    assert engine.space.counters.dropped_segments == 1
+    assert last.check(engine) == 1

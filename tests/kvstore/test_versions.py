@@ -99,7 +99,7 @@ def test_compaction_moves_both_as_they_are(open_engine: OpenEngine) -> None:
     before = {(h.kind, h.hash): h for n in engine.segments.sizes for h in engine.segments.scan(n, check_payloads=True)}
     engine.segments.roll(engine.clock_ms())
     engine.evict([(RecordKind.BLOCK, dead.hashes[0])])
-    assert engine.space.compact_one(0.05)
+    assert engine.space.compactor.compact_one(0.05)
     assert (NEW.check(engine), OLD.check(engine)) == (4, 4)
     for prompt in (NEW, OLD):
         for block_hash in prompt.hashes:
@@ -230,7 +230,7 @@ def test_statements_and_footers_are_stepped_over(open_engine: OpenEngine, tmp_pa
         engine = open_engine()
         assert NEW.check(engine) == 4
         engine.segments.roll(engine.clock_ms())
-        engine.space.compact_one(0.0)
+        engine.space.compactor.compact_one(0.0)
         assert NEW.check(engine) == 4
         engine.close()
         assert check_store.fsck(tmp_path / "store").sound

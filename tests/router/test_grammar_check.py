@@ -95,7 +95,14 @@ async def test_a_caller_that_leaves_takes_no_answer_from_the_next(check):
     await asyncio.sleep(0)
     leaving.cancel()
     await asyncio.gather(leaving, return_exceptions=True)
+    assert leaving.cancelled()
     await check.check(of({"type": "boolean"}))
+    leaving = asyncio.create_task(check.check(of({"type": "string"})))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.gather(leaving, return_exceptions=True)
+    with pytest.raises(UnusableGrammar):
+        await check.check(of({"type": "integer", "minimum": 5, "maximum": 4}))
 
 
 async def test_too_many_that_wait_are_told_so(check, monkeypatch):

@@ -238,6 +238,7 @@ async def test_what_others_write_there_stops_nobody(start_redis, rack_at):
     good = {"a": worker.address, "e": worker.memory.log.cursor.epoch, "n": 1, "k": 1, "b": b"12345678"}
     for entry in ({"x": "y"}, {**good, "n": "one"}, {**good, "k": 9}, {**good, "b": b"short"}, {**good, "a": "nobody"}):
         await client.xadd(stream, entry)
+    assert await client.xlen(stream) >= 5
     await client.aclose()
     worker.memory.store(CHAIN[:30])
     await until(rack.is_known)

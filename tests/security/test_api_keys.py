@@ -369,7 +369,8 @@ def test_over_grpc_a_key_does_what_its_scopes_say_too():
     register = register_of(*rows)
     generate, usage, admin = texts
     own = caller_of_key(register, generate, GENERATE)
-    assert (own.role, own.tenant("")) == (Role.TENANT, "acme")
+    # The bill names the key that was shown.
+    assert (own.role, own.tenant(""), own.key_id) == (Role.TENANT, "acme", rows[0].id)
     assert caller_of_key(register, usage, EXPORT).tenant("") == "acme"
     with pytest.raises(PermissionDenied):
         caller_of_key(register, usage, EXPORT).tenant("other")

@@ -49,6 +49,11 @@ def test_services_that_carry_many_callers_are_not_counted(role):
     with contextlib.ExitStack() as stack:
         for peer in (ONE, ONE, SAME):
             take(stack, limits, peer, Identity(role=role))
+        assert not limits._calls and not limits._on
+        # So its address has as much for its own callers as any.
+        take(stack, limits, ONE)
+        with pytest.raises(Overloaded):
+            take(stack, limits, ONE)
 
 
 def test_a_socket_file_is_one_address():

@@ -192,6 +192,7 @@ async def test_it_stops_also_when_an_answer_comes_at_the_same_moment(tmp_path, m
     await asyncio.sleep(0)
     async with asyncio.timeout(5):
         await router.changes.close()
+    assert router.changes._task.done()
 
 
 async def test_two_who_change_keys_at_once_do_not_undo_each_other(redis):

@@ -17,6 +17,7 @@ from antefix.store.payload_channel import PayloadChannel
 )
 def test_this_host_alone_may_be_listened_on_without_tls(address):
     check_listening(address, has_tls=False)
+    assert is_loopback(parse_address(address)[0])
 
 
 @pytest.mark.parametrize(

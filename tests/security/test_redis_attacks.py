@@ -273,7 +273,8 @@ def test_a_url_that_would_give_something_away_is_refused_everywhere(url, why):
 )
 def test_other_urls_are_taken(url):
     check_redis_url(url)
-    RedisAccess(url=url).connect(timeout_s=1.0)
+    client = RedisAccess(url=url).connect(timeout_s=1.0)
+    assert ("Cluster" in type(client).__name__) == ("cluster" in url)
 
 
 class TlsRedis(RedisServer):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from antefix import rpc
-from antefix.errors import ConfigError, Unavailable
+from antefix.errors import ConfigError, PermissionDenied, Unavailable
 from antefix.registration import Registration
 from antefix.security.identity import Identity, Role
 from antefix.security.process_security import OPEN
@@ -70,7 +70,12 @@ def registration(address, role="prefill"):
     ],
 )
 def test_a_worker_registers_where_its_certificate_says(address, hosts):
-    registration(address).check_identity(Identity(role=Role.PREFILL, name="p1", hosts=frozenset(hosts)))
+    mine, elsewhere = (
+        Identity(role=Role.PREFILL, name="p1", hosts=frozenset(each)) for each in (hosts, {"elsewhere.example"})
+    )
+    registration(address).check_identity(mine)
+    with pytest.raises(PermissionDenied):
+        registration(address).check_identity(elsewhere)
 
 
 @pytest.mark.parametrize("tls", [True, False])

@@ -34,6 +34,8 @@ def test_a_fast_test_that_computes_for_long_is_named():
 def test_one_that_is_marked_may(marker):
     with warnings.catch_warnings(action="error"):
         pytest_rules.check_fast(Item(marker), 50.0)
+    with pytest.warns(SlowTest):
+        pytest_rules.check_fast(Item("no such marker"), 50.0)
 
 
 def test_the_time_that_a_package_takes_to_import_is_known(monkeypatch):

@@ -11,7 +11,7 @@ from google.protobuf.descriptor import FieldDescriptor as Field
 import antefix.v1
 from antefix import rpc
 from antefix.errors import InvalidRequest
-from antefix.request_limits import check_request, limit_of
+from antefix.request_limits import check_request, limit_of, reading
 from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc, router_pb2
 from antefix_kvstore.server import register as register_store
 
@@ -118,7 +118,9 @@ def test_what_breaks_a_limit_is_refused_by_name(name):
 
 @pytest.mark.parametrize("root", request_types(), ids=lambda root: root.name)
 def test_an_empty_request_breaks_no_limit(root):
-    check_request(root._concrete_class())
+    empty = root._concrete_class()
+    check_request(empty)
+    assert reading(type(empty).FromString)(b"") == empty
 
 
 class Taking(kvstore_pb2_grpc.KvStoreServiceServicer):

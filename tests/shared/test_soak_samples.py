@@ -19,6 +19,12 @@ def test_noise_and_saw_teeth_are_flat():
     assert growth("files", TIMES, files).is_flat
 
 
+def test_one_thread_more_is_no_growth_whenever_it_comes_and_two_are():
+    for at_s in (1900, 2700, 3500):
+        assert growth("threads", TIMES, [13 + (at >= at_s) for at in TIMES]).is_flat
+    assert not growth("threads", TIMES, [13 + (at >= 2400) + (at >= 3000) for at in TIMES]).is_flat
+
+
 def test_what_fills_up_in_the_first_half_is_flat():
     assert growth("disk_mb", TIMES, [min(at, 1000.0) for at in TIMES]).is_flat
 
@@ -49,5 +55,7 @@ def test_a_process_and_a_directory_are_measured(tmp_path):
     samples.add_process(1.0, 2**22 + 1)  # no process has such a number
     assert len(samples.times_s) == 1
     assert all(values[0] > 0 for values in samples.values.values())
+    assert sum(samples.threads_last.values()) == samples.values["threads"][0]
+    assert "more_threads" not in samples.figures()
     (tmp_path / "file").write_bytes(bytes(1 << 20))
     assert disk_mb(tmp_path) >= 1.0

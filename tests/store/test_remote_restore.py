@@ -317,7 +317,7 @@ async def test_records_that_moved_since_they_were_looked_up_are_found_again(
     def and_compact(*args: Any, **more: Any) -> Any:
         located = locate(*args, **more)
         if old.exists():
-            engine.space.compact_one(0.0)
+            engine.space.compactor.compact_one(0.0)
             assert not old.exists()
         return located
 

@@ -170,7 +170,7 @@ def test_a_seal_survives_coding_encryption_and_compaction_without_the_secret(tmp
     engine.put([*map(sealed, PROMPT.blocks()), *Prompt([7] * BLOCK * 3, payload_bytes=400_000).blocks()])
     engine.segments.roll(engine.clock_ms())
     engine.evict([(RecordKind.BLOCK, Prompt([7] * BLOCK * 3).hashes[0])])
-    assert engine.space.compact_one(0.05)
+    assert engine.space.compactor.compact_one(0.05)
     for number, block_hash in enumerate(PROMPT.hashes):
         with engine.index.txn() as txn:
             entry = engine.index.entry(txn, RecordKind.BLOCK, block_hash)

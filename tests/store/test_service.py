@@ -339,7 +339,7 @@ async def test_readers_in_other_processes_follow_the_writer(service: Service) ->
         await client.put(PROMPT.blocks(count))
         if count == 2:
             engine.evict([(RecordKind.BLOCK, PROMPT.hashes[2])])
-            engine.space.compact_one(0.0)
+            engine.space.compactor.compact_one(0.0)
         await asyncio.sleep(0.05)
     assert (await reader.stdout.readline()).split() == [b"6", b"0"]
     assert await reader.wait() == 0

@@ -24,6 +24,7 @@ from antefix.private_file import open_private, write_private
 from antefix_billing.adjustment import Adjusted
 from antefix_billing.ledger_files import Settled, read_billed, source_of
 from antefix_billing.ledger_mark import Mark
+from antefix_billing.pruned import pruned_to
 from antefix_billing.push.delivery import Delivery, delivery_of
 from antefix_billing.push.push_config import SinkConfig
 from antefix_billing.push.sinks import Rejected, Sink, TryLater
@@ -32,6 +33,23 @@ log = logging.getLogger("antefix_billing")
 
 _WAIT_MIN_S: Final = 0.5
 _WAIT_MAX_S: Final = 60.0
+
+
+def sent_to(state: Path, source: bytes) -> int:
+    """The last entry of a ledger that every receiver of this state has, or that is a dead letter; 0: none."""
+    found = [read_cursors(path) for path in sorted(state.glob("*.json"))]
+    return min((cursors.get(source.hex(), 0) for cursors in found), default=0)
+
+
+def read_cursors(path: Path) -> dict[str, int]:
+    """How far one receiver's is, by ledger.  Raises:  ConfigError: it is no such file."""
+    if not path.exists():
+        return {}
+    found = read_json(path, "push cursors")
+    cursors = found.get("cursors") if isinstance(found, dict) else None
+    if not isinstance(cursors, dict) or not all(type(value) is int for value in cursors.values()):
+        raise ConfigError(f"{path} holds no cursors")
+    return dict(cursors)
 
 
 @dataclass(slots=True)
@@ -75,7 +93,7 @@ class Pusher:
         self._path = state / f"{config.name}.json"
         self._dead_path = state / f"{config.name}.dead"
         self._sleep = sleep
-        self.cursors = self._read_cursors()
+        self.cursors = read_cursors(self._path)
 
     def backlog(self) -> int:
         """Entries that ledgers have behind the cursors."""
@@ -91,6 +109,7 @@ class Pusher:
         """Send all that is there now. Returns False where waiting was ended."""
         for source, ledger in self._ledgers.items():
             durable = mark.sequence if (mark := Mark.of(ledger)) is not None else None
+            self._tell_pruned(source, ledger)
             items = (
                 item
                 for item in read_billed(ledger, after=self.cursors.get(source, 0))
@@ -100,6 +119,17 @@ class Pusher:
             if not all(self._push_batch(source, batch) for batch in _batches(items, self._sink.num_a_batch)):
                 return False
         return True
+
+    def _tell_pruned(self, source: str, ledger: Path) -> None:
+        """What is not here any more cannot be sent."""
+        last, _ = pruned_to(ledger)
+        if (cursor := self.cursors.get(source, 0)) < last:
+            log.error(
+                "%s: entries %d to %d of ledger %s were pruned and are not sent; `antefix usage restore` brings them"
+                " back for an export",
+                self.config.name, cursor + 1, last, source,
+            )  # fmt: skip
+            self.cursors[source] = last
 
     def push_dead(self) -> int:
         """Send dead letters again; those that are taken are none any more. Returns how many are left."""
@@ -179,15 +209,6 @@ class Pusher:
         # The last line may be torn; its entry lies behind the cursor, and comes again.
         lines = self._dead_path.read_text().split("\n")[:-1]
         return [DeadLetter(**json.loads(line)) for line in lines]
-
-    def _read_cursors(self) -> dict[str, int]:
-        if not self._path.exists():
-            return {}
-        found = read_json(self._path, "push cursors")
-        cursors = found.get("cursors") if isinstance(found, dict) else None
-        if not isinstance(cursors, dict) or not all(type(value) is int for value in cursors.values()):
-            raise ConfigError(f"{self._path} holds no cursors")
-        return dict(cursors)
 
 
 def _batches(items: Iterator[Settled | Adjusted], number: int) -> Iterator[list[Settled | Adjusted]]:

@@ -14,11 +14,10 @@ from pathlib import Path
 from antefix.byte_size import parse_byte_size
 from antefix.cache_tenant import join_tenant
 from antefix.config import require
-from antefix.objects.bucket import is_object_url
 from antefix.secret import Keyring
-from antefix.security.grants import hold
 from antefix.store_files.owners import Owners
-from antefix_console.moving import copy_between, grant_of_owner, report_text
+from antefix_console.moving import copy_between, report_text
+from antefix_console.purging import PurgeReport, purge_all, stores_of
 from antefix_kvstore.copy_target import open_source, open_target
 
 
@@ -50,10 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         commands,
         "purge",
         "drop all of a tenant's records, pinned or not",
-        "host-a:7010 host-b:7010 --tenant acme --secret-file antefix-data/secret",
+        "rediss://redis:6379/0 s3://kv-cache/prod --tenant acme --secret-file antefix-data/secret",
     )
     purge.add_argument(
-        "stores", nargs="+", metavar="STORE", help="host:port, a directory that no service has open, or s3://..."
+        "stores",
+        nargs="+",
+        metavar="STORE",
+        help="all of them, in any order: host:port, a directory that no service has open, s3://..., or as roles have"
+        " them in --stores: NAME=ADDRESS, dns:HOST:PORT, redis://...",
     )
     purge.add_argument("--tenant", required=True, help="whose; or digest:HEX")
     purge.add_argument("--user", default="", help="of the tenant's users, this one's only")
@@ -96,24 +99,15 @@ def _purge(args: argparse.Namespace) -> int:
     keyring = Keyring.from_file(Path(args.secret_file)) if args.secret_file else None
     name = join_tenant(args.tenant, args.user) if args.user else args.tenant
     owners = [row[1:] for row in Owners(keyring).rows(name) if row[:1] == b"o"]
-    purged = asyncio.run(_purge_all(args.stores, owners))
+    report = asyncio.run(_purge_named(args.stores, keyring, owners))
     if args.json:
-        print(json.dumps({"purged": purged}))
+        print(json.dumps(dataclasses.asdict(report)))
     else:
-        print("\n".join(f"{store}: {number} records dropped" for store, number in purged.items()))
-    return 0
+        print("\n".join(f"{store}: {number} records dropped" for store, number in report.purged.items()))
+        for store, why in report.failed.items():
+            print(f"{store}: NOT purged: {why}")
+    return 1 if report.failed else 0
 
 
-async def _purge_all(stores: list[str], owners: list[bytes]) -> dict[str, int]:
-    """Raises:  AntefixError: a store does not answer; those before it have been purged."""
-    purged = {}
-    for text in stores:
-        store = open_target(text)
-        try:
-            purged[text] = 0
-            for owner in owners:
-                hold(b"" if is_object_url(text) else grant_of_owner(text, owner))
-                purged[text] += await store.purge(owner)
-        finally:
-            await store.close()
-    return purged
+async def _purge_named(stores: list[str], keyring: Keyring | None, owners: list[bytes]) -> PurgeReport:
+    return await purge_all(await stores_of(stores, keyring), owners)

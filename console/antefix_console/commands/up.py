@@ -65,7 +65,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="tenants' limits and keys")
     parser.add_argument("--api-keys-file", type=_not_empty, metavar="FILE", help="API keys, made by `antefix keys`")
     parser.add_argument(
-        "--anchors", nargs="*", default=(), metavar="PLACE", help="files elsewhere that get the ledgers' signed heads"
+        "--anchors",
+        nargs="*",
+        default=(),
+        metavar="PLACE",
+        help="files elsewhere or object stores that get the ledgers' signed heads",
     )
     parser.add_argument(
         "--bill-redis", default="", metavar="URL", help="Redis through which several routers share one bill"

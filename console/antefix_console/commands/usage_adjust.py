@@ -19,12 +19,14 @@ from antefix_billing.ledger_files import ledgers_of, read_billed, read_settled, 
 from antefix_billing.ratecard import load_cards
 from antefix_billing.rerate import rerated
 from antefix_billing.usage_record import UsageRecord
+from antefix_console.commands.usage_source import add_ledgers
 from antefix_console.progress_line import ProgressLine
 
 _BY_HAND = (AdjustmentKind.CREDIT, AdjustmentKind.CORRECTION, AdjustmentKind.DISPUTE)
 
 
 def add_adjust_arguments(parser: argparse.ArgumentParser) -> None:
+    add_ledgers(parser)
     parser.add_argument("--kind", choices=[kind.value for kind in _BY_HAND], default=AdjustmentKind.CREDIT.value)
     parser.add_argument("--amount", required=True, help="what it adds to the bill, such as --amount=-1.25 for a credit")
     parser.add_argument("--reason", required=True, help="for the customer to read")

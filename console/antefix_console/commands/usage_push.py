@@ -23,6 +23,7 @@ from antefix_billing.ledger_files import ledgers_of
 from antefix_billing.push.push_config import load_sinks
 from antefix_billing.push.pusher import Pusher
 from antefix_billing.push.sinks import open_sink
+from antefix_console.commands.usage_source import add_ledgers
 
 _EVERY_S = 2.0
 # `pusher.PushCounters`.
@@ -34,6 +35,7 @@ PUSH: Final[Table] = {
 
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:
+    add_ledgers(parser)
     parser.add_argument("--config", type=Path, required=True, help="where to send it (TOML, docs/BILLING.md)")
     parser.add_argument("--state", type=Path, required=True, help="directory of cursors and dead letters")
     parser.add_argument("--once", action="store_true", help="send what is there now, and end")

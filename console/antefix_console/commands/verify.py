@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import secrets
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -19,6 +21,10 @@ from antefix.config import add_flags, given_flags
 from antefix.errors import InvalidRequest
 from antefix.store.api import Store
 from antefix.store.local_store import LocalStore
+from antefix.store.object_access import check_object_store
+from antefix.store.remote_store import RemoteStore
+from antefix.store.store_members import Member
+from antefix.store.tier import Tier, TierKind
 from antefix.worker_settings import WorkerSettings
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
@@ -28,6 +34,7 @@ from antefix_console.verify.against import compare_workers
 from antefix_console.verify.models import PLANS
 from antefix_console.verify.selection import Selection, strategies_of
 from antefix_console.verify.setups import LONG_SETUPS, SHORT_SETUPS, check_setups
+from antefix_console.verify.spread_stores import SpreadStores
 from antefix_console.verify.suite import Backend, Suite
 from antefix_console.verify.verdict import Report, Tally
 from antefix_engines.verify import CHECKS
@@ -65,6 +72,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine", choices=CHECKS, help="instead: another engine over the store, its cold runs against restored ones"
     )
+    parser.add_argument(
+        "--stores",
+        type=int,
+        default=1,
+        metavar="N",
+        help="over so many store services, each with some of the blocks: one on this host's disk, the others as other"
+        " hosts' (default 1)",
+    )
+    parser.add_argument(
+        "--object-store",
+        default="",
+        metavar="URL",
+        help="some of the blocks in an object store, such as s3://BUCKET/PREFIX or file:///PATH; what is put there is"
+        " deleted at the end",
+    )
     parser.add_argument("--data-dir", type=Path, help="where the scratch store goes (default: a temporary directory)")
 
 
@@ -76,6 +98,9 @@ def run(args: argparse.Namespace) -> int:
     if args.seed is not None and args.seed < 0:
         raise InvalidRequest(f"--seed must not be negative, is {args.seed}")
     seed = secrets.randbelow(1 << 31) if args.seed is None else args.seed
+    if args.stores < 1:
+        raise InvalidRequest(f"--stores must be at least 1, is {args.stores}")
+    check_object_store(args.object_store)
     if args.against:
         return _run_against(args, seed)
     if args.engine:
@@ -103,8 +128,9 @@ def run(args: argparse.Namespace) -> int:
             ranks=ranks,
         )
         with ProgressLine("verifying", lines=args.long) as progress:
-            report = asyncio.run(_verify(selection, backend, Path(scratch), progress.step))
-    return _conclude(args, report, seed, time.monotonic() - started)
+            where = partial(_stores, Path(scratch), args.stores, args.object_store)
+            report, notes = asyncio.run(_verify(selection, backend, where, progress.step))
+    return _conclude(args, report, seed, time.monotonic() - started, notes)
 
 
 @contextmanager
@@ -137,25 +163,45 @@ def _conclude(args: argparse.Namespace, report: Report, seed: int, seconds: floa
     return 0 if report.ok else 1
 
 
-async def _verify(selection: Selection, backend: Backend, scratch: Path, progress: Callable[[str], None]) -> Report:
+async def _verify(
+    selection: Selection,
+    backend: Backend,
+    where: Callable[[], contextlib.AbstractAsyncContextManager[Store]],
+    progress: Callable[[str], None],
+) -> tuple[Report, list[str]]:
+    """where: opens the store."""
     report = Report()
-    async with _store_service(scratch) as store, asyncio.TaskGroup() as others:
+    async with where() as store, asyncio.TaskGroup() as others:
         if backend.device == "cpu":
             # Other processes, so they compute while this one does.
             others.create_task(check_setups(LONG_SETUPS if selection.is_long else SHORT_SETUPS, report))
         for subject, plan in selection.subjects():
             await Suite(subject, store, plan, report, progress, backend).run(strategies_of(subject, plan))
-    return report
+    return report, [read_text(store)] if isinstance(store, SpreadStores) else []
+
+
+def read_text(stores: SpreadStores) -> str:
+    """What was read from where. Not having read from one of them proves nothing of it."""
+    read = stores.num_blocks_read
+    parts = [f"{read[tier.label]} from {tier.label}" for tier in stores.tiers]
+    return f"blocks were read from all tiers at once: {', '.join(parts)}"
 
 
 @asynccontextmanager
-async def _store_service(scratch: Path) -> AsyncIterator[Store]:
-    """A real store service on a scratch directory; blocks are read from its files as workers do."""
+async def _stores(scratch: Path, num_stores: int, object_store: str) -> AsyncIterator[Store]:
+    """Real store services on scratch directories; blocks of the first are read from its files as workers do."""
     deployment = Deployment(DeploymentConfig(model=scratch, data_dir=scratch))
     (scratch / "logs").mkdir()
     try:
-        process = await deployment.start_role("kvstore", ["--dir", str(deployment.config.store_dir)])
-        store = LocalStore(deployment.config.store_dir, process.address)
+        members = []
+        for number in range(num_stores):
+            directory = deployment.config.store_dir_of(number)
+            process = await deployment.start_role("kvstore", ["--dir", str(directory)])
+            opened = RemoteStore(process.address) if number else LocalStore(directory, process.address)
+            kind = TierKind.PEER if number else TierKind.DISK
+            tier = Tier(f"store-{number}", kind, opened)
+            members.append(Member(tier=tier, store=opened, address=process.address, near=not number))
+        store = SpreadStores(members, object_store) if num_stores > 1 or object_store else members[0].store
         try:
             yield store
         finally:

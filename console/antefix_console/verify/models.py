@@ -17,6 +17,7 @@ from torch import Tensor
 
 from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, check_device, load_model
+from antefix.model.compiled.check import enable
 from antefix.model.ranks import Ranks, take_share
 from antefix.model_dir import ModelIdentity, identify
 from antefix_prefill.worker.rank_processes import RankProcesses
@@ -105,6 +106,7 @@ def load_subject(
     """A model directory.  Raises:  ModelError: it is not usable."""
     if ranks is None:
         model = load_model(path, device=device, kv_format=kv_format)
+        enable(model)
         return Subject(name=path.name, identity=identify(path), model=model)
     return Subject(
         name=path.name,

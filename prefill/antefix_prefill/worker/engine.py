@@ -28,6 +28,7 @@ from antefix.layout import BlockLayout, KVFormat, PartKind
 from antefix.linear_law import Law
 from antefix.model import Arithmetic, BlockPool, Model, load_model, probe
 from antefix.model.backend import make_backend, uses_triton
+from antefix.model.compiled.check import enable
 from antefix.model.ops import Ops, TorchOps
 from antefix.model_dir import ModelIdentity, identify
 from antefix.secret import Keyring
@@ -235,6 +236,8 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
     secrets = keyring or Keyring.from_file(config.secret_file)
     if config.tensor_parallel_size == 1:
         model = load_model(device=config.device, **_load_settings(config))
+        if config.kernels == "auto":
+            enable(model)
         return _build_engine(config, identity, model, store, secrets)
     ranks = RankProcesses(
         config.tensor_parallel_size, device=config.device, threads=config.threads, timeout_s=config.rank_timeout_s

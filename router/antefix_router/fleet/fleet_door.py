@@ -209,7 +209,11 @@ def build_fleet_app(
         Route(
             path,
             Endpoint(
-                partial(door.prepare, path), Provider.OPENAI, door.entering, keep_alive_s=config.http_keep_alive_s
+                partial(door.prepare, path),
+                Provider.OPENAI,
+                door.entering,
+                keep_alive_s=config.http_keep_alive_s,
+                limits=door.limit_headers,
             ),
             methods=["POST"],
         )

@@ -1,0 +1,111 @@
+"""Switches the compiled kernels on where a model's layers give the same bits with them as without."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from antefix.layout import KVFormat
+from antefix.model.attention import Attention, CSACompressor
+from antefix.model.compiled import switch
+from antefix.model.mhc import expand
+from antefix.model.model import DecoderLayer, Model
+from antefix.model.norms_rope import norm_rotate
+from antefix.model.quant import round_entries, round_queries
+
+log = logging.getLogger("antefix.model")
+
+# Rows that are compared: more than one tile, and not all of them tokens.
+_ROWS, _TOKENS = 48, 41
+# So few that products are compiled as well.
+_FEW = 3
+_refused = False
+
+
+def enable(model: Model) -> bool:
+    """Use the kernels in this process, if Numba is here and all results of this model's layers are the same.
+
+    A model whose results differ switches them off for good: a process's arithmetic must not depend on what it loads.
+    """
+    global _refused
+    if _refused or importlib.util.find_spec("numba") is None or not _is_theirs(model):
+        return False
+    with torch.inference_mode():
+        was_on = switch.is_on()
+        plain = list(_compare(model, False))
+        compiled = list(_compare(model, True))
+        few = list(_compare(model, True, _FEW))
+        switch.use(was_on)
+    pairs = [*zip(plain, compiled, strict=True), *zip(plain, few, strict=True)]
+    wrong = sorted({name for (name, whole), (_, part) in pairs if not torch.equal(_same_rows(whole, part), part)})
+    _refused = bool(wrong)
+    if _refused:
+        log.warning("compiled kernels stay off: %s would have other bits than torch's", ", ".join(wrong))
+    switch.use(not _refused)
+    return not _refused
+
+
+def _is_theirs(model: Model) -> bool:
+    return model.device.type == "cpu" and model.dtype is torch.float32 and model.ranks is None
+
+
+def _same_rows(whole: Tensor, part: Tensor) -> Tensor:
+    """Of results of all rows, those of the rows that `part` has; compressors' rows come second."""
+    return whole[: len(part)] if whole.shape[1:] == part.shape[1:] else whole[:, : part.shape[1]]
+
+
+def _compare(model: Model, on: bool, num_rows: int = _ROWS) -> Iterator[tuple[str, Tensor]]:
+    """Results of one layer of each kind for the first rows of a batch, by what they are."""
+    switch.use(on)
+    config = model.config
+    random = torch.Generator().manual_seed(1)
+    streams = torch.randn(_ROWS, config.hc_mult, config.hidden_size, generator=random)[:num_rows] * 2
+    num_tokens = min(_TOKENS, num_rows)
+    tokens = torch.arange(num_tokens) % config.vocab_size
+    positions = torch.arange(num_rows) * 37
+    kinds = {(layer.self_attn.kind, layer.mlp.gate.hash_routed): layer for layer in _layers(model)}
+    for (kind, _), layer in kinds.items():
+        angles = model.rope(kind, positions)
+        for place, connection in (("attention", layer.attn_hc), ("experts", layer.ffn_hc)):
+            x, post, comb = connection(streams)
+            yield from ((f"mixing before {place}", part) for part in (x, post, comb))
+            x = layer.input_layernorm(x) if place == "attention" else layer.post_attention_layernorm(x)
+            yield f"norm before {place}", x
+            if place == "attention":
+                yield from _attention(model, layer.self_attn, x, positions, angles)
+                output = x
+            else:
+                output = layer.mlp(x, tokens)
+                yield "experts", output[:num_tokens]
+            yield "streams", expand(streams, output, post, comb)[:num_tokens]
+
+
+def _attention(
+    model: Model, attention: Attention, x: Tensor, positions: Tensor, angles: tuple[Tensor, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    residual = attention.query_residual(x)
+    queries = attention.queries(residual, *angles)
+    entries = attention.window_entries(x, *angles)
+    yield from (("query residual", residual), ("queries", queries), ("window entries", entries))
+    yield "rounded entries", round_entries(entries, model.layout)
+    yield "attention's output", attention.output(queries, *angles)
+    if attention.compressor is not None:
+        yield "compressor rows", attention.compressor.project(x, positions)
+        norm = attention.compressor.kv_norm
+        yield "entries", norm_rotate(entries, norm.weight, norm.eps, *angles)
+    if isinstance(attention.compressor, CSACompressor):
+        indexer = attention.compressor.indexer
+        yield "indexer rows", indexer.project(x, positions)
+        index_queries = indexer.queries(residual, *angles)
+        yield "index queries", index_queries
+        if model.layout.kv_format is KVFormat.FP8:
+            yield "rounded queries", round_queries(index_queries, model.layout)
+
+
+def _layers(model: Model) -> list[DecoderLayer]:
+    return [cast(DecoderLayer, layer) for layer in model.model.layers]

@@ -1,0 +1,99 @@
+"""What Numba lacks for kernels over torch's memory: pointers, fused multiply-adds, bits of floats.
+
+Nothing here allows the compiler to contract, reorder or approximate: a kernel's bits are what its source says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+f32 = np.float32
+i32 = np.int32
+
+
+@intrinsic
+def fma(_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once."""
+
+    def build(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        kind = args[0].type
+        function = builder.module.declare_intrinsic("llvm.fma", [kind], ir.FunctionType(kind, [kind] * 3))
+        return builder.call(function, args)
+
+    return types.float32(types.float32, types.float32, types.float32), build
+
+
+@intrinsic
+def rint(_context: Any, a: Any) -> Any:
+    """To the nearest integer, ties to even."""
+
+    def build(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.call(builder.module.declare_intrinsic("llvm.rint", [args[0].type]), args)
+
+    return types.float32(types.float32), build
+
+
+@intrinsic
+def bits_of(_context: Any, a: Any) -> Any:
+    def build(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(32))
+
+    return types.int32(types.float32), build
+
+
+@intrinsic
+def float_of(_context: Any, a: Any) -> Any:
+    def build(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), build
+
+
+@intrinsic
+def _pointer(_context: Any, address: Any) -> Any:
+    def build(_: Any, builder: Any, __: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), build
+
+
+# Division by zero is infinite, as in torch: an error's branch would keep loops from being vectorised.
+inline = numba.njit(error_model="numpy")
+plain = numba.njit(error_model="numpy")
+
+
+@inline
+def floats(address: int, first: int, size: int) -> Any:
+    """`size` float32 from number `first` on of those at an address (`Tensor.data_ptr`).
+
+    Loops index such views with their own counter only: of any other index Numba asks whether it is negative, and then
+    does not vectorise.
+    """
+    return numba.carray(_pointer(address + 4 * first), (size,), dtype=np.float32)
+
+
+@inline
+def integers(address: int, first: int, size: int) -> Any:
+    """The same of int64."""
+    return numba.carray(_pointer(address + 8 * first), (size,), dtype=np.int64)
+
+
+def kernel(signature: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Compile a function for one signature, without the interpreter's lock; kept on disk where that can be written."""
+
+    def wrap(function: Callable[..., None]) -> Callable[..., None]:
+        try:
+            return numba.njit(signature, nogil=True, error_model="numpy", cache=True)(function)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            if "no locator available" not in str(error):
+                raise
+            return numba.njit(signature, nogil=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+
+    return wrap

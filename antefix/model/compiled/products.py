@@ -1,0 +1,82 @@
+"""Products of a few rows: MKL's order of addition without the rows that fill up its tiles.
+
+MKL adds in one chain of fused multiply-adds per element, but only from a whole tile of rows on (`numerics`). For one
+row that is sixteen times the arithmetic. Here the chain is written down, over weights that lie transposed.
+
+Shapes:  N = rows, K = addends, O = columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from antefix.model.compiled.intrinsics import f32, floats, fma, kernel, plain
+
+# Weights are kept a second time, transposed, so only of small matrices: 4 MiB.
+_NUMBERS_MAX = 1 << 20
+
+
+@plain
+def _chain(made: Any, row: Any, weights: int, O: int) -> None:  # noqa: E741
+    """made [O] gets row [K] times weights [K, O], from 0 on."""
+    for c in range(O):
+        made[c] = f32(0)
+    whole = len(row) // 4 * 4
+    for k in range(0, whole, 4):
+        a0, a1, a2, a3 = row[k], row[k + 1], row[k + 2], row[k + 3]
+        w0, w1 = floats(weights, k * O, O), floats(weights, (k + 1) * O, O)
+        w2, w3 = floats(weights, (k + 2) * O, O), floats(weights, (k + 3) * O, O)
+        for c in range(O):
+            made[c] = fma(a3, w3[c], fma(a2, w2[c], fma(a1, w1[c], fma(a0, w0[c], made[c]))))
+    for k in range(whole, len(row)):
+        a0, w0 = row[k], floats(weights, k * O, O)
+        for c in range(O):
+            made[c] = fma(a0, w0[c], made[c])
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
+def _multiply(out: int, x: int, weights: int, num: int, K: int, O: int, step: int, tile: int) -> None:  # noqa: E741
+    """out [N, O], its rows `step` apart: x [N, K] times weights [K, O], sums of `tile` addends added up in order."""
+    piece = np.empty(O, np.float32)
+    for start in range(0, K, tile):
+        many = min(tile, K - start)
+        for n in range(num):
+            made, row = floats(out, n * step, O), floats(x, n * K + start, many)
+            if start == 0:
+                _chain(made, row, weights, O)
+            else:
+                _chain(piece, row, weights + 4 * start * O, O)
+                for c in range(O):
+                    made[c] += piece[c]
+
+
+def multiply(x: Tensor, weight: Tensor, tile: int, out: Tensor | None = None) -> Tensor | None:
+    """x [N, K] times weight [O, K] transposed, to `out`, whose rows may lie apart; None: the weight is too large."""
+    columns, addends = weight.shape
+    turned = _turned(weight)
+    if turned is None:
+        return None
+    x = x.contiguous()
+    made = x.new_empty(x.shape[0], columns) if out is None else out
+    _multiply(
+        made.data_ptr(), x.data_ptr(), turned.data_ptr(), x.shape[0], addends, columns, made.stride(0), tile
+    )  # fmt: skip
+    return made
+
+
+def _turned(weight: Tensor) -> Tensor | None:
+    """The weights transposed [K, O], kept with them; turned again where they were changed or lie elsewhere."""
+    if weight.numel() > _NUMBERS_MAX or weight.dtype is not torch.float32:
+        return None
+    if weight.is_inference():
+        return weight.T.contiguous()
+    kept: tuple[tuple[int, int], Tensor] | None = getattr(weight, "_antefix_turned", None)
+    made_of = weight._version, weight.data_ptr()
+    if kept is None or kept[0] != made_of:
+        kept = made_of, weight.data.T.contiguous()
+        weight._antefix_turned = kept  # type: ignore[attr-defined]
+    return kept[1]

@@ -1,0 +1,35 @@
+"""The layers in order, from tokens to the streams on top: one loop for every way of running attention.
+
+Shapes:  N = tokens, M = streams, D = hidden size, R = RoPE dims.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from antefix.model.attention import Attention
+from antefix.model.mhc import expand
+from antefix.model.model import DecoderLayer, Model
+
+
+class Attend(Protocol):
+    """A layer's attention over a batch: x [N, D], normed, to the attention block's output [N, D]."""
+
+    def __call__(self, layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor: ...
+
+
+def run_layers(model: Model, tokens: Tensor, positions: Tensor, num_tokens: int, attend: Attend) -> Tensor:
+    """tokens, positions [N], of which the first `num_tokens` are some: streams [N, M, D]."""
+    ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
+    streams: Tensor = model.model.embed_tokens(tokens).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
+    live = tokens[:num_tokens]
+    for index, module in enumerate(model.model.layers):
+        layer = cast(DecoderLayer, module)
+        x, post, comb = layer.attn_hc(streams)
+        output = attend(index, layer.self_attn, layer.input_layernorm(x), ropes[layer.self_attn.kind])
+        streams = expand(streams, output, post, comb)
+        x, post, comb = layer.ffn_hc(streams)
+        streams = expand(streams, layer.mlp(layer.post_attention_layernorm(x), live), post, comb)
+    return streams

@@ -1,0 +1,253 @@
+"""Decode steps of many sequences on a card: each layer's part that reaches across tokens, in as many launches for one
+sequence as for a hundred.
+
+One token each. All that the kernels read of a sequence is on the card: its position, its seat (`antefix.model.seats`)
+and its block table come as one array of integers, and everything else of a step is computed from that, so the host
+waits for nothing, and a step can be recorded once and replayed (`antefix.model.step_graphs`).
+
+A window is a run of its seat's records, which attention reads next to the picked entries; HCA's entries are picked
+ones too, all of them. Window records and tail rows are written as they come: until its token is kept, what a sequence
+has at these places means nothing. Overlap states follow when tokens are kept.
+
+In reproducible mode a query takes the kernels that it takes in a chunk, so that its bits are the same.
+
+Shapes:  S = sequences, B = blocks of the longest table, H = heads, C = head dim, W = n_win, R = RoPE dims,
+         D = hidden size, E = entries, k = entries a query keeps.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from antefix.layout import LayerKind, PartKind
+from antefix.model.attention import Attention, CSACompressor
+from antefix.model.compressor import Compressor
+from antefix.model.host_rows import upload
+from antefix.model.indexer import Indexer
+from antefix.model.model import Model
+from antefix.model.pool import BlockPool
+from antefix.model.seats import Seats
+from antefix.model.window_state import Sequence
+from antefix_kernels import decode_attention, gather, index_scores, operands, pack, prefill_attention, seated, topk
+
+# Columns of a step's integers before its block table.
+TOKEN, POSITION, SEAT, CUT = range(4)
+NUM_COLUMNS = 4
+TokenIds = collections.abc.Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
+# Keys, queries of a product, warps and stages, as `triton_ops` scores chunks in reproducible mode.
+_REPRODUCIBLE_TILE = (128, 2, 4, 2)
+
+
+def step_integers(
+    sequences: collections.abc.Sequence[Sequence], tokens: TokenIds, seats: Seats
+) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    """[S, 4 + B]: token, position, seat and cut of each sequence, then its block table, filled up with 0."""
+    longest = max(len(sequence.block_table) for sequence in sequences)
+    rows = np.zeros((len(sequences), NUM_COLUMNS + longest), np.int32)
+    rows[:, TOKEN] = tokens
+    rows[:, SEAT] = seats.take([sequence.window for sequence in sequences])
+    for row, sequence in zip(rows, sequences, strict=True):
+        row[POSITION], row[CUT] = sequence.position, sequence.window.cut
+        row[NUM_COLUMNS : NUM_COLUMNS + len(sequence.block_table)] = sequence.block_table
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Closing:
+    """What a step closes of one kind of group: slots [S] int32 of the entries, -1 where none is closed; where the
+    groups' rows lie; and the turns at their first tokens."""
+
+    slots: Tensor
+    closes: Tensor
+    first_rows: Tensor
+    prior_rows: Tensor
+    visible: Tensor
+    cos: Tensor
+    sin: Tensor
+
+
+class SeatedSteps:
+    """One forward pass over sequences that run one token each, whose states have seats.
+
+    integers: as `step_integers` makes them, on the card.  write: whether entries that close are written.
+    """
+
+    def __init__(
+        self, model: Model, pool: BlockPool, seats: Seats, integers: Tensor, *, write: bool, reproducible: bool
+    ) -> None:
+        self._model, self._pool, self._seats, self._write = model, pool, seats, write
+        self._reproducible = reproducible
+        self._geometry = geometry = model.config.geometry
+        self._num = len(integers)
+        self.tokens = integers[:, TOKEN].long()
+        self.positions = integers[:, POSITION].long()
+        self._position = integers[:, POSITION].contiguous()
+        self._seat = integers[:, SEAT].contiguous()
+        self._tables = integers[:, NUM_COLUMNS:].contiguous()
+        window = geometry.window
+        slot = self._seat * (2 * window) + self._position % window
+        # Twice, so that any window is one run.
+        self._window_slots = slot, slot + window
+        self._counts = (self._position + 1 - integers[:, CUT]).clamp(max=window)
+        self._firsts = self._seat * (2 * window) + (self._position + 1 - self._counts) % window
+        self._none = torch.zeros_like(self._seat)
+        self._closing = {kind: self._close(kind) for kind in set(geometry.layers) - {LayerKind.WINDOW}}
+        self._hca_slots = self._every_slot() if LayerKind.HCA in geometry.layers else None
+        turn = (self._num, geometry.rope_dim // 2)
+        self._turns = torch.ones(turn, device=integers.device), torch.zeros(turn, device=integers.device)
+
+    def attend(self, layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """The layer's attention before its output projection, of x [S, D], normed: [S, H, C]."""
+        residual = attention.query_residual(x)
+        q = attention.queries(residual, *rope)
+        entries = attention.window_entries(x, *rope)
+        ring = self._seats.rings[layer].unsqueeze(0)
+        for slots in self._window_slots:
+            pack.pack_entries(entries, self._geometry.rope_dim, pack.Target(records=ring, slots=slots))
+        compressor = attention.compressor
+        if compressor is None:
+            return self._attend(q, ring, ring, self._none.unsqueeze(1), self._none, attention)
+        if not isinstance(compressor, CSACompressor):
+            records = self._compress(layer, PartKind.HCA_MAIN, compressor, x)
+            slots = cast(Tensor, self._hca_slots)
+            return self._attend(q, records, ring, slots, self._closing[LayerKind.HCA].visible, attention)
+        records = self._compress(layer, PartKind.CSA_MAIN, compressor, x)
+        indexer = compressor.indexer
+        keys = self._compress(layer, PartKind.INDEXER_KEYS, indexer, x)
+        picks = self._pick(keys, indexer, x, residual, rope)
+        return self._attend(q, records, ring, picks.slots, picks.counts, attention)
+
+    def keep_all(self) -> None:
+        """Overlap states follow the groups that this step has closed."""
+        self._keep(None)
+
+    def keep(self, which: collections.abc.Sequence[int]) -> None:
+        """The same of some of the sequences."""
+        wanted = np.zeros(self._num, np.int32)
+        wanted[list(which)] = 1
+        self._keep(upload(wanted, self._seat.device))
+
+    def _keep(self, wanted: Tensor | None) -> None:
+        if LayerKind.CSA not in self._closing:
+            return
+        closes = self._closing[LayerKind.CSA].closes
+        closes = closes if wanted is None else closes * wanted
+        for rows in (self._seats.main, self._seats.indexer):
+            seated.move_overlaps(rows.tails, cast(Tensor, rows.overlaps), self._seat, closes)
+
+    def _close(self, kind: LayerKind) -> _Closing:
+        ratio = self._geometry.csa_ratio if kind is LayerKind.CSA else self._geometry.hca_ratio
+        per_block = self._geometry.block_size // ratio
+        entry = self._position // ratio
+        block = self._tables.gather(1, (entry // per_block).long().unsqueeze(1)).squeeze(1)
+        # Seat 0 is that of rows that fill up the batch.
+        closes = ((self._position + 1) % ratio == 0) & (self._seat > 0)
+        slots = torch.where(closes, block * per_block + entry % per_block, -1)
+        cos, sin = self._model.rope(kind, entry * ratio)
+        first_rows = self._seat * (2 * ratio)
+        return _Closing(
+            slots=slots if self._write else torch.full_like(slots, -1),
+            closes=closes.int(),
+            first_rows=first_rows,
+            prior_rows=-1 - self._seat,
+            visible=(self._position + 1) // ratio,
+            cos=cos.float().contiguous(),
+            sin=sin.float().contiguous(),
+        )
+
+    def _every_slot(self) -> Tensor:
+        """Pool slots of all HCA entries in order, [S, E] int32."""
+        per_block = self._geometry.hca_entries_per_block
+        if per_block == 1:
+            return self._tables
+        rows = torch.arange(per_block, dtype=torch.int32, device=self._tables.device)
+        return (self._tables.unsqueeze(2) * per_block + rows).flatten(1)
+
+    def _compress(self, layer: int, kind: PartKind, compressor: Compressor, x: Tensor) -> Tensor:
+        """Take each token's rows in, and write the groups that close: the part's records."""
+        part = self._pool.part(layer, kind)
+        records = self._pool.records(part)
+        rows, packer = {
+            PartKind.CSA_MAIN: (self._seats.main, pack.pack_csa),
+            PartKind.INDEXER_KEYS: (self._seats.indexer, pack.pack_keys),
+            PartKind.HCA_MAIN: (self._seats.hca, None),
+        }[kind]
+        place = rows.layers.index(layer)
+        tails = rows.tails[place]
+        kv, gate = compressor.rows(x)
+        seated.write_tails(kv, gate, compressor.position_bias.float(), self._position, self._seat, tails)
+        closing = self._closing[self._geometry.layers[layer]]
+        norm = pack.Norm(
+            weight=compressor.kv_norm.weight.float(), cos=closing.cos, sin=closing.sin, eps=compressor.kv_norm.eps
+        )
+        target = pack.Target(records=records, slots=closing.slots)
+        ratio = compressor.ratio
+        flat = tails.view(-1, tails.shape[-1])
+        # A seat's rows are its kv and then its gates, which have their bias already.
+        given = flat[:-ratio], flat[ratio:], rows.no_bias, closing.first_rows
+        if packer is None:
+            pack.pack_hca(*given, norm, target)
+        else:
+            overlap_kv, overlap_gate = cast(Tensor, rows.overlaps)[place]
+            before = pack.Overlap(prior_rows=closing.prior_rows, kv=overlap_kv, gate=overlap_gate)
+            packer(*given, before, norm, target)
+        return records
+
+    def _pick(
+        self, keys: Tensor, indexer: Indexer, x: Tensor, residual: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> topk.Picks:
+        """Each sequence's k best visible entries."""
+        queries = indexer.queries(residual, *rope)
+        weights = indexer.head_weights(x).float()
+        num_entries_max = self._tables.shape[1] * keys.shape[1]
+        visible = self._closing[LayerKind.CSA].visible
+        group = index_scores.group_for(num_entries_max, indexer.topk)
+        query = index_scores.prepare_queries(queries, weights, 1.0, as_many=self._reproducible)
+        scored = index_scores.index_scores(
+            query,
+            keys,
+            self._tables,
+            visible,
+            num_entries_max,
+            group=group,
+            tile=_REPRODUCIBLE_TILE if self._reproducible else None,
+            as_chunk=self._reproducible,
+        )
+        return topk.topk_entries(scored, visible, self._tables, keys.shape[1], indexer.topk)
+
+    def _attend(
+        self, q: Tensor, records: Tensor, ring: Tensor, slots: Tensor, counts: Tensor, attention: Attention
+    ) -> Tensor:
+        """Attention over each query's entries at its first `counts` slots [S, n], and its window."""
+        cos, sin = self._turns
+        heads = operands.Heads(sinks=attention.sinks.float(), scale=1.0, cos=cos, sin=sin)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if not self._reproducible:
+            line = operands.Window(records=ring, firsts=self._firsts, counts=self._counts)
+            decode_attention.sparse_attention(q.half(), records, slots, counts, line, heads, out)
+            return out
+        values, places, line = self._decoded(records, ring, slots)
+        prefill_attention.prefill_attention(q.half(), values, places, counts, line, heads, out)
+        return out
+
+    def _decoded(self, records: Tensor, ring: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, operands.Window]:
+        """Each query's entries and window decoded side by side, as the chunks' kernel reads them."""
+        geometry, window = self._geometry, self._geometry.window
+        num_listed = slots.numel()
+        run = self._firsts.unsqueeze(1) + torch.arange(window, dtype=torch.int32, device=slots.device)
+        padded = 1 << (geometry.head_dim - 1).bit_length()
+        make = torch.empty if padded == geometry.head_dim else torch.zeros
+        values = make(1, num_listed + run.numel(), padded, dtype=torch.float16, device=slots.device)
+        into = values[0, :, : geometry.head_dim]
+        gather.unpack_entries(records, slots.clamp(min=0).flatten(), into[:num_listed], geometry.rope_dim)
+        gather.unpack_entries(ring, run.flatten(), into[num_listed:], geometry.rope_dim)
+        places = torch.arange(num_listed, dtype=torch.int32, device=slots.device).view(slots.shape)
+        firsts = torch.arange(self._num, dtype=torch.int32, device=slots.device) * window
+        line = operands.Window(records=ring[:, : run.numel()], firsts=firsts, counts=self._counts)
+        return values, places, line

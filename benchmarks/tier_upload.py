@@ -1,0 +1,137 @@
+"""What uploads cost restores, for `benchmarks.tier`: a store's process uploads, and this one reads its files, as a
+worker on the store's host does.
+
+In turns of some seconds with uploads and without; the middle of the ratios of neighbours, so that what slows the whole
+machine down counts in neither. The process uploads what it has again and again, whether the tier has it or not, at the
+rate that a service has by default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from antefix.record import RecordKind
+from antefix.store_files.segment_reader import StoreReader
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.object_upload import ObjectUploader
+from antefix_kvstore.storage_engine import StorageEngine
+
+FINGERPRINT: Final = b"F" * 32
+# V4-Flash: FP8 global KV of a block.
+BLOCK_BYTES: Final = 449_824
+# Blocks of one restore: 32K tokens.
+NUM_RESTORED: Final = 256
+
+
+def store_config(directory: Path, num_blocks: int, url: str) -> KvStoreConfig:
+    return KvStoreConfig(
+        dir=str(directory / "store"),
+        budget_bytes=3 * num_blocks * BLOCK_BYTES,
+        compression="off",
+        durable=False,
+        scrub_bytes_per_s=0,
+        object_store=f"{url}-uploads",
+        object_upload=("all",),
+        object_wait_s=0.0,
+    )
+
+
+def upload_cost(
+    args: argparse.Namespace, config: KvStoreConfig, hashes: Sequence[bytes], into: Sequence[memoryview]
+) -> dict[str, Any]:
+    """Restores of a prefix, by turns; the store must not be open anywhere else."""
+    reader, child = StoreReader(Path(config.dir)), _Child(config, hashes[-1])
+    hashes, into = hashes[:NUM_RESTORED], into[:NUM_RESTORED]
+
+    def restores() -> float:
+        """Seconds per restore, over one turn."""
+        started, count = time.perf_counter(), 0
+        while time.perf_counter() - started < args.turn:
+            assert reader.read_blocks(hashes, into, fingerprint=FINGERPRINT).num_good == len(hashes)
+            count += 1
+        return (time.perf_counter() - started) / count
+
+    try:
+        restores()
+        pairs, uploaded, upload_s = [], 0, 0.0
+        for number in range(2 * args.rounds):
+            found = {}
+            # Which of the two comes first, by turns.
+            for uploads in (number % 2 == 0, number % 2 == 1):
+                before = child.uploaded(uploads)
+                started = time.perf_counter()
+                found[uploads] = restores()
+                upload_s += (time.perf_counter() - started) * uploads
+                uploaded += child.uploaded(False) - before
+            pairs.append(found[True] / found[False] - 1)
+        return {
+            "cost": round(statistics.median(pairs), 3),
+            "costs": [round(each, 3) for each in pairs],
+            "restore_mb_per_s": round(NUM_RESTORED * BLOCK_BYTES / found[False] / 1e6, 1),
+            "uploaded_mb_per_s": round(uploaded / upload_s / 1e6, 1),
+            "limit_mb_per_s": round(config.object_upload_bytes_per_s / 1e6, 1),
+        }
+    finally:
+        child.close()
+        reader.close()
+
+
+class _Child:
+    def __init__(self, config: KvStoreConfig, last: bytes) -> None:
+        command = [sys.executable, "-m", "benchmarks.tier_upload"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._ask(json.dumps([asdict(config), last.hex()]))
+
+    def uploaded(self, goes_on: bool) -> int:
+        """Bytes so far; and whether it uploads from now on."""
+        return int(self._ask("on" if goes_on else "off"))
+
+    def close(self) -> None:
+        self._process.communicate()
+
+    def _ask(self, line: str) -> str:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline()
+
+
+def main() -> None:
+    """The process that uploads: answers each line with the bytes that it has uploaded so far."""
+    settings, last = json.loads(sys.stdin.readline())
+    lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
+    engine = StorageEngine(KvStoreConfig(**{**settings, **lists}))
+    uploader: ObjectUploader | None = None
+    before = 0
+    print("ready", flush=True)
+    for line in sys.stdin:
+        if uploader is not None and line.strip() == "off":
+            uploader.stop()
+            before += uploader.writer.counters.bytes_written
+            uploader = None
+        elif uploader is None and line.strip() == "on":
+            uploader = ObjectUploader(engine)
+            # Nothing is there, whatever is: so it never ends.
+            uploader.writer.catalog.find = lambda kind, names, alive_ms=None: [None] * len(names)  # type: ignore[method-assign]
+            uploader.note("all", [(RecordKind.BLOCK, bytes.fromhex(last))])
+            uploader.start()
+            until_s = time.monotonic() + 30
+            while not uploader.writer.counters.num_segments and time.monotonic() < until_s:
+                time.sleep(0.01)
+        print(before + (uploader.writer.counters.bytes_written if uploader is not None else 0), flush=True)
+    if uploader is not None:
+        uploader.stop()
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

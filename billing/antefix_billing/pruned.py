@@ -1,0 +1,205 @@
+"""What stands in place of a ledger's first segments once they were pruned: where they ended, and what they added up to.
+
+    pruned-000000012345.json    in the ledger's directory and in the archive; named by the last entry that was pruned
+
+Each says which entries it stands for, the hashes before the first and after the last of them (so the chain goes on from
+there), which files held them, with their BLAKE2b, and sums by month, tenant, model and currency. It is signed with the
+receipt key. Whoever has the files again can recompute all of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Final, Self
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from antefix.checked_files import read_json
+from antefix.errors import InvalidRequest
+from antefix_billing.adjustment import Adjustment
+from antefix_billing.ledger_format import GENESIS, Entry, EntryKind, LedgerCorrupt
+from antefix_billing.pricing import moment_of
+from antefix_billing.usage_record import UsageRecord
+
+_DOMAIN: Final = b"antefix-pruned\0"
+_GLOB: Final = "pruned-*.json"
+
+
+@dataclass(slots=True, kw_only=True)
+class Total:
+    """Of one month (UTC, by when requests started), tenant, model and currency.
+
+    records: settled attempts.  requests: those that ended.
+    """
+
+    month: str
+    tenant: str
+    model: str
+    currency: str
+    records: int = 0
+    requests: int = 0
+    charged: int = 0
+    prompt_tokens: int = 0
+    cache_hit_tokens: int = 0
+    cache_miss_tokens: int = 0
+    cache_write_tokens: int = 0
+    cache_write_1h_tokens: int = 0
+    output_tokens: int = 0
+    price: Decimal = Decimal(0)
+    saved: Decimal = Decimal(0)
+    adjusted: Decimal = Decimal(0)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: format(v, "f") if isinstance(v, Decimal) else v for name, v in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        money = {name: Decimal(values[name]) for name in ("price", "saved", "adjusted")}
+        return cls(**{**values, **money})
+
+
+class Totals:
+    """Sums that grow entry by entry."""
+
+    def __init__(self) -> None:
+        self._by_group: dict[tuple[str, str, str, str], Total] = {}
+
+    def add(self, entry: Entry) -> None:
+        if entry.kind is EntryKind.SETTLE:
+            self._add_record(UsageRecord.from_payload(entry.payload))
+        elif entry.kind is EntryKind.ADJUST:
+            made = Adjustment.from_payload(entry.payload)
+            self._of(made.created_us, made.tenant, made.model, made.currency).adjusted += made.amount
+
+    def _add_record(self, record: UsageRecord) -> None:
+        total = self._of(record.started_us, record.tenant, record.model, record.currency)
+        total.records += 1
+        total.requests += record.is_final
+        total.charged += record.is_charged
+        for name in _COUNTS:
+            setattr(total, name, getattr(total, name) + getattr(record, name))
+        total.price += record.price
+        total.saved += record.saved
+
+    def _of(self, time_us: int, tenant: str, model: str, currency: str) -> Total:
+        group = (moment_of(time_us).strftime("%Y-%m"), tenant, model, currency)
+        if group not in self._by_group:
+            self._by_group[group] = Total(month=group[0], tenant=tenant, model=model, currency=currency)
+        return self._by_group[group]
+
+    def sums(self) -> tuple[Total, ...]:
+        return tuple(self._by_group[group] for group in sorted(self._by_group))
+
+
+_COUNTS: Final = tuple(field.name for field in fields(Total) if field.name.endswith("_tokens"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrunedFile:
+    """A segment that is gone: its file's name, its bytes, and their BLAKE2b-256, hex."""
+
+    name: str
+    nbytes: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pruned:
+    """Entries `first` to `last` of a ledger. archive: where their files are; empty where they were not kept."""
+
+    source: bytes
+    first: int
+    last: int
+    previous_hash: bytes
+    hash: bytes
+    time_us: int
+    archive: str
+    files: tuple[PrunedFile, ...]
+    totals: tuple[Total, ...]
+    key_id: str = ""
+    signature: bytes = b""
+
+    def signed(self) -> bytes:
+        """What the signature is of."""
+        values = self.to_dict()
+        del values["key_id"], values["signature"]
+        return _DOMAIN + json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
+
+    def is_signed_by(self, public_keys: Iterable[bytes]) -> bool:
+        for key in public_keys:
+            try:
+                Ed25519PublicKey.from_public_bytes(key).verify(self.signature, self.signed())
+            except InvalidSignature:
+                continue
+            return True
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "source": self.source.hex(),
+            "first": self.first,
+            "last": self.last,
+            "previous_hash": self.previous_hash.hex(),
+            "hash": self.hash.hex(),
+            "time_us": self.time_us,
+            "archive": self.archive,
+            "files": [asdict(each) for each in self.files],
+            "totals": [each.to_dict() for each in self.totals],
+            "key_id": self.key_id,
+            "signature": self.signature.hex(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], what: str) -> Self:
+        """Raises:  LedgerCorrupt: it is no such summary."""
+        try:
+            return cls(
+                source=bytes.fromhex(values["source"]),
+                first=int(values["first"]),
+                last=int(values["last"]),
+                previous_hash=bytes.fromhex(values["previous_hash"]),
+                hash=bytes.fromhex(values["hash"]),
+                time_us=int(values["time_us"]),
+                archive=str(values["archive"]),
+                key_id=str(values["key_id"]),
+                signature=bytes.fromhex(values["signature"]),
+                files=tuple(PrunedFile(**each) for each in values["files"]),
+                totals=tuple(Total.from_dict(each) for each in values["totals"]),
+            )
+        except (KeyError, TypeError, ValueError, ArithmeticError) as err:
+            raise LedgerCorrupt(f"{what} is not the summary of a pruned ledger: {err}") from err
+
+
+def summary_name(last: int) -> str:
+    return f"pruned-{last:012d}.json"
+
+
+def pruned_of(directory: Path) -> list[Pruned]:
+    """Oldest first; one follows the other from entry 1 on.  Raises:  LedgerCorrupt: one is damaged or missing."""
+    found = [Pruned.from_dict(read_json(path, "summary"), str(path)) for path in sorted(directory.glob(_GLOB))]
+    last, hash = 0, GENESIS
+    for each in found:
+        if each.first != last + 1 or each.previous_hash != hash:
+            raise LedgerCorrupt(
+                f"the summary of entries {last + 1} to {each.first - 1}, pruned of {directory}, is missing"
+            )
+        last, hash = each.last, each.hash
+    return found
+
+
+def pruned_to(directory: Path) -> tuple[int, bytes]:
+    """The last entry that was pruned, and its hash: what the first segment goes on from."""
+    summaries: Sequence[Pruned] = pruned_of(directory)
+    return (summaries[-1].last, summaries[-1].hash) if summaries else (0, GENESIS)
+
+
+def check_cursor(directory: Path, after: int) -> None:
+    """Raises:  InvalidRequest: what follows this entry was pruned, so that going on from there would leave it out."""
+    last, _ = pruned_to(directory)
+    if 0 < after < last:
+        raise InvalidRequest(f"entries {after + 1} to {last} were pruned; `antefix usage restore` brings them back")

@@ -1,0 +1,118 @@
+"""`antefix usage archive`, `prune`, `restore` and `compact-log`: years of a bill without years of files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from antefix.errors import ConfigError
+from antefix_billing.archive import archive, prune, restore
+from antefix_billing.compact_log import compact
+from antefix_billing.ledger_files import ledgers_of, source_of
+from antefix_billing.pruned import Pruned
+from antefix_billing.push.pusher import sent_to
+from antefix_billing.receipt import Signer
+from antefix_console.commands.usage_source import add_ledgers, time_us_of
+from antefix_console.progress_line import ProgressLine
+
+_PLACE = "a directory, or an object store's URL such as s3://BUCKET/PREFIX"
+_JSON = "print JSON"
+
+
+def add_archive_arguments(parser: argparse.ArgumentParser) -> None:
+    add_ledgers(parser)
+    parser.add_argument("--to", required=True, metavar="PLACE", help=_PLACE)
+    parser.add_argument("--json", action="store_true", help=_JSON)
+
+
+def run_archive(args: argparse.Namespace) -> int:
+    """Raises:  ConfigError, LedgerCorrupt, Unavailable."""
+    with ProgressLine(f"copying to {args.to}"):
+        copied = {str(ledger): archive(ledger, args.to) for ledger in ledgers_of(args.ledger)}
+    lines = [f"{ledger}: {len(names)} segments copied" for ledger, names in copied.items()]
+    sys.stdout.write((json.dumps(copied) if args.json else "\n".join(lines)) + "\n")
+    return 0
+
+
+def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
+    add_ledgers(parser)
+    parser.add_argument("--before", required=True, help="entries from before this date or time (UTC) may go")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--archive", default="", metavar="PLACE", help=f"where they are kept: {_PLACE}")
+    where.add_argument("--without-archive", action="store_true", help="they are not kept; only the summary is")
+    parser.add_argument(
+        "--key-file", type=Path, required=True, help="the deployment's receipt key, which signs the summary"
+    )
+    parser.add_argument(
+        "--push-state", type=Path, metavar="DIR", help="of `antefix usage push`: what is not sent yet stays"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would go, and change nothing")
+    parser.add_argument("--json", action="store_true", help="print the summaries as JSON")
+
+
+def run_prune(args: argparse.Namespace) -> int:
+    """Raises:  ConfigError, LedgerCorrupt, Unavailable."""
+    before_us, signer = time_us_of(args.before), Signer.from_file(args.key_file)
+    assert before_us is not None
+    found: dict[str, Pruned | None] = {}
+    with ProgressLine("reading the ledger"):
+        for ledger in ledgers_of(args.ledger):
+            found[str(ledger)] = prune(
+                ledger,
+                before_us=before_us,
+                place=args.archive,
+                signer=signer,
+                now_us=time.time_ns() // 1000,
+                sent_to=sent_to(args.push_state, source_of(ledger)) if args.push_state else None,
+                dry_run=args.dry_run,
+            )
+    if args.json:
+        sys.stdout.write(json.dumps({name: each and each.to_dict() for name, each in found.items()}, indent=2) + "\n")
+        return 0
+    done = "would be pruned" if args.dry_run else "were pruned"
+    for name, each in found.items():
+        said = f"entries {each.first} to {each.last} {done}" if each else "nothing is old enough"
+        sys.stdout.write(f"{name}: {said}\n")
+    return 0
+
+
+def add_restore_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ledger", type=Path, required=True, metavar="DIR", help="the ledger that was pruned")
+    parser.add_argument("--from", dest="place", required=True, metavar="PLACE", help=_PLACE)
+    parser.add_argument(
+        "--to", type=Path, required=True, metavar="DIR", help="an empty directory, for the whole ledger"
+    )
+    parser.add_argument("--json", action="store_true", help=_JSON)
+
+
+def run_restore(args: argparse.Namespace) -> int:
+    """Raises:  ConfigError, Unavailable."""
+    with ProgressLine(f"copying from {args.place}"):
+        number = restore(args.place, source_of(args.ledger), args.to, ledger=args.ledger)
+    said = json.dumps({"segments": number}) if args.json else f"{number} segments in {args.to}, for readers"
+    sys.stdout.write(said + "\n")
+    return 0
+
+
+def add_compact_arguments(parser: argparse.ArgumentParser) -> None:
+    add_ledgers(parser)
+    parser.add_argument("--store-log", type=Path, nargs="+", required=True, metavar="DIR", help="the stores' logs")
+    parser.add_argument("--before", required=True, help="lines of files that ended before this date or time (UTC)")
+    parser.add_argument("--json", action="store_true", help=_JSON)
+
+
+def run_compact(args: argparse.Namespace) -> int:
+    """Raises:  ConfigError: a log is no directory, or is being written."""
+    before_us = time_us_of(args.before)
+    assert before_us is not None
+    for log in args.store_log:
+        if not log.is_dir():
+            raise ConfigError(f"--store-log {log} is not a directory")
+    with ProgressLine("reading the logs"):
+        found = compact(args.store_log, ledgers_of(args.ledger), before_us=before_us)
+    said = f"{found.num_files} files: {found.bytes_before} bytes before, {found.bytes_after} after"
+    sys.stdout.write((json.dumps(found.to_dict()) if args.json else said) + "\n")
+    return 0

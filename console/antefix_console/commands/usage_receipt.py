@@ -1,0 +1,73 @@
+"""`antefix usage receipt` and `rotate-key`: a request's signed receipt, and the key that signs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from antefix.checked_files import read_json
+from antefix.errors import ConfigError
+from antefix_billing.ledger_files import ledgers_of, read_settled, source_of
+from antefix_billing.ratecard import load_cards
+from antefix_billing.receipt import Signer, check_receipt
+from antefix_console.progress_line import ProgressLine
+
+
+def add_receipt_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON, as it does without this as well")
+    parser.add_argument("--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, to issue")
+    parser.add_argument("--request-id", help="the request, to issue")
+    parser.add_argument("--key-file", type=Path, help="the deployment's receipt key, to issue")
+    parser.add_argument("--check", type=Path, help="receipt file to check instead")
+    parser.add_argument("--public-key", help="the published key, hex, to check")
+    parser.add_argument("--ratecards", type=Path, nargs="*", help="rate cards to recompute the price with")
+
+
+def run_receipt(args: argparse.Namespace) -> int:
+    """Exit status 1 where a receipt does not hold.  Raises:  ConfigError: no such request."""
+    if args.check is not None:
+        return _check_receipt(args)
+    if not (args.ledger and args.request_id and args.key_file):
+        raise ConfigError(
+            "issuing needs --ledger, --request-id and --key-file; checking needs --check and --public-key"
+        )
+    with ProgressLine("reading the ledger"):
+        found = [
+            (item, ledger)
+            for ledger in ledgers_of(args.ledger)
+            for item in read_settled(ledger)
+            if item.record.request_id == args.request_id
+        ]
+    if not found:
+        raise ConfigError(f"no record of request {args.request_id}")
+    settled, ledger = max(found, key=lambda pair: pair[0].record.finished_us)
+    receipt = Signer.from_file(args.key_file).receipt(settled, source_of(ledger))
+    sys.stdout.write(json.dumps(receipt, indent=2) + "\n")
+    return 0
+
+
+def _check_receipt(args: argparse.Namespace) -> int:
+    try:
+        receipt, key = read_json(args.check, "receipt"), bytes.fromhex(args.public_key or "")
+    except ValueError as err:
+        raise ConfigError(f"the receipt must be JSON and --public-key 64 hex digits: {err}") from err
+    checked = check_receipt(receipt, key, load_cards(args.ratecards) if args.ratecards else None)
+    result: dict[str, object] = {"ok": checked.ok, "signature_ok": checked.signature_ok, "hash_ok": checked.hash_ok}
+    result["price_ok"] = checked.price_ok if checked.price_ok is not None else "not checked"
+    sys.stdout.write(json.dumps({**result, "record": checked.record.to_dict()}, indent=2) + "\n")
+    return 0 if checked.ok else 1
+
+
+def add_rotate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--key-file", type=Path, required=True, help="the deployment's receipt key")
+    parser.add_argument("--json", action="store_true", help="print the public keys as JSON, the newest first")
+
+
+def run_rotate(args: argparse.Namespace) -> int:
+    """Raises:  ConfigError: no such key."""
+    signer = Signer.rotate(args.key_file)
+    keys = [key.hex() for key in signer.public_keys]
+    sys.stdout.write(json.dumps({"public_keys": keys}) + "\n" if args.json else f"public key {keys[0]}\n")
+    return 0

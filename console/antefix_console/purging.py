@@ -1,0 +1,102 @@
+"""Drops a tenant's records from all stores and the object tier, in an order that leaves nothing behind.
+
+Stores first and the object tier last: a store that still has records may upload them. What was on its way up meanwhile
+is found by going round again, until a round finds nothing. A store that does not answer holds up no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from antefix.discovery import DnsName, LeaseReader, Source
+from antefix.discovery.dns_name import PREFIX as DNS_PREFIX
+from antefix.errors import AntefixError, ConfigError
+from antefix.events.event_seal import EventKeys
+from antefix.objects.bucket import is_object_url
+from antefix.redis_access import SCHEMES, RedisAccess
+from antefix.secret import Keyring
+from antefix.security.grants import hold
+from antefix.security.identity import Role
+from antefix.store.open_store import StoreAddress
+from antefix_console.moving import grant_of_owner
+from antefix_kvstore.copy_target import open_target
+
+_ROUNDS_MAX: Final = 5
+
+
+@dataclass(slots=True)
+class PurgeReport:
+    """purged: records that went, by store.  failed: stores that did not do it, and why."""
+
+    purged: dict[str, int] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+async def stores_of(texts: Sequence[str], keyring: Keyring | None) -> list[str]:
+    """What was named, each once, object stores last: directories, addresses, URLs of object stores, and what roles are
+    told with --stores: NAME=ADDRESS, or where stores are found.
+
+    Raises:  ConfigError: Redis tells of stores, and there is no secret to believe it by.  Unavailable: it cannot be
+             asked, or names are not answered now.
+    """
+    found: dict[str, None] = {}
+    for text in texts:
+        source = _source(text, keyring)
+        if source is not None:
+            try:
+                found |= dict.fromkeys(each.address for each in sorted(await source.find()))
+            finally:
+                await source.close()
+        else:
+            found[_plain(text)] = None
+    return sorted(found, key=is_object_url)
+
+
+async def purge_all(stores: Sequence[str], owners: Sequence[bytes]) -> PurgeReport:
+    """stores: as `stores_of` gives them.  Raises:  ConfigError: one of them is none; those before it are purged."""
+    report = PurgeReport(purged=dict.fromkeys(stores, 0))
+    for _ in range(_ROUNDS_MAX):
+        before = sum(report.purged.values())
+        report.failed.clear()
+        for text in stores:
+            try:
+                report.purged[text] += await _purge(text, owners)
+            except ConfigError:
+                raise
+            except AntefixError as err:
+                report.failed[text] = str(err)
+        if sum(report.purged.values()) == before:
+            break
+    return report
+
+
+async def _purge(text: str, owners: Sequence[bytes]) -> int:
+    store = open_target(text)
+    try:
+        purged = 0
+        for owner in owners:
+            hold(b"" if is_object_url(text) else grant_of_owner(text, owner))
+            purged += await store.purge(owner)
+        return purged
+    finally:
+        await store.close()
+
+
+def _source(text: str, keyring: Keyring | None) -> Source | None:
+    if text.startswith(DNS_PREFIX):
+        return DnsName(text)
+    if not text.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
+        return None
+    if keyring is None:
+        raise ConfigError(f"{text}: --secret-file is needed to believe what Redis tells of stores")
+    return LeaseReader(RedisAccess(url=text), role=Role.KVSTORE, keys=EventKeys.of(keyring))
+
+
+def _plain(text: str) -> str:
+    """NAME=ADDRESS[@DIRECTORY] is the address; a directory may have an equals sign as well."""
+    if is_object_url(text) or text.startswith((".", "/")) or "=" not in text or Path(text).exists():
+        return text
+    return StoreAddress.parse(text).address

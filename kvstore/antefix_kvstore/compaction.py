@@ -1,0 +1,211 @@
+"""Compaction: copies what is live of segments that are largely dead, then drops them. Knows segments and their index.
+
+The index lets go first, then the file goes; a crash between leaves an unreferenced file, which opening drops. What a
+transaction leaves without a live record is let go of in that transaction, because each commit waits for the disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+
+from antefix.record import STORED_KINDS, RecordName
+from antefix.store_files.index import Index
+from antefix.store_files.record_format import (
+    BATCH_ALIGN,
+    RECORD_HEADER_BYTES,
+    SEGMENT_HEADER_BYTES,
+    align,
+    payload_checksum,
+)
+from antefix.store_files.record_header import RecordHeader
+from antefix_kvstore.index_writer import IndexTxn, SegmentState, read_segments
+from antefix_kvstore.segments import Draft, Segments
+
+
+@dataclasses.dataclass(slots=True)
+class SpaceCounters:
+    evictions: int = 0
+    expirations: int = 0
+    compacted_bytes: int = 0
+    dropped_segments: int = 0
+
+
+class Compactor:
+    """Not thread-safe: the engine's lock covers it."""
+
+    def __init__(self, segments: Segments, index: Index, counters: SpaceCounters, *, now_ms: Callable[[], int]) -> None:
+        self._segments = segments
+        self._index = index
+        self._now_ms = now_ms
+        self._counters = counters
+        # The segment being compacted in steps, and what of it has not been looked at yet.
+        self._begun: tuple[int, deque[RecordHeader]] | None = None
+        self.on_corrupt: Callable[[RecordName], object] = lambda _name: None
+        self.on_dropped: Callable[[], object] = lambda: None
+
+    def restart(self) -> None:
+        """The directory holds other files now."""
+        self._begun = None
+
+    def transaction(self) -> IndexTxn:
+        """One that lets go of the segments in which it leaves nothing live; `delete` them when it has committed."""
+        return IndexTxn(self._index, may_drop=lambda number: number != self._segments.active)
+
+    def delete(self, numbers: Sequence[int]) -> None:
+        """Delete segments that a transaction let go of."""
+        for number in numbers:
+            if number in self._segments.sizes:
+                self._segments.drop(number)
+                self._counters.dropped_segments += 1
+        if numbers:
+            self.on_dropped()
+
+    def drop_dead(self) -> int:
+        """Drop segments that the index names nothing in. Returns how many."""
+        dead = [n for n, state in self.states().items() if not state.live_records and n != self._segments.active]
+        if not dead:
+            return 0
+        with IndexTxn(self._index) as txn:
+            for number in dead:
+                txn.set_segment(number, None)
+        self.delete(dead)
+        return len(dead)
+
+    def states(self) -> dict[int, SegmentState]:
+        """Of each segment that there is."""
+        with self._index.txn() as txn:
+            states = read_segments(self._index, txn)
+        return {number: states.get(number, SegmentState()) for number in self._segments.sizes}
+
+    def compact_one(self, gain_min: float) -> int | None:
+        """Copy what is live of the deadest segment, then drop it. Returns the bytes copied, None if none pays."""
+        copied = self.compact_step(gain_min, self._segments.segment_bytes)
+        while self._begun is not None:
+            copied = (copied or 0) + (self.compact_step(gain_min, self._segments.segment_bytes) or 0)
+        return copied
+
+    def compact_step(self, gain_min: float, nbytes: int) -> int | None:
+        """Go on compacting, or begin with the deadest segment; copies about `nbytes`. None if no segment pays."""
+        if self._begun is None or self._begun[0] not in self._segments.sizes:
+            deadest = self._by_gain(gain_min)[:1]
+            if not deadest:
+                self._begun = None
+                return None
+            self._begun = (deadest[0][1], deque(self._live_of([deadest[0][1]])))
+        _, waiting = self._begun
+        share: list[RecordHeader] = []
+        while waiting and nbytes > 0:
+            share.append(waiting.popleft())
+            nbytes -= share[-1].extent_bytes
+        copied = self.copy(share)
+        if not waiting:
+            self._begun = None
+            self.drop_dead()
+        return copied
+
+    def compact_together(self, gain_min: float, wanted_bytes: int) -> int | None:
+        """Compact the deadest segments until that frees `wanted_bytes`, with one sync and one commit for all.
+
+        What is copied fits one segment, so it may free less. Returns the bytes copied, None if no segment pays.
+        """
+        if self._begun is not None:
+            return self.compact_one(gain_min)
+        states = self.states()
+        chosen: list[int] = []
+        freed_bytes = 0
+        room_bytes = self._segments.segment_bytes - SEGMENT_HEADER_BYTES - BATCH_ALIGN
+        for gain, number in self._by_gain(gain_min):
+            room_bytes -= states[number].live_bytes
+            if chosen and (room_bytes < 0 or freed_bytes >= wanted_bytes):
+                break
+            chosen.append(number)
+            freed_bytes += gain
+        if not chosen:
+            return None
+        copied = self.copy(self._live_of(chosen))
+        # What failed its check on the way stays the index's until it is quarantined.
+        self.drop_dead()
+        return copied
+
+    def _by_gain(self, gain_min: float) -> list[tuple[int, int]]:
+        """What compacting a segment frees, and its number, where that is at least `gain_min` of it; most first."""
+        found = []
+        for number, state in self.states().items():
+            size = self._segments.sizes[number]
+            # What a fresh copy would take less; without the alignment, one compaction would call for the next.
+            gain = size - SEGMENT_HEADER_BYTES - align(state.live_bytes, BATCH_ALIGN)
+            if gain > gain_min * size and gain > 0 and (number != self._segments.active or gain > size // 2):
+                found.append((gain, number))
+        return sorted(found, key=lambda pair: -pair[0])
+
+    def _live_of(self, numbers: Iterable[int]) -> list[RecordHeader]:
+        """The live records of these segments; nothing is appended to them any more."""
+        found: list[RecordHeader] = []
+        for number in numbers:
+            if number == self._segments.active:
+                self._segments.roll(self._now_ms())
+            found += self._live(list(self._segments.scan(number, check_payloads=False)))
+        return found
+
+    def copy(self, headers: Sequence[RecordHeader]) -> int:
+        """Move those records that the index still names to the active segment. Returns the bytes copied."""
+        drafts = self._drafts(self._live(headers))
+        if not drafts:
+            return 0
+        placed = self._segments.append(drafts, self._now_ms())
+        try:
+            self._segments.sync()
+            with self.transaction() as txn:
+                for header in placed:
+                    entry = txn.get((header.kind, header.hash))
+                    assert entry is not None, "the engine's lock is held"
+                    entry.segment, entry.offset = header.segment, header.offset
+                note_end(txn, self._segments)
+        except BaseException:
+            self._segments.rollback(placed[0].offset)
+            raise
+        self.delete(txn.dropped)
+        copied = sum(header.extent_bytes for header in placed)
+        self._counters.compacted_bytes += copied
+        return copied
+
+    def _live(self, headers: Sequence[RecordHeader]) -> list[RecordHeader]:
+        """Those that the index names."""
+        with self._index.txn() as txn:
+            entries = [
+                (header, self._index.entry(txn, header.kind, header.hash))
+                for header in headers
+                if header.kind in STORED_KINDS
+            ]
+        return [
+            header
+            for header, entry in entries
+            if entry and (entry.segment, entry.offset) == (header.segment, header.offset) and not entry.quarantined
+        ]
+
+    def _drafts(self, headers: Sequence[RecordHeader]) -> list[Draft]:
+        """What is written again; what fails its check is told instead."""
+        drafts: list[Draft] = []
+        broken: list[RecordName] = []
+        for number, of_segment in groupby(headers, key=lambda header: header.segment):
+            with self._segments.reading(number) as fd:
+                for header in of_segment:
+                    stored = os.pread(fd, header.stored_bytes, header.offset + RECORD_HEADER_BYTES)
+                    if payload_checksum(stored) == header.payload_checksum:
+                        drafts.append(Draft(header, stored, sealed=True))
+                    else:
+                        broken.append((header.kind, header.hash))
+        for name in broken:
+            self.on_corrupt(name)
+        return drafts
+
+
+def note_end(txn: IndexTxn, segments: Segments) -> None:
+    """Record how far the active segment is committed."""
+    assert segments.active is not None
+    state = txn.segment(segments.active) or SegmentState()
+    txn.set_segment(segments.active, dataclasses.replace(state, end=segments.sizes[segments.active]))

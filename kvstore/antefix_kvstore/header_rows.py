@@ -1,0 +1,131 @@
+"""Record headers and index entries as rows of numpy arrays: many at a time, where an object of each would cost more.
+
+Rows       of headers of either version, what an index needs to know of them
+entries    in the short form, of which docs/FORMAT.md has the bits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.store_files.record_format import (
+    HASH_BYTES,
+    INDEX_ENTRY_SHORT,
+    RECORD_ALIGN,
+    RECORD_HEADER_BYTES,
+    RECORD_MAGIC,
+)
+from antefix.store_files.record_header import unpack_record_header
+from antefix_kvstore.index_sums import xxh32_of_rows
+
+Array = npt.NDArray[Any]
+
+_NAMES: Final = (("hash", "V32"), ("parent", "V32"), ("fingerprint", "V32"))
+_PLACE: Final = (("segment", "<u4"), ("offset", "<u8"), ("stored_bytes", "<u4"))
+_TIMES: Final = (("created_ms", "<u8"), ("expires_ms", "<u8"), ("cost_us", "<u4"))
+# RECORD_HEADER of version 2.
+_HEADER: Final = np.dtype(
+    [
+        ("magic", "S8"),
+        ("checksums", "V24"),
+        *_NAMES,
+        ("owner", "V24"),
+        ("payload_bytes", "<u4"),
+        ("position", "<u4"),
+        ("generation", "<u2"),
+        ("num_cards", "<u2"),
+        ("kind", "u1"),
+        ("made_by", "V3"),
+        ("seal", "V32"),
+        ("nonce", "V12"),
+        *_PLACE,
+        ("codec", "u1"),
+        ("flags", "u1"),
+        ("zero", "V2"),
+        *_TIMES,
+        ("zeros", "V4"),
+    ]
+)
+assert _HEADER.itemsize == RECORD_HEADER_BYTES
+# owner: length of the owner's key in the index (`owner_row`), then the key, which for version 1 is a name.
+ROW: Final = np.dtype(
+    [
+        *_NAMES,
+        *_PLACE,
+        *_TIMES,
+        ("payload_bytes", "<u4"),
+        ("position", "<u4"),
+        ("generation", "<u2"),
+        *((name, "u1") for name in ("version", "kind", "codec", "flags")),
+        ("owner", "V48"),
+    ]
+)
+_COPIED: Final = tuple(name for name in ROW.names or () if name not in ("version", "owner"))
+# The bits that each field has in a word of the short form, from the lowest bit on.
+_WORDS: Final = (
+    (("place", 32), ("segment", 24), ("flags", 8)),
+    (("rank_ms", 44), ("fingerprint_id", 20)),
+    (("expires_ms", 42), ("ttl_s", 22)),
+    (("stored_bytes", 30), ("payload_bytes", 30), ("codec", 4)),
+    (("position", 28), ("children", 16), ("tenant_id", 20)),
+    (("prefix_bytes", 44), ("cost_ms", 20)),
+)
+
+
+def rows_of(raws: Sequence[bytes], seed: int) -> Array:
+    """Rows of sound headers.  Shapes:  [N] of ROW."""
+    headers = np.frombuffer(b"".join(raws), _HEADER)
+    rows = np.empty(len(headers), ROW)
+    for name in _COPIED:
+        rows[name] = headers[name]
+    rows["version"] = 2
+    owners = np.zeros((len(headers), ROW["owner"].itemsize), np.uint8)
+    owners[:, 0], owners[:, 1] = 25, ord("o")
+    owners[:, 2:26] = np.ascontiguousarray(headers["owner"]).view(np.uint8).reshape(-1, 24)
+    rows["owner"] = owners.view("V48")[:, 0]
+    for at in np.flatnonzero(headers["magic"] != RECORD_MAGIC).tolist():
+        header = unpack_record_header(raws[at], seed)
+        for name in _COPIED:
+            rows[name][at] = getattr(header, name)
+        rows["version"][at] = header.version
+        rows["owner"][at] = (bytes([len(header.owner)]) + header.owner).ljust(48, b"\0")
+    return rows
+
+
+def owner_key(owner: bytes) -> bytes:
+    """The owner of a row as the index has it."""
+    return owner[1 : 1 + owner[0]]
+
+
+def extents_of(rows: Array) -> Array:
+    """What each record takes in its segment.  Shapes:  [N] int64."""
+    stored = rows["stored_bytes"].astype(np.int64)
+    return RECORD_HEADER_BYTES + (stored + RECORD_ALIGN - 1) // RECORD_ALIGN * RECORD_ALIGN
+
+
+def short_entries(of: Mapping[str, Array], hashes: Array, parents: Array) -> tuple[Array, Array]:
+    """Index entries in the short form, and which of them fit it; the others must take the long one.
+
+    of: the fields of IndexEntry, int64; `place` is the offset / 8.
+    Shapes:  hashes, parents [N] V32; result [N] V84 and [N] bool.
+    """
+    num = len(hashes)
+    rows = np.zeros((num, HASH_BYTES + INDEX_ENTRY_SHORT.size), np.uint8)
+    rows[:, :HASH_BYTES] = np.ascontiguousarray(hashes).view(np.uint8).reshape(num, HASH_BYTES)
+    fits = np.ones(num, bool)
+    for number, fields in enumerate(_WORDS):
+        word, shift = np.zeros(num, np.uint64), 0
+        for name, bits in fields:
+            values = of[name].astype(np.int64)
+            fits &= (values >> bits) == 0
+            word |= values.astype(np.uint64) << np.uint64(shift)
+            shift += bits
+        at = HASH_BYTES + 8 * number
+        rows[:, at : at + 8] = word.astype("<u8")[:, None].view(np.uint8)
+    rows[:, 80:112] = np.ascontiguousarray(parents).view(np.uint8).reshape(num, HASH_BYTES)
+    rows[:, 112:] = xxh32_of_rows(rows[:, :112]).astype("<u4")[:, None].view(np.uint8)
+    return np.ascontiguousarray(rows[:, HASH_BYTES:]).view(f"V{INDEX_ENTRY_SHORT.size}")[:, 0], fits

@@ -1,0 +1,222 @@
+"""Puts many records into an index that is being made: resolved and packed as rows, written in the order of their keys.
+
+What a transaction touches stays in memory until it commits, and what is read through LMDB's map as long as that is
+open. So a transaction takes a slice of keys that lie next to each other, and the index is opened again after each.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.record import RecordKind
+from antefix.store_files.index import DATA_FILE, TABLE_OF_KIND, Index
+from antefix.store_files.record_format import HASH_BYTES, IndexEntry, RecordFlag, pack_entry, unpack_entry
+from antefix_kvstore.eviction import EvictionPolicy
+from antefix_kvstore.forest_rows import Forest, hang_together, parent_names
+from antefix_kvstore.header_rows import extents_of, owner_key, short_entries
+from antefix_kvstore.index_sums import sums_by
+from antefix_kvstore.index_writer import IndexTxn
+from antefix_kvstore.seen_names import SeenNames
+
+Array = npt.NDArray[Any]
+
+# Each key is on a page of its own, around which the kernel maps up to 15 more: 32 MiB at most.
+_SLICE_RECORDS: Final = 512
+_MAPPED_BYTES_MAX: Final = 32 << 20
+_PACKED_RECORDS: Final = 8_192
+_FIRST: Final = int(RecordFlag.FIRST)
+_SEALED: Final = int(RecordFlag.SEALED)
+_APART: Final = int(RecordFlag.APART)
+# Of leaves and expiry: u64, kind, hash.
+_KEY_BYTES: Final = 8 + 1 + HASH_BYTES
+_ENTRY_FIELDS: Final = tuple(name for name in IndexEntry.__dataclass_fields__ if name != "parent")
+
+
+class BulkIndex:
+    """An index that nobody else has open. `index` is another object after each call."""
+
+    def __init__(self, open_index: Callable[[], Index]) -> None:
+        self._open_index = open_index
+        self.index = open_index()
+        self._policy = EvictionPolicy()
+        self.num_indexed = 0
+        self._seen = SeenNames()
+
+    def reopen(self) -> None:
+        """Let go of the map, and of all that was read through it, where that may be much."""
+        if (self.index.directory / DATA_FILE).stat().st_size <= _MAPPED_BYTES_MAX:
+            return
+        self.index.close()
+        self.index = self._open_index()
+
+    def known_copies(self, rows: Array) -> list[tuple[int, IndexEntry]]:
+        """The rows whose names are indexed, and the entries."""
+        suspects = np.flatnonzero(self._seen.have(rows))
+        found: list[tuple[int, IndexEntry]] = []
+        for kind in TABLE_OF_KIND:
+            of_kind = suspects[rows["kind"][suspects] == kind]
+            row_of = dict(zip(rows["hash"][of_kind].tolist(), of_kind.tolist(), strict=True))
+            found += [(row_of[block_hash], entry) for block_hash, entry in self.entries(kind, row_of)]
+        return found
+
+    def entries(self, kind: RecordKind, hashes: Iterable[bytes]) -> Iterator[tuple[bytes, IndexEntry]]:
+        """Those of them that are indexed, with their entries."""
+        ordered = sorted(hashes) if self.num_indexed else []
+        for first in range(0, len(ordered), _SLICE_RECORDS):
+            with self.index.txn() as txn, txn.cursor(db=self.index.db[TABLE_OF_KIND[kind]]) as cursor:
+                found = cursor.getmulti(ordered[first : first + _SLICE_RECORDS])
+            self.reopen()
+            for key, value in found:
+                entry = unpack_entry(value, key)
+                if entry is not None:
+                    yield key, entry
+
+    def add(self, rows: Array, *, takes_apart: bool) -> Array:
+        """Index those that may stand. Returns the others.
+
+        rows: of which none is indexed, and no name comes twice.
+        """
+        if not len(rows):
+            return rows
+        parents = parent_names(rows)
+        blocks = set(rows["hash"][rows["kind"] == RecordKind.BLOCK].tolist())
+        known = self.entries(RecordKind.BLOCK, {*parents} - blocks)
+        prefixes = {name: entry.prefix_bytes for name, entry in known}
+        forest = hang_together(rows, parents, prefixes, takes_apart=takes_apart)
+        self._write(rows, forest)
+        self._count_children(Counter(parents[at] for at in np.flatnonzero(forest.stands & forest.known_parent)))
+        self.num_indexed += int(forest.stands.sum())
+        self._seen.add(rows[forest.stands])
+        return rows[~forest.stands]
+
+    def _write(self, rows: Array, forest: Forest) -> None:
+        of = self._fields(rows, forest)
+        stands = np.flatnonzero(forest.stands)
+        # Keys in order, nearly: by eight bytes of the hash.
+        hashes = np.ascontiguousarray(rows["hash"][stands]).view(np.uint8).reshape(-1, HASH_BYTES)
+        order = stands[np.lexsort((hashes[:, :8].copy().view(">u8")[:, 0], rows["kind"][stands]))]
+        rows, of = rows[order], {name: values[order] for name, values in of.items()}
+        for kind, table in TABLE_OF_KIND.items():
+            first, last = np.searchsorted(rows["kind"], [kind, kind + 1]).tolist()
+            for start in range(first, last, _PACKED_RECORDS):
+                part = slice(start, min(start + _PACKED_RECORDS, last))
+                self._put(table, rows[part], {name: values[part] for name, values in of.items()})
+        is_leaf = of["children"] == 0
+        self._put_keys("leaves", rows, of["rank_ms"], is_leaf)
+        self._put_keys("expiry", rows, of["expires_ms"], is_leaf & (of["expires_ms"] != 0))
+
+    def _fields(self, rows: Array, forest: Forest) -> dict[str, Array]:
+        """The fields of each row's entry. Gives fingerprints and owners their numbers; counts what will be there."""
+        extents = extents_of(rows)
+        created, expires = rows["created_ms"].astype(np.int64), rows["expires_ms"].astype(np.int64)
+        cost_us = rows["cost_us"].astype(np.int64)
+        sealed = np.where(rows["version"] == 1, 0, _SEALED)
+        of: dict[str, Array] = {
+            name: rows[name].astype(np.int64) for name in ("segment", "offset", "stored_bytes", "payload_bytes")
+        }
+        of |= {name: rows[name].astype(np.int64) for name in ("position", "codec")} | {"expires_ms": expires}
+        of["place"] = of["offset"] >> 3
+        of["children"], of["prefix_bytes"] = forest.children(), forest.prefix_bytes
+        # When it was last used is lost with the index; when it was written is the best guess.
+        of["rank_ms"] = self._policy.ranks_ms(used_ms=created, cost_s=cost_us / 1e6, nbytes=extents)
+        of["pinned_ms"], of["cost_ms"] = np.zeros_like(extents), cost_us // 1000
+        of["ttl_s"] = np.where(expires == 0, 0, np.maximum(0, -((created - expires) // 1000)))
+        of["flags"] = rows["flags"] | sealed | np.where(forest.apart, _APART, 0)
+        with IndexTxn(self.index) as txn:
+            of["fingerprint_id"] = _fingerprint_ids(txn, rows, forest.stands)
+            of["tenant_id"] = _owner_ids(txn, rows, forest.stands)
+            txn.count(*_counts(rows, of, extents, forest.stands), num_apart=int(forest.apart.sum()))
+        return of
+
+    def _put(self, table: str, rows: Array, of: dict[str, Array]) -> None:
+        values, fits = short_entries(of, rows["hash"], rows["parent"])
+        keys, packed = rows["hash"].tolist(), values.tolist()
+        parents = rows["parent"]
+        for at in np.flatnonzero(~fits).tolist():
+            fields = {name: int(of[name][at]) for name in _ENTRY_FIELDS}
+            packed[at] = pack_entry(IndexEntry(**fields, parent=parents[at].tobytes()), keys[at])
+        items = list(zip(keys, packed, strict=True))
+        for first in range(0, len(items), _SLICE_RECORDS):
+            self._put_items(table, items[first : first + _SLICE_RECORDS])
+
+    def _put_keys(self, table: str, rows: Array, times: Array, chosen: Array) -> None:
+        """Keys of leaves or expiry, for the rows that are chosen."""
+        num = int(chosen.sum())
+        keys = np.empty((num, _KEY_BYTES), np.uint8)
+        keys[:, :8] = times[chosen].astype(">u8")[:, None].view(np.uint8)
+        keys[:, 8] = rows["kind"][chosen]
+        keys[:, 9:] = np.ascontiguousarray(rows["hash"][chosen]).view(np.uint8).reshape(num, HASH_BYTES)
+        ordered = sorted(keys.view(f"V{_KEY_BYTES}")[:, 0].tolist())
+        for first in range(0, num, 4 * _SLICE_RECORDS):
+            self._put_items(table, [(key, b"") for key in ordered[first : first + 4 * _SLICE_RECORDS]])
+
+    def _put_items(self, table: str, items: list[tuple[bytes, bytes]]) -> None:
+        with self.index.env.begin(write=True) as txn, txn.cursor(db=self.index.db[table]) as cursor:
+            cursor.putmulti(items, dupdata=False)
+        self.reopen()
+
+    def _count_children(self, more: Counter[bytes]) -> None:
+        """Of blocks that were indexed before."""
+        ordered = sorted(more)
+        for first in range(0, len(ordered), _SLICE_RECORDS):
+            with IndexTxn(self.index) as txn:
+                for block_hash in ordered[first : first + _SLICE_RECORDS]:
+                    entry = txn.get((RecordKind.BLOCK, block_hash))
+                    assert entry is not None, "it was read a moment ago"
+                    entry.children += more[block_hash]
+            self.reopen()
+
+
+def _fingerprint_ids(txn: IndexTxn, rows: Array, stands: Array) -> Array:
+    runs, codes = _runs(rows["fingerprint"])
+    is_first = stands & ((rows["flags"] & _FIRST) != 0)
+    tokens: dict[bytes, int] = {}
+    digests = rows["fingerprint"][runs].tolist()
+    for code, position in set(zip(codes[is_first].tolist(), rows["position"][is_first].tolist(), strict=True)):
+        tokens[digests[code]] = min(position, tokens.get(digests[code], position))
+    ids = np.zeros(len(runs), np.int64)
+    for code in np.unique(codes[stands]).tolist():
+        digest = digests[code]
+        state = txn.fingerprint(digest)
+        if state is None or (not state.block_tokens and digest in tokens):
+            state = txn.set_fingerprint(digest, tokens.get(digest, 0))
+        ids[code] = state.id
+    return ids[codes]
+
+
+def _owner_ids(txn: IndexTxn, rows: Array, stands: Array) -> Array:
+    runs, codes = _runs(rows["owner"], rows["generation"])
+    owners, generations = rows["owner"][runs].tolist(), rows["generation"][runs].tolist()
+    ids = np.zeros(len(runs), np.int64)
+    for code in np.unique(codes[stands]).tolist():
+        ids[code] = txn.owner_id(owner_key(owners[code]), generations[code])
+    return ids[codes]
+
+
+def _runs(*columns: Array) -> tuple[Array, Array]:
+    """Where equal values in a row begin, and of each value the number of its run."""
+    begins = np.zeros(len(columns[0]), bool)
+    begins[0] = True
+    for values in columns:
+        begins[1:] |= values[1:] != values[:-1]
+    return np.flatnonzero(begins), np.cumsum(begins) - 1
+
+
+def _counts(
+    rows: Array, of: dict[str, Array], extents: Array, stands: Array
+) -> tuple[dict[bytes, list[int]], dict[int, list[int]]]:
+    """What the rows add to the totals of kinds and owners, and to the segments."""
+    totals: dict[bytes, list[int]] = defaultdict(lambda: [0, 0, 0])
+    live: dict[int, list[int]] = defaultdict(lambda: [0, 0])
+    ones, payload = np.ones_like(extents), of["payload_bytes"]
+    for values, prefix, width in ((rows["kind"], b"k", 1), (of["tenant_id"], b"t", 4)):
+        for number, row in zip(*sums_by(values[stands], ones[stands], extents[stands], payload[stands]), strict=True):
+            totals[prefix + number.to_bytes(width, "little")] = row
+    for number, row in zip(*sums_by(of["segment"][stands], extents[stands], ones[stands]), strict=True):
+        live[number] = row
+    return totals, live

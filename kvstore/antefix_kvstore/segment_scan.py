@@ -1,0 +1,120 @@
+"""The headers of a segment, one after the other, stepping over what is damaged. Knows bytes of a file, never the index.
+
+A rebuild reads every header of the store here, so a sound one is known by one unpack and one checksum, without making
+an object of it, and headers of small records are read many at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import xxhash
+
+from antefix.errors import BlockCorrupt
+from antefix.store_files.record_format import (
+    BATCH_ALIGN,
+    CHECK_OFFSET,
+    RECORD_ALIGN,
+    RECORD_HEADER_BYTES,
+    RECORD_MAGIC,
+    RECORD_MAGICS_BEGIN,
+    align,
+    extent_bytes,
+    payload_checksum,
+)
+from antefix.store_files.record_header import CODES, unpack_record_header
+
+# magic, checksum, kind, hash kind, segment, offset, stored bytes, codec
+_LOOK: Final = struct.Struct("<8sQ148xBB46xIQIB27x")
+assert _LOOK.size == RECORD_HEADER_BYTES
+# Read at once where records are small: their next headers are among these bytes.
+_AHEAD_BYTES: Final = 1 << 20
+_NEAR_BYTES: Final = 32 << 10
+_SEARCH_BYTES: Final = 4 << 20
+
+
+def raw_headers(path: Path, number: int, seed: int, start: int, *, check_payloads: bool) -> Iterator[bytes]:
+    """Headers, as they lie, of the whole records from `start` on.
+
+    check_payloads: also read and verify every payload, and leave out those that are wrong.
+    """
+    size = path.stat().st_size
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        offset: int | None = start
+        window, base, ahead = b"", start, _AHEAD_BYTES
+        while offset is not None and offset + RECORD_HEADER_BYTES <= size:
+            at = offset - base
+            raw = window[at : at + RECORD_HEADER_BYTES]
+            if len(raw) < RECORD_HEADER_BYTES:
+                window, base, at = os.pread(fd, ahead, offset), offset, 0
+                raw = window[:RECORD_HEADER_BYTES]
+            stored_bytes = _stored_bytes(raw, number, offset, seed)
+            if stored_bytes is None and (boundary := _end_of_padding(fd, offset)) > offset:
+                offset = boundary
+                continue
+            if stored_bytes is None or offset + (extent := extent_bytes(stored_bytes)) > size:
+                offset = _find_magic(fd, offset + RECORD_ALIGN, size)
+                continue
+            if check_payloads:
+                stored = window[at + RECORD_HEADER_BYTES : at + RECORD_HEADER_BYTES + stored_bytes]
+                if len(stored) < stored_bytes:
+                    stored = os.pread(fd, stored_bytes, offset + RECORD_HEADER_BYTES)
+            if not check_payloads or payload_checksum(stored) == raw[CHECK_OFFSET : CHECK_OFFSET + 16]:
+                yield raw
+            offset += extent
+            ahead = _AHEAD_BYTES if extent < _NEAR_BYTES else RECORD_HEADER_BYTES
+    finally:
+        os.close(fd)
+
+
+def _stored_bytes(raw: bytes, number: int, offset: int, seed: int) -> int | None:
+    """Of the record whose sound header lies here; None: none does.
+
+    A payload may contain what looks like a header; only one that names its own place is one.
+    """
+    if len(raw) < RECORD_HEADER_BYTES:
+        return None
+    magic, checksum, kind, hash_kind, segment, place, stored_bytes, codec = _LOOK.unpack(raw)
+    if magic != RECORD_MAGIC:
+        return _stored_bytes_v1(raw, number, offset, seed)
+    if (
+        segment == number
+        and place == offset
+        and xxhash.xxh3_64_intdigest(raw[CHECK_OFFSET:], seed) == checksum
+        and (kind, hash_kind, codec) in CODES
+    ):
+        return int(stored_bytes)
+    return None
+
+
+def _stored_bytes_v1(raw: bytes, number: int, offset: int, seed: int) -> int | None:
+    try:
+        header = unpack_record_header(raw, seed)
+    except BlockCorrupt:
+        return None
+    return header.stored_bytes if (header.segment, header.offset) == (number, offset) else None
+
+
+def _end_of_padding(fd: int, offset: int) -> int:
+    """The next batch's start, if nothing but zeros lies between, else `offset`."""
+    boundary = align(offset, BATCH_ALIGN)
+    return boundary if not os.pread(fd, boundary - offset, offset).strip(b"\0") else offset
+
+
+def _find_magic(fd: int, start: int, size: int) -> int | None:
+    """The next aligned place at which a record header might begin."""
+    overlap = len(RECORD_MAGICS_BEGIN) - 1
+    while start < size:
+        piece = os.pread(fd, _SEARCH_BYTES + overlap, start)
+        at = piece.find(RECORD_MAGICS_BEGIN)
+        while at >= 0:
+            if (start + at) % RECORD_ALIGN == 0:
+                return start + at
+            at = piece.find(RECORD_MAGICS_BEGIN, at + 1)
+        start += _SEARCH_BYTES
+    return None

@@ -1,0 +1,97 @@
+"""A CPU's compiled kernels: the very bits of torch's operations, or none of them."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from antefix.layout import KVFormat
+from antefix.model import BlockPool, Model, Sequence, WindowState, forward
+from antefix.model.compiled import check, switch
+from antefix.model.numerics import linear
+from antefix.model.ops import TorchOps
+from tests.model.random_models import AWKWARD, make
+
+# Compiling takes some ten seconds of processor time where nothing is kept from an earlier run.
+needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="Numba is not installed")
+
+
+@pytest.fixture(autouse=True)
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(check, "_refused", False)
+    yield
+    switch.use(False)
+
+
+def left_behind(model: Model) -> list[bytes]:
+    """Prompts in pieces of many sizes, then mixed steps: all logits, window states and the pool."""
+    random = np.random.default_rng(2)
+    size = model.config.geometry.block_size
+    pool = BlockPool(model.layout, 4 * (400 // size + 1))
+    sequences = [Sequence(pool.allocate(400 // size + 1), WindowState.zeros(model.layout, 0)) for _ in range(4)]
+
+    def draw(count: int) -> np.ndarray:
+        return random.integers(0, model.config.vocab_size, count).astype("<u4")
+
+    left = []
+    for sequence, pieces in zip(sequences, ((1, 5), (40, 9, 30), (150, 1, 3), (8, 90)), strict=True):
+        left += [forward(model, pool, [(sequence, draw(count))], ops=TorchOps()) for count in pieces]
+    for number in range(24):
+        # Of some steps one sequence stays out, and of some it runs three tokens.
+        batch = [
+            (sequence, draw(3 if (number + i) % 7 == 0 else 1))
+            for i, sequence in enumerate(sequences)
+            if (number + i) % 4
+        ]
+        left.append(forward(model, pool, batch, logits="all", ops=TorchOps()))
+    states = [sequence.window.to_bytes() for sequence in sequences]
+    return [*(logits.numpy().tobytes() for logits in left), *states, pool.rows.numpy().tobytes()]
+
+
+@needs_numba
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_format", [KVFormat.FP8, KVFormat.FLOAT32])
+@pytest.mark.parametrize("name", AWKWARD)
+def test_steps_and_pieces_leave_the_bits_that_torch_leaves(name: str, kv_format: KVFormat) -> None:
+    model = make(name, kv_format=kv_format)
+    expected = left_behind(model)
+    assert check.enable(model) and switch.is_on()
+    assert left_behind(model) == expected
+
+
+def test_another_result_in_one_layer_switches_all_of_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("plain")
+
+    def compare(model: Model, on: bool, num_rows: int = 5) -> Iterator[tuple[str, torch.Tensor]]:
+        del model
+        yield "queries", torch.ones(num_rows, 4)
+        # Of the compiled ones, one number is the next float.
+        yield "experts", torch.full((num_rows, 4), 1.0 + on * 2.0**-23)
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleType(name))
+    monkeypatch.setattr(check, "_compare", compare)
+    assert not check.enable(model) and not switch.is_on()
+    # For good: what a process computes must not depend on the models that it loads later.
+    monkeypatch.setattr(check, "_compare", lambda model, on, num_rows=5: iter([("x", torch.ones(num_rows))]))
+    assert not check.enable(model)
+
+
+def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not check.enable(make("plain")) and not switch.is_on()
+
+
+def test_a_model_that_is_no_float32_on_a_cpu_is_left_alone() -> None:
+    assert not check.enable(make("plain").to(torch.bfloat16)) and not switch.is_on()
+
+
+def test_with_gradients_torch_computes() -> None:
+    switch.use(True)
+    x = torch.ones(3, 16, requires_grad=True)
+    linear(x, torch.ones(16, 16)).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.full((3, 16), 16.0))

@@ -1,0 +1,39 @@
+"""Refuses what makes the host wait for a card, on a machine without one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# What asks a card for numbers, or sends it some, and so waits for it.
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "_unique2", "lift_fresh",
+         "bincount", "equal", "item"}  # fmt: skip
+
+
+class Watched(TorchDispatchMode):
+    """Counts torch's operations, views aside, and refuses those that wait for a card.
+
+    uploads: whether arrays of the host may go up, as they do by `antefix.model.host_rows.upload`, without waiting.
+    """
+
+    def __init__(self, *, uploads: bool = False) -> None:
+        super().__init__()
+        self._refused = WAITS - {"lift_fresh"} if uploads else WAITS
+        self.counts: Counter[str] = Counter()
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # PyTorch's compiler is not used here, and importing it takes seconds.
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.removeprefix("aten::")
+        assert name not in self._refused, name
+        if name in ("index", "index_put", "index_put_"):
+            assert all(i is None or i.dtype not in (torch.bool, torch.uint8) for i in args[1]), f"{name} by a mask"
+        if not func.is_view:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
