@@ -25,6 +25,7 @@ from antefix.errors import AntefixError, Overloaded, StepFailed
 from antefix.fair_turns import FairTurns
 from antefix.model import Sequence, WindowState
 from antefix.model.finite import are_numbers
+from antefix.model.step_counters import StepCounters
 from antefix.wire import TokenLogprob
 from antefix_decode.card_choice import Choice
 from antefix_decode.logprobs import Logprobs
@@ -119,6 +120,12 @@ class Scheduler:
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.busy_s if self.busy_s else 0.0
 
+    @property
+    def step_counters(self) -> StepCounters | None:
+        """Of steps on a card, where the whole batch shares launches."""
+        runner = self._engine.ops.step_runner
+        return None if runner is None else runner.counters
+
     @contextlib.asynccontextmanager
     async def place(self, tenant: str = "", num_tokens: int = 0, share: int = 1) -> AsyncIterator[Place]:
         """One of the places, from a request's beginning on: many may be loading before the first of them joins. Waits
@@ -182,8 +189,8 @@ class Scheduler:
             async with self._step_lock:
                 able = [running for running in self._running if running.can_run]
                 batch = self.shares.choose(able) if able else []
+                self._engine.compute.stepping_for({each.place.tenant: each.place.share for each in batch})
                 if batch:
-                    self._engine.compute.wanted_by({each.place.tenant: each.place.share for each in batch})
                     await self._step(batch)
             if batch:
                 await asyncio.sleep(0)  # let sequences join and leave, and tokens go out
