@@ -138,6 +138,13 @@ def kills_with_the_store(record: Any) -> Iterable[Row]:
     yield from _soak(record)
 
 
+@table("fuzz.json", "tests/fuzz/targets.py")
+def fuzz_targets(record: Any) -> Iterable[Row]:
+    yield "reader", "minutes (10 wanted)", "inputs", "broke a rule (0 wanted; all mended)"
+    for name, found in sorted(record["targets"].items()):
+        yield name, f"{found['seconds'] / 60:.1f}", f"{found['executions']:,}", str(found["crashes"])
+
+
 @table("overload.json", "router/antefix_router/load_shedding.py", "router/antefix_router/gateway")
 def overload(record: Any) -> Iterable[Row]:
     rates = record["rates"]

@@ -11,8 +11,8 @@ upload    restores from a store's directory while its process uploads at its rat
           some seconds: cost is how much longer they take, at most 0.05 is meant
 index     bytes per block, and look-up time of a 128K and a 1M-token prompt, of drawn keys: nothing of it is in a bucket
 
-Without --object-store it starts SeaweedFS out of `--s3` (`make test-s3` makes .s3), and measures against that; LMCache
-is out of `--lmcache` (`make bench-tier` makes both). A peer that cannot be measured is named with why (`peers`).
+Without --object-store it starts SeaweedFS out of `--s3` (`make test-s3` makes .s3), and measures against that. LMCache
+is out of `--lmcache` (`make bench-peers` makes .venv-peers). Of a peer that cannot be measured it says why (`peers`).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> int:
     parser.add_argument(
         "--tier-tokens", type=int, nargs="+", default=TIER_TOKENS, help="prefixes that are restored from each tier"
     )
-    parser.add_argument("--lmcache", type=Path, default=Path(".lmcache"), help="environment with lmcache and awscrt")
+    parser.add_argument("--lmcache", type=Path, default=Path(".venv-peers"), help="environment with LMCache")
     parser.add_argument("--turn", type=float, default=3.0, help="seconds of restores with uploads, and without")
     parser.add_argument(
         "--records", type=int, default=1_000_000, help="of the index (also 100 million where memory is)"

@@ -29,7 +29,7 @@ from antefix.model.quant import fp4_pairs, fp8_values, round_groups
 INPUT_GROUP = 128
 # Whether rounded inputs meet packed weights on FP8 tensor cores where a card has them (`antefix_kernels.packed_fp8`),
 # or in BF16 everywhere (`antefix_kernels.packed_linear`). Bits differ, so names of KV do.
-USES_FP8 = False
+USES_FP8 = True
 
 
 @dataclass(frozen=True, slots=True)

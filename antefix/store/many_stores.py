@@ -97,7 +97,7 @@ class ManyStores:
         Needs a running event loop.
         """
         going = [member for member in self.members.stores if member not in members]
-        self.members = Members(members, self._more)
+        self.members = Members(members, self._more, before=self.members)
         if self._followed:
             self.follow(self._followed)
         for member in going:

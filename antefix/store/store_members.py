@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from antefix.errors import AntefixError, Unavailable
+from antefix.errors import AntefixError, DeadlineExceeded, Unavailable
 from antefix.located import told
 from antefix.record import MEMORY_KINDS, Held, RecordKind
 from antefix.store.api import Store
@@ -41,11 +41,12 @@ class Member:
 class Members:
     """All tiers, by number: the stores first, as `members` has them, then what is only read."""
 
-    def __init__(self, members: Sequence[Member], more: Sequence[Tier] = ()) -> None:
+    def __init__(self, members: Sequence[Member], more: Sequence[Tier] = (), *, before: Members | None = None) -> None:
+        """before: what these take the place of, whose late answers still count."""
         self.stores: Final = tuple(members)
         self.tiers: Final = (*(member.tier for member in members), *more)
         self.near: Final = tuple(member for member in members if member.near)
-        self._late: dict[asyncio.Task[Held], Tier] = {}
+        self._late: dict[asyncio.Task[Held], Tier] = before._late if before is not None else {}
 
     def is_near(self, number: int) -> bool:
         return number < len(self.stores) and self.stores[number].near
@@ -111,7 +112,8 @@ class Members:
         def over(_: asyncio.Task[Held]) -> None:
             ends.cancel()
             del self._late[asked]
-            if not asked.cancelled():
+            # That it took too long is known already.
+            if not asked.cancelled() and not isinstance(asked.exception(), DeadlineExceeded):
                 _settled(tier, asked, begun_s)
 
         asked.add_done_callback(over)
@@ -200,9 +202,12 @@ def _settled(tier: Tier, asked: asyncio.Task[Held], begun_s: float) -> Held | An
     if err is None:
         tier.standing.answered(tier.clock() - begun_s)
         return asked.result()
-    if not isinstance(err, (AntefixError, TimeoutError)):
+    if not isinstance(err, AntefixError):
         raise err
-    tier.failed(err)
+    if isinstance(err, DeadlineExceeded):
+        tier.late(begun_s)
+    else:
+        tier.failed(err)
     return err
 
 

@@ -182,8 +182,8 @@ class Scheduler:
             async with self._step_lock:
                 able = [running for running in self._running if running.can_run]
                 batch = self.shares.choose(able) if able else []
+                self._engine.compute.stepping_for({each.place.tenant: each.place.share for each in batch})
                 if batch:
-                    self._engine.compute.wanted_by({each.place.tenant: each.place.share for each in batch})
                     await self._step(batch)
             if batch:
                 await asyncio.sleep(0)  # let sequences join and leave, and tokens go out

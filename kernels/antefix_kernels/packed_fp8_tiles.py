@@ -61,7 +61,10 @@ def _bytes(words, N: tl.constexpr, ASM: tl.constexpr):
     """FP8 codes [N, 16] of words [N, 4]."""
     wide = tl.broadcast_to(words[:, :, None], (N, 4, 4))
     if ASM:
-        codes = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r,r,r", [wide], dtype=tl.uint8, is_pure=True, pack=4)
+        # Not called pure: the compiler would then broadcast what comes out instead, and pack four rows into a word.
+        codes = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r,r,r,r", [wide], dtype=tl.uint8, is_pure=False, pack=4
+        )
     else:
         codes = ((wide >> (tl.arange(0, 4) * 8)[None, None, :]) & 255).to(tl.uint8)
     return tl.reshape(codes, (N, 16))
@@ -101,13 +104,46 @@ def _block_of_fp4(part, words, byte_scales, at_x, at, N: tl.constexpr, M: tl.con
     return part
 
 
+@triton.jit
+def _outputs(first, num_outputs, N: tl.constexpr, GATED: tl.constexpr):
+    """The outputs of a tile's rows; GATED: eight gates, then the eight that they gate, so that a thread has both.
+
+    Outputs past the end repeat the last one and are not stored.
+    """
+    n = tl.arange(0, N)
+    if GATED:
+        outputs = tl.minimum(first + n // 16 * 8 + n % 8, num_outputs - 1) + n // 8 % 2 * num_outputs
+    else:
+        outputs = tl.minimum(first + n, num_outputs - 1)
+    return outputs.to(tl.int64)
+
+
+@triton.jit
+def _words(codes, at, offset, group, output, num_outputs, GATED: tl.constexpr, BULK: tl.constexpr,
+           COLUMNS: tl.constexpr, W: tl.constexpr):  # fmt: skip
+    """A step's words of a tile: W of each output, in the order of _outputs."""
+    if BULK:
+        words = tl.reshape(codes.load([group, output, offset]), (COLUMNS, W))
+        if GATED:
+            up = tl.reshape(codes.load([group, num_outputs + output, offset]), (COLUMNS, W))
+            pairs = tl.reshape(tl.join(words, up), (COLUMNS // 8, 8, W, 2))
+            words = tl.reshape(tl.permute(pairs, (0, 3, 1, 2)), (2 * COLUMNS, W))
+    else:
+        words = tl.load(at + offset)
+    return words
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def fp4_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources, num_rows, num_outputs, num_addends,
-                num_weights, limit, stride_xn, stride_xg, stride_an, stride_ag, stride_cg, stride_co, stride_sg,
-                stride_so, stride_on, stride_og, stride_os, steps_a_split, ROUTED: tl.constexpr, GATHERED: tl.constexpr,
-                PICKED: tl.constexpr, GATED: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr, ASM: tl.constexpr,
-                N: tl.constexpr, M: tl.constexpr, TOGETHER: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+               num_weights, limit, stride_xn, stride_xg, stride_an, stride_ag, stride_cg, stride_co, stride_sg,
+               stride_so, stride_on, stride_og, stride_os, steps_a_split, ROUTED: tl.constexpr, GATHERED: tl.constexpr,
+               PICKED: tl.constexpr, GATED: tl.constexpr, BULK: tl.constexpr, WIDE: tl.constexpr, EXACT: tl.constexpr,
+               ASM: tl.constexpr, N: tl.constexpr, M: tl.constexpr, TOGETHER: tl.constexpr,
+               STAGES: tl.constexpr):  # fmt: skip
     """One tile of a weight times rows. codes and scales come as words, of 4 and of 4 or (WIDE) 8 bytes.
+
+    BULK: codes is a tensor descriptor [E, O, words], by which Hopper's copy engine loads tiles. It stores them in an
+    order that registers are filled from without conflicts of banks.
 
     GATED: half of the tile's outputs are gates and the other half what they gate, num_outputs counts gates, and what is
     stored is their activation.
@@ -117,10 +153,7 @@ def fp4_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources,
     group, first, stop, source = _rows_of_tile(tile, experts, firsts, stops, sources, num_rows, ROUTED, GATHERED,
                                                PICKED, M)  # fmt: skip
     if group < num_weights:
-        n = tl.arange(0, N)
-        o = column * COLUMNS + n % COLUMNS
-        # Outputs past the end repeat the last one and are not stored.
-        outputs = (tl.minimum(o, num_outputs - 1) + n // COLUMNS * num_outputs).to(tl.int64)
+        outputs = _outputs(column * COLUMNS, num_outputs, N, GATED)
         split = tl.program_id(2)
         start = split * steps_a_split
         stop_step = tl.minimum(start + steps_a_split, num_addends // (128 * (2 if WIDE else 1)))
@@ -128,11 +161,14 @@ def fp4_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources,
         w = tl.arange(0, 16 * BLOCKS)
         at_x = x + source[None, :] * stride_xn + (0 if ROUTED else group * stride_xg) + tl.arange(0, 32)[:, None]
         at_a = x_scales + source * stride_an + (0 if ROUTED else group * stride_ag)
-        at_c = codes + group.to(tl.int64) * stride_cg + outputs[:, None] * stride_co + w[None, :]
+        at_c = outputs[:, None] * stride_co + w[None, :]
+        if not BULK:
+            at_c = codes + (group.to(tl.int64) * stride_cg + at_c)
         at_s = scales + group.to(tl.int64) * stride_sg + outputs * stride_so
         acc = tl.zeros((N, M), tl.float32)
         for step in tl.range(start, stop_step, num_stages=STAGES):
-            words = tl.load(at_c + step * (16 * BLOCKS))
+            offset = step * (16 * BLOCKS)
+            words = _words(codes, at_c, offset, group, column * COLUMNS, num_outputs, GATED, BULK, COLUMNS, 16 * BLOCKS)
             s = tl.load(at_s + step)
             zero = tl.zeros((N, M), tl.float32)
             if WIDE:
@@ -165,9 +201,7 @@ def fp8_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources,
     group, first, stop, source = _rows_of_tile(tile, experts, firsts, stops, sources, num_rows, ROUTED, GATHERED,
                                                PICKED, M)  # fmt: skip
     if group < num_weights:
-        n = tl.arange(0, N)
-        o = column * COLUMNS + n % COLUMNS
-        outputs = (tl.minimum(o, num_outputs - 1) + n // COLUMNS * num_outputs).to(tl.int64)
+        outputs = _outputs(column * COLUMNS, num_outputs, N, GATED)
         split = tl.program_id(2)
         start = split * steps_a_split
         stop_step = tl.minimum(start + steps_a_split, num_addends // 128)
@@ -208,8 +242,9 @@ def _as_bf16(x):
 
 @triton.jit
 def _gated(acc, out, limit, N: tl.constexpr, M: tl.constexpr):
-    """silu(gate) * up, both clamped, of gates above what they gate: the numbers of `tokens.swiglu`."""
-    gate, up = tl.split(tl.permute(tl.reshape(acc, (2, N // 2, M)), (1, 2, 0)))
+    """silu(gate) * up, both clamped, of rows in the order of _outputs: the numbers of `tokens.swiglu`."""
+    gate, up = tl.split(tl.permute(tl.reshape(acc, (N // 16, 2, 8, M)), (0, 2, 3, 1)))
+    gate, up = tl.reshape(gate, (N // 2, M)), tl.reshape(up, (N // 2, M))
     if out.dtype.element_ty == tl.bfloat16:
         gate, up = _as_bf16(gate), _as_bf16(up)
     gate = tl.minimum(gate, limit)

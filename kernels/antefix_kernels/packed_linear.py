@@ -32,7 +32,7 @@ INPUT_GROUP = 128
 FP4_BLOCK = 32
 # Outputs, rows, addends, warps and stages of a tile, for so many rows (of an expert: on average) at most: the fastest
 # on an H200 at 32, 128 and 2,048 tokens of V4-Flash's products.
-_TILES_FP8 = ((32, (64, 32, 128, 4, 4)), (256, (128, 64, 128, 8, 4)), (None, (128, 128, 128, 8, 3)))
+_TILES_FP8 = ((32, (64, 32, 128, 4, 4)), (64, (128, 64, 128, 8, 4)), (None, (128, 128, 128, 8, 3)))
 _TILES_FP4 = ((8, (64, 16, 128, 4, 4)), (None, (128, 64, 128, 8, 3)))
 # What splits are counted by, whatever the tile.
 _SPLIT_OUTPUTS = 128

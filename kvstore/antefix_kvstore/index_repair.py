@@ -105,6 +105,9 @@ def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, chec
 
 def _fill(open_index: Callable[[], Index], segments: Segments, check_all: bool) -> None:
     ends = fill_index(open_index, segments, check_all=check_all)
+    if ends:
+        # All others were synced before it began, and the index must not be ahead of the segments.
+        segments.sync_file(max(ends))
     index = open_index()
     try:
         with IndexTxn(index) as txn:

@@ -154,12 +154,13 @@ class Segments:
             self._is_new = False
 
     def sync_file(self, number: int) -> None:
-        """Make a segment that is not the active one durable."""
+        """Make a segment that is not the active one durable, and its name, which a crash may have left unsynced."""
         fd = self.disk.open(self.path(number))
         try:
             self.disk.sync_data(fd)
         finally:
             self.disk.close(fd)
+        self.disk.sync_directory(self.directory)
 
     def rollback(self, end: int) -> None:
         """Cut the active segment back to `end`, where an append or its index transaction failed."""

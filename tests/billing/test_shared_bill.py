@@ -147,6 +147,30 @@ async def test_a_redis_that_lost_all_is_told_again_before_a_named_request_runs(t
     assert again.record == first.record
 
 
+async def test_what_is_told_again_goes_on_after_a_failure(start_redis, routers, monkeypatch):
+    """Where it began again, a busy Redis would never be told all of it."""
+    redis = await asyncio.to_thread(start_redis)
+    one = await routers("one", redis)
+    for number in range(8):
+        await ask(one, f"r{number}")
+    shared = one.accounts.shared
+    change, told = shared._exchange.change, []
+
+    async def fails_now_and_then(key, made):
+        told.append(key)
+        if len(told) % 4 == 3:
+            raise Unavailable("Redis is busy")
+        return await change(key, made)
+
+    redis.kill()
+    monkeypatch.setattr(shared._exchange, "change", fails_now_and_then)
+    monkeypatch.setattr("antefix_router.shared_bill.shared_bill._TOLD_AT_ONCE", 1)
+    await asyncio.to_thread(redis.start)
+    await until(lambda: len(set(told)) == 8 and not shared.num_untold)
+    assert len(told) <= 12
+    assert (await ask(one, "r0"))[0].record.request_id == "r0"
+
+
 async def test_served_alone_while_redis_is_out_two_charges_become_one(tmp_path, start_redis, routers):
     redis = await asyncio.to_thread(start_redis)
     one, two = await routers("one", redis, alone="serve"), await routers("two", redis, alone="serve")

@@ -119,3 +119,24 @@ async def test_a_prefix_that_was_read_three_times_elsewhere_is_near_at_the_fourt
     read = await _restored(stores)
     assert {each.tier: each.num_blocks for each in read.reads} == {"peer:a": 24}
     await stores.close()
+
+
+async def test_a_store_that_was_away_is_read_as_soon_as_it_is_back(services, tmp_path, monkeypatch):
+    """Its pause would last for an hour: that it answers again is noticed by its connection."""
+    monkeypatch.setattr(standing, "SHUNNED_S", 3600.0)
+    monkeypatch.setattr(standing, "SHUNNED_S_MAX", 3600.0)
+    await _fill(services, "b", range(40))
+    stores = _open(services, "a")
+    assert (await _restored(stores)).num_good == 40
+    services["b"][0].send_signal(signal.SIGKILL)
+    await services["b"][0].wait()
+    tier = next(tier for tier in stores.tiers if tier.name == "b")
+    async with asyncio.timeout(60):
+        while not tier.is_shunned:
+            await _restored(stores)
+    assert (await _restored(stores)).num_good == 0
+    services["b"] = await serve_store(tmp_path, "b")
+    async with asyncio.timeout(60):
+        while (await _restored(stores)).num_good != 40:  # noqa: ASYNC110  (another process)
+            await asyncio.sleep(0.05)
+    await stores.close()

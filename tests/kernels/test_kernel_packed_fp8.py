@@ -52,6 +52,20 @@ def test_inputs_are_the_codes_of_the_rounding_on_a_cpu(draw, dtype, is_fp4):
     assert torch.equal(scaled(found, is_fp4=is_fp4).to(dtype), round_on_cpu(wide))
 
 
+def test_what_is_no_number_stays_none(draw):
+    x = normal(draw, 3, 256)
+    x[0, 5], x[1, 200] = float("nan"), float("-inf")
+    found = scaled(packed_fp8.prepare_inputs(x, is_fp4=True), is_fp4=True)
+    assert torch.equal(found.isnan(), ~x.isfinite())
+    assert torch.equal(found[2], round_on_cpu(x[2:])[0])
+
+
+def test_no_rows_are_no_rows(draw):
+    for form in FORMS:
+        weight = draw_weight(draw, form, 1, 24, 128)
+        assert product(normal(draw, 0, 128), weight).shape == (0, 24)
+
+
 # One row; outputs that are no multiple of a tile and blocks that are none of a step; addends that are cut into runs,
 # the last of which is shorter.
 SHAPES = [(1, 128, 40), (37, 384, 70), (3, 1152, 20)]
@@ -166,6 +180,7 @@ def test_the_model_takes_them_where_they_are_switched_on(draw, monkeypatch, is_f
         true = getattr(packed_fp8, name)
         monkeypatch.setattr(packed_fp8, name, lambda *a, true=true, **k: taken.append(true) or true(*a, **k))
     monkeypatch.setattr(packed_fp8, "runs_on", lambda x: True)
+    monkeypatch.setattr(packed, "USES_FP8", False)
     x = normal(draw, 3, 1, 128, dtype=torch.bfloat16)
     before = packed.card_product(x, matrix)
     routing = linear.route(torch.tensor([[0], [1], [1]], device=draw.device), 2, tile=stack.card_tile(x[:, 0], 3))

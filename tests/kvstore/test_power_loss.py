@@ -117,3 +117,24 @@ def test_a_thousand_power_losses(tmp_path: Path) -> None:
         directory.mkdir()
         run_seed(directory, seed)
         shutil.rmtree(directory)
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_what_opening_indexes_is_durable_with_its_name(tmp_path: Path, has_index: bool) -> None:
+    disk = PowerLossDisk()
+    config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20, segment_bytes=64 << 10)
+    engine = StorageEngine(config, disk=disk)
+    engine.put(PROMPTS[0].blocks(2))
+    # A process that ends between writing to a new segment and syncing it.
+    engine.segments.roll(engine.clock_ms())
+    engine.segments.append(engine._drafter.drafts(PROMPTS[0].blocks(4)[2:], set()), engine.clock_ms())
+    path = engine.segments.path(max(engine.segments.sizes))
+    assert not disk.files[path].named and disk.files[path].writes
+    engine.abandon()
+    if not has_index:
+        shutil.rmtree(tmp_path / "store" / "index")
+    engine = StorageEngine(config, disk=disk)
+    assert PROMPTS[0].check(engine) == 4
+    # What was cut off behind its last record may come back.
+    assert disk.files[path].named and all(content is None for _, content in disk.files[path].writes)
+    engine.close()

@@ -234,3 +234,51 @@ async def test_many_tenants_short_pieces_still_run_as_one_call():
 async def test_a_larger_share_lets_fewer_others_into_its_calls():
     calls = await pieces_of_tenants([("large", 3, 20)] + [("small", 1, 20)] * 3)
     assert ("large", 20) in calls[0] and len(calls[0]) == 1
+
+
+async def steps_and_chunks(stepping, chunk_tenants, monkeypatch, num_steps=8):
+    """The order in which a thread ran decode steps, submitted one after the other, and chunks that wait: s and c."""
+    # However late the loop comes with its next step: the thread waits for it.
+    monkeypatch.setattr("antefix_prefill.worker.compute_thread.STEP_COMES_S", 60.0)
+    thread, let_go, order = ComputeThread("test"), threading.Event(), []
+
+    def run(name, seconds):
+        order.append(name)
+        time.sleep(seconds)
+
+    async def chunk(tenant):
+        compute_for(tenant)
+        await thread.run_chunk(1, 0.0, run, "c", 0.03)
+
+    busy = asyncio.create_task(thread.run(let_go.wait))
+    await asyncio.sleep(0)
+    thread.stepping_for(dict.fromkeys(stepping, 1))
+    chunks = [asyncio.create_task(chunk(tenant)) for tenant in chunk_tenants]
+    await asyncio.sleep(0)
+    let_go.set()
+    for _ in range(num_steps):
+        await thread.run(run, "s", 0.011)
+        await asyncio.sleep(0.002)
+    thread.stepping_for({})
+    async with asyncio.timeout(60):
+        await asyncio.gather(busy, *chunks)
+        thread.close()
+    return "".join(order)
+
+
+async def test_others_chunks_leave_a_tenant_that_only_decodes_as_much_time_as_they_take(monkeypatch):
+    order = await steps_and_chunks({"greedy", "modest"}, ["greedy"] * 3, monkeypatch)
+    # Whatever the first of them does: between two there are as many steps as take as long, which are two or three.
+    between = order.strip("s").split("c")[1:-1]
+    assert all(len(steps) >= 2 for steps in between), order
+    assert order.count("c") == 3 and order.count("s") == 8
+
+
+async def test_a_tenant_that_has_no_steps_yet_waits_for_none_with_its_chunk(monkeypatch):
+    order = await steps_and_chunks({"greedy"}, ["modest"] * 2, monkeypatch)
+    assert "cc" in order or "csc" in order, order
+
+
+async def test_alone_a_tenants_chunks_and_steps_take_turns(monkeypatch):
+    order = await steps_and_chunks({"greedy"}, ["greedy"] * 3, monkeypatch)
+    assert "sss" not in order.rpartition("c")[0], order

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from antefix.errors import Unavailable
-from antefix.record import RecordKind
+from antefix.errors import DeadlineExceeded, Unavailable
+from antefix.record import Held, RecordKind
 from antefix.store import read_shares, read_tiers, standing
 from antefix.store.local_copies import LocalCopies
 from antefix.store.store_feed import StoreFeed
@@ -155,6 +155,26 @@ async def test_a_store_that_never_says_what_it_holds_is_left_alone_after_some_qu
             assert await rack.num_stored() == 12
         assert rack.stores["b"].num_asked == standing.NUM_LATE_MAX
         assert rack.members[1].tier.is_shunned
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_question_that_runs_out_of_its_time_is_late_once(tmp_path: Path) -> None:
+    """The client's own limit is below what a slow store is given: it counts as late, not as away."""
+    async with rack_of(tmp_path) as rack:
+        await rack.fill("a", 0, 12)
+        wait_long_for(rack, "a", "b", "c")
+        store = rack.stores["b"]
+
+        async def held(*args: object, **kwargs: object) -> Held:
+            raise DeadlineExceeded("over its time")
+
+        store.held = held  # type: ignore[method-assign]
+        tier = rack.members[1].tier
+        for number in range(1, standing.NUM_LATE_MAX + 1):
+            assert not tier.is_shunned
+            assert await rack.num_stored() == 12
+            assert tier.standing.num_late == number
+        assert tier.is_shunned
 
 
 @pytest.mark.usefixtures("quick")

@@ -8,6 +8,9 @@ So a short rest after a hit waits for a long prompt's chunk in hand, and at most
 Short rests that wait together run together, as one call of the model: most of what each costs is paid once. Where
 several tenants want the worker, a call is no longer than what its first piece would take on its tenant's share alone.
 
+Between two decode steps the thread is free for a moment, and a chunk would get in each time. Where a tenant has nothing
+but decode steps, another one's chunk lets steps go first for as long as the chunk before it took.
+
 A cancelled request gives its pool rows back. If the thread (or a read) were still writing into them, another
 request's KV would be overwritten: so cancellation waits for the work in hand, which takes one chunk at most.
 """
@@ -60,6 +63,8 @@ TOGETHER_TOKENS = 256
 # A tenant that had work here so lately still counts among those that want the worker.
 _RECENT_S = 1.0
 _NUM_RECENT_MAX = 256
+# How long the thread waits for a step that has its turn. The event loop needs some milliseconds between two steps.
+STEP_COMES_S = 0.01
 
 # Whose request the present task works for, and that tenant's share.
 _tenant: ContextVar[tuple[str, int]] = ContextVar("antefix_compute_tenant", default=("", 1))
@@ -116,6 +121,7 @@ class ComputeThread:
     def __init__(self, name: str) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._small: collections.deque[_Job] = collections.deque()
         self._chunks: list[_Job] = []
         self._num_chunks_run = 0
@@ -126,6 +132,9 @@ class ComputeThread:
         self._now = 0.0
         # When each tenant had work here last, and its share.
         self._recent: dict[str, tuple[float, int]] = {}
+        # Whose sequences take part in decode steps now; for how long steps go first.
+        self._stepping: frozenset[str] = frozenset()
+        self._steps_first_s = 0.0
         self.wait_s = histogram(
             "antefix_compute_wait_seconds",
             "How long work waited for the compute thread: small jobs, and chunks of prompts.",
@@ -172,10 +181,12 @@ class ComputeThread:
         job.together = _Together(function, piece, num_tokens)
         return cast(T, await self._submit(job))
 
-    def wanted_by(self, shares: Mapping[str, int]) -> None:
-        """These tenants have work on this worker, of which the thread is not told: they have decode steps."""
+    def stepping_for(self, shares: Mapping[str, int]) -> None:
+        """These tenants' sequences take part in decode steps, one after the other; none: there is no step to come."""
         now = time.perf_counter()
         with self._lock:
+            self._stepping = frozenset(shares)
+            self._changed.notify()
             for tenant, share in shares.items():
                 self._recent[tenant] = (now, share)
 
@@ -186,15 +197,19 @@ class ComputeThread:
         with self._lock:
             if job.remaining is None:
                 self._small.append(job)
+                self._changed.notify()
             else:
                 self._chunks.append(job)
                 self._recent[job.tenant] = (job.asked, job.share)
+                self._changed.notify()
         # As many turns as jobs: each takes the job that is best when it begins.
         self._executor.submit(self._run_next)
         return await uninterrupted(asyncio.wrap_future(job.done))
 
     def _run_next(self) -> None:
         with self._lock:
+            if self._steps_go_first():
+                self._changed.wait_for(lambda: not self._steps_go_first(), timeout=STEP_COMES_S)
             if self._small:
                 jobs = [self._small.popleft()]
             elif self._chunks:
@@ -208,7 +223,16 @@ class ComputeThread:
         took = time.perf_counter() - begun
         self.busy_s.labels(jobs[0].kind).observe(took)
         if jobs[0].remaining is not None:
+            self._steps_first_s = took
             self._charge(jobs, took)
+        else:
+            self._steps_first_s -= took
+
+    def _steps_go_first(self) -> bool:
+        """Whether a step is waited for: a tenant has nothing but steps here, and only those who have steps too have
+        chunks."""
+        chunks = {job.tenant for job in self._chunks}
+        return bool(chunks) and chunks < self._stepping and self._steps_first_s > 0 and not self._small
 
     def _charge(self, jobs: list[_Job], took: float) -> None:
         """Each tenant has had its jobs' share of the time."""

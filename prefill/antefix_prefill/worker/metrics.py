@@ -184,6 +184,12 @@ def _tier_metrics(engine: Engine) -> Iterable[Metric]:
         {name: float(tier.num_failures) for name, tier in tiers.items()},
         ("tier",),
     )
+    yield counter(
+        "antefix_tier_late_answers",
+        "How often a tier was given up before it answered; three in a row leave it alone for a moment.",
+        {name: float(tier.standing.num_late) for name, tier in tiers.items()},
+        ("tier",),
+    )
     for tier in store.tiers:
         if isinstance(tier.source, ObjectTier):
             yield from object_metrics(tier.source)

@@ -20,9 +20,9 @@ from typing import Final
 
 from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError, Conflict, Unavailable
-from antefix_billing.adjustment import Adjustment, AdjustmentKind
+from antefix_billing.adjustment import Adjusted, Adjustment, AdjustmentKind
 from antefix_billing.ledger import Ledger
-from antefix_billing.ledger_files import Settled, read_settled, sequence_before
+from antefix_billing.ledger_files import Settled, read_billed, sequence_before
 from antefix_billing.request_account import RequestAccount, RunningAt, claim, let_go, settle
 from antefix_billing.usage_commit import LedgerWriter
 from antefix_router.shared_bill.bill_exchange import BillExchange
@@ -100,7 +100,10 @@ class SharedBill:
         self._pending = _Pending()
         # Records that are told once more; a credit for them may be in the ledger.
         self._again: set[int] = set()
+        self._credits: dict[str, Decimal] = {}
         self._epoch = ""
+        # What is being told of it all; after a failure on the way the rest is told.
+        self._told_epoch = ""
         self._waiting_since = 0.0
         self._waits_for: set[str] = set()
         self._failed_at = float("-inf")
@@ -209,7 +212,9 @@ class SharedBill:
 
     async def _tell(self, settled: Settled) -> None:
         record = settled.record
-        credited = await self._credited(settled) if settled.sequence in self._again else Decimal(0)
+        # What our ledger gave back for it before Redis lost its memory.
+        is_again = settled.sequence in self._again
+        credited = self._credits.get(record.event_id, Decimal(0)) if is_again else Decimal(0)
         changed = await self._exchange.change(record.key, lambda account: settle(account, settled, credited=credited))
         assert changed is not None
         if changed[1] > credited:
@@ -220,12 +225,6 @@ class SharedBill:
         self.counters.told += 1
         self._again.discard(settled.sequence)
         self._pending.untold.pop(settled.sequence, None)
-
-    async def _credited(self, settled: Settled) -> Decimal:
-        """What our ledger gave back for it before Redis lost its memory."""
-        find = self._writer.ledger.find_adjustment
-        standing = await asyncio.to_thread(find, _too_much(settled, Decimal(0)))
-        return -standing.adjustment.amount if standing is not None else Decimal(0)
 
     async def _run(self) -> None:
         while True:
@@ -252,22 +251,30 @@ class SharedBill:
         self._beaten.set()
 
     async def _tell_all_again(self, epoch: str, *, was_empty: bool) -> None:
-        ledger = self._writer.ledger
-        after = 0 if was_empty else await self._exchange.cursor(self.me.source)
-        if self._epoch:
-            log.warning("Redis lost what it knew of the bill; it is told again")
-        if not after:
-            after = await asyncio.to_thread(sequence_before, ledger.directory, time.time() - self._keep_s)
-        self._waits_for = self._known - {self.me.source} if self._epoch else set()
-        self._waiting_since = time.monotonic()
-        for item in await asyncio.to_thread(_recent, ledger, after, time.time() - self._keep_s):
-            self._pending.untold[item.sequence] = item
-            self._again.add(item.sequence)
+        if epoch != self._told_epoch:
+            await self._read_again(was_empty=was_empty)
+            self._told_epoch = epoch
         for key in list(self._claimed):
             await self._exchange.change(key, self._claim_again)
         await self._tell_untold()
         await self._exchange.set_ready(self.me.source, epoch)
         self._epoch = epoch
+
+    async def _read_again(self, *, was_empty: bool) -> None:
+        """All that Redis should know of our ledger is untold."""
+        ledger = self._writer.ledger
+        after = 0 if was_empty else await self._exchange.cursor(self.me.source)
+        if self._epoch:
+            log.warning("Redis lost what it knew of the bill; it is told again")
+        since_s = time.time() - self._keep_s
+        if not after:
+            after = await asyncio.to_thread(sequence_before, ledger.directory, since_s)
+        self._waits_for = self._known - {self.me.source} if self._epoch else set()
+        self._waiting_since = time.monotonic()
+        settled, self._credits = await asyncio.to_thread(_recent, ledger, after, since_s)
+        for item in settled:
+            self._pending.untold[item.sequence] = item
+            self._again.add(item.sequence)
 
     def _claim_again(self, account: RequestAccount) -> tuple[RequestAccount, Decimal] | None:
         claimed = claim(account, self.me, self._alive)
@@ -308,10 +315,16 @@ class SharedBill:
         self._failed_at = time.monotonic()
 
 
-def _recent(ledger: Ledger, after: int, since_s: float) -> list[Settled]:
-    return [
-        item for item in read_settled(ledger.directory, after=after) if item.record.finished_us >= since_s * 1_000_000
-    ]
+def _recent(ledger: Ledger, after: int, since_s: float) -> tuple[list[Settled], dict[str, Decimal]]:
+    """Records that ended since, and what was given back of them because two routers had charged a request."""
+    settled, credits = [], {}
+    for item in read_billed(ledger.directory, after=after):
+        if isinstance(item, Adjusted):
+            if item.adjustment.kind is AdjustmentKind.CHARGED_TWICE:
+                credits[item.adjustment.of_event] = -item.adjustment.amount
+        elif item.record.finished_us >= since_s * 1_000_000:
+            settled.append(item)
+    return settled, credits
 
 
 async def _all(calls: Iterable[object]) -> None:
