@@ -65,6 +65,12 @@ class WorkerSettings:
     kernels: str = setting(
         "auto", "cache path; auto: triton where it can run (CUDA and fp8)", choices=("auto", "triton", "torch")
     )
+    decode_steps: str = setting(
+        "graphs",
+        "where triton runs: graphs (a batch shares its launches, which are recorded once and replayed), together (the"
+        " same, launched each time), alone (sequence by sequence)",
+        choices=("graphs", "together", "alone"),
+    )
     speculate: str = setting(
         "off",
         "mtp: draft a token ahead with the checkpoint's own layer, and keep it where it is what would be chosen anyway",

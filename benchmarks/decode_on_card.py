@@ -138,7 +138,7 @@ def run_few(model: Model, way: str, reproducible: bool, lengths: list[int], num_
     runner = ops.step_runner
     return {
         "logits": torch.cat(logits), "rows": pool.rows.cpu(), "states": [s.window.to_bytes() for s in sequences],
-        "replayed": 0 if runner is None else runner.num_replayed,
+        "replayed": 0 if runner is None else runner.counters.steps_replayed,
     }  # fmt: skip
 
 
@@ -206,15 +206,14 @@ def products(bandwidth: float, *, quick: bool) -> list[dict[str, Any]]:
             x = torch.randn(tokens, groups, addends, device="cuda").bfloat16()
             floor = (2 * groups * outputs * addends) / bandwidth * 1e3
             many = None
-            for tile in (None, *(QUICK_TILES if quick else TILES)):
-                if tile is not None and (tile[0] == 64) != (tokens <= 64):
-                    continue
-                with tiles(tile, None):
+            chosen = [tile for tile in (QUICK_TILES if quick else TILES) if (tile[0] == 64) == (tokens <= 64)]
+            for tile, skips in ((None, False), (None, True), *((t, s) for t in chosen for s in (False, True))):
+                with tiles(tile, None, skips):
                     out = linear.multiply_groups(x, weights[0])
                     many = out if many is None else many
                     ms = replay_ms([lambda w=w, x=x: linear.multiply_groups(x, w) for w in weights])
-                rows.append({"name": name, "tokens": tokens, "tile": tile, "us": ms * 1e3, "of_floor": floor / ms,
-                             "same_bits": torch.equal(out, many)})  # fmt: skip
+                rows.append({"name": name, "tokens": tokens, "tile": tile, "skips": skips, "us": ms * 1e3,
+                             "of_floor": floor / ms, "same_bits": torch.equal(out, many)})  # fmt: skip
                 print(json.dumps(rows[-1]), flush=True)
     rows += routed(bandwidth, replay_ms, quick=quick)
     return rows
@@ -231,32 +230,33 @@ def routed(bandwidth: float, replay_ms: Callable[..., float], *, quick: bool) ->
             order = linear.route(picks, 256)
             floor = 2 * len(picks.unique()) * outputs * addends / bandwidth * 1e3
             many = None
-            for tile in (None, *ROUTED_TILES):
-                with tiles(None, tile):
+            for tile, skips in ((None, False), (None, True), *((t, s) for t in ROUTED_TILES for s in (False, True))):
+                with tiles(None, tile, skips):
                     out = linear.multiply_routed(x, weight, order, gathered=True)
                     many = out if many is None else many
                     ms = replay_ms([lambda x=x, r=order, w=weight: linear.multiply_routed(x, w, r, gathered=True)])
-                rows.append({"name": name, "tokens": tokens, "tile": tile, "us": ms * 1e3, "of_floor": floor / ms,
-                             "same_bits": torch.equal(out, many)})  # fmt: skip
+                rows.append({"name": name, "tokens": tokens, "tile": tile, "skips": skips, "us": ms * 1e3,
+                             "of_floor": floor / ms, "same_bits": torch.equal(out, many)})  # fmt: skip
                 print(json.dumps(rows[-1]), flush=True)
     return rows
 
 
 class tiles:
-    """Products of few rows take this tile while it lasts; None: those that many rows take."""
+    """Products of few rows take this tile while it lasts; None: those that many rows take. skips: see `linear`."""
 
-    def __init__(self, plain: tuple[int, ...] | None, routed: tuple[int, ...] | None) -> None:
-        self.plain, self.routed = plain, routed
+    def __init__(self, plain: tuple[int, ...] | None, routed: tuple[int, ...] | None, skips: bool) -> None:
+        self.plain, self.routed, self.skips = plain, routed, skips
 
     def __enter__(self) -> None:
-        self.held = {name: getattr(linear, name) for name in
-                     ("FEW_ROWS_MAX", "FEW_PICKS_MAX", "_TILES_FEW", "_TILES_FEW_128", "_TILE_FEW_PICKS")}  # fmt: skip
+        self.held = {
+            name: getattr(linear, name) for name in ("_TILES_FEW", "_TILE_PICKS", "_PICKS", "SKIPS_MISSING_ROWS")
+        }
         few: Any = linear
-        few.FEW_ROWS_MAX, few.FEW_PICKS_MAX = 0, 0
+        few._TILES_FEW, few._PICKS, few.SKIPS_MISSING_ROWS = (), range(0), self.skips
         if self.plain is not None:
-            few.FEW_ROWS_MAX, few._TILES_FEW, few._TILES_FEW_128 = 128, ((None, self.plain),), ((None, self.plain),)
+            few._TILES_FEW = ((128, 1 << 30, self.plain),)
         if self.routed is not None:
-            few.FEW_PICKS_MAX, few._TILE_FEW_PICKS = 1 << 20, self.routed
+            few._TILE_PICKS, few._PICKS = self.routed, range(1 << 20)
 
     def __exit__(self, *_: object) -> None:
         for name, value in self.held.items():
@@ -411,15 +411,15 @@ def main() -> None:
     parser.add_argument("--long", type=int, default=65536, help="the same of one sequence alone")
     parser.add_argument("--ways", nargs="+", default=["alone", "batched", "graphs"])
     parser.add_argument("--reproducible", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--few", type=int, default=0, help="take the tiles for few rows, and one-launch routing")
+    parser.add_argument("--few", type=int, default=1, help="0: tiles for many rows, and torch's routing")
     parser.add_argument("--quick", action="store_true", help="few products and tiles")
     parser.add_argument("--toy", action="store_true", help="a small model: does it run at all?")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.few:
-        linear.FEW_ROWS_MAX, linear.FEW_PICKS_MAX = 128, 1024
-        expert_routing.ENABLED = True
+    if not args.few:
+        linear._TILES_FEW, linear._PICKS = (), range(0)
+        expert_routing.ENABLED = False
     if args.toy:
         triton_ops.REPRODUCIBLE_QUERIES_MIN = 16
     found: dict[str, Any] = {}

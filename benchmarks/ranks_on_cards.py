@@ -120,8 +120,7 @@ class Share:
 
 
 def verify(args: argparse.Namespace, found: Found) -> None:
-    size = 1
-    while size <= args.tensor_parallel_size:
+    for size in args.sizes or [1 << power for power in range(args.tensor_parallel_size.bit_length())]:
         command = [sys.executable, "-m", "antefix_console", "verify", "--json", "--seed", "7", "--drawn", "1"]
         command += ["--device", args.device, "--tensor-parallel-size", str(size), "--plans", *args.plans]
         started = time.perf_counter()
@@ -134,7 +133,6 @@ def verify(args: argparse.Namespace, found: Found) -> None:
             report = json.loads(lines[-1]) if lines else {}
             row = {"ranks": size, "status": ran.returncode, "seconds": time.perf_counter() - started, "report": report}
             found.add("verify", row, to_list=True)
-        size *= 2
 
 
 def start(args: argparse.Namespace, found: Found) -> tuple[RankProcesses, Model]:
@@ -181,7 +179,9 @@ def measure_model(args: argparse.Namespace, found: Found) -> None:
     size, chunk = model.layout.geometry.block_size, args.chunk
     longest = max(args.contexts)
     num_blocks = longest // size + chunk // size + 2 * max(BATCHES) + 8
-    pool, ops = make_backend("auto", model.layout, num_blocks, model.device, lead=model.lead)
+    pool, ops = make_backend(
+        "auto", model.layout, num_blocks, model.device, lead=model.lead, decode_steps=args.decode_steps
+    )
     found.add("pool", {"blocks": num_blocks, "card_gib": memory(args)})
     prefix = pool.allocate(longest // size)
     random = np.random.default_rng(0)
@@ -203,6 +203,7 @@ def measure_model(args: argparse.Namespace, found: Found) -> None:
         step = statistics.median(seconds for seconds, _ in runs)
         floor = share.floor_s(batch)
         row = {"sequences": batch, "context": args.context, "step_s": step, "tokens_per_s": batch / step}
+        row["steps_s"] = [round(seconds, 4) for seconds, _ in runs]
         row |= {"floor_s": floor, "over": step / floor, "exchange_share": statistics.median(part for _, part in runs)}
         found.add("decode", row, to_list=True)
         del running, run
@@ -290,7 +291,9 @@ async def measure_services(args: argparse.Namespace, found: Found) -> None:
         longer = np.concatenate((prompt, prompt[:200]))
         # 1. Decode over all ranks too. Its arithmetic is what the other start reads by.
         where = DeploymentConfig(data_dir=Path(scratch) / "one", **shared)
+        started = time.perf_counter()
         async with Deployment(where) as deployment:
+            found.add("start_s", time.perf_counter() - started)
             arithmetic = (await deployment.router.status()).arithmetic
             found.add("arithmetic", arithmetic)
             for tokens, what in ((prompt, "cold"), (longer, "hit")):
@@ -331,11 +334,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=43)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--context", type=int, default=8192, help="tokens behind which decode steps run")
+    parser.add_argument("--decode-steps", default="alone", choices=("alone", "together"))
     parser.add_argument("--contexts", type=int, nargs="+", default=list(CONTEXTS), help="behind which chunks run")
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 262144])
     parser.add_argument("--plans", nargs="*", default=["flash", "pro"], help="of `antefix verify`")
+    parser.add_argument("--sizes", type=int, nargs="+", help="ranks of `antefix verify` (default: 1, 2, 4 ... N)")
     parser.add_argument("--limit-s", type=float, default=280.0, help="for each run of `antefix verify`")
     parser.add_argument("--service-layers", type=int, default=4)
     parser.add_argument("--service-tokens", type=int, default=16384)

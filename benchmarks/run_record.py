@@ -16,10 +16,13 @@ from typing import Any
 def about(*packages: str) -> dict[str, Any]:
     """To be asked when the measurement ends: the load is that of the last minutes.
 
-    packages: whose versions the figures depend on.
+    packages: whose versions the figures depend on. Where there is no repository, as on a machine that got a copy of the
+    files, COMMIT in the environment names the commit.
     """
     call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip()
+    commit = subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip() or os.environ.get(
+        "COMMIT", ""
+    )
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     return {
         "commit": commit,

@@ -62,22 +62,25 @@ def upload_cost(
 
     try:
         restores()
-        pairs, uploaded, upload_s = [], 0, 0.0
+        pairs, uploaded, upload_s, cpu_s = [], 0, 0.0, 0.0
         for number in range(2 * args.rounds):
             found = {}
             # Which of the two comes first, by turns.
             for uploads in (number % 2 == 0, number % 2 == 1):
-                before = child.uploaded(uploads)
+                before, cpu_before_s = child.uploaded(uploads)
                 started = time.perf_counter()
                 found[uploads] = restores()
                 upload_s += (time.perf_counter() - started) * uploads
-                uploaded += child.uploaded(False) - before
+                after, cpu_after_s = child.uploaded(False)
+                uploaded, cpu_s = uploaded + after - before, cpu_s + (cpu_after_s - cpu_before_s) * uploads
             pairs.append(found[True] / found[False] - 1)
         return {
             "cost": round(statistics.median(pairs), 3),
             "costs": [round(each, 3) for each in pairs],
             "restore_mb_per_s": round(NUM_RESTORED * BLOCK_BYTES / found[False] / 1e6, 1),
             "uploaded_mb_per_s": round(uploaded / upload_s / 1e6, 1),
+            # However busy the machine is; its server's own is not in it.
+            "cpu_s_per_gb": round(1e9 * cpu_s / max(uploaded, 1), 2),
             "limit_mb_per_s": round(config.object_upload_bytes_per_s / 1e6, 1),
         }
     finally:
@@ -91,9 +94,10 @@ class _Child:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._ask(json.dumps([asdict(config), last.hex()]))
 
-    def uploaded(self, goes_on: bool) -> int:
-        """Bytes so far; and whether it uploads from now on."""
-        return int(self._ask("on" if goes_on else "off"))
+    def uploaded(self, goes_on: bool) -> tuple[int, float]:
+        """Bytes, and seconds of processor time, so far.  goes_on: whether it uploads from now on."""
+        nbytes, cpu_s = self._ask("on" if goes_on else "off").split()
+        return int(nbytes), float(cpu_s)
 
     def close(self) -> None:
         self._process.communicate()
@@ -106,7 +110,7 @@ class _Child:
 
 
 def main() -> None:
-    """The process that uploads: answers each line with the bytes that it has uploaded so far."""
+    """The process that uploads: answers each line with the bytes and the processor time that it has taken so far."""
     settings, last = json.loads(sys.stdin.readline())
     lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
     engine = StorageEngine(KvStoreConfig(**{**settings, **lists}))
@@ -127,7 +131,8 @@ def main() -> None:
             until_s = time.monotonic() + 30
             while not uploader.writer.counters.num_segments and time.monotonic() < until_s:
                 time.sleep(0.01)
-        print(before + (uploader.writer.counters.bytes_written if uploader is not None else 0), flush=True)
+        nbytes = before + (uploader.writer.counters.bytes_written if uploader is not None else 0)
+        print(nbytes, time.process_time(), flush=True)
     if uploader is not None:
         uploader.stop()
     engine.close()

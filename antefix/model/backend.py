@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from antefix.model.lead import Lead
 
 KERNELS = ("auto", "triton", "torch")
-# Whether decode steps of many sequences share their launches, and are recorded as CUDA graphs. Off until
-# benchmarks/decode_on_card.py has found them right on a card.
-BATCHED_STEPS = False
-STEP_GRAPHS = False
+# How sequences that run one token each are run by the kernels: as recorded graphs, in shared launches, one by one.
+DECODE_STEPS = ("graphs", "together", "alone")
 
 
 def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -> bool:
@@ -52,15 +50,22 @@ def make_backend(
     reproducible: bool = False,
     lead: Lead | None = None,
     takes_payloads: bool = True,
+    decode_steps: str = DECODE_STEPS[0],
 ) -> tuple[BlockPool, Ops]:
     """A pool on `device` and the operations that go with it; `kernels` is auto, triton or torch.
+
+    decode_steps: of DECODE_STEPS, where Triton runs. Over several ranks "graphs" is "alone".
 
     reproducible: kernels that give a query the same bits whatever else is computed; torch on a CPU does so anyway.
     lead: the model's, where it is over several ranks: each gets such a pool.  takes_payloads: as `BlockPool` has it.
     """
-    pool, ops = _make_backend(kernels, layout, num_blocks, device, reproducible, takes_payloads)
+    if decode_steps not in DECODE_STEPS:
+        raise ConfigError(f"decode_steps must be one of {DECODE_STEPS}, is {decode_steps!r}")
+    # Exchanges between ranks are the host's calls, which no graph records; all ranks must run the same.
+    steps = "alone" if lead is not None and decode_steps == "graphs" else decode_steps
+    pool, ops = _make_backend(kernels, layout, num_blocks, device, reproducible, takes_payloads, steps)
     if lead is not None:
-        lead.add_pool(pool, kernels=kernels, reproducible=reproducible)
+        lead.add_pool(pool, kernels=kernels, reproducible=reproducible, decode_steps=steps)
     return pool, ops
 
 
@@ -71,6 +76,7 @@ def _make_backend(
     device: str | torch.device,
     reproducible: bool,
     takes_payloads: bool,
+    steps: str,
 ) -> tuple[BlockPool, Ops]:
     if not uses_triton(kernels, layout, device):
         return BlockPool(layout, num_blocks, device, takes_payloads=takes_payloads), TorchOps()
@@ -78,7 +84,7 @@ def _make_backend(
     from antefix.model.triton_ops import TritonOps
 
     pool = CardPool(layout, num_blocks, device, takes_payloads=takes_payloads)
-    return pool, TritonOps(layout, reproducible=reproducible, batched=BATCHED_STEPS, graphs=STEP_GRAPHS)
+    return pool, TritonOps(layout, reproducible=reproducible, batched=steps != "alone", graphs=steps == "graphs")
 
 
 def _fits(layout: BlockLayout) -> bool:

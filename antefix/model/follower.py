@@ -95,6 +95,7 @@ class Follower:
                     self._model.device,
                     reproducible=message.reproducible,
                     takes_payloads=False,
+                    decode_steps=message.decode_steps,
                 )
             case NewWindow():
                 self._sequences[message.window] = Sequence([], self._window(message))

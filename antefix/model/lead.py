@@ -93,12 +93,20 @@ class Lead:
         # What was collected, by whichever thread collects; a deque takes that.
         self._gone: collections.deque[tuple[str, int]] = collections.deque()
 
-    def add_pool(self, pool: BlockPool, *, kernels: str, reproducible: bool) -> None:
+    def add_pool(self, pool: BlockPool, *, kernels: str, reproducible: bool, decode_steps: str) -> None:
         """Every rank has such a pool from now on."""
         number = self._pools[pool] = next(self._numbers)
         pool.lead = self
         weakref.finalize(pool, self._gone.append, ("pools", number))
-        self.post(NewPool(pool=number, num_blocks=pool.num_blocks, kernels=kernels, reproducible=reproducible))
+        self.post(
+            NewPool(
+                pool=number,
+                num_blocks=pool.num_blocks,
+                kernels=kernels,
+                reproducible=reproducible,
+                decode_steps=decode_steps,
+            )
+        )
 
     def run(
         self,

@@ -22,6 +22,7 @@ class NewPool:
     num_blocks: int
     kernels: str
     reproducible: bool
+    decode_steps: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

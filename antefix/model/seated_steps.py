@@ -42,6 +42,8 @@ NUM_COLUMNS = 4
 TokenIds = collections.abc.Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
 # Keys, queries of a product, warps and stages, as `triton_ops` scores chunks in reproducible mode.
 _REPRODUCIBLE_TILE = (128, 2, 4, 2)
+# Memory for entries that reproducible mode decodes for a step: some 1M tokens of 64 sequences.
+_DECODED_BYTES_MAX = 1 << 29
 
 
 def step_integers(
@@ -232,22 +234,35 @@ class SeatedSteps:
             line = operands.Window(records=ring, firsts=self._firsts, counts=self._counts)
             decode_attention.sparse_attention(q.half(), records, slots, counts, line, heads, out)
             return out
-        values, places, line = self._decoded(records, ring, slots)
-        prefill_attention.prefill_attention(q.half(), values, places, counts, line, heads, out)
+        # Entries of so many sequences at once as the memory for their decoded copies allows.
+        num_bytes = 2 * _padded(self._geometry.head_dim) * (slots.shape[1] + self._geometry.window)
+        together = max(_DECODED_BYTES_MAX // num_bytes, 1)
+        for start in range(0, self._num, together):
+            rows = slice(start, start + together)
+            values, places, line = self._decoded(records, ring, slots[rows], rows)
+            own = operands.Heads(sinks=heads.sinks, scale=1.0, cos=cos[rows], sin=sin[rows])
+            prefill_attention.prefill_attention(q[rows].half(), values, places, counts[rows], line, own, out[rows])
         return out
 
-    def _decoded(self, records: Tensor, ring: Tensor, slots: Tensor) -> tuple[Tensor, Tensor, operands.Window]:
-        """Each query's entries and window decoded side by side, as the chunks' kernel reads them."""
+    def _decoded(
+        self, records: Tensor, ring: Tensor, slots: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor, operands.Window]:
+        """Entries and windows of queries `rows` decoded side by side, as the chunks' kernel reads them."""
         geometry, window = self._geometry, self._geometry.window
         num_listed = slots.numel()
-        run = self._firsts.unsqueeze(1) + torch.arange(window, dtype=torch.int32, device=slots.device)
-        padded = 1 << (geometry.head_dim - 1).bit_length()
+        run = self._firsts[rows].unsqueeze(1) + torch.arange(window, dtype=torch.int32, device=slots.device)
+        padded = _padded(geometry.head_dim)
         make = torch.empty if padded == geometry.head_dim else torch.zeros
         values = make(1, num_listed + run.numel(), padded, dtype=torch.float16, device=slots.device)
         into = values[0, :, : geometry.head_dim]
         gather.unpack_entries(records, slots.clamp(min=0).flatten(), into[:num_listed], geometry.rope_dim)
         gather.unpack_entries(ring, run.flatten(), into[num_listed:], geometry.rope_dim)
         places = torch.arange(num_listed, dtype=torch.int32, device=slots.device).view(slots.shape)
-        firsts = torch.arange(self._num, dtype=torch.int32, device=slots.device) * window
-        line = operands.Window(records=ring[:, : run.numel()], firsts=firsts, counts=self._counts)
+        firsts = torch.arange(len(slots), dtype=torch.int32, device=slots.device) * window
+        line = operands.Window(records=ring[:, : run.numel()], firsts=firsts, counts=self._counts[rows])
         return values, places, line
+
+
+def _padded(dim: int) -> int:
+    """Columns of a decoded entry: the power of two that holds it."""
+    return 1 << (dim - 1).bit_length()

@@ -108,6 +108,11 @@ class Seats:
                 numbers[place] = self._seat(state, {n for n in numbers if n is not None})
         return [number for number in numbers if number is not None]
 
+    def reserve(self, num_states: int) -> None:
+        """Room for so many states, so that the arrays need not move later."""
+        if self.num_seats <= num_states:
+            self._grow(num_states + 1 - self.num_seats)
+
     def copy_out(self, number: int, state: WindowState) -> None:
         """The values of a seat into a state that has none."""
         window = self.layout.geometry.window

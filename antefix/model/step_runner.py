@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections.abc
 import logging
+import time
 import weakref
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from antefix.model.numerics import linear
 from antefix.model.pool import BlockPool
 from antefix.model.seated_steps import NUM_COLUMNS, SEAT, SeatedSteps, TokenIds, step_integers
 from antefix.model.seats import Seats
+from antefix.model.step_counters import StepCounters
 from antefix.model.window_state import Sequence
 
 log = logging.getLogger("antefix.model")
@@ -39,6 +41,8 @@ log = logging.getLogger("antefix.model")
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 # Blocks of a graph's tables, at least: 8K tokens of V4's.
 _BLOCKS_MIN = 64
+# A worker that starts takes no more than so long for recordings, but for the one in hand.
+PREPARE_S = 20.0
 # Graphs kept; each holds little but its own record of launches.
 _GRAPHS_MAX = 64
 
@@ -67,8 +71,7 @@ class StepRunner:
         self._graphs: weakref.WeakKeyDictionary[BlockPool, dict[tuple[int, int], _Graph]]
         self._graphs = weakref.WeakKeyDictionary()
         self._memory: Any = None
-        self.num_recorded = 0
-        self.num_replayed = 0
+        self.counters = StepCounters()
 
     def seats(self, model: Model) -> Seats:
         if self._seats is None or self._seats.layout != model.layout:
@@ -103,6 +106,7 @@ class StepRunner:
         integers = step_integers(sequences, tokens, seats)
         recorded = self._recorded(model, pool, seats, integers) if write else None
         if recorded is None:
+            self.counters.steps_launched += 1
             steps = SeatedSteps(
                 model, pool, seats, upload(integers, model.device), write=write, reproducible=self._reproducible
             )
@@ -111,7 +115,7 @@ class StepRunner:
         filled = _fill(integers, recorded.integers.shape)
         recorded.integers.copy_(torch.from_numpy(filled).pin_memory(), non_blocking=True)
         recorded.graph.replay()
-        self.num_replayed += 1
+        self.counters.steps_replayed += 1
         # The next replay writes to the same memory.
         return recorded.steps, recorded.streams[:num].clone(), recorded.logits[:num].clone()
 
@@ -130,8 +134,27 @@ class StepRunner:
             return found
         if len(graphs) >= _GRAPHS_MAX:
             graphs.clear()
-        graphs[shape] = self._record(model, pool, seats, shape)
-        return graphs[shape]
+        try:
+            graphs[shape] = self._record(model, pool, seats, shape)
+        except RuntimeError:
+            # No memory for it, or a library that cannot be recorded: the same kernels are launched one by one.
+            log.exception("a decode step cannot be recorded; steps are launched from here on")
+            self.counters.recording_errors += 1
+            self._wants_graphs = False
+        return graphs.get(shape)
+
+    @torch.inference_mode()
+    def prepare(self, model: Model, pool: BlockPool, num_sequences_max: int) -> None:
+        """Record steps of up to so many sequences with short tables now, rather than when they first come. What does
+        not fit into PREPARE_S is left until then."""
+        seats, started = self.seats(model), time.monotonic()
+        seats.reserve(num_sequences_max)
+        for size in BUCKETS:
+            if time.monotonic() - started > PREPARE_S:
+                return
+            self._recorded(model, pool, seats, np.zeros((min(size, num_sequences_max), NUM_COLUMNS + 1), np.int32))
+            if size >= num_sequences_max:
+                return
 
     def _record(self, model: Model, pool: BlockPool, seats: Seats, shape: tuple[int, int]) -> _Graph:
         # Seat 0 and position 0: nothing of anybody's is written while it is tried and recorded.
@@ -152,7 +175,7 @@ class StepRunner:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             steps, streams, logits = step()
-        self.num_recorded += 1
+        self.counters.graphs_recorded += 1
         log.info("recorded a decode step of %d sequences and %d blocks", *shape)
         return _Graph(graph, integers, steps, streams, logits, seats.generation)
 

@@ -4,7 +4,7 @@
 
 Each says which entries it stands for, the hashes before the first and after the last of them (so the chain goes on from
 there), which files held them, with their BLAKE2b, and sums by month, tenant, model and currency. It is signed with the
-receipt key. Whoever has the files again can recompute all of it.
+receipt key. With the files at hand, all of it can be computed again.
 """
 
 from __future__ import annotations

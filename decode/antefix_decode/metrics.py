@@ -6,8 +6,20 @@ from collections.abc import Iterable
 
 from prometheus_client.core import Metric
 
-from antefix.telemetry.shown import counter, gauge
+from antefix.telemetry.shown import Shown, Table, counter, families, gauge
 from antefix_decode.scheduler import Scheduler
+
+STEPS: Table = {
+    "graphs_recorded": Shown(name="antefix_decode_graphs_recorded", help="Decode steps recorded as CUDA graphs."),
+    "recording_errors": Shown(
+        name="antefix_decode_recording_errors",
+        help="Recordings that failed; after the first, the kernels of a step are launched.",
+    ),
+    "steps_replayed": Shown(name="antefix_decode_steps_replayed", help="Decode steps that were replayed as a graph."),
+    "steps_launched": Shown(
+        name="antefix_decode_steps_launched", help="Decode steps of whole batches on a card that were launched."
+    ),
+}
 
 
 def scheduler_metrics(scheduler: Scheduler) -> Iterable[Metric]:
@@ -27,3 +39,5 @@ def scheduler_metrics(scheduler: Scheduler) -> Iterable[Metric]:
     yield counter("antefix_decode_drafts_kept", "Drafted tokens that were right.", kept)
     yield counter("antefix_decode_busy_seconds", "Time that decode steps took.", {(): scheduler.busy_s})
     yield gauge("antefix_decode_speed", "Tokens per second while it decodes.", {(): scheduler.tokens_per_s})
+    if scheduler.step_counters is not None:
+        yield from families(STEPS, scheduler.step_counters)

@@ -25,6 +25,7 @@ from antefix.errors import AntefixError, Overloaded, StepFailed
 from antefix.fair_turns import FairTurns
 from antefix.model import Sequence, WindowState
 from antefix.model.finite import are_numbers
+from antefix.model.step_counters import StepCounters
 from antefix.wire import TokenLogprob
 from antefix_decode.card_choice import Choice
 from antefix_decode.logprobs import Logprobs
@@ -118,6 +119,12 @@ class Scheduler:
     @property
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.busy_s if self.busy_s else 0.0
+
+    @property
+    def step_counters(self) -> StepCounters | None:
+        """Of steps on a card, where the whole batch shares launches."""
+        runner = self._engine.ops.step_runner
+        return None if runner is None else runner.counters
 
     @contextlib.asynccontextmanager
     async def place(self, tenant: str = "", num_tokens: int = 0, share: int = 1) -> AsyncIterator[Place]:

@@ -226,6 +226,9 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
     security = secure_worker(config, Role.DECODE)
     engine = await start_engine(config, may_call=security.check_calling_one)
     servicer = DecodeServicer(engine, load_tokenizer(config.model), config)
+    if (runner := engine.ops.step_runner) is not None:
+        # What is compiled and recorded now keeps no sequence waiting later.
+        await engine.compute.run(runner.prepare, engine.model, engine.pool, config.num_running_max)
 
     async def stop() -> None:
         await servicer.scheduler.close()

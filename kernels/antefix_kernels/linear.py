@@ -29,14 +29,16 @@ _TILE_ROUTED = (64, 256, 64, 8, 3)
 _TILE_FLOAT32 = (64, 64, 32, 4, 2)
 # From this many outputs on a tile is wide.
 _OUTPUTS_WIDE = 2048
-# The same for so few rows at most, whose time is that of reading weights: by outputs at most. An element's sum runs
-# over the same addends in the same instructions as in the tiles above, so its bits are the same.
-FEW_ROWS_MAX = 0
-_TILES_FEW = ((2048, (64, 16, 128, 4, 5)), (8192, (64, 32, 128, 4, 5)), (None, (64, 64, 128, 4, 4)))
-_TILES_FEW_128 = ((2048, (128, 16, 128, 4, 4)), (8192, (128, 32, 128, 4, 4)), (None, (128, 64, 64, 4, 4)))
-# Of rows routed to experts.
-FEW_PICKS_MAX = 0
-_TILE_FEW_PICKS = (64, 64, 128, 4, 4)
+# For so few rows and outputs at most, whose time is that of reading weights, what measured best on an H200. A sum runs
+# over the same addends in the same instructions as in the tiles above, so its bits are the same: compared by
+# benchmarks/decode_on_card.py, and by the probe of a worker's arithmetic at every start.
+_TILES_FEW = ((64, 2048, (64, 32, 128, 4, 5)), (64, 8192, (64, 64, 128, 4, 4)), (128, 8192, (128, 32, 128, 4, 4)))
+# Of so many rows routed to experts.
+_TILE_PICKS = (64, 128, 64, 4, 4)
+_PICKS = range(64, 1025)
+# Whether rows that a tile has no input for are left out, or repeat the last one, so that all threads ask for its
+# address. Off: not measured yet (`benchmarks/decode_on_card.py` compares the two).
+SKIPS_MISSING_ROWS = False
 # Tiles of rows that run side by side, so that weights are read from the cache.
 _ROW_TILES_TOGETHER = 8
 
@@ -77,7 +79,7 @@ def place_of_program(columns, TOGETHER: tl.constexpr):
 def _product_kernel(x, weights, out, experts, firsts, stops, sources, num_rows, num_outputs, num_addends, num_experts,
                     stride_xn, stride_xg, stride_wg, stride_wo, stride_on, stride_og, ROUTED: tl.constexpr,
                     GATHERED: tl.constexpr, PICKED: tl.constexpr, EVEN: tl.constexpr, EXACT: tl.constexpr,
-                    WIDEN: tl.constexpr,
+                    WIDEN: tl.constexpr, SKIPS: tl.constexpr,
                     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOGETHER: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
     """One tile [M, N] of x times weights transposed, of one group or expert."""
@@ -97,18 +99,23 @@ def _product_kernel(x, weights, out, experts, firsts, stops, sources, num_rows, 
             source = (tl.load(sources + rows) // PICKED).to(tl.int32)
         o = column * N + tl.arange(0, N)
         k = tl.arange(0, K)
-        # Rows and outputs past the end repeat the last one and are not stored.
+        # Rows and outputs past the end repeat the last one and are not stored; rows that SKIPS are not read either.
+        has_row = (first + tl.arange(0, M) < stop)[:, None]
         at_x = x + source.to(tl.int64)[:, None] * stride_xn + (0 if ROUTED else group * stride_xg) + k[None, :]
         outputs = tl.minimum(o, num_outputs - 1)
         at_w = weights + group.to(tl.int64) * stride_wg + outputs.to(tl.int64)[None, :] * stride_wo + k[:, None]
         acc = tl.zeros((M, N), tl.float32)
         for step in tl.range(0, tl.cdiv(num_addends, K), num_stages=STAGES):
-            if EVEN:
+            left = num_addends - step * K
+            if SKIPS:
+                a = tl.load(at_x, has_row & (k < left)[None, :], other=0.0)
+            elif EVEN:
                 a = tl.load(at_x)
+            else:
+                a = tl.load(at_x, (k < left)[None, :], other=0.0)
+            if EVEN:
                 b = tl.load(at_w)
             else:
-                left = num_addends - step * K
-                a = tl.load(at_x, (k < left)[None, :], other=0.0)
                 b = tl.load(at_w, (k < left)[:, None], other=0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
@@ -225,6 +232,7 @@ def _launch(
         EXACT=x.dtype is torch.float32,
         # On a CPU this is the interpreter, whose dot takes BF16's bits for integers.
         WIDEN=x.device.type == "cpu" and x.dtype is torch.bfloat16,
+        SKIPS=SKIPS_MISSING_ROWS,
         M=m,
         N=n,
         K=k,
@@ -240,8 +248,8 @@ def _tile(dtype: torch.dtype, num_rows: int, num_outputs: int, *, is_routed: boo
     if dtype is torch.float32:
         return _TILE_FLOAT32
     if is_routed:
-        return _TILE_FEW_PICKS if num_rows <= FEW_PICKS_MAX else _TILE_ROUTED
-    if num_rows <= FEW_ROWS_MAX:
-        tiles = _TILES_FEW if num_rows <= _TILES_FEW[0][1][0] else _TILES_FEW_128
-        return next(tile for most, tile in tiles if most is None or num_outputs <= most)
+        return _TILE_PICKS if num_rows in _PICKS else _TILE_ROUTED
+    for rows_max, outputs_max, tile in _TILES_FEW:
+        if num_rows <= rows_max and num_outputs <= outputs_max:
+            return tile
     return _TILE_WIDE if num_outputs >= _OUTPUTS_WIDE else _TILE_NARROW

@@ -71,9 +71,20 @@ def write_tails(
     _check_numbers(num_tokens, positions, seats)
     if num_tokens:
         _tails_kernel[(num_tokens, triton.cdiv(columns, _COLUMNS))](
-            kv, gate, bias, positions, seats, tails, kv.stride(0), gate.stride(0), columns, M=m, COLUMNS=_COLUMNS,
+            kv,
+            gate,
+            bias,
+            positions,
+            seats,
+            tails,
+            kv.stride(0),
+            gate.stride(0),
+            columns,
+            M=m,
+            COLUMNS=_COLUMNS,
             num_warps=4,
-        )  # fmt: skip
+            enable_fp_fusion=False,
+        )
 
 
 def move_overlaps(tails: torch.Tensor, overlaps: torch.Tensor, seats: torch.Tensor, closes: torch.Tensor) -> None:
@@ -90,7 +101,16 @@ def move_overlaps(tails: torch.Tensor, overlaps: torch.Tensor, seats: torch.Tens
     _check_numbers(len(seats), seats, closes)
     if len(seats) and num_layers:
         _overlaps_kernel[(len(seats), num_layers)](
-            tails, overlaps, seats, closes, num_seats, M=m, C=width, COLUMNS=_COLUMNS, num_warps=4
+            tails,
+            overlaps,
+            seats,
+            closes,
+            num_seats,
+            M=m,
+            C=width,
+            COLUMNS=_COLUMNS,
+            num_warps=4,
+            enable_fp_fusion=False,
         )
 
 

@@ -63,6 +63,12 @@ async def test_a_clients_own_id_that_looks_like_one_of_ours_is_its_own(door):
     assert json.loads(receipt.json()["payload"])["request_id"] == "msg_1"
 
 
+async def test_an_answer_says_that_entries_were_pruned(door, monkeypatch):
+    assert "antefix-pruned" not in (await door.get("/v1/usage", headers=ACME)).headers
+    monkeypatch.setattr("antefix_router.gateway.usage_answers.pruned_to", lambda directory: (7, b""))
+    assert (await door.get("/v1/usage", headers=ACME)).headers["antefix-pruned"] == "7"
+
+
 async def test_usage_is_openais_page_of_buckets(door):
     answers = [await post(door, "/v1/chat/completions") for _ in range(3)]
     await post(door, "/v1/chat/completions", GLOBEX)

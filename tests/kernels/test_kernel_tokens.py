@@ -45,6 +45,18 @@ def test_a_rows_product_does_not_depend_on_the_other_rows(draw, dtype):
         same(linear.multiply(x[start:stop], weight), whole[start:stop])
 
 
+@pytest.mark.parametrize("k", [32, 40])
+def test_rows_that_are_left_out_change_no_other(draw, monkeypatch, k):
+    x, weight = (torch.randn(n, k, generator=draw, device=draw.device) for n in (3, 70))
+    stack = torch.randn(4, 70, k, generator=draw, device=draw.device)
+    routing = linear.route(torch.tensor([[1, 3], [1, 0], [1, 2]], device=draw.device), 4)
+    want = linear.multiply(x, weight), linear.multiply_routed(x, stack, routing, gathered=True)
+    monkeypatch.setattr(linear, "SKIPS_MISSING_ROWS", True)
+    got = linear.multiply(x, weight), linear.multiply_routed(x, stack, routing, gathered=True)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
 def test_groups_are_multiplied_apart(draw):
     x, weights = normal(draw, 19, 3, 40), normal(draw, 3, 24, 40)
     close(linear.multiply_groups(x, weights), torch.einsum("ngk,gok->ngo", x.double(), weights.double()), 1e-6)

@@ -82,6 +82,7 @@ class Compared:
     """Runs every step in torch and with the kernels on the same inputs, checks them, goes on with torch's result."""
 
     steps_together = False
+    step_runner = None
 
     def __init__(self, pool: BlockPool, reproducible: bool = False) -> None:
         self.plain, self.kernels = TorchOps(), TritonOps(pool.layout, reproducible=reproducible)

@@ -93,6 +93,7 @@ class TracedOps:
     """Runs the steps that touch cached KV, and notes what they gave."""
 
     steps_together = False
+    step_runner = None
 
     def __init__(self, ops: Ops, tracer: Tracer) -> None:
         self._ops, self._tracer = ops, tracer

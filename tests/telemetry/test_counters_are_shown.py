@@ -12,6 +12,7 @@ from antefix.clients import AnswerCounters
 from antefix.events.follower import FollowCounters
 from antefix.events.kv_publisher import KvPublisherCounters
 from antefix.events.kv_subscriber import KvFollowCounters
+from antefix.model.step_counters import StepCounters
 from antefix.objects import object_metrics
 from antefix.objects.janitor import JanitorCounters
 from antefix.objects.object_reads import ObjectReadCounters
@@ -63,6 +64,7 @@ SHOWN = {
     ObjectWriteCounters: ([upload_metrics.WRITES], {}),
     UploadCounters: ([upload_metrics.UPLOADS], {}),
     JanitorCounters: ([upload_metrics.JANITOR], {}),
+    StepCounters: ([decode.STEPS], {}),
     PrefetchCounters: ([prefill.PREFETCH], {}),
     StoreCounters: ([worker.STORE], {"last_error": "text", "last_refusal": "text"}),
     storage_engine.StorageCounters: (

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return _COMMANDS[args.usage_command].run(args)
     except BrokenPipeError:
-        raise  # whoever read our output has enough; nothing is wrong
+        raise  # the reader of our output has enough; nothing is wrong
     except (AntefixError, OSError) as err:
         sys.stderr.write(f"antefix usage {args.usage_command}: {err}\n")
         return 2

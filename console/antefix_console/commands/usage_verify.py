@@ -61,7 +61,7 @@ def run_verify(args: argparse.Namespace) -> int:
             anchors=anchors,
             signed=read_anchors(args.anchors),
             public_keys=[_public_key(text) for text in args.public_key],
-            # Whoever names the directory that holds them means all of them.
+            # A directory that holds them stands for all of them.
             are_all=not any((path / "source").is_file() for path in args.ledger),
             archive=args.archive,
         )

@@ -292,6 +292,8 @@ def _build_engine(
         model.device,
         reproducible=config.reproducible,
         lead=model.lead,
+        # Two tokens of a sequence, one of them drafted, do not share launches yet.
+        decode_steps="alone" if model.mtp else config.decode_steps,
     )
     measured = _measure(model, config, ranks, packed=packed)
     model.threads_are_free = measured.ignores_threads

@@ -17,6 +17,7 @@ from antefix.errors import AntefixError, InvalidRequest, PermissionDenied, Unava
 from antefix_billing.adjustment import Adjusted
 from antefix_billing.api_keys import Scope
 from antefix_billing.ledger_files import Settled, read_billed, sequence_before
+from antefix_billing.pruned import pruned_to
 from antefix_billing.usage_buckets import WIDTHS, UsageQuery, bucketed, names_of, openai_page, plain_rows
 from antefix_router.gateway.gateway import Door
 from antefix_router.gateway.http_errors import Provider, error_response
@@ -48,10 +49,13 @@ async def _usage(door: Door, turn: asyncio.Lock, request: Request) -> Response:
         directories = [ledger.directory, *door.books.accounts.peers.directories]
         async with turn:
             found = await asyncio.to_thread(lambda: bucketed(_read(directories, query), query))
+            num_pruned = await asyncio.to_thread(_num_pruned, directories)
         shape = request.query_params.get("shape", "openai")
         if shape not in ("openai", "plain"):
             raise InvalidRequest(f"shape is openai or plain, not {shape!r}")
         headers = {"antefix-ledgers": str(len(directories))}
+        if num_pruned:
+            headers["antefix-pruned"] = str(num_pruned)
         if shape == "plain":
             answer = {"rows": plain_rows(found, query.by), "next_page": next_page}
         else:
@@ -65,6 +69,11 @@ def _read(directories: list[Path], query: UsageQuery) -> Iterator[Settled | Adju
     for directory in directories:
         if (directory / "source").exists():
             yield from read_billed(directory, after=sequence_before(directory, query.start_s))
+
+
+def _num_pruned(directories: list[Path]) -> int:
+    """Entries that are not here any more: an answer about their time lacks them."""
+    return sum(pruned_to(directory)[0] for directory in directories if directory.exists())
 
 
 def _query(request: Request, tenants: frozenset[str]) -> tuple[UsageQuery, str | None]:
