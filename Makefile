@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-push test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: test-manifests test-images test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-push test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -68,9 +68,30 @@ test-page: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt playwright
 	$(BIN)/python -m pytest -rs -m browser tests/page
 
-# Six hosts with TLS, as network namespaces: as root, with iproute2, curl and redis-server.
+# Hosts with TLS, as network namespaces: as root, with iproute2, curl and redis-server. Half an hour. PREVIOUS is the commit
+# or tag that the rolling upgrade begins with.
 test-hosts: setup
-	$(BIN)/python -m pytest -rs -m hosts tests/hosts
+	$(if $(PREVIOUS),PREVIOUS=$(PREVIOUS)) $(BIN)/python -m pytest -rs -m hosts tests/hosts
+
+# The Containerfile built and its images run, on a base of debootstrap's: as root. TARGETS="kvstore router prefill decode"
+test-images: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m pytest -rs -m images tests/deploy/test_images.py
+
+# The Kubernetes manifests against schemas and policies, the compose files and the Containerfile: with kubectl and node.
+MANIFESTS := .manifests
+$(MANIFESTS)/.ready: tests/deploy/manifests/requirements.txt tests/deploy/manifests/package.json
+	$(PYTHON) -m venv $(MANIFESTS)
+	# uv: pip takes many minutes over checkov's pins.
+	$(MANIFESTS)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(MANIFESTS)/bin/python -m uv pip install --quiet --python $(MANIFESTS)/bin/python --requirement tests/deploy/manifests/requirements.txt
+	cp tests/deploy/manifests/package.json $(MANIFESTS)/
+	npm install --prefix $(MANIFESTS) --silent --no-audit --no-fund
+	touch $@
+
+test-manifests: $(MANIFESTS)/.ready
+	cp tests/deploy/manifests/custom_resources.mjs $(MANIFESTS)/
+	$(MANIFESTS)/bin/python tests/deploy/manifests/check.py
 
 # Deployments as operators run them: limits, locales, proxies, users, mounts. A quarter of an hour; most of it as root.
 test-environments: setup
@@ -186,4 +207,4 @@ bench-peers: setup $(PEERS)/.ready
 	$(BIN)/antefix bench store
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(S3) $(CLIENTS) $(ENGINES) build *.egg-info antefix/v1
+	rm -rf $(VENV) $(PEERS) $(MANIFESTS) $(S3) $(CLIENTS) $(ENGINES) build *.egg-info antefix/v1

@@ -1,3 +1,3 @@
 """The version, in a file of its own: the face of the package imports much else when it is asked for names."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import re
 import runpy
@@ -51,7 +52,7 @@ def main() -> int:
     subprocess.run([sys.executable, "-m", "twine", "check", "--strict", *built], check=True)
     # 3. What it was tested with, and what changed.
     sbom = DIST / f"antefix-{version}.cdx.json"
-    write_sbom(sbom)
+    write_sbom(sbom, version)
     (DIST / "CHANGES.md").write_text(changes)
     # 4. Sums over all of it.
     sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" for path in sorted(DIST.iterdir())]
@@ -77,7 +78,7 @@ def changes_of(version: str, changelog: str, *, allow_unreleased: bool = False) 
     return found[2].strip() + "\n"
 
 
-def write_sbom(path: Path) -> None:
+def write_sbom(path: Path, version: str) -> None:
     """CycloneDX, of the pinned versions. Raises where the tool fails."""
     command = [
         "cyclonedx_py",
@@ -88,6 +89,10 @@ def write_sbom(path: Path) -> None:
     ]
     command += ["--mc-type", "library", "--output-reproducible", "--no-validate", "--output-file", str(path)]
     subprocess.run([sys.executable, "-m", *command], check=True, cwd=ROOT)
+    # pyproject.toml takes the version from a file, which the tool does not read.
+    document = json.loads(path.read_text())
+    document["metadata"]["component"]["version"] = version
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
 def output(*command: str) -> str:

@@ -99,7 +99,9 @@ def _methods(kind: type[Any]) -> Iterator[str]:
                 continue
             seen.add(name)
             # An implementation of the protocol need not repeat what it promises.
-            doc = " ".join((inspect.getdoc(member) or inspect.getdoc(getattr(antefix.Store, name, None)) or "").split())
+            promised = getattr(antefix.Store, name, None)
+            doc = inspect.getdoc(member) or (inspect.getdoc(promised) if promised is not None else None) or ""
+            doc = " ".join(doc.split())
             if inspect.isfunction(member):
                 prefix = "async " if _waits(member) else ""
                 yield f"- `{prefix}{name}{_signature(member)}`: {doc}"

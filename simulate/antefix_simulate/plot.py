@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ def load_pyplot() -> Any:
         import matplotlib
     except ImportError as err:
         raise InvalidRequest("plots need matplotlib: pip install matplotlib, or leave out --plot") from err
+    # At a first plot it tells of its cache of fonts, which is nobody's concern.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
     matplotlib.use("Agg")
     # Text as text and names by content: small files that stay the same when nothing has changed.
     matplotlib.rcParams["svg.fonttype"] = "none"

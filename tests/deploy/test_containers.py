@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from antefix.config import resolve
 from antefix_console import cli
@@ -87,6 +88,57 @@ def test_the_pins_keep_to_the_projects_bounds() -> None:
     assert pins("build.txt")["grpcio-tools"] == next(
         line.partition("==")[2] for line in project["build-system"]["requires"] if line.startswith("grpcio-tools")
     )
+
+
+def services(*names: str) -> dict[str, Any]:
+    """Of compose files, with the defaults of their variables; later files add to earlier ones."""
+    merged: dict[str, Any] = {}
+    for name in names:
+        text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (CONTAINERS / name).read_text())
+        for service, settings_of in yaml.safe_load(text)["services"].items():
+            merged[service] = merged.get(service, {}) | settings_of
+    return merged
+
+
+def test_the_compose_file_starts_each_role_with_what_its_parser_takes() -> None:
+    found = services("compose.yaml")
+    assert set(found) == {*OURS, "secret"}
+    configs = {role: settings(found[role]["command"]) for role in OURS}
+    for role, config in configs.items():
+        made = found[role]
+        assert made["image"] == f"antefix-{role}"
+        assert made["build"]["target"] == role and role in stages()
+        probe = made["healthcheck"]["test"]
+        parser, _ = cli.parser_of(probe[2:])
+        asked = parser.parse_args(probe[2:])
+        assert (asked.address, asked.role) == (config.address, role)
+        assert float(made["stop_grace_period"].removesuffix("s")) >= config.grace_s + 30
+        assert config.secret_file == found["secret"]["command"][-1]
+        if role != "kvstore":
+            assert (config.store_address, config.store_dir) == (configs["kvstore"].address, configs["kvstore"].dir)
+        if role in ("prefill", "decode"):
+            assert config.routers == (configs["router"].address,) and configs["router"].leases
+    parser, _ = cli.parser_of(found["secret"]["command"])
+    parser.parse_args(found["secret"]["command"])
+
+
+def test_compose_gives_no_container_a_right_or_a_root_to_write_to() -> None:
+    for made in services("compose.yaml").values():
+        assert made["read_only"] and made["cap_drop"] == ["ALL"]
+        assert made["security_opt"] == ["no-new-privileges:true"]
+        for flag in made["command"]:
+            value = flag.partition("=")[2]
+            if value.startswith("/"):
+                assert value.startswith(("/data/", "/models/")), flag
+
+
+def test_compose_puts_each_worker_on_a_card() -> None:
+    found, cards = services("compose.yaml", "compose.gpu.yaml"), set()
+    for role in ("prefill", "decode"):
+        assert settings(found[role]["command"], **found[role]["environment"]).device == "cuda"
+        (device,) = found[role]["deploy"]["resources"]["reservations"]["devices"]
+        cards |= set(device["device_ids"])
+    assert cards == {"0", "1"}
 
 
 @pytest.mark.parametrize("role", OURS)

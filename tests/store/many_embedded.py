@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from antefix.errors import Unavailable
-from antefix.record import Held
+from antefix.record import Held, Record, RecordKind
 from antefix.store.local_copies import LocalCopies
 from antefix.store.many_stores import ManyStores
 from antefix.store.store_members import Member
@@ -53,6 +53,14 @@ class FaultyStore:
         if self.says_s:
             await asyncio.sleep(self.says_s)
         return await self.store.held(chain, fingerprint=fingerprint)
+
+    # Named here, because `isinstance(..., RecordSource)` does not ask `__getattr__` from Python 3.12 on.
+    async def get_records(
+        self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
+    ) -> list[Record]:
+        if self.dead:
+            raise Unavailable("this store is dead")
+        return await self.store.get_records(kind, hashes, fingerprint=fingerprint, tenant=tenant)
 
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import http.client
 import json
+import ssl
 import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.upgrade.versions import status_of
+from tests.upgrade.versions import open_door, status_of
 
 NUM_CONVERSATIONS = 2
 NUM_TURNS = 2
@@ -17,15 +18,25 @@ MAX_TOKENS = 8
 READY_S = 120.0
 
 
+class NotNow(Exception):
+    """A door says that it cannot serve the request now, and that another try may."""
+
+
 @dataclass(slots=True)
 class Talk:
     """Threads that hold conversations until told to stop.
 
     doors: as a load balancer has them: one that is not ready, or refuses the connection, gets nothing. What a door took
-    has to be answered.
+    has to be answered; while `doors_break`, a request may be asked again under its name, of another door too.
+    cached: prompt tokens that were hits when a turn was asked last.
     """
 
     doors: list[str]
+    tls: ssl.SSLContext | None = None
+    api_key: str = ""
+    doors_break: bool = False
+    cached: dict[tuple[int, int], int] = field(default_factory=dict)
+    num_again: int = 0
     expected: dict[tuple[int, int], str] = field(default_factory=dict)
     sent: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -65,7 +76,7 @@ class Talk:
         text = f"def conversation_{number}():\n    " + "value = first(second, third)\n    " * (20 + 10 * number)
         for turn in range(NUM_TURNS):
             request_id = self._name(number)
-            answer = self._ask(text, request_id)
+            answer, self.cached[number, turn] = self._answer(text, request_id)
             if answer != self.expected.setdefault((number, turn), answer):
                 self.wrong.append(f"conversation {number}, turn {turn}: {answer!r}")
             text += answer + f"\n    next_{turn} = "
@@ -76,16 +87,32 @@ class Talk:
             self.sent.append(request_id)
         return request_id
 
-    def _ask(self, prompt: str, request_id: str) -> str:
+    def _answer(self, prompt: str, request_id: str) -> tuple[str, int]:
+        while True:
+            try:
+                return self._ask(prompt, request_id)
+            except (OSError, http.client.HTTPException, NotNow):
+                if not self.doors_break:
+                    raise
+                self.num_again += 1
+                time.sleep(0.2)
+
+    def _ask(self, prompt: str, request_id: str) -> tuple[str, int]:
+        """The answer, and how many tokens of the prompt were hits."""
         connection = self._connect()
         try:
             body = {"model": "antefix-tiny", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
             headers = {"content-type": "application/json", "idempotency-key": request_id}
+            if self.api_key:
+                headers["authorization"] = f"Bearer {self.api_key}"
             connection.request("POST", "/v1/completions", json.dumps(body), headers)
             reply = connection.getresponse()
             data: Any = json.loads(reply.read())
+            if reply.status == 503:
+                raise NotNow(f"503: {data}")
             assert reply.status == 200, f"{reply.status}: {data}"
-            return str(data["choices"][0]["text"])
+            details = data["usage"].get("prompt_tokens_details") or {}
+            return str(data["choices"][0]["text"]), int(details.get("cached_tokens") or 0)
         finally:
             connection.close()
 
@@ -93,10 +120,10 @@ class Talk:
         """To a door that says that it is ready. A door may stop listening in between; then nothing was sent to it."""
         end = time.monotonic() + READY_S
         while time.monotonic() < end:
-            for door in self.doors:
-                if status_of(door, "/readyz") != 200:
+            for door in list(self.doors):
+                if status_of(door, "/readyz", tls=self.tls) != 200:
                     continue
-                connection = http.client.HTTPConnection(door, timeout=180)
+                connection = open_door(door, tls=self.tls, timeout_s=180)
                 try:
                     connection.connect()
                     return connection

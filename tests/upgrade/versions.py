@@ -7,6 +7,7 @@ import http.client
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -154,13 +155,20 @@ class Deployment:
             each.process.wait(60)
 
 
-def status_of(door: str, path: str) -> int:
+def open_door(door: str, *, tls: ssl.SSLContext | None = None, timeout_s: float) -> http.client.HTTPConnection:
+    """Not connected yet."""
+    if tls is None:
+        return http.client.HTTPConnection(door, timeout=timeout_s)
+    return http.client.HTTPSConnection(door, timeout=timeout_s, context=tls)
+
+
+def status_of(door: str, path: str, *, tls: ssl.SSLContext | None = None) -> int:
     """0: nobody is there."""
-    connection = http.client.HTTPConnection(door, timeout=10)
+    connection = open_door(door, tls=tls, timeout_s=10)
     try:
         connection.request("GET", path)
         return connection.getresponse().status
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return 0
     finally:
         connection.close()

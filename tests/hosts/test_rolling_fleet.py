@@ -1,0 +1,129 @@
+"""A fleet is upgraded, grown, shrunk and killed in under load: no request fails, no token differs, hits stay.
+
+Network namespaces, TLS between all, every role found by a DNS name with several addresses. The version before is a
+commit or tag: `make test-hosts PREVIOUS=v0.2.0`; by default the commit before this one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.hosts.rolling_fleet import Client, RollingFleet, environment_of
+from tests.hosts.test_several_hosts import can_make_namespaces
+from tests.upgrade.versions import ROOT, checkout
+
+PREVIOUS = os.environ.get("PREVIOUS", "HEAD~1")
+# docs/OPERATIONS.md, "Upgrade".
+UPGRADE = ("router-1", "prefill-1", "decode-1", "decode-2", "router-2", "kvstore-1", "kvstore-2")
+ORDER = ("kvstore-1", "kvstore-2", "prefill-1", "decode-1", "decode-2", "router-1", "router-2")
+NUM_KILLS = int(os.environ.get("KILLS", "8"))
+
+pytestmark = [pytest.mark.hosts, pytest.mark.services, pytest.mark.timeout(3600)]
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[RollingFleet]:
+    if not can_make_namespaces():
+        pytest.skip("network namespaces cannot be made here: that needs root and iproute2")
+    made = RollingFleet(tmp_path)
+    try:
+        made.lay()
+        yield made
+    finally:
+        made.close()
+
+
+@pytest.fixture
+def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    try:
+        return checkout(PREVIOUS, tmp_path_factory.mktemp("versions") / "previous")
+    except subprocess.CalledProcessError:
+        pytest.skip(f"there is no commit {PREVIOUS} here")
+
+
+def test_roles_are_upgraded_grown_shrunk_and_killed_under_load(fleet: RollingFleet, previous: Path) -> None:
+    # 1. The version before alone. What it answers, and how much of it hits, is expected from now on.
+    for name in ORDER:
+        fleet.add(name, previous)
+    client = fleet.client()
+    try:
+        warm(client)
+        # 2. One role after the other becomes this version.
+        for name in UPGRADE:
+            fleet.replace(name, ROOT)
+            warm(client)
+        # 3. Each role grows by one, and its first one leaves.
+        for role in ("prefill", "decode", "kvstore", "router"):
+            grow_and_shrink(fleet, client, role)
+        # 4. Kills all over, each role started again as a supervisor does.
+        client.tell(breaks=True)
+        storm(fleet, client)
+        said = client.tell(stop=True)
+    finally:
+        client.close()
+    assert not said["failed"] and not said["wrong"]
+    print(f"{len(said['sent'])} requests, {said['again']} asked again in the storm")
+    # 5. The bill: whole, and nothing twice.
+    for host in fleet.hosts.values():
+        if host.role == "router":
+            fleet.stop(host.name)
+    check_bill(fleet, said["sent"], num_again=said["again"])
+
+
+def warm(client: Client) -> None:
+    """Until every turn was asked twice more, and the last time was a hit but for a block at most."""
+    begun = client.tell()["rounds"]
+    client.until(
+        lambda said: said["rounds"] >= begun + 4 and len(said["cached"]) == 4 and min(said["cached"].values()) > 500,
+        "conversations go on and hit",
+    )
+
+
+def grow_and_shrink(fleet: RollingFleet, client: Client, role: str) -> None:
+    fleet.add(f"{role}-3", ROOT)
+    client.tell(doors=fleet.doors)
+    warm(client)
+    if role == "kvstore":
+        fleet.drain_store("kvstore-1", "kvstore-2", "kvstore-3")
+    if role == "router":
+        client.tell(doors=[door for door in fleet.doors if not door.startswith("router-1.")])
+    fleet.remove(next(name for name in fleet.hosts if name.startswith(role)))
+    warm(client)
+
+
+def storm(fleet: RollingFleet, client: Client) -> None:
+    """Kills of any role while conversations go on. A request that a door lost or could not place is asked again."""
+    draw = random.Random(7)
+    for _ in range(NUM_KILLS):
+        name = draw.choice(sorted(fleet.hosts))
+        fleet.stop(name, kill=True)
+        begun = client.tell()["rounds"]
+        client.until(lambda said, begun=begun: said["rounds"] > begun, f"conversations go on without {name}")
+        fleet.start(name)
+    warm(client)
+
+
+def check_bill(fleet: RollingFleet, sent: list[str], *, num_again: int) -> None:
+    """num_again: requests that were asked again as a router died. Without a shared bill, two may have ended one."""
+    variables, run = environment_of(ROOT), [sys.executable, "-m", "antefix_console", "usage"]
+
+    def usage(*command: str) -> str:
+        argv = [*run, *command, "--ledger", *fleet.ledgers()]
+        done = subprocess.run(argv, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    usage("verify")
+    rows = [json.loads(line) for line in usage("export", "--format", "jsonl").splitlines()]
+    done = Counter(row["request_id"] for row in rows if row["status"] in ("stop", "length"))
+    assert set(done) == set(sent)
+    assert sum(done.values()) - len(done) <= num_again
