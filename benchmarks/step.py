@@ -59,15 +59,15 @@ def step_s(model: Model, pool: BlockPool, ops: Ops, sequences: list[Sequence], t
     if on_card:
         torch.cuda.synchronize()
     started = clock()
-    batch = [(sequence, tokens[i : i + 1]) for i, sequence in enumerate(sequences)]
+    batch = list(zip(sequences, tokens, strict=True))
     forward(model, pool, batch, ops=ops).float().cpu()
     return clock() - started
 
 
-def measure(model: Model, num_tokens: int, num_sequences: int, num_steps: int) -> dict[str, Any]:
-    """Median seconds of a step, together and one by one."""
+def measure(model: Model, num_tokens: int, num_sequences: int, num_steps: int, num_new: int = 1) -> dict[str, Any]:
+    """Median seconds of a step of `num_new` tokens of each sequence, together and one by one."""
     size = model.config.geometry.block_size
-    room = 3 * num_steps + 4
+    room = (3 * num_steps + 4) * num_new
     num_blocks = -(-num_tokens // size) + num_sequences * -(-room // size)
     pool, ops = make_backend("auto", model.layout, num_blocks, model.device)
     sequences = follow(model, pool, ops, num_tokens, num_sequences, room)
@@ -82,7 +82,7 @@ def measure(model: Model, num_tokens: int, num_sequences: int, num_steps: int) -
     for _ in range(num_steps):
         for name, way in ways.items():
             switch.use(compiled and name != "torch alone")
-            tokens = random.integers(0, model.config.vocab_size, num_sequences).astype(np.uint32)
+            tokens = random.integers(0, model.config.vocab_size, (num_sequences, num_new)).astype(np.uint32)
             seconds[name].append(step_s(model, pool, way, sequences, tokens))
     switch.use(compiled)
     # The first step of each way finds nothing in caches.
@@ -93,7 +93,7 @@ def profile(model: Model, num_tokens: int, num_sequences: int) -> str:
     size = model.config.geometry.block_size
     pool, ops = make_backend("auto", model.layout, -(-num_tokens // size) + num_sequences, model.device)
     sequences = follow(model, pool, ops, num_tokens, num_sequences, size)
-    tokens = np.zeros(num_sequences, np.uint32)
+    tokens = np.zeros((num_sequences, 1), np.uint32)
     step_s(model, pool, ops, sequences, tokens)
     kinds = [torch.profiler.ProfilerActivity.CPU]
     order = "self_cpu_time_total"
@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models/antefix-tiny")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--tokens", type=int, default=2048, help="of the prompt that they follow")
+    parser.add_argument("--new-tokens", type=int, default=1, help="of each sequence per step; 40 are a short rest")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -143,7 +144,7 @@ def main() -> None:
     if args.profile:
         print(profile(model, args.tokens, args.sequences[-1]))
         return
-    rows = [measure(model, args.tokens, count, args.steps) for count in args.sequences]
+    rows = [measure(model, args.tokens, count, args.steps, args.new_tokens) for count in args.sequences]
     if args.json:
         print(json.dumps({"tokens": args.tokens, "threads": args.threads, "device": args.device, "rows": rows}))
         return

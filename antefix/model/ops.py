@@ -17,6 +17,7 @@ from torch import Tensor
 
 from antefix.layout import BlockLayout, Part
 from antefix.model.attend import WindowLine, attend_segments, attend_selected
+from antefix.model.compiled.switch import is_compiled
 from antefix.model.compressor import Compressor, finish_entries, pool_disjoint, pool_overlapping
 from antefix.model.indexer import index_scores, top_entries
 from antefix.model.numerics import ROW_TILE, pad_rows
@@ -126,6 +127,10 @@ class TorchOps:
         # Up to 16 rows, one tile of rows is run anyway.
         columns = max(SCORES // max(rows, ROW_TILE) // KEY_TILE, 1) * KEY_TILE
         segments = torch.split(read_entries(keys, num_entries, KEY_TILE), columns)
+        if is_compiled(queries):
+            from antefix.model.compiled.topk import best_entries
+
+            return best_entries(queries, weights_TI, segments, num_visible_T, k, SCORE_QUERIES)
         indices = torch.arange(sum(map(len, segments)), device=queries.device)
         picked = []
         for start in range(0, len(queries), SCORE_QUERIES):
