@@ -210,3 +210,70 @@ def time_to_first_token(record: Any) -> Iterable[Row]:
             f"{row['disk_speedup']:.0f} to {row['memory_speedup']:.0f}",
             f"{1000 * row['floor_s']:.0f}",
         )
+
+
+RANKS = ("antefix/model", "kernels/antefix_kernels", "prefill/antefix_prefill/worker")
+
+
+def _steps_over_ranks(record: Any) -> Iterable[Row]:
+    yield (
+        "",
+        "seconds",
+        "tokens/s (higher is better)",
+        "floor, s",
+        "times the floor (lower is better)",
+        "share in exchanges",
+    )
+    for row in record["decode"]:
+        name = f"a decode step of {row['sequences']}, each behind {row['context']:,} tokens"
+        yield name, *_over_floor(row, "step_s")
+    for row in record["prefill"]:
+        yield f"a chunk of {row['chunk']:,} behind {row['context']:,} tokens", *_over_floor(row, "chunk_s")
+
+
+def _over_floor(row: Any, key: str) -> Row:
+    figures = (f"{row[key]:.2f}", f"{row['tokens_per_s']:,.4g}", f"{row['floor_s']:.4f}", _times(row["over"]))
+    return *figures, f"{row['exchange_share']:.2f}"
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 10 else f"{ratio:,.0f}"
+
+
+@table("ranks_on_cards.json", *RANKS)
+def steps_over_ranks(record: Any) -> Iterable[Row]:
+    return _steps_over_ranks(record)
+
+
+@table("ranks_on_cards_before.json", *RANKS)
+def steps_over_ranks_before(record: Any) -> Iterable[Row]:
+    return _steps_over_ranks(record)
+
+
+@table("ranks_on_cards_restore.json", *RANKS)
+def restores_over_ranks(record: Any) -> Iterable[Row]:
+    yield (
+        *("prefix, tokens", "cold, s", "times its floor", "from disk, s", "of it reading", "computing 100 tokens"),
+        *("floor of disk and computing, s", "cold over disk (higher is better)"),
+    )
+    for row in record["restore"]:
+        cold, disk = row["cold"]["until_logits_s"], row["from_disk"]
+        yield (
+            f"{row['tokens']:,}",
+            f"{cold:.1f}",
+            f"{cold / row['cold_floor_s']:.1f}",
+            f"{disk['until_logits_s']:.2f}",
+            f"{disk['read_s']:.2f}",
+            f"{disk['compute_s']:.2f}",
+            f"{row['from_disk_floor_s']:.2f}",
+            f"{row['times']:.1f}",
+        )
+
+
+@table("ranks_on_cards_verify.json", *RANKS)
+def verified_over_ranks(record: Any) -> Iterable[Row]:
+    yield "ranks, a card each", "cases", "equal to the bit", "within bounds", "failed (0 wanted)"
+    for run in record["verify"]:
+        report = run["report"]
+        counts = (report[key] for key in ("cases", "bit_identical", "within_bounds", "failed"))
+        yield str(run["ranks"]), *(str(count) for count in counts)

@@ -6,7 +6,7 @@ A tenant whose sequences all take part gets, in steps of n, what it would get al
 
     step_s(n) <= step_s(its own) * all shares / its share
 
-So a step grows until that ends for one of the tenants that want the worker, and whoever has more sequences takes turns
+So a step grows until that ends for one of the tenants that want the worker, and one with more sequences takes turns
 among them. Since the fixed part is paid once per step, such a tenant too gets no less than on its share alone. While
 only one tenant wants the worker, all of its sequences take part in each step: no time is kept for who does not ask.
 

@@ -60,7 +60,7 @@ class Sampler:
         return token
 
     def wish(self, position: int, num_top: int | None = None) -> Wish:
-        """The same as something to be asked for where the logits are; whoever chooses then says so by `take`.
+        """The same as something to be asked for where the logits are; the one that chooses then says so by `take`.
 
         num_top: of log probabilities.  Raises:  InvalidRequest: the grammar cannot be followed any further.
         """

@@ -129,7 +129,7 @@ def test_a_state_comes_out_of_its_seat_as_it_went_in():
     numbers = seats.take(states)
     assert sorted(numbers) == list(range(1, 10))
     assert seats.generation == 1
-    # Copies and bytes leave a state where it is; whoever asks for its tensors moves it out.
+    # Copies and bytes leave a state where it is; who asks for its tensors moves it out.
     assert [state.to_bytes() for state in states] == want
     assert [state.clone().to_bytes() for state in states] == want
     assert seats.take(states) == numbers

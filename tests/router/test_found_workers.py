@@ -76,7 +76,7 @@ async def test_workers_come_and_go_with_their_addresses(fleet):
     fleet.now = 31.0
     await fleet.found.look()
     assert fleet.addresses("prefill") == ["10.0.0.2:7002", "10.0.0.3:7002"]
-    # Those of the settings stay, whoever comes and goes.
+    # Those of the settings stay, no matter who comes and goes.
     assert NAMED in fleet.addresses("decode")
     # Each was asked once.
     assert len(fleet.asked) == len(set(fleet.asked)) == 4

@@ -2,7 +2,7 @@
 
 float32 and int64, contiguous, addressed by `Tensor.data_ptr()`. The torch code is `antefix.model.moe`.
 
-Shapes:  N = tokens, E = experts, K = experts a token, D = hidden size, I = intermediate size, R = rows.
+Shapes:  N = tokens, E = experts, K = experts per token, D = hidden size, I = intermediate size, R = rows.
 """
 
 from __future__ import annotations

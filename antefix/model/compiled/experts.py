@@ -3,7 +3,7 @@
 The shared expert's rows and those of the routed experts, sorted by expert and filled up to whole tiles, lie in one
 buffer, so that one call activates all of them.
 
-Shapes:  N = tokens, padded to ROW_TILE; n = tokens; D = hidden size, E = experts, K = experts a token, I = inner size,
+Shapes:  N = tokens, padded to ROW_TILE; n = tokens; D = hidden size, E = experts, K = experts per token, I = inner,
          R = rows of all experts.
 """
 
