@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test-manifests test-images test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-push test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: test-manifests test-images test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-push test-compiled test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -119,6 +119,18 @@ $(PUSH)/.ready: pyproject.toml constraints.txt
 
 test-push: setup $(PUSH)/.ready
 	$(PUSH)/bin/python -m pytest -rs tests/billing/test_push.py
+
+# A CPU's compiled steps, against torch's bits: an environment of its own in .compiled/, with Numba.
+COMPILED := .compiled
+$(COMPILED)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(COMPILED)
+	$(COMPILED)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(COMPILED)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,compiled]'
+	touch $@
+
+test-compiled: setup $(COMPILED)/.ready
+	$(COMPILED)/bin/python -m pytest -rs tests/model/test_compiled.py tests/model/test_steps.py
+	$(COMPILED)/bin/python -m antefix_console verify
 
 # NVIDIA's checks over all kernels, on a card, with compute-sanitizer of the CUDA toolkit. Each report stays in .sanitizer/.
 SANITIZER_TESTS ?= tests/kernels
