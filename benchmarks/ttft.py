@@ -27,6 +27,7 @@ from antefix.layout import BlockLayout, KVFormat
 from antefix.model_dir import identify
 from antefix.sampling import Sampling
 from antefix_console.deployment import Deployment, DeploymentConfig
+from benchmarks import run_record
 
 ROOT = Path(__file__).parents[1]
 QUESTION_TOKENS = 40
@@ -148,7 +149,7 @@ def main() -> None:
     report = {"strategy": args.strategy, "sizes": sizes(args.model), "rows": asyncio.run(measure(args, console))}
     print(json.dumps(report, indent=2))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        run_record.write(args.json, report, "torch")
     table = Table(title=f"Time to first token, medians of {args.repeats}, strategy {args.strategy}")
     for name in ("tokens", "cold", "hit, memory", "hit, disk", "speed-up", "floor", "over floor"):
         table.add_column(name, justify="right")
