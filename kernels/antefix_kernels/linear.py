@@ -158,7 +158,7 @@ def route(experts: torch.Tensor, num_experts: int, *, tile: int = _TILE_ROUTED[0
     Shapes:  experts [N, P] int64 in [0, num_experts).  tile: rows of the tiles of the product that takes the routing.
     """
     rows, device = experts.numel(), experts.device
-    flat = experts.flatten()
+    flat = experts.flatten().contiguous()
     if expert_routing.ENABLED and rows <= expert_routing.FEW_PICKS:
         num_tiles = min(rows, rows // tile + num_experts)
         return Routing(*expert_routing.sort_picks(flat, num_experts, num_tiles, tile), num_picked=experts.shape[1])

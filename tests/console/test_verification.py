@@ -183,7 +183,7 @@ def test_the_command_fails_when_a_case_failed(monkeypatch, capsys):
     outcome.add(case(0, 0))
 
     async def fake(*_):
-        return outcome
+        return outcome, []
 
     monkeypatch.setattr(verify, "_verify", fake)
     assert main(["verify", "--json"]) == 0
