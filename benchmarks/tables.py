@@ -198,6 +198,21 @@ def limits(record: Any) -> Iterable[Row]:
         yield name, f"{record[key]:.{digits}f}", wanted
 
 
+@table("store_scale.json", "kvstore/antefix_kvstore", "antefix/store_files", "antefix/lane_hashes.py")
+def a_million_blocks(record: Any) -> Iterable[Row]:
+    yield "", "figure", "wanted"
+    for name, key, digits, wanted in (
+        ("naming 1M tokens and looking them up, ms", "lookup_ms", 1, "3 or less"),
+        ("of it the store's own part, ms", "lookup_store_ms", 1, ""),
+        ("index, bytes per block, 992,251 blocks", "index_bytes_per_block", 0, "200 or less"),
+        ("opening after a crash, s", "open_crashed_s", 2, "1 or less"),
+        ("its peak of memory, MiB", "open_crashed_peak_mib", 0, "flat"),
+        ("opening without an index, s", "open_without_index_s", 1, "8 or less"),
+        ("its peak of memory, MiB", "open_without_index_peak_mib", 0, "flat"),
+    ):
+        yield name, f"{record[key]:.{digits}f}", wanted
+
+
 @table("ttft.json", "router", "prefill", "decode", "kvstore", "antefix")
 def time_to_first_token(record: Any) -> Iterable[Row]:
     yield "tokens, hit and new", "cold, s", "hit in memory, ms", "hit on disk, ms", "times faster", "floor, ms"
