@@ -5,7 +5,6 @@ wherever they were, are resent as the clients give them.
 """
 
 import asyncio
-import dataclasses
 import itertools
 import json
 
@@ -14,24 +13,16 @@ import pytest
 from antefix_console.cli import main
 from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
+from tests.gateway.turns import BLOCK, Turn, check_hits
 from tests.on_demand import anthropic, openai
 
 pytestmark = pytest.mark.services
 
 
-MODEL, BLOCK, NUM_TURNS = "antefix-tiny", 64, 4
+MODEL, NUM_TURNS = "antefix-tiny", 4
 SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
 TOOL = {"name": "read", "description": "Reads a file.", "parameters": SCHEMA}
 SYSTEM = ["You are an agent in a shell. ", "Be brief, and answer in plain text."]
-
-
-@dataclasses.dataclass
-class Turn:
-    """In tokens."""
-
-    prompt: int
-    answer: int
-    hit: int
 
 
 @pytest.fixture
@@ -98,6 +89,7 @@ async def anthropic_turns(url, name, *, effort, tools, billing=None):
                 max_tokens=50,
                 thinking=thinks,
                 metadata={"user_id": json.dumps(ids)},
+                extra_body={"seed": number},
                 **settings,
             )
             messages.append({"role": "assistant", "content": [block.model_dump() for block in answer.content]})
@@ -131,6 +123,7 @@ async def responses_turns(url, name, *, effort, tools):
                 reasoning={"effort": effort},
                 include=["reasoning.encrypted_content"],
                 store=False,
+                extra_body={"seed": number},
                 **settings,
             )
             items += [item.model_dump(exclude_none=True) for item in answer.output]
@@ -149,16 +142,6 @@ async def claude_code_turns(url, name, *, effort, tools):
         )
 
     return await anthropic_turns(url, name, effort=effort, tools=tools, billing=billing)
-
-
-def check_hits(turns, *what):
-    for before, turn in itertools.pairwise(turns):
-        # The last token of an answer that was cut off is chosen, not run: its KV is the next turn's to compute.
-        kept = before.prompt + before.answer
-        full = {(kept - 1) // BLOCK * BLOCK, kept // BLOCK * BLOCK}
-        # A prompt that ends at a boundary has its checkpoint one block earlier, where it can be resumed itself.
-        full |= {before.prompt - BLOCK} & {end - BLOCK for end in full if end == before.prompt}
-        assert turn.hit in full, (*what, turns)
 
 
 @pytest.mark.parametrize("turns_of", [openai_turns, anthropic_turns])
