@@ -8,8 +8,10 @@ which looks at each record and says what is wrong with it.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import takewhile
 from typing import Any, Final
@@ -36,7 +38,7 @@ from antefix.store_files.record_format import (
 )
 from antefix.store_files.record_header import SEALED_PART
 from antefix.store_files.seal import Seals
-from antefix.store_files.segment_files import SegmentFiles
+from antefix.store_files.segment_files import OpenFile, SegmentFiles
 
 Array = npt.NDArray[Any]
 
@@ -77,6 +79,7 @@ class Run:
     offset: int
     nbytes: int
     parts: Sequence[memoryview]
+    payloads: Sequence[memoryview]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,23 +142,40 @@ class PlainReads:
         runs = list(_runs(places, memoryview(heads), into[:num], num_threads)) if num else []
         return PlainRead(places, hashes[:num], into[:num], fingerprint, tenant, heads, runs, {})
 
-    def read(self, wanted: PlainRead, run: Run) -> bool:
-        """Read one run, headers too; False where its segment is gone, too short or unreadable.
-
-        What was read counts when `is_right` has said so of all.
-        """
+    @contextlib.contextmanager
+    def opened(self, wanted: PlainRead) -> Iterator[Mapping[int, OpenFile]]:
+        """The segments, by number.  Raises:  OSError: one is gone."""
+        files: dict[int, OpenFile] = {}
         try:
-            with self._files.use(run.segment) as fd:
-                if os.preadv(fd, run.parts, run.offset) < run.nbytes:
+            for segment in {run.segment for run in wanted.runs}:
+                files[segment] = self._files.borrow(segment)
+            yield files
+        finally:
+            for file in files.values():
+                self._files.give_back(file)
+
+    def read(self, wanted: PlainRead, files: Mapping[int, OpenFile], waiting: deque[Run]) -> bool:
+        """Read the waiting runs, as other threads do; False where one cannot be read. What was read counts when
+        `is_right` has said so of all.
+
+        No more than this between one preadv and the next: what was copied drives all else out of the core's caches,
+        and hashing lets go of the interpreter's lock, for which the other threads wait.
+        """
+        preadv, digest, checksums, seals = os.preadv, xxhash.xxh3_128_digest, wanted.checksums, self._seals
+        while waiting:
+            try:
+                run = waiting.popleft()
+            except IndexError:
+                break
+            try:
+                if preadv(files[run.segment].fd, run.parts, run.offset) < run.nbytes:
                     return False
-        except OSError:
-            return False
-        # Nothing in between: hashing lets go of the interpreter's lock, and threads that wait for it from each other
-        # sleep and are woken again.
-        wanted.checksums[run.first] = list(map(xxhash.xxh3_128_digest, run.parts[1::2]))
-        return self._seals is None or all(
-            self._is_sealed(self._seals, wanted, number) for number in range(run.first, run.end)
-        )
+            except OSError:
+                return False
+            checksums[run.first] = [digest(payload) for payload in run.payloads]
+            if seals is not None and not all(self._is_sealed(seals, wanted, at) for at in range(run.first, run.end)):
+                return False
+        return True
 
     @staticmethod
     def _is_sealed(seals: Seals, wanted: PlainRead, number: int) -> bool:
@@ -242,7 +262,8 @@ def _runs(places: Places, heads: memoryview, into: Sequence[memoryview], num_thr
             parts[2 * begin] = parts[2 * begin][-RECORD_HEADER_BYTES:]
             offset = int(places.offset[begin])
             nbytes = int(ends[end - 1]) - offset
-            yield Run(begin, end, int(places.segment[begin]), offset, nbytes, parts[2 * begin : 2 * end])
+            of_run = parts[2 * begin : 2 * end]
+            yield Run(begin, end, int(places.segment[begin]), offset, nbytes, of_run, into[begin:end])
         first = gap
 
 

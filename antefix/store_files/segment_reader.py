@@ -11,11 +11,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 from antefix.errors import BlockCorrupt, InvalidRequest, Unavailable
 from antefix.host_limits import usable_cores
@@ -42,7 +42,6 @@ _PLAIN_RECORDS_MIN: Final = 8
 # Of small payloads; what is laid out and sent at once should not make others wait.
 _WINDOW_RECORDS_MAX: Final = 512
 
-T = TypeVar("T")
 # Where the parts of payload number i, of so many bytes, go.
 Parts = Callable[[int, int], Sequence[memoryview]]
 
@@ -175,16 +174,18 @@ class StoreReader:
 
     def _is_read_plainly(self, plain: PlainRead) -> bool:
         """Whether all of this was read and is right, in many threads."""
-        runs = deque(plain.runs)
-        failed = threading.Event()
+        waiting, failed = deque(plain.runs), threading.Event()
 
         def work() -> None:
-            for run in _taken(runs):
-                if not self._plain.read(plain, run):
-                    failed.set()
-                    runs.clear()
+            if not self._plain.read(plain, files, waiting):
+                failed.set()
+                waiting.clear()
 
-        self._with_helpers(work, len(runs) - 1, runs.clear)
+        try:
+            with self._plain.opened(plain) as files:
+                self._with_helpers(work, len(waiting) - 1, waiting.clear)
+        except OSError:
+            return False
         return not failed.is_set() and self._plain.is_right(plain, self.seed)
 
     def _read_rest(
@@ -196,7 +197,11 @@ class StoreReader:
 
         def work() -> None:
             # Looking up and preparing one share takes the interpreter's lock, reading another does not.
-            for first, end in _taken(shares):
+            while shares:
+                try:
+                    first, end = shares.popleft()
+                except IndexError:
+                    return
                 outcome = self._read_share(hashes[first:end], into[first:end], fingerprint, tenant)
                 found.append((first, outcome))
                 if outcome.num_good < end - first:
@@ -306,15 +311,6 @@ def _shares(count: int, num_threads: int, record_bytes: int) -> deque[tuple[int,
     """First and end of what one thread reads at a time."""
     size = records_per_run(count, num_threads, record_bytes)
     return deque((first, min(first + size, count)) for first in range(0, count, size))
-
-
-def _taken(waiting: deque[T]) -> Iterator[T]:
-    """One after the other, next to other threads that take them."""
-    while waiting:
-        try:
-            yield waiting.popleft()
-        except IndexError:
-            return
 
 
 def _joined(found: list[tuple[int, ReadOutcome]]) -> ReadOutcome:
