@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test-manifests test-images test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-push test-compiled test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: docs test-docs test-manifests test-images test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-push test-compiled test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -191,6 +191,14 @@ bench-engines: setup $(ENGINES)/vllm/.ready
 docs-api: setup
 	$(BIN)/python docs/generate_api.py
 
+# docs/ as a site in site/; a warning fails it.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --quiet
+
+test-docs: docs
+	$(BIN)/python -m pytest -rs tests/site
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -219,4 +227,4 @@ bench-peers: setup $(PEERS)/.ready
 	$(BIN)/antefix bench store
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(MANIFESTS) $(S3) $(CLIENTS) $(ENGINES) build *.egg-info antefix/v1
+	rm -rf $(VENV) $(PEERS) $(MANIFESTS) $(S3) $(CLIENTS) $(ENGINES) build site *.egg-info antefix/v1
