@@ -138,7 +138,8 @@ class Tiers:
             for _ in range(self._repeats):
                 await self._hits(deployment, "memory")
             for _ in range(self._repeats):
-                await self._start_again(deployment)
+                await _start_again(deployment)
+                await self._warm_up(deployment)
                 _drop_from_page_cache(own)
                 await self._hits(deployment, "disk")
         # The worker's own store changes places with the other one's directory, which is empty.
@@ -157,9 +158,8 @@ class Tiers:
         async with Deployment(self._config) as deployment:
             for number in range(self._repeats):
                 if number:
-                    await self._start_again(deployment)
-                else:
-                    await self._warm_up(deployment)
+                    await _start_again(deployment)
+                await self._warm_up(deployment)
                 await self._hits(deployment, tier)
 
     async def _hits(self, deployment: Deployment, tier: str) -> None:
@@ -168,13 +168,6 @@ class Tiers:
             tokens = sum(count for name, count in tiers.items() if name.startswith(TIERS[tier]))
             row.setdefault(tier, []).append((seconds, tokens / len(document)))
             _say(f"{row['tokens']} tokens from {tier}: {seconds:.3f} s, {tiers}")
-
-    async def _start_again(self, deployment: Deployment) -> None:
-        """The workers, with nothing in memory."""
-        for process in [each for each in deployment.processes if each.role in ("prefill", "decode")]:
-            await deployment.kill(process)
-            await deployment.restart(process)
-        await self._warm_up(deployment)
 
     async def _warm_up(self, deployment: Deployment) -> None:
         for _ in range(2):
@@ -194,9 +187,8 @@ async def waiting(args: argparse.Namespace, url: str, directory: Path, rng: np.r
     async with Deployment(config) as deployment:
         for document in documents:
             await _answered(deployment, document)
-        for process in [each for each in deployment.processes if each.role == "prefill"]:
-            await deployment.kill(process)
-            await deployment.restart(process)
+        # The decode worker as well: what it has in memory it would go on with by itself.
+        await _start_again(deployment)
         await _answered(deployment, drawn(rng, 1500))
         _drop_from_page_cache(config.store_dir)
         # Two of them at work at a time, and all are one tenant's.
@@ -216,6 +208,13 @@ async def waiting(args: argparse.Namespace, url: str, directory: Path, rng: np.r
         "prefetched_prompts": found["prefetched_prompts"],
         "ttft_s": [round(each, 2) for each in seconds],
     }
+
+
+async def _start_again(deployment: Deployment) -> None:
+    """The workers, with nothing in memory."""
+    for process in [each for each in deployment.processes if each.role in ("prefill", "decode")]:
+        await deployment.kill(process)
+        await deployment.restart(process)
 
 
 def drawn(rng: np.random.Generator, length: int) -> Document:
