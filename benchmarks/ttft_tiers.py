@@ -52,11 +52,13 @@ TIERS: Final = {"memory": "memory", "disk": "disk:", "peer": "peer:", "object": 
 WORKER: Final = ("--local-copies-bytes", "0")
 # All goes up at once: what is measured is reading.
 STORE: Final = ("--object-upload", "all", "--object-wait-s", "0", "--object-upload-bytes-per-s", "1G")
+# Nothing goes straight to a decode worker, whatever has been measured so far.
+ROUTER: Final = ("--prefill-tokens-min", "0")
 NUM_WAITING: Final = 6
 WAITING_TOKENS: Final = 4_096
 BUSY_TOKENS: Final = 8_192
-# More than a chunk, so that they wait for a place like any other prompt.
-WAITING_REST: Final = 700
+# More than a chunk, and more than routers leave to decode workers: they wait for a place as any other prompt does.
+WAITING_REST: Final = 1_500
 Document = npt.NDArray[np.uint32]
 
 
@@ -112,7 +114,7 @@ def config_of(args: argparse.Namespace, url: str, directory: Path) -> Deployment
         data_dir=directory,
         num_stores=2,
         object_store=url,
-        extra_flags={"kvstore": STORE, "prefill": WORKER, "decode": WORKER},
+        extra_flags={"kvstore": STORE, "prefill": WORKER, "decode": WORKER, "router": ROUTER},
     )
 
 

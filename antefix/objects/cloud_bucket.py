@@ -22,8 +22,8 @@ _CONNECT_S: Final = 3.0
 _ENDING_S: Final = 0.05
 # An object that is shorter than the range's start: cut, since its length was read.
 _PAST_THE_END: Final = "416 Range Not Satisfiable"
-# Deletes in one request: S3 takes so many, Azure 256. More of them in a call would be several requests at once, of which
-# a slow server lets the last ones run out of time.
+# Deletes in one request: S3 takes so many, Azure 256. More of them in a call would be several requests at once, and a
+# slow server lets the last of these run out of time.
 _DELETES_MAX: Final = 1000
 _AZURE_DELETES_MAX: Final = 256
 _AZURE: Final = "az://"
