@@ -36,6 +36,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from antefix.host_limits import usable_cores
 from antefix.objects.bucket import open_bucket
 from antefix.objects.catalog import Catalog
 from antefix.sampling import Sampling
@@ -114,7 +115,13 @@ def config_of(args: argparse.Namespace, url: str, directory: Path) -> Deployment
         data_dir=directory,
         num_stores=2,
         object_store=url,
-        extra_flags={"kvstore": STORE, "prefill": WORKER, "decode": WORKER, "router": ROUTER},
+        # All cores for prefill: what decodes does nothing meanwhile.
+        extra_flags={
+            "kvstore": STORE,
+            "prefill": (*WORKER, "--threads", str(usable_cores())),
+            "decode": WORKER,
+            "router": ROUTER,
+        },
     )
 
 
