@@ -215,6 +215,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check_words.py
+	$(BIN)/python docs/check_figures.py
 
 fmt: setup
 	$(BIN)/ruff format .
