@@ -51,7 +51,8 @@ async def converse(deployment: Deployment, prompt: Tokens, args: argparse.Namesp
     for turn in range(args.turns):
         prompt = np.concatenate((prompt, random.integers(0, 256, args.new).astype(np.uint32)))
         sampling = Sampling(max_tokens=args.output, ignore_eos=True, temperature=0.0)
-        last, answer = time.perf_counter(), []
+        last = time.perf_counter()
+        answer: list[Tokens] = []
         async for message in deployment.router.generate(prompt, sampling, session=f"{seed}"):
             now = time.perf_counter()
             if len(message.tokens):

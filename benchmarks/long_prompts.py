@@ -4,7 +4,7 @@
     python -m benchmarks.long_prompts --small --out benchmarks/results/long_prompts_small.json  # ten minutes, idle
     python -m benchmarks.long_prompts --small --prompts 4 --tokens 3000                         # to see that it runs
 
---small: a random model of three small layers, a tenth of the computing; blocks and all services are as with antefix-tiny.
+--small: a random model of three small layers, a tenth of the computing; all services are as with antefix-tiny.
 
 A whole deployment with its default settings. Each prompt is another one of `--tokens` tokens, so nothing hits; all are
 sent at once, and every one must come to its end. Memory of each role is sampled, as PSS: pages that processes share are
