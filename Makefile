@@ -152,10 +152,16 @@ test-bounds: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/python -m tests.bounds.run $(BOUNDS)
 
-# Protos against a commit or tag: what breaks a peer of that version. AGAINST=v0.2.0
+# Protos against a commit or tag (by default the last tag): what breaks a peer of that version. AGAINST=v0.2.0
+AGAINST ?= $(shell git describe --tags --abbrev=0)
+PROTOS_BEFORE := .protos-before
 test-protos: setup
+	test -n "$(AGAINST)" || { echo "there is no tag yet: AGAINST=COMMIT"; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check buf-bin
-	$(BIN)/buf breaking proto --against '.git#ref=$(AGAINST),subdir=proto'
+	rm -rf $(PROTOS_BEFORE) && mkdir $(PROTOS_BEFORE)
+	git archive $(AGAINST) proto | tar x -C $(PROTOS_BEFORE)
+	$(BIN)/buf breaking proto --against $(PROTOS_BEFORE)/proto
+	rm -rf $(PROTOS_BEFORE)
 
 # What a release consists of, in dist/. It tags nothing.
 release: setup
@@ -205,6 +211,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check_words.py
+	$(BIN)/python docs/check_figures.py
 
 fmt: setup
 	$(BIN)/ruff format .

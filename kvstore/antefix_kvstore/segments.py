@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from antefix.errors import BlockCorrupt
+from antefix.own_files import open_to_read, put_aside
 from antefix.record import Buffer
 from antefix.store_files.record_format import (
     BATCH_ALIGN,
@@ -73,9 +74,11 @@ class Segments:
         self.sizes.clear()
         for path in self.directory.iterdir():
             number = segment_number(path.name)
-            if number is not None:
+            if number is None:
+                continue
+            self._next = max(self._next, number + 1)
+            if not put_aside(path):
                 self.sizes[number] = path.stat().st_size
-                self._next = max(self._next, number + 1)
 
     @property
     def used_bytes(self) -> int:
@@ -185,7 +188,7 @@ class Segments:
 
     def rewrite_header(self, number: int, created_ms: int) -> None:
         """Put a right header in place of a damaged one; the records behind it say themselves where they belong."""
-        with self.path(number).open("rb") as file:
+        with os.fdopen(open_to_read(self.path(number)), "rb") as file:
             try:
                 found, named = unpack_segment_header(file.read(SEGMENT_HEADER_BYTES))
                 if (found.store_id, named) == (self.identity.store_id, number):
@@ -212,7 +215,7 @@ class Segments:
     @contextlib.contextmanager
     def reading(self, number: int) -> Iterator[int]:
         """A segment's file, for the writer's own reads; readers have antefix.store_files.segment_reader."""
-        fd = os.open(self.path(number), os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_to_read(self.path(number))
         try:
             yield fd
         finally:

@@ -140,15 +140,18 @@ async def test_idle_and_half_begun_connections_keep_nobody_out(sent):
 async def test_a_head_that_trickles_is_cut_off():
     async with door(http_head_timeout_s=0.15) as url:
         ((reader, writer),) = await opened(url, 1, b"POST /v1/chat/completions HTTP/1.1\r\n")
-        begun = asyncio.get_running_loop().time()
-        with contextlib.suppress(ConnectionError):
+        is_cut_off = False
+        try:
+            # Eighty times the limit.
             for number in range(600):
                 writer.write(b"x-%d: y\r\n" % number)
                 await writer.drain()
                 await asyncio.sleep(0.02)
-                if reader.at_eof():
+                if is_cut_off := reader.at_eof():
                     break
-        assert asyncio.get_running_loop().time() - begun < 10 * 0.15
+        except ConnectionError:
+            is_cut_off = True
+        assert is_cut_off
         assert await asked(url) == 200
 
 
