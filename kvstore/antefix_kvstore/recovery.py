@@ -202,6 +202,7 @@ def _close_segments(index: Index, segments: Segments, ends: dict[int, int], last
                 txn.set_segment(number, None)
         elif segments.sizes[number] > ends[number]:
             segments.resume(number, ends[number])
+    segments.let_go()
     last = max(segments.sizes, default=None)
     if last is not None and segments.sizes[last] + RECORD_HEADER_BYTES < segments.segment_bytes:
         segments.resume(last, segments.sizes[last])
