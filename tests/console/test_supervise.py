@@ -1,6 +1,8 @@
 """A role that dies is started again at its place, with pauses; what dies again and again is given up, loudly."""
 
 import asyncio
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from antefix.errors import ConfigError
+from antefix_console.commands.up import _say
 from antefix_console.entry import hear_signals, main
 from antefix_console.orphans import reap
 from antefix_console.supervise import HEALTHY_S, NUM_DEATHS_MAX, PAUSE_S_MAX, Deaths, GaveUp, Supervisor
@@ -187,3 +190,13 @@ def test_a_service_in_a_directory_that_is_gone_says_so(tmp_path, monkeypatch, ca
     finally:
         signal.signal(signal.SIGHUP, before)
     assert "is gone" in capsys.readouterr().err
+
+
+def test_a_full_disk_behind_the_output_stops_nobody():
+    with contextlib.suppress(OSError), Path("/dev/full").open("w") as full:
+        _say("ready", full)
+        _say("again", full)
+    closed = io.StringIO()
+    closed.close()
+    _say("ready", closed)
+    _say("ready", None)
