@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -15,9 +17,26 @@ _SERVICES: Final = ("serve", "up")
 def main() -> int:
     """Run one command; returns its exit code."""
     hear_signals(sys.argv[1:])
+    ended_with: list[int] = []
+    # The first to be registered is the last to run.
+    atexit.register(_end_at_once, ended_with)
+    # A tenth of the time that torch takes to import, without finding any; cli.py puts it on again.
+    gc.disable()
     from antefix_console.cli import main as run
 
-    return run()
+    ended_with.append(run())
+    return ended_with[0]
+
+
+def _end_at_once(ended_with: list[int]) -> None:
+    """Leave it to the system to take the process apart: with torch in it, Python takes half a second of a core.
+
+    ended_with: the exit code of a command that ran to its end; of any other, Python knows what it says.
+    """
+    if ended_with:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended_with[0])
 
 
 def hear_signals(args: list[str]) -> None:
