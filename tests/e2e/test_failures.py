@@ -111,7 +111,7 @@ async def test_roles_end_when_the_process_that_started_them_is_killed(tmp_path, 
     assert len(pids) == 4
     starter.kill()
     await starter.wait()
-    for _ in range(200):
+    for _ in range(1200):
         if not any(is_running(pid) for pid in pids):
             return
         await asyncio.sleep(0.1)
