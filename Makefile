@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: docs test-docs test-manifests test-images test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-push test-compiled test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: docs test-docs test-manifests test-images test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-azure test-push test-compiled test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -107,6 +107,16 @@ $(S3)/.ready:
 test-s3: setup $(S3)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt obstore
 	ANTEFIX_S3=$(CURDIR)/$(S3) $(BIN)/python -m pytest -rs -m s3 tests/objects
+
+# The object tier in Azure's Blob Storage, as Microsoft's emulator Azurite serves it: takes npm.
+AZURITE := .azurite
+$(AZURITE)/.ready:
+	npm install --silent --no-audit --no-fund --prefix $(AZURITE) azurite@3.37.0
+	touch $@
+
+test-azure: setup $(AZURITE)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt obstore
+	ANTEFIX_AZURITE=$(CURDIR)/$(AZURITE) $(BIN)/python -m pytest -rs -m s3 tests/objects/test_azure.py
 
 # What billing systems are sent, through their own clients: an environment of its own in .push/, because Lago's client
 # installs a package called `tests`, which would hide ours.
@@ -211,6 +221,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check_words.py
+	$(BIN)/python docs/check_figures.py
 
 fmt: setup
 	$(BIN)/ruff format .
@@ -233,4 +244,4 @@ bench-peers: setup $(PEERS)/.ready
 	$(BIN)/antefix bench store
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(MANIFESTS) $(S3) $(CLIENTS) $(ENGINES) build site *.egg-info antefix/v1
+	rm -rf $(VENV) $(PEERS) $(MANIFESTS) $(S3) $(AZURITE) $(CLIENTS) $(ENGINES) build site *.egg-info antefix/v1

@@ -23,6 +23,17 @@ class Table:
 
 
 TABLES: dict[tuple[str, str], Table] = {}
+# Records that documents name without a table of ours: what they measure.
+NAMED: dict[str, tuple[str, ...]] = {
+    "break_even_services.json": ("router", "prefill", "decode", "kvstore", "simulate/antefix_simulate"),
+    "faults.json": ("router", "prefill", "decode", "kvstore", "antefix"),
+    "grants.json": ("antefix/security",),
+    "index_readers.json": ("antefix/store_files",),
+    "kernels.json": ("kernels/antefix_kernels",),
+    "ranks_on_cards_services.json": ("antefix/model", "prefill/antefix_prefill/worker"),
+    "store.json": ("kvstore/antefix_kvstore", "antefix/store_files"),
+    "verify_long.json": ("antefix/model", "antefix/window", "console/antefix_console/verify"),
+}
 
 
 def table(file: str, *measures: str) -> Callable[[MakeRows], MakeRows]:

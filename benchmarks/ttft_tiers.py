@@ -36,6 +36,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from antefix.host_limits import usable_cores
 from antefix.objects.bucket import open_bucket
 from antefix.objects.catalog import Catalog
 from antefix.sampling import Sampling
@@ -52,11 +53,13 @@ TIERS: Final = {"memory": "memory", "disk": "disk:", "peer": "peer:", "object": 
 WORKER: Final = ("--local-copies-bytes", "0")
 # All goes up at once: what is measured is reading.
 STORE: Final = ("--object-upload", "all", "--object-wait-s", "0", "--object-upload-bytes-per-s", "1G")
+# Nothing goes straight to a decode worker, whatever has been measured so far.
+ROUTER: Final = ("--prefill-tokens-min", "0")
 NUM_WAITING: Final = 6
 WAITING_TOKENS: Final = 4_096
 BUSY_TOKENS: Final = 8_192
-# More than a chunk, so that they wait for a place like any other prompt.
-WAITING_REST: Final = 700
+# More than a chunk, and more than routers leave to decode workers: they wait for a place as any other prompt does.
+WAITING_REST: Final = 1_500
 Document = npt.NDArray[np.uint32]
 
 
@@ -112,7 +115,13 @@ def config_of(args: argparse.Namespace, url: str, directory: Path) -> Deployment
         data_dir=directory,
         num_stores=2,
         object_store=url,
-        extra_flags={"kvstore": STORE, "prefill": WORKER, "decode": WORKER},
+        # All cores for prefill: what decodes does nothing meanwhile.
+        extra_flags={
+            "kvstore": STORE,
+            "prefill": (*WORKER, "--threads", str(usable_cores())),
+            "decode": WORKER,
+            "router": ROUTER,
+        },
     )
 
 
@@ -138,7 +147,8 @@ class Tiers:
             for _ in range(self._repeats):
                 await self._hits(deployment, "memory")
             for _ in range(self._repeats):
-                await self._start_again(deployment)
+                await _start_again(deployment)
+                await self._warm_up(deployment)
                 _drop_from_page_cache(own)
                 await self._hits(deployment, "disk")
         # The worker's own store changes places with the other one's directory, which is empty.
@@ -157,9 +167,8 @@ class Tiers:
         async with Deployment(self._config) as deployment:
             for number in range(self._repeats):
                 if number:
-                    await self._start_again(deployment)
-                else:
-                    await self._warm_up(deployment)
+                    await _start_again(deployment)
+                await self._warm_up(deployment)
                 await self._hits(deployment, tier)
 
     async def _hits(self, deployment: Deployment, tier: str) -> None:
@@ -168,13 +177,6 @@ class Tiers:
             tokens = sum(count for name, count in tiers.items() if name.startswith(TIERS[tier]))
             row.setdefault(tier, []).append((seconds, tokens / len(document)))
             _say(f"{row['tokens']} tokens from {tier}: {seconds:.3f} s, {tiers}")
-
-    async def _start_again(self, deployment: Deployment) -> None:
-        """The workers, with nothing in memory."""
-        for process in [each for each in deployment.processes if each.role in ("prefill", "decode")]:
-            await deployment.kill(process)
-            await deployment.restart(process)
-        await self._warm_up(deployment)
 
     async def _warm_up(self, deployment: Deployment) -> None:
         for _ in range(2):
@@ -194,9 +196,8 @@ async def waiting(args: argparse.Namespace, url: str, directory: Path, rng: np.r
     async with Deployment(config) as deployment:
         for document in documents:
             await _answered(deployment, document)
-        for process in [each for each in deployment.processes if each.role == "prefill"]:
-            await deployment.kill(process)
-            await deployment.restart(process)
+        # The decode worker as well: what it has in memory it would go on with by itself.
+        await _start_again(deployment)
         await _answered(deployment, drawn(rng, 1500))
         _drop_from_page_cache(config.store_dir)
         # Two of them at work at a time, and all are one tenant's.
@@ -216,6 +217,13 @@ async def waiting(args: argparse.Namespace, url: str, directory: Path, rng: np.r
         "prefetched_prompts": found["prefetched_prompts"],
         "ttft_s": [round(each, 2) for each in seconds],
     }
+
+
+async def _start_again(deployment: Deployment) -> None:
+    """The workers, with nothing in memory."""
+    for process in [each for each in deployment.processes if each.role in ("prefill", "decode")]:
+        await deployment.kill(process)
+        await deployment.restart(process)
 
 
 def drawn(rng: np.random.Generator, length: int) -> Document:

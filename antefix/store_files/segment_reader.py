@@ -19,6 +19,7 @@ from typing import Final
 
 from antefix.errors import BlockCorrupt, InvalidRequest, Unavailable
 from antefix.host_limits import usable_cores
+from antefix.own_files import read_small
 from antefix.record import Held, LookupResult, RecordKind
 from antefix.store_files.index import Index
 from antefix.store_files.plain_reads import PlainRead, PlainReads
@@ -29,7 +30,14 @@ from antefix.store_files.read_runs import (
     records_per_run,
     runs_of,
 )
-from antefix.store_files.record_format import INDEX_DIR, SEGMENT_DIR, STORE_FILE, IndexEntry, unpack_identity
+from antefix.store_files.record_format import (
+    INDEX_DIR,
+    SEGMENT_DIR,
+    STORE_FILE,
+    STORE_HEADER,
+    IndexEntry,
+    unpack_identity,
+)
 from antefix.store_files.record_header import RecordHeader
 from antefix.store_files.seal import Seals
 
@@ -118,7 +126,7 @@ class StoreReader:
         """
         self.directory = Path(directory)
         try:
-            self.seed = unpack_identity((self.directory / STORE_FILE).read_bytes()).seed
+            self.seed = unpack_identity(read_small(self.directory / STORE_FILE, STORE_HEADER.size)).seed
         except (FileNotFoundError, BlockCorrupt) as err:
             raise Unavailable(f"{self.directory} holds no readable store: {err}") from err
         self.index = index or Index(self.directory / INDEX_DIR)

@@ -174,7 +174,7 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked.set)
     print("starting services ...", file=sys.stderr, flush=True)
-    deployment = Deployment(config)
+    deployment = Deployment(config, _tell)
     loop.add_signal_handler(signal.SIGHUP, deployment.reload)
     reaping = asyncio.create_task(reap_orphans(lambda: {each.process.pid for each in deployment.processes}))
     stopped = asyncio.create_task(asked.wait())
