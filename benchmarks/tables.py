@@ -6,7 +6,7 @@ changes may make the figures untrue, so that `python docs/generate_results.py --
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ TABLES: dict[tuple[str, str], Table] = {}
 # Records that documents name without a table of ours: what they measure.
 NAMED: dict[str, tuple[str, ...]] = {
     "break_even_services.json": ("router", "prefill", "decode", "kvstore", "simulate/antefix_simulate"),
-    "faults.json": ("router", "prefill", "decode", "kvstore", "antefix"),
     "grants.json": ("antefix/security",),
     "index_readers.json": ("antefix/store_files",),
     "kernels.json": ("kernels/antefix_kernels",),
@@ -44,6 +43,13 @@ def table(file: str, *measures: str) -> Callable[[MakeRows], MakeRows]:
         return rows
 
     return register
+
+
+def measured() -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each record that a table shows, and the code that it measures; a table of several names them with `+` between."""
+    for (files, _), each in TABLES.items():
+        for file in files.split("+"):
+            yield file, each.measures
 
 
 ROUTING = ("router/antefix_router/placement", "simulate/antefix_simulate")
