@@ -178,7 +178,7 @@ release: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine cyclonedx-bom
 	$(BIN)/python deploy/release.py $(RELEASE)
 
-# All readers of outside bytes, each for SECONDS; what it finds stays in .fuzz, where the next run goes on. Five hours.
+# All readers of outside bytes, each for SECONDS; what it finds stays in .fuzz, where the next run continues. Five hours.
 SECONDS ?= 600
 fuzz: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris==3.0.0 schemathesis==4.32.5

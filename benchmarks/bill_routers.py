@@ -10,7 +10,7 @@ some leave in the middle first.
 
 Held to be equal, to the token and the last decimal: what clients were told, the ledgers with their adjustments, and
 what each receiver has. Every hit is in the store's log, every anchor in its ledger, and no request costs more than its
-dearest attempt.
+most expensive attempt.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def check(clients: Clients, config: DeploymentConfig, systems: dict[str, Billing
         if record.is_final:
             finals[key].append(record)
     faults = [
-        f"{key}: charged {charged[key]}, its dearest attempt {dearest[key]}"
+        f"{key}: charged {charged[key]}, its most expensive attempt {dearest[key]}"
         for key in dearest
         if charged[key] != dearest[key]
     ]

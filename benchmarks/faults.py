@@ -5,8 +5,8 @@
     python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: disks, mounts, clocks
     python -m benchmarks.faults --clients 16 --pause-s 0         # under all the load that two cores take
 
-One deployment as `antefix up` runs it, supervised, its roles behind proxies. Clients play conversations that go on and
-ask again what was asked. Faults come one after the other; --seed fixes their order, and all prompts. Each answer is
+One deployment as `antefix up` runs it, supervised, its roles behind proxies. Clients play conversations that continue
+and ask again what was asked. Faults come one after the other; --seed fixes their order, and all prompts. Each answer is
 compared with a run of the bare model, without store and without faults; what is none must be an error that says so. A
 fault's recovery is the time from its beginning until a request that was sent after it is answered, to be compared with
 what a request takes undisturbed. At the end the ledger must have one record for each request, and in each of them
@@ -154,7 +154,7 @@ class Campaign:
 
 
 def conversations(rng: random.Random) -> Iterator[Tokens]:
-    """Prompts that share beginnings, go on, and come again: parts of a text behind a few system prompts."""
+    """Prompts that share beginnings, continue, and come again: parts of a text behind a few system prompts."""
     text = np.frombuffer((ROOT / "LICENSE").read_bytes(), np.uint8).astype(np.uint32)
     asked: list[Tokens] = []
     while True:

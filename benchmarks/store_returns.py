@@ -2,7 +2,7 @@
 
     python -m benchmarks.store_returns --json benchmarks/results/store_returns.json
 
-back    store b is killed, is away for `--away` seconds while requests go on, and is started again on its directory
+back    store b is killed, is away for `--away` seconds while requests continue, and is started again on its directory
 joins   store c, which has prompts of its own, says in Redis that it is there, and was never heard of before
 
 Readers ask and restore whole prompts of one store all the time, `--readers` of them at once. Times count from the

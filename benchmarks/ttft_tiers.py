@@ -196,7 +196,7 @@ async def waiting(args: argparse.Namespace, url: str, directory: Path, rng: np.r
     async with Deployment(config) as deployment:
         for document in documents:
             await _answered(deployment, document)
-        # The decode worker as well: what it has in memory it would go on with by itself.
+        # The decode worker as well: what it has in memory it would continue with by itself.
         await _start_again(deployment)
         await _answered(deployment, drawn(rng, 1500))
         _drop_from_page_cache(config.store_dir)

@@ -172,7 +172,7 @@ async def test_events_that_were_not_signed_here_teach_a_router_nothing(feed, att
     assert dropped(router, DropReason.FORGED) == len(changes)
     assert router.num_known() == 10
     assert router.feed.counters.num_snapshots == settled
-    # Right ones go on.
+    # Right ones continue.
     await source.hold(15)
     await until(lambda: router.num_known() == 15)
 
