@@ -227,8 +227,10 @@ fmt: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Time to first token, and the table of it in README.md: on an idle machine.
 bench: setup
-	$(BIN)/python benchmarks/ttft.py
+	$(BIN)/python benchmarks/ttft.py --json benchmarks/results/ttft.json
+	$(BIN)/python docs/generate_results.py
 
 # What benchmarks/store.py compares the store with, in an environment of its own: none of it is a dependency. LMCache
 # declares GPU packages that its disk tier does not need, so what it does need is named here.

@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--away", type=float, default=20.0, help="seconds that the store is away (default: 20)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--readers", type=int, default=8, help="requests at once (default: 8)")
-    parser.add_argument("--prompts", type=int, default=64, help="of each store, of 32 blocks (default: 64)")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of 32 blocks in each store (default: 64)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:

@@ -241,6 +241,6 @@ def _print(steps: list[DemoStep], report: dict[str, object]) -> None:
     console.print(
         f"{report['processes']} processes ran, {report['processes_left']} are left;"
         f" the store took {int(str(report['store_bytes'])) / 1e6:.2f} MB,"
-        f" {float(str(report['global_kv_bytes_per_token'])):.0f} B of global KV a token."
+        f" {float(str(report['global_kv_bytes_per_token'])):.0f} B of global KV per token."
     )
     sys.stdout.flush()
