@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: docs test-docs test-manifests test-images test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-azure test-push test-compiled test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: docs test-docs test-manifests test-images test-upgrade test-bounds test-protos release release-tag setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-azure test-push test-compiled test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -173,7 +173,11 @@ test-protos: setup
 	$(BIN)/buf breaking proto --against $(PROTOS_BEFORE)/proto
 	rm -rf $(PROTOS_BEFORE)
 
-# What a release consists of, in dist/. It tags nothing.
+# The changelog gets its date, and its commit the tag vX.Y.Z; nothing is pushed. RELEASE=--sign signs the tag.
+release-tag:
+	$(PYTHON) deploy/release.py --tag $(RELEASE)
+
+# What a release consists of, in dist/, from the tagged commit. RELEASE=--allow-unreleased rehearses it from any other.
 release: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine cyclonedx-bom
 	$(BIN)/python deploy/release.py $(RELEASE)

@@ -5,10 +5,10 @@ A document asks for a table between two comments, and this fills in what lies be
     <!-- figures: placement.json decisions -->
     <!-- end of figures -->
 
-`decisions` is a function of benchmarks/tables.py. Under each table stands what the record says of its run: commit,
-date, machine and command. `--check` changes nothing and exits with 1 where a document would change. `--stale` lists
-records whose code has changed since they were measured. Changes of comments, docstrings and layout do not count. It
-exits with 0: only a person can tell what a change means.
+`decisions` is a function of benchmarks/tables*.py. A table over several records names them with `+` between. Under each
+table stands what the record says of its run: commit, date, machine and command. `--check` changes nothing and exits
+with 1 where a document would change. `--stale` lists records whose code has changed since they were measured. Changes
+of comments, docstrings and layout do not count. It exits with 0: only a person can tell what a change means.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ def filled(text: str) -> str:
 
 
 def _table(file: str, name: str) -> str:
-    record = json.loads((RESULTS / file).read_text())
+    records = {each: json.loads((RESULTS / each).read_text()) for each in file.split("+")}
+    record = records if len(records) > 1 else records[file]
     rows = [[str(cell) for cell in row] for row in tables.TABLES[file, name].rows(record)]
     head, *body = rows
     aligned = ["---" if column == 0 or not _is_number(body, column) else "---:" for column in range(len(head))]
     lines = ["| " + " | ".join(row) + " |" for row in (head, aligned, *body)]
-    return "\n".join([*lines, "", provenance(file, record), ""])
+    named = [line for each, found in records.items() for line in ("", provenance(each, found))]
+    return "\n".join([*lines, *named, ""])
 
 
 def _is_number(body: list[list[str]], column: int) -> bool:
@@ -81,7 +83,7 @@ def stale(git: Any) -> Iterator[tuple[str, str]]:
 
     git: gets the arguments of a git command, gives its output; raises CalledProcessError as subprocess does.
     """
-    measured = {**tables.NAMED, **{file: table.measures for (file, _), table in tables.TABLES.items()}}
+    measured = {**tables.NAMED, **dict(tables.measured())}
     git = functools.cache(git)  # many records measure the same files
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())

@@ -231,8 +231,12 @@ def _run_items(
     def attend(layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return LayerPass(model, pool, layer, attention, ops, write, steps).run(x, positions, rope, split)
 
-    parted = None if single else _run_parted(model, pool, items, tokens, positions, ops, threads, write=write)
-    streams = run_layers(model, tokens, positions, num_tokens, attend) if parted is None else parted
+    found: Tensor | None = None
+    if not single:
+        found = _run_parted(model, pool, items, tokens, positions, ops, threads, write=write)
+    elif isinstance(steps, Steps) and len(single) == len(items):
+        found = _run_steps(model, steps, tokens, positions)
+    streams = run_layers(model, tokens, positions, num_tokens, attend) if found is None else found
     # 3. Window states move on only when tokens are kept, so that a failed call can be repeated.
     hidden = model.model.norm(model.model.hc_head(streams))
     wanted = hidden[:num_tokens] if logits == "all" else hidden[[item.stop - 1 for item in items]]
@@ -255,6 +259,16 @@ def _steps(
     if runner is None:
         return steps_of(model, pool, sequences, write=write)
     return runner.steps(model, pool, sequences, tokens[[item.start for item in single]], write=write)
+
+
+def _run_steps(model: Model, steps: Steps, tokens: Tensor, positions: Tensor) -> Tensor | None:
+    """The layers of one token of each sequence as a few compiled calls: streams [N, M, D]; None: not here."""
+    if not steps.is_compiled:
+        return None
+    from antefix.model.compiled.layers import few_rows
+
+    rows = few_rows(model, tokens, positions)
+    return None if rows is None else rows.run(steps.attend)
 
 
 def _run_parted(

@@ -63,6 +63,8 @@ class TokenRows:
 class Steps:
     """One forward pass over sequences that run one token each."""
 
+    is_compiled = False
+
     def __init__(
         self, model: Model, pool: BlockPool, sequences: collections.abc.Sequence[Sequence], write: bool
     ) -> None:

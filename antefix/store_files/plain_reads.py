@@ -124,8 +124,8 @@ class PlainReads:
     ) -> PlainRead:
         """The leading ones of these blocks that are there for this reader, and fill their buffers.
 
-        All at once and before any thread reads: LMDB lets go of the interpreter's lock for each key, and a thread that
-        waits for it meanwhile is woken in vain each time.
+        All at once and before any thread reads: LMDB lets go of the interpreter's lock for each key, and threads
+        that wait for it are woken in vain each time.
 
         tenant: as for `RunReader.read`.  num_threads: that will read.
         """

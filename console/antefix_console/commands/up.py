@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from antefix.config import GRACE_S, add_flags, given_flags, require
 from antefix.errors import AntefixError, Unavailable
@@ -192,7 +192,7 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked.set)
-    print("starting services ...", file=sys.stderr, flush=True)
+    _tell("starting services ...")
     deployment = Deployment(config, _tell)
     loop.add_signal_handler(signal.SIGHUP, deployment.reload)
     reaping = asyncio.create_task(reap_orphans(lambda: {each.process.pid for each in deployment.processes}))
@@ -249,7 +249,13 @@ async def _stop(deployment: Deployment) -> int:
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    _say(text, sys.stderr)
+
+
+def _say(text: str, stream: TextIO | None) -> None:
+    """What runs continues where nobody can read this: a full disk, a pipe that was closed."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
 
 
 async def warn_of_pool(address: str, config: RedisConfig | None = None) -> None:
@@ -260,7 +266,7 @@ async def warn_of_pool(address: str, config: RedisConfig | None = None) -> None:
     try:
         await pool.check()
     except Unavailable as err:
-        print(f"warning: {err}; checkpoints go to disk until it does", file=sys.stderr, flush=True)
+        _tell(f"warning: {err}; checkpoints go to disk until it does")
     finally:
         await pool.close()
 
@@ -281,13 +287,13 @@ def _announce(deployment: Deployment, *, as_json: bool) -> None:
     if as_json:
         http_address = deployment.one("router").http_address
         said = {"ready": True, "processes": rows, "http_address": http_address, "http_addresses": http_addresses}
-        print(json.dumps(said), flush=True)
+        _say(json.dumps(said), sys.stdout)
         return
+    lines = []
     for row in rows:
         more = f"  {row['store']}" if "store" in row else ""
         where, metrics = f"{row['address']:<22} pid {row['pid']:<8}", f"http://{row['metrics_address']}/metrics"
-        print(f"{row['role']:<8} {where} metrics {metrics}{more}")
-    for http_address in http_addresses:
-        print(f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1")
-    print(f"\nTry:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'")
-    print("Ctrl-C stops everything.", flush=True)
+        lines.append(f"{row['role']:<8} {where} metrics {metrics}{more}")
+    lines += [f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1" for http_address in http_addresses]
+    lines += ["", f"Try:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'"]
+    _say("\n".join([*lines, "Ctrl-C stops everything."]), sys.stdout)

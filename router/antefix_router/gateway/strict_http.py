@@ -91,6 +91,7 @@ class StrictProtocol(H11Protocol):
         self.address = ""
         self._is_counted = False
         self._head_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         peer = transport.get_extra_info("peername")
@@ -104,6 +105,7 @@ class StrictProtocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_watching()
         if self._is_counted:
             self._is_counted = False
             self.http_connections.leave(self)
@@ -133,6 +135,12 @@ class StrictProtocol(H11Protocol):
             # The next head has begun already.
             self._wait_for_head(self.http_connections.head_s)
         super().on_response_complete()
+        # What is left of it when the connection is closed would wait for its reader for ever.
+        self._watch_reader()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
 
     def drop(self) -> None:
         self.transport.abort()
@@ -153,6 +161,24 @@ class StrictProtocol(H11Protocol):
     def _no_head(self) -> None:
         self.http_connections.num_silent += 1
         self.transport.abort()
+
+    def _watch_reader(self) -> None:
+        """A client that reads nothing holds a request's place, a descriptor and what was sent to it."""
+        self._stop_watching()
+        if unread := self.transport.get_write_buffer_size():
+            self._unread_timer = self.loop.call_later(self.http_connections.unread_s, self._look_again, unread)
+
+    def _look_again(self, unread: int) -> None:
+        if self.transport.get_write_buffer_size() < unread:
+            self._watch_reader()
+        else:
+            self.http_connections.num_unread += 1
+            self.transport.abort()
+
+    def _stop_watching(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
     def send_400_response(self, msg: str) -> None:
         self.http_faults.num_malformed += 1
