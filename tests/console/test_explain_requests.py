@@ -176,7 +176,7 @@ def test_a_request_is_explained_like_its_prompt(tmp_path, explain):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ('{"messages": []}', "messages is empty"),
         ('{"messages": [{"role": "x"}]}', "messages[0].role"),
     ],

@@ -90,7 +90,7 @@ def test_a_purge_names_the_tenant_with_the_secret(filled, capsys):
         (["store", "copy", "s3:///x", "DIR"], "names no bucket"),
         (["store", "copy", "DIR", "s3:///x"], "names no bucket"),
         (["store", "copy", "DIR", "file://host/x"], "three slashes"),
-        (["store", "copy", "/no/such", "DIR"], "no directory"),
+        (["store", "copy", "/no/such", "DIR"], "not a directory"),
         (["drain", "DIR", "--to", "gs://"], "names no bucket"),
     ],
 )
