@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="a few dims instead: does it run at all?")
+    parser.add_argument("--small", action="store_true", help="use a few dims, to see whether the benchmark runs")
     parser.add_argument("--data-dir", help="where the scratch store goes (default: a temporary directory)")
     parser.add_argument("--out", type=Path, help="directory for card_restore.json and card_restore.md")
     args = parser.parse_args()

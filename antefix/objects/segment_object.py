@@ -230,7 +230,7 @@ def read_footer(raw: Buffer, ref: SegmentRef, footer_offset: int, num_records: i
     header = unpack_record_header(bytes(data[:RECORD_HEADER_BYTES]), ref.seed)
     body = bytes(data[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + header.stored_bytes])
     if header.kind is not RecordKind.FOOTER or header.offset != footer_offset:
-        raise BlockCorrupt("what stands in a footer's place is none")
+        raise BlockCorrupt("the footer is not a footer record")
     if payload_checksum(body) != header.payload_checksum or len(body) != num_records * RECORD_HEADER_BYTES:
         raise BlockCorrupt("a damaged footer")
     return [

@@ -321,7 +321,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "health": Command(
         load=_health,
-        help="does a role serve? The exit code says it, for probes and supervisors",
+        help="does a role serve? The exit code says whether it serves, for probes and supervisors",
         example="antefix health 127.0.0.1:7000 --service antefix.v1.RouterService",
     ),
     "keys": Command(
