@@ -39,6 +39,7 @@ from antefix.model.packed import round_inputs as round_on_cpu
 from antefix_kernels import linear, packed_linear
 from antefix_kernels.packed_linear import Weight
 from antefix_kernels.torch_reference import decode_weight
+from benchmarks import run_record
 from benchmarks.drawn_flash import FORMS, config_of, draw_codes, draw_scales, draw_share
 from benchmarks.kernels import ceilings, replay_ms
 from benchmarks.store_peers import drop_cache
@@ -317,7 +318,7 @@ def main() -> None:
         if "model" in args.steps:
             found["model"] = measure_model(args.layers, args.context, top)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "weights_on_card.json").write_text(json.dumps(found, indent=2) + "\n")
+    run_record.write(args.out / "weights_on_card.json", found, "torch", "triton")
 
 
 if __name__ == "__main__":

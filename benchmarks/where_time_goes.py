@@ -30,6 +30,7 @@ from antefix.telemetry.context import bind_parent
 from antefix.telemetry.tracing import start_tracing
 from antefix.wire import Sampling
 from antefix_console.deployment import Deployment, DeploymentConfig
+from benchmarks import run_record
 from benchmarks.ttft import QUESTION_TOKENS, ROOT, direct_read_rate
 from tests.telemetry.otlp_receiver import Received, receiving
 
@@ -149,7 +150,7 @@ def main() -> None:
     report: Any = cost() if args.cost else {"rows": asyncio.run(measure(args, console))}
     print(json.dumps(report, indent=2))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        run_record.write(args.json, report, "torch")
     for row in report.get("rows", ()):
         console.print(table_of(row))
 

@@ -214,10 +214,10 @@ def read_trailer(raw: Buffer, nbytes: int) -> tuple[int, int]:
     """
     data = bytes(raw)
     if len(data) != TRAILER.size or data[:8] != TRAILER_MAGIC or sign(data, 0) != data:
-        raise BlockCorrupt("a segment without a sound trailer")
+        raise BlockCorrupt("the segment has no valid trailer")
     _, _, footer_offset, num_records = TRAILER.unpack(data)
     if not SEGMENT_HEADER_BYTES <= footer_offset <= nbytes - TRAILER.size - RECORD_HEADER_BYTES:
-        raise BlockCorrupt("a segment whose footer would lie outside of it")
+        raise BlockCorrupt("the segment's footer lies outside of the segment")
     return footer_offset, num_records
 
 

@@ -26,7 +26,9 @@ _CORRUPT_HELP = (
 
 # Fields of `engine_stats.StoreStats.numbers`, which are StatsResponse's too.
 STATS: Final[Table] = {
-    "budget_bytes": Shown(name="antefix_store_budget_bytes", help="Disk that the store may take.", kind=Kind.GAUGE),
+    "budget_bytes": Shown(
+        name="antefix_store_budget_bytes", help="Disk space that the store may take.", kind=Kind.GAUGE
+    ),
     "limit_bytes": Shown(
         name="antefix_store_limit_bytes",
         help="Bytes of the budget that the store's file system can hold now.",

@@ -93,7 +93,7 @@ def _add_file(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--redis", default="", metavar="URL", help="the routers' --keys-redis")
     add_flags(group, WorkerSettings, ("redis_password_file", "redis_ca_file"))
     group.add_argument(
-        "--secret-file", default="", metavar="FILE", help="the deployment's secret, which signs the keys"
+        "--secret-file", default="", metavar="FILE", help="file with the deployment's secret, which signs the keys"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

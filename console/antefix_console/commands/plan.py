@@ -1,4 +1,4 @@
-"""`antefix plan`: how many machines a trace takes, what they cost, what binds, and what one more would give."""
+"""`antefix plan`: calculate how many machines a trace takes, what they cost, and which resource is the limit."""
 
 from __future__ import annotations
 

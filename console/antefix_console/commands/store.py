@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     purge.add_argument("--tenant", required=True, help="whose; or digest:HEX")
     purge.add_argument("--user", default="", help="purge only this user of the tenant")
-    purge.add_argument("--secret-file", help="the deployment's secret, which names the tenant in stores")
+    purge.add_argument("--secret-file", help="file with the deployment's secret, which names the tenant in stores")
     purge.add_argument("--json", action="store_true", help="print one JSON object")
     group = purge.add_argument_group("Redis", "where it is named, as roles have it")
     add_flags(group, WorkerSettings, ("redis_password_file", "redis_ca_file"))
@@ -83,7 +83,7 @@ def _command(
 def add_copy_arguments(parser: argparse.ArgumentParser) -> None:
     """What a copy and a drain have alike."""
     parser.add_argument("--bytes-per-s", default="0", metavar="SIZE", help="most bytes per second (default: no limit)")
-    parser.add_argument("--secret-file", help="the deployment's secret, which served stores ask for")
+    parser.add_argument("--secret-file", help="file with the deployment's secret, which served stores ask for")
     parser.add_argument("--encrypt-key-file", default="", help="file with the key that directories are encrypted with")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

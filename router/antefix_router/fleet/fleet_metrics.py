@@ -54,7 +54,9 @@ EVENTS: Final[Table] = {
     "num_unread": Shown(name="antefix_fleet_unread_events", help="KV events that could not be used.", key="worker"),
     "num_gaps": Shown(name="antefix_fleet_event_gaps", help="Gaps in the numbers of messages.", key="worker"),
     "num_replays": Shown(
-        name="antefix_fleet_event_replays", help="How often messages were asked for again.", key="worker"
+        name="antefix_fleet_event_replays",
+        help="Times that the router asked a worker to repeat messages.",
+        key="worker",
     ),
     "num_lives": Shown(
         name="antefix_fleet_worker_lives", help="Restarts of the worker that the router noticed.", key="worker"
