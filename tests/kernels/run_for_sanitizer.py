@@ -1,4 +1,4 @@
-"""Launches the kernels of workers once or twice in V4-Flash's shapes, few rows of each: for compute-sanitizer, on a card.
+"""Launches the kernels of workers once or twice in V4-Flash's shapes, few rows of each: for compute-sanitizer.
 
     compute-sanitizer --tool racecheck --error-exitcode 9 python -m tests.kernels.run_for_sanitizer [--parts ...]
 

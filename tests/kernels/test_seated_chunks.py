@@ -83,7 +83,7 @@ def test_calls_of_several_tokens_have_the_bits_of_each_sequence_alone(device: to
     assert ops.step_runner.counters.steps_launched == len(CALLS)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_replayed_calls_have_the_bits_of_each_sequence_alone(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:

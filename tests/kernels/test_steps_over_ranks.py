@@ -13,10 +13,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.services
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter, over gloo")
-@pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("size", [2, 4])
 def test_any_number_of_ranks_runs_each_way_with_the_same_bits(tmp_path: Path, size: int) -> None:
     """Reproducible mode: alone, in shared launches and replayed, on every rank."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
