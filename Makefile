@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: test-manifests test-images test-upgrade test-bounds test-protos release setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-push test-compiled test-kernels-compile test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: docs test-docs test-manifests test-images test-upgrade test-bounds test-protos release release-tag setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-azure test-push test-compiled test-kernels-compile test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -108,6 +108,16 @@ test-s3: setup $(S3)/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt obstore
 	ANTEFIX_S3=$(CURDIR)/$(S3) $(BIN)/python -m pytest -rs -m s3 tests/objects
 
+# The object tier in Azure's Blob Storage, as Microsoft's emulator Azurite serves it: takes npm.
+AZURITE := .azurite
+$(AZURITE)/.ready:
+	npm install --silent --no-audit --no-fund --prefix $(AZURITE) azurite@3.37.0
+	touch $@
+
+test-azure: setup $(AZURITE)/.ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt obstore
+	ANTEFIX_AZURITE=$(CURDIR)/$(AZURITE) $(BIN)/python -m pytest -rs -m s3 tests/objects/test_azure.py
+
 # What billing systems are sent, through their own clients: an environment of its own in .push/, because Lago's client
 # installs a package called `tests`, which would hide ours.
 PUSH := .push
@@ -167,12 +177,22 @@ test-bounds: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/python -m tests.bounds.run $(BOUNDS)
 
-# Protos against a commit or tag: what breaks a peer of that version. AGAINST=v0.2.0
+# Protos against a commit or tag (by default the last tag): what breaks a peer of that version. AGAINST=v0.2.0
+AGAINST ?= $(shell git describe --tags --abbrev=0)
+PROTOS_BEFORE := .protos-before
 test-protos: setup
+	test -n "$(AGAINST)" || { echo "there is no tag yet: AGAINST=COMMIT"; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check buf-bin
-	$(BIN)/buf breaking proto --against '.git#ref=$(AGAINST),subdir=proto'
+	rm -rf $(PROTOS_BEFORE) && mkdir $(PROTOS_BEFORE)
+	git archive $(AGAINST) proto | tar x -C $(PROTOS_BEFORE)
+	$(BIN)/buf breaking proto --against $(PROTOS_BEFORE)/proto
+	rm -rf $(PROTOS_BEFORE)
 
-# What a release consists of, in dist/. It tags nothing.
+# The changelog gets its date, and its commit the tag vX.Y.Z; nothing is pushed. RELEASE=--sign signs the tag.
+release-tag:
+	$(PYTHON) deploy/release.py --tag $(RELEASE)
+
+# What a release consists of, in dist/, from the tagged commit. RELEASE=--allow-unreleased rehearses it from any other.
 release: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine cyclonedx-bom
 	$(BIN)/python deploy/release.py $(RELEASE)
@@ -206,12 +226,21 @@ bench-engines: setup $(ENGINES)/vllm/.ready
 docs-api: setup
 	$(BIN)/python docs/generate_api.py
 
+# docs/ as a site in site/; a warning fails it.
+docs: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[docs]'
+	$(BIN)/python -m mkdocs build --quiet
+
+test-docs: docs
+	$(BIN)/python -m pytest -rs tests/site
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/check_words.py
+	$(BIN)/python docs/check_figures.py
 
 fmt: setup
 	$(BIN)/ruff format .
@@ -234,4 +263,4 @@ bench-peers: setup $(PEERS)/.ready
 	$(BIN)/antefix bench store
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(MANIFESTS) $(S3) $(CLIENTS) $(ENGINES) $(CARDS) build *.egg-info antefix/v1
+	rm -rf $(VENV) $(PEERS) $(MANIFESTS) $(S3) $(AZURITE) $(CLIENTS) $(ENGINES) $(CARDS) build site *.egg-info antefix/v1

@@ -4,10 +4,17 @@ not. What is inside is checked by `checked_table`.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
+import os
 import re
+import select
+import stat
+import time
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +27,7 @@ JSON_BYTES_MAX: Final = 256 << 20
 # tomllib takes quadratic time for a name of many parts: 24 s for 20,000.
 _NAME_PARTS_MAX: Final = 64
 _DIGITS_MAX: Final = 40
+_PIPE_S: Final = 10.0
 _SPLIT_NAMES: Final = re.compile(r"[={,\[\]]")
 
 
@@ -79,9 +87,7 @@ def read_text(
     Raises:  InvalidRequest: as `error`: it cannot be read, is no UTF-8, or has more bytes.
     """
     try:
-        with Path(path).open("rb") as file:
-            # Not its size first: a pipe has none.
-            data = file.read(bytes_max + 1)
+        data = read_bytes(path, bytes_max)
         if len(data) > bytes_max:
             raise error(f"{what} {path}: it has more than {bytes_max} bytes")
         # Editors on Windows put a mark in front.
@@ -90,6 +96,37 @@ def read_text(
         if isinstance(err, error):
             raise
         raise error(f"{what} {path}: {_reason(err)}") from err
+
+
+def read_bytes(path: str | Path, nbytes_max: int) -> bytes:
+    """What a file or a pipe holds, or its first `nbytes_max` + 1 bytes.
+
+    Raises:  OSError: it cannot be read, or is a pipe or device from which nothing comes for 10 s.
+    """
+    # Opening a pipe would wait for a writer, with signals unheard.
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as file:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return file.read(nbytes_max + 1)
+        return b"".join(_pieces(descriptor, nbytes_max + 1))
+
+
+def _pieces(descriptor: int, nbytes: int) -> Iterator[bytes]:
+    """Up to so many bytes, as they come."""
+    is_begun, until_s = False, time.monotonic() + _PIPE_S
+    while nbytes > 0:
+        left_s = until_s - time.monotonic()
+        if left_s <= 0 or not select.select([descriptor], [], [], left_s)[0]:
+            raise TimeoutError(errno.ETIMEDOUT, f"nothing came from it for {_PIPE_S:g} s")
+        with contextlib.suppress(BlockingIOError):
+            if piece := os.read(descriptor, min(nbytes, 1 << 16)):
+                is_begun, until_s = True, time.monotonic() + _PIPE_S
+                nbytes -= len(piece)
+                yield piece
+            elif is_begun:
+                return
+            else:
+                time.sleep(0.01)  # nobody writes to it yet, which looks like its end
 
 
 def _integer(digits: str) -> int:

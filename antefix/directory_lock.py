@@ -11,6 +11,8 @@ import fcntl
 import os
 from pathlib import Path
 
+from antefix.own_files import put_aside
+
 
 class DirectoryLock:
     """Held from its making until `close`, or until the process ends."""
@@ -21,6 +23,7 @@ class DirectoryLock:
         self._fds: list[int] = []
         try:
             self._take(os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+            put_aside(directory / file_name)
             self._take(os.open(directory / file_name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         except BaseException:
             self.close()

@@ -12,10 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Final
 
+from antefix.checked_files import read_bytes
 from antefix.errors import ConfigError
 
 FILE_MODE: Final = 0o600
 DIRECTORY_MODE: Final = 0o700
+# Keys, with those of before; far more than any has.
+_BYTES_MAX: Final = 1 << 20
 _OTHERS: Final = 0o007
 _WRITERS: Final = 0o022
 
@@ -29,7 +32,7 @@ def read_private(path: str | Path, what: str) -> str:
     try:
         if path.stat().st_mode & _OTHERS:
             raise ConfigError(f"{what} {path} is open to every user of this host: chmod 600 {path}")
-        return path.read_text(encoding="utf-8")
+        return read_bytes(path, _BYTES_MAX).decode()
     except (OSError, UnicodeDecodeError) as err:
         raise ConfigError(f"{what} {path}: {err}") from err
 

@@ -43,8 +43,8 @@ LAST_PATIENCE_S: Final = 10.0
 class Pulse:
     """One peer's. `start` once, on the event loop that waits for the peer; `close` at the end.
 
-    rtt_s: the usual time to answer.  num_silences: times that it fell silent.  returned_s: when it last began to
-    answer, for the first time or again, by `clock`.
+    rtt_s: the usual time to answer.  num_silences: times that it fell silent.  num_returns: times that it began to
+    answer, for the first time or again.  returned_s: when it last did, by `clock`.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Pulse:
         self.name = name
         self.rtt_s = 0.0
         self.num_silences = 0
+        self.num_returns = 0
         self._ask = ask
         self._every_s = every_s
         self._silent_s = silent_s
@@ -144,6 +145,7 @@ class Pulse:
 
     def _heard(self, *, reachable: bool) -> None:
         if reachable and not self.answers:
+            self.num_returns += 1
             self.returned_s = self._clock()
         if self.is_silent:
             log.warning("%s answers again after %.1f s", self.name, self._silence_s())

@@ -189,6 +189,7 @@ def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[s
         name: {
             "times": len(found),
             "recovery_p50_s": round(statistics.median(found), 2),
+            "recovery_p99_s": round(float(np.quantile(found, 0.99)), 2),
             "recovery_max_s": round(max(found), 2),
         }
         for name, found in sorted(tally.recovery_s.items())

@@ -40,6 +40,11 @@ class Growth:
         return self.rise <= max(self.allowed, _ERRORS_MAX * self.error)
 
 
+def allowed_rise(kind: str, middle: float) -> float:
+    """Over the last half, of samples whose median is `middle`."""
+    return max(_ALLOWED[kind], _ALLOWED_SHARE.get(kind, 0.0) * middle)
+
+
 def growth(kind: str, times_s: Sequence[float], values: Sequence[float]) -> Growth:
     """kind: "memory_mb", "disk_mb", "files" or "threads".  times_s, values: [N], N > 0, times rising."""
     times, found = np.array(times_s, float), np.array(values, float)
@@ -50,7 +55,6 @@ def growth(kind: str, times_s: Sequence[float], values: Sequence[float]) -> Grow
     span = float(x[-1] - x[0])
     left = y - y.mean() - slope * x
     error = float(np.sqrt((left**2).sum() / (len(x) - 2) / spread)) if len(x) > 2 and spread else 0.0
-    allowed = max(_ALLOWED[kind], _ALLOWED_SHARE.get(kind, 0.0) * float(np.median(y)))
     return Growth(
         first=float(found[0]),
         half=float(y[0]),
@@ -58,7 +62,7 @@ def growth(kind: str, times_s: Sequence[float], values: Sequence[float]) -> Grow
         per_h=3600 * slope,
         rise=slope * span,
         error=error * span,
-        allowed=allowed,
+        allowed=allowed_rise(kind, float(np.median(y))),
     )
 
 

@@ -48,6 +48,7 @@ BATCH_BLOCKS = 128
 # A remote restore of this many blocks takes as long as the noise of a shared machine lasts.
 REMOTE_BLOCKS = 512
 WARM_ROUNDS = 3
+CLIENT_ROUNDS = 3
 FINGERPRINT = b"F" * 32
 MIB = 1 << 20
 Array = Any
@@ -267,7 +268,9 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
         out["restore_over_best_reader"] = ratio(values, "restore", *readers, *direct)
     out["warm_ratio"] = ratio(values, "warm", *pread)
     out["warm_over_one_thread"] = ratio(values, "warm", "pread_1x1")
-    out["warm_over_checked"] = ratio(values, "warm", *(name for name in values if name.startswith("checked_2")))
+    checked = [name for name in values if name.startswith("checked_2")]
+    out["warm_over_checked"] = ratio(values, "warm", *checked)
+    out["checked_ratio"] = ratio(values, checked[0], *pread)
     out["remote_ratio"] = ratio(values, "remote", "bare_stream")
     out["remote_over_best_bare"] = ratio(values, "remote", "bare_stream", "bare_blocking_stream")
     out["lean_ratio"] = ratio(values, "lean_stream", "bare_stream")
@@ -339,12 +342,12 @@ def measure(
     out = report(found.values) | {"coded_ratio": coded_ratio}
     out |= {f"{name}_cpu_us_per_mib": statistics.median(used) for name, used in remote.cpu_us.items()}
     tell("many clients at once")
-    clients = store_clients.measure(1.0, args.repeats, directory, tell)
+    clients = store_clients.measure(1.0, max(args.repeats, CLIENT_ROUNDS), directory, tell)
     out |= {f"clients_{name}": value for name, value in (clients.pop("ratios") | clients).items()}
     tell(f"a store of {'a million' if args.long else '50,000'} small blocks")
     out |= scale_figures(directory, num_blocks=1_000_000 if args.long else 50_000)
     tell("eviction and compaction next to puts and restores")
-    out |= store_upkeep.measure(directory, args.repeats)
+    out |= store_upkeep.measure(directory, 2 * args.repeats)
     if args.long:
         tell("a prefix of a million tokens")
         out |= restore_long(directory, payloads)

@@ -5,14 +5,17 @@ A document asks for a table between two comments, and this fills in what lies be
     <!-- figures: placement.json decisions -->
     <!-- end of figures -->
 
-`decisions` is a function of benchmarks/tables.py. Under each table stands what the record says of its run: commit,
-date, machine and command. `--check` changes nothing and exits with 1 where a document would change. `--stale` lists the
-records whose code has changed since they were measured; it exits with 0: only a person can tell what a change means.
+`decisions` is a function of benchmarks/tables*.py. A table over several records names them with `+` between. Under each
+table stands what the record says of its run: commit, date, machine and command. `--check` changes nothing and exits
+with 1 where a document would change. `--stale` lists records whose code has changed since they were measured. Changes
+of comments, docstrings and layout do not count. It exits with 0: only a person can tell what a change means.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import functools
 import json
 import re
 import subprocess
@@ -24,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import tables  # noqa: E402
+from benchmarks import tables, tables_cards, tables_engines, tables_faults, tables_services  # noqa: E402, F401
 
 RESULTS = ROOT / "benchmarks" / "results"
 _REGION = re.compile(r"(<!-- figures: (\S+) (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
@@ -44,12 +47,14 @@ def filled(text: str) -> str:
 
 
 def _table(file: str, name: str) -> str:
-    record = json.loads((RESULTS / file).read_text())
+    records = {each: json.loads((RESULTS / each).read_text()) for each in file.split("+")}
+    record = records if len(records) > 1 else records[file]
     rows = [[str(cell) for cell in row] for row in tables.TABLES[file, name].rows(record)]
     head, *body = rows
     aligned = ["---" if column == 0 or not _is_number(body, column) else "---:" for column in range(len(head))]
     lines = ["| " + " | ".join(row) + " |" for row in (head, aligned, *body)]
-    return "\n".join([*lines, "", provenance(file, record), ""])
+    named = [line for each, found in records.items() for line in ("", provenance(each, found))]
+    return "\n".join([*lines, *named, ""])
 
 
 def _is_number(body: list[list[str]], column: int) -> bool:
@@ -65,6 +70,11 @@ def provenance(file: str, record: Any) -> str:
         record.get("machine") or record.get("device", ""),
         f"`{record['command']}`" if record.get("command") else "",
     ]
+    if not record.get("commit"):
+        recorded = record.get("recorded", {})
+        named.append(
+            f"the run named no commit; recorded in {recorded['commit']}, {recorded['date']}" if recorded else ""
+        )
     return f"*benchmarks/results/{file}: {'; '.join(part for part in named if part) or 'of an unnamed run'}.*"
 
 
@@ -73,26 +83,58 @@ def stale(git: Any) -> Iterator[tuple[str, str]]:
 
     git: gets the arguments of a git command, gives its output; raises CalledProcessError as subprocess does.
     """
-    measured = {file: table.measures for (file, _), table in tables.TABLES.items()}
+    measured = {**tables.NAMED, **dict(tables.measured())}
+    git = functools.cache(git)  # many records measure the same files
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
-        commit = record.get("commit") if isinstance(record, dict) else None
+        commit = _commit(record)
         if path.name not in measured:
-            yield path.name, "no table of benchmarks/tables.py shows it"
+            yield path.name, "benchmarks/tables.py does not say which code it measures"
         elif not commit:
             yield path.name, "names no commit"
         else:
             yield from ((path.name, told) for told in _since(commit, measured[path.name], git))
 
 
+def _commit(record: Any) -> str | None:
+    """The commit that ran, or the one that brought the record where a run named none."""
+    if not isinstance(record, dict):
+        return None
+    return record.get("commit") or record.get("recorded", {}).get("commit")
+
+
 def _since(commit: str, code: tuple[str, ...], git: Any) -> Iterator[str]:
     try:
-        changes = git("log", "--format=%h", f"{commit}..HEAD", "--", *code).split()
+        names = git("diff", "--name-only", commit, "HEAD", "--", *code).split()
     except subprocess.CalledProcessError:
         yield f"names commit {commit[:8]}, which is not in this repository's history"
         return
-    if changes:
-        yield f"{len(changes)} commits changed {', '.join(code)} since {commit[:8]}"
+    changed = [name for name in names if _differs(name, commit, git)]
+    if changed:
+        shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
+        yield f"since {commit[:8]} changed: {shown}"
+
+
+def _differs(name: str, commit: str, git: Any) -> bool:
+    """Whether a file's code, without comments and docstrings, is another one than at that commit."""
+    versions = []
+    for revision in (commit, "HEAD"):
+        try:
+            text = git("show", f"{revision}:{name}")
+        except subprocess.CalledProcessError:
+            return True  # it came or went
+        versions.append(_code(text) if name.endswith(".py") else text)
+    return versions[0] != versions[1]
+
+
+def _code(text: str) -> str:
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
+            node
+        ):
+            node.body = node.body[1:]
+    return ast.dump(tree)
 
 
 def _git(*arguments: str) -> str:

@@ -50,6 +50,15 @@ class WindowLine:
     num_tokens: int
     cut: int = 0
 
+    def part(self, first: int, stop: int) -> WindowLine:
+        """What the chunk's tokens [first, stop) see of it."""
+        window = self.values.shape[1]
+        position = self.position + first
+        skipped = position // window - self.position // window
+        num_tiles = -(-(position % window + stop - first) // window)
+        values = self.values[skipped : skipped + num_tiles + 1]
+        return WindowLine(values=values, position=position, num_tokens=stop - first, cut=self.cut)
+
     def tiles(self) -> Iterator[Tile]:
         window = self.values.shape[1]
         first_tile, slot = divmod(self.position, window)

@@ -29,10 +29,12 @@ from antefix.model.compressor import Compressor
 from antefix.model.host_rows import upload
 from antefix.model.layer_loop import run_layers
 from antefix.model.lead import LeadCall
-from antefix.model.model import Model
+from antefix.model.model import DecoderLayer, Model
 from antefix.model.numerics import ROW_TILE, ROWS_FEW, linear
 from antefix.model.ops import Entries, Ops, TorchOps
+from antefix.model.parted_layers import PartedLayers
 from antefix.model.pool import BlockPool
+from antefix.model.row_threads import parts_of
 from antefix.model.step_threads import step_threads
 from antefix.model.steps import Steps, TokenRows, steps_of
 from antefix.model.window_state import CompressorState, Sequence, WindowState
@@ -47,7 +49,7 @@ _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(slots=True)
-class _Item:
+class Item:
     """One sequence's share of the batch: rows [start, stop), and what takes effect when tokens are kept.
 
     pending: each moves a part of the window state on by the new tokens [first, last); num_kept: how far it was moved.
@@ -85,6 +87,10 @@ class _Item:
     @property
     def rows(self) -> slice:
         return slice(self.start, self.stop)
+
+    def prepare(self) -> None:
+        """Make what several threads will ask for."""
+        _ = self.block_ids, self.positions
 
     def move_on(self, stop: int) -> None:
         """The sequence has `stop` of the new tokens."""
@@ -126,7 +132,7 @@ class Ran:
 
     logits: Tensor
     streams: Tensor
-    _items: list[_Item]
+    _items: list[Item]
     _steps: Steps | SeatedSteps | None = None
     _call: LeadCall | None = None
     _chunk: PendingChunk | None = None
@@ -176,7 +182,7 @@ class Ran:
         self._move(item, stop)
 
     @staticmethod
-    def _move(item: _Item, stop: int) -> None:
+    def _move(item: Item, stop: int) -> None:
         for apply in item.pending:
             apply(item.num_kept, stop)
         item.move_on(stop)
@@ -197,24 +203,25 @@ def run_tokens(
     # 1. Check everything, before anything is written.
     items, given = _plan(model, pool, batch)
     lead = model.lead
-    with step_threads(model, items[-1].stop):
+    with step_threads(model, items[-1].stop) as threads:
         if lead is None:
-            return _run_items(model, pool, items, given, logits=logits, write=write_global_kv, ops=ops)
+            return _run_items(model, pool, items, given, logits=logits, write=write_global_kv, ops=ops, threads=threads)
         told = [(sequence, as_tokens(each)) for sequence, each in batch]
         with lead.run(pool, told, logits=logits, write_global_kv=write_global_kv) as call:
-            ran = _run_items(model, pool, items, given, logits=logits, write=write_global_kv, ops=ops)
+            ran = _run_items(model, pool, items, given, logits=logits, write=write_global_kv, ops=ops, threads=1)
         return replace(ran, _call=call)
 
 
 def _run_items(
     model: Model,
     pool: BlockPool,
-    items: list[_Item],
+    items: list[Item],
     given: _Integers,
     *,
     logits: Literal["last", "all"],
     write: bool,
     ops: Ops,
+    threads: int,
 ) -> Ran:
     if write:
         _open_blocks(pool, items)
@@ -237,9 +244,14 @@ def _run_items(
     num_tokens = items[-1].stop
 
     def attend(layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        return _LayerPass(model, pool, layer, attention, ops, write, steps).run(x, positions, rope, split)
+        return LayerPass(model, pool, layer, attention, ops, write, steps).run(x, positions, rope, split)
 
-    streams = run_layers(model, tokens, positions, num_tokens, attend)
+    found: Tensor | None = None
+    if not single:
+        found = _run_parted(model, pool, items, tokens, positions, ops, threads, write=write)
+    elif isinstance(steps, Steps) and len(single) == len(items):
+        found = _run_steps(model, steps, tokens, positions)
+    streams = run_layers(model, tokens, positions, num_tokens, attend) if found is None else found
     # 3. Window states move on only when tokens are kept, so that a failed call can be repeated.
     hidden = model.model.norm(model.model.hc_head(streams))
     wanted = hidden[:num_tokens] if logits == "all" else hidden[[item.stop - 1 for item in items]]
@@ -249,7 +261,7 @@ def _run_items(
 def _run_chunk(
     model: Model,
     pool: BlockPool,
-    items: list[_Item],
+    items: list[Item],
     batch: list[tuple[Sequence, TokenArray]],
     runner: StepRunner,
     *,
@@ -269,7 +281,7 @@ def _run_chunk(
 def _steps(
     model: Model,
     pool: BlockPool,
-    single: list[_Item],
+    single: list[Item],
     tokens: _Integers,
     runner: StepRunner | None,
     *,
@@ -284,13 +296,45 @@ def _steps(
     return runner.steps(model, pool, sequences, tokens[[item.start for item in single]], write=write)
 
 
+def _run_steps(model: Model, steps: Steps, tokens: Tensor, positions: Tensor) -> Tensor | None:
+    """The layers of one token of each sequence as a few compiled calls: streams [N, M, D]; None: not here."""
+    if not steps.is_compiled:
+        return None
+    from antefix.model.compiled.layers import few_rows
+
+    rows = few_rows(model, tokens, positions)
+    return None if rows is None else rows.run(steps.attend)
+
+
+def _run_parted(
+    model: Model,
+    pool: BlockPool,
+    items: list[Item],
+    tokens: Tensor,
+    positions: Tensor,
+    ops: Ops,
+    threads: int,
+    *,
+    write: bool,
+) -> Tensor | None:
+    """The layers on several threads, each with its rows: streams [N, M, D]. None: one thread is to run them."""
+    parts = parts_of(model, len(tokens), threads)
+    if len(parts) == 1:
+        return None
+    layers = [
+        LayerPass(model, pool, index, cast(DecoderLayer, layer).self_attn, ops, write, None)
+        for index, layer in enumerate(model.model.layers)
+    ]
+    return PartedLayers(model, layers, items, tokens, positions).run(parts)
+
+
 class _Split:
     """Which rows of the batch belong to sequences that run one token, and which items run more.
 
     rows: a slice where the former lie side by side, which is what a decode step is.
     """
 
-    def __init__(self, items: list[_Item], single: list[_Item], device: torch.device) -> None:
+    def __init__(self, items: list[Item], single: list[Item], device: torch.device) -> None:
         self.longer = [item for item in items if item.step is None]
         first = single[0].start if single else 0
         is_run = all(item.start == first + i for i, item in enumerate(single))
@@ -300,7 +344,7 @@ class _Split:
 
 
 @dataclass(frozen=True, slots=True)
-class _LayerPass:
+class LayerPass:
     """One layer's attention over a batch."""
 
     model: Model
@@ -315,73 +359,93 @@ class _LayerPass:
         """x [N, D], normed, to the attention block's output [N, D]."""
         attention = self.attention
         # 1. What is computed for each token alone, for the whole batch at once.
-        residual = attention.query_residual(x)
-        q = attention.queries(residual, *rope)
-        window = self.ops.window_pack(attention.window_entries(x, *rope), self.model.layout)
-        rows = None if attention.compressor is None else attention.compressor.project(x, positions)
-        index = None
-        if isinstance(attention.compressor, CSACompressor):
-            indexer = attention.compressor.indexer
-            index = indexer.project(x, positions), indexer.queries(residual, *rope), indexer.head_weights(x)
+        rows = self.rows(x, positions, rope)
         # 2. What reaches across tokens: of sequences that run one token together, of others one by one.
-        attended = torch.zeros_like(q)
+        attended = torch.zeros_like(rows.q)
         at = split.rows
         if self.steps is not None and not isinstance(self.steps, Steps):
             attended[at] = self.steps.attend(self.index, attention, x[at], (rope[0][at], rope[1][at]))
         elif self.steps is not None:
-            mine = TokenRows(
-                q=q[at],
-                window=window[at],
-                compressed=None if rows is None else rows[:, at],
-                index=None if index is None else (index[0][:, at], index[1][at], index[2][at]),
-            )
-            attended[at] = self.steps.attend(self.index, attention, mine)
+            attended[at] = self.steps.attend(self.index, attention, rows.at(at))
         for item in split.longer:
-            part = item.rows
-            line = self._window(item, window[part])
-            if rows is None:
-                attended[part] = self.ops.full_attention(q[part], line, attention.sinks, None, item.positions)
-            elif index is None:
-                attended[part] = self._hca(item, q[part], line, rows[:, part])
-            else:
-                indexed = index[0][:, part], index[1][part], index[2][part]
-                attended[part] = self._csa(item, q[part], line, rows[:, part], indexed)
+            mine = rows.at(item.rows)
+            line = self.window_line(item, mine.window)
+            if mine.compressed is not None:
+                self.compress_main(item, mine.compressed)
+            if mine.index is not None:
+                self.compress_index(item, mine.index[0])
+            index = None if mine.index is None else mine.index[1:]
+            attended[item.rows] = self.attend(item, mine.q, line, item.positions, index)
         # 3. Project back.
         return attention.output(attended, *rope)
 
-    def _window(self, item: _Item, entries_TC: Tensor) -> WindowLine:
+    def rows(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> TokenRows:
+        """What is computed for each token alone, of x [N, D], normed."""
+        attention = self.attention
+        residual = attention.query_residual(x)
+        q = attention.queries(residual, *rope)
+        window = self.ops.window_pack(attention.window_entries(x, *rope), self.model.layout)
+        compressed = None if attention.compressor is None else attention.compressor.project(x, positions)
+        index = None
+        if isinstance(attention.compressor, CSACompressor):
+            indexer = attention.compressor.indexer
+            index = indexer.project(x, positions), indexer.queries(residual, *rope), indexer.head_weights(x)
+        return TokenRows(q=q, window=window, compressed=compressed, index=index)
+
+    def window_line(self, item: Item, entries_TC: Tensor) -> WindowLine:
+        """Window KV of the item's tokens [T, C] behind its ring, which takes them when they are kept."""
         ring = item.sequence.window.window[self.index]
         position = item.position
         item.pending.append(lambda first, stop: advance_ring(ring, entries_TC[first:stop], position + first))
         return line_up(ring, entries_TC, position, item.sequence.window.cut)
 
-    def _hca(self, item: _Item, q: Tensor, line: WindowLine, rows: Tensor) -> Tensor:
-        attention = self.attention
-        compressor = cast(Compressor, attention.compressor)
-        entries = self._entries(item, PartKind.HCA_MAIN)
-        self._compress(item, compressor, item.sequence.window.main[self.index], rows, entries)
-        visible = torch.div(item.positions + 1, compressor.ratio, rounding_mode="floor")
-        return self.ops.full_attention(q, line, attention.sinks, entries, visible)
+    @property
+    def compresses(self) -> bool:
+        return self.attention.compressor is not None
 
-    def _csa(
-        self, item: _Item, q: Tensor, line: WindowLine, rows: Tensor, index: tuple[Tensor, Tensor, Tensor]
-    ) -> Tensor:
-        attention = self.attention
-        compressor = cast(CSACompressor, attention.compressor)
-        entries = self._entries(item, PartKind.CSA_MAIN)
+    @property
+    def indexes(self) -> bool:
+        return isinstance(self.attention.compressor, CSACompressor)
+
+    def compress_main(self, item: Item, rows: Tensor) -> None:
+        """Write the entries of the groups that the main compressor's new rows [2, T, S] complete."""
+        compressor = cast(Compressor, self.attention.compressor)
+        entries = self._entries(item, PartKind.CSA_MAIN if self.indexes else PartKind.HCA_MAIN)
+        self._compress(item, compressor, item.sequence.window.main[self.index], rows, entries)
+
+    def compress_index(self, item: Item, rows: Tensor) -> None:
+        """The same of the indexer's."""
+        indexer = cast(CSACompressor, self.attention.compressor).indexer
         keys = self._entries(item, PartKind.INDEXER_KEYS)
-        index_rows, queries, weights = index
-        self._compress(item, compressor, item.sequence.window.main[self.index], rows, entries)
-        self._compress(item, compressor.indexer, item.sequence.window.indexer[self.index], index_rows, keys)
-        visible = torch.div(item.positions + 1, compressor.ratio, rounding_mode="floor")
-        picked = self.ops.indexer_topk(queries, weights, keys, visible, compressor.indexer.topk)
-        return self.ops.sparse_attention(q, line, attention.sinks, entries, picked)
+        self._compress(item, indexer, item.sequence.window.indexer[self.index], rows, keys)
 
-    def _entries(self, item: _Item, kind: PartKind) -> Entries:
+    def attend(
+        self,
+        item: Item,
+        q: Tensor,
+        line: WindowLine,
+        positions: Tensor,
+        index: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Attention of some of the item's tokens, at `positions` [T]: [T, H, C]. All entries they see are written.
+
+        index: the indexer's queries [T, I, C] and head weights [T, I] (CSA).
+        """
+        sinks, compressor = self.attention.sinks, self.attention.compressor
+        if compressor is None:
+            return self.ops.full_attention(q, line, sinks, None, positions)
+        visible = torch.div(positions + 1, compressor.ratio, rounding_mode="floor")
+        if index is None:
+            return self.ops.full_attention(q, line, sinks, self._entries(item, PartKind.HCA_MAIN), visible)
+        keys, topk = self._entries(item, PartKind.INDEXER_KEYS), cast(CSACompressor, compressor).indexer.topk
+        picked = self.ops.indexer_topk(*index, keys, visible, topk)
+        return self.ops.sparse_attention(q, line, sinks, self._entries(item, PartKind.CSA_MAIN), picked)
+
+    def _entries(self, item: Item, kind: PartKind) -> Entries:
         return Entries(pool=self.pool, part=self.pool.part(self.index, kind), block_ids=item.block_ids)
 
     def _compress(
-        self, item: _Item, compressor: Compressor, state: CompressorState, new_rows: Tensor, entries: Entries
+        self, item: Item, compressor: Compressor, state: CompressorState, new_rows: Tensor, entries: Entries
     ) -> None:
         """Close the groups that the new rows [2, T, S] complete, and keep the rest as the tail."""
         ratio = compressor.ratio
@@ -410,7 +474,7 @@ class _LayerPass:
 
         item.pending.append(close)
 
-    def _group_rope(self, item: _Item, first: int, num_groups: int) -> tuple[Tensor, Tensor]:
+    def _group_rope(self, item: Item, first: int, num_groups: int) -> tuple[Tensor, Tensor]:
         """cos and sin at each group's first token; the same for all layers of a kind."""
         kind = self.attention.kind
         if kind not in item.group_ropes:
@@ -422,20 +486,20 @@ class _LayerPass:
 
 def _plan(
     model: Model, pool: BlockPool, batch: collections.abc.Sequence[tuple[Sequence, Tokens]]
-) -> tuple[list[_Item], _Integers]:
+) -> tuple[list[Item], _Integers]:
     """Checked items, and the batch's tokens and positions [2, N], padded with 0."""
     if not batch:
         raise InternalError("a batch needs at least one sequence")
     if pool.layout != model.layout:
         raise InternalError("the pool was made for another layout than the model's")
-    items: list[_Item] = []
+    items: list[Item] = []
     pieces: list[Tokens] = []
     start = 0
     for sequence, given in batch:
         tokens = as_tokens(given)
         _check_item(model, pool, sequence, len(tokens), int(tokens.max()) if len(tokens) else 0)
         stop = start + len(tokens)
-        items.append(_Item(sequence, start, stop, model.device))
+        items.append(Item(sequence, start, stop, model.device))
         pieces.append(tokens)
         start = stop
     if len({id(item.sequence.window) for item in items}) < len(items):
@@ -473,7 +537,7 @@ def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: i
         raise InternalError(f"the block table names blocks outside the pool of {pool.num_blocks}")
 
 
-def _open_blocks(pool: BlockPool, items: list[_Item]) -> None:
+def _open_blocks(pool: BlockPool, items: list[Item]) -> None:
     """Clear the rows that this call is the first to write."""
     block_size = pool.layout.geometry.block_size
     for item in items:

@@ -23,8 +23,8 @@ SHARED_WORK = 1 << 26
 
 
 @contextlib.contextmanager
-def step_threads(model: Model, num_tokens: int) -> Iterator[None]:
-    """While this lasts, operations take the threads that pay for so many tokens.
+def step_threads(model: Model, num_tokens: int) -> Iterator[int]:
+    """While this lasts, operations take the threads that pay for so many tokens. Gives how many there are in all.
 
     All of torch's on a card, and where nobody has found that bits do not depend on their number
     (`model.threads_are_free`).
@@ -33,10 +33,10 @@ def step_threads(model: Model, num_tokens: int) -> Iterator[None]:
     rows = -(-num_tokens // ROW_TILE) * ROW_TILE
     is_large = rows * model.config.hidden_size**2 >= SHARED_WORK
     if threads == 1 or is_large or not model.threads_are_free or model.device.type != "cpu":
-        yield
+        yield threads
         return
     torch.set_num_threads(1)
     try:
-        yield
+        yield threads
     finally:
         torch.set_num_threads(threads)

@@ -50,9 +50,20 @@ class TokenRows:
     compressed: Tensor | None = None
     index: tuple[Tensor, Tensor, Tensor] | None = None
 
+    def at(self, rows: slice | Tensor) -> TokenRows:
+        """Those of some tokens."""
+        return TokenRows(
+            q=self.q[rows],
+            window=self.window[rows],
+            compressed=None if self.compressed is None else self.compressed[:, rows],
+            index=None if self.index is None else (self.index[0][:, rows], self.index[1][rows], self.index[2][rows]),
+        )
+
 
 class Steps:
     """One forward pass over sequences that run one token each."""
+
+    is_compiled = False
 
     def __init__(
         self, model: Model, pool: BlockPool, sequences: collections.abc.Sequence[Sequence], write: bool

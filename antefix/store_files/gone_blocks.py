@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from antefix.miss_reason import MissReason
+from antefix.own_files import open_to_read
 from antefix.record import BlockFate, RecordKind
 from antefix.store_files.index import Index
 
@@ -59,7 +60,7 @@ class GoneWriter:
         if not noted:
             return
         with contextlib.suppress(OSError):
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 if os.fstat(fd).st_size != self.nbytes:
                     # New, or made under another budget, where each hash has another slot.
@@ -112,7 +113,7 @@ def _indexed(
 def remembered(directory: Path, block_hash: bytes) -> MissReason:
     """EVICTED, EXPIRED, or FIRST_SEEN: of a block that the index does not name."""
     try:
-        with (directory / GONE_FILE).open("rb", buffering=0) as file:
+        with os.fdopen(open_to_read(directory / GONE_FILE), "rb", buffering=0) as file:
             nbytes = os.fstat(file.fileno()).st_size
             slot = os.pread(file.fileno(), SLOT_BYTES, _offset(block_hash, nbytes)) if nbytes >= SLOT_BYTES else b""
     except OSError:

@@ -347,7 +347,7 @@ def owner_of(letter: bytes, value: bytes) -> bytes:
 def _identity(directory: Path) -> tuple[int, int] | None:
     try:
         stat = (directory / DATA_FILE).stat()
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:
         return None
     return stat.st_dev, stat.st_ino
 

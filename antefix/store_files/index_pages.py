@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Self
 
 from antefix.errors import Unavailable
+from antefix.own_files import open_to_read
 
 _MAGIC: Final = 0xBEEFC0DE
 _VERSION: Final = 1
@@ -90,7 +91,7 @@ class PageFile:
         """Raises:  Unavailable: there is none, or it begins like none."""
         self.path = path
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_to_read(path)
         except OSError as err:
             raise Unavailable(f"no index can be opened in {path.parent}: {err}") from err
         # Closed with its last user: another thread may be reading when the one that opened it lets go.

@@ -11,10 +11,12 @@ import os
 from pathlib import Path
 from typing import Final
 
+from antefix.own_files import read_small
 from antefix.private_file import open_private
 from antefix.store_files.hit_log import StoreLog
 
 USAGE_LOG_FILE: Final = "USAGE_LOG"
+_PATH_BYTES_MAX: Final = 4096
 
 
 def announce_log(store_directory: Path, log_directory: str) -> None:
@@ -26,7 +28,7 @@ def announce_log(store_directory: Path, log_directory: str) -> None:
     # A directory's name is bytes, of which not all are text.
     text = os.fsencode(Path(log_directory).resolve()) + b"\n"
     with contextlib.suppress(OSError):
-        if path.read_bytes() == text:
+        if read_small(path, len(text)) == text:
             return  # also on a disk that has no room to say it again
     part = path.with_suffix(".part")
     with open_private(part, "w") as file:
@@ -40,7 +42,8 @@ class ReadEvidence:
     def __init__(self, store_directory: Path) -> None:
         self._log: StoreLog | None = None
         with contextlib.suppress(OSError):
-            self._log = StoreLog(Path(os.fsdecode((store_directory / USAGE_LOG_FILE).read_bytes().removesuffix(b"\n"))))
+            name = read_small(store_directory / USAGE_LOG_FILE, _PATH_BYTES_MAX).removesuffix(b"\n")
+            self._log = StoreLog(Path(os.fsdecode(name)))
 
     def used(self, block_hash: bytes) -> None:
         """The last block of a path that was read."""

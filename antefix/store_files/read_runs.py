@@ -223,6 +223,13 @@ def _decode(want: Wanted, head: bytes, body: memoryview, seed: int, decrypt: Dec
             at += part.nbytes
 
 
+def records_per_run(count: int, num_threads: int, record_bytes: int) -> int:
+    """How many of `count` records one preadv should read: few enough that threads end together."""
+    run = RUN_BYTES_MAX // (RECORD_HEADER_BYTES + record_bytes)
+    evenly = -(-count // (4 * num_threads))
+    return max(1, min(run, max(evenly, RUN_BYTES_MIN * run // RUN_BYTES_MAX), RUN_RECORDS_MAX))
+
+
 def runs_of(wanted: Sequence[Wanted], bytes_max: int = RUN_BYTES_MAX) -> Iterator[Sequence[Wanted]]:
     """Cut at every gap, and where one preadv should end."""
     first = segment = end = nbytes = 0

@@ -76,14 +76,22 @@ class Seals:
         tenant: bytes = b"",
     ) -> bool:
         """Whether this very payload was sealed under this name. sealed: a header's sealed part.  tenant: empty: any."""
-        if self._holds(sealed, payload, kind, block_hash, fingerprint, tenant):
+        if self.fits(sealed, payload, kind=kind, block_hash=block_hash, fingerprint=fingerprint, tenant=tenant):
             return True
         self.num_broken += 1
         return False
 
-    def _holds(
-        self, sealed: bytes, payload: Buffer, kind: RecordKind, block_hash: bytes, fingerprint: bytes, tenant: bytes
+    def fits(
+        self,
+        sealed: bytes,
+        payload: Buffer,
+        *,
+        kind: RecordKind,
+        block_hash: bytes,
+        fingerprint: bytes,
+        tenant: bytes = b"",
     ) -> bool:
+        """As `holds`, for who asks that as well about what does not fit."""
         if len(sealed) != SEALED_BYTES:
             return False
         signed, salt, mac = _as_signed(sealed), sealed[SIGNED.size : -MAC_BYTES], sealed[-MAC_BYTES:]

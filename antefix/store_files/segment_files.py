@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
+from antefix.own_files import open_to_read
 from antefix.store_files.record_format import segment_name
 
 # Far below the usual limit of 1,024 descriptors per process.
@@ -78,7 +79,7 @@ class SegmentFiles:
             file = self._files.get(segment)
             if file is None:
                 path = self._directory / segment_name(segment)
-                file = self._files[segment] = OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+                file = self._files[segment] = OpenFile(open_to_read(path))
                 if len(self._files) > NUM_OPEN_MAX:
                     self._doom(next(iter(self._files)))
             self._files.move_to_end(segment)

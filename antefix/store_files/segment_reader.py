@@ -8,9 +8,10 @@ is corrupt, and that is reported as a suspect for the store to judge.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,18 +19,25 @@ from typing import Final
 
 from antefix.errors import BlockCorrupt, InvalidRequest, Unavailable
 from antefix.host_limits import usable_cores
+from antefix.own_files import read_small
 from antefix.record import Held, LookupResult, RecordKind
 from antefix.store_files.index import Index
+from antefix.store_files.plain_reads import PlainRead, PlainReads
 from antefix.store_files.read_runs import (
-    RUN_BYTES_MAX,
-    RUN_BYTES_MIN,
-    RUN_RECORDS_MAX,
     Decrypt,
     RunReader,
     Wanted,
+    records_per_run,
     runs_of,
 )
-from antefix.store_files.record_format import INDEX_DIR, SEGMENT_DIR, STORE_FILE, IndexEntry, unpack_identity
+from antefix.store_files.record_format import (
+    INDEX_DIR,
+    SEGMENT_DIR,
+    STORE_FILE,
+    STORE_HEADER,
+    IndexEntry,
+    unpack_identity,
+)
 from antefix.store_files.record_header import RecordHeader
 from antefix.store_files.seal import Seals
 
@@ -37,6 +45,8 @@ from antefix.store_files.seal import Seals
 # and a warm one faster than 4 or 16 did. Prefetching by fadvise made both slower. More cores can keep more in flight.
 READS_IN_FLIGHT: Final = max(2, min(16, usable_cores()))
 
+# Fewer are read one by one as fast.
+_PLAIN_RECORDS_MIN: Final = 8
 # Of small payloads; what is laid out and sent at once should not make others wait.
 _WINDOW_RECORDS_MAX: Final = 512
 
@@ -116,12 +126,13 @@ class StoreReader:
         """
         self.directory = Path(directory)
         try:
-            self.seed = unpack_identity((self.directory / STORE_FILE).read_bytes()).seed
+            self.seed = unpack_identity(read_small(self.directory / STORE_FILE, STORE_HEADER.size)).seed
         except (FileNotFoundError, BlockCorrupt) as err:
             raise Unavailable(f"{self.directory} holds no readable store: {err}") from err
         self.index = index or Index(self.directory / INDEX_DIR)
         self._owns_index = index is None
         self.runs = RunReader(self.directory / SEGMENT_DIR, self.seed, decrypt, seals)
+        self._plain = PlainReads(self.index, self.runs.files, seals)
         self._num_helpers = max(1, num_threads - 1)
         self._pool = ThreadPoolExecutor(self._num_helpers, thread_name_prefix="antefix-read")
         self._reads_locked = decrypt is not None
@@ -153,19 +164,55 @@ class StoreReader:
         """
         if len(hashes) != len(into):
             raise InvalidRequest(f"{len(hashes)} hashes but {len(into)} buffers")
-        shares = deque(_shares(len(hashes), self._records_a_share(hashes, fingerprint)))
+        self.runs.files.sweep()
+        plain = self._plain.locate(
+            hashes if len(hashes) >= _PLAIN_RECORDS_MIN else [],
+            into,
+            fingerprint=fingerprint,
+            tenant=tenant,
+            now_ms=self._clock_ms(),
+            num_threads=self._num_helpers + 1,
+        )
+        num_plain = len(plain) if self._is_read_plainly(plain) else 0
+        outcome = ReadOutcome(num_plain, plain.stored_bytes if num_plain else 0)
+        if num_plain < len(hashes):
+            rest = self._read_rest(hashes[num_plain:], into[num_plain:], fingerprint, tenant)
+            outcome = _joined([(0, outcome), (num_plain, rest)])
+        return outcome
+
+    def _is_read_plainly(self, plain: PlainRead) -> bool:
+        """Whether all of this was read and is right, in many threads."""
+        waiting, failed = deque(plain.runs), threading.Event()
+
+        def work() -> None:
+            if not self._plain.read(plain, files, waiting):
+                failed.set()
+                waiting.clear()
+
+        try:
+            with self._plain.opened(plain) as files:
+                self._with_helpers(work, len(waiting) - 1, waiting.clear)
+        except OSError:
+            return False
+        return not failed.is_set() and self._plain.is_right(plain, self.seed)
+
+    def _read_rest(
+        self, hashes: Sequence[bytes], into: Sequence[memoryview], fingerprint: bytes, tenant: bytes
+    ) -> ReadOutcome:
+        """Record by record, in many threads: what is not plain, and what was found wrong."""
+        shares = _shares(len(hashes), self._num_helpers + 1, into[0].nbytes)
         found: list[tuple[int, ReadOutcome]] = []
 
         def work() -> None:
             # Looking up and preparing one share takes the interpreter's lock, reading another does not.
             while shares:
                 try:
-                    first, last = shares.popleft()
+                    first, end = shares.popleft()
                 except IndexError:
                     return
-                outcome = self._read_share(hashes[first:last], into[first:last], fingerprint, tenant)
+                outcome = self._read_share(hashes[first:end], into[first:end], fingerprint, tenant)
                 found.append((first, outcome))
-                if outcome.num_good < last - first:
+                if outcome.num_good < end - first:
                     # Nothing behind the first gap counts.
                     shares.clear()
 
@@ -180,13 +227,6 @@ class StoreReader:
             if into[number].nbytes != nbytes:
                 raise InvalidRequest(f"a buffer has {into[number].nbytes} bytes, its payload {nbytes}")
         return self.fill(located, lambda number, _: (into[number].cast("B"),))
-
-    def _records_a_share(self, hashes: Sequence[bytes], fingerprint: bytes) -> int:
-        """As many as one thread reads at a time, and few enough that threads end together."""
-        first = self.locate(RecordKind.BLOCK, hashes[:1], fingerprint=fingerprint)
-        evenly = -(-len(hashes) // (4 * (self._num_helpers + 1)))
-        run = RUN_BYTES_MAX // first.wanted[0].entry.extent_bytes if first.wanted else 1
-        return max(1, min(run, max(evenly, RUN_BYTES_MIN * run // RUN_BYTES_MAX), RUN_RECORDS_MAX))
 
     def _with_helpers(self, work: Callable[[], None], num_helpers: int, stop: Callable[[], None]) -> None:
         """Do `work` in this thread and, meanwhile, in up to `num_helpers` others; `stop` makes all of them end."""
@@ -275,9 +315,10 @@ class StoreReader:
         return False
 
 
-def _shares(count: int, size: int) -> Iterator[tuple[int, int]]:
-    for first in range(0, count, size):
-        yield first, min(first + size, count)
+def _shares(count: int, num_threads: int, record_bytes: int) -> deque[tuple[int, int]]:
+    """First and end of what one thread reads at a time."""
+    size = records_per_run(count, num_threads, record_bytes)
+    return deque((first, min(first + size, count)) for first in range(0, count, size))
 
 
 def _joined(found: list[tuple[int, ReadOutcome]]) -> ReadOutcome:

@@ -11,9 +11,10 @@ import dataclasses
 
 from antefix.errors import BlockCorrupt
 from antefix.record import Record, RecordKind
+from antefix.secret import TENANT_BYTES, USER_BYTES
 from antefix.store_files.record_draft import draft_of
 from antefix.store_files.record_format import RECORD_HEADER_BYTES, payload_checksum
-from antefix.store_files.record_header import pack_record_header, plain_record, sealed_part
+from antefix.store_files.record_header import pack_record_header, plain_record, sealed_part, unpack_record_header
 from antefix.store_files.seal import SealBroken, Seals
 
 HEADER_BYTES = RECORD_HEADER_BYTES
@@ -43,3 +44,16 @@ def unpack(value: bytes, *, name: bytes, fingerprint: bytes, tenant: bytes = b""
     ):
         raise SealBroken(f"the pooled checkpoint after block {name.hex()[:16]} has no right seal")
     return bytes(payload)
+
+
+def is_owned(head: bytes, owner: bytes) -> bool:
+    """Whether a value is to go when this owner's go.  head: its first HEADER_BYTES bytes.
+
+    owner: as in a record; without a user, all of a tenant's users are meant. A damaged value does not say whose it is,
+    and no reader takes it: it goes as well.
+    """
+    try:
+        header = unpack_record_header(head, _SEED)
+    except BlockCorrupt:
+        return True
+    return header.tenant.startswith(owner[:TENANT_BYTES] if owner.endswith(bytes(USER_BYTES)) else owner)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Any, TypeVar
 
 from redis.asyncio import RedisCluster
@@ -21,7 +21,7 @@ from antefix.record import Record
 from antefix.redis_access import RedisAccess
 from antefix.store_files.seal import SealBroken, Seals
 from antefix.window_pool.pool_api import NAMES_MAX, Found
-from antefix.window_pool.pool_format import HEADER_BYTES, pack, unpack
+from antefix.window_pool.pool_format import HEADER_BYTES, is_owned, pack, unpack
 
 T = TypeVar("T")
 # A checkpoint of 4.6 MB at 10 Gbit/s takes 4 ms; a pool slower than this is slower than a replay on most machines.
@@ -31,6 +31,9 @@ DOWN_S = 2.0
 # How often the server's memory is looked at; what this worker wrote meanwhile is added.
 _LOOK_S = 1.0
 _TTL_DEFAULT_S = 600.0
+_PREFIX = "antefix:window:"
+# Keys that a purge looks at in one go.
+_PURGED_AT_ONCE = 500
 
 
 class RedisWindowPool:
@@ -97,6 +100,24 @@ class RedisWindowPool:
             await self._ask(self._redis.delete(key))
             return None
 
+    async def purge(self, owner: bytes) -> int:
+        """Drop an owner's checkpoints; without a user, all of a tenant's. Returns how many went.
+
+        Raises:  Unavailable: the server failed; some are still there.
+        """
+        num_gone = 0
+        keys = self._redis.scan_iter(match=f"{_PREFIX}*", count=_PURGED_AT_ONCE)
+        while some := await self._ask(_next_of(keys, _PURGED_AT_ONCE)):
+            pipeline = self._redis.pipeline(transaction=False)
+            for key in some:
+                pipeline.getrange(key, 0, HEADER_BYTES - 1)
+            heads = await self._ask(pipeline.execute())
+            for key, head in zip(some, heads, strict=True):
+                # An empty one has gone meanwhile.
+                if head and is_owned(head, owner):
+                    num_gone += await self._ask(self._redis.unlink(key))
+        return num_gone
+
     async def check(self) -> None:
         """Raises:  Unavailable: the server does not answer."""
         await self._ask(self._redis.ping())
@@ -141,4 +162,11 @@ class RedisWindowPool:
 
 def key_of(name: bytes, fingerprint: bytes) -> str:
     """The key of the checkpoint after block `name`; the fingerprint's part lets an operator drop one model's keys."""
-    return f"antefix:window:{fingerprint[:8].hex()}:{name.hex()}"
+    return f"{_PREFIX}{fingerprint[:8].hex()}:{name.hex()}"
+
+
+async def _next_of(keys: AsyncIterator[bytes], num_max: int) -> list[bytes]:
+    found: list[bytes] = []
+    while len(found) < num_max and (key := await anext(keys, None)) is not None:
+        found.append(key)
+    return found

@@ -25,6 +25,7 @@ from antefix.private_file import open_private, write_private
 from antefix_billing.ledger_files import (
     first_sequence_of,
     read_entries,
+    read_segment,
     segments_of,
     source_of,
     sync_directory,
@@ -60,7 +61,7 @@ def archive(ledger: Path, place: str) -> list[str]:
         sizes = {each.name: each.nbytes for each in await bucket.list_objects(folder)}
         copied = []
         for path in paths:
-            data = await asyncio.to_thread(path.read_bytes)
+            data = await asyncio.to_thread(read_segment, path)
             name = folder + path.name
             if sizes.get(name) != len(data):
                 await bucket.put(name, [data])
@@ -146,7 +147,7 @@ def restore(place: str, source: bytes, to: Path, *, ledger: Path | None = None) 
     num_segments = with_bucket(place, fetch)
     for path in _kept(ledger) if ledger is not None else ():
         if not (to / path.name).exists():
-            (to / path.name).write_bytes(path.read_bytes())
+            (to / path.name).write_bytes(read_segment(path))
             num_segments += 1
     with open_private(to / "source", "w") as file:
         file.write(source.hex() + "\n")
@@ -235,7 +236,7 @@ def _summary(ledger: Path, chosen: Sequence[_Segment], signer: Signer, *, place:
     totals, files = Totals(), []
     last, hash = pruned_to(ledger)
     for segment in chosen:
-        data = segment.path.read_bytes()
+        data = read_segment(segment.path)
         files.append(PrunedFile(name=segment.path.name, nbytes=len(data), digest=_digest(data)))
         for entry in entries_of(data):
             totals.add(entry)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from antefix.checked_files import JSON_BYTES_MAX, read_bytes
 from antefix.errors import ConfigError
 from antefix.private_file import FILE_MODE, refuse_writable, write_private
 from antefix_billing.api_keys import KeyBook, from_json, to_json
@@ -19,7 +20,7 @@ def read_book(path: str | Path) -> KeyBook:
     """Raises:  ConfigError: it cannot be read, others may change it, or it is no book of keys."""
     refuse_writable(path, _WHAT)
     try:
-        return from_json(Path(path).read_bytes())
+        return from_json(read_bytes(path, JSON_BYTES_MAX))
     except (OSError, ConfigError) as err:
         raise ConfigError(f"{_WHAT} {path}: {err}") from err
 

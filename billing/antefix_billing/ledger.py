@@ -36,6 +36,7 @@ from antefix_billing.ledger_files import (
     prepare_directory,
     read_entries,
     read_entry_at,
+    read_segment,
     segment_path,
     segments_of,
     settled_of,
@@ -271,6 +272,25 @@ class Ledger:
             except OSError as second:
                 self._broken = str(second)
             raise Unavailable(f"the ledger cannot be written: {err}") from err
+        self._check_in_place(self._tail.offset + len(data))
+
+    def _check_in_place(self, size: int) -> None:
+        """What was synced counts only where a reader finds it: in a file that was deleted, it ends with this process.
+
+        Raises:  Unavailable: nothing of the batch counts, and the ledger takes no more.
+        """
+        path, ours = segment_path(self.directory, self._tail.segment), os.fstat(self._fd)
+        try:
+            there = path.stat()
+            why = "" if os.path.samestat(there, ours) else "was replaced"
+        except OSError:
+            why = "is gone"
+        if not why and ours.st_size != size:
+            why = f"has {ours.st_size} bytes and must have {size}"
+        if why:
+            self._broken = f"{path} {why}: another process changed it; {RESTORE}"
+            log.error("the ledger takes no more entries: %s", self._broken)
+            raise Unavailable("the ledger takes no more entries: its file was changed; the router's log has more")
 
     def _make_room(self) -> None:
         if self._fd >= 0 and self._tail.offset < self._segment_bytes:
@@ -323,6 +343,9 @@ class Ledger:
         """Catch the index up, read the last segment, cut off its torn tail; what was acknowledged must be there."""
         mark = Mark.of(self.directory)
         paths = segments_of(self.directory)
+        for path in paths:
+            if not path.is_file():
+                raise LedgerCorrupt(f"{path} is no file; {RESTORE}")
         if paths and paths[-1].stat().st_size <= SEGMENT_HEADER_BYTES:
             paths.pop().unlink()  # started and not used, perhaps not even whole: started again when needed
         self._check_segments(paths, mark)
@@ -331,7 +354,7 @@ class Ledger:
             return
         last = paths[-1]
         self._catch_up([first_sequence_of(path) for path in paths])
-        data = last.read_bytes()
+        data = read_segment(last)
         header = unpack_segment_header(data)
         if header.source != self.source:
             raise LedgerCorrupt(f"{last.name} belongs to another ledger")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from antefix.directory_lock import DirectoryLock
 from antefix.errors import ConfigError
+from antefix.own_files import open_to_read, read_small
 from antefix.private_file import open_private
 from antefix_billing.adjustment import Adjusted, Adjustment
 from antefix_billing.ledger_format import (
@@ -38,6 +39,9 @@ from antefix_billing.pruned import pruned_to
 from antefix_billing.usage_record import UsageRecord
 
 _GLOB = "usage-*.ledger"
+# Segments are 16 MiB; what is far longer was not written by us, and is not read to its end.
+_SEGMENT_BYTES_MAX = 256 << 20
+_SOURCE_FILE_BYTES_MAX = 4096
 SOURCE_PREFIX = "antefix/"
 RESTORE = "restore the ledger from a copy, or give the router a new directory and keep this one"
 
@@ -68,7 +72,7 @@ def first_sequence_of(path: Path) -> int:
 def source_of(directory: Path) -> bytes:
     """Raises:  ConfigError: not a ledger directory."""
     try:
-        return bytes.fromhex((directory / "source").read_text().strip())
+        return bytes.fromhex(read_small(directory / "source", _SOURCE_FILE_BYTES_MAX).decode().strip())
     except (OSError, ValueError) as err:
         raise ConfigError(f"{directory} is not a ledger: {err}") from err
 
@@ -118,7 +122,7 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
     if not start and expected != begin:
         raise LedgerCorrupt(f"the ledger begins with entry {expected}: earlier segments are missing")
     for index in range(start, len(paths)):
-        data = paths[index].read_bytes()
+        data = read_segment(paths[index])
         is_last = index == len(paths) - 1
         if is_last and len(data) <= SEGMENT_HEADER_BYTES:
             break
@@ -209,7 +213,7 @@ def sequence_before(directory: Path, time_s: float) -> int:
 def read_entry_at(path: Path, offset: int) -> Entry:
     """Raises:  LedgerCorrupt: there is no whole entry there."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_to_read(path), "rb") as file:
             file.seek(offset)
             entry = unpack_entry(file.read(72 << 10), 0)
     except FileNotFoundError as err:
@@ -219,9 +223,20 @@ def read_entry_at(path: Path, offset: int) -> Entry:
     return entry
 
 
+def read_segment(path: Path) -> bytes:
+    """Raises:  LedgerCorrupt: it is missing, is no file, or is far longer than a segment becomes."""
+    try:
+        data = read_small(path, _SEGMENT_BYTES_MAX)
+    except FileNotFoundError as err:
+        raise LedgerCorrupt(f"{path.name} is missing; {RESTORE}") from err
+    if len(data) > _SEGMENT_BYTES_MAX:
+        raise LedgerCorrupt(f"{path.name} has more than {_SEGMENT_BYTES_MAX} bytes, which no segment has; {RESTORE}")
+    return data
+
+
 def hash_before(path: Path, entry: Entry) -> bytes:
     """Entries have no back pointers: this is asked for receipts and retries, which are rare, and reads one segment."""
-    data = path.read_bytes()
+    data = read_segment(path)
     previous = unpack_segment_header(data).previous_hash
     for other in entries_of(data):
         if other.sequence == entry.sequence:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -26,6 +28,7 @@ import xxhash
 from antefix.errors import Unavailable
 from antefix.host_limits import map_bytes_of
 from antefix.lmdb_path import lmdb_path
+from antefix.own_files import open_to_read, put_aside, read_small
 from antefix.store_files.index_pages import MAIN_TABLE, PageFile, PageTxn
 from antefix_billing.usage_record import OpenEntry
 
@@ -42,6 +45,10 @@ _OPEN: Final = b"open:"
 _SEGMENT: Final = b"segment:"
 # The file's checksum, there only while the ledger is closed in order.
 _CLEAN_FILE: Final = "CLEAN"
+_DATA_FILE: Final = "data.mdb"
+_SUM_BYTES: Final = 16
+# A hundred million requests; reading more would take the start minutes.
+_BYTES_BELIEVED: Final = 16 << 30
 
 
 class LedgerIndexDamaged(Unavailable):
@@ -65,7 +72,10 @@ class LedgerIndex:
         self._directory = directory
         self._about = _VERSION.to_bytes(4, "little") + source
         self._file: PageFile | None = None
+        put_aside(directory, stat.S_ISDIR)
         directory.mkdir(mode=0o700, exist_ok=True)
+        for name in (_DATA_FILE, "lock.mdb", _CLEAN_FILE):
+            put_aside(directory / name)
         if fault := self._fault():
             log.warning("the ledger's index in %s is made again: %s", directory, fault)
             self.clear()
@@ -126,13 +136,14 @@ class LedgerIndex:
     def clear(self) -> None:
         """Begin empty."""
         self._let_go()
+        put_aside(self._directory, stat.S_ISDIR)
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(mode=0o700, exist_ok=True)
 
     def close(self) -> None:
         """Note what the file is, so that the next opening need not examine it."""
         self._let_go()
-        path = self._directory / "data.mdb"
+        path = self._directory / _DATA_FILE
         if path.exists():
             try:
                 (self._directory / _CLEAN_FILE).write_bytes(_sum_of(path))
@@ -140,7 +151,7 @@ class LedgerIndex:
                 log.warning("the ledger's index could not be sealed: %s; its next opening examines it", err)
 
     def _write(self, change: Callable[[lmdb.Transaction], None]) -> None:
-        path = self._directory / "data.mdb"
+        path = self._directory / _DATA_FILE
         nbytes = map_bytes_of(2 * (path.stat().st_size if path.exists() else 0) + _MAP_BYTES_MORE)
         with (
             lmdb_path(self._directory) as directory,
@@ -151,7 +162,7 @@ class LedgerIndex:
         self._let_go()
 
     def _opened(self) -> PageFile | None:
-        path = self._directory / "data.mdb"
+        path = self._directory / _DATA_FILE
         if self._file is not None and self._file.is_replaced:
             self._let_go()
             raise LedgerIndexDamaged(f"{path} is gone or was replaced")
@@ -197,18 +208,20 @@ class LedgerIndex:
 
     def _fault(self) -> str:
         """Why what is there cannot be used; empty where it can, or where nothing is."""
-        path = self._directory / "data.mdb"
+        path = self._directory / _DATA_FILE
         clean = self._directory / _CLEAN_FILE
         verify: Callable[..., list[str]] = lmdb.verify.verify
         if not path.exists():
             return "it is gone" if clean.exists() else ""
         try:
+            if path.stat().st_size > _BYTES_BELIEVED:
+                return "it is far larger than an index becomes"
             file = self._opened()
             assert file is not None
             if not file.is_whole:
                 return "it is shorter than it says"
             if clean.exists():
-                if clean.read_bytes() != _sum_of(path):
+                if read_small(clean, _SUM_BYTES) != _sum_of(path):
                     return "it is not what it was when the ledger was closed"
             else:
                 with lmdb_path(self._directory) as directory:
@@ -222,7 +235,7 @@ class LedgerIndex:
 
 def _sum_of(path: Path) -> bytes:
     state = xxhash.xxh3_128()
-    with path.open("rb") as file:
+    with os.fdopen(open_to_read(path), "rb") as file:
         while piece := file.read(4 << 20):
             state.update(piece)
     return state.digest()

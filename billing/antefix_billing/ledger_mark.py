@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Self
 
+from antefix.own_files import put_aside, read_small
+
 MARK_FILE: Final = "acknowledged"
 _MAGIC: Final = b"AFLM"
 _HEAD: Final = struct.Struct("<4sI")
@@ -46,7 +48,7 @@ class Mark:
     def of(cls, directory: Path) -> Self | None:
         """None where there is none, as in ledgers of before there was one, or where it is damaged itself."""
         try:
-            data = (directory / MARK_FILE).read_bytes()
+            data = read_small(directory / MARK_FILE, MARK_BYTES)
         except FileNotFoundError:
             return None
         if len(data) != MARK_BYTES:
@@ -62,6 +64,7 @@ class MarkFile:
     """The writer's. Failing to write it costs nothing but that a later loss may not show."""
 
     def __init__(self, directory: Path) -> None:
+        put_aside(directory / MARK_FILE)
         self._fd = os.open(directory / MARK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def write(self, mark: Mark) -> None:

@@ -31,6 +31,7 @@ from typing import Any, Final
 
 from antefix.errors import Unavailable
 from antefix.miss_reason import MissReason
+from antefix.own_files import put_aside
 from antefix.usage import Evidence, Usage
 from antefix_billing.ledger_reserve import allocate
 
@@ -44,17 +45,20 @@ _BODY: Final = struct.Struct("<16s8IQ24s24s32s")
 _MORE: Final = struct.Struct("<II")
 _GROW_SLOTS: Final = 64
 _RESERVE_SLOTS: Final = 1024
+# Far more than a router runs at once; a file that says so was not written by us.
+_SLOTS_MAX: Final = 1 << 16
 
 
 class ProgressJournal:
     """The file of one ledger. Called from one thread, but for `sync`."""
 
     def __init__(self, directory: Path) -> None:
+        put_aside(directory / PROGRESS_FILE)
         self._fd = os.open(directory / PROGRESS_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._slots: dict[str, int] = {}
         self._free: list[int] = []
         self._found: dict[bytes, Usage] = {}
-        self._num_slots = os.fstat(self._fd).st_size // SLOT_BYTES
+        self._num_slots = min(_SLOTS_MAX, os.fstat(self._fd).st_size // SLOT_BYTES)
         self._hold()
         for number in range(self._num_slots):
             found = _unpack(os.pread(self._fd, SLOT_BYTES, number * SLOT_BYTES))

@@ -19,6 +19,7 @@ from typing import Any
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from antefix.checked_files import read_bytes
 from antefix.errors import ConfigError, InvalidRequest
 from antefix.private_file import create_private, write_private
 from antefix_billing.ledger_files import Settled
@@ -29,6 +30,7 @@ from antefix_billing.usage_record import UsageRecord
 
 _DOMAIN = b"antefix-receipt\0"
 _WAS = "was "
+_KEY_FILE_BYTES_MAX = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,7 @@ class Signer:
         Raises:  ConfigError: the file cannot be read or is of another form.
         """
         try:
-            first, *rest = Path(path).read_bytes().decode("ascii").split("\n")
+            first, *rest = read_bytes(path, _KEY_FILE_BYTES_MAX).decode("ascii").split("\n")
             older = [bytes.fromhex(line.removeprefix(_WAS)) for line in rest if line.strip()]
             if any(not line.startswith(_WAS) for line in rest if line.strip()) or any(len(key) != 32 for key in older):
                 raise ValueError('a line behind the key must be "was" and a public key of 64 hex digits')

@@ -11,6 +11,7 @@ decimal strings, so the same record always has the same bytes and the same hash.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -71,10 +72,14 @@ class OpenEntry:
         return event_id(self.key, self.attempt)
 
     def to_payload(self) -> bytes:
-        values = {"v": PAYLOAD_VERSION, **dataclasses.asdict(self)}
+        values = {"v": PAYLOAD_VERSION, **self.to_dict()}
         if not self.key_id:
             del values["key_id"]
         return _canonical(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values. Of each request, so without `asdict`, which copies deeply what cannot be changed."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
     def from_payload(cls, payload: bytes) -> OpenEntry:
@@ -261,7 +266,12 @@ def event_id(key: str, attempt: int) -> str:
 
 def request_key(tenant: str, request_id: str) -> str:
     """What a request is known by. Ids come from callers, so one tenant's must never meet another's."""
-    return f"{quote(tenant, safe='')}:{request_id}" if tenant else request_id
+    return f"{_quoted(tenant)}:{request_id}" if tenant else request_id
+
+
+@functools.lru_cache(1024)
+def _quoted(tenant: str) -> str:
+    return quote(tenant, safe="")
 
 
 def _check_types(values: dict[str, Any], types: dict[str, str]) -> None:

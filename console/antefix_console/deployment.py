@@ -166,8 +166,10 @@ class RoleProcess:
 class Deployment:
     """`async with Deployment(config) as deployment:` starts everything, and stops everything at the end."""
 
-    def __init__(self, config: DeploymentConfig) -> None:
+    def __init__(self, config: DeploymentConfig, tell: Callable[[str], None] = lambda _: None) -> None:
+        """tell: is told what a start waits for, every 10 s."""
         self.config = config
+        self._tell = tell
         self.processes: list[RoleProcess] = []
         self._client: RouterClient | None = None
         self._credentials: Credentials | None = None
@@ -395,12 +397,7 @@ class Deployment:
             )
         started = RoleProcess(role=role, process=process, address="", log_path=log_path, flags=tuple(flags))
         self.processes.append(started)
-        assert process.stdout is not None
-        try:
-            async with asyncio.timeout(START_TIMEOUT_S):
-                line = await process.stdout.readline()
-        except TimeoutError as err:
-            raise Unavailable(f"{role} did not start within {START_TIMEOUT_S:.0f} s; see {log_path}") from err
+        line = await self._first_line(started, said_before)
         if not line:
             await process.wait()
             raise ConfigError(f"{role} did not start: {_log_tail(log_path, said_before)}")
@@ -412,6 +409,26 @@ class Deployment:
             own_credentials.use_for(started.address, self._credentials)
         self._write_targets()
         return started
+
+    async def _first_line(self, starting: RoleProcess, said_before: int) -> bytes:
+        """What it announces; empty where it ended instead.  Raises:  Unavailable: it took too long."""
+        assert starting.process.stdout is not None
+        reading = asyncio.ensure_future(starting.process.stdout.readline())
+        begun = time.monotonic()
+        try:
+            while (waited_s := time.monotonic() - begun) < START_TIMEOUT_S:
+                await asyncio.wait([reading], timeout=min(_TELL_EVERY_S, START_TIMEOUT_S - waited_s))
+                if reading.done():
+                    return reading.result()
+                waited_s = time.monotonic() - begun
+                name, last = f"{starting.role} (pid {starting.process.pid})", _log_tail(starting.log_path, said_before)
+                self._tell(f"waiting for {name} to start, {waited_s:.0f} s of {START_TIMEOUT_S:.0f} s at most: {last}")
+        finally:
+            reading.cancel()
+        last = _log_tail(starting.log_path, said_before)
+        raise Unavailable(
+            f"{starting.role} did not start within {START_TIMEOUT_S:.0f} s: {last}; {starting.log_path} has the rest"
+        )
 
     def _telemetry_flags(self) -> list[str]:
         config = self.config

@@ -1,4 +1,4 @@
-"""Drops a tenant's records from all stores and the object tier, in an order that leaves nothing behind.
+"""Drops a tenant's records from all stores, window pools and the object tier, in an order that leaves nothing behind.
 
 Stores first and the object tier last: a store that still has records may upload them. What was on its way up meanwhile
 is found by going round again, until a round finds nothing. A store that does not answer holds up no other.
@@ -6,7 +6,7 @@ is found by going round again, until a round finds nothing. A store that does no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -21,10 +21,17 @@ from antefix.secret import Keyring
 from antefix.security.grants import hold
 from antefix.security.identity import Role
 from antefix.store.open_store import StoreAddress
+from antefix.window_pool import RedisWindowPool
 from antefix_console.moving import grant_of_owner
 from antefix_kvstore.copy_target import open_target
 
 _ROUNDS_MAX: Final = 5
+# From a URL, with the password and the certificates that go with it.
+Access = Callable[[str], RedisAccess]
+
+
+def plain_access(url: str) -> RedisAccess:
+    return RedisAccess(url=url)
 
 
 @dataclass(slots=True)
@@ -35,27 +42,32 @@ class PurgeReport:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-async def stores_of(texts: Sequence[str], keyring: Keyring | None) -> list[str]:
+async def stores_of(texts: Sequence[str], keyring: Keyring | None, access: Access = plain_access) -> list[str]:
     """What was named, each once, object stores last: directories, addresses, URLs of object stores, and what roles are
-    told with --stores: NAME=ADDRESS, or where stores are found.
+    told with --stores: NAME=ADDRESS, or where stores are found. A URL of Redis is kept next to the stores that are
+    found there, for it may be a window pool as well, or only that.
 
     Raises:  ConfigError: Redis tells of stores, and there is no secret to believe it by.  Unavailable: it cannot be
              asked, or names are not answered now.
     """
     found: dict[str, None] = {}
     for text in texts:
-        source = _source(text, keyring)
+        source = _source(text, keyring, access)
         if source is not None:
             try:
                 found |= dict.fromkeys(each.address for each in sorted(await source.find()))
             finally:
                 await source.close()
-        else:
+        if source is None or is_redis_url(text):
             found[_plain(text)] = None
-    return sorted(found, key=is_object_url)
+    return sorted(found, key=lambda text: (is_object_url(text), is_redis_url(text)))
 
 
-async def purge_all(stores: Sequence[str], owners: Sequence[bytes]) -> PurgeReport:
+def is_redis_url(text: str) -> bool:
+    return text.startswith(tuple(f"{scheme}://" for scheme in SCHEMES))
+
+
+async def purge_all(stores: Sequence[str], owners: Sequence[bytes], access: Access = plain_access) -> PurgeReport:
     """stores: as `stores_of` gives them.  Raises:  ConfigError: one of them is none; those before it are purged."""
     report = PurgeReport(purged=dict.fromkeys(stores, 0))
     for _ in range(_ROUNDS_MAX):
@@ -63,7 +75,7 @@ async def purge_all(stores: Sequence[str], owners: Sequence[bytes]) -> PurgeRepo
         report.failed.clear()
         for text in stores:
             try:
-                report.purged[text] += await _purge(text, owners)
+                report.purged[text] += await _purge(text, owners, access)
             except ConfigError:
                 raise
             except AntefixError as err:
@@ -73,30 +85,37 @@ async def purge_all(stores: Sequence[str], owners: Sequence[bytes]) -> PurgeRepo
     return report
 
 
-async def _purge(text: str, owners: Sequence[bytes]) -> int:
-    store = open_target(text)
+async def _purge(text: str, owners: Sequence[bytes], access: Access) -> int:
+    store = RedisWindowPool(access(text), bytes_max=0) if is_redis_url(text) else open_target(text)
     try:
         purged = 0
         for owner in owners:
-            hold(b"" if is_object_url(text) else grant_of_owner(text, owner))
+            asks_nobody = is_object_url(text) or is_redis_url(text)
+            hold(b"" if asks_nobody else grant_of_owner(text, owner))
             purged += await store.purge(owner)
         return purged
     finally:
         await store.close()
 
 
-def _source(text: str, keyring: Keyring | None) -> Source | None:
+def _source(text: str, keyring: Keyring | None, access: Access) -> Source | None:
     if text.startswith(DNS_PREFIX):
         return DnsName(text)
-    if not text.startswith(tuple(f"{scheme}://" for scheme in SCHEMES)):
+    if not is_redis_url(text):
         return None
     if keyring is None:
         raise ConfigError(f"{text}: --secret-file is needed to believe what Redis tells of stores")
-    return LeaseReader(RedisAccess(url=text), role=Role.KVSTORE, keys=EventKeys.of(keyring))
+    return LeaseReader(access(text), role=Role.KVSTORE, keys=EventKeys.of(keyring))
 
 
 def _plain(text: str) -> str:
     """NAME=ADDRESS[@DIRECTORY] is the address; a directory may have an equals sign as well."""
-    if is_object_url(text) or text.startswith((".", "/")) or "=" not in text or Path(text).exists():
+    if (
+        is_object_url(text)
+        or is_redis_url(text)
+        or text.startswith((".", "/"))
+        or "=" not in text
+        or Path(text).exists()
+    ):
         return text
     return StoreAddress.parse(text).address

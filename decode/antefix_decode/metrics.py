@@ -8,6 +8,8 @@ from prometheus_client.core import Metric
 
 from antefix.telemetry.shown import Shown, Table, counter, families, gauge
 from antefix_decode.scheduler import Scheduler
+from antefix_prefill.metrics import PREFETCH
+from antefix_prefill.prefetch import PrefetchCounters
 
 STEPS: Table = {
     "graphs_recorded": Shown(name="antefix_decode_graphs_recorded", help="Decode steps recorded as CUDA graphs."),
@@ -22,7 +24,8 @@ STEPS: Table = {
 }
 
 
-def scheduler_metrics(scheduler: Scheduler) -> Iterable[Metric]:
+def scheduler_metrics(scheduler: Scheduler, prefetch: PrefetchCounters) -> Iterable[Metric]:
+    """prefetch: of prompts that waited for a place and that the worker restores by itself."""
     yield gauge("antefix_decode_running_sequences", "Sequences that run.", {(): float(scheduler.num_running)})
     yield gauge("antefix_decode_placed_sequences", "Those, and those being loaded.", {(): float(scheduler.num_placed)})
     yield gauge(
@@ -41,3 +44,4 @@ def scheduler_metrics(scheduler: Scheduler) -> Iterable[Metric]:
     yield gauge("antefix_decode_speed", "Tokens per second while it decodes.", {(): scheduler.tokens_per_s})
     if scheduler.step_counters is not None:
         yield from families(STEPS, scheduler.step_counters)
+    yield from families(PREFETCH, prefetch)

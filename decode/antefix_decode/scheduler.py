@@ -102,6 +102,7 @@ class Scheduler:
         self.num_drafts_kept = 0
         self.busy_s = 0.0
         self._began = 0.0
+        self._repaid_s: float | None = None
 
     @property
     def num_running(self) -> int:
@@ -188,7 +189,9 @@ class Scheduler:
             self._wake.clear()
             async with self._step_lock:
                 able = [running for running in self._running if running.can_run]
-                batch = self.shares.choose(able) if able else []
+                computing = self._engine.compute.chunk_tenants
+                batch = self.shares.choose(able, computing) if able else []
+                self._repaid_s = self.shares.repaid_s(batch, computing)
                 self._engine.compute.stepping_for({each.place.tenant: each.place.share for each in batch})
                 if batch:
                     await self._step(batch)
@@ -247,7 +250,7 @@ class Scheduler:
         """Those whose step has run, and their steps. If it fails for all of them, each runs alone: one fails alone."""
         positions = [running.sequence.position for running in ready]
         try:
-            return ready, await self._engine.compute.run(self._run_step, run, items)
+            return ready, await self._engine.compute.run_step(self._repaid_s, self._run_step, run, items)
         except Exception as err:
             log.exception("a decode step of %d sequences failed", len(ready))
             if len(ready) == 1:

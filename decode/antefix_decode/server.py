@@ -37,6 +37,7 @@ from antefix_decode.scheduler import Running, Scheduler, VisibleTokens
 from antefix_decode.step_shares import Place
 from antefix_decode.stopping import Stopper
 from antefix_decode.token_choice import Sampler
+from antefix_prefill.prefetch import Prefetcher
 from antefix_prefill.record_writer import RecordWriter
 from antefix_prefill.restore import Prompt
 from antefix_prefill.worker.compute_thread import compute_for
@@ -77,6 +78,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         self._tokenizer = tokenizer
         self._grammars: Grammars | None = None
         self.scheduler = Scheduler(engine, config.num_running_max, config.num_waiting_max)
+        self.prefetcher = Prefetcher(engine)
 
     async def Decode(
         self, request: decode_pb2.DecodeRequest, context: rpc.Context
@@ -88,7 +90,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         share = request.share or 1
         compute_for(tenant, share)
         tell(hints_from_wire(request.hints, prompt.chain.hashes, self._engine.fingerprint))
-        async with self.scheduler.place(tenant, sampling.max_tokens - len(emitted), share) as place:
+        async with contextlib.AsyncExitStack() as turn:
+            # With a handoff, the first token needs nothing of the store.
+            waiting = contextlib.nullcontext() if request.handoff else self.prefetcher.while_waiting(prompt)
+            async with waiting:
+                place = await turn.enter_async_context(
+                    self.scheduler.place(tenant, sampling.max_tokens - len(emitted), share)
+                )
             asked = _Asked(prompt=prompt, sampling=sampling, emitted=emitted, place=place)
             async with contextlib.aclosing(self._decode(asked, request.handoff)) as responses:
                 async for response in responses:
@@ -238,7 +246,7 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
         config,
         engine,
         security=security,
-        metrics=lambda: scheduler_metrics(servicer.scheduler),
+        metrics=lambda: scheduler_metrics(servicer.scheduler, servicer.prefetcher.counters),
         add_service=lambda server: decode_pb2_grpc.add_DecodeServiceServicer_to_server(servicer, server),
         descriptors=[decode_pb2.DESCRIPTOR],
         stop=stop,

@@ -11,12 +11,15 @@ among them. Since the fixed part is paid once per step, such a tenant too gets n
 only one tenant wants the worker, all of its sequences take part in each step: no time is kept for who does not ask.
 
 A request that is still being loaded counts as one sequence of its tenant: what it waits for is the end of a step.
+
+Chunks of prompts run between steps. Where a tenant has both, half of the time that is its own goes into steps, and
+`repaid_s` says how much of the time that its chunks took a step gives back to those who have steps alone.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
@@ -63,19 +66,34 @@ class StepShares:
     def leave(self, place: Place) -> None:
         self._places.discard(place)
 
-    def choose(self, able: list[R]) -> list[R]:
-        """Of the sequences that can run, those that do: the ones whose last step is longest ago, per tenant."""
+    def choose(self, able: list[R], computing: Collection[str] = ()) -> list[R]:
+        """Of the sequences that can run, those that do: the ones whose last step is longest ago, per tenant.
+        computing: tenants whose chunks of prompts wait for the same thread."""
         self._number += 1
         counts = Counter(each.place.tenant for each in able)
         shares = {each.place.tenant: each.place.share for each in able}
         loading = {place.tenant: place.share for place in self._places if place.is_loading}
         if len(shares.keys() | loading.keys()) > 1:
-            sizes = step_sizes(counts, shares | loading, self._step_s)
+            sizes = step_sizes(counts, shares | loading, self._step_s, computing)
             able = [each for tenant, size in sizes.items() for each in _longest_ago(able, tenant, size)]
             self.num_held_back += counts.total() - len(able)
         for each in able:
             each.last_step = self._number
         return able
+
+    def repaid_s(self, step: list[R], computing: Collection[str]) -> float | None:
+        """What a step gives back to those who have steps alone of the time that others' chunks took; None: there is
+        nobody. It is `own * others' shares / their shares`, less the time that others' sequences have in the step.
+        """
+        shares = {place.tenant: place.share for place in self._places}
+        alone = [each for each in step if each.place.tenant not in computing]
+        if not alone or not computing:
+            return None
+        mine = sum({each.place.tenant: each.place.share for each in alone}.values())
+        own_s = self._step_s(len(alone))
+        owed_s = own_s * max(0, sum(shares.values()) - mine) / mine
+        # Half at least, as `step_sizes` lets it: where a law is not kept to, chunks must have their turn all the same.
+        return max(owed_s - (self._step_s(len(step)) - own_s), owed_s / 2)
 
     def observe(self, num_sequences: int, seconds: float) -> None:
         """A step of so many took so long, with what followed of it on the event loop."""
@@ -85,16 +103,25 @@ class StepShares:
         return self._law.seconds((1.0, float(num_sequences)))
 
 
-def step_sizes(counts: Mapping[str, int], shares: Mapping[str, int], step_s: Callable[[int], float]) -> dict[str, int]:
+def step_sizes(
+    counts: Mapping[str, int],
+    shares: Mapping[str, int],
+    step_s: Callable[[int], float],
+    computing: Collection[str] = (),
+) -> dict[str, int]:
     """How many sequences of each tenant take part: one at least, and the others by shares as the rule above lets.
 
     counts: that can run, by tenant.  shares: of all tenants that want the worker.  step_s: of so many sequences.
+    computing: tenants that have chunks of prompts to compute as well, in the other half of what others leave them.
     """
     total = sum(shares.values())
     sizes = dict.fromkeys(counts, 1)
 
     def bound_s(tenant: str) -> float:
-        return step_s(max(1, counts.get(tenant, 0))) * total / shares[tenant]
+        others = total / shares[tenant] - 1
+        if tenant not in computing and computing:
+            others /= 2
+        return step_s(max(1, counts.get(tenant, 0))) * (1 + others)
 
     # Those that wait for a step to end, and those all of whose sequences are in it already.
     bounds = [bound_s(tenant) for tenant in shares if counts.get(tenant, 0) <= 1]

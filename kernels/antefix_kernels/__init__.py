@@ -19,5 +19,5 @@ integers in, nothing of Antefix imported.
     tokens.py                     norms, rotation, mixing, experts' sums
 
 All but number_formats.py and torch_reference.py need Triton. `TRITON_INTERPRET=1` runs them on the CPU. The oracle of
-the same name in torch_reference.py specifies each kernel; docs/KERNELS.md has the measurements.
+the same name in torch_reference.py specifies each kernel; docs/results/kernels.md has the measurements.
 """

@@ -18,6 +18,7 @@ import lmdb
 import lmdb.verify
 
 from antefix.errors import BlockCorrupt, ConfigError, Unavailable
+from antefix.own_files import open_to_read, read_small
 from antefix.record import RecordKind, RecordName
 from antefix.store_files.index import TABLE_OF_KIND, Index
 from antefix.store_files.record_format import (
@@ -26,6 +27,7 @@ from antefix.store_files.record_format import (
     SEGMENT_DIR,
     SEGMENT_HEADER_BYTES,
     STORE_FILE,
+    STORE_HEADER,
     IndexEntry,
     RecordFlag,
     payload_checksum,
@@ -129,7 +131,7 @@ def _check(directory: Path, progress: Progress | None) -> FsckReport:
 
 def _check_identity(directory: Path, report: FsckReport) -> int | None:
     try:
-        return unpack_identity((directory / STORE_FILE).read_bytes()).seed
+        return unpack_identity(read_small(directory / STORE_FILE, STORE_HEADER.size)).seed
     except (FileNotFoundError, BlockCorrupt) as err:
         report.note("identity", str(err))
         return None
@@ -216,7 +218,7 @@ def _check_records(
 
 def _read(directory: Path, entry: IndexEntry) -> bytes:
     try:
-        fd = os.open(directory / SEGMENT_DIR / segment_name(entry.segment), os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_to_read(directory / SEGMENT_DIR / segment_name(entry.segment))
     except FileNotFoundError:
         return b""
     try:

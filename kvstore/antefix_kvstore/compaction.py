@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 
 from antefix.record import STORED_KINDS, RecordName
@@ -23,7 +23,7 @@ from antefix.store_files.record_format import (
 )
 from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.index_writer import IndexTxn, SegmentState, read_segments
-from antefix_kvstore.segments import Draft, Segments
+from antefix_kvstore.segments import Draft, Segments, groups_of
 
 
 @dataclasses.dataclass(slots=True)
@@ -63,6 +63,7 @@ class Compactor:
                 self._counters.dropped_segments += 1
         if numbers:
             self.on_dropped()
+            self._segments.let_go()
 
     def drop_dead(self) -> int:
         """Drop segments that the index names nothing in. Returns how many."""
@@ -153,20 +154,43 @@ class Compactor:
 
     def copy(self, headers: Sequence[RecordHeader]) -> int:
         """Move those records that the index still names to the active segment. Returns the bytes copied."""
-        drafts = self._drafts(self._live(headers))
-        if not drafts:
-            return 0
-        placed = self._segments.append(drafts, self._now_ms())
+        return sum(self._copy_part(part) for part in self._parts(self._live(headers)))
+
+    def _parts(self, headers: Sequence[RecordHeader]) -> Iterator[Sequence[RecordHeader]]:
+        """What fits one segment, in groups that each begin at BATCH_ALIGN."""
+        first = nbytes = 0
+        for number, header in enumerate(headers):
+            # Of each group at most one such gap, and no group is smaller than a record.
+            extent = header.extent_bytes + BATCH_ALIGN
+            if number > first and nbytes + extent > self._segments.segment_bytes - SEGMENT_HEADER_BYTES - BATCH_ALIGN:
+                yield headers[first:number]
+                first, nbytes = number, 0
+            nbytes += extent
+        if headers:
+            yield headers[first:]
+
+    def _copy_part(self, headers: Sequence[RecordHeader]) -> int:
+        """With one sync and one commit. A group is still in the core's caches when it has been read and is written."""
+        now_ms, segments = self._now_ms(), self._segments
+        groups = list(groups_of(headers, lambda header: header.extent_bytes))
+        segments.make_way(sum(header.extent_bytes for header in headers) + len(groups) * BATCH_ALIGN, now_ms)
+        arena = memoryview(bytearray(max(sum(header.stored_bytes for header in group) for group in groups)))
+        placed: list[RecordHeader] = []
         try:
-            self._segments.sync()
+            for group in groups:
+                placed += segments.append(self._drafts(group, arena), now_ms)
+            if not placed:
+                return 0
+            segments.sync()
             with self.transaction() as txn:
                 for header in placed:
                     entry = txn.get((header.kind, header.hash))
                     assert entry is not None, "the engine's lock is held"
                     entry.segment, entry.offset = header.segment, header.offset
-                note_end(txn, self._segments)
+                note_end(txn, segments)
         except BaseException:
-            self._segments.rollback(placed[0].offset)
+            if placed:
+                segments.rollback(placed[0].offset)
             raise
         self.delete(txn.dropped)
         copied = sum(header.extent_bytes for header in placed)
@@ -187,16 +211,19 @@ class Compactor:
             if entry and (entry.segment, entry.offset) == (header.segment, header.offset) and not entry.quarantined
         ]
 
-    def _drafts(self, headers: Sequence[RecordHeader]) -> list[Draft]:
-        """What is written again; what fails its check is told instead."""
+    def _drafts(self, headers: Sequence[RecordHeader], arena: memoryview) -> list[Draft]:
+        """What is written again, its bytes in `arena`; what fails its check is told instead."""
         drafts: list[Draft] = []
         broken: list[RecordName] = []
+        at = 0
         for number, of_segment in groupby(headers, key=lambda header: header.segment):
             with self._segments.reading(number) as fd:
                 for header in of_segment:
-                    stored = os.pread(fd, header.stored_bytes, header.offset + RECORD_HEADER_BYTES)
-                    if payload_checksum(stored) == header.payload_checksum:
+                    stored = arena[at : at + header.stored_bytes]
+                    num_read = os.preadv(fd, [stored], header.offset + RECORD_HEADER_BYTES)
+                    if num_read == len(stored) and payload_checksum(stored) == header.payload_checksum:
                         drafts.append(Draft(header, stored, sealed=True))
+                        at += len(stored)
                     else:
                         broken.append((header.kind, header.hash))
         for name in broken:

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from antefix.cache_tenant import split_tenant
 from antefix.errors import BlockCorrupt, ConfigError
+from antefix.own_files import read_small
 from antefix.record import RecordKind
 from antefix.store_files.index import TABLE_OF_KIND, Index
 from antefix.store_files.owners import KnownNames
@@ -22,6 +23,7 @@ from antefix.store_files.record_format import (
     INDEX_DIR,
     SEGMENT_DIR,
     STORE_FILE,
+    STORE_HEADER,
     IndexEntry,
     StoreIdentity,
     segment_number,
@@ -101,7 +103,7 @@ def inspect(
     Raises:  ConfigError: not a store.  Unavailable: its index cannot be opened.
     """
     try:
-        identity = unpack_identity((directory / STORE_FILE).read_bytes())
+        identity = unpack_identity(read_small(directory / STORE_FILE, STORE_HEADER.size))
     except (FileNotFoundError, NotADirectoryError) as err:
         raise ConfigError(f"{directory} is not an Antefix store: it has no file {STORE_FILE}") from err
     except BlockCorrupt as err:

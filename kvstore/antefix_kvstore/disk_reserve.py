@@ -13,6 +13,8 @@ from typing import Final
 
 import lmdb
 
+from antefix.own_files import put_aside
+
 # A disk without space, and a file system's quota.
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _NEARLY_FULL_BYTES: Final = 8 << 20
@@ -30,16 +32,17 @@ class DiskReserve:
         self.nbytes = max(_BYTES_MIN, min(_BYTES_MAX, budget_bytes // _BUDGET_SHARE))
         if self.held:
             # Made under another budget.
-            self.nbytes = max(self.nbytes, self._path.stat().st_size)
+            self.nbytes = max(self.nbytes, min(_BYTES_MAX, self._path.stat().st_size))
 
     @property
     def held(self) -> bool:
-        return self._path.exists()
+        return self._path.is_file()
 
     def hold(self) -> bool:
         """Make the file if it is not there. Returns whether it is there now: a full disk has no room for it."""
         if self.held:
             return True
+        put_aside(self._path)
         fd = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             os.posix_fallocate(fd, 0, self.nbytes)
@@ -52,7 +55,7 @@ class DiskReserve:
 
     def release(self) -> bool:
         """Give the space back to the file system. Returns whether there was any."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             self._path.unlink()
             return True
         return False

@@ -23,8 +23,6 @@ from antefix.record import (
     Record,
     RecordKind,
     RecordName,
-    Refusal,
-    RefusalReason,
 )
 from antefix.store.record_source import records_of
 from antefix.store.store_stats import KindTotals, StoreTotals
@@ -34,7 +32,7 @@ from antefix.store_files.record_header import owner_row
 from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.memory_records import MemoryRecords
+from antefix_kvstore.memory_records import TOO_LARGE, MemoryRecords
 from antefix_kvstore.scrubber import Scrubber
 from antefix_kvstore.storage_engine import StorageEngine
 
@@ -162,8 +160,7 @@ class EmbeddedStore:
                 if self._memory.put(record):
                     num_kept += 1
                 else:
-                    text = "larger than the memory for handoffs and pooled checkpoints"
-                    refused[record.hash] = Refusal(RefusalReason.TOO_LARGE, text)
+                    refused[record.hash] = TOO_LARGE
         return PutResult(num_stored=stored.num_stored + num_kept, num_existing=stored.num_existing, refused=refused)
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:

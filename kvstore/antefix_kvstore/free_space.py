@@ -48,8 +48,8 @@ class FreeSpace:
     def nbytes(self) -> int:
         try:
             space = self._statvfs(self._directory)
-        except FileNotFoundError:
-            return 0  # the directory was deleted under us: nothing can be stored in it
+        except OSError:
+            return 0  # the directory is gone or was replaced under us: nothing can be stored in it
         return space.f_bavail * space.f_frsize
 
     @property

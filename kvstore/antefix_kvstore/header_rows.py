@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from antefix.store_files.header_columns import HEADER, NAMES, PLACE, TIMES
 from antefix.store_files.record_format import (
     HASH_BYTES,
     INDEX_ENTRY_SHORT,
@@ -24,39 +25,12 @@ from antefix_kvstore.index_sums import xxh32_of_rows
 
 Array = npt.NDArray[Any]
 
-_NAMES: Final = (("hash", "V32"), ("parent", "V32"), ("fingerprint", "V32"))
-_PLACE: Final = (("segment", "<u4"), ("offset", "<u8"), ("stored_bytes", "<u4"))
-_TIMES: Final = (("created_ms", "<u8"), ("expires_ms", "<u8"), ("cost_us", "<u4"))
-# RECORD_HEADER of version 2.
-_HEADER: Final = np.dtype(
-    [
-        ("magic", "S8"),
-        ("checksums", "V24"),
-        *_NAMES,
-        ("owner", "V24"),
-        ("payload_bytes", "<u4"),
-        ("position", "<u4"),
-        ("generation", "<u2"),
-        ("num_cards", "<u2"),
-        ("kind", "u1"),
-        ("made_by", "V3"),
-        ("seal", "V32"),
-        ("nonce", "V12"),
-        *_PLACE,
-        ("codec", "u1"),
-        ("flags", "u1"),
-        ("zero", "V2"),
-        *_TIMES,
-        ("zeros", "V4"),
-    ]
-)
-assert _HEADER.itemsize == RECORD_HEADER_BYTES
 # owner: length of the owner's key in the index (`owner_row`), then the key, which for version 1 is a name.
 ROW: Final = np.dtype(
     [
-        *_NAMES,
-        *_PLACE,
-        *_TIMES,
+        *NAMES,
+        *PLACE,
+        *TIMES,
         ("payload_bytes", "<u4"),
         ("position", "<u4"),
         ("generation", "<u2"),
@@ -78,7 +52,7 @@ _WORDS: Final = (
 
 def rows_of(raws: Sequence[bytes], seed: int) -> Array:
     """Rows of sound headers.  Shapes:  [N] of ROW."""
-    headers = np.frombuffer(b"".join(raws), _HEADER)
+    headers = np.frombuffer(b"".join(raws), HEADER)
     rows = np.empty(len(headers), ROW)
     for name in _COPIED:
         rows[name] = headers[name]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import logging
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
 from antefix.directory_lock import DirectoryLock
 from antefix.errors import BlockCorrupt, ConfigError
+from antefix.own_files import put_aside, read_small
 from antefix.store_files.gone_blocks import GONE_FILE
 from antefix.store_files.read_log import USAGE_LOG_FILE
 from antefix.store_files.record_format import (
@@ -21,6 +23,7 @@ from antefix.store_files.record_format import (
     SEGMENT_DIR,
     SEGMENT_HEADER_BYTES,
     STORE_FILE,
+    STORE_HEADER,
     StoreIdentity,
     pack_identity,
     segment_number,
@@ -62,6 +65,22 @@ def prepare_directory(directory: Path) -> None:
         raise ConfigError(f"{directory} is not an Antefix store and not empty; name an empty directory")
 
 
+def put_aside_misplaced(directory: Path) -> None:
+    """What lies under the store's own names and is of another kind: for who holds the lock.
+
+    Raises:  ConfigError: the segments are to be where nothing is; they may be back with their disk.
+    """
+    segments = directory / SEGMENT_DIR
+    if segments.is_symlink() and not segments.exists():
+        raise ConfigError(f"{segments} is a link to nothing: mount what it leads to, or remove it for an empty store")
+    for name in (STORE_FILE, CLEAN_FILE, RESERVE_FILE, GONE_FILE, USAGE_LOG_FILE):
+        put_aside(directory / name)
+    for name in (SEGMENT_DIR, INDEX_DIR, REBUILT_DIR, DISCARDED_DIR):
+        put_aside(directory / name, stat.S_ISDIR)
+    for name in ("data.mdb", "lock.mdb"):
+        put_aside(directory / INDEX_DIR / name)
+
+
 def _unusable(directory: Path, err: OSError) -> ConfigError:
     return ConfigError(f"{directory} cannot be used as a store: {err}; nothing in it was changed")
 
@@ -88,8 +107,8 @@ def read_identity(directory: Path, disk: Disk, clock_ms: Callable[[], int]) -> S
     identity = None
     if path.exists():
         try:
-            identity = unpack_identity(path.read_bytes())
-        except BlockCorrupt as err:
+            identity = unpack_identity(read_small(path, STORE_HEADER.size))
+        except (BlockCorrupt, FileNotFoundError) as err:
             log.warning("%s", err)
     if identity is None and segment_dir.exists():
         identity = _identity_of_segments(segment_dir)
@@ -120,8 +139,7 @@ def _identity_of_segments(segment_dir: Path) -> StoreIdentity | None:
         if segment_number(path.name) is None:
             continue
         try:
-            with path.open("rb") as file:
-                return unpack_segment_header(file.read(SEGMENT_HEADER_BYTES))[0]
-        except BlockCorrupt:
+            return unpack_segment_header(read_small(path, SEGMENT_HEADER_BYTES)[:SEGMENT_HEADER_BYTES])[0]
+        except (BlockCorrupt, OSError):
             continue  # recovery reports it; any whole header says whose store this is
     return None

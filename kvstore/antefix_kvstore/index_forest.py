@@ -69,6 +69,9 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
 
 def drop_subtrees(txn: IndexTxn, space: Space, roots: Iterable[RecordName]) -> int:
     """Remove records with all that hangs on them. Reads the whole index, so it is for repair. Returns how many went."""
+    waiting = list(roots)
+    if not waiting:
+        return 0
     below: dict[RecordName, list[RecordName]] = defaultdict(list)
     depth: dict[RecordName, tuple[int, RecordKind]] = {}
     for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
@@ -76,7 +79,7 @@ def drop_subtrees(txn: IndexTxn, space: Space, roots: Iterable[RecordName]) -> i
             below[parent_of(name, entry.parent)].append(name)
             depth[name] = (entry.position, kind)
     doomed: set[RecordName] = set()
-    waiting = [name for name in roots if name in depth]
+    waiting = [name for name in waiting if name in depth]
     while waiting:
         name = waiting.pop()
         if name not in doomed:

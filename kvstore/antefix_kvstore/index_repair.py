@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +19,8 @@ import xxhash
 
 from antefix.errors import Unavailable
 from antefix.host_limits import map_bytes_of
-from antefix.store_files.index import Index
+from antefix.own_files import open_to_read, read_small
+from antefix.store_files.index import DATA_FILE, Index
 from antefix.store_files.record_format import INDEX_DIR, SEGMENT_HEADER_BYTES
 from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.disk import Disk
@@ -34,6 +36,10 @@ from antefix_kvstore.segments import Segments
 log = logging.getLogger("antefix_kvstore.index")
 
 _INDEX_BYTES_MIN: Final = 256 << 20
+# Reading so much to its end takes some seconds. Under a larger budget an index may have become larger than it may now.
+_INDEX_BYTES_BELIEVED: Final = 16 << 30
+_SUM_MAGIC: Final = b"AFXCLEAN"
+_SUM_BYTES: Final = len(_SUM_MAGIC) + 16
 _REBUILD_TXN_RECORDS: Final = 20_000
 
 
@@ -47,7 +53,7 @@ def index_bytes_max(config: KvStoreConfig) -> int:
 
 def open_index(directory: Path, config: KvStoreConfig, segments: Segments, disk: Disk) -> Index:
     remove_leftovers(directory)
-    fault = _index_fault(directory)
+    fault = _index_fault(directory, config)
     # From here on the index changes, and its sum would be a lie.
     if (directory / CLEAN_FILE).exists():
         disk.unlink(directory / CLEAN_FILE)
@@ -68,25 +74,28 @@ def remove_leftovers(directory: Path) -> None:
         shutil.rmtree(directory / leftover, ignore_errors=True)
 
 
-def _index_fault(directory: Path) -> str | None:
+def _index_fault(directory: Path, config: KvStoreConfig) -> str | None:
     """Why the index must be rebuilt, or None. LMDB trusts what it reads, so a damaged file must not reach it."""
     data = directory / INDEX_DIR / "data.mdb"
     if not data.exists():
         return "there is none"
+    if data.stat().st_size > max(_INDEX_BYTES_BELIEVED, 4 * index_bytes_max(config)):
+        return "it is far larger than an index of this store becomes"
     clean = directory / CLEAN_FILE
     if clean.exists():
         # It is deleted before the index is changed: where both are there they agree, or one of them is damaged.
-        return None if clean.read_bytes() == index_sum(directory) else "it is not what it was when the store was closed"
+        sealed = read_small(clean, _SUM_BYTES)
+        return None if sealed == index_sum(directory) else "it is not what it was when the store was closed"
     fault = index_fault(directory / INDEX_DIR)
     return f"it is damaged ({fault})" if fault else None
 
 
 def index_sum(directory: Path) -> bytes:
     state = xxhash.xxh3_128()
-    with (directory / INDEX_DIR / "data.mdb").open("rb") as file:
+    with os.fdopen(open_to_read(directory / INDEX_DIR / DATA_FILE), "rb") as file:
         while piece := file.read(4 << 20):
             state.update(piece)
-    return b"AFXCLEAN" + state.digest()
+    return _SUM_MAGIC + state.digest()
 
 
 def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, check_all: bool = False) -> Index:

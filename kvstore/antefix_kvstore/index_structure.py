@@ -21,6 +21,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from antefix.own_files import open_to_read
 from antefix.store_files.index_pages import Damaged, branch_of, tree_of
 from antefix_kvstore.index_leaves import Fault, LeafBatch, read_leaves
 
@@ -67,7 +68,7 @@ def structure_fault(path: Path, tables: Sequence[str], leaves: Leaves) -> str | 
     tables: the names of those that it may have.  leaves: told of each batch of a table's leaf pages, in order.
     """
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_to_read(path), "rb") as file:
             _Walk(file.fileno(), tables, leaves).run()
     except (Fault, Damaged, struct.error, OSError, ValueError, IndexError) as err:
         return str(err) or type(err).__name__

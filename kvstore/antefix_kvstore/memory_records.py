@@ -7,10 +7,13 @@ import time
 from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Final
 
-from antefix.record import Record, RecordKind
+from antefix.record import Record, RecordKind, Refusal, RefusalReason
 from antefix.secret import TENANT_BYTES, USER_BYTES
 from antefix.store_files.seal import sealed_part_of
+
+TOO_LARGE: Final = Refusal(RefusalReason.TOO_LARGE, "larger than the memory for handoffs and pooled checkpoints")
 
 
 @dataclass(frozen=True, slots=True)

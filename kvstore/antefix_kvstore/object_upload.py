@@ -13,7 +13,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -26,7 +26,6 @@ from antefix.objects.segment_object import Plans
 from antefix.record import Record, RecordKind, RecordName
 from antefix.secret import TENANT_BYTES, Keyring
 from antefix.store.object_access import object_keys
-from antefix.store.record_source import records_of
 from antefix.store_files.owners import Owners
 from antefix_kvstore.storage_engine import StorageEngine
 from antefix_kvstore.upload_choice import (
@@ -37,6 +36,7 @@ from antefix_kvstore.upload_choice import (
     pinned,
     stored_before,
 )
+from antefix_kvstore.upload_reads import UploadBuffers, read_records
 
 log = logging.getLogger("antefix_kvstore.object_upload")
 
@@ -103,6 +103,7 @@ class ObjectUploader:
         self._waiting: dict[RecordName, float] = {}
         self._reused: dict[RecordName, None] = {}
         self._next_tidy_s = self._next_evicting_s = 0.0
+        self._buffers = UploadBuffers()
         self._stopped = asyncio.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="antefix-upload", daemon=True)
@@ -247,11 +248,15 @@ class ObjectUploader:
                 return
 
     def _read(self, chosen: Sequence[Chosen]) -> list[Record]:
-        """Verified as any read is; what cannot be read, or has no key for the tier, is left out."""
+        """Verified as any read is; what cannot be read, or has no key for the tier, is left out.
+
+        Payloads lie in buffers that the next call uses again: what was read before is written by then.
+        """
+        self._buffers.begin()
         found: dict[RecordName, Record] = {}
         for kind, fingerprint, members in by_kind_and_fingerprint(chosen):
             costs = {each.name[1]: each.cost_s for each in members}
-            for record in read_records(self._engine, kind, list(costs), fingerprint):
+            for record in read_records(self._engine, kind, list(costs), fingerprint, self._buffers.take):
                 found[kind, record.hash] = dataclasses.replace(record, cost_s=costs[record.hash])
         records = [found[each.name] for each in chosen if each.name in found]
         return [record for record in records if self.writer.takes(record)]
@@ -265,26 +270,6 @@ class ObjectUploader:
         index = self._engine.index
         with index.txn() as txn:
             return {digest: index.statement(txn, digest) for digest in index.fingerprints(txn).values()}
-
-
-def read_records(
-    engine: StorageEngine, kind: RecordKind, hashes: Sequence[bytes], fingerprint: bytes
-) -> Iterator[Record]:
-    """Those of the records that can be read."""
-    left = list(hashes)
-    while left:
-        located = engine.reader.locate(kind, left, fingerprint=fingerprint)
-        payloads = [bytearray(nbytes) for nbytes in located.sizes]
-        outcome = engine.reader.fill(located, _into(payloads))
-        sealed = [want.sealed for want in located.wanted[: outcome.num_good]]
-        records = records_of(sealed, payloads[: outcome.num_good])
-        yield from records
-        # Behind one that is broken or gone it goes on.
-        left = left[len(records) + 1 :]
-
-
-def _into(payloads: Sequence[bytearray]) -> Callable[[int, int], Sequence[memoryview]]:
-    return lambda number, _: (memoryview(payloads[number]),)
 
 
 def _parts(chosen: Sequence[Chosen], bytes_max: int) -> Iterator[list[Chosen]]:

@@ -33,7 +33,7 @@ from antefix.store_files.record_header import RecordHeader
 from antefix.store_files.segment_reader import wall_ms
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.disk_reserve import is_full
-from antefix_kvstore.identity import CLEAN_FILE, lock_directory, prepare_directory, read_identity
+from antefix_kvstore.identity import CLEAN_FILE, lock_directory, prepare_directory, put_aside_misplaced, read_identity
 from antefix_kvstore.index_repair import (
     ends_of,
     index_bytes_max,
@@ -95,6 +95,7 @@ class OpenStore:
             taken = lock_directory(self.directory)
             self.lock.close()
             self.lock = taken
+        put_aside_misplaced(self.directory)
         self.identity = read_identity(self.directory, self.disk, clock_ms)
         self.segments.read_directory(self.identity)
         (self.directory / CLEAN_FILE).unlink(missing_ok=True)
@@ -113,6 +114,7 @@ def open_store(config: KvStoreConfig, disk: Disk, clock_ms: Callable[[], int]) -
     prepare_directory(directory)
     lock = lock_directory(directory)
     try:
+        put_aside_misplaced(directory)
         # 1. Who this store is.
         identity = read_identity(directory, disk, clock_ms)
         segments = Segments(directory / SEGMENT_DIR, identity, disk, segment_bytes=config.segment_bytes_in_force)
@@ -200,6 +202,7 @@ def _close_segments(index: Index, segments: Segments, ends: dict[int, int], last
                 txn.set_segment(number, None)
         elif segments.sizes[number] > ends[number]:
             segments.resume(number, ends[number])
+    segments.let_go()
     last = max(segments.sizes, default=None)
     if last is not None and segments.sizes[last] + RECORD_HEADER_BYTES < segments.segment_bytes:
         segments.resume(last, segments.sizes[last])

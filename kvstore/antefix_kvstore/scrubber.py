@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import Final
 
+from antefix.own_files import open_to_read
 from antefix.record import RecordKind, RecordName
 from antefix.store_files.index import TABLE_OF_KIND
 from antefix.store_files.record_format import (
@@ -111,7 +112,7 @@ class Scrubber:
     def _is_right(self, name: RecordName, entry: IndexEntry) -> bool:
         engine = self._engine
         try:
-            fd = os.open(engine.segments.path(entry.segment), os.O_RDONLY | os.O_CLOEXEC)
+            fd = open_to_read(engine.segments.path(entry.segment))
         except FileNotFoundError:
             return False
         try:

@@ -15,6 +15,7 @@ from typing import Final
 import xxhash
 
 from antefix.errors import BlockCorrupt
+from antefix.own_files import open_to_read
 from antefix.store_files.record_format import (
     BATCH_ALIGN,
     CHECK_OFFSET,
@@ -43,7 +44,7 @@ def raw_headers(path: Path, number: int, seed: int, start: int, *, check_payload
     check_payloads: also read and verify every payload, and leave out those that are wrong.
     """
     size = path.stat().st_size
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_to_read(path)
     try:
         offset: int | None = start
         window, base, ahead = b"", start, _AHEAD_BYTES
@@ -110,6 +111,11 @@ def _find_magic(fd: int, start: int, size: int) -> int | None:
     """The next aligned place at which a record header might begin."""
     overlap = len(RECORD_MAGICS_BEGIN) - 1
     while start < size:
+        try:
+            # A file that was made longer has a hole, which may be larger than any disk.
+            start = max(start, align(os.lseek(fd, start, os.SEEK_DATA) - RECORD_ALIGN + 1, RECORD_ALIGN))
+        except OSError:
+            return None  # no byte was written behind it
         piece = os.pread(fd, _SEARCH_BYTES + overlap, start)
         at = piece.find(RECORD_MAGICS_BEGIN)
         while at >= 0:

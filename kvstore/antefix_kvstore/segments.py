@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from antefix.errors import BlockCorrupt
+from antefix.own_files import open_to_read, put_aside
 from antefix.record import Buffer
 from antefix.store_files.record_format import (
     BATCH_ALIGN,
@@ -35,6 +37,8 @@ from antefix_kvstore.segment_scan import raw_headers
 # Checksummed, copied and handed to the disk at once: measured 1.2 times as fast as a whole batch of 57 MB.
 _WRITE_BYTES: Final = 4 << 20
 _PADDING: Final = bytes(BATCH_ALIGN)
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,9 @@ class Segments:
         # The active one's name may not be durable yet.
         self._is_new = False
         self._next = 1
+        # Of deleted files.
+        self._dropped: list[int] = []
+        self._freeing: threading.Thread | None = None
         self.read_directory(identity)
 
     def read_directory(self, identity: StoreIdentity) -> None:
@@ -73,9 +80,11 @@ class Segments:
         self.sizes.clear()
         for path in self.directory.iterdir():
             number = segment_number(path.name)
-            if number is not None:
+            if number is None:
+                continue
+            self._next = max(self._next, number + 1)
+            if not put_aside(path):
                 self.sizes[number] = path.stat().st_size
-                self._next = max(self._next, number + 1)
 
     @property
     def used_bytes(self) -> int:
@@ -95,21 +104,26 @@ class Segments:
         self.active = number
         self._truncate(end)
 
+    def make_way(self, nbytes: int, created_ms: int) -> None:
+        """Start a new segment where so much does not fit the active one."""
+        if self.active is None or self.sizes[self.active] + nbytes > self.segment_bytes:
+            self.roll(created_ms)
+
     def append(self, drafts: Sequence[Draft], created_ms: int) -> list[RecordHeader]:
         """Write a batch behind the last one, not yet durable. Returns the headers with their places.
 
         Raises:  OSError: nothing of the batch counts; what was written of it has been cut off again.
         """
-        nbytes = sum(draft.header.extent_bytes for draft in drafts)
-        if self.active is None or self.sizes[self.active] + nbytes > self.segment_bytes:
-            self.roll(created_ms)
+        if not drafts:
+            return []
+        self.make_way(sum(draft.header.extent_bytes for draft in drafts), created_ms)
         assert self.active is not None
         # Recovery may have cut the file inside a sector.
         start = align(self.sizes[self.active], BATCH_ALIGN)
         end = start
         headers: list[RecordHeader] = []
         try:
-            for group in _groups(drafts):
+            for group in groups_of(drafts, lambda draft: draft.header.extent_bytes):
                 placed, buffers = self._place(group, self.active, end)
                 headers += placed
                 nbytes = placed[-1].offset + placed[-1].extent_bytes - end
@@ -185,7 +199,7 @@ class Segments:
 
     def rewrite_header(self, number: int, created_ms: int) -> None:
         """Put a right header in place of a damaged one; the records behind it say themselves where they belong."""
-        with self.path(number).open("rb") as file:
+        with os.fdopen(open_to_read(self.path(number)), "rb") as file:
             try:
                 found, named = unpack_segment_header(file.read(SEGMENT_HEADER_BYTES))
                 if (found.store_id, named) == (self.identity.store_id, number):
@@ -200,19 +214,37 @@ class Segments:
             self.disk.close(fd)
 
     def drop(self, number: int) -> None:
-        """Delete a segment that nothing refers to."""
+        """Delete a segment that nothing refers to. What it takes is free after `let_go`, or when this is closed."""
         if number == self.active:
             self._close_active()
+        # Who closes a deleted file last has to wait until all its pages and extents are freed.
+        with contextlib.suppress(OSError):
+            self._dropped.append(os.open(self.path(number), os.O_RDONLY | os.O_CLOEXEC))
         self.disk.unlink(self.path(number))
         del self.sizes[number]
 
+    def let_go(self) -> None:
+        """Free what dropped segments take, in a thread of its own."""
+        self._finish_freeing()
+        if self._dropped:
+            self._freeing = threading.Thread(target=_close_all, args=(self._dropped,), name="antefix-free")
+            self._dropped = []
+            self._freeing.start()
+
+    def _finish_freeing(self) -> None:
+        if self._freeing is not None:
+            self._freeing.join()
+            self._freeing = None
+
     def close(self) -> None:
         self._close_active()
+        self.let_go()
+        self._finish_freeing()
 
     @contextlib.contextmanager
     def reading(self, number: int) -> Iterator[int]:
         """A segment's file, for the writer's own reads; readers have antefix.store_files.segment_reader."""
-        fd = os.open(self.path(number), os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_to_read(self.path(number))
         try:
             yield fd
         finally:
@@ -245,11 +277,16 @@ class Segments:
             self.active, self._fd, self._is_new = None, -1, False
 
 
-def _groups(drafts: Sequence[Draft]) -> Iterator[Sequence[Draft]]:
+def groups_of(items: Sequence[T], nbytes_of: Callable[[T], int]) -> Iterator[Sequence[T]]:
     """Cut where enough has gathered for the disk to begin."""
     first = nbytes = 0
-    for number, draft in enumerate(drafts, start=1):
-        nbytes += draft.header.extent_bytes
-        if nbytes >= _WRITE_BYTES or number == len(drafts):
-            yield drafts[first:number]
+    for number, item in enumerate(items, start=1):
+        nbytes += nbytes_of(item)
+        if nbytes >= _WRITE_BYTES or number == len(items):
+            yield items[first:number]
             first, nbytes = number, 0
+
+
+def _close_all(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

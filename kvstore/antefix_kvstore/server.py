@@ -48,7 +48,7 @@ from antefix_kvstore.engine_stats import collect
 from antefix_kvstore.free_space import fit_to_disk
 from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.memory_records import MemoryRecords
+from antefix_kvstore.memory_records import TOO_LARGE, MemoryRecords
 from antefix_kvstore.metrics import memory_metrics, store_metrics
 from antefix_kvstore.object_upload import ObjectUploader
 from antefix_kvstore.payload_stream import GetRange, PayloadStream
@@ -217,8 +217,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             return PutResult(num_stored=0, num_existing=0, refused={record.hash: refusal})
         if self.pool.put(record):
             return PutResult(num_stored=1, num_existing=0)
-        refusal = Refusal(RefusalReason.TOO_LARGE, "larger than the memory for handoffs and pooled checkpoints")
-        return PutResult(num_stored=0, num_existing=0, refused={record.hash: refusal})
+        return PutResult(num_stored=0, num_existing=0, refused={record.hash: TOO_LARGE})
 
     async def Touch(
         self, request: kvstore_pb2.TouchRequest, context: grpc.aio.ServicerContext[Any, Any]

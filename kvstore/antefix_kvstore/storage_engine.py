@@ -21,7 +21,7 @@ from typing import Final
 import lmdb
 
 from antefix.block import digest_of
-from antefix.errors import AntefixError, BlockCorrupt, FingerprintMismatch, InvalidRequest
+from antefix.errors import AntefixError, InvalidRequest
 from antefix.events.block_events import BlockEvent
 from antefix.events.numbered_log import Batch
 from antefix.record import (
@@ -38,12 +38,11 @@ from antefix.secret import Keyring
 from antefix.store_files import codec
 from antefix.store_files.encryption import KeyRing
 from antefix.store_files.hit_log import StoreLog
-from antefix.store_files.index import STATEMENT_PREFIX, Change
-from antefix.store_files.owners import Owners, account_of, without_user
+from antefix.store_files.index import Change
+from antefix.store_files.owners import Owners
 from antefix.store_files.read_log import announce_log
-from antefix.store_files.record_format import RECORD_HEADER_BYTES, IndexEntry, RecordFlag, payload_checksum
-from antefix.store_files.record_header import unpack_record_header
-from antefix.store_files.segment_reader import ReadOutcome, StoreReader, verify, wall_ms
+from antefix.store_files.record_format import RecordFlag
+from antefix.store_files.segment_reader import ReadOutcome, StoreReader, wall_ms
 from antefix_kvstore.admission import admit, batches_of, check_record, results_of
 from antefix_kvstore.batch_writer import BatchWriter
 from antefix_kvstore.compression import Compression
@@ -56,10 +55,12 @@ from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.free_space import FreeSpace
 from antefix_kvstore.index_faults import IndexDamaged, fault_of, told
 from antefix_kvstore.index_forest import drop_subtrees
-from antefix_kvstore.index_writer import PLAN_PREFIX, IndexTxn, read_totals
+from antefix_kvstore.index_writer import IndexTxn, read_totals
+from antefix_kvstore.kept_records import is_sound, owned_records, pin_records, records_of_owner
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.opening import drop_locked, load_plans, log_newest
 from antefix_kvstore.recovery import open_store
+from antefix_kvstore.registration import register_fingerprint, set_plans
 from antefix_kvstore.space import Space
 from antefix_kvstore.storage_counters import StorageCounters
 from antefix_kvstore.tenant_quota import Quotas
@@ -307,18 +308,7 @@ class StorageEngine:
             raise InvalidRequest("the statement is not the one that the fingerprint is the digest of")
         with self._lock:
             with IndexTxn(self.index) as txn:
-                known = txn.fingerprint(fingerprint)
-                if known is not None and known.block_tokens and block_tokens not in (0, known.block_tokens):
-                    raise FingerprintMismatch(
-                        f"a block has {block_tokens} tokens, and {known.block_tokens} where KV of this name is stored:"
-                        " nothing of it is used; give the worker the model and block size of the others, or a"
-                        " --namespace of its own"
-                    )
-                txn.set_fingerprint(fingerprint, block_tokens or (known.block_tokens if known else 0))
-                if statement:
-                    txn.set_meta(STATEMENT_PREFIX + fingerprint, statement)
-                for kind, plan in plans.items():
-                    txn.set_meta(PLAN_PREFIX + bytes([kind]) + fingerprint, plan.encoded)
+                register_fingerprint(txn, fingerprint, block_tokens, plans, statement)
             for kind, plan in plans.items():
                 self.compression.register(fingerprint, kind, plan)
 
@@ -339,18 +329,8 @@ class StorageEngine:
         if not 0 <= duration_s <= PIN_S_MAX:
             raise InvalidRequest(f"records are pinned for 0 to {PIN_S_MAX} s, not {duration_s}")
         until_ms = self.clock_ms() + round(duration_s * 1000) if duration_s > 0 else 0
-        pinned: list[RecordName] = []
         with self._lock, IndexTxn(self.index) as txn:
-            for name in names:
-                entry = txn.get(name)
-                if (
-                    entry is None
-                    or entry.quarantined
-                    or (owner is not None and txn.known_owner_id(owner) != entry.tenant_id)
-                ):
-                    continue
-                entry.pinned_ms = until_ms
-                pinned.append(name)
+            pinned = pin_records(txn, names, until_ms, owner=owner)
         if until_ms:
             self.on_wanted("pinned", pinned)
         return len(pinned)
@@ -358,12 +338,7 @@ class StorageEngine:
     def evict(self, names: Iterable[RecordName], *, owner: bytes | None = None) -> int:
         """Drop records with all that hangs on them, pinned or not. Returns how many went."""
         with self._lock, IndexTxn(self.index) as txn:
-            roots = []
-            for name in names:
-                entry = txn.get(name)
-                if entry is not None and (owner is None or txn.known_owner_id(owner) == entry.tenant_id):
-                    roots.append(name)
-            num_gone = drop_subtrees(txn, self.space, roots)
+            num_gone = drop_subtrees(txn, self.space, owned_records(txn, names, owner))
         self.counters.asked += num_gone
         return num_gone
 
@@ -373,11 +348,7 @@ class StorageEngine:
         owner: as the index has it (`antefix.store_files.record_header.owner_row`).
         """
         with self._lock, IndexTxn(self.index) as txn:
-            meant = {number for number, row in txn.owners().items() if without_user(owner) in (row, account_of(row))}
-            if not meant:
-                return 0
-            names = [name for kind in STORED_KINDS for name, entry in txn.names(kind) if entry.tenant_id in meant]
-            num_gone = drop_subtrees(txn, self.space, names)
+            num_gone = drop_subtrees(txn, self.space, records_of_owner(txn, owner))
         self.counters.asked += num_gone
         return num_gone
 
@@ -390,20 +361,13 @@ class StorageEngine:
             return False
         with self._lock, IndexTxn(self.index) as txn:
             entry = txn.get(name)
-            if entry is None or entry.quarantined or (judge and self._is_sound(txn, name, entry)):
+            if entry is None or entry.quarantined:
+                return False
+            if judge and is_sound(txn, self.segments, name, entry):
                 return False
             entry.flags |= RecordFlag.QUARANTINED
         self.counters.corrupt += judge
         return True
-
-    def _is_sound(self, txn: IndexTxn, name: RecordName, entry: IndexEntry) -> bool:
-        try:
-            raw = self.segments.read(entry.segment, entry.offset, RECORD_HEADER_BYTES + entry.stored_bytes)
-            header = unpack_record_header(raw[:RECORD_HEADER_BYTES], self.identity.seed)
-            verify(header, name[0], name[1], txn.fingerprint_of(entry.fingerprint_id).digest, entry)
-        except (BlockCorrupt, OSError):
-            return False
-        return payload_checksum(raw[RECORD_HEADER_BYTES:]) == header.payload_checksum
 
     def maintain(self) -> None:
         """What a store does unasked: touches, expiry, compaction at its rate, and seeing to files that were harmed."""
@@ -464,8 +428,7 @@ class StorageEngine:
         self.space.compactor.restart()
         self._touches.take()
         with IndexTxn(self.index) as txn:
-            for fingerprint, kind, plan in self.compression.registered():
-                txn.set_meta(PLAN_PREFIX + bytes([kind]) + fingerprint, plan.encoded)
+            set_plans(txn, self.compression.registered())
         announce_log(Path(self.config.dir), self.config.usage_log_dir)
         self.events.restart()
         self.counters.heals += 1

@@ -15,13 +15,14 @@ from antefix.objects.catalog import Catalog
 from antefix.record import RecordKind, RecordName
 from antefix.store_files.record_format import RECORD_HEADER_BYTES, IndexEntry, RecordFlag
 from antefix.store_files.record_header import unpack_record_header
+from antefix_kvstore.space import LIVE_SHARE_MAX
 from antefix_kvstore.storage_engine import StorageEngine
 
 # What the tier is asked for at a time, from a leaf towards the root.
 _ASKED_AT_ONCE: Final = 64
 _SEALED: Final = int(RecordFlag.SEALED)
-# A store evicts from 0.85 of its limit on (`space.LIVE_SHARE_MAX`), in small steps: so much before, and so much of it.
-_NEAR_FULL: Final = 0.75
+# A store evicts in small steps: what is next is looked at so much before, and so much of it.
+_NEAR_FULL: Final = LIVE_SHARE_MAX - 0.1
 _NEXT_SHARE: Final = 1 / 32
 
 

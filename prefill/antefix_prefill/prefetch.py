@@ -16,7 +16,8 @@ from typing import Final
 
 from antefix.errors import AntefixError
 from antefix.restore_report import RestoreReport
-from antefix.window import PlanKind
+from antefix.window import Plan, PlanKind
+from antefix_prefill.older_names import OlderNames
 from antefix_prefill.restore import Prefetched, Prompt, load_blocks, read_checkpoint, weigh
 from antefix_prefill.worker.engine import Engine
 
@@ -88,25 +89,29 @@ class Prefetcher:
 
     async def _prefetch(self, prompt: Prompt) -> None:
         await asyncio.sleep(self._after_s)
-        async with self._places:
-            task = asyncio.current_task()
-            assert task is not None
-            try:
-                await self._load(prompt, task)
-            except AntefixError as err:
-                self._engine.counters.note(err)
-            finally:
-                self._is_loading.discard(task)
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            # 1. What the planner would read now. Every prompt says so at once: it counts even if nothing is loaded for
+            #    it before its turn.
+            report = RestoreReport()
+            plan, older = await weigh(self._engine, prompt, report)
+            if plan.kind is PlanKind.COLD:
+                self.counters.num_skipped += 1
+                return
+            self._wanted[id(prompt)] = plan.resume_block
+            async with self._places:
+                await self._load(prompt, task, plan, older, report)
+        except AntefixError as err:
+            self._engine.counters.note(err)
+        finally:
+            self._is_loading.discard(task)
 
-    async def _load(self, prompt: Prompt, task: asyncio.Task[None]) -> None:
-        engine, report = self._engine, RestoreReport()
-        # 1. What the planner would read now.
-        plan, older = await weigh(engine, prompt, report)
+    async def _load(
+        self, prompt: Prompt, task: asyncio.Task[None], plan: Plan, older: OlderNames | None, report: RestoreReport
+    ) -> None:
+        engine = self._engine
         first = engine.blocks.num_leading(prompt.chain.hashes)
-        if plan.kind is PlanKind.COLD:
-            self.counters.num_skipped += 1
-            return
-        self._wanted[id(prompt)] = plan.resume_block
         # 2. Its blocks, as many as there is room for.
         num_loaded = min(plan.resume_block - first, int(engine.blocks.num_available * _POOL_SHARE))
         if num_loaded <= 0 and plan.kind is not PlanKind.CHECKPOINT:

@@ -25,7 +25,7 @@ class PrefillQueue:
         # A tenant that has nothing at work has not to wait for the end of another one's long prompt: the compute thread
         # takes tenants' chunks in turn.
         self._turns = FairTurns(num_running_max, num_waiting_max, num_extra=max(1, num_running_max // _EXTRA_OF))
-        self._short_turns = FairTurns(num_short_max, num_waiting_max)
+        self._short_turns = FairTurns(num_short_max, num_waiting_max, num_extra=-(-num_short_max // _EXTRA_OF))
         self._has_short_turns = num_short_max > 0
         self.num_running = 0
         self.wait_s = histogram("antefix_prefill_wait_seconds", "How long prompts waited for a turn.", buckets=SECONDS)

@@ -106,26 +106,8 @@ class Router:
         self.budget = HedgeBudget()
         events = RedisAccess.of(config.events_redis, config) if config.events_redis else ""
         event_keys = EventKeys.of(keyring)
-        self.feed = StoreFeed(
-            store.watch,
-            fingerprint=self.fingerprint,
-            room=FeedRoom(config.store_events_bytes),
-            redis_url=events if config.store_events else "",
-            name=config.store_address,
-            keys=event_keys,
-        )
-        self._prefilling = Prefilling(
-            self.prefill,
-            store,
-            directory,
-            fingerprint=self.fingerprint,
-            limits=Limits(prefill_tokens_min=config.prefill_tokens_min, ttft_s_max=config.ttft_s_max),
-            num_decoding=self.decode.num_running_least,
-            sessions=sessions,
-            budget=self.budget,
-            # Several stores know themselves what events said.
-            feed=self.feed if config.store_events and not config.stores else None,
-        )
+        self.feed = self._store_feed(events, event_keys)
+        self._prefilling = self._open_prefilling(directory, sessions)
         self.counters = self._prefilling.counters
         self.keyring = keyring
         self.memory = MemoryFeed(directory, redis_url=events, keys=event_keys, callee=self._callee)
@@ -151,6 +133,33 @@ class Router:
         )
         self.key_changes = follow_keys(config, self.front.keys, keyring)
         self.live_books = LiveBooks(config, self.front)
+
+    def _store_feed(self, events: str | RedisAccess, keys: EventKeys) -> StoreFeed:
+        """What the store says that it holds. events: the Redis that carries it; empty: the store's own stream."""
+        config = self.config
+        return StoreFeed(
+            self.store.watch,
+            fingerprint=self.fingerprint,
+            room=FeedRoom(config.store_events_bytes),
+            redis_url=events if config.store_events else "",
+            name=config.store_address,
+            keys=keys,
+        )
+
+    def _open_prefilling(self, directory: Directory, sessions: Sessions) -> Prefilling:
+        config = self.config
+        return Prefilling(
+            self.prefill,
+            self.store,
+            directory,
+            fingerprint=self.fingerprint,
+            limits=Limits(prefill_tokens_min=config.prefill_tokens_min, ttft_s_max=config.ttft_s_max),
+            num_decoding=self.decode.num_running_least,
+            sessions=sessions,
+            budget=self.budget,
+            # Several stores know themselves what events said.
+            feed=self.feed if config.store_events and not config.stores else None,
+        )
 
     def _generator(self, directory: Directory, sessions: Sessions) -> Generator:
         return Generator(

@@ -93,7 +93,7 @@ class BillRecords:
         return digest.hexdigest()
 
     def _common(self, entry: OpenEntry) -> dict[str, Any]:
-        values = dataclasses.asdict(entry)
+        values = entry.to_dict()
         del values["prompt_tokens"]
         return {**values, "source": self._source_name}
 

@@ -33,6 +33,7 @@ from antefix_router.hedging import HedgeBudget
 from antefix_router.merged_streams import merged
 from antefix_router.naming import NamedPrompt, PromptNames
 from antefix_router.placement.directory import Directory
+from antefix_router.placement.moves import Moves
 from antefix_router.placement.sessions import Sessions
 from antefix_router.placement.work import Work
 from antefix_router.placement.workers import WorkerRole, Workers
@@ -211,11 +212,11 @@ class Generator:
             # Where the decode worker prefills, the first output does it, and the others find what it left.
             await ready.first.wait()
         sample, handoff = generation.samples[index], ready.handoff
-        tried: set[str] = set()
+        moves, ends = Moves(self._decode), time.monotonic() + timeout_s
         while not sample.finish_reason:
             try:
                 async with contextlib.aclosing(
-                    self._run_decode(generation, index, replace(ready, handoff=handoff), tried, timeout_s)
+                    self._run_decode(generation, index, replace(ready, handoff=handoff), moves, timeout_s)
                 ) as outputs:
                     async for tokens in outputs:
                         yield OutputPiece(index, tokens)
@@ -223,13 +224,14 @@ class Generator:
                             sample.cut()
                             break
             except (Unavailable, InternalError, Overloaded) as err:
-                if not self._decode.has_another(tried):
-                    raise
                 if len(sample.emitted) >= generation.request.sampling.max_tokens:
                     # It died between its last token and its last message; nothing is left to ask anyone for.
                     sample.finish_reason = "length"
                     break
-                log.warning("request %s moves to another decode worker: %s", generation.request.request_id, err)
+                request_id = f"request {generation.request.request_id}"
+                if not await moves.may_go_on(err, request_id, ends - time.monotonic()):
+                    raise
+                log.warning("%s moves to another decode worker: %s", request_id, err)
                 handoff = b""
         ready.first.set()
 
@@ -241,17 +243,17 @@ class Generator:
         sample.last_token_at = now
 
     async def _run_decode(
-        self, generation: Generation, index: int, ready: _Ready, tried: set[str], timeout_s: float
+        self, generation: Generation, index: int, ready: _Ready, moves: Moves, timeout_s: float
     ) -> AsyncGenerator[Tokens, None]:
         request, sample, prompt = generation.request, generation.samples[index], ready.prompt
         session = request.caller.session
         hint = self._sessions.last(request.cache_tenant, session, WorkerRole.DECODE)
-        with span("place", role="decode", attempt=len(tried) + 1) as placing:
+        with span("place", role="decode", attempt=len(moves.tried) + 1) as placing:
             worker = self._decode.place(
-                ready.work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(tried), hint=hint
+                ready.work, self._directory, prompt.keys, prompt.chain.block_size, frozenset(moves.tried), hint=hint
             )
             placing.set(worker=worker.address)
-        tried.add(worker.address)
+        moves.note(worker)
         self._sessions.note(request.cache_tenant, session, WorkerRole.DECODE, worker.address)
         self._directory.guess(worker.address, prompt.keys)
         client = worker.client
@@ -273,7 +275,7 @@ class Generator:
             own_s = first_work_s(
                 ready.work, has_prompt, worker, self._prefilling.tokens_per_s, bool(request.sampling.grammar)
             )
-            stream = DecodeStream(self._decode, worker, tried, self._budget, own_s=own_s)
+            stream = DecodeStream(self._decode, worker, moves.tried, self._budget, own_s=own_s)
             async with contextlib.aclosing(outputs):
                 while (decoded := await stream.next(outputs)) is not None:
                     ready.first.set()

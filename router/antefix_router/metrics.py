@@ -326,11 +326,13 @@ def connection_metrics(connections: Connections, accepting: QuietAccepting) -> I
     yield counter(
         "antefix_http_closed_connections",
         "Connections that the door closed: refused (too many, and none was idle), displaced (idle, for another one),"
-        " silent (no whole head in time), failed (no descriptor was left to accept it).",
+        " silent (no whole head in time), unread (the client took nothing of its answer),"
+        " failed (no descriptor was left to accept it).",
         {
             ("refused",): float(connections.num_refused),
             ("displaced",): float(connections.num_displaced),
             ("silent",): float(connections.num_silent),
+            ("unread",): float(connections.num_unread),
             ("failed",): float(accepting.num_failed),
         },
         ("why",),

@@ -27,7 +27,7 @@ from antefix.registration import Registration
 from antefix.secret import Keyring
 from antefix.security.guard import admitted
 from antefix.security.identity import Role
-from antefix.security.process_security import open_security
+from antefix.security.process_security import ProcessSecurity, open_security
 from antefix.store.feed_room import FeedRoom
 from antefix.store.local_store import LocalStore
 from antefix.store.many_stores import ManyStores
@@ -47,8 +47,9 @@ from antefix.wire import (
     usage_to_wire,
 )
 from antefix_billing.api_keys import Scope
+from antefix_billing.key_register import KeyRegister
 from antefix_router.assembly import Router
-from antefix_router.gateway.app import start_http
+from antefix_router.gateway.app import HttpServer, start_http
 from antefix_router.gateway.gateway import Gateway
 from antefix_router.key_callers import caller_of_key
 from antefix_router.open_bill import Bill
@@ -215,49 +216,12 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
 
     Raises:  ModelError, ConfigError: the model directory or a setting is not usable.
     """
-    security = open_security(
-        Role.ROUTER,
-        config.credentials,
-        keyring=Keyring.from_file(config.secret_file),
-        tokens=lambda key, method: caller_of_key(router.front.keys, key, method),
-        needs_token=lambda: router.front.keys.open_as is None,
-    )
+    # The router, which has the keys, is made with the security that asks for them.
+    security = _open_security(config, lambda: router.front.keys)
     security.use()
-    stores = store_addresses(config)
-    called = [where.address for where in stores]
-    security.check_calling((*called, *called_names((*config.prefill, *config.decode))))
-    store = _open_store(config, stores, security.check_calling_one)
-    if isinstance(store, ManyStores):
-        await store.start()
-    identity, tokenizer = identify(config.model), load_tokenizer(config.model)
-    router = Router(identity, tokenizer, store, config, granter=security.granter, may_call=security.check_calling_one)
-    servicer = RouterServicer(router)
-
-    def register(server: grpc.aio.Server) -> None:
-        router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
-        usage_pb2_grpc.add_UsageServiceServicer_to_server(UsageServicer(router.front), server)
-
-    await router.learn()
-    page = partial(_page, router)
-    http = (
-        await start_http(router.front, config, security, more=page, why_unready=router.why_unready)
-        if config.http_address
-        else None
-    )
-
-    accounts = router.front.accounts
-
-    async def leave() -> None:
-        accounts.retries.drain()
-
-    server = await rpc.start_server(
-        config.address,
-        register,
-        [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR],
-        security=security,
-        token_address=config.token_address,
-        calls=called,
-    )
+    router = await _open_router(config, security)
+    http = await _start_http(router, security) if config.http_address else None
+    server = await _start_grpc(router, security)
     router.start()
     service = router_pb2.DESCRIPTOR.services_by_name["RouterService"].full_name
     telling = asyncio.create_task(tell_readiness(server, [service], router.why_unready))
@@ -265,6 +229,11 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
     registry.add_in_loop(router.metrics)
     if http is not None:
         registry.add_in_loop(http.metrics)
+
+    accounts = router.front.accounts
+
+    async def leave() -> None:
+        accounts.retries.drain()
 
     async def stop() -> None:
         await end_tasks([telling])
@@ -282,6 +251,52 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
         grace_s=config.grace_s,
         others=[http.stop] if http is not None else [],
         end=accounts.ending.end,
+    )
+
+
+def _open_security(config: RouterConfig, keys: Callable[[], KeyRegister]) -> ProcessSecurity:
+    return open_security(
+        Role.ROUTER,
+        config.credentials,
+        keyring=Keyring.from_file(config.secret_file),
+        tokens=lambda key, method: caller_of_key(keys(), key, method),
+        needs_token=lambda: keys().open_as is None,
+    )
+
+
+async def _open_router(config: RouterConfig, security: ProcessSecurity) -> Router:
+    """It has asked the workers what they compute, and follows nothing yet."""
+    stores = store_addresses(config)
+    called = [where.address for where in stores]
+    security.check_calling((*called, *called_names((*config.prefill, *config.decode))))
+    store = _open_store(config, stores, security.check_calling_one)
+    if isinstance(store, ManyStores):
+        await store.start()
+    identity, tokenizer = identify(config.model), load_tokenizer(config.model)
+    router = Router(identity, tokenizer, store, config, granter=security.granter, may_call=security.check_calling_one)
+    await router.learn()
+    return router
+
+
+async def _start_http(router: Router, security: ProcessSecurity) -> HttpServer:
+    more, why_unready = partial(_page, router), router.why_unready
+    return await start_http(router.front, router.config, security, more=more, why_unready=why_unready)
+
+
+async def _start_grpc(router: Router, security: ProcessSecurity) -> rpc.Server:
+    servicer, usage = RouterServicer(router), UsageServicer(router.front)
+
+    def register(server: grpc.aio.Server) -> None:
+        router_pb2_grpc.add_RouterServiceServicer_to_server(servicer, server)
+        usage_pb2_grpc.add_UsageServiceServicer_to_server(usage, server)
+
+    return await rpc.start_server(
+        router.config.address,
+        register,
+        [router_pb2.DESCRIPTOR, usage_pb2.DESCRIPTOR],
+        security=security,
+        token_address=router.config.token_address,
+        calls=[where.address for where in store_addresses(router.config)],
     )
 
 

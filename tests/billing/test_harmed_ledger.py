@@ -5,9 +5,11 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from antefix.errors import Unavailable
 from antefix_billing.ledger import Ledger
 from antefix_billing.ledger_files import read_entries, segments_of
 from antefix_billing.ledger_format import LedgerCorrupt
@@ -215,6 +217,7 @@ def test_a_slot_of_progress_with_a_text_that_nobody_wrote_is_passed_over(directo
 
 CUT_BEFORE_START = """
 import os, sys
+from antefix.errors import Unavailable
 from antefix_billing.ledger import Ledger
 directory = sys.argv[1]
 os.truncate(directory + "/index/data.mdb", int(sys.argv[2]))
@@ -230,3 +233,64 @@ print(ledger.find("acme:r1").record.request_id)
 def test_a_process_outlives_its_ledgers_index(directory, size):
     done = subprocess.run([sys.executable, "-c", CUT_BEFORE_START, str(directory), str(size)], capture_output=True)
     assert done.returncode == 0 and done.stdout.split() == [b"r0", b"r1"], done.stderr
+
+
+@pytest.mark.parametrize("harm", ["deleted", "replaced", "cut", "emptied", "made longer", "directory gone"])
+def test_nothing_is_acknowledged_into_a_file_that_nobody_will_find(directory, harm):
+    ledger = Ledger(directory, segment_bytes=1 << 20)
+    ledger.append([opened("before")])
+    path = segments_of(directory)[-1]
+    if harm == "deleted":
+        path.unlink()
+    elif harm == "replaced":
+        shutil.copy(path, copy := path.with_suffix(".copy"))
+        copy.replace(path)
+    elif harm == "directory gone":
+        shutil.rmtree(directory)
+    else:
+        os.truncate(path, {"cut": path.stat().st_size - 8, "emptied": 0, "made longer": 1 << 20}[harm])
+    for _ in range(2):
+        with pytest.raises(Unavailable, match="takes no more entries"):
+            ledger.append([opened("after")])
+    ledger.close()
+
+
+MISPLACED = {
+    "fifo": os.mkfifo,
+    "directory": Path.mkdir,
+    "circle": lambda path: path.symlink_to(path.name),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "of no end": lambda path: (path.touch(), os.truncate(path, 1 << 42)),
+}
+
+
+def put(path, kind):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    MISPLACED[kind](path)
+
+
+@pytest.mark.parametrize("kind", MISPLACED)
+def test_what_is_no_file_of_the_ledgers_is_put_aside(directory, kind):
+    for name in (MARK_FILE, PROGRESS_FILE, "lock"):
+        put(directory / name, kind)
+    for name in ("index",) if kind != "of no end" else ("index/data.mdb", "index/CLEAN"):
+        put(directory / name, kind)
+    ledger = Ledger(directory, segment_bytes=SEGMENT)
+    assert ledger.find("acme:r0") is not None and ledger.find(f"acme:r{COUNT - 1}") is not None
+    ledger.append([opened("new")])
+    ledger.append([record("new")])
+    ledger.close()
+    assert verify(directory).chain_ok
+
+
+@pytest.mark.parametrize("kind", MISPLACED)
+@pytest.mark.parametrize("which", [0, 2, -1])
+def test_a_segment_that_is_none_is_told(directory, kind, which):
+    (directory / MARK_FILE).unlink()
+    put(path := segments_of(directory)[which], kind)
+    crash(directory)
+    assert not verify(directory).chain_ok
+    if kind == "of no end" and which != -1:
+        return  # what is sealed is read where it is asked for, and by `verify`
+    with pytest.raises(LedgerCorrupt, match=path.name):
+        Ledger(directory, segment_bytes=SEGMENT).close()

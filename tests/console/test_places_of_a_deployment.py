@@ -1,12 +1,14 @@
 """What `antefix up` makes of the place where it runs: logs, temporary files, cores."""
 
+import asyncio
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from antefix.errors import Unavailable
 from antefix_console import deployment
-from antefix_console.deployment import Deployment, DeploymentConfig
+from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
 
 
 def no_directory():
@@ -46,3 +48,33 @@ def test_workers_share_the_cores_that_may_be_used(tmp_path, monkeypatch, cores, 
     monkeypatch.setattr(deployment, "usable_cores", lambda: cores)
     made = Deployment(DeploymentConfig(model=tmp_path, data_dir=tmp_path))
     assert made._threads() == threads
+
+
+class Starting:
+    """A role that has not announced itself."""
+
+    pid = 123
+
+    def __init__(self):
+        self.stdout = asyncio.StreamReader()
+
+
+async def test_a_start_says_what_it_waits_for_and_ends_at_its_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(deployment, "_TELL_EVERY_S", 0.01)
+    monkeypatch.setattr(deployment, "START_TIMEOUT_S", 0.05)
+    log, told = tmp_path / "decode-0.log", []
+    log.write_text("antefix: from before\nantefix: measuring\n")
+    made = Deployment(DeploymentConfig(model=tmp_path, data_dir=tmp_path), told.append)
+    starting = RoleProcess(role="decode", process=Starting(), address="", log_path=log)
+    with pytest.raises(Unavailable, match=r"decode did not start within 0 s: measuring; .*decode-0\.log has the rest"):
+        await made._first_line(starting, 21)
+    assert told and told[0].startswith("waiting for decode (pid 123) to start, 0 s of 0 s at most: measuring")
+
+
+async def test_a_role_that_starts_in_time_is_not_told_of(tmp_path):
+    told = []
+    made = Deployment(DeploymentConfig(model=tmp_path, data_dir=tmp_path), told.append)
+    starting = RoleProcess(role="decode", process=Starting(), address="", log_path=tmp_path / "decode-0.log")
+    starting.process.stdout.feed_data(b'{"ready": true}\n')
+    assert await made._first_line(starting, 0) == b'{"ready": true}\n'
+    assert told == []

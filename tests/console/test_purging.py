@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import pytest
 
 from antefix.discovery import Found
 from antefix.errors import ConfigError
+from antefix.record import RecordKind
 from antefix.secret import Keyring, create_secret_file
+from antefix.window_pool import RedisWindowPool
 from antefix_console import purging
 from antefix_console.cli import main
 from antefix_console.purging import purge_all, stores_of
@@ -56,6 +59,35 @@ def test_one_command_purges_every_tier_in_whatever_order_it_names_them(
     assert sum(json.loads(capsys.readouterr().out)["purged"].values()) == 0
 
 
+def test_the_same_command_purges_the_window_pool_in_redis(
+    redis, tmp_path: Path, secret: Path, owner: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the tenant alone; a second time it finds nothing."""
+    others = Keyring.from_file(secret).owner("other")
+
+    async def fill_pool() -> None:
+        pool = RedisWindowPool(redis.url, bytes_max=1 << 30)
+        for index in range(4):
+            record = dataclasses.replace(PROMPT.block(index), kind=RecordKind.CHECKPOINT, ttl_s=600.0)
+            assert await pool.put(dataclasses.replace(record, tenant=owner if index < 3 else others))
+        await pool.close()
+
+    asyncio.run(fill_pool())
+    store = fill(tmp_path / "a", owner)
+    command = ["store", "purge", redis.url, store, "--tenant", "acme", "--secret-file", str(secret), "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out) == {"purged": {store: 8, redis.url: 3}, "failed": {}}
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["purged"] == {store: 0, redis.url: 0}
+
+
+def test_a_window_pool_that_does_not_answer_is_named(tmp_path: Path, owner: bytes) -> None:
+    away = f"unix://{tmp_path}/nobody.sock"
+    store = fill(tmp_path / "a", owner)
+    report = asyncio.run(purge_all([store, away], [owner]))
+    assert report.purged == {store: 8, away: 0} and "does not answer" in report.failed[away]
+
+
 def test_what_was_uploaded_while_the_tier_was_purged_is_found_by_the_next_round(
     tmp_path: Path, owner: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,8 +95,8 @@ def test_what_was_uploaded_while_the_tier_was_purged_is_found_by_the_next_round(
     late = [[PROMPT.block(index, tenant=owner) for index in range(3)], [PROMPT.block(3, tenant=owner)]]
     purge = purging._purge
 
-    async def overtaken(text, owners):
-        purged = await purge(text, owners)
+    async def overtaken(text, owners, access):
+        purged = await purge(text, owners, access)
         if late and text == url:
             await upload(url, late.pop())
         return purged
@@ -102,7 +134,9 @@ async def test_stores_are_named_as_roles_name_them_and_found_as_they_find_them(
     keyring = Keyring.from_file(secret)
     found = ["host-a:7010", "host-b:7010"]
     url = "s3://kv-cache/prod"
-    assert await stores_of([url, "redis://127.0.0.1:6379/0"], keyring) == [*found, url]
+    # Redis may be a window pool as well as where stores are found: after the stores, before the tier.
+    redis = "redis://127.0.0.1:6379/0"
+    assert await stores_of([url, redis], keyring) == [*found, redis, url]
     assert await stores_of(["dns:stores:7010", "host-a:7010"], None) == found
     assert await stores_of(["c=host-c:7010@/data/c", str(tmp_path), url, url], None) == [
         "host-c:7010",

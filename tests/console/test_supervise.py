@@ -1,6 +1,8 @@
 """A role that dies is started again at its place, with pauses; what dies again and again is given up, loudly."""
 
 import asyncio
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -11,7 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 from antefix.errors import ConfigError
-from antefix_console.entry import hear_signals
+from antefix_console.commands.up import _say
+from antefix_console.entry import hear_signals, main
 from antefix_console.orphans import reap
 from antefix_console.supervise import HEALTHY_S, NUM_DEATHS_MAX, PAUSE_S_MAX, Deaths, GaveUp, Supervisor
 
@@ -121,6 +124,19 @@ def test_a_hang_up_ends_no_service(args, ignored):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_signals_that_were_blocked_or_ignored_before_us_are_heard():
+    heard, before = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}, signal.getsignal(signal.SIGHUP)
+    mask, child = signal.pthread_sigmask(signal.SIG_BLOCK, heard), signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        hear_signals(["up"])
+        assert not heard & signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGCHLD, child)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.services
 def test_orphans_are_reaped_and_own_children_left_to_their_own():
     """In a process of its own, which adopts orphans as PID 1 does (prctl PR_SET_CHILD_SUBREAPER)."""
@@ -161,3 +177,26 @@ def test_without_children_there_is_nothing_to_reap(monkeypatch):
     monkeypatch.setattr(os, "waitid", no_child)
     with pytest.raises(ChildProcessError):
         reap(())
+
+
+def test_a_service_in_a_directory_that_is_gone_says_so(tmp_path, monkeypatch, capsys):
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    monkeypatch.setattr(sys, "argv", ["antefix", "up"])
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        assert main() == 2
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert "is gone" in capsys.readouterr().err
+
+
+def test_a_full_disk_behind_the_output_stops_nobody():
+    with contextlib.suppress(OSError), Path("/dev/full").open("w") as full:
+        _say("ready", full)
+        _say("again", full)
+    closed = io.StringIO()
+    closed.close()
+    _say("ready", closed)
+    _say("ready", None)

@@ -331,10 +331,9 @@ async def served(servicer, tokens, sampling, handoff=b"", emitted=()):
     return output, reason, hit
 
 
-def servicer_of(engine):
-    return DecodeServicer(
-        engine, load_tokenizer(MODEL), DecodeConfig(model=str(MODEL), store_address="-", secret_file="-")
-    )
+def servicer_of(engine, **settings):
+    config = DecodeConfig(model=str(MODEL), store_address="-", secret_file="-", **settings)
+    return DecodeServicer(engine, load_tokenizer(MODEL), config)
 
 
 @pytest.mark.slow
@@ -382,3 +381,22 @@ async def test_a_grammar_that_fails_ends_its_own_sequence_alone(make_engine):
     await asyncio.gather(failing, return_exceptions=True)
     assert servicer.scheduler.num_running == 0
     await servicer.scheduler.close()
+
+
+@pytest.mark.slow
+async def test_what_a_request_needs_is_loaded_while_it_waits_for_a_place(make_engine):
+    """The only place is taken; by its turn the stored prefix is in memory, and its answer is a cold run's."""
+    sampling, tokens = Sampling(max_tokens=4, ignore_eos=True), PROMPTS[2].astype(np.uint32)
+    first, second = servicer_of(make_engine("zero")), servicer_of(make_engine("zero"), num_running_max=1)
+    cold = await served(first, tokens, sampling)
+    async with second.scheduler.place():
+        waiting = asyncio.create_task(served(second, tokens, sampling))
+        async with asyncio.timeout(60):
+            while not second.prefetcher.counters.num_prefetched:  # noqa: ASYNC110 - its task is what is waited for
+                await asyncio.sleep(0.01)
+        assert not waiting.done() and second.scheduler.num_waiting == 1
+    output, _, hit = await waiting
+    assert (output, hit) == (cold[0], 192)
+    assert second.prefetcher.counters.num_blocks_prefetched == 192 // 64
+    for servicer in (first, second):
+        await servicer.scheduler.close()

@@ -100,14 +100,19 @@ def test_a_reader_that_sleeps_wants_nothing():
     assert len(shares.choose(greedy)) == 32
 
 
-def outputs_s(shares, step_s, others, num_outputs=20):
-    """How long outputs of five tokens take that a modest tenant asks for in turn, on a worker's own clock."""
-    clock, took = 0.0, []
+def outputs_s(shares, step_s, others, num_outputs=20, chunk_s=0.0):
+    """How long outputs of five tokens take that a modest tenant asks for in turn, on a worker's own clock.  chunk_s: of
+    the greedy tenant's chunks, of which one always waits."""
+    clock, took, computing, owed_s = 0.0, [], {"greedy"} if chunk_s else set(), 0.0
     for _ in range(num_outputs):
         (mine,) = sequences(shares, "modest", 1)
         begun, left = clock, 5
         while left:
-            step = shares.choose([*others, mine])
+            if chunk_s and owed_s <= 0:
+                clock += chunk_s
+                owed_s = chunk_s
+            step = shares.choose([*others, mine], computing)
+            owed_s -= shares.repaid_s(step, computing) or 0.0
             clock += step_s(len(step))
             shares.observe(len(step), step_s(len(step)))
             left -= mine in step
@@ -123,6 +128,25 @@ def test_next_to_long_streams_short_outputs_take_at_most_twice_as_long():
         shares = learned(fixed)
         next_to = outputs_s(shares, step_s, sequences(shares, "greedy", 64))
         assert max(next_to) <= 2.02 * max(alone), fixed
+
+
+def test_next_to_a_tenant_with_streams_and_prompts_outputs_take_about_twice_as_long():
+    """Over many of them: a chunk more or less falls into each."""
+    for fixed, chunk_s in itertools.product((4, 16, 64), (0.02, 0.2)):
+        step_s = law(fixed)
+        alone = sum(outputs_s(learned(fixed), step_s, [], 200))
+        shares = learned(fixed)
+        next_to = sum(outputs_s(shares, step_s, sequences(shares, "greedy", 64), 200, chunk_s))
+        assert 1.7 * alone <= next_to <= 2.3 * alone, (fixed, chunk_s)
+
+
+def test_steps_give_back_some_of_the_time_whatever_they_take():
+    """Or chunks would wait for ever where each sequence costs as much as a step."""
+    shares = learned(fixed=0)
+    greedy, modest = sequences(shares, "greedy", 1), sequences(shares, "modest", 1)
+    assert shares.repaid_s(greedy + modest, {"greedy"}) > 0.4 * EACH_S
+    assert shares.repaid_s(greedy, {"greedy"}) is None
+    assert shares.repaid_s(greedy + modest, ()) is None
 
 
 def test_a_share_of_three_is_worth_three_tenants():

@@ -3,6 +3,7 @@
 The base image is a Debian of debootstrap's, so no registry is asked. Images run as containers do: as PID 1 and nobody,
 on a read-only root. TARGETS="kvstore router prefill decode" builds more than the two without torch.
 VOLUMES: what a build needs besides of its host, such as certificates of a mirror: "/etc/pip.conf:/etc/pip.conf:ro ...".
+TORCH_BACKEND: where uv takes torch from ("cpu"); set to nothing, it is torch as uv's and pip's own settings find it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ SUITE = os.environ.get("SUITE", "bookworm")
 BASE = f"localhost/antefix-base:{SUITE}"
 TARGETS = os.environ.get("TARGETS", "kvstore router").split()
 VOLUMES = os.environ.get("VOLUMES", "").split()
+TORCH_BACKEND = os.environ.get("TORCH_BACKEND", "cpu")
 IN_ROOT = ROOT / "tests" / "deploy" / "in_read_only_root.sh"
 MODEL = "antefix_console/shipped/models/antefix-tiny"
 PORTS = {"kvstore": 7001, "prefill": 7002, "decode": 7003, "router": 7000}
@@ -54,14 +56,26 @@ def base() -> str:
 
 
 @pytest.fixture(scope="module")
-def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def context(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The commit's files; for workers with pins of the base's Python, as docs/CONTAINERS.md says."""
     tree = checkout("HEAD", tmp_path_factory.mktemp("images") / "context")
     if {"worker", "prefill", "decode"} & set(TARGETS):
         pins = ("pip", "compile", "--quiet", "pyproject.toml", "--extra", "worker", "--constraint", "constraints.txt")
-        options = ("--generate-hashes", "--torch-backend", "cpu", "--output-file", "deploy/containers/worker.txt")
-        subprocess.run([sys.executable, "-m", "uv", *pins, *options], cwd=tree, check=True)
+        options = ["--generate-hashes", "--python-version", python_of(base), "--python-platform", "linux"]
+        options += ["--torch-backend", TORCH_BACKEND] if TORCH_BACKEND else []
+        output = ("--output-file", "deploy/containers/worker.txt")
+        subprocess.run([sys.executable, "-m", "uv", *pins, *options, *output], cwd=tree, check=True)
     return tree
+
+
+def python_of(image: str) -> str:
+    """The version of its Python, such as 3.11."""
+    container = done("buildah", "from", image)
+    try:
+        (found,) = Path(done("buildah", "mount", container)).glob("usr/bin/python3.[0-9]*[0-9]")
+        return found.name.removeprefix("python")
+    finally:
+        done("buildah", "rm", container)
 
 
 @pytest.fixture(params=TARGETS)

@@ -172,6 +172,40 @@ def test_certificates_carry_the_roles() -> None:
         assert found[f"antefix-{name}-credentials"] == role
 
 
+def test_each_pod_is_scraped_by_one_monitor_as_who_it_is() -> None:
+    """Its labels, its port, the name in its certificate; and the network lets the scraper in."""
+    (scraper,) = [
+        each for each in of_kind("Certificate") if each["spec"]["secretName"] == "antefix-metrics-credentials"
+    ]
+    assert [named_identity(uri)[0] for uri in scraper["spec"]["uris"]] == [Role.METRICS]
+    served = {each["spec"]["secretName"]: each["spec"].get("dnsNames") for each in of_kind("Certificate")}
+    policies = {each["metadata"]["name"]: each["spec"] for each in of_kind("NetworkPolicy")}
+    for name, workload in WORKLOADS.items():
+        labels = workload["spec"]["template"]["metadata"]["labels"]
+        port = next(each["containerPort"] for each in container(name)["ports"] if each["name"] == "metrics")
+        wanted = [each["spec"]["selector"]["matchLabels"].items() for each in of_kind("PodMonitor")]
+        assert sum(selected <= labels.items() for selected in wanted) == 1, name
+        monitor = next(
+            each for each in of_kind("PodMonitor") if each["spec"]["selector"]["matchLabels"].items() <= labels.items()
+        )
+        (scrape,) = monitor["spec"]["podMetricsEndpoints"]
+        assert (scrape["port"], scrape["path"], scrape["scheme"]) == ("metrics", "/metrics", "https")
+        tls = scrape["tlsConfig"]
+        assert tls["serverName"] in served[f"antefix-{name}-credentials"]
+        secrets = (tls["ca"]["secret"], tls["cert"]["secret"], tls["keySecret"])
+        assert {each["name"] for each in secrets} == {"antefix-metrics-credentials"}
+        let_in = [rule for rule in policies[f"antefix-{name}"]["ingress"] if {"port": port} in _ports(rule)]
+        assert let_in, name
+    # A ServiceMonitor selects Services: workers have none, and a router would be scraped once for each of its two.
+    assert not of_kind("ServiceMonitor")
+    fronts = [each["spec"]["selector"]["app.kubernetes.io/name"] for each in of_kind("Service")]
+    assert "antefix-prefill" not in fronts and "antefix-decode" not in fronts and fronts.count("antefix-router") == 2
+
+
+def _ports(rule: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"port": each["port"]} for each in rule["ports"]]
+
+
 def test_autoscalers_watch_metrics_that_exist() -> None:
     asked = set(
         re.findall(

@@ -36,17 +36,17 @@ async def test_a_stream_that_outlives_the_grace_period_ends_properly_and_its_rec
         stderr=asyncio.subprocess.PIPE,
     )
     try:
-        ready = json.loads(await asyncio.wait_for(process.stdout.readline(), 100))
+        ready = json.loads(await asyncio.wait_for(process.stdout.readline(), 300))
         # Its likeliest continuation is more of the same, without an end.
         body = {"model": MODEL.name, "prompt": "a b " * 50, "max_tokens": 30_000, "temperature": 0, "stream": True}
         lines = []
         url = f"http://{ready['http_address']}/v1/completions"
-        async with httpx2.AsyncClient(timeout=100) as client, client.stream("POST", url, json=body) as answer:
+        async with httpx2.AsyncClient(timeout=300) as client, client.stream("POST", url, json=body) as answer:
             async for line in answer.aiter_lines():
                 lines += [line] if line.startswith("data: ") else []
                 if len(lines) == 3:
                     process.send_signal(signal.SIGTERM)
-        _, said = await asyncio.wait_for(process.communicate(), 60)
+        _, said = await asyncio.wait_for(process.communicate(), 300)
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

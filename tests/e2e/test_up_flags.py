@@ -19,8 +19,9 @@ async def test_up_takes_a_chat_format_and_model_aliases(tmp_path):
         stderr=asyncio.subprocess.DEVNULL,
     )
     try:
-        ready = json.loads(await asyncio.wait_for(up.stdout.readline(), 60))
-        body = {"max_tokens": 2, "messages": [{"role": "user", "content": "hi"}], "tools": [TOOL]}
+        ready = json.loads(await asyncio.wait_for(up.stdout.readline(), 300))
+        ask = [{"role": "user", "content": "hi"}]
+        body = {"max_tokens": 2, "messages": ask, "tools": [TOOL], "temperature": 0}
         modes = {"deepseek-chat": "off", "deepseek-reasoner": "high", "claude-opus-4-8": "high"}
         async with httpx2.AsyncClient(base_url=f"http://{ready['http_address']}", timeout=60) as client:
             for name, mode in modes.items():

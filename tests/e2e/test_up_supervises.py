@@ -20,7 +20,7 @@ needs_pid_namespace = pytest.mark.skipif(
 )
 IN_A_PID_NAMESPACE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
 
-BODY = {"model": "antefix-tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+BODY = {"model": "antefix-tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "seed": 1}
 
 
 def command(directory):

@@ -342,7 +342,7 @@ async def test_what_ends_in_the_moment_of_news_does_end(source, started, redis, 
     await source.hold(1)
     for _ in range(turns):
         await asyncio.sleep(0)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         await source.hush()
     router.follower._wanted.set()
     for _ in range(turns):

@@ -16,7 +16,7 @@ from antefix.events.kv_sockets import CurveKey, guard_client, is_local
 pytestmark = pytest.mark.slow
 
 LOCAL = "tcp://127.0.0.1:0"
-# Subscribing takes a round trip; nothing says when it has arrived.
+# Subscribing takes a round trip behind the handshake; nothing says when it has arrived.
 SUBSCRIBED_S = 0.2
 
 
@@ -28,6 +28,7 @@ class Reader:
         self.sub = self.context.socket(zmq.SUB)
         guard(self.sub)
         self.sub.subscribe(topic)
+        self.connected = self.sub.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self.sub.connect(publisher.endpoint)
         self.asking = self.context.socket(zmq.DEALER)
         guard(self.asking)
@@ -35,7 +36,7 @@ class Reader:
             self.asking.connect(publisher.replay_endpoint)
 
     async def next(self):
-        topic, number, payload = await asyncio.wait_for(self.sub.recv_multipart(), 5)
+        topic, number, payload = await asyncio.wait_for(self.sub.recv_multipart(), 60)
         return topic, int.from_bytes(number, "big"), msgspec.msgpack.decode(payload)
 
     async def hears_nothing(self, seconds=0.3):
@@ -49,12 +50,14 @@ class Reader:
         await self.asking.send_multipart([b"", number.to_bytes(8, "big")])
         found = []
         while True:
-            *_, number, payload = await asyncio.wait_for(self.asking.recv_multipart(), 5)
+            *_, number, payload = await asyncio.wait_for(self.asking.recv_multipart(), 60)
             if int.from_bytes(number, "big", signed=True) == -1:
                 return found
             found.append((int.from_bytes(number, "big"), msgspec.msgpack.decode(payload)))
 
     def close(self):
+        self.sub.disable_monitor()
+        self.connected.close(0)
         self.sub.close(0)
         self.asking.close(0)
         self.context.term()
@@ -80,9 +83,11 @@ async def tell():
 async def read():
     opened = []
 
-    async def start(publisher, *args, **options):
+    async def start(publisher, *args, is_let_in=True, **options):
         reader = Reader(publisher, *args, **options)
         opened.append(reader)
+        if is_let_in:
+            await asyncio.wait_for(reader.connected.recv_multipart(), 60)
         await asyncio.sleep(SUBSCRIBED_S)
         return reader
 
@@ -179,8 +184,8 @@ async def test_a_named_client_alone_reads_what_is_encrypted(tell, read, tmp_path
     publisher = tell(key_file=str(key_file), clients=(friend.public.decode(),))
     server = CurveKey.from_file(key_file).public
     reader = await read(publisher, lambda socket: guard_client(socket, friend, server))
-    without_a_key = await read(publisher)
-    unnamed = await read(publisher, lambda socket: guard_client(socket, stranger, server))
+    without_a_key = await read(publisher, is_let_in=False)
+    unnamed = await read(publisher, lambda socket: guard_client(socket, stranger, server), is_let_in=False)
     tell_chain(publisher, b"a")
     assert (await reader.next())[2][1][0]["block_hashes"] == [b"a"]
     assert len(await reader.again_from(0)) == 1

@@ -44,7 +44,7 @@ async def test_our_workers_are_followed_too(tmp_path, is_encrypted):
         return int(directory.leading(["ours"], names.prompt(TOKENS, scope_of(salt=salt), SIZE).keys)[0])
 
     async def until(condition):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not condition():  # noqa: ASYNC110 - of what has no event
                 await asyncio.sleep(0.01)
 

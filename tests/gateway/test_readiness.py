@@ -108,7 +108,7 @@ async def test_grpc_health_says_so_by_service_and_the_server_lives(monkeypatch):
     telling = asyncio.create_task(tell_readiness(server, ["antefix.v1.RouterService"], lambda: why[0]))
     serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
     try:
-        async with rpc.channel(server.address) as channel, asyncio.timeout(30):
+        async with rpc.channel(server.address) as channel, asyncio.timeout(60):
             health = health_pb2_grpc.HealthStub(channel)
             for reason, wanted in (("not yet", not_serving), ("", serving), ("again", not_serving)):
                 why[0] = reason

@@ -174,7 +174,7 @@ def test_looking_for_pictures_is_linear():
     start = time.perf_counter()
     for piece in ("\\", '"', '"/9j/', '"data:image/png;', "\\/", '"/9j/' + "\\"):
         without_media("[" + piece * (1_000_000 // len(piece)))
-    assert time.perf_counter() - start < 10.0
+    assert time.perf_counter() - start < 60.0
 
 
 PICTURE = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}}

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -37,10 +36,9 @@ def stream(client, path):
 @pytest.mark.parametrize("path", BODIES)
 async def test_a_head_and_signs_of_life_come_before_the_first_token(path):
     script = Script(say=lambda prompt: TEXT, hold=asyncio.Event())
-    started = time.monotonic()
     async with door(script) as client, stream(client, path) as answer:
         # The prompt is computed for as long as we like, and the head is here.
-        assert time.monotonic() - started < 10 and not script.generations[0].samples[0].emitted
+        assert not script.generations[0].samples[0].emitted
         assert (answer.status_code, answer.headers["x-accel-buffering"]) == (200, "no")
         lines, body = answer.aiter_lines(), []
         while sum(line.startswith(": keep-alive") or line == "event: ping" for line in body) < 3:
@@ -141,7 +139,7 @@ async def test_a_client_that_leaves_while_it_is_told_that_we_live_stops_the_work
     async with door(script) as client:
         async with stream(client, "/v1/messages") as answer:
             await anext(answer.aiter_lines())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not script.num_cancelled:  # noqa: ASYNC110 - the server notices when it does
                 await asyncio.sleep(0.01)
         assert [each.finish_reason for each in script.generations] == [""]

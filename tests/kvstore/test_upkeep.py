@@ -180,3 +180,24 @@ def test_eviction_lets_go_of_dead_segments_in_its_own_commit(open_engine: OpenEn
     assert len(engine.segments.sizes) == num_segments - 1
     assert engine.space.counters.dropped_segments == 1
     assert last.check(engine) == 1
+
+
+def test_what_fits_no_segment_is_copied_in_parts(open_engine: OpenEngine, tmp_path: Path) -> None:
+    engine = open_engine(segment_bytes=64 << 10)
+    prompts = [Prompt([n] * BLOCK * 3, payload_bytes=3001) for n in range(20)]
+    for prompt in prompts:
+        engine.put(prompt.blocks())
+    before = set(engine.segments.sizes)
+    assert len(before) > 2
+    headers = [header for number in sorted(before) for header in engine.segments.scan(number, check_payloads=False)]
+    copied = engine.space.compactor.copy(headers)
+    # 1. All of it moved, each part into a segment that it fits.
+    assert copied == sum(header.extent_bytes for header in headers)
+    assert max(engine.segments.sizes.values()) <= 64 << 10
+    assert all(prompt.check(engine) == 3 for prompt in prompts)
+    # 2. What was left behind is gone, and nobody has it open.
+    engine.close()
+    assert not before & {int(path.stem) for path in (tmp_path / "store" / "segments").iterdir()} - {max(before)}
+    opened = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    assert not [name for name in opened if str(tmp_path) in name]
+    assert fsck.fsck(tmp_path / "store").sound

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
+from typing import cast
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from antefix.layout import KVFormat
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward
 from antefix.model.compiled import check, switch
+from antefix.model.model import DecoderLayer
 from antefix.model.numerics import linear
 from antefix.model.ops import TorchOps
 from tests.model.random_models import AWKWARD, make
@@ -61,7 +63,25 @@ def test_steps_and_pieces_leave_the_bits_that_torch_leaves(name: str, kv_format:
     model = make(name, kv_format=kv_format)
     expected = left_behind(model)
     assert check.enable(model) and switch.is_on()
+    from antefix.model.compiled.layers import plans_of
+
+    # Steps take three calls per layer, but for the model that scores experts in another way.
+    assert (plans_of(model) is None) == (name == "three heads")
     assert left_behind(model) == expected
+
+
+@needs_numba
+@pytest.mark.slow
+def test_weights_that_changed_are_seen_by_the_next_step() -> None:
+    model = make("plain")
+    assert check.enable(model)
+    left_behind(model)
+    first, _, last = (cast(DecoderLayer, layer) for layer in model.model.layers)
+    first.self_attn.q_b_proj.weight.data.mul_(1.5)
+    last.mlp.gate.weight = torch.nn.Parameter(last.mlp.gate.weight.detach().flip(0), requires_grad=False)
+    compiled = left_behind(model)
+    switch.use(False)
+    assert left_behind(model) == compiled
 
 
 def test_another_result_in_one_layer_switches_all_of_them_off(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,6 +95,7 @@ def test_another_result_in_one_layer_switches_all_of_them_off(monkeypatch: pytes
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleType(name))
     monkeypatch.setattr(check, "_compare", compare)
+    monkeypatch.setattr(check, "_compare_together", lambda model: iter(()))
     assert not check.enable(model) and not switch.is_on()
     # For good: what a process computes must not depend on the models that it loads later.
     monkeypatch.setattr(check, "_compare", lambda model, on, num_rows=5: iter([("x", torch.ones(num_rows))]))

@@ -17,7 +17,7 @@ KEY_ID, KEY = "antefix", "antefix-secret"
 BUCKET = "antefix-test"
 # Not the server's own defaults, which it takes for further doors.
 _PORTS = range(9510, 9900)
-_START_S = 60.0
+_START_S = 180.0
 
 
 def free_ports(count: int) -> list[int]:

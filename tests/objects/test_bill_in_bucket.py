@@ -4,7 +4,6 @@ costs neither entries nor segments."""
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,33 +20,8 @@ from antefix_billing.reconcile import verify_all
 from antefix_router.anchoring import Anchoring
 from tests.billing.usage_records import NOW_US, record
 from tests.objects.faulty_proxy import Harm, faulty_proxy
-from tests.objects.s3_server import BUCKET, environment, s3_server
 
 pytestmark = [pytest.mark.s3, pytest.mark.services]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("obstore")
-    with s3_server(tmp_path_factory.mktemp("s3")) as url:
-        yield url
-
-
-@pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch):
-    """Sets which endpoint clients that are opened from now on talk to."""
-
-    def use(endpoint: str) -> None:
-        for name, value in environment(endpoint).items():
-            monkeypatch.setenv(name, value)
-
-    return use
-
-
-@pytest.fixture
-def place(request: pytest.FixtureRequest, server: str, at) -> str:
-    at(server)
-    return f"s3://{BUCKET}/{request.node.name}-{random.randrange(1 << 32):08x}"
 
 
 @pytest.fixture
@@ -64,20 +38,20 @@ def signer(tmp_path: Path) -> Signer:
     return Signer.create(tmp_path / "receipts.key")
 
 
-def test_a_cut_ledger_shows_by_its_anchor_in_the_bucket(ledger: Ledger, signer: Signer, place: str) -> None:
-    anchoring = Anchoring(ledger, signer, [place], 3600.0)
+def test_a_cut_ledger_shows_by_its_anchor_in_the_bucket(ledger: Ledger, signer: Signer, url: str) -> None:
+    anchoring = Anchoring(ledger, signer, [url], 3600.0)
     anchoring.anchor()
     ledger.append([record("last")])
     anchoring.anchor()
     assert (anchoring.anchored_to, anchoring.num_failed) == (ledger.sequence, 0)
-    assert [each.sequence for each in read_anchors([place])] == [ledger.sequence - 1, ledger.sequence]
+    assert [each.sequence for each in read_anchors([url])] == [ledger.sequence - 1, ledger.sequence]
 
     def verdict():
         return verify_all(
             [ledger.directory],
             store_log=None,
             anchors={},
-            signed=read_anchors([place]),
+            signed=read_anchors([url]),
             public_keys=[signer.public_key],
         )
 
@@ -89,37 +63,37 @@ def test_a_cut_ledger_shows_by_its_anchor_in_the_bucket(ledger: Ledger, signer: 
 
 
 def test_a_pruned_ledger_is_held_against_its_archive_and_comes_back(
-    ledger: Ledger, signer: Signer, place: str, tmp_path: Path
+    ledger: Ledger, signer: Signer, url: str, tmp_path: Path
 ) -> None:
     before = [entry.hash for _, entry in read_entries(ledger.directory)]
-    summary = prune(ledger.directory, before_us=NOW_US * 2, place=place, signer=signer, now_us=NOW_US)
+    summary = prune(ledger.directory, before_us=NOW_US * 2, place=url, signer=signer, now_us=NOW_US)
     assert summary is not None and summary.last > 8
-    assert check_archive(ledger.directory, place) == []
-    restore(place, ledger.source, tmp_path / "whole", ledger=ledger.directory)
+    assert check_archive(ledger.directory, url) == []
+    restore(url, ledger.source, tmp_path / "whole", ledger=ledger.directory)
     assert [entry.hash for _, entry in read_entries(tmp_path / "whole")] == before
 
     async def harm() -> None:
-        bucket = open_bucket(place)
+        bucket = open_bucket(url)
         names = [each.name for each in await bucket.list_objects("antefix-ledgers/") if each.name.endswith(".ledger")]
         await bucket.put(names[0], [b"other bytes"])
         await bucket.delete([names[1]])
         await bucket.close()
 
     asyncio.run(harm())
-    assert len(check_archive(ledger.directory, place)) == 1
+    assert len(check_archive(ledger.directory, url)) == 1
 
 
 async def test_a_store_that_fails_costs_no_segment_and_the_next_anchor_comes(
-    ledger: Ledger, signer: Signer, place: str, server: str, at
+    ledger: Ledger, signer: Signer, url: str, server: str, at
 ) -> None:
-    anchoring = Anchoring(ledger, signer, [place], 3600.0)
+    anchoring = Anchoring(ledger, signer, [url], 3600.0)
     async with faulty_proxy(server, Harm(share=1.0, kinds=("500", "reset", "503"))) as proxy:
         at(proxy)
         await asyncio.to_thread(anchoring.anchor)
         assert anchoring.num_failed and not anchoring.anchored_to
         with pytest.raises(Unavailable):
             await asyncio.to_thread(
-                prune, ledger.directory, before_us=NOW_US * 2, place=place, signer=signer, now_us=NOW_US
+                prune, ledger.directory, before_us=NOW_US * 2, place=url, signer=signer, now_us=NOW_US
             )
     assert next(read_entries(ledger.directory))[1].sequence == 1
     # Answers that are harmed now and then: the library asks again, and what is read back is what was written.
@@ -128,7 +102,7 @@ async def test_a_store_that_fails_costs_no_segment_and_the_next_anchor_comes(
         await asyncio.to_thread(anchoring.anchor)
         assert anchoring.anchored_to == ledger.sequence
         assert await asyncio.to_thread(
-            prune, ledger.directory, before_us=NOW_US * 2, place=place, signer=signer, now_us=NOW_US
+            prune, ledger.directory, before_us=NOW_US * 2, place=url, signer=signer, now_us=NOW_US
         )
     at(server)
-    assert await asyncio.to_thread(check_archive, ledger.directory, place) == []
+    assert await asyncio.to_thread(check_archive, ledger.directory, url) == []

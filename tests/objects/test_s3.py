@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from antefix.errors import AntefixError, Unavailable
-from antefix.objects.bucket import ObjectGone, open_bucket
+from antefix.objects.bucket import open_bucket
 from antefix.objects.object_tier import ObjectTier
 from antefix.record import RecordKind
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
+from tests.objects.any_bucket import keeps_what_any_bucket_must
 from tests.objects.faulty_proxy import HARMS, Harm, faulty_proxy
-from tests.objects.s3_server import BUCKET, environment, s3_server
 from tests.objects.small_tier import OWNER, num_restored, tier_of, upload
 
 pytestmark = [pytest.mark.s3, pytest.mark.services]
@@ -24,45 +22,8 @@ PROMPT = Prompt(list(range(BLOCK * 60)), payload_bytes=60_000)
 NUM_BLOCKS = len(PROMPT.hashes)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("obstore")
-    with s3_server(tmp_path_factory.mktemp("s3")) as url:
-        yield url
-
-
-@pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch):
-    """Sets which endpoint clients that are opened from now on talk to."""
-
-    def use(endpoint: str) -> None:
-        for name, value in environment(endpoint).items():
-            monkeypatch.setenv(name, value)
-
-    return use
-
-
-@pytest.fixture
-def url(request: pytest.FixtureRequest, server: str, at) -> str:
-    at(server)
-    return f"s3://{BUCKET}/{request.node.name.partition('[')[0]}-{random.randrange(1 << 32):08x}"
-
-
 async def test_a_bucket_keeps_what_any_bucket_must(url: str) -> None:
-    bucket = open_bucket(url)
-    assert await bucket.list_objects("segments/") == []
-    names = [f"segments/{number:05d}" for number in range(1203)]
-    await asyncio.gather(*(bucket.put(name, [name.encode(), b"!"]) for name in names))
-    assert [each.name for each in await bucket.list_objects("segments/")] == names
-    assert [each.name for each in await bucket.list_objects("segments/", after=names[4], num_max=3)] == names[5:8]
-    assert [each.name for each in await bucket.list_objects("segments/", after="segments/01")] == names[1000:]
-    assert bytes(await bucket.read(names[7], 10, 14)) == b"0007"
-    assert bytes(await bucket.read(names[7], 500, 600)) == b""
-    await bucket.delete([*names, "segments/never"])
-    assert await bucket.list_objects("segments/") == []
-    with pytest.raises(ObjectGone):
-        await bucket.read(names[0], 0, 4)
-    await bucket.close()
+    await keeps_what_any_bucket_must(open_bucket(url))
 
 
 async def test_any_host_finds_and_reads_what_was_uploaded(url: str) -> None:

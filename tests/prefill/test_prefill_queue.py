@@ -45,6 +45,22 @@ async def test_short_rests_do_not_wait_for_long_prompts():
     assert await started(queue, True, True) == (2, 0)
 
 
+async def test_another_tenants_short_rest_waits_for_no_place_of_a_busy_one():
+    queue, let_go, at_work = PrefillQueue(1, 64, 2), asyncio.Event(), []
+
+    async def ask(tenant):
+        async with queue.turn(1.0, answers(True), tenant=tenant):
+            at_work.append(tenant)
+            await let_go.wait()
+
+    tasks = [asyncio.create_task(ask(tenant)) for tenant in (*["greedy"] * 8, "modest")]
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert at_work == ["greedy", "greedy", "greedy", "modest"] and queue.num_waiting == 5
+    let_go.set()
+    await asyncio.gather(*tasks)
+
+
 async def test_without_such_places_everybody_waits():
     assert await started(PrefillQueue(1, 64, 0), False, True, True) == (1, 2)
 

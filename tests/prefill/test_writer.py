@@ -25,7 +25,7 @@ async def test_a_bug_while_writing_holds_up_no_producer_and_comes_out_at_the_end
         for number in range(1, 9):
             await writer.put(Record(hash=bytes([number]) * 32, position=number, **shared))
 
-    await asyncio.wait_for(produce(), 10)
+    await asyncio.wait_for(produce(), 60)
     with pytest.raises(ZeroDivisionError):
         await writer.flush()
     assert writer.num_blocks_written == 0

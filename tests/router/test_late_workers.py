@@ -128,13 +128,14 @@ async def test_a_loaded_deployment_does_not_do_its_work_twice():
     speeds(workers, 1e9, 1e9)
     num = 200
     tasks = [start(prefilling, f"r{i}", (np.arange(400, dtype=np.uint32) * 7 + i * 13)) for i in range(num)]
-    await asyncio.sleep(0.1)
+    async with asyncio.timeout(60):
+        while not prefilling._calls._budget.num_denied:  # noqa: ASYNC110 - of other tasks
+            await asyncio.sleep(0.002)
     for client in clients:
         client.gate.set()
     await asyncio.gather(*tasks)
     num_calls = sum(len(client.calls) for client in clients)
     assert num_calls <= num + SAVED_MAX + 0.1 * num
-    assert prefilling._calls._budget.num_denied > 0
     assert_idle(prefilling, workers)
 
 
@@ -200,7 +201,7 @@ async def test_an_output_that_stops_coming_moves():
     workers = decoders()
     stream = DecodeStream(workers, workers.workers[0], {workers.workers[0].address}, HedgeBudget(), own_s=0.0)
     with pytest.raises(Unavailable, match="nothing came"):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await read(stream, messages(0, 0, 0, 30))
 
 

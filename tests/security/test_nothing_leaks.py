@@ -62,15 +62,15 @@ async def busy(tmp_path, start_redis, open_umask):
 def requests_of(key):
     """What clients of all kinds send: right ones, wrong ones, and some that are cut off."""
     chat = [{"role": "system", "content": TEXT * 3}, {"role": "user", "content": TEXT * 20}]
-    ask = {"model": "m", "max_tokens": 4, "messages": chat}
+    ask = {"model": "m", "max_tokens": 4, "messages": chat, "seed": 1}
     auth = {"authorization": f"Bearer {key}"}
     yield "/v1/chat/completions", ask, auth
     yield "/v1/chat/completions", ask, {**auth, "idempotency-key": "again"}
     yield "/v1/chat/completions", ask, {**auth, "idempotency-key": "again"}
     yield "/v1/chat/completions", {**ask, "stream": True, "logprobs": True}, auth
     yield "/v1/messages", {**ask, "messages": chat[1:], "system": TEXT}, {"x-api-key": key}
-    yield "/v1/responses", {"model": "m", "input": TEXT * 10, "max_output_tokens": 4}, auth
-    yield "/v1/completions", {"model": "m", "prompt": TEXT, "max_tokens": 4, "user": "someone"}, auth
+    yield "/v1/responses", {"model": "m", "input": TEXT * 10, "max_output_tokens": 4, "seed": 1}, auth
+    yield "/v1/completions", {"model": "m", "prompt": TEXT, "max_tokens": 4, "seed": 1, "user": "someone"}, auth
     # Wrong.
     yield "/v1/chat/completions", ask, {"authorization": f"Bearer {key}x"}
     yield "/v1/chat/completions", {**ask, "messages": TEXT}, auth
@@ -80,7 +80,7 @@ def requests_of(key):
     yield "/v1/chat/completions", {**ask, "max_tokens": 10**9}, auth
     yield "/v1/chat/completions", (TEXT + "{").encode(), auth
     yield "/v1/chat/completions", ('{"messages": "' + "\\ud800" + TEXT).encode(), auth
-    yield f"/v1/completions?api_key={key}", {"model": "m", "prompt": TEXT, "max_tokens": 2}, auth
+    yield f"/v1/completions?api_key={key}", {"model": "m", "prompt": TEXT, "max_tokens": 2, "seed": 1}, auth
 
 
 def canaries(key, deployment, password):

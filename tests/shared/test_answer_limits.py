@@ -110,11 +110,11 @@ async def test_callers_go_on_without_a_service_whose_answer_cannot_be_right(liar
             await client.status()
         liar.answer = prefill_pb2.PrefillResponse(restore={"hit_tokens": 4, "miss_tokens": 2})
         with pytest.raises(Unavailable, match="4 tokens hit and 2 missed, of 5"):
-            await client.prefill(REQUEST, timeout_s=10)
+            await client.prefill(REQUEST, timeout_s=60)
     async with DecodeClient(liar.address) as client:
         liar.answer = decode_pb2.DecodeResponse(tokens=tokens_to_wire(np.arange(3, dtype=np.uint32)))
         with pytest.raises(Unavailable, match="more tokens than were asked for"):
-            async for _ in client.decode(REQUEST, REQUEST.sampling, handoff=b"", emitted=(), timeout_s=10):
+            async for _ in client.decode(REQUEST, REQUEST.sampling, handoff=b"", emitted=(), timeout_s=60):
                 pass
     async with RemoteStore(liar.address) as store:
         for answer in ({"num_blocks": 3}, {"num_blocks": 1, "checkpoints": [9]}):

@@ -2,15 +2,19 @@
 
 import copy
 import json
+import os
+import threading
 import time
 import tomllib
 from dataclasses import fields
 
 import pytest
 
+from antefix import checked_files
 from antefix.checked_files import read_json, read_toml
 from antefix.config import parse_value
 from antefix.errors import ConfigError, InvalidRequest
+from antefix.private_file import read_private
 from antefix.security.identity_file import load_identities
 from antefix_billing.ratecard import load_cards
 from antefix_billing.tenants import load_tenants
@@ -211,3 +215,23 @@ def test_a_setting_takes_what_its_type_says_and_no_bool_for_a_number():
     for name, value in (("grace_s", True), ("budget_bytes", True), ("dir", ["a"]), ("dir", {"a": 1}), ("grace_s", [1])):
         with pytest.raises(ConfigError, match=name):
             parse_value(by_name[name], value, source=name)
+
+
+def test_a_pipe_is_read_to_its_end_and_waited_for_no_longer_than_it_says(tmp_path, monkeypatch):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    monkeypatch.setattr(checked_files, "_PIPE_S", 0.2)
+    with pytest.raises(ConfigError, match=r"pipe.*nothing came"):
+        read_toml(pipe, "a file")
+    monkeypatch.setattr(checked_files, "_PIPE_S", 60.0)
+    writing = threading.Thread(target=lambda: pipe.write_text("a = 1\n" + "# " + "x" * 200_000))
+    writing.start()
+    assert read_toml(pipe, "a file") == {"a": 1}
+    writing.join()
+
+
+def test_a_device_without_an_end_and_a_directory_are_refused(tmp_path):
+    for path, why in (("/dev/zero", "more than"), (str(tmp_path), "directory")):
+        with pytest.raises(ConfigError, match=why):
+            read_toml(path, "a file")
+    with pytest.raises(ConfigError):
+        read_private(tmp_path, "a secret")

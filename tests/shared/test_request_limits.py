@@ -160,9 +160,9 @@ async def test_malformed_messages_are_invalid_and_nothing_is_logged(server, capl
             call = channel.stream_unary(path) if descriptor.client_streaming else channel.unary_stream(path)
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 if descriptor.client_streaming:
-                    await call(iter([raw]), timeout=10)
+                    await call(iter([raw]), timeout=60)
                 else:
-                    async for _ in call(raw, timeout=10):
+                    async for _ in call(raw, timeout=60):
                         pass
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, (path, caught.value.details())
     assert not [record for record in caplog.records if record.levelname in ("ERROR", "WARNING")]
@@ -182,13 +182,13 @@ async def test_a_number_out_of_its_range_is_refused_over_the_wire(server):
         (stub.Evict, kvstore_pb2.EvictRequest(records=[kvstore_pb2.RecordName(hash=b"")] * 70_000)),
     ):
         with pytest.raises(InvalidRequest), rpc.rpc_errors():
-            await call(request, timeout=10)
+            await call(request, timeout=60)
 
     async def pieces():
         yield kvstore_pb2.PutRequest(header=kvstore_pb2.RecordHeader(cost_s=math.nan))
 
     with pytest.raises(InvalidRequest, match=r"header\.cost_s"), rpc.rpc_errors():
-        await stub.Put(pieces(), timeout=10)
+        await stub.Put(pieces(), timeout=60)
 
 
 @pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy", "all_proxy"])
@@ -197,5 +197,5 @@ async def test_a_proxy_of_the_environment_is_not_asked_for_our_own_calls(server,
     async with rpc.channel(server.address) as channel:
         call = channel.unary_unary("/antefix.v1.RouterService/RouterStatus")
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call(router_pb2.RouterStatusRequest().SerializeToString(), timeout=10)
+            await call(router_pb2.RouterStatusRequest().SerializeToString(), timeout=60)
     assert caught.value.code() is not grpc.StatusCode.UNAVAILABLE

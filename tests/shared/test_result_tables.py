@@ -38,6 +38,7 @@ def one_record(results, tmp_path, monkeypatch):
         yield "cold", f"{record['cold']:.1f}"
 
     monkeypatch.setattr(results, "RESULTS", tmp_path)
+    monkeypatch.setattr(tables, "NAMED", {})
     monkeypatch.setattr(tables, "TABLES", {("a.json", "speeds"): tables.Table(speeds, ("code/",))})
     return write
 
@@ -70,21 +71,42 @@ def test_a_document_that_asks_for_an_unknown_table_is_refused(results, one_recor
         results.filled("<!-- figures: a.json other -->\n<!-- end of figures -->\n")
 
 
+BEFORE = "def f():\n    '''One.'''\n    return 1  # why\n"
+
+
 @pytest.mark.parametrize(
-    ("record", "log", "told"),
+    ("record", "now", "told"),
     [
-        ({"commit": "abcdef0123"}, "", []),
-        ({"commit": "abcdef0123"}, "1\n2\n", ["2 commits changed code/ since abcdef01"]),
+        ({"commit": "abcdef0123"}, BEFORE.replace("One", "Said otherwise").replace("why", "because"), []),
+        ({"commit": "abcdef0123"}, BEFORE.replace("1", "2"), ["since abcdef01 changed: code/a.py"]),
+        ({"commit": "abcdef0123"}, "", ["since abcdef01 changed: code/a.py"]),
         ({"commit": "abcdef0123"}, None, ["names commit abcdef01, which is not in this repository's history"]),
+        (
+            {"recorded": {"commit": "abcdef0123", "date": ""}},
+            BEFORE.replace("1", "2"),
+            ["since abcdef01 changed: code/a.py"],
+        ),
         ({}, "", ["names no commit"]),
     ],
 )
-def test_figures_older_than_their_code_are_listed(results, one_record, record, log, told):
+def test_figures_older_than_their_code_are_listed(results, one_record, record, now, told):
     def git(*arguments):
-        assert arguments == ("log", "--format=%h", "abcdef0123..HEAD", "--", "code/")
-        if log is None:
+        if now is None or (not now and arguments == ("show", "HEAD:code/a.py")):
             raise subprocess.CalledProcessError(128, "git")
-        return log
+        if arguments[0] == "diff":
+            assert arguments == ("diff", "--name-only", "abcdef0123", "HEAD", "--", "code/")
+            return "code/a.py\n"
+        return {"abcdef0123:code/a.py": BEFORE, "HEAD:code/a.py": now}[arguments[1]]
 
     one_record(cold=1.0, **record)
     assert [text for _, text in results.stale(git)] == told
+
+
+def test_records_without_a_table_say_what_they_measure():
+    assert all((ROOT / path).exists() for paths in tables.NAMED.values() for path in paths)
+
+
+def test_a_run_that_named_no_commit_is_said_to_be_one(results, one_record):
+    one_record(cold=1.0, recorded={"commit": "0123abcd", "date": "2026-11-22"})
+    after = results.filled("<!-- figures: a.json speeds -->\n<!-- end of figures -->\n")
+    assert "the run named no commit; recorded in 0123abcd, 2026-11-22" in after

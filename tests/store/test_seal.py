@@ -117,7 +117,7 @@ async def test_what_is_forged_is_a_miss_and_is_replaced(store: Store, servicer: 
     assert await restored(store) == 3
     assert store.seals.num_broken > 0  # type: ignore[attr-defined]
     # The store was told, so it takes the right one.
-    for _ in range(500):
+    for _ in range(6000):
         if servicer.engine.counters.forged:
             break
         await asyncio.sleep(0.02)

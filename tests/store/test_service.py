@@ -158,14 +158,14 @@ async def test_both_clients_pin_evict_and_count_a_tenants_records(store: Store) 
 
 async def test_both_clients_watch(store: Store) -> None:
     await store.put(PROMPT.blocks(2))
-    async with asyncio.timeout(10), contextlib.aclosing(store.watch()) as batches:
+    async with asyncio.timeout(60), contextlib.aclosing(store.watch()) as batches:
         whole = await anext(batches)
         assert whole.snapshot_begins and whole.snapshot_ends
         await store.evict([(RecordKind.BLOCK, PROMPT.hashes[1])], owner=owner(""))
         evicted = await anext(batches)
         assert [(event.kind, event.names()) for event in evicted.events] == [(EventKind.EVICTED, [PROMPT.hashes[1]])]
     # A watcher who missed nothing is told so at once.
-    async with asyncio.timeout(10), contextlib.aclosing(store.watch(evicted.cursor)) as batches:
+    async with asyncio.timeout(60), contextlib.aclosing(store.watch(evicted.cursor)) as batches:
         told = await anext(batches)
         assert (told.cursor, told.events, told.snapshot) == (evicted.cursor, (), False)
 

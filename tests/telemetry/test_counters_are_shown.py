@@ -198,6 +198,7 @@ STATE = {
         "num_full",
         "num_late",
         "num_pieces",
+        "num_returns",
     ),
 }
 

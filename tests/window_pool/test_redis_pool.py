@@ -46,11 +46,15 @@ async def test_another_fingerprint_never_sees_it(pool):
     assert await pool.nearest(NAMES, fingerprint=OTHER) is None
 
 
-async def test_it_expires(pool):
-    await pool.put(checkpoint(ttl_s=0.2))
+async def test_it_expires(pool, redis):
+    await pool.put(checkpoint(ttl_s=30))
     assert await pool.nearest(NAMES, fingerprint=FINGERPRINT) is not None
-    await asyncio.sleep(0.5)
-    assert await pool.nearest(NAMES, fingerprint=FINGERPRINT) is None
+    async with Redis.from_url(redis.url) as direct:
+        left_ms = [await direct.pttl(key) for key in await direct.keys()]
+    assert max(left_ms) <= 30_000 and min(left_ms) > 0
+    await pool.put(checkpoint(NAMES[5], ttl_s=0.05))
+    await asyncio.sleep(0.2)
+    assert await pool.nearest(NAMES[5:], fingerprint=FINGERPRINT) is None
 
 
 async def test_what_redis_evicts_is_a_miss(pool, redis):

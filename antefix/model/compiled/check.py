@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -41,8 +41,9 @@ def enable(model: Model) -> bool:
         plain = list(_compare(model, False))
         compiled = list(_compare(model, True))
         few = list(_compare(model, True, _FEW))
+        together = list(_compare_together(model))
         switch.use(was_on)
-    pairs = [*zip(plain, compiled, strict=True), *zip(plain, few, strict=True)]
+    pairs = [*zip(plain, compiled, strict=True), *zip(plain, few, strict=True), *together]
     wrong = sorted({name for (name, whole), (_, part) in pairs if not torch.equal(_same_rows(whole, part), part)})
     _refused = bool(wrong)
     if _refused:
@@ -92,6 +93,44 @@ def _compare(model: Model, on: bool, num_rows: int = _ROWS) -> Iterator[tuple[st
                 output = layer.mlp(x, tokens)
                 yield "experts", output[:num_tokens]
             yield "streams", expand(streams, output, post, comb)[:num_tokens]
+
+
+def _compare_together(model: Model) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
+    """Results of a layer of each kind call by call, and as `layers` computes them in three calls."""
+    from antefix.model.compiled.layers import few_rows
+
+    config, random = model.config, torch.Generator().manual_seed(2)
+    tokens, positions = torch.arange(_FEW) % config.vocab_size, torch.arange(_FEW) * 37
+    rows = few_rows(model, tokens, positions)
+    if rows is None:
+        return
+    streams = torch.randn(_FEW, config.hc_mult, config.hidden_size, generator=random) * 2
+    attended = torch.randn(_FEW, config.num_heads, config.geometry.head_dim, generator=random)
+    for plan in {(p.layer.self_attn.kind, p.layer.mlp.gate.hash_routed): p for p in rows.plans}.values():
+        layer = plan.layer
+        angles = model.rope(layer.self_attn.kind, positions)
+        x, post, comb = layer.attn_hc(streams)
+        wanted = dict(_attention(model, layer.self_attn, layer.input_layernorm(x), positions, angles))
+        rows.streams.copy_(streams)
+        made = rows.before(plan, *angles)
+        window = wanted["rounded entries" if plan.rounds else "window entries"]
+        yield from _named("rows before attention", (wanted["queries"], window), (made.q, made.window))
+        if made.compressed is not None:
+            yield from _named("compressor rows", (wanted["compressor rows"],), (made.compressed,))
+        if made.index is not None:
+            yield from _named("indexer rows", (wanted["indexer rows"], wanted["index queries"]), made.index[:2])
+        streams_2 = expand(streams, layer.self_attn.output(attended, *angles), post, comb)
+        x, post, comb = layer.ffn_hc(streams_2)
+        whole = expand(streams_2, layer.mlp(layer.post_attention_layernorm(x), tokens), post, comb)
+        rows.feed(plan, attended, *angles)
+        yield from _named("streams behind a layer", (whole,), (rows.streams,))
+
+
+def _named(
+    name: str, wanted: Sequence[Tensor], made: Sequence[Tensor]
+) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
+    for each, other in zip(wanted, made, strict=True):
+        yield (name, each), (name, other.clone())
 
 
 def _attention(

@@ -39,7 +39,7 @@ def _chain(made: Any, row: Any, weights: int, O: int) -> None:  # noqa: E741
 
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
-def _multiply(out: int, x: int, weights: int, num: int, K: int, O: int, step: int, tile: int) -> None:  # noqa: E741
+def multiply_rows(out: int, x: int, weights: int, num: int, K: int, O: int, step: int, tile: int) -> None:  # noqa: E741
     """out [N, O], its rows `step` apart: x [N, K] times weights [K, O], sums of `tile` addends added up in order."""
     piece = np.empty(O, np.float32)
     for start in range(0, K, tile):
@@ -57,18 +57,18 @@ def _multiply(out: int, x: int, weights: int, num: int, K: int, O: int, step: in
 def multiply(x: Tensor, weight: Tensor, tile: int, out: Tensor | None = None) -> Tensor | None:
     """x [N, K] times weight [O, K] transposed, to `out`, whose rows may lie apart; None: the weight is too large."""
     columns, addends = weight.shape
-    turned = _turned(weight)
-    if turned is None:
+    matrix = turned(weight)
+    if matrix is None:
         return None
     x = x.contiguous()
     made = x.new_empty(x.shape[0], columns) if out is None else out
-    _multiply(
-        made.data_ptr(), x.data_ptr(), turned.data_ptr(), x.shape[0], addends, columns, made.stride(0), tile
+    multiply_rows(
+        made.data_ptr(), x.data_ptr(), matrix.data_ptr(), x.shape[0], addends, columns, made.stride(0), tile
     )  # fmt: skip
     return made
 
 
-def _turned(weight: Tensor) -> Tensor | None:
+def turned(weight: Tensor) -> Tensor | None:
     """The weights transposed [K, O], kept with them; turned again where they were changed or lie elsewhere."""
     if weight.numel() > _NUMBERS_MAX or weight.dtype is not torch.float32:
         return None

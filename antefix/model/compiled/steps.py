@@ -29,6 +29,8 @@ from antefix.model.window_state import Sequence
 class CompiledSteps(Steps):
     """One forward pass over sequences that run one token each, on a CPU."""
 
+    is_compiled = True
+
     def __init__(
         self, model: Model, pool: BlockPool, sequences: collections.abc.Sequence[Sequence], write: bool
     ) -> None:

@@ -13,11 +13,13 @@ from pathlib import Path
 
 from antefix.byte_size import parse_byte_size
 from antefix.cache_tenant import join_tenant
-from antefix.config import require
+from antefix.config import add_flags, given_flags, require
+from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
 from antefix.store_files.owners import Owners
+from antefix.worker_settings import WorkerSettings
 from antefix_console.moving import copy_between, report_text
-from antefix_console.purging import PurgeReport, purge_all, stores_of
+from antefix_console.purging import Access, PurgeReport, purge_all, stores_of
 from antefix_kvstore.copy_target import open_source, open_target
 
 
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     purge = _command(
         commands,
         "purge",
-        "drop all of a tenant's records, pinned or not",
+        "drop all of a tenant's records, pinned or not, in all tiers",
         "rediss://redis:6379/0 s3://kv-cache/prod --tenant acme --secret-file antefix-data/secret",
     )
     purge.add_argument(
@@ -56,12 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="STORE",
         help="all of them, in any order: host:port, a directory that no service has open, s3://..., or as roles have"
-        " them in --stores: NAME=ADDRESS, dns:HOST:PORT, redis://...",
+        " them in --stores: NAME=ADDRESS, dns:HOST:PORT, redis://... (its window pool as well)",
     )
     purge.add_argument("--tenant", required=True, help="whose; or digest:HEX")
     purge.add_argument("--user", default="", help="of the tenant's users, this one's only")
     purge.add_argument("--secret-file", help="the deployment's secret, which names the tenant in stores")
     purge.add_argument("--json", action="store_true", help="print one JSON object")
+    group = purge.add_argument_group("Redis", "where it is named, as roles have it")
+    add_flags(group, WorkerSettings, ("redis_password_file", "redis_ca_file"))
 
 
 def _command(
@@ -99,7 +103,8 @@ def _purge(args: argparse.Namespace) -> int:
     keyring = Keyring.from_file(Path(args.secret_file)) if args.secret_file else None
     name = join_tenant(args.tenant, args.user) if args.user else args.tenant
     owners = [row[1:] for row in Owners(keyring).rows(name) if row[:1] == b"o"]
-    report = asyncio.run(_purge_named(args.stores, keyring, owners))
+    redis = WorkerSettings(**given_flags(WorkerSettings, args))
+    report = asyncio.run(_purge_named(args.stores, keyring, owners, lambda url: RedisAccess.of(url, redis)))
     if args.json:
         print(json.dumps(dataclasses.asdict(report)))
     else:
@@ -109,5 +114,5 @@ def _purge(args: argparse.Namespace) -> int:
     return 1 if report.failed else 0
 
 
-async def _purge_named(stores: list[str], keyring: Keyring | None, owners: list[bytes]) -> PurgeReport:
-    return await purge_all(await stores_of(stores, keyring), owners)
+async def _purge_named(stores: list[str], keyring: Keyring | None, owners: list[bytes], access: Access) -> PurgeReport:
+    return await purge_all(await stores_of(stores, keyring, access), owners, access)

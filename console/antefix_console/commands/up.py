@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from antefix.config import GRACE_S, add_flags, given_flags, require
 from antefix.errors import AntefixError, Unavailable
@@ -36,13 +36,30 @@ def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_arguments(parser)
+    _add_store_arguments(parser)
+    _add_router_arguments(parser)
+    _add_bill_arguments(parser)
+    parser.add_argument(
+        "--grace-s",
+        type=float,
+        default=GRACE_S,
+        metavar="S",
+        help=f"how long running requests may take when it stops (default: {GRACE_S:g})",
+    )
+    parser.add_argument("--log-level", choices=LEVELS, default="info", help="the least that is logged (default: info)")
+    parser.add_argument("--log-format", choices=FORMATS, default="text", help="of all roles' logs (default: text)")
+    parser.add_argument(
+        "--traces", default="", metavar="URL", help="OTLP collector (gRPC) that gets traces (default: none)"
+    )
+    parser.add_argument("--json", action="store_true", help="print addresses as one JSON line")
+
+
+def _add_store_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data-dir", type=Path, default=Path("antefix-data"), help="secret, store and logs live here")
     parser.add_argument("--store-bytes", default="", metavar="SIZE", help="of disk, such as 200G (default: 64G)")
     for kind, usual in (("block", "72 hours"), ("checkpoint", "6 hours")):
         help_text = f"how long a {kind} stays in the store after its last use; 0 for ever (default: {usual})"
         parser.add_argument(f"--{kind}-ttl-s", type=float, metavar="S", help=help_text)
-    parser.add_argument("--data-dir", type=Path, default=Path("antefix-data"), help="secret, store and logs live here")
-    parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
-    parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
     parser.add_argument(
         "--object-store",
         default="",
@@ -57,28 +74,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="each as on a host of its own; workers take turns in which is theirs (default: 1)",
     )
     parser.add_argument(
-        "--num-routers", type=int, default=1, metavar="N", help="each with a ledger of its own (default: 1)"
-    )
-    parser.add_argument(
-        "--ratecards", nargs="*", default=(), metavar="FILE", help="prices (deploy/ratecards has examples)"
-    )
-    parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="tenants' limits and keys")
-    parser.add_argument("--api-keys-file", type=_not_empty, metavar="FILE", help="API keys, made by `antefix keys`")
-    parser.add_argument(
-        "--anchors",
-        nargs="*",
-        default=(),
-        metavar="PLACE",
-        help="files elsewhere or object stores that get the ledgers' signed heads",
-    )
-    parser.add_argument(
-        "--bill-redis", default="", metavar="URL", help="Redis through which several routers share one bill"
-    )
-    parser.add_argument(
         "--encrypt",
         action="store_true",
         help="encrypt what is stored, with a key per tenant made of DATA_DIR/store.key (default: off)",
     )
+
+
+def _add_router_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
+    parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
+    parser.add_argument(
+        "--num-routers", type=int, default=1, metavar="N", help="each with a ledger of its own (default: 1)"
+    )
+    parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="tenants' limits and keys")
+    parser.add_argument("--api-keys-file", type=_not_empty, metavar="FILE", help="API keys, made by `antefix keys`")
     parser.add_argument(
         "--chat-format",
         choices=("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template"),
@@ -94,19 +103,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="lines of system text to move behind the stable prefix (deploy/prefix_rules.toml), or off",
     )
+
+
+def _add_bill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--grace-s",
-        type=float,
-        default=GRACE_S,
-        metavar="S",
-        help=f"how long running requests may take when it stops (default: {GRACE_S:g})",
+        "--ratecards", nargs="*", default=(), metavar="FILE", help="prices (deploy/ratecards has examples)"
     )
-    parser.add_argument("--log-level", choices=LEVELS, default="info", help="the least that is logged (default: info)")
-    parser.add_argument("--log-format", choices=FORMATS, default="text", help="of all roles' logs (default: text)")
     parser.add_argument(
-        "--traces", default="", metavar="URL", help="OTLP collector (gRPC) that gets traces (default: none)"
+        "--anchors",
+        nargs="*",
+        default=(),
+        metavar="PLACE",
+        help="files elsewhere or object stores that get the ledgers' signed heads",
     )
-    parser.add_argument("--json", action="store_true", help="print addresses as one JSON line")
+    parser.add_argument(
+        "--bill-redis", default="", metavar="URL", help="Redis through which several routers share one bill"
+    )
 
 
 def _not_empty(text: str) -> str:
@@ -161,8 +173,8 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, asked.set)
-    print("starting services ...", file=sys.stderr, flush=True)
-    deployment = Deployment(config)
+    _tell("starting services ...")
+    deployment = Deployment(config, _tell)
     loop.add_signal_handler(signal.SIGHUP, deployment.reload)
     reaping = asyncio.create_task(reap_orphans(lambda: {each.process.pid for each in deployment.processes}))
     stopped = asyncio.create_task(asked.wait())
@@ -218,7 +230,13 @@ async def _stop(deployment: Deployment) -> int:
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    _say(text, sys.stderr)
+
+
+def _say(text: str, stream: TextIO | None) -> None:
+    """What runs goes on where nobody can read this: a full disk, a pipe that was closed."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=stream, flush=True)
 
 
 async def warn_of_pool(address: str, config: RedisConfig | None = None) -> None:
@@ -229,7 +247,7 @@ async def warn_of_pool(address: str, config: RedisConfig | None = None) -> None:
     try:
         await pool.check()
     except Unavailable as err:
-        print(f"warning: {err}; checkpoints go to disk until it does", file=sys.stderr, flush=True)
+        _tell(f"warning: {err}; checkpoints go to disk until it does")
     finally:
         await pool.close()
 
@@ -250,13 +268,13 @@ def _announce(deployment: Deployment, *, as_json: bool) -> None:
     if as_json:
         http_address = deployment.one("router").http_address
         said = {"ready": True, "processes": rows, "http_address": http_address, "http_addresses": http_addresses}
-        print(json.dumps(said), flush=True)
+        _say(json.dumps(said), sys.stdout)
         return
+    lines = []
     for row in rows:
         more = f"  {row['store']}" if "store" in row else ""
         where, metrics = f"{row['address']:<22} pid {row['pid']:<8}", f"http://{row['metrics_address']}/metrics"
-        print(f"{row['role']:<8} {where} metrics {metrics}{more}")
-    for http_address in http_addresses:
-        print(f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1")
-    print(f"\nTry:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'")
-    print("Ctrl-C stops everything.", flush=True)
+        lines.append(f"{row['role']:<8} {where} metrics {metrics}{more}")
+    lines += [f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1" for http_address in http_addresses]
+    lines += ["", f"Try:  antefix generate --router {deployment.one('router').address} 'def fibonacci(n):'"]
+    _say("\n".join([*lines, "Ctrl-C stops everything."]), sys.stdout)

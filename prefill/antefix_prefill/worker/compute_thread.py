@@ -9,7 +9,8 @@ Short rests that wait together run together, as one call of the model: most of w
 several tenants want the worker, a call is no longer than what its first piece would take on its tenant's share alone.
 
 Between two decode steps the thread is free for a moment, and a chunk would get in each time. Where a tenant has nothing
-but decode steps, another one's chunk lets steps go first for as long as the chunk before it took.
+but decode steps, another one's chunk lets steps go first until they have given back the time of the chunk before it. A
+step in which others' sequences take part gives back less than it takes (`StepShares.repaid_s` in decode).
 
 A cancelled request gives its pool rows back. If the thread (or a read) were still writing into them, another
 request's KV would be overwritten: so cancellation waits for the work in hand, which takes one chunk at most.
@@ -87,7 +88,7 @@ class _Together:
 @dataclass(slots=True, eq=False)
 class _Job:
     """remaining: tokens that its prompt has left, None for a small job.  began: when its prompt's computing began.
-    together: how it runs with others, where it may."""
+    together: how it runs with others, where it may.  repaid_s: see `run_step`."""
 
     work: Callable[[], object]
     done: Future[object]
@@ -97,6 +98,7 @@ class _Job:
     share: int = 1
     asked: float = field(default_factory=time.perf_counter)
     together: _Together | None = None
+    repaid_s: float | None = None
 
     @property
     def kind(self) -> str:
@@ -135,6 +137,8 @@ class ComputeThread:
         # Whose sequences take part in decode steps now; for how long steps go first.
         self._stepping: frozenset[str] = frozenset()
         self._steps_first_s = 0.0
+        # Whose chunk is in hand, or took the time that steps give back.
+        self._owing: frozenset[str] = frozenset()
         self.wait_s = histogram(
             "antefix_compute_wait_seconds",
             "How long work waited for the compute thread: small jobs, and chunks of prompts.",
@@ -148,6 +152,14 @@ class ComputeThread:
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """A small job, or a decode step: it never waits for more than the work in hand and small jobs before it."""
         job = _Job(lambda: function(*args, **kwargs), Future())
+        return cast(T, await self._submit(job))
+
+    async def run_step(
+        self, repaid_s: float | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """A decode step.  repaid_s: of the time that others' chunks took, so much is given back with it; None: what it
+        takes."""
+        job = _Job(lambda: function(*args, **kwargs), Future(), repaid_s=repaid_s)
         return cast(T, await self._submit(job))
 
     async def run_chunk(
@@ -190,6 +202,12 @@ class ComputeThread:
             for tenant, share in shares.items():
                 self._recent[tenant] = (now, share)
 
+    @property
+    def chunk_tenants(self) -> frozenset[str]:
+        """Whose chunks wait, or are in hand, or took time that steps have not given back yet."""
+        with self._lock:
+            return self._owing.union(job.tenant for job in self._chunks)
+
     def close(self) -> None:
         self._executor.shutdown(wait=True)
 
@@ -216,6 +234,8 @@ class ComputeThread:
                 jobs = self._join_others(self._next_chunk())
             else:
                 return  # it ran together with others
+            if jobs[0].remaining is not None:
+                self._owing = frozenset(job.tenant for job in jobs)
         begun = time.perf_counter()
         for job in jobs:
             self.wait_s.labels(job.kind).observe(begun - job.asked)
@@ -226,7 +246,9 @@ class ComputeThread:
             self._steps_first_s = took
             self._charge(jobs, took)
         else:
-            self._steps_first_s -= took
+            self._steps_first_s -= took if jobs[0].repaid_s is None else jobs[0].repaid_s
+            if self._steps_first_s <= 0:
+                self._owing = frozenset()
 
     def _steps_go_first(self) -> bool:
         """Whether a step is waited for: a tenant has nothing but steps here, and only those who have steps too have

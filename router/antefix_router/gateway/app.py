@@ -266,6 +266,7 @@ async def serve_door(
         per_address=config.http_connections_per_address,
         head_s=config.http_head_timeout_s,
         idle_s=KEEP_ALIVE_S,
+        unread_s=config.http_unread_timeout_s,
         trusts=TrustedProxies(config.http_trusted_proxies, config.http_client_header).trusts,
     )
     accepting = QuietAccepting()

@@ -6,6 +6,7 @@ A connection costs a descriptor before a byte of it is read, so its limits come 
     too many in all         the one that has been idle longest makes room; where none is idle the new one is closed
     too many of an address  the same among its own
     begun, no whole head    closed after `head_s`
+    nothing of it read      closed after `unread_s` in which the client took no byte of what waits for it
     nothing asked yet       closed after `idle_s`; between requests uvicorn's keep-alive closes it after as long
 """
 
@@ -53,17 +54,24 @@ class Connection(Protocol):
 
 class Connections:
     """Of one door. num_refused: closed as they came, num_displaced: idle ones closed for others, num_silent: closed
-    because no whole head came in time."""
+    because no whole head came in time, num_unread: because their answers were not read."""
 
     def __init__(
-        self, *, most: int = 0, per_address: int = 0, head_s: float, idle_s: float, trusts: Callable[[str], bool]
+        self,
+        *,
+        most: int = 0,
+        per_address: int = 0,
+        head_s: float,
+        idle_s: float,
+        unread_s: float = 120.0,
+        trusts: Callable[[str], bool],
     ) -> None:
         """most, per_address: 0: what the descriptors allow, and half of that.  trusts: whether an address is a proxy's,
         behind which are many."""
         self.most = most or connections_max()
         self.per_address = per_address or max(1, self.most // 2)
-        self.head_s, self.idle_s = head_s, idle_s
-        self.num_refused = self.num_displaced = self.num_silent = 0
+        self.head_s, self.idle_s, self.unread_s = head_s, idle_s, unread_s
+        self.num_refused = self.num_displaced = self.num_silent = self.num_unread = 0
         self._trusts = trusts
         self._by_address: Counter[str] = Counter()
         # Those between requests or before their first one, idle longest first.

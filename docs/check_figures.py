@@ -1,0 +1,102 @@
+"""Finds figures in documents that no record backs: python docs/check_figures.py [--unrecorded]
+
+A figure that was measured has a record: a file of benchmarks/results, which says commit, date, machine and command. A
+reader finds that record next to the statement:
+
+- In README.md and docs/*.md the paragraph, list item or table names a file of benchmarks/results, or a page of
+  docs/results. Figures that were not measured are not meant: settings, and sizes that follow from a format.
+- In docs/results/*.md the section names a file of benchmarks/results, or says "No record:" and how to measure again.
+
+`make lint` runs it. `--unrecorded` lists the sections that say "No record:", which are to be measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# A file that a command writes need not be there yet.
+RECORD = re.compile(r"(?<!--json )(?<!--out )benchmarks/results/([\w./-]+\.\w+)")
+NO_RECORD = "No record:"
+# A speed is always measured; a time or a share only where the sentence says that it was.
+_SPEED = r"\d ?(?:[KMGT]i?B/s|TFLOP/s|tokens/s|requests/s|records/s|(?:tokens|requests|records) per second)\b"
+_AMOUNT = r"\d ?(?:us|ms|s|min|%|MB|GB|MiB|GiB|hours?|minutes|seconds|times)(?![\w/])"
+_SAID = r"\b(?:took|medians?|p50|p99|ran at|as fast|processor time|measured (?:on|in|here))\b"
+MEASURED = re.compile(rf"{_SPEED}|(?s:(?=.*(?:{_SAID})).*{_AMOUNT})")
+_CODE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+_GENERATED = re.compile(r"<!-- figures: .*?<!-- end of figures -->", re.DOTALL)
+
+
+def unbacked(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, beginning) of each statement with a figure that names no record."""
+    text = _GENERATED.sub(_blank, _CODE.sub(_blank, path.read_text()))
+    results = path.parent.name == "results"
+    for line, piece, section in _sections(text, path.read_text()) if results else _statements(text):
+        if MEASURED.search(re.sub(r"`[^`]*`", "", piece)) and not _backed(section, results):
+            yield line, " ".join(piece.split())[:100]
+    for name in RECORD.findall(text):
+        if not (ROOT / "benchmarks" / "results" / name).exists():
+            yield 1, f"benchmarks/results/{name} is not there"
+
+
+def unrecorded(path: Path) -> Iterator[str]:
+    """What a page of results says of figures without a record."""
+    yield from (" ".join(found.split()) for found in re.findall(rf"{NO_RECORD}[^*]*", path.read_text()))
+
+
+def _backed(text: str, results: bool) -> bool:
+    if RECORD.search(text) or "<!-- figures:" in text or NO_RECORD in text:
+        return True
+    return not results and re.search(r"results/\w+\.md|PEERS\.md", text) is not None
+
+
+def _blank(found: re.Match[str]) -> str:
+    """Nothing, with the lines of what stood there."""
+    return re.sub(r"[^\n]", "", found[0])
+
+
+def _statements(text: str) -> Iterator[tuple[int, str, str]]:
+    """Each paragraph, table or list item; it is also where its record is looked for."""
+    for found in re.finditer(r"(?:^(?!#)[^\n]*\S[^\n]*\n?)+", text, re.MULTILINE):
+        line = text.count("\n", 0, found.start()) + 1
+        for item in re.split(r"^(?=- |\d+\. )", found[0], flags=re.MULTILINE):
+            yield line, item, item
+            line += item.count("\n")
+
+
+def _sections(text: str, whole: str) -> Iterator[tuple[int, str, str]]:
+    """Each section: without code and generated tables, and as it is, where its record is looked for."""
+    starts = [0, *(found.start() for found in re.finditer(r"^#+ ", text, re.MULTILINE)), len(text)]
+    lines = whole.split("\n")
+    for start, end in itertools.pairwise(starts):
+        first, last = text.count("\n", 0, start), text.count("\n", 0, end)
+        yield first + 1, text[start:end], "\n".join(lines[first : last + (end == len(text))])
+
+
+def documents() -> list[Path]:
+    """README.md and docs/, but for what is generated whole and what others publish."""
+    left_out = {"API.md", "PEERS.md"}
+    return [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name not in left_out)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--unrecorded", action="store_true", help="list the figures that say that they have no record")
+    args = parser.parse_args()
+    if args.unrecorded:
+        for path in documents():
+            for told in unrecorded(path):
+                print(f"{path.relative_to(ROOT)}: {told}")
+        return 0
+    found = [f"{path.relative_to(ROOT)}:{line}: {told}" for path in documents() for line, told in unbacked(path)]
+    print("\n".join(found) if found else "every figure has a record, or says that it has none")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

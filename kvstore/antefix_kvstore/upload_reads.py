@@ -1,0 +1,59 @@
+"""Reads what is to be uploaded from the store's segments, into memory that is used again and again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from antefix.record import Record, RecordKind
+from antefix.store.record_source import records_of
+from antefix_kvstore.storage_engine import StorageEngine
+
+# A payload lies in one of them; the room at an end where the next one does not fit is left.
+_BUFFER_BYTES: Final = 8 << 20
+
+
+class UploadBuffers:
+    """Memory for one segment's payloads after the other's: fresh memory costs as much as reading into it."""
+
+    def __init__(self) -> None:
+        self._blocks: list[memoryview] = []
+        self._number = self._at = 0
+
+    def begin(self) -> None:
+        """All that was taken is free again."""
+        self._number = self._at = 0
+
+    def take(self, nbytes: int) -> memoryview:
+        if nbytes > _BUFFER_BYTES:
+            return memoryview(bytearray(nbytes))
+        if self._at + nbytes > _BUFFER_BYTES:
+            self._number, self._at = self._number + 1, 0
+        if self._number == len(self._blocks):
+            self._blocks.append(memoryview(bytearray(_BUFFER_BYTES)))
+        self._at += nbytes
+        return self._blocks[self._number][self._at - nbytes : self._at]
+
+
+def read_records(
+    engine: StorageEngine,
+    kind: RecordKind,
+    hashes: Sequence[bytes],
+    fingerprint: bytes,
+    allocate: Callable[[int], memoryview],
+) -> Iterator[Record]:
+    """Those of the records that can be read.  allocate: memory for a payload of so many bytes."""
+    left = list(hashes)
+    while left:
+        located = engine.reader.locate(kind, left, fingerprint=fingerprint)
+        payloads = [allocate(nbytes) for nbytes in located.sizes]
+        outcome = engine.reader.fill(located, _into(payloads))
+        sealed = [want.sealed for want in located.wanted[: outcome.num_good]]
+        records = records_of(sealed, payloads[: outcome.num_good])
+        yield from records
+        # Behind one that is broken or gone it goes on.
+        left = left[len(records) + 1 :]
+
+
+def _into(payloads: Sequence[memoryview]) -> Callable[[int, int], Sequence[memoryview]]:
+    return lambda number, _: (payloads[number],)

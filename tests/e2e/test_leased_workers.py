@@ -1,0 +1,53 @@
+"""A router that is told of no worker finds them all by their leases in Redis, as they come, die and leave."""
+
+import asyncio
+import signal
+
+from antefix_router.placement.workers import WorkerRole
+
+
+async def until(condition):
+    for _ in range(1200):
+        if await condition():
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError("it did not come about in a minute")
+
+
+async def test_workers_are_found_by_leases_as_they_come_die_and_leave(
+    deploy, redis, ask, document, small_model, small_reference
+):
+    leased, found = ("--lease-redis", redis.url), ("--prefill", redis.url, "--decode", redis.url)
+    flags = {"prefill": ("--pool-bytes", "64M", *leased), "decode": ("--pool-bytes", "64M", *leased), "router": found}
+    async with deploy(model=small_model, extra_flags=flags) as deployment:
+
+        async def known(role=WorkerRole.DECODE):
+            return {worker.address for worker in (await deployment.router.status()).workers if worker.role == role}
+
+        def are(*processes):
+            async def same():
+                return await known() == {process.address for process in processes}
+
+            return same
+
+        async def answers(start):
+            prompt = document[start : start + 300]
+            assert (await ask(deployment, prompt))[0] == small_reference.generate(prompt, 24)
+
+        # 1. Nobody told the router who there is.
+        first, prefill = deployment.one("decode"), deployment.one("prefill")
+        await until(are(first))
+        await answers(0)
+        assert await known(WorkerRole.PREFILL) == {prefill.address}
+        # 2. Another one comes; the first one dies without a word, and its lease runs out.
+        second = await deployment.start_worker("decode")
+        await until(are(first, second))
+        await deployment.kill(first)
+        await answers(300)
+        await until(are(second))
+        # 3. One that is told to stop takes itself out, and its successor has the work.
+        third = await deployment.start_worker("decode")
+        await until(are(second, third))
+        second.process.send_signal(signal.SIGTERM)
+        await until(are(third))
+        await answers(600)
