@@ -17,6 +17,7 @@ the flags that each row has in `flags`.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from dataclasses import asdict, replace
@@ -45,8 +46,11 @@ def main() -> int:
     parser.add_argument("--store-bytes", default="8G", help="per store")
     parser.add_argument("--object-bytes", default="4T")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--add", action="store_true", help="keep what the file has of other traces")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    if args.add and args.json and args.json.exists():
+        rows = [row for row in json.loads(args.json.read_text())["rows"] if row["trace"] not in args.trace]
     for name, trace in traces().items():
         for scene in [each for each in args.scene if name in args.trace]:
             for set_up in SET_UPS:

@@ -240,6 +240,22 @@ def a_million_blocks(record: Any) -> Iterable[Row]:
     yield from _against(record, _SCALE)
 
 
+@table("cpu_peers_busy.json", "antefix/model")
+def next_to_transformers(record: Any) -> Iterable[Row]:
+    yield "", "ours, ms of CPU", "transformers, ms of CPU", "ours, tokens/s of CPU", "times transformers", "wanted"
+    for row in record["rows"]:
+        ours, theirs = row["ours_1"], row.get("theirs_1")
+        is_shared = theirs is not None and row["what"].startswith("decode")
+        yield (
+            row["what"],
+            f"{1000 * ours:.1f}",
+            f"{1000 * theirs:.1f}" if theirs else "",
+            f"{row['tokens'] / ours:,.0f}",
+            f"{theirs / ours:.1f}" if theirs else "",
+            "3 or more" if is_shared else "",
+        )
+
+
 @table("ttft.json", "router", "prefill", "decode", "kvstore", "antefix")
 def time_to_first_token(record: Any) -> Iterable[Row]:
     yield "tokens, hit and new", "cold, s", "hit in memory, ms", "hit on disk, ms", "times faster", "floor, ms"

@@ -8,7 +8,8 @@ restore   a prefix of `--blocks` blocks of V4-Flash: through the tier (sealed, c
 tiers     the same prefix at 16K, 64K and 256K tokens from the store's directory and from the tier: what a time to
           first token has in it before the rest of the prompt is computed
 upload    restores from a store's directory while its process uploads at its rate, against the same without, in turns of
-          some seconds: cost is how much longer they take, at most 0.05 is meant
+          some seconds: cost is how much longer they take, at most 0.05 is meant. The S3 server is then at the lowest
+          priority, since a real one is on another machine; cost_with_server is the same with it at the usual one
 index     bytes per block, and look-up time of a 128K and a 1M-token prompt, of drawn keys: nothing of it is in a bucket
 
 Without --object-store it starts SeaweedFS out of `--s3` (`make test-s3` makes .s3), and measures against that. LMCache
@@ -73,8 +74,9 @@ def main() -> int:
     )
     parser.add_argument("--json", nargs="?", const="-", default="", help="print one JSON object, or write it to a file")
     args = parser.parse_args()
-    with _server(args) as url:
-        figures = asyncio.run(_measure(args, url))
+    servers: list[int] = []
+    with _server(args, servers) as url:
+        figures = asyncio.run(_measure(args, url, servers))
     record = {**about("obstore"), "blocks": args.blocks, "rounds": args.rounds, "url": url, "figures": figures}
     text = json.dumps(record, indent=1)
     if args.json in ("", "-"):
@@ -85,19 +87,19 @@ def main() -> int:
 
 
 @contextmanager
-def _server(args: argparse.Namespace) -> Iterator[str]:
+def _server(args: argparse.Namespace, pids: list[int]) -> Iterator[str]:
     if args.object_store:
         yield args.object_store
         return
     from tests.objects.s3_server import BUCKET, environment, s3_server
 
     os.environ["ANTEFIX_S3"] = str(args.s3.resolve())
-    with tempfile.TemporaryDirectory() as directory, s3_server(Path(directory)) as endpoint:
+    with tempfile.TemporaryDirectory() as directory, s3_server(Path(directory), pids=pids) as endpoint:
         os.environ.update(environment(endpoint))
         yield f"s3://{BUCKET}/bench"
 
 
-async def _measure(args: argparse.Namespace, url: str) -> dict[str, Any]:
+async def _measure(args: argparse.Namespace, url: str, servers: Sequence[int]) -> dict[str, Any]:
     num_blocks = max(args.blocks, max(args.tier_tokens) // BLOCK_TOKENS)
     records = _records(num_blocks)
     with tempfile.TemporaryDirectory() as directory:
@@ -123,7 +125,7 @@ async def _measure(args: argparse.Namespace, url: str) -> dict[str, Any]:
         # Another process has it from now on.
         await store.close()
         figures["upload"] = await asyncio.to_thread(
-            upload_cost, args, store_config(Path(directory), num_blocks, url), hashes, into
+            upload_cost, args, store_config(Path(directory), num_blocks, url), hashes, into, servers
         )
     return figures
 

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self, TypeVar
+from typing import Final, TypeVar
 
 import lmdb
 
 from antefix.errors import Unavailable
-from antefix.events.block_events import BlockEvent
-from antefix.events.numbered_log import Batch, Cursor
-from antefix.layout import PayloadLayout
-from antefix.record import MEMORY_KINDS, BlockFate, Held, LookupResult, PutResult, Record, RecordKind, RecordName
-from antefix.store.breaker import Breaker
+from antefix.record import MEMORY_KINDS, BlockFate, Held, LookupResult, RecordKind
 from antefix.store.file_reads import FileReads
 from antefix.store.payload_reads import PAYLOAD_BYTES_GUESSED, STREAM_DEADLINE_S
 from antefix.store.remote_store import RemoteStore
-from antefix.store.store_stats import StoreTotals
 from antefix.store.uses_told import UsesTold
 from antefix.store_files.encryption import KeyRing
 from antefix.store_files.gone_blocks import fate_of
@@ -29,8 +23,11 @@ from antefix.store_files.segment_reader import ReadOutcome, StoreReader, wall_ms
 T = TypeVar("T")
 
 
-class LocalStore:
-    """Connects when first used, and finds a restarted service, or a rebuilt index, again."""
+class LocalStore(RemoteStore):
+    """A store's service whose files are on this host: what reads them is its own here.
+
+    Connects when first used, and finds a restarted service, or a rebuilt index, again.
+    """
 
     def __init__(
         self,
@@ -45,36 +42,17 @@ class LocalStore:
 
         seals: where given, only sealed records are taken.
         """
+        super().__init__(address, deadline_s=deadline_s, seals=seals)
         self.directory = Path(directory)
         self._decrypt = keys.decrypt if keys else None
-        self._seals = seals
-        self.remote = RemoteStore(address, deadline_s=deadline_s, seals=seals)
         self._reader: StoreReader | None = None
-        self.reads = FileReads(f"the store in {self.directory}", self.remote.breaker)
-        self.uses: Final = UsesTold(self.remote.touch)
+        self.reads = FileReads(f"the store in {self.directory}", self.breaker)
+        self.uses: Final = UsesTold(self.touch)
         self._evidence: ReadEvidence | None = None
-
-    @property
-    def breaker(self) -> Breaker:
-        """Of the calls that go to the service."""
-        return self.remote.breaker
-
-    @property
-    def num_broken_seals(self) -> int:
-        """Records that were read and not sealed by this deployment."""
-        return self._seals.num_broken if self._seals is not None else 0
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, err: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.close()
 
     async def close(self) -> None:
         await self.uses.close()
-        await self.remote.close()
+        await super().close()
         hangs = self.reads.hangs
         self.reads.close()
         if not hangs:
@@ -116,50 +94,23 @@ class LocalStore:
         last = hashes[outcome.num_good - 1] if outcome.num_good else None
         if outcome.locked and not outcome.suspects and not outcome.forged:
             done = outcome.num_good
-            rest = self.remote.get_blocks(hashes[done:], into[done:], fingerprint=fingerprint, tenant=tenant)
+            rest = super().get_blocks(hashes[done:], into[done:], fingerprint=fingerprint, tenant=tenant)
             return done + await rest
         self.uses.note(RecordKind.BLOCK, last, len(hashes) - outcome.num_good, outcome, fingerprint)
-        await self.remote.tell_forged(RecordKind.BLOCK, outcome.forged)
+        await self.tell_forged(RecordKind.BLOCK, outcome.forged)
         return outcome.num_good
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
         if kind in MEMORY_KINDS:
-            return await self.remote.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
+            return await super().get(kind, hash, fingerprint=fingerprint, tenant=tenant)
         payload, outcome = await self._in_thread(
             lambda reader: reader.read(kind, hash, fingerprint=fingerprint, tenant=tenant), PAYLOAD_BYTES_GUESSED
         )
         if outcome.locked:
-            return await self.remote.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
+            return await super().get(kind, hash, fingerprint=fingerprint, tenant=tenant)
         self.uses.note(kind, hash if payload is not None else None, int(payload is None), outcome, fingerprint)
-        await self.remote.tell_forged(kind, outcome.forged)
+        await self.tell_forged(kind, outcome.forged)
         return None if payload is None else bytes(payload)
-
-    async def get_records(
-        self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
-    ) -> list[Record]:
-        """The leading ones of these, whole, to be stored elsewhere."""
-        return await self.remote.get_records(kind, hashes, fingerprint=fingerprint, tenant=tenant)
-
-    async def put(self, records: Sequence[Record]) -> PutResult:
-        return await self.remote.put(records)
-
-    async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
-        await self.remote.reject(kind, hashes)
-
-    async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
-        await self.remote.register(fingerprint, layout, statement=statement)
-
-    async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
-        return await self.remote.pin(names, duration_s=duration_s, owner=owner)
-
-    async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
-        return await self.remote.evict(names, owner=owner)
-
-    def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
-        return self.remote.watch(cursor)
-
-    async def stats(self) -> StoreTotals:
-        return await self.remote.stats()
 
     async def _in_thread(self, call: Callable[[StoreReader], T], nbytes: int = 0) -> T:
         """nbytes: that may be read.

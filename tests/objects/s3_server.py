@@ -21,16 +21,18 @@ _START_S = 180.0
 
 
 def free_ports(count: int) -> list[int]:
+    """Neighbours, and the one above them is free as well: another server may have its own next to a single free one."""
     found: list[int] = []
     for port in _PORTS:
         with closing(socket.socket()) as probe:
             try:
                 probe.bind(("127.0.0.1", port))
             except OSError:
+                found.clear()
                 continue
         found.append(port)
-        if len(found) == count:
-            return found
+        if len(found) > count:
+            return found[:count]
     raise OSError("no free ports")
 
 
@@ -45,8 +47,11 @@ def environment(endpoint: str) -> dict[str, str]:
 
 
 @contextmanager
-def s3_server(directory: Path) -> Iterator[str]:
-    """The server's URL; a bucket is there. Skips where `make test-s3` did not say where the server is."""
+def s3_server(directory: Path, *, pids: list[int] | None = None) -> Iterator[str]:
+    """The server's URL; a bucket is there. Skips where `make test-s3` did not say where the server is.
+
+    pids: gets the server's.
+    """
     home = os.environ.get("ANTEFIX_S3", "")
     if not home:
         pytest.skip("`make test-s3` says where the S3 server is")
@@ -69,6 +74,8 @@ def s3_server(directory: Path) -> Iterator[str]:
     command += [
         "-volume.max",
         "100",
+        "-s3.port.lance",
+        "0",
         "-s3.port.iceberg",
         "0",
         "-s3.port",
@@ -80,6 +87,8 @@ def s3_server(directory: Path) -> Iterator[str]:
         command += [f"-{name}", str(port)]
     with (directory / "server.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    if pids is not None:
+        pids.append(process.pid)
     url = f"http://127.0.0.1:{ports[-2]}"
     try:
         make_bucket(f"{home}/bin/python", url)

@@ -53,16 +53,20 @@ async def test_what_was_never_uploaded_ends_the_prefix(tmp_path: Path) -> None:
     await tier.close()
 
 
+@pytest.mark.parametrize("seals", [None, Seals(Keyring(b"s" * 32))], ids=["checksums", "seals"])
 @pytest.mark.parametrize("at", [100, 4096 + 10, 4096 + 300, -40, -4])
-async def test_a_flipped_byte_is_never_returned(tmp_path: Path, at: int) -> None:
-    await upload(url_of(tmp_path), PROMPT.blocks(), segment_bytes=1 << 20)
+async def test_a_flipped_byte_is_never_returned(tmp_path: Path, at: int, seals: Seals | None) -> None:
+    records = PROMPT.blocks() if seals is None else [seals.seal(record) for record in PROMPT.blocks()]
+    await upload(url_of(tmp_path), records, segment_bytes=1 << 20)
     (path,) = (tmp_path / "segments").iterdir()
     raw = bytearray(path.read_bytes())
     raw[at] ^= 1
     path.write_bytes(raw)
-    tier = tier_of(url_of(tmp_path))
+    tier = tier_of(url_of(tmp_path), seals=seals)
     # In a record's header or payload the first block goes; in the trailer or the footer the segment is not found.
     assert await num_restored(tier, PROMPT) == (0 if at != 100 else 40)
+    # Damaged, not forged.
+    assert seals is None or seals.num_broken == 0
     await tier.close()
 
 
