@@ -40,13 +40,13 @@ CASES = ((65536, (100,)), (4096, (100,) * 4), (4096, (2,) * 32), (4096, (300, *(
 REPEATS = 6
 
 
-def several(model: Model, way: str, *, reproducible: bool, calls: int) -> dict[str, Any]:
-    """Logits of each call, states and rows of the pool."""
+def several(model: Model, way: str, *, reproducible: bool, lengths: tuple[int, ...], calls: int) -> dict[str, Any]:
+    """Logits of each call, states and rows of the pool, of sequences behind so many tokens."""
     random = np.random.default_rng(1)
-    size, lengths = model.config.geometry.block_size, (1, 15, 40, 63, 130, 200)
+    size, most = model.config.geometry.block_size, 24 if len(lengths) > 2 else 4
     ops = TritonOps(model.layout, reproducible=reproducible, **WAYS[way])
     plain = TritonOps(model.layout, reproducible=reproducible)
-    counts = [[int(n) for n in random.integers(1, 24, len(lengths))] for _ in range(calls)]
+    counts = [[int(n) for n in random.integers(1, most, len(lengths))] for _ in range(calls)]
     kept = [[int(random.integers(1, n + 1)) for n in each] for each in counts]
     needed = [-(-(n + sum(each[i] for each in counts)) // size) for i, n in enumerate(lengths)]
     pool = CardPool(model.layout, sum(needed), model.device, takes_payloads=False)
@@ -72,10 +72,13 @@ def several(model: Model, way: str, *, reproducible: bool, calls: int) -> dict[s
 
 def check(device: str, rows: list[dict[str, Any]], *, toy: bool) -> None:
     model = build(SMALL, "WCHC", torch.bfloat16 if device == "cuda" else torch.float32, device)
-    for reproducible in (True, False):
-        alone = several(model, "alone", reproducible=reproducible, calls=1 if toy else 6)
+    size: dict[str, Any] = {"lengths": (1, 9), "calls": 1}
+    if not toy:
+        size = {"lengths": (1, 15, 40, 63, 130, 200), "calls": 6}
+    for reproducible in (False,) if toy else (True, False):
+        alone = several(model, "alone", reproducible=reproducible, **size)
         for way in ("together", "graphs"):
-            got = several(model, way, reproducible=reproducible, calls=1 if toy else 6)
+            got = several(model, way, reproducible=reproducible, **size)
             error = ((got["logits"] - alone["logits"]).norm(dim=1) / alone["logits"].norm(dim=1)).median()
             rows.append({"check": way, "reproducible": reproducible, "replayed": got["replayed"],
                          "logits_equal": torch.equal(got["logits"], alone["logits"]), "median_error": float(error),
@@ -87,7 +90,7 @@ def check(device: str, rows: list[dict[str, Any]], *, toy: bool) -> None:
 def times(args: argparse.Namespace, device: str, bandwidth: float, rows: list[dict[str, Any]], save: Any) -> None:
     fields = SMALL if args.toy else FLASH
     model = build(fields, args.layers, torch.bfloat16 if device == "cuda" else torch.float32, device)
-    for context, counts in ((64, (5, 1)),) if args.toy else CASES:
+    for context, counts in ((9, (3, 1)),) if args.toy else CASES:
         for way in args.ways:
             try:
                 rows.append(measure(model, way, context, counts, bandwidth, device))
