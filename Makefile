@@ -9,7 +9,7 @@ PROTO_READY := antefix/v1/__init__.py
 # Idle OpenMP threads sleep: on a busy machine they would spin for one that is not running, at a tenth of the speed.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: docs test-docs test-manifests test-images test-upgrade test-bounds test-protos release release-tag setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-azure test-push test-compiled test-kernels-compile test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
+.PHONY: docs test-docs test-manifests test-images test-compose test-upgrade test-bounds test-protos release release-tag setup demo test test-fast test-long test-wheel test-clients record-clients test-prometheus test-page test-hosts test-environments test-s3 test-azure test-push test-compiled test-sanitizer fuzz test-engines bench-engines docs-api lint fmt bench bench-peers proto clean
 
 setup: $(READY) $(PROTO_READY)
 
@@ -77,6 +77,10 @@ test-hosts: setup
 test-images: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/python -m pytest -rs -m images tests/deploy/test_images.py
+
+# The compose file with these images, as it stands: as root, with podman and podman-compose (or COMPOSE="docker compose").
+test-compose: setup
+	$(BIN)/python -m pytest -rs -m images tests/deploy/test_compose.py
 
 # The Kubernetes manifests against schemas and policies, the compose files and the Containerfile: with kubectl and node.
 MANIFESTS := .manifests
@@ -152,6 +156,7 @@ $(CARDS)/.ready: pyproject.toml constraints.txt
 	$(CARDS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
 	touch $@
 
+.PHONY: test-kernels-compile
 test-kernels-compile: $(PROTO_READY) $(CARDS)/.ready
 	TRITON_CACHE_DIR=$(CARDS)/triton $(CARDS)/bin/python -m tests.kernels.compile_for_card --jobs 2
 	$(CARDS)/bin/python -m pytest -q tests/kernels/test_ordered_roles.py

@@ -6,9 +6,9 @@
 
 --small: a random model of three small layers, a tenth of the computing; all services are as with antefix-tiny.
 
-A whole deployment with its default settings. Each prompt is another one of `--tokens` tokens, so nothing hits; all are
-sent at once, and every one must come to its end. Memory of each role is sampled, as PSS: pages that processes share are
-divided between them. At last each prompt is sent again and must hit.
+A whole deployment with its default settings, but that the router accepts any wait. Each prompt is another one of
+`--tokens` tokens, so nothing hits; all are sent at once, and every one must come to its end. Memory of each role is
+sampled, as PSS: pages that processes share are divided between them. At last each prompt is sent again and must hit.
 """
 
 from __future__ import annotations
@@ -59,7 +59,9 @@ async def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="antefix-long-") as scratch:
         pool = {role: ("--pool-bytes", args.pool_bytes) for role in ("prefill", "decode") if args.pool_bytes}
         model = small_worker_model() if args.small else args.model
-        config = DeploymentConfig(model=model, data_dir=Path(scratch), extra_flags=pool)
+        # However long the queue is predicted to be, nobody is turned away.
+        flags = {**pool, "router": ("--wait-s-max", "0")}
+        config = DeploymentConfig(model=model, data_dir=Path(scratch), extra_flags=flags)
         samples: list[dict[str, float]] = []
         async with Deployment(config) as deployment:
             await ask(deployment, random.integers(0, 256, 600).astype(np.uint32), args.timeout_s)

@@ -1,6 +1,6 @@
 """How near is the store to its disk, and how far from its peers, with V4-sized payloads?
 
-    antefix bench store [--model flash|pro] [--dir DIR] [--repeats N] [--peers PYTHON] [--long] [--json]
+    antefix bench store [--model flash|pro] [--dir DIR] [--repeats N] [--peers PYTHON] [--long] [--record FILE] [--json]
 
 One run, everything interleaved: each round measures the raw disk (by fio too, where it is installed), the store and
 every peer in turn, and ratios are medians of each round's ratio, because a shared machine drifts more than these
@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,7 @@ from antefix.store_files import codec
 from antefix_console.commands.bench import add_store_arguments
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
-from benchmarks import store_clients, store_upkeep
+from benchmarks import run_record, store_clients, store_upkeep
 from benchmarks.fio_limits import READERS, WRITERS, fio_rate, has_fio
 from benchmarks.store_limits import DIRECT_READERS, WARM_READERS, direct_read, drop_cache, raw_write, seconds, warm_read
 from benchmarks.store_payloads import blocks, layout_of
@@ -309,7 +310,7 @@ def main() -> None:
     add_store_arguments(parser)
     args = parser.parse_args()
     keep_large_buffers()
-    peers = peers_in(args.peers)
+    peers, started_s = peers_in(args.peers), time.monotonic()
     layout = layout_of(args.model)
     tell("packing blocks")
     payloads = blocks(layout, args.blocks)
@@ -317,6 +318,9 @@ def main() -> None:
         directory = Path(name)
         out = measure(directory, layout, payloads, peers, args)
     out = {"model": args.model, "block_bytes": int(payloads.shape[1]), "repeats": args.repeats, **out}
+    out["run_s"] = round(time.monotonic() - started_s)
+    if args.record:
+        run_record.write(args.record, out, "lmdb", "xxhash", "grpcio")
     if args.json:
         sys.stdout.write(json.dumps(out) + "\n")
     else:

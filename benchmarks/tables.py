@@ -256,6 +256,14 @@ def next_to_transformers(record: Any) -> Iterable[Row]:
         )
 
 
+@table("long_prompts_small.json", "router", "prefill", "decode", "kvstore", "antefix")
+def memory_under_long_prompts(record: Any) -> Iterable[Row]:
+    yield "PSS in MB", "idle before", "largest while asked", "afterwards", "CPU, s"
+    for role, held in record["memory_mb"].items():
+        most = max(held["peak of the first half"], held["peak of the second half"])
+        yield role, *(f"{value:.0f}" for value in (held["idle"], most, held["after"], held["cpu_s"]))
+
+
 @table("ttft.json", "router", "prefill", "decode", "kvstore", "antefix")
 def time_to_first_token(record: Any) -> Iterable[Row]:
     yield "tokens, hit and new", "cold, s", "hit in memory, ms", "hit on disk, ms", "times faster", "floor, ms"

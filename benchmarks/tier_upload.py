@@ -14,17 +14,19 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from antefix.record import RecordKind
+from antefix.record import Record, RecordKind
 from antefix.store_files.segment_reader import StoreReader
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.object_upload import ObjectUploader
 from antefix_kvstore.storage_engine import StorageEngine
+from antefix_kvstore.upload_choice import Chosen
 
 FINGERPRINT: Final = b"F" * 32
 # V4-Flash: FP8 global KV of a block.
@@ -153,27 +155,33 @@ def main() -> None:
     settings, last = json.loads(sys.stdin.readline())
     lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
     engine = StorageEngine(KvStoreConfig(**{**settings, **lists}))
-    uploader: ObjectUploader | None = None
-    before = 0
+    uploader, goes_on = ObjectUploader(engine), threading.Event()
+    # Nothing is there, whatever is: so it never ends.
+    uploader.writer.catalog.find = lambda kind, names, alive_ms=None: [None] * len(names)  # type: ignore[method-assign]
+    read = uploader._read
+
+    def read_in_turn(chosen: Sequence[Chosen]) -> list[Record]:
+        goes_on.wait()
+        uploader.note("all", [(RecordKind.BLOCK, bytes.fromhex(last))])
+        return read(chosen)
+
+    # One uploader for all turns: what its start costs is no part of an upload.
+    uploader._read = read_in_turn  # type: ignore[method-assign]
+    uploader.start()
+    counters = uploader.writer.counters
     print("ready", flush=True)
     for line in sys.stdin:
-        if uploader is not None and line.strip() == "off":
-            uploader.stop()
-            before += uploader.writer.counters.bytes_written
-            uploader = None
-        elif uploader is None and line.strip() == "on":
-            uploader = ObjectUploader(engine)
-            # Nothing is there, whatever is: so it never ends.
-            uploader.writer.catalog.find = lambda kind, names, alive_ms=None: [None] * len(names)  # type: ignore[method-assign]
+        if line.strip() == "on":
             uploader.note("all", [(RecordKind.BLOCK, bytes.fromhex(last))])
-            uploader.start()
-            until_s = time.monotonic() + 30
-            while not uploader.writer.counters.num_segments and time.monotonic() < until_s:
+            goes_on.set()
+            before, until_s = counters.num_segments, time.monotonic() + 30
+            while counters.num_segments == before and time.monotonic() < until_s:
                 time.sleep(0.01)
-        nbytes = before + (uploader.writer.counters.bytes_written if uploader is not None else 0)
-        print(nbytes, time.process_time(), flush=True)
-    if uploader is not None:
-        uploader.stop()
+        else:
+            goes_on.clear()
+        print(counters.bytes_written, time.process_time(), flush=True)
+    goes_on.set()
+    uploader.stop()
     engine.close()
 
 

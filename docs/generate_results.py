@@ -27,7 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import tables, tables_cards, tables_engines, tables_faults, tables_services  # noqa: E402, F401
+from benchmarks import tables, tables_cards, tables_engines, tables_faults, tables_services, tables_tiers  # noqa: E402, F401
 
 RESULTS = ROOT / "benchmarks" / "results"
 _REGION = re.compile(r"(<!-- figures: (\S+) (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)

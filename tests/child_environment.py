@@ -5,4 +5,7 @@ import sys
 
 
 def child_environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    """PYTHONPATH begins with what tests/conftest.py put there for children alone."""
+    first = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    paths = dict.fromkeys(path for path in (*first, *sys.path) if path)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -23,6 +23,7 @@ from hypothesis import settings
 
 from antefix.security import own_credentials
 from tests.on_demand import OnDemand
+from tests.patient_services import sitecustomize
 from tests.redis_servers import redis, shared_redis, start_cluster, start_redis
 from tests.running_deployment import _deployment_of_all, running
 from tests.slow_cases import SlowTest
@@ -46,12 +47,11 @@ if os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > 4 <
 # examples.
 TEST_SEED = os.environ.get("TEST_SEED", "")
 
-# An example's 200 ms say nothing about the code on a machine that others use as well.
-settings.register_profile("antefix", deadline=None, derandomize=not TEST_SEED)
-# A quarter of the examples in `make test-fast`, all of them in `make test`; a test that says how many has as many.
-settings.register_profile("fast", settings.get_profile("antefix"), max_examples=25)
-# `make test-long` looks further with each run.
-settings.register_profile("long", settings.get_profile("antefix"), derandomize=False)
+# An example's 200 ms say nothing about the code on a machine that others use as well. All runs draw the same examples:
+# more of them would find nothing more. A test that says how many has as many.
+settings.register_profile("antefix", deadline=None, derandomize=not TEST_SEED, max_examples=25)
+# A run with the long tests looks further each time.
+settings.register_profile("long", settings.get_profile("antefix"), derandomize=False, max_examples=200)
 
 
 # Nothing that is imported and collected becomes garbage, and each pass would look through all of it: a quarter of the
@@ -69,8 +69,7 @@ def pytest_collection():
 
 
 def pytest_configure(config):
-    chosen = config.option.markexpr
-    settings.load_profile("fast" if "not slow" in chosen else "antefix" if "not long" in chosen else "long")
+    settings.load_profile("antefix" if "not long" in config.option.markexpr else "long")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -133,13 +132,6 @@ def _refuse(*_, **__):
 
 # Each HTTP client reads the authorities that it trusts, the system's 140 in 40 ms. Tests talk to this host alone.
 NO_AUTHORITY = Path(__file__).with_name("no_authority.pem")
-# How long a store is waited for in the process that also runs it: on a busy machine both are late, and what is given up
-# then is a miss that no test means.
-PATIENCE_S = 120.0
-PATIENT = {
-    "antefix.store.breaker": ("SLACK_S",),
-    "antefix.store.remote_store": ("CALL_DEADLINE_S", "SEARCH_DEADLINE_S"),
-}
 # What is not in `make test-fast`. There nothing computes for a second on an idle machine, nor for five on a busy one.
 NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines", "upgrade")
 FAST_TEST_S = 5.0
@@ -165,16 +157,22 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    if item.get_closest_marker("services") is not None or compiles(item):
-        return (yield)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(subprocess.Popen, "__init__", _refuse)
-        patch.setenv("SSL_CERT_FILE", str(NO_AUTHORITY))
-        patch.setattr(certifi, "where", lambda: str(NO_AUTHORITY))
-        for module in PATIENT.keys() & sys.modules.keys():
-            for name in PATIENT[module]:
-                patch.setattr(sys.modules[module], name, PATIENCE_S)
+        if item.get_closest_marker("impatient") is None:
+            wait_longer_for_peers(patch)
+        if item.get_closest_marker("services") is None and not compiles(item):
+            patch.setattr(subprocess.Popen, "__init__", _refuse)
+            patch.setenv("SSL_CERT_FILE", str(NO_AUTHORITY))
+            patch.setattr(certifi, "where", lambda: str(NO_AUTHORITY))
         return (yield)
+
+
+def wait_longer_for_peers(patch):
+    """In this process, and in those that a test starts."""
+    for module in sitecustomize.LIMITS.keys() & sys.modules.keys():
+        for values, limit in sitecustomize.limits_of(sys.modules[module]):
+            patch.setitem(values, limit, sitecustomize.PATIENCE_S)
+    patch.setenv("PYTHONPATH", str(Path(sitecustomize.__file__).parent), prepend=os.pathsep)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -7,6 +7,7 @@ start_cluster  the same, as a cluster
 
 import asyncio
 import contextlib
+import random
 import shutil
 import socket
 import subprocess
@@ -16,17 +17,17 @@ import pytest
 
 
 def free_port():
-    """One whose cluster bus, 10,000 above, is a port as well and free."""
+    """Below those that outgoing connections are given, so that it stays free while a server is down.
+
+    Its cluster bus, 10,000 above, is free as well.
+    """
     while True:
-        with socket.socket() as probe, socket.socket() as bus:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-            if port + 10_000 < 1 << 16:
-                try:
-                    bus.bind(("127.0.0.1", port + 10_000))
-                except OSError:
-                    continue
-                return port
+        # Of the system: tests draw the same numbers in every run, and runs next to each other would want the same port.
+        port = random.SystemRandom().randrange(10_000, 22_000)
+        with socket.socket() as probe, socket.socket() as bus, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            bus.bind(("127.0.0.1", port + 10_000))
+            return port
 
 
 class RedisServer:

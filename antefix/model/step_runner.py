@@ -162,6 +162,8 @@ class StepRunner:
     ) -> tuple[PendingChunk, Tensor, Tensor]:
         """New tokens of each sequence: what keeps them, streams [N, M, D] and what the head reads [N, D]."""
         seats = self.seats(model)
+        # Seats first: where there are too few, all of them move, and what was recorded reads other memory.
+        seats.take([sequence.window for sequence, _ in batch])
         self._free_rows(seats)
         new, shape = self._new_rows(seats), shape_of(batch)
         recorded = self._recorded_chunk(model, pool, seats, shape) if write else None

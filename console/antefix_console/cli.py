@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import io
 import logging
 import math
@@ -107,6 +108,10 @@ def parser_of(args: list[str]) -> tuple[argparse.ArgumentParser, Callable[[argpa
 
 def _run(args: list[str]) -> int:
     parser, run = parser_of(args)
+    if not gc.isenabled():
+        # What is imported by now is never garbage: entry.py looked for none meanwhile, and no later pass looks at it.
+        gc.freeze()
+        gc.enable()
     parsed = parser.parse_args(args)
     assert run is not None
     if parsed.command != "serve":

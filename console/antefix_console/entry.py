@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import sys
@@ -19,9 +21,32 @@ def main() -> int:
     if _is_service(sys.argv[1:]) and not _has_directory():
         sys.stderr.write("antefix: the directory that this was started in is gone; start it in another one\n")
         return 2
+    ended_with: list[int] = []
+    # The first to be registered is the last to run.
+    atexit.register(_end_at_once, ended_with)
+    # A tenth of the time that torch takes to import, without finding any; cli.py puts it on again.
+    gc.disable()
     from antefix_console.cli import main as run
 
-    return run()
+    ended_with.append(run())
+    return ended_with[0]
+
+
+def _end_at_once(ended_with: list[int]) -> None:
+    """Leave it to the system to take the process apart: with torch in it, Python takes half a second of a core.
+
+    ended_with: the exit code of a command that ran to its end; of any other, Python knows what it says.
+    """
+    if not ended_with:
+        return
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except OSError:
+        # Python tries again, and says what is wrong.
+        return
+    os._exit(ended_with[0])
 
 
 def hear_signals(args: list[str]) -> None:

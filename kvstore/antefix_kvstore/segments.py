@@ -225,13 +225,14 @@ class Segments:
 
     def let_go(self) -> None:
         """Free what dropped segments take, in a thread of its own."""
-        self._finish_freeing()
+        self.wait_freed()
         if self._dropped:
             self._freeing = threading.Thread(target=_close_all, args=(self._dropped,), name="antefix-free")
             self._dropped = []
             self._freeing.start()
 
-    def _finish_freeing(self) -> None:
+    def wait_freed(self) -> None:
+        """Returns when the file system has back what was let go of, as far as no reader has it open."""
         if self._freeing is not None:
             self._freeing.join()
             self._freeing = None
@@ -239,7 +240,7 @@ class Segments:
     def close(self) -> None:
         self._close_active()
         self.let_go()
-        self._finish_freeing()
+        self.wait_freed()
 
     @contextlib.contextmanager
     def reading(self, number: int) -> Iterator[int]:

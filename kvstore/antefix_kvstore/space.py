@@ -88,6 +88,7 @@ class Space:
     def follow_disk(self) -> None:
         """Let the limit follow what the file system has, as when a ledger next to the store grows."""
         free = self.free
+        self._segments.wait_freed()
         if not free.is_sudden:
             can_hold = self.used_bytes + free.room() - 2 * self._segments.segment_bytes
             self.limit_bytes = min(self._limit_bytes_max, max(can_hold, free.fair_share_bytes))
@@ -97,6 +98,8 @@ class Space:
     def _leave_margin(self, nbytes: int) -> None:
         """Raises:  StoreFull: writing so much would leave too little of the disk to others."""
         free = self.free
+        if not free.has_room(nbytes):
+            self._segments.wait_freed()
         stopped = "" if free.has_room(nbytes) else f"the file system has no more than {free.nbytes} bytes free"
         if bool(stopped) != bool(self.stopped):
             if stopped:

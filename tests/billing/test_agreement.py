@@ -153,7 +153,9 @@ def shown(found, name, **labels):
     return sum(value for key, value in found.items() if key[0] == name and set(labels.items()) <= set(key[1:]))
 
 
-@pytest.mark.parametrize("num_requests", [50, pytest.param(1_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "num_requests", [50, pytest.param(300, marks=pytest.mark.slow), pytest.param(1_000, marks=pytest.mark.long)]
+)
 async def test_clients_metrics_and_ledger_agree_after_many_requests(tmp_path, num_requests):
     front = make_front(Workers(), ledger=tmp_path / "ledger", cards=load_cards([DEPLOY / "example.toml"]))
     registry = Registry("router")

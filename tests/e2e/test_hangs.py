@@ -12,10 +12,10 @@ from antefix.errors import Unavailable
 from antefix.sampling import Sampling
 from antefix_billing.ledger_files import read_settled
 
-pytestmark = pytest.mark.services
+pytestmark = [pytest.mark.services, pytest.mark.impatient]
 
-# Ten times what a hang may cost. Where nobody looks for signs of life each of these takes 61 to 92 s.
-BOUND_S = 20.0
+# Twenty times what a hang may cost. Where nobody looks for signs of life each of these takes 61 to 92 s.
+BOUND_S = 45.0
 
 
 @contextlib.contextmanager

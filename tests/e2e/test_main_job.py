@@ -75,7 +75,7 @@ async def test_concurrent_requests_get_their_own_answers(deploy, ask, document, 
 
 async def idle(deployment):
     """No request is counted anywhere once all have ended."""
-    for _ in range(100):
+    for _ in range(1200):
         status = await deployment.router.status()
         if all(worker.num_requests == 0 and worker.num_tokens_queued == 0 for worker in status.workers):
             return True

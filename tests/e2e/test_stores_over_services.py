@@ -56,7 +56,7 @@ async def serve_store(tmp_path, name):
         stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
     async with RemoteStore(flags["address"]) as store:
-        for _ in range(400):
+        for _ in range(3000):
             with contextlib.suppress(AntefixError):
                 await store.stats()
                 return process, flags["address"]

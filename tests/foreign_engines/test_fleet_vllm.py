@@ -128,7 +128,7 @@ async def followed(tmp_path):
         context.destroy(linger=0)
 
 
-async def until(condition, timeout_s=30):
+async def until(condition, timeout_s=120):
     ends = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < ends

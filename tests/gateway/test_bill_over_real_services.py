@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import socket
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -26,6 +25,7 @@ from antefix_console.deployment import Deployment, DeploymentConfig
 from tests.billing.test_bill_under_failure import check_broken
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import MODEL as MODEL_DIR
+from tests.redis_servers import free_port
 
 pytestmark = pytest.mark.services
 
@@ -34,15 +34,6 @@ NUM_AT_ONCE, NUM_DOCUMENTS, CANCEL_RATE = 8, 12, 0.03
 CARDS = load_cards([DEPLOY / "example.toml"])
 SMALL_POOL = ("--pool-bytes", "64M")
 VICTIMS = ["router"] * 4 + ["decode"] * 3 + ["prefill"] * 2 + ["kvstore"] * 2
-
-
-def free_port():
-    """Below the range that outgoing connections are given ports from."""
-    while True:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            port = random.randrange(20_000, 32_000)
-            probe.bind(("127.0.0.1", port))
-            return port
 
 
 class World:

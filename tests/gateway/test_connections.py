@@ -85,6 +85,7 @@ def test_a_proxy_has_many_behind_it():
         group.busy(enter(group, Conn("proxy")))
     for _ in range(20):
         group.busy(enter(group, Conn("")))
+    assert (len(group), group.num_refused) == (40, 0)
 
 
 def test_counts_come_back_to_nothing():

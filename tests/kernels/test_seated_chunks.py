@@ -137,6 +137,23 @@ def test_a_call_waits_for_nothing_and_launches_as_much_for_one_as_for_many(launc
     assert counted[0][1]["_lines_kernel"] == 3
 
 
+def test_seats_are_taken_before_a_recording_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seats that move for want of room would leave a recording with memory that nobody writes any more."""
+    model = build(torch.device("cpu"))
+    pool, runner = CardPool(model.layout, 1, "cpu"), StepRunner(reproducible=True, graphs=True, chunks=True)
+    batch = [(Sequence([0], WindowState.zeros(model.layout, 0)), np.zeros(1, "<u4")) for _ in range(9)]
+    found = []
+
+    def recorded(_: StepRunner, __: Model, ___: CardPool, seats: Seats, shape: ChunkShape) -> None:
+        found.append((seats.generation, seats.take([sequence.window for sequence, _ in batch]), seats.generation))
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(StepRunner, "_recorded_chunk", recorded)
+    with pytest.raises(RuntimeError, match="enough"), torch.inference_mode():
+        runner.run_chunk(model, pool, batch, write=True)
+    assert found == [(1, list(range(1, 10)), 1)]
+
+
 def test_a_bucket_holds_its_call_and_a_row_of_nobody() -> None:
     for rows, live, blocks in ((1, 1, 1), (16, 4, 64), (17, 5, 65), (512, 64, 4000)):
         shape = ChunkShape(rows, live + 1, blocks)

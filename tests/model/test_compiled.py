@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import cast
 
@@ -82,6 +83,18 @@ def test_weights_that_changed_are_seen_by_the_next_step() -> None:
     compiled = left_behind(model)
     switch.use(False)
     assert left_behind(model) == compiled
+
+
+@needs_numba
+@pytest.mark.slow
+def test_two_threads_that_step_at_once_leave_what_one_leaves() -> None:
+    """Kernels run without Python's lock, so nothing that they read may be given back before they end."""
+    model = make("plain")
+    assert check.enable(model)
+    expected = left_behind(model)
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(left_behind, model) for _ in range(6)]
+    assert all(run.result() == expected for run in runs)
 
 
 def test_another_result_in_one_layer_switches_all_of_them_off(monkeypatch: pytest.MonkeyPatch) -> None:

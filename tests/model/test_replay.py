@@ -86,7 +86,7 @@ def start_state(case: Case, start: int, *, cut: bool, garbage: bool) -> WindowSt
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_format", FORMATS)
 @pytest.mark.parametrize("plan", PLANS)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_it_gives_the_bits_of_running_every_token(
     case: Callable[[str, KVFormat], Case], plan: str, kv_format: KVFormat, data: st.DataObject

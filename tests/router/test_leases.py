@@ -142,7 +142,7 @@ def test_only_who_has_the_secret_may_register_and_only_with_what_was_said():
 
 
 async def until(condition):
-    for _ in range(500):
+    for _ in range(3000):
         if condition():
             return
         await asyncio.sleep(0.02)

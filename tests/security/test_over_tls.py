@@ -110,7 +110,7 @@ async def test_a_deployment_over_tls(deployment, authority, monkeypatch, capsys,
 
 async def until_there(client):
     """Workers register within a moment."""
-    for _ in range(100):
+    for _ in range(1000):
         try:
             await ask(client, WARM_UP, tenant="globex")
         except Unavailable:

@@ -8,6 +8,7 @@ from antefix.errors import DeadlineExceeded, Unavailable
 from antefix.pulse import Pulse
 from antefix.store.breaker import OPEN_S, Breaker
 
+pytestmark = pytest.mark.impatient
 # Ten times and more below what is meant in earnest; the ratios are the same.
 FAST = {"every_s": 0.01, "silent_s": 0.03}
 
@@ -22,12 +23,6 @@ class Peer:
         if self.is_dead:
             raise Unavailable("connection refused")
         await self.answers.wait()
-
-
-@pytest.fixture(autouse=True)
-def limits_of_services(monkeypatch):
-    """Other tests are more patient with their stores."""
-    monkeypatch.setattr("antefix.store.breaker.SLACK_S", 3.0)
 
 
 @pytest.fixture

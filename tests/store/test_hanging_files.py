@@ -18,6 +18,7 @@ from tests.kvstore.small_store import FINGERPRINT
 from tests.store.many_embedded import PROMPT, rack_of
 from tests.store.test_service import Service
 
+pytestmark = pytest.mark.impatient
 SLACK_S = 0.05
 # Ten times what giving up takes, on a busy machine too; a hang without a limit lasts for ever.
 BOUND_S = 30.0

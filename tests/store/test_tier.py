@@ -9,6 +9,8 @@ from antefix.store.standing import ASK_S, ASK_S_MAX, NUM_LATE_MAX, SHUNNED_S, SH
 from antefix.store.tier import Tier, TierKind, TierSpeed
 from tests.kvstore.small_store import Clock
 
+pytestmark = pytest.mark.impatient
+
 
 class Nothing:
     """A source that is never asked."""

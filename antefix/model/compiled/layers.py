@@ -271,8 +271,9 @@ class FewRows:
             heads = f[Field.INDEX_HEADS]
             index = new(2, num, f[Field.INDEX_COLUMNS]), new(num, heads, f[Field.INDEX_DIM]), new(num, heads)
         parts = (self._streams[0], *self._mixes[0], q, window, compressed, *(index or (None, None, None)))
+        places = _places(parts)
         kernels.before_attention(
-            *plan.addresses, _places(parts).ctypes.data, self._positions.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            *plan.addresses, places.ctypes.data, self._positions.data_ptr(), cos.data_ptr(), sin.data_ptr(),
             num, self._work.data_ptr(),
         )  # fmt: skip
         return TokenRows(q=q, window=window, compressed=compressed, index=index)
@@ -287,18 +288,22 @@ class FewRows:
         logits = self._x.new_empty(self._num, plan.fields[Field.NUM_EXPERTS])
         attended = attended.contiguous()
         parts = (attended, self._streams[0], *self._mixes[0], self._streams[1], *self._mixes[1], self._normed, logits)
+        places = _places(parts)
         kernels.after_attention(
-            *plan.addresses, _places(parts).ctypes.data, cos.data_ptr(), sin.data_ptr(), self._num,
+            *plan.addresses, places.ctypes.data, cos.data_ptr(), sin.data_ptr(), self._num,
             self._work.data_ptr(),
         )  # fmt: skip
         return logits
 
     def _experts(self, plan: LayerPlan, scores: Tensor) -> None:
         parts = self._streams[1], *self._mixes[1], self._normed, scores, self._streams[0]
+        places = _places(parts)
         kernels.run_experts(
-            *plan.addresses, _places(parts).ctypes.data, self._tokens.data_ptr(), self._num, self._work.data_ptr()
+            *plan.addresses, places.ctypes.data, self._tokens.data_ptr(), self._num, self._work.data_ptr()
         )
 
 
 def _places(tensors: tuple[Tensor | None, ...]) -> _Integers:
+    """The tensors' addresses. To be held during the call: a kernel runs without Python's lock, and other threads would
+    get the array's memory."""
     return np.array([0 if each is None else each.data_ptr() for each in tensors], np.int64)

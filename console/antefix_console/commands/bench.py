@@ -65,6 +65,9 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
         help="a Python that has the peers; by default the one of `make bench-peers`, where it was made",
     )
     parser.add_argument("--long", action="store_true", help="add a 1M-token prefix and a store of a million blocks")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE", help="also write the figures there, with commit, date, machine and load"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
 
 
@@ -88,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
         *("--blocks", str(args.blocks), "--repeats", str(args.repeats)),
         *(["--dir", str(args.dir.resolve())] if args.dir else []),
         *(["--long"] if args.long else []),
+        *(["--record", str(args.record.resolve())] if args.record else []),
         *(["--json"] if args.json else []),
     ]
     return 0 if subprocess.run(command, cwd=CHECKOUT, check=False).returncode == 0 else 1

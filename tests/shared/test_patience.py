@@ -1,0 +1,41 @@
+"""Tests wait longer for their peers than services do, in this process and in those that they start."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from antefix.pulse import Pulse
+from antefix.store.breaker import SLACK_S, Breaker
+from tests.child_environment import child_environment
+from tests.patient_services import sitecustomize
+
+ASK = """
+from antefix.pulse import Pulse
+from antefix.store.breaker import Breaker
+print(Breaker()._slack_s, Pulse("a peer", print).limit_s)
+"""
+
+
+@pytest.mark.parametrize("module", sitecustomize.LIMITS)
+def test_every_limit_is_one(module):
+    for values, limit in sitecustomize.limits_of(importlib.import_module(module)):
+        assert isinstance(values[limit], float), limit
+
+
+def test_peers_are_waited_for():
+    assert Breaker()._slack_s == Pulse("a peer", print).limit_s == sitecustomize.PATIENCE_S
+
+
+@pytest.mark.impatient
+def test_a_test_of_the_limits_has_those_of_services():
+    assert Breaker()._slack_s == SLACK_S < Pulse("a peer", print).limit_s * 10 < sitecustomize.PATIENCE_S
+
+
+@pytest.mark.services
+def test_so_are_those_of_other_processes():
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], capture_output=True, text=True, env=child_environment(), check=True
+    )
+    assert done.stdout.split() == [str(sitecustomize.PATIENCE_S)] * 2
