@@ -202,7 +202,7 @@ release: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check build twine cyclonedx-bom
 	$(BIN)/python deploy/release.py $(RELEASE)
 
-# All readers of outside bytes, each for SECONDS; what it finds stays in .fuzz, where the next run goes on. Five hours.
+# All readers of outside bytes, each for SECONDS; what it finds stays in .fuzz, where the next run continues. Five hours.
 SECONDS ?= 600
 fuzz: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt atheris==3.0.0 schemathesis==4.32.5
@@ -251,8 +251,10 @@ fmt: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Time to first token, and the table of it in README.md: on an idle machine.
 bench: setup
-	$(BIN)/python benchmarks/ttft.py
+	$(BIN)/python benchmarks/ttft.py --json benchmarks/results/ttft.json
+	$(BIN)/python docs/generate_results.py
 
 # What benchmarks/store.py compares the store with, in an environment of its own: none of it is a dependency. LMCache
 # declares GPU packages that its disk tier does not need, so what it does need is named here.

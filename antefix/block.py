@@ -158,7 +158,7 @@ _REPRODUCIBLE: Final = "-reproducible"
 
 
 def arithmetic_of(device: str, dtype: str, *, reproducible: bool = False) -> str:
-    """What computes, as far as KV's bits hang on it: "cpu-float32", "cuda-bfloat16". device: torch's name, "cuda:1".
+    """What computes, as far as KV's bits depend on it: "cpu-float32", "cuda-bfloat16". device: torch's name, "cuda:1".
 
     reproducible: the setting of that name. A CPU is so anyway; a card then is "cuda-bfloat16-reproducible": KV that the
     faster kernels wrote is good within bounds only, and a hit on it would not equal a cold run to the bit.

@@ -76,7 +76,7 @@ def parse_json(
     try:
         return json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=float if infinity else _finite)
     except (ValueError, RecursionError) as err:
-        raise error(f"{what}: it is no JSON: {_reason(err)}") from err
+        raise error(f"{what}: it is not JSON: {_reason(err)}") from err
 
 
 def read_text(

@@ -50,7 +50,7 @@ class Overloaded(ResourceExhausted):
 
 
 class StoreFull(ResourceExhausted):
-    """The store takes no more writes; reads go on. The caller skips the store."""
+    """The store takes no more writes; reads continue. The caller skips the store."""
 
 
 class QuotaExceeded(ResourceExhausted):

@@ -33,7 +33,7 @@ class LaneHashes:
     """Names blocks behind one root. Immutable; thread-safe.
 
     Each block's tokens become 16 bytes, by AES-CMAC. Two lanes chain those by CBC, each under a key of its own. A name
-    is both lanes' state, encrypted once more, so that no name shows a state, and who has the keys can go on from any
+    is both lanes' state, encrypted once more, so that no name shows a state, and who has the keys can continue from any
     name.
     """
 

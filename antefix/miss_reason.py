@@ -14,7 +14,7 @@ class MissReason(StrEnum):
     FIRST_SEEN = "first_seen"
     EVICTED = "evicted"
     EXPIRED = "expired"
-    # Stored, but computing it again was predicted faster than rebuilding the window state to go on from it.
+    # Stored, but computing it again was predicted faster than rebuilding the window state to continue from it.
     WINDOW_MISSING = "window_missing"
     # The prompt has no whole block and a token more.
     BELOW_MINIMUM = "below_minimum"

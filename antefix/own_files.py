@@ -1,7 +1,7 @@
 """Files of ours under names of ours, taken for what they must be: regular files and directories.
 
 After an accident or an attack such a name may lead to something else: a FIFO, whose opening waits for ever, a device
-that has no end, a directory. For a reader that is a file that is not there; the owner puts it aside and goes on.
+that has no end, a directory. For a reader that is a file that is not there; the owner puts it aside and continues.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Record:
     cost_s: what computing it took, which eviction weighs; 0 when unknown.
     tenant: whose it is: tenant and user digest.  generation, salt, mac: its seal (`antefix.store_files.seal`); 0: none.
     version: 1 makes a record of version 1, whose tenant is a name in UTF-8 and which has neither seal nor labels.
-    parent_elsewhere: another store or tier may hold what it hangs on, so it is stored without that as well.
+    parent_elsewhere: another store or tier may hold what it depends on, so it is stored without that as well.
     """
 
     kind: RecordKind
@@ -125,7 +125,7 @@ class RefusalReason(StrEnum):
     OTHER = "other"
     # Malformed, or against a limit: no later try will succeed.
     INVALID = "invalid"
-    # What it hangs on is not stored, or was refused: put that again, or with it.
+    # What it depends on is not stored, or was refused: put that again, or with it.
     NO_PARENT = "no_parent"
     FULL = "full"
     QUOTA = "quota"

@@ -125,7 +125,7 @@ def check_redis_url(url: str, name: str = "Redis") -> None:
         host, _ = parts.hostname or "", parts.port
     except ValueError:
         # What is wrong with it may be a password that stands in it.
-        raise ConfigError(f"{name}: this is no URL; a password belongs into a file: {_PASSWORD}") from None
+        raise ConfigError(f"{name}: this is not a URL; a password belongs in a file: {_PASSWORD}") from None
     if parts.password is not None:
         # Nor may the message hold it.
         raise ConfigError(f"{name}: the URL has a password, which others on this host could see: use {_PASSWORD}")

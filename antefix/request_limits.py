@@ -91,7 +91,7 @@ def check_request(message: Message) -> None:
 def answered(answer: M) -> M:
     """Another service's answer, where it can be one.
 
-    Raises:  Unavailable: it breaks a limit, or is no such message; the message names the field. The caller goes on
+    Raises:  Unavailable: it breaks a limit, or is no such message; the message names the field. The caller continues
         without that service, as if it had not answered.
     """
     if not isinstance(answer, Message):

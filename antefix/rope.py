@@ -212,7 +212,9 @@ def _nested_dim(
                 " code does; transformers may turn others"
             )
         else:
-            raise InvalidRequest(f"{field} must be given: without it, transformers would turn whole heads or an eighth")
+            raise InvalidRequest(
+                f"{field} must be given: without it, transformers would rotate whole heads, or an eighth of them"
+            )
     if dims["main"] != dims["compress"]:
         raise InvalidRequest(f"{name}: partial_rotary_factor of main and compress must be equal; they turn {dims} dims")
     if config.get("qk_rope_head_dim", dims["main"]) != dims["main"]:

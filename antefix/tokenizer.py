@@ -144,7 +144,8 @@ class HuggingFaceTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        # `encode` would hold the interpreter's lock throughout, so that not even another thread could go on meanwhile.
+        # `encode` would hold the interpreter's lock throughout, so that not even another thread could continue
+        # meanwhile.
         with library_errors("the model's tokenizer cannot read this text", InvalidRequest):
             return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 

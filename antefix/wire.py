@@ -33,7 +33,7 @@ def tokens_to_wire(tokens: npt.ArrayLike) -> worker_pb2.TokenIds:
 def tokens_from_wire(message: worker_pb2.TokenIds) -> npt.NDArray[np.uint32]:
     """[N] uint32.  Raises:  InvalidRequest: not whole tokens."""
     if len(message.ids) % 4:
-        raise InvalidRequest(f"token ids are 4 bytes each; {len(message.ids)} bytes are no whole number of them")
+        raise InvalidRequest(f"token ids are 4 bytes each; {len(message.ids)} bytes are not a whole number of ids")
     return np.frombuffer(message.ids, "<u4")
 
 

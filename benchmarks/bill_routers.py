@@ -10,7 +10,7 @@ some leave in the middle first.
 
 Held to be equal, to the token and the last decimal: what clients were told, the ledgers with their adjustments, and
 what each receiver has. Every hit is in the store's log, every anchor in its ledger, and no request costs more than its
-dearest attempt.
+most expensive attempt.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def check(clients: Clients, config: DeploymentConfig, systems: dict[str, Billing
         if record.is_final:
             finals[key].append(record)
     faults = [
-        f"{key}: charged {charged[key]}, its dearest attempt {dearest[key]}"
+        f"{key}: charged {charged[key]}, its most expensive attempt {dearest[key]}"
         for key in dearest
         if charged[key] != dearest[key]
     ]
@@ -319,13 +319,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--routers", type=int, default=3)
-    parser.add_argument("--kills", type=int, default=20, help="of each kind, spread over the run")
+    parser.add_argument("--kills", type=int, default=20, help="kills of each kind of process, spread over the run")
     parser.add_argument(
-        "--until-s", type=float, default=0.0, help="ask for no more after so long; 0: until all are asked"
+        "--until-s",
+        type=float,
+        default=0.0,
+        help="seconds after which no more requests are sent; 0: until all are sent",
     )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--status", type=Path, help="file that says every 10 s how far it is")
-    parser.add_argument("--keep", type=Path, help="directory to work in, and to keep")
+    parser.add_argument("--keep", type=Path, help="working directory, which is kept")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if "ANTEFIX_CLOCK_FILE" not in os.environ:

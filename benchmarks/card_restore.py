@@ -39,6 +39,7 @@ from antefix_console.verify.stores import EmptyStore
 from antefix_prefill.run_prompt import ComputedPrompt, grow, run_prompt
 from antefix_prefill.worker.compute_thread import ComputeThread
 from antefix_prefill.worker.engine import Engine
+from benchmarks import run_record
 from benchmarks.store_peers import drop_cache
 from benchmarks.ttft import direct_read_rate
 
@@ -334,7 +335,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="a few dims instead: does it run at all?")
+    parser.add_argument("--small", action="store_true", help="use a few dims, to see whether the benchmark runs")
     parser.add_argument("--data-dir", help="where the scratch store goes (default: a temporary directory)")
     parser.add_argument("--out", type=Path, help="directory for card_restore.json and card_restore.md")
     args = parser.parse_args()
@@ -343,7 +344,7 @@ def main() -> None:
     print(text)
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "card_restore.json").write_text(json.dumps(result, indent=1) + "\n")
+        run_record.write(args.out / "card_restore.json", result, "torch", "triton")
         (args.out / "card_restore.md").write_text(text)
 
 

@@ -23,6 +23,7 @@ import torch
 
 from antefix.model import Sequence, WindowState, forward
 from antefix.model.backend import make_backend
+from benchmarks import run_record
 from benchmarks.card_restore import FLASH, LAYERS, random_model
 
 
@@ -113,7 +114,7 @@ def main() -> None:
     print(json.dumps(result))
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "card_transformers.json").write_text(json.dumps(result, indent=1) + "\n")
+        run_record.write(args.out / "card_transformers.json", result, "torch", "transformers")
 
 
 if __name__ == "__main__":

@@ -133,8 +133,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, default=ROOT / "models/antefix-tiny")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--their-sequences", type=int, default=8, help="of more, transformers is left out")
-    parser.add_argument("--tokens", type=int, default=2048, help="of the prompt behind which they decode")
+    parser.add_argument(
+        "--their-sequences", type=int, default=8, help="longest prompt for transformers; longer ones run without it"
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=2048, help="tokens of the prompt behind which the sequences decode"
+    )
     parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt whose prefill is measured")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)

@@ -407,13 +407,18 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", default=["check", "products", "steps"])
     parser.add_argument("--layers", default="WCHC", help="W window-only, C CSA, H HCA")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32, 128])
-    parser.add_argument("--tokens", type=int, default=4096, help="that each sequence follows")
-    parser.add_argument("--long", type=int, default=65536, help="the same of one sequence alone")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens that each sequence follows")
+    parser.add_argument("--long", type=int, default=65536, help="tokens that a sequence follows where it runs alone")
     parser.add_argument("--ways", nargs="+", default=["alone", "batched", "graphs"])
     parser.add_argument("--reproducible", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--few", type=int, default=1, help="0: tiles for many rows, and torch's routing")
-    parser.add_argument("--quick", action="store_true", help="few products and tiles")
-    parser.add_argument("--toy", action="store_true", help="a small model: does it run at all?")
+    parser.add_argument(
+        "--few",
+        type=int,
+        default=1,
+        help="1: tiles for few rows and kernels for routing; 0: tiles for many rows and torch's routing",
+    )
+    parser.add_argument("--quick", action="store_true", help="measure few products and tiles only")
+    parser.add_argument("--toy", action="store_true", help="use a small model, to see whether the benchmark runs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -106,10 +106,12 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--blocks", type=int, default=256, help="per round (default: 256)")
-    parser.add_argument("--block-bytes", type=int, default=449_792, help="V4-Flash's (default: 449792)")
+    parser.add_argument("--blocks", type=int, default=256, help="blocks per round (default: 256)")
+    parser.add_argument(
+        "--block-bytes", type=int, default=449_792, help="bytes of a block (default: V4-Flash's, 449792)"
+    )
     parser.add_argument("--dir", help="where the stores go (default: the temporary directory)")
-    parser.add_argument("--json", type=Path, help="write the figures there as well")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     figures = measure(args)
     for direction, row in figures.items():

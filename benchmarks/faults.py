@@ -5,8 +5,8 @@
     python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: disks, mounts, clocks
     python -m benchmarks.faults --clients 16 --pause-s 0         # under all the load that two cores take
 
-One deployment as `antefix up` runs it, supervised, its roles behind proxies. Clients play conversations that go on and
-ask again what was asked. Faults come one after the other; --seed fixes their order, and all prompts. Each answer is
+One deployment as `antefix up` runs it, supervised, its roles behind proxies. Clients play conversations that continue
+and ask again what was asked. Faults come one after the other; --seed fixes their order, and all prompts. Each answer is
 compared with a run of the bare model, without store and without faults; what is none must be an error that says so. A
 fault's recovery is the time from its beginning until a request that was sent after it is answered, to be compared with
 what a request takes undisturbed. At the end the ledger must have one record for each request, and in each of them
@@ -154,7 +154,7 @@ class Campaign:
 
 
 def conversations(rng: random.Random) -> Iterator[Tokens]:
-    """Prompts that share beginnings, go on, and come again: parts of a text behind a few system prompts."""
+    """Prompts that share beginnings, continue, and come again: parts of a text behind a few system prompts."""
     text = np.frombuffer((ROOT / "LICENSE").read_bytes(), np.uint8).astype(np.uint32)
     asked: list[Tokens] = []
     while True:
@@ -270,14 +270,16 @@ def small_disk(size: str, directory: Path) -> Iterator[None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="how often each fault comes")
-    parser.add_argument("--seed", type=int, default=1, help="of prompts, and of the order and place of faults")
-    parser.add_argument("--only", default="", metavar="TEXT", help="faults whose name has this")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the prompts, and of the order and place of faults")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only faults whose name contains this")
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--pause-s", type=float, default=0.5, help="the longest that a client waits between requests")
     parser.add_argument("--undisturbed", type=int, default=10, help="requests before the first fault, to compare with")
     parser.add_argument("--max-tokens", type=int, default=12)
     parser.add_argument("--small-disk", default="", metavar="SIZE", help="put all on a tmpfs of this size (as root)")
-    parser.add_argument("--faketime", action="store_true", help="move the roles' clocks (libfaketime)")
+    parser.add_argument(
+        "--faketime", action="store_true", help="also set the roles' clocks forward and back (libfaketime)"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="antefix-faults-") as scratch, small_disk(args.small_disk, Path(scratch)):

@@ -85,8 +85,8 @@ async def measure(num_times: int) -> dict[str, object]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--times", type=int, default=2000, help="how often each is done")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--times", type=int, default=2000, help="repetitions of each operation")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to this file")
     args = parser.parse_args()
     figures = asyncio.run(measure(args.times))
     print(json.dumps(figures, indent=2))

@@ -69,7 +69,7 @@ class Sums:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="the first one; the others follow")
+    parser.add_argument("--seed", type=int, default=0, help="first seed; the others follow")
     parser.add_argument("--minutes", type=float, default=1.0)
     parser.add_argument("--only", type=int, help="run this seed alone")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import re
 import statistics
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import run_record
 from benchmarks.kernels_cases import Case, all_cases
 
 REPEATS = 10
@@ -155,7 +155,7 @@ def main() -> None:
 
 def _write(out: Path, rows: list[dict[str, Any]], top: dict[str, float]) -> None:
     device = torch.cuda.get_device_name()
-    (out / "kernels.json").write_text(json.dumps({"device": device, "ceilings": top, "rows": rows}, indent=1))
+    run_record.write(out / "kernels.json", {"device": device, "ceilings": top, "rows": rows}, "torch", "triton")
     (out / "kernels.md").write_text(table(rows, top, device))
 
 

@@ -32,7 +32,9 @@ NOW_US = 1_790_000_000_000_000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, help="on the disk to measure (default: the temporary directory)")
+    parser.add_argument(
+        "--directory", type=Path, help="directory on the disk to measure (default: the temporary directory)"
+    )
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()

@@ -76,7 +76,9 @@ class SqliteLedger:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, help="on the disk to measure (default: the temporary directory)")
+    parser.add_argument(
+        "--directory", type=Path, help="directory on the disk to measure (default: the temporary directory)"
+    )
     parser.add_argument("--records", type=int, default=20_000)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/ledger_sqlite.json")

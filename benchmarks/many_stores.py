@@ -40,7 +40,7 @@ TURN = 256
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=1024, help="of a restore (default 1024, 131,072 tokens)")
+    parser.add_argument("--blocks", type=int, default=1024, help="blocks of a restore (default 1024, 131,072 tokens)")
     parser.add_argument("--prompt", type=int, default=7_813, help="blocks of a look-up (default 7813, 1M tokens)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)

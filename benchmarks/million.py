@@ -153,7 +153,9 @@ def vars_of(totals: Any) -> dict[str, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
-    parser.add_argument("--shorter", type=int, nargs="*", default=[62_500, 250_000], help="cold lengths before it")
+    parser.add_argument(
+        "--shorter", type=int, nargs="*", default=[62_500, 250_000], help="lengths that are prefilled cold before it"
+    )
     parser.add_argument("--hits", type=int, nargs="*", default=[1_000_000, 999_872, 500_000])
     parser.add_argument("--strategy", default="auto")
     parser.add_argument("--prefill-chunk", type=int, default=1024)

@@ -312,8 +312,13 @@ def plot(found: dict[str, Any], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=tuple(PARTS))
-    parser.add_argument("--seconds", type=float, default=30.0, help="of each stretch")
-    parser.add_argument("--p99-factor", type=float, default=5.0, help="bounded: p99 within so many unloaded medians")
+    parser.add_argument("--seconds", type=float, default=30.0, help="seconds of each stretch")
+    parser.add_argument(
+        "--p99-factor",
+        type=float,
+        default=5.0,
+        help="factor within which a p99 counts as bounded, over the unloaded median",
+    )
     parser.add_argument("--idle", type=int, default=10_000)
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--long-tokens", type=int, default=1_000_000)

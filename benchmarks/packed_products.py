@@ -38,6 +38,7 @@ from antefix_kernels import linear, packed_fp4_shared, packed_fp8, packed_linear
 from antefix_kernels.packed_fp8 import Tile
 from antefix_kernels.packed_linear import Weight
 from antefix_kernels.torch_reference import decode_weight
+from benchmarks import run_record
 from benchmarks.drawn_flash import FORMS, draw_share
 from benchmarks.kernels import ceilings, replay_ms
 from benchmarks.weights_on_card import copies, draw_weight, measure_model
@@ -464,7 +465,7 @@ def main() -> None:
             print(f"== {step}: {time.perf_counter() - started:.1f} s", flush=True)
             if step == "check":
                 print(f"check: {len(found.get(step, []))} wrong", *found.get(step, ["it broke off"]), sep="\n  ")
-            (args.out / "packed_products.json").write_text(json.dumps(found, indent=1) + "\n")
+            run_record.write(args.out / "packed_products.json", found, "torch", "triton")
     sys.exit(1 if has_failed else 0)
 
 

@@ -32,7 +32,7 @@ FINGERPRINT = b"f" * 32
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=131072)
-    parser.add_argument("--blocks", type=int, default=1_000_000, help="known to the directory")
+    parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks that the directory knows")
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--decisions", type=int, default=1000)
     parser.add_argument("--policy", choices=sorted(ALL_POLICIES), default="least_work")

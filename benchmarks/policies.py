@@ -9,7 +9,7 @@ Each scene is a trace over a fleet with or without the shared store, at moderate
 speed-up chosen once per scene so that eight workers under least_work are that busy. Then every policy runs at that
 speed-up. Eight workers get the trace once; more get as many copies of it as there are eights (of chat the first 2,500
 requests), each with prompts of its own and a shifted start. The agents' trace is cut where its conversations end and
-only some go on for a day.
+only some continue for a day.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def body() -> bytes:
         use = {"type": "tool_use", "id": f"t{number}", "name": "tool_1", "input": {"p1": "x" * 200}}
         result = {"type": "tool_result", "tool_use_id": f"t{number}", "content": 'line "of" a file\n' * 60}
         turns += [
-            {"role": "user", "content": [{"type": "text", "text": "Go on. " * 10}]},
+            {"role": "user", "content": [{"type": "text", "text": "Once more. " * 10}]},
             {"role": "assistant", "content": [{"type": "text", "text": "I look."}, use]},
             {"role": "user", "content": [result]},
         ]

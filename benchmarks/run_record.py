@@ -27,10 +27,19 @@ def about(*packages: str) -> dict[str, Any]:
     return {
         "commit": commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {load} (1, 5 and 15 minutes)",
+        "machine": f"{_cards()}{platform.machine()}, {os.cpu_count()} cores, load {load} (1, 5 and 15 minutes)",
         "command": " ".join(["python", *_relative(sys.argv)]),
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
     }
+
+
+def _cards() -> str:
+    """The cards of a benchmark that computes on some; one that never imported torch has none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return ""
+    names = [torch.cuda.get_device_name(card) for card in range(torch.cuda.device_count())]
+    return f"{len(names)} {names[0]}; " if len(set(names)) == 1 else f"{', '.join(names)}; "
 
 
 def write(file: Path, record: dict[str, Any], *packages: str) -> None:

@@ -88,7 +88,9 @@ def main() -> None:
     parser.add_argument("--num-long", type=int, default=2)
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=2, help="of both orders in turn; the best of each counts")
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="rounds of both orders in turn; the best of each order counts"
+    )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

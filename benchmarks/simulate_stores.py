@@ -42,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", nargs="+", default=["chat", "agents"], choices=("chat", "agents"))
     parser.add_argument("--scene", nargs="+", default=list(SCENES), choices=list(SCENES))
-    parser.add_argument("--memory", default="4G", help="of KV per worker")
+    parser.add_argument("--memory", default="4G", help="memory for KV per worker")
     parser.add_argument("--store-bytes", default="8G", help="per store")
     parser.add_argument("--object-bytes", default="4T")
     parser.add_argument("--json", type=Path)

@@ -108,7 +108,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--traces", type=Path, required=True, help="directory of the trace files")
     parser.add_argument("--out", type=Path, required=True, help="directory for JSON and plots")
-    parser.add_argument("--model", default="v4-flash", choices=sorted(RATE_CARDS), help="whose sizes and prices")
+    parser.add_argument(
+        "--model", default="v4-flash", choices=sorted(RATE_CARDS), help="model whose sizes and prices are used"
+    )
     parser.add_argument("--quick", action="store_true", help="endless stores only")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -306,11 +306,17 @@ def main() -> int:
     parser.add_argument("--twins", type=float, default=0.15, help="share of requests sent several times at once")
     parser.add_argument("--cancels", type=float, default=0.1, help="share of requests that are given up early")
     parser.add_argument("--kill-every-s", type=float, default=90.0)
-    parser.add_argument("--kill-store", action="store_true", help="the store too; its memory is then not followed")
+    parser.add_argument(
+        "--kill-store", action="store_true", help="also kill the store; its memory is then not followed"
+    )
     parser.add_argument("--max-tokens", type=int, default=16)
-    parser.add_argument("--pool-bytes", default="64M", help="of each worker: small, so that it is full early")
-    parser.add_argument("--store-bytes", default="128M", help="small, so that it evicts")
-    parser.add_argument("--ttl-divisor", type=float, default=1.0, help="keep what the store keeps so much shorter")
+    parser.add_argument(
+        "--pool-bytes", default="64M", help="size of each worker's block pool: small, so that it is full early"
+    )
+    parser.add_argument("--store-bytes", default="128M", help="size of the store: small, so that it evicts")
+    parser.add_argument(
+        "--ttl-divisor", type=float, default=1.0, help="factor by which all times to live are shortened"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -126,12 +126,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, default=ROOT / "models/antefix-tiny")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--tokens", type=int, default=2048, help="of the prompt that they follow")
-    parser.add_argument("--new-tokens", type=int, default=1, help="of each sequence per step; 40 are a short rest")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the prompt that the sequences follow")
+    parser.add_argument(
+        "--new-tokens", type=int, default=1, help="tokens of each sequence per step; 40 are a short rest of a prompt"
+    )
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--kernels", choices=("auto", "torch"), default="auto", help="as the worker has it")
+    parser.add_argument("--kernels", choices=("auto", "torch"), default="auto", help="device, as a worker has it")
     parser.add_argument("--profile", action="store_true", help="list the operations of one step instead")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

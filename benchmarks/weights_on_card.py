@@ -41,6 +41,7 @@ from antefix.model.packed import round_inputs as round_on_cpu
 from antefix_kernels import linear, packed_linear
 from antefix_kernels.packed_linear import Weight
 from antefix_kernels.torch_reference import decode_weight
+from benchmarks import run_record
 from benchmarks.drawn_flash import FORMS, config_of, draw_codes, draw_scales, draw_share
 from benchmarks.kernels import ceilings, replay_ms
 from benchmarks.store_peers import drop_cache
@@ -326,7 +327,7 @@ def main() -> None:
                 found[step] = run()
             except Exception:  # noqa: BLE001 - the next step says more
                 print(f"{step}: FAILED\n{traceback.format_exc()}", flush=True)
-            (args.out / "weights_on_card.json").write_text(json.dumps(found, indent=2) + "\n")
+            run_record.write(args.out / "weights_on_card.json", found, "torch", "triton")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from antefix.telemetry.context import bind_parent
 from antefix.telemetry.tracing import start_tracing
 from antefix.wire import Sampling
 from antefix_console.deployment import Deployment, DeploymentConfig
+from benchmarks import run_record
 from benchmarks.ttft import QUESTION_TOKENS, ROOT, direct_read_rate
 from tests.telemetry.otlp_receiver import Received, receiving
 
@@ -142,14 +143,14 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cost", action="store_true", help="what a span takes, and nothing else")
+    parser.add_argument("--cost", action="store_true", help="measure only what a span takes")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     console = Console(stderr=True)
     report: Any = cost() if args.cost else {"rows": asyncio.run(measure(args, console))}
     print(json.dumps(report, indent=2))
     if args.json:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        run_record.write(args.json, report, "torch")
     for row in report.get("rows", ()):
         console.print(table_of(row))
 

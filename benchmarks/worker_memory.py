@@ -25,7 +25,7 @@ from benchmarks import run_record
 from benchmarks.role_use import use_by_role
 
 ROOT = Path(__file__).parents[1]
-# What goes on behind an answer, such as storing it, has ended by then.
+# What continues behind an answer, such as storing it, has ended by then.
 SETTLE_S = 5.0
 
 

@@ -86,7 +86,9 @@ def documents() -> list[Path]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--unrecorded", action="store_true", help="list the figures that say that they have no record")
+    parser.add_argument(
+        "--unrecorded", action="store_true", help="list the figures without a record, as the documents name them"
+    )
     args = parser.parse_args()
     if args.unrecorded:
         for path in documents():

@@ -27,6 +27,8 @@ WORDS = {
     r"thus": "so",
     r"albeit|lest|ere|nought|naught|amongst|whilst|upon": "the plain word",
     r"forenoon|overmuch|oftentimes|meantimes": "the plain word",
+    r"hangs? on": "depend on",
+    r"(go|goes|going|gone|went) on": "continue",
 }
 # What is counted or measured, by what: "8 bytes per token", not "8 bytes a token".
 _COUNTED = (

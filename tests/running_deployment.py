@@ -29,7 +29,7 @@ class RunningDeployment:
         self.router = router
         before = self._settled()
         self._num_before = len(before)
-        # Where the ledger's export goes on behind what others did.
+        # Where the ledger's export continues behind what others did.
         self.cursor = before[-1].sequence if before else 0
 
     @property

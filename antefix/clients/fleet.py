@@ -37,7 +37,7 @@ class EngineStatus:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateEngine:
     """A worker as placement sees it for one prompt. hit_tokens: what it may hit.  leading_tokens: what it has of the
-    beginning, more than the former where nothing is left to go on with from there.  media: the same by medium."""
+    beginning, more than the former where nothing is left to continue with from there.  media: the same by medium."""
 
     engine: EngineStatus
     hit_tokens: int

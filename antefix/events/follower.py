@@ -1,6 +1,6 @@
 """Following one source's numbered events: a snapshot, then every change; what was missed is noticed and made good.
 
-Two ways in. A direct stream tells everything and goes on at its cursor after a break. Through Redis come the changes
+Two ways in. A direct stream tells everything and continues at its cursor after a break. Through Redis come the changes
 and signs of life, which all readers share, and only snapshots come from the source itself.
 """
 

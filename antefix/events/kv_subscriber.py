@@ -192,7 +192,7 @@ class KvSubscriber:
             self._stand()
 
     async def _continue(self, last: int) -> bool:
-        """Go on behind message `last`; False: the engine has another one of that number, or none any more."""
+        """Continue behind message `last`; False: the engine has another one of that number, or none any more."""
         is_known = False
         async with contextlib.aclosing(self._replayed(last)) as messages:
             async for number, payload in messages:
@@ -264,7 +264,7 @@ class KvSubscriber:
 
     def _begin_life(self) -> None:
         self.counters.num_lives += 1
-        log.info("the engine at %s began again, or has gone on without us", self.endpoint)
+        log.info("the engine at %s restarted, or events of it were lost", self.endpoint)
         self._forget()
 
     def _forget(self) -> None:

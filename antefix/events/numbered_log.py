@@ -1,7 +1,7 @@
 """Numbered events: what changed at a source, for those who keep an index of it elsewhere. Never knows what they say.
 
 Numbers count up within an epoch; an epoch is one life of the source. A watcher that knows the epoch and a number still
-in the ring goes on there; any other takes a snapshot first, which stands for a number, so that nothing is missed or
+in the ring continues there; any other takes a snapshot first, which stands for a number, so that nothing is missed or
 told twice. Telling appends to a bounded ring and never waits for anybody.
 """
 

@@ -149,7 +149,7 @@ class StreamPublisher:
 class StreamReader:
     """Reads some streams from now on and hands each entry on with its source's name, in order within a stream.
 
-    After a break it goes on at the last entry it had. A server that came back empty is read from its beginning: what
+    After a break it continues at the last entry it had. A server that came back empty is read from its beginning: what
     is told twice is known by its number.
     """
 
@@ -202,7 +202,8 @@ class StreamReader:
                 await asyncio.sleep(_RETRY_S)
 
     async def _find_place(self, stream: str) -> None:
-        """Where to go on: at the stream's end at first, later where it broke, unless the stream is another one now."""
+        """Where to continue: at the stream's end at first, later where it broke, unless the stream is another one
+        now."""
         newest = await self._ask(self._redis.xrevrange(stream, count=1))
         end = newest[0][0].decode() if newest else "0-0"
         last = self._last.setdefault(stream, end)

@@ -24,7 +24,7 @@ from antefix.model.ranks import Ranks
 
 
 class CSACompressor(Compressor):
-    """CSA's main compressor; the indexer hangs on it, as in the checkpoints."""
+    """CSA's main compressor; the indexer depends on it, as in the checkpoints."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, LayerKind.CSA, config.geometry.head_dim)

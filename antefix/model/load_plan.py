@@ -175,7 +175,7 @@ def _form_of(name: str, shape: torch.Size, group: _Group, config: ModelConfig) -
 
 
 def _check_stacks(forms: Mapping[str, PackedForm]) -> None:
-    """Both products of a layer's experts take one routing, whose tiles hang on how weights are packed."""
+    """Both products of a layer's experts take one routing, whose tiles depend on how weights are packed."""
     for owner in [owner.rpartition(".")[0] for owner in forms if owner.endswith(_STACKS)]:
         ups, downs = (forms.get(owner + stack.removeprefix(".experts")) for stack in _STACKS)
         if ups is None or downs is None or ups.is_fp4 != downs.is_fp4:

@@ -152,7 +152,7 @@ def _check_scales(state: dict[str, Tensor], fp4_owners: set[str]) -> None:
             continue
         values = tensor.float()
         if not bool(torch.isfinite(values).all()):
-            raise ModelError(f"scales of {checkpoint_name(owner + '.weight')} are not all numbers")
+            raise ModelError(f"scales of {checkpoint_name(owner + '.weight')} hold NaN or infinity")
         if tensor.is_cuda and owner in fp4_owners and float(values.max()) > _FP4_SCALE_MAX:
             raise ModelError(f"scales of {owner} exceed {_FP4_SCALE_MAX:g}: the kernels' FP4 values would overflow")
 

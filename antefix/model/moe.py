@@ -237,7 +237,7 @@ def _own_picks(stacks: Experts, experts_NK: Tensor) -> tuple[Tensor, int, Tensor
 
 
 def _row_sums(weights_NK: Tensor) -> Tensor:
-    """[N, 1]; column by column on a card, where a reduction's order hangs on the number of rows."""
+    """[N, 1]; column by column on a card, where a reduction's order depends on the number of rows."""
     if not has_kernels(weights_NK):
         return weights_NK.sum(-1, keepdim=True)
     total = weights_NK[:, :1]

@@ -44,7 +44,7 @@ def replay(
     """Run the next tokens of a replay that ends at `stop`; the sequence's window state moves on, nothing else changes.
 
     stop: the block boundary where the state is wanted, at least a block after where the replay started. Until then the
-        state is not one to go on from: layers leave out tokens that it will not depend on. A replay may be cut into
+        state is not one to continue from: layers leave out tokens that it will not depend on. A replay may be cut into
         any number of calls.
     Raises:  InternalError: tokens beyond `stop`, a `stop` inside a block, or a block table that does not reach it.
              After any other error the window state is of no use and the replay must start again.

@@ -1,4 +1,4 @@
-"""Window state: what a sequence needs beyond its blocks to go on. Position-dependent, small, short-lived.
+"""Window state: what a sequence needs beyond its blocks to continue. Position-dependent, small, short-lived.
 
 Bytes of a state at position P (all numbers little-endian; floats are float32, float64 for the FLOAT64 format):
 
@@ -256,7 +256,9 @@ class WindowState:
         if offset < len(raw):
             state.draft = DraftState.from_bytes(layout, position, raw[offset:])
         if not state.is_usable:
-            raise BlockUnusable(f"window state at position {position} holds what are no numbers, or too large ones")
+            raise BlockUnusable(
+                f"window state at position {position} holds NaN, infinity or numbers that are too large"
+            )
         return state
 
     @property

@@ -257,7 +257,7 @@ async def read_headers(bucket: Bucket, ref: SegmentRef) -> list[RecordHeader]:
     start = max(0, ref.nbytes - _TAIL_BYTES)
     tail = memoryview(await bucket.read(ref.name, start, ref.nbytes)).cast("B")
     if tail.nbytes < TRAILER.size:
-        raise BlockCorrupt("a segment without a trailer")
+        raise BlockCorrupt("the segment has no trailer")
     footer_offset, num_records = read_trailer(tail[-TRAILER.size :], ref.nbytes)
     stop = ref.nbytes - TRAILER.size
     if footer_offset >= start:

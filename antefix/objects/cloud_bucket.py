@@ -147,5 +147,5 @@ class CloudBucket:
 
 
 def _first_line(err: Exception) -> str:
-    """The library's messages go on with the whole chain of causes."""
+    """The library's messages continue with the whole chain of causes."""
     return str(err).strip().partition("\n")[0][:300]

@@ -194,10 +194,10 @@ def unpack_run(raw: Buffer) -> Run:
     """Raises:  BlockCorrupt: no tile, damaged, or of a version that this build does not know."""
     data = memoryview(raw).cast("B")
     if data.nbytes < INDEX_HEADER.size or bytes(data[:8]) != INDEX_MAGIC:
-        raise BlockCorrupt("not a tile of an index")
+        raise BlockCorrupt("this is not a tile of an index")
     _, checksum, version, _, num_segments, num_records = INDEX_HEADER.unpack(data[: INDEX_HEADER.size])
     if xxhash.xxh3_128_digest(data[_SUM_AT:]) != checksum:
-        raise BlockCorrupt("a damaged tile of an index")
+        raise BlockCorrupt("the tile of the index is damaged")
     if version != INDEX_VERSION:
         raise BlockCorrupt(f"a tile of version {version}; this build reads {INDEX_VERSION}")
     expected = INDEX_HEADER.size + num_segments * SEGMENT_ROW.size + num_records * ENTRY_BYTES

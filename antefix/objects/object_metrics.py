@@ -15,12 +15,14 @@ from antefix.telemetry.shown import Shown, Table, families, gauge
 READS: Final[Table] = {
     "num_blocks": Shown(name="antefix_object_read_blocks", help="Blocks that came from the object tier."),
     "num_ranges": Shown(name="antefix_object_ranges", help="Reads of a range of an object."),
-    "bytes_read": Shown(name="antefix_object_read_bytes", help="Bytes that those gave, gaps and headers included."),
+    "bytes_read": Shown(
+        name="antefix_object_read_bytes", help="Bytes that reads of ranges gave, gaps and headers included."
+    ),
     "num_gone": Shown(name="antefix_object_gone_segments", help="Objects that were deleted under a reader."),
     "num_read_again": Shown(
         name="antefix_object_read_again_records", help="Records that failed a check and were read a second time."
     ),
-    "num_bad": Shown(name="antefix_object_bad_records", help="Records that failed it again; each became a miss."),
+    "num_bad": Shown(name="antefix_object_bad_records", help="Records that failed a check twice; each became a miss."),
 }
 
 

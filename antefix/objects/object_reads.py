@@ -133,7 +133,7 @@ class ObjectReads:
         header = unpack_record_header(head, place.segment.seed)
         found = (header.kind, header.hash, header.fingerprint, header.segment, header.offset, header.extent_bytes)
         if found != (kind, want.hash, fingerprint, SEGMENT_NUMBER, place.offset, place.extent_bytes):
-            raise BlockCorrupt("another record than the one that the index names")
+            raise BlockCorrupt("this is another record than the index names")
         stored = raw[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + header.stored_bytes]
         # A payload that lies there as it was sealed is held against its seal alone, which tells more than a checksum.
         is_sealed = self._seals is not None and header.codec == Codec.RAW and not header.flags & RecordFlag.ENCRYPTED
@@ -141,11 +141,11 @@ class ObjectReads:
             _check_sum(header, stored)
         into = want.into(header.payload_bytes)
         if into.nbytes != header.payload_bytes:
-            raise BlockCorrupt(f"a payload of {header.payload_bytes} bytes, not of {into.nbytes}")
+            raise BlockCorrupt(f"the payload has {header.payload_bytes} bytes; {into.nbytes} were expected")
         body: Buffer = stored
         if header.flags & RecordFlag.ENCRYPTED:
             if self._decrypt is None:
-                raise BlockCorrupt("an encrypted record, and no key for it")
+                raise BlockCorrupt("the record is encrypted, and there is no key for it")
             body = self._decrypt(header, stored)
         if header.codec == Codec.PLANES_ZSTD:
             codec.decode(body, into)
@@ -158,7 +158,7 @@ class ObjectReads:
             # What was damaged on its way was forged by nobody.
             _check_sum(header, stored)
             self._seals.num_broken += 1
-            raise BlockCorrupt("a record that was not sealed by this deployment")
+            raise BlockCorrupt("the record was not sealed by this deployment")
         want.header, want.sealed = header, sealed
 
 

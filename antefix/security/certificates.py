@@ -152,7 +152,7 @@ def describe(pem: bytes) -> Issued:
     try:
         certificate = x509.load_pem_x509_certificate(pem)
     except ValueError as err:
-        raise ConfigError(f"this is no certificate: {err}") from err
+        raise ConfigError(f"this is not a certificate: {err}") from err
     return Issued(
         subject=certificate.subject.rfc4514_string(),
         sans=sans_of(certificate),

@@ -177,7 +177,7 @@ def _parse(signed: bytes) -> tuple[bytes, Grant]:
         if version != VERSION or not num_owners or len(rows) != num_owners * OWNER_BYTES:
             raise ValueError("not of version 1")
     except (struct.error, ValueError) as err:
-        raise PermissionDenied(f"what came as a grant is none: {err}") from err
+        raise PermissionDenied(f"the grant is malformed: {err}") from err
     owners = tuple(rows[at : at + OWNER_BYTES] for at in range(0, len(rows), OWNER_BYTES))
     return name, Grant(owners=owners, prompt=prompt, expires_ms=expires_ms)
 

@@ -164,7 +164,7 @@ class Guard:
 
     def _refuse(self, identity: Identity, method: str, *, known: bool) -> None:
         if not known:
-            raise PermissionDenied(f"{method} is in nobody's row of the access table")
+            raise PermissionDenied(f"the access table allows nobody to call {method}")
         if identity.role in (Role.LOCAL, Role.NOBODY):
             of_secret = "the deployment's secret (a service: --secret-file; a command: --data-dir)"
             how = of_secret if self._files is None else "a certificate"

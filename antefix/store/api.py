@@ -62,13 +62,13 @@ class Store(Protocol):
         """
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
-        """Keep an owner's records, and what they hang on, from eviction for a time; 0 lets go.
+        """Keep an owner's records, and what they depend on, from eviction for a time; 0 lets go.
 
         Returns how many of them are stored.
         """
 
     async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
-        """Drop an owner's records with all that hangs on them, pinned or not. Returns how many went."""
+        """Drop an owner's records with all that depends on them, pinned or not. Returns how many went."""
 
     def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
         """What is stored now, then every change, without gaps, until the stream breaks; or the changes since `cursor`.

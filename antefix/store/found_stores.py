@@ -75,7 +75,7 @@ class FoundStores(ManyStores):
             return False
         try:
             if not SERVICE_NAME.fullmatch(found.name):
-                raise ConfigError("its name is none of a store's")
+                raise ConfigError("its name is not a store's")
             self._may_call(found.address)
         except ConfigError as err:
             log.warning("the store %s at %s is not used: %s", found.name, found.address, err)

@@ -24,5 +24,5 @@ def held_from_wire(response: kvstore_pb2.LookupResponse) -> Held:
     if not flat and response.num_blocks:
         flat = (0, response.num_blocks)
     if len(flat) % 2 or any(a >= b for a, b in pairwise(flat)):
-        raise InternalError("a store told spans that do not follow each other")
+        raise InternalError("a store's answer has spans that are not in order")
     return Held(spans=tuple(zip(flat[::2], flat[1::2], strict=True)), checkpoints=tuple(response.checkpoints))

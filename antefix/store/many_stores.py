@@ -54,7 +54,7 @@ _FATES: Final = (
 
 # What serves is not ready before its tiers' indexes are loaded, or this has passed: then they load behind its answers.
 LOAD_S: Final = 10.0
-# A read that began before a store went has ended after so long, or has gone on elsewhere.
+# A read that began before a store went has ended after so long, or has continued elsewhere.
 _LET_GO_S: Final = 60.0
 
 
@@ -214,7 +214,7 @@ class ManyStores:
     # --- writing -------------------------------------------------------------------------------------------------
 
     async def put(self, records: Sequence[Record]) -> PutResult:
-        """To the nearest store that takes it. What the records hang on may be in another one.
+        """To the nearest store that takes it. What the records depend on may be in another one.
 
         Raises:  Unavailable: no store takes anything.
         """

@@ -1,4 +1,4 @@
-"""Payloads of one store, received into buffers: a stream that breaks goes on where it stopped."""
+"""Payloads of one store, received into buffers: a stream that breaks continues where it stopped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from antefix.v1 import kvstore_pb2
 STREAM_DEADLINE_S: Final = 60.0
 # How large one payload is taken to be before it comes: a checkpoint or handoff of V4 takes some MB.
 PAYLOAD_BYTES_GUESSED: Final = 16 << 20
-# A stream that breaks goes on where it stopped, this often.
+# A stream that breaks continues where it stopped, this often.
 NUM_RESUMES_MAX: Final = 3
 _RECONNECT_S: Final = 0.15
 

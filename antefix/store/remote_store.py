@@ -250,7 +250,7 @@ class RemoteStore:
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
         for unusable in hashes:
-            log.warning("a %s in the store holds what is no number: %s", kind.name.lower(), unusable.hex())
+            log.warning("a %s in the store holds NaN or infinity: %s", kind.name.lower(), unusable.hex())
         if hashes and kind not in MEMORY_KINDS:
             await self._tell(kvstore_pb2.TouchRequest(unusable=[name_to_wire((kind, name)) for name in hashes]))
 

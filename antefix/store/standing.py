@@ -1,7 +1,7 @@
 """Whether a tier is asked now, and how long its answer is waited for.
 
     unreachable                     left alone for SHUNNED_S, twice as long after each further failure, until it is back
-    late                            nothing yet: the one who asked goes on without, the answer counts when it comes
+    late                            nothing yet: the one who asked continues without, the answer counts when it comes
     late NUM_LATE_MAX times in a row, each asked after the one before was given up, and no answer since: as unreachable
 
 What is late follows from the tier's own answers, as TCP times its segments out: their mean, and four times how much

@@ -126,12 +126,12 @@ def decode(coded: Buffer, into: memoryview) -> None:
         plan, at = read_plan(coded)
         out = np.frombuffer(into, np.uint8)
         if plan.payload_bytes != out.nbytes:
-            raise BlockCorrupt(f"a coded payload of {plan.payload_bytes} bytes, not of {out.nbytes}")
+            raise BlockCorrupt(f"a coded payload has {plan.payload_bytes} bytes decoded; {out.nbytes} were expected")
         num_planes = coded[at]
         body = at + 1 + num_planes * _PLANE.size
         planes = list(_plane_views(out, plan))
         if len(planes) != num_planes:
-            raise BlockCorrupt("a coded payload with the wrong number of planes")
+            raise BlockCorrupt("the coded payload has the wrong number of planes")
         for number, views in enumerate(planes):
             mode, length = _PLANE.unpack_from(coded, at + 1 + number * _PLANE.size)
             _fill(views, memoryview(coded)[body : body + length], mode)
@@ -148,7 +148,7 @@ def _fill(views: Sequence[Bytes], body: memoryview, mode: int) -> None:
     raw = _decompressor().decompress(body, max_output_size=nbytes) if mode == _ZSTD else body
     plane = np.frombuffer(raw, np.uint8)
     if plane.nbytes != nbytes:
-        raise BlockCorrupt(f"a plane of {plane.nbytes} bytes, not of {nbytes}")
+        raise BlockCorrupt(f"a plane has {plane.nbytes} bytes; {nbytes} were expected")
     start = 0
     for view in views:
         view[...] = plane[start : start + view.size].reshape(view.shape)

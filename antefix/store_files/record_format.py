@@ -90,9 +90,9 @@ class RecordFlag(IntFlag):
 
     FIRST: the first block of its chain; its parent, the chain's root, is never stored.
     ENCRYPTED: the stored bytes are AES-256-GCM of the coded payload, with a tag of 16 bytes behind them.
-    ELSEWHERE: what it hangs on may be in another store or tier; without it here the record stands for itself.
-    APART: index only; what it hangs on was not here when it was indexed, so that does not count it among its children.
-    SEALED: index only; the record is of version 2, which has a seal.
+    ELSEWHERE: what it depends on may be in another store or tier; without it here the record stands for itself.
+    APART: index only; what it depends on was not here when it was indexed, so that does not count it among its
+    children. SEALED: index only; the record is of version 2, which has a seal.
     QUARANTINED: index only; the record failed a check and is a miss until it is put again.
     """
 

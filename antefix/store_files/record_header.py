@@ -205,7 +205,7 @@ def unpack_record_header(raw: bytes | bytearray | memoryview, seed: int) -> Reco
     try:
         return _unpack_v2(data) if data[:8] == RECORD_MAGIC else _unpack_v1(data)
     except KeyError as err:
-        raise BlockCorrupt(f"record header: {err} stands for no kind or codec that this build knows") from err
+        raise BlockCorrupt(f"record header: {err} is not a kind or codec that this build knows") from err
 
 
 def _unpack_v2(data: bytes) -> RecordHeader:

@@ -109,7 +109,7 @@ def preadv_cached(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
 
 
 def preadv_full(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Like os.preadv, but of any number of buffers, and goes on after a short read.
+    """Like os.preadv, but of any number of buffers, and continues after a short read.
 
     Returns the bytes read: fewer than asked only at the end of the file.
     """

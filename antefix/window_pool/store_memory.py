@@ -10,7 +10,7 @@ from antefix.record import Record, RecordKind
 from antefix.store.api import Store
 from antefix.window_pool.pool_api import NAMES_MAX, Found
 
-# Names asked for in one go after the first, which is the likely one: a turn goes on where the last one ended.
+# Names asked for in one go after the first, which is the likely one: a turn continues where the last one ended.
 _NAMES_AT_ONCE = 8
 
 

@@ -31,7 +31,8 @@ class AdjustmentKind(StrEnum):
     # What a customer contests; it is taken off until it is decided.
     DISPUTE = "dispute"
     RERATE = "rerate"
-    # Two routers charged one request, because Redis or one of them was gone meanwhile: all but the dearest goes back.
+    # Two routers charged one request, because Redis or one of them was gone meanwhile: all but the most expensive one
+    # is given back.
     CHARGED_TWICE = "charged_twice"
 
 

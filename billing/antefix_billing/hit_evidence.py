@@ -69,7 +69,7 @@ class HitEvidence:
         """Event ids of records whose hit the log does not support. What a worker that is not ours says it cannot."""
         hits = [item.record for item in settled if item.record.is_proved_hit]
         doubtful = [record for record in hits if not self._supports(record, slack_us)]
-        # A store that was harmed, full or down did not take what a worker computed and went on to hit in its memory.
+        # A store that was harmed, full or down did not take what a worker computed and continued to hit in its memory.
         computed = Computed.of(self.records, self._earliest) if doubtful else None
         return [
             record.event_id

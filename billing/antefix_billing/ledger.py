@@ -264,7 +264,7 @@ class Ledger:
                 os.fdatasync(self._fd)
         except OSError as err:
             # After a failed fdatasync nobody knows what the disk has (and a second one would say "fine"). Cutting the
-            # batch off and going on is right only if that works and is durable.
+            # batch off and continuing is right only if that works and is durable.
             try:
                 self._reserve.moved()
                 os.ftruncate(self._fd, self._tail.offset)

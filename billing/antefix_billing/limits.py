@@ -122,7 +122,7 @@ def limit_error(
     """What a client is told of a request that has no room.  limit: None: the one on requests at the same time."""
     if limit is None:
         return TooManyRequests(
-            f"concurrency limit: {limits.requests} requests of this tenant are running, which is all that may",
+            f"concurrency limit: {limits.requests} requests of this tenant are running, which is the limit",
             retry_after_s=1.0,
         )
     left_s = (limit.window.end(now) - now).total_seconds()

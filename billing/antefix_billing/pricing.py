@@ -21,7 +21,7 @@ def moment_of(time_us: int) -> datetime:
 def priced(record: UsageRecord, cards: RateCards) -> UsageRecord:
     """The record by the card in force when the request started; uncharged ends cost nothing but name the card.
 
-    What earlier attempts were charged is taken off: the dearest attempt is the most that a request costs.
+    What earlier attempts were charged is taken off: the most expensive attempt is the most that a request costs.
     """
     quote = cards.quote(record.model, moment_of(record.started_us))
     charged = record.is_charged

@@ -2,9 +2,9 @@
 
     pruned-000000012345.json    in the ledger's directory and in the archive; named by the last entry that was pruned
 
-Each says which entries it stands for, the hashes before the first and after the last of them (so the chain goes on from
-there), which files held them, with their BLAKE2b, and sums by month, tenant, model and currency. It is signed with the
-receipt key. With the files at hand, all of it can be computed again.
+Each says which entries it stands for, the hashes before the first and after the last of them (so the chain continues
+from there), which files held them, with their BLAKE2b, and sums by month, tenant, model and currency. It is signed with
+the receipt key. With the files at hand, all of it can be computed again.
 """
 
 from __future__ import annotations
@@ -193,13 +193,13 @@ def pruned_of(directory: Path) -> list[Pruned]:
 
 
 def pruned_to(directory: Path) -> tuple[int, bytes]:
-    """The last entry that was pruned, and its hash: what the first segment goes on from."""
+    """The last entry that was pruned, and its hash: what the first segment continues from."""
     summaries: Sequence[Pruned] = pruned_of(directory)
     return (summaries[-1].last, summaries[-1].hash) if summaries else (0, GENESIS)
 
 
 def check_cursor(directory: Path, after: int) -> None:
-    """Raises:  InvalidRequest: what follows this entry was pruned, so that going on from there would leave it out."""
+    """Raises:  InvalidRequest: what follows this entry was pruned, so that continuing from there would leave it out."""
     last, _ = pruned_to(directory)
     if 0 < after < last:
         raise InvalidRequest(f"entries {after + 1} to {last} were pruned; `antefix usage restore` brings them back")

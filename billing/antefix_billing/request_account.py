@@ -1,8 +1,8 @@
 """What all routers of a deployment know of one request: who runs it, how it ended, what it was charged. Pure.
 
 Several routers change it one after the other (`antefix_router.shared_bill`), each with `claim` before it runs a request
-and `settle` after its record is in the ledger. A request costs as much as its dearest attempt, wherever those ran: what
-is charged beyond that, because two routers could not see one another, goes back as a credit.
+and `settle` after its record is in the ledger. A request costs as much as its most expensive attempt, wherever those
+ran: what is charged beyond that, because two routers could not see one another, goes back as a credit.
 """
 
 from __future__ import annotations
@@ -112,12 +112,12 @@ def settle(
 
 
 def _later(one: Settled | None, other: Settled) -> Settled:
-    """Which of two ends a retry goes on from: an answer that ended, else the later attempt."""
+    """Which of two ends a retry continues from: an answer that ended, else the later attempt."""
     return other if one is None or rank(other.record) >= rank(one.record) else one
 
 
 def rank(record: UsageRecord) -> tuple[bool, int, int]:
-    """Of the records of one request, the greatest is the one that a retry goes on from."""
+    """Of the records of one request, the greatest is the one that a retry continues from."""
     return (record.is_final, record.attempt, record.finished_us)
 
 

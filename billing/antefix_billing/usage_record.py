@@ -297,7 +297,7 @@ def _canonical(values: dict[str, Any]) -> bytes:
 def _fields_of(payload: bytes) -> dict[str, Any]:
     values = parse_json(payload, "a ledger payload")
     if not isinstance(values, dict):
-        raise InvalidRequest("a ledger payload is no object")
+        raise InvalidRequest("a ledger payload is not an object")
     if values.pop("v", None) != PAYLOAD_VERSION:
         raise InvalidRequest(f"a ledger payload is not of version {PAYLOAD_VERSION}; a newer Antefix wrote it")
     return values

@@ -231,7 +231,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "inspect": Command(
         load=_inspect,
-        help="what a store directory holds",
+        help="show what a store directory holds",
         example="antefix inspect /var/lib/antefix/store",
     ),
     "fsck": Command(
@@ -246,7 +246,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "drain": Command(
         load=_drain,
-        help="move what is worth keeping from a store that leaves to others",
+        help="move records from a store that leaves to the stores that stay",
         example="antefix drain /data/a --to host-b:7010 host-c:7010",
     ),
     "simulate": Command(
@@ -261,7 +261,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "plan": Command(
         load=_plan,
-        help="how many machines a trace takes, what they cost, what binds, and what one more would give",
+        help="calculate how many machines a trace takes, what they cost, and which resource is the limit",
         example="antefix plan --trace trace.jsonl.gz --model v4-flash --gpu h200 --retention 72h --ttft-p90 2s",
     ),
     "usage": Command(
@@ -276,7 +276,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "explain": Command(
         load=_explain,
-        help="why a prompt hits or misses, block by block",
+        help="explain why a prompt hits or misses, block by block",
         example="antefix explain --data-dir antefix-data --prompt-file prompt.txt",
     ),
     "verify": Command(
@@ -321,7 +321,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "health": Command(
         load=_health,
-        help="does a role serve? The exit code says it, for probes and supervisors",
+        help="does a role serve? The exit code says whether it serves, for probes and supervisors",
         example="antefix health 127.0.0.1:7000 --service antefix.v1.RouterService",
     ),
     "keys": Command(

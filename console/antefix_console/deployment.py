@@ -372,8 +372,8 @@ class Deployment:
     async def start_role(
         self, role: str, flags: Sequence[str], *, last: Sequence[str] = (), log_path: Path | None = None
     ) -> RoleProcess:
-        """Start one process and wait until it serves.  last: flags that win over all others.  log_path: that it goes on
-        with; None: one of its own.
+        """Start one process and wait until it serves.  last: flags that win over all others.  log_path: that it
+        continues with; None: one of its own.
 
         Raises:  ConfigError: it ended instead; the message has the end of its log.  Unavailable: it took too long.
         """
@@ -545,7 +545,7 @@ def _child_environment(data_dir: Path) -> dict[str, str]:
 
 
 def _log_bytes(path: Path) -> int:
-    """How long the log is in which a role is about to go on. A large one is moved aside, for one start more.
+    """How long the log is in which a role is about to continue. A large one is moved aside, for one start more.
 
     Earlier runs' words stay: after a crash they explain it, and no number of restarts may lose them.
     """

@@ -59,7 +59,7 @@ class Supervisor:
         """Until cancelled.  Raises:  GaveUp."""
         keeping = [asyncio.create_task(self._keep(process)) for process in list(self._deployment.processes)]
         try:
-            # Each goes on for ever, so the first one that ends has given up.
+            # Each continues for ever, so the first one that ends has given up.
             await asyncio.gather(*keeping)
         finally:
             for task in keeping:

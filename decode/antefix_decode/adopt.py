@@ -47,7 +47,7 @@ async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff |
     if not is_ours or len(handoff.logits) != engine.identity.vocab_size:
         return None
     if not are_numbers(handoff.logits):
-        engine.counters.note(BlockUnusable("a handoff's logits are no numbers"))
+        engine.counters.note(BlockUnusable("a handoff's logits hold NaN or infinity"))
         return None
     return handoff
 
@@ -92,7 +92,7 @@ async def _put_back_row(engine: Engine, block_id: int, row: bytes) -> None:
         raise BlockCorrupt(f"the handoff's unfinished block has {len(row)} bytes, a row {len(target)}")
     target[:] = row
     if not await engine.compute.run(_take_row, engine, block_id):
-        raise BlockUnusable("the handoff's unfinished block holds what are no numbers")
+        raise BlockUnusable("the handoff's unfinished block holds NaN or infinity")
 
 
 def _take_row(engine: Engine, block_id: int) -> bool:

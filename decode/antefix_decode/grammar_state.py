@@ -35,12 +35,12 @@ class Matcher:
         self.is_over = False
 
     def mask(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Raises:  InvalidRequest: the grammar has become too large to go on with."""
+        """Raises:  InvalidRequest: the grammar has become too large to continue with."""
         allowed = np.unpackbits(self.allowed().view(np.uint8), bitorder="little")[: len(logits)]
         return np.where(allowed.view(np.bool_), logits, np.float32(-np.inf))
 
     def allowed(self) -> npt.NDArray[np.int32]:
-        """Raises:  InvalidRequest: the grammar has become too large to go on with."""
+        """Raises:  InvalidRequest: the grammar has become too large to continue with."""
         masks.fill_next_token_bitmask(self._matcher, self._bits)
         self._check()
         bits: npt.NDArray[np.int32] = self._bits[0].copy()

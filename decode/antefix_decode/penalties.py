@@ -3,7 +3,7 @@
     forbidden until min_tokens -> logit bias -> repetition, frequency, presence penalty -> ... the token is chosen
 
 Prompt and output count apart: presence and frequency look at the output alone, repetition at both. A request that is
-continued elsewhere passes what it has given out already as output, so it goes on as if nothing had happened.
+continued elsewhere passes what it has given out already as output, so it continues as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Penalties:
             forbidden=self._stop_ids if self._must_go_on else none,
             biased=self._biased,
             bias=self._bias,
-            # Copies: these arrays go on changing.
+            # Copies: these arrays continue changing.
             repeated=none if self._repeated is None else self._repeated.tokens.copy(),
             repetition=sampling.repetition_penalty,
             counted=self._output.tokens.copy(),
@@ -125,7 +125,7 @@ class _Counts:
 
 
 def _forbid(logits: Logits, tokens: npt.NDArray[np.int64]) -> None:
-    """Unless nothing else is left: a grammar may leave the end as the only way to go on."""
+    """Unless nothing else is left: a grammar may leave the end as the only way to continue."""
     before = logits[tokens[tokens < len(logits)]]
     logits[tokens[tokens < len(logits)]] = -np.inf
     if not np.isfinite(logits.max()):

@@ -284,7 +284,7 @@ class Scheduler:
         except AntefixError as err:
             _fail(running, err)  # its own grammar, say
         except Exception as err:
-            # The loop must go on: if it ended, every sequence of this worker would wait for ever.
+            # The loop must continue: if it ended, every sequence of this worker would wait for ever.
             log.exception("a sequence failed after its decode step")
             _fail(running, step_failed(err))
 

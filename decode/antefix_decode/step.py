@@ -3,7 +3,7 @@
     draft -> run both tokens -> keep the first -> the sampler chooses what follows -> keep the drafted one if it is that
 
 The drafted token is kept only if the sampler chooses it from the main model's own logits. The sampler's random number
-hangs on seed and position alone, so the output is, token for token, the one without drafting, greedy or not.
+depends on seed and position alone, so the output is, token for token, the one without drafting, greedy or not.
 """
 
 from __future__ import annotations

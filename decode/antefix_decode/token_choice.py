@@ -33,7 +33,7 @@ class Constraint(Protocol):
 
 class Sampler:
     """One request's sampling. The random number for a position comes from seed and position alone (Philox as a
-    counter-based generator), so a request that is continued on another worker goes on with the same tokens."""
+    counter-based generator), so a request that is continued on another worker continues with the same tokens."""
 
     def __init__(
         self, sampling: Sampling, penalties: Penalties | None = None, constraint: Constraint | None = None

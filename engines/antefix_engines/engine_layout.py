@@ -6,8 +6,8 @@ one group of one layer: `num_rows` equal rows, each made of fields. Parts lie on
     block        what every later token may need: one record per block, and all of a prefix are read.
     checkpoint   what only the tokens after it soon need: window rows of the block's last tokens, states at its end.
 
-To go on after block i, an engine reads blocks 0 to i, and the checkpoints of the last `num_checkpoints` blocks up to i.
-A window of at most a block needs one; without a window there are none, and `num_checkpoints` is 0.
+To continue after block i, an engine reads blocks 0 to i, and the checkpoints of the last `num_checkpoints` blocks up to
+i. A window of at most a block needs one; without a window there are none, and `num_checkpoints` is 0.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class EngineLayout:
         return min(self.num_checkpoints, num_blocks)
 
     def restorable(self, num_blocks: int, checkpoints: Collection[int]) -> list[int]:
-        """Every number of blocks after which an engine can go on, ascending, of what a lookup found.
+        """Every number of blocks after which an engine can continue, ascending, of what a lookup found.
 
         checkpoints: after which numbers of blocks there is one.
         """

@@ -211,7 +211,7 @@ class EngineStore:
                 self._told.add((what, name))
             # Once of each kind: a dead store fails with every prompt, and the counters say how often.
             level = logging.WARNING if is_news else logging.DEBUG
-            log.log(level, "the store failed to %s, going on without it: %s", what, err)
+            log.log(level, "the store failed to %s, continuing without it: %s", what, err)
             return otherwise
 
     def _signed_grant(self) -> bytes:
@@ -330,7 +330,7 @@ class KvOfModel:
             self._store.attempt("pin blocks", call, 0)
 
     def evict(self, hashes: Sequence[bytes]) -> int:
-        """Drop blocks with all that hangs on them. Returns how many records went."""
+        """Drop blocks with all that depends on them. Returns how many records went."""
         names = [(RecordKind.BLOCK, name) for name in hashes]
         went: int = self._store.attempt("evict blocks", lambda store: store.evict(names, owner=self._owner), 0)
         return went

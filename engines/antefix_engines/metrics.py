@@ -14,14 +14,18 @@ from antefix_engines.engine_store import EngineCounters
 
 ENGINE: Final[Table] = {
     "hit_blocks": Shown(name="antefix_engine_hit_blocks", help="Blocks that an engine looked up and the store has."),
-    "missed_blocks": Shown(name="antefix_engine_missed_blocks", help="Blocks that it looked up and the store has not."),
-    "stored_records": Shown(name="antefix_engine_stored_records", help="Blocks and checkpoints that it stored."),
-    "sent_bytes": Shown(name="antefix_engine_sent_bytes", help="Payload bytes that it gave the store to keep."),
-    "read_bytes": Shown(name="antefix_engine_read_bytes", help="Payload bytes that it read."),
-    "refused_records": Shown(name="antefix_engine_refused_records", help="Records that the store did not take."),
+    "missed_blocks": Shown(
+        name="antefix_engine_missed_blocks", help="Blocks that an engine looked up and the store does not have."
+    ),
+    "stored_records": Shown(name="antefix_engine_stored_records", help="Blocks and checkpoints that an engine stored."),
+    "sent_bytes": Shown(name="antefix_engine_sent_bytes", help="Payload bytes that an engine stored."),
+    "read_bytes": Shown(name="antefix_engine_read_bytes", help="Payload bytes that an engine read."),
+    "refused_records": Shown(
+        name="antefix_engine_refused_records", help="Records of an engine that the store did not take."
+    ),
     "damaged_records": Shown(
         name="antefix_engine_lost_reads",
-        help="Reads of what had been found that gave less: damaged, or evicted in between. Recomputed.",
+        help="Reads that gave less than a look-up had found: damaged, or evicted in between. Recomputed.",
     ),
     "by_kind": Shown(
         name="antefix_engine_store_errors", help="Calls of the store that failed, by error. Misses.", key="kind"
@@ -71,6 +75,6 @@ VLLM_TIER: Final[Table] = {
         name="antefix_vllm_unequal_ranks", help="Rows not stored because ranks differ in what should be equal."
     ),
     "weak_hashes": Shown(
-        name="antefix_vllm_weak_hashes", help="Keys not used because vLLM's block hash is no SHA-256."
+        name="antefix_vllm_weak_hashes", help="Keys not used because vLLM's block hash is not SHA-256."
     ),
 }

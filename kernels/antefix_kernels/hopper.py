@@ -1,4 +1,4 @@
-"""Whether the Gluon kernels (decode_attention_hopper, index_scores_hopper) run here: on an H100 or its like, in a
+"""Whether the Gluon kernels (decode_attention_hopper, index_scores_hopper) run here: on an H100 or similar, in a
 Triton that has Gluon.
 
 They are the default there. ANTEFIX_GLUON=0 turns them off: the plain Triton kernels compute the same.

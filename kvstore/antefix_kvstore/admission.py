@@ -26,9 +26,9 @@ COST_S_MAX: Final = 4_294_967
 @dataclass(slots=True)
 class Admission:
     """new: records to write, parents first; names: theirs.  first: which of them begin a chain.  apart: which of them
-    hang on what another store may have.
+    depend on what another store may have.
 
-    anchors: stored records that the new ones hang on or that were put again; eviction spares them meanwhile.
+    anchors: stored records that the new ones depend on or that were put again; eviction spares them meanwhile.
     """
 
     new: list[Record] = field(default_factory=list)
@@ -196,7 +196,7 @@ def batches_of(records: Sequence[Record], config: KvStoreConfig) -> list[list[Re
 
 
 def without_orphans(batch: Sequence[Record], admission: Admission) -> list[Record]:
-    """Leave out what hangs on a record that an earlier batch could not store."""
+    """Leave out what depends on a record that an earlier batch could not store."""
     kept = []
     for record in batch:
         if parent_of((record.kind, record.hash), record.parent) in admission.refused:

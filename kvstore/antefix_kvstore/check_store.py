@@ -1,7 +1,7 @@
 """Checks a whole store that nobody is writing to, and repairs it on request.
 
 The segments are the truth, the index is derived: so a repair rebuilds the index from the records whose checksums hold,
-which leaves out what is damaged and what hangs on it. What eviction had taken but lies in a segment still comes back;
+which leaves out what is damaged and what depends on it. What eviction had taken but lies in a segment still comes back;
 it is valid, and the budget takes it again when it needs the room.
 """
 

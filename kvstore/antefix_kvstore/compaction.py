@@ -90,7 +90,7 @@ class Compactor:
         return copied
 
     def compact_step(self, gain_min: float, nbytes: int) -> int | None:
-        """Go on compacting, or begin with the deadest segment; copies about `nbytes`. None if no segment pays."""
+        """Continue compacting, or begin with the deadest segment; copies about `nbytes`. None if no segment pays."""
         if self._begun is None or self._begun[0] not in self._segments.sizes:
             deadest = self._by_gain(gain_min)[:1]
             if not deadest:

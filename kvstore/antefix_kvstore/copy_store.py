@@ -1,8 +1,8 @@
 """Copies what a store holds to other stores: resumable, verified, at a bounded rate. Behind `antefix store copy` and
 `antefix drain`.
 
-What a target has already is not sent, so a copy that broke off goes on when it is run again, and one under load is run
-again until it finds nothing new. A record is checked when it is read, on its way, and by the reader there.
+What a target has already is not sent, so a copy that broke off continues when it is run again, and one under load is
+run again until it finds nothing new. A record is checked when it is read, on its way, and by the reader there.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ async def copy_store(
     """Copy what no target has, each stretch to the target with the most room.
 
     grant_for: signs what targets ask for, for an owner; empty: they ask for nothing.
-    Raises:  AntefixError: a target does not answer; what was copied stays, and the next run goes on behind it.
+    Raises:  AntefixError: a target does not answer; what was copied stays, and the next run continues behind it.
     """
     run = _Run(limits.bytes_per_s)
     report = run.report

@@ -188,7 +188,7 @@ class EmbeddedStore:
         return await self._in_thread(lambda: self.engine.pin(_stored(names), duration_s, owner=row))
 
     async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
-        """Drop an owner's records with all that hangs on them, pinned or not. Returns how many went."""
+        """Drop an owner's records with all that depends on them, pinned or not. Returns how many went."""
         row = owner_row(2, owner)
         return await self._in_thread(lambda: self.engine.evict(_stored(names), owner=row))
 

@@ -1,7 +1,7 @@
 """What eviction takes first. Pure: knows sizes, times and costs; no files, no clock. A simulator uses it too.
 
-Records form a forest: a block's parent is the block before it, a checkpoint hangs on its block. Only leaves are taken,
-so the ancestors of a stored record are always stored. Among leaves the lowest rank goes first.
+Records form a forest: a block's parent is the block before it, a checkpoint depends on its block. Only leaves are
+taken, so the ancestors of a stored record are always stored. Among leaves the lowest rank goes first.
 
 Rank. The chance that a record is used again falls with its idle time; taken as halving every `half_life_s`, what
 keeping it saves is  cost / bytes * 2^(-idle / half_life).  Its order does not change while time passes, so it can be

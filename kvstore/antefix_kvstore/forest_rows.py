@@ -1,7 +1,7 @@
 """How many records hang together, worked out for all of them at once. Pure: knows rows and names, no files, no index.
 
 A row's parent is a number: the parent's row, or -1. Sums along all ancestors take a round per doubling of the longest
-chain: in each, a row takes what its present ancestor has gathered, and goes on from where that got to.
+chain: in each, a row takes what its present ancestor has gathered, and continues from where that got to.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ELSEWHERE: Final = int(RecordFlag.ELSEWHERE)
 
 @dataclass(frozen=True, slots=True)
 class Forest:
-    """Per row.  parent: its row, or -1.  known_parent: it hangs on a record that is indexed already.
+    """Per row.  parent: its row, or -1.  known_parent: it depends on a record that is indexed already.
 
     stands: may be indexed.  apart: without its parent.  prefix_bytes: from its chain's start to here.
     """
@@ -36,13 +36,13 @@ class Forest:
     prefix_bytes: Array
 
     def children(self) -> Array:
-        """Of each row, how many rows hang on it."""
+        """Of each row, how many rows depend on it."""
         hanging = self.stands & (self.parent >= 0)
         return np.bincount(self.parent[hanging], minlength=len(self.parent))
 
 
 def parent_names(rows: Array) -> list[bytes]:
-    """The hash of the block that each row hangs on: a checkpoint's has its own hash."""
+    """The hash of the block that each row depends on: a checkpoint's has its own hash."""
     is_block = rows["kind"] == RecordKind.BLOCK
     names: list[bytes] = np.where(is_block, rows["parent"], rows["hash"]).tolist()
     return names
@@ -53,7 +53,7 @@ def hang_together(
 ) -> Forest:
     """The rows as a forest.
 
-    known_prefix: hash of an indexed block to its prefix bytes; of those that rows hang on and that are no rows.
+    known_prefix: hash of an indexed block to its prefix bytes; of those that rows depend on and that are no rows.
     takes_apart: rows whose parent may be elsewhere stand without it.
     """
     is_block = rows["kind"] == RecordKind.BLOCK
@@ -72,11 +72,11 @@ def hang_together(
     apart = np.zeros(len(rows), bool)
     if takes_apart and lost.any():
         may = lost & ((rows["flags"] & _ELSEWHERE) != 0)
-        # The topmost ones; what is below them hangs on them.
+        # The topmost ones; what is below them depends on them.
         apart = may & (sums_to_root(parent, may.astype(np.int64))[0] == 1)
         parent[apart] = -1
         lost = _lost(parent, missing & ~apart)
-    # A checkpoint's prefix is itself: it hangs on its block, but is no part of the chain.
+    # A checkpoint's prefix is itself: it depends on its block, but is no part of the chain.
     prefix_bytes, _ = sums_to_root(parent, above + rows["payload_bytes"])
     prefix_bytes[~is_block] = rows["payload_bytes"][~is_block]
     return Forest(parent, known_parent, ~lost, apart, prefix_bytes)

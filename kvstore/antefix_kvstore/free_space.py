@@ -3,7 +3,7 @@
     at start        a budget that the disk cannot hold is lowered to what it can, and that is said
     while running   the limit follows what is free; a put that would take the last of it is refused, not the bill
 
-A store never gives up records because somebody else fills the disk suddenly: it stops storing and goes on serving.
+A store never gives up records because somebody else fills the disk suddenly: it stops storing and continues serving.
 """
 
 from __future__ import annotations

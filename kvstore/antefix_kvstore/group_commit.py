@@ -119,5 +119,5 @@ class GroupCommitter:
             try:
                 chore()
             except Exception:
-                # A chore that fails is tried again; puts must go on.
+                # A chore that fails is tried again; puts must continue.
                 log.exception("store maintenance failed")

@@ -21,7 +21,7 @@ _LIMITS: Final = (lmdb.MapFullError, lmdb.ReadersFullError, lmdb.TxnFullError, l
 
 
 class IndexDamaged(Unavailable):
-    """The store's index is damaged and being made again. The caller goes on without the store."""
+    """The store's index is damaged and being made again. The caller continues without the store."""
 
 
 def fault_of(store: OpenStore) -> str:

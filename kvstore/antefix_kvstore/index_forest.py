@@ -23,7 +23,7 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
     """Index a record that lies in a segment. Returns False, changing nothing, when it lacks a parent that it must have.
 
     An entry that is there already is healed: it keeps its place in the forest and points to the new record. One that
-    stood apart hangs on its parent from then on, if that has come.
+    stood apart depends on its parent from then on, if that has come.
     """
     name = (header.kind, header.hash)
     parent_name = parent_of(name, header.parent)
@@ -68,7 +68,8 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
 
 
 def drop_subtrees(txn: IndexTxn, space: Space, roots: Iterable[RecordName]) -> int:
-    """Remove records with all that hangs on them. Reads the whole index, so it is for repair. Returns how many went."""
+    """Remove records with all that depends on them. Reads the whole index, so it is for repair. Returns how many
+    went."""
     waiting = list(roots)
     if not waiting:
         return 0
@@ -85,7 +86,7 @@ def drop_subtrees(txn: IndexTxn, space: Space, roots: Iterable[RecordName]) -> i
         if name not in doomed:
             doomed.add(name)
             waiting.extend(below.get(name, ()))
-    # What hangs on a record has a larger position, or is its checkpoint; only leaves may be removed.
+    # What depends on a record has a larger position, or is its checkpoint; only leaves may be removed.
     for name in sorted(doomed, key=depth.__getitem__, reverse=True):
         space.remove(txn, name)
     return len(doomed)

@@ -26,17 +26,29 @@ _CORRUPT_HELP = (
 
 # Fields of `engine_stats.StoreStats.numbers`, which are StatsResponse's too.
 STATS: Final[Table] = {
-    "budget_bytes": Shown(name="antefix_store_budget_bytes", help="Disk that the store may take.", kind=Kind.GAUGE),
-    "limit_bytes": Shown(
-        name="antefix_store_limit_bytes", help="What of the budget its file system lets it take now.", kind=Kind.GAUGE
+    "budget_bytes": Shown(
+        name="antefix_store_budget_bytes", help="Disk space that the store may take.", kind=Kind.GAUGE
     ),
-    "used_bytes": Shown(name="antefix_store_used_bytes", help="Segments, index and reserve.", kind=Kind.GAUGE),
-    "index_bytes": Shown(name="antefix_store_index_bytes", help="The index alone.", kind=Kind.GAUGE),
-    "dead_bytes": Shown(name="antefix_store_dead_bytes", help="In segments, waiting for compaction.", kind=Kind.GAUGE),
+    "limit_bytes": Shown(
+        name="antefix_store_limit_bytes",
+        help="Bytes of the budget that the store's file system can hold now.",
+        kind=Kind.GAUGE,
+    ),
+    "used_bytes": Shown(
+        name="antefix_store_used_bytes", help="Bytes that segments, index and reserve take.", kind=Kind.GAUGE
+    ),
+    "index_bytes": Shown(name="antefix_store_index_bytes", help="Bytes that the index takes.", kind=Kind.GAUGE),
+    "dead_bytes": Shown(
+        name="antefix_store_dead_bytes", help="Dead bytes in segments, waiting for compaction.", kind=Kind.GAUGE
+    ),
     "segments": Shown(name="antefix_store_segments", help="Segment files.", kind=Kind.GAUGE),
-    "free_bytes": Shown(name="antefix_store_disk_free_bytes", help="Free on the store's file system.", kind=Kind.GAUGE),
+    "free_bytes": Shown(
+        name="antefix_store_disk_free_bytes", help="Bytes free on the store's file system.", kind=Kind.GAUGE
+    ),
     "free_bytes_min": Shown(
-        name="antefix_store_disk_free_min_bytes", help="What of that the store leaves to others.", kind=Kind.GAUGE
+        name="antefix_store_disk_free_min_bytes",
+        help="Bytes of the file system that the store leaves free for others.",
+        kind=Kind.GAUGE,
     ),
     "quarantined": Shown(
         name="antefix_store_quarantine_records", help="Quarantined records that are still there.", kind=Kind.GAUGE
@@ -60,7 +72,7 @@ STATS: Final[Table] = {
 ENGINE: Final[Table] = {
     "puts": Shown(name="antefix_store_put_records", help="Records that puts stored."),
     "payload_bytes_written": Shown(
-        name="antefix_store_written_payload_bytes", help="Of what puts stored, before compression."
+        name="antefix_store_written_payload_bytes", help="Payload bytes that puts stored, before compression."
     ),
     "unusable": Shown(name=_CORRUPT, help=_CORRUPT_HELP, labels=(("cause", "unusable"),)),
     "heals": Shown(
@@ -77,7 +89,7 @@ SCRUBBER: Final[Table] = {
     "passes": Shown(name="antefix_store_scrub_passes", help="Passes over all records."),
     "records": Shown(name="antefix_store_scrubbed_records", help="Records that the scrubber read."),
     "bytes": Shown(name="antefix_store_scrubbed_bytes", help="Bytes that the scrubber read."),
-    "corrupt": Shown(name="antefix_store_scrub_corrupt_records", help="Of the corrupt ones those that it found."),
+    "corrupt": Shown(name="antefix_store_scrub_corrupt_records", help="Corrupt records that the scrubber found."),
 }
 
 
@@ -93,18 +105,20 @@ def store_metrics(engine: StorageEngine, scrubber: Scrubber, writer: GroupCommit
     yield gauge(_RECORDS, "Records on disk.", {kind: counted.records for kind, counted in kinds.items()}, ("kind",))
     yield gauge(
         "antefix_store_stored_bytes",
-        "Of records on disk, headers and compression included.",
+        "Bytes of records on disk, with headers, as compressed.",
         {kind: counted.stored_bytes for kind, counted in kinds.items()},
         ("kind",),
     )
     yield gauge(
         "antefix_store_payload_bytes",
-        "Of records on disk, as they are read.",
+        "Payload bytes of records on disk, as they are read.",
         {kind: counted.payload_bytes for kind, counted in kinds.items()},
         ("kind",),
     )
     yield gauge("antefix_store_stopped", "1 while nothing is stored.", {(): float(bool(stats.texts["stopped"]))})
-    yield gauge("antefix_store_queued_bytes", "Of puts that wait for the writer.", {(): float(writer.queued_bytes)})
+    yield gauge(
+        "antefix_store_queued_bytes", "Bytes of puts that wait for the writer.", {(): float(writer.queued_bytes)}
+    )
     yield counter(
         "antefix_store_log_lost_lines",
         "Lines of the log of hits that could not be written.",
@@ -119,11 +133,15 @@ def memory_metrics(pool: MemoryRecords, num_streams: int) -> Iterable[Metric]:
     records = {kind: float(number) for kind, (number, _) in counts.items()}
     nbytes = {kind: float(total) for kind, (_, total) in counts.items()}
     yield gauge("antefix_store_memory_records", "Handoffs and pooled checkpoints in memory.", records, ("kind",))
-    yield gauge("antefix_store_memory_bytes", "What they take.", nbytes, ("kind",))
-    yield gauge("antefix_store_memory_limit_bytes", "What they may take.", {(): float(pool.bytes_max)})
+    yield gauge("antefix_store_memory_bytes", "Bytes that handoffs and pooled checkpoints take.", nbytes, ("kind",))
+    yield gauge(
+        "antefix_store_memory_limit_bytes",
+        "Bytes that handoffs and pooled checkpoints may take.",
+        {(): float(pool.bytes_max)},
+    )
     yield counter(
         "antefix_store_memory_dropped_records",
-        "Handoffs and pooled checkpoints that went for others or past their time.",
+        "Handoffs and pooled checkpoints that were dropped to make room, or expired.",
         {(cause,): float(number) for cause, number in pool.num_dropped.items()},
         ("cause",),
     )

@@ -84,7 +84,7 @@ class ObjectContents:
                 part = names[:_BATCH_RECORDS]
                 found = self._loop.run(self._tier.get_records(kind, part, fingerprint=stretch.fingerprint))
                 yield found
-                # Behind one that cannot be read it goes on.
+                # Behind one that cannot be read it continues.
                 names = names[len(found) + (len(found) < len(part)) :]
 
 

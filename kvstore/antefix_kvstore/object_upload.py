@@ -164,7 +164,7 @@ class ObjectUploader:
                     await self.step()
                     pause_s = self._step_s
                 except Exception as err:
-                    # Whatever is wrong there, storing goes on here.
+                    # Whatever is wrong there, storing continues here.
                     self.counters.num_failures += 1
                     level = logging.WARNING if isinstance(err, AntefixError) else logging.ERROR
                     log.log(

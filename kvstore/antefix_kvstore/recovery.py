@@ -191,7 +191,7 @@ def _is_news(entry: IndexEntry | None) -> bool:
 
 
 def _close_segments(index: Index, segments: Segments, ends: dict[int, int], last_known: int) -> None:
-    """Cut tails, drop the dead, and go on appending to the last one if it has room."""
+    """Cut tails, drop the dead, and continue appending to the last one if it has room."""
     with index.txn() as txn:
         states = read_segments(index, txn)
     segments.start_after(last_known)

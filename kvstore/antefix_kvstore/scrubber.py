@@ -61,7 +61,7 @@ class Scrubber:
             try:
                 self.scrub()
             except Exception:
-                # Whatever is wrong, serving goes on; the next pass tries again.
+                # Whatever is wrong, serving continues; the next pass tries again.
                 log.exception("the scrubber failed")
 
     def scrub(self) -> int:

@@ -98,7 +98,7 @@ class Segments:
         self._next = max(self._next, number + 1)
 
     def resume(self, number: int, end: int) -> None:
-        """Go on appending to a segment that ends at `end`; anything behind it is cut off."""
+        """Continue appending to a segment that ends at `end`; anything behind it is cut off."""
         self._close_active()
         self._fd = self.disk.open(self.path(number))
         self.active = number

@@ -66,7 +66,7 @@ class ServedContents:
                     self._store.get_records(kind, batch, fingerprint=stretch.fingerprint, tenant=stretch.owner[1:])
                 )
                 yield [_as_kept(record, *kept[(kind, record.hash)]) for record in records]
-                # Behind one that is broken, gone or of version 1 it goes on.
+                # Behind one that is broken, gone or of version 1 it continues.
                 names = names[len(records) + (len(records) < len(batch)) :]
 
     async def _read(self) -> None:

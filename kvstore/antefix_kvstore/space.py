@@ -76,7 +76,7 @@ class Space:
     def make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:
         """See to it that a batch of `nbytes` may be appended.
 
-        keep: records that the batch hangs on.  Raises:  StoreFull: the budget cannot hold it.
+        keep: records that the batch depends on.  Raises:  StoreFull: the budget cannot hold it.
         """
         nbytes += BATCH_ALIGN + SEGMENT_HEADER_BYTES
         if self.free.is_sudden:
@@ -93,7 +93,7 @@ class Space:
             can_hold = self.used_bytes + free.room() - 2 * self._segments.segment_bytes
             self.limit_bytes = min(self._limit_bytes_max, max(can_hold, free.fair_share_bytes))
         if self.stopped and free.room() > 0:
-            self._leave_margin(0)  # says that it goes on
+            self._leave_margin(0)  # says that it continues
 
     def _leave_margin(self, nbytes: int) -> None:
         """Raises:  StoreFull: writing so much would leave too little of the disk to others."""
@@ -105,7 +105,7 @@ class Space:
             if stopped:
                 log.warning("nothing is stored now: %s, and %d are for others", stopped, free.margin_bytes)
             else:
-                log.warning("the file system has room again: the store goes on storing")
+                log.warning("the file system has room again: the store stores again")
         self.stopped = stopped
         if stopped:
             raise StoreFull(stopped)
@@ -214,5 +214,5 @@ class Space:
 
 
 def parent_of(name: RecordName, parent: bytes) -> RecordName:
-    """What a record hangs on: a block on the block before it, a checkpoint on the block of the same hash."""
+    """What a record depends on: a block on the block before it, a checkpoint on the block of the same hash."""
     return (RecordKind.BLOCK, parent if name[0] is RecordKind.BLOCK else name[1])

@@ -336,7 +336,7 @@ class StorageEngine:
         return len(pinned)
 
     def evict(self, names: Iterable[RecordName], *, owner: bytes | None = None) -> int:
-        """Drop records with all that hangs on them, pinned or not. Returns how many went."""
+        """Drop records with all that depends on them, pinned or not. Returns how many went."""
         with self._lock, IndexTxn(self.index) as txn:
             num_gone = drop_subtrees(txn, self.space, owned_records(txn, names, owner))
         self.counters.asked += num_gone
@@ -381,7 +381,7 @@ class StorageEngine:
             except IndexDamaged:
                 return  # healed the next time
             except (lmdb.Error, OSError) as err:
-                # Reads go on without it; the next put, or the next time, finds room or says why not.
+                # Reads continue without it; the next put, or the next time, finds room or says why not.
                 if not is_full(err, self.index.directory):
                     raise
                 log.debug("no room to tidy up: %s", err)
@@ -433,7 +433,7 @@ class StorageEngine:
         self.events.restart()
         self.counters.heals += 1
         num_records = sum(records for key, (records, _, _) in self.totals().items() if key[:1] == b"k")
-        log.error("the store in %s was harmed: %s; it goes on with %d records", self.config.dir, fault, num_records)
+        log.error("the store in %s was harmed: %s; it continues with %d records", self.config.dir, fault, num_records)
 
     def _publish(self, changes: list[Change]) -> None:
         self.events.publish(changes)

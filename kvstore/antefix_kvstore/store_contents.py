@@ -154,7 +154,7 @@ class StoreContents:
             with index.txn() as txn:
                 entries = [index.entry(txn, kind, record.hash) for record in records]
             yield [_as_kept(record, entry) for record, entry in zip(records, entries, strict=True)]
-            # Behind one that is broken, gone or of version 1 it goes on.
+            # Behind one that is broken, gone or of version 1 it continues.
             names = names[len(records) + 1 :]
 
     def _tables(self) -> StretchTables:

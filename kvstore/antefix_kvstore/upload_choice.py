@@ -1,4 +1,4 @@
-"""Which records of a store are to go up to the object tier: those that are named, with all that they hang on.
+"""Which records of a store are to go up to the object tier: those that are named, with all that they depend on.
 
 Reads the store's index, never its payloads; knows what the tier has from its catalog.
 """

@@ -17,11 +17,15 @@ _DELETED_HELP = "Segments that this service deleted, by why: expired, budget or 
 # `object_upload.UploadCounters`.
 UPLOADS: Final[Table] = {
     "num_uploaded": Shown(name="antefix_object_uploaded_records", help="Records that went up to the object tier."),
-    "bytes_uploaded": Shown(name="antefix_object_uploaded_payload_bytes", help="The same, in payload bytes."),
+    "bytes_uploaded": Shown(
+        name="antefix_object_uploaded_payload_bytes", help="Payload bytes of records that went up to the object tier."
+    ),
     "num_left": Shown(
         name="antefix_object_left_records", help="Records that were chosen and could not be read, or have no key there."
     ),
-    "num_forgotten": Shown(name="antefix_object_forgotten_names", help="Names that waited too long behind others."),
+    "num_forgotten": Shown(
+        name="antefix_object_forgotten_names", help="Names dropped from the upload queue because they waited too long."
+    ),
     "num_failures": Shown(name="antefix_object_failures", help="Uploads and passes that failed; they are tried again."),
     "num_passes": Shown(name="antefix_object_passes", help="Passes for budget, times to live and the index."),
 }

@@ -51,7 +51,7 @@ def read_records(
         sealed = [want.sealed for want in located.wanted[: outcome.num_good]]
         records = records_of(sealed, payloads[: outcome.num_good])
         yield from records
-        # Behind one that is broken or gone it goes on.
+        # Behind one that is broken or gone it continues.
         left = left[len(records) + 1 :]
 
 

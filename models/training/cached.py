@@ -1,4 +1,4 @@
-"""A model behind its real cache: prefill in chunks, stop anywhere, go on from there as often as wanted.
+"""A model behind its real cache: prefill in chunks, stop anywhere, continue from there as often as wanted.
 
 This is the serving path (block pool, window state, rounding as stored), so what is measured with it holds for serving.
 """

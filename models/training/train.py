@@ -4,7 +4,7 @@
 
 Stages are shares of the time given, so that a run always ends with a decayed learning rate: short sequences with every
 closed entry visible (the indexer learns from the attention), then top-k selection and the released rounding on longer
-ones. Writes model.safetensors (bfloat16), master.safetensors (float32, to go on from) and log.jsonl.
+ones. Writes model.safetensors (bfloat16), master.safetensors (float32, to continue from) and log.jsonl.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Stage:
 
 EASY = {"text": 0.35, "facts": 0.25, "recall": 0.2, "repeat": 0.2}
 LATER = {"text": 0.5, "facts": 0.35, "recall": 0.05, "repeat": 0.1}
-# Going on from a finished model: mostly text, since looking things up is learnt by then and exercises in repeating
+# Continuing from a finished model: mostly text, since looking things up is learnt by then and exercises in repeating
 # teach a small model to run in circles.
 MATURE = {"text": 0.75, "facts": 0.2, "recall": 0.02, "repeat": 0.03}
 FIRST_RUN = (
@@ -253,8 +253,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="directory with config.json")
     parser.add_argument("--corpus", type=Path, required=True, help="directory written by models.training.corpus")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8.0, help="from the start, compiling included")
-    parser.add_argument("--start", type=Path, help="master.safetensors to go on from: makes this the second run")
+    parser.add_argument("--minutes", type=float, default=8.0, help="seconds from the start, compiling included")
+    parser.add_argument("--start", type=Path, help="master.safetensors to continue from: makes this the second run")
     parser.add_argument("--peak", type=float, default=1.0, help="factor on every learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)

@@ -17,16 +17,19 @@ PREFETCH: Final[Table] = {
     "num_prefetched": Shown(
         name="antefix_prefill_prefetched_prompts", help="Prompts whose blocks were loaded while they waited."
     ),
-    "num_blocks_prefetched": Shown(name="antefix_prefill_prefetched_blocks", help="Blocks that were loaded so."),
+    "num_blocks_prefetched": Shown(
+        name="antefix_prefill_prefetched_blocks", help="Blocks loaded for prompts that waited."
+    ),
     "num_checkpoints_prefetched": Shown(
-        name="antefix_prefill_prefetched_checkpoints", help="Checkpoints that were read so."
+        name="antefix_prefill_prefetched_checkpoints", help="Checkpoints read for prompts that waited."
     ),
     "num_blocks_wanted": Shown(
         name="antefix_prefill_waited_blocks",
         help="Stored blocks of prompts that waited for a second or more; should be in memory at their turn.",
     ),
     "num_blocks_found": Shown(
-        name="antefix_prefill_waited_blocks_found", help="Of these, blocks that were in memory at their turn."
+        name="antefix_prefill_waited_blocks_found",
+        help="Stored blocks of such prompts that were in memory at their turn.",
     ),
     "num_skipped": Shown(
         name="antefix_prefill_unprefetched_prompts",

@@ -65,7 +65,7 @@ class Prompt:
 
 @dataclass(slots=True)
 class Restored:
-    """A sequence ready to go on from `sequence.position`, and what was known of the prompt's prefix."""
+    """A sequence ready to continue from `sequence.position`, and what was known of the prompt's prefix."""
 
     sequence: Sequence
     plan: Plan
@@ -392,7 +392,7 @@ async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report:
     if unusable:
         index = landed.index(unusable[0])
         report.store_errors += 1
-        engine.counters.note(BlockUnusable(f"block {names[index].hex()[:16]} holds what are no numbers"))
+        engine.counters.note(BlockUnusable(f"block {names[index].hex()[:16]} holds NaN or infinity"))
         await engine.store.reject(RecordKind.BLOCK, names[index : index + 1])
         landed = landed[:index]
     return len(landed)

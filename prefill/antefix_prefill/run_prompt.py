@@ -176,7 +176,7 @@ def _run_pieces(pieces: list[_Piece]) -> list[_PieceResult | Exception]:
     for number, piece in enumerate(pieces):
         try:
             results.append(_finish_piece(piece, ran, number))
-        except Exception as err:  # noqa: BLE001 - its own, which it is told; the others go on
+        except Exception as err:  # noqa: BLE001 - its own, which it is told; the others continue
             results.append(err)
     return results
 
@@ -197,4 +197,4 @@ def _finish_piece(piece: _Piece, ran: Ran, number: int) -> _PieceResult:
 
 def not_finite(position: int) -> NotFinite:
     """Nothing that comes of such values may be stored under a name, or be an answer."""
-    return NotFinite(f"the model computed what is no number by token {position}; nothing of it was stored")
+    return NotFinite(f"the model computed NaN or infinity by token {position}; nothing of that was stored")

@@ -84,7 +84,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
                 await place.enter_async_context(turn)
             computed = await run_prompt(engine, prompt)
             try:
-                # 4. Leave what decode needs to go on.
+                # 4. Leave what decode needs to continue.
                 with span("handoff", way="leave"):
                     handoff = await leave_handoff(engine, computed)
             finally:

@@ -241,7 +241,8 @@ class Accounts:
     async def _run_shared(
         self, bill: Bill, shared: SharedRun, run: Run, timeout_s: float
     ) -> AsyncGenerator[OutputPiece, None]:
-        """For one of the clients of an answer. The first who has all of it pays; without any it goes on for a while."""
+        """For one of the clients of an answer. The first who has all of it pays; without any it continues for a
+        while."""
         if shared.settling is not None:
             raise Unavailable("the request was just given up; send it again")
         opening = shared.opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))

@@ -1,4 +1,5 @@
-"""Answers that a retry may have: those that are being made, which go on when their client has left, and finished ones.
+"""Answers that a retry may have: those that are being made, which continue when their client has left, and finished
+ones.
 
     SharedRun (made once, read by any number of clients, each from its first token) --at its end--> KeptAnswer
 

@@ -1,6 +1,6 @@
 """One call of a decode worker, whose messages are waited for no longer than they should take, where others could do it.
 
-A worker that hangs is left (`antefix.pulse`). One that is late is left within a budget: its request goes on elsewhere
+A worker that hangs is left (`antefix.pulse`). One that is late is left within a budget: its request continues elsewhere
 with the tokens that its client has, so the answer stays the same.
 """
 

@@ -1,4 +1,4 @@
-"""Text to tokens off the event loop: while a long prompt is tokenized, all other streams go on.
+"""Text to tokens off the event loop: while a long prompt is tokenized, all other streams continue.
 
 A million characters take a Hugging Face tokenizer a quarter of a second, and would hold up everybody's tokens for as
 long. Short texts are encoded where they are: handing them to a thread would cost them more than it saves others.

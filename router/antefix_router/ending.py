@@ -35,7 +35,7 @@ class Ending:
         try:
             yield
         except asyncio.CancelledError:
-            # As asyncio.timeout does: our own cancellation is taken back; another one goes on.
+            # As asyncio.timeout does: our own cancellation is taken back; another one continues.
             if task in self._woken and task.uncancel() == 0:
                 raise self._error() from None
             raise

@@ -60,7 +60,9 @@ class BillingConfig(RetryConfig):
     ratecards: tuple[str, ...] = setting((), "rate card files (TOML), separated by commas; without one all is free")
     tenants_file: str = setting("", "TOML file with tenants' limits and API keys", guards=True)
     api_keys_file: str = setting(
-        "", "file of API keys, made by `antefix keys`; with neither of the two callers need no key", guards=True
+        "",
+        "file with API keys, made by `antefix keys`; with neither of the two callers need no key",
+        guards=True,
     )
     keys_redis: str = setting("", "Redis URL through which changes of API keys reach all routers", guards=True)
     redis_password_file: str = redis_password_setting()

@@ -47,7 +47,7 @@ class Late(Unavailable):
 
 @contextlib.contextmanager
 def moved_when_late(limit_s: float, may_move: Callable[[], bool]) -> Iterator[None]:
-    """Wait for a worker in here.  may_move: asked once, after `limit_s`; where it says no, the wait goes on.
+    """Wait for a worker in here.  may_move: asked once, after `limit_s`; where it says no, the wait continues.
 
     Raises:  Late.
     """
@@ -65,7 +65,7 @@ def moved_when_late(limit_s: float, may_move: Callable[[], bool]) -> Iterator[No
     try:
         yield
     except asyncio.CancelledError:
-        # As asyncio.timeout does: our own cancellation is taken back; another one goes on.
+        # As asyncio.timeout does: our own cancellation is taken back; another one continues.
         if is_moved and task.uncancel() == 0:
             raise Late(f"nothing came within {limit_s:.1f} s") from None
         raise

@@ -3,7 +3,7 @@
 All files are read and checked first, and then all of it holds, or nothing changes: what is wrong is logged and counted.
 What holds from then on stands in the ledger. A card that would price records otherwise that are priced already is
 refused, unless it says `rerate = true`: then adjustments bring them to its prices. Nothing that was written changes.
-The same goes for cards that changed while the router was down; a re-rating that a crash broke off is gone on with.
+The same goes for cards that changed while the router was down; a re-rating that a crash broke off is continued.
 """
 
 from __future__ import annotations
@@ -169,7 +169,7 @@ class LiveBooks:
             await self._rerate(cards, times)
         self._cards_text = texts
         if accounts.ledger is not None:
-            # Last: a re-rating that breaks off is gone on with at the next start.
+            # Last: a re-rating that breaks off is continued at the next start.
             await asyncio.to_thread(accept_cards, accounts.ledger.directory, texts)
 
     async def _check_cards(self, old: RateCards, new: RateCards) -> tuple[list[ChangedTime], int | None]:

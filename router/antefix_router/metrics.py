@@ -49,9 +49,12 @@ PREFILLING: Final[Table] = {
     "num_hedged": Shown(
         name="antefix_router_hedged_prefills", help="Prompts given to a second worker because the first one was late."
     ),
-    "num_hedges_won": Shown(name="antefix_router_won_hedges", help="Of these the ones that the second one did first."),
+    "num_hedges_won": Shown(
+        name="antefix_router_won_hedges", help="Prompts given to a second worker that finished there first."
+    ),
     "num_left": Shown(
-        name="antefix_router_left_prefills", help="Prompts that no prefill worker came to an end with, left to decode."
+        name="antefix_router_left_prefills",
+        help="Prompts that no prefill worker finished; a decode worker computed them.",
     ),
     "overhead_s": Shown(
         name="antefix_router_prefill_overhead_seconds",
@@ -63,19 +66,25 @@ _RETRIES, _RETRIES_HELP = "antefix_router_retries", "Requests that came again un
 # `AnswerCounters`, which RouterStatus has too.
 ANSWERS: Final[Table] = {
     "running": Shown(name="antefix_answers_running", help="Answers that retries may join.", kind=Kind.GAUGE),
-    "unattended": Shown(name="antefix_answers_unattended", help="Those without a client.", kind=Kind.GAUGE),
-    "unattended_max": Shown(name="antefix_answers_unattended_limit", help="How many may be.", kind=Kind.GAUGE),
+    "unattended": Shown(
+        name="antefix_answers_unattended", help="Running answers that have no client.", kind=Kind.GAUGE
+    ),
+    "unattended_max": Shown(
+        name="antefix_answers_unattended_limit", help="Most running answers that may have no client.", kind=Kind.GAUGE
+    ),
     "kept": Shown(name="antefix_answers_kept", help="Finished answers kept for a retry.", kind=Kind.GAUGE),
     "kept_bytes": Shown(name="antefix_answers_kept_bytes", help="What they take.", kind=Kind.GAUGE),
-    "kept_bytes_max": Shown(name="antefix_answers_kept_limit_bytes", help="What they may take.", kind=Kind.GAUGE),
-    "dropped": Shown(name="antefix_answers_dropped", help="Kept answers that went for others."),
+    "kept_bytes_max": Shown(
+        name="antefix_answers_kept_limit_bytes", help="Bytes that kept answers may take.", kind=Kind.GAUGE
+    ),
+    "dropped": Shown(name="antefix_answers_dropped", help="Kept answers that were dropped to make room."),
     "joined": Shown(name=_RETRIES, help=_RETRIES_HELP, labels=(("way", "joined"),)),
     "given_again": Shown(name=_RETRIES, help=_RETRIES_HELP, labels=(("way", "given_again"),)),
 }
 # `usage_commit.CommitCounters`.
 COMMITS: Final[Table] = {
     "batches": Shown(name="antefix_ledger_batches", help="Writes of the ledger, with one sync each."),
-    "entries": Shown(name="antefix_ledger_entries", help="Entries written: two a request."),
+    "entries": Shown(name="antefix_ledger_entries", help="Ledger entries written, two per request."),
 }
 _SHARED, _SHARED_HELP = (
     "antefix_shared_bill_requests",
@@ -92,7 +101,7 @@ SHARED: Final[Table] = {
 # `antefix.events.follower.FollowCounters`: of workers' memory, and of the store's events where they are followed.
 FOLLOW: Final[Table] = {
     "num_events": Shown(name="antefix_router_events", help="Events that were taken in.", key="source"),
-    "num_gaps": Shown(name="antefix_router_event_gaps", help="Gaps that were noticed in their numbers.", key="source"),
+    "num_gaps": Shown(name="antefix_router_event_gaps", help="Gaps in the numbers of events.", key="source"),
     "num_snapshots": Shown(name="antefix_router_snapshots", help="Snapshots that were taken in.", key="source"),
 }
 
@@ -322,7 +331,7 @@ def key_metrics(keys: KeyRegister, changes: KeyChanges | None) -> Iterable[Metri
 def connection_metrics(connections: Connections, accepting: QuietAccepting) -> Iterable[Metric]:
     """The HTTP door's connections."""
     yield gauge("antefix_http_connections", "Connections that are open.", {(): float(len(connections))})
-    yield gauge("antefix_http_connections_limit", "How many may be.", {(): float(connections.most)})
+    yield gauge("antefix_http_connections_limit", "Most open HTTP connections.", {(): float(connections.most)})
     yield counter(
         "antefix_http_closed_connections",
         "Connections that the door closed: refused (too many, and none was idle), displaced (idle, for another one),"

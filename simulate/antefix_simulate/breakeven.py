@@ -1,8 +1,9 @@
 """The break-even table: for prefix length, disk speed and reuse age, which strategy saves most time per stored byte?
 
 One prompt of P tokens was prefilled cold and left what its strategy leaves. After `age_s` a second one comes: it either
-goes on from the end (the next turn) or leaves the prefix inside (another question, another document); what has expired
-by then is gone. Real strategies say what is left, the real planner what is done, the model machine how long it takes.
+continues from the end (the next turn) or leaves the prefix inside (another question, another document); what has
+expired by then is gone. Real strategies say what is left, the real planner what is done, the model machine how long it
+takes.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ Progress = Callable[[int, int], None]
 
 
 class EngineHits(StrEnum):
-    """Where workers without our store and planner may go on, such as vLLM's and SGLang's. They prefill and decode by
+    """Where workers without our store and planner may continue, such as vLLM's and SGLang's. They prefill and decode by
     themselves, keep what fits their own memory, and rebuild no window state.
 
     FULL: after any block, as with full attention.  WINDOW: only where window state was left, as with DeepSeek-V4.
@@ -325,7 +325,7 @@ class _Run:
         return parts
 
     def _engine_plan(self, job: Job, num_units: int) -> Plan:
-        """Go on after so many units in memory; the last token, and so its unit, is always computed."""
+        """Continue after so many units in memory; the last token, and so its unit, is always computed."""
         num_units = min(num_units, (job.request.num_tokens - 1) // self.unit_tokens)
         rest = job.request.num_tokens - num_units * self.unit_tokens
         block = num_units * self.unit_blocks

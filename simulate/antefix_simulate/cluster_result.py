@@ -53,7 +53,7 @@ class PolicyResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSimulation:
-    """All policies over one trace on one fleet. engines: where others' workers go on; empty: they are ours."""
+    """All policies over one trace on one fleet. engines: where others' workers continue; empty: they are ours."""
 
     trace: str
     num_requests: int
@@ -150,7 +150,7 @@ def cluster_text(simulation: ClusterSimulation) -> str:
     if simulation.engines:
         where = "any block" if simulation.engines == "full" else "where window state was left"
         workers = (
-            f"{simulation.num_prefill} workers that are not ours, each with its own memory, which go on at {where}"
+            f"{simulation.num_prefill} workers that are not ours, each with its own memory, which continue at {where}"
         )
     heading = (
         f"{simulation.trace}: {simulation.num_requests} requests, {simulation.prompt_tokens / 1e6:.1f}M prompt tokens, "

@@ -107,7 +107,7 @@ class SimObjects:
         self._num_gets += math.ceil(nbytes / RANGE_BYTES)
 
     def bill(self, prices: ObjectPrices) -> ObjectBill:
-        """Until now. What lies there goes on to cost, after the run as well."""
+        """Until now. What lies there continues to cost, after the run as well."""
         self._count_storage()
         # A half-filled segment is put as well; within a second or ten others fill it.
         num_puts = math.ceil(self.bytes_uploaded / SEGMENT_BYTES)

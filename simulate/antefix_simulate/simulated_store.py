@@ -1,7 +1,7 @@
 """The simulated store: bytes only, kept and evicted by the real policy (`antefix_kvstore.eviction`).
 
 Names: a unit of a prefix is its trace name; its block record and its checkpoint are told apart by the lowest bit, and a
-checkpoint hangs on its block, as in the engine. Blocks' own TTL of three days is longer than any trace and left out.
+checkpoint depends on its block, as in the engine. Blocks' own TTL of three days is longer than any trace and left out.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ class SimStore:
         return self._disk if tier is Tier.DISK else self._pool
 
     def _make_room(self, nbytes: int, now_s: float, kept: int | None) -> bool:
-        """See to it that `nbytes` fit, sparing the block that they will hang on; False if they cannot."""
+        """See to it that `nbytes` fit, sparing the block that they will depend on; False if they cannot."""
         limit = self.limits.store_bytes
         if limit is None or self._disk.nbytes + nbytes <= limit:
             return True

@@ -172,7 +172,7 @@ def _names(row: dict[str, Any], chains: list[Names]) -> Names:
 
 def _tokens(value: Any) -> int:
     if not 0 <= int(value) < _TOKENS_MAX:
-        raise ValueError(f"{value} is no number of tokens")
+        raise ValueError(f"{value} is not a number of tokens")
     return int(value)
 
 
@@ -186,7 +186,7 @@ def format_of(path: Path) -> str:
     found = next((name for mark, name in marks.items() if mark in row), None)
     if found is None:
         raise InvalidRequest(
-            f"{path.name} is no trace: say --format {' or '.join(sorted(FORMATS))}, or make one of a log "
+            f"{path.name} is not a trace: say --format {' or '.join(sorted(FORMATS))}, or make one of a log "
             "of requests with `antefix trace import`"
         )
     return found
@@ -207,7 +207,7 @@ def _not_a(what: str, where: str, err: Exception) -> InvalidRequest:
 def _seconds(value: Any) -> float:
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"{value} is no time")
+        raise ValueError(f"{value} is not a time")
     return number
 
 
@@ -260,6 +260,6 @@ def _bounded(lines: Any, name: str) -> Iterator[str]:
                 raise InvalidRequest(f"a line of {name} is longer than {LINE_BYTES_MAX} bytes")
             yield line
     except UnicodeDecodeError as err:
-        raise InvalidRequest(f"{name} is no text: {err}") from err
+        raise InvalidRequest(f"{name} is not text: {err}") from err
     except (OSError, EOFError, zlib.error) as err:
         raise InvalidRequest(f"{name} cannot be read to its end: {err}") from err

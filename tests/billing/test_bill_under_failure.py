@@ -33,7 +33,7 @@ CANCEL_RATE = 0.03
 
 
 class World:
-    """A router that is killed every few seconds, and clients that go on until they have their answer."""
+    """A router that is killed every few seconds, and clients that continue until they have their answer."""
 
     def __init__(self, directory: Path, seed: int, kill_every_s: tuple[float, float]) -> None:
         self.directory = directory
@@ -154,7 +154,7 @@ def check(world, directory, num_requests):
     assert all(record.price == 0 for record in records if not record.is_charged)
     assert set(by_request) <= set(world.seen) | set(world.cancelled)
     num_broken_received = sum(check_broken(received, by_request[key]) for key, received in world.broken.items())
-    # 4. In all its attempts together a request costs what the dearest of them would: nothing is paid for twice.
+    # 4. In all its attempts together a request costs what the most expensive of them would: nothing is paid for twice.
     for group in by_request.values():
         whole = [priced(replace(record, paid_before=0), CARDS).price for record in group if record.is_charged]
         assert sum(record.price for record in group) == max(whole, default=0)

@@ -42,7 +42,7 @@ def test_a_full_disk_does_not_stop_the_ledger(disk):
     for number in range(300, 400):
         ledger.progress.mark(f"r{number}", Usage(output_tokens=number))
     ledger.close()
-    # A restart finds it as it was, and goes on.
+    # A restart finds it as it was, and continues.
     ledger = Ledger(disk / "ledger")
     assert ledger.reserve_bytes > 500_000
     settle(ledger, range(400, 500))

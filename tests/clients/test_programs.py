@@ -46,7 +46,7 @@ async def test_an_agents_session(name, door, home, folder, picture):
     assert hits[1:] == full[1:] and all(full[1:])
     record(name, door, home=home, folder=folder)
 
-    # Cancelled in the middle of an answer: the work stops, and the session goes on.
+    # Cancelled in the middle of an answer: the work stops, and the session continues.
     door.script.pause_s = 0.01
     num_requests = len(door.script.requests)
     running = await program.start(*resumed, SLOW)

@@ -159,7 +159,7 @@ def test_the_line_is_counted_and_shown(tmp_path, explain, capsys, data_dir):
     assert same["parts"] is False
     longer = written(tmp_path, "longer.json", [*bodies[0]["messages"], {"role": "assistant", "content": "x"}, HI])
     answer = explain("--messages", files[0], "--against", longer)
-    # The opening of the answer is the format's, and the same; the answer is what goes on.
+    # The opening of the answer is the format's, and the same; the answer is what continues.
     assert answer["first"] is None or answer["first"]["path"] == ""
 
 
@@ -176,7 +176,7 @@ def test_a_request_is_explained_like_its_prompt(tmp_path, explain):
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ('{"messages": []}', "messages is empty"),
         ('{"messages": [{"role": "x"}]}', "messages[0].role"),
     ],

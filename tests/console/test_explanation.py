@@ -325,7 +325,7 @@ def test_a_tokens_file_that_is_none_is_refused(deployed, capsys, text):
     argv = ["explain", "--data-dir", str(deployed.directory), "--tokens-file", str(deployed.directory / "tokens.json")]
     assert main(argv) == 2
     told = capsys.readouterr().err
-    assert "is no JSON" in told or "a JSON list of token ids" in told
+    assert "is not JSON" in told or "a JSON list of token ids" in told
 
 
 @pytest.mark.parametrize(

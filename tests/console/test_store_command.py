@@ -1,4 +1,4 @@
-"""`antefix store` and `antefix drain`: what they print, what they return, and that running them again goes on."""
+"""`antefix store` and `antefix drain`: what they print, what they return, and that running them again continues."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_name_without_a_port_is_a_directory_and_only_a_copy_makes_one(filled, 
         ["store", "purge", "bakcup", "--tenant", "acme", "--secret-file", str(secret)],
         ["store", "copy", "bakcup", "other"],
     ):
-        assert main(command) == 2 and "bakcup is no directory" in capsys.readouterr().err
+        assert main(command) == 2 and "bakcup is not a directory" in capsys.readouterr().err
     assert not (tmp_path / "bakcup").exists() and not (tmp_path / "other").exists()
 
 
@@ -90,7 +90,7 @@ def test_a_purge_names_the_tenant_with_the_secret(filled, capsys):
         (["store", "copy", "s3:///x", "DIR"], "names no bucket"),
         (["store", "copy", "DIR", "s3:///x"], "names no bucket"),
         (["store", "copy", "DIR", "file://host/x"], "three slashes"),
-        (["store", "copy", "/no/such", "DIR"], "no directory"),
+        (["store", "copy", "/no/such", "DIR"], "not a directory"),
         (["drain", "DIR", "--to", "gs://"], "names no bucket"),
     ],
 )

@@ -6,6 +6,7 @@ Without one it finds nothing: test_verification.py runs all of it with the same 
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -122,6 +123,7 @@ def test_the_whole_short_form_finds_a_planted_fault(name: str, monkeypatch: pyte
     selection = Selection(
         model=shipped.MODEL, is_long=False, device="cpu", plans=tuple(PLANS), seed=SEED, num_drawn=None
     )
-    report = asyncio.run(command._verify(selection, Backend(), tmp_path, lambda _: None))
+    where = functools.partial(command._stores, tmp_path, 1, "")
+    report, _ = asyncio.run(command._verify(selection, Backend(), where, lambda _: None))
     assert not report.ok
     assert any(re.search(mutation.place, text) for text in report.failures), report.failures[:5]

@@ -81,7 +81,7 @@ async def test_what_is_no_grammar_is_refused(vocabulary, wrong):
 
 
 async def test_a_grammar_that_takes_too_long_holds_up_nobody(vocabulary, monkeypatch):
-    """The loop goes on meanwhile, and the request is refused at the deadline."""
+    """The loop continues meanwhile, and the request is refused at the deadline."""
     monkeypatch.setattr(grammars, "READY_S_MAX", 0.2)
     go, ended = threading.Event(), []
 

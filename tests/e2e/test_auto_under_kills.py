@@ -80,7 +80,7 @@ async def test_with_auto_hits_equal_cold_runs_while_store_and_workers_are_killed
         fork = np.concatenate((document[:5_000], TEXT[300:4_900]))
         await asyncio.gather(killed_after(deployment, deployment.one("prefill"), 50_000), answer(deployment, fork))
         await deployment.start_worker("prefill")
-        # 4. One decode worker goes in mid-stream; the other goes on from what is stored and what was sent.
+        # 4. One decode worker goes in mid-stream; the other continues from what is stored and what was sent.
         output, victim = [], None
         async for message in deployment.router.generate(turn, Sampling(max_tokens=80, ignore_eos=True)):
             output += [int(token) for token in message.tokens]

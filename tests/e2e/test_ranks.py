@@ -26,7 +26,7 @@ async def test_a_deployment_over_ranks_hits_and_outlives_one_that_dies(deploy, a
         first, _ = await ask(deployment, prompt, max_tokens=12)
         second, last = await ask(deployment, longer, max_tokens=12)
         assert last.usage.cache_hit_tokens >= 640
-        # A rank dies: the worker ends at once and says why, and requests go on without it.
+        # A rank dies: the worker ends at once and says why, and requests continue without it.
         prefill = deployment.one("prefill")
         (other,) = children_of(prefill.process.pid)
         os.kill(other, signal.SIGKILL)

@@ -102,7 +102,7 @@ async def test_an_engine_that_begins_again_is_forgotten(followed):
 
 
 async def test_an_engine_that_begins_again_and_has_said_as_much_is_noticed(followed):
-    """Its numbers go on as if nothing had happened; only what they number is another."""
+    """Its numbers continue as if nothing had happened; only what they number is another."""
     door, worker, _, leading = followed
     for text in (LONG, "another " + LONG):
         say(worker, text)

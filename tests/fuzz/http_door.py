@@ -28,7 +28,7 @@ LEFT_OUT = "/v1/usage/.*"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=600)
-    parser.add_argument("--kept", type=Path, default=Path(".fuzz"), metavar="DIR", help="where a run goes on")
+    parser.add_argument("--kept", type=Path, default=Path(".fuzz"), metavar="DIR", help="where a run continues")
     args = parser.parse_args()
     args.kept.mkdir(parents=True, exist_ok=True)
     return asyncio.run(fuzz(args.seconds, args.kept.absolute()))

@@ -1,6 +1,6 @@
 """Fuzz the readers of outside bytes: `make fuzz`, or `python -m tests.fuzz.run [TARGET ...] --seconds 600`.
 
-Coverage-guided by atheris. What a run finds is kept, so the next one goes on: DIR/TARGET has the inputs, DIR/crashes
+Coverage-guided by atheris. What a run finds is kept, so the next one continues: DIR/TARGET has the inputs, DIR/crashes
 what broke a rule, DIR/hours.json how long each target ran in all. Ends with 1 where something broke.
 """
 
@@ -29,7 +29,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("targets", nargs="*", help="which; none: all")
     parser.add_argument("--seconds", type=float, default=600, help="for each target (default: 600)")
-    parser.add_argument("--kept", type=Path, default=Path(".fuzz"), metavar="DIR", help="where a run goes on")
+    parser.add_argument("--kept", type=Path, default=Path(".fuzz"), metavar="DIR", help="where a run continues")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the hours of all runs there, for the records")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -21,7 +21,7 @@ from tests.gateway.scripted import MODEL
 
 VOCAB_SIZE = 264
 TOKENIZER = load_tokenizer(MODEL)
-# What ends things is likelier, so that texts and lists do not go on for ever; some patterns need a letter.
+# What ends things is likelier, so that texts and lists do not continue for ever; some patterns need a letter.
 CLOSERS = [ord(char) for char in '"]}<ab'] + sorted(TOKENIZER.eos_ids)
 
 
@@ -29,7 +29,7 @@ _TAGS = [list(tag.encode()) for tag in ("</｜DSML｜parameter>", "</think>")]
 
 
 def random_logits(seed: int, before: Sequence[int]) -> np.ndarray:
-    """For what comes after these tokens; a closing tag that was begun tends to be gone on with."""
+    """For what comes after these tokens; a closing tag that was begun tends to be continued."""
     noise = np.random.default_rng((seed, len(before))).normal(size=VOCAB_SIZE).astype(np.float32)
     logits = noise.copy()
     logits[CLOSERS] += 3.0

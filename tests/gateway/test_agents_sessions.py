@@ -33,7 +33,7 @@ class Session:
         prompts, emitted = self._script.prompts, [each.samples[0].emitted for each in self._script.generations]
         if len(prompts) > 1:
             so_far = prompts[-2] + emitted[-2]
-            assert prompts[-1][: len(so_far)] == so_far, "the prompt does not go on from the last answer"
+            assert prompts[-1][: len(so_far)] == so_far, "the prompt does not continue from the last answer"
         self.prompt = bytes(t for t in prompts[-1] if t < 256).decode(errors="replace")
         self.left_out = answer.headers.get("antefix-left-out", "")
         self.ignored = answer.headers.get("antefix-ignored", "").split(", ")

@@ -37,7 +37,7 @@ VICTIMS = ["router"] * 4 + ["decode"] * 3 + ["prefill"] * 2 + ["kvstore"] * 2
 
 
 class World:
-    """A deployment whose roles keep their addresses, and clients that go on until they have their answers."""
+    """A deployment whose roles keep their addresses, and clients that continue until they have their answers."""
 
     def __init__(self, directory, seed):
         self.chance = random.Random(seed)
@@ -172,7 +172,7 @@ def check(world, num_requests):
         final = [record for record in by_request[key] if record.is_final]
         assert len(final) <= 1
         assert not final or (final[0].output_tokens >= num_received and final[0].prompt_tokens == length)
-    # 3. What broke off costs what was given of it, and all attempts together what the dearest would.
+    # 3. What broke off costs what was given of it, and all attempts together what the most expensive would.
     assert all(record.price == 0 for record in records if not record.is_charged)
     for group in by_request.values():
         whole = [priced(replace(record, paid_before=0), CARDS).price for record in group if record.is_charged]

@@ -299,7 +299,7 @@ def said_in(deltas):
     for delta in deltas:
         if delta.call is not None:
             call = calls.setdefault(delta.call.id, ["", "", False])
-            assert not call[2], "a call goes on after its end"
+            assert not call[2], "a call continues after its end"
             call[0] += delta.call.name
             call[1] += delta.call.arguments
             call[2] = delta.call.is_last

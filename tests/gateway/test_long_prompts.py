@@ -30,7 +30,7 @@ class HeldTokenizer:
         if len(text) >= CHARACTERS_MIN:
             self.begun.set()
             if not self.go.wait(10):
-                raise TimeoutError("nothing else went on while a long prompt was encoded")
+                raise TimeoutError("nothing else continued while a long prompt was encoded")
 
     def encode(self, text):
         self._held(text)
@@ -93,7 +93,7 @@ async def test_a_long_conversation_has_the_tokens_it_would_have_on_the_loop(held
             "/v1/chat/completions", json={"model": MODEL, "messages": messages, "reasoning_effort": "none"}
         )
         assert answer.json()["choices"][0]["message"]["content"] == "yes"
-    # The answer is found again by all tokens before it, so both prompts agree up to where the second goes on.
+    # The answer is found again by all tokens before it, so both prompts agree up to where the second continues.
     first, second = script.prompts
     assert second[: len(first) + 3] == first + list(b"yes")
 

@@ -216,7 +216,7 @@ async def test_a_cache_breakpoint_leaves_a_checkpoint_where_the_strategy_would_n
 
 @pytest.mark.services
 async def test_a_decode_worker_that_dies_in_mid_answer_leaves_one_record(config):
-    """The answer goes on elsewhere; the client is told, and charged, what it was given."""
+    """The answer continues elsewhere; the client is told, and charged, what it was given."""
     async with Deployment(dataclasses.replace(config, num_decode=2)) as deployment:
         async with openai.AsyncOpenAI(base_url=url_of(deployment) + "/v1", api_key="-", max_retries=0) as client:
             settings = {"prompt": "def f(x):\n" * 30, "max_tokens": 300, "temperature": 1.0, "seed": 5}

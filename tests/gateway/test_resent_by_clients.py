@@ -1,5 +1,5 @@
 """What real clients do to an answer before they send it back: they drop its reasoning, rewrite its calls, and send
-pictures as JSON. The next prompt goes on from the very tokens all the same, and no picture's data is in it."""
+pictures as JSON. The next prompt continues from the very tokens all the same, and no picture's data is in it."""
 
 import json
 import time

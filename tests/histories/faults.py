@@ -106,7 +106,8 @@ class Faults:
             self._give_up(int(path.stem), at)
 
     def _give_up(self, segment: int, at: int) -> None:
-        """The record with this byte is not promised any more, nor what hangs on it: a rebuilt index has no orphans."""
+        """The record with this byte is not promised any more, nor what depends on it: a rebuilt index has no
+        orphans."""
         if self.world.store.engine is None:
             self.world.may_lose_store = True
             return

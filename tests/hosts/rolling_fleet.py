@@ -233,7 +233,7 @@ class RollingFleet:
 
 @dataclass(slots=True)
 class Client:
-    """Conversations that go on on a host of their own (`tests/hosts/talking.py`)."""
+    """Conversations that continue on a host of their own (`tests/hosts/talking.py`)."""
 
     process: subprocess.Popen[str]
 

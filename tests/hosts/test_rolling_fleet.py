@@ -84,7 +84,7 @@ def warm(client: Client) -> None:
     begun = client.tell()["rounds"]
     client.until(
         lambda said: said["rounds"] >= begun + 4 and len(said["cached"]) == 4 and min(said["cached"].values()) > 500,
-        "conversations go on and hit",
+        "conversations continue and hit",
     )
 
 
@@ -101,13 +101,13 @@ def grow_and_shrink(fleet: RollingFleet, client: Client, role: str) -> None:
 
 
 def storm(fleet: RollingFleet, client: Client) -> None:
-    """Kills of any role while conversations go on. A request that a door lost or could not place is asked again."""
+    """Kills of any role while conversations continue. A request that a door lost or could not place is asked again."""
     draw = random.Random(7)
     for _ in range(NUM_KILLS):
         name = draw.choice(sorted(fleet.hosts))
         fleet.stop(name, kill=True)
         begun = client.tell()["rounds"]
-        client.until(lambda said, begun=begun: said["rounds"] > begun, f"conversations go on without {name}")
+        client.until(lambda said, begun=begun: said["rounds"] > begun, f"conversations continue without {name}")
         fleet.start(name)
     warm(client)
 

@@ -34,7 +34,7 @@ from tests.model.step_traces import first_difference, trace
 # Of these reproducible mode runs none: they read packed records for few queries, in parts.
 OF_DEFAULT_MODE_ALONE = {"_attend_kernel", "attend_kernel", "_decode_kernel", "decode_kernel", "prefill_kernel",
                          "_merge_kernel"}  # fmt: skip
-# Sums, and products, of several numbers: what a library does in an order that hangs on the shape.
+# Sums, and products, of several numbers: what a library does in an order that depends on the shape.
 REDUCTIONS = {
     "mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "dot", "einsum", "convolution", "sum", "mean", "prod",
     "var", "std", "norm", "linalg_vector_norm", "logsumexp", "_softmax", "_log_softmax", "cumsum", "cumprod",

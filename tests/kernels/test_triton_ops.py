@@ -79,7 +79,7 @@ def run(model: Model, pool: BlockPool, ops: Ops) -> tuple[torch.Tensor, torch.Te
 
 
 class Compared:
-    """Runs every step in torch and with the kernels on the same inputs, checks them, goes on with torch's result."""
+    """Runs every step in torch and with the kernels on the same inputs, checks them, continues with torch's result."""
 
     steps_together = False
     step_runner = None

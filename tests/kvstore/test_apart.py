@@ -94,7 +94,7 @@ def test_any_order_of_coming_and_going_leaves_a_sound_store(tmp_path: Path, seed
             there |= set(range(start, stop))
         elif chance.random() < 0.5:
             engine.evict([(RecordKind.BLOCK, PROMPT.hashes[start])])
-            # With all that hangs on it, of which it may not be told: what is left must still be readable.
+            # With all that depends on it, of which it may not be told: what is left must still be readable.
             there = {index for index in there if _is_held(engine, index)}
             assert start not in there
         else:

@@ -1,4 +1,4 @@
-"""The budget is hard, eviction keeps the store prefix-closed, a full disk refuses writes and goes on reading."""
+"""The budget is hard, eviction keeps the store prefix-closed, a full disk refuses writes and continues reading."""
 
 from __future__ import annotations
 

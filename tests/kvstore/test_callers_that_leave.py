@@ -1,4 +1,4 @@
-"""A caller that goes away while its put waits or is committed takes nobody with it: the writer goes on."""
+"""A caller that goes away while its put waits or is committed takes nobody with it: the writer continues."""
 
 import threading
 

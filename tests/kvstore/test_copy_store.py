@@ -34,7 +34,7 @@ def fill(directory: Path, **settings: object) -> None:
     engine = engine_of(directory, **settings)
     engine.register(FINGERPRINT, BLOCK, {})
     engine.put([*LONG.blocks(), LONG.checkpoint(11, ttl_s=50.0), *FORK.blocks(), *OTHER.blocks(), OTHER.checkpoint(2)])
-    # What hangs on another store's blocks.
+    # What depends on another store's blocks.
     engine.put([Prompt(list(range(700, 700 + BLOCK * 9))).block(7, parent_elsewhere=True)])
     engine.pin([(RecordKind.BLOCK, OTHER.hashes[-1])], 600.0)
     engine.close()

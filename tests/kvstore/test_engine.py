@@ -63,7 +63,7 @@ def test_a_checkpoint_without_its_block_is_refused(open_engine: OpenEngine) -> N
 
 
 def test_a_middle_put_first_of_all_is_dropped_when_the_beginning_comes(open_engine: OpenEngine) -> None:
-    """A worker whose store was wiped goes on in mid-chain: the store cannot know yet where chains begin."""
+    """A worker whose store was wiped continues in mid-chain: the store cannot know yet where chains begin."""
     engine = open_engine()
     engine.put([PROMPT.block(5)])
     engine.put(PROMPT.blocks(3))

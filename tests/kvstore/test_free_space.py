@@ -83,7 +83,7 @@ def test_puts_stop_before_the_disk_is_full_and_go_on_when_it_is_not(tmp_path, ca
     disk.free = 500 * MIB
     engine.maintain()
     assert engine.put(prompt(2).blocks()).num_stored == 3 and not collect(engine).texts["stopped"]
-    assert "goes on storing" in caplog.text
+    assert "stores again" in caplog.text
     engine.close()
 
 

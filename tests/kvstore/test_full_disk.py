@@ -1,4 +1,4 @@
-"""A file system that is really full: puts are refused, reads go on, space comes back without a restart."""
+"""A file system that is really full: puts are refused, reads continue, space comes back without a restart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Whatever happens to an open store's files, its owner goes on: with what the segments hold, or with an empty store."""
+"""Whatever happens to an open store's files, its owner continues: with what the segments hold, or with an empty
+store."""
 
 import asyncio
 import os
@@ -201,7 +202,7 @@ def test_a_writer_whose_directory_another_one_took_stores_nothing_there(engine, 
     with pytest.raises(Unavailable):
         engine.put(PROMPT.blocks())
     assert num_found(other, MORE) == len(MORE.hashes) and num_found(other) == 0
-    # And goes on when that one has ended.
+    # And continues when that one has ended.
     other.close()
     engine.maintain()
     assert num_found(engine, MORE) == len(MORE.hashes)

@@ -156,7 +156,7 @@ def test_a_forest_is_what_following_each_parent_gives(seed: int, takes_apart: bo
     expected = one_by_one(headers, known, takes_apart)
     assert np.flatnonzero(forest.stands).tolist() == sorted(expected)
     assert {n: (bool(forest.apart[n]), int(forest.prefix_bytes[n])) for n in expected} == expected
-    # Parents count all that hangs on them, but what stands apart.
+    # Parents count all that depends on them, but what stands apart.
     children = [0] * len(headers)
     row_of = {h.hash: number for number, h in enumerate(headers) if h.kind is RecordKind.BLOCK}
     for number, (apart, _) in expected.items():

@@ -1,5 +1,5 @@
 """Something else under a store's own names: a FIFO, a directory, a link in a circle, a device without an end. The owner
-puts it aside and goes on; a reader takes it for a file that is not there. Neither waits."""
+puts it aside and continues; a reader takes it for a file that is not there. Neither waits."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""A copy from a store that is served has what a copy from its files has, and goes on where it broke off."""
+"""A copy from a store that is served has what a copy from its files has, and continues where it broke off."""
 
 import asyncio
 import dataclasses

@@ -44,7 +44,7 @@ RELEASES: dict[str, dict[str, Any]] = {
     "dspark": FLASH | DSPARK,
     "pro": FLASH | {"compress_ratios": [128, 128, 4, 128, 4, 0]},
 }
-# The configs of the released Flash and Pro as far as shapes hang on them; the rest is as above.
+# The configs of the released Flash and Pro as far as shapes depend on them; the rest is as above.
 FULL_FLASH = FLASH | {
     "head_dim": 512, "hidden_size": 4096, "index_head_dim": 128, "index_n_heads": 64, "index_topk": 512,
     "hc_sinkhorn_iters": 20, "max_position_embeddings": 1048576, "moe_intermediate_size": 2048, "n_routed_experts": 256,

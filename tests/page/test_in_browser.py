@@ -118,7 +118,7 @@ async def test_it_asks_for_a_key_and_keeps_it_in_the_tab(config, tmp_path, capsy
         await page.goto(f"http://{deployment.one('router').http_address}/ui")
         await page.wait_for_selector("#ask:not([hidden])")
         assert await page.evaluate("document.activeElement.id") == "key"
-        for wrong, said in (("wrong", "not known"), (keys["usual"], "not the scope admin")):
+        for wrong, said in (("wrong", "not known"), (keys["usual"], "scope admin")):
             await page.fill("#key", wrong)
             await page.keyboard.press("Enter")
             await playwright.expect(page.locator("#refused")).to_contain_text(said)

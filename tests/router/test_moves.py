@@ -40,7 +40,7 @@ class Peer(DecodeClient):
         if self.gone[0] <= now < self.gone[1]:
             raise Unavailable("connection refused")
         if self.silent[0] <= now < self.silent[1]:
-            # What was sent is read when it goes on.
+            # What was sent is read when it continues.
             await asyncio.sleep(self.silent[1] - now)
 
     async def decode(self, request, sampling, *, emitted, **_):

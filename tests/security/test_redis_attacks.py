@@ -172,7 +172,7 @@ async def test_events_that_were_not_signed_here_teach_a_router_nothing(feed, att
     assert dropped(router, DropReason.FORGED) == len(changes)
     assert router.num_known() == 10
     assert router.feed.counters.num_snapshots == settled
-    # Right ones go on.
+    # Right ones continue.
     await source.hold(15)
     await until(lambda: router.num_known() == 15)
 
@@ -242,11 +242,11 @@ def test_an_entry_that_was_kept_back_for_long_counts_no_more(monkeypatch):
         ("rediss:///0", "no host"),
         ("unix://", "path"),
         ("http://127.0.0.1", "must be a URL of Redis"),
-        ("redis://[::1", "no URL"),
+        ("redis://[::1", "not a URL"),
         ("redis://127.0.0.1:canary@", "has a password"),
-        ("redis://127.0.0.1:port", "no URL"),
-        ("redis://:canary/password@127.0.0.1", "no URL"),
-        ("redis://:canary#password@127.0.0.1", "no URL"),
+        ("redis://127.0.0.1:port", "not a URL"),
+        ("redis://:canary/password@127.0.0.1", "not a URL"),
+        ("redis://:canary#password@127.0.0.1", "not a URL"),
     ],
 )
 def test_a_url_that_would_give_something_away_is_refused_everywhere(url, why):

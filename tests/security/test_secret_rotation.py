@@ -1,4 +1,4 @@
-"""The deployment's secret changes by `antefix secret`, over a real store: hits go on, and no old block is lost."""
+"""The deployment's secret changes by `antefix secret`, over a real store: hits continue, and no old block is lost."""
 
 import json
 import stat
@@ -36,7 +36,7 @@ async def test_a_rotation_in_steps_keeps_every_hit_and_then_drops_the_old_secret
     old = Keyring.from_file(path)
     cold = await run(worker(old), "acme")
     assert await hit(worker(old), "acme") == WHOLE
-    # 1. All roles can read the new secret before anybody writes with it. One that has not restarted yet goes on.
+    # 1. All roles can read the new secret before anybody writes with it. One that has not restarted yet continues.
     step("rotate", path, "--stage")
     staged = Keyring.from_file(path)
     assert (staged.generation, staged.generations) == (1, (1, 2))

@@ -144,7 +144,7 @@ async def test_who_may_pin_and_evict_does_it_with_the_grant_of_the_owner(authori
     else:
         assert await store.evict(BLOCKS, owner=MALLORY) == 0
     with_grant(authority, ALICE)
-    # The checkpoint hangs on a block, and goes with it.
+    # The checkpoint depends on a block, and goes with it.
     assert await CALLS[what](store) == (6 if what == "pin" else 7)
     await store.close()
 

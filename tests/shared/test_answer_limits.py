@@ -1,4 +1,4 @@
-"""What another service answers is held to limits before anybody believes it: the caller goes on without it."""
+"""What another service answers is held to limits before anybody believes it: the caller continues without it."""
 
 import math
 

@@ -9,7 +9,7 @@ from antefix.block import Family, Fingerprint
 from antefix.errors import InvalidRequest, ModelError
 from antefix.layout_v41 import LayerRole, V41Geometry, V41Layout, V41PartKind
 
-# The release's, as far as KV hangs on it: 40 layers, three draft modules behind them.
+# The release's, as far as KV depends on it: 40 layers, three draft modules behind them.
 CONFIG = {
     "model_type": "deepseek_v41",
     "architectures": ["DeepseekV41ForCausalLM"],

@@ -322,7 +322,7 @@ def test_the_ledger_is_a_trace_of_what_hit(tmp_path: Path) -> None:
     first = _hashes((1, 21))
     records = [
         _record("a", 0, first, 0),
-        # Goes on from the first; marks alone show 16 of the 21 blocks, the bill shows all.
+        # Continues from the first; marks alone show 16 of the 21 blocks, the bill shows all.
         _record("b", 10, [*first, *_hashes((2, 9))], 21),
         # Was evicted meanwhile: nothing hit, but marks show that 24 of 30 blocks are the same.
         _record("c", 20, [*first, *_hashes((2, 9)), *_hashes((3, 4))], 0),

@@ -1,4 +1,4 @@
-"""An index that the disk gives back damaged is a store that does not answer: requests go on without it."""
+"""An index that the disk gives back damaged is a store that does not answer: requests continue without it."""
 
 import struct
 

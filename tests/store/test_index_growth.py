@@ -1,4 +1,4 @@
-"""A reader that was there first goes on reading when the index grows: workers live longer than any first map."""
+"""A reader that was there first continues reading when the index grows: workers live longer than any first map."""
 
 import subprocess
 import sys

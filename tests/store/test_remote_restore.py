@@ -261,7 +261,7 @@ async def test_a_way_that_always_damages_is_an_error(store: RemoteStore, monkeyp
 async def test_a_reader_that_does_not_read_holds_no_memory(
     store: RemoteStore, record_format: int, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 90 MB, the store reads what the connection takes and two windows more; the rest when the reader goes on."""
+    """Of 90 MB, the store reads what the connection takes and two windows more; the rest when the reader continues."""
     prompt = Prompt([9] * BLOCK * 300, payload_bytes=300_001)
     await store.put(prompt.blocks())
     num_read = 0

@@ -149,7 +149,7 @@ async def test_both_clients_pin_evict_and_count_a_tenants_records(store: Store) 
     before = await store.stats()
     assert [before.kinds[kind].num_records for kind in STORED_KINDS] == [3, 1]
     assert before.kinds[RecordKind.BLOCK].payload_bytes == 3 * PROMPT.payload_bytes
-    # All that hangs on it goes with it.
+    # All that depends on it goes with it.
     assert await store.evict([block(1)], owner=mine) == 3
     after = await store.stats()
     assert [after.kinds[kind].num_records for kind in STORED_KINDS] == [1, 0]

@@ -1,4 +1,4 @@
-"""Conversations that go on while roles are replaced: each answer is compared with the one that was given before."""
+"""Conversations that continue while roles are replaced: each answer is compared with the one that was given before."""
 
 from __future__ import annotations
 

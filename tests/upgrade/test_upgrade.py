@@ -1,4 +1,4 @@
-"""Two versions next to each other: roles are replaced one by one while conversations go on, and back.
+"""Two versions next to each other: roles are replaced one by one while conversations continue, and back.
 
 No request fails, no token differs, nothing is billed twice. The version before is a commit or tag: `make test-upgrade
 PREVIOUS=v0.2.0`. It runs the previous version's own code, from a tree of its own.

@@ -1,4 +1,4 @@
-"""Roles of several versions of Antefix in one deployment, and conversations that go on meanwhile."""
+"""Roles of several versions of Antefix in one deployment, and conversations that continue meanwhile."""
 
 from __future__ import annotations
 

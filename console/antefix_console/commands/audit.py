@@ -33,33 +33,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--provider",
         choices=sorted(PROVIDERS),
         default="any",
-        help="whose documented rules it is held to (default any)",
+        help="provider whose documented rules the endpoint must keep (default any)",
     )
     parser.add_argument(
-        "--other-key-file", type=Path, metavar="FILE", help="a second account's key: do accounts share?"
+        "--other-key-file",
+        type=Path,
+        metavar="FILE",
+        help="file with a second account's key, to test whether accounts share a cache",
     )
-    parser.add_argument("--prompt-tokens", type=int, default=2048, metavar="N", help="of a usual prompt (default 2048)")
+    parser.add_argument(
+        "--prompt-tokens", type=int, default=2048, metavar="N", help="length of a usual prompt in tokens (default 2048)"
+    )
     parser.add_argument(
         "--samples",
         type=int,
         default=250,
         metavar="N",
-        help="per test (default 250, as published audits; 30 for a look)",
+        help="samples per test (default 250, as in published audits; 30 for a quick look)",
     )
     parser.add_argument(
-        "--probe", action="append", choices=PROBES, help="only this one; may be given often (default: all)"
+        "--probe", action="append", choices=PROBES, help="run only this probe; may be repeated (default: all)"
     )
     parser.add_argument(
-        "--wait", action="append", default=[], metavar="TIME", help="ask again after 30s, 5m, 1h: may be given often"
+        "--wait",
+        action="append",
+        default=[],
+        metavar="TIME",
+        help="ask again after this time, such as 30s, 5m or 1h; may be repeated",
     )
-    parser.add_argument("--promised-lifetime", metavar="TIME", help="instead of the provider's")
+    parser.add_argument(
+        "--promised-lifetime", metavar="TIME", help="time to live that the cache promises, instead of the provider's"
+    )
     parser.add_argument("--rate", type=float, default=2.0, metavar="N", help="requests per second (default 2)")
-    parser.add_argument("--max-requests", type=int, metavar="N", help="stop there (default: what the plan needs)")
-    parser.add_argument("--max-total-tokens", type=int, metavar="N", help="stop there (default: what the plan needs)")
-    parser.add_argument("--price", type=float, metavar="DOLLARS", help="per million input tokens, to state the cost")
+    parser.add_argument(
+        "--max-requests", type=int, metavar="N", help="stop after so many requests (default: what the plan needs)"
+    )
+    parser.add_argument(
+        "--max-total-tokens",
+        type=int,
+        metavar="N",
+        help="stop after so many input tokens (default: what the plan needs)",
+    )
+    parser.add_argument(
+        "--price", type=float, metavar="DOLLARS", help="price per million input tokens, to state the cost"
+    )
     parser.add_argument("--yes", action="store_true", help="do not ask before starting")
     parser.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report here too, as Markdown")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="also write the report to this file, as Markdown")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
 
 

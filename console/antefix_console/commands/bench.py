@@ -41,22 +41,41 @@ def add_parser(subparsers: Any) -> None:
 
 def add_tier_arguments(parser: argparse.ArgumentParser) -> None:
     """What benchmarks/tier.py takes."""
-    parser.add_argument("--blocks", type=int, default=1024, help="of 128 tokens (default: 1024, a 128K prefix)")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        default=1024,
+        help="blocks of 128 tokens to store and restore (default: 1024, a prefix of 128K tokens)",
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds of everything (default: 5)")
     parser.add_argument(
-        "--object-store", default="", metavar="URL", help="measure against this one (default: an S3 server of its own)"
+        "--object-store",
+        default="",
+        metavar="URL",
+        help="object store to measure against (default: an S3 server that it starts itself)",
     )
     parser.add_argument(
-        "--s3", type=Path, default=_S3, metavar="DIR", help="environment with that server and boto3 (`make test-s3`)"
+        "--s3",
+        type=Path,
+        default=_S3,
+        metavar="DIR",
+        help="Python environment with that server and boto3 (`make test-s3` makes one)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
 
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     """What benchmarks/store.py takes."""
-    parser.add_argument("--model", choices=("flash", "pro"), default="flash", help="whose blocks (default: flash)")
+    parser.add_argument(
+        "--model", choices=("flash", "pro"), default="flash", help="model whose block sizes are used (default: flash)"
+    )
     parser.add_argument("--dir", type=Path, help="where to write about 4 GB; a temporary directory by default")
-    parser.add_argument("--blocks", type=int, default=1024, help="of 128 tokens (default: 1024, a 128K prefix)")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        default=1024,
+        help="blocks of 128 tokens to store and restore (default: 1024, a prefix of 128K tokens)",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="rounds of everything (default: 3)")
     parser.add_argument(
         "--peers",

@@ -35,34 +35,57 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "init", help="make a private CA, and the key that signs grants", epilog="example: antefix certs init ca"
     )
     init.add_argument(
-        "directory", type=Path, metavar="CA_DIR", help="of the person who issues; on no host of a service"
+        "directory",
+        type=Path,
+        metavar="CA_DIR",
+        help="directory of the CA; keep it with the person who issues, on no host of a service",
     )
-    init.add_argument("--days", type=int, default=CA_DAYS, help=f"how long it holds (default: {CA_DAYS})")
+    init.add_argument(
+        "--days", type=int, default=CA_DAYS, help=f"days until the CA's certificate expires (default: {CA_DAYS})"
+    )
     made = actions.add_parser(
         "issue",
         help="make a certificate for one process",
         epilog="example: antefix certs issue prefill p1 --ca ca --out credentials/p1 --host worker1.example",
     )
     made.add_argument("role", choices=[role.value for role in ISSUED])
-    made.add_argument("name", help="of this process among those of its role; for a tenant: the tenant's")
-    made.add_argument("--ca", type=Path, required=True, metavar="CA_DIR", help="as `antefix certs init` made it")
-    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="what the process gets as --credentials")
+    made.add_argument("name", help="name of this process among those of its role, or name of the tenant")
     made.add_argument(
-        "--host", action="append", default=[], metavar="HOST", help="host name or IP address of it; may repeat"
+        "--ca", type=Path, required=True, metavar="CA_DIR", help="directory that `antefix certs init` made"
     )
-    made.add_argument("--days", type=int, default=DAYS, help=f"how long it holds (default: {DAYS})")
+    made.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory to write; the process takes it as --credentials",
+    )
+    made.add_argument(
+        "--host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="host name or IP address of the process; may be repeated",
+    )
+    made.add_argument("--days", type=int, default=DAYS, help=f"days until it expires (default: {DAYS})")
     granted = actions.add_parser(
         "grant",
         help="sign an engine's grant for one tenant, next to its certificate",
         epilog="example: antefix certs grant acme --ca ca --secret-file antefix-data/secret --out credentials/e1",
     )
-    granted.add_argument("tenant", help="whose records the engine may read, write, pin and evict")
-    granted.add_argument("--ca", type=Path, required=True, metavar="CA_DIR", help="as `antefix certs init` made it")
+    granted.add_argument("tenant", help="tenant whose records the engine may read, write, pin and evict")
     granted.add_argument(
-        "--secret-file", type=Path, required=True, metavar="FILE", help="the deployment's; sign again when it changes"
+        "--ca", type=Path, required=True, metavar="CA_DIR", help="directory that `antefix certs init` made"
+    )
+    granted.add_argument(
+        "--secret-file",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file with the deployment's secret; sign again when the secret changes",
     )
     granted.add_argument("--out", type=Path, required=True, metavar="DIR", help="the engine's --credentials")
-    granted.add_argument("--days", type=int, default=DAYS, help=f"how long it holds (default: {DAYS})")
+    granted.add_argument("--days", type=int, default=DAYS, help=f"days until it expires (default: {DAYS})")
     show = actions.add_parser(
         "show",
         help="what certificates say, and how long they hold",

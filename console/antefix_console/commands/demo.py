@@ -75,7 +75,7 @@ class DemoStep:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_arguments(parser)
     parser.add_argument("--document", type=Path, help="ask about this file (default: the project's own documents)")
-    parser.add_argument("--max-tokens", type=int, default=48, metavar="N", help="of each answer (default: 48)")
+    parser.add_argument("--max-tokens", type=int, default=48, metavar="N", help="tokens of each answer (default: 48)")
     parser.add_argument("--data-dir", type=Path, help="keep store and logs here (default: a scratch directory)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
@@ -241,6 +241,6 @@ def _print(steps: list[DemoStep], report: dict[str, object]) -> None:
     console.print(
         f"{report['processes']} processes ran, {report['processes_left']} are left;"
         f" the store took {int(str(report['store_bytes'])) / 1e6:.2f} MB,"
-        f" {float(str(report['global_kv_bytes_per_token'])):.0f} B of global KV a token."
+        f" {float(str(report['global_kv_bytes_per_token'])):.0f} B of global KV per token."
     )
     sys.stdout.flush()

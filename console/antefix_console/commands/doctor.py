@@ -42,15 +42,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", type=Path, default=shipped.MODEL, help="probe this model's shapes (default: shipped)"
     )
-    parser.add_argument("--threads", type=int, default=0, metavar="N", help="torch threads, as a worker has them")
-    parser.add_argument("--device", default="", help="probe here too (default: a card, if there is one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="as workers have it")
-    parser.add_argument("--reproducible", action="store_true", help="on a card: as workers have it")
     parser.add_argument(
-        "--store", metavar="HOST:PORT", help="ask this store service as well: is all stored, is there room"
+        "--threads", type=int, default=0, metavar="N", help="number of torch threads, as a worker would have"
+    )
+    parser.add_argument("--device", default="", help="device to probe too (default: a card, if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="as workers have it")
+    parser.add_argument("--reproducible", action="store_true", help="reproducible mode on a card, as workers have it")
+    parser.add_argument(
+        "--store",
+        metavar="HOST:PORT",
+        help="also ask this store service whether everything is stored and there is room",
     )
     parser.add_argument(
-        "--router", metavar="HOST:PORT", help="ask this router too: do its workers compute the same, is all stored"
+        "--router",
+        metavar="HOST:PORT",
+        help="also ask this router whether its workers compute the same and everything is stored",
     )
     parser.add_argument(
         "--deployment",

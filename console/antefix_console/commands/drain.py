@@ -1,7 +1,7 @@
 """`antefix drain STORE --to STORE...`: before a store leaves, move what is worth it to stores that stay.
 
-STORE is a directory of this host, or the address of a service, which goes on serving meanwhile. What any of the others
-has is left out. It goes round again until nothing new has come, so that the store can be stopped then.
+STORE is a directory of this host, or the address of a service, which continues serving meanwhile. What any of the
+others has is left out. It goes round again until nothing new has come, so that the store can be stopped then.
 
 Exit code 0 if all that was meant to be moved is there, 1 if not.
 """
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bytes-max",
         default="",
         metavar="SIZE",
-        help="move so much, pinned and last used first (default: all)",
+        help="move at most so many bytes, pinned and last used records first (default: all)",
     )
     add_copy_arguments(parser)
 

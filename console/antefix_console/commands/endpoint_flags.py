@@ -11,16 +11,22 @@ from antefix_console.endpoint.dialects import DIALECTS
 
 
 def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", required=True, help="of the endpoint, with its version: http://127.0.0.1:8000/v1")
+    parser.add_argument(
+        "--url", required=True, help="URL of the endpoint with its version, such as http://127.0.0.1:8000/v1"
+    )
     parser.add_argument("--api", choices=sorted(DIALECTS), default="chat", help="which API it speaks (default: chat)")
-    parser.add_argument("--model", default="", help="as the endpoint names it (default: the first that it lists)")
+    parser.add_argument(
+        "--model", default="", help="model, as the endpoint names it (default: the first that it lists)"
+    )
     parser.add_argument(
         "--key-file",
         type=Path,
         metavar="FILE",
-        help="holds the API key; a key on the command line would be seen by all",
+        help="file with the API key; other users would see a key on the command line",
     )
-    parser.add_argument("--timeout-s", type=float, default=300.0, help="longest silence of the endpoint (default 300)")
+    parser.add_argument(
+        "--timeout-s", type=float, default=300.0, help="how long the endpoint may be silent, in seconds (default 300)"
+    )
 
 
 def endpoint_of(args: argparse.Namespace, key_file: Path | None = None) -> EndpointConfig:

@@ -63,7 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--tokens-file", type=Path, metavar="FILE", help="JSON list of token ids; - reads stdin")
     explain_requests.add_arguments(parser, prompt)
     explain_fleet.add_arguments(parser, prompt)
-    parser.add_argument("--data-dir", type=Path, help="of `antefix up`: has the store, the secret and the store's log")
+    parser.add_argument(
+        "--data-dir", type=Path, help="data directory of `antefix up`, with store, secret and the store's log"
+    )
     parser.add_argument(
         "--store-dir",
         type=Path,
@@ -74,9 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--object-store", default="", metavar="URL", help="the object store behind them, if there is one"
     )
-    parser.add_argument("--secret-file", type=Path, help="the deployment's secret, where it is not in --data-dir")
+    parser.add_argument("--secret-file", type=Path, help="file with the deployment's secret, if not in --data-dir")
     parser.add_argument(
-        "--store-log", type=Path, nargs="+", metavar="DIR", help="the stores' logs: tell evicted from never seen"
+        "--store-log",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="directories of the stores' logs, which tell evicted blocks from blocks never seen",
     )
     parser.add_argument("--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped one)")
     add_flags(parser.add_argument_group("as the workers have them"), WorkerSettings, _SETTINGS)
@@ -85,14 +91,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="what the workers compute, as `antefix doctor` names it (default: what the last `antefix up` found)",
     )
-    parser.add_argument("--tenant", default="", help="whose prompt it is (default: no tenant, as without API keys)")
+    parser.add_argument(
+        "--tenant", default="", help="tenant whose prompt it is (default: no tenant, as without API keys)"
+    )
     parser.add_argument("--user", default="", help="the tenant's end user, if requests name one")
     parser.add_argument(
-        "--also-namespace", action="append", default=[], metavar="NAME", help="look there too; may repeat"
+        "--also-namespace",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also look in this namespace; may be repeated",
     )
-    parser.add_argument("--also-tenant", action="append", default=[], metavar="NAME", help="look there too; may repeat")
-    parser.add_argument("--also-model", action="append", default=[], type=Path, metavar="DIR", help="likewise")
-    parser.add_argument("--store-address", metavar="HOST:PORT", help="of the kvstore service, for --window-pool memory")
+    parser.add_argument(
+        "--also-tenant",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="also look for this tenant's blocks; may be repeated",
+    )
+    parser.add_argument(
+        "--also-model",
+        action="append",
+        default=[],
+        type=Path,
+        metavar="DIR",
+        help="also look for this model's blocks; may be repeated",
+    )
+    parser.add_argument(
+        "--store-address", metavar="HOST:PORT", help="address of the kvstore service, for --window-pool memory"
+    )
     parser.add_argument("--check", action="store_true", help="read all stored blocks and verify their checksums")
     parser.add_argument("--worker", metavar="HOST:PORT", help="take the prefill speed from this running prefill worker")
     parser.add_argument(

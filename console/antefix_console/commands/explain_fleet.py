@@ -27,9 +27,11 @@ _KNOWLEDGE = {
 
 def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExclusiveGroup) -> None:
     """prompt: the ways to say which prompt is meant."""
-    prompt.add_argument("--workers", action="store_true", help="with --fleet: what is known of its workers, no prompt")
+    prompt.add_argument(
+        "--workers", action="store_true", help="with --fleet: show what is known of its workers, without a prompt"
+    )
     parser.add_argument(
-        "--fleet", metavar="HOST:PORT", help="ask this router, in front of workers that are not ours (its gRPC address)"
+        "--fleet", metavar="HOST:PORT", help="gRPC address of a router in front of other engines' workers"
     )
 
 
@@ -97,7 +99,9 @@ def _lines(found: ExplainedRequest) -> Iterator[str]:
     yield text_table(head, (_row(each, len(media)) for each in found.candidates), num_left=3)
     if any(each.leading_tokens > each.hit_tokens for each in found.candidates):
         yield ""
-        yield "Where a worker has more than hits, its window layers have nothing to go on with further on, or the last"
+        yield (
+            "Where a worker has more than hits, its window layers have nothing to continue with further on, or the last"
+        )
         yield "token would be left: engines compute that, with its block."
     if found.miss_reason is not MissReason.NONE:
         yield ""

@@ -51,19 +51,27 @@ def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExc
         "--messages", metavar="FILE", help="JSON file of a request's body or of its messages, as a client sends them"
     )
     prompt.add_argument(
-        "--request-id", metavar="ID", help="a request of the ledger: what it hit, and which earlier one it is most like"
+        "--request-id",
+        metavar="ID",
+        help="explain this request of the ledger: what it hit, and which earlier request is most like it",
     )
     parser.add_argument(
         "--against",
         metavar="FILE|ID",
         help="another request, as a JSON file or by its id: shows where the two prompts part, and which line did it",
     )
-    parser.add_argument("--api", choices=APIS, default="chat", help="which API the JSON files are of (default: chat)")
+    parser.add_argument(
+        "--api", choices=APIS, default="chat", help="API whose format the JSON files have (default: chat)"
+    )
     parser.add_argument(
         "--chat-format", help="how the router writes conversations (default: as the last `antefix up` did, or auto)"
     )
-    parser.add_argument("--model-aliases", metavar="FILE", help="as the router has it (default: as above)")
-    parser.add_argument("--prefix-rules", metavar="FILE", help="as the router has it (default: as above)")
+    parser.add_argument(
+        "--model-aliases", metavar="FILE", help="model aliases, as the router has them (default: as above)"
+    )
+    parser.add_argument(
+        "--prefix-rules", metavar="FILE", help="prefix rules, as the router has them (default: as above)"
+    )
     parser.add_argument(
         "--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, where they are not in --data-dir"
     )

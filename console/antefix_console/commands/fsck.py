@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="store directories that no service has open, or an object store's s3://..., which may be used meanwhile",
     )
-    parser.add_argument("--repair", action="store_true", help="rebuild what is damaged; drops what cannot be saved")
+    parser.add_argument("--repair", action="store_true", help="rebuild what is damaged, and drop what cannot be saved")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

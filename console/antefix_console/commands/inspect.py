@@ -25,7 +25,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directories", nargs="+", metavar="DIR", help="store directories, or an object store's s3://..."
     )
     parser.add_argument(
-        "--lines", type=int, default=NUM_LINES_MAX, metavar="N", help="of the prefix forest (default: %(default)s)"
+        "--lines",
+        type=int,
+        default=NUM_LINES_MAX,
+        metavar="N",
+        help="levels of the prefix forest to show (default: %(default)s)",
     )
     parser.add_argument(
         "--secret-file",
@@ -33,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the deployment's secret, to find tenants by name (default: `secret` next to DIR, if it is there)",
     )
     parser.add_argument(
-        "--tenant", action="append", default=[], metavar="NAME", help="show this one by name; may repeat"
+        "--tenant", action="append", default=[], metavar="NAME", help="show this tenant by name; may be repeated"
     )
     parser.add_argument("--tenants-file", metavar="FILE", help="show all tenants of this file by name")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -39,22 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="keys_command", required=True)
 
     create = _command(commands, "create", "make a key and show it, once", "acme --scopes generate --expires 90d")
-    create.add_argument("tenant", help="whose key it is")
+    create.add_argument("tenant", help="tenant whose key it is")
     create.add_argument(
         "--scopes",
         default=",".join(sorted(USUAL_SCOPES)),
         help=f"what it may do, of {', '.join(Scope)}, separated by commas (default: %(default)s)",
     )
-    create.add_argument("--note", default="", help="to know it by in lists")
+    create.add_argument("--note", default="", help="label that lists show for the key")
     _add_making(create)
 
     follow = _command(commands, "rotate", "make a key that takes another one's place", "3f9c01ab --overlap 24h")
-    follow.add_argument("id", help="of the key to replace")
-    follow.add_argument("--overlap", default="24h", metavar="TIME", help="how long the old one goes on (default: 24h)")
+    follow.add_argument("id", help="id of the key to replace")
+    follow.add_argument(
+        "--overlap", default="24h", metavar="TIME", help="how long the old key stays valid (default: 24h)"
+    )
     _add_making(follow)
 
     end = _command(commands, "revoke", "end a key now", "3f9c01ab")
-    end.add_argument("id", nargs="+", help="of the keys to end")
+    end.add_argument("id", nargs="+", help="ids of the keys to revoke")
     end.set_defaults(output=None)
     _add_file(end)
 
@@ -71,8 +73,15 @@ def _command(
 
 
 def _add_making(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--expires", default="", metavar="WHEN", help="a date or time (UTC), or in how long: 90d, 12h")
-    parser.add_argument("--output", type=Path, help="write the key into this file, for its owner only, and not out")
+    parser.add_argument(
+        "--expires",
+        default="",
+        metavar="WHEN",
+        help="when the key expires: a date or time (UTC), or a time from now such as 90d or 12h",
+    )
+    parser.add_argument(
+        "--output", type=Path, help="write the key to this file, readable by its owner only, instead of printing it"
+    )
     _add_file(parser)
 
 
@@ -84,7 +93,7 @@ def _add_file(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--redis", default="", metavar="URL", help="the routers' --keys-redis")
     add_flags(group, WorkerSettings, ("redis_password_file", "redis_ca_file"))
     group.add_argument(
-        "--secret-file", default="", metavar="FILE", help="the deployment's secret, which signs the keys"
+        "--secret-file", default="", metavar="FILE", help="file with the deployment's secret, which signs the keys"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

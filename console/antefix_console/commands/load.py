@@ -33,20 +33,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--trace", type=Path, metavar="FILE", help="a trace file, plain or .gz (see `antefix trace`)")
     source.add_argument("--generate", choices=sorted(SHAPES), help="a generated trace instead of a file")
     parser.add_argument(
-        "--format", choices=sorted(FORMATS), help="what the trace file is written in (default: found out)"
+        "--format", choices=sorted(FORMATS), help="format of the trace file (default: found out from its content)"
     )
-    parser.add_argument("--requests", type=int, default=200, metavar="N", help="the trace's first N (default 200)")
-    parser.add_argument("--speed", type=float, default=1.0, help="the trace's clock, times this (default 1)")
-    parser.add_argument("--scale", type=float, default=1.0, help="all lengths, times this (default 1)")
-    parser.add_argument("--max-output-tokens", type=int, default=256, metavar="N", help="of any answer (default 256)")
-    parser.add_argument("--concurrency", type=int, default=256, metavar="N", help="requests at a time (default 256)")
-    parser.add_argument("--spread-s", type=float, default=3600.0, help="over how long conversations start")
-    parser.add_argument("--seed", type=int, default=0, help="of a generated trace (default 0)")
+    parser.add_argument(
+        "--requests", type=int, default=200, metavar="N", help="use the trace's first N requests (default 200)"
+    )
+    parser.add_argument("--speed", type=float, default=1.0, help="speed of the trace's clock, as a factor (default 1)")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor for all lengths (default 1)")
+    parser.add_argument(
+        "--max-output-tokens", type=int, default=256, metavar="N", help="most output tokens of an answer (default 256)"
+    )
+    parser.add_argument(
+        "--concurrency", type=int, default=256, metavar="N", help="most requests at a time (default 256)"
+    )
+    parser.add_argument("--spread-s", type=float, default=3600.0, help="seconds over which conversations start")
+    parser.add_argument("--seed", type=int, default=0, help="seed of a generated trace (default 0)")
     parser.add_argument(
         "--salt",
         default="",
         metavar="TEXT",
-        help="the prompts' text depends on it (default: a new one, so all is cold)",
+        help="seed of the prompts' text (default: a new one, so that all is cold)",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot too, .svg or .png; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -1,4 +1,4 @@
-"""`antefix plan`: how many machines a trace takes, what they cost, what binds, and what one more would give."""
+"""`antefix plan`: calculate how many machines a trace takes, what they cost, and which resource is the limit."""
 
 from __future__ import annotations
 
@@ -29,22 +29,45 @@ _PLOT_POINTS = 13
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="a trace (see `antefix trace`)")
-    parser.add_argument("--format", choices=sorted(FORMATS), help="what it is written in (default: found out)")
-    parser.add_argument("--spread-s", type=float, default=3600.0, help="over how long a claude-code trace starts")
+    parser.add_argument(
+        "--format", choices=sorted(FORMATS), help="format of the trace (default: found out from its content)"
+    )
+    parser.add_argument(
+        "--spread-s", type=float, default=3600.0, help="seconds over which conversations of a claude-code trace start"
+    )
     parser.add_argument("--model", default="v4-flash", help="v4-flash, v4-pro, v4.1-flash or a model directory")
     parser.add_argument("--gpu", default="h200", help="a file of deploy/sites without .toml, or a path: what is bought")
     parser.add_argument("--retention", default="72h", metavar="TIME", help="how long unused KV is kept, such as 72h")
-    parser.add_argument("--local-retention", metavar="TIME", help="of it on disks; the rest in an object store")
-    parser.add_argument("--ttft-p90", default="2s", metavar="TIME", help="for 90 requests in 100 (default 2s)")
-    parser.add_argument("--tpot", metavar="TIME", help="at most, per token of an answer (default: any)")
     parser.add_argument(
-        "--tokens-per-day", type=float, metavar="N", help="such as 1e12 (default: the trace's own rate)"
+        "--local-retention",
+        metavar="TIME",
+        help="how long KV stays on disks; the rest of the retention is in an object store",
     )
     parser.add_argument(
-        "--rates", type=Path, metavar="FILE", help="of benchmarks.weights_on_card (default: the one on an H200)"
+        "--ttft-p90",
+        default="2s",
+        metavar="TIME",
+        help="time to first token that 90 of 100 requests must keep (default 2s)",
     )
-    parser.add_argument("--store-rates", type=Path, metavar="FILE", help="of `antefix bench store --json`")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="up to 1e12 tokens per day, .svg or .png")
+    parser.add_argument("--tpot", metavar="TIME", help="most time per token of an answer (default: any)")
+    parser.add_argument(
+        "--tokens-per-day",
+        type=float,
+        metavar="N",
+        help="tokens per day to plan for, such as 1e12 (default: the trace's own rate)",
+    )
+    parser.add_argument(
+        "--rates",
+        type=Path,
+        metavar="FILE",
+        help="file with rates by benchmarks.weights_on_card (default: the one of an H200)",
+    )
+    parser.add_argument(
+        "--store-rates", type=Path, metavar="FILE", help="file with rates by `antefix bench store --json`"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="plot machines and dollars up to 1e12 tokens per day, as .svg or .png"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -36,14 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="secret_command", required=True)
     _command(commands, "create", "make the file, if it is not there", "antefix-data/secret")
     _command(commands, "show", "which generations it has, and which one is written with", "antefix-data/secret")
-    add = _command(commands, "rotate", "write with a new secret, and go on reading with the old ones", "secret")
+    add = _command(commands, "rotate", "write with a new secret, and continue reading with the old ones", "secret")
     add.add_argument(
         "--stage",
         action="store_true",
-        help="only read with the new one yet: give the file to all roles, then rotate again without this",
+        help="only read with the new secret for now: give the file to all roles, then rotate again without --stage",
     )
     drop = _command(commands, "drop", "stop reading with a generation: what it named is a miss then", "secret 1")
-    drop.add_argument("generation", type=int, help="as `show` has it")
+    drop.add_argument("generation", type=int, help="number of the generation, as `antefix secret show` prints it")
     _command(
         commands,
         "events-key",

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--break-even", action="store_true", help="the best strategy for each prefix length, disk speed and reuse age"
     )
     parser.add_argument(
-        "--format", choices=sorted(FORMATS), help="what the trace file is written in (default: found out)"
+        "--format", choices=sorted(FORMATS), help="format of the trace file (default: found out from its content)"
     )
     parser.add_argument(
         "--strategy",
@@ -82,8 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_number(parser, "--miss-price", None, "dollars a million other input tokens (default: the same)")
     _add_number(parser, "--output-price", None, "dollars a million output tokens (default: the same)")
     _add_number(parser, "--spread-s", 3600.0, "over how long a claude-code trace's conversations start")
-    parser.add_argument("--requests", type=int, default=2000, help="of a generated trace (default 2000)")
-    parser.add_argument("--seed", type=int, default=0, help="of a generated trace (default 0)")
+    parser.add_argument("--requests", type=int, default=2000, help="requests of a generated trace (default 2000)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of a generated trace (default 0)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot too, .svg or .png; needs matplotlib")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     cluster_cli.add_arguments(parser)

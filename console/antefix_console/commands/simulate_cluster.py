@@ -40,20 +40,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument(
         "--engines",
         choices=[each.value for each in EngineHits],
-        help="workers that are not ours, with neither store nor planner: full goes on after any block in memory, window"
+        help="workers that are not ours, with neither store nor planner: full continues after any block"
+        " in memory, window"
         " only where the strategy left window state there",
     )
     fleet.add_argument(
         "--policy", action="append", metavar="NAME", help=f"{', '.join(ALL_POLICIES)}, or all (default all; may repeat)"
     )
     fleet.add_argument(
-        "--stores", type=int, default=1, metavar="N", help="one per host, each of --store-bytes; workers take turns"
+        "--stores",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of stores, one per host, each of --store-bytes; workers are given to them in turn",
     )
     fleet.add_argument(
-        "--copies-bytes", default="64GB", metavar="SIZE", help="per store, of what is read often from others (64GB)"
+        "--copies-bytes",
+        default="64GB",
+        metavar="SIZE",
+        help="bytes per store for copies of what is read often from other stores (64GB)",
     )
     fleet.add_argument(
-        "--object-store", default="0", metavar="SIZE", help="an object tier behind the stores, of so much (none)"
+        "--object-store", default="0", metavar="SIZE", help="size of an object tier behind the stores (none)"
     )
     fleet.add_argument(
         "--object-prices",
@@ -64,13 +72,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     fleet.add_argument("--no-store", action="store_true", help="no shared store: workers have their own memory only")
     fleet.add_argument("--no-coalesce", action="store_true", help="compute equal prefixes in flight more than once")
-    fleet.add_argument("--worker-memory", default="64GB", metavar="SIZE", help="of KV a prefill worker (default 64GB)")
+    fleet.add_argument(
+        "--worker-memory", default="64GB", metavar="SIZE", help="memory for KV per prefill worker (default 64GB)"
+    )
     fleet.add_argument("--unit-tokens", type=int, default=UNIT_TOKENS, metavar="N", help="resolution (default 512)")
-    fleet.add_argument("--copies", type=int, default=1, metavar="N", help="of the trace, each with its own prompts")
-    fleet.add_argument("--speedup", type=float, default=1.0, metavar="N", help="of the trace's clock")
+    fleet.add_argument(
+        "--copies",
+        type=int,
+        default=1,
+        metavar="N",
+        help="copies of the trace that run at once, each with its own prompts",
+    )
+    fleet.add_argument(
+        "--speedup", type=float, default=1.0, metavar="N", help="factor for the speed of the trace's clock"
+    )
     fleet.add_argument("--kill", action="append", metavar="S[:BACK]", help="a prefill worker dies, and comes back")
     fleet.add_argument("--join", action="append", type=float, metavar="S", help="one more prefill worker joins")
-    fleet.add_argument("--ttft-limit", type=float, default=2.0, metavar="S", help="of a good request (default 2)")
+    fleet.add_argument(
+        "--ttft-limit",
+        type=float,
+        default=2.0,
+        metavar="S",
+        help="most seconds to the first token of a good request (default 2)",
+    )
 
 
 def unit_tokens(args: argparse.Namespace, sizes: Sizes) -> int:
@@ -99,10 +123,10 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine, 
     if len(store_bytes) > 1:
         raise InvalidRequest("a fleet is simulated with one --store-bytes")
     if args.stores < 1 or (args.stores > 1 and (args.no_store or args.engines)):
-        raise InvalidRequest("--stores must be at least 1, and has no sense with --no-store or --engines")
+        raise InvalidRequest("--stores must be at least 1, and cannot be used with --no-store or --engines")
     object_bytes = parse_byte_size(args.object_store)
     if object_bytes and (args.no_store or args.engines):
-        raise InvalidRequest("--object-store has no sense with --no-store or --engines")
+        raise InvalidRequest("--object-store cannot be used with --no-store or --engines")
     fleet = Fleet(
         num_stores=args.stores,
         copies_bytes=parse_byte_size(args.copies_bytes),

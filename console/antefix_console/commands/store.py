@@ -1,6 +1,6 @@
 """`antefix store copy SRC DST`: what one store holds, to another. `antefix store purge`: a tenant's records, gone.
 
-Exit code 0 if all of it was done, 1 if not; then the same command goes on where this one stopped.
+Exit code 0 if all of it was done, 1 if not; then the same command continues where this one stopped.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     copy = _command(
         commands,
         "copy",
-        "copy what a store holds to another; run it again to go on",
+        "copy what a store holds to another; run it again to continue",
         "antefix-data/store /backup/store",
     )
     copy.add_argument(
@@ -42,9 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     copy.add_argument(
         "target", metavar="DST", help="directory that no service has open, made if missing; host:port; or s3://..."
     )
-    copy.add_argument("--budget-bytes", default="", metavar="SIZE", help="of a directory that is made (default: 64G)")
     copy.add_argument(
-        "--ttl-s", type=float, default=0.0, help="after which copies in an object store go (default: never)"
+        "--budget-bytes", default="", metavar="SIZE", help="budget of a directory that is made (default: 64G)"
+    )
+    copy.add_argument(
+        "--ttl-s",
+        type=float,
+        default=0.0,
+        help="seconds after which copies in an object store are deleted (default: never)",
     )
     add_copy_arguments(copy)
     purge = _command(
@@ -61,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " them in --stores: NAME=ADDRESS, dns:HOST:PORT, redis://... (its window pool as well)",
     )
     purge.add_argument("--tenant", required=True, help="whose; or digest:HEX")
-    purge.add_argument("--user", default="", help="of the tenant's users, this one's only")
-    purge.add_argument("--secret-file", help="the deployment's secret, which names the tenant in stores")
+    purge.add_argument("--user", default="", help="purge only this user of the tenant")
+    purge.add_argument("--secret-file", help="file with the deployment's secret, which names the tenant in stores")
     purge.add_argument("--json", action="store_true", help="print one JSON object")
     group = purge.add_argument_group("Redis", "where it is named, as roles have it")
     add_flags(group, WorkerSettings, ("redis_password_file", "redis_ca_file"))
@@ -77,9 +82,9 @@ def _command(
 
 def add_copy_arguments(parser: argparse.ArgumentParser) -> None:
     """What a copy and a drain have alike."""
-    parser.add_argument("--bytes-per-s", default="0", metavar="SIZE", help="at most so fast (default: no limit)")
-    parser.add_argument("--secret-file", help="the deployment's secret, which served stores ask for")
-    parser.add_argument("--encrypt-key-file", default="", help="what directories are encrypted with")
+    parser.add_argument("--bytes-per-s", default="0", metavar="SIZE", help="most bytes per second (default: no limit)")
+    parser.add_argument("--secret-file", help="file with the deployment's secret, which served stores ask for")
+    parser.add_argument("--encrypt-key-file", default="", help="file with the key that directories are encrypted with")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -29,11 +29,13 @@ _ANSWER_BYTES_MAX = 64 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="of the router's HTTP door (default http://127.0.0.1:8000)"
+        "--url", default="http://127.0.0.1:8000", help="URL of the router's HTTP door (default http://127.0.0.1:8000)"
     )
-    parser.add_argument("--key-file", type=Path, metavar="FILE", help="holds an API key with the scope admin")
+    parser.add_argument("--key-file", type=Path, metavar="FILE", help="file with an API key that has the scope admin")
     parser.add_argument("--every-s", type=float, default=2.0, metavar="N", help="seconds between two looks (default 2)")
-    parser.add_argument("--once", action="store_true", help="print one picture and end; so where there is no terminal")
+    parser.add_argument(
+        "--once", action="store_true", help="print one picture and end; the default where there is no terminal"
+    )
     parser.add_argument("--json", action="store_true", help="print one look as JSON and end")
 
 
@@ -116,10 +118,10 @@ def _read(url: str, key: str) -> dict[str, Any]:
         if err.code == 401:
             raise Unauthenticated(f"{url} asks for an API key: name a file with --key-file") from err
         if err.code == 403:
-            raise PermissionDenied("this API key has not the scope admin") from err
+            raise PermissionDenied("this API key does not have the scope admin") from err
         raise Unavailable(f"{url} answered {err.code}: is it a router of this version?") from err
     except (OSError, ValueError) as err:
         raise Unavailable(f"no router answers at {url}: {err}") from err
     if not isinstance(data, dict) or "workers" not in data:
-        raise Unavailable(f"{url} is no router's HTTP door")
+        raise Unavailable(f"{url} is not a router's HTTP door")
     return data

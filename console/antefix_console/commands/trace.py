@@ -54,11 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unit-tokens",
         type=int,
         metavar="N",
-        help=f"the trace's resolution (default {_UNIT_TOKENS}; a ledger's block)",
+        help=f"tokens per unit of the trace (default {_UNIT_TOKENS}; for a ledger its block size)",
     )
-    command.add_argument("--per-user", action="store_true", help="users share no prefixes, as tenants do not")
     command.add_argument(
-        "--gap-s", type=float, default=1.0, metavar="S", help="between requests of a log without times"
+        "--per-user", action="store_true", help="keep users apart: they share no prefixes, like tenants"
+    )
+    command.add_argument(
+        "--gap-s", type=float, default=1.0, metavar="S", help="seconds between requests of a log without times"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
 

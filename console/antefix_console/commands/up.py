@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"how long running requests may take when it stops (default: {GRACE_S:g})",
     )
     parser.add_argument("--log-level", choices=LEVELS, default="info", help="the least that is logged (default: info)")
-    parser.add_argument("--log-format", choices=FORMATS, default="text", help="of all roles' logs (default: text)")
+    parser.add_argument(
+        "--log-format", choices=FORMATS, default="text", help="format of all roles' logs (default: text)"
+    )
     parser.add_argument(
         "--traces", default="", metavar="URL", help="OTLP collector (gRPC) that gets traces (default: none)"
     )
@@ -55,8 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_store_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-dir", type=Path, default=Path("antefix-data"), help="secret, store and logs live here")
-    parser.add_argument("--store-bytes", default="", metavar="SIZE", help="of disk, such as 200G (default: 64G)")
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path("antefix-data"), help="directory of secret, store and logs"
+    )
+    parser.add_argument(
+        "--store-bytes", default="", metavar="SIZE", help="disk space of the store, such as 200G (default: 64G)"
+    )
     for kind, usual in (("block", "72 hours"), ("checkpoint", "6 hours")):
         help_text = f"how long a {kind} stays in the store after its last use; 0 for ever (default: {usual})"
         parser.add_argument(f"--{kind}-ttl-s", type=float, metavar="S", help=help_text)
@@ -71,7 +77,7 @@ def _add_store_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="each as on a host of its own; workers take turns in which is theirs (default: 1)",
+        help="number of stores, each as on a host of its own; workers are given to them in turn (default: 1)",
     )
     parser.add_argument(
         "--encrypt",
@@ -84,10 +90,16 @@ def _add_router_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
     parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
     parser.add_argument(
-        "--num-routers", type=int, default=1, metavar="N", help="each with a ledger of its own (default: 1)"
+        "--num-routers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of routers, each with a ledger of its own (default: 1)",
     )
-    parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="tenants' limits and keys")
-    parser.add_argument("--api-keys-file", type=_not_empty, metavar="FILE", help="API keys, made by `antefix keys`")
+    parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="file with tenants' limits and keys")
+    parser.add_argument(
+        "--api-keys-file", type=_not_empty, metavar="FILE", help="file with API keys, made by `antefix keys`"
+    )
     parser.add_argument(
         "--chat-format",
         choices=("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template"),
@@ -95,7 +107,10 @@ def _add_router_arguments(parser: argparse.ArgumentParser) -> None:
         help="how conversations are written for the model; deepseek-v4 has tools and thinking (default: auto)",
     )
     parser.add_argument(
-        "--model-aliases", default="", metavar="FILE", help="names that clients may use (deploy/model_aliases.toml)"
+        "--model-aliases",
+        default="",
+        metavar="FILE",
+        help="file with model names that clients may use (deploy/model_aliases.toml)",
     )
     parser.add_argument(
         "--prefix-rules",
@@ -107,7 +122,11 @@ def _add_router_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_bill_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--ratecards", nargs="*", default=(), metavar="FILE", help="prices (deploy/ratecards has examples)"
+        "--ratecards",
+        nargs="*",
+        default=(),
+        metavar="FILE",
+        help="file or directory of prices (deploy/ratecards has examples)",
     )
     parser.add_argument(
         "--anchors",
@@ -234,7 +253,7 @@ def _tell(text: str) -> None:
 
 
 def _say(text: str, stream: TextIO | None) -> None:
-    """What runs goes on where nobody can read this: a full disk, a pipe that was closed."""
+    """What runs continues where nobody can read this: a full disk, a pipe that was closed."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=stream, flush=True)
 

@@ -89,7 +89,7 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--by", default=by_default, help=f"comma-separated, of {', '.join(report.GROUPS)}")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--ratecards", type=Path, nargs="*", metavar="FILE", help="rate cards, to tell what misses cost (column missed)"
+        "--ratecards", type=Path, nargs="*", metavar="FILE", help="rate cards, for the column missed: what misses cost"
     )
     parser.add_argument(
         "--savings",
@@ -111,7 +111,7 @@ def _export(args: argparse.Namespace) -> int:
     if kind is ExportFormat.PARQUET and args.output is None:
         raise ConfigError("--format parquet needs --output FILE")
     ledgers, _ = ledgers_of(args.ledger), chooser(args)
-    # Read up to what is there now, so that the cursor says what the next one goes on from.
+    # Read up to what is there now, so that the cursor says what the next one continues from.
     ends = {ledger: _last_of(ledger) for ledger in ledgers}
     items = (item for ledger, item in billed(args) if item.sequence <= ends[ledger])
     if args.output is not None:

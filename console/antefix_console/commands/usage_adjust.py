@@ -29,24 +29,37 @@ def add_adjust_arguments(parser: argparse.ArgumentParser) -> None:
     add_ledgers(parser)
     parser.add_argument("--kind", choices=[kind.value for kind in _BY_HAND], default=AdjustmentKind.CREDIT.value)
     parser.add_argument("--amount", required=True, help="what it adds to the bill, such as --amount=-1.25 for a credit")
-    parser.add_argument("--reason", required=True, help="for the customer to read")
+    parser.add_argument("--reason", required=True, help="reason, which the customer can read")
     parser.add_argument("--request-id", help="the request it is about; else --tenant")
-    parser.add_argument("--tenant", help="whose bill; with --request-id only where two tenants have that id")
+    parser.add_argument(
+        "--tenant", help="tenant whose bill it is; with --request-id only where two tenants have that id"
+    )
     parser.add_argument("--currency", default="", help="three letters (default: the request's)")
     _add_common(parser)
-    parser.add_argument("--id", default="", help="the same id again changes nothing (default: a new one)")
+    parser.add_argument(
+        "--id", default="", help="id of the adjustment; giving the same id again changes nothing (default: a new one)"
+    )
 
 
 def add_rerate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ratecards", type=Path, nargs="+", required=True, metavar="FILE", help="the cards that hold")
-    parser.add_argument("--model", help="only this model's records")
-    parser.add_argument("--reason", default="priced again by another rate card", help="for the customer to read")
+    parser.add_argument(
+        "--ratecards",
+        type=Path,
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="directory or file of the rate cards that are in force",
+    )
+    parser.add_argument("--model", help="rerate only this model's records")
+    parser.add_argument(
+        "--reason", default="priced again by another rate card", help="reason, which the customer can read"
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what it would change, and change nothing")
     _add_common(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reference", default="", help="such as a ticket's number")
+    parser.add_argument("--reference", default="", help="reference, such as a ticket's number")
     parser.add_argument("--author", default="", help="who decides it (default: the user that calls)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 

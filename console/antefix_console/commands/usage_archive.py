@@ -41,13 +41,18 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     add_ledgers(parser)
     parser.add_argument("--before", required=True, help="entries from before this date or time (UTC) may go")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--archive", default="", metavar="PLACE", help=f"where they are kept: {_PLACE}")
-    where.add_argument("--without-archive", action="store_true", help="they are not kept; only the summary is")
+    where.add_argument("--archive", default="", metavar="PLACE", help=f"where archived entries are kept: {_PLACE}")
+    where.add_argument(
+        "--without-archive", action="store_true", help="do not archive the entries; keep only their summary"
+    )
     parser.add_argument(
         "--key-file", type=Path, required=True, help="the deployment's receipt key, which signs the summary"
     )
     parser.add_argument(
-        "--push-state", type=Path, metavar="DIR", help="of `antefix usage push`: what is not sent yet stays"
+        "--push-state",
+        type=Path,
+        metavar="DIR",
+        help="state directory of `antefix usage push`; what is not sent yet stays",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would go, and change nothing")
     parser.add_argument("--json", action="store_true", help="print the summaries as JSON")
@@ -80,7 +85,9 @@ def run_prune(args: argparse.Namespace) -> int:
 
 
 def add_restore_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ledger", type=Path, required=True, metavar="DIR", help="the ledger that was pruned")
+    parser.add_argument(
+        "--ledger", type=Path, required=True, metavar="DIR", help="directory of the ledger that was pruned"
+    )
     parser.add_argument("--from", dest="place", required=True, metavar="PLACE", help=_PLACE)
     parser.add_argument(
         "--to", type=Path, required=True, metavar="DIR", help="an empty directory, for the whole ledger"

@@ -29,8 +29,8 @@ _EVERY_S = 2.0
 # `pusher.PushCounters`.
 PUSH: Final[Table] = {
     "sent": Shown(name="antefix_push_sent", help="Records and adjustments that a receiver took."),
-    "dead": Shown(name="antefix_push_refused", help="Those that became dead letters."),
-    "failed": Shown(name="antefix_push_failed", help="Calls that failed, and are made again."),
+    "dead": Shown(name="antefix_push_refused", help="Records and adjustments that became dead letters."),
+    "failed": Shown(name="antefix_push_failed", help="Calls to a receiver that failed and are repeated."),
 }
 
 

@@ -16,12 +16,14 @@ from antefix_console.progress_line import ProgressLine
 
 
 def add_receipt_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON, as it does without this as well")
-    parser.add_argument("--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, to issue")
-    parser.add_argument("--request-id", help="the request, to issue")
-    parser.add_argument("--key-file", type=Path, help="the deployment's receipt key, to issue")
-    parser.add_argument("--check", type=Path, help="receipt file to check instead")
-    parser.add_argument("--public-key", help="the published key, hex, to check")
+    parser.add_argument("--json", action="store_true", help="print JSON, which is the default")
+    parser.add_argument(
+        "--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, to issue a receipt from"
+    )
+    parser.add_argument("--request-id", help="id of the request, to issue its receipt")
+    parser.add_argument("--key-file", type=Path, help="the deployment's receipt key, to issue a receipt")
+    parser.add_argument("--check", type=Path, help="receipt file to check, instead of issuing one")
+    parser.add_argument("--public-key", help="the published key in hex, to check a receipt")
     parser.add_argument("--ratecards", type=Path, nargs="*", help="rate cards to recompute the price with")
 
 

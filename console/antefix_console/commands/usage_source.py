@@ -42,7 +42,9 @@ def billed(args: argparse.Namespace) -> Iterator[tuple[Path, Settled | Adjusted]
     chosen, chosen_adjustment = chooser(args), _adjustment_chooser(args)
     ledgers = ledgers_of(args.ledger)
     if args.after and len(ledgers) > 1:
-        raise ConfigError("--after is a place in one ledger; export each of several on its own to go on from a cursor")
+        raise ConfigError(
+            "--after is a place in one ledger; export each of several on its own to continue from a cursor"
+        )
     for ledger in ledgers:
         check_cursor(ledger, args.after)
         for item in read_billed(ledger, after=args.after):

@@ -17,7 +17,7 @@ from antefix_console.progress_line import ProgressLine
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add_ledgers(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON, as it does without this as well")
+    parser.add_argument("--json", action="store_true", help="print JSON, which is the default")
     parser.add_argument(
         "--store-log", type=Path, nargs="+", metavar="DIR", help="directories of the stores' logs of hits and writes"
     )

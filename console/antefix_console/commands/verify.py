@@ -60,8 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fast", action="store_true", help="on a card: the faster kernels, whose hits are equal within bounds only"
     )
     parser.add_argument("--plans", nargs="*", choices=PLANS, help="which random models (default: all)")
-    parser.add_argument("--drawn", type=int, metavar="N", help="so many models of random shapes (default: 2; long: 40)")
-    parser.add_argument("--seed", type=int, help="of the random shapes, prompts and cuts, to run a verification again")
+    parser.add_argument(
+        "--drawn", type=int, metavar="N", help="number of models with random shapes (default: 2; with --long 40)"
+    )
+    parser.add_argument(
+        "--seed", type=int, help="seed of the random shapes, prompts and cuts, to repeat a verification"
+    )
     parser.add_argument(
         "--against",
         nargs="+",

@@ -18,14 +18,16 @@ from antefix.window import parse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--router", metavar="HOST:PORT", help="ask all workers that this router knows")
-    parser.add_argument("--worker", metavar="HOST:PORT", action="append", default=[], help="ask this one; may repeat")
+    parser.add_argument(
+        "--worker", metavar="HOST:PORT", action="append", default=[], help="ask this worker; may be repeated"
+    )
     parser.add_argument("--strategy", help="full, periodic(TOKENS), boundary, auto or zero, from the next request on")
     parser.add_argument("--plans", type=int, default=0, metavar="N", help="show the newest N restores of each worker")
     parser.add_argument(
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="of `antefix up`, whose secret workers ask for (default: antefix-data)",
+        help="data directory of `antefix up`, for its secret (default: antefix-data)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
 

@@ -1,7 +1,7 @@
 """Whole requests through a decode worker's own service: alone, with others, and taken over by another worker.
 
 The tokens are sampled with a seed and come with log probabilities, so two answers are equal only if every logit that
-mattered was; and a request that goes on elsewhere must draw the numbers that it would have drawn here.
+mattered was; and a request that continues elsewhere must draw the numbers that it would have drawn here.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ async def check_served(workers: WorkerPair, prompts: Many[Tokens], cases: Cases,
         await server.close()
         for prompt, wanted, got in zip(prompts, alone, answers, strict=True):
             cases.add("served", f"batch, {plan.value}", len(prompt), problem=wanted.unlike(got))
-    # 3. Another worker goes on in the middle of an answer.
+    # 3. Another worker continues in the middle of an answer.
     number, prompt, wanted = 0, prompts[0], alone[0]
     for emitted in (1, num_tokens // 2):
         server = _Server(workers, store, PlanKind.REPLAY, prompts, num_tokens)

@@ -31,7 +31,7 @@ from antefix_engines.transformers.watched_cache import RestoreReport, WatchedCac
 BLOCK_SIZE: Final = 128
 # States of the model, by weights and set-up, whose layout is remembered.
 _NUM_SERVED_MAX: Final = 8
-# Tokens that stand for something else than text, by their fields in a config: their KV hangs on more than their ids.
+# Tokens that stand for something else than text, by their fields in a config: their KV depends on more than their ids.
 _NOT_TEXT: Final = tuple(f"{kind}_token_{field}" for kind in ("image", "video", "audio") for field in ("id", "index"))
 
 
@@ -183,12 +183,14 @@ class AntefixCache:
             or one of other tokens.
         """
         if not isinstance(cache, WatchedCache):
-            raise InvalidRequest("save takes caches of restore and prefill: of another one nobody knows the cuts")
+            raise InvalidRequest(
+                "save takes caches that restore or prefill made: how another cache was cut is not known"
+            )
         tokens = self._tokens(ids)
         served = self._of(self._model)
         chain = served.kv.chain(tokens)
         if cache.block_size != self.block_size or cache.hashes != chain.hashes[: len(cache.hashes)]:
-            raise InvalidRequest("the cache is of other tokens, another block size or another model than these")
+            raise InvalidRequest("the cache was made for other tokens, another block size or another model")
         num_tokens = cache.get_seq_length()
         num_blocks = min(cache.num_exact_tokens // self.block_size, len(chain))
         found = served.kv.lookup(chain.hashes[:num_blocks])
@@ -256,7 +258,7 @@ class AntefixCache:
         _check_mode(model)
         if getattr(model.config, "is_encoder_decoder", False):
             raise InvalidRequest(
-                "a model with an encoder is not served: its decoder's KV hangs on more than its tokens"
+                "a model with an encoder is not served: its decoder's KV depends on more than its tokens"
             )
         device = model_identity.device_of(model)
         cache = WatchedCache(config=model.config, block_size=self.block_size)
@@ -278,7 +280,9 @@ class AntefixCache:
         tokens = [int(token) for token in tensor.tolist()]
         special = {getattr(self._model.config, name, None) for name in _NOT_TEXT}
         if found := special.intersection(tokens):
-            raise InvalidRequest(f"token {found.pop()} stands for an image or sound: its KV hangs on more than its id")
+            raise InvalidRequest(
+                f"token {found.pop()} stands for an image or sound: its KV depends on more than its id"
+            )
         return tokens
 
 

@@ -19,7 +19,7 @@ _DENSE: Final = {
     "head_dim": 24,
     "max_position_embeddings": 4096,
 }
-# Random weights of the usual size are so small that a tiny model's logits hardly hang on its KV.
+# Random weights of the usual size are so small that a tiny model's logits hardly depend on its KV.
 _SPREAD: Final = 0.2
 BLOCK_SIZE: Final = 32
 

@@ -32,7 +32,7 @@ class StoredPrefix:
 
 
 def read_prefix(kv: KvOfModel, chain: Chain, num_blocks_max: int) -> StoredPrefix:
-    """The longest prefix of a chain that an engine can go on from, read and verified."""
+    """The longest prefix of a chain that an engine can continue from, read and verified."""
     layout, size = kv.layout, kv.layout.block_bytes
     found = kv.lookup(chain.hashes[:num_blocks_max])
     have = set(found.checkpoints)

@@ -1,4 +1,4 @@
-"""The rule that makes compact V4 windows right: a hit ends where a block ends, and the prompt goes on behind it.
+"""The rule that makes compact V4 windows right: a hit ends where a block ends, and the prompt continues behind it.
 
 vLLM's offloading scheduler takes one token off a hit that covers the whole prompt, to have something to compute. Of a
 prompt of exactly 1,024 tokens it would load 1,023, and compute token 1,023 from the state of open groups. Compact

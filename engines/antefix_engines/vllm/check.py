@@ -68,7 +68,7 @@ def _findings_of(model: CheckModel, path: Path, request: CheckRequest) -> Iterat
     data = request.scratch / f"data-{model.name.replace(' ', '-')}"
     revision = {"weights_revision": f"random-{model.name}"} if model.config else {}
     arguments = llm_arguments(model, path, [antefix_tier(data, **revision)])
-    # 1. Cold and from vLLM's own cache, in one process; only what the others hang on is stored.
+    # 1. Cold and from vLLM's own cache, in one process; only what the others depend on is stored.
     own_hits = [step for name in prompts for step in own_steps(name, prompts[name])]
     own = run_process({"llm": arguments, "steps": [*_first_block_steps(model, prompts["whole"][0]), *own_hits]})
     # 2. Restored, in another; between runs vLLM forgets what it has.
@@ -127,7 +127,7 @@ def run_step(name: str, prompts: list[list[int]], *, is_stored: bool, is_cold: b
 
 
 def own_steps(name: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """Cold, and from vLLM's own cache. What is stored must be computed first, what hangs on it must not be cached
+    """Cold, and from vLLM's own cache. What is stored must be computed first, what depends on it must not be cached
     first.
     """
     is_stored = name in ("whole", STREAMS)

@@ -151,7 +151,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         try:
             self._store.close()
         except Exception:
-            log.exception("the store is not closed but left, and is checked at its next start")
+            log.exception("the store was left without being closed; its next start checks it")
         self.rows.close()
 
     # --- telling -------------------------------------------------------------------------------------------------
@@ -221,7 +221,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         if len(hash) >= HASH_BYTES_MIN:
             return False
         if not self.counters.weak_hashes:
-            log.warning("vLLM's block hash is no SHA-256, nothing is stored: start it with %s", _WANTED_HASH)
+            log.warning("vLLM's block hash is not SHA-256, so nothing is stored: start it with %s", _WANTED_HASH)
         self.counters.count(weak_hashes=1)
         return True
 

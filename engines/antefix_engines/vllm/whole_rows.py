@@ -1,7 +1,7 @@
 """Rows as they are, for models other than V4 and for layouts that we do not know: plain, MLA, sliding windows, Mamba.
 
 Each row of each group is a BLOCK of its own group's fingerprint: nothing about its bytes is assumed but where a rank's
-end. A row hangs on the row before it where that is stored; else it begins a chain: windows and states begin anywhere.
+end. A row depends on the row before it where that is stored; else it begins a chain: windows and states begin anywhere.
 """
 
 from __future__ import annotations

@@ -19,10 +19,14 @@ from antefix_prefill.worker.engine import Engine
 # `store_counters.StoreCounters`. Its texts are the last ones of what is counted.
 STORE: Final[Table] = {
     "errors": Shown(name="antefix_worker_store_errors", help="Store failures; each became a recompute."),
-    "by_kind": Shown(name="antefix_worker_store_errors_by_kind", help="The same, by the error's class.", key="error"),
+    "by_kind": Shown(
+        name="antefix_worker_store_errors_by_kind", help="Store failures by the error's class.", key="error"
+    ),
     "refused": Shown(name="antefix_worker_unstored_records", help="Records that the store did not take."),
     "refused_by_reason": Shown(
-        name="antefix_worker_unstored_records_by_reason", help="The same, by the store's reason.", key="reason"
+        name="antefix_worker_unstored_records_by_reason",
+        help="Records that the store refused, by its reason.",
+        key="reason",
     ),
     "short_reads": Shown(name="antefix_worker_short_reads", help="Reads that gave fewer blocks than were promised."),
     "pool_refused": Shown(
@@ -31,14 +35,20 @@ STORE: Final[Table] = {
     "tokens_by_tier": Shown(
         name="antefix_worker_tier_read_tokens", help="Tokens read from each tier, where there are several.", key="tier"
     ),
-    "bytes_by_tier": Shown(name="antefix_worker_tier_read_bytes", help="The same, in payload bytes.", key="tier"),
+    "bytes_by_tier": Shown(
+        name="antefix_worker_tier_read_bytes",
+        help="Payload bytes read from each tier, where there are several.",
+        key="tier",
+    ),
 }
 # `antefix.store.local_copies.CopyCounters`.
 COPIES: Final[Table] = {
     "num_copied": Shown(
         name="antefix_worker_local_copies", help="Records copied from another host's store to this one's."
     ),
-    "bytes_copied": Shown(name="antefix_worker_local_copy_bytes", help="The same, in payload bytes."),
+    "bytes_copied": Shown(
+        name="antefix_worker_local_copy_bytes", help="Payload bytes copied from another host's store to this one's."
+    ),
     "num_over_budget": Shown(
         name="antefix_worker_local_copies_over_budget", help="Records not copied, because the budget was used up."
     ),
@@ -48,8 +58,12 @@ COPIES: Final[Table] = {
 PLANS: Final[Table] = {
     "num_plans": Shown(name="antefix_plans", help="Restores that were planned, by the cheapest way."),
     "num_outcomes": Shown(name="antefix_plan_outcomes", help="Restores that were carried out."),
-    "predicted_s": Shown(name="antefix_plan_predicted_seconds", help="Time that they were predicted to take."),
-    "actual_s": Shown(name="antefix_plan_actual_seconds", help="Time that they took, until the prompt was computed."),
+    "predicted_s": Shown(
+        name="antefix_plan_predicted_seconds", help="Predicted time of the restores that were carried out."
+    ),
+    "actual_s": Shown(
+        name="antefix_plan_actual_seconds", help="Actual time of those restores, until the prompt was computed."
+    ),
     "mean_error": Shown(
         name="antefix_plan_mean_error_ratio", help="Fading mean of |actual - predicted| / predicted.", kind=Kind.GAUGE
     ),
@@ -60,8 +74,8 @@ PLANS: Final[Table] = {
 # `antefix.events.kv_publisher.KvPublisherCounters`.
 KV_EVENTS: Final[Table] = {
     "num_batches": Shown(name="antefix_worker_kv_event_batches", help="Messages of KV events that were told."),
-    "num_events": Shown(name="antefix_worker_kv_events", help="KV events in them."),
-    "num_replays": Shown(name="antefix_worker_kv_event_replays", help="How often a reader asked for some again."),
+    "num_events": Shown(name="antefix_worker_kv_events", help="KV events in the messages that were told."),
+    "num_replays": Shown(name="antefix_worker_kv_event_replays", help="How often a reader asked for KV events again."),
 }
 
 

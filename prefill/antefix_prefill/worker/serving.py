@@ -130,7 +130,7 @@ async def start_engine(config: WorkerConfig, *, may_call: Callable[[str], object
     for directory in (each.directory for each in where if each.directory):
         if not (Path(directory) / STORE_FILE).exists():
             # The store may start after us, so it is no error; a misspelt directory would be silence.
-            log.warning("there is no store in --store-dir %s; until there is one, every lookup misses", directory)
+            log.warning("there is no store in --store-dir %s; until there is one, every look-up misses", directory)
     keyring = Keyring.from_file(config.secret_file)
     seals = Seals(keyring)
     store = open_stores(

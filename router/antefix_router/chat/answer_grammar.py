@@ -13,7 +13,7 @@ import llguidance
 
 from antefix_router.chat.schema import UnusableSchema, prepared
 
-# One way to write each value: a model that may put white space anywhere may go on with it for ever.
+# One way to write each value: a model that may put white space anywhere may continue with it for ever.
 _WRITTEN: Final = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 

@@ -120,7 +120,7 @@ def _cost(nbytes: int, *, num_names: int) -> int:
 
 
 def prefix_state(tenant: str, tokens: Sequence[int]) -> hashlib.blake2b:
-    """A hash over tenant and tokens that can be gone on with."""
+    """A hash over tenant and tokens that can be continued."""
     state = hashlib.blake2b(digest_size=32, person=b"antefix-answers")
     state.update(len(tenant.encode()).to_bytes(4, "little") + tenant.encode())
     state.update(np.asarray(tokens, "<u4").tobytes())

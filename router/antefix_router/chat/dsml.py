@@ -22,7 +22,7 @@ _INVOKE_END: Final = f"</{DSML}invoke>"
 _PARAMETER_END: Final = f"</{DSML}parameter>"
 # `function_calls` is what the version before called the block.
 _TAG: Final = re.compile(rf"<(/?){DSML}([a-z_]*)([^<>\n]*)>")
-# Longer than any name; what goes on without an end is no tag.
+# Longer than any name; what continues without an end is no tag.
 _TAG_CHARACTERS_MAX: Final = 512
 _BLOCK_NAMES: Final = ("tool_calls", "function_calls")
 _NAME: Final = re.compile(r'name="([^"]*)"')

@@ -81,7 +81,7 @@ ANY_CALLS = ToolRule()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """tools: JSON schemas as {"name", "description", "parameters"}.  continue_last: the last message is the beginning
-    of the answer, to be gone on with.  tools_breakpoint: after the tools.
+    of the answer, to be continued.  tools_breakpoint: after the tools.
     strict: tools whose calls always keep to the schema.  deferred: tools that are not listed: they stand where they
     were found, in what a tool gave.
     answers_json: the answer is JSON, which keeps to response_schema where there is one.

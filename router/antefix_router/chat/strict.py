@@ -1,7 +1,7 @@
 """Do a call's arguments keep to its tool's JSON schema? Schemas come from clients: checking one must stay bounded.
 
 Three things of JSON Schema are not done for them: references to other documents are never fetched, regular expressions
-(`pattern` and what hangs on it) are not run, and a schema may not unfold without end by referring to itself.
+(`pattern` and what depends on it) are not run, and a schema may not unfold without end by referring to itself.
 """
 
 from __future__ import annotations

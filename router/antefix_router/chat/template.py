@@ -68,9 +68,9 @@ class TemplateFormat:
 
     def render(self, conversation: Conversation) -> list[Piece]:
         if conversation.tools or any(message.tool_calls for message in conversation.messages):
-            raise InvalidRequest("this deployment has no tool calls for this model's chat template")
+            raise InvalidRequest("this deployment cannot read tool calls in this model's chat template")
         if conversation.continue_last:
-            raise InvalidRequest("this model's chat template cannot go on with an answer that was begun")
+            raise InvalidRequest("this model's chat template cannot continue an answer that was begun")
         messages = conversation.messages
         if conversation.aside:
             # What earlier turns said aside is gone: a template has no place to put it back.

@@ -192,7 +192,7 @@ class EngineIndex:
         self._gone.add(keys_of(gone))
 
     def _named(self, event: KvStored) -> tuple[str, list[bytes]]:
-        """Scope and names of its blocks, as far as they have any: those that hang on pictures or on an unknown parent
+        """Scope and names of its blocks, as far as they have any: those that depend on pictures or on an unknown parent
         have none."""
         num_plain = _num_plain(event)
         if len(event.token_ids) != len(event.block_hashes) * event.block_size:
@@ -222,7 +222,8 @@ def _scope(event: KvStored) -> str:
 
 
 def _num_plain(event: KvStored) -> int:
-    """Leading blocks whose content is tokens alone. Others hang on pictures or embeddings, which no prompt here has."""
+    """Leading blocks whose content is tokens alone. Others depend on pictures or embeddings, which no prompt here
+    has."""
     lora = event.lora_name or ""
     for index, extra in enumerate(event.extra_keys or ()):
         left = _without_lora(extra or [], lora)

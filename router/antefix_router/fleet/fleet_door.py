@@ -71,7 +71,7 @@ class FleetDoor(Door):
         return PassedAnswer(self.books, bill, config.http_timeout_s, wants_details=caller.wants_details)
 
     async def call(self, path: str, body: dict[str, Any], caller: HttpCaller) -> PassedCall:
-        """A body as it goes on, and what is known of its prompt.  Raises: as `prepare`."""
+        """A body as it continues, and what is known of its prompt.  Raises: as `prepare`."""
         model = self._model(_text(body, "model"))
         sent, options = {**body, "model": model.name}, _options(body)
         stream = body.get("stream") is True

@@ -35,11 +35,11 @@ _TOKENS, _TOKENS_HELP = (
 HITS: Final[Table] = {
     "num_answers": Shown(name="antefix_fleet_answers", help="Whole answers, by worker.", key="worker"),
     "num_unreported": Shown(
-        name="antefix_fleet_unreported_answers", help="Those whose worker did not tell its hits.", key="worker"
+        name="antefix_fleet_unreported_answers", help="Answers whose worker did not tell its hits.", key="worker"
     ),
     "num_other_prompts": Shown(
         name="antefix_fleet_prompt_mismatches",
-        help="Those whose prompt had another length for the worker than for the router.",
+        help="Answers whose prompt had another length at the worker than at the router.",
         key="worker",
     ),
     **{
@@ -54,11 +54,17 @@ EVENTS: Final[Table] = {
     "num_unread": Shown(name="antefix_fleet_unread_events", help="KV events that could not be used.", key="worker"),
     "num_gaps": Shown(name="antefix_fleet_event_gaps", help="Gaps in the numbers of messages.", key="worker"),
     "num_replays": Shown(
-        name="antefix_fleet_event_replays", help="How often messages were asked for again.", key="worker"
+        name="antefix_fleet_event_replays",
+        help="Times that the router asked a worker to repeat messages.",
+        key="worker",
     ),
-    "num_lives": Shown(name="antefix_fleet_worker_lives", help="Starts of the worker that were noticed.", key="worker"),
+    "num_lives": Shown(
+        name="antefix_fleet_worker_lives", help="Restarts of the worker that the router noticed.", key="worker"
+    ),
     "num_forgotten": Shown(
-        name="antefix_fleet_forgotten_workers", help="How often all that was known of it was forgotten.", key="worker"
+        name="antefix_fleet_forgotten_workers",
+        help="How often the router forgot everything that it knew of the worker.",
+        key="worker",
     ),
 }
 
@@ -78,7 +84,7 @@ def fleet_metrics(engines: Engines, passing: PassingCounters) -> Iterable[Metric
     rows = {name: float(each.index.num_unnamed) for name, each in by_worker.items()}
     yield counter(
         "antefix_fleet_unnamed_blocks",
-        "Blocks that could not be named: they hang on pictures, or on a parent that is not known.",
+        "Blocks that could not be named: they depend on pictures, or on a parent that is not known.",
         _keyed(rows),
         _WORKER,
     )

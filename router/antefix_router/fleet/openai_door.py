@@ -104,7 +104,7 @@ class OpenAIDoor:
         ends = time.monotonic() + timeout_s
         with _errors(self.place.address):
             async with contextlib.AsyncExitStack() as stack:
-                # Within one step each: a timeout belongs to a task, and the reader may go on in another one.
+                # Within one step each: a timeout belongs to a task, and the reader may continue in another one.
                 async with asyncio.timeout(timeout_s):
                     response = await stack.enter_async_context(self._sent("POST", path, body))
                     await self._check(response)
@@ -124,7 +124,7 @@ class OpenAIDoor:
                 await self._check(response)
                 value = json.loads(await response.aread())
         if not isinstance(value, dict):
-            raise Unavailable(f"{self.place.address} answered with no JSON object")
+            raise Unavailable(f"{self.place.address} did not answer with a JSON object")
         return value
 
     @contextlib.asynccontextmanager
@@ -185,4 +185,4 @@ def _errors(address: str) -> Any:
     except TimeoutError as err:
         raise DeadlineExceeded(f"{address} took too long") from err
     except ValueError as err:
-        raise Unavailable(f"{address} answered with what is no JSON: {err}") from err
+        raise Unavailable(f"{address} did not answer with JSON: {err}") from err

@@ -140,7 +140,7 @@ class PassedGeneration(Generation):
         self._note_choices(answer)
 
     def take_piece(self, data: str) -> None:
-        """An event of a stream came.  Raises:  Unavailable: that the worker cannot go on."""
+        """An event of a stream came.  Raises:  Unavailable: that the worker cannot continue."""
         if (event := self._passed(data)) is not None:
             self.events.append(event)
 
@@ -150,7 +150,7 @@ class PassedGeneration(Generation):
         return events
 
     def _passed(self, data: str) -> str | None:
-        """What of one event goes on: all of it, or without the usage that only we asked for; None: nothing."""
+        """What of one event continues: all of it, or without the usage that only we asked for; None: nothing."""
         try:
             piece = json.loads(data)
         except ValueError:

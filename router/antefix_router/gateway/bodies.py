@@ -58,7 +58,7 @@ class Room:
         """
         if requests is not None and self._by_tenant[tenant] >= requests:
             raise TooManyRequests(
-                f"concurrency limit: {requests} requests of this tenant are running, which is all that may",
+                f"concurrency limit: {requests} requests of this tenant are running, which is the limit",
                 retry_after_s=1.0,
             )
         most = max(1, int(_SHARE * self._num_max)) if is_shared else self._num_max

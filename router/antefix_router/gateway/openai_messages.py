@@ -20,7 +20,7 @@ _ROLES = {
 
 
 def chat_messages(fields: Fields) -> tuple[tuple[Message, ...], bool]:
-    """The messages, and whether the last one is an answer to be gone on with.
+    """The messages, and whether the last one is an answer to be continued.
 
     Raises:  WrongField: a message is not of a known form; the field is named.
     """

@@ -44,7 +44,7 @@ def input_messages(fields: Fields, instructions: str, signatures: Signatures) ->
 
 
 class _Reader:
-    """One request's items. Each gives one message, which may go on with the last one's turn."""
+    """One request's items. Each gives one message, which may continue with the last one's turn."""
 
     def __init__(self, items: list[Any], signatures: Signatures) -> None:
         self._by_id = {

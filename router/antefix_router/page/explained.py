@@ -25,9 +25,9 @@ _WHY: Final[dict[MissReason, str]] = {
 }
 _PLANS: Final = {
     "cold": "Nothing was restored.",
-    "checkpoint": "It went on from a stored checkpoint of window state.",
+    "checkpoint": "It continued from a stored checkpoint of window state.",
     "replay": "Window state was rebuilt exactly by running the hit's last tokens again.",
-    "handoff": "It went on from where another worker had stopped.",
+    "handoff": "It continued from where another worker had stopped.",
 }
 
 

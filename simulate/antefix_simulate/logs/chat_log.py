@@ -67,7 +67,7 @@ def calls_of(
             ignored.count("requests whose earlier turns are in no row before them")
         text = (before or b"") + text
     if isinstance(answer.get("id"), str) and "input" in body:
-        # The answer is part of what a later request goes on from.
+        # The answer is part of what a later request continues from.
         output = answer.get("output")
         items = output if isinstance(output, list) else []
         said[answer["id"]] = text + b"".join(message_bytes(item, ignored) for item in items)

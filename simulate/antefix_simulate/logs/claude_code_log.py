@@ -73,7 +73,7 @@ def read_claude_code(path: Path, ignored: Ignored) -> Iterator[LoggedCall]:
 def _note(row: dict[str, Any], lines: dict[str, _Line], ignored: Ignored) -> None:
     message, uuid = row.get("message"), row.get("uuid")
     if not isinstance(message, dict) or not isinstance(uuid, str) or row.get("type") not in ("user", "assistant"):
-        # Titles, snapshots of files, hooks: no part of a prompt. What follows them hangs on their parent.
+        # Titles, snapshots of files, hooks: no part of a prompt. What follows them depends on their parent.
         if isinstance(uuid, str):
             lines[uuid] = _Line(str(row.get("parentUuid") or ""), b"", None, "", LoggedUsage(), "", "")
         else:

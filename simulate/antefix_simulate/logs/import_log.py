@@ -40,7 +40,8 @@ _RATES: Final = (1.0, 12.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportSetup:
-    """key: what prefixes are hashed with.  gap_s: between requests of a log without times.  tokenize: of text."""
+    """key: what prefixes are hashed with.  gap_s: seconds between requests of a log without times.  tokenize: of
+    text."""
 
     key: bytes
     unit_tokens: int

@@ -111,4 +111,4 @@ def _csv_rows(path: Path) -> Iterator[dict[str, Any]]:
         for row in csv.DictReader(text_lines(path)):
             yield {name: unpacked(value) for name, value in row.items() if name and value not in (None, "")}
     except csv.Error as err:
-        raise InvalidRequest(f"{path.name} is no CSV: {err}") from err
+        raise InvalidRequest(f"{path.name} is not CSV: {err}") from err
