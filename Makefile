@@ -146,7 +146,23 @@ test-compiled: setup $(COMPILED)/.ready
 	$(COMPILED)/bin/python -m pytest -rs tests/model/test_compiled.py tests/model/test_steps.py
 	$(COMPILED)/bin/python -m antefix_console verify
 
+# Every kernel compiled for Hopper by the Triton that cards run, without a card: an environment of its own in .cards/,
+# some minutes on two idle cores. And what orders the roles of decode attention, in the PTX of that Triton.
+CARDS := .cards
+$(CARDS)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(CARDS)
+	$(CARDS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
+	$(CARDS)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(CARDS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==3.6.0
+	touch $@
+
+.PHONY: test-kernels-compile
+test-kernels-compile: $(PROTO_READY) $(CARDS)/.ready
+	TRITON_CACHE_DIR=$(CARDS)/triton $(CARDS)/bin/python -m tests.kernels.compile_for_card --jobs 2
+	$(CARDS)/bin/python -m pytest -q tests/kernels/test_ordered_roles.py
+
 # NVIDIA's checks over all kernels, on a card, with compute-sanitizer of the CUDA toolkit. Each report stays in .sanitizer/.
+# Without pytest: `python -m tests.kernels.run_for_sanitizer` under compute-sanitizer launches the kernels of V4's shapes.
 SANITIZER_TESTS ?= tests/kernels
 test-sanitizer: setup
 	mkdir -p .sanitizer
@@ -254,4 +270,4 @@ bench-peers: setup $(PEERS)/.ready
 	$(BIN)/antefix bench store
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(MANIFESTS) $(S3) $(AZURITE) $(CLIENTS) $(ENGINES) build site *.egg-info antefix/v1
+	rm -rf $(VENV) $(PEERS) $(MANIFESTS) $(S3) $(AZURITE) $(CLIENTS) $(ENGINES) $(CARDS) build site *.egg-info antefix/v1

@@ -68,8 +68,15 @@ class WorkerSettings:
     decode_steps: str = setting(
         "graphs",
         "where triton runs: graphs (a batch shares its launches, which are recorded once and replayed), together (the"
-        " same, launched each time), alone (sequence by sequence)",
-        choices=("graphs", "together", "alone"),
+        " same, launched each time), alone (sequence by sequence). Over several ranks graphs is alone;"
+        " graphs-over-ranks records there too, which no cards have run yet",
+        choices=("graphs", "graphs-over-ranks", "together", "alone"),
+    )
+    short_prefills: str = setting(
+        "alone",
+        "where decode steps share launches: together (up to 512 new tokens of up to 64 sequences, such as the rest"
+        " after a hit and drafted tokens, share them too, which no card has run yet), alone",
+        choices=("alone", "together"),
     )
     speculate: str = setting(
         "off",

@@ -8,6 +8,8 @@ check     V4-Flash's shapes against the decoded weight in float64, rows alone ag
 products  milliseconds by number of tokens and tile, over the floor: packed bytes at copy bandwidth, or operations at
           the BF16 matrix rate. Of experts those that are picked count. All tiles must give the same bits. Next to them
           `antefix_kernels.packed_linear`, which multiplies in BF16.
+candidates  FP4 experts with 128 addends in one sum (`antefix_kernels.packed_fp4_shared`) next to those in use: right,
+          and how fast; and products of one input in one launch (wq_a with wkv, shared w1 with w3) next to two.
 layers    what a layer computes for each token alone, as one CUDA graph, with and without FP8 tensor cores.
 model     steps of a model of --layers layers with and without them, as benchmarks/weights_on_card.py takes them.
 
@@ -32,7 +34,7 @@ import torch
 
 from antefix.model import packed
 from antefix.model.packed import round_inputs as round_on_cpu
-from antefix_kernels import linear, packed_fp8, packed_linear, tokens
+from antefix_kernels import linear, packed_fp4_shared, packed_fp8, packed_linear, tokens
 from antefix_kernels.packed_fp8 import Tile
 from antefix_kernels.packed_linear import Weight
 from antefix_kernels.torch_reference import decode_weight
@@ -41,11 +43,18 @@ from benchmarks.drawn_flash import FORMS, draw_share
 from benchmarks.kernels import ceilings, replay_ms
 from benchmarks.weights_on_card import copies, draw_weight, measure_model
 
-STEPS = ("compile", "check", "products", "layers", "model")
+STEPS = ("compile", "check", "products", "candidates", "layers", "model")
 PRODUCTS = (("wq_a", 1024, 4096), ("wq_b", 32768, 1024), ("wkv", 512, 4096), ("wo_b", 4096, 8192),
             ("shared w1", 2048, 4096), ("shared w2", 4096, 2048))  # fmt: skip
 # wo_a's groups, which are multiplied in BF16.
 GROUPED = ("wo_a", 8, 1024, 4096)
+# Outputs, rows, warps, stages of the candidate's tiles.
+SHARED_TILES = tuple(
+    Tile(outputs=n, rows=m, warps=w, stages=s)
+    for n, m, w, s in ((128, 16, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3))
+)
+# Two products of one input, and both in one.
+MERGED = (("wq_a with wkv", (1024, 512), 4096), ("shared w1 with w3", (2048, 2048), 4096))
 NUM_EXPERTS, NUM_PICKED, HIDDEN, INNER, LIMIT = 256, 6, 4096, 2048, 10.0
 TOKENS = (1, 32, 128, 2048, 8192)
 EXPERT_TOKENS = (1, 8, 32, 128, 512, 2048, 8192)
@@ -120,6 +129,7 @@ def _product(name: str, num_tokens: int, x: torch.Tensor, weights: list[Weight])
 def _routed(name: str, num_tokens: int, weight: Weight) -> Case:
     is_gated = name != "w2"
     outputs, addends = weight.codes.shape[1], weight.num_addends
+    torch.manual_seed(num_tokens)
     # Few experts fit the cache, so each call picks others.
     sets = [
         torch.rand(num_tokens, NUM_EXPERTS, device="cuda").argsort(1)[:, :NUM_PICKED].contiguous()
@@ -272,6 +282,72 @@ def measure_products(top: dict[str, float]) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_candidates(top: dict[str, float]) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for name in ("w1 and w3", "w2"):
+        outputs, addends = (2 * INNER, HIDDEN) if name != "w2" else (HIDDEN, INNER)
+        weight = draw_weight(FORMS["fp4"], NUM_EXPERTS, outputs, addends)
+        takes = packed_fp4_shared.takes(weight)
+        for num_tokens in (1, 32, 128, 2048, 8192):
+            case = _routed(name, num_tokens, weight)
+            floor = max(case.num_bytes / top["copy_bytes_per_s"], case.num_flops / top["bf16_flops_per_s"]) * 1e3
+            row: dict[str, Any] = {"name": f"shared {case.name}", "tokens": num_tokens, "floor_ms": round(floor, 4)}
+            in_use = packed_fp8.tile_of(weight, num_tokens * NUM_PICKED // NUM_EXPERTS, weight.codes.device)
+            row |= {"takes": takes, "in_use_ms": _try_ms(lambda c=case, t=in_use: c.run(t))}
+            want = case.run(in_use)[0]().float()
+            shared = _shared(name, num_tokens, weight)
+            times, errors = {}, {}
+            for tile in SHARED_TILES:
+                label = f"{tile.outputs}x{tile.rows}x{tile.warps}x{tile.stages}"
+                times[label] = _try_ms(lambda t=tile, s=shared: s(t))
+                if times[label] is not None:
+                    errors[label] = f"{_error(shared(tile)[0](), want):.1e}"
+            rows.append(row | {"tiles": times, "off_by": errors})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows + measure_merged()
+
+
+def _shared(name: str, num_tokens: int, weight: Weight) -> Callable[[Tile], list[Callable[[], torch.Tensor]]]:
+    """Calls of the candidate, of the inputs and picks of `_routed` with the same seed."""
+    is_gated = name != "w2"
+    torch.manual_seed(num_tokens)
+    sets = [torch.rand(num_tokens, NUM_EXPERTS, device="cuda").argsort(1)[:, :NUM_PICKED].contiguous()]
+    if num_tokens <= 8:
+        sets += [torch.rand(num_tokens, NUM_EXPERTS, device="cuda").argsort(1)[:, :NUM_PICKED].contiguous()
+                 for _ in range(7)]  # fmt: skip
+    num_rows = num_tokens if is_gated else num_tokens * NUM_PICKED
+    x = torch.randn(num_rows, weight.num_addends, device="cuda").bfloat16()
+    inputs = packed_fp8.prepare_inputs(x, is_fp4=True)
+
+    def run(tile: Tile) -> list[Callable[[], torch.Tensor]]:
+        routings = [linear.route(picks, NUM_EXPERTS, tile=tile.rows) for picks in sets]
+        return [
+            lambda r=r: packed_fp4_shared.multiply_routed(
+                inputs, weight, r, torch.bfloat16, gathered=is_gated, tile=tile, gate_limit=LIMIT if is_gated else None
+            )
+            for r in routings
+        ]
+
+    return run
+
+
+def measure_merged() -> list[dict[str, Any]]:
+    rows = []
+    for name, parts, addends in MERGED:
+        apart = [[draw_weight(FORMS["fp8"], 1, n, addends) for _ in range(copies(n * addends))] for n in parts]
+        merged = [draw_weight(FORMS["fp8"], 1, sum(parts), addends) for _ in range(copies(sum(parts) * addends))]
+        for num_tokens in (1, 32, 128, 2048):
+            x = torch.randn(num_tokens, addends, device="cuda").bfloat16()
+            inputs = packed_fp8.prepare_inputs(x, is_fp4=False).view(num_tokens, 1)
+            times = [
+                _try_ms(lambda w=w, i=inputs: [lambda e=e: packed_fp8.multiply(i, e, torch.bfloat16) for e in w])
+                for w in (*apart, merged)
+            ]
+            rows.append({"name": name, "tokens": num_tokens, "apart_ms": times[:-1], "merged_ms": times[-1]})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def measure_grouped(top: dict[str, float]) -> list[dict[str, Any]]:
     """wo_a by packed_linear, over its own tiles."""
     name, groups, outputs, addends = GROUPED
@@ -375,7 +451,8 @@ def main() -> None:
         print(json.dumps(found), flush=True)
         runs: dict[str, Callable[[], Any]] = {
             "compile": compile_in_processes, "check": check, "products": lambda: measure_products(top),
-            "layers": measure_layers, "model": lambda: measure_models(args.layers, top),
+            "candidates": lambda: measure_candidates(top), "layers": measure_layers,
+            "model": lambda: measure_models(args.layers, top),
         }  # fmt: skip
         for step in args.steps:
             started = time.perf_counter()

@@ -180,7 +180,13 @@ def measure_model(args: argparse.Namespace, found: Found) -> None:
     longest = max(args.contexts)
     num_blocks = longest // size + chunk // size + 2 * max(BATCHES) + 8
     pool, ops = make_backend(
-        "auto", model.layout, num_blocks, model.device, lead=model.lead, decode_steps=args.decode_steps
+        "auto",
+        model.layout,
+        num_blocks,
+        model.device,
+        lead=model.lead,
+        decode_steps=args.decode_steps,
+        short_prefills=args.short_prefills,
     )
     found.add("pool", {"blocks": num_blocks, "card_gib": memory(args)})
     prefix = pool.allocate(longest // size)
@@ -334,7 +340,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=43)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--context", type=int, default=8192, help="tokens behind which decode steps run")
-    parser.add_argument("--decode-steps", default="alone", choices=("alone", "together"))
+    parser.add_argument("--decode-steps", default="alone", choices=("alone", "together", "graphs-over-ranks"))
+    parser.add_argument("--short-prefills", default="alone", choices=("alone", "together"))
     parser.add_argument(
         "--contexts", type=int, nargs="+", default=list(CONTEXTS), help="tokens behind which chunks run"
     )

@@ -3,7 +3,7 @@
     python -m benchmarks.weights_on_card --steps check products model load --layers 36 --out results
 
 check     every product against the decoded weight in float64, and rows alone against rows among others, to the bit.
-          Nothing else is run where this fails.
+          Where this fails, nothing else is run; a later step that fails does not stop the next.
 products  milliseconds of V4-Flash's products by number of tokens, over the floor: packed bytes at copy bandwidth, or
           operations at the BF16 matrix rate, whichever is longer. Of experts those that are picked count.
 model     V4-Flash's width with `--layers` layers, in the released formats, drawn on the card: memory, decode steps of
@@ -23,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -300,25 +302,32 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     torch.manual_seed(0)
-    wrong = check()
-    print(f"check: {len(wrong)} wrong", *wrong, sep="\n  ", flush=True)
-    if wrong:
-        sys.exit(1)
+    if "check" in args.steps:
+        wrong = check()
+        print(f"check: {len(wrong)} wrong", *wrong, sep="\n  ", flush=True)
+        if wrong:
+            sys.exit(1)
     top = ceilings()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     found: dict[str, Any] = {
         "command": " ".join(sys.argv), "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d"),
         "card": torch.cuda.get_device_name(), "torch": torch.__version__, "ceilings": top,
     }  # fmt: skip
-    with torch.inference_mode():
-        if "products" in args.steps:
-            found["products"] = products(top)
-        if "load" in args.steps:
-            found["load"] = measure_load(args.load_layers)
-        if "model" in args.steps:
-            found["model"] = measure_model(args.layers, args.context, top)
     args.out.mkdir(parents=True, exist_ok=True)
-    run_record.write(args.out / "weights_on_card.json", found, "torch", "triton")
+    steps: dict[str, Callable[[], Any]] = {
+        "products": lambda: products(top),
+        "load": lambda: measure_load(args.load_layers),
+        "model": lambda: measure_model(args.layers, args.context, top),
+    }
+    with torch.inference_mode():
+        for step, run in steps.items():
+            if step not in args.steps:
+                continue
+            try:
+                found[step] = run()
+            except Exception:  # noqa: BLE001 - the next step says more
+                print(f"{step}: FAILED\n{traceback.format_exc()}", flush=True)
+            run_record.write(args.out / "weights_on_card.json", found, "torch", "triton")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from antefix.model.lead import Lead
 
 KERNELS = ("auto", "triton", "torch")
-# How sequences that run one token each are run by the kernels: as recorded graphs, in shared launches, one by one.
-DECODE_STEPS = ("graphs", "together", "alone")
+# How sequences that run one token each are run by the kernels: as recorded graphs (of one card, or of several as well),
+# in shared launches, one by one.
+DECODE_STEPS = ("graphs", "graphs-over-ranks", "together", "alone")
+# How short calls of several tokens per sequence are run: one by one, or in the launches of steps, if those share any.
+SHORT_PREFILLS = ("alone", "together")
 
 
 def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -> bool:
@@ -51,21 +54,27 @@ def make_backend(
     lead: Lead | None = None,
     takes_payloads: bool = True,
     decode_steps: str = DECODE_STEPS[0],
+    short_prefills: str = SHORT_PREFILLS[0],
 ) -> tuple[BlockPool, Ops]:
     """A pool on `device` and the operations that go with it; `kernels` is auto, triton or torch.
 
-    decode_steps: of DECODE_STEPS, where Triton runs. Over several ranks "graphs" is "alone".
+    decode_steps, short_prefills: of DECODE_STEPS and SHORT_PREFILLS, where Triton runs. Over several ranks "graphs" is
+        "alone".
 
     reproducible: kernels that give a query the same bits whatever else is computed; torch on a CPU does so anyway.
     lead: the model's, where it is over several ranks: each gets such a pool.  takes_payloads: as `BlockPool` has it.
     """
     if decode_steps not in DECODE_STEPS:
         raise ConfigError(f"decode_steps must be one of {DECODE_STEPS}, is {decode_steps!r}")
-    # Exchanges between ranks are the host's calls, which no graph records; all ranks must run the same.
+    if short_prefills not in SHORT_PREFILLS:
+        raise ConfigError(f"short_prefills must be one of {SHORT_PREFILLS}, is {short_prefills!r}")
+    # No cards have recorded exchanges between ranks yet, so that is asked for by name; all ranks must run the same.
     steps = "alone" if lead is not None and decode_steps == "graphs" else decode_steps
-    pool, ops = _make_backend(kernels, layout, num_blocks, device, reproducible, takes_payloads, steps)
+    pool, ops = _make_backend(kernels, layout, num_blocks, device, reproducible, takes_payloads, steps, short_prefills)
     if lead is not None:
-        lead.add_pool(pool, kernels=kernels, reproducible=reproducible, decode_steps=steps)
+        lead.add_pool(
+            pool, kernels=kernels, reproducible=reproducible, decode_steps=steps, short_prefills=short_prefills
+        )
     return pool, ops
 
 
@@ -77,6 +86,7 @@ def _make_backend(
     reproducible: bool,
     takes_payloads: bool,
     steps: str,
+    short_prefills: str,
 ) -> tuple[BlockPool, Ops]:
     if not uses_triton(kernels, layout, device):
         return BlockPool(layout, num_blocks, device, takes_payloads=takes_payloads), TorchOps()
@@ -84,7 +94,14 @@ def _make_backend(
     from antefix.model.triton_ops import TritonOps
 
     pool = CardPool(layout, num_blocks, device, takes_payloads=takes_payloads)
-    return pool, TritonOps(layout, reproducible=reproducible, batched=steps != "alone", graphs=steps == "graphs")
+    return pool, TritonOps(
+        layout,
+        reproducible=reproducible,
+        batched=steps != "alone",
+        graphs=steps in ("graphs", "graphs-over-ranks"),
+        over_ranks=steps == "graphs-over-ranks",
+        chunks=short_prefills == "together",
+    )
 
 
 def _fits(layout: BlockLayout) -> bool:

@@ -96,6 +96,7 @@ class Follower:
                     reproducible=message.reproducible,
                     takes_payloads=False,
                     decode_steps=message.decode_steps,
+                    short_prefills=message.short_prefills,
                 )
             case NewWindow():
                 self._sequences[message.window] = Sequence([], self._window(message))

@@ -93,7 +93,9 @@ class Lead:
         # What was collected, by whichever thread collects; a deque takes that.
         self._gone: collections.deque[tuple[str, int]] = collections.deque()
 
-    def add_pool(self, pool: BlockPool, *, kernels: str, reproducible: bool, decode_steps: str) -> None:
+    def add_pool(
+        self, pool: BlockPool, *, kernels: str, reproducible: bool, decode_steps: str, short_prefills: str
+    ) -> None:
         """Every rank has such a pool from now on."""
         number = self._pools[pool] = next(self._numbers)
         pool.lead = self
@@ -105,6 +107,7 @@ class Lead:
                 kernels=kernels,
                 reproducible=reproducible,
                 decode_steps=decode_steps,
+                short_prefills=short_prefills,
             )
         )
 

@@ -23,6 +23,7 @@ class NewPool:
     kernels: str
     reproducible: bool
     decode_steps: str
+    short_prefills: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

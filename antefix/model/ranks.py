@@ -87,6 +87,13 @@ class Ranks:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def agree(self, is_true: bool) -> bool:
+        """Whether it is so on every rank. Waits for them."""
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
+        flag = torch.tensor([int(is_true)], dtype=torch.int32, device=device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(flag.item())
+
     def share_rows(self, rows: Tensor, row_ids: Iterable[int]) -> None:
         """These rows of rank 0 come to every rank's `rows`: [R, bytes] uint8."""
         ids = torch.as_tensor(list(row_ids), dtype=torch.long, device=rows.device)

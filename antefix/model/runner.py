@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from antefix.block import Tokens, as_tokens
+from antefix.block import TokenArray, Tokens, as_tokens
 from antefix.errors import InternalError, InvalidRequest
 from antefix.layout import LayerKind, PartKind
 from antefix.model.attend import WindowLine, advance_ring, line_up
@@ -40,6 +40,7 @@ from antefix.model.steps import Steps, TokenRows, steps_of
 from antefix.model.window_state import CompressorState, Sequence, WindowState
 
 if TYPE_CHECKING:
+    from antefix.model.seated_chunks import PendingChunk
     from antefix.model.seated_steps import SeatedSteps
     from antefix.model.step_runner import StepRunner
 
@@ -134,6 +135,7 @@ class Ran:
     _items: list[Item]
     _steps: Steps | SeatedSteps | None = None
     _call: LeadCall | None = None
+    _chunk: PendingChunk | None = None
 
     def rows(self, number: int) -> slice:
         """A sequence's rows of `streams`, and of all logits."""
@@ -149,7 +151,7 @@ class Ran:
             )
         if self._call is not None:
             self._call.keep(number, stop)
-        self._keep(item, stop)
+        self._keep(number, stop)
 
     def keep_all(self) -> None:
         """Move every sequence on by all of its new tokens. None may have been kept before."""
@@ -160,18 +162,27 @@ class Ran:
             self._steps.keep_all()
         for item in steps:
             item.move_on(1)
+        if self._chunk is not None:
+            self._chunk.keep_all()
         for item in self._items:
             if item.step is None:
-                self._keep(item, item.stop - item.start)
+                self._move(item, item.stop - item.start)
 
     def follow(self, number: int, window: WindowState, tokens: np.ndarray[Any, Any], stop: int) -> None:
         """On other ranks too, the draft state follows (`antefix.model.follow_ran`)."""
         if self._call is not None:
             self._call.follow(number, window, tokens, stop)
 
-    def _keep(self, item: Item, stop: int) -> None:
+    def _keep(self, number: int, stop: int) -> None:
+        item = self._items[number]
+        if self._chunk is not None:
+            self._chunk.keep(number, stop)
         if self._steps is not None and item.step is not None and stop > item.num_kept:
             self._steps.keep([item.step])
+        self._move(item, stop)
+
+    @staticmethod
+    def _move(item: Item, stop: int) -> None:
         for apply in item.pending:
             apply(item.num_kept, stop)
         item.move_on(stop)
@@ -222,6 +233,10 @@ def _run_items(
         sequences = [item.sequence for item in items]
         seated, streams, head = runner.run(model, pool, sequences, given[0, : len(items)], write=write)
         return Ran(head, streams, items, seated)
+    if runner is not None:
+        batch = [(item.sequence, given[0, item.rows].astype(np.uint32)) for item in items]
+        if runner.takes(batch):
+            return _run_chunk(model, pool, items, batch, runner, logits=logits, write=write)
     tokens, positions = upload(given, model.device)
     steps = _steps(model, pool, single, given[0], runner, write=write)
     split = _Split(items, single, model.device)
@@ -241,6 +256,26 @@ def _run_items(
     hidden = model.model.norm(model.model.hc_head(streams))
     wanted = hidden[:num_tokens] if logits == "all" else hidden[[item.stop - 1 for item in items]]
     return Ran(linear(wanted, model.lm_head.weight), streams[:num_tokens], items, steps)
+
+
+def _run_chunk(
+    model: Model,
+    pool: BlockPool,
+    items: list[Item],
+    batch: list[tuple[Sequence, TokenArray]],
+    runner: StepRunner,
+    *,
+    logits: Literal["last", "all"],
+    write: bool,
+) -> Ran:
+    """Few new tokens of each sequence, in the launches of one."""
+    chunk, streams, hidden = runner.run_chunk(model, pool, batch, write=write)
+    for item in items:
+        item.step = None
+    if logits == "last":
+        last = np.array([item.stop - 1 for item in items], np.int64)
+        hidden = hidden.index_select(0, upload(last, model.device))
+    return Ran(linear(hidden, model.lm_head.weight), streams, items, _chunk=chunk)
 
 
 def _steps(

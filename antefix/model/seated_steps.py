@@ -32,7 +32,7 @@ from antefix.model.host_rows import upload
 from antefix.model.indexer import Indexer
 from antefix.model.model import Model
 from antefix.model.pool import BlockPool
-from antefix.model.seats import Seats
+from antefix.model.seats import CompressorRows, Seats
 from antefix.model.window_state import Sequence
 from antefix_kernels import decode_attention, gather, index_scores, operands, pack, prefill_attention, seated, topk
 
@@ -86,32 +86,39 @@ class SeatedSteps:
         self._model, self._pool, self._seats, self._write = model, pool, seats, write
         self._reproducible = reproducible
         self._geometry = geometry = model.config.geometry
-        self._num = len(integers)
-        self.tokens = integers[:, TOKEN].long()
-        self.positions = integers[:, POSITION].long()
-        self._position = integers[:, POSITION].contiguous()
-        self._seat = integers[:, SEAT].contiguous()
-        self._tables = integers[:, NUM_COLUMNS:].contiguous()
-        window = geometry.window
-        slot = self._seat * (2 * window) + self._position % window
-        # Twice, so that any window is one run.
-        self._window_slots = slot, slot + window
-        self._counts = (self._position + 1 - integers[:, CUT]).clamp(max=window)
-        self._firsts = self._seat * (2 * window) + (self._position + 1 - self._counts) % window
+        self._position: Tensor
+        self._seat: Tensor
+        self._tables: Tensor
+        self._counts: Tensor
+        self._firsts: Tensor
+        self.tokens = self._take_integers(integers).long()
+        self.positions = self._position.long()
+        self._num = len(self.tokens)
         self._none = torch.zeros_like(self._seat)
         self._closing = {kind: self._close(kind) for kind in set(geometry.layers) - {LayerKind.WINDOW}}
         self._hca_slots = self._every_slot() if LayerKind.HCA in geometry.layers else None
         turn = (self._num, geometry.rope_dim // 2)
         self._turns = torch.ones(turn, device=integers.device), torch.zeros(turn, device=integers.device)
 
+    def _take_integers(self, integers: Tensor) -> Tensor:
+        """Take of each row position, seat, block table, and its window's run of records. Returns the tokens."""
+        self._position = integers[:, POSITION].contiguous()
+        self._seat = integers[:, SEAT].contiguous()
+        self._tables = integers[:, NUM_COLUMNS:].contiguous()
+        window = self._geometry.window
+        slot = self._seat * (2 * window) + self._position % window
+        # Twice, so that any window is one run.
+        self._window_slots = slot, slot + window
+        self._counts = (self._position + 1 - integers[:, CUT]).clamp(max=window)
+        self._firsts = self._seat * (2 * window) + (self._position + 1 - self._counts) % window
+        return integers[:, TOKEN]
+
     def attend(self, layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """The layer's attention before its output projection, of x [S, D], normed: [S, H, C]."""
         residual = attention.query_residual(x)
         q = attention.queries(residual, *rope)
         entries = attention.window_entries(x, *rope)
-        ring = self._seats.rings[layer].unsqueeze(0)
-        for slots in self._window_slots:
-            pack.pack_entries(entries, self._geometry.rope_dim, pack.Target(records=ring, slots=slots))
+        ring = self._window(layer, entries)
         compressor = attention.compressor
         if compressor is None:
             return self._attend(q, ring, ring, self._none.unsqueeze(1), self._none, attention)
@@ -124,6 +131,13 @@ class SeatedSteps:
         keys = self._compress(layer, PartKind.INDEXER_KEYS, indexer, x)
         picks = self._pick(keys, indexer, x, residual, rope)
         return self._attend(q, records, ring, picks.slots, picks.counts, attention)
+
+    def _window(self, layer: int, entries: Tensor) -> Tensor:
+        """Records [1, rows, R] of which each query's window is a run, the new entries [S, C] among them."""
+        ring = self._seats.rings[layer].unsqueeze(0)
+        for slots in self._window_slots:
+            pack.pack_entries(entries, self._geometry.rope_dim, pack.Target(records=ring, slots=slots))
+        return ring
 
     def keep_all(self) -> None:
         """Overlap states follow the groups that this step has closed."""
@@ -152,16 +166,21 @@ class SeatedSteps:
         closes = ((self._position + 1) % ratio == 0) & (self._seat > 0)
         slots = torch.where(closes, block * per_block + entry % per_block, -1)
         cos, sin = self._model.rope(kind, entry * ratio)
-        first_rows = self._seat * (2 * ratio)
+        first_rows, prior_rows = self._group_rows(ratio)
         return _Closing(
             slots=slots if self._write else torch.full_like(slots, -1),
             closes=closes.int(),
             first_rows=first_rows,
-            prior_rows=-1 - self._seat,
+            prior_rows=prior_rows,
             visible=(self._position + 1) // ratio,
             cos=cos.float().contiguous(),
             sin=sin.float().contiguous(),
         )
+
+    def _group_rows(self, ratio: int) -> tuple[Tensor, Tensor]:
+        """Of the group that each row may close: its first row of what `_take_rows` returns, and that of the group
+        before, or -1 - seat where that one's first series is an overlap state."""
+        return self._seat * (2 * ratio), -1 - self._seat
 
     def _every_slot(self) -> Tensor:
         """Pool slots of all HCA entries in order, [S, E] int32."""
@@ -181,25 +200,28 @@ class SeatedSteps:
             PartKind.HCA_MAIN: (self._seats.hca, None),
         }[kind]
         place = rows.layers.index(layer)
-        tails = rows.tails[place]
-        kv, gate = compressor.rows(x)
-        seated.write_tails(kv, gate, compressor.position_bias.float(), self._position, self._seat, tails)
+        given = self._take_rows(rows, place, compressor, x)
         closing = self._closing[self._geometry.layers[layer]]
         norm = pack.Norm(
             weight=compressor.kv_norm.weight.float(), cos=closing.cos, sin=closing.sin, eps=compressor.kv_norm.eps
         )
         target = pack.Target(records=records, slots=closing.slots)
-        ratio = compressor.ratio
-        flat = tails.view(-1, tails.shape[-1])
-        # A seat's rows are its kv and then its gates, which have their bias already.
-        given = flat[:-ratio], flat[ratio:], rows.no_bias, closing.first_rows
         if packer is None:
-            pack.pack_hca(*given, norm, target)
+            pack.pack_hca(*given, rows.no_bias, closing.first_rows, norm, target)
         else:
             overlap_kv, overlap_gate = cast(Tensor, rows.overlaps)[place]
             before = pack.Overlap(prior_rows=closing.prior_rows, kv=overlap_kv, gate=overlap_gate)
-            packer(*given, before, norm, target)
+            packer(*given, rows.no_bias, closing.first_rows, before, norm, target)
         return records
+
+    def _take_rows(self, rows: CompressorRows, place: int, compressor: Compressor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Take each token's rows into its tail; where groups' kv and gates, which have their bias, lie [rows, X]."""
+        tails = rows.tails[place]
+        kv, gate = compressor.rows(x)
+        seated.write_tails(kv, gate, compressor.position_bias.float(), self._position, self._seat, tails)
+        flat = tails.view(-1, tails.shape[-1])
+        # A seat's rows are its kv and then its gates.
+        return flat[: -compressor.ratio], flat[compressor.ratio :]
 
     def _pick(
         self, keys: Tensor, indexer: Indexer, x: Tensor, residual: Tensor, rope: tuple[Tensor, Tensor]
@@ -251,9 +273,7 @@ class SeatedSteps:
         geometry, window = self._geometry, self._geometry.window
         num_listed = slots.numel()
         run = self._firsts[rows].unsqueeze(1) + torch.arange(window, dtype=torch.int32, device=slots.device)
-        padded = _padded(geometry.head_dim)
-        make = torch.empty if padded == geometry.head_dim else torch.zeros
-        values = make(1, num_listed + run.numel(), padded, dtype=torch.float16, device=slots.device)
+        values = self._values(num_listed + run.numel(), slots.device)
         into = values[0, :, : geometry.head_dim]
         gather.unpack_entries(records, slots.clamp(min=0).flatten(), into[:num_listed], geometry.rope_dim)
         gather.unpack_entries(ring, run.flatten(), into[num_listed:], geometry.rope_dim)
@@ -261,6 +281,12 @@ class SeatedSteps:
         firsts = torch.arange(len(slots), dtype=torch.int32, device=slots.device) * window
         line = operands.Window(records=ring[:, : run.numel()], firsts=firsts, counts=self._counts[rows])
         return values, places, line
+
+    def _values(self, num_entries: int, device: torch.device) -> Tensor:
+        """Room for so many decoded entries [1, n, padded head dim]: zeros behind the last dim."""
+        dim = self._geometry.head_dim
+        make = torch.empty if _padded(dim) == dim else torch.zeros
+        return make(1, num_entries, _padded(dim), dtype=torch.float16, device=device)
 
 
 def _padded(dim: int) -> int:

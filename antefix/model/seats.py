@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections.abc
 import weakref
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -72,6 +73,13 @@ class CardSeat:
         self.seats.leave(self.number)
 
 
+class Pending(Protocol):
+    """Kept tokens that have not come to their seats (`antefix.model.seated_chunks`)."""
+
+    def settle(self) -> None:
+        """Let them come."""
+
+
 class Seats:
     """FP8 format only. Belongs to one thread, like the pool.
 
@@ -83,6 +91,8 @@ class Seats:
         self.layout = layout
         self.generation = 0
         self.num_seats = _SEATS_MIN
+        # What has been kept of a call of several tokens and has not come here yet.
+        self._pending: Pending | None = None
         # Who sits where; a state that nobody holds any longer has left.
         self._taken: dict[int, weakref.ref[WindowState]] = {}
         rows = self.num_seats * 2 * geometry.window
@@ -102,6 +112,7 @@ class Seats:
 
     def take(self, states: collections.abc.Sequence[WindowState]) -> list[int]:
         """Seat numbers of these states, all of which have one now."""
+        self.settle()
         numbers = [self._number(state) for state in states]
         for place, (state, number) in enumerate(zip(states, numbers, strict=True)):
             if number is None:
@@ -115,6 +126,7 @@ class Seats:
 
     def copy_out(self, number: int, state: WindowState) -> None:
         """The values of a seat into a state that has none."""
+        self.settle()
         window = self.layout.geometry.window
         records = self.rings[:, number * 2 * window :][:, :window]
         state.window = unpack_entries(records, self.layout)
@@ -123,6 +135,18 @@ class Seats:
 
     def leave(self, number: int) -> None:
         self._taken.pop(number, None)
+
+    def follow(self, pending: Pending) -> None:
+        """Something was kept: it comes here before anything is read."""
+        if self._pending is not pending:
+            self.settle()
+        self._pending = pending
+
+    def settle(self) -> None:
+        """All that is kept is here now."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.settle()
 
     def _number(self, state: WindowState) -> int | None:
         seat = state.seat

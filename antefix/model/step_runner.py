@@ -5,8 +5,8 @@ recorded once for a number of sequences and a length of block tables, both round
 launch: the same kernels with the same arguments, so the same bits. What changes from step to step is one array of
 integers (`seated_steps.step_integers`). All graphs share one pool of memory.
 
-Not recorded: replays that write nothing, models over several ranks (their exchanges are the host's), and experts that
-are fetched from the host.
+Not recorded: replays that write nothing, experts that are fetched from the host, and, unless it is asked for, models
+over several ranks.
 
 Shapes:  S = sequences, B = blocks of the longest table, V = vocabulary, M = streams, D = hidden size.
 """
@@ -17,19 +17,31 @@ import collections.abc
 import logging
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from antefix.block import TokenArray
 from antefix.model.attention import Attention
 from antefix.model.host_rows import upload
 from antefix.model.layer_loop import run_layers
 from antefix.model.model import Model
 from antefix.model.numerics import linear
 from antefix.model.pool import BlockPool
+from antefix.model.seated_chunks import (
+    SEQUENCES_MAX,
+    TOKENS_MAX,
+    ChunkShape,
+    NewRows,
+    PendingChunk,
+    SeatedChunks,
+    chunk_integers,
+    shape_of,
+)
 from antefix.model.seated_steps import NUM_COLUMNS, SEAT, SeatedSteps, TokenIds, step_integers
 from antefix.model.seats import Seats
 from antefix.model.step_counters import StepCounters
@@ -45,32 +57,49 @@ _BLOCKS_MIN = 64
 PREPARE_S = 20.0
 # Graphs kept; each holds little but its own record of launches.
 _GRAPHS_MAX = 64
+# Rows and sequences (nobody's included) of a graph of several tokens per sequence.
+_ROWS_MIN = 16
+_CHUNK_SEQUENCES = (2, 5, 17, SEQUENCES_MAX + 1)
+# Tokens times positions of the longest table, at most: with an entry per four positions 512 MiB of scores.
+_SCORES_MAX = 1 << 29
+
+
+Run = TypeVar("Run", bound=SeatedSteps)
+Made = TypeVar("Made")
+Batch = collections.abc.Sequence[tuple[Sequence, TokenArray]]
+Step = Callable[[Tensor], tuple[Run, tuple[Tensor, Tensor]]]
 
 
 @dataclass(slots=True)
-class _Graph:
-    """A recorded step. integers: [S, 4 + B], read by every replay.  generation: of the seats that it reads."""
+class _Graph(Generic[Run]):
+    """A recorded step. integers: read by every replay.  rows: streams, and logits or, of chunks, what the head reads.
+    generation: of the seats that it reads."""
 
-    graph: torch.cuda.CUDAGraph
+    replay: Callable[[], object]
     integers: Tensor
-    steps: SeatedSteps
-    streams: Tensor
-    logits: Tensor
+    steps: Run
+    rows: tuple[Tensor, Tensor]
     generation: int
 
 
 class StepRunner:
     """Runs steps for one model's operations. graphs: whether to record them; only on a CUDA card.
 
+    over_ranks: whether to record those of a model over several ranks too. Its exchanges are then part of the graphs,
+        so all ranks record the same steps in the same order.
+    chunks: whether short calls of several tokens per sequence share launches too (`antefix.model.seated_chunks`).
     Belongs to one thread, like the pool.
     """
 
-    def __init__(self, *, reproducible: bool, graphs: bool) -> None:
+    def __init__(self, *, reproducible: bool, graphs: bool, over_ranks: bool = False, chunks: bool = False) -> None:
         self._reproducible, self._wants_graphs = reproducible, graphs
+        self._over_ranks, self._takes_chunks = over_ranks, chunks
         self._seats: Seats | None = None
-        self._graphs: weakref.WeakKeyDictionary[BlockPool, dict[tuple[int, int], _Graph]]
-        self._graphs = weakref.WeakKeyDictionary()
+        self._graphs: weakref.WeakKeyDictionary[BlockPool, dict[object, _Graph[Any]]] = weakref.WeakKeyDictionary()
         self._memory: Any = None
+        self._new: NewRows | None = None
+        # The last call of several tokens, while somebody may still keep tokens of it.
+        self._chunk: weakref.ref[PendingChunk] | None = None
         self.counters = StepCounters()
 
     def seats(self, model: Model) -> Seats:
@@ -104,7 +133,7 @@ class StepRunner:
         """A whole step: what keeps its tokens, streams [S, M, D] and logits [S, V]."""
         seats = self.seats(model)
         integers = step_integers(sequences, tokens, seats)
-        recorded = self._recorded(model, pool, seats, integers) if write else None
+        recorded = self._recorded_step(model, pool, seats, integers) if write else None
         if recorded is None:
             self.counters.steps_launched += 1
             steps = SeatedSteps(
@@ -112,36 +141,163 @@ class StepRunner:
             )
             return steps, *run_step(model, steps)
         num = len(integers)
-        filled = _fill(integers, recorded.integers.shape)
-        recorded.integers.copy_(torch.from_numpy(filled).pin_memory(), non_blocking=True)
-        recorded.graph.replay()
-        self.counters.steps_replayed += 1
+        self._replay(recorded, _fill(integers, recorded.integers.shape))
         # The next replay writes to the same memory.
-        return recorded.steps, recorded.streams[:num].clone(), recorded.logits[:num].clone()
+        streams, logits = recorded.rows
+        return recorded.steps, streams[:num].clone(), logits[:num].clone()
+
+    def takes(self, batch: Batch) -> bool:
+        """Whether `run_chunk` takes these new tokens."""
+        num_tokens = sum(len(tokens) for _, tokens in batch)
+        if not self._takes_chunks or num_tokens > TOKENS_MAX or len(batch) > SEQUENCES_MAX:
+            return False
+        # Scores of the index, of all entries that the longest table has for each token.
+        entries = (
+            max(len(sequence.block_table) for sequence, _ in batch) * batch[0][0].window.layout.geometry.block_size
+        )
+        return num_tokens * entries <= _SCORES_MAX
+
+    def run_chunk(
+        self, model: Model, pool: BlockPool, batch: Batch, *, write: bool
+    ) -> tuple[PendingChunk, Tensor, Tensor]:
+        """New tokens of each sequence: what keeps them, streams [N, M, D] and what the head reads [N, D]."""
+        seats = self.seats(model)
+        # Seats first: where there are too few, all of them move, and what was recorded reads other memory.
+        seats.take([sequence.window for sequence, _ in batch])
+        self._free_rows(seats)
+        new, shape = self._new_rows(seats), shape_of(batch)
+        recorded = self._recorded_chunk(model, pool, seats, shape) if write else None
+        if recorded is None:
+            self.counters.steps_launched += 1
+            integers = upload(chunk_integers(batch, seats, shape), model.device)
+            steps = self._chunks(model, pool, seats, integers, shape, write=write)
+            rows = run_rows(model, steps)
+        else:
+            self._replay(recorded, chunk_integers(batch, seats, recorded.steps.shape))
+            rows = recorded.rows
+        pending = PendingChunk.of(batch, seats, new)
+        self._chunk = weakref.ref(pending)
+        num = shape.rows
+        return pending, *((each[:num].clone() for each in rows) if recorded else rows)
+
+    def _free_rows(self, seats: Seats) -> None:
+        """Let the call before have what it may still keep: its new rows' memory is wanted."""
+        seats.settle()
+        before = None if self._chunk is None else self._chunk()
+        if before is not None:
+            before.leave_rows()
+
+    def _new_rows(self, seats: Seats) -> NewRows:
+        if self._new is None:
+            self._new = NewRows(seats, TOKENS_MAX)
+        return self._new
+
+    def _chunks(
+        self, model: Model, pool: BlockPool, seats: Seats, integers: Tensor, shape: ChunkShape, *, write: bool
+    ) -> SeatedChunks:
+        new = self._new_rows(seats)
+        return SeatedChunks(
+            model, pool, seats, integers, write=write, reproducible=self._reproducible, shape=shape, new=new
+        )
+
+    def _replay(self, recorded: _Graph[Any], integers: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        recorded.integers.copy_(_pinned(integers, recorded.integers.device), non_blocking=True)
+        recorded.replay()
+        self.counters.steps_replayed += 1
+
+    def _recorded_step(
+        self, model: Model, pool: BlockPool, seats: Seats, integers: np.ndarray[tuple[int, int], np.dtype[np.int32]]
+    ) -> _Graph[SeatedSteps] | None:
+        """A graph that this step fits in; None where none can be recorded."""
+        if len(integers) > BUCKETS[-1]:
+            return None
+        rows, blocks = _bucket(len(integers), integers.shape[1] - NUM_COLUMNS)
+        settings: dict[str, Any] = {"write": True, "reproducible": self._reproducible}
+
+        def step(given: Tensor) -> tuple[SeatedSteps, tuple[Tensor, Tensor]]:
+            steps = SeatedSteps(model, pool, seats, given, **settings)
+            return steps, run_step(model, steps)
+
+        return self._recorded(model, pool, seats, (rows, NUM_COLUMNS + blocks), step)
+
+    def _recorded_chunk(
+        self, model: Model, pool: BlockPool, seats: Seats, shape: ChunkShape
+    ) -> _Graph[SeatedChunks] | None:
+        filled = chunk_bucket(shape)
+
+        def step(given: Tensor) -> tuple[SeatedChunks, tuple[Tensor, Tensor]]:
+            steps = self._chunks(model, pool, seats, given, filled, write=True)
+            return steps, run_rows(model, steps)
+
+        return self._recorded(model, pool, seats, filled, step)
+
+    def _may_record(self, model: Model) -> bool:
+        is_apart = model.lead is None and model.ranks is None
+        return (
+            self._wants_graphs
+            and model.device.type == "cuda"
+            and model.offload is None
+            and (is_apart or self._over_ranks)
+        )
 
     def _recorded(
-        self, model: Model, pool: BlockPool, seats: Seats, integers: np.ndarray[tuple[int, int], np.dtype[np.int32]]
-    ) -> _Graph | None:
-        """A graph that this step fits in; None where none can be recorded."""
-        if not self._wants_graphs or model.device.type != "cuda" or model.lead is not None:
+        self, model: Model, pool: BlockPool, seats: Seats, shape: tuple[int, int] | ChunkShape, step: Step[Run]
+    ) -> _Graph[Run] | None:
+        """The graph of a shape of integers; None where none can be recorded."""
+        if not self._may_record(model):
             return None
-        if model.ranks is not None or model.offload is not None or len(integers) > BUCKETS[-1]:
-            return None
-        shape = _bucket(len(integers), integers.shape[1] - NUM_COLUMNS)
         graphs = self._graphs.setdefault(pool, {})
         found = graphs.get(shape)
         if found is not None and found.generation == seats.generation:
             return found
-        if len(graphs) >= _GRAPHS_MAX:
+        if len(graphs) >= _GRAPHS_MAX and shape not in graphs:
             graphs.clear()
+        # Recorded again, it is warm. Over ranks it must be: seats move on each rank in its own time, so the others
+        # would not take part in a step that is tried.
+        made = self._record(model, seats, shape, step, is_warm=found is not None)
+        if made is None:
+            self._wants_graphs = False
+            return None
+        graphs[shape] = made
+        return made
+
+    def _record(
+        self, model: Model, seats: Seats, shape: tuple[int, int] | ChunkShape, step: Step[Run], *, is_warm: bool
+    ) -> _Graph[Run] | None:
+        made: _Graph[Run] | None = None
         try:
-            graphs[shape] = self._record(model, pool, seats, shape)
+            # Seat 0 and position 0: nothing of anybody's is written while it is tried and recorded.
+            size = (shape.num_integers,) if isinstance(shape, ChunkShape) else shape
+            integers = torch.zeros(size, dtype=torch.int32, device=model.device)
+            replay, (steps, rows) = self._captured(model, lambda: step(integers), is_warm=is_warm)
+            made = _Graph(replay, integers, steps, rows, seats.generation)
         except RuntimeError:
             # No memory for it, or a library that cannot be recorded: the same kernels are launched one by one.
             log.exception("a decode step cannot be recorded; steps are launched from here on")
             self.counters.recording_errors += 1
-            self._wants_graphs = False
-        return graphs.get(shape)
+        if model.ranks is not None and not is_warm and not model.ranks.agree(made is not None):
+            return None
+        if made is not None:
+            self.counters.graphs_recorded += 1
+            log.info("recorded a step of shape %s", shape)
+        return made
+
+    def _captured(self, model: Model, step: Callable[[], Made], *, is_warm: bool) -> tuple[Callable[[], object], Made]:
+        """What replays the step, and what it made."""
+        if not is_warm:
+            # Kernels are compiled and what is made once is made before recording begins, on another stream, as torch
+            # asks.
+            stream = torch.cuda.Stream(model.device)
+            stream.wait_stream(torch.cuda.current_stream(model.device))
+            with torch.cuda.stream(stream):
+                step()
+            torch.cuda.current_stream(model.device).wait_stream(stream)
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            made = step()
+        return graph.replay, made
 
     @torch.inference_mode()
     def prepare(self, model: Model, pool: BlockPool, num_sequences_max: int) -> None:
@@ -149,51 +305,50 @@ class StepRunner:
         not fit into PREPARE_S is left until then."""
         seats, started = self.seats(model), time.monotonic()
         seats.reserve(num_sequences_max)
+        if model.ranks is not None:
+            return  # the other ranks record with this one, at a call that they are told of
         for size in BUCKETS:
             if time.monotonic() - started > PREPARE_S:
                 return
-            self._recorded(model, pool, seats, np.zeros((min(size, num_sequences_max), NUM_COLUMNS + 1), np.int32))
+            self._recorded_step(model, pool, seats, np.zeros((min(size, num_sequences_max), NUM_COLUMNS + 1), np.int32))
             if size >= num_sequences_max:
                 return
 
-    def _record(self, model: Model, pool: BlockPool, seats: Seats, shape: tuple[int, int]) -> _Graph:
-        # Seat 0 and position 0: nothing of anybody's is written while it is tried and recorded.
-        integers = torch.zeros(shape[0], NUM_COLUMNS + shape[1], dtype=torch.int32, device=model.device)
 
-        def step() -> tuple[SeatedSteps, Tensor, Tensor]:
-            steps = SeatedSteps(model, pool, seats, integers, write=True, reproducible=self._reproducible)
-            return steps, *run_step(model, steps)
-
-        # Kernels are compiled and what is made once is made before recording begins, on another stream, as torch asks.
-        stream = torch.cuda.Stream(model.device)
-        stream.wait_stream(torch.cuda.current_stream(model.device))
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream(model.device).wait_stream(stream)
-        if self._memory is None:
-            self._memory = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            steps, streams, logits = step()
-        self.counters.graphs_recorded += 1
-        log.info("recorded a decode step of %d sequences and %d blocks", *shape)
-        return _Graph(graph, integers, steps, streams, logits, seats.generation)
-
-
-def run_step(model: Model, steps: SeatedSteps) -> tuple[Tensor, Tensor]:
-    """Streams [S, M, D] and logits [S, V] of a step. Nothing here waits for the card."""
+def run_rows(model: Model, steps: SeatedSteps) -> tuple[Tensor, Tensor]:
+    """Streams [N, M, D] of all rows, and what the head reads [N, D]. Nothing here waits for the card."""
 
     def attend(layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return attention.output(steps.attend(layer, attention, x, rope), *rope)
 
     streams = run_layers(model, steps.tokens, steps.positions, len(steps.tokens), attend)
-    hidden = model.model.norm(model.model.hc_head(streams))
+    return streams, model.model.norm(model.model.hc_head(streams))
+
+
+def run_step(model: Model, steps: SeatedSteps) -> tuple[Tensor, Tensor]:
+    """Streams [S, M, D] and logits [S, V] of a step."""
+    streams, hidden = run_rows(model, steps)
     return streams, linear(hidden, model.lm_head.weight)
+
+
+def chunk_bucket(shape: ChunkShape) -> ChunkShape:
+    rows = max(_ROWS_MIN, 1 << (shape.rows - 1).bit_length())
+    sequences = next(size for size in _CHUNK_SEQUENCES if size >= shape.sequences)
+    return ChunkShape(rows, sequences, _blocks(shape.blocks))
 
 
 def _bucket(num_sequences: int, num_blocks: int) -> tuple[int, int]:
     rows = next(size for size in BUCKETS if size >= num_sequences)
-    return rows, max(_BLOCKS_MIN, 1 << (num_blocks - 1).bit_length())
+    return rows, _blocks(num_blocks)
+
+
+def _blocks(num_blocks: int) -> int:
+    return max(_BLOCKS_MIN, 1 << (num_blocks - 1).bit_length())
+
+
+def _pinned(array: np.ndarray[Any, np.dtype[np.int32]], device: torch.device) -> Tensor:
+    host = torch.from_numpy(array)
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 def _fill(

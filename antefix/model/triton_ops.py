@@ -53,18 +53,31 @@ class TritonOps:
 
     reproducible: a query's bits do not depend on what else is computed.
     batched: sequences that run one token each run in one launch per layer.  graphs: and are recorded and replayed.
+    over_ranks: those of a model over several ranks too.  chunks: short calls of several tokens per sequence run so as
+        well.
     Raises:  InternalError: a layout of another record format than FP8.
     """
 
     def __init__(
-        self, layout: BlockLayout, *, reproducible: bool = False, batched: bool = False, graphs: bool = False
+        self,
+        layout: BlockLayout,
+        *,
+        reproducible: bool = False,
+        batched: bool = False,
+        graphs: bool = False,
+        over_ranks: bool = False,
+        chunks: bool = False,
     ) -> None:
         if layout.kv_format is not KVFormat.FP8:
             raise InternalError(f"the kernels know the fp8 record format only, not {layout.kv_format.value}")
         self._layout = layout
         self.reproducible = reproducible
         self.steps_together = batched
-        self.step_runner = StepRunner(reproducible=reproducible, graphs=graphs) if batched else None
+        self.step_runner: StepRunner | None = None
+        if batched:
+            self.step_runner = StepRunner(
+                reproducible=reproducible, graphs=graphs, over_ranks=over_ranks, chunks=chunks
+            )
 
     def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
         records = self._pack(entries_TC)

@@ -220,7 +220,7 @@ def _launch(
     num_outputs //= 2 if is_gated else 1
     on_card = inputs.codes.device.type == "cuda"
     columns = tile.outputs // (2 if is_gated else 1)
-    kernel, codes, scales, choices = _operands(weight, splits=splits, columns=columns, on_card=on_card)
+    kernel, codes, scales, choices = operands_of(weight, splits=splits, columns=columns, on_card=on_card)
     codes_per_word = 4 if weight.is_fp4 else 1
     steps = triton.cdiv(weight.num_addends // INPUT_GROUP, splits) // (2 if choices.get("WIDE") else 1)
     empty = inputs.codes if routing is None else routing.order
@@ -268,7 +268,7 @@ def _launch(
     )
 
 
-def _operands(
+def operands_of(
     weight: Weight, *, splits: int, columns: int, on_card: bool
 ) -> tuple[Any, torch.Tensor | TensorDescriptor, torch.Tensor, dict[str, Any]]:
     """The kernel for a weight, its codes and scales as that reads them, and what else it is told."""

@@ -1,10 +1,12 @@
-"""Tails and overlap states of many sequences' compressors, by seat: what a decode step writes of them.
+"""Tails and overlap states of many sequences' compressors, by seat: what a step reads and writes of them.
 
 Shapes:  S = sequences, one token each; P = seats; m = ratio; C = entry width, X = columns of a compressor's rows (C, or
          2 C where groups overlap); L = layers.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -27,6 +29,35 @@ def _tails_kernel(kv, gate, bias, positions, seats, tails, stride_kv, stride_gat
     tl.store(row, tl.load(kv + s * stride_kv + x, used, other=0.0).to(tl.float32), used)
     z = tl.load(gate + s * stride_gate + x, used, other=0.0).to(tl.float32)
     tl.store(row + M * X, z + tl.load(bias + place * X + x, used, other=0.0), used)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _lines_kernel(kv, gate, bias, positions, owners, seats, firsts, starts, tails, line, new, stride_kv, stride_gate,
+                  stride_line, stride_new, num_rows, X, M: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """One new token's kv, and its gate with its bias; behind the last token, a row of a sequence's unfinished group."""
+    n = tl.program_id(0)
+    x = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    used = x < X
+    if n < num_rows:
+        i = n.to(tl.int64)
+        place = tl.load(positions + n) % M
+        owner = tl.load(owners + n)
+        row = (owner * M + n + tl.load(firsts + owner) % M).to(tl.int64) * X + x
+        v = tl.load(kv + i * stride_kv + x, used, other=0.0).to(tl.float32)
+        z = tl.load(gate + i * stride_gate + x, used, other=0.0).to(tl.float32)
+        z += tl.load(bias + place * X + x, used, other=0.0)
+        tl.store(line + row, v, used)
+        tl.store(line + stride_line + row, z, used)
+        tl.store(new + i * X + x, v, used)
+        tl.store(new + stride_new + i * X + x, z, used)
+    else:
+        s = (n - num_rows) // M
+        place = (n - num_rows) % M
+        if place < tl.load(firsts + s) % M:
+            old = tails + (tl.load(seats + s).to(tl.int64) * (2 * M) + place) * X + x
+            row = (s * M + tl.load(starts + s) + place).to(tl.int64) * X + x
+            tl.store(line + row, tl.load(old, used, other=0.0), used)
+            tl.store(line + stride_line + row, tl.load(old + M * X, used, other=0.0), used)
 
 
 @triton.jit
@@ -79,6 +110,78 @@ def write_tails(
             tails,
             kv.stride(0),
             gate.stride(0),
+            columns,
+            M=m,
+            COLUMNS=_COLUMNS,
+            num_warps=4,
+            enable_fp_fusion=False,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lines:
+    """Where rows of sequences that run several tokens lie.
+
+    Of each row its position and its sequence's number [N] int32; of each sequence its seat, its position before its
+    first row, and that row [S] int32, ascending.
+    """
+
+    positions: torch.Tensor
+    owners: torch.Tensor
+    seats: torch.Tensor
+    firsts: torch.Tensor
+    starts: torch.Tensor
+
+
+def line_up_rows(
+    kv: torch.Tensor,
+    gate: torch.Tensor,
+    bias: torch.Tensor,
+    lines: Lines,
+    tails: torch.Tensor,
+    line: torch.Tensor,
+    new: torch.Tensor,
+) -> None:
+    """Line up each sequence's unfinished group with its new rows behind it, and put the new rows by themselves as well.
+
+    Row n of sequence s lies in row s * m + n + firsts[s] % m of the line, row j of its unfinished group in row
+    s * m + starts[s] + j. Rows that no sequence has are not written.
+
+    Shapes:  kv, gate [N, X] float32 or bfloat16, last dim contiguous; bias [m, X] float32; lines as in its class;
+             tails [P, 2, m, X], line [2, N + S * m, X] and new [2, at least N, X] float32, contiguous: kv, then gates
+             with their bias.
+    Raises:  ValueError: wrong dtype, shape or stride.
+    Source:  V4 report, section 2.3.1; oracle: antefix.model.compressor.Compressor.project.
+    """
+    num_rows, columns = kv.shape
+    m, num_sequences = bias.shape[0], len(lines.seats)
+    check(kv.shape == gate.shape and kv.stride(1) == gate.stride(1) == 1, "kv and gate must be [N, X], contiguous rows")
+    check(bias.shape == (m, columns) and bias.dtype is torch.float32 and bias.is_contiguous(), "bias: [m, X] float32")
+    check(tails.dim() == 4 and tuple(tails.shape[1:]) == (2, m, columns), f"tails must be [P, 2, {m}, {columns}]")
+    check(line.shape == (2, num_rows + num_sequences * m, columns), "line must be [2, N + S * m, X]")
+    check(new.shape[0] == 2 and new.shape[1] >= num_rows and new.shape[2] == columns, "new must be [2, N, X]")
+    for array in (tails, line, new):
+        check(array.is_contiguous() and array.dtype is torch.float32, "tails, line and new: contiguous float32")
+    _check_numbers(num_rows, lines.positions, lines.owners)
+    _check_numbers(num_sequences, lines.seats, lines.firsts, lines.starts)
+    if num_rows:
+        _lines_kernel[(num_rows + num_sequences * m, triton.cdiv(columns, _COLUMNS))](
+            kv,
+            gate,
+            bias,
+            lines.positions,
+            lines.owners,
+            lines.seats,
+            lines.firsts,
+            lines.starts,
+            tails,
+            line,
+            new,
+            kv.stride(0),
+            gate.stride(0),
+            line.stride(0),
+            new.stride(0),
+            num_rows,
             columns,
             M=m,
             COLUMNS=_COLUMNS,

@@ -292,8 +292,9 @@ def _build_engine(
         model.device,
         reproducible=config.reproducible,
         lead=model.lead,
-        # Two tokens of a sequence, one of them drafted, do not share launches yet.
-        decode_steps="alone" if model.mtp else config.decode_steps,
+        # Two tokens of a sequence, one of them drafted, share launches as short prefills do.
+        decode_steps="alone" if model.mtp and config.short_prefills == "alone" else config.decode_steps,
+        short_prefills=config.short_prefills,
     )
     measured = _measure(model, config, ranks, packed=packed)
     model.threads_are_free = measured.ignores_threads

@@ -1,0 +1,314 @@
+"""Steps of several tokens per sequence on a card: short prefills, drafted tokens and decode steps in the same launches.
+
+Rows are tokens, sequence after sequence (ragged); all that a launch needs of them is on the card in one array of
+integers, of a size that depends on the bucket alone, so such a call can be recorded and replayed as a step can.
+
+A sequence's new tokens would overwrite, in its ring and tails, what the first of them still need. So each layer lines
+up what was there and what is new, and reads that; rings, tails and overlap states follow when tokens are kept:
+
+    window line     n_win records per sequence, oldest first, its new ones behind them
+    group line      the rows of its unfinished group, its new ones behind them, from where groups are counted
+    new rows        of each layer: window records, and compressors' kv and gates with their bias
+
+Shapes:  N = rows, S = sequences (the last is nobody's: rows that fill up the bucket), B = blocks of the longest table,
+         W = n_win, R = record bytes, r = ratio, X = width of a compressor's rows, C = entry width.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from antefix.block import TokenArray
+from antefix.model.compressor import Compressor
+from antefix.model.host_rows import upload
+from antefix.model.seated_steps import SeatedSteps
+from antefix.model.seats import CompressorRows, Seats
+from antefix.model.window_state import Sequence
+from antefix_kernels import gather, operands, pack, seated
+
+# Tokens and sequences of one call, at most.
+TOKENS_MAX, SEQUENCES_MAX = 512, 64
+# What a row has: token, position, number of its sequence. What a sequence has before its block table: seat, cut,
+# position before the call, and its first row.
+_ROW_COLUMNS = 3
+SEAT, CUT, FIRST, START = range(4)
+_SEQUENCE_COLUMNS = 4
+_Integers = np.ndarray[Any, np.dtype[np.int32]]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkShape:
+    """Rows, sequences (nobody's included) and blocks of the longest table."""
+
+    rows: int
+    sequences: int
+    blocks: int
+
+    @property
+    def num_integers(self) -> int:
+        return self.rows * _ROW_COLUMNS + self.sequences * (_SEQUENCE_COLUMNS + self.blocks)
+
+
+def shape_of(batch: collections.abc.Sequence[tuple[Sequence, TokenArray]]) -> ChunkShape:
+    num_rows = sum(len(tokens) for _, tokens in batch)
+    return ChunkShape(num_rows, len(batch) + 1, max(len(sequence.block_table) for sequence, _ in batch))
+
+
+def chunk_integers(
+    batch: collections.abc.Sequence[tuple[Sequence, TokenArray]], seats: Seats, shape: ChunkShape
+) -> _Integers:
+    """[N * 3 + S * (4 + B)]: rows' tokens, positions and sequences, then each sequence's integers and block table."""
+    integers = np.zeros(shape.num_integers, np.int32)
+    rows = integers[: shape.rows * _ROW_COLUMNS].reshape(_ROW_COLUMNS, shape.rows)
+    sequences = integers[rows.size :].reshape(shape.sequences, -1)
+    numbers = seats.take([sequence.window for sequence, _ in batch])
+    start = 0
+    for number, ((sequence, tokens), seat) in enumerate(zip(batch, numbers, strict=True)):
+        own, table = slice(start, start + len(tokens)), sequence.block_table
+        rows[0, own], rows[2, own] = tokens, number
+        rows[1, own] = np.arange(sequence.position, sequence.position + len(tokens))
+        sequences[number, :_SEQUENCE_COLUMNS] = seat, sequence.window.cut, sequence.position, start
+        sequences[number, _SEQUENCE_COLUMNS : _SEQUENCE_COLUMNS + len(table)] = table
+        start += len(tokens)
+    rows[2, start:] = shape.sequences - 1
+    sequences[len(batch) :, START] = start
+    return integers
+
+
+class NewRows:
+    """New rows of every layer, of one call at a time.
+
+    window [L, N, R] uint8; kinds: of each kind of compressor [layers, 2, N, X] float32, kv and then gates.
+    """
+
+    def __init__(self, seats: Seats, num_rows: int) -> None:
+        rings = seats.rings
+        self.window = rings.new_empty(rings.shape[0], num_rows, rings.shape[2])
+        self.kinds = tuple(
+            rows.tails.new_empty(len(rows.layers), 2, num_rows, rows.tails.shape[-1]) for rows in _kinds(seats)
+        )
+
+    def copied(self, num_rows: int) -> NewRows:
+        copy: NewRows = object.__new__(NewRows)
+        copy.window = self.window[:, :num_rows].clone()
+        copy.kinds = tuple(rows[:, :, :num_rows].clone() for rows in self.kinds)
+        return copy
+
+
+def _kinds(seats: Seats) -> tuple[CompressorRows, ...]:
+    return seats.main, seats.indexer, seats.hca
+
+
+class SeatedChunks(SeatedSteps):
+    """One forward pass over new tokens of several sequences, whose states have seats.
+
+    integers: as `chunk_integers` makes them, on the card.  new: where new rows go.
+    """
+
+    def __init__(self, *args: Any, shape: ChunkShape, new: NewRows, **settings: Any) -> None:
+        self.shape, self._new = shape, new
+        super().__init__(*args, **settings)
+
+    def _take_integers(self, integers: Tensor) -> Tensor:
+        shape, window, device = self.shape, self._geometry.window, integers.device
+        rows = integers[: shape.rows * _ROW_COLUMNS].view(_ROW_COLUMNS, shape.rows)
+        sequences = integers[shape.rows * _ROW_COLUMNS :].view(shape.sequences, -1)
+        self._position, owner = rows[1], rows[2]
+        mine = sequences.index_select(0, owner)
+        self._seat = mine[:, SEAT].contiguous()
+        self._first = mine[:, FIRST]
+        self._tables = mine[:, _SEQUENCE_COLUMNS:].contiguous()
+        self._owner, self._row = owner, torch.arange(shape.rows, dtype=torch.int32, device=device)
+        self._seats_S, self._firsts_S = sequences[:, SEAT].contiguous(), sequences[:, FIRST].contiguous()
+        self._starts_S = sequences[:, START].contiguous()
+        # A sequence's part of the window line begins W rows per sequence before it behind its first row.
+        each, back = (torch.arange(n, dtype=torch.int32, device=device) for n in (shape.sequences, window))
+        self._ring_rows = ((self._seats_S * (2 * window) + self._firsts_S % window).unsqueeze(1) + back).flatten()
+        self._line_rows = ((each * window + self._starts_S).unsqueeze(1) + back).flatten()
+        self._own_rows = (owner + 1) * window + self._row
+        self._counts = (self._position + 1 - mine[:, CUT]).clamp(max=window)
+        self._firsts = self._own_rows + 1 - self._counts
+        # One size for all buckets: attention is compiled for it.
+        num_rows = TOKENS_MAX + (SEQUENCES_MAX + 1) * window
+        rings = self._seats.rings
+        self._line = rings.new_empty(1, max(num_rows, shape.rows + shape.sequences * window), rings.shape[2])
+        return rows[0]
+
+    def _window(self, layer: int, entries: Tensor) -> Tensor:
+        ring = self._seats.rings[layer].unsqueeze(0)
+        gather.copy_records(ring, self._ring_rows, self._line, self._line_rows)
+        for records, slots in ((self._line, self._own_rows), (self._new.window[layer].unsqueeze(0), self._row)):
+            pack.pack_entries(entries, self._geometry.rope_dim, pack.Target(records=records, slots=slots))
+        return self._line
+
+    def _group_rows(self, ratio: int) -> tuple[Tensor, Tensor]:
+        line = self._owner * ratio + self._row + self._first % ratio
+        first_rows = (line - (ratio - 1)).clamp(min=0)
+        is_first = self._position // ratio == self._first // ratio
+        return first_rows, torch.where(is_first, -1 - self._seat, first_rows - ratio)
+
+    def _take_rows(self, rows: CompressorRows, place: int, compressor: Compressor, x: Tensor) -> tuple[Tensor, Tensor]:
+        kv, gate = compressor.rows(x)
+        kind = next(number for number, each in enumerate(_kinds(self._seats)) if each is rows)
+        tails, ratio = rows.tails[place], compressor.ratio
+        line = tails.new_empty(2, self.shape.rows + self.shape.sequences * ratio, tails.shape[-1])
+        seated.line_up_rows(
+            kv,
+            gate,
+            compressor.position_bias.float(),
+            seated.Lines(
+                positions=self._position,
+                owners=self._owner,
+                seats=self._seats_S,
+                firsts=self._firsts_S,
+                starts=self._starts_S,
+            ),
+            tails,
+            line,
+            self._new.kinds[kind][place],
+        )
+        return line[0], line[1]
+
+    def _decoded(
+        self, records: Tensor, ring: Tensor, slots: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor, operands.Window]:
+        """Entries of queries `rows` decoded side by side, and the whole line of windows."""
+        num_listed, num_line = slots.numel(), ring.shape[1]
+        values = self._values(num_listed + num_line, slots.device)
+        into = values[0, :, : self._geometry.head_dim]
+        gather.unpack_entries(records, slots.clamp(min=0).flatten(), into[:num_listed], self._geometry.rope_dim)
+        every = torch.arange(num_line, dtype=torch.int32, device=slots.device)
+        # What lies behind the last row was never written: of that nothing is decoded.
+        every = every.clamp(max=self.shape.rows + self.shape.sequences * self._geometry.window - 1)
+        gather.unpack_entries(ring, every, into[num_listed:], self._geometry.rope_dim)
+        places = torch.arange(num_listed, dtype=torch.int32, device=slots.device).view(slots.shape)
+        return values, places, operands.Window(records=ring, firsts=self._firsts[rows], counts=self._counts[rows])
+
+
+@dataclass(slots=True, weakref_slot=True)
+class PendingChunk:
+    """New rows of a call that wait to be kept.
+
+    seat_numbers, firsts, starts: of each sequence of the call its seat, its position before and its first row; `counts`
+    how many tokens it was given, `kept` how many are kept, `moved` how many its seat has.
+    """
+
+    seats: Seats
+    new: NewRows
+    seat_numbers: list[int]
+    firsts: list[int]
+    starts: list[int]
+    counts: list[int]
+    kept: list[int] = field(default_factory=list)
+    moved: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, batch: collections.abc.Sequence[tuple[Sequence, TokenArray]], seats: Seats, new: NewRows
+    ) -> PendingChunk:
+        counts = [len(tokens) for _, tokens in batch]
+        starts = [int(start) for start in np.cumsum([0, *counts[:-1]])]
+        firsts = [sequence.position for sequence, _ in batch]
+        numbers = seats.take([sequence.window for sequence, _ in batch])
+        return cls(seats, new, numbers, firsts, starts, counts, [0] * len(counts), [0] * len(counts))
+
+    def keep(self, number: int, stop: int) -> None:
+        """Sequence `number` keeps its first `stop` new tokens. Seats follow by the next time that one is read."""
+        self.kept[number] = stop
+        self.seats.follow(self)
+
+    def keep_all(self) -> None:
+        self.kept = list(self.counts)
+        self.seats.follow(self)
+
+    @torch.inference_mode()
+    def leave_rows(self) -> None:
+        """The next call takes the new rows' memory: what may still be kept is copied."""
+        if self.kept != self.counts:
+            self.new = self.new.copied(self.starts[-1] + self.counts[-1])
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Rings, overlap states and tails take what is kept. Nothing here waits for the card."""
+        going = [n for n in range(len(self.counts)) if self.kept[n] > self.moved[n]]
+        if not going:
+            return
+        self._move_rings(going)
+        for rows, new in zip(_kinds(self.seats), self.new.kinds, strict=True):
+            if rows.layers:
+                ratio = rows.tails.shape[3]
+                if rows.overlaps is not None:
+                    self._move_overlaps(going, rows, new, ratio)
+                self._move_tails(going, rows, new, ratio)
+        self.moved = list(self.kept)
+
+    def _span(self, number: int) -> tuple[int, int, int]:
+        """Rows [begin, end) that a sequence keeps now, and its position at the first."""
+        begin = self.starts[number] + self.moved[number]
+        return begin, self.starts[number] + self.kept[number], self.firsts[number] + self.moved[number]
+
+    def _move_rings(self, going: list[int]) -> None:
+        window = self.seats.layout.geometry.window
+        sources, targets = [], []
+        for number in going:
+            begin, end, position = self._span(number)
+            late = max(end - begin - window, 0)
+            rows = np.arange(begin + late, end)
+            slots = self.seat_numbers[number] * 2 * window + (position + late + np.arange(len(rows))) % window
+            sources += [rows, rows]
+            targets += [slots, slots + window]
+        source, target = self._both(sources, targets)
+        self.seats.rings.index_copy_(1, target, self.new.window.index_select(1, source))
+
+    def _move_tails(self, going: list[int], rows: CompressorRows, new: Tensor, ratio: int) -> None:
+        """Of the last kept token's group, the rows that are new."""
+        sources, targets = [], []
+        for number in going:
+            begin, end, position = self._span(number)
+            last = position + end - begin
+            late = max(last - last % ratio - position, 0)
+            kept = np.arange(begin + late, end)
+            places = self.seat_numbers[number] * 2 * ratio + (position + late + np.arange(len(kept))) % ratio
+            sources += [kept, kept + new.shape[2]]
+            targets += [places, places + ratio]
+        source, target = self._both(sources, targets)
+        if len(source):
+            rows.tails.flatten(1, 3).index_copy_(1, target, new.flatten(1, 2).index_select(1, source))
+
+    def _move_overlaps(self, going: list[int], rows: CompressorRows, new: Tensor, ratio: int) -> None:
+        """The first series of the last group that kept tokens close: rows of its tail, then new ones."""
+        overlaps, width = cast(Tensor, rows.overlaps), cast(Tensor, rows.overlaps).shape[-1]
+        # Tails and new rows as one list of rows, of all seats and of all new tokens.
+        num_tails = rows.tails.shape[1] * 2 * ratio
+        sources, targets = [], []
+        for number in going:
+            begin, end, position = self._span(number)
+            last = position + end - begin
+            if last // ratio == position // ratio:
+                continue
+            places = np.arange(last // ratio * ratio - ratio, last // ratio * ratio)
+            seat = self.seat_numbers[number]
+            for half in range(2):
+                old = (seat * 2 + half) * ratio + places % ratio
+                fresh = num_tails + half * new.shape[2] + self.starts[number] + places - self.firsts[number]
+                sources.append(np.where(places < self.firsts[number], old, fresh))
+                targets.append((half * rows.tails.shape[1] + seat) * ratio + np.arange(ratio))
+        if not sources:
+            return
+        source, target = self._both(sources, targets)
+        is_new = (source >= num_tails).view(1, -1, 1)
+        tails = rows.tails.flatten(1, 3).index_select(1, source.clamp(max=num_tails - 1))
+        fresh_rows = new.flatten(1, 2).index_select(1, (source - num_tails).clamp(min=0))
+        picked = torch.where(is_new, fresh_rows, tails)[..., :width]
+        overlaps.flatten(1, 3).index_copy_(1, target, picked)
+
+    def _both(self, sources: list[Any], targets: list[Any]) -> tuple[Tensor, Tensor]:
+        both = np.stack((np.concatenate(sources), np.concatenate(targets))).astype(np.int64)
+        source, target = upload(both, self.seats.rings.device)
+        return source, target

@@ -1,0 +1,149 @@
+"""A Hopper card that is none: tensors that say they lie on one and hold no numbers, and kernels that are compiled for
+it with Triton's own assembler and never run.
+
+So the model's own code chooses kernels, tiles and types as it would there, on any machine with x86-64 and Linux. What
+would wait for a number of the card fails, as there is none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+
+@dataclass(slots=True)
+class Compiled:
+    """By kernel: how often it was asked for, in how many forms it was compiled, and in what time; its newest form, as
+    Triton returns it.  failures: kernel, and why."""
+
+    asked: dict[str, int] = field(default_factory=dict)
+    forms: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    newest: dict[str, Any] = field(default_factory=dict)
+
+
+class _Driver:
+    """What Triton asks of a driver before it launches."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+@contextlib.contextmanager
+def pretended_card() -> Iterator[Compiled]:
+    """While this lasts, tensors made on "cuda" are such, and launches compile."""
+    found = Compiled()
+    seen: dict[str, set[int]] = {}
+    plain = JITFunction.run
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        name = kernel.__name__
+        found.asked[name] = found.asked.get(name, 0) + 1
+        began = time.perf_counter()
+        try:
+            made = plain(kernel, *args, grid=grid, warmup=True, **options)
+        except Exception as err:
+            found.failures.append((name, why(err)))
+            return None
+        found.newest[name] = made
+        if id(made) not in seen.setdefault(name, set()):
+            seen[name].add(id(made))
+            found.forms[name] = len(seen[name])
+            found.seconds[name] = found.seconds.get(name, 0.0) + time.perf_counter() - began
+        return made
+
+    with contextlib.ExitStack() as stack:
+        triton.runtime.driver.set_active(_Driver())
+        stack.callback(triton.runtime.driver.set_active, None)
+        for owner, name, value in (
+            (JITFunction, "run", run),
+            (torch, "tensor", _empty),
+            (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+            (FakeTensor, "data_ptr", lambda x: x.storage_offset() * x.element_size()),
+            (FakeTensor, "pin_memory", lambda x, *_: torch.empty(x.shape, dtype=x.dtype)),
+            # Torch without CUDA has no guard for a device of its kind, which these would take.
+            (FakeTensor, "__getitem__", _part_of),
+            (FakeTensor, "contiguous", _contiguous),
+            (FakeTensor, "__setitem__", lambda *_: None),
+            (FakeTensor, "copy_", lambda x, *_, **__: x),
+        ):
+            stack.enter_context(_replaced(owner, name, value))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(torch.inference_mode())
+        yield found
+
+
+def why(err: BaseException) -> str:
+    """The error, and where it comes from outside of libraries."""
+    frames = [each for each in traceback.extract_tb(err.__traceback__) if "site-packages" not in each.filename]
+    places = [f"  {each.filename}:{each.lineno} {each.line}" for each in frames[-6:]]
+    return "\n".join([*places, f"  {type(err).__name__}: {str(err)[:1500]}"])
+
+
+def _empty(data: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
+    """`torch.tensor`, of numbers that nobody knows."""
+    known = np.asarray(data)
+    return torch.empty(known.shape, dtype=dtype or torch.from_numpy(known.reshape(-1)[:0]).dtype, device=device)
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Callable[..., Any]) -> Iterator[None]:
+    had, held = name in vars(owner), getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if had:
+            setattr(owner, name, held)
+        else:
+            delattr(owner, name)
+
+
+def _contiguous(x: torch.Tensor) -> torch.Tensor:
+    return x if x.is_contiguous() else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _part_of(x: torch.Tensor, index: Any) -> torch.Tensor:
+    """x[index], by operations."""
+    index = index if isinstance(index, tuple) else (index,)
+    for place, each in enumerate(index):
+        if each is Ellipsis:
+            missing = x.dim() - sum(one is not None for one in index) + 1
+            index = (*index[:place], *[slice(None)] * missing, *index[place + 1 :])
+            break
+    dim, picked = 0, []
+    for each in index:
+        if each is None:
+            x = x.unsqueeze(dim)
+        elif isinstance(each, slice):
+            if each != slice(None):
+                x = torch.ops.aten.slice.Tensor(x, dim, each.start, each.stop, each.step or 1)
+        elif isinstance(each, torch.Tensor | list):
+            at = each if isinstance(each, torch.Tensor) else torch.empty(len(each), dtype=torch.long, device=x.device)
+            picked += [None] * (dim - len(picked)) + [at]
+        else:
+            x = x.select(dim, int(each))
+            continue
+        dim += 1
+    return torch.ops.aten.index.Tensor(x, picked) if picked else x
