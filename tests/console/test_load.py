@@ -131,7 +131,7 @@ def test_what_failed_is_counted_by_reason():
 
 
 def test_a_wrong_url_or_api_is_refused():
-    with pytest.raises(InvalidRequest, match="not the URL"):
+    with pytest.raises(InvalidRequest, match="is no URL"):
         EndpointConfig(url="127.0.0.1:8000", api="chat")
     with pytest.raises(InvalidRequest, match="unknown API"):
         EndpointConfig(url="http://x", api="soap")

@@ -169,7 +169,7 @@ async def test_so_do_reasoning_items_and_requests_whose_first_line_changes(url, 
             body = {
                 "model": MODEL,
                 "max_tokens": 2,
-                "seed": 1,
+                "extra_body": {"seed": 1},
                 "system": [{"type": "text", "text": line}, {"type": "text", "text": "You are careful. " * 40}],
                 "tools": [{"name": "read", "description": "Reads a file.", "input_schema": SCHEMA}],
                 "messages": [{"role": "user", "content": f"{session} is a number. " * 20}],

@@ -259,7 +259,7 @@ SCALE = torch.ones(1, 1)
     [
         ({"layers.1.attn.wq_a.scale": torch.ones(2, 1)}, r"wq_a.scale has shape \[2, 1\], the config asks"),
         ({"layers.1.attn.wq_a.scale": SCALE.half()}, "wq_a.scale has type F16; scales are F8_E8M0 or F32"),
-        ({"layers.1.attn.wq_a.scale": SCALE * float("nan")}, "scales of .*wq_a.weight are not all numbers"),
+        ({"layers.1.attn.wq_a.scale": SCALE * float("nan")}, "scales of .*wq_a.weight hold NaN"),
         ({"layers.1.attn_norm.scale": SCALE}, "unexpected tensor layers.1.attn_norm.scale: no packed weight"),
         ({"layers.9.attn.wq_a.scale": SCALE}, "unexpected tensor layers.9.attn.wq_a.scale"),
         ({"layers.1.attn.attn_sink": torch.ones(4).to(torch.float8_e4m3fn)}, "it must not be packed"),
