@@ -159,7 +159,7 @@ $(CARDS)/.ready: pyproject.toml constraints.txt
 .PHONY: test-kernels-compile
 test-kernels-compile: $(PROTO_READY) $(CARDS)/.ready
 	TRITON_CACHE_DIR=$(CARDS)/triton $(CARDS)/bin/python -m tests.kernels.compile_for_card --jobs 2
-	$(CARDS)/bin/python -m pytest -q tests/kernels/test_ordered_roles.py
+	$(CARDS)/bin/python -m pytest -q -m long tests/kernels/test_ordered_roles.py tests/kernels/test_compiled_fp4.py
 
 # NVIDIA's checks over all kernels, on a card, with compute-sanitizer of the CUDA toolkit. Each report stays in .sanitizer/.
 # Without pytest: `python -m tests.kernels.run_for_sanitizer` under compute-sanitizer launches the kernels of V4's shapes.

@@ -12,8 +12,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
-@pytest.mark.slow
-@pytest.mark.services
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton brings its assembler for x86-64")
 def test_a_word_of_codes_is_four_bytes_of_one_row(tmp_path):
     """Triton 3.6 moved the broadcast behind the conversion, which then packed four rows' bytes into a word."""

@@ -22,8 +22,7 @@ ORDERED = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.services
+@pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton brings its assembler for x86-64")
 def test_all_threads_of_a_role_meet_before_one_arrives(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

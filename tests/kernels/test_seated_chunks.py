@@ -74,7 +74,7 @@ def assert_same(one: Any, other: Any) -> None:
     assert torch.equal(one[2], other[2])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_calls_of_several_tokens_have_the_bits_of_each_sequence_alone(device: torch.device) -> None:
     model = build(device)
     ops = TritonOps(model.layout, reproducible=True, batched=True, chunks=True)
