@@ -11,7 +11,8 @@ The book of keys is JSON:
          "created": "2026-09-10T04:00:00Z", "expires": "2026-12-01T00:00:00Z", "revoked": "", "note": "laptop"}]}
 
 `number` counts the book's changes. A process that holds a book never accepts one with a smaller number, because an
-older book still lists keys as valid that were revoked later. """
+older book still lists keys as valid that were revoked later.
+"""
 
 from __future__ import annotations
 

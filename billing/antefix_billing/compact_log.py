@@ -37,7 +37,8 @@ class Compacted:
 
 
 def compact(logs: Sequence[Path], ledgers: Sequence[Path], *, before_us: int) -> Compacted:
-    """Compact the log files that ended before `before_us` and to which no process appends any more (`hit_log.QUIET_S`).
+    """Compact the log files that ended before `before_us` and to which no process appends any more
+    (`hit_log.QUIET_S`).
     """
     needed = _NeededReads.of(ledgers)
     first_stored = _first_stored(path for log in logs for path in log_files(log))

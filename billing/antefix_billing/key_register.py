@@ -1,4 +1,5 @@
-"""Decides who calls with a key, and whether the caller may: the keys now in force. Keys can change while requests run.
+"""Decides who calls with a key, and whether the caller may: the keys now in force. Keys can change while
+requests run.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ usage-000000000001.ledger   segments, named by their first entry's sequence numb
 sealed segments only; rebuilt from them when lost acknowledged                the last acknowledged entry
 (ledger_mark.py) progress                    how much work and output each running request has had so far
 (progress_slots.py) pruned-000000012345.json    a signed summary in place of segments that were pruned (pruned.py)
-source this ledger's identity, 32 hex digits lock                        held by the one writer """
+source this ledger's identity, 32 hex digits lock                        held by the one writer
+"""
 
 from __future__ import annotations
 
@@ -45,7 +46,8 @@ RESTORE = "restore the ledger from a copy, or give the router a new directory an
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """One settled request with its place in the ledger. `previous_hash` lets anyone recompute `hash` from the payload.
+    """One settled request with its place in the ledger. `previous_hash` lets anyone recompute `hash` from the
+    payload.
     """
 
     sequence: int

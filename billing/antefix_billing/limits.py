@@ -319,7 +319,8 @@ class QuotaBook:
                         usage.requests += 1
 
     def _forget_idle(self, now: datetime) -> None:
-        """Drop tenants that have nothing counted. Tenant names come from callers, so there may be any number of them.
+        """Drop tenants that have nothing counted. Tenant names come from callers, so there may be any number
+        of them.
         """
         idle = [
             name

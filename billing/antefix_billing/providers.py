@@ -5,7 +5,8 @@
     Anthropic   input, cache creation and cache read exclude one another; their sum is the prompt
 
 Sources: api-docs.deepseek.com (create chat completion), platform.openai.com (usage objects), docs.claude.com (prompt
-caching). A cost formula counts tokens twice if it reads one provider's fields by another provider's rule. """
+caching). A cost formula counts tokens twice if it reads one provider's fields by another provider's rule.
+"""
 
 from __future__ import annotations
 

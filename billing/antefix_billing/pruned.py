@@ -198,7 +198,8 @@ def pruned_of(directory: Path) -> list[Pruned]:
 
 
 def pruned_to(directory: Path) -> tuple[int, bytes]:
-    """The number and the hash of the last pruned entry. The first remaining segment continues the chain from this hash.
+    """The number and the hash of the last pruned entry. The first remaining segment continues the chain from
+    this hash.
     """
     summaries: Sequence[Pruned] = pruned_of(directory)
     return (summaries[-1].last, summaries[-1].hash) if summaries else (0, GENESIS)

@@ -1,4 +1,5 @@
-"""Group commit: concurrent requests share one write and one fdatasync of the ledger, which run outside the event loop.
+"""Group commit: concurrent requests share one write and one fdatasync of the ledger, which run outside the
+event loop.
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ class UsageRecord(Usage):
     prefix_volatile: the client's prompts begin with text that changes each time, so everything after it misses.
     prompt_marks: a few block hashes of the prompt (`antefix.prompt_marks`), which show later where two prompts begin to
     differ. key_id: the id of the API key used; empty for a key from a tenants file, or no key. saved: what the hit
-    tokens would have cost more as misses. detail: an error's class; never prompt text. """
+    tokens would have cost more as misses. detail: an error's class; never prompt text.
+    """
 
     request_id: str
     attempt: int = 1

@@ -5,7 +5,8 @@
 "stripe.key"             # the API key, or the secret of a webhook's HMAC; for its owner only unmapped = "dead_letter"
 # a tenant without a customer: dead_letter, skip, or name (sent under its name) meters = { antefix_input =
 "cache_miss_tokens", antefix_hits = "cache_hit_tokens" }   # stripe: event names code = "antefix"                    #
-lago: the billable metric's customers = { acme = "cus_123" } """
+lago: the billable metric's customers = { acme = "cus_123" }
+"""
 
 from __future__ import annotations
 
