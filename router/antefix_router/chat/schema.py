@@ -16,7 +16,7 @@ from antefix.errors import InvalidRequest
 # Levels of JSON nesting. The engine stops at 128, and Python's own parser far beyond that.
 DEPTH_MAX = 64
 SCHEMA_BYTES_MAX = 128 << 10
-# For a multiple of so many tens of thousands, the engine takes as many milliseconds.
+# The engine takes N milliseconds for a `multipleOf` of N times ten thousand.
 _MULTIPLE_MAX = 10_000
 _REFERENCES_MAX = 32
 # Steps of following references and options: some 20 ms. The largest schemas that clients send take hundreds of steps.
