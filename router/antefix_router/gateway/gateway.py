@@ -54,8 +54,7 @@ BREAKPOINTS_MAX = 4
 _SCHEMA_CHARACTERS = 4096
 # How many requests of a tenant may be read or running, per request that may run.
 _HERE_FACTOR = 2
-# These headers enable fields in the body. The fields themselves are handled when the body is read, so the headers are
-# not reported as ignored.
+# Headers that enable fields in the body. They are reported as ignored, because the body's fields are read without them.
 _BETA_HEADERS = ("anthropic-beta", "openai-beta")
 
 
