@@ -1,7 +1,8 @@
-"""The first half of a request: what its prompt still needs, which worker does it, and what if that one fails.
+"""The first half of a request: what its prompt still needs, which worker computes it, and what happens if that worker
+fails.
 
-Equal prefixes in flight are computed once: the first one leads, the others wait for its blocks, with a deadline.
-A leader that ends in any way wakes its followers, and one of them leads on.
+Equal prefixes in flight are computed once: the first request leads, and the others wait for its blocks, up to a
+deadline. When a leader ends in any way, its followers wake up and one of them becomes the leader.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from antefix_router.prefill_calls import Flight, Limits, Order, PrefillCalls, Pr
 
 log = logging.getLogger("antefix.router")
 
-# A rest longer than this is never left to decode: it would hold up the sequences that run there.
+# More uncached tokens than this are never left to decode, because they would delay the sequences that run there.
 _STRAIGHT_TOKENS_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A prompt that decode may start on. answer: None where decode has to prefill by itself.
+    """A prompt on which decode may start.  answer: None if decode has to prefill.
 
-    located: which of several stores probably has what of it by now.
+    located: which of several stores probably holds what of it now.
     """
 
     work: Work
@@ -50,14 +51,16 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stored:
-    """num_blocks: leading ones; None: the store did not answer.  located: where there are several stores."""
+    """num_blocks: leading stored blocks; None: the store did not answer.  located: if there are several stores."""
 
     num_blocks: int | None = None
     located: Located | None = None
 
 
 class Prefilling:
-    """Runs prompts over the prefill workers. num_decoding: sequences that run on the decode worker that has fewest."""
+    """Runs prompts on the prefill workers. num_decoding: returns the number of sequences on the decode worker with the
+    fewest.
+    """
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class Prefilling:
         self._calls = PrefillCalls(workers, directory, self._sessions, limits, self.counters, budget or HedgeBudget())
 
     async def run(self, request: GenerationRequest, prompt: NamedPrompt, *, timeout_s: float) -> Ready:
-        """prompt: the request's, named.
+        """prompt: the request's prompt, named.
 
         Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.
         """
@@ -125,11 +128,11 @@ class Prefilling:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of one prefill worker, as measured on average."""
+        """The measured speed of one prefill worker, on average."""
         return self._calls.tokens_per_s()
 
     async def _look_up(self, prompt: NamedPrompt, request_id: str, *, ask: bool) -> _Stored:
-        """ask: the stores, though their events may tell: what was stored this moment is not among them yet."""
+        """ask: ask the stores even if their events are followed, because events lag behind what was just stored."""
         if not ask and self._feed is not None and (known := self._feed.num_leading(prompt.keys)) is not None:
             return _Stored(num_blocks=known)
         hashes, store = prompt.chain.hashes, self._store
@@ -141,15 +144,15 @@ class Prefilling:
                 located = await store.locate(hashes, fingerprint=self.fingerprint, tenant=prompt.owner, ask=ask)
                 return _Stored(num_blocks=located.found.num_blocks, located=located)
         except AntefixError as err:
-            # Placement without the store's word is still placement; the worker finds out what is there.
+            # Placement works without the store's answer. The worker finds out itself what is stored.
             log.warning("request %s: the store did not answer: %s", request_id, err)
             return _Stored()
 
     def _goes_straight(self, work: Work) -> bool:
-        """Whether decode should do the rest itself: computing it there against a call to a prefill worker.
+        """Whether decode should compute the uncached tokens itself, compared with a call to a prefill worker.
 
-        There it delays the running ones, so its time counts for each of them; the call costs what calls have cost, and
-        what waits at the worker that has least.
+        On a decode worker it delays the running sequences, so its time counts once for each of them. The call costs the
+        measured overhead of calls, plus the waiting work at the worker that has least.
         """
         rest = work.num_tokens - (work.stored_tokens or 0)
         if self._limits.prefill_tokens_min >= 0:
@@ -173,7 +176,9 @@ class Prefilling:
 
 
 def _located_now(located: Located | None, answer: Prefilled | None, prompt: NamedPrompt) -> Located | None:
-    """With what a prefill worker has stored since. None: nobody knows, so that stores are asked."""
+    """The stores' contents including what a prefill worker has stored since. None: not known, so the stores
+    are asked.
+    """
     if located is None or answer is None or not answer.near_stores:
         return None
     num_there = answer.restore.hit_tokens // prompt.chain.block_size
