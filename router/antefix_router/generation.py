@@ -1,4 +1,4 @@
-"""One request, from tokens to its last token: place, prefill, decode, relay, account.
+"""Runs one request from its tokens to the last output token: place, prefill, decode, relay, account.
 
 A worker that fails before its part is done is replaced, and the client sees no gap and no repeat: an output is
 continued elsewhere from the prompt plus the tokens that the client already has. Several outputs over one prompt share
@@ -150,7 +150,7 @@ class _Ready:
 
 
 class Generator:
-    """Runs requests over the workers."""
+    """Runs requests on the workers."""
 
     def __init__(
         self,
@@ -182,9 +182,10 @@ class Generator:
         self._directory = directory
 
     async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """Output tokens as they come. Afterwards `generation` has finish reasons, restore and counts.
+        """The output tokens as they arrive. Afterwards `generation` has the finish reasons, the restore report and the
+        counts.
 
-        Raises:  what the last worker tried raised.
+        Raises:  the error of the last worker that was tried.
         """
         request = generation.request
         if request.sampling.temperature and request.sampling.seed is None:

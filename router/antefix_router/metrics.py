@@ -234,7 +234,7 @@ def lost_metrics(lost: Sequence[tuple[WorkerRole, str, float]]) -> Iterable[Metr
 
 
 def finding_metrics(found: FoundWorkers) -> Iterable[Metric]:
-    """Of workers that are looked for by DNS names or leases in Redis."""
+    """Workers that are found by DNS names or leases in Redis."""
     yield counter(
         "antefix_router_failed_lookups",
         "Looks for workers by name or lease that failed; those that were known stay.",

@@ -59,7 +59,7 @@ class Retries:
         return kept
 
     def share(self, bill: Bill) -> None:
-        """Allow other clients to read the answer of an admitted request from now on."""
+        """Allow other clients to read an admitted request's answer from now on."""
         bill.shared = self._shared[bill.opened.key] = SharedRun(bill)
         self._wait_for_a_reader(bill.shared, _ADMITTED_S)
 

@@ -1,14 +1,15 @@
 """Reads and changes the bill's keys in Redis. A value is replaced only if it is still the one from which the change was
 made.
 
-    antefix:bill:request:HASH    one request's account (`antefix_billing.request_account`), sealed; for `keep_s`
+    antefix:bill:request:HASH    one request's account (`antefix_billing.request_account`), with a MAC; for `keep_s`
     antefix:bill:router:SOURCE   a live router's instance; expires after some seconds antefix:bill:routers         the
     sources of all routers that ever took part antefix:bill:epoch           drawn by the first router that finds none,
     so it changes after Redis lost its data antefix:bill:ready:SOURCE    the epoch in which that router wrote all that
     it knows antefix:bill:cursor:SOURCE   the last entry of its ledger that was written to Redis
     antefix:bill:limits:HASH     one tenant's counts, a field for each router (`shared_quotas`)
 
-Accounts are sealed with the deployment's secret: a process that can write to Redis cannot change what an answer costs.
+Each account has a MAC made with the deployment's secret, so a process that can write to Redis cannot change what an
+answer costs.
 """
 
 from __future__ import annotations
