@@ -189,7 +189,7 @@ class Generator:
         """
         request = generation.request
         if request.sampling.temperature and request.sampling.seed is None:
-            # Fixed here, so that a continuation on another worker draws the same numbers.
+            # The seed is fixed here, so that a continuation on another worker draws the same random numbers.
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
             generation.request = request
         # 1. Name the prompt's blocks.

@@ -96,16 +96,17 @@ class Prefilling:
         patience: float | None = None
         hold(prompt.grant)
         while True:
-            # 1. Ask what is stored: that decides how much work it is, and for whom.
+            # 1. Ask what is stored. This decides how much work the request is, and for which worker.
             stored = await self._look_up(prompt, request.request_id, ask=patience is not None)
             num_stored = stored.num_blocks
             work = prompt.work(num_stored, located=stored.located)
-            # 2. A short rest is left to the decode worker, which then needs no handoff; but that one keeps nothing, and
-            #    serves one output alone.
+            # 2. If few tokens are uncached, the decode worker computes them and needs no handoff. It then keeps no
+            # breakpoints and serves one output only.
             if not request.breakpoints and request.num_samples == 1 and self._goes_straight(work):
                 self.counters.num_straight += 1
                 return Ready(work=work, answer=None, located=stored.located)
-            # 3. What is being computed already is waited for. No await from here to `lead`: two would lead.
+            # 3. Wait for blocks that are being computed already. There is no await from here to `lead`, because two
+            # requests could otherwise both lead.
             found = self._in_flight.find(prompt.keys, num_stored or 0)
             now = time.monotonic()
             if found is None or (patience is not None and now >= patience):
@@ -119,8 +120,8 @@ class Prefilling:
                 patience = min(order.ends, now + wait_deadline_s(flight.until - now, shared_s))
             if not await _set_within(flight.done, patience - now):
                 self.counters.num_gave_up_waiting += 1
-        # 4. Prefill, elsewhere if a worker goes away.
-        # Behind a leader that kept nobody waiting its blocks will be there in time; one that did is not believed again.
+        # 4. Prefill. If a worker goes away, another one is tried. A leader's blocks are expected in time only if this
+        # request did not have to wait for that leader before.
         soon = (found[0].address, found[1]) if found and patience is None else None
         order = replace(order, located=stored.located)
         answer = await self._lead(order, work, num_stored or 0, soon)

@@ -1,4 +1,4 @@
-"""The placement policies that the router offers, by name: least_work, and round_robin to measure it against."""
+"""The placement policies that the router offers, by name: least_work, and round_robin as a baseline."""
 
 from __future__ import annotations
 
