@@ -1,7 +1,9 @@
-"""The rate cards that a ledger's records were last priced by, kept next to it: what cards at the next start are held
-against. A router takes other cards while it runs only where they leave priced records alone; so must a start.
+"""The rate cards by which a ledger's records were last priced. They are kept next to the ledger.
 
-    ratecards.json    each file's name and text, replaced as a whole
+When a router starts, it compares its rate cards with these. A running router accepts changed cards only if they leave
+the prices of existing records as they are. The same rule holds for a start.
+
+    ratecards.json    each file's name and text; the file is always replaced as a whole
 """
 
 from __future__ import annotations
@@ -20,12 +22,16 @@ _FILE: Final = "ratecards.json"
 
 
 def texts_of(paths: Sequence[str | Path]) -> dict[str, str]:
-    """What the files say.  Raises:  ConfigError: one cannot be read."""
+    """The text of each file.  Raises:  ConfigError: a file cannot be read."""
     return {str(path): read_toml_text(path, "rate cards") for path in paths}
 
 
 def accepted_texts(ledger: Path) -> dict[str, str] | None:
-    """None: none were kept yet, as in ledgers of before 0.2.  Raises:  ConfigError: the file is damaged."""
+    """The texts of the cards kept with this ledger. None if none are kept yet, as in ledgers written before version
+    0.2.
+
+    Raises:  ConfigError: the file is damaged.
+    """
     path = ledger / _FILE
     if not path.exists():
         return None
@@ -36,11 +42,11 @@ def accepted_texts(ledger: Path) -> dict[str, str] | None:
 
 
 def accepted_cards(ledger: Path) -> RateCards | None:
-    """None: none were kept yet.  Raises:  ConfigError: the file is damaged."""
+    """The cards kept with this ledger, or None if none are kept yet.  Raises:  ConfigError: the file is damaged."""
     texts = accepted_texts(ledger)
     return None if texts is None else parse_cards(texts)
 
 
 def accept_cards(ledger: Path, texts: dict[str, str]) -> None:
-    """Records are priced by these from now on.  Raises:  OSError."""
+    """Keep these cards with the ledger: from now on they price its records.  Raises:  OSError."""
     write_private(ledger / _FILE, json.dumps(texts, indent=1) + "\n")

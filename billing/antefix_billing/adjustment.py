@@ -1,7 +1,8 @@
-"""What changes a bill after its records were written: credits, corrections, disputes, re-ratings. Nothing is rewritten.
+"""Adjustments change a bill after its records were written: credits, corrections, disputes, re-ratings.
 
-An adjustment is an entry of the ledger like a record, chained and durable. Its `amount` is added to what the request or
-the tenant was charged; a credit is negative. An id is taken once: the same one again changes nothing.
+The ledger never rewrites a record. An adjustment is an entry of the ledger like a record, chained and durable. Its
+`amount` is added to what the request or the tenant was charged; a credit is negative. Writing a second adjustment with
+the same id changes nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from antefix.checked_files import parse_json
 from antefix.errors import InvalidRequest
 from antefix_billing.usage_record import PAYLOAD_VERSION, money_of, request_key
 
-# Enough for a reason and a ticket's address; an entry of the ledger is bounded.
+# Enough for a reason and a ticket's address. An entry of the ledger has a maximum size.
 TEXT_CHARACTERS_MAX: Final = 1000
 # Money has twelve decimals everywhere in the bill.
 DECIMALS_MAX: Final = 12
@@ -28,18 +29,21 @@ class AdjustmentKind(StrEnum):
 
     CREDIT = "credit"
     CORRECTION = "correction"
-    # What a customer contests; it is taken off until it is decided.
+    # A charge that a customer contests. It is taken off the bill until the dispute is decided.
     DISPUTE = "dispute"
     RERATE = "rerate"
-    # Two routers charged one request, because Redis or one of them was gone meanwhile: all but the most expensive one
-    # is given back.
+    # Two routers charged one request, because Redis or one of the routers was down meanwhile. The customer gets back
+    # all charges except that of the most expensive attempt.
     CHARGED_TWICE = "charged_twice"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adjustment:
-    """amount: signed, in `currency`; what it adds to the bill.  of_event: the record it is about (`event_id`), of
-    ledger `of_source`; both empty where it is about a tenant.  author: who asked for it.  rate_card: of a re-rating.
+    """An adjustment of a bill.
+
+    amount: the signed amount, in `currency`, that is added to the bill.  of_event, of_source: the `event_id` of the
+    adjusted record, and the ledger that holds the record; both are empty if the adjustment concerns a tenant as a
+    whole.  author: who asked for the adjustment.  rate_card: the card that a re-rating priced the record by.
     """
 
     adjustment_id: str
@@ -60,7 +64,9 @@ class Adjustment:
     author: str = ""
 
     def __post_init__(self) -> None:
-        """Raises:  InvalidRequest: it says nothing, or its amount is none."""
+        """Raises:  InvalidRequest: the id or the reason is empty, the amount is not finite or has too many decimals, or
+        a text is too long.
+        """
         if not self.adjustment_id or not self.reason:
             raise InvalidRequest("an adjustment needs an id and a reason")
         if not self.amount.is_finite() or self.amount.as_tuple().exponent < -DECIMALS_MAX:  # type: ignore[operator]
@@ -71,7 +77,9 @@ class Adjustment:
 
     @property
     def key(self) -> str:
-        """What the ledger knows it by. No request's key begins so: ids have no control characters."""
+        """The name by which the ledger finds this adjustment. It cannot equal a request's key: it begins with a control
+        character, and request ids have none.
+        """
         return f"\x00adjustment:{self.adjustment_id}"
 
     @property
@@ -132,7 +140,9 @@ class ChangeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """What was changed while the router ran, or in the ledger itself.  content: JSON, what holds from here on."""
+    """A change made while the router ran, or a change to the ledger itself.  content: JSON with the settings in force
+    from this entry on.
+    """
 
     kind: ChangeKind
     content: str

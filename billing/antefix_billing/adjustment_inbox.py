@@ -1,7 +1,8 @@
-"""Adjustments on their way to a ledger that a router writes: a file each in `inbox`, which the router takes in.
+"""Hands adjustments to a ledger that a running router writes: one file per adjustment in the directory `inbox`.
 
-An operator who can write the directory could write the ledger as well, so no key is asked for. An id is taken once, so
-a file that was taken in and not removed does no harm.
+The router reads these files and writes their adjustments into the ledger. No API key is needed, because an operator who
+can write this directory could also write the ledger. A file that was processed but not removed does no harm, because
+the ledger takes each adjustment id only once.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _NUM_A_FILE: Final = 1000
 
 
 def adjust(directory: Path, adjustments: Sequence[Adjustment]) -> None:
-    """Into the ledger, through its router where one writes it; durable when this returns.
+    """Write adjustments into the ledger, through its router if one is running. They are durable when this returns.
 
-    Raises:  Unavailable: the router does not take them in.  ConfigError: the ledger cannot be written.
+    Raises:  Unavailable: the router does not process them.  ConfigError: the ledger cannot be written.
     """
     try:
         ledger = Ledger(directory)
@@ -65,7 +66,7 @@ def waiting(directory: Path) -> list[Path]:
 
 
 def read_waiting(path: Path) -> list[Adjustment]:
-    """Raises:  ConfigError: it holds something else."""
+    """The adjustments in one inbox file.  Raises:  ConfigError: the file holds something else."""
     rows = read_json(path, "adjustments")
     try:
         return [Adjustment.from_dict(row) for row in rows]

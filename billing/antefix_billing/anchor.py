@@ -1,12 +1,15 @@
-"""Heads of the ledger, signed and kept where the ledger is not: what a cut, replaced or rewritten one is told by.
+"""Anchors: signed copies of the ledger's head (its last entry), kept outside the ledger.
 
-A chain shows that nothing was changed inside it. Only what is kept elsewhere shows that its end was cut off, that an
-older copy of it was put back, or that all of it was written again: the entry that was its head is not there any more.
+They reveal a ledger that was cut, replaced or rewritten. The ledger's hash chain shows that nothing inside it was
+changed. Only a copy kept elsewhere can show that the ledger's end was cut off, that an older copy was put back, or that
+the whole ledger was written again: the anchored entry is then missing or different.
 
-    file       one JSON object a line, appended and synced
-    file://    a directory as an object store: an object for each, antefix-anchors/SOURCE/SEQUENCE.json
-    s3://      an object store, likewise; gs:// and az:// as well
-    receipt    what a customer has of one request; it says as much of its place
+An anchor is kept in one of these places:
+
+    file       a file, one JSON object per line, appended and synced
+    file://    a directory used as an object store: one object per anchor, antefix-anchors/SOURCE/SEQUENCE.json
+    s3://      an object store with the same names; gs:// and az:// as well
+    receipt    a customer's receipt for one request states its place in the ledger, so it also serves as an anchor
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ _NUM_READS: Final = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Anchor:
-    """One entry of one ledger that was there at `time_us`. key_id, signature: hex; is_receipt: a customer's."""
+    """Evidence that one entry was in one ledger at `time_us`.  key_id, signature: hex.  is_receipt: the anchor is a
+    customer's receipt.
+    """
 
     source: bytes
     sequence: int
@@ -64,7 +69,7 @@ class Anchor:
 
     @classmethod
     def from_dict(cls, values: Any, what: str) -> Anchor:
-        """Of an anchor or a receipt.  Raises:  InvalidRequest: it is neither."""
+        """Read an anchor or a receipt.  Raises:  InvalidRequest: the values are neither."""
         try:
             is_receipt = "payload" in values
             return cls(
@@ -106,7 +111,9 @@ def make_anchor(signer: Signer, *, source: bytes, sequence: int, hash: bytes, ti
 
 
 def check_place(place: str) -> None:
-    """Raises:  ConfigError: not a path or such a URL, or the library for it is not installed."""
+    """Check a place for anchors.  Raises:  ConfigError: it is neither a path nor a supported URL, or its client library
+    is not installed.
+    """
     scheme = urlsplit(place).scheme
     if scheme in CLOUD_SCHEMES:
         open_bucket(place)
@@ -115,9 +122,9 @@ def check_place(place: str) -> None:
 
 
 def write_anchor(anchor: Anchor, place: str) -> None:
-    """Durable when it returns. Not to be called in an event loop.
+    """Write one anchor; it is durable when this returns. Do not call this in an event loop.
 
-    place: as `check_place` has them.  Raises:  OSError, Unavailable.
+    place: a place that `check_place` accepts.  Raises:  OSError, Unavailable.
     """
     name = f"{anchor.sequence:020d}.json"
     if urlsplit(place).scheme in CLOUD_SCHEMES:
@@ -142,9 +149,11 @@ def write_anchor(anchor: Anchor, place: str) -> None:
 
 
 def read_anchors(places: Sequence[str]) -> list[Anchor]:
-    """Of files with anchors or receipts, of directories of such files, and of file:// and other object stores.
+    """Read anchors from files, from directories of files (receipts count too), and from file:// and other object
+    stores.
 
-    Raises:  ConfigError: a place is not there, or holds something else.  Unavailable: an object store does not answer.
+    Raises:  ConfigError: a place does not exist, or holds something else.  Unavailable: an object store does not
+    answer.
     """
     return [anchor for place in places for anchor in _anchors_of(place)]
 
@@ -160,7 +169,9 @@ def _anchors_of(place: str) -> list[Anchor]:
 
 
 async def _texts_of_bucket(bucket: Bucket) -> list[tuple[str, str]]:
-    """(name, text) of each anchor, or of enough of them. Those of years are many, and each is a call."""
+    """(name, text) of the bucket's anchors, or of a sample of them. Years of anchors are many objects, and each costs
+    one call to read.
+    """
     by_source: defaultdict[str, list[StoredObject]] = defaultdict(list)
     for each in await bucket.list_objects(f"{_FOLDER}/"):
         by_source[each.name.rpartition("/")[0]].append(each)
@@ -174,7 +185,9 @@ async def _texts_of_bucket(bucket: Bucket) -> list[tuple[str, str]]:
 
 
 def _enough(found: list[StoredObject]) -> list[StoredObject]:
-    """Of one ledger's anchors, by name and so by sequence: the newest ones, and before them as many, evenly."""
+    """Choose anchors of one ledger, whose names sort by sequence number: the newest ones, and as many of the older
+    ones, evenly spaced.
+    """
     older, newest = found[:-_NUM_NEWEST], found[-_NUM_NEWEST:]
     return older[:: max(1, len(older) // _NUM_NEWEST)] + newest
 
@@ -184,7 +197,7 @@ def _of_text(text: str, where: str) -> list[Anchor]:
         whole = json.loads(text)
         rows = whole if isinstance(whole, list) else [whole]
     except ValueError:
-        # Lines; the last one may be torn, since the process may die while it writes.
+        # Each line is one anchor. The last line may be incomplete, since the process may die while it writes.
         lines = text.split("\n")
         rows = [parse_json(line.encode(), f"anchors {where}") for line in lines[:-1] if line.strip()]
     try:

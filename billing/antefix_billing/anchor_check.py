@@ -1,4 +1,4 @@
-"""Whether a ledger is the one that its anchors were taken of. Pure."""
+"""Checks that a ledger still holds the entries that its anchors name. Pure."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from antefix_billing.pricing import moment_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnchorVerdict:
-    """anchors: how many were held against it.  anchored_to: the last entry that an anchor confirms; what lies behind it
-    rests on the chain alone.  faults: what does not hold, with the position.  unsigned: anchors without a signature of
-    a known key; None where no key was given.
+    """The result of checking a ledger against its anchors.
+
+    anchors: how many anchors were checked.  anchored_to: the last entry that an anchor confirms; later entries are
+    protected by the hash chain alone.  faults: each mismatch, with its position.  unsigned: how many anchors have no
+    signature by a known key; None if no key was given.
     """
 
     anchors: int
@@ -35,10 +37,11 @@ def check_anchors(
     public_keys: Iterable[bytes],
     chain_error: str = "",
 ) -> AnchorVerdict:
-    """Hold anchors of one ledger against it.
+    """Check anchors of one ledger against that ledger.
 
-    hashes: of its entries, those that anchors name at least.  first, head: its first and last entry's number; what
-    lies before the first was pruned.  chain_error: why reading ended at the head.
+    hashes: hashes of the ledger's entries, at least of those that the anchors name.  first, head: the numbers of the
+    ledger's first and last entry; entries before the first were pruned.  chain_error: why reading the ledger stopped at
+    the head.
     """
     keys = list(public_keys)
     unsigned = [anchor for anchor in anchors if keys and not anchor.is_signed_by(keys)]
@@ -46,7 +49,7 @@ def check_anchors(
     confirmed, faults = 0, []
     for anchor in trusted:
         if anchor.sequence < first and anchor.sequence not in hashes:
-            continue  # it was pruned
+            continue  # the entry was pruned
         if anchor.sequence > head:
             if not chain_error:
                 faults.append(

@@ -1,4 +1,5 @@
-"""API keys: who has which, what each may do, and until when. Pure; keys in clear exist only where one is made.
+"""API keys: which tenant has which key, what each key may do, and until when. Pure. A plaintext key exists only where
+it is created.
 
 A key is `afx-<id>-<48 hex digits>`. Its id names it in lists and logs. Of the key itself only the SHA-256 is kept: 192
 random bits cannot be guessed, so a slower hash would add nothing.
@@ -9,8 +10,8 @@ The book of keys is JSON:
         {"id": "3f9c01ab", "tenant": "acme", "sha256": "<64 hex digits>", "scopes": ["generate", "usage"],
          "created": "2026-09-10T04:00:00Z", "expires": "2026-12-01T00:00:00Z", "revoked": "", "note": "laptop"}]}
 
-The number counts its changes. Anyone who knows a book takes none with a smaller number: an old book has keys that were
-revoked since.
+`number` counts the book's changes. A process that holds a book never accepts one with a smaller number, because an
+older book still lists keys as valid that were revoked later.
 """
 
 from __future__ import annotations
@@ -27,31 +28,33 @@ from typing import Any, Final
 
 from antefix.errors import ConfigError, InvalidRequest
 
-# ASCII's and Latin-1's: what a terminal obeys instead of showing it.
+# Control characters of ASCII and Latin-1: a terminal obeys them instead of showing them.
 CONTROL: Final = re.compile("[\x00-\x1f\x7f-\x9f]")
 BOOK_VERSION: Final = 1
 NUM_KEYS_MAX: Final = 100_000
 _ID: Final = re.compile(r"[0-9a-f]{8}")
 _NAME_BYTES_MAX: Final = 512
-# No key of anybody's: it is what a request without a key would have.
+# The SHA-256 of the empty text. It must not be any tenant's key, because a request without a key has this digest.
 _NO_KEY: Final = hashlib.sha256(b"").digest()
 
 
 class Scope(StrEnum):
-    """generate: requests to the model.  usage: the tenant's own receipts and records.  admin: those of all tenants."""
+    """What a key may do.  generate: send requests to the model.  usage: read the tenant's own receipts and records.
+    admin: read those of all tenants.
+    """
 
     GENERATE = "generate"
     USAGE = "usage"
     ADMIN = "admin"
 
 
-# What a key may do where nobody says it, such as one of a tenants file.
+# The scopes of a key that names none, such as a key in a tenants file.
 USUAL_SCOPES: Final = frozenset({Scope.GENERATE, Scope.USAGE})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
-    """One key's row. digest: its SHA-256.  expires, revoked: None: never."""
+    """One key's row in the book.  digest: the SHA-256 of the key.  expires, revoked: None means never."""
 
     id: str
     tenant: str
@@ -63,7 +66,7 @@ class ApiKey:
     note: str = ""
 
     def state(self, now: datetime) -> str:
-        """valid, expired or revoked."""
+        """The key's state: valid, expired or revoked."""
         if self.revoked is not None:
             return "revoked"
         return "expired" if self.expires is not None and now >= self.expires else "valid"
@@ -71,26 +74,26 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyBook:
-    """All keys of a deployment, by what one finds them with."""
+    """All API keys of a deployment.  number: counts the book's changes."""
 
     number: int = 0
     keys: tuple[ApiKey, ...] = ()
 
     def find(self, key_id: str) -> ApiKey:
-        """Raises:  InvalidRequest: there is none with this id."""
+        """The key with this id.  Raises:  InvalidRequest: no key has this id."""
         for key in self.keys:
             if key.id == key_id:
                 return key
         raise InvalidRequest(f"there is no key {key_id!r}")
 
     def added(self, key: ApiKey) -> KeyBook:
-        """Raises:  InvalidRequest: there are too many."""
+        """The book with one more key.  Raises:  InvalidRequest: the book is full."""
         if len(self.keys) >= NUM_KEYS_MAX:
             raise InvalidRequest(f"there are {NUM_KEYS_MAX} keys already")
         return KeyBook(number=self.number + 1, keys=(*self.keys, key))
 
     def changed(self, key: ApiKey) -> KeyBook:
-        """With this row instead of the one of the same id."""
+        """The book with this row in place of the row with the same id."""
         keys = tuple(key if each.id == key.id else each for each in self.keys)
         return KeyBook(number=self.number + 1, keys=keys)
 
@@ -103,9 +106,10 @@ def new_key(
     note: str = "",
     now: datetime | None = None,
 ) -> tuple[str, ApiKey]:
-    """A fresh key in clear, which is kept nowhere, and its row.
+    """Create a key. Returns the plaintext key, which is stored nowhere, and its row.
 
-    Raises:  InvalidRequest: a name with control characters or too long, no scope, or it would be over already.
+    Raises:  InvalidRequest: a name is too long or has control characters, there is no scope, or the expiry is in the
+    past.
     """
     now = (now or datetime.now(UTC)).replace(microsecond=0)
     if expires is not None and expires <= now:
@@ -126,7 +130,7 @@ def new_key(
 
 
 def revoke(book: KeyBook, key_id: str, *, now: datetime | None = None) -> KeyBook:
-    """Raises:  InvalidRequest: there is no such key, or it is revoked."""
+    """The book with this key revoked.  Raises:  InvalidRequest: no such key exists, or it is already revoked."""
     key = book.find(key_id)
     if key.revoked is not None:
         raise InvalidRequest(f"key {key_id} is revoked already")
@@ -134,9 +138,9 @@ def revoke(book: KeyBook, key_id: str, *, now: datetime | None = None) -> KeyBoo
 
 
 def rotate(book: KeyBook, key_id: str, *, until: datetime, expires: datetime | None = None) -> tuple[str, KeyBook]:
-    """A key that follows this one, with its tenant and scopes; the old one is valid up to `until`.
+    """Create a successor of a key, with the same tenant and scopes. The old key stays valid up to `until`.
 
-    Raises:  InvalidRequest: there is no such key, or it is not valid any more.
+    Raises:  InvalidRequest: no such key exists, or it is no longer valid.
     """
     old = book.find(key_id)
     if (state := old.state(datetime.now(UTC))) != "valid":
@@ -168,7 +172,7 @@ def to_json(book: KeyBook) -> str:
 
 
 def from_json(text: str | bytes) -> KeyBook:
-    """Raises:  ConfigError: it is no book of keys; a name in it that is not known is an error, too."""
+    """Read a book of keys.  Raises:  ConfigError: the text is not a book of keys, or it holds an unknown field."""
     try:
         table = json.loads(text)
         if table["version"] != BOOK_VERSION:
@@ -219,7 +223,11 @@ def _check(key: ApiKey) -> None:
 
 
 def check_digest(digest: bytes, whose: str) -> None:
-    """Raises:  ConfigError: it is no SHA-256, or that of the empty text, which everybody without a key would have."""
+    """Check the digest of an API key.
+
+    Raises:  ConfigError: it is not a SHA-256, or it is the SHA-256 of the empty text, which every caller without a key
+    has.
+    """
     if len(digest) != hashlib.sha256().digest_size:
         raise ConfigError(f"{whose}: an API key's SHA-256 must have 64 hex digits")
     if digest == _NO_KEY:
@@ -238,5 +246,5 @@ def _moment(text: str) -> datetime | None:
         return moment.replace(tzinfo=UTC)
     try:
         return moment.astimezone(UTC)
-    except OverflowError as err:  # the year 1 or 9999, which UTC has not in every zone
+    except OverflowError as err:  # the years 1 and 9999 overflow when some time zones are converted to UTC
         raise ValueError(f"{text!r} is before or after all times in UTC") from err

@@ -1,10 +1,11 @@
-"""Old segments of a ledger: copied to a directory or an object store, pruned here, and brought back for audits.
+"""Old segments of a ledger: copies them to an archive (a directory or an object store), prunes them, and restores them
+for audits.
 
-    antefix-ledgers/SOURCE/usage-000000000001.ledger    as they were here, byte for byte
+    antefix-ledgers/SOURCE/usage-000000000001.ledger    the segments, byte for byte
     antefix-ledgers/SOURCE/pruned-000000012345.json     the summaries (pruned.py)
 
-A segment is pruned only when the whole chain was read and holds, when all its requests are settled, and when the
-archive gave the same bytes back. Readers and the router need not stop.
+A segment is pruned only after the whole chain was read and verified, all requests in it are settled, and reading the
+segment back from the archive gave the same bytes. Readers and the router can keep running.
 """
 
 from __future__ import annotations
@@ -43,14 +44,15 @@ from antefix_billing.receipt import Signer
 from antefix_billing.usage_record import OpenEntry, UsageRecord
 
 _FOLDER: Final = "antefix-ledgers"
-# Not the ledger's own lock: a router that writes it has that.
+# A separate lock for pruning. A router that writes the ledger holds the ledger's own lock.
 _PRUNING: Final = "pruning"
 
 
 def archive(ledger: Path, place: str) -> list[str]:
-    """Copy sealed segments that are not there yet. Returns their names.
+    """Copy the sealed segments that the archive lacks. Returns their names.
 
-    Raises:  LedgerCorrupt: the chain does not hold; nothing is copied.  ConfigError: another file has a name there.
+    Raises:  LedgerCorrupt: the chain is broken; nothing is copied.  ConfigError: the archive has a different file of
+    the same name.
     """
     for _ in read_entries(ledger):
         pass
@@ -75,7 +77,7 @@ def archive(ledger: Path, place: str) -> list[str]:
 
 @dataclass(slots=True)
 class _Segment:
-    """A sealed segment as read. latest_us: of any of its entries."""
+    """A sealed segment as read.  latest_us: the latest time of any of its entries."""
 
     path: Path
     last: int = 0
@@ -94,11 +96,13 @@ def prune(
     sent_to: int | None = None,
     dry_run: bool = False,
 ) -> Pruned | None:
-    """Put a signed summary in place of the segments whose entries are all from before `before_us`.
+    """Replace the segments whose entries are all older than `before_us` by a signed summary.
 
-    place: the archive, which gets what it lacks; empty: they are not kept.  sent_to: entries behind it stay, since
-    receivers do not have them yet.  Returns None where there is nothing to prune.
-    Raises:  LedgerCorrupt: the chain does not hold.  ConfigError: another process prunes it, or the archive is faulty.
+    place: the archive, which first receives the segments that it lacks; empty: the segments are not kept.  sent_to:
+    entries after this number are kept, because receivers do not have them yet.  Returns None if there is nothing to
+    prune.
+    Raises:  LedgerCorrupt: the chain is broken.  ConfigError: another process prunes this ledger, or the archive is
+    faulty.
     """
     (ledger / _PRUNING).mkdir(mode=0o700, exist_ok=True)
     try:
@@ -116,7 +120,8 @@ def prune(
             if place:
                 archive(ledger, place)
                 _put_summary(place, summary)
-            # From here on the segments count as pruned; what a crash leaves of them goes with the next call.
+            # From here on the segments count as pruned. If a crash leaves some of them behind, the next call removes
+            # them.
             write_private(ledger / summary_name(summary.last), _text(summary))
             sync_directory(ledger)
             _remove_pruned(ledger)
@@ -126,9 +131,10 @@ def prune(
 
 
 def restore(place: str, source: bytes, to: Path, *, ledger: Path | None = None) -> int:
-    """Make a ledger for readers of what the archive has, and of what `ledger` still has. Returns how many segments.
+    """Build a read-only ledger from the archive's segments and from those that `ledger` still has. Returns how many
+    segments it has.
 
-    Raises:  ConfigError: the directory holds something, or the archive has nothing of this ledger.
+    Raises:  ConfigError: the target directory is not empty, or the archive has nothing of this ledger.
     """
     if to.exists() and any(to.iterdir()):
         raise ConfigError(f"{to} is not empty")
@@ -155,7 +161,9 @@ def restore(place: str, source: bytes, to: Path, *, ledger: Path | None = None) 
 
 
 def check_archive(ledger: Path, place: str) -> list[str]:
-    """What of the summaries the archive does not support: bytes, chain, sums. Empty where all of it holds."""
+    """Check the archive's files against the summaries: bytes, chain and sums. Returns the mismatches; empty if all is
+    well.
+    """
     folder = _folder(source_of(ledger))
 
     async def check(bucket: Bucket) -> list[str]:
@@ -192,7 +200,7 @@ def _faults_of(summary: Pruned, files: Sequence[bytes]) -> list[str]:
 
 
 def _read_segments(ledger: Path) -> list[_Segment]:
-    """All of them, the chain checked; each with the requests that are open in it and nowhere settled."""
+    """Read all segments and check the chain. Each comes with the requests that are opened in it and settled nowhere."""
     paths = _kept(ledger)
     firsts = [first_sequence_of(path) for path in paths]
     segments = [_Segment(path) for path in paths]
@@ -218,12 +226,14 @@ def _key_and_time(entry: Entry) -> tuple[str, int]:
     if entry.kind is EntryKind.SETTLE:
         record = UsageRecord.from_payload(entry.payload)
         return record.key, record.finished_us
-    # A change and an adjustment.
+    # The entry is a change or an adjustment.
     return "", int(json.loads(entry.payload)["created_us"])
 
 
 def _old_enough(segments: Sequence[_Segment], before_us: int) -> list[_Segment]:
-    """The first ones, never the last: it is written."""
+    """The oldest segments that may be pruned. The last segment is never among them, because the router still
+    writes it.
+    """
     chosen = []
     for segment in segments[:-1]:
         if segment.latest_us >= before_us or segment.opened:
@@ -268,7 +278,7 @@ def _remove_pruned(ledger: Path) -> None:
 
 
 def _kept(ledger: Path) -> list[Path]:
-    """Segments that were not pruned."""
+    """The segments that were not pruned."""
     last, _ = pruned_to(ledger)
     return [path for path in segments_of(ledger) if first_sequence_of(path) > last]
 

@@ -1,4 +1,6 @@
-"""What other rate cards would change of records that are priced already. Pure but for reading the ledger."""
+"""Finds which records that are already priced would be priced differently by new rate cards. Pure, except that it reads
+the ledger.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ _BEGINNING = datetime(1, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChangedTime:
-    """From `begin` to before `end` another card holds for a model; `card`: the new one, None: none."""
+    """A span of time, from `begin` to before `end`, in which another card holds for a model.  card: the new card, or
+    None if there is none.
+    """
 
     model: str
     begin: datetime
@@ -32,7 +36,7 @@ class ChangedTime:
 
 
 def changed_times(old: RateCards, new: RateCards, models: Iterable[str], now: datetime) -> list[ChangedTime]:
-    """Where the two differ before `now`, for each of the models."""
+    """For each model, the spans before `now` in which the old and the new cards differ."""
     found = []
     for model in models:
         begins = sorted({_BEGINNING, *old.begins(model), *new.begins(model)})
@@ -43,7 +47,7 @@ def changed_times(old: RateCards, new: RateCards, models: Iterable[str], now: da
 
 
 def affected(records: Iterable[UsageRecord], times: Iterable[ChangedTime]) -> Iterator[tuple[UsageRecord, ChangedTime]]:
-    """Records that started in one of these times."""
+    """The records of requests that started in one of these spans."""
     spans = list(times)
     for record in records:
         moment = moment_of(record.started_us)
@@ -53,7 +57,7 @@ def affected(records: Iterable[UsageRecord], times: Iterable[ChangedTime]) -> It
 
 
 def _alike(one: RateCard | None, other: RateCard | None) -> bool:
-    """Whether both price a request alike, and say so under one name."""
+    """Whether both cards give a request the same price under the same version name."""
     if one is None or other is None:
         return one is other
     return _terms(one) == _terms(other)
@@ -64,14 +68,15 @@ def _terms(card: RateCard) -> tuple[object, ...]:
 
 
 def entry_before(ledger: Ledger, times: list[ChangedTime]) -> int:
-    """An entry before all records of these times."""
+    """The number of an entry that precedes all records of these spans."""
     return sequence_before(ledger.directory, max(0.0, min(span.begin for span in times).timestamp()))
 
 
 def refuse_priced(ledger: Ledger, after: int, times: list[ChangedTime], *, priced_by: RateCards | None = None) -> None:
-    """priced_by: records that these cards priced are left out.
+    """Refuse new cards that would change the price of existing records.
 
-    Raises:  ConfigError: records are priced in these times, and the card does not ask for a re-rating.
+    priced_by: records that these cards priced are left out.
+    Raises:  ConfigError: records in these spans are already priced, and the new card does not ask for a re-rating.
     """
     counts: Counter[str] = Counter()
     firsts: dict[str, ChangedTime] = {}

@@ -1,8 +1,9 @@
-"""Stores' logs made small: what no billed hit needs goes, and all that `verify` says stays as it was.
+"""Shrinks the stores' logs: drops the lines that no billed hit needs. What `verify` reports stays the same.
 
-Kept of old files: when each block was first stored; of reads, those while a request ran that hit that block, by the
-ledgers; and the lines around a clock that was set back. Files keep their names and the order of their lines, and are
-replaced as a whole. Run it after `prune`: what only pruned records needed goes then.
+Of each old file it keeps three kinds of lines: when each block was first stored; reads of a block during a request
+that, by the ledgers, hit that block; and the lines around a moment when a clock was set back. Files keep their names
+and the order of their lines, and each is replaced as a whole. Run this after `prune`, so that lines needed only by
+pruned records are dropped as well.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from antefix.store_files.hit_log import QUIET_S, StoreEvent, StoreEventKind, log
 from antefix_billing.hit_evidence import CLOCK_SLACK_US, STEP_SLACK_US
 from antefix_billing.ledger_files import read_settled
 
-# After a step back, requests that ran across it may have been served for so long.
+# When a clock is set back, a request that ran at that moment may have been served up to this long before or after.
 _AFTER_STEP_US: Final = 15 * 60_000_000
 
 
@@ -36,7 +37,9 @@ class Compacted:
 
 
 def compact(logs: Sequence[Path], ledgers: Sequence[Path], *, before_us: int) -> Compacted:
-    """Files that ended before `before_us`, and that nobody appends to any more (`hit_log.QUIET_S`)."""
+    """Compact the log files that ended before `before_us` and to which no process appends any more
+    (`hit_log.QUIET_S`).
+    """
     needed = _NeededReads.of(ledgers)
     first_stored = _first_stored(path for log in logs for path in log_files(log))
     num_files = bytes_before = bytes_after = 0
@@ -54,7 +57,9 @@ def compact(logs: Sequence[Path], ledgers: Sequence[Path], *, before_us: int) ->
 
 @dataclass(frozen=True, slots=True)
 class _NeededReads:
-    """When requests ran that hit a block in the store: starts in order, and for each the latest end up to it."""
+    """When requests ran that hit a given block in the store: their start times in order, and for each start the latest
+    end of all requests that started by then.
+    """
 
     starts: dict[str, list[int]]
     ends: dict[str, list[int]]
@@ -81,7 +86,7 @@ class _NeededReads:
 
 
 def _first_stored(paths: Iterable[Path]) -> dict[str, int]:
-    """When each block was stored first."""
+    """When each block was first stored."""
     first: dict[str, int] = {}
     for event in (event for path in paths for event in read_log_file(path)):
         if event.kind is StoreEventKind.STORED:
@@ -90,7 +95,7 @@ def _first_stored(paths: Iterable[Path]) -> dict[str, int]:
 
 
 def _kept(events: Iterator[StoreEvent], needed: _NeededReads, first_stored: dict[str, int]) -> Iterator[str]:
-    """The lines of one file that stay, some of them with fewer blocks."""
+    """The lines of one file that are kept. Some of them list fewer blocks than before."""
     previous = ""
     previous_us = after_step_us = 0
     is_previous_kept = True

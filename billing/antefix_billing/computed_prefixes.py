@@ -1,7 +1,8 @@
-"""What the ledger itself says of a hit in a worker's memory: did an earlier request have that prefix computed?
+"""Evidence from the ledger for a hit in a worker's memory: did an earlier request have that prefix computed?
 
-The store's log cannot say it of blocks that the store never took, because it was harmed, full or down. A worker keeps
-such blocks in memory and hits them there. Their prompts' marks (`antefix.prompt_marks`) are in the usage records.
+The store's log cannot give this evidence for blocks that the store never accepted because it was damaged, full or down.
+A worker keeps such blocks in memory and hits them there. The usage records hold prompt marks (hashes of a few prefixes,
+`antefix.prompt_marks`) that show which prefixes each request computed.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from antefix_billing.usage_record import UsageRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
-    """Records by the mark of their prompt's first block, which names tenant and model as well.
+    """Records, indexed by the mark of their prompt's first block. That mark also depends on tenant and model.
 
-    earliest: the lowest time that a clock showed after a time, where it was set back.
+    earliest: a function that maps a time to the lowest time that the clock showed later, in case the clock was set
+    back.
     """
 
     by_first: Mapping[str, list[UsageRecord]]
@@ -34,7 +36,9 @@ class Computed:
         return cls(by_first=by_first, earliest=earliest)
 
     def supports(self, record: UsageRecord, slack_us: int) -> bool:
-        """Whether another request, begun before this one ended, had this one's hit in its prompt or its output."""
+        """Whether another request that began before this one ended had the prefix of this record's hit in its prompt or
+        its output.
+        """
         others = self.by_first.get(mark_at(record.prompt_marks, 1), [])
         return any(
             _had(other, record)
@@ -56,7 +60,8 @@ def _had(other: UsageRecord, record: UsageRecord) -> bool:
         return record.last_hit_hash.startswith(named)
     if shared.blocks_min >= num_hit:
         return True
-    # The hit ends between two marks, or in the other one's output: there it may be, if all marks before agree.
+    # The hit ends between two marks, or in the other request's output. It counts as supported if all earlier marks
+    # agree.
     reaches = (other.prompt_tokens + other.output_tokens) // block_size >= num_hit
     ends_before = shared.blocks_max == shared.blocks_min == other.prompt_tokens // block_size
     return reaches and (shared.blocks_max >= num_hit or ends_before)

@@ -1,7 +1,8 @@
-"""Records for billing back-ends: CloudEvents batches, JSON Lines, CSV, Parquet. Streams; holds one batch at a time.
+"""Exports records to billing systems as CloudEvents batches, JSON Lines, CSV or Parquet. Holds one batch in memory at a
+time.
 
-CloudEvents 1.0 in JSON: (source, id) is unique, so a back-end that sees an event twice may drop it (OpenMeter does).
-`subject` is the tenant. One event type; meters group by model, status and the rest.
+CloudEvents 1.0 in JSON: (source, id) is unique, so a receiver that gets an event twice may drop the second (OpenMeter
+does). `subject` is the tenant. There is one event type; meters group events by model, status and other fields.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from antefix_billing.usage_record import FIELD_TYPES
 
 EVENT_TYPE = "antefix.usage"
 ADJUSTMENT_TYPE = "antefix.adjustment"
-# OpenMeter's documented limit is on bytes of a request; 1,000 events are under 1 MiB.
+# OpenMeter's documented limit is on the bytes of a request body; 1,000 events are under 1 MiB.
 EVENTS_A_BATCH = 1000
 _ROWS_A_GROUP = 16384
 _MONEY = ("price", "paid_before", "saved")
@@ -38,7 +39,7 @@ class ExportFormat(StrEnum):
 
 
 def cloud_event(item: Settled | Adjusted) -> dict[str, Any]:
-    """One CloudEvent. Money is a decimal string: a JSON number would become a float on the way."""
+    """One CloudEvent. Money is a decimal string, because a receiver would read a JSON number as a float."""
     if isinstance(item, Adjusted):
         made = item.adjustment
         data = {**made.to_dict(), "sequence": item.sequence, "entry_hash": item.hash.hex()}
@@ -58,7 +59,7 @@ def _cloud_event(id: str, source: str, kind: str, tenant: str, time_us: int, dat
         "id": id,
         "source": source,
         "type": kind,
-        # OpenMeter refuses events without a subject; the tenant of an open deployment is the empty name.
+        # OpenMeter refuses events without a subject. In a deployment without API keys, the tenant's name is empty.
         "subject": tenant or "default",
         "time": _rfc3339(time_us),
         "datacontenttype": "application/json",
@@ -74,11 +75,12 @@ def cloud_event_batches(settled: Iterable[Settled | Adjusted]) -> Iterator[list[
 
 
 def write_export(settled: Iterable[Settled | Adjusted], kind: ExportFormat, path: Path) -> int:
-    """Write all; returns how many. CloudEvents: one batch (a JSON array) a line, adjustments among the records.
+    """Write all records to a file. Returns how many there were. CloudEvents: one batch (a JSON array) per line,
+    adjustments among the records.
 
-    The file is there when all of it is written, and as it was before if that fails.
+    The file is replaced only after everything was written. If writing fails, the old file stays.
 
-    Raises:  ConfigError: Parquet without pyarrow installed.
+    Raises:  ConfigError: Parquet was asked for and pyarrow is not installed.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -94,12 +96,12 @@ def write_export(settled: Iterable[Settled | Adjusted], kind: ExportFormat, path
 
 
 def records_of(items: Iterable[Settled | Adjusted]) -> Iterator[Settled]:
-    """Without adjustments, whose columns are others."""
+    """The records without the adjustments, which have different columns."""
     return (item for item in items if isinstance(item, Settled))
 
 
 def write_text(settled: Iterable[Settled | Adjusted], kind: ExportFormat, file: IO[str]) -> int:
-    """One of the text formats to an open file; returns how many records."""
+    """Write one of the text formats to an open file. Returns the number of records."""
     num_records = 0
     if kind is ExportFormat.CLOUDEVENTS:
         for batch in cloud_event_batches(settled):
@@ -128,7 +130,7 @@ def row_of(settled: Settled) -> dict[str, Any]:
 
 
 def _no_formula(value: Any) -> Any:
-    # Ids and tenants come from callers, and spreadsheets run what begins like a formula.
+    # Ids and tenants come from callers, and spreadsheet programs run text that begins like a formula.
     if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r"):
         return "'" + value
     return value

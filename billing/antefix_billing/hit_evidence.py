@@ -1,7 +1,7 @@
-"""What stores' logs say of billed hits: was the block stored before, and read while the request ran?
+"""Checks billed hits against the stores' logs: was the block stored before the request ended, and read while it ran?
 
-Logs and records have wall-clock times. Where a log shows that its host's clock was set back, what was logged before the
-step counts as before it, and a request that ran across the step may have been served on either side of it.
+Logs and records have wall-clock times. If a log shows that its host's clock was set back, lines logged before that step
+count as earlier than the step, and a request that ran across the step may have been served before or after it.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from antefix_billing.computed_prefixes import Computed
 from antefix_billing.ledger_files import Settled
 from antefix_billing.usage_record import UsageRecord
 
-# Store and router have a clock each; hosts of one deployment are kept within a second of one another by NTP.
+# Store and router each have a clock. NTP keeps the hosts of one deployment within a second of each other.
 CLOCK_SLACK_US: Final = 2_000_000
-# Around a step back, the log's nearest lines before and after it are at most this far from it.
+# When a clock is set back, the log's nearest lines before and after that step are at most this far from it.
 STEP_SLACK_US: Final = 60_000_000
 
 
 class StepBack(NamedTuple):
-    """A clock was set back: the last time that a log has from before, and the first from after."""
+    """A clock that was set back: the log's last time before the step, and its first time after the step."""
 
     before_us: int
     after_us: int
@@ -33,9 +33,9 @@ class StepBack(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HitEvidence:
-    """Of the hashes that records name: when each was first stored, and when it was read.
+    """For the block hashes that records name: when each block was first stored, and when it was read.
 
-    records: of all ledgers of the deployment, since another router's request may have had a prefix computed.
+    records: the records of all ledgers of the deployment, since another router's request may have computed a prefix.
     """
 
     stored_us: dict[str, int]
@@ -66,10 +66,13 @@ class HitEvidence:
         )
 
     def unsupported(self, settled: Sequence[Settled], slack_us: int) -> list[str]:
-        """Event ids of records whose hit the log does not support. What a worker that is not ours says it cannot."""
+        """Event ids of records whose hit the log does not support. Hits reported by workers of other engines are left
+        out, because a log cannot support them.
+        """
         hits = [item.record for item in settled if item.record.is_proved_hit]
         doubtful = [record for record in hits if not self._supports(record, slack_us)]
-        # A store that was harmed, full or down did not take what a worker computed and continued to hit in its memory.
+        # A store that was damaged, full or down did not take the blocks that a worker computed. The worker continued to
+        # hit them in its memory.
         computed = Computed.of(self.records, self._earliest) if doubtful else None
         return [
             record.event_id
@@ -88,7 +91,7 @@ class HitEvidence:
         )
 
     def _earliest(self, time_us: int) -> int:
-        """The lowest time that the clock showed after it showed this one, as far as the logs tell."""
+        """The lowest time that the clock showed after it showed `time_us`, as far as the logs show."""
         for step in self.steps:
             if step.before_us >= time_us:
                 time_us = min(time_us, step.after_us)
@@ -106,7 +109,7 @@ class HitEvidence:
 
 
 def _noting_steps(events: Iterable[StoreEvent], steps: set[StepBack]) -> Iterable[StoreEvent]:
-    """The events of one file, which one process wrote in order."""
+    """The events of one file, in the order in which its one process wrote them; adds clock steps to `steps`."""
     last_us = 0
     for time_us, line in groupby(events, key=lambda event: event.time_us):
         if time_us < last_us - CLOCK_SLACK_US:

@@ -1,4 +1,6 @@
-"""The book of API keys as a file: one writer at a time, replaced as a whole, readable by its owner only."""
+"""The book of API keys as a file. One process writes at a time; the file is replaced as a whole; only its owner may
+read it.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _WHAT = "file of API keys"
 
 
 def read_book(path: str | Path) -> KeyBook:
-    """Raises:  ConfigError: it cannot be read, others may change it, or it is no book of keys."""
+    """Read the book of keys.  Raises:  ConfigError: the file cannot be read, others may change it, or it is not a book
+    of keys.
+    """
     refuse_writable(path, _WHAT)
     try:
         return from_json(read_bytes(path, JSON_BYTES_MAX))
@@ -26,7 +30,7 @@ def read_book(path: str | Path) -> KeyBook:
 
 
 def create_book(path: str | Path) -> KeyBook:
-    """An empty book, if there is no file; else what it holds."""
+    """Create an empty book if no file exists. Otherwise return the book in the file."""
     if not Path(path).exists():
         write_private(path, to_json(KeyBook()))
     return read_book(path)
@@ -34,9 +38,9 @@ def create_book(path: str | Path) -> KeyBook:
 
 @contextlib.contextmanager
 def changing(path: str | Path) -> Iterator[None]:
-    """While this lasts nobody else who asks so changes the file. The lock is a file next to it: the file is replaced.
+    """A lock held while the book is changed. It is a file next to the book, because the book's own file is replaced.
 
-    Raises:  ConfigError: its directory cannot be written.
+    Raises:  ConfigError: the directory cannot be written.
     """
     lock = Path(f"{path}.lock")
     try:
@@ -51,7 +55,7 @@ def changing(path: str | Path) -> Iterator[None]:
 
 
 def write_book(path: str | Path, book: KeyBook) -> None:
-    """Raises:  ConfigError: it cannot be written."""
+    """Write the book of keys.  Raises:  ConfigError: the file cannot be written."""
     try:
         write_private(path, to_json(book))
     except OSError as err:

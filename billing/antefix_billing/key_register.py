@@ -1,4 +1,6 @@
-"""Who calls with a key, and whether it may: the keys that are in force now. They change while requests run."""
+"""Decides who calls with a key, and whether the caller may: the keys now in force. Keys can change while
+requests run.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ class Refused(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyHolder:
-    """Who called. key_id: empty for one of a tenants file, or where no keys are needed."""
+    """The caller.  key_id: empty for a key from a tenants file, or where no keys are needed."""
 
     tenant: str
     scopes: frozenset[Scope] = USUAL_SCOPES
@@ -34,9 +36,9 @@ class KeyHolder:
 
 @dataclass(slots=True)
 class KeyRegister:
-    """Keys of the tenants file, which never change, and of the book. Thread-safe.
+    """The keys of the tenants file, which never change, and those of the book. Thread-safe.
 
-    open_as: the tenant that all callers are, because no keys are needed; None: each must have one.
+    open_as: the tenant of all callers, if no keys are needed; None if each caller must have a key.
     """
 
     named: Mapping[bytes, str] = field(default_factory=dict)
@@ -55,7 +57,9 @@ class KeyRegister:
         return self._book
 
     def take(self, book: KeyBook) -> bool:
-        """This book is in force from now on, unless a newer one is. An older one has keys that were revoked since."""
+        """Put this book in force, unless a newer one is. An older book still lists keys as valid that were revoked
+        later.
+        """
         with self._mutex:
             if book.number < self._book.number or book == self._book:
                 return False
@@ -65,9 +69,10 @@ class KeyRegister:
     def authenticate(
         self, api_key: str, scope: Scope | None = Scope.GENERATE, now: datetime | None = None
     ) -> KeyHolder:
-        """Whose key this is. Looking up a hash leaks no prefix of the key through its timing.  scope: None: any.
+        """Find the holder of a key. The lookup is by hash, so its timing reveals nothing about the key.
 
-        Raises:  Unauthenticated: no such key, or it is over.  PermissionDenied: it has another scope.
+        scope: the scope that the call needs; None: any.
+        Raises:  Unauthenticated: the key is unknown, expired or revoked.  PermissionDenied: the key lacks the scope.
         """
         if self.open_as is not None:
             return KeyHolder(tenant=self.open_as)
@@ -84,7 +89,7 @@ class KeyRegister:
             holder = KeyHolder(tenant=tenant)
         else:
             raise self._refuse(Refused.UNKNOWN)
-        # Anyone who may read everybody's records may read its own.
+        # A key that may read all tenants' records may also read its own tenant's.
         is_enough = scope in (None, *holder.scopes) or (scope is Scope.USAGE and Scope.ADMIN in holder.scopes)
         if not is_enough:
             self._count(Refused.SCOPE)
@@ -92,7 +97,7 @@ class KeyRegister:
         return holder
 
     def states(self, now: datetime | None = None) -> Counter[str]:
-        """How many keys there are, by state."""
+        """How many keys there are in each state."""
         moment = now or datetime.now(UTC)
         counts = Counter(key.state(moment) for key in self._book.keys)
         counts["valid"] += len(self.named)

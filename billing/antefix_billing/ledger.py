@@ -1,11 +1,13 @@
-"""The ledger: an append-only file chain that says once, and for ever, what each request used.
+"""The ledger: an append-only chain of files that records, once and permanently, what each request used.
 
     admit -> OPEN entry (durable before the first token)  ...  end -> SETTLE entry (durable before the response ends)
 
-Space is allocated ahead of its end (ledger_reserve.py): a disk that others fill does not stop it at once.
+The ledger allocates disk space ahead of its end (ledger_reserve.py), so that it can still write for a while after other
+programs fill the disk.
 
-One process writes. Entries are appended in batches, one write and one fdatasync each. A crash leaves at worst a torn
-tail that was never acknowledged, which opening truncates; anything else that does not fit is refused, not repaired.
+One process writes. Entries are appended in batches, with one write and one fdatasync per batch. A crash leaves at worst
+an incomplete batch at the end, which was never acknowledged; opening the ledger cuts it off. If the files are
+inconsistent in any other way, the ledger refuses to open. It never repairs them.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ log = logging.getLogger("antefix_billing")
 Item = OpenEntry | UsageRecord | Adjustment | Change
 Written = Settled | OpenEntry | Adjusted | Change
 
-# Opening reads the last segment whole: 16 MiB are some 15,000 requests and half a second.
+# Opening the ledger reads its whole last segment. 16 MiB are some 15,000 requests and take half a second to read.
 SEGMENT_BYTES = 16 << 20
 
 
@@ -75,7 +77,9 @@ class Ledger:
     """The writer of one ledger directory. Methods may be called from any thread; they run one at a time."""
 
     def __init__(self, directory: str | Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
-        """Raises:  ConfigError: another process writes it, or no ledger can be there.  LedgerCorrupt: see there."""
+        """Raises:  ConfigError: another process writes this ledger, or the directory cannot hold one.  LedgerCorrupt:
+        the ledger was damaged or edited.
+        """
         self.directory = Path(directory)
         self._segment_bytes = segment_bytes
         self._mutex = threading.Lock()
@@ -106,7 +110,7 @@ class Ledger:
 
     @property
     def source_name(self) -> str:
-        """As it stands in records and CloudEvents."""
+        """The ledger's name as it stands in records and CloudEvents."""
         return f"{SOURCE_PREFIX}{self.source.hex()}"
 
     @property
@@ -122,34 +126,35 @@ class Ledger:
 
     @property
     def reserve_bytes(self) -> int:
-        """What may still be written when nothing else may."""
+        """Bytes that can still be written when the rest of the disk is full."""
         return self._reserve.held(self._tail.offset)
 
     def unsettled(self) -> list[OpenEntry]:
-        """Admitted and not settled: running now or, right after opening, lost in a crash."""
+        """Requests that were admitted and not settled: running now or, right after opening, lost in a crash."""
         with self._mutex:
             return list(self._tail.unsettled.values())
 
     def find(self, key: str) -> Settled | None:
-        """The last settled attempt of a request, whenever it was. key: `record.request_key`."""
+        """The last settled attempt of a request, however long ago it was settled.  key: `record.request_key`."""
         with self._mutex:
             if not self._lock.is_held:
                 raise Unavailable("the ledger is closed")
             return self._find(key)
 
     def find_adjustment(self, adjustment: Adjustment) -> Adjusted | None:
-        """The one that is written under this id."""
+        """The adjustment already written under this one's id."""
         with self._mutex:
             if not self._lock.is_held:
                 raise Unavailable("the ledger is closed")
             return self._find_adjusted(adjustment.key)
 
     def append(self, items: Sequence[Item]) -> list[Written]:
-        """Write entries, durable when this returns. Answers in order.
+        """Write entries; they are durable when this returns. Returns the result of each in order.
 
-        A record whose request is settled for good, or whose attempt is settled, is not written again: the answer is
-        what stands. The same goes for an open entry of a request that is open, and for an adjustment's id.
-        Raises:  Unavailable: it could not be written; nothing was.  InvalidRequest: a payload is too large.
+        Nothing is written twice: if the request of a record is settled for good, or its attempt is settled, the
+        existing entry is returned. The same holds for an open entry of a request that is open, and for an adjustment
+        whose id is taken.
+        Raises:  Unavailable: the entries could not be written; none were.  InvalidRequest: a payload is too large.
         """
         with self._mutex:
             if self._broken:
@@ -181,7 +186,7 @@ class Ledger:
         self.progress.close()
 
     def _note_acknowledged(self) -> None:
-        """What was synced is about to be answered for."""
+        """Write the mark: the batch is synced and is about to be acknowledged."""
         tail = self._tail
         if tail.sequence:
             with contextlib.suppress(OSError):
@@ -214,7 +219,9 @@ class Ledger:
         return adjusted if adjusted.adjustment.key == key else None
 
     def _find_entry(self, key: str) -> tuple[bytes, Entry] | None:
-        """None also where it was pruned: ids are known as long as their records are here."""
+        """Find a request's entry. None also if the entry was pruned: an id is known only as long as its record is in
+        the ledger.
+        """
         place = self._tail.places.get(key) or self._find_sealed(key)
         if place is None:
             return None
@@ -232,7 +239,7 @@ class Ledger:
             return self._index.find(key)
 
     def _index_again(self, why: str) -> None:
-        """Make the index again from the sealed segments, which are read whole."""
+        """Rebuild the index from the sealed segments, reading each completely."""
         log.warning("the index of the ledger in %s is made again: %s", self.directory, why)
         self._index.clear()
         firsts = [first_sequence_of(path) for path in segments_of(self.directory)]
@@ -250,7 +257,9 @@ class Ledger:
             self._seal(sealed, sealed.sequence)
 
     def _seal(self, tail: LedgerTail, covered: int, size: int | None = None) -> None:
-        """size: of a segment in hand, behind whose end space is allocated; else the file's."""
+        """size: the length of a segment that is still open, behind whose end space is allocated; None: the file's
+        length.
+        """
         if size is None:
             size = segment_path(self.directory, tail.segment).stat().st_size
         self._index.seal(tail.places, tail.unsettled, covered, {tail.segment: size})
@@ -263,8 +272,8 @@ class Ledger:
             with self.sync_s.time():
                 os.fdatasync(self._fd)
         except OSError as err:
-            # After a failed fdatasync nobody knows what the disk has (and a second one would say "fine"). Cutting the
-            # batch off and continuing is right only if that works and is durable.
+            # After a failed fdatasync nobody knows what the disk holds, and a second fdatasync would report success. So
+            # the batch must be cut off, durably, before the ledger may continue.
             try:
                 self._reserve.moved()
                 os.ftruncate(self._fd, self._tail.offset)
@@ -275,9 +284,10 @@ class Ledger:
         self._check_in_place(self._tail.offset + len(data))
 
     def _check_in_place(self, size: int) -> None:
-        """What was synced counts only where a reader finds it: in a file that was deleted, it ends with this process.
+        """Check that the synced entries are in the file that readers will find. In a deleted file they would vanish
+        with this process.
 
-        Raises:  Unavailable: nothing of the batch counts, and the ledger takes no more.
+        Raises:  Unavailable: nothing of the batch counts, and the ledger accepts no more entries.
         """
         path, ours = segment_path(self.directory, self._tail.segment), os.fstat(self._fd)
         try:
@@ -298,12 +308,13 @@ class Ledger:
         try:
             self._start_segment()
         except (OSError, lmdb.Error):
-            # On a full disk the segment in hand grows on into its reserve; the next one starts when there is space.
+            # On a full disk the open segment keeps growing into its reserve. The next segment starts when there is
+            # space again.
             if self._fd < 0 or not self._reserve.held(self._tail.offset):
                 raise
 
     def _start_segment(self) -> None:
-        """Open the next segment, then seal the one before; where one of the two fails, that one stays in hand."""
+        """Open the next segment, then seal the one before. If either step fails, the old segment stays open."""
         tail = self._tail
         path = segment_path(self.directory, tail.sequence + 1)
         header = SegmentHeader(first_sequence=tail.sequence + 1, previous_hash=tail.hash, source=self.source).pack()
@@ -324,7 +335,7 @@ class Ledger:
             path.unlink()
             raise
         if self._fd >= 0:
-            # What is allocated behind its end goes back.
+            # Give back the space that was allocated behind the segment's end.
             os.ftruncate(self._fd, tail.offset)
             os.close(self._fd)
         self._fd, self._reserve = fd, reserve
@@ -340,14 +351,16 @@ class Ledger:
             self._seal(self._tail, self._tail.sequence, self._tail.offset)
 
     def _recover(self) -> None:
-        """Catch the index up, read the last segment, cut off its torn tail; what was acknowledged must be there."""
+        """Bring the index up to date, read the last segment, and cut off its incomplete end. Entries that were
+        acknowledged must be there.
+        """
         mark = Mark.of(self.directory)
         paths = segments_of(self.directory)
         for path in paths:
             if not path.is_file():
                 raise LedgerCorrupt(f"{path} is no file; {RESTORE}")
         if paths and paths[-1].stat().st_size <= SEGMENT_HEADER_BYTES:
-            paths.pop().unlink()  # started and not used, perhaps not even whole: started again when needed
+            paths.pop().unlink()  # it was created and never used, perhaps only in part; it is created again when needed
         self._check_segments(paths, mark)
         if not paths:
             self._start_segment()
@@ -376,7 +389,7 @@ class Ledger:
         self._reserve.hold(self._fd, tail.offset)
 
     def _check_segments(self, paths: Sequence[Path], mark: Mark | None) -> None:
-        """Raises:  LedgerCorrupt: a segment that was sealed or acknowledged is missing, or has another length."""
+        """Raises:  LedgerCorrupt: a segment that was sealed or acknowledged is missing, or its length is wrong."""
         sizes = {first_sequence_of(path): path.stat().st_size for path in paths}
         begin = pruned_to(self.directory)[0] + 1
         sealed = {first: nbytes for first, nbytes in self._index.segments().items() if first >= begin}
@@ -390,7 +403,7 @@ class Ledger:
                 raise LedgerCorrupt(f"{name} was sealed with {nbytes} bytes and has {sizes[first]}; {RESTORE}")
 
     def _catch_up(self, firsts: Sequence[int]) -> None:
-        """Bring sealed segments into the index that a crash, or the loss of the index, left out."""
+        """Add to the index the sealed segments that it lacks because of a crash or because the index was lost."""
         covered, tail = self._index.covered, self._tail
         tail.unsettled = self._index.unsettled()
         for _, entry in read_entries(self.directory, after=covered) if covered < firsts[-1] - 1 else ():

@@ -1,4 +1,4 @@
-"""Where a ledger ends, and entries on their way into it. Knows payloads and hashes, no files."""
+"""The ledger's end, and the entries about to be appended to it. Knows payloads and hashes, no files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from antefix_billing.usage_record import OpenEntry, UsageRecord
 
 @dataclass(slots=True)
 class LedgerTail:
-    """Where the ledger ends, and what its last segment holds."""
+    """The end of the ledger: its last entry's number and hash, and the contents of its last segment."""
 
     sequence: int = 0
     hash: bytes = GENESIS
@@ -51,7 +51,7 @@ class LedgerTail:
 
 
 class LedgerBatch:
-    """Entries on their way into one write; the tail changes only in `accept`, when they are durable."""
+    """Entries to be written together in one write. The tail changes only in `accept`, once they are durable."""
 
     def __init__(self, tail: LedgerTail) -> None:
         self._tail = tail

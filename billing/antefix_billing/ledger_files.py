@@ -1,12 +1,10 @@
 """The files of a ledger's directory, for readers. Any process may read while one writes.
 
-usage-000000000001.ledger   segments, named by their first entry's sequence number
-index/                      LMDB, of sealed segments only; rebuilt from them when lost
-acknowledged                how far it was acknowledged (ledger_mark.py)
-progress                    how far running requests are (progress_slots.py)
-pruned-000000012345.json    what stands for segments that were pruned (pruned.py)
-source                      this ledger's identity, 32 hex digits
-lock                        held by the one writer
+usage-000000000001.ledger   segments, named by their first entry's sequence number index/                      LMDB, of
+sealed segments only; rebuilt from them when lost acknowledged                the last acknowledged entry
+(ledger_mark.py) progress                    how much work and output each running request has had so far
+(progress_slots.py) pruned-000000012345.json    a signed summary in place of segments that were pruned (pruned.py)
+source this ledger's identity, 32 hex digits lock                        held by the one writer
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ from antefix_billing.pruned import pruned_to
 from antefix_billing.usage_record import UsageRecord
 
 _GLOB = "usage-*.ledger"
-# Segments are 16 MiB; what is far longer was not written by us, and is not read to its end.
+# Segments are 16 MiB. A file that is far longer was not written by this program, and is not read to its end.
 _SEGMENT_BYTES_MAX = 256 << 20
 _SOURCE_FILE_BYTES_MAX = 4096
 SOURCE_PREFIX = "antefix/"
@@ -48,7 +46,9 @@ RESTORE = "restore the ledger from a copy, or give the router a new directory an
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """One settled request with its place: `previous_hash` lets anyone recompute `hash` from the payload."""
+    """One settled request with its place in the ledger. `previous_hash` lets anyone recompute `hash` from the
+    payload.
+    """
 
     sequence: int
     hash: bytes
@@ -61,7 +61,7 @@ def segment_path(directory: Path, first_sequence: int) -> Path:
 
 
 def segments_of(directory: Path) -> list[Path]:
-    """Oldest first."""
+    """The ledger's segments, oldest first."""
     return sorted(directory.glob(_GLOB))
 
 
@@ -70,7 +70,7 @@ def first_sequence_of(path: Path) -> int:
 
 
 def source_of(directory: Path) -> bytes:
-    """Raises:  ConfigError: not a ledger directory."""
+    """The ledger's identity.  Raises:  ConfigError: this is not a ledger directory."""
     try:
         return bytes.fromhex(read_small(directory / "source", _SOURCE_FILE_BYTES_MAX).decode().strip())
     except (OSError, ValueError) as err:
@@ -78,19 +78,22 @@ def source_of(directory: Path) -> bytes:
 
 
 def source_of_name(name: str) -> bytes:
-    """Of the `source` in records and CloudEvents. Raises:  ValueError: it names no ledger."""
+    """The ledger's identity, from the `source` text in records and CloudEvents.  Raises:  ValueError: the text names no
+    ledger.
+    """
     return bytes.fromhex(name.removeprefix(SOURCE_PREFIX))
 
 
 def source_name_of(source: bytes) -> str:
-    """As it stands in records and CloudEvents."""
+    """The `source` text that stands for this identity in records and CloudEvents."""
     return f"{SOURCE_PREFIX}{source.hex()}"
 
 
 def ledgers_of(paths: Sequence[Path]) -> list[Path]:
-    """Ledger directories: each path is one, or a directory that holds some, as `antefix up`'s with several routers.
+    """Ledger directories. Each path is one, or a directory that holds several, such as that of `antefix up` with
+    several routers.
 
-    Raises:  ConfigError: there is none in a path, or one comes twice.
+    Raises:  ConfigError: a path holds no ledger, or the same ledger comes twice.
     """
     found: list[Path] = []
     for path in paths:
@@ -104,10 +107,10 @@ def ledgers_of(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, Entry]]:
-    """(previous hash, entry) with sequence > `after`, the chain checked on the way.
+    """(previous hash, entry) of each entry with sequence > `after`. Checks the chain while reading.
 
-    Segments that end before `after` are not read, so the first hash read is trusted; `verify` reads them all.
-    Entries that were pruned are not there: it begins behind them.
+    Segments that end before `after` are not read, so the first hash read is trusted; `verify` reads all segments.
+    Pruned entries are skipped: reading begins after them.
     Raises:  LedgerCorrupt: the chain is broken, entries are missing, or a sealed segment is damaged.
     """
     mark = Mark.of(directory)
@@ -142,7 +145,7 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
             if entry.sequence > after:
                 yield previous, entry
             previous, expected, stop = entry.hash, expected + 1, entry.end
-        # The first entry too: what is whole behind it says that it was durable once.
+        # This holds for the first entry too: an intact batch after it proves that it was durable once.
         if stop != len(data) and (not is_last or has_later_batch(data, stop)):
             raise LedgerCorrupt(f"{paths[index].name} is damaged at byte {stop}")
         if stop == SEGMENT_HEADER_BYTES and not is_last:
@@ -151,18 +154,18 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
 
 
 def _kept_of(directory: Path) -> tuple[list[Path], int, bytes]:
-    """(segments that were not pruned, their first entry, the hash before it)."""
+    """(segments that were not pruned, the number of their first entry, the hash before that entry)."""
     for _ in range(2):
         last, hash = pruned_to(directory)
         paths = [path for path in segments_of(directory) if first_sequence_of(path) > last]
         if not paths or first_sequence_of(paths[0]) == last + 1:
             break
-        # Pruned between the two looks.
+        # The segment was pruned between the two directory listings.
     return paths, last + 1, hash
 
 
 def check_mark(mark: Mark | None, last: int) -> None:
-    """Raises:  LedgerCorrupt: entries that were acknowledged are not there, or not whole, any more."""
+    """Raises:  LedgerCorrupt: acknowledged entries are missing or damaged."""
     if mark is not None and mark.sequence > last:
         raise LedgerCorrupt(
             f"entries {last + 1} to {mark.sequence} were acknowledged and are damaged or missing in"
@@ -171,7 +174,7 @@ def check_mark(mark: Mark | None, last: int) -> None:
 
 
 def read_settled(directory: Path, *, after: int = 0) -> Iterator[Settled]:
-    """Settled requests in ledger order. Raises:  as `read_entries`."""
+    """Settled requests in ledger order.  Raises:  the same errors as `read_entries`."""
     for previous, entry in read_entries(directory, after=after):
         if entry.kind is EntryKind.SETTLE:
             yield settled_of(previous, entry)
@@ -196,7 +199,7 @@ def adjusted_of(previous: bytes, entry: Entry) -> Adjusted:
 
 
 def read_billed(directory: Path, *, after: int = 0) -> Iterator[Settled | Adjusted]:
-    """Settled requests and adjustments in ledger order. Raises:  as `read_entries`."""
+    """Settled requests and adjustments in ledger order.  Raises:  the same errors as `read_entries`."""
     for previous, entry in read_entries(directory, after=after):
         if entry.kind is EntryKind.SETTLE:
             yield settled_of(previous, entry)
@@ -205,13 +208,15 @@ def read_billed(directory: Path, *, after: int = 0) -> Iterator[Settled | Adjust
 
 
 def sequence_before(directory: Path, time_s: float) -> int:
-    """A sequence number up to which nothing was written after `time_s` (Unix seconds), by the segments' file times."""
+    """A sequence number such that no entry up to it was written after `time_s` (Unix seconds), judged by the segments'
+    file times.
+    """
     paths = segments_of(directory)
     return next((first_sequence_of(path) - 1 for path in paths if path.stat().st_mtime >= time_s), 0)
 
 
 def read_entry_at(path: Path, offset: int) -> Entry:
-    """Raises:  LedgerCorrupt: there is no whole entry there."""
+    """Read one entry.  Raises:  LedgerCorrupt: there is no intact entry at this offset."""
     try:
         with os.fdopen(open_to_read(path), "rb") as file:
             file.seek(offset)
@@ -224,7 +229,9 @@ def read_entry_at(path: Path, offset: int) -> Entry:
 
 
 def read_segment(path: Path) -> bytes:
-    """Raises:  LedgerCorrupt: it is missing, is no file, or is far longer than a segment becomes."""
+    """Read a segment.  Raises:  LedgerCorrupt: it is missing, is not a regular file, or is far longer than a segment
+    can be.
+    """
     try:
         data = read_small(path, _SEGMENT_BYTES_MAX)
     except FileNotFoundError as err:
@@ -235,7 +242,9 @@ def read_segment(path: Path) -> bytes:
 
 
 def hash_before(path: Path, entry: Entry) -> bytes:
-    """Entries have no back pointers: this is asked for receipts and retries, which are rare, and reads one segment."""
+    """The hash of the entry before this one. Entries have no back pointers, so this reads one segment. Only receipts
+    and retries need it, and both are rare.
+    """
     data = read_segment(path)
     previous = unpack_segment_header(data).previous_hash
     for other in entries_of(data):
@@ -246,9 +255,9 @@ def hash_before(path: Path, entry: Entry) -> bytes:
 
 
 def prepare_directory(directory: Path) -> None:
-    """Make the directory and its identity, durably, if they are not there.
+    """Create the directory and the ledger's identity durably, if they do not exist.
 
-    Raises:  ConfigError: there are segments but no identity, so it is not known whose they are.
+    Raises:  ConfigError: the directory has segments but no identity, so their origin is unknown.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = directory / "source"
@@ -266,9 +275,9 @@ def prepare_directory(directory: Path) -> None:
 
 
 def take_lock(directory: Path) -> DirectoryLock:
-    """The writer's lock; closing it, or dying, gives it back.
+    """Take the writer's lock. It is released when it is closed or when the process dies.
 
-    Raises:  ConfigError: another process has it.
+    Raises:  ConfigError: another process holds the lock.
     """
     try:
         return DirectoryLock(directory, "lock")

@@ -4,8 +4,9 @@
     entry            magic u32 | payload length u32 | crc u32 | sequence u64 | kind u8 | flags u8 | zero u16 | hash 32
                      | payload
 
-All little-endian. An entry's hash is BLAKE2b-256 over the previous entry's hash, sequence, kind and payload: an edit,
-a removal or a swap anywhere changes every hash after it. The crc (of everything behind it) tells a torn write.
+All little-endian. An entry's hash is BLAKE2b-256 over the previous entry's hash, sequence, kind and payload: an edit, a
+removal or a swap anywhere changes every hash after it. The crc covers everything after it and detects an incomplete
+write.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ SEGMENT_HEADER_BYTES: Final = _SEGMENT_HEADER.size + 4
 _ENTRY_HEAD: Final = struct.Struct("<III")
 _ENTRY_BODY: Final = struct.Struct("<QBBH32s")
 ENTRY_HEADER_BYTES: Final = _ENTRY_HEAD.size + _ENTRY_BODY.size
-# A record takes under 2 KiB even with ids of their greatest length; a length beyond this is damage.
+# A record takes under 2 KiB even with ids of maximum length. A longer length field is damage.
 PAYLOAD_BYTES_MAX: Final = 64 << 10
 # Set in the first entry of a batch. Batches are synced one after the other, so an entry that begins a later batch
-# proves that everything before it was durable: damage before it is damage, not a torn tail.
+# proves that everything before it was durable. A fault before such an entry is damage, not an incomplete last write.
 FLAG_BATCH_START: Final = 1
 
 
@@ -48,7 +49,7 @@ class EntryKind(IntEnum):
 
     OPEN = 1
     SETTLE = 2
-    # From 0.2 on: of `adjustment.py`. A reader of before takes them for damage.
+    # These kinds exist from version 0.2 on (`adjustment.py`). An older reader reports them as damage.
     ADJUST = 3
     CHANGE = 4
 
@@ -86,7 +87,7 @@ class Entry:
 
 
 def unpack_segment_header(data: bytes) -> SegmentHeader:
-    """Raises:  LedgerCorrupt: too short, or not a segment of this version."""
+    """Raises:  LedgerCorrupt: the data is too short, or is not a segment of this version."""
     head, crc = data[: _SEGMENT_HEADER.size], data[_SEGMENT_HEADER.size : SEGMENT_HEADER_BYTES]
     if len(data) < SEGMENT_HEADER_BYTES or zlib.crc32(head) != int.from_bytes(crc, "little"):
         raise LedgerCorrupt("a segment's header is damaged")
@@ -109,7 +110,7 @@ def pack_entry(sequence: int, kind: EntryKind, flags: int, hash: bytes, payload:
 
 
 def unpack_entry(data: bytes | memoryview, offset: int) -> Entry | None:
-    """The entry at `offset`, or None where there is no whole, undamaged one."""
+    """The entry at `offset`, or None if there is no intact entry."""
     if offset + ENTRY_HEADER_BYTES > len(data):
         return None
     magic, length, crc = _ENTRY_HEAD.unpack_from(data, offset)
@@ -126,14 +127,16 @@ def unpack_entry(data: bytes | memoryview, offset: int) -> Entry | None:
 
 
 def entries_of(data: bytes | memoryview, offset: int = SEGMENT_HEADER_BYTES) -> Iterator[Entry]:
-    """Whole entries from `offset` up to the first that is not."""
+    """The intact entries from `offset` on, up to the first damaged one."""
     while (entry := unpack_entry(data, offset)) is not None:
         yield entry
         offset = entry.end
 
 
 def has_later_batch(data: bytes, offset: int) -> bool:
-    """Whether a batch starts somewhere after `offset`: then what is broken at `offset` was durable once."""
+    """Whether a batch starts somewhere after `offset`. If so, the entry at `offset` was durable once, so a fault in it
+    is damage.
+    """
     magic = ENTRY_MAGIC.to_bytes(4, "little")
     while (offset := data.find(magic, offset + 1)) >= 0:
         entry = unpack_entry(data, offset)

@@ -1,10 +1,12 @@
-"""Where each request's entry lies in the sealed segments: request id -> segment, offset. Derived, never the truth.
+"""The index of sealed segments: request id -> segment, offset. It is derived from the segments and can always be
+rebuilt.
 
-Written once a segment is sealed, in one durable transaction that also says how far it goes; entries of the segment in
-hand are in the ledger's memory. So a crash leaves the index behind at most, and opening catches up.
+One durable transaction updates the index when a segment is sealed, and also records the last entry covered. The entries
+of the open segment are held in memory. So after a crash the index can only lack the newest segments, and opening the
+ledger adds them.
 
-LMDB writes it and has it open only while it does; everything else reads its pages without a map
-(`antefix.store_files.index_pages`), so that no harm to the file ends the process. What is damaged is made again.
+LMDB writes the file and has it open only while it writes. All other reads parse the file's pages without a memory map
+(`antefix.store_files.index_pages`), so damage to the file cannot crash the process. A damaged index is rebuilt.
 """
 
 from __future__ import annotations
@@ -34,25 +36,25 @@ from antefix_billing.usage_record import OpenEntry
 
 log = logging.getLogger("antefix_billing")
 
-# Address space, while a segment is sealed: twice what is there and this.
+# LMDB's address space while a segment is sealed: twice the size of the existing index, plus this.
 _MAP_BYTES_MORE: Final = 64 << 20
 _PLACE: Final = struct.Struct("<QQQ")
 _COVERED: Final = b"covered"
-# Of which ledger, in which version of this file.
+# The row that names the ledger and the version of this file format.
 _ABOUT: Final = b"about"
 _VERSION: Final = 2
 _OPEN: Final = b"open:"
 _SEGMENT: Final = b"segment:"
-# The file's checksum, there only while the ledger is closed in order.
+# The row with the file's checksum. It exists only while the ledger is closed after an orderly shutdown.
 _CLEAN_FILE: Final = "CLEAN"
 _DATA_FILE: Final = "data.mdb"
 _SUM_BYTES: Final = 16
-# A hundred million requests; reading more would take the start minutes.
+# The index of a hundred million requests. Reading a larger file would make the start take minutes.
 _BYTES_BELIEVED: Final = 16 << 30
 
 
 class LedgerIndexDamaged(Unavailable):
-    """The index cannot be read or says what cannot be. It is made again from the segments."""
+    """The index cannot be read, or its contents are impossible. The ledger rebuilds it from the segments."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,10 +67,10 @@ class EntryPlace:
 
 
 class LedgerIndex:
-    """A directory under the ledger's. Not thread-safe."""
+    """The index, in a directory inside the ledger's. Not thread-safe."""
 
     def __init__(self, directory: Path, source: bytes) -> None:
-        """Opens what is there if it is sound and this ledger's, else begins empty."""
+        """Opens the existing index if it is intact and belongs to this ledger. Otherwise begins with an empty one."""
         self._directory = directory
         self._about = _VERSION.to_bytes(4, "little") + source
         self._file: PageFile | None = None
@@ -82,7 +84,7 @@ class LedgerIndex:
 
     @property
     def covered(self) -> int:
-        """The last sequence number of the sealed segments that are in here; 0 when empty."""
+        """The sequence number of the last sealed entry in the index; 0 if the index is empty."""
         value = self._get(_COVERED)
         return int.from_bytes(value, "little") if value else 0
 
@@ -95,12 +97,12 @@ class LedgerIndex:
         return EntryPlace(sequence=sequence, segment=segment, offset=offset)
 
     def segments(self) -> dict[int, int]:
-        """Bytes of each sealed segment, by its first sequence number."""
+        """The length in bytes of each sealed segment, by its first sequence number."""
         rows = self._rows(_SEGMENT)
         return {int.from_bytes(key[-8:], "big"): int.from_bytes(value, "little") for key, value in rows}
 
     def unsettled(self) -> dict[str, OpenEntry]:
-        """Requests that were open when the last segment was sealed."""
+        """Requests that were still open when the last segment was sealed."""
         entries = [OpenEntry.from_payload(value) for _, value in self._rows(_OPEN)]
         return {entry.key: entry for entry in entries}
 
@@ -111,9 +113,9 @@ class LedgerIndex:
         covered: int,
         sizes: Mapping[int, int],
     ) -> None:
-        """Take over a sealed segment's entries; durable when this returns.
+        """Add a sealed segment's entries. The index is durable when this returns.
 
-        sizes: of the segments that they are in, by first sequence number.
+        sizes: the lengths of the segments that hold these entries, by first sequence number.
         """
         gone = [key for key, _ in self._rows(_OPEN)]
         (self._directory / _CLEAN_FILE).unlink(missing_ok=True)
@@ -134,14 +136,14 @@ class LedgerIndex:
         self._write(write)
 
     def clear(self) -> None:
-        """Begin empty."""
+        """Make the index empty."""
         self._let_go()
         put_aside(self._directory, stat.S_ISDIR)
         shutil.rmtree(self._directory, ignore_errors=True)
         self._directory.mkdir(mode=0o700, exist_ok=True)
 
     def close(self) -> None:
-        """Note what the file is, so that the next opening need not examine it."""
+        """Store the file's checksum, so that the next opening need not examine the whole index."""
         self._let_go()
         path = self._directory / _DATA_FILE
         if path.exists():
@@ -187,7 +189,9 @@ class LedgerIndex:
         return None if value is None else self._checked(key, value)
 
     def _checked(self, key: bytes, value: bytes) -> bytes:
-        """A row's value without its checksum: LMDB checks none of what it gives back."""
+        """A row's value without its checksum, which is verified here because LMDB does not check the data that it
+        returns.
+        """
         if value[-4:] != _crc(key, value[:-4]):
             raise LedgerIndexDamaged(f"a row of the ledger's index in {self._directory} is damaged")
         return value[:-4]
@@ -207,7 +211,7 @@ class LedgerIndex:
         return found
 
     def _fault(self) -> str:
-        """Why what is there cannot be used; empty where it can, or where nothing is."""
+        """Why the existing index cannot be used; empty if it can, or if there is none."""
         path = self._directory / _DATA_FILE
         clean = self._directory / _CLEAN_FILE
         verify: Callable[..., list[str]] = lmdb.verify.verify
@@ -246,6 +250,6 @@ def _crc(name: bytes, value: bytes) -> bytes:
 
 
 def _name(key: str) -> bytes:
-    # Ids come from callers and may be longer than LMDB's keys; 16 bytes of hash never collide by accident, and the
-    # entry that is found is compared with the id itself.
+    # Ids come from callers and may be longer than LMDB's maximum key, so the key is a hash of 16 bytes. Such hashes do
+    # not collide by accident, and the entry found is also compared with the id itself.
     return b"r" + hashlib.blake2b(key.encode(), digest_size=16, person=b"antefix-request").digest()

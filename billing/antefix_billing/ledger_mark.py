@@ -1,16 +1,18 @@
-"""How far a ledger was acknowledged: what a cut or rotten end is told by from one that was only torn.
+"""The mark: a small file that names the last acknowledged entry of the ledger.
 
-A file of 64 bytes next to the segments, written over after each batch has been synced and before it is answered for. It
-is not synced itself: it outlives the process, and after a power cut it may be older than the ledger's end, never newer.
-So everything up to the mark was durable once. Where it is not there any more, something was lost.
+It distinguishes a ledger that lost acknowledged entries at its end from one whose last write was merely incomplete. The
+mark has 64 bytes and lies next to the segments. It is overwritten after each batch has been synced and before the batch
+is acknowledged. The mark itself is not synced: it survives the end of the process, and after a power cut it may be
+older than the ledger's end but never newer. So everything up to the mark was durable once. If any of it is missing,
+data was lost.
 
     offset  size  mark
     0       4     magic "AFLM"
     4       4     crc-32 of bytes 8 to 64
     8       8     sequence of the last acknowledged entry
-    16      8     first sequence of its segment
-    24      8     where it ends there
-    32      32    its hash
+    16      8     first sequence of the segment that holds this entry
+    24      8     offset in the segment at which this entry ends
+    32      32    the entry's hash
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ MARK_BYTES: Final = _HEAD.size + _BODY.size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """Of the last acknowledged entry: its number, its segment's first entry, where it ends there, its hash."""
+    """The last acknowledged entry: its number, the first entry of its segment, the offset at which it ends there, and
+    its hash.
+    """
 
     sequence: int
     segment: int
@@ -46,7 +50,7 @@ class Mark:
 
     @classmethod
     def of(cls, directory: Path) -> Self | None:
-        """None where there is none, as in ledgers of before there was one, or where it is damaged itself."""
+        """Read the mark. None if there is none (ledgers of early versions have no mark) or if the mark is damaged."""
         try:
             data = read_small(directory / MARK_FILE, MARK_BYTES)
         except FileNotFoundError:
@@ -61,14 +65,16 @@ class Mark:
 
 
 class MarkFile:
-    """The writer's. Failing to write it costs nothing but that a later loss may not show."""
+    """The writer's side of the mark. If writing it fails, the only cost is that a later loss of entries may go
+    unnoticed.
+    """
 
     def __init__(self, directory: Path) -> None:
         put_aside(directory / MARK_FILE)
         self._fd = os.open(directory / MARK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def write(self, mark: Mark) -> None:
-        """Raises:  OSError."""
+        """Overwrite the mark.  Raises:  OSError."""
         os.pwrite(self._fd, mark.pack(), 0)
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
-"""Space on the file system that the ledger has before it needs it, so that nothing else can fill the disk under it.
+"""Disk space that the ledger allocates before it needs it, so that it can still write after other programs fill the
+disk.
 
-It is allocated behind the end of the file that is written, without changing what the file holds or how long it is
-(`fallocate` with FALLOC_FL_KEEP_SIZE): readers see nothing of it, and a write into it cannot find the disk full.
+The space is allocated after the end of the open segment without changing its content or length (`fallocate` with
+FALLOC_FL_KEEP_SIZE). Readers do not see it, and a write into it cannot fail for lack of space.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Final
 
 log = logging.getLogger("antefix_billing")
 
-# Some 5,700 requests of 1.4 KB on a disk that has no other byte left.
+# Some 5,700 requests of 1.4 KB on a disk that is otherwise full.
 RESERVE_BYTES: Final = 8 << 20
-# On a small file system it takes no more than this part.
+# On a small file system the reserve takes at most this fraction of it.
 _SHARE_MAX: Final = 1 / 16
-# A part of what is left of a nearly full disk is better than nothing; less than this is not worth a call.
+# On a nearly full disk, reserve a fraction of the free space rather than nothing. A smaller reserve than this is not
+# worth a system call.
 _BYTES_MIN: Final = 16 << 10
-# Allocated beyond the reserve, so that not every batch allocates.
+# Allocated in addition to the reserve, so that not every batch has to allocate.
 _STEP_BYTES: Final = 1 << 20
 
 _FALLOC_FL_KEEP_SIZE: Final = 1
@@ -30,9 +32,9 @@ if _fallocate is not None:
 
 
 def allocate(fd: int, offset: int, nbytes: int) -> None:
-    """Blocks for bytes `offset` on, whatever the file's length, which stays as it is.
+    """Allocate disk blocks from byte `offset` on. The file's length does not change.
 
-    Raises:  OSError: no space, or a file system that cannot do it (EOPNOTSUPP).
+    Raises:  OSError: no space, or a file system that does not support this (EOPNOTSUPP).
     """
     if _fallocate is None:
         raise OSError(errno.EOPNOTSUPP, "this C library has no fallocate")
@@ -42,7 +44,7 @@ def allocate(fd: int, offset: int, nbytes: int) -> None:
 
 
 class LedgerReserve:
-    """What is allocated behind the end of one ledger's open segment. nbytes: what is wanted."""
+    """The space allocated after the end of one ledger's open segment.  nbytes: the size wanted."""
 
     def __init__(self, directory: str | os.PathLike[str], nbytes: int = RESERVE_BYTES) -> None:
         space = os.statvfs(directory)
@@ -51,15 +53,15 @@ class LedgerReserve:
         self._is_supported = True
 
     def moved(self) -> None:
-        """Another file is written now, or this one was cut: nothing is known to be allocated."""
+        """Forget what was allocated, because another file is written now or this one was cut."""
         self.held_until = 0
 
     def held(self, end: int) -> int:
-        """Bytes allocated behind a file's end."""
+        """Bytes allocated after a file's end."""
         return max(0, self.held_until - end)
 
     def hold(self, fd: int, end: int) -> None:
-        """See to it that `nbytes` behind `end` are allocated; as many as the disk has where it has fewer."""
+        """Ensure that `nbytes` after `end` are allocated, or as many as the disk has if it has fewer."""
         wanted = end + self.nbytes
         if self.held_until >= wanted or not self._is_supported:
             return

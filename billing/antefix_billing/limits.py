@@ -1,7 +1,7 @@
 """Quotas and budgets per tenant: tokens and money in calendar windows (UTC). Reserve at admission, settle at the end.
 
-A reservation takes the most that a request can use, so requests that run together can never pass a limit together;
-what was not used is given back at the end. The counts start again from the ledger, so a restart forgets nothing.
+A reservation takes the most that a request can use, so concurrent requests can never exceed a limit together. The
+unused part is given back when the request ends. After a restart the counts are read from the ledger, so none are lost.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from antefix.errors import BudgetExceeded, Overloaded, QuotaExceeded, RateLimite
 from antefix_billing.pricing import moment_of
 from antefix_billing.usage_record import UsageRecord
 
-# About 1 KB each.
+# How many tenants are counted at a time. Each takes about 1 KB.
 _NUM_TENANTS_MAX = 100_000
 
 
@@ -39,13 +39,15 @@ class LimitWindow(StrEnum):
             return start + timedelta(minutes=1)
         if self is LimitWindow.DAY:
             return start + timedelta(days=1)
-        # The 28th plus four days is in the next month, whatever the month.
+        # Adding four days to the 28th gives a day in the next month, whatever the month.
         return (start.replace(day=28) + timedelta(days=4)).replace(day=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """At most this much in one window; None is no limit. tokens: prompt and output together. requests: admitted."""
+    """The most that a tenant may use in one window. None means no limit.  tokens: prompt and output together.
+    requests: admitted requests.
+    """
 
     window: LimitWindow
     tokens: int | None = None
@@ -55,9 +57,10 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantLimits:
-    """All that one tenant may use. requests: at the same time.
+    """All limits of one tenant.  requests: how many may run at the same time.
 
-    share: of workers that other tenants want too, next to their shares; what nobody else wants it has whatever it is.
+    share: the tenant's weight when several tenants want the same workers. Capacity that no other tenant wants is free
+    to this tenant whatever its share.
     """
 
     limits: tuple[Limit, ...] = ()
@@ -67,7 +70,7 @@ class TenantLimits:
 
 @dataclass(slots=True)
 class WindowUse:
-    """What one tenant used and holds reserved in one window."""
+    """What one tenant has used and holds reserved in one window."""
 
     start: datetime
     tokens: int = 0
@@ -78,7 +81,7 @@ class WindowUse:
 
 
 class LimitPassed(StrEnum):
-    """What there is too much of. running: requests at the same time."""
+    """Which limit was passed.  running: the limit on requests at the same time."""
 
     RUNNING = "running"
     TOKENS = "tokens"
@@ -88,7 +91,9 @@ class LimitPassed(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitState:
-    """Of a limit on tokens or requests: how much there may be, how much is left, and when all of it is there again."""
+    """The state of a limit on tokens or requests: the limit, how much is left, and when the full amount is available
+    again.
+    """
 
     limit: int
     remaining: int
@@ -97,7 +102,7 @@ class LimitState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reservation:
-    """What a running request may still use; `settle` or `release` it exactly once."""
+    """What a running request may still use. Call `settle` or `release` on it exactly once."""
 
     tenant: str
     tokens: int
@@ -119,7 +124,7 @@ def _windows_of(limits: TenantLimits) -> frozenset[LimitWindow]:
 def limit_error(
     what: LimitPassed, limits: TenantLimits, limit: Limit | None, now: datetime, *, used: int = 0, needs: int = 0
 ) -> QuotaExceeded:
-    """What a client is told of a request that has no room.  limit: None: the one on requests at the same time."""
+    """The error for a request that exceeds a limit.  limit: None means the limit on requests at the same time."""
     if limit is None:
         return TooManyRequests(
             f"concurrency limit: {limits.requests} requests of this tenant are running, which is the limit",
@@ -144,14 +149,14 @@ class QuotaBook:
     """The counts of all tenants that have limits. Methods may be called from any thread."""
 
     def __init__(self, tenants: Mapping[str, TenantLimits], default: TenantLimits | None = None) -> None:
-        """default: for tenants that are not named."""
+        """default: the limits of tenants that are not named."""
         self._limits = dict(tenants)
         self._default = default or TenantLimits()
         self._tenants: dict[str, _Tenant] = {}
         self._mutex = threading.Lock()
 
     def restore(self, records: Iterable[UsageRecord], now: datetime) -> None:
-        """Count what the ledger says was used in the windows that are still running."""
+        """Count what the ledger's records used in the windows that are still running."""
         with self._mutex:
             for record in records:
                 moment = moment_of(record.started_us)
@@ -163,10 +168,10 @@ class QuotaBook:
                         usage.requests += 1
 
     def reserve(self, tenant: str, *, tokens: int, money: Decimal, now: datetime) -> Reservation:
-        """Set aside the most that a request can use.
+        """Reserve the most that a request can use.
 
-        Raises:  QuotaExceeded: it would pass a limit; `retry_after_s` is when the window ends.  Overloaded: too many
-        tenants at once.
+        Raises:  QuotaExceeded: the request would pass a limit; `retry_after_s` says when the window ends.  Overloaded:
+        too many tenants at once.
         """
         limits = self.limits_of(tenant)
         with self._mutex:
@@ -193,9 +198,9 @@ class QuotaBook:
         return Reservation(tenant=tenant, tokens=tokens, money=money, moment=now, windows=_windows_of(limits))
 
     def check(self, tenant: str, *, tokens: int = 1, now: datetime) -> None:
-        """Whether a request of at least so many tokens could be admitted, before anything is done for it.
+        """Check early whether a request of at least this many tokens could be admitted, before any work is done for it.
 
-        Raises:  QuotaExceeded: a window has not so much left, or no money at all.
+        Raises:  QuotaExceeded: a window has fewer tokens left than that, or no money at all.
         """
         with self._mutex:
             state = self._tenants.get(tenant, _Tenant())
@@ -219,15 +224,15 @@ class QuotaBook:
                     raise limit_error(LimitPassed.REQUESTS, self.limits_of(tenant), limit, now)
 
     def settle(self, reservation: Reservation, *, tokens: int, money: Decimal, is_counted: bool = True) -> None:
-        """Replace the reservation by what was used; it counts in the window in which the request was admitted.
+        """Replace the reservation by what was used. The use counts in the window in which the request was admitted.
 
-        is_counted: it was a request.
+        is_counted: whether the request counts against limits on the number of requests.
         """
         with self._mutex:
             state = self._tenants[reservation.tenant]
             state.num_running -= 1
             for window, usage in state.windows.items():
-                # A window that was not counted at admission, because its limit is new, holds nothing of it.
+                # The limit is newer than the request's admission, so this window holds no reservation for it.
                 if usage.start == window.start(reservation.moment) and window in reservation.windows:
                     usage.tokens += tokens
                     usage.money += money
@@ -235,20 +240,20 @@ class QuotaBook:
                     usage.reserved_money -= reservation.money
                     usage.requests -= not is_counted
             if not state.num_running and not self.limits_of(reservation.tenant).limits:
-                del self._tenants[reservation.tenant]  # names come from callers: keep only what counts something
+                del self._tenants[reservation.tenant]  # tenant names come from callers: keep only those that count
 
     def release(self, reservation: Reservation) -> None:
-        """Nothing was used."""
+        """Give the whole reservation back: the request used nothing."""
         self.settle(reservation, tokens=0, money=Decimal(0), is_counted=False)
 
     def used(self, tenant: str, window: LimitWindow, now: datetime) -> tuple[int, Decimal]:
-        """Tokens and money used or reserved in the running window."""
+        """Tokens and money used or reserved in the current window."""
         with self._mutex:
             usage = self._usage(tenant, window, now)
             return usage.tokens + usage.reserved_tokens, usage.money + usage.reserved_money
 
     def counts(self, tenant: str, now: datetime) -> tuple[int, dict[LimitWindow, WindowUse]]:
-        """Requests that run, and what is counted in each window that the tenant has a limit in."""
+        """How many requests run, and what is counted in each window for which the tenant has a limit."""
         with self._mutex:
             windows = _windows_of(self.limits_of(tenant))
             state = self._tenants.get(tenant, _Tenant())
@@ -269,9 +274,9 @@ class QuotaBook:
         now: datetime,
         others: Mapping[tuple[LimitWindow, LimitPassed], int] | None = None,
     ) -> LimitState | None:
-        """Of the limit on tokens or requests of which the least is left; None where there is none.
+        """The limit on tokens or requests with the least left; None if there is no such limit.
 
-        others: what other routers count in the running windows.
+        others: what other routers have counted in the current windows.
         """
         limits = self.limits_of(tenant).limits
         _, windows = self.counts(tenant, now)
@@ -293,7 +298,7 @@ class QuotaBook:
         records: Iterable[UsageRecord],
         now: datetime,
     ) -> None:
-        """Other limits from now on. What was counted stays; windows that had no limit are counted from the records."""
+        """Replace all limits. Existing counts stay. A window that had no limit before is counted from the records."""
         with self._mutex:
             before, self._limits, self._default = (self._limits, self._default), dict(tenants), default
         self._count_new_windows(before, records, now)
@@ -314,7 +319,9 @@ class QuotaBook:
                         usage.requests += 1
 
     def _forget_idle(self, now: datetime) -> None:
-        """Drop tenants of whom nothing counts any more. Names come from callers, so there may be any number of them."""
+        """Drop tenants that have nothing counted. Tenant names come from callers, so there may be any number
+        of them.
+        """
         idle = [
             name
             for name, state in self._tenants.items()

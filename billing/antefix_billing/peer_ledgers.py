@@ -1,4 +1,6 @@
-"""Other routers' ledgers on this host, read to answer for their requests. Never written, and never waited for."""
+"""Reads the ledgers of other routers on this host, to answer questions about their requests. Never writes to them, and
+never waits for them.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,16 @@ from antefix_billing.usage_record import UsageRecord
 
 log = logging.getLogger("antefix_billing")
 
-# Of each ledger so many segments are kept in mind, some 15,000 requests each; older ones are read when asked for.
+# How many segments of each ledger are kept in memory. Each holds some 15,000 requests. Older segments are read when
+# needed.
 _NUM_SEGMENTS_KNOWN: Final = 8
 
 
 class PeerLedgers:
-    """Methods may be called from any thread; they read files."""
+    """The other routers' ledgers. Methods may be called from any thread; they read files."""
 
     def __init__(self, directories: Sequence[Path]) -> None:
-        """A directory need not be there yet."""
+        """directories: the other ledgers. A directory need not exist yet."""
         self.directories = list(directories)
         self._peers = [_Peer(directory) for directory in directories]
         self._mutex = threading.Lock()
@@ -42,7 +45,7 @@ class PeerLedgers:
         return len(self._peers)
 
     def find(self, key: str) -> Settled | None:
-        """The request's last attempt in whichever ledger has it. key: `record.request_key`."""
+        """The request's last attempt, from whichever ledger has it.  key: `record.request_key`."""
         with self._mutex:
             found = [peer.find(key) for peer in self._peers]
         return max((each for each in found if each is not None), key=lambda each: each.record.attempt, default=None)

@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 
 def with_bucket(place: str, act: Callable[[Bucket], Awaitable[T]]) -> T:
-    """What `act` answers.  Raises:  ConfigError: not such a place.  Unavailable: it does not answer, or refuses."""
+    """Call `act` with the bucket at `place`, and return its result.
+
+    Raises:  ConfigError: this is not a valid place.  Unavailable: the object store does not answer, or refuses.
+    """
     url = place if is_object_url(place) else Path(place).absolute().as_uri()
 
     async def run() -> T:

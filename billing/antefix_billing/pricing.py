@@ -1,4 +1,4 @@
-"""A record with its price on it. Pure."""
+"""Adds the price to a record. Pure."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def moment_of(time_us: int) -> datetime:
 
 
 def priced(record: UsageRecord, cards: RateCards) -> UsageRecord:
-    """The record by the card in force when the request started; uncharged ends cost nothing but name the card.
+    """The record with its price, by the card in force when the request started. A record that is not charged costs
+    nothing but still names the card.
 
-    What earlier attempts were charged is taken off: the most expensive attempt is the most that a request costs.
+    The price of earlier attempts is subtracted, so in all a request costs as much as its most expensive attempt.
     """
     quote = cards.quote(record.model, moment_of(record.started_us))
     charged = record.is_charged
@@ -35,7 +36,9 @@ def priced(record: UsageRecord, cards: RateCards) -> UsageRecord:
 
 
 def worst_price(quote: Quote, *, prompt_tokens: int, output_tokens_max: int) -> Decimal:
-    """The most a request can cost: no hit, all of it written, the longest output at the dearer output price."""
+    """The most that a request can cost: no hit, every prompt token written, the longest output at the higher of the two
+    output prices.
+    """
     usual = Usage(prompt_tokens=prompt_tokens, cache_write_tokens=prompt_tokens)
     prompts = (usual, dataclasses.replace(usual, cache_write_1h_tokens=prompt_tokens))
     output = Usage(output_tokens=output_tokens_max)

@@ -1,9 +1,10 @@
-"""How far the requests that are running have got, so that a crash does not leave them without a bill.
+"""The progress file: how much each running request has used so far, so that a crash does not lose its bill.
 
-A file of 256-byte slots next to the ledger, one for each running request, written over before each piece of output is
-handed out and freed when the request is settled. A write is a `pwrite` within one page and without a sync, some
-microseconds: it outlives the process, whatever ends it. Once a second all of it is synced, so a power cut costs us at
-most that second's output. What a slot says goes into the ledger when the next start closes the request.
+The file lies next to the ledger and has one 256-byte slot per running request. The slot is overwritten before each
+piece of output is handed out, and freed when the request is settled. A write is one `pwrite` within one page, without a
+sync, and takes some microseconds. It survives the end of the process, however it ends. The whole file is synced once a
+second, so a power cut costs the operator at most the last second's output. When the router starts after a crash, it
+closes each open request in the ledger with the counts of its slot.
 
     offset  size  slot
     0       4     magic "AFPG"
@@ -15,7 +16,8 @@ most that second's output. What a slot says goes into the ledger when the next s
     88      24    miss reason, padded with zeros
     112     32    hash of the last block that was hit; zeros without a hit
     144     4     written tokens that are to be kept for an hour or longer
-    148     4     crc-32 of bytes 8 to 148; where it does not hold, as in slots of before there was one, these are 0
+    148     4     crc-32 of bytes 8 to 148; where it does not match, as in older slots without this field, bytes 144 to
+    148 count as 0
 """
 
 from __future__ import annotations
@@ -39,18 +41,18 @@ SLOT_BYTES: Final = 256
 PROGRESS_FILE: Final = "progress"
 _MAGIC: Final = b"AFPG"
 _HEAD: Final = struct.Struct("<4sI")
-# By number; 0 is what slots had before there was a choice.
+# The kinds of evidence by number. Slots written before this field existed have 0.
 _EVIDENCE: Final = (Evidence.PROVED, Evidence.REPORTED, Evidence.EXPECTED, Evidence.UNKNOWN)
 _BODY: Final = struct.Struct("<16s8IQ24s24s32s")
 _MORE: Final = struct.Struct("<II")
 _GROW_SLOTS: Final = 64
 _RESERVE_SLOTS: Final = 1024
-# Far more than a router runs at once; a file that says so was not written by us.
+# Far more slots than a router runs requests. A file with more was not written by this program.
 _SLOTS_MAX: Final = 1 << 16
 
 
 class ProgressJournal:
-    """The file of one ledger. Called from one thread, but for `sync`."""
+    """The progress file of one ledger. All calls come from one thread, except `sync`."""
 
     def __init__(self, directory: Path) -> None:
         put_aside(directory / PROGRESS_FILE)
@@ -66,18 +68,18 @@ class ProgressJournal:
                 self._found[found[0]] = found[1]
 
     def found(self, event_id: str) -> Usage | None:
-        """How far a request had got when the process before us ended."""
+        """How much a request had used when the previous process ended."""
         return self._found.get(_name(event_id))
 
     def clear(self) -> None:
-        """What was found has been put into the ledger."""
+        """Empty the file: the requests found in it are settled in the ledger now."""
         self._found.clear()
         os.ftruncate(self._fd, 0)
         self._slots, self._free, self._num_slots = {}, [], 0
         self._hold()
 
     def mark(self, event_id: str, done: Usage) -> None:
-        """Note how far a request is; outlives this process when this returns.
+        """Record how much a request has used so far. The record survives this process when this returns.
 
         Raises:  Unavailable: it could not be written.
         """
@@ -90,13 +92,15 @@ class ProgressJournal:
             raise Unavailable(f"the ledger's progress file cannot be written: {err}") from err
 
     def drop(self, event_id: str) -> None:
-        """The request is settled. A slot that a crash leaves behind names a settled request and is not looked at."""
+        """Free the slot of a settled request. If a crash leaves the slot behind, it names a settled request and is
+        ignored.
+        """
         number = self._slots.pop(event_id, None)
         if number is not None:
             self._free.append(number)
 
     def sync(self) -> None:
-        """On disk when this returns. Raises:  OSError."""
+        """Sync the file to disk.  Raises:  OSError."""
         os.fdatasync(self._fd)
 
     def close(self) -> None:
@@ -105,14 +109,14 @@ class ProgressJournal:
         self._fd = -1
 
     def _hold(self) -> None:
-        """Have room for a busy router's requests before the disk may be full; there is none to be had where it is."""
+        """Allocate room for a busy router's requests now. If the disk is full already, this allocates nothing."""
         with contextlib.suppress(OSError):
             allocate(self._fd, 0, _RESERVE_SLOTS * SLOT_BYTES)
 
     def _take(self) -> int:
         if not self._free:
             first, self._num_slots = self._num_slots, self._num_slots + _GROW_SLOTS
-            # Allocated now: a write into a hole could find the disk full later.
+            # Allocate disk blocks now, because a write into a hole could later find the disk full.
             os.posix_fallocate(self._fd, first * SLOT_BYTES, _GROW_SLOTS * SLOT_BYTES)
             self._free = list(range(self._num_slots - 1, first - 1, -1))
         return self._free.pop()
@@ -140,7 +144,7 @@ def _pack(event_id: str, done: Usage) -> bytes:
 
 
 def _unpack(data: bytes) -> tuple[bytes, Usage] | None:
-    """(name, work), or None where a slot was never used, or torn by a power cut."""
+    """(name, counts), or None for a slot that was never used or was left incomplete by a power cut."""
     if len(data) < _HEAD.size + _BODY.size + _MORE.size:
         return None
     magic, crc = _HEAD.unpack_from(data)
@@ -153,7 +157,7 @@ def _unpack(data: bytes) -> tuple[bytes, Usage] | None:
     try:
         return fields[0], replace(_usage_of(fields), cache_write_1h_tokens=kept)
     except ValueError:
-        return None  # texts that no version has written
+        return None  # no version of this program writes such texts
 
 
 def _usage_of(fields: tuple[Any, ...]) -> Usage:

@@ -1,11 +1,11 @@
-"""The same counts in each provider's fields, by each provider's rule. Pure; docs/BILLING.md has the table.
+"""Writes a request's token counts as the `usage` object of each provider's API. Pure; docs/BILLING.md has the table.
 
     DeepSeek    prompt_tokens = hit + miss, as two disjoint halves
     OpenAI      cached_tokens is a part of prompt_tokens (input_tokens in the Responses API)
     Anthropic   input, cache creation and cache read exclude one another; their sum is the prompt
 
 Sources: api-docs.deepseek.com (create chat completion), platform.openai.com (usage objects), docs.claude.com (prompt
-caching). Cost formulas that double bill come from reading one provider's fields by another's rule.
+caching). A cost formula counts tokens twice if it reads one provider's fields by another provider's rule.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from antefix.usage import Usage
 
 
 def chat_usage(used: Usage) -> dict[str, Any]:
-    """`usage` of /v1/chat/completions and /v1/completions: OpenAI's fields, and DeepSeek's next to them."""
+    """`usage` of /v1/chat/completions and /v1/completions: OpenAI's fields together with DeepSeek's."""
     return {
         "prompt_tokens": used.prompt_tokens,
         "completion_tokens": used.output_tokens,
@@ -46,10 +46,10 @@ def responses_usage(used: Usage) -> dict[str, Any]:
 
 
 def messages_usage(used: Usage) -> dict[str, Any]:
-    """`usage` of /v1/messages. What was newly stored counts as cache creation and not as input.
+    """`usage` of /v1/messages. Newly stored tokens count as cache creation and not as input.
 
-    Anthropic's clients know two lifetimes: what a breakpoint asked to keep for an hour or longer, and the rest, which
-    stays as long as the store has room.
+    Anthropic's clients know two lifetimes. Tokens that a breakpoint asked to keep for an hour or longer are counted
+    under one hour. All other written tokens are counted under five minutes; they stay as long as the store has room.
     """
     return {
         "input_tokens": used.cache_miss_tokens - used.cache_write_tokens,

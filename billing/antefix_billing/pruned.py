@@ -1,10 +1,10 @@
-"""What stands in place of a ledger's first segments once they were pruned: where they ended, and what they added up to.
+"""Summaries that replace a ledger's first segments after they were pruned: where the segments ended, and their sums.
 
     pruned-000000012345.json    in the ledger's directory and in the archive; named by the last entry that was pruned
 
-Each says which entries it stands for, the hashes before the first and after the last of them (so the chain continues
-from there), which files held them, with their BLAKE2b, and sums by month, tenant, model and currency. It is signed with
-the receipt key. With the files at hand, all of it can be computed again.
+Each summary states which entries it replaces, the hashes before the first and after the last of them (so that the chain
+continues), the names and BLAKE2b hashes of the files that held them, and sums by month, tenant, model and currency. It
+is signed with the receipt key. With the files at hand, all of it can be recomputed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _GLOB: Final = "pruned-*.json"
 
 @dataclass(slots=True, kw_only=True)
 class Total:
-    """Of one month (UTC, by when requests started), tenant, model and currency.
+    """Sums for one month (UTC, by the requests' start), tenant, model and currency.
 
-    records: settled attempts.  requests: those that ended.
+    records: settled attempts.  requests: those of them that ended their request for good.
     """
 
     month: str
@@ -64,7 +64,7 @@ class Total:
 
 
 class Totals:
-    """Sums that grow entry by entry."""
+    """Sums to which entries are added one by one."""
 
     def __init__(self) -> None:
         self._by_group: dict[tuple[str, str, str, str], Total] = {}
@@ -101,7 +101,7 @@ _COUNTS: Final = tuple(field.name for field in fields(Total) if field.name.endsw
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrunedFile:
-    """A segment that is gone: its file's name, its bytes, and their BLAKE2b-256, hex."""
+    """A segment that was pruned: its file name, its length in bytes, and its BLAKE2b-256 hash in hex."""
 
     name: str
     nbytes: int
@@ -110,7 +110,9 @@ class PrunedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """Entries `first` to `last` of a ledger. archive: where their files are; empty where they were not kept."""
+    """Entries `first` to `last` of a ledger, which were pruned.  archive: the place of their files; empty if they were
+    not kept.
+    """
 
     source: bytes
     first: int
@@ -125,7 +127,7 @@ class Pruned:
     signature: bytes = b""
 
     def signed(self) -> bytes:
-        """What the signature is of."""
+        """The bytes that the signature covers."""
         values = self.to_dict()
         del values["key_id"], values["signature"]
         return _DOMAIN + json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
@@ -156,7 +158,7 @@ class Pruned:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], what: str) -> Self:
-        """Raises:  LedgerCorrupt: it is no such summary."""
+        """Raises:  LedgerCorrupt: the values are not a valid summary."""
         try:
             return cls(
                 source=bytes.fromhex(values["source"]),
@@ -180,7 +182,10 @@ def summary_name(last: int) -> str:
 
 
 def pruned_of(directory: Path) -> list[Pruned]:
-    """Oldest first; one follows the other from entry 1 on.  Raises:  LedgerCorrupt: one is damaged or missing."""
+    """The ledger's summaries, oldest first. Together they cover the entries from 1 on without a gap.
+
+    Raises:  LedgerCorrupt: a summary is damaged or missing.
+    """
     found = [Pruned.from_dict(read_json(path, "summary"), str(path)) for path in sorted(directory.glob(_GLOB))]
     last, hash = 0, GENESIS
     for each in found:
@@ -193,13 +198,15 @@ def pruned_of(directory: Path) -> list[Pruned]:
 
 
 def pruned_to(directory: Path) -> tuple[int, bytes]:
-    """The last entry that was pruned, and its hash: what the first segment continues from."""
+    """The number and the hash of the last pruned entry. The first remaining segment continues the chain from
+    this hash.
+    """
     summaries: Sequence[Pruned] = pruned_of(directory)
     return (summaries[-1].last, summaries[-1].hash) if summaries else (0, GENESIS)
 
 
 def check_cursor(directory: Path, after: int) -> None:
-    """Raises:  InvalidRequest: what follows this entry was pruned, so that continuing from there would leave it out."""
+    """Raises:  InvalidRequest: entries after this one were pruned, so continuing from here would skip them."""
     last, _ = pruned_to(directory)
     if 0 < after < last:
         raise InvalidRequest(f"entries {after + 1} to {last} were pruned; `antefix usage restore` brings them back")

@@ -1,8 +1,8 @@
 """What tokens cost: rate cards by model and time, read from TOML, and the price of a request. Decimal only.
 
 Prices are per million tokens; a price times a count needs no rounding, so sums of records are exact to the last digit.
-A card holds from `effective` until the model's next one. Peak hours are a calendar in UTC; a request is priced by when
-it started. Cards never change once used: a new price is a new card.
+A card holds from `effective` until the model's next card. Peak hours are a calendar in UTC. The start of a request
+decides which card and which hours apply to it. Cards never change once used: a new price is a new card.
 """
 
 from __future__ import annotations
@@ -20,18 +20,20 @@ from antefix.errors import ConfigError
 from antefix.usage import Usage
 
 _MILLION: Final = Decimal(1_000_000)
-# Six digits of a price are six beyond the million: more would not be exact in the twelve that a ledger amount has.
+# A price has at most six decimals. Divided by a million tokens that gives the twelve decimals of a ledger amount, so
+# amounts are exact.
 PRICE_DIGITS_MAX: Final = 6
-# Per million tokens. With fifty digits in all, a price times any count is still exact.
+# The highest price per million tokens. With fifty digits of precision, a price times any count is still exact.
 PRICE_MAX: Final = 10**15
 _WEEKDAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prices:
-    """Per million tokens. write: on top of `miss`, for prompt tokens newly stored. reasoning: instead of `output`.
+    """Prices per million tokens.  write: charged on top of `miss`, for prompt tokens newly stored.  reasoning: charged
+    instead of `output`.
 
-    write_1h: instead of `write`, for those that are to be kept for an hour or longer; None: the same.
+    write_1h: charged instead of `write`, for tokens to be kept for an hour or longer; None: the same as `write`.
     """
 
     hit: Decimal
@@ -53,7 +55,7 @@ class Prices:
             ) / _MILLION
 
     def saved(self, used: Usage) -> Decimal:
-        """What the hits would have cost more as misses; never below zero."""
+        """How much more the hits would have cost as misses; never below zero."""
         with localcontext(prec=50):
             return max(Decimal(0), (self.miss - self.hit) * used.cache_hit_tokens / _MILLION)
 
@@ -75,9 +77,9 @@ class Calendar:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RateCard:
-    """Prices of some models from a time on. `version` stands in every record priced with it.
+    """Prices of some models from a certain time on. Every record priced with this card contains its `version`.
 
-    rerate: where it comes to hold later than from `effective` on, records in between are to be priced again.
+    rerate: if the card is added after its `effective` time, records of requests since that time are to be priced again.
     """
 
     version: str
@@ -97,7 +99,7 @@ class RateCard:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quote:
-    """A price with the card it came from; `version` says "/peak" where peak prices applied."""
+    """Prices with the card that they came from. `version` ends in "/peak" if peak prices applied."""
 
     version: str
     currency: str
@@ -112,10 +114,10 @@ FREE: Final = Quote(
 
 
 class RateCards:
-    """All cards, looked up by model and moment."""
+    """All rate cards, looked up by model and time."""
 
     def __init__(self, cards: Sequence[RateCard] = ()) -> None:
-        """Raises:  ConfigError: two cards with one version, or for one model at one time."""
+        """Raises:  ConfigError: two cards have the same version, or hold for one model from the same time."""
         self._by_model: dict[str, list[RateCard]] = {}
         versions: set[str] = set()
         for card in sorted(cards, key=lambda c: c.effective):
@@ -129,7 +131,7 @@ class RateCards:
                 row.append(card)
 
     def quote(self, model: str, moment: datetime) -> Quote:
-        """The prices in force; "*" stands for models without a card; without either everything is free."""
+        """The prices in force. A model without a card uses the card of "*"; without that either, everything is free."""
         card = self.card(model, moment)
         if card is None:
             return FREE
@@ -138,7 +140,7 @@ class RateCards:
         return Quote(version=card.version + suffix, currency=card.currency, prices=prices)
 
     def card(self, model: str, moment: datetime) -> RateCard | None:
-        """The one in force."""
+        """The card in force."""
         for name in (model, "*"):
             card = next((c for c in reversed(self._by_model.get(name, ())) if c.effective <= moment), None)
             if card is not None:
@@ -146,7 +148,7 @@ class RateCards:
         return None
 
     def begins(self, model: str) -> list[datetime]:
-        """When cards that may hold for it come into force."""
+        """The times from which any card for this model holds."""
         return [card.effective for name in (model, "*") for card in self._by_model.get(name, ())]
 
     @property
@@ -155,20 +157,22 @@ class RateCards:
 
 
 def load_cards(paths: Sequence[str | Path]) -> RateCards:
-    """Raises:  ConfigError: a file does not parse or does not make sense; the message says where."""
+    """Read rate cards from files.  Raises:  ConfigError: a file does not parse, or a card is invalid; the message says
+    where.
+    """
     return RateCards(
         [card for path in paths for card in _cards_of(read_toml(path, "rate cards"), f"rate cards {path}")]
     )
 
 
 def parse_cards(texts: Mapping[str, str]) -> RateCards:
-    """Of files' texts, by their names.  Raises:  ConfigError: as `load_cards`."""
+    """Read rate cards from the texts of files, by file name.  Raises:  ConfigError: as `load_cards`."""
     wheres = {f"rate cards {name}": text for name, text in texts.items()}
     return RateCards([card for where, text in wheres.items() for card in _cards_of(parse_toml(text, where), where)])
 
 
 def _cards_of(values: dict[str, Any], where: str) -> list[RateCard]:
-    # tomllib gives floats; prices must be strings, or their digits are already lost.
+    # tomllib reads unquoted prices as floats, which have lost digits already. So prices must be strings.
     file = Table(values, where)
     calendars = {name: _calendar(table) for name, table in file.named_children("calendar").items()}
     cards = [_card(table, calendars) for table in file.children("card")]
@@ -250,7 +254,7 @@ def _hours(table: Table, text: str) -> tuple[time, time]:
     try:
         span = time.fromisoformat(start), time.fromisoformat(end)
         goes_up = span[0] < span[1]
-    except (ValueError, TypeError) as err:  # TypeError: one of them has a zone
+    except (ValueError, TypeError) as err:  # TypeError: one of the two times has a time zone and the other has none
         raise table.wrong("hours", 'a list of spans like "09:00-17:30", in UTC', text) from err
     if not goes_up or span[0].tzinfo is not None:
         raise ConfigError(f"{table.where}: hours {text!r} must go up, in UTC; cut those that pass midnight in two")

@@ -1,4 +1,5 @@
-"""Receipts: one settled record with its place in the ledger, signed with Ed25519, checkable without asking us.
+"""Receipts: one settled record with its place in the ledger, signed with Ed25519. Anyone with the public key can check
+it.
 
 A receipt is a JSON object:
     payload         the ledger entry's payload, byte for byte, as text
@@ -35,7 +36,7 @@ _KEY_FILE_BYTES_MAX = 1 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReceiptCheck:
-    """What checking found. price_ok is None where no rate cards were given."""
+    """The result of checking a receipt. price_ok is None if no rate cards were given."""
 
     record: UsageRecord
     signature_ok: bool
@@ -51,7 +52,7 @@ class Signer:
     """The deployment's receipt key. The public half is published; the private half never leaves the router's host."""
 
     def __init__(self, key: Ed25519PrivateKey, older: Sequence[bytes] = (), path: Path | None = None) -> None:
-        """older: public keys that signed before.  path: the file that it is of."""
+        """older: public keys that were used for signing before.  path: the key file."""
         self._key = key
         self.path = path
         self.public_key = key.public_key().public_bytes_raw()
@@ -59,14 +60,15 @@ class Signer:
 
     @property
     def public_keys(self) -> tuple[bytes, ...]:
-        """The one that signs, then those that signed before; receipts of all of them stay good."""
+        """The current public key, then the earlier ones. Receipts signed with any of them stay valid."""
         return (self.public_key, *self.older)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Signer:
-        """The first line is the key, 32 bytes as hex; each other one "was PUBLIC_KEY", of a key that signed before.
+        """Read a key file. Its first line is the private key, 32 bytes as hex. Each other line is "was PUBLIC_KEY", an
+        earlier public key.
 
-        Raises:  ConfigError: the file cannot be read or is of another form.
+        Raises:  ConfigError: the file cannot be read or has another format.
         """
         try:
             first, *rest = read_bytes(path, _KEY_FILE_BYTES_MAX).decode("ascii").split("\n")
@@ -79,7 +81,7 @@ class Signer:
 
     @classmethod
     def rotate(cls, path: Path) -> Signer:
-        """A new key in the file, which keeps the public halves of those before it.  Raises:  ConfigError."""
+        """Put a new key into the file, which keeps the public keys of the earlier ones.  Raises:  ConfigError."""
         before = cls.from_file(path)
         was = "".join(f"{_WAS}{key.hex()}\n" for key in before.public_keys)
         write_private(path, Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n" + was)
@@ -87,7 +89,7 @@ class Signer:
 
     @classmethod
     def create(cls, path: Path) -> Signer:
-        """The key in the file, made if it is not there, readable by its owner only."""
+        """The key in the file. If the file does not exist, it is created, readable by its owner only."""
         create_private(path, Ed25519PrivateKey.generate().private_bytes_raw().hex() + "\n")
         return cls.from_file(path)
 
@@ -112,9 +114,9 @@ class Signer:
 
 
 def check_receipt(receipt: dict[str, Any], public_key: bytes, cards: RateCards | None = None) -> ReceiptCheck:
-    """Verify a receipt with the published key; with rate cards, recompute the price as well.
+    """Verify a receipt with the published key. With rate cards, recompute the price as well.
 
-    Raises:  InvalidRequest: not a receipt at all.
+    Raises:  InvalidRequest: this is not a receipt.
     """
     try:
         payload = str(receipt["payload"]).encode()

@@ -1,8 +1,9 @@
-"""Is the ledger whole, and is every billed hit supported by the store's own log? Reads only; trusts neither side.
+"""Verifies a ledger: is its chain intact, and does the store's own log support every billed hit? Only reads, and trusts
+neither of the two.
 
-A hit of a record is supported when its last block was stored before the request ended, and, for tokens billed from the
-store's tier, read between the request's start and end. Tokens from a worker's memory were stored before, not read then;
-or an earlier request computed them, and the store did not take them.
+A record's hit is supported if its last block was stored before the request ended and, for tokens billed from the
+store's tier, was read between the request's start and end. A hit in a worker's memory is supported if its block was
+stored before, without a read; or if an earlier request computed that prefix and the store did not take it.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ _NUM_EXAMPLES_MAX = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrunedVerdict:
-    """Of what stands in place of pruned entries. to: the last of them.  records: that they were, by the summaries.
-    unsigned: summaries without a signature of a known key; None where no key was given.  archive: whether it has the
-    files, and they add up to the summaries; None where none was named.
+    """The result of checking the summaries of pruned entries.  to: the last pruned entry.  records: how many records
+    were pruned, by the summaries.  unsigned: summaries without a signature by a known key; None if no key was given.
+    archive: whether the archive has the files and they add up to the summaries; None if no archive was given.
     """
 
     to: int
@@ -48,8 +49,11 @@ class PrunedVerdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What verification found. head: last sequence number and its hash, to be kept elsewhere: a ledger cut at its end
-    is still a good chain, but no longer has that entry. unsupported_hits is None where no store log was given."""
+    """The result of verifying one ledger.
+
+    head: the last sequence number and its hash. Keep them elsewhere: a ledger whose end was cut off is still a valid
+    chain, but no longer has this entry.  unsupported_hits: None if no store log was given.
+    """
 
     records: int
     open_requests: int
@@ -77,10 +81,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdicts:
-    """Of several ledgers of one deployment, by directory.
+    """The results for several ledgers of one deployment, by directory.
 
-    charged_twice: requests that two of them charged and no adjustment gave back.  missing_ledgers: that anchors name,
-    and that are not among these.
+    charged_twice: requests that two ledgers charged without a refund by an adjustment.  missing_ledgers: ledgers that
+    anchors name and that are not among these.
     """
 
     ledgers: tuple[tuple[str, Verdict], ...]
@@ -92,7 +96,7 @@ class Verdicts:
         return all(verdict.ok for _, verdict in self.ledgers) and not self.charged_twice and not self.missing_ledgers
 
     def to_json(self) -> str:
-        """One ledger's as it always was; of several the sums, and each one's own."""
+        """For one ledger, its own result. For several, the sums and the result of each."""
         verdicts = [verdict for _, verdict in self.ledgers]
         if len(verdicts) == 1 and not self.missing_ledgers:
             return verdicts[0].to_json()
@@ -113,7 +117,7 @@ class Verdicts:
 
 @dataclass(slots=True)
 class _Chain:
-    """The ledger as read."""
+    """One ledger as read."""
 
     settled: list[Settled]
     open_requests: int = 0
@@ -133,9 +137,9 @@ def verify(
     anchor: tuple[int, str] | None = None,
     slack_us: int = CLOCK_SLACK_US,
 ) -> Verdict:
-    """Read the whole ledger and, where given, the store's log, or those of all stores.
+    """Read the whole ledger and, if given, the logs of one or all stores.
 
-    anchor: a head that an earlier run reported; the entry must still be there with that hash.
+    anchor: a head that an earlier run reported. The ledger must still have this entry with this hash.
     """
     chain = _read(ledger, anchor, ())
     evidence = None if store_log is None else HitEvidence.of(chain.settled, store_log)
@@ -152,11 +156,12 @@ def verify_all(
     are_all: bool = False,
     archive: str = "",
 ) -> Verdicts:
-    """All ledgers of a deployment against the logs of its stores.
+    """Verify all ledgers of a deployment against the logs of its stores.
 
-    anchors: heads that earlier runs printed, by the ledger's source; see `verify`.  signed: anchors and receipts, of
-    any of them.  public_keys: that may have signed those, and summaries of what was pruned; none: signatures are not
-    checked.  are_all: a ledger that only an anchor names is missing.  archive: where pruned segments are.
+    anchors: heads that earlier runs printed, by the ledger's source; see `verify`.  signed: anchors and receipts of any
+    of the ledgers.  public_keys: keys whose signatures on anchors and on summaries of pruned entries are accepted; if
+    empty, signatures are not checked.  are_all: `ledgers` is meant to be complete, so a ledger that only an anchor
+    names counts as missing.  archive: the place of pruned segments.
     """
     named = [(ledger, anchors.get(source_of(ledger))) for ledger in ledgers]
     by_source = {source_of(ledger): [each for each in signed if each.source == source_of(ledger)] for ledger in ledgers}
@@ -195,7 +200,7 @@ def verify_all(
 
 
 def _check_pruned(ledger: Path, public_keys: Sequence[bytes], archive: str) -> PrunedVerdict | None:
-    """None where nothing was pruned, or where its summaries are damaged: reading the chain says that."""
+    """None if nothing was pruned. Also None if the summaries are damaged, because reading the chain reports that."""
     try:
         summaries = pruned_of(ledger)
     except AntefixError:
@@ -233,7 +238,7 @@ def _verdict(chain: _Chain, evidence: HitEvidence | None, slack_us: int, *, has_
 
 
 def _num_charged_twice(chains: Sequence[_Chain]) -> int:
-    """Requests that several ledgers ended, and whose charge there nothing gave back."""
+    """Requests that several ledgers ended and charged, without a refund of the excess."""
     given_back = {
         (item.adjustment.of_source, item.adjustment.of_event)
         for chain in chains
@@ -281,7 +286,7 @@ def _read(ledger: Path, anchor: tuple[int, str] | None, signed: Sequence[Anchor]
 
 
 def _num_duplicates(settled: list[Settled]) -> int:
-    """Records beyond the one that each attempt may have, and charges beyond the one that each request may have."""
+    """Records beyond one per attempt, and charges beyond one per request."""
     seen: set[str] = set()
     final: set[str] = set()
     num_duplicates = 0

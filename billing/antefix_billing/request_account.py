@@ -1,8 +1,10 @@
-"""What all routers of a deployment know of one request: who runs it, how it ended, what it was charged. Pure.
+"""What all routers of a deployment know about one request: which router runs it, how it ended, what it was charged.
+Pure.
 
-Several routers change it one after the other (`antefix_router.shared_bill`), each with `claim` before it runs a request
-and `settle` after its record is in the ledger. A request costs as much as its most expensive attempt, wherever those
-ran: what is charged beyond that, because two routers could not see one another, goes back as a credit.
+Several routers change this account one after the other (`antefix_router.shared_bill`): each calls `claim` before it
+runs the request, and `settle` after its record is in the ledger. A request costs as much as its most expensive attempt,
+whichever routers ran its attempts. If two routers could not see each other and together charged more, the excess is
+returned as a credit.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from antefix_billing.usage_record import UsageRecord, money_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunningAt:
-    """source: the router's ledger.  instance: of its process, so that one that died is told from its successor."""
+    """The router that runs a request.  source: the router's ledger.  instance: the router's process, to distinguish a
+    dead process from its successor.
+    """
 
     source: str
     instance: str
@@ -30,8 +34,8 @@ class RunningAt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestAccount:
-    """last: of the attempts that ended, the one that counts for a retry.  charged: of each record, by source and event
-    id, what is left of its price after credits.  dearest: the most that an attempt would cost alone.
+    """last: the ended attempt from which a retry continues.  charged: for each record, by source and event id, its
+    price minus credits.  dearest: the highest price that any single attempt would have alone.
     """
 
     running: RunningAt | None = None
@@ -42,7 +46,7 @@ class RequestAccount:
 
     @property
     def paid(self) -> Decimal:
-        """In all attempts, after credits."""
+        """The amount charged for all attempts, minus credits."""
         return sum(self.charged.values(), Decimal(0))
 
     def to_json(self) -> str:
@@ -57,7 +61,7 @@ class RequestAccount:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> RequestAccount:
-        """Raises:  InvalidRequest: not what `to_json` writes."""
+        """Raises:  InvalidRequest: the text was not written by `to_json`."""
         values = parse_json(text if isinstance(text, bytes) else text.encode(), "a request's account")
         try:
             running, last = values["running"], values["last"]
@@ -73,7 +77,7 @@ class RequestAccount:
 
 
 def claim(account: RequestAccount, me: RunningAt, alive: Collection[RunningAt]) -> RequestAccount | None:
-    """The account with the request running here; None where another router that is alive runs it."""
+    """The account with the request marked as running here. None if another live router runs the request."""
     running = account.running
     if running is not None and running != me and running in alive:
         return None
@@ -81,17 +85,18 @@ def claim(account: RequestAccount, me: RunningAt, alive: Collection[RunningAt]) 
 
 
 def let_go(account: RequestAccount, me: RunningAt) -> RequestAccount:
-    """Nothing was done for it."""
+    """The account without this router's claim. Nothing was done for the request."""
     return dataclasses.replace(account, running=None) if account.running == me else account
 
 
 def settle(
     account: RequestAccount, settled: Settled, *, credited: Decimal = Decimal(0)
 ) -> tuple[RequestAccount, Decimal]:
-    """The account with a record that is in the ledger, and what goes back to the customer because of it.
+    """The account after a record was added that is in the ledger already, and the amount to return to the customer
+    because of it.
 
-    credited: what this record's ledger gave back for it before. The same record again changes nothing, and answers as
-    it did.
+    credited: what this record's ledger has already returned for it. Calling this again with the same record changes
+    nothing and returns the same amount.
     """
     record = settled.record
     name = f"{record.source} {record.event_id}"
@@ -112,12 +117,14 @@ def settle(
 
 
 def _later(one: Settled | None, other: Settled) -> Settled:
-    """Which of two ends a retry continues from: an answer that ended, else the later attempt."""
+    """Which of two ended attempts a retry continues from: a completed answer if there is one, otherwise the later
+    attempt.
+    """
     return other if one is None or rank(other.record) >= rank(one.record) else one
 
 
 def rank(record: UsageRecord) -> tuple[bool, int, int]:
-    """Of the records of one request, the greatest is the one that a retry continues from."""
+    """A sort key. A retry continues from the record of the request with the greatest key."""
     return (record.is_final, record.attempt, record.finished_us)
 
 

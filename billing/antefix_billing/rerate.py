@@ -1,4 +1,4 @@
-"""Other prices for records that were priced: adjustments that bring each to what the cards say now. Pure."""
+"""Re-rating: adjustments that change the price of existing records to what the present cards say. Pure."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ def rerated(
     reference: str = "",
     author: str = "",
 ) -> Iterator[Adjustment]:
-    """What to append to one ledger so that each chosen record costs what the cards say. Done again, it yields nothing.
+    """Adjustments to append to one ledger so that each chosen record costs what the cards say. A second run yields
+    none.
 
-    items: all of the ledger: earlier re-ratings count, and so do attempts before a retry.
-    Raises:  ConfigError: a card has another currency than the record that it would price.
+    items: all of the ledger, because earlier re-ratings and earlier attempts of a request count.
+    Raises:  ConfigError: a card has another currency than a record that it would price.
     """
     settled, before, numbers = [], defaultdict[str, Decimal](Decimal), Counter[str]()
     for item in items:

@@ -1,16 +1,14 @@
-"""Who may call, and how much: API keys and limits by tenant, read from TOML. Keys are kept as SHA-256, never in clear.
+"""Tenants, read from TOML: the API keys of each, and its limits. Only the SHA-256 of a key is stored.
 
-    keys = "needed"                             # or "none", where nobody is asked for one: then limits are all there is
+    keys = "needed"                             # or "none": no key is needed, and only the limits apply
 
-    [[tenant]]
-    name = "acme"
-    api_key_sha256 = ["<64 hex digits>"]        # printf %s "$KEY" | sha256sum
-    requests = 8                                # at the same time
-    share = 2                                   # of busy workers, next to 1 of everybody who has none here
-    limit = [{ window = "day", tokens = 5000000, money = "2.50" }]
+    [[tenant]] name = "acme" api_key_sha256 = ["<64 hex digits>"]        # printf %s "$KEY" | sha256sum requests = 8
+    # at the same time share = 2                                   # weight on busy workers; a tenant without a share
+    has 1 limit = [{ window = "day", tokens = 5000000, money = "2.50" }]
 
-A tenant named "*" holds the limits of everyone who is not named. Keys that come and go are in a file of their own
-(`api_keys`). A file without any key is a mistake unless it says so: it would let everybody in.
+A tenant named "*" holds the limits of everyone who is not named. Keys that are created and revoked at run time are in a
+separate file (`api_keys`). A file without any key is refused unless it has `keys = "none"`, because it would let
+everybody in.
 """
 
 from __future__ import annotations
@@ -27,15 +25,17 @@ from antefix_billing.api_keys import check_digest
 from antefix_billing.limits import Limit, LimitWindow, TenantLimits
 from antefix_billing.ratecard import PRICE_DIGITS_MAX
 
-# Of a budget: more than any tenant will pay, and exact in sums.
+# The largest budget. It is more than any tenant will pay, and sums of it are exact.
 MONEY_MAX: Final = 10**15
-# As the protos say.
+# The longest tenant name, as in the proto files.
 SHARE_MAX: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantBook:
-    """keys: SHA-256 of API keys to tenants.  needs_keys: False only where the file says so, or there is no file."""
+    """keys: tenants by the SHA-256 of their API keys.  needs_keys: False only if the file says so, or if there is no
+    file.
+    """
 
     keys: dict[bytes, str] = field(default_factory=dict)
     limits: dict[str, TenantLimits] = field(default_factory=dict)
@@ -44,9 +44,9 @@ class TenantBook:
 
 
 def load_tenants(path: str | Path, *, has_other_keys: bool = False) -> TenantBook:
-    """has_other_keys: there is a file of API keys as well, so this one need not have any.
+    """has_other_keys: a file of API keys exists as well, so this file need not have any.
 
-    Raises:  ConfigError: the file does not parse or does not make sense, or it would let everybody in.
+    Raises:  ConfigError: the file does not parse, a setting is invalid, or the file would let everybody in.
     """
     refuse_writable(path, "tenants file")
     file = Table(read_toml(path, "tenants file"), f"tenants file {path}")

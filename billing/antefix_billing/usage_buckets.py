@@ -1,6 +1,7 @@
-"""Usage in buckets of time and by group, as tenants ask for it: OpenAI's organisation usage, and a plain table. Pure.
+"""Usage summed by time bucket and group, for the usage endpoints: OpenAI's organisation usage, and a plain table. Pure.
 
-Source of the first: platform.openai.com, "Usage" (list completions usage): pages of buckets, each with its results.
+Source of OpenAI's format: platform.openai.com, "Usage" (list completions usage): pages of buckets, each with its
+results.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from antefix_billing.adjustment import Adjusted
 from antefix_billing.ledger_files import Settled
 from antefix_billing.usage_record import UsageRecord
 
-# Seconds of a bucket, and how many there are by default and at most, as OpenAI has them.
+# For each bucket width: its seconds, and the default and the maximum number of buckets, as in OpenAI's API.
 WIDTHS: Final = {"1m": (60, 60, 1440), "1h": (3600, 24, 168), "1d": (86400, 7, 31)}
-# Our names, and OpenAI's for the same.
+# Our names of the groups, and OpenAI's names for the same.
 GROUPS: Final = {
     "model": "model",
     "user": "user_id",
@@ -40,7 +41,9 @@ _COUNTS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageQuery:
-    """start_s: Unix seconds, a bucket's beginning.  end_s: exclusive.  by: of GROUPS.  where: values by group."""
+    """start_s: Unix seconds, the beginning of a bucket.  end_s: exclusive.  by: names from GROUPS.  where: the values
+    to keep, by group.
+    """
 
     start_s: int
     end_s: int
@@ -55,7 +58,7 @@ class UsageQuery:
 
 @dataclass(slots=True)
 class Sums:
-    """Of one group in one bucket."""
+    """The sums of one group in one bucket."""
 
     requests: int = 0
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_COUNTS, 0))
@@ -72,7 +75,7 @@ class Sums:
 
 
 def names_of(groups: Iterable[str]) -> tuple[str, ...]:
-    """Ours, of ours and OpenAI's.  Raises:  InvalidRequest: another one."""
+    """Our names of groups that are given by our names or OpenAI's.  Raises:  InvalidRequest: an unknown name."""
     found = []
     for name in groups:
         ours = _BY_OPENAI.get(name, name)
@@ -83,7 +86,7 @@ def names_of(groups: Iterable[str]) -> tuple[str, ...]:
 
 
 def bucketed(items: Iterable[Settled | Adjusted], query: UsageQuery) -> dict[int, dict[tuple[str, ...], Sums]]:
-    """Sums by bucket's beginning (Unix seconds) and group. An adjustment counts when it was made."""
+    """Sums by the bucket's beginning (Unix seconds) and group. An adjustment counts at the time when it was made."""
     buckets: dict[int, dict[tuple[str, ...], Sums]] = {}
     for item in items:
         time_us = item.record.started_us if isinstance(item, Settled) else item.adjustment.created_us
@@ -105,7 +108,7 @@ def bucketed(items: Iterable[Settled | Adjusted], query: UsageQuery) -> dict[int
 def openai_page(
     buckets: dict[int, dict[tuple[str, ...], Sums]], query: UsageQuery, *, next_page: str | None
 ) -> dict[str, Any]:
-    """As OpenAI's API answers: a bucket for each span of time, also where nothing was used."""
+    """The answer in the form of OpenAI's API. It has a bucket for each span of time, even if nothing was used in it."""
     data = [
         {
             "object": "bucket",
@@ -121,7 +124,7 @@ def openai_page(
 
 
 def plain_rows(buckets: dict[int, dict[tuple[str, ...], Sums]], by: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each group of each bucket that has one; money by currency, as decimal strings."""
+    """A row for each group of each bucket that has usage; money by currency, as decimal strings."""
     return [
         {
             "start_time": begin,

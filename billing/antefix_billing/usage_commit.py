@@ -1,4 +1,6 @@
-"""Group commit: many requests at a time wait for one write and one fdatasync of the ledger, off the event loop."""
+"""Group commit: concurrent requests share one write and one fdatasync of the ledger, which run outside the
+event loop.
+"""
 
 from __future__ import annotations
 
@@ -24,25 +26,25 @@ log = logging.getLogger("antefix_billing")
 
 T = TypeVar("T")
 
-# One batch is at most a few MB of entries, and the answer of the first is not kept waiting for the last of many.
+# One batch is at most a few MB of entries, so that the first request in it does not wait for many later ones.
 NUM_BATCH_MAX = 1024
 NUM_WAITING_MAX = 65536
-# A power cut may take the marks of this long; a crash of the process takes none.
+# A power cut may lose the progress of this long. A crash of the process loses none.
 MARKS_SYNC_S = 1.0
-# A write that failed says so much of the next one.
+# For this long after a failed write, the ledger counts as failing.
 FAILING_S = 5.0
 
 
 @dataclass(slots=True)
 class CommitCounters:
-    """entries / batches is how many requests share a sync."""
+    """entries / batches is how many entries share a sync."""
 
     batches: int = 0
     entries: int = 0
 
 
 class UsageWriter(Protocol):
-    """Where records go."""
+    """The interface through which records are written."""
 
     @property
     def source_name(self) -> str: ...
@@ -62,7 +64,7 @@ class UsageWriter(Protocol):
 
 
 class NoLedger:
-    """For a router that keeps no bill: requests are counted and priced, and nothing is kept."""
+    """For a router without a ledger: requests are counted and priced, and no record is kept."""
 
     source_name = "antefix/unkept"
     is_failing = False
@@ -84,7 +86,7 @@ class NoLedger:
 
 
 class LedgerWriter:
-    """Asynchronous front of a ledger; owns it. All file work runs on its one thread, in order."""
+    """The asynchronous interface of a ledger, which it owns. All file operations run on its one thread, in order."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
@@ -101,15 +103,18 @@ class LedgerWriter:
 
     @property
     def is_failing(self) -> bool:
-        """Whether the last write failed just now; after a while the next one shows whether it still would."""
+        """Whether a write failed a short while ago. Afterwards this is False again, so that the next write can be
+        tried.
+        """
         return time.monotonic() - self._failed_at < FAILING_S
 
     async def open(self, entry: OpenEntry) -> OpenEntry:
-        """Durable when it returns. Raises:  as `settle`."""
+        """Write an OPEN entry; it is durable when this returns.  Raises:  as `settle`."""
         return cast(OpenEntry, await self._submit(entry))
 
     def mark(self, entry: OpenEntry, used: Usage) -> None:
-        """Note how far an open request is; outlives this process when it returns, a power cut soon after.
+        """Record how much an open request has used so far. The record survives this process when this returns, and a
+        power cut soon after.
 
         Raises:  Unavailable: it could not be written.
         """
@@ -118,28 +123,31 @@ class LedgerWriter:
             self._syncing = asyncio.create_task(self._sync_soon(), context=Context())
 
     async def settle(self, record: UsageRecord) -> Settled:
-        """Durable when it returns; the answer is the record that stands, which a retry finds instead of its own.
+        """Write a record; it is durable when this returns. Returns the record that counts: a retry may get an existing
+        record instead of its own.
 
-        Raises:  Unavailable: not written.  Overloaded: too many wait.  InvalidRequest: it is too large.
+        Raises:  Unavailable: not written.  Overloaded: too many records wait.  InvalidRequest: the record is too large.
         """
         settled = cast(Settled, await self._submit(record))
         self.ledger.progress.drop(record.event_id)
         return settled
 
     async def adjust(self, adjustment: Adjustment) -> Adjusted:
-        """Durable when it returns; the answer is what stands under its id.  Raises:  as `settle`."""
+        """Write an adjustment; it is durable when this returns. Returns the adjustment that is in the ledger under its
+        id.  Raises:  as `settle`.
+        """
         return cast(Adjusted, await self._submit(adjustment))
 
     async def note(self, change: Change) -> None:
-        """Durable when it returns.  Raises:  as `settle`."""
+        """Write a CHANGE entry; it is durable when this returns.  Raises:  as `settle`."""
         await self._submit(change)
 
     async def find(self, key: str) -> Settled | None:
-        """The request's settled record, if there is one. key: `record.request_key`."""
+        """The request's settled record, or None.  key: `record.request_key`."""
         return await self._run(self.ledger.find, key)
 
     async def close(self) -> None:
-        """Write what waits, then close the ledger."""
+        """Write the waiting entries, then close the ledger."""
         if self._syncing is not None:
             self._syncing.cancel()
             await asyncio.gather(self._syncing, return_exceptions=True)
@@ -149,8 +157,8 @@ class LedgerWriter:
         self._thread.shutdown()
 
     async def _submit(self, item: Item) -> Written:
-        # Checked here, so that one bad entry does not fail the others of its batch. Only these come from outside; JSON
-        # makes at most six characters of one, and the other fields take under 2 KiB.
+        # Checked here, so that one bad entry does not fail the others of its batch. Only these fields come from
+        # outside. JSON makes at most six characters of one, and the other fields take under 2 KiB.
         if 6 * sum(map(len, _texts_of(item))) > PAYLOAD_BYTES_MAX - 2048:
             raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes")
         if len(self._waiting) >= NUM_WAITING_MAX:
@@ -172,7 +180,7 @@ class LedgerWriter:
                 _fail(batch, err)
                 continue
             except BaseException as err:
-                _fail([*batch, *self._waiting], err)  # a bug of ours: nobody must wait for ever
+                _fail([*batch, *self._waiting], err)  # an unexpected error: no request may wait for ever
                 self._waiting.clear()
                 raise
             self._failed_at = float("-inf")
@@ -206,4 +214,4 @@ def _fail(batch: Sequence[tuple[Item, asyncio.Future[Written]]], err: BaseExcept
     for _, future in batch:
         if not future.done():
             future.set_exception(err)
-            future.exception()  # a caller that was cancelled never asks
+            future.exception()  # a cancelled caller never reads the exception

@@ -1,4 +1,4 @@
-"""Plots of usage over time: tokens, money, and why prompts missed. Knows what `usage_report` sums, and matplotlib."""
+"""Plots of usage over time: tokens, money, and why prompts missed. Uses the sums of `usage_report`, and matplotlib."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from antefix_billing.ratecard import RateCards
 from antefix_billing.usage_record import UsageRecord
 from antefix_billing.usage_report import Line, summarize
 
-# Up to so long a time is drawn by the hour, a longer one by the day.
+# Up to this span the plot has one bar per hour, beyond it one per day.
 _BY_HOUR_US: Final = 3 * 24 * 3_600_000_000
 _LABELS_MAX: Final = 24
 _COUNTS: Final = ("cache_hit_tokens", "cache_miss_tokens", "output_tokens")
 
 
 def plot(records: Sequence[UsageRecord], path: Path, *, cards: RateCards | None = None) -> None:
-    """Tokens as hit, miss and output; money paid next to money saved; miss tokens by reason, or, with rate cards, what
-    they cost more than hits would have. By the hour for up to three days, else by the day.
+    """Plots tokens as hit, miss and output; money paid next to money saved; and miss tokens by reason or, with rate
+    cards, how much more the misses cost than hits would have. Bars are hours for up to three days, otherwise days.
 
     Raises:  ConfigError: matplotlib is not installed.
     """
@@ -30,7 +30,7 @@ def plot(records: Sequence[UsageRecord], path: Path, *, cards: RateCards | None 
     unit = _unit(records)
     lines = summarize(records, by=(unit, "miss_reason"), cards=cards)
     times = sorted({line.group[0] for line in lines})
-    # One plot has one currency: that of most requests.
+    # One plot shows one currency: that of most requests.
     currencies = sorted({line.currency for line in lines if line.currency}, key=lambda c: -_requests(lines, c))
     currency = currencies[0] if currencies else ""
     figure = Figure(figsize=(9, 9), layout="constrained")
@@ -65,7 +65,7 @@ def _requests(lines: Sequence[Line], currency: str) -> int:
 
 
 def _sum(lines: Sequence[Line], time: str, name: str) -> float:
-    # The height of a bar, not an amount: here a float is what the plot needs.
+    # A bar's height may be a float; it is not used as an amount of money.
     return float(sum(getattr(line, name) for line in lines if line.group[0] == time))
 
 

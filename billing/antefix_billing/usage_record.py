@@ -1,11 +1,11 @@
-"""One usage record: what a request used, with the evidence. Knows no protobuf and no file.
+"""One usage record: what a request used, with evidence for its hit. Knows no protobuf and no file.
 
     prompt_tokens = cache_hit_tokens + cache_miss_tokens
     cache_hit_tokens = hit_memory_tokens + hit_store_tokens, and where hit_tiers is known, its sum is hit_store_tokens
     cache_write_tokens is part of cache_miss_tokens, reasoning_tokens of output_tokens
 
-A record that breaks one of these cannot be made. Payload bytes are canonical JSON: sorted keys, no spaces, money as
-decimal strings, so the same record always has the same bytes and the same hash.
+A record that breaks one of these rules cannot be created. The payload is canonical JSON: sorted keys, no spaces, money
+as decimal strings. So the same record always has the same bytes and the same hash.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from antefix.errors import InternalError, InvalidRequest
 from antefix.miss_reason import MissReason
 from antefix.usage import Evidence, Usage, tiers_of_text
 
-# Version of the payload's fields; a reader refuses what it does not know instead of guessing.
+# The version of the payload's fields. A reader refuses a version that it does not know.
 PAYLOAD_VERSION: Final = 1
 
 
@@ -40,15 +40,18 @@ class Status(StrEnum):
 
     @property
     def is_ours(self) -> bool:
-        """The client did nothing to end it so: a charge is for what it was given, and trying again is not one more."""
+        """Whether the service, not the client, ended the request. The client is then charged only for what it was
+        given, and a retry does not count as one more request.
+        """
         return self in (Status.FAILED, Status.CRASHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenEntry:
-    """A request that was admitted: written before its first token goes out, so that a crash leaves a trace of it.
+    """A request that was admitted. It is written before the first token goes out, so that a crash leaves a record of
+    it.
 
-    request_digest: keyed hash of prompt and sampling, hex; a retry must have the same. started_us: Unix microseconds.
+    request_digest: keyed hash of prompt and sampling, hex; a retry must have the same.  started_us: Unix microseconds.
     """
 
     request_id: str
@@ -78,12 +81,12 @@ class OpenEntry:
         return _canonical(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. Of each request, so without `asdict`, which copies deeply what cannot be changed."""
+        """Plain JSON values. This is called for every request, so it avoids the deep copies of `asdict`."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
     def from_payload(cls, payload: bytes) -> OpenEntry:
-        """Raises:  InvalidRequest: other fields than these, or of other types."""
+        """Raises:  InvalidRequest: fields are missing, unknown, or of another type."""
         values = _fields_of(payload)
         _check_types(values, {field.name: str(field.type) for field in dataclasses.fields(cls)})
         try:
@@ -96,15 +99,14 @@ class OpenEntry:
 class UsageRecord(Usage):
     """One request at its end. Times are Unix microseconds, hashes hex, money in `currency`.
 
-    attempt: 1, or more when an earlier attempt broke off.  paid_before: what those were charged, which is taken off
-    this one's price: the same request is never paid for twice.  source: the router's ledger; (source, event_id) is
-    unique.
-    mode: how the model thought ("off", "low", "high", "max"); empty for a prompt that is no conversation.
-    write_error: why what was computed could not all be stored; empty where it was.
-    prefix_volatile: the client's prompts begin with something that changes, so all behind it misses.
-    prompt_marks: a few block hashes of the prompt (`antefix.prompt_marks`), to see later where two prompts part.
-    key_id: of the API key that was shown; empty for one of a tenants file, or none.
-    saved: what the hit tokens would have cost more as misses.  detail: an error's class; never prompt text.
+    attempt: 1, or more when an earlier attempt broke off.  paid_before: the amount that earlier attempts were charged;
+    it is subtracted from this attempt's price, so that no part of the request is paid for twice.  source: the router's
+    ledger; (source, event_id) is unique. mode: how the model thought ("off", "low", "high", "max"); empty for a prompt
+    that is not a conversation. write_error: why some computed blocks could not be stored; empty if all were.
+    prefix_volatile: the client's prompts begin with text that changes each time, so everything after it misses.
+    prompt_marks: a few block hashes of the prompt (`antefix.prompt_marks`), which show later where two prompts begin to
+    differ. key_id: the id of the API key used; empty for a key from a tenants file, or no key. saved: what the hit
+    tokens would have cost more as misses. detail: an error's class; never prompt text.
     """
 
     request_id: str
@@ -133,7 +135,7 @@ class UsageRecord(Usage):
 
     @classmethod
     def of(cls, used: Usage, **of_the_end: Any) -> UsageRecord:
-        """The record of what was used. Raises as below."""
+        """The record made from a request's usage and how it ended.  Raises:  as the constructor."""
         return cls(**{name: getattr(used, name) for name in _USED}, **of_the_end)
 
     def __post_init__(self) -> None:
@@ -170,22 +172,26 @@ class UsageRecord(Usage):
 
     @property
     def is_proved_hit(self) -> bool:
-        """Whether there is a hit for which there is evidence."""
+        """Whether the record has a hit and evidence that proves it."""
         return self.cache_hit_tokens > 0 and self.evidence is Evidence.PROVED
 
     @property
     def is_charged(self) -> bool:
-        """What the client asked for is charged as far as it was done; what we broke as far as the client has it."""
+        """Whether the request is charged. If the client ended it, the work done is charged. If the service failed, the
+        output that the client was given is charged.
+        """
         return not self.status.is_ours or self.output_tokens > 0
 
     @property
     def is_final(self) -> bool:
-        """Whether this is the last record under its id: the answer has ended. What broke off may be tried again."""
+        """Whether this is the last record under its id: the answer is complete. An attempt that broke off may be
+        retried.
+        """
         return self.status in (Status.STOP, Status.LENGTH)
 
     @property
     def paid(self) -> Decimal:
-        """What this request was charged up to now, in all its attempts."""
+        """What this request has been charged so far, in all its attempts."""
         return self.paid_before + self.price
 
     @property
@@ -195,7 +201,8 @@ class UsageRecord(Usage):
 
     def to_payload(self) -> bytes:
         values = {"v": PAYLOAD_VERSION, **self.to_dict()}
-        # Absent means nothing: most records, and all from before there were these fields.
+        # A missing field means its zero value. Most records leave these out, and so do all records from before the
+        # fields existed.
         for name in _LEFT_OUT:
             if not getattr(self, name):
                 del values[name]
@@ -242,14 +249,14 @@ _LEFT_OUT: Final = (
     *("evidence", "worker", "expected_hit_tokens", "hit_tiers"),
     *("cache_write_1h_tokens", "key_id"),
 )
-# Follow from the others, and stand in the ledger's payload as well: readers need no sums.
+# Fields derived from others. The ledger's payload has them too, so that readers need not add up.
 _DERIVED: Final = {
     "cache_miss_tokens": "hit + miss must be the prompt",
     "hit_store_tokens": "tiers must add up to the hit",
 }
 _USED: Final = tuple(field.name for field in dataclasses.fields(Usage))
 _OWN: Final = tuple(field for field in dataclasses.fields(UsageRecord) if field.name not in _USED)
-# All of a record's fields, in the order of exports: whose it is and how it ended, then what it used.
+# All fields of a record in the order of exports: first the tenant and how the request ended, then what it used.
 FIELD_TYPES: Final = {
     **{field.name: str(field.type) for field in (*_OWN, *dataclasses.fields(Usage))},
     **dict.fromkeys(_DERIVED, "int"),
@@ -265,7 +272,9 @@ def event_id(key: str, attempt: int) -> str:
 
 
 def request_key(tenant: str, request_id: str) -> str:
-    """What a request is known by. Ids come from callers, so one tenant's must never meet another's."""
+    """The name of a request within the ledger. It includes the tenant, because ids come from callers and two tenants
+    may choose the same one.
+    """
     return f"{_quoted(tenant)}:{request_id}" if tenant else request_id
 
 
@@ -275,7 +284,7 @@ def _quoted(tenant: str) -> str:
 
 
 def _check_types(values: dict[str, Any], types: dict[str, str]) -> None:
-    """Raises:  InvalidRequest: a number, a text or a truth value is something else."""
+    """Raises:  InvalidRequest: a number, a text or a boolean has another type."""
     for name, value in values.items():
         wanted = _TYPES.get(types.get(name, ""))
         if wanted is not None and type(value) is not wanted:
@@ -283,7 +292,7 @@ def _check_types(values: dict[str, Any], types: dict[str, str]) -> None:
 
 
 def money_of(value: object) -> Decimal:
-    """An amount as a record has it: text, or a plain 0.  Raises:  InvalidRequest."""
+    """The amount of money in a record: text, or a plain 0.  Raises:  InvalidRequest."""
     amount = Decimal(value) if isinstance(value, str | int) else Decimal("NaN")
     if not amount.is_finite() or amount.adjusted() > _AMOUNT_DIGITS_MAX:
         raise InvalidRequest(f"an amount must be a number of at most {_AMOUNT_DIGITS_MAX} digits, is {shown(value)}")

@@ -1,4 +1,4 @@
-"""What was used, by tenant, model and day: tokens, money, and what the cache saved. Pure."""
+"""Sums usage by tenant, model and day: tokens, money, and what the cache saved. Pure."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from antefix_billing.usage_record import UsageRecord
 
 GROUPS = ("tenant", "user", "key_id", "model", "month", "day", "hour", "miss_reason")
 GROUPS_BY_DEFAULT = ("tenant", "model", "day")
-# What summaries of pruned entries tell apart.
+# The groups that summaries of pruned entries distinguish.
 GROUPS_OF_PRUNED: Final = frozenset({"tenant", "model", "month"})
 
 
 @dataclass(slots=True)
 class Line:
-    """One group's sums. Currencies are never added to one another, so they are part of the group.
+    """The sums of one group. Amounts in different currencies are never added, so the currency is part of the group.
 
-    prefix_volatile: requests whose client's prompts begin with something that changes.
-    adjusted: what adjustments add to the price.  missed: what the misses cost more than hits would have.
+    prefix_volatile: requests whose client's prompts begin with text that changes each time.
+    adjusted: what adjustments add to the price.  missed: how much more the misses cost than hits would have.
     """
 
     group: tuple[str, ...]
@@ -51,7 +51,7 @@ class Line:
         return self.cache_hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def add_total(self, total: Total) -> None:
-        """Of pruned entries, which say nothing of the rest."""
+        """Add the sums of pruned entries, which lack the other fields."""
         self.requests += total.records
         self.charged += total.charged
         self.prompt_tokens += total.prompt_tokens
@@ -83,8 +83,8 @@ def summarize(
     adjustments: Iterable[Adjustment] = (),
     totals: Iterable[Total] = (),
 ) -> list[Line]:
-    """Sums for each combination of `by`, sorted.  cards: what misses cost is told by them.  totals: of what was pruned,
-    where `by` is among GROUPS_OF_PRUNED.
+    """Sums for each combination of `by`, sorted.  cards: rate cards used to price the misses.  totals: sums of pruned
+    entries, used if all groups in `by` are among GROUPS_OF_PRUNED.
 
     Raises:  ConfigError: an unknown group.
     """
@@ -106,7 +106,7 @@ def summarize(
 
 
 def missed_cost(record: UsageRecord, cards: RateCards | None) -> Decimal:
-    """What the prompt's misses cost more than hits would have: the most that a cache could have saved."""
+    """How much more the prompt's misses cost than hits would have: the most that a cache could have saved."""
     if cards is None or not record.is_charged:
         return Decimal(0)
     prices = cards.quote(record.model, moment_of(record.started_us)).prices
@@ -120,14 +120,15 @@ def missed_cost(record: UsageRecord, cards: RateCards | None) -> Decimal:
     return max(Decimal(0), prices.price(misses) - prices.price(hits))
 
 
-# What would have turned misses of a reason into hits.
+# For each miss reason, the change that would have turned those misses into hits.
 _REMEDIES: Final = {MissReason.EXPIRED: "a longer time to live", MissReason.EVICTED: "a larger store"}
 
 
 def remedies(records: Iterable[UsageRecord], cards: RateCards | None) -> list[dict[str, str | int]]:
     """What a longer time to live and a larger store would have saved at most, by currency.
 
-    At most: all tokens from the first miss on are counted, and later misses of one prompt may have another reason.
+    This is an upper bound: it counts all tokens from the first miss on, although later misses of the prompt may have
+    other reasons.
     """
     sums: dict[tuple[MissReason, str], tuple[int, int, Decimal]] = {}
     for record in records:

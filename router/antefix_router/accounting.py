@@ -1,14 +1,14 @@
-"""Every admitted request ends in exactly one ledger record, durable before its response ends.
+"""Every admitted request ends in exactly one ledger record, which is durable before the response ends.
 
     admit: reserve quota, begin the OPEN entry -> run -> (OPEN is durable) first token ... -> settle -> response ends
 
-The OPEN entry is synced while the prompt is worked on, so it costs no time. Before each piece of output is handed on,
-how far the request is goes into the ledger's progress file. Cancelled requests are settled behind the client's back;
-requests that a crash cut off are closed at the next start, and cost what their clients were given.
+The OPEN entry is synced while the prompt is computed, so it delays nothing. Before each piece of output goes out, the
+request's counts so far are written to the ledger's progress file. A cancelled request is settled after its client has
+left. A request that a crash interrupted is closed when the router starts again, and costs what its client was given.
 
-A request whose client named its id may be asked for again at any time: while it runs the second client reads the same
-answer from its start, afterwards it gets the kept one (`answers`). What was cancelled, failed or crashed is
-tried again as a new attempt, which pays only the rest.
+A client that named its request's id may send the request again at any time. While the first one runs, the second client
+reads the same answer from its start; afterwards it gets the kept answer (`answers`). If the first one was cancelled,
+failed or crashed, the request runs as a new attempt, whose price is reduced by what earlier attempts were charged.
 """
 
 from __future__ import annotations
@@ -51,13 +51,15 @@ log = logging.getLogger("antefix.router")
 
 Make = Callable[[GenerationRequest], Generation]
 
-# A finished request may be asked for again, with the same answer and without a second charge, this often.
+# How often the answer of a finished request may be made again without a second charge.
 NUM_REPEATS_MAX = 3
 _NUM_REPEATED_IDS_MAX = 65536
 
 
 class Accounts:
-    """The bills of one router; owns its ledger. Without one, requests are counted and priced but nothing is kept."""
+    """The bills of one router. Owns its ledger. Without a ledger, requests are counted and priced but no record is
+    kept.
+    """
 
     def __init__(
         self,
@@ -70,7 +72,7 @@ class Accounts:
         retries: RetryConfig | None = None,
         peers: PeerLedgers | None = None,
     ) -> None:
-        """peers: the ledgers of other routers on this host, which know what those settled."""
+        """peers: the ledgers of other routers on this host, which show what those routers have settled."""
         self.ledger = ledger
         self.writer: UsageWriter = LedgerWriter(ledger) if ledger is not None else NoLedger()
         self._keyring = keyring
@@ -78,9 +80,9 @@ class Accounts:
         self.served = served
         self.cards = cards
         self.peers = peers or PeerLedgers(())
-        # Set by `share`: what several routers tell one another.
+        # Set by `share`: the bill shared with other routers.
         self.shared: SharedBill | None = None
-        # Set where the ledger's head is kept elsewhere as well.
+        # Set if the ledger's head is also kept elsewhere.
         self.anchoring: Anchoring | None = None
         self.quotas = QuotaBook(tenants.limits, tenants.default)
         self._running: set[str] = set()
@@ -88,7 +90,7 @@ class Accounts:
         self._settling: dict[str, asyncio.Task[Settled | None]] = {}
         self._admitting: dict[str, asyncio.Future[None]] = {}
         self.retries = Retries(retries or RetryConfig(), self._settle_shared)
-        # Requests whose KV could not all be stored, and why it could not the last time.
+        # How many requests could not store all of their KV, and the reason in the last case.
         self.num_unstored = 0
         self.unstored_reason = ""
         self.measures = RequestMeasures()
@@ -98,7 +100,7 @@ class Accounts:
             self._take_up(ledger)
 
     def _take_up(self, ledger: Ledger) -> None:
-        """Close what a crash left open, and count what tenants used before."""
+        """Close the requests that a crash left open, and count what tenants used before."""
         crashed = [priced(self.records.crashed(ledger, entry), self.cards) for entry in ledger.unsettled()]
         for start in range(0, len(crashed), 1024):
             ledger.append(crashed[start : start + 1024])
@@ -120,12 +122,14 @@ class Accounts:
         is_named: bool | None = None,
         generation: Make = Generation,
     ) -> Bill:
-        """Check id, quota and budget.  generation: makes what the request is while it runs.
+        """Check the id, the quota and the budget, and open the request's bill.
 
-        retryable: the client named the id, so another one may read the same answer, and it is kept.
-        is_named: the client named the id, so it may come in at another router as well; None: where it is retryable.
-        Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or was used up.  Unavailable: whether another
-            router has it cannot be told.
+        generation: creates the state of the running request.
+        retryable: the client named the id. Other clients may read the same answer, and the answer is kept.
+        is_named: the client named the id, so the request may also arrive at another router. None: the same as
+        `retryable`.
+        Raises:  QuotaExceeded: over a limit.  Conflict: the id is in use, or its answer was made again too often.
+        Unavailable: nobody can tell whether another router has the request.
         """
         request, opened = self.records.opened(request, self.served)
         while (busy := self._settling.get(opened.key) or self._admitting.get(opened.key)) is not None:
@@ -150,7 +154,7 @@ class Accounts:
             self._admitting.pop(opened.key).set_result(None)
 
     async def _standing(self, opened: OpenEntry, *, is_named: bool) -> tuple[Settled | None, Decimal]:
-        """How the request ended before, here or at another router, and what it was charged in all."""
+        """How the request ended before, at this or another router, and what all its attempts were charged."""
         found = await self.writer.find(opened.key)
         if found is not None and found.record.is_final:
             return found, found.record.paid
@@ -180,14 +184,14 @@ class Accounts:
         return None if found is None else (found, source_of_name(found.record.source))
 
     async def _bill(self, generation: Generation, opened: OpenEntry, before: tuple[Settled | None, Decimal]) -> Bill:
-        """What is next for this id: its first attempt, another one, or its answer again."""
+        """The bill of the next run under this id: a first attempt, another attempt, or the finished answer again."""
         request, (standing, paid) = generation.request, before
         if standing is None:
             bill = Bill(generation, opened, await self._reserve(request))
-            # There is an answer already where it could not be recorded, or where nothing ever is.
+            # The answer exists already if its record could not be written, or if this router keeps no records.
             bill.kept = self.retries.kept(request, opened)
             return bill
-        # While secrets rotate, the record may be of the older one.
+        # While secrets are rotated, the record's digest may have been made with the older secret.
         digests = (self.records.digest(request, number) for number in self._keyring.generations)
         if standing.record.user != opened.user or standing.record.request_digest not in digests:
             raise InvalidRequest(f"request id {request.request_id} was used for another request")
@@ -196,7 +200,7 @@ class Accounts:
             bill = self._repeat(generation, opened, standing, kept)
             await self._let_go(opened.key)
         else:
-            # What was made for the attempt before was made in its time: its hits are in the store's log at that time.
+            # The kept answer was made during the earlier attempt, and the store's log has its hits at that time.
             started_us = opened.started_us if kept is None else kept.started_us
             opened = dataclasses.replace(opened, attempt=standing.record.attempt + 1, started_us=started_us)
             bill = Bill(generation, opened, await self._reserve(request), paid)
@@ -204,9 +208,10 @@ class Accounts:
         return bill
 
     def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """The request's output; when this ends, `bill.record` is durable.
+        """The request's output. When the output ends, `bill.record` is durable.
 
-        Raises:  what running it raised, after settling.  Unavailable: the ledger could not be written.  Draining.
+        Raises:  what running the request raised, after settling it.  Unavailable: the ledger could not be written.
+        Draining.
         """
         run = run if bill.kept is None else bill.kept.run
         if bill.settled is not None:
@@ -216,7 +221,7 @@ class Accounts:
         return self._run_alone(bill, run, timeout_s)
 
     async def _run_alone(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """For the one client that it may have: when that leaves, the work stops."""
+        """The output for a request with only one client. If the client leaves, the work stops."""
         opening = asyncio.create_task(self.writer.open(bill.opened))
         status, detail = Status.CANCELLED, CLIENT_LEFT
         try:
@@ -241,8 +246,9 @@ class Accounts:
     async def _run_shared(
         self, bill: Bill, shared: SharedRun, run: Run, timeout_s: float
     ) -> AsyncGenerator[OutputPiece, None]:
-        """For one of the clients of an answer. The first who has all of it pays; without any it continues for a
-        while."""
+        """The output for one of several clients of an answer. The first client that has the whole answer is charged.
+        Without any client, the answer is still made for a limited time.
+        """
         if shared.settling is not None:
             raise Unavailable("the request was just given up; send it again")
         opening = shared.opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))
@@ -290,7 +296,7 @@ class Accounts:
             return await anext(outputs, None)
 
     def _ended_from_outside(self, bill: Bill) -> tuple[Status, str]:
-        """What it means that the reader of an output closes it."""
+        """The status and detail to record when the reader closes an output."""
         if bill.ended_here:
             return Status.STOP, ""
         return (Status.FAILED, Draining.__name__) if self.ending.is_over else (Status.CANCELLED, CLIENT_LEFT)
@@ -301,7 +307,7 @@ class Accounts:
         return len(self._running)
 
     async def close(self) -> None:
-        """Write what is being settled, then close the ledger."""
+        """Write the records that are being settled, then close the ledger."""
         self.retries.drain()
         while self._settling:
             await asyncio.gather(*self._settling.values(), return_exceptions=True)
@@ -313,14 +319,14 @@ class Accounts:
 
     def _settle_shared(self, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:
         assert bill.shared is not None
-        # It was never begun where its one client left between admission and reading.
+        # The run never began if its only client left between admission and reading.
         opening = bill.shared.opening or asyncio.create_task(self.writer.open(bill.opened))
         return self._settle_soon(bill, opening, status, detail)
 
     def _settle_soon(
         self, bill: Bill, opening: asyncio.Task[OpenEntry], status: Status, detail: str
     ) -> asyncio.Task[Settled | None]:
-        """In a task of its own: whatever happens to the caller now, the record gets written."""
+        """Settle in a task of its own, so that the record is written even if the caller is cancelled."""
         key = bill.opened.key
         task = asyncio.create_task(self._settle(bill, opening, status, detail))
         self._settling[key] = task
@@ -361,7 +367,9 @@ class Accounts:
         return bill.settled
 
     async def _write(self, record: UsageRecord) -> Settled:
-        """Into the ledger, and then to the other routers, which may be asked for it as soon as the answer ends."""
+        """Write a record into the ledger, and then tell the other routers, which may be asked for it as soon as the
+        answer ends.
+        """
         if self.shared is None:
             return await self.writer.settle(record)
         number = self.shared.begin()
@@ -391,7 +399,9 @@ class Accounts:
         return await reserved if isinstance(reserved, Awaitable) else reserved
 
     def _repeat(self, generation: Generation, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None) -> Bill:
-        """The answer to a finished request again: kept, or made again, which is work that nobody pays for."""
+        """The bill of a finished request's answer given again: the kept answer, or the answer made again without a
+        charge.
+        """
         if kept is None:
             self._count_repeat(generation.request, opened)
         bill = Bill(generation, opened, None)

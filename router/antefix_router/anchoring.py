@@ -1,4 +1,4 @@
-"""The ledger's head, signed and written elsewhere at intervals, and once more at the end."""
+"""Signs the ledger's head and writes it to other places at intervals, and once more at the end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = logging.getLogger("antefix.router")
 
 
 class Anchoring:
-    """num_failed: writes to a place that failed; the next one comes at the next interval."""
+    """num_failed: writes to a place that failed. A failed write is tried again after the next interval."""
 
     def __init__(self, ledger: Ledger, signer: Signer, places: Sequence[str], every_s: float) -> None:
         self._ledger = ledger
@@ -30,7 +30,7 @@ class Anchoring:
 
     @property
     def anchored_to(self) -> int:
-        """The last entry that all places have."""
+        """The last entry that is anchored in all places."""
         return min((self._done.get(place, 0) for place in self._places), default=0)
 
     def start(self) -> None:

@@ -1,10 +1,10 @@
-"""Answers that a retry may have: those that are being made, which continue when their client has left, and finished
-ones.
+"""Answers for retries: answers still being made, which continue when their client leaves, and finished answers.
 
     SharedRun (made once, read by any number of clients, each from its first token) --at its end--> KeptAnswer
 
-Only requests whose client named an id (`Idempotency-Key`) are here: nobody could ask for another one again. All of it
-lies in this process's memory and is bounded; what is no longer here is made again.
+Only requests whose client named an id (`Idempotency-Key`) have answers here, because no client can ask again for any
+other request. The answers are in this process's memory, which is bounded. An answer that was dropped is made again when
+it is asked for.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ if TYPE_CHECKING:
 
 Run = Callable[[Generation, float], AsyncGenerator[OutputPiece, None]]
 
-# How far an answer may be ahead of the client that has most of it, as a decode worker's sequence may be.
+# How many tokens an answer may be ahead of the client that has read most of it. A decode worker allows a sequence the
+# same lead.
 AHEAD_TOKENS_MAX: Final = 256
-# What an answer takes next to its tokens, and a token's log probability next to its alternatives: measured, rounded up.
+# Memory of an answer in addition to its tokens, and of a token's log probability in addition to its alternatives:
+# measured, rounded up.
 _ANSWER_BYTES: Final = 2048
 _LOGPROB_BYTES: Final = 160
 _ALTERNATIVE_BYTES: Final = 128
@@ -44,7 +46,7 @@ _PIECE_TOKENS: Final = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetryConfig:
-    """What is held ready for retries of requests with an `Idempotency-Key`."""
+    """Settings of the answers that are kept for retries of requests with an `Idempotency-Key`."""
 
     unattended_s: float = setting(600.0, "how long an answer is made on after its client left; 0: not at all", unit="s")
     unattended_max: int = setting(64, "answers that are made on without a client at once; more are cancelled")
@@ -61,7 +63,7 @@ class SharedRun:
 
     def __init__(self, bill: Bill) -> None:
         self.generation: Generation = bill.generation
-        # Whose bill says most of what was given: the record is written from it.
+        # The bill of the client that was given most of the answer. The record is written from it.
         self.bill = bill
         self.opening: asyncio.Task[OpenEntry] | None = None
         self.settling: asyncio.Task[Settled | None] | None = None
@@ -76,13 +78,13 @@ class SharedRun:
         self._task: asyncio.Task[None] | None = None
 
     def begin(self, run: Run, timeout_s: float, *, on_end: Callable[[], None]) -> None:
-        """Start to make the answer, once. on_end: called when it is whole or has failed."""
+        """Start to make the answer, once.  on_end: called when the answer is complete or has failed."""
         if self._task is None:
             self._task = asyncio.create_task(self._make(run, timeout_s))
             self._task.add_done_callback(lambda _: on_end())
 
     async def read(self) -> AsyncGenerator[OutputPiece, None]:
-        """The answer from its first token on, as it comes. Raises:  what making it raised."""
+        """The answer from its first token on, as it is made.  Raises:  what making it raised."""
         samples = self.generation.samples
         positions = [0] * len(samples)
         while True:
@@ -103,14 +105,14 @@ class SharedRun:
                 await self._grown.wait()
 
     def give(self, bill: Bill, num_tokens: int) -> bool:
-        """A client is about to have so many tokens. Returns whether none had as many."""
+        """Note that a client is about to be given this many tokens. Returns whether no other client has had as many."""
         if bill.is_held or num_tokens <= self.num_given:
             return False
         self.num_given, self.bill = num_tokens, bill
         return True
 
     def cut(self, num_tokens: int) -> None:
-        """The answer, of one output, ends here: what was made behind that is no part of it."""
+        """End the answer (of one output) after this many tokens. Later tokens are not part of it."""
         (sample,) = self.generation.samples
         sample.end(num_tokens)
         sample.cut()
@@ -126,7 +128,7 @@ class SharedRun:
         self._read.set()
 
     async def stop(self) -> None:
-        """Give up what is not made yet."""
+        """Stop making the answer."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
@@ -152,7 +154,7 @@ class SharedRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptOutput:
-    """One of a finished answer's outputs."""
+    """One output of a finished answer."""
 
     tokens: Tokens
     logprobs: tuple[TokenLogprob, ...]
@@ -171,7 +173,7 @@ class KeptOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptAnswer:
-    """A finished answer and what its record and its client are told. started_us: when it began to be made."""
+    """A finished answer, with what its record and its client need.  started_us: when making the answer began."""
 
     request_digest: str
     user: str
@@ -201,7 +203,7 @@ class KeptAnswer:
         return sum(_ANSWER_BYTES + each.tokens.nbytes + len(each.logprobs) * a_logprob for each in self.outputs)
 
     def fits(self, request: GenerationRequest, opened: OpenEntry) -> bool:
-        """Whether this is the answer to that, with all that is asked for."""
+        """Whether this answer belongs to that request and has everything it asks for."""
         return (self.request_digest, self.user, self.num_top_logprobs) == (
             opened.request_digest,
             opened.user,
@@ -209,7 +211,7 @@ class KeptAnswer:
         )
 
     async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """As `Generator.run`, without a worker."""
+        """Give the kept answer's output. Same interface as `Generator.run`, but no worker is called."""
         generation.restore, generation.ttft_s = self.restore, self.ttft_s
         for index, output in enumerate(self.outputs):
             sample = generation.samples[index]
@@ -223,7 +225,7 @@ class KeptAnswer:
 
 
 class Shelf:
-    """Finished answers by request, the oldest first to go."""
+    """Finished answers by request. When the memory is full, the oldest is dropped first."""
 
     def __init__(self, bytes_max: int, ttl_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.bytes_max = bytes_max
@@ -248,7 +250,7 @@ class Shelf:
         return kept[0] if kept is not None else None
 
     def _drop(self) -> None:
-        """All live equally long, so the oldest is also the first whose time is over."""
+        """All answers live equally long, so the oldest also expires first."""
         now = self._clock()
         while self._kept:
             key, (_, until) = next(iter(self._kept.items()))

@@ -1,4 +1,4 @@
-"""A router's parts, put together: who knows whom. The calls on it are in server.py and gateway/."""
+"""Builds a router from its parts and connects them. The calls that use it are in server.py and gateway/."""
 
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ log = logging.getLogger("antefix_router")
 
 
 class Router:
-    """Everything behind the calls. `learn` first, then `start`, and `close` at the end.
+    """All parts of a router behind its gRPC and HTTP calls. Call `learn` first, then `start`, and `close` at the end.
 
-    fingerprint: what every block is named with; it changes when the workers turn out to compute another arithmetic.
+    fingerprint: part of every block's name. It changes if the workers turn out to compute with another arithmetic.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Router:
         granter: Callable[[], Granter | None] = lambda: None,
         may_call: Callable[[str], object] = lambda address: None,
     ) -> None:
-        """granter: gives what signs what workers and store ask for; None where they ask for nothing.
+        """granter: returns the signer of grants that workers and the store demand; None if they demand none.
         may_call: raises ConfigError for an address that was found and must not be called.
         """
         self.identity = identity
         self.tokenizer = tokenizer
         self.store = store
         self.config = config
-        # Without workers nothing is named; the first that is there says what goes into names.
+        # Without workers no block can be named, because the first worker's arithmetic is part of the names.
         self.arithmetic = config.arithmetic or CPU_FLOAT32
         self.fingerprint = self._fingerprint_of(self.arithmetic)
         weight = config.compute_weight
@@ -135,7 +135,9 @@ class Router:
         self.live_books = LiveBooks(config, self.front)
 
     def _store_feed(self, events: str | RedisAccess, keys: EventKeys) -> StoreFeed:
-        """What the store says that it holds. events: the Redis that carries it; empty: the store's own stream."""
+        """Follows the store's events of stored and dropped blocks.  events: the Redis that carries them; empty: the
+        store's own stream.
+        """
         config = self.config
         return StoreFeed(
             self.store.watch,
@@ -157,7 +159,7 @@ class Router:
             num_decoding=self.decode.num_running_least,
             sessions=sessions,
             budget=self.budget,
-            # Several stores know themselves what events said.
+            # With several stores, the store client itself keeps what the events said.
             feed=self.feed if config.store_events and not config.stores else None,
         )
 
@@ -175,11 +177,13 @@ class Router:
         )
 
     def why_unready(self) -> str:
-        """Why a request would not be served now; empty where it would. Without prefill workers decode prefills."""
+        """Why a request could not be served now; empty if it could. Prefill workers are not required, since decode can
+        prefill.
+        """
         return why_unready(self.front.accounts, self.decode)
 
     def start(self) -> None:
-        """Follow workers' leases, changes of API keys, and the store's events where the settings say so."""
+        """Follow workers' leases, changes of API keys and, if configured, the store's events."""
         self.leases.start()
         self.found.start()
         if self.key_changes is not None:
@@ -217,13 +221,13 @@ class Router:
         ).digest
 
     async def learn(self) -> None:
-        """Ask the workers that the settings name what they compute.  Raises:  ConfigError: they differ."""
+        """Ask the workers in the settings which arithmetic they compute with.  Raises:  ConfigError: they differ."""
         workers = [*self.prefill.workers, *self.decode.workers]
         if workers and not self.config.arithmetic:
             self._adopt(await learn(workers))
 
     def _adopt(self, arithmetic: str) -> None:
-        """Name everything by this from now on."""
+        """Use this arithmetic in all names from now on."""
         log.info("workers compute %s", arithmetic)
         self.arithmetic, self.fingerprint = arithmetic, self._fingerprint_of(arithmetic)
         self._names.fingerprint = self._prefilling.fingerprint = self.leases.fingerprint = self.fingerprint
@@ -234,15 +238,15 @@ class Router:
         accounts.served = replace(accounts.served, fingerprint=self.fingerprint.hex())
 
     def admit(self, role: WorkerRole, address: str, status: Status) -> None:
-        """A worker that was found gets work from now on.  Raises:  FingerprintMismatch: it cannot serve here."""
+        """Give work to a worker that was found.  Raises:  FingerprintMismatch: the worker cannot serve here."""
         arithmetic, setup = status.arithmetic, status.setup
         self.check_arithmetic(role, address, fingerprint=status.fingerprint, arithmetic=arithmetic, setup=setup)
         self.leases.add_found(role, address, fingerprint=status.fingerprint, arithmetic=arithmetic, setup=setup)
 
     def check_arithmetic(self, role: str, address: str, *, fingerprint: bytes, arithmetic: str, setup: str) -> None:
-        """The first worker says what a router computes with that was not told; others must say the same.
+        """If the arithmetic is not known yet, take it from this worker. Otherwise the worker must have the same one.
 
-        Raises:  FingerprintMismatch: this one computes something else.
+        Raises:  FingerprintMismatch: this worker computes with another arithmetic.
         """
         if not arithmetic or arithmetic == self.arithmetic:
             return
@@ -258,13 +262,13 @@ class Router:
             raise FingerprintMismatch(difference(here, Said(who=who, arithmetic=arithmetic, setup=setup)))
 
     def _feeds(self) -> list[StoreFeed]:
-        """Of the stores whose events are followed."""
+        """The feeds of all stores whose events are followed."""
         if not isinstance(self.store, ManyStores):
             return [self.feed]
         return [member.feed for member in self.store.members.stores if member.feed is not None]
 
     def metrics(self) -> Iterable[Metric]:
-        """What it shows, next to its HTTP door's own. Read in the event loop."""
+        """The router's metrics, apart from those of its HTTP door. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
         yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
         yield from lost_metrics(self.leases.lost(time.monotonic()))

@@ -1,4 +1,4 @@
-"""From a request to its ledger entries: how its record begins, and what it says at its end. Knows no files."""
+"""Builds a request's ledger entries: the OPEN entry at its start and the record at its end. Knows no files."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from antefix_router.open_bill import Bill, Served
 
 
 class BillRecords:
-    """Of one router. Records have no price yet."""
+    """Builds the entries of one router. These records have no price yet."""
 
     def __init__(self, source_name: str, keyring: Keyring) -> None:
         self._source_name = source_name
         self._keyring = keyring
 
     def opened(self, request: GenerationRequest, served: Served) -> tuple[GenerationRequest, OpenEntry]:
-        """The request with a seed, and how its record begins.  served: what all records say alike now."""
+        """The request with a seed, and its OPEN entry.  served: the values that all records of this router
+        share now.
+        """
         sampling, tenant = request.sampling, request.caller.tenant
         if sampling.temperature and sampling.seed is None:
-            # From the id, so that a repeat of this request draws the same numbers and gives the same answer.
+            # The seed is derived from the id, so that a repeat of this request draws the same numbers and gives the
+            # same answer.
             drawn = hashlib.blake2b(request_key(tenant, request.request_id).encode(), digest_size=7).digest()
             sampling = dataclasses.replace(sampling, seed=int.from_bytes(drawn, "little"))
             request = dataclasses.replace(request, sampling=sampling)
@@ -46,12 +49,14 @@ class BillRecords:
         )
 
     def ended(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
-        """Of an answer that ended, all of it counts; of one that broke off, what a client was given of it."""
+        """The record of an ended request. If the answer is complete, all of its output counts; otherwise only the
+        output that a client was given.
+        """
         has_ended = status in (Status.STOP, Status.LENGTH)
         num_output = bill.generation.num_emitted if has_ended else bill.num_given
         used = dataclasses.replace(bill.used(num_output), output_write_tokens=bill.generation.output_written_tokens)
         if status is Status.FAILED and bill.generation.restore is None:
-            # No worker said how far it came: all of the prompt was asked for, nothing of it is known to be a hit.
+            # No worker reported its progress, so the whole prompt counts and none of it is known to be a hit.
             used = dataclasses.replace(used, prompt_tokens=bill.opened.prompt_tokens)
         return UsageRecord.of(
             used,
@@ -68,7 +73,7 @@ class BillRecords:
         )
 
     def crashed(self, ledger: Ledger, entry: OpenEntry) -> UsageRecord:
-        """A request that the last process left open, as far as its progress was noted."""
+        """The record of a request that the previous process left open, with the counts from its progress file."""
         standing = ledger.find(entry.key)
         used = ledger.progress.found(entry.event_id) or Usage(prompt_tokens=entry.prompt_tokens)
         return UsageRecord.of(
@@ -81,10 +86,10 @@ class BillRecords:
         )
 
     def digest(self, request: GenerationRequest, generation: int = 0) -> str:
-        """Of prompt and sampling. Keyed: a reader of the ledger must not be able to test guesses of a prompt."""
+        """Keyed hash of prompt and sampling. The key keeps a reader of the ledger from testing guesses of a prompt."""
         key = self._keyring.key(request.caller.tenant, generation)
         digest = hashlib.blake2b(key=key, digest_size=16, person=b"antefix-digest")
-        # Log probabilities tell of the answer and do not change it.
+        # Log probabilities are left out of the hash, because they report on the answer without changing it.
         digest.update(repr(dataclasses.replace(request.sampling, num_top_logprobs=None)).encode())
         digest.update(request.tokens.tobytes())
         if request.num_samples > 1:

@@ -1,4 +1,4 @@
-"""What lies before clients' cache breakpoints: its records are pinned in the store for their time."""
+"""Pins the blocks before a client's cache breakpoints in the store, for the time that the client asked for."""
 
 from __future__ import annotations
 
@@ -17,18 +17,19 @@ log = logging.getLogger("antefix.router")
 
 
 class BreakpointPins:
-    """Pins, apart from the requests: a pin that fails costs a later hit, never an answer."""
+    """Sets pins in the background. A pin that fails costs a later hit, never an answer."""
 
     def __init__(self, store: Store, fingerprint: Callable[[], bytes]) -> None:
-        """fingerprint: of all chains, as it is now."""
+        """fingerprint: returns the present fingerprint of all chains."""
         self._store = store
         self._fingerprint = fingerprint
         self._tasks: set[asyncio.Task[None]] = set()
 
     def pin(self, chain: Chain, breakpoints: Sequence[Breakpoint], *, owner: bytes) -> None:
-        """Pin the last whole block before each breakpoint, which keeps all before it, and its checkpoint.
+        """Pin the last whole block before each breakpoint, and its checkpoint. A pinned block also keeps all blocks
+        before it.
 
-        owner: whose records they are.
+        owner: the owner of the records in the store.
         """
         for num_tokens, ttl_s in breakpoints:
             num_blocks = num_tokens // chain.block_size
@@ -38,14 +39,14 @@ class BreakpointPins:
                 task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Wait for the pins that are under way."""
+        """Wait until the pins in progress are set."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _pin(self, prefix: Sequence[bytes], ttl_s: float, owner: bytes) -> None:
         store, names = self._store, [(kind, prefix[-1]) for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT)]
         try:
             if isinstance(store, ManyStores):
-                # A pin keeps what lies before it in the same store only.
+                # A pin keeps the preceding blocks only if they are in the same store.
                 await store.pin_prefix(prefix, fingerprint=self._fingerprint(), duration_s=ttl_s, owner=owner)
             else:
                 await store.pin(names, duration_s=ttl_s, owner=owner)

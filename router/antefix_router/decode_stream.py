@@ -1,7 +1,8 @@
-"""One call of a decode worker, whose messages are waited for no longer than they should take, where others could do it.
+"""Reads the messages of one call to a decode worker, and limits how long to wait for each if another worker could take
+over.
 
-A worker that hangs is left (`antefix.pulse`). One that is late is left within a budget: its request continues elsewhere
-with the tokens that its client has, so the answer stays the same.
+A worker that hangs is abandoned (`antefix.pulse`). A late worker is abandoned only within a budget. The request
+continues at another worker with the tokens that its client already has, so the answer stays the same.
 """
 
 from __future__ import annotations
@@ -16,22 +17,23 @@ from antefix_router.hedging import SLACK_S, HedgeBudget, moved_when_late
 from antefix_router.placement.work import FETCH_WEIGHT, Work
 from antefix_router.placement.workers import Worker, Workers
 
-# A worker is late after so many times what a message should take: other sequences join, and prompts run in between.
+# A worker is late when a message takes this many times its expected time. Other sequences join the batch, and prompts
+# run in between.
 _GAPS: Final = 8.0
 _FIRSTS: Final = 2.0
-# The first message has the first token, the second one comes when the prompt's blocks are loaded.
+# The first message has the first token. The second comes after the prompt's blocks are loaded.
 _NUM_FIRST: Final = 2
-# The longest that a grammar takes to be made ready.
+# The longest time to prepare a grammar.
 _GRAMMAR_S: Final = 10.0
 
 
 def first_work_s(work: Work, has_handoff: bool, worker: Worker, tokens_per_s: float, has_grammar: bool) -> float:
     """How long this worker should take for what it has to compute and load before it generates.
 
-    tokens_per_s: of a prefill.
+    tokens_per_s: the speed of a prefill.
     """
     stored = work.num_tokens if has_handoff else (work.stored_tokens or 0)
-    # What it computes itself shares its time with all that runs there.
+    # Computing on a decode worker shares its time with all sequences that run there.
     tokens = FETCH_WEIGHT * stored + (work.num_tokens - stored) * (1 + worker.num_requests)
     return tokens / tokens_per_s + (_GRAMMAR_S if has_grammar else 0.0)
 
@@ -40,18 +42,18 @@ class DecodeStream:
     """Waits for the messages of one call."""
 
     def __init__(self, workers: Workers, worker: Worker, tried: set[str], budget: HedgeBudget, *, own_s: float) -> None:
-        """tried: the addresses that had this output, this one among them.  own_s: `first_work_s`."""
+        """tried: the addresses that have had this output, including this one.  own_s: the result of `first_work_s`."""
         self._workers, self._worker, self._tried, self._budget = workers, worker, tried, budget
         self._own_s = own_s
         self._num_messages = 0
 
     async def next(self, outputs: AsyncGenerator[Decoded, None]) -> Decoded | None:
-        """None: it is over.
+        """The next message, or None at the end.
 
-        Raises:  Unavailable: the worker hangs.  Late: it is late, and another one may do it.
+        Raises:  Unavailable: the worker hangs.  Late: the worker is late, and another one may take over.
         """
         asked = time.perf_counter()
-        # Where nobody else is left, a worker may be stopped for a while and come back.
+        # If no other worker is left, wait: this one may only be stopped for a while and come back.
         patience_s = 0.0 if self._workers.has_another(self._tried) else LAST_PATIENCE_S
         with self._worker.guard(patience_s), moved_when_late(self._limit_s, self._may_move):
             decoded = await anext(outputs, None)

@@ -1,9 +1,9 @@
-"""Text to tokens off the event loop: while a long prompt is tokenized, all other streams continue.
+"""Tokenizes text outside the event loop, so that all streams continue while a long prompt is tokenized.
 
-A million characters take a Hugging Face tokenizer a quarter of a second, and would hold up everybody's tokens for as
-long. Short texts are encoded where they are: handing them to a thread would cost them more than it saves others.
+A Hugging Face tokenizer takes a quarter of a second for a million characters, and would delay every stream for as long.
+Short texts are tokenized in the event loop, because passing them to a thread would cost more time than it saves.
 
-Turns go round by tenant, counted in characters. Of the longest texts, which take most memory, one is done at a time.
+Tenants take turns, measured in characters. Of the longest texts, which need most memory, one is tokenized at a time.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from antefix.host_limits import usable_cores
 
 T = TypeVar("T")
 
-# 4 ms of a Hugging Face tokenizer at the measured 0.25 us a character; the byte tokenizer takes 0.05 ms for them.
+# These take a Hugging Face tokenizer 4 ms at the measured 0.25 us per character; the byte tokenizer takes 0.05 ms.
 CHARACTERS_MIN: Final = 16_384
-# Clients that leave do not stop an encoding that has begun: so many run at once, no matter who comes and goes.
+# A tokenization that has begun is not stopped when its client leaves, so this many run at once at most.
 _THREADS_MAX: Final = 4
 # A tokenizer holds some 30 bytes per character until it is done.
 _LARGE_CHARACTERS: Final = 4 << 20
-# Behind those at work. Each waits with its text in memory.
+# How many may wait for those that run. Each holds its text in memory while it waits.
 _NUM_WAITING_MAX: Final = 256
 
 
 class Encoding:
-    """Threads of its own, because a ledger's write must not wait behind somebody's prompt."""
+    """Has threads of its own, so that the ledger's writes do not wait for prompts."""
 
     def __init__(self) -> None:
         num_threads = min(_THREADS_MAX, usable_cores())
@@ -39,9 +39,9 @@ class Encoding:
         self._large_turns = FairTurns(1, _NUM_WAITING_MAX)
 
     async def run(self, num_characters: int, work: Callable[[], T], *, tenant: str = "") -> T:
-        """What `work` returns or raises, which encodes that much text. It must be thread-safe.
+        """The result of `work`, which encodes text of this length and must be thread-safe.
 
-        Cancelled before a thread has taken it, it never runs; afterwards its result is dropped.
+        If it is cancelled before a thread has taken it, it never runs. Later, its result is dropped.
         Raises:  Overloaded: too many wait.
         """
         if num_characters < CHARACTERS_MIN:

@@ -1,4 +1,6 @@
-"""The end of a router's grace period: what still runs then ends with an error of its own, not with a cut connection."""
+"""The end of a router's grace period. Requests that still run then end with a proper error instead of a cut
+connection.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from antefix.errors import Draining
 
 
 class Ending:
-    """One router's. Waiting for output happens inside `guard`, which raises Draining when the grace period is over."""
+    """One router's ending. Code that waits for output does so inside `guard`, which raises Draining when the grace
+    period is over.
+    """
 
     def __init__(self) -> None:
         self.is_over = False
@@ -18,7 +22,7 @@ class Ending:
         self._woken: set[asyncio.Task[object]] = set()
 
     def end(self) -> None:
-        """The grace period is over."""
+        """End the grace period."""
         self.is_over = True
         self._woken |= self._waiting
         for task in list(self._waiting):
@@ -26,7 +30,7 @@ class Ending:
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
-        """Raises:  Draining: the grace period is over, before or while this waits."""
+        """Raises:  Draining: the grace period is over, before or during the wait."""
         if self.is_over:
             raise self._error()
         task = asyncio.current_task()
@@ -35,7 +39,7 @@ class Ending:
         try:
             yield
         except asyncio.CancelledError:
-            # As asyncio.timeout does: our own cancellation is taken back; another one continues.
+            # As in asyncio.timeout: the cancellation from this guard is taken back; any other cancellation continues.
             if task in self._woken and task.uncancel() == 0:
                 raise self._error() from None
             raise

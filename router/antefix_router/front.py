@@ -1,4 +1,4 @@
-"""What gRPC and HTTP have in common: checking a request, and running it with its bill. Knows neither protocol."""
+"""The common part of gRPC and HTTP: checks a request, and runs it with its bill. Knows neither protocol."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from antefix_router.volatile_prefix import PrefixWatch
 
 REQUEST_ID_BYTES_MAX = 256
 TENANT_BYTES_MAX = 512
-# Each of a request's outputs takes a place at a decode worker.
+# Each output of a request takes a place at a decode worker.
 NUM_SAMPLES_MAX = 16
 
 
@@ -99,13 +99,13 @@ class BillingConfig(RetryConfig):
 
 
 class BilledFront:
-    """What is behind every door: who may call, the bill, receipts. run: makes the output of an admitted request."""
+    """What gRPC and HTTP share: authentication, the bill, receipts.  run: makes the output of an admitted request."""
 
     def __init__(self, run: Run, accounts: Accounts, *, keys: KeyRegister, signer: Signer | None) -> None:
         self.accounts = accounts
         self.keys = keys
         self.signer = signer
-        # Where its key is, so that a rotated one can be taken while the router runs.
+        # The path of the receipt key, so that a rotated key can be loaded while the router runs.
         self.signer_path = signer.path if signer is not None else None
         self.prefixes = PrefixWatch()
         self._run = run
@@ -115,25 +115,25 @@ class BilledFront:
         return self.accounts.run(bill, self._run, timeout_s)
 
     def take_signer(self, signer: Signer) -> None:
-        """Receipts and anchors are signed with this key from now on."""
+        """Sign receipts and anchors with this key from now on."""
         self.signer = signer
         if self.accounts.anchoring is not None:
             self.accounts.anchoring.signer = signer
 
     def start(self) -> None:
-        """Share the bill with other routers, where the settings say so."""
+        """Share the bill with other routers, if the settings say so."""
         if self.accounts.shared is not None:
             self.accounts.shared.start()
         if self.accounts.anchoring is not None:
             self.accounts.anchoring.start()
 
     async def close(self) -> None:
-        """Settle what is running."""
+        """Settle the requests that are running."""
         await self.accounts.close()
 
 
 class Front(BilledFront):
-    """The door behind the doors of our own workers."""
+    """The `BilledFront` of a router in front of our own workers."""
 
     def __init__(
         self,
@@ -147,8 +147,8 @@ class Front(BilledFront):
         keys: KeyRegister | None = None,
         shedding: LoadShedding | None = None,
     ) -> None:
-        """keys: None: those that the tenants have.  shedding: None: all are let in."""
-        # Looked up at each request: where nothing runs, as in a dry run, there is no generator.
+        """keys: None: the keys in `tenants`.  shedding: None: no request is refused for its wait."""
+        # Looked up at each request, because a dry run has no generator.
         super().__init__(
             lambda *args: generator.run(*args), accounts, keys=keys or key_register(tenants), signer=signer
         )
@@ -161,11 +161,11 @@ class Front(BilledFront):
         self.shedding.share_of = lambda tenant: accounts.quotas.limits_of(tenant).share
 
     def check_text(self, num_characters: int, *, num_plain: int | None = None, payer: str | None = None) -> None:
-        """What can be told of a prompt before it is encoded: how many tokens it has at least.
+        """Check a prompt before it is encoded, by the least number of tokens that it can have.
 
-        num_plain: characters that no special token can stand for; None: of a text in which they may.  payer: the tenant
-        that needs to have quota for it.
-        Raises:  ContextTooLong.  QuotaExceeded: the tenant has not so many left.
+        num_plain: characters of text in which nothing is a special token; None: special tokens may occur anywhere.
+        payer: the tenant whose quota must cover the tokens.
+        Raises:  ContextTooLong.  QuotaExceeded: the tenant has fewer tokens left.
         """
         tokenizer = self.tokenizer
         if num_plain is None:
@@ -182,9 +182,9 @@ class Front(BilledFront):
             self.accounts.quotas.check(payer, tokens=at_least, now=datetime.now(UTC))
 
     async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
-        """Check a request and open its bill; without an id it gets one.  retryable: see `Accounts.admit`.
+        """Check a request and open its bill. A request without an id gets one.  retryable: see `Accounts.admit`.
 
-        Raises:  InvalidRequest: whatever is wrong with it, whatever our state is.  QuotaExceeded, Conflict: see there.
+        Raises:  InvalidRequest: the request itself is wrong.  QuotaExceeded, Conflict: see `Accounts.admit`.
         """
         caller = request.caller
         for name, text, nbytes_max in (
@@ -210,11 +210,11 @@ class Front(BilledFront):
         return bill
 
     def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """As `BilledFront.run`; with its first output the request has been served."""
+        """As `BilledFront.run`. With its first output, the request no longer counts as waiting."""
         return until_served(super().run(bill, timeout_s))
 
     async def close(self) -> None:
-        """Settle what is running, and end what checks grammars."""
+        """Settle the requests that are running, and stop the grammar checker."""
         await super().close()
         await self.grammars.close()
 
@@ -233,16 +233,17 @@ class Front(BilledFront):
 
 
 def cache_tenant(tenant: str, user: str) -> str:
-    """Whose blocks a request may hit: the tenant's, or those of one of its users."""
+    """The name of the cache that a request may hit: its tenant's, or that of one of the tenant's users."""
     for text in (tenant, user):
-        # One of them separates the two in a cache's name, and others would move the cursor of anyone who reads a bill.
+        # Control characters are refused: one of them separates the two parts of a cache's name, and others would move
+        # the cursor of a terminal that shows a bill.
         if CONTROL.search(text):
             raise InvalidRequest("tenant and user may not hold control characters")
     return join_tenant(tenant, user)
 
 
 def check_samples(request: GenerationRequest) -> None:
-    """Raises:  WrongSetting: more outputs than may be, or several that would all be the same."""
+    """Raises:  WrongSetting: more outputs than allowed, or several outputs that would all be the same."""
     if not 1 <= request.num_samples <= NUM_SAMPLES_MAX:
         raise WrongSetting("n", f"must be from 1 to {NUM_SAMPLES_MAX}, is {request.num_samples}")
     if request.num_samples > 1 and request.sampling.temperature == 0.0:
@@ -259,7 +260,9 @@ def open_front(
     fingerprint: bytes,
     shedding: LoadShedding,
 ) -> Front:
-    """Raises:  ConfigError: a file or directory named in the settings cannot be used.  LedgerCorrupt: see there."""
+    """Raises:  ConfigError: a file or directory in the settings cannot be used.  LedgerCorrupt: the ledger was damaged
+    or edited.
+    """
     accounts, tenants, keys, signer = open_books(config, keyring)
     accounts.served = Served(model=identity.name, revision=identity.weights_revision, fingerprint=fingerprint.hex())
     return Front(
@@ -275,7 +278,9 @@ def open_front(
 
 
 def open_books(config: BillingConfig, keyring: Keyring) -> tuple[Accounts, TenantBook, KeyRegister, Signer | None]:
-    """What the settings name for keys and bill, of no model yet.  Raises: as `open_front`."""
+    """Open the accounts, tenants, keys and signer that the settings name. They do not depend on a model.  Raises: as
+    `open_front`.
+    """
     has_keys = bool(config.api_keys_file)
     tenants = load_tenants(config.tenants_file, has_other_keys=has_keys) if config.tenants_file else TenantBook()
     keys = key_register(tenants, needed=has_keys)
@@ -304,7 +309,7 @@ def open_books(config: BillingConfig, keyring: Keyring) -> tuple[Accounts, Tenan
 
 
 def share_bill(config: BillingConfig, accounts: Accounts, keyring: Keyring) -> SharedBill:
-    """The routers' common bill, as the settings say; `start` it."""
+    """The bill shared with other routers, by the settings. Call `start` on it."""
     writer = accounts.writer
     assert isinstance(writer, LedgerWriter)
     exchange = BillExchange(RedisAccess.of(config.bill_redis, config), keyring, keep_s=config.bill_keep_s)
@@ -315,10 +320,10 @@ def share_bill(config: BillingConfig, accounts: Accounts, keyring: Keyring) -> S
 
 
 def key_register(tenants: TenantBook, *, needed: bool = False) -> KeyRegister:
-    """The keys of a tenants file.  needed: there are others as well."""
+    """The register of a tenants file's keys.  needed: there are other keys as well."""
     return KeyRegister(named=tenants.keys, open_as="" if is_open_to_all(tenants, needed=needed) else None)
 
 
 def is_open_to_all(tenants: TenantBook, *, needed: bool) -> bool:
-    """Whether callers need no key.  needed: there are other keys than the tenants'."""
+    """Whether callers need no key.  needed: there are keys besides those of the tenants file."""
     return not (needed or tenants.needs_keys or tenants.keys)

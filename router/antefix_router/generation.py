@@ -1,4 +1,4 @@
-"""One request, from tokens to its last token: place, prefill, decode, relay, account.
+"""Runs one request from its tokens to the last output token: place, prefill, decode, relay, account.
 
 A worker that fails before its part is done is replaced, and the client sees no gap and no repeat: an output is
 continued elsewhere from the prompt plus the tokens that the client already has. Several outputs over one prompt share
@@ -45,7 +45,7 @@ _SEEDS = 1 << 64
 
 
 class OutputPiece(NamedTuple):
-    """What one of a request's outputs grows by."""
+    """A piece of one of the request's outputs."""
 
     sample: int
     tokens: Tokens
@@ -53,10 +53,11 @@ class OutputPiece(NamedTuple):
 
 @dataclass(slots=True)
 class Sample:
-    """One output while it is made. `emitted` are the tokens that the client has, `logprobs` theirs where asked for.
+    """One output while it is made.  emitted: the tokens that the client has.  logprobs: their log probabilities, if
+    asked for.
 
-    stop_number: the stop sequence that ended it, from 1.
-    num_wanted: so many of its tokens, where its reader has found its end in them.
+    stop_number: the number, from 1, of the stop sequence that ended it.
+    num_wanted: how many of its tokens are wanted, if its reader found the end among them.
     """
 
     emitted: list[int] = field(default_factory=list)
@@ -71,11 +72,11 @@ class Sample:
         return self.num_wanted is not None
 
     def end(self, num_tokens: int) -> None:
-        """The reader has found its end in its first tokens: nothing more of it is wanted."""
+        """The reader has found the end after this many tokens. No more are wanted."""
         self.num_wanted = num_tokens
 
     def cut(self) -> None:
-        """It is over: what was made behind its end is no part of it."""
+        """The output is over. Tokens after its end are not part of it."""
         del self.emitted[self.num_wanted :]
         del self.logprobs[self.num_wanted :]
         self.finish_reason = "stop"
@@ -83,7 +84,9 @@ class Sample:
 
 @dataclass(slots=True)
 class Generation:
-    """A request while it runs: what was asked, and what has come of it. prompt_marks: of its blocks, once named."""
+    """A running request: what was asked for, and its results so far.  prompt_marks: of its blocks, once they
+    are named.
+    """
 
     request: GenerationRequest
     samples: list[Sample] = field(init=False)
@@ -107,12 +110,14 @@ class Generation:
 
     @property
     def finish_reason(self) -> str:
-        """Of all its outputs: cut off by the limit where one was; empty while one is being made."""
+        """The finish reason of all outputs: "length" if any was cut off by the limit; empty while one is still being
+        made.
+        """
         reasons = {sample.finish_reason for sample in self.samples}
         return "" if "" in reasons else "length" if "length" in reasons else "stop"
 
     def used(self, num_output: int, reasoning_tokens: int) -> Usage:
-        """What was used for so many output tokens. Without a restore report no prompt token was worked on."""
+        """The usage for this many output tokens. Without a restore report, no prompt token counts as worked on."""
         prompt = Usage() if self.restore is None else self.restore.usage(len(self.tokens))
         return replace(
             prompt,
@@ -122,7 +127,7 @@ class Generation:
         )
 
     def sampling(self, index: int) -> Sampling:
-        """One output's: as vLLM has it, each has the seed after the one before."""
+        """The sampling of one output. As in vLLM, each output's seed is the previous one's plus 1."""
         sampling = self.request.sampling
         if sampling.seed is None or index == 0:
             return sampling
@@ -131,9 +136,10 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Ready:
-    """A prompt that its outputs begin from. first: set when the prompt's KV is somewhere for all of them.
+    """A prompt that is ready for its outputs.  first: set once the prompt's KV is stored or held where all outputs can
+    use it.
 
-    located: in which of several stores.
+    located: which of several stores holds what.
     """
 
     prompt: NamedPrompt
@@ -144,7 +150,7 @@ class _Ready:
 
 
 class Generator:
-    """Runs requests over the workers."""
+    """Runs requests on the workers."""
 
     def __init__(
         self,
@@ -159,11 +165,11 @@ class Generator:
         between_tokens: Callable[[float, int], None] = lambda seconds, num_tokens: None,
         on_named: Callable[[NamedPrompt], None] = lambda prompt: None,
     ) -> None:
-        """budget: of requests that move because a worker is late.
+        """budget: limits the requests that move because a worker is late.
 
-        between_tokens: is told how long a message's tokens were waited for, and how many they are.
+        between_tokens: called with the wait for a message's tokens, and their number.
 
-        on_named: is told of each prompt when its blocks have names.
+        on_named: called with each prompt after its blocks were named.
         """
         self._on_named = on_named
         self._between_tokens = between_tokens
@@ -176,13 +182,14 @@ class Generator:
         self._directory = directory
 
     async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """Output tokens as they come. Afterwards `generation` has finish reasons, restore and counts.
+        """The output tokens as they arrive. Afterwards `generation` has the finish reasons, the restore report and the
+        counts.
 
-        Raises:  what the last worker tried raised.
+        Raises:  the error of the last worker that was tried.
         """
         request = generation.request
         if request.sampling.temperature and request.sampling.seed is None:
-            # Fixed here, so that a continuation on another worker draws the same numbers.
+            # The seed is fixed here, so that a continuation on another worker draws the same random numbers.
             request = replace(request, sampling=replace(request.sampling, seed=secrets.randbits(63)))
             generation.request = request
         # 1. Name the prompt's blocks.
@@ -190,7 +197,7 @@ class Generator:
         hold(prompt.grant)
         generation.prompt_marks = marks_of(prompt.chain.hashes)
         self._on_named(prompt)
-        # 2. Prefill, which a short rest leaves to the decode worker.
+        # 2. Prefill. If few tokens are uncached, this is left to the decode worker.
         prefilled = await self._prefilling.run(request, prompt, timeout_s=timeout_s)
         self._pins.pin(prompt.chain, request.breakpoints, owner=prompt.owner)
         handoff, first = b"", asyncio.Event()
@@ -207,9 +214,9 @@ class Generator:
     async def _run_sample(
         self, generation: Generation, index: int, ready: _Ready, timeout_s: float
     ) -> AsyncGenerator[OutputPiece, None]:
-        """One output, elsewhere if a worker goes away."""
+        """Make one output. If a worker goes away, another one continues it."""
         if index:
-            # Where the decode worker prefills, the first output does it, and the others find what it left.
+            # If the decode worker prefills, the first output does it, and the others use the blocks that it leaves.
             await ready.first.wait()
         sample, handoff = generation.samples[index], ready.handoff
         moves, ends = Moves(self._decode), time.monotonic() + timeout_s
@@ -225,7 +232,7 @@ class Generator:
                             break
             except (Unavailable, InternalError, Overloaded) as err:
                 if len(sample.emitted) >= generation.request.sampling.max_tokens:
-                    # It died between its last token and its last message; nothing is left to ask anyone for.
+                    # The worker died after its last token and before its last message. No tokens are missing.
                     sample.finish_reason = "length"
                     break
                 request_id = f"request {generation.request.request_id}"
@@ -268,7 +275,7 @@ class Generator:
                 handoff=ready.handoff,
                 emitted=sample.emitted,
                 timeout_s=timeout_s,
-                # Nobody knows where a worker that failed has stored the output.
+                # It is not known where a failed worker has stored the output.
                 located=None if sample.emitted else ready.located,
             )
             has_prompt = bool(ready.handoff) and not sample.emitted

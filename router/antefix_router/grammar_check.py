@@ -1,4 +1,4 @@
-"""Whether a grammar can be followed, found out before a request is admitted; by a process of its own, with a limit."""
+"""Checks before admission whether a grammar can be used, in a separate process with a time limit."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from antefix_router import grammar_child
 
 NUM_KNOWN_MAX = 1024
 NUM_WAITING_MAX = 32
-# The processor's time is what is limited; this ends a process that waits for ever, on a busy machine too.
+# Processor time has its own limit. This limit on elapsed time ends a process that waits without end, and leaves room
+# for a busy machine.
 ANSWER_S_MAX = 60.0
 START_S_MAX = 120.0
 
 
 class UnusableGrammar(InvalidRequest):
-    """No output can follow it: it is wrong, impossible, or too much work."""
+    """No output can follow this grammar: it is wrong, impossible, or needs too much work."""
 
 
 class GrammarCheck:
-    """Remembers what it found, of refused grammars too: nobody pays twice for one."""
+    """Checks grammars. Remembers the results, refusals included, so that no grammar is checked twice."""
 
     def __init__(self, model: Path, vocab_size: int) -> None:
         self._arguments = (str(model), str(vocab_size))
@@ -36,7 +37,9 @@ class GrammarCheck:
         self._num_waiting = 0
 
     async def check(self, grammar: str) -> None:
-        """Raises:  UnusableGrammar: nothing can follow it, or it is too large.  Overloaded: too many are tried now."""
+        """Raises:  UnusableGrammar: no output can follow it, or it is too large.  Overloaded: too many are being
+        checked.
+        """
         if len(grammar.encode()) > GRAMMAR_BYTES_MAX:
             raise UnusableGrammar(f"the grammar takes {GRAMMAR_BYTES_MAX} bytes")
         name = hashlib.blake2b(grammar.encode(), digest_size=16).digest()
@@ -53,7 +56,7 @@ class GrammarCheck:
         self._num_waiting += 1
         try:
             async with self._turn:
-                if name not in self._known:  # nobody found it out meanwhile
+                if name not in self._known:  # no other request has checked it meanwhile
                     self._known[name] = await self._ask(grammar)
         finally:
             self._num_waiting -= 1
@@ -74,7 +77,7 @@ class GrammarCheck:
         except (TimeoutError, ConnectionError):
             answer = b""
         except BaseException:
-            await self.close()  # its answer must not be taken for the next one's
+            await self.close()  # a late answer must not be taken for the next grammar's
             raise
         if answer.endswith(b"\n"):
             return str(json.loads(answer))
@@ -88,7 +91,8 @@ class GrammarCheck:
             stdout=asyncio.subprocess.PIPE,
             limit=1 << 20,
         )
-        # An empty grammar is asked first: it is answered when the vocabulary has been read, which is not its time.
+        # An empty grammar is checked first. Its answer shows that the vocabulary has been read, so that reading it does
+        # not count against a grammar's time.
         assert process.stdin is not None and process.stdout is not None
         process.stdin.write(b'"start: \\"a\\"\\n"\n')
         try:
@@ -103,7 +107,7 @@ class GrammarCheck:
         return process
 
     async def close(self) -> None:
-        """End the process; the next check starts another."""
+        """End the process. The next check starts another."""
         process, self._process = self._process, None
         if process is None:
             return

@@ -1,7 +1,9 @@
-"""A process that tries grammars out: the engine's own limits do not end everything, a process can be ended.
+"""A process that checks grammars. The grammar engine's own limits do not stop every grammar, but a process can be
+ended.
 
-Reads one JSON string a line, a grammar, and answers with one, why it cannot be used; empty if it can. A grammar that
-takes more than its share of processor time or memory ends the process; who asked starts another.
+Reads one grammar per line, as a JSON string. Answers each with a JSON string that says why the grammar cannot be used,
+or an empty one if it can. The process ends if a grammar exceeds its limit of processor time or memory; the caller then
+starts another.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from antefix.tokenizer import load_tokenizer
 
 CPU_S_MAX = 2
 MEMORY_BYTES_MAX = 4 << 30
-# The first tokens decide: what is hard to follow is hard from the beginning, or ends by the engine's limits.
+# Only the first tokens are checked: a costly grammar is costly from the beginning, or is stopped by the engine's
+# limits.
 NUM_STEPS = 16
 
 
 def fault(vocabulary: Vocabulary, grammar: str) -> str:
-    """Why nothing can follow it; empty if something can."""
+    """Why no output can follow the grammar; empty if one can."""
     matcher = vocabulary.matcher(grammar)
     bits = masks.allocate_token_bitmask(1, vocabulary.size)
     draw = np.random.default_rng(0)

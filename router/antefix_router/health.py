@@ -1,8 +1,8 @@
-"""What workers say of their own health: one that drains gets no new work, one that went away has an empty memory, one
-that gives no sign of life is not waited for.
+"""Follows the workers' health. A draining worker gets no new work, a worker that died has lost its memory, and the
+router does not wait for a worker that gives no sign of life.
 
-A watch and a pulse per worker (grpc.health.v1). They steer placement, and end what waits for a worker that hangs;
-whether a call fails is found out by calling.
+Each worker has a health watch and a pulse (grpc.health.v1). They guide placement, and end the wait for a worker that
+hangs. Whether a call fails is known only by calling.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from antefix_router.placement.workers import Worker, Workers
 
 log = logging.getLogger("antefix.router")
 
-# A worker that cannot be reached is asked again this often.
+# The interval at which an unreachable worker is tried again.
 _RETRY_S = 1.0
 
 
 class HealthWatch:
-    """Keeps `draining` of all workers as they say it is. `follow` again whenever workers come or go."""
+    """Keeps `draining` of all workers up to date. Call `follow` whenever workers come or go."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        # Those of workers that left.
+        # Watches of workers that left.
         self._ending: set[asyncio.Task[None]] = set()
 
     def follow(self, groups: tuple[Workers, ...]) -> None:
@@ -67,12 +67,12 @@ class HealthWatch:
     async def _follow(self, worker: Worker, stub: health_pb2_grpc.HealthStub) -> None:
         while True:
             with contextlib.suppress(grpc.aio.AioRpcError):
-                # No deadline: a watch lasts as long as the worker; keepalive finds out when that is over.
+                # No deadline: a watch lasts as long as the worker, and keepalive detects the end.
                 async for answer in stub.Watch(health_pb2.HealthCheckRequest(service="")):
                     draining = answer.status == health_pb2.HealthCheckResponse.NOT_SERVING
                     if draining != worker.draining:
                         log.info("worker %s %s", worker.address, "drains" if draining else "serves")
                     worker.draining = draining
-            # Its process is gone, or out of reach: what it remembered is forgotten, here as there.
+            # The process is gone or unreachable, so the directory forgets what it held in memory.
             self._directory.forget(worker.address)
             await asyncio.sleep(_RETRY_S)

@@ -1,7 +1,7 @@
-"""When a request may be given to a second worker because its first one is late: within a budget, and never as a rule.
+"""Limits how many requests are given to a second worker because the first one is late.
 
-A late worker may hang, or everything may be slow because there is too much to do. In the second case doing work twice
-makes it worse, so hedges are a small share of the requests, whatever happens.
+A late worker may hang, or everything may be slow from overload. Under overload, doing work twice makes things worse. So
+hedges are limited to a small share of the requests.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Final
 
 from antefix.errors import Unavailable
 
-# One of so many requests may be done twice.
+# One of this many requests may be done twice.
 SHARE: Final = 0.1
-# What is saved up: so many requests that one hanging worker holds at the same time move at once.
+# How many hedges can be saved up, so that all requests held by one hanging worker can move at once.
 SAVED_MAX: Final = 8.0
-# A prediction is off by so much in any case. With what it takes to notice, a hang costs 2 s more than predicted.
+# Any prediction may be off by this much. Together with the detection time, a hang costs 2 s more than predicted.
 SLACK_S: Final = 1.5
 
 
 class HedgeBudget:
-    """One router's. num_hedges: given out.  num_denied: asked for and not given."""
+    """The budget of one router.  num_hedges: hedges granted.  num_denied: hedges asked for and refused."""
 
     def __init__(self) -> None:
         self.num_hedges = 0
@@ -47,7 +47,7 @@ class Late(Unavailable):
 
 @contextlib.contextmanager
 def moved_when_late(limit_s: float, may_move: Callable[[], bool]) -> Iterator[None]:
-    """Wait for a worker in here.  may_move: asked once, after `limit_s`; where it says no, the wait continues.
+    """Limits a wait for a worker.  may_move: called once, after `limit_s`; if it returns False, the wait continues.
 
     Raises:  Late.
     """
@@ -65,7 +65,7 @@ def moved_when_late(limit_s: float, may_move: Callable[[], bool]) -> Iterator[No
     try:
         yield
     except asyncio.CancelledError:
-        # As asyncio.timeout does: our own cancellation is taken back; another one continues.
+        # As in asyncio.timeout: the cancellation from this function is taken back; any other cancellation continues.
         if is_moved and task.uncancel() == 0:
             raise Late(f"nothing came within {limit_s:.1f} s") from None
         raise

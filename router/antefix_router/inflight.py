@@ -1,4 +1,6 @@
-"""Prefixes that are being computed now, so that equal ones are computed once. Pure: who waits, and how, is others'."""
+"""Tracks the prefixes that are being computed, so that equal ones are computed only once. Pure: the callers do the
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +11,26 @@ from antefix.events.block_events import Key
 
 Flight = TypeVar("Flight")
 
-# Waiting is worth it up to so many times what computing the shared blocks would take: it spares the work itself, too.
+# A wait is worth this many times the time to compute the shared blocks, because it also saves the computation.
 WAIT_FACTOR = 2.0
-# Predictions are off by so much in any case; a leader that is late by it is not given up yet.
+# Any prediction may be off by this much, so a leader that is late by no more is still waited for.
 WAIT_SLACK_S = 2.0
 
 
 def worth_waiting(remaining_s: float, shared_s: float) -> bool:
-    """Whether to wait for blocks that will be there in `remaining_s` and would take `shared_s` to compute."""
+    """Whether to wait for blocks that are ready in `remaining_s` and would take `shared_s` to compute."""
     return remaining_s <= WAIT_FACTOR * shared_s
 
 
 def wait_deadline_s(remaining_s: float, shared_s: float) -> float:
-    """How long to wait at most: as long as would have been accepted, and the slack."""
+    """The longest wait: the longest predicted wait that would be accepted, plus the tolerance."""
     return WAIT_FACTOR * max(remaining_s, shared_s, 0.0) + WAIT_SLACK_S
 
 
 class InFlight(Generic[Flight]):
     """Block key -> the request that computes it. A request in flight is the leader of the blocks it was first to claim.
 
-    Bounded by the requests that run: a flight's blocks are given back when it ends, however it ends.
+    The running requests bound its size: a flight's blocks are removed when it ends in any way.
     """
 
     def __init__(self) -> None:
@@ -38,8 +40,10 @@ class InFlight(Generic[Flight]):
         return len(self._leaders)
 
     def find(self, keys: Sequence[Key], num_stored: int) -> tuple[Flight, int] | None:
-        """Who computes the deepest block of this chain beyond the stored ones, and how many blocks lead to it."""
-        # Most prompts share nothing with those in flight; to see that takes one pass without a line of Python.
+        """The request that computes the deepest block of this chain beyond the stored ones, and how many blocks lead to
+        it.
+        """
+        # Most prompts share nothing with those in flight. This is found in one pass of a builtin.
         if self._leaders.keys().isdisjoint(keys[num_stored:]):
             return None
         for index in range(len(keys) - 1, num_stored - 1, -1):
@@ -49,7 +53,7 @@ class InFlight(Generic[Flight]):
         return None
 
     def lead(self, flight: Flight, keys: Sequence[Key], num_stored: int) -> list[Key]:
-        """Claim what nobody computes yet; returns the keys to hand to `end`."""
+        """Claim the blocks that no request computes yet. Returns the keys to pass to `end`."""
         claimed = [key for key in keys[num_stored:] if key not in self._leaders]
         self._leaders.update(dict.fromkeys(claimed, flight))
         return claimed

@@ -1,8 +1,7 @@
-"""API keys change while a router runs: it looks at their file, and at Redis where that is used, once a second.
+"""Follows changes of API keys while a router runs: checks their file, and Redis if it is used, once a second.
 
-A file that is gone or faulty changes nothing: the keys that were known stay in force, and it is told and counted. What
-Redis has, and is newer, goes into the file as well: a router that starts later knows it, and nobody can go back to an
-older book.
+If the file is missing or faulty, the known keys stay in force, and the fault is logged and counted. A newer book in
+Redis is also written to the file. So a router that starts later has it, and an older book cannot come back into force.
 """
 
 from __future__ import annotations
@@ -26,12 +25,14 @@ from antefix_router.key_exchange import KeyExchange
 
 log = logging.getLogger("antefix.router")
 
-# A change must be in force within 5 s on all routers.
+# A change must be in force at all routers within 5 s.
 LOOK_S: Final = 1.0
 
 
 class KeyChanges:
-    """Keeps a register as its file and Redis say. num_errors: by source, what could not be read or believed."""
+    """Keeps a register up to date with its file and Redis. num_errors: by source, how often it could not be read or
+    verified.
+    """
 
     def __init__(self, register: KeyRegister, path: str | Path, exchange: KeyExchange | None = None) -> None:
         self._register = register
@@ -52,7 +53,7 @@ class KeyChanges:
             await self._exchange.close()
 
     async def look(self) -> None:
-        """Take in what changed since the last look."""
+        """Apply what has changed since the last look."""
         with self._counted("file"):
             await asyncio.to_thread(self._look_at_file)
         if self._exchange is not None:
@@ -64,7 +65,7 @@ class KeyChanges:
             try:
                 await self.look()
             except Exception:
-                # A bug here must not leave revoked keys in force without a word.
+                # A bug here must not silently leave revoked keys in force.
                 log.exception("API keys could not be looked at")
             await asyncio.sleep(LOOK_S)
 
@@ -106,14 +107,14 @@ class KeyChanges:
             self._told.pop(source, None)
         except AntefixError as err:
             self.num_errors[source] += 1
-            # It is looked at every second; what is wrong is said once.
+            # The file is checked every second, but each fault is logged once.
             if self._told.get(source) != str(err):
                 log.error("API keys stay as they were: %s", err)  # noqa: TRY400 - a fault of the file's, no trace needed
                 self._told[source] = str(err)
 
 
 class KeySettings(RedisConfig, Protocol):
-    """Of a router's settings, those of its API keys."""
+    """The settings of a router's API keys."""
 
     @property
     def api_keys_file(self) -> str: ...
@@ -123,7 +124,7 @@ class KeySettings(RedisConfig, Protocol):
 
 
 def follow_keys(config: KeySettings, register: KeyRegister, keyring: Keyring) -> KeyChanges | None:
-    """As the settings say; None where they name no file of keys. `start` it."""
+    """Create the follower by the settings; None if they name no key file. Call `start` on it."""
     if not config.api_keys_file:
         return None
     exchange = None

@@ -1,8 +1,9 @@
-"""The book of API keys in Redis, for routers on several hosts: one value, which a writer to Redis cannot forge.
+"""The book of API keys in Redis, for routers on several hosts. A process that can write to Redis cannot forge it.
 
     antefix:api-keys    a hash of three fields: number, book (JSON, as in the file), mac
 
-The MAC is made with the deployment's secret. An old book that is put back is known by its number, and not taken.
+The MAC is made with the deployment's secret. If an old book is put back, its smaller number reveals it, and it is
+refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _TIMEOUT_S: Final = 2.0
 _PURPOSE: Final = b"api-keys"
 # 100,000 keys take some 30 MB.
 _BOOK_BYTES_MAX: Final = 64 << 20
-# Written only over the book that it was made from. One key, so it runs on a cluster as well.
+# Replaces only the book that the change was made from. It uses one key, so it runs on a cluster as well.
 _PUT: Final = """
 local number = redis.call('HGET', KEYS[1], 'number')
 if number and tonumber(number) >= tonumber(ARGV[1]) then return number end
@@ -32,21 +33,21 @@ return false
 
 
 class ForgedKeys(ConfigError):
-    """What Redis gave was not written by this deployment."""
+    """The value in Redis was not written by this deployment."""
 
 
 class KeyExchange:
     """Reads and writes the book in Redis. Used from one event loop."""
 
     def __init__(self, access: RedisAccess, keyring: Keyring) -> None:
-        """Raises:  ConfigError: the URL cannot be used. Nothing connects yet."""
+        """Raises:  ConfigError: the URL cannot be used. This does not connect yet."""
         self._redis: Any = access.connect(timeout_s=_TIMEOUT_S)
         self._keyring = keyring
 
     async def get(self, newer_than: int = -1) -> KeyBook | None:
-        """The book, or None where there is none, or none that is newer.
+        """The book, or None if there is none, or none newer than `newer_than`.
 
-        Raises:  Unavailable: Redis does not answer.  ForgedKeys: what is there is not ours.
+        Raises:  Unavailable: Redis does not answer.  ForgedKeys: the value was not written by this deployment.
         """
         number = await self._ask(self._redis.hget(_KEY, "number"))
         if number is None or not number.isdigit() or int(number) <= newer_than:
@@ -55,11 +56,11 @@ class KeyExchange:
         text, mac = (each or b"" for each in found)
         if len(text) > _BOOK_BYTES_MAX or not self._keyring.proves(mac, _PURPOSE, text):
             raise ForgedKeys("the API keys in Redis were not written by this deployment")
-        # The number that counts is the one that was signed.
+        # The signed number counts, not the one in the hash field.
         return from_json(text)
 
     async def put(self, book: KeyBook) -> None:
-        """Raises:  Conflict: somebody else changed the keys meanwhile.  Unavailable: Redis does not answer."""
+        """Raises:  Conflict: another process changed the keys meanwhile.  Unavailable: Redis does not answer."""
         text = to_json(book).encode()
         mac = self._keyring.proof(_PURPOSE, text)
         if await self._ask(self._redis.eval(_PUT, 1, _KEY, book.number, text, mac)) is not None:

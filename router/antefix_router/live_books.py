@@ -1,9 +1,10 @@
-"""Tenants, keys, limits, rate cards and the receipt key change while a router runs: on SIGHUP, and when a file changes.
+"""Applies changes to tenants, keys, limits, rate cards and the receipt key while a router runs: on SIGHUP, and when a
+file changes.
 
-All files are read and checked first, and then all of it holds, or nothing changes: what is wrong is logged and counted.
-What holds from then on stands in the ledger. A card that would price records otherwise that are priced already is
-refused, unless it says `rerate = true`: then adjustments bring them to its prices. Nothing that was written changes.
-The same goes for cards that changed while the router was down; a re-rating that a crash broke off is continued.
+All files are read and checked first. Then either all changes apply, or none do and the fault is logged and counted. The
+ledger records the settings in force. A card that would change the price of existing records is refused unless it has
+`rerate = true`; then adjustments bring those records to the new prices. Existing records are never rewritten. The same
+holds for cards that changed while the router was down. A re-rating that a crash interrupted is continued.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ _NUM_A_BATCH: Final = 500
 
 
 class LiveBooks:
-    """One router's. `start` it. num_changes, num_refused: reloads that were taken, and that were not."""
+    """Applies one router's changes. Call `start` on it. num_changes, num_refused: reloads that were applied, and that
+    were refused.
+    """
 
     def __init__(self, config: BillingConfig, front: BilledFront) -> None:
-        """Raises:  ConfigError: a card may not hold from when it says, by what is priced already."""
+        """Raises:  ConfigError: a card would change the price of existing records without asking for a re-rating."""
         self._config = config
         self._front = front
         self._paths = [Path(path) for path in (config.tenants_file, *config.ratecards) if path]
@@ -74,11 +77,11 @@ class LiveBooks:
             await end_tasks([self._task])
 
     def ask(self) -> None:
-        """Look now, whatever the files' times say: what SIGHUP does."""
+        """Check the files now, whatever their times. SIGHUP does this."""
         self._asked.set()
 
     def _check_start(self) -> list[ChangedTime]:
-        """Times in which records are to be priced again.  Raises:  ConfigError: as `__init__`."""
+        """The times in which records must be priced again.  Raises:  ConfigError: as `__init__`."""
         accounts = self._front.accounts
         ledger = accounts.ledger
         if ledger is None or accepted_texts(ledger.directory) == self._cards_text:
@@ -88,12 +91,12 @@ class LiveBooks:
             return []
         times = changed_times(old, accounts.cards, self._models(ledger, old, accounts.cards), datetime.now(UTC))
         if times:
-            # What a router priced by these cards before it stopped is no fault of theirs.
+            # Records that this router priced by these same cards before it stopped are no reason to refuse the cards.
             refuse_priced(ledger, entry_before(ledger, times), times, priced_by=accounts.cards)
         return times
 
     async def _begin(self) -> None:
-        """What other cards than those of the last run ask for."""
+        """Do what changed cards require since the last run."""
         accounts = self._front.accounts
         ledger = accounts.ledger
         if ledger is None or accepted_texts(ledger.directory) == self._cards_text:
@@ -123,7 +126,7 @@ class LiveBooks:
                     await self._asked.wait()
 
     async def look(self, *, is_asked: bool = False) -> None:
-        """Take in adjustments that wait, and files that changed."""
+        """Apply waiting adjustments, and files that changed."""
         await self._take_inbox()
         await self._note_keys()
         seen = await asyncio.to_thread(self._look_at_files)
@@ -137,22 +140,24 @@ class LiveBooks:
             log.error("nothing was changed, what held still holds: %s", err)  # noqa: TRY400 - a fault of the file's
 
     async def _reload(self) -> None:
-        """Raises:  ConfigError: a file is faulty, or a card may not hold from when it says."""
+        """Raises:  ConfigError: a file is faulty, or a card would change existing prices without asking for a
+        re-rating.
+        """
         config, accounts = self._config, self._front.accounts
         digest = await asyncio.to_thread(self._read_digest)
         signer = Signer.from_file(self._front.signer_path) if self._front.signer_path else None
-        # 1. Read all; whatever is wrong with one of them, none is taken.
+        # 1. Read all files. If any is faulty, none is applied.
         texts = await asyncio.to_thread(texts_of, config.ratecards)
         has_keys = bool(config.api_keys_file)
         tenants = load_tenants(config.tenants_file, has_other_keys=has_keys) if config.tenants_file else None
         cards = parse_cards(texts)
-        # 2. Would records that are priced cost something else?
+        # 2. Check whether the new cards would price existing records differently.
         is_same = texts == self._cards_text
         times, read_to = ([], None) if is_same else await self._check_cards(accounts.cards, cards)
-        # 3. What is read while nothing is taken yet.
+        # 3. Read everything else before anything is applied.
         now = datetime.now(UTC)
         month = await asyncio.to_thread(_used_since, accounts.ledger, LimitWindow.MONTH.start(now)) if tenants else []
-        # 4. All of it holds from here on; nothing is awaited in between.
+        # 4. Apply everything. There is no await from here on.
         if times or read_to is not None:
             self._check_again(times, read_to)
         if tenants is not None:
@@ -169,11 +174,11 @@ class LiveBooks:
             await self._rerate(cards, times)
         self._cards_text = texts
         if accounts.ledger is not None:
-            # Last: a re-rating that breaks off is continued at the next start.
+            # This is last: a re-rating that breaks off is continued at the next start.
             await asyncio.to_thread(accept_cards, accounts.ledger.directory, texts)
 
     async def _check_cards(self, old: RateCards, new: RateCards) -> tuple[list[ChangedTime], int | None]:
-        """(times in which records are to be priced again, how far the ledger was read).  Raises:  ConfigError."""
+        """(times in which records must be priced again, the last ledger entry that was read).  Raises:  ConfigError."""
         ledger = self._front.accounts.ledger
         if ledger is None:
             return [], None
@@ -187,14 +192,14 @@ class LiveBooks:
         return times, read_to
 
     def _models(self, ledger: Ledger, old: RateCards, new: RateCards) -> list[str]:
-        """That a change of cards may be about."""
+        """The models that a change of cards may concern."""
         models = {*old.models, *new.models, self._front.accounts.served.model}
         if "*" in models:
             models |= models_of(ledger)
         return sorted(models - {"*", ""})
 
     def _check_again(self, times: list[ChangedTime], read_to: int | None) -> None:
-        """What was settled while the ledger was read."""
+        """Check the records that were settled while the ledger was read."""
         ledger = self._front.accounts.ledger
         if ledger is not None and read_to is not None and ledger.sequence > read_to:
             refuse_priced(ledger, read_to, times)
@@ -238,7 +243,7 @@ class LiveBooks:
         log.info("%d records were priced again", len(adjustments))
 
     async def _note_keys(self) -> None:
-        """API keys that were made, revoked or changed elsewhere (`key_changes`) and are in force."""
+        """Record in the ledger that API keys were changed elsewhere (`key_changes`) and are in force."""
         book = self._front.keys.book
         if book.number == self._keys_number:
             return

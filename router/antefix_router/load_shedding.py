@@ -1,12 +1,14 @@
-"""Refuses early what would wait too long for its first token: by its head, before its body is read or it has a bill.
+"""Refuses requests whose wait for the first token would be too long. It decides by the head, before the body is read
+and before there is a bill.
 
-    wait = a tenant's requests that wait / its share among waiting tenants / first tokens per second of a queue
+    wait = a tenant's waiting requests / its share among waiting tenants / first tokens per second measured under a
+    queue
 
-Workers' queues go round by tenant, so that is when the tenant's next request has its turn. A tenant that has none
-waiting is never refused here, nor is anybody while no more wait than workers take at once. Refused work costs next to
-nothing; work that is accepted and given up later by an impatient client costs as much as an answer.
+Workers serve tenants' queues in turn, so this predicts when the tenant's next request is served. A tenant with no
+waiting request is never refused here. No request is refused while fewer wait than the workers run at once. A refusal
+costs almost nothing. A request that is accepted and then abandoned by an impatient client costs as much as an answer.
 
-A burst is no overload: a queue that has just come may take five times as long as one that stays.
+A short burst is not an overload: a new queue may have five times the wait of a lasting one.
 """
 
 from __future__ import annotations
@@ -23,36 +25,36 @@ from antefix.errors import Overloaded
 
 T = TypeVar("T")
 
-# What was served that long ago counts a third. Only time in which there is a queue counts: before, how many are served
-# says how many ask.
+# After this time a served request counts a third. Only time with a queue counts, because without one the rate of served
+# requests only shows how many arrive.
 _MEMORY_S: Final = 10.0
-# Of a queue, before it is believed how fast it goes.
+# How long a queue must last before its measured rate is used.
 _SEEN_S_MIN: Final = 3.0
-# A worker runs so many at once, so fewer are no queue.
+# A worker runs this many requests at once, so fewer waiting requests are not a queue.
 FREE_PER_WORKER: Final = 32
-# Of the longest wait: what a burst's last one waits, and how long a queue may stay and be a burst. After an overload it
-# takes as long again until a queue is taken for a burst once more.
+# In multiples of the longest wait: the wait accepted in a burst, and how long a queue may last and still count as a
+# burst. After an overload it takes as long until a new queue counts as a burst.
 BURST_FACTOR: Final = 5
 
 
 class LoadShedding:
-    """One router's. num_refused: requests.  share_of: a tenant's, of the workers."""
+    """Refuses requests at one router.  num_refused: requests.  share_of: returns a tenant's share of the workers."""
 
     def __init__(
         self, wait_s_max: float, num_workers: Callable[[], int], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """wait_s_max: the longest wait that is accepted; 0: any.  num_workers: that decode."""
+        """wait_s_max: the longest accepted wait; 0: any.  num_workers: returns the number of decode workers."""
         self.wait_s_max = wait_s_max
         self.num_refused = 0
         self._num_workers = num_workers
         self._clock = clock
         self.share_of: Callable[[str], int] = lambda tenant: 1
         self._waiting: Counter[str] = Counter()
-        # Fading sums, of the time with a queue and of what was served in it.
+        # Decaying sums: the time with a queue, and the requests served in that time.
         self._queued_s = 0.0
         self._num_served = 0.0
         self._seen_s = clock()
-        # How long there is a queue, less the time since without one.
+        # How long there has been a queue, minus later time without one.
         self._standing_s = 0.0
 
     @property
@@ -61,7 +63,7 @@ class LoadShedding:
 
     @contextlib.contextmanager
     def waiting(self, tenant: str, *, may_refuse: bool = True) -> Iterator[None]:
-        """Around a request: it waits until `served` is called for it in here, or it ends.
+        """Wraps a request, which counts as waiting until `served` is called for it or it ends.
 
         Raises:  Overloaded: its first token would take too long.
         """
@@ -77,7 +79,7 @@ class LoadShedding:
             place.leave()
 
     def wait_s(self, tenant: str) -> float:
-        """Predicted for the tenant's next request; 0 where nobody has to wait, or where it is not known yet."""
+        """The predicted wait of the tenant's next request; 0 if there is no wait, or if it is not known yet."""
         self._pass()
         own = self._waiting[tenant]
         if not own or not self._has_queue or self._queued_s < _SEEN_S_MIN:
@@ -106,11 +108,11 @@ class LoadShedding:
         return self.num_waiting >= FREE_PER_WORKER * max(1, self._num_workers())
 
     def _pass(self) -> None:
-        """Time passed. To be called before anything changes."""
+        """Account for the time that has passed. Call this before any change."""
         now = self._clock()
         passed_s = now - self._seen_s
         change_s = passed_s if self._has_queue else -passed_s
-        # Bounded above, or after a long overload the next burst would be refused for as long.
+        # Bounded, because otherwise a burst would be refused for as long as the last overload had lasted.
         self._standing_s = min(max(0.0, self._standing_s + change_s), 2 * BURST_FACTOR * self.wait_s_max)
         if self._has_queue:
             faded = math.exp(-passed_s / _MEMORY_S)
@@ -127,7 +129,7 @@ class LoadShedding:
 
 
 class _Place:
-    """One waiting request's."""
+    """The place of one waiting request."""
 
     def __init__(self, shedding: LoadShedding, tenant: str) -> None:
         self._shedding: LoadShedding | None = shedding
@@ -139,12 +141,12 @@ class _Place:
             shedding._leave(self._tenant, is_served=is_served)
 
 
-# Of the request that the present task works for.
+# The place of the request that the present task works for.
 _place: ContextVar[_Place | None] = ContextVar("antefix_waiting_place", default=None)
 
 
 async def until_served(outputs: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    """The same outputs; with the first one the request waits no more."""
+    """The same outputs. With the first one, the request no longer counts as waiting."""
     async with contextlib.aclosing(outputs):
         async for output in outputs:
             if (place := _place.get()) is not None:

@@ -1,4 +1,4 @@
-"""Several streams as one, in the order in which their items come. Knows nothing of what they are."""
+"""Merges several streams into one, in the order in which their items arrive. Does not examine the items."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ Item = TypeVar("Item")
 
 
 class _End(Generic[Item]):
-    """A stream is over, or has failed."""
+    """Marks that a stream is over or has failed."""
 
     def __init__(self, err: Exception | None = None) -> None:
         self.err = err
 
 
 async def merged(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[Item, None]:
-    """Ends when all have ended. The first that fails ends the others, and so does closing this one early.
+    """Ends when all streams have ended. If one fails, or if this is closed early, the others are ended.
 
-    A reader that is slow holds all of them up: no stream is further ahead than two items.
+    A slow reader holds up all streams: none is more than two items ahead.
     """
     items: asyncio.Queue[Item | _End[Item]] = asyncio.Queue(maxsize=1)
 
@@ -32,7 +32,8 @@ async def merged(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerato
                     await items.put(item)
         except Exception as err:  # noqa: BLE001 - raised where the streams are read
             end = _End(err)
-        # A stream that fails as it is cut off has nobody left to tell: the queue is full, and this would wait for ever.
+        # After the merge was closed, a failing stream has no reader to tell. The queue is full, so `put` would wait
+        # without end.
         if not is_closing:
             await items.put(end)
 

@@ -1,4 +1,4 @@
-"""What a router shows to a scraper. The counters are its parts' own; here are their names."""
+"""The names of a router's metrics. The counters belong to the router's parts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from antefix_router.placement.workers import WorkerRole, Workers
 from antefix_router.prefill_calls import PrefillingCounters
 from antefix_router.shared_bill.shared_bill import SharedBill
 
-# Ignored fields that are shown by name, those that came first; their names come from clients.
+# How many ignored fields are shown by name: the first ones. Their names come from clients.
 NUM_FIELDS_MAX: Final = 50
 
 _PREFILLS = "antefix_router_prefills"
@@ -223,7 +223,7 @@ def placement_metrics(groups: Sequence[Workers], policy: str, knows_memory: Call
 
 
 def lost_metrics(lost: Sequence[tuple[WorkerRole, str, float]]) -> Iterable[Metric]:
-    """lost: as `Leases.lost` has them."""
+    """lost: the result of `Leases.lost`."""
     numbers = Counter(role.value for role, _, _ in lost)
     yield gauge(
         "antefix_lost_workers",
@@ -234,7 +234,7 @@ def lost_metrics(lost: Sequence[tuple[WorkerRole, str, float]]) -> Iterable[Metr
 
 
 def finding_metrics(found: FoundWorkers) -> Iterable[Metric]:
-    """Of workers that are looked for by DNS names or leases in Redis."""
+    """Workers that are found by DNS names or leases in Redis."""
     yield counter(
         "antefix_router_failed_lookups",
         "Looks for workers by name or lease that failed; those that were known stay.",
@@ -279,7 +279,7 @@ def router_metrics(prefilling: PrefillingCounters, memory: MemoryFeed, store: St
 
 
 def store_names_metrics(feeds: Iterable[StoreFeed]) -> Iterable[Metric]:
-    """What is known of the stores by their events."""
+    """The known names of stored blocks, from the stores' events."""
     feeds = list(feeds)
     yield gauge(
         "antefix_router_store_names",
@@ -293,7 +293,7 @@ def store_names_metrics(feeds: Iterable[StoreFeed]) -> Iterable[Metric]:
 
 
 def shedding_metrics(shedding: LoadShedding) -> Iterable[Metric]:
-    """What waits for a first token, and what was refused because it would wait too long."""
+    """Requests that wait for a first token, and requests refused because they would wait too long."""
     waiting = {(): float(shedding.num_waiting)}
     yield gauge("antefix_router_waiting_requests", "Requests that wait for their first token.", waiting)
     yield counter(
@@ -304,7 +304,7 @@ def shedding_metrics(shedding: LoadShedding) -> Iterable[Metric]:
 
 
 def key_metrics(keys: KeyRegister, changes: KeyChanges | None) -> Iterable[Metric]:
-    """API keys. Nothing of a key is shown, and no tenant's name."""
+    """API keys. Neither keys nor tenants' names are shown."""
     states = keys.states()
     yield gauge(
         "antefix_api_keys",
@@ -361,7 +361,7 @@ def http_metrics(measures: HttpMeasures, ignored: IgnoredFields, faults: HttpFau
         "Requests that had a field which changes nothing here.",
         {(): float(ignored.num_requests)},
     )
-    # In the order in which they came, so that none that is shown is ever taken back.
+    # In order of arrival, so that a field once shown stays shown.
     shown = dict(islice(ignored.counts.items(), NUM_FIELDS_MAX))
     others = sum(ignored.counts.values()) - sum(shown.values())
     rows = {(name,): float(number) for name, number in shown.items() if name != IgnoredFields.OTHERS}

@@ -1,7 +1,8 @@
-"""Names of prompts' blocks. A conversation that grows is hashed only where it is new.
+"""Names the blocks of prompts. Of a growing conversation, only the new part is hashed.
 
-Hashing 128K tokens takes longer than all the rest of placement, and most of them were in the turn before. So the last
-prompts are kept with their hashes, in memory and bounded; a prompt that starts like one of them takes its hashes over.
+Hashing 128K tokens takes longer than the rest of placement together, and most of them were in the previous turn. So
+recent prompts are kept in memory with their hashes, up to a limit. A prompt that begins like one of them reuses its
+hashes.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from antefix.secret import Keyring
 from antefix.security.grants import Granter
 from antefix_router.placement.work import Work
 
-# How long a grant lasts where nobody says how long the request may take.
+# How long a grant lasts if the request has no time limit.
 GRANT_S = 600.0
-# Kept prompts, together: a hundred conversations of 160K tokens.
+# Tokens of all kept prompts together: a hundred conversations of 160K tokens.
 _MEMO_TOKENS_MAX = 1 << 24
-# Prompts shorter than this many blocks are hashed faster than they are looked up.
+# Shorter prompts than this many blocks are hashed faster than they are looked up.
 _MEMO_BLOCKS_MIN = 8
-# Baselines place by the hash of this many blocks.
+# Baseline policies place by the hash of this many blocks.
 _HEAD_BLOCKS = 2
-# Runs of a prompt, by which stores have them, that placement looks at.
+# The most runs of a prompt's stored blocks (by the stores that hold them) that placement considers.
 _NUM_RUNS_MAX = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedPrompt:
-    """A named prompt. keys: the directory's names of its blocks.  replay_tokens: of its model, for `Work`.
+    """A named prompt.  keys: its blocks' keys in the directory.  replay_tokens: the model's, for `Work`.
 
-    owner: what stands for the tenant in the store.  grant: what workers and store want to see; empty: nothing.
+    owner: stands for the tenant in the store.  grant: what workers and the store demand to see; empty: nothing.
     """
 
     tokens: Tokens
@@ -49,9 +50,9 @@ class NamedPrompt:
     grant: bytes = b""
 
     def work(self, num_stored_blocks: int | None, known_tokens: int = 0, *, located: Located | None = None) -> Work:
-        """What is to do for it, given how many leading blocks the store holds; None where it did not answer.
+        """The prompt's work, given how many leading blocks the store holds; None if the store did not answer.
 
-        located: which of several stores has them.
+        located: which of several stores holds them.
         """
         num_tokens, size = len(self.tokens), self.chain.block_size
         stored = None if num_stored_blocks is None else min(num_stored_blocks * size, num_tokens - 1)
@@ -69,7 +70,7 @@ class NamedPrompt:
 
 @dataclass(slots=True)
 class PromptNames:
-    """How blocks are named here. granter: gives what signs a grant for each prompt; None: nobody asks for grants."""
+    """Names prompts' blocks.  granter: returns the signer of each prompt's grant; None: grants are not used."""
 
     fingerprint: bytes
     keyring: Keyring
@@ -82,7 +83,7 @@ class PromptNames:
         self._memo = _Memo(self.block_size)
 
     def prompt(self, tenant: str, tokens: Tokens, *, timeout_s: float = GRANT_S) -> NamedPrompt:
-        """timeout_s: how long its grant has to last."""
+        """timeout_s: how long the prompt's grant has to last."""
         chain = Chain(self.fingerprint, self.keyring.key(tenant), self.block_size)
         beginnings = self._memo.beginnings(tenant, tokens)
         known = self._memo.hashes(tenant, tokens, beginnings)
@@ -107,9 +108,10 @@ class PromptNames:
 
 
 class _Memo:
-    """Prompts and their hashes, by fast hashes of blocks 1, 2, 4, ... of their beginnings, tokens compared in full.
+    """Prompts and their hashes, found by fast hashes of their first 1, 2, 4, ... blocks. The tokens are then compared
+    in full.
 
-    The fast hash only finds; what is taken over is decided by equal tokens of the same tenant.
+    The fast hash only finds candidates. Hashes are reused only for equal tokens of the same tenant.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -120,7 +122,7 @@ class _Memo:
         self._next = 0
 
     def hashes(self, tenant: str, tokens: Tokens, beginnings: Sequence[int]) -> list[bytes]:
-        """The hashes of the leading blocks that a kept prompt shares, as many as the best find has."""
+        """The hashes of the leading blocks shared with a kept prompt, from the kept prompt that shares most."""
         for beginning in reversed(beginnings):
             found = self._kept.get(self._by_beginning.get(beginning, -1))
             if found is None or found[0] != tenant:
@@ -135,7 +137,7 @@ class _Memo:
     def keep(self, tenant: str, tokens: Tokens, hashes: list[bytes], beginnings: list[int]) -> None:
         if not beginnings:
             return
-        # A conversation's next turn takes its place: what it is the end of has nothing that it lacks.
+        # Drop the conversation's previous turn: its blocks are a prefix of this prompt's, so it adds nothing.
         number = self._by_beginning.get(beginnings[-1], -1)
         older = self._kept.get(number)
         if older is not None and older[2] == hashes[: len(older[2])]:
@@ -155,7 +157,7 @@ class _Memo:
                 del self._by_beginning[beginning]
 
     def beginnings(self, tenant: str, tokens: Tokens) -> list[int]:
-        """Fast hashes for the first 1, 2, 4, ... blocks; none of a prompt that is too short to be worth it."""
+        """Fast hashes of the first 1, 2, 4, ... blocks; none for a prompt that is too short."""
         if len(tokens) < _MEMO_BLOCKS_MIN * self._block_size:
             return []
         seed = xxhash.xxh3_64_intdigest(tenant.encode())
@@ -163,7 +165,7 @@ class _Memo:
         raw = np.ascontiguousarray(tokens).data.cast("B")
         block_bytes, num_blocks, found = 4 * self._block_size, 1, []
         while num_blocks * self._block_size <= len(tokens):
-            # The last block of each stands for it: what this finds is compared in full.
+            # Only the last block of each beginning is hashed, because a find is compared in full.
             digest.update(raw[(num_blocks - 1) * block_bytes : num_blocks * block_bytes])
             found.append(digest.intdigest())
             num_blocks *= 2
@@ -171,7 +173,7 @@ class _Memo:
 
 
 def _places(located: Located | None, num_blocks: int, block_size: int) -> tuple[tuple[int, frozenset[str]], ...]:
-    """The last run stands for all that follow it: a prompt in many turns of many stores must not slow placement."""
+    """The last run stands for all later ones, so that a prompt spread over many stores does not slow placement."""
     if located is None:
         return ()
     runs = located.parts(num_blocks)

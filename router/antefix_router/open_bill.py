@@ -1,4 +1,6 @@
-"""One admitted request on its way to its record: what was done of it, and what of that its client has."""
+"""The bill of one admitted request until its record is written: the work done, and how much of the output its client
+has.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,15 @@ from antefix_billing.usage_record import OpenEntry, UsageRecord
 from antefix_router.answers import KeptAnswer, SharedRun
 from antefix_router.generation import Generation
 
-# From here on a lifetime is the longer one of the two that bills tell apart, as Anthropic does.
+# From this lifetime on, written tokens count under the longer of the two lifetimes in bills, as in Anthropic's API.
 LONG_TTL_S: Final = 3600.0
-# Enough to say what is wrong; an entry of the ledger is bounded.
+# Enough to describe an error; a ledger entry has a maximum size.
 WRITE_ERROR_CHARACTERS_MAX: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """What all records of this router say alike."""
+    """The values that all records of this router share."""
 
     model: str
     revision: str
@@ -33,12 +35,12 @@ class Served:
 class Bill:
     """One admitted request. `reasoning_tokens` is set by the reader of the output, before its end.
 
-    mode: how the model thinks, as clients are told; empty where nobody asked it to hold a conversation.
+    mode: how the model thinks, as clients are told; empty if the prompt is not a conversation.
 
-    prefix_volatile: as `volatile_prefix` found it at admission.
-    is_held: the reader keeps the output until all of it is there, so that a client has nothing of one that broke off.
-    shared: the answer is made for several readers, each with a bill of its own; one record is written for all of them.
-    kept: the answer is there already, and is not made.
+    prefix_volatile: as `volatile_prefix` found it at admission. is_held: the reader holds the output until it is
+    complete, so a client has none of an output that breaks off. shared: the answer is made for several readers, each
+    with a bill of its own; one record is written for all of them. kept: an existing answer, which is given instead of a
+    new one.
     """
 
     def __init__(
@@ -63,42 +65,42 @@ class Bill:
         self.settled: Settled | None = None
 
     def end_here(self, num_tokens: int) -> None:
-        """The reader has found the end of the answer in its first tokens: closing the output is no cancellation."""
+        """The reader found the answer's end after this many tokens, so closing the output is not a cancellation."""
         self.ended_here = True
         self.num_read = num_tokens
 
     def used(self, num_output: int) -> Usage:
-        """What the record says of it."""
+        """The usage for the record."""
         used = self.generation.used(num_output, min(self.reasoning_tokens, num_output))
-        # What is written follows the hit, so what lies before such a breakpoint is the first part of it.
+        # Written blocks follow the hit, so the tokens before such a breakpoint are the first part of what was written.
         longest = max((num for num, ttl_s in self.generation.request.breakpoints if ttl_s >= LONG_TTL_S), default=0)
         kept = min(used.cache_write_tokens, max(0, longest - used.cache_hit_tokens))
         return dataclasses.replace(used, cache_write_1h_tokens=kept) if kept else used
 
     @property
     def write_error(self) -> str:
-        """Why what was computed could not all be stored; empty where it was."""
+        """Why some computed blocks could not be stored; empty if all were."""
         report = self.generation.restore
         return ((report.write_error if report else "") or self.generation.write_error)[:WRITE_ERROR_CHARACTERS_MAX]
 
     @property
     def num_given(self) -> int:
-        """Output tokens that the client has been given, if it ended now; of several clients, the one that has most."""
+        """Output tokens that the client has been given so far; with several clients, those of the one that has most."""
         if self.shared is not None:
             return self.shared.num_given
         return 0 if self.is_held else self.generation.num_emitted
 
     @property
     def record(self) -> UsageRecord:
-        """The record that stands; there after the output's end."""
+        """The request's record. It exists after the output has ended."""
         assert self.settled is not None
         return self.settled.record
 
     def usage(self) -> Usage:
-        """What the client is told: the record's counts, this run's time to the first token."""
+        """The usage that the client is told: the record's counts, with this run's time to the first token."""
         return dataclasses.replace(self.record, ttft_us=round(self.generation.ttft_s * 1e6))
 
     @property
     def total_s(self) -> float:
-        """Since this run began."""
+        """Seconds since this run began."""
         return time.perf_counter() - self.generation.started

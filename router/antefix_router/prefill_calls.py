@@ -1,7 +1,7 @@
-"""Has prompts computed by prefill workers: places, admits, calls. Elsewhere where a worker fails or hangs; at two of
-them at once where one is late, and then the first answer counts.
+"""Calls prefill workers to compute prompts. If a worker fails or hangs, another one is called. If a worker is late, a
+second one is called too, and the first answer counts.
 
-What is done twice is charged once: the report of the answer that is taken is the only one that is seen.
+Work done twice is charged once, because only the report of the answer that is used is recorded.
 """
 
 from __future__ import annotations
@@ -29,16 +29,17 @@ from antefix_router.placement.workers import Worker, WorkerRole, Workers
 log = logging.getLogger("antefix.router")
 
 _MEMORY: Final = 0.9
-# A prompt that only one worker could compute is left to decode when it is so many times later than predicted: what was
-# computed of it and not stored is lost.
+# A prompt that only one worker could compute is left to decode when it takes this many times the predicted time. Blocks
+# that were computed and not yet stored are then lost.
 _ALONE_FACTOR: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """prefill_tokens_min: an uncached rest of at most this goes straight to decode; negative: measured speeds decide.
+    """prefill_tokens_min: a request with at most this many uncached tokens goes straight to decode; negative: measured
+    speeds decide.
 
-    ttft_s_max: a request that would wait longer than this for its first token is refused, unless a worker is idle.
+    ttft_s_max: a request whose first token would take longer is refused, unless a worker is idle.
     """
 
     prefill_tokens_min: int = 0
@@ -47,10 +48,11 @@ class Limits:
 
 @dataclass(slots=True)
 class PrefillingCounters:
-    """Since the router started, in requests. overhead_s: of a call to an idle prefill worker, measured.
+    """Counts of requests since the router started.  overhead_s: the measured overhead of a call to an idle prefill
+    worker.
 
-    num_hedged: given to a second worker because the first one was late.  num_hedges_won: the second one was first.
-    num_left: left to decode because no prefill worker came to an end.
+    num_hedged: given to a second worker because the first was late.  num_hedges_won: the second was first.
+    num_left: left to decode because no prefill worker finished.
     """
 
     num_led: int = 0
@@ -66,9 +68,9 @@ class PrefillingCounters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What a prefill worker is asked for. ends: the request's deadline, by the router's clock.
+    """A request to a prefill worker.  ends: the request's deadline, by the router's clock.
 
-    located: which of several stores probably has what.
+    located: which of several stores probably holds what.
     """
 
     request: GenerationRequest
@@ -83,7 +85,9 @@ class Order:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A leader's prefill. until: when it should be done, by the router's clock.  address: the worker that has it."""
+    """A leader's prefill.  until: when it should be done, by the router's clock.  address: the worker that
+    computes it.
+    """
 
     until: float
     address: str = ""
@@ -92,7 +96,9 @@ class Flight:
 
 @dataclass(slots=True, eq=False)
 class _Attempt:
-    """One order at the workers. calls: those that run, the first one first.  predicted_s: of the latest call."""
+    """One order and its calls.  calls: the running calls, the first one first.  predicted_s: the latest call's
+    prediction.
+    """
 
     order: Order
     work: Work
@@ -110,7 +116,7 @@ class _Attempt:
 
 
 class PrefillCalls:
-    """One router's."""
+    """The calls of one router."""
 
     def __init__(
         self,
@@ -129,9 +135,9 @@ class PrefillCalls:
         self._budget = budget
 
     async def run(self, order: Order, work: Work, flight: Flight, soon: tuple[str, int] | None) -> Prefilled | None:
-        """None: no worker could; decode has to prefill by itself.
+        """None: no prefill worker could compute the prompt, so decode has to.
 
-        soon: where the prompt's beginning is being computed, and how many blocks of it.
+        soon: the worker that is computing the prompt's beginning, and how many blocks of it.
         Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.
         """
         attempt = _Attempt(order, work, flight, soon)
@@ -176,7 +182,7 @@ class PrefillCalls:
         attempt.calls[asyncio.create_task(self._call(worker, order, own))] = worker
 
     async def _hedge(self, attempt: _Attempt) -> bool:
-        """The call is late: ask a second worker. False: give it up, decode will do it."""
+        """The call is late: ask a second worker. False: give up, and leave the prompt to decode."""
         attempt.has_hedged = True
         (task, late), *_ = attempt.calls.items()
         if not self._workers.may_help(late, attempt.tried):
@@ -184,22 +190,22 @@ class PrefillCalls:
         if self._budget.take():
             log.warning("request %s: %s is late", attempt.order.request.request_id, late.address)
             self._counters.num_hedged += 1
-            # Where nobody has room the late one may still come.
+            # If no other worker has room, the late one may still finish.
             with contextlib.suppress(Overloaded):
                 self._begin(attempt)
         return True
 
     async def _has_waited_alone(self, attempt: _Attempt, late: Worker, task: asyncio.Task[Prefilled]) -> bool:
-        """Wait on for the only worker. False: it is so late that decode does it faster."""
+        """Continue to wait for the only worker. False: it is so late that decode would be faster."""
         if not late.backlog.tokens_per_s:
-            return True  # what was predicted is a guess
+            return True  # the prediction is only a guess
         done, _ = await asyncio.wait({task}, timeout=(_ALONE_FACTOR - 1) * attempt.predicted_s)
         return bool(done) or not self._budget.take()
 
     def _taken(self, attempt: _Attempt, task: asyncio.Task[Prefilled]) -> Prefilled | None:
-        """The answer of a call that has ended. None: it failed; whether there is another worker, the caller sees.
+        """The answer of an ended call. None: the call failed; the caller then looks for another worker.
 
-        Raises:  Overloaded: it was, and there is none.
+        Raises:  Overloaded: the worker was overloaded, and there is no other.
         """
         is_second = next(iter(attempt.calls)) is not task
         worker, request = attempt.calls.pop(task), attempt.order.request
@@ -219,7 +225,9 @@ class PrefillCalls:
         return answer
 
     def _own_tokens(self, worker: Worker, prompt: NamedPrompt, work: Work) -> int:
-        """What the request is to this worker; what it has in memory need not be loaded, or computed if nobody tells."""
+        """The request's work for this worker in tokens. Tokens in its memory need not be loaded; if the store did not
+        answer, they need not be computed.
+        """
         resident = int(self._directory.leading([worker.address], prompt.keys)[0]) * prompt.chain.block_size
         if work.stored_tokens is None:
             return max(1, round(work.num_tokens - float(saved_by_replay(resident, work.replay_tokens))))
@@ -231,7 +239,7 @@ class PrefillCalls:
     def _admit(self, worker: Worker, own_tokens: int) -> float:
         """Seconds until this worker would be done.
 
-        Raises:  Overloaded: too many of them; it is said now, not after waiting.
+        Raises:  Overloaded: too many seconds. The request is refused now instead of after a long wait.
         """
         rate = worker.backlog.tokens_per_s or self.tokens_per_s()
         pending_s = worker.backlog.pending_tokens(time.monotonic()) / rate
@@ -258,5 +266,5 @@ class PrefillCalls:
         return answer
 
     def tokens_per_s(self) -> float:
-        """Of one worker, as measured on average."""
+        """The measured prefill speed of one worker, on average."""
         return self._workers.tokens_per_s()

@@ -1,7 +1,8 @@
-"""The first half of a request: what its prompt still needs, which worker does it, and what if that one fails.
+"""The first half of a request: what its prompt still needs, which worker computes it, and what happens if that worker
+fails.
 
-Equal prefixes in flight are computed once: the first one leads, the others wait for its blocks, with a deadline.
-A leader that ends in any way wakes its followers, and one of them leads on.
+Equal prefixes in flight are computed once: the first request leads, and the others wait for its blocks, up to a
+deadline. When a leader ends in any way, its followers wake up and one of them becomes the leader.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ from antefix_router.prefill_calls import Flight, Limits, Order, PrefillCalls, Pr
 
 log = logging.getLogger("antefix.router")
 
-# A rest longer than this is never left to decode: it would hold up the sequences that run there.
+# More uncached tokens than this are never left to decode, because they would delay the sequences that run there.
 _STRAIGHT_TOKENS_MAX = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A prompt that decode may start on. answer: None where decode has to prefill by itself.
+    """A prompt on which decode may start.  answer: None if decode has to prefill.
 
-    located: which of several stores probably has what of it by now.
+    located: which of several stores probably holds what of it now.
     """
 
     work: Work
@@ -50,14 +51,16 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stored:
-    """num_blocks: leading ones; None: the store did not answer.  located: where there are several stores."""
+    """num_blocks: leading stored blocks; None: the store did not answer.  located: if there are several stores."""
 
     num_blocks: int | None = None
     located: Located | None = None
 
 
 class Prefilling:
-    """Runs prompts over the prefill workers. num_decoding: sequences that run on the decode worker that has fewest."""
+    """Runs prompts on the prefill workers. num_decoding: returns the number of sequences on the decode worker with the
+    fewest.
+    """
 
     def __init__(
         self,
@@ -84,7 +87,7 @@ class Prefilling:
         self._calls = PrefillCalls(workers, directory, self._sessions, limits, self.counters, budget or HedgeBudget())
 
     async def run(self, request: GenerationRequest, prompt: NamedPrompt, *, timeout_s: float) -> Ready:
-        """prompt: the request's, named.
+        """prompt: the request's prompt, named.
 
         Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.
         """
@@ -93,16 +96,17 @@ class Prefilling:
         patience: float | None = None
         hold(prompt.grant)
         while True:
-            # 1. Ask what is stored: that decides how much work it is, and for whom.
+            # 1. Ask what is stored. This decides how much work the request is, and for which worker.
             stored = await self._look_up(prompt, request.request_id, ask=patience is not None)
             num_stored = stored.num_blocks
             work = prompt.work(num_stored, located=stored.located)
-            # 2. A short rest is left to the decode worker, which then needs no handoff; but that one keeps nothing, and
-            #    serves one output alone.
+            # 2. If few tokens are uncached, the decode worker computes them and needs no handoff. It then keeps no
+            # breakpoints and serves one output only.
             if not request.breakpoints and request.num_samples == 1 and self._goes_straight(work):
                 self.counters.num_straight += 1
                 return Ready(work=work, answer=None, located=stored.located)
-            # 3. What is being computed already is waited for. No await from here to `lead`: two would lead.
+            # 3. Wait for blocks that are being computed already. There is no await from here to `lead`, because two
+            # requests could otherwise both lead.
             found = self._in_flight.find(prompt.keys, num_stored or 0)
             now = time.monotonic()
             if found is None or (patience is not None and now >= patience):
@@ -116,8 +120,8 @@ class Prefilling:
                 patience = min(order.ends, now + wait_deadline_s(flight.until - now, shared_s))
             if not await _set_within(flight.done, patience - now):
                 self.counters.num_gave_up_waiting += 1
-        # 4. Prefill, elsewhere if a worker goes away.
-        # Behind a leader that kept nobody waiting its blocks will be there in time; one that did is not believed again.
+        # 4. Prefill. If a worker goes away, another one is tried. A leader's blocks are expected in time only if this
+        # request did not have to wait for that leader before.
         soon = (found[0].address, found[1]) if found and patience is None else None
         order = replace(order, located=stored.located)
         answer = await self._lead(order, work, num_stored or 0, soon)
@@ -125,11 +129,11 @@ class Prefilling:
 
     @property
     def tokens_per_s(self) -> float:
-        """Of one prefill worker, as measured on average."""
+        """The measured speed of one prefill worker, on average."""
         return self._calls.tokens_per_s()
 
     async def _look_up(self, prompt: NamedPrompt, request_id: str, *, ask: bool) -> _Stored:
-        """ask: the stores, though their events may tell: what was stored this moment is not among them yet."""
+        """ask: ask the stores even if their events are followed, because events lag behind what was just stored."""
         if not ask and self._feed is not None and (known := self._feed.num_leading(prompt.keys)) is not None:
             return _Stored(num_blocks=known)
         hashes, store = prompt.chain.hashes, self._store
@@ -141,15 +145,15 @@ class Prefilling:
                 located = await store.locate(hashes, fingerprint=self.fingerprint, tenant=prompt.owner, ask=ask)
                 return _Stored(num_blocks=located.found.num_blocks, located=located)
         except AntefixError as err:
-            # Placement without the store's word is still placement; the worker finds out what is there.
+            # Placement works without the store's answer. The worker finds out itself what is stored.
             log.warning("request %s: the store did not answer: %s", request_id, err)
             return _Stored()
 
     def _goes_straight(self, work: Work) -> bool:
-        """Whether decode should do the rest itself: computing it there against a call to a prefill worker.
+        """Whether decode should compute the uncached tokens itself, compared with a call to a prefill worker.
 
-        There it delays the running ones, so its time counts for each of them; the call costs what calls have cost, and
-        what waits at the worker that has least.
+        On a decode worker it delays the running sequences, so its time counts once for each of them. The call costs the
+        measured overhead of calls, plus the waiting work at the worker that has least.
         """
         rest = work.num_tokens - (work.stored_tokens or 0)
         if self._limits.prefill_tokens_min >= 0:
@@ -173,7 +177,9 @@ class Prefilling:
 
 
 def _located_now(located: Located | None, answer: Prefilled | None, prompt: NamedPrompt) -> Located | None:
-    """With what a prefill worker has stored since. None: nobody knows, so that stores are asked."""
+    """The stores' contents including what a prefill worker has stored since. None: not known, so the stores
+    are asked.
+    """
     if located is None or answer is None or not answer.near_stores:
         return None
     num_there = answer.restore.hit_tokens // prompt.chain.block_size

@@ -1,5 +1,5 @@
-"""Whether a request would be served now. Living and being ready are two things: a process that is not ready is waited
-for, one that does not live is started again.
+"""Whether a request would be served now. A process that is alive but not ready is waited for; one that is not alive is
+restarted.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ _EVERY_S: Final = 0.5
 
 
 def why_unready(accounts: Accounts, workers: Workers) -> str:
-    """Empty where a request would be served. workers: those that every request needs one of."""
+    """Why a request would not be served; empty if it would.  workers: those of the role that every request needs."""
     if accounts.retries.is_draining:
         return "the service is stopping"
     if accounts.writer.is_failing:
         return "the ledger cannot be written"
     if not workers.workers:
         return f"no {workers.role} worker is known"
-    # One that was not heard of yet may be there.
+    # A worker that has not been heard of yet may be there.
     if not any(worker.answers is not False and not worker.draining for worker in workers.workers):
         return f"no {workers.role} worker answers"
     return ""
 
 
 async def tell_readiness(server: rpc.Server, services: Sequence[str], why: Callable[[], str]) -> None:
-    """Until cancelled, keep the health of these services (grpc.health.v1) at whether they are ready. The health of the
-    whole server, the empty name, says that it lives."""
+    """Until cancelled, set the health of these services (grpc.health.v1) to whether they are ready. The health of the
+    whole server, under the empty name, says that it is alive.
+    """
     told: bool | None = None
     while True:
         if (ready := not why()) is not told:

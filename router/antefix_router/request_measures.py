@@ -1,4 +1,4 @@
-"""What requests used, as their ledger records say it: counted when a record is written, so the bill and these agree."""
+"""Metrics of what requests used, counted when a ledger record is written, so that they agree with the bill."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from antefix.telemetry.top_names import TopNames
 from antefix.usage import Evidence
 from antefix_billing.usage_record import Status, UsageRecord
 
-# Tenants that are shown by name; the others are one.
+# How many tenants are shown by name. All others are summed under one name.
 NUM_TENANTS_MAX: Final = 20
-# A label must not be empty: Prometheus takes an empty one for none.
+# A label must not be empty: Prometheus treats an empty label as absent.
 NONE: Final = "none"
 
 
 class RequestMeasures:
-    """One router's, since it started. What a crash left open counts when it is closed, at the next start."""
+    """One router's metrics since its start. A request that a crash left open counts when it is closed, at the next
+    start.
+    """
 
     def __init__(self) -> None:
         def counter(name: str, help_text: str, *labels: str) -> Counter:
@@ -71,7 +73,7 @@ class RequestMeasures:
         )
 
     def count(self, record: UsageRecord) -> None:
-        """A record that was just written."""
+        """Count a record that was just written."""
         plan = record.restore_plan or NONE
         self._records.labels(record.status.value, plan).inc()
         if record.status is Status.FAILED:
@@ -96,7 +98,7 @@ class RequestMeasures:
         self._count_tenant(record, currency)
 
     def note_pace(self, seconds: float, num_tokens: int) -> None:
-        """So many tokens came after so long: each of them counts."""
+        """Count this many tokens that came together after this time."""
         for _ in range(num_tokens):
             self._between_tokens_s.observe(seconds / num_tokens)
 

@@ -1,5 +1,6 @@
-"""Which answers retries may have at one router: who reads a running one, when one without clients is given up, what is
-kept. Settles nothing by itself: `settle` does, once for all clients of an answer."""
+"""The answers that retries may have at one router: which clients read a running answer, when an answer without clients
+is abandoned, and which answers are kept. `settle` writes the record, once for all clients of an answer.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +17,16 @@ from antefix_router.answers import KeptAnswer, RetryConfig, SharedRun, Shelf
 from antefix_router.open_bill import Bill
 
 CLIENT_LEFT: Final = "the client went away"
-# Between being admitted to an answer and reading it a client is not counted as a reader; it needs milliseconds.
+# Between its admission and its first read, a client is not counted as a reader. That takes milliseconds.
 _ADMITTED_S: Final = 30.0
-# A whole answer without a client is settled after this, so that one who was just admitted finds it as it is.
+# An answer without a client is settled after this time, so that a client that was just admitted can still join it.
 _MADE_S: Final = 2.0
 
 Settle = Callable[[Bill, Status, str], asyncio.Task[Settled | None]]
 
 
 class Retries:
-    """One router's. settle: writes an answer's record."""
+    """The answers of one router.  settle: writes an answer's record."""
 
     def __init__(self, config: RetryConfig, settle: Settle) -> None:
         self._config = config
@@ -50,7 +51,7 @@ class Retries:
         )
 
     def kept(self, request: GenerationRequest, opened: OpenEntry) -> KeptAnswer | None:
-        """The finished answer to this request, if it is still here and is all that is asked for."""
+        """The finished answer to this request, if it is still kept and has everything the request asks for."""
         kept = self._shelf.get(opened.key)
         if kept is None or not kept.fits(request, opened):
             return None
@@ -58,14 +59,15 @@ class Retries:
         return kept
 
     def share(self, bill: Bill) -> None:
-        """An admitted request's answer may be read by others from now on."""
+        """Allow other clients to read an admitted request's answer from now on."""
         bill.shared = self._shared[bill.opened.key] = SharedRun(bill)
         self._wait_for_a_reader(bill.shared, _ADMITTED_S)
 
     def join(self, request: GenerationRequest, opened: OpenEntry) -> Bill | None:
-        """Another client of a running answer; what is made of it so far comes first. None: it does not run.
+        """Join another client to a running answer, which it reads from the beginning. None: no such answer is running.
 
-        Raises:  InvalidRequest: its id is another request's.  Conflict: it lacks what this one asks for.
+        Raises:  InvalidRequest: the id belongs to another request.  Conflict: the answer lacks something that this
+        request asks for.
         """
         shared = self._shared.get(opened.key)
         if shared is None:
@@ -83,7 +85,9 @@ class Retries:
         return bill
 
     def left(self, shared: SharedRun) -> None:
-        """A client left. If it was the last, it may ask again: the answer is made on, within limits."""
+        """A client left. If it was the last one, the answer is still made, within limits, because the client may ask
+        again.
+        """
         if shared.num_readers or shared.settling is not None:
             return
         is_full = self._num_unattended > self._config.unattended_max
@@ -93,12 +97,14 @@ class Retries:
             self._wait_for_a_reader(shared, self._config.unattended_s)
 
     def made(self, shared: SharedRun) -> None:
-        """The answer is whole, or has failed; without a reader it is settled, and kept for one."""
+        """The answer is complete or has failed. Without a reader it is settled, and kept for a retry."""
         if not shared.num_readers and shared.settling is None:
             self._wait_for_a_reader(shared, _MADE_S)
 
     def end(self, shared: SharedRun, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:
-        """Settle the answer, once for all of its clients. bill: whose client has all of it, where one has."""
+        """Settle the answer, once for all of its clients.  bill: that of a client that has the whole answer, if there
+        is one.
+        """
         if shared.settling is None:
             if shared.error is None and shared.generation.finish_reason and status is not Status.FAILED:
                 self._shelf.put(bill.opened.key, KeptAnswer.of(shared.generation, bill.opened))
@@ -109,7 +115,7 @@ class Retries:
         return shared.settling
 
     def drain(self) -> None:
-        """No client can come for an answer any more: those that have none are given up, now and later."""
+        """No client can come any more, so answers without a client are abandoned, now and later."""
         self.is_draining = True
         for shared in [each for each in self._shared.values() if not each.num_readers]:
             self._give_up(shared)

@@ -1,4 +1,4 @@
-"""Settings of a router: the HTTP door's and the bill's, and its own."""
+"""Settings of a router: those of its HTTP server and its bill, and its own."""
 
 from __future__ import annotations
 

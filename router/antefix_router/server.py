@@ -59,7 +59,7 @@ from antefix_router.readiness import tell_readiness
 from antefix_router.router_config import RouterConfig
 from antefix_router.usage_service import UsageServicer
 
-# A caller without a deadline gets this one; nothing runs for ever.
+# A caller without a deadline gets this one, so that nothing runs without end.
 REQUEST_TIMEOUT_S = 3600.0
 
 
@@ -216,7 +216,7 @@ async def run(config: RouterConfig, *, watch_stdin: bool = False) -> None:
 
     Raises:  ModelError, ConfigError: the model directory or a setting is not usable.
     """
-    # The router, which has the keys, is made with the security that asks for them.
+    # The router holds the keys, so the security that checks them is created first and the router with it.
     security = _open_security(config, lambda: router.front.keys)
     security.use()
     router = await _open_router(config, security)
@@ -265,7 +265,7 @@ def _open_security(config: RouterConfig, keys: Callable[[], KeyRegister]) -> Pro
 
 
 async def _open_router(config: RouterConfig, security: ProcessSecurity) -> Router:
-    """It has asked the workers what they compute, and follows nothing yet."""
+    """The router, which has asked the workers for their arithmetic, and follows no events yet."""
     stores = store_addresses(config)
     called = [where.address for where in stores]
     security.check_calling((*called, *called_names((*config.prefill, *config.decode))))

@@ -21,18 +21,18 @@ from antefix_billing.pruned import check_cursor
 from antefix_billing.usage_record import request_key
 from antefix_router.front import BilledFront
 
-# 256 records are some 200 KB: far under the message limit, far over a call's overhead.
+# 256 records are some 200 KB: far below the message limit, and large enough that a call's overhead does not matter.
 RECORDS_A_MESSAGE = 256
 FOLLOW_EVERY_S = 0.5
 _NUM_THREADS = 2
 
 
 class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
-    """Reads the ledger's files as any process may; the writer is not disturbed."""
+    """Reads the ledger's files, as any process may, without disturbing the writer."""
 
     def __init__(self, front: BilledFront) -> None:
         self._front = front
-        # Of their own: many exports, or a disk that hangs, hold up no other work of the process.
+        # Separate threads, so that many exports or a hanging disk do not delay other work of the process.
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="antefix-export")
 
     async def Export(
@@ -42,7 +42,7 @@ class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
         loop = asyncio.get_running_loop()
         check_cursor(ledger.directory, cursor)
         while True:
-            # Only what is durable: an entry that a crash takes back must not have been exported.
+            # Only durable entries are exported, because a crash may remove any later one.
             durable = ledger.sequence
             found = read_settled(ledger.directory, after=cursor)
             records = takewhile(lambda item: item.sequence <= durable, found)  # noqa: B023 - read before it changes
@@ -75,7 +75,7 @@ class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
 
 
 def _tenant_of(asked: str) -> str | None:
-    """Whose records a caller gets; None: all. Only who may act for every tenant gets those of all."""
+    """The tenant whose records a caller gets; None: all tenants, only for a caller that may act for every tenant."""
     identity = admitted().identity
     return None if not asked and ALL_TENANTS in identity.tenants else identity.tenant(asked)
 

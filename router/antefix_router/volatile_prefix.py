@@ -1,9 +1,9 @@
-"""Whether a client's prompts begin with something that changes. A warning for the bill; decides nothing.
+"""Detects that a client's prompts begin with text that changes each time. This is only a warning in the bill.
 
-A prefix cache hits up to the first token that differs. Who puts a time, an id or a checksum at the head of a prompt
-computes all of it again, and sees only misses. So the heads of each client's last prompts are kept: where a new prompt
-differs from one of them early and says the same afterwards, its beginning is volatile. Both are bounded, by client
-(tenant and user, whose cache is one) and in all; a prompt costs under a millisecond.
+A prefix cache hits up to the first token that differs. A client that puts a time, an id or a checksum at the head of
+its prompts computes the whole prompt again each time. So the heads of each client's last prompts are kept. If a new
+prompt differs from them early but continues with the same text, its beginning is volatile. The memory is bounded per
+client (tenant and user) and in all. A prompt takes under a millisecond.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import numpy.typing as npt
 
 from antefix.clients import Tokens
 
-# What is looked at. A longer head would find the same: what comes early decides.
+# How many tokens are compared. More would not change the result, because only early changes matter.
 HEAD_TOKENS: Final = 1024
-# Prompts that are alike this far begin alike: four blocks, enough for what a format writes before all text.
+# Prompts that are equal this far do not count as different: four blocks, more than a format writes before all text.
 _BEGINNING_TOKENS: Final = 256
-# Less text in common than this may be chance.
+# Less common text than this may be chance.
 _LATER_TOKENS_MIN: Final = 128
-# Text is compared by its windows of this size, because what changes may have changed its length as well.
+# Texts are compared by windows of this size, because the changing part may also change its length.
 _WINDOW_TOKENS: Final = 16
-# Agents interleave a few kinds of prompts.
+# Agents alternate between a few kinds of prompts.
 _NUM_HEADS: Final = 4
-# At most 16 KiB each.
+# Each takes 16 KiB at most.
 NUM_CLIENTS_MAX: Final = 2048
 
 _FACTORS: Final = np.array([pow(0x9E3779B97F4A7C15, i + 1, 1 << 64) for i in range(_WINDOW_TOKENS)], np.uint64)
@@ -40,7 +40,7 @@ class _Head:
 
 
 class PrefixWatch:
-    """The heads of the last prompts, by client; least recently seen clients go first."""
+    """The heads of the last prompts, by client. The least recently seen clients are dropped first."""
 
     def __init__(self, num_clients_max: int = NUM_CLIENTS_MAX) -> None:
         self._num_clients_max = num_clients_max
@@ -50,7 +50,7 @@ class PrefixWatch:
         return len(self._heads)
 
     def note(self, client: str, tokens: Tokens) -> bool:
-        """Whether this prompt of the client begins with something that changed since one of its last prompts."""
+        """Whether this prompt begins with text that has changed since one of the client's last prompts."""
         head = np.array(tokens[:HEAD_TOKENS], np.uint32)
         heads = self._heads.setdefault(client, deque(maxlen=_NUM_HEADS))
         self._heads.move_to_end(client)
@@ -65,7 +65,7 @@ def _judge(head: npt.NDArray[np.uint32], heads: deque[_Head]) -> bool:
     shared = [(_num_shared(head, older.tokens), older) for older in heads]
     for num, older in shared:
         if num == len(head) == len(older.tokens):
-            return older.is_volatile  # the same again: another attempt
+            return older.is_volatile  # the same prompt again: another attempt
     if any(num >= min(_BEGINNING_TOKENS, len(head), len(older.tokens)) for num, older in shared):
         return False
     return any(_says_the_same(head[num:], older.tokens[num:]) for num, older in shared)
@@ -79,13 +79,13 @@ def _num_shared(one: npt.NDArray[np.uint32], other: npt.NDArray[np.uint32]) -> i
 
 
 def _says_the_same(new: npt.NDArray[np.uint32], old: npt.NDArray[np.uint32]) -> bool:
-    """Whether at least half of what follows the difference stood in the other prompt as well."""
+    """Whether at least half of the text after the difference also occurs in the other prompt."""
     if min(len(new), len(old)) < _LATER_TOKENS_MIN:
         return False
     return bool(np.isin(_windows(new), _windows(old)).mean() >= 0.5)
 
 
 def _windows(tokens: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
-    """A hash of each window. It wraps around; a collision would make a warning a little likelier."""
+    """A hash of each window, with wrap-around. A collision would only make a wrong warning slightly more likely."""
     windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64), _WINDOW_TOKENS)
     return (windows * _FACTORS).sum(axis=1, dtype=np.uint64)  # type: ignore[no-any-return]

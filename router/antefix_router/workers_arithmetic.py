@@ -1,7 +1,8 @@
-"""What the workers compute. It is part of every name, so a router learns it from them, and it is the same for all.
+"""The arithmetic with which the workers compute. It is part of every block's name, so a router learns it from the
+workers, and all of them must have the same.
 
-Nothing here decides what may be hit: workers name KV by what they measured themselves. A router that named otherwise
-would only look in the wrong place.
+This does not decide what may be hit: workers name KV by the arithmetic that they measured. A router with another
+arithmetic would only look up the wrong names.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """who: role and address.  setup: where it computes, for people."""
+    """who: role and address.  setup: the hardware and software set-up, for people."""
 
     who: str
     arithmetic: str
@@ -39,7 +40,7 @@ def difference(one: Said, other: Said) -> str:
 
 
 def agreed(said: Sequence[Said]) -> str:
-    """The one arithmetic that all have; empty if nobody said any.
+    """The one arithmetic that all workers have; empty if none reported one.
 
     Raises:  ConfigError: there are two.
     """
@@ -50,7 +51,7 @@ def agreed(said: Sequence[Said]) -> str:
 
 
 async def learn(workers: Sequence[Worker]) -> str:
-    """Ask the workers until one has answered; what all that answered compute.
+    """Ask the workers until one has answered. Returns the arithmetic of all that answered.
 
     Raises:  ConfigError: they differ.
     """

@@ -1,1 +1,3 @@
-"""Usage on its way to a billing system: read from ledgers, sent, and noted as sent. At least once, with stable ids."""
+"""Sends usage to a billing system: reads ledgers, sends each entry at least once with a stable id, and records what was
+sent.
+"""

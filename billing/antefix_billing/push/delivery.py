@@ -1,4 +1,4 @@
-"""One record or adjustment as it is sent, whatever it is sent to. Pure."""
+"""One record or adjustment in the form in which it is sent to any receiver. Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from antefix_billing.ledger_files import Settled
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """id: the same however often it is sent, and of no other.  customer: as the receiving system calls the tenant.
+    """id: stays the same when the item is sent again, and is unique.  customer: the receiving system's name for the
+    tenant.
 
     event: the CloudEvent.  counts: tokens, by the record's field names; empty for an adjustment.
     """
@@ -35,7 +36,7 @@ class Delivery:
 
 
 def delivery_of(item: Settled | Adjusted, customer: str) -> Delivery:
-    """customer: of the item's tenant."""
+    """Build the delivery of a ledger item.  customer: the receiver's name for the item's tenant."""
     event = cloud_event(item)
     event["subject"] = customer
     id = hashlib.blake2b(f"{event['source']} {event['id']}".encode(), digest_size=16).hexdigest()

@@ -1,14 +1,11 @@
 """Where usage is sent, read from TOML.
 
-[[sink]]
-name = "stripe"                     # its cursors and dead letters are kept under this name
-kind = "stripe"                     # openmeter, lago, stripe or webhook
-url = "https://api.stripe.com"      # https, or http to this host
-key_file = "stripe.key"             # the API key, or the secret of a webhook's HMAC; for its owner only
-unmapped = "dead_letter"            # a tenant without a customer: dead_letter, skip, or name (sent under its name)
-meters = { antefix_input = "cache_miss_tokens", antefix_hits = "cache_hit_tokens" }   # stripe: event names
-code = "antefix"                    # lago: the billable metric's
-customers = { acme = "cus_123" }
+[[sink]] name = "stripe"                     # names the files of its cursors and dead letters kind = "stripe"
+# openmeter, lago, stripe or webhook url = "https://api.stripe.com"      # https, or http to this host key_file =
+"stripe.key"             # the API key, or the secret of a webhook's HMAC; for its owner only unmapped = "dead_letter"
+# a tenant without a customer: dead_letter, skip, or name (sent under its name) meters = { antefix_input =
+"cache_miss_tokens", antefix_hits = "cache_hit_tokens" }   # stripe: event names code = "antefix"                    #
+lago: the billable metric's customers = { acme = "cus_123" }
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ _METERS: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkConfig:
-    """One receiver. key: in clear."""
+    """One receiver.  key: in plaintext."""
 
     name: str
     kind: str
@@ -52,12 +49,15 @@ class SinkConfig:
     customers: dict[str, str] = field(default_factory=dict)
 
     def customer(self, tenant: str) -> str | None:
-        """None: the tenant has none."""
+        """The receiver's name for this tenant; None if it has none."""
         return self.customers.get(tenant or "default") or ((tenant or "default") if self.unmapped == "name" else None)
 
 
 def load_sinks(path: Path) -> list[SinkConfig]:
-    """Raises:  ConfigError: the file does not parse or does not make sense, or a key is open to others."""
+    """Read the receivers.
+
+    Raises:  ConfigError: the file does not parse, a setting is invalid, or others can read a key file.
+    """
     file = Table(read_toml(path, "push settings"), f"push settings {path}")
     sinks = [_sink(table, path.parent) for table in file.children("sink")]
     file.close()

@@ -1,9 +1,10 @@
-"""Sends what ledgers gain to one receiver, and notes how far it is. What is refused for good becomes a dead letter.
+"""Sends new ledger entries to one receiver, and records how far it got. An entry that is refused for good becomes a
+dead letter.
 
-    STATE/NAME.json     cursor of each ledger: what lies before it was taken, or is a dead letter; replaced as a whole
-    STATE/NAME.dead     dead letters, one JSON object a line, synced before the cursor passes them
+    STATE/NAME.json     a cursor per ledger: entries up to it were accepted or are dead letters; replaced as a whole
+    STATE/NAME.dead     dead letters, one JSON object per line, synced before the cursor passes them
 
-A crash between sending and noting sends again: the receiver knows the ids.
+After a crash between sending and moving the cursor, the entries are sent again; the receiver recognises their ids.
 """
 
 from __future__ import annotations
@@ -36,13 +37,15 @@ _WAIT_MAX_S: Final = 60.0
 
 
 def sent_to(state: Path, source: bytes) -> int:
-    """The last entry of a ledger that every receiver of this state has, or that is a dead letter; 0: none."""
+    """The last entry of a ledger up to which every receiver in this state directory has all entries, dead letters
+    included; 0: none.
+    """
     found = [read_cursors(path) for path in sorted(state.glob("*.json"))]
     return min((cursors.get(source.hex(), 0) for cursors in found), default=0)
 
 
 def read_cursors(path: Path) -> dict[str, int]:
-    """How far one receiver's is, by ledger.  Raises:  ConfigError: it is no such file."""
+    """One receiver's cursors, by ledger.  Raises:  ConfigError: the file is not a cursor file."""
     if not path.exists():
         return {}
     found = read_json(path, "push cursors")
@@ -54,7 +57,7 @@ def read_cursors(path: Path) -> dict[str, int]:
 
 @dataclass(slots=True)
 class PushCounters:
-    """sent: taken by the receiver.  dead: dead letters.  failed: calls that failed and are made again."""
+    """sent: entries accepted by the receiver.  dead: dead letters.  failed: calls that failed and will be repeated."""
 
     sent: int = 0
     dead: int = 0
@@ -63,7 +66,9 @@ class PushCounters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """An entry that a receiver refused for good, or that has no customer there. ledger: its source, hex."""
+    """An entry that the receiver refused for good, or whose tenant has no customer there.  ledger: the ledger's source,
+    hex.
+    """
 
     ledger: str
     sequence: int
@@ -74,7 +79,7 @@ class DeadLetter:
 
 
 class Pusher:
-    """Of one receiver, from any number of ledgers. Only one process may have its state directory."""
+    """Sends the entries of any number of ledgers to one receiver. Only one process may use its state directory."""
 
     def __init__(
         self,
@@ -85,7 +90,7 @@ class Pusher:
         *,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        """sleep: waits; returns something true to stop."""
+        """sleep: waits for that many seconds; a true return value stops the pusher."""
         self.config = config
         self.counters = PushCounters()
         self._sink = sink
@@ -96,17 +101,17 @@ class Pusher:
         self.cursors = read_cursors(self._path)
 
     def backlog(self) -> int:
-        """Entries that ledgers have behind the cursors."""
+        """How many ledger entries lie after the cursors."""
         ends = {source: Mark.of(ledger) for source, ledger in self._ledgers.items()}
         return sum(max(0, mark.sequence - self.cursors.get(source, 0)) for source, mark in ends.items() if mark)
 
     @property
     def num_dead(self) -> int:
-        """Dead letters, of this run and of those before."""
+        """How many dead letters there are, including those of earlier runs."""
         return len(self._read_dead())
 
     def push(self) -> bool:
-        """Send all that is there now. Returns False where waiting was ended."""
+        """Send everything that is there now. Returns False if the pusher was stopped while it waited."""
         for source, ledger in self._ledgers.items():
             durable = mark.sequence if (mark := Mark.of(ledger)) is not None else None
             self._tell_pruned(source, ledger)
@@ -115,13 +120,14 @@ class Pusher:
                 for item in read_billed(ledger, after=self.cursors.get(source, 0))
                 if durable is None or item.sequence <= durable
             )
-            # Sent in order, one batch after the other; the first that has to wait for ever ends it.
+            # Ledgers are sent in order, one batch after the other. A batch that cannot be sent until the pusher is
+            # stopped ends the run.
             if not all(self._push_batch(source, batch) for batch in _batches(items, self._sink.num_a_batch)):
                 return False
         return True
 
     def _tell_pruned(self, source: str, ledger: Path) -> None:
-        """What is not here any more cannot be sent."""
+        """Log which entries were pruned before they could be sent, and move the cursor past them."""
         last, _ = pruned_to(ledger)
         if (cursor := self.cursors.get(source, 0)) < last:
             log.error(
@@ -132,7 +138,7 @@ class Pusher:
             self.cursors[source] = last
 
     def push_dead(self) -> int:
-        """Send dead letters again; those that are taken are none any more. Returns how many are left."""
+        """Send dead letters again, and remove those that are accepted. Returns how many remain."""
         letters = self._read_dead()
         left = []
         for letter in letters:
@@ -148,7 +154,7 @@ class Pusher:
         return len(left)
 
     def _of_letter(self, letter: DeadLetter) -> Delivery | None:
-        """None: its ledger is not here, or its tenant still has no customer."""
+        """None if the entry's ledger is not among these, or its tenant still has no customer."""
         ledger = self._ledgers.get(letter.ledger)
         if ledger is None:
             return None
@@ -174,7 +180,9 @@ class Pusher:
         return None if customer is None else delivery_of(item, customer)
 
     def _send(self, source: str, deliveries: Sequence[Delivery]) -> bool:
-        """Until all of it is taken or buried. A batch that is refused is sent one by one, to find which one is."""
+        """Send until each item is accepted or is a dead letter. If a batch is refused, its items are sent one by one to
+        find the refused one.
+        """
         wait_s = _WAIT_MIN_S
         while True:
             try:
@@ -206,7 +214,7 @@ class Pusher:
     def _read_dead(self) -> list[DeadLetter]:
         if not self._dead_path.exists():
             return []
-        # The last line may be torn; its entry lies behind the cursor, and comes again.
+        # The last line may be incomplete. Its entry lies after the cursor, so it will be sent again.
         lines = self._dead_path.read_text().split("\n")[:-1]
         return [DeadLetter(**json.loads(line)) for line in lines]
 

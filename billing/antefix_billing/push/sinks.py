@@ -1,7 +1,7 @@
 """Receivers of usage: OpenMeter, Lago and Stripe through their own Python clients, and a webhook with an HMAC.
 
-Each gets stable ids by which it drops what it had before: OpenMeter (source, id), Lago `transaction_id`, Stripe
-`identifier` (for a day at least), a webhook `webhook-id` and each event's id. Sources: openmeter.io/docs (ingest),
+Each receiver drops repeats by an id that stays the same: OpenMeter by (source, id), Lago by `transaction_id`, Stripe by
+`identifier` (for at least a day), a webhook by `webhook-id` and each event's id. Sources: openmeter.io/docs (ingest),
 docs.getlago.com (events), docs.stripe.com (billing meter events), standardwebhooks.com.
 """
 
@@ -27,11 +27,13 @@ _EXTRA: Final = "pip install 'antefix[push]'"
 
 
 class Rejected(Exception):
-    """The receiver will never take this: it says so."""
+    """The receiver says that it will never accept this."""
 
 
 class TryLater(Exception):
-    """It may be taken later: the receiver is away, busy, or does not know us. retry_after_s: as it asks."""
+    """The receiver may accept this later: it is unreachable, busy, or does not accept our key yet.  retry_after_s: the
+    wait that it asks for.
+    """
 
     def __init__(self, message: str, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
@@ -39,16 +41,16 @@ class TryLater(Exception):
 
 
 class Sink(Protocol):
-    """num_a_batch: how many it takes at a time."""
+    """A receiver of usage.  num_a_batch: how many items it accepts at a time."""
 
     num_a_batch: int
 
     def send(self, batch: Sequence[Delivery]) -> None:
-        """Taken when this returns.  Raises:  Rejected, TryLater."""
+        """Send a batch. The receiver has accepted it when this returns.  Raises:  Rejected, TryLater."""
 
 
 def open_sink(config: SinkConfig) -> Sink:
-    """Raises:  ConfigError: its client is not installed."""
+    """Open a receiver.  Raises:  ConfigError: its client library is not installed."""
     kinds: dict[str, Callable[[SinkConfig], Sink]] = {
         "openmeter": OpenMeterSink,
         "lago": LagoSink,
@@ -59,8 +61,9 @@ def open_sink(config: SinkConfig) -> Sink:
 
 
 class WebhookSink:
-    """POST {"events": [CloudEvent, ...]}, signed as Standard Webhooks says: `v1,` and the HMAC-SHA256 of
-    "ID.TIMESTAMP.BODY", base64. Any 2xx takes it."""
+    """POST {"events": [CloudEvent, ...]}, signed as Standard Webhooks defines it: `v1,` and the base64 of the
+    HMAC-SHA256 of "ID.TIMESTAMP.BODY". Any 2xx status means that the events were accepted.
+    """
 
     num_a_batch = 100
 
@@ -90,13 +93,13 @@ class WebhookSink:
 
 
 def signature(secret: bytes, id: str, seconds: str, body: bytes) -> str:
-    """What a receiver compares with `webhook-signature`."""
+    """The value that a receiver compares with the header `webhook-signature`."""
     made = hmac.new(secret, f"{id}.{seconds}.".encode() + body, hashlib.sha256).digest()
     return "v1," + base64.b64encode(made).decode()
 
 
 class OpenMeterSink:
-    """A batch of CloudEvents; their (source, id) is what OpenMeter tells repeats by."""
+    """Sends batches of CloudEvents. OpenMeter recognises repeats by their (source, id)."""
 
     num_a_batch = 100
 
@@ -105,12 +108,12 @@ class OpenMeterSink:
             from openmeter import Client
         except ImportError as err:
             raise ConfigError(f"sink {config.name}: {_EXTRA}") from err
-        # Repeats are ours: those of the client would hide what is waiting.
+        # This program repeats failed calls. Repeats inside the client would hide how much is waiting.
         self._client: Any = Client(endpoint=config.url, token=config.key, retry_total=0)
 
     def send(self, batch: Sequence[Delivery]) -> None:
         try:
-            # As bytes: the client's own type would turn decimals into floats.
+            # Sent as bytes, because the client's own type would turn decimals into floats.
             body = io.BytesIO(json.dumps([each.event for each in batch], separators=(",", ":")).encode())
             self._client.events.ingest_events(body, content_type="application/cloudevents-batch+json")
         except Exception as err:
@@ -118,7 +121,7 @@ class OpenMeterSink:
 
 
 class LagoSink:
-    """One event each; the counts are its properties, the exact price is `precise_total_amount_cents`."""
+    """Sends one event per item. Its properties are the counts; `precise_total_amount_cents` is the exact price."""
 
     num_a_batch = 100
 
@@ -151,12 +154,14 @@ class LagoSink:
                 self._client.events.batch_create(self._batch(events=events))
         except Exception as err:
             if len(events) == 1 and "value_already_exist" in f"{err} {getattr(err, 'response', '')}":
-                return  # it has it
+                return  # Lago already has this event
             raise _failure_of(err) from err
 
 
 class StripeSink:
-    """A meter event for each count that is not zero. An adjustment is not tokens, and is nothing for a meter."""
+    """Sends a meter event for each count that is not zero. Adjustments are not sent, because they are money and meters
+    count tokens.
+    """
 
     num_a_batch = 1
 
@@ -166,7 +171,7 @@ class StripeSink:
         except ImportError as err:
             raise ConfigError(f"sink {config.name}: {_EXTRA}") from err
         self._meters = config.meters
-        # Repeats are ours: those of the client would hide what is waiting.
+        # This program repeats failed calls. Repeats inside the client would hide how much is waiting.
         self._client: Any = stripe.StripeClient(
             config.key, base_addresses={"api": config.url.rstrip("/")}, max_network_retries=0
         )
@@ -193,9 +198,10 @@ class StripeSink:
 
 
 def _failure_of(err: Exception) -> Rejected | TryLater:
-    """Of a client's exception: they name the HTTP status in one of these ways, or none where nobody answered.
+    """Classify a client's exception by its HTTP status, which the clients store in different attributes. No status
+    means that nobody answered.
 
-    Raises:  what is a fault of our own.
+    Raises:  the exception itself, if it is a bug of this program.
     """
     if isinstance(err, AttributeError | TypeError):
         raise err
@@ -207,7 +213,7 @@ def _failure_of(err: Exception) -> Rejected | TryLater:
 
 
 def _failure(status: int | None, message: str, retry_after: str | None) -> Rejected | TryLater:
-    # 401, 403 and 404 are ours to mend (a key, a meter that is not made yet), and no fault of the event's.
+    # 401, 403 and 404 are the operator's to mend (a key, a missing meter). The event itself is not at fault.
     if status is not None and 400 <= status < 500 and status not in (401, 403, 404, 408, 409, 425, 429):
         return Rejected(message)
     return TryLater(message, float(retry_after) if retry_after and retry_after.isdigit() else 0.0)

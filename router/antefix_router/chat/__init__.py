@@ -1,1 +1,3 @@
-"""Conversations to tokens and outputs back to messages, stable from turn to turn."""
+"""Turns conversations into tokens, and outputs into messages. A longer conversation begins with the tokens of the
+shorter one.
+"""

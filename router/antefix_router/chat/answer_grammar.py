@@ -1,7 +1,8 @@
-"""What an answer has to be, as a grammar in the engine's Lark dialect. Pure text; `router.grammar_check` tries it out.
+"""Writes the required form of an answer as a grammar in the engine's Lark dialect. Pure text; `router.grammar_check`
+checks it.
 
-One grammar spans the whole answer, its reasoning included: so what comes after the reasoning is held to its form, and
-nobody else needs to know where reasoning ends.
+One grammar covers the whole answer including its reasoning. So the text after the reasoning has the required form, and
+no other part of the system needs to know where reasoning ends.
 """
 
 from __future__ import annotations
@@ -13,36 +14,38 @@ import llguidance
 
 from antefix_router.chat.schema import UnusableSchema, prepared
 
-# One way to write each value: a model that may put white space anywhere may continue with it for ever.
+# Each JSON value can be written in only one way. If white space were allowed anywhere, a model could write it without
+# end.
 _WRITTEN: Final = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
 def quoted(text: str) -> str:
-    """A text as the grammar's literal."""
+    """The text as a literal of the grammar."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def json_rule(schema: Any) -> str:
-    """A JSON value that keeps to a prepared schema."""
+    """A grammar rule for a JSON value that satisfies a prepared schema."""
     if schema is False:
         raise UnusableSchema("no value keeps to it")
     return "%json " + json.dumps({**({} if schema is True else schema), "x-guidance": _WRITTEN}, ensure_ascii=False)
 
 
 def json_answer(schema: dict[str, Any] | None) -> str:
-    """The rule of an answer that is JSON; without a schema any object.  Raises:  UnusableSchema"""
+    """The rule for an answer that is JSON. Without a schema, any object is allowed.  Raises:  UnusableSchema"""
     return json_rule({"type": "object"} if schema is None else prepared(schema, strict=True))
 
 
 def json_grammar(schema: dict[str, Any] | None) -> str:
-    """The grammar of an answer that is nothing but JSON.  Raises:  UnusableSchema"""
+    """The grammar of an answer that consists of JSON alone.  Raises:  UnusableSchema"""
     return f"start: {json_answer(schema)}\n"
 
 
 def search_regex(pattern: str) -> str:
-    """A schema's `pattern` as a regex of the whole text: it may be found anywhere in it, but for its anchors.
+    """Turn a schema's `pattern` into a regex for the whole text. Without anchors, the pattern may match anywhere in the
+    text.
 
-    Raises:  UnusableSchema: anchors elsewhere than at its ends.
+    Raises:  UnusableSchema: the pattern has anchors elsewhere than at its ends.
     """
     body = pattern.removeprefix("^")
     starts, ends = len(body) < len(pattern), body.endswith("$") and not body.endswith("\\$")
@@ -50,13 +53,15 @@ def search_regex(pattern: str) -> str:
     if _has_bare(body, "^$") or ((starts or ends) and _has_bare(body, "|", outermost=True)):
         raise UnusableSchema(f"the pattern {pattern!r} cannot be enforced: anchors belong at its ends")
     written = llguidance.regex_to_lark(f"(?:{body})", "dw")
-    # The engine would take an empty line, or a comment, for the rule's end.
+    # The engine would treat an empty line or a comment as the end of the rule.
     written = written.replace("\n", "\\n").replace("\r", "\\r")
     return f"/{'' if starts else '(?s:.*)'}{written}{'' if ends else '(?s:.*)'}/"
 
 
 def _has_bare(pattern: str, chars: str, *, outermost: bool = False) -> bool:
-    """Whether one of the characters stands in it unescaped and in no class; outermost: in no group either."""
+    """Whether the pattern contains one of these characters unescaped and outside character classes.  outermost: only
+    outside groups too.
+    """
     is_escaped = in_class = False
     depth = 0
     for char in pattern:

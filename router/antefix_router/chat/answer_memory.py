@@ -1,11 +1,13 @@
-"""The tokens of answers given lately, so that a resent answer is the very tokens that were generated.
+"""Remembers the tokens of recent answers, so that a resent answer becomes exactly the tokens that were generated.
 
-Text to tokens is not always the inverse of tokens to text: a model may spell a word in other pieces than the tokenizer
-does, or end in half a character. Then a resent conversation would miss from its first answer on. An answer is found by
-all tokens before it and by what the client was told it said. In this process's memory only, least recently used out.
+Tokenizing an answer's text does not always give back the model's tokens: the model may split a word differently than
+the tokenizer, or stop within a character. The resent conversation would then miss from its first answer on. An answer
+is found by all tokens before it and by the message that the client was given. The memory belongs to this process and
+drops the least recently used answers.
 
-Many clients of OpenAI's chat have no place for reasoning and send an answer back without. Where the format keeps it,
-such an answer would be another one, and miss from there on; so it is found by the rest of it, and put back whole.
+Many clients of OpenAI's chat API cannot store reasoning and send an answer back without it. If the format keeps
+reasoning, such an answer would have other tokens and miss from there on. So it is looked up without its reasoning, and
+put back with it.
 """
 
 from __future__ import annotations
@@ -21,15 +23,16 @@ import numpy as np
 
 from antefix_router.chat.messages import Message
 
-# 4 bytes per token: 32 MB.
+# 32 MB, at 4 bytes per token.
 NUM_TOKENS_MAX = 8 << 20
-# What an answer takes besides its tokens, counted as so many of them: millions of answers of one token must not fit.
+# The overhead of an answer in memory, counted in tokens. Without it, millions of answers of one token each would be
+# kept.
 _TOKENS_A_NAME = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundAnswer:
-    """An answer's tokens. is_restored: they hold reasoning that the client did not send back."""
+    """An answer's tokens.  is_restored: they hold reasoning that the client did not send back."""
 
     tokens: list[int]
     is_restored: bool
@@ -37,7 +40,7 @@ class FoundAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kept:
-    """said: its name without its reasoning, if it has some."""
+    """said: the answer's name without its reasoning, if it has reasoning."""
 
     packed: bytes
     said: bytes | None
@@ -52,25 +55,29 @@ class _Kept:
 
 
 class AnswerMemory:
-    """Answers of all tenants; the cache tenant is part of the name, so nobody meets another's. Thread-safe."""
+    """Answers of all tenants. The cache tenant is part of an answer's name, so no tenant gets another's.
+    Thread-safe.
+    """
 
     def __init__(self, num_tokens_max: int = NUM_TOKENS_MAX) -> None:
         self._num_tokens_max = num_tokens_max
         self._num_tokens = 0
-        # Long prompts are encoded, and their answers looked up, in threads.
+        # A lock, because threads encode long prompts and look up their answers.
         self._lock = threading.Lock()
         self._answers: OrderedDict[bytes, _Kept] = OrderedDict()
-        # From the name without reasoning to the last answer that has it.
+        # Maps an answer's name without reasoning to the last such answer with reasoning.
         self._said: dict[bytes, bytes] = {}
 
     def put(self, before: Sequence[int], message: Message, tokens: Sequence[int], *, tenant: str) -> None:
-        """Remember that after `before` (the prompt) the model wrote `tokens`, which the client saw as `message`."""
+        """Remember that after `before` (the prompt) the model wrote `tokens`, which the client was shown as
+        `message`.
+        """
         prefix = prefix_state(tenant, before)
         said = answer_name(prefix, replace(message, reasoning="")) if message.reasoning else None
         self._keep(answer_name(prefix, message), tokens, said)
 
     def keep_aside(self, name: bytes, tokens: Sequence[int]) -> None:
-        """Remember tokens by a name of `aside_name`."""
+        """Remember tokens under a name made by `aside_name`."""
         self._keep(name, tokens, None)
 
     def aside(self, name: bytes) -> list[int] | None:
@@ -92,7 +99,7 @@ class AnswerMemory:
                 self._drop(next(iter(self._answers)))
 
     def get(self, prefix: hashlib.blake2b, message: Message) -> FoundAnswer | None:
-        """The tokens that were this message after these tokens."""
+        """The tokens that the model generated for this message after this prefix."""
         name = answer_name(prefix, message)
         with self._lock:
             if is_restored := name not in self._answers and not message.reasoning:
@@ -120,7 +127,7 @@ def _cost(nbytes: int, *, num_names: int) -> int:
 
 
 def prefix_state(tenant: str, tokens: Sequence[int]) -> hashlib.blake2b:
-    """A hash over tenant and tokens that can be continued."""
+    """A hash over tenant and tokens, to which more tokens can be added."""
     state = hashlib.blake2b(digest_size=32, person=b"antefix-answers")
     state.update(len(tenant.encode()).to_bytes(4, "little") + tenant.encode())
     state.update(np.asarray(tokens, "<u4").tobytes())
@@ -128,15 +135,19 @@ def prefix_state(tenant: str, tokens: Sequence[int]) -> hashlib.blake2b:
 
 
 def aside_name(prefix: hashlib.blake2b) -> bytes:
-    """What was said aside behind this prefix. No part of an answer is as long as the mark says."""
+    """The name of the request-dependent text (`Aside`) after this prefix. Its length mark is longer than any part of an
+    answer, so it cannot equal an answer's name.
+    """
     state = prefix.copy()
     state.update(b"\xff" * 8 + b"aside")
     return state.digest()
 
 
 def answer_name(prefix: hashlib.blake2b, message: Message) -> bytes:
-    """Tool calls count by name and arguments: clients keep those, and some make up ids of their own. Many keep the
-    arguments as an object and rewrite it, so their JSON counts by what it says."""
+    """The name of an answer after a prefix. Of a tool call, name and arguments count: clients keep those, and some
+    replace the ids. Many clients parse the arguments and write them again, so arguments that are equal as JSON count as
+    equal.
+    """
     state = prefix.copy()
     parts = [message.reasoning, message.content]
     for call in message.tool_calls:
@@ -148,7 +159,7 @@ def answer_name(prefix: hashlib.blake2b, message: Message) -> bytes:
 
 
 def _canonical(arguments: str) -> str:
-    """One text for all ways to write the same JSON; what is no JSON is itself."""
+    """The same text for all spellings of the same JSON. Text that is not JSON stays as it is."""
     try:
         return json.dumps(json.loads(arguments, parse_float=_number), sort_keys=True)
     except (ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""How a conversation is written for a model: what all formats have in common."""
+"""The interface of chat formats, which write a conversation for a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from antefix_router.chat.messages import Conversation, Delta, Effort, Piece
 
 
 class OutputParser(Protocol):
-    """Takes an answer's text as it comes. `push` and `finish` give what is certain; the rest waits."""
+    """Parses an answer's text as it arrives. `push` and `finish` return what is certain; undecided text waits."""
 
     in_reasoning: bool
 
@@ -18,36 +18,38 @@ class OutputParser(Protocol):
 
 
 class ChatFormat(Protocol):
-    """One model family's way of writing. Rendering a longer conversation begins with the shorter one's rendering, as
-    far as the format itself allows: that is what makes the next turn hit."""
+    """One model family's chat format. As far as the format allows, the rendering of a longer conversation begins with
+    the rendering of the shorter one. This makes the next turn hit.
+    """
 
     name: str
     supports_reasoning: bool
-    # Writing runs somebody else's program, which may take its time: not for an event loop.
+    # Rendering runs a template from outside, which may be slow, so it must not run in the event loop.
     is_program: bool
 
     def render(self, conversation: Conversation) -> list[Piece]:
-        """Raises:  InvalidRequest: the format has no way to write this."""
+        """Write the conversation.  Raises:  InvalidRequest: the format cannot express it."""
 
     def parser(self, conversation: Conversation) -> OutputParser: ...
 
     def grammar(self, conversation: Conversation) -> str:
-        """What the answer has to be so that `parser` reads what the conversation asks for; empty: anything.
+        """The grammar of an answer that `parser` can read and that has the form the conversation asks for; empty: any
+        answer.
 
-        Raises:  UnusableSchema: a schema in it cannot be enforced.
+        Raises:  UnusableSchema: a schema in the conversation cannot be enforced.
         """
 
     def mode_name(self, effort: Effort) -> str:
-        """What clients and bills are told of how the model thought: "off", "low", "high" or "max"."""
+        """The thinking mode as clients and bills name it: "off", "low", "high" or "max"."""
 
 
 def mode_name(effort: Effort) -> str:
-    """As clients and bills have it, where a format tells all efforts apart."""
+    """The mode's name in a format that distinguishes all efforts."""
     return "off" if effort is Effort.NONE else effort.value
 
 
 class PlainParser:
-    """All text is content."""
+    """Treats all text as content."""
 
     in_reasoning = False
 

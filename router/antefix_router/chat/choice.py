@@ -1,4 +1,4 @@
-"""Which format a model's conversations are written in."""
+"""Chooses the format in which a model's conversations are written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from antefix_router.chat.template import TemplateFormat, template_of
 
 
 def choose_format(name: str, model: Path, tokenizer: Tokenizer, *, bounded: bool = False) -> ChatFormat:
-    """The format by setting; "auto" looks at the model directory: its own template, then V4, then plain.
+    """The format that the setting names. "auto" takes the model directory's own template, or else the V4 format, or
+    else the plain one.
 
-    Raises:  ConfigError: the model directory has no template but one was asked for.
+    Raises:  ConfigError: the template was asked for and the model directory has none.
     """
     template = template_of(model)
     if name == "auto":
@@ -36,8 +37,9 @@ def choose_format(name: str, model: Path, tokenizer: Tokenizer, *, bounded: bool
 
 
 def _deepseek_v4(model: Path) -> str:
-    """The format of a V4 checkpoint, or empty. Its config does not tell the later checkpoint from the first; the
-    encoder that is shipped next to it does, and else its name."""
+    """The format name of a V4 checkpoint; empty if it is none. The config is the same for both V4 checkpoints. The
+    encoder shipped with the checkpoint distinguishes them or, without it, the directory's name.
+    """
     config = read_config(model)
     if config.get("model_type") != "deepseek_v4":
         return ""  # DeepSeek-V4.1 ("deepseek_v41") is another architecture with another format

@@ -2,13 +2,15 @@
 
     BOS [effort] system [tools] (USER text ASSISTANT think-tag answer [calls] EOS)*
 
-The checkpoint of July 31st (DeepSeek-V4-Flash-0731) has another ladder of efforts and is otherwise written alike.
+The checkpoint of July 31st (DeepSeek-V4-Flash-0731) has other prompts for the efforts. Its format is otherwise the
+same.
 
-Non-thinking answers follow `</think>`, thinking ones `<think>`. Reasoning of earlier turns is left out, unless tools
-are there: then the model has to see why it called what it called. Tool results go into the next user turn, in the order
-of the calls. Tool calls are DSML: `<｜DSML｜tool_calls>` around `invoke` elements with one `parameter` each.
+Non-thinking answers follow `</think>`, thinking ones `<think>`. Reasoning of earlier turns is left out, unless there
+are tools: then the model has to see why it made its calls. Tool results go into the next user turn, in the order of the
+calls. Tool calls are DSML: `<｜DSML｜tool_calls>` around `invoke` elements with one `parameter` each.
 
-The format has system text at the head only. What comes later stands where the client put it, as text of a user's turn.
+The format has a place for system text only at the head. Later system text stays where the client put it, as text of a
+user's turn.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ ASSISTANT: Final = "<｜Assistant｜>"
 THINK: Final = "<think>"
 THINK_END: Final = "</think>"
 
-# The prompts below are part of what the model was trained on; a changed letter is another model.
+# The model was trained on exactly these prompts. Changing a letter would change its behaviour.
 _ABSOLUTE: Final = (
     "Reasoning Effort: Absolute maximum with no shortcuts permitted.\n"
     "You MUST be very thorough in your thinking and comprehensively decompose the problem to resolve the root cause,"
@@ -94,8 +96,9 @@ _SCHEMA: Final = "## Response Format:\n\nYou MUST strictly adhere to the followi
 
 
 class DeepSeekV4Format:
-    """See the module. efforts: what stands before everything else where the model is to think; EFFORTS_0731 for that
-    checkpoint."""
+    """The format described above.  efforts: for each effort, the text that begins a prompt if the model is to think;
+    EFFORTS_0731 for that checkpoint.
+    """
 
     supports_reasoning = True
     is_program = False
@@ -133,7 +136,7 @@ class DeepSeekV4Format:
         return [*pieces, *_aside(conversation, messages[head:], is_last=True), *_opening(conversation.effort, True)]
 
     def mode_name(self, effort: Effort) -> str:
-        """LOW and HIGH are one and the same, but for the later checkpoint's own ladder."""
+        """LOW and HIGH have the same name, except for the later checkpoint, which distinguishes them."""
         if effort is Effort.LOW and self._efforts is not EFFORTS_0731:
             return Effort.HIGH.value
         return mode_name(effort)
@@ -151,7 +154,7 @@ def _begins_thinking(conversation: Conversation) -> bool:
 
 
 def _preamble(conversation: Conversation, messages: tuple[Message, ...]) -> list[Piece]:
-    """System text, tools, response format, in the order that the model was trained on."""
+    """System text, tools and response format, in the order that the model was trained on."""
     pieces: list[Piece] = []
     for index, message in enumerate(messages[: _num_system(messages)]):
         pieces += [Special(text="\n\n")] if index else []
@@ -172,7 +175,9 @@ def _num_system(messages: tuple[Message, ...]) -> int:
 
 
 def _aside(conversation: Conversation, turns: tuple[Message, ...], *, is_last: bool) -> list[Piece]:
-    """At the end of the user's turn that `turns` end with, or as a turn of its own."""
+    """The request-dependent text (`Aside`), placed at the end of the last user turn of `turns`, or as a turn of its
+    own.
+    """
     if not conversation.aside:
         return []
     follows = bool(turns) and turns[-1].role is not ChatRole.ASSISTANT
@@ -213,16 +218,17 @@ def _call(call: ToolCall) -> list[Special | Plain]:
             Plain(text=value if is_text else _json(value)),
             Special(text=f"</{DSML}parameter>\n"),
         ]
-    # A call without parameters keeps the empty line that the model writes there.
+    # For a call without parameters, the model writes an empty line here, so it is kept.
     return [*pieces, Special(text=f"{'' if arguments else chr(10)}</{DSML}invoke>\n")]
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """What an old call was made with. Text that is no JSON object stays text: the model may as well see its mistake,
-    and a conversation must not be refused for it from then on."""
+    """The arguments of an earlier call. Text that is not a JSON object stays text, so that the model sees its mistake
+    and the conversation is not refused in all later turns.
+    """
     try:
         arguments = json.loads(text or "{}")
-        # An escape can stand for half of a surrogate pair, which is no text.
+        # A JSON escape can stand for half of a surrogate pair, which is not valid text.
         json.dumps(arguments, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         arguments = None
@@ -237,7 +243,9 @@ def _spoken(message: Message) -> list[Piece]:
 
 
 def _in_call_order(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Results of parallel calls in the order of the calls, however the client sent them: one rendering, one prefix."""
+    """Put the results of parallel calls in the order of the calls, whatever order the client sent. So every turn gives
+    the same prefix.
+    """
     ordered = list(messages)
     order: dict[str, int] = {}
     start = 0

@@ -1,7 +1,7 @@
-"""Reading DeepSeek-V4's answers as they come: reasoning, text, and tool calls in DSML.
+"""Parses DeepSeek-V4's answers as they arrive: reasoning, text, and tool calls in DSML.
 
-A call is handed on piece by piece: its name, then its arguments as pieces of a JSON object. No markup is ever part of
-the text, whole or cut off: what belongs to a call is told as a call or, where nobody could carry it out, left out.
+A call is passed on piece by piece: its name, then its arguments as pieces of a JSON object. Markup never appears in the
+text, neither complete nor cut off. A call is passed on as a call, or is left out if no client could execute it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _TAGS: Final = (f"<{DSML}", f"</{DSML}")
 _CALLS_END: Final = f"</{DSML}tool_calls>"
 _INVOKE_END: Final = f"</{DSML}invoke>"
 _PARAMETER_END: Final = f"</{DSML}parameter>"
-# `function_calls` is what the version before called the block.
+# The previous model version called the block `function_calls`.
 _TAG: Final = re.compile(rf"<(/?){DSML}([a-z_]*)([^<>\n]*)>")
-# Longer than any name; what continues without an end is no tag.
+# Longer than any name. Text that continues beyond this without an end is not a tag.
 _TAG_CHARACTERS_MAX: Final = 512
 _BLOCK_NAMES: Final = ("tool_calls", "function_calls")
 _NAME: Final = re.compile(r'name="([^"]*)"')
@@ -30,9 +30,9 @@ _IS_TEXT: Final = re.compile(r'string="true"')
 
 
 class DeepSeekV4Parser:
-    """One answer. Text that may be the beginning of a tag waits until that is decided.
+    """Parses one answer. Text that may begin a tag is held until that is decided.
 
-    text -> block -> call -> value        each state reads `_waiting` and says which comes next
+    text -> block -> call -> value        each state reads `_waiting` and sets the next state
     """
 
     def __init__(self, *, in_reasoning: bool, has_tools: bool) -> None:
@@ -51,7 +51,7 @@ class DeepSeekV4Parser:
         return deltas
 
     def finish(self) -> list[Delta]:
-        """The output is over: what waited is text, unless it is markup that was cut off."""
+        """The output is over. The held text is passed on as text, unless it is markup that was cut off."""
         text, self._waiting = self._waiting, ""
         if self._state != self._text:
             return []
@@ -61,7 +61,9 @@ class DeepSeekV4Parser:
         return self._said(text)
 
     def _text(self, deltas: list[Delta]) -> bool:
-        """Reasoning or content, up to the next tag. Returns whether there is more to read now, as all states do."""
+        """State: reasoning or content, up to the next tag. Like all states, returns whether there is more to
+        read now.
+        """
         places = [self._waiting.find(tag) for tag in self._ends()]
         place = min((each for each in places if each >= 0), default=-1)
         if place < 0:
@@ -83,17 +85,18 @@ class DeepSeekV4Parser:
         before, self._waiting = self._waiting[:place], self._waiting[tag.end() :]
         if opens_block or (not closes and name == "invoke"):
             before = before.removesuffix("\n\n")
-            # A call in the middle of reasoning is an idea, and one without tools is nobody's: neither is carried out.
+            # A call within reasoning is only a thought, and without tools no client could execute a call. Neither is
+            # passed on.
             self._state = self._block if self._has_tools and not self.in_reasoning else self._hidden
             self._waiting = self._waiting if opens_block else tag.group() + self._waiting
         deltas += self._said(before)
         return True
 
     def _wait_for_tag(self, place: int, deltas: list[Delta]) -> bool:
-        """The tag at `place` is not all there; the empty line before it may belong to it."""
+        """The tag at `place` is still incomplete. The empty line before it may belong to it."""
         rest = self._waiting[place + 1 :]
         if len(rest) > _TAG_CHARACTERS_MAX or "\n" in rest or "<" in rest:
-            # It never will be. Its beginning is dropped, and what follows is text.
+            # The tag can never become complete. Its beginning is dropped, and what follows is text.
             begun = next(tag for tag in _TAGS if self._waiting.startswith(tag, place))
             deltas += self._said(self._waiting[:place])
             self._waiting = self._waiting[place + len(begun) :]
@@ -115,7 +118,7 @@ class DeepSeekV4Parser:
         return [Delta(reasoning=text) if self.in_reasoning else Delta(content=text)]
 
     def _hidden(self, deltas: list[Delta]) -> bool:
-        """A block that nobody gets to see."""
+        """State: inside a block that is not passed on."""
         ends = (_CALLS_END, _THINK_END) if self.in_reasoning else (_CALLS_END,)
         found = sorted((place, end) for end in ends if (place := self._waiting.find(end)) >= 0)
         if not found:
@@ -130,7 +133,7 @@ class DeepSeekV4Parser:
         return True
 
     def _block(self, deltas: list[Delta]) -> bool:
-        """Between calls. Whatever is no tag is dropped."""
+        """State: between calls. Everything that is not a tag is dropped."""
         tag = self._next_tag()
         if tag is None:
             return False
@@ -144,7 +147,7 @@ class DeepSeekV4Parser:
         return True
 
     def _parameters(self, deltas: list[Delta]) -> bool:
-        """In a call, between its parameters."""
+        """State: inside a call, between its parameters."""
         tag = self._next_tag()
         if tag is None:
             return False
@@ -154,7 +157,7 @@ class DeepSeekV4Parser:
             deltas += _call_delta(piece)
             self._state = self._value
         elif name == "invoke" or (closes and name in _BLOCK_NAMES):
-            # Its own end, or one that says the same: the block's, or the next call's beginning.
+            # The call's own end, or a tag that implies it: the end of the block, or the beginning of the next call.
             deltas.append(Delta(call=self._call.end()))
             self._state = self._block
             if name != "invoke" or not closes:
@@ -162,7 +165,9 @@ class DeepSeekV4Parser:
         return True
 
     def _value(self, deltas: list[Delta]) -> bool:
-        """In a parameter: only its own end ends it, since its text may speak of anything, markup too."""
+        """State: inside a parameter. Only the parameter's own closing tag ends it, because its text may contain
+        anything, markup too.
+        """
         value, end, rest = self._waiting.partition(_PARAMETER_END)
         if end:
             self._waiting, self._state = rest, self._parameters
@@ -174,7 +179,7 @@ class DeepSeekV4Parser:
         return False
 
     def _next_tag(self) -> re.Match[str] | None:
-        """The next whole tag, taken out of what waits with all before it."""
+        """The next complete tag. It is removed from the held text together with everything before it."""
         tag = _TAG.search(self._waiting)
         if tag is not None:
             self._waiting = self._waiting[tag.end() :]
@@ -185,8 +190,9 @@ class DeepSeekV4Parser:
 
 
 class _Call:
-    """One call's arguments, written as JSON while they are read. Spaced as `json.dumps` does it: clients that keep an
-    object instead of the text send back the very same text."""
+    """The arguments of one call, written as JSON while they are read. The spacing is that of `json.dumps`, so that
+    clients that parse the arguments and write them again send back the same text.
+    """
 
     def __init__(self) -> None:
         self.id = f"call_{secrets.token_hex(12)}"
@@ -200,7 +206,7 @@ class _Call:
 
     def begin_value(self, name: str, *, is_text: bool) -> CallDelta:
         self._is_text, self._held = is_text, ""
-        # Of a parameter that is there twice the first one counts: JSON has no word for two.
+        # If a parameter appears twice, the first one counts, because a JSON object cannot hold both.
         self._is_repeated = name in self._names
         if self._is_repeated:
             return CallDelta(id=self.id)
@@ -209,7 +215,9 @@ class _Call:
         return CallDelta(id=self.id, arguments=f"{separator}{_json(name)}: " + ('"' if is_text else ""))
 
     def add(self, text: str) -> CallDelta:
-        """Text goes out as it comes. Another value is held until it is whole: only then is it known to be JSON."""
+        """Add to a value. Text goes out at once. Any other value is held until it is complete, because only then is it
+        known to be JSON.
+        """
         if self._is_repeated:
             return CallDelta(id=self.id)
         if self._is_text:
@@ -227,10 +235,10 @@ class _Call:
 
 
 def _value_of(text: str) -> Any:
-    """A JSON value, or the text itself where the model promised JSON and wrote none."""
+    """The value of a parameter marked as JSON; the text itself if it is not JSON."""
     try:
         value = json.loads(text)
-        # Python reads more than JSON has words for: NaN, numbers beyond all bounds, halves of characters.
+        # Python's parser accepts more than JSON allows: NaN, numbers without a bound, halves of surrogate pairs.
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         return text
@@ -251,7 +259,7 @@ def _json(value: Any) -> str:
 
 
 def _split_undecided(text: str, tags: tuple[str, ...]) -> tuple[str, str]:
-    """Text that is certain, and the longest end of it that may begin one of the tags."""
+    """Split the text into the part that is certain, and the longest end that may begin one of the tags."""
     for size in range(min(len(text), max(map(len, tags)) - 1), 0, -1):
         if any(tag.startswith(text[-size:]) for tag in tags):
             return text[:-size], text[-size:]

@@ -1,9 +1,10 @@
-"""Tool calls in DSML as a grammar: what `chat.dsml` reads, with arguments that keep to each tool's schema.
+"""Writes a grammar for tool calls in DSML. `chat.dsml` parses such calls; the grammar makes their arguments satisfy
+each tool's schema.
 
     calls: "<tool_calls>\\n" call+ "</tool_calls>"        call: <invoke name> parameters in the schema's order </invoke>
 
-A text parameter stands there as it is, up to its closing tag; all others are JSON. Parameters that a schema allows
-without naming them are not written.
+A text parameter is written as it is, up to its closing tag. All other parameters are JSON. Parameters that the schema
+allows but does not name are never written.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from antefix_router.chat.schema import (
 from antefix_router.chat.tagless import tagless
 
 _CLOSE: Final = f"</{DSML}parameter>"
-# No text may hold the beginning of a closing tag: the parser takes the first for the end.
+# No text may contain the beginning of a closing tag, because the parser takes the first one for the end.
 _NO_TAG: Final = rf"~/(?s:.*)<\/{DSML}(?s:.*)/"
 _NAME: Final = re.compile(r"[^\"<>\n\r]{1,256}")
 _FORMATS: Final = {
@@ -43,9 +44,9 @@ _FORMATS["date-time"] = f"{_FORMATS['date']}T{_FORMATS['time']}"
 
 
 def dsml_grammar(conversation: Conversation, *, thinks: bool) -> str:
-    """The grammar of an answer that has a form.  thinks: it begins inside the reasoning.
+    """The grammar of an answer that has a form.  thinks: the answer begins inside the reasoning.
 
-    Raises:  UnusableSchema, UnusableTool: the answer's form, or a tool's, cannot be enforced.
+    Raises:  UnusableSchema, UnusableTool: the form of the answer or of a tool's calls cannot be enforced.
     """
     rule = conversation.tool_rule
     tools = [(number, tool) for number, tool in enumerate(conversation.tools) if rule.may_call(tool["name"])]
@@ -56,7 +57,7 @@ def dsml_grammar(conversation: Conversation, *, thinks: bool) -> str:
     if is_json or not rule.must_call:
         lines.append(f"said: {text}")
     if not is_json and not rule.must_call:
-        # The first begin of a block is where the parser looks for calls, so none may stand in free text.
+        # The parser looks for calls where a block first begins, so free text must not contain the beginning of a block.
         lines.append(rf"TEXT: /(?s:.*)/ & ~/(?s:.*){begin}(?s:.*)/")
         lines.append(rf"intro[lazy]: /(?s:.*){begin}/")
     if tools:
@@ -75,7 +76,7 @@ def dsml_grammar(conversation: Conversation, *, thinks: bool) -> str:
 
 @dataclass(slots=True)
 class _Kinds:
-    """What a parameter may be: given texts, texts of a form, and JSON values of other kinds."""
+    """The values that a parameter may have: fixed texts, texts that match a form, and JSON values of other types."""
 
     literals: list[str] = field(default_factory=list)
     texts: list[Mapping[str, Any]] = field(default_factory=list)
@@ -83,9 +84,9 @@ class _Kinds:
 
 
 def call_rules(name: str, tool: Mapping[str, Any], *, strict: bool) -> Iterator[str]:
-    """The rule `name` of a call of one tool, and the rules under it.
+    """The rule `name` for a call of one tool, and the rules that it uses.
 
-    Raises:  UnusableSchema: no call keeps to the tool's schema, or what it says cannot be enforced.
+    Raises:  UnusableSchema: no call can satisfy the tool's schema, or the schema cannot be enforced.
     """
     root = prepared(tool["parameters"], strict=strict)
     if not _NAME.fullmatch(tool["name"]):
@@ -100,7 +101,7 @@ def call_rules(name: str, tool: Mapping[str, Any], *, strict: bool) -> Iterator[
 
 
 class _Whole(Resolver):
-    """A tool's whole schema.  strict: what cannot be enforced is refused."""
+    """A tool's whole schema.  strict: refuse what cannot be enforced."""
 
     def __init__(self, root: Mapping[str, Any], *, strict: bool) -> None:
         super().__init__(root)
@@ -108,7 +109,7 @@ class _Whole(Resolver):
 
 
 def _objects(schema: Any, whole: _Whole, depth: int = 0) -> Iterator[dict[str, Any]]:
-    """The kinds of objects that a call's arguments may be."""
+    """The object schemas that a call's arguments may satisfy."""
     whole.step(depth)
     schema = whole.resolved(schema)
     if schema is True:
@@ -127,7 +128,9 @@ def _objects(schema: Any, whole: _Whole, depth: int = 0) -> Iterator[dict[str, A
 
 
 def _argument_rules(name: str, schema: dict[str, Any], whole: _Whole) -> Iterator[str]:
-    """Each parameter is followed by the rest of them; optional ones may be left out. None at all is a blank line."""
+    """Rules for the arguments. Each parameter is followed by the remaining ones; optional ones may be left out. A call
+    without parameters has an empty line.
+    """
     properties = dict(schema.get("properties", {}))
     required = list(dict.fromkeys(schema.get("required", ())))
     for each in required:
@@ -155,7 +158,7 @@ def _argument_rules(name: str, schema: dict[str, Any], whole: _Whole) -> Iterato
 
 
 def _kinds(schema: Any, whole: _Whole, depth: int = 0) -> _Kinds | None:
-    """None: nothing is allowed."""
+    """The values that a schema allows; None if it allows none."""
     whole.step(depth)
     schema = whole.resolved(schema)
     if schema is False:
@@ -219,7 +222,7 @@ def _parameter_rules(rule: str, name: str, kinds: _Kinds, root: Mapping[str, Any
 
 
 def _text_regexes(schema: Mapping[str, Any]) -> Iterator[str]:
-    """A text that stands there as it is."""
+    """Regexes for a text parameter, which is written as it is."""
     low, high = schema.get("minLength", 0), schema.get("maxLength")
     if high is not None and high < low:
         raise UnusableSchema("'maxLength' is less than 'minLength'")

@@ -1,4 +1,4 @@
-"""A conversation as every API's request is turned into, before it is written out for the model. Pure values."""
+"""A conversation, into which the requests of all APIs are converted before it is written for the model. Pure values."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextBreakpoint:
-    """A client's cache breakpoint: all before it is to be kept for `ttl_s`.
+    """A client's cache breakpoint: everything before it is to be kept for `ttl_s`.
 
-    offset: characters of the text before it; None: it stands at the end of whatever it is given with.
+    offset: characters of the text before it. None: it is at the end of the message, tools or other part that has it.
     """
 
     ttl_s: float
@@ -45,9 +45,10 @@ class TextBreakpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn. name: who speaks, where several do.  tool_call_id: which call a TOOL message answers.
-    breakpoints: within `content`, or at the end of the whole turn.
-    part_starts: where in `content` its parts begin, where it came in parts."""
+    """One turn.  name: the speaker, if there are several.  tool_call_id: the call that a TOOL message answers.
+    breakpoints: positions within `content`, or at the end of the whole turn.
+    part_starts: offsets in `content` at which its parts begin, if it came in parts.
+    """
 
     role: ChatRole
     content: str = ""
@@ -61,7 +62,9 @@ class Message:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolRule:
-    """must_call: the answer is calls. names: of these tools only; None: of all. parallel: of several at once."""
+    """must_call: the answer has to be tool calls.  names: only these tools may be called; None: all.  parallel: the
+    answer may hold several calls.
+    """
 
     must_call: bool = False
     names: frozenset[str] | None = None
@@ -81,11 +84,11 @@ ANY_CALLS = ToolRule()
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
     """tools: JSON schemas as {"name", "description", "parameters"}.  continue_last: the last message is the beginning
-    of the answer, to be continued.  tools_breakpoint: after the tools.
-    strict: tools whose calls always keep to the schema.  deferred: tools that are not listed: they stand where they
-    were found, in what a tool gave.
-    answers_json: the answer is JSON, which keeps to response_schema where there is one.
-    aside: text that changes with every request, and is said last.
+    of the answer, to be continued.  tools_breakpoint: a breakpoint after the tools.
+    strict: tools whose calls must satisfy their schema.  deferred: tools that are not in the list; they are shown
+    inside the tool result that found them.
+    answers_json: the answer must be JSON, which satisfies response_schema if there is one.
+    aside: text that changes with every request, and is placed last.
     """
 
     messages: tuple[Message, ...]
@@ -106,13 +109,13 @@ class Conversation:
 
     @property
     def has_form(self) -> bool:
-        """Whether the answer may not be just anything."""
+        """Whether the answer must have a certain form."""
         return self.answers_json or (bool(self.tools) and (self.tool_rule.restricts or bool(self.strict)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Special:
-    """Text that the format writes itself: special tokens in it become their ids. breakpoints: within it."""
+    """Text written by the format itself. Special tokens in it become their ids.  breakpoints: positions within it."""
 
     text: str
     breakpoints: tuple[TextBreakpoint, ...] = ()
@@ -120,7 +123,7 @@ class Special:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plain:
-    """Text that came from outside: never read as special tokens, whatever it holds. breakpoints: within it."""
+    """Text from outside. Nothing in it is read as a special token.  breakpoints: positions within it."""
 
     text: str
     breakpoints: tuple[TextBreakpoint, ...] = ()
@@ -128,7 +131,7 @@ class Plain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A whole assistant turn, without the token that ends it; what the model wrote itself can be put in its place."""
+    """A whole assistant turn without its end token. The tokens that the model generated can replace it."""
 
     message: Message
     pieces: tuple[Special | Plain, ...]
@@ -136,21 +139,23 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aside:
-    """What changes with every request, at the end of the turn before an answer. Without pieces it is an earlier turn's:
-    the client does not send that again, and what stood there then is put there again, or its answer could not hit."""
+    """Text that changes with every request, at the end of the turn before an answer. Without pieces, it marks an
+    earlier turn's text: the client does not send that text again, and it must be restored so that the answer after it
+    can hit.
+    """
 
     pieces: tuple[Special | Plain, ...] = ()
 
 
-# A breakpoint as a piece stands between its neighbours.
+# A breakpoint among the pieces marks the place between its neighbours.
 Piece = Special | Plain | Answer | TextBreakpoint | Aside
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallDelta:
-    """What some new output text adds to a tool call. The pieces of `arguments` together are a JSON object.
+    """What new output text adds to a tool call. All pieces of `arguments` together are a JSON object.
 
-    name: with the call's first piece only.  is_last: the call is whole; a call without a last piece was cut off.
+    name: only in the call's first piece.  is_last: the call is complete. A call without a last piece was cut off.
     """
 
     id: str
@@ -161,7 +166,7 @@ class CallDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What some new output text adds to the answer: one of the three."""
+    """What new output text adds to the answer. One of the three fields is set."""
 
     reasoning: str = ""
     content: str = ""
@@ -169,7 +174,7 @@ class Delta:
 
 
 def plain_of(message: Message) -> Plain:
-    """A turn's content, with who says it. Breakpoints at the turn's end are not in it: see `end_of`."""
+    """A turn's content with the name of its speaker. It leaves out breakpoints at the turn's end: see `end_of`."""
     said_by = f"{message.name}: " if message.name else ""
     inside = tuple(
         TextBreakpoint(ttl_s=each.ttl_s, offset=len(said_by) + each.offset)

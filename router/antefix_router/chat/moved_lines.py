@@ -1,10 +1,11 @@
-"""Lines of the system text that change, moved behind what stays: a prefix that changes is never hit again. Pure.
+"""Moves changing lines of the system text to a later place, because no prefix can be hit beyond the first change. Pure.
 
-Some clients begin their system text with a line about themselves: a version, a checksum, whom to bill. It is different
-in every session or in every request, and everything behind it would miss. A table of rules says which lines these are.
-Nothing is dropped: what changes with a session is what a user says first, what changes with a request is what a user
-says last (`messages.Aside`); both are behind system text and tools. The prompt is what is rendered then, for hit and
-miss alike. Operators add rules of their own in a file (deploy/prefix_rules.toml).
+Some clients begin their system text with a line about themselves: a version, a checksum, a billing account. The line
+differs in every session or every request, and everything after it would miss. A table of rules recognises these lines.
+No text is dropped. A line that changes with the session moves to the beginning of the first user message. A line that
+changes with the request moves to the end of the last user message (`messages.Aside`). Both places come after system
+text and tools. The prompt is the text with the lines moved, for hits and misses alike. Operators can add rules in a
+file (deploy/prefix_rules.toml).
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from antefix_router.chat.messages import ChatRole, Conversation, Message, TextBr
 
 OFF: Final = "off"
 _NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
-# A rule is for lines; what is longer is text that happens to have no line breaks.
+# A rule applies to short lines. A longer one is text that happens to have no line breaks.
 _LINE_CHARACTERS_MAX: Final = 2000
 
 
 class Changes(StrEnum):
-    """How often a line changes, and so where it does least harm."""
+    """How often a line changes. This decides where it is moved."""
 
     SESSION = "session"
     REQUEST = "request"
@@ -36,7 +37,9 @@ class Changes(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """line: matches from the line's start.  anywhere: in all of the system text; else only where a part begins."""
+    """line: a regular expression that matches from the line's start.  anywhere: look at all lines of the system text;
+    otherwise only where a part begins.
+    """
 
     name: str
     line: re.Pattern[str]
@@ -44,7 +47,7 @@ class Rule:
     anywhere: bool = False
 
 
-# The first that matches counts. Claude Code writes its header since 2.1.36; `cch` is a checksum of the whole request.
+# The first matching rule counts. Claude Code writes this header since 2.1.36; `cch` is a checksum of the whole request.
 SHIPPED: Final = (
     Rule(
         name="anthropic-billing-checksum",
@@ -58,14 +61,14 @@ SHIPPED: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:
-    """A line that was moved, and by which rule."""
+    """A line that was moved, and the rule that matched it."""
 
     rule: Rule
     text: str
 
 
 def move_lines(conversation: Conversation, rules: Sequence[Rule]) -> tuple[Conversation, list[Moved]]:
-    """The conversation with what the rules match moved, and what that was."""
+    """Move the lines that the rules match. Returns the conversation and the moved lines."""
     if not rules:
         return conversation, []
     head: list[Message] = []
@@ -87,13 +90,13 @@ def move_lines(conversation: Conversation, rules: Sequence[Rule]) -> tuple[Conve
 
 @dataclass(slots=True)
 class _Text:
-    """A message's text while lines are taken out of it. cuts: (where, how many characters) that were taken out."""
+    """A message's text while lines are removed from it.  cuts: (offset, number of characters) of each removal."""
 
     kept: str = ""
     cuts: list[tuple[int, int]] = field(default_factory=list)
 
     def place(self, offset: int) -> int:
-        """Where what stood at this offset stands now."""
+        """The present position of the text that was at this offset."""
         return offset - sum(min(size, offset - start) for start, size in self.cuts if start < offset)
 
 
@@ -115,7 +118,7 @@ def _without_lines(message: Message, rules: Sequence[Rule], moved: list[Moved]) 
     breakpoints = tuple(
         each if each.offset is None else TextBreakpoint(ttl_s=each.ttl_s, offset=text.place(each.offset))
         for each in message.breakpoints
-        # A breakpoint behind nothing but moved lines would keep nothing.
+        # A breakpoint with nothing but moved lines before it would keep nothing.
         if each.offset is None or text.place(each.offset) > 0
     )
     return replace(message, content=text.kept, breakpoints=breakpoints, part_starts=())
@@ -128,11 +131,11 @@ def _rule_of(line: str, rules: Sequence[Rule], *, is_head: bool) -> Rule | None:
 
 
 def load_rules(setting: str) -> tuple[Rule, ...]:
-    """The shipped rules; before them those of a file, if one is named; none where the setting is `off`.
+    """The shipped rules, preceded by those of a file if one is named. No rules if the setting is `off`.
 
-    A file has `[[rule]]` tables with `name`, `line` (a regular expression), `changes` and, if wanted, `anywhere`. A
-    rule takes the place of a shipped one of its name; `shipped = false` leaves all of those out.
-    Raises:  ConfigError: it cannot be read, or is of another form.
+    A file has `[[rule]]` tables with `name`, `line` (a regular expression), `changes` and optionally `anywhere`. A rule
+    replaces the shipped rule of the same name; `shipped = false` leaves out all shipped rules.
+    Raises:  ConfigError: the file cannot be read or has another format.
     """
     if setting in ("", OFF):
         return SHIPPED if not setting else ()

@@ -1,4 +1,4 @@
-"""The small model's format: a token for who speaks, the text, a token for its end. No tools, no reasoning.
+"""The small model's format: a token for the speaker, the text, a token for its end. No tools, no reasoning.
 
 <|bos|> [system text <|end|>] (<|user|> text <|end|> <|assistant|> text <|end|>)* <|user|> text <|end|> <|assistant|>
 """
@@ -23,7 +23,7 @@ from antefix_router.chat.messages import (
 
 
 class PlainFormat:
-    """See the module."""
+    """The format described above."""
 
     name = "plain"
     supports_reasoning = False
@@ -42,7 +42,8 @@ class PlainFormat:
             if message.role is ChatRole.ASSISTANT:
                 pieces += _aside(conversation, is_last=index == last and conversation.continue_last)
             if not is_head:
-                # System text has no token of its own: at the head it has none, later on it is a turn like the user's.
+                # System text has no token of its own. At the head it has no speaker token; later it is written like a
+                # user's turn.
                 pieces.append(Special(text="<|assistant|>" if message.role is ChatRole.ASSISTANT else "<|user|>"))
             text = plain_of(message)
             pieces.append(Answer(message=message, pieces=(text,)) if message.role is ChatRole.ASSISTANT else text)
@@ -56,7 +57,7 @@ class PlainFormat:
         return PlainParser()
 
     def grammar(self, conversation: Conversation) -> str:
-        """The model is not told of a schema: its answer is held to it."""
+        """The model is not told about a schema. The grammar alone makes its answer satisfy the schema."""
         return json_grammar(conversation.response_schema) if conversation.answers_json else ""
 
     def mode_name(self, effort: Effort) -> str:
@@ -64,7 +65,7 @@ class PlainFormat:
 
 
 def _aside(conversation: Conversation, *, is_last: bool) -> list[Piece]:
-    """A user's turn of its own."""
+    """The request-dependent text, as a separate user turn."""
     if not conversation.aside:
         return []
     said = Special(text="<|user|>"), Plain(text=conversation.aside), Special(text="<|end|>")

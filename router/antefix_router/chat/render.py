@@ -1,4 +1,6 @@
-"""Pieces to tokens: special tokens where the format wrote them, plain text elsewhere, answers as they were given."""
+"""Turns a format's pieces into tokens. Special tokens come only from the format; other text is plain; remembered
+answers keep their generated tokens.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,11 @@ from antefix_router.chat.messages import Answer, Aside, Piece, Plain, Special, T
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """A prompt. breakpoints: the client's, ascending.
+    """A prompt.  breakpoints: the client's, ascending.
 
-    num_remembered: answers that are the tokens that were generated.  num_restored: those of them whose reasoning the
-    client did not send back.  aside: this request's, if it has one: the name to remember it by, and its tokens.
+    num_remembered: answers for which the generated tokens were used.  num_restored: those of them whose reasoning the
+    client did not send back.  aside: this request's changing text, if it has one: the name to remember it by, and its
+    tokens.
     """
 
     tokens: list[int]
@@ -38,10 +41,10 @@ class TextSpan:
 
 
 def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerMemory, *, tenant: str) -> Rendered:
-    """The prompt's tokens. tenant: the cache tenant, whose answers may be remembered."""
+    """The prompt's tokens.  tenant: the cache tenant, whose answers may be remembered."""
     tokens: list[int] = []
     breakpoints: list[Breakpoint] = []
-    # The hash over all tokens so far is carried along, so that many answers cost no more than one.
+    # One hash over all tokens so far is updated along the way, so that many answers cost no more than one.
     prefix, num_hashed, num_remembered = prefix_state(tenant, ()), 0, 0
     num_restored = 0
     aside: tuple[bytes, list[int]] | None = None
@@ -64,7 +67,7 @@ def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerM
             if known is None or any(part.breakpoints for part in piece.pieces):
                 written, inside = _encode(piece.pieces, tokenizer)
                 size = len(written) if known is None else len(known.tokens)
-                # Restored reasoning stands before all that the client marked.
+                # Restored reasoning precedes everything that the client marked.
                 moved = size - len(written) if known is not None and known.is_restored else 0
                 breakpoints += [Breakpoint(num_hashed + max(0, min(at + moved, size)), ttl_s) for at, ttl_s in inside]
             tokens += known.tokens if known is not None else written
@@ -82,7 +85,9 @@ def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerM
 
 
 def num_characters(pieces: Sequence[Piece]) -> int:
-    """How much text `render_tokens` has to encode: a breakpoint inside a text has what is before it encoded again."""
+    """The length of the text that `render_tokens` has to encode. Text before a breakpoint inside a piece is encoded
+    again.
+    """
     total = 0
     for piece in pieces:
         if not isinstance(piece, TextBreakpoint):
@@ -92,13 +97,16 @@ def num_characters(pieces: Sequence[Piece]) -> int:
 
 
 def num_plain_characters(pieces: Sequence[Piece]) -> int:
-    """How much of it is text from outside, in which nothing is a special token. Answers apart: some are remembered."""
+    """The length of the text from outside, which holds no special tokens. Answers are not counted, because some are
+    remembered.
+    """
     return sum(len(piece.text) for piece in pieces if isinstance(piece, Plain))
 
 
 def _encode(pieces: Sequence[Special | Plain], tokenizer: Tokenizer) -> tuple[list[int], list[Breakpoint]]:
-    """Tokens, and where breakpoints lie in them. The text is never cut there: clients move their breakpoints from turn
-    to turn, and a cut would change the tokens around it, and with them every block from there on."""
+    """The tokens, and the positions of the breakpoints in them. The text is never split at a breakpoint: clients move
+    breakpoints from turn to turn, and a split would change the tokens around it and so every later block.
+    """
     tokens: list[int] = []
     breakpoints: list[Breakpoint] = []
     for piece in pieces:

@@ -1,8 +1,8 @@
-"""JSON schemas of clients as the grammar engine takes them: what only describes is dropped, what it cannot enforce is
-refused, or dropped too where a client asked for no promise. Pure.
+"""Prepares clients' JSON schemas for the grammar engine. Annotations are dropped. Keywords that the engine cannot
+enforce are refused, or dropped if the client did not ask for strict adherence. Pure.
 
-The engine reads schemas by itself; here are the bounds that it does not have, and the parts that must be taken apart
-because a format writes them in another way than JSON.
+The engine reads schemas itself. This module adds limits that the engine lacks, and takes apart the schemas whose values
+a format does not write as JSON.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any, Final
 
 from antefix.errors import InvalidRequest
 
-# Levels of JSON nesting; the engine stops at 128, and Python's own parser far beyond.
+# Levels of JSON nesting. The engine stops at 128, and Python's own parser far beyond that.
 DEPTH_MAX = 64
 SCHEMA_BYTES_MAX = 128 << 10
-# The engine takes so many milliseconds for a multiple of so many tens of thousands.
+# The engine takes N milliseconds for a `multipleOf` of N times ten thousand.
 _MULTIPLE_MAX = 10_000
 _REFERENCES_MAX = 32
-# Of following references and options: some 20 ms. The largest schemas that clients send take hundreds.
+# Steps of following references and options: some 20 ms. The largest schemas that clients send take hundreds of steps.
 _STEPS_MAX = 5_000
 
 _MAPS: Final = frozenset({"properties", "patternProperties", "$defs", "definitions"})
@@ -32,7 +32,7 @@ _VALUES: Final = frozenset(
         *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
     }
 )
-# They say something about a value that the engine has no way to keep to.
+# Keywords that restrict values in a way that the engine cannot enforce.
 _UNENFORCED: Final = frozenset(
     {
         *("not", "if", "then", "else", "contains", "minContains", "maxContains", "uniqueItems", "propertyNames"),
@@ -40,7 +40,7 @@ _UNENFORCED: Final = frozenset(
         *("additionalItems", "$dynamicRef", "$recursiveRef"),
     }
 )
-# Of the formats those that the engine knows; all others are annotations, as JSON Schema has them by default.
+# The formats that the engine knows. All others are annotations, as they are in JSON Schema by default.
 _FORMATS: Final = frozenset(
     {"date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid"}
 )
@@ -48,11 +48,11 @@ _ROOT: Final = "antefix-root"
 
 
 class UnusableSchema(InvalidRequest):
-    """A schema that no output can be held to: it is wrong, impossible, or says what cannot be enforced."""
+    """No output can satisfy this schema: it is wrong, impossible, or has keywords that cannot be enforced."""
 
 
 class UnusableTool(UnusableSchema):
-    """The schema of one of the tools is. number: which of them."""
+    """One of the tools has an unusable schema.  number: the tool's position."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -60,7 +60,7 @@ class UnusableTool(UnusableSchema):
 
 
 def prepared(schema: Any, *, strict: bool) -> Any:
-    """The schema, checked and with its annotations gone.  strict: what cannot be enforced is refused, not dropped.
+    """The schema, checked and without annotations.  strict: refuse what cannot be enforced instead of dropping it.
 
     Raises:  UnusableSchema
     """
@@ -79,7 +79,9 @@ def prepared(schema: Any, *, strict: bool) -> Any:
 
 
 class _Ends:
-    """Whether a schema has a value that ends: one that requires itself has none, and its output would never end."""
+    """Finds whether a schema has a finite value. A schema that requires itself has none, and its output would never
+    end.
+    """
 
     def __init__(self, root: Any) -> None:
         self._root = root
@@ -87,7 +89,9 @@ class _Ends:
         self._num_steps = 0
 
     def ends(self, schema: Any, within: frozenset[str] = frozenset()) -> bool:
-        """within: references that are being followed; who meets one of them again gets nowhere this way."""
+        """Whether the schema has a finite value.  within: the references being followed; meeting one of them again
+        gives no finite value on this path.
+        """
         self._num_steps += 1
         if self._num_steps > _STEPS_MAX:
             raise UnusableSchema("it refers to itself in too many ways")
@@ -159,7 +163,7 @@ def _of(kind: type, name: str, value: Any) -> Any:
 
 
 def _is_idle(name: str, value: Any) -> bool:
-    """Whether it allows everything, as schemas that are made by programs have it."""
+    """Whether the keyword allows everything. Generated schemas often contain such keywords."""
     return (name == "uniqueItems" and value is False) or (
         name in ("propertyNames", "unevaluatedProperties", "unevaluatedItems", "additionalItems")
         and value in (True, {}, {"type": "string"})
@@ -167,11 +171,11 @@ def _is_idle(name: str, value: Any) -> bool:
 
 
 def _check_values(schema: dict[str, Any], strict: bool) -> None:
-    """Take out what says nothing, and what the engine would take for ever over."""
+    """Remove keywords without effect, and refuse values that would take the engine too long."""
     if schema.get("format") not in _FORMATS:
         schema.pop("format", None)
     if (num := schema.get("minProperties", 0)) and not isinstance(num, bool):
-        # A name may come twice in what a grammar writes, and counts once where it is read.
+        # A grammar may write the same name twice; readers count it once.
         if num > len(schema.get("required", ())) and strict:
             raise UnusableSchema("'minProperties' beyond the required ones cannot be enforced")
         del schema["minProperties"]
@@ -188,20 +192,20 @@ def _check_values(schema: dict[str, Any], strict: bool) -> None:
 
 
 class Resolver:
-    """Puts references and `allOf` of one whole schema in place, as far as it is looked at; with a limit on how far."""
+    """Resolves references and `allOf` of one whole schema, where they are looked at, with a limit on the total work."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self.root = root
         self._num_steps = 0
 
     def step(self, depth: int) -> None:
-        """Raises:  UnusableSchema: it refers to itself, or branches, without an end."""
+        """Raises:  UnusableSchema: the schema refers to itself or branches without end."""
         self._num_steps += 1
         if self._num_steps > _STEPS_MAX or depth > _REFERENCES_MAX:
             raise UnusableSchema("it refers to itself in too many ways")
 
     def resolved(self, schema: Any, depth: int = 0) -> Any:
-        """The schema with its own reference and its `allOf` put in place; those further inside stay."""
+        """The schema with its own reference and its `allOf` resolved; nested ones stay."""
         self.step(depth)
         if not isinstance(schema, dict):
             return schema
@@ -227,7 +231,7 @@ def _pointed(reference: str, root: Mapping[str, Any]) -> Any:
 
 
 def merged(first: Any, second: Any) -> Any:
-    """What both allow.  Raises:  UnusableSchema: two keywords say different things about the same."""
+    """A schema that allows what both allow.  Raises:  UnusableSchema: two keywords contradict each other."""
     if isinstance(first, bool) or isinstance(second, bool):
         if first is False or second is False:
             return False
@@ -252,13 +256,13 @@ ALL_TYPES: Final = ("object", "array", "string", "number", "boolean", "null")
 
 
 def types_of(schema: Mapping[str, Any]) -> tuple[str, ...]:
-    """What kinds of values it allows by `type` alone."""
+    """The types of values that it allows, judged by `type` alone."""
     kinds = schema.get("type", ALL_TYPES)
     return (kinds,) if isinstance(kinds, str) else tuple(kinds)
 
 
 def standalone(schema: Any, root: Mapping[str, Any]) -> Any:
-    """A part of `root` as a schema of its own: its references find what they found before."""
+    """A part of `root` as a separate schema whose references still resolve as before."""
     if '"$ref"' not in json.dumps(schema):
         return schema
     defined = {name: root[name] for name in ("$defs", "definitions") if name in root}
@@ -270,7 +274,7 @@ def standalone(schema: Any, root: Mapping[str, Any]) -> Any:
 
 
 def _moved(value: Any) -> Any:
-    """With references into the root itself turned to where it is put."""
+    """The value with references into the root changed to the root's new place."""
     if isinstance(value, list):
         return [_moved(each) for each in value]
     if not isinstance(value, dict):

@@ -1,7 +1,8 @@
-"""Do a call's arguments keep to its tool's JSON schema? Schemas come from clients: checking one must stay bounded.
+"""Checks whether a call's arguments satisfy its tool's JSON schema. Schemas come from clients, so checking must be
+bounded.
 
-Three things of JSON Schema are not done for them: references to other documents are never fetched, regular expressions
-(`pattern` and what depends on it) are not run, and a schema may not unfold without end by referring to itself.
+Three parts of JSON Schema are not supported: references to other documents are never fetched, regular expressions
+(`pattern` and what depends on it) are not run, and a schema must not expand without end by referring to itself.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from jsonschema import Draft202012Validator, exceptions, validators
 from antefix.errors import InvalidRequest
 from antefix_router.chat.messages import ToolCall
 
-# Ten levels that each refer to the next one twice are 1,024 references; no tool comes near.
+# Ten levels that each refer twice to the next one are 1,024 references. No real tool comes near this.
 _NUM_REFERENCES_MAX: Final = 10_000
 _num_references: ContextVar[list[int]] = ContextVar("num_references")
 
 
 class _TooMuch(Exception):
-    """A schema that refers to itself too often."""
+    """The schema refers to itself too often."""
 
 
 def _reference(validator: Any, reference: str, instance: Any, schema: Any) -> Iterator[Any]:
@@ -36,11 +37,13 @@ def _reference(validator: Any, reference: str, instance: Any, schema: Any) -> It
 
 
 def _skipped(validator: Any, value: Any, instance: Any, schema: Any) -> None:
-    """A regular expression can take for ever; nobody's tool is worth everybody's tokens."""
+    """Skip a keyword. A regular expression can run without end, and one client's tool must not hold up all streams."""
 
 
 def _additional(validator: Any, rest: Any, instance: Any, schema: Any) -> Iterator[Any]:
-    """Which properties are additional is the patterns' to say, where there are any."""
+    """Check additional properties. If there are patterns, only they could tell which properties are additional, so none
+    are checked.
+    """
     if "patternProperties" not in schema:
         yield from Draft202012Validator.VALIDATORS["additionalProperties"](validator, rest, instance, schema) or ()
 
@@ -55,13 +58,13 @@ _Validator = validators.extend(  # type: ignore[no-untyped-call]
         **dict.fromkeys(_BY_PATTERN, _skipped),
     },
 )
-# Looking through a schema takes 2 ms (measured), and agents send the same ones every turn.
+# Examining a schema takes 2 ms (measured), and agents send the same schemas in every turn.
 _NUM_CHECKED_MAX: Final = 4096
 _checked: set[bytes] = set()
 
 
 def check_schema(schema: Any) -> None:
-    """Raises:  InvalidRequest: it is no JSON schema."""
+    """Raises:  InvalidRequest: this is not a JSON schema."""
     digest = hashlib.blake2b(json.dumps(schema).encode(), digest_size=16).digest()
     if digest in _checked:
         return
@@ -77,14 +80,14 @@ def check_schema(schema: Any) -> None:
 
 
 def keeps_to(call: ToolCall, schemas: Mapping[str, Any]) -> bool:
-    """Whether a call may be handed out: its tool is not strict, or its arguments are as the schema says."""
+    """Whether a call may be passed to the client: its tool is not strict, or its arguments satisfy the schema."""
     if call.name not in schemas:
         return True
     return matches(json.loads(call.arguments or "{}"), schemas[call.name])
 
 
 def matches(value: Any, schema: Any) -> bool:
-    """Whether a JSON value is valid. What cannot be decided within bounds is not."""
+    """Whether a JSON value is valid. A value that cannot be checked within the limits counts as invalid."""
     token = _num_references.set([0])
     try:
         return bool(_Validator(schema, registry=referencing.Registry()).is_valid(value))

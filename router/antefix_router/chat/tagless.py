@@ -1,7 +1,8 @@
-"""Schemas of JSON that stands between tags: the beginning of a closing tag is in none of its texts and names. Pure.
+"""Restricts the schemas of JSON values between tags, so that no text or name in them contains the beginning of a
+closing tag. Pure.
 
-The engine reads JSON as JSON, and a tag inside a text as text; a format's parser takes the first tag for the end. So
-what is free in a schema gets a pattern, and what a schema leaves to be made up (names, any values) is written out.
+The engine treats a tag inside a JSON text as text, but a format's parser takes the first closing tag for the end. So
+free texts get a pattern, and parts that a schema leaves open (names, any values) are written out with this restriction.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from typing import Any, Final
 
 from antefix_router.chat.schema import ALL_TYPES, types_of
 
-# No "</" before a full-width bar, the first letter of DSML's tags.
+# Matches text without "</" before a full-width bar, the first letter of DSML's tags.
 _FREE_TEXT: Final = "^(?:[^<]|<(?:<|/<)*(?:[^</]|/[^<｜]))*(?:<(?:<|/<)*/?)?$"
-# A pattern of the whole text that has no way to write that bar: both together would only cost the engine time.
+# A pattern for the whole text that cannot produce that bar. Combining it with the restriction would only cost the
+# engine time.
 _TAME: Final = re.compile(r"\^(?:(?!\[\^|\\[WSDPp])[!-~ ](?<![.|]))*\$")
 _ANY: Final = "antefix-any"
 _REFERENCE: Final = {"$ref": f"#/$defs/{_ANY}"}
@@ -23,7 +25,7 @@ _CHOICES: Final = ("anyOf", "oneOf", "allOf")
 
 
 def tagless(schema: Any) -> Any:
-    """A schema by itself, as `schema.standalone` gives it, whose values hold no closing tag."""
+    """A standalone schema, as `schema.standalone` returns it, restricted to values without a closing tag."""
     made = _tagless(schema)
     if isinstance(made, dict) and _REFERENCE["$ref"] in json.dumps(made):
         made = dict(made)
@@ -50,7 +52,7 @@ def _tagless(schema: Any) -> Any:
 
 
 def _restricted(schema: dict[str, Any]) -> dict[str, Any]:
-    """By each kind of value that it allows; a keyword says something about its own kind alone."""
+    """Restrict each type of value that the schema allows. A keyword concerns only its own type."""
     made, kinds = dict(schema), types_of(schema)
     if "type" not in made and not made.keys() & set(_CHOICES):
         made["type"] = list(ALL_TYPES)
@@ -69,7 +71,7 @@ def _restricted(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named_properties(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Of an object: with names of its own no others are made up; without any, all names are free."""
+    """An object's properties. If it names some, no others may be added; if it names none, all names are free."""
     others = _tagless(schema.get("additionalProperties", True))
     properties = {name: _tagless(each) for name, each in schema.get("properties", {}).items()}
     properties |= {name: others for name in schema.get("required", ()) if name not in properties}

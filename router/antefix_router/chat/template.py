@@ -1,7 +1,8 @@
-"""A tokenizer's own chat template (Jinja), as Hugging Face directories have it. Sandboxed: it came with a download.
+"""A model's own chat template (Jinja), as found in Hugging Face model directories. It runs in a sandbox, because it was
+downloaded.
 
-The template sees the contents with a private mark inside everything that reads like a special token, and the marks cut
-the rendered text where it must not be read as one: so no message can speak as somebody else.
+Inside message contents, a private mark is inserted into everything that looks like a special token. The rendered text
+is cut at the marks before it is tokenized. So no message can pretend to be another speaker.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from antefix_router.chat.messages import (
 from antefix_router.chat.template_child import TEMPLATE_FAILS, Write, compiled
 from antefix_router.chat.template_process import TemplateProcess, TemplateTooLong
 
-# A noncharacter: no text that is valid for interchange has it, so it cannot come from outside; it is removed anyway.
+# A noncharacter. It is not allowed in interchanged text, and is removed from incoming text anyway.
 _MARK: Final = "\ufdd0"
-# Another one, for where a breakpoint lies.
+# Another noncharacter, which marks a breakpoint.
 _POINT: Final = "\ufdd1"
 
 
@@ -47,13 +48,16 @@ def template_of(model: Path) -> str | None:
 
 
 class TemplateFormat:
-    """See the module. Answers are taken as plain text: how calls are written differs from template to template."""
+    """The format described above. Answers are treated as plain text, because templates write tool calls in different
+    ways.
+    """
 
     name = "template"
     supports_reasoning = False
 
     def __init__(self, template: str, model: Path, *, bounded: bool = False) -> None:
-        """bounded: run it in a process of its own, within a time and a memory; `render` then blocks meanwhile.
+        """bounded: run the template in a separate process with limits on time and memory; `render` then blocks
+        meanwhile.
 
         Raises:  ModelError: the template does not compile.
         """
@@ -73,13 +77,13 @@ class TemplateFormat:
             raise InvalidRequest("this model's chat template cannot continue an answer that was begun")
         messages = conversation.messages
         if conversation.aside:
-            # What earlier turns said aside is gone: a template has no place to put it back.
+            # The request-dependent text of earlier turns is lost, because a template has no place to put it back.
             messages = (*messages, Message(role=ChatRole.USER, content=conversation.aside))
         text = self._written(messages)
         places = self._breakpoints(messages, text)
         pieces: list[Piece] = []
         start = 0
-        # Each part is tokenized by itself, so nothing that a mark cut apart is read as one token.
+        # Each part is tokenized separately, so text that a mark splits is never read as one token.
         for part in text.split(_MARK):
             end = start + len(part)
             inside = tuple(
@@ -90,9 +94,10 @@ class TemplateFormat:
         return pieces
 
     def _breakpoints(self, messages: tuple[Message, ...], text: str) -> list[tuple[int, float]]:
-        """Where the messages' breakpoints lie in the rendered text: it is rendered once more with a character in each
-        place. Where the template does anything but write that character out, there are none: the prompt must not
-        depend on them."""
+        """The breakpoints' positions in the rendered text. The conversation is rendered a second time with a character
+        at each breakpoint. If the template does anything but copy this character, there are no breakpoints, because the
+        prompt must not depend on them.
+        """
         lifetimes = [each.ttl_s for message in messages for each in _sorted(message)]
         if not lifetimes:
             return []
@@ -103,9 +108,10 @@ class TemplateFormat:
         return list(zip(ends, lifetimes, strict=True))
 
     def _written(self, messages: tuple[Message, ...], *, pointed: bool = False) -> str:
-        """Templates differ in where they take system text: as it stands, as a user's turn, or as part of one.
+        """Render the messages. Templates accept system text in different ways: as it is, as a user's turn, or as part
+        of one.
 
-        pointed: breakpoints' characters are in the messages, and stay.
+        pointed: the messages hold breakpoint characters, which are kept.
         """
         refusal: Exception | None = None
         for form in (messages, _as_user(messages), _joined(_as_user(messages))):
@@ -141,7 +147,7 @@ def _sorted(message: Message) -> list[TextBreakpoint]:
 
 
 def _pointed(message: Message) -> Message:
-    """The message with a character wherever it has a breakpoint."""
+    """The message with a character at each of its breakpoints."""
     text, start = "", 0
     for each in _sorted(message):
         end = len(message.content) if each.offset is None else each.offset
@@ -151,14 +157,14 @@ def _pointed(message: Message) -> Message:
 
 
 def _as_user(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """System text after the head as what a user says."""
+    """The messages with system text after the head turned into user messages."""
     head = next((i for i, message in enumerate(messages) if message.role is not ChatRole.SYSTEM), len(messages))
     later = (replace(each, role=ChatRole.USER) if each.role is ChatRole.SYSTEM else each for each in messages[head:])
     return (*messages[:head], *later)
 
 
 def _joined(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Turns of one role that follow one another as one turn: some templates want user and assistant by turns."""
+    """Merge adjacent turns of the same role. Some templates require user and assistant to alternate."""
     joined: list[Message] = []
     for message in messages:
         if joined and joined[-1].role is message.role:
@@ -176,7 +182,7 @@ def _bounded(template: str) -> Write:
 
 
 def _special_tokens(model: Path) -> dict[str, str]:
-    """bos_token, eos_token and so on, as templates use them."""
+    """The special tokens that templates use, such as bos_token and eos_token."""
     path = model / "tokenizer_config.json"
     config = _object(path) if path.is_file() else {}
     names = {}

@@ -1,8 +1,8 @@
-"""A process that writes conversations by a chat template: a template is a program of somebody else's, and may loop for
-ever or fill memory. Nothing inside Python ends that; a process can be ended.
+"""A process that renders conversations with a chat template. A template is a foreign program that may loop without end
+or fill memory. Python cannot stop that from inside, but a process can be ended.
 
-Reads JSON lines: the template first, then for each conversation what the template is given. Answers each with one:
-{"text": ...}, or {"error": why not}. More than its share of processor time or memory ends the process.
+Reads JSON lines: first the template, then the template's input for each conversation. Answers each line with {"text":
+...}, or with {"error": ...} and the reason. The process ends if it exceeds its limit of processor time or memory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 CPU_S_MAX: Final = 2
 MEMORY_BYTES_MAX: Final = 1 << 30
-# Longer than any prompt that can be asked for.
+# Longer than the largest allowed prompt.
 TEXT_CHARACTERS_MAX: Final = 64 << 20
-# What Python raises in a template is the template's own fault.
+# Exceptions that are the template's own fault.
 TEMPLATE_FAILS: Final = (
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
     *(MemoryError, RecursionError, SyntaxError),
@@ -31,7 +31,9 @@ Write = Callable[[dict[str, Any]], str]
 
 
 def compiled(template: str) -> Write:
-    """What writes a text from what the template is given.  Raises:  any of TEMPLATE_FAILS, now and then."""
+    """A function that renders a text from the template's input.  Raises:  any of TEMPLATE_FAILS, here or when it is
+    called.
+    """
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = lambda text: datetime.now(UTC).strftime(text)

@@ -1,4 +1,6 @@
-"""A chat template in a process of its own (`template_child`), bounded in time and memory. Blocks: for threads."""
+"""Runs a chat template in a separate process (`template_child`) with limits on time and memory. Calls block, so they
+run in threads.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ import jinja2
 from antefix.errors import InvalidRequest
 from antefix_router.chat import template_child
 
-# The processor's time is what is limited; this ends a process that waits for ever, on a busy machine too.
+# Processor time has its own limit. This limit on elapsed time ends a process that waits without end, and leaves room
+# for a busy machine.
 ANSWER_S_MAX: Final = 60.0
 _PIECE_BYTES: Final = 1 << 20
 
@@ -25,7 +28,7 @@ class TemplateTooLong(InvalidRequest):
 
 
 class TemplateProcess:
-    """Writes conversations, one at a time. Starts when first used, and again after it was ended."""
+    """Renders conversations one at a time. The process starts at the first use, and again after it has ended."""
 
     def __init__(self, template: str) -> None:
         self._template = template
@@ -34,17 +37,19 @@ class TemplateProcess:
         self.num_ended = 0
 
     def check(self) -> None:
-        """Raises:  jinja2.TemplateError: it does not compile.  TemplateTooLong: nor does it end."""
+        """Raises:  jinja2.TemplateError: the template does not compile.  TemplateTooLong: compiling it takes
+        too long.
+        """
         with self._turn:
             self._started()
 
     def __call__(self, given: dict[str, Any]) -> str:
-        """The text.  Raises:  jinja2.TemplateError: the template refuses.  TemplateTooLong."""
+        """The text.  Raises:  jinja2.TemplateError: the template refuses the conversation.  TemplateTooLong."""
         with self._turn:
             return self._asked(self._started(), given)
 
     def close(self) -> None:
-        """End the process; the next use starts another."""
+        """End the process. The next use starts another one."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -91,7 +96,7 @@ class TemplateProcess:
 
 
 def _line_of(process: subprocess.Popen[bytes]) -> bytes:
-    """Its answer; not whole where it ended, or did not answer in time."""
+    """The process's answer line; incomplete if the process ended or did not answer in time."""
     assert process.stdout is not None
     pieces: list[bytes] = []
     ends = time.monotonic() + ANSWER_S_MAX

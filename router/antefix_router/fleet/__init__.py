@@ -1,1 +1,1 @@
-"""A router in front of workers that are not ours: vLLM, SGLang and whatever else has an OpenAI door."""
+"""A router in front of other engines' workers: vLLM, SGLang and other servers with an OpenAI HTTP API."""

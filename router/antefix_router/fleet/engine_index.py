@@ -1,9 +1,10 @@
-"""What one engine's KV events say that it holds, brought into the directory under our names. One data-parallel rank's.
+"""Tracks what one engine (one data-parallel rank) holds, by its KV events, and enters it into the directory under our
+block names.
 
-Holders in the directory are the engine itself, for what it has anywhere, and the engine with a medium for what it has
-there. A model may keep several cache groups. Those of full attention have to hold every block of a prefix; those of a
-sliding window, of state, or of blocks of another size, only what is needed at its end: so a hit ends at the last block
-where all of them have one. The engine's hash of a position is the same in all groups.
+The directory has the engine itself as the holder of what it has in any medium, and a holder per medium for what it has
+there. A model may keep several cache groups. Groups of full attention must hold every block of a prefix. Groups of a
+sliding window, of state, or with blocks of another size must hold only what is needed at the prefix's end. So a hit
+ends at the last block where every group has what it needs. The engine's hash of a position is the same in all groups.
 """
 
 from __future__ import annotations
@@ -17,25 +18,26 @@ from antefix_router.fleet.fleet_names import FleetNames, scope_of
 from antefix_router.placement.directory import Directory
 
 _FULL_KINDS: Final = frozenset({None, "full_attention", "mla_attention", "sink_full_attention"})
-# Of one engine; at 16 tokens each 64 million tokens, far more than a machine's memory holds.
+# The limit for one engine. At 16 tokens per block this is 64 million tokens, far more than a machine's memory holds.
 NUM_BLOCKS_MAX: Final = 1 << 22
 _ALL_GROUPS: Final = (1 << GROUPS_MAX) - 1
 
 
 class _Held:
-    """One of the engine's blocks. name: ours, empty where only window groups have told of it.  groups: that have it, a
-    bit each, GROUPS_MAX of them per medium."""
+    """One of the engine's blocks.  name: our name; empty if only window groups have reported the block.  groups: the
+    groups that hold it, one bit each, with GROUPS_MAX bits per medium.
+    """
 
     __slots__ = ("groups", "name", "scope")
 
     def __init__(self) -> None:
         self.name = b""
         self.scope = ""
-        # One number for all media: small ones take no memory of their own.
+        # One number for all media, because Python stores small numbers without extra memory.
         self.groups = 0
 
     def among(self, medium: int) -> int:
-        """The groups that have it in this medium."""
+        """The groups that hold the block in this medium."""
         return self.groups >> (medium * GROUPS_MAX) & _ALL_GROUPS
 
     def is_whole(self, medium: int, groups: int) -> bool:
@@ -43,7 +45,9 @@ class _Held:
 
 
 class GoneBlocks:
-    """Blocks that engines dropped, so that their absence can be explained. Bounded: the older half is forgotten."""
+    """Blocks that engines dropped, so that a later miss can be explained. Bounded: when it is full, the older half is
+    forgotten.
+    """
 
     def __init__(self, num_blocks_max: int = 1 << 20) -> None:
         self._half = num_blocks_max // 2
@@ -60,7 +64,9 @@ class GoneBlocks:
 
 
 class EngineIndex:
-    """address: the engine's name in the directory.  block_size: of its full groups; 0: not told yet."""
+    """address: the engine's name in the directory.  block_size: that of its full-attention groups; 0: not
+    reported yet.
+    """
 
     def __init__(
         self,
@@ -82,7 +88,7 @@ class EngineIndex:
         self._is_confirmed = False
         self._full = 0
         self._window = 0
-        # Where all window groups have what a hit needs that ends there.
+        # The blocks at which all window groups hold what a hit that ends there needs.
         self._window_ends: set[Key] = set()
 
     def __len__(self) -> int:
@@ -90,7 +96,7 @@ class EngineIndex:
 
     @property
     def media(self) -> tuple[str, ...]:
-        """Holders' names in the directory, nearest medium first."""
+        """The names of its holders in the directory, nearest medium first."""
         return tuple(f"{self.address}|{medium}" for medium in MEDIA)
 
     @property
@@ -98,7 +104,9 @@ class EngineIndex:
         return bool(self._window)
 
     def num_usable(self, num_leading: int, keys: Sequence[Key]) -> int:
-        """Of so many leading blocks, as many as a hit may end behind."""
+        """How many of these leading blocks a hit can use, given that it has to end where all window groups hold what it
+        needs.
+        """
         if self._window:
             while num_leading and keys[num_leading - 1] not in self._window_ends:
                 num_leading -= 1
@@ -192,8 +200,9 @@ class EngineIndex:
         self._gone.add(keys_of(gone))
 
     def _named(self, event: KvStored) -> tuple[str, list[bytes]]:
-        """Scope and names of its blocks, as far as they have any: those that depend on pictures or on an unknown parent
-        have none."""
+        """The scope and the names of the event's blocks. Blocks that depend on pictures or on an unknown parent have no
+        name.
+        """
         num_plain = _num_plain(event)
         if len(event.token_ids) != len(event.block_hashes) * event.block_size:
             return "", []
@@ -208,12 +217,12 @@ class EngineIndex:
 
 
 def _number(hash_: Hash) -> int:
-    """64 bits that stand for an engine's hash: half the memory of it, and a collision costs a wrong guess."""
+    """The engine's hash as 64 bits. This takes half the memory, and a collision only costs a wrong guess."""
     return hash_ if isinstance(hash_, int) else hash(hash_)
 
 
 def _scope(event: KvStored) -> str:
-    """Of a first block; what follows it has its parent's."""
+    """The scope of a first block. A later block has its parent's scope."""
     lora, salt = event.lora_name or "", event.cache_salt or ""
     if event.extra_keys and event.extra_keys[0]:
         last = _without_lora(event.extra_keys[0], lora)[-1:]
@@ -222,8 +231,9 @@ def _scope(event: KvStored) -> str:
 
 
 def _num_plain(event: KvStored) -> int:
-    """Leading blocks whose content is tokens alone. Others depend on pictures or embeddings, which no prompt here
-    has."""
+    """The number of leading blocks whose content is tokens alone. Other blocks depend on pictures or embeddings, which
+    no prompt here has.
+    """
     lora = event.lora_name or ""
     for index, extra in enumerate(event.extra_keys or ()):
         left = _without_lora(extra or [], lora)

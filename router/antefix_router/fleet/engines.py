@@ -1,4 +1,4 @@
-"""The engines of a fleet: where each is, what its KV events say, whether it lives, which models it serves."""
+"""The engines of a fleet: their addresses, their KV events, their health, and the models that they serve."""
 
 from __future__ import annotations
 
@@ -26,16 +26,18 @@ from antefix_router.placement.workers import Worker, WorkerRole, Workers
 
 log = logging.getLogger("antefix.fleet")
 
-# A worker may begin to serve another adapter while it runs.
+# How often to ask for the models, because a worker may load another adapter while it runs.
 _MODELS_S: Final = 30.0
 
 
 @dataclass(slots=True)
 class HitCounters:
-    """What one engine's answers said, next to what the directory expected of it. In tokens, but for the first three.
+    """What one engine's answers reported, compared with what the directory expected. The unit is tokens, except for the
+    first three counters.
 
-    num_answers: that were whole.  num_unreported: of them, those without a count of hits.  num_other_prompts: those
-    whose prompt had another length than the router's.  lost: expected and not reported.  found: the other way round.
+    num_answers: complete answers.  num_unreported: those of them without a count of hits.  num_other_prompts: those
+    whose prompt length differed from the router's count.  lost: tokens expected and not reported.  found: tokens
+    reported and not expected.
     """
 
     num_answers: int = 0
@@ -49,7 +51,7 @@ class HitCounters:
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """One cache of the fleet. is_up: it answered when it was asked last."""
+    """One cache of the fleet.  is_up: it answered when it was last asked."""
 
     place: EnginePlace
     door: OpenAIDoor
@@ -61,7 +63,7 @@ class Engine:
 
     @property
     def tells(self) -> bool:
-        """Whether the directory has what it last said of its cache; otherwise the router guesses."""
+        """Whether the directory is up to date with its events. If not, the router guesses what it holds."""
         return self.subscriber is not None and self.subscriber.in_step
 
     def serves(self, model: str) -> bool:
@@ -74,10 +76,10 @@ def engine_of(worker: Worker) -> Engine:
 
 
 class Engines:
-    """All of a fleet. workers: told who is up."""
+    """All engines of a fleet.  workers: is told which engines are up."""
 
     def __init__(self, config: FleetConfig, workers: Workers, directory: Directory, names: FleetNames) -> None:
-        """Raises:  ConfigError: a key cannot be read. Nothing connects yet."""
+        """Raises:  ConfigError: a key cannot be read. This does not connect to any engine yet."""
         self._config = config
         self._workers = workers
         self._directory = directory
@@ -116,7 +118,7 @@ class Engines:
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
-        """All that are in use; of an engine that has told none, the settings'."""
+        """All block sizes in use. For an engine that has not reported one, the size in the settings."""
         return tuple(dict.fromkeys(self.block_size(engine) for engine in self.engines))
 
     def block_size(self, engine: Engine) -> int:
@@ -124,7 +126,7 @@ class Engines:
 
     @property
     def models(self) -> tuple[ServedModel, ...]:
-        """Of the whole fleet, by name."""
+        """The models of the whole fleet, by name."""
         found = {model.name: model for engine in self.engines for model in engine.models}
         return tuple(found.values())
 
@@ -148,7 +150,7 @@ class Engines:
         return list(found.values())
 
     async def _watch(self, engines: Sequence[Engine]) -> None:
-        """One worker, with all its ranks."""
+        """Watch one worker with all its ranks."""
         asked_s = 0.0
         clock = asyncio.get_running_loop().time
         while True:
@@ -184,14 +186,14 @@ class Engines:
         log.info("worker %s %s", engine.place.address, "serves" if is_up else "is down")
 
     def _forget_gone(self, engine: Engine) -> None:
-        # Its process may be gone, and its cache with it. Where its events still come it lives, and is only slow.
+        # The process may be gone, and its cache with it. If its events still arrive, it is alive and only slow.
         if engine.subscriber is None:
             self._directory.forget(engine.place.address)
         elif not engine.subscriber.in_step and len(engine.index):
             engine.subscriber.forget()
 
 
-# Of a key: anything longer is another file.
+# The longest key. A longer file is not a key file.
 _KEY_BYTES_MAX: Final = 65_536
 
 

@@ -1,4 +1,4 @@
-"""Settings of a router in front of workers that are not ours."""
+"""Settings of a router in front of other engines' workers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ RANKS_MAX: Final = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlace:
-    """One cache of the fleet: a worker's data-parallel rank. events, replay: of its KV events; empty: it tells none."""
+    """One cache of the fleet: a worker's data-parallel rank.  events, replay: the addresses of its KV events; empty: it
+    publishes none.
+    """
 
     url: str
     rank: int | None = None
@@ -37,14 +39,16 @@ class EnginePlace:
 
     @property
     def address(self) -> str:
-        """What logs, metrics and records call it."""
+        """The engine's name in logs, metrics and records."""
         host = self.url.partition("://")[2]
         return host if self.rank is None else f"{host}#{self.rank}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetConfig(GatewayConfig):
-    """Settings of a fleet's router. Lists of addresses go with `workers`, one each; a port alone is on their hosts."""
+    """Settings of a fleet's router. A list of addresses has one address per entry of `workers`; a port alone is on the
+    worker's host.
+    """
 
     address: str = setting("127.0.0.1:0", "host:port or unix:PATH of what operators call; port 0: a free one")
     credentials: str = credentials_setting()
@@ -101,7 +105,9 @@ class FleetConfig(GatewayConfig):
         self.places()
 
     def places(self) -> tuple[EnginePlace, ...]:
-        """The caches, a row for each rank.  Raises:  ConfigError: an address is none, or would be read in the clear."""
+        """The caches, one per rank.  Raises:  ConfigError: an address is invalid, or its events would cross a network
+        unencrypted.
+        """
         found = []
         for index, worker in enumerate(self.workers):
             url, host = _url(worker, plain=self.plain_network)
@@ -145,7 +151,7 @@ def _url(worker: str, *, plain: bool) -> tuple[str, str]:
 
 
 def _of(name: str, values: tuple[str, ...], index: int, num_workers: int) -> str:
-    """One for each worker, or one for all."""
+    """The value for this worker: its own, or the one value that holds for all workers."""
     require(len(values) in (0, 1, num_workers), f"--{name.replace('_', '-')} takes one value, or one for each worker")
     return values[index if len(values) == num_workers else 0] if values else ""
 
@@ -161,7 +167,7 @@ def _endpoint(name: str, values: tuple[str, ...], index: int, host: str, num_wor
 
 
 def _of_rank(endpoint: str, rank: int) -> str:
-    """As vLLM and SGLang count them: a port for each rank, one after the other."""
+    """The endpoint of a rank. As in vLLM and SGLang, each rank has the next port."""
     if not rank or not endpoint.startswith("tcp://"):
         return endpoint
     host, _, port = endpoint.rpartition(":")

@@ -1,7 +1,7 @@
-"""The HTTP door of a fleet: OpenAI's chat and text completions, passed on as they are to the best placed worker.
+"""The HTTP door of a fleet: passes OpenAI's chat and text completions unchanged to the best placed worker.
 
-Of a body only what the router needs is read: model, prompt, limits, whether it streams. Everything else, tools among
-it, is the worker's to read or to refuse, and its answer goes back as it comes.
+The router reads only the parts of a body that it needs: model, prompt, limits, and whether the answer is a stream. The
+worker reads or refuses everything else, such as tools, and its answer goes back unchanged.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ from antefix_router.gateway.http_errors import ModelNotFound, Provider, error_re
 from antefix_router.gateway.model_names import REFUSE
 from antefix_router.open_bill import Bill
 
-# Two requests whose texts begin with so many equal bytes go to one worker where nothing else is known of them.
+# If nothing else is known about two requests, they go to the same worker when their texts begin with this many equal
+# bytes.
 _BEGINNING_BYTES: Final = 4096
-# No engine takes a longer prompt.
+# No engine accepts a longer prompt.
 _TOKEN_IDS_MAX: Final = 1 << 22
 PATHS: Final = (CHAT, COMPLETIONS)
 
 
 class FleetDoor(Door):
-    """One router's. Whom it lets in, and how a caller is read, is as at the door of our own workers."""
+    """One router's door to a fleet. It admits and identifies callers as the door of our own workers does."""
 
     def __init__(self, front: BilledFront, config: FleetConfig, engines: Engines, tokens: PromptTokens) -> None:
         super().__init__(front, config, Encoding(), num_tokens_max=_TOKEN_IDS_MAX)
@@ -59,7 +60,7 @@ class FleetDoor(Door):
         self._tokens = tokens
 
     async def prepare(self, path: str, request: Request) -> PassedAnswer:
-        """Raises:  InvalidRequest, ModelNotFound, QuotaExceeded, PassedError."""
+        """Admit a request.  Raises:  InvalidRequest, ModelNotFound, QuotaExceeded, PassedError."""
         tenant = self.tenant(request)
         config = self._fleet
         body = await self.body(request, tenant)
@@ -71,7 +72,7 @@ class FleetDoor(Door):
         return PassedAnswer(self.books, bill, config.http_timeout_s, wants_details=caller.wants_details)
 
     async def call(self, path: str, body: dict[str, Any], caller: HttpCaller) -> PassedCall:
-        """A body as it continues, and what is known of its prompt.  Raises: as `prepare`."""
+        """The body as it is passed to a worker, and what is known of its prompt.  Raises: as `prepare`."""
         model = self._model(_text(body, "model"))
         sent, options = {**body, "model": model.name}, _options(body)
         stream = body.get("stream") is True
@@ -90,7 +91,7 @@ class FleetDoor(Door):
             model=model.name,
             scope=scope_of(lora=model.name if model.is_adapter else "", salt=salt),
             tokens=tokens,
-            # No tokenizer makes more tokens than there are bytes.
+            # No tokenizer makes more tokens than the text has bytes.
             num_prompt_tokens_about=len(prompt),
             stream=stream,
             wants_usage=options.get("include_usage") is True,
@@ -130,7 +131,9 @@ class FleetDoor(Door):
         return [_model_json(model, self.started) for model in self._engines.models]
 
     def _model(self, name: str) -> ServedModel:
-        """Raises:  ModelNotFound: no worker serves it, and it is not clear which one would do."""
+        """The model of this name.  Raises:  ModelNotFound: no worker serves it, and no single other model could replace
+        it.
+        """
         models = self._engines.models
         found = next((model for model in models if model.name == name), None)
         if found is None and len(models) == 1 and self._fleet.unknown_models != REFUSE:
@@ -141,7 +144,7 @@ class FleetDoor(Door):
         return found
 
     def _limit(self, body: Mapping[str, Any]) -> int:
-        """Output tokens that the client allows; 0: it does not say."""
+        """The largest number of output tokens that the client allows; 0 if it does not say."""
         for name in ("max_completion_tokens", "max_tokens"):
             value = body.get(name)
             if value is not None:
@@ -151,7 +154,7 @@ class FleetDoor(Door):
         return 0
 
     def _salt(self, caller: HttpCaller, asked: Any) -> str:
-        """What keeps one tenant's prefixes from another's, in the engines' own way; with the client's own salt."""
+        """The engine's cache salt, which separates the prefixes of tenants. It includes the client's own salt."""
         if asked is not None and not (isinstance(asked, str) and asked):
             raise wrong_value("cache_salt", " must be a text that is not empty")
         if not caller.tenant or self._fleet.share_caches:
@@ -162,7 +165,7 @@ class FleetDoor(Door):
 
 
 class PassedAnswer:
-    """One admitted request's answer, on its way back."""
+    """The answer of one admitted request, passed back to its client."""
 
     def __init__(self, front: BilledFront, bill: Bill, timeout_s: float, *, wants_details: bool) -> None:
         assert isinstance(bill.generation, PassedGeneration)
@@ -204,7 +207,7 @@ class PassedAnswer:
 def build_fleet_app(
     door: FleetDoor, config: FleetConfig, measures: HttpMeasures, more: Iterable[Route] = ()
 ) -> Starlette:
-    """The ASGI application. more: addresses that are no part of any API."""
+    """The ASGI application.  more: further addresses that are not part of an API."""
     routes = [
         Route(
             path,
@@ -263,6 +266,6 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:
-    """What two equal requests have alike; how the answer travels does not change it."""
+    """The part of the body that is the same in equal requests. It leaves out how the answer is delivered."""
     said = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,4 +1,4 @@
-"""What a fleet's router shows of its workers. The counters are its parts' own; here are their names."""
+"""The names of a fleet router's metrics of its workers. The counters belong to the router's parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PLACED, _PLACED_HELP = (
         " first token would be too late (late)."
     ),
 )
-# `fleet_placing.PassingCounters`.
+# Names for `fleet_placing.PassingCounters`.
 PASSING: Final[Table] = {
     "num_unnamed": Shown(name=_PLACED, help=_PLACED_HELP, labels=(("what", "unnamed"),)),
     "num_full": Shown(name=_PLACED, help=_PLACED_HELP, labels=(("what", "full"),)),
@@ -31,7 +31,7 @@ _TOKENS, _TOKENS_HELP = (
         " first without the second (lost), the second without the first (found)."
     ),
 )
-# `engines.HitCounters`, by worker.
+# Names for `engines.HitCounters`, per worker.
 HITS: Final[Table] = {
     "num_answers": Shown(name="antefix_fleet_answers", help="Whole answers, by worker.", key="worker"),
     "num_unreported": Shown(
@@ -47,7 +47,7 @@ HITS: Final[Table] = {
         for part in ("expected", "reported", "lost", "found")
     },
 }
-# `kv_subscriber.KvFollowCounters`, by worker.
+# Names for `kv_subscriber.KvFollowCounters`, per worker.
 EVENTS: Final[Table] = {
     "num_batches": Shown(name="antefix_fleet_event_batches", help="Messages of KV events taken in.", key="worker"),
     "num_events": Shown(name="antefix_fleet_events", help="KV events taken in.", key="worker"),

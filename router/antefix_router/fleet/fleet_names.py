@@ -1,7 +1,7 @@
-"""Names of other engines' blocks: their token ids hashed as ours are, so that prompts can be compared with them.
+"""Names other engines' blocks: hashes their token ids in the same way as prompts, so that the two can be compared.
 
-Names are keyed with the deployment's secret and never leave the process. A *scope* stands for what must agree besides
-tokens: an adapter, and the salt under which the engine keeps the cache.
+Names are keyed with the deployment's secret and never leave the process. A *scope* stands for everything besides tokens
+that has to match: the adapter, and the salt under which the engine keeps the cache.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from antefix.secret import Keyring
 from antefix_router.naming import NamedPrompt, PromptNames
 
 _FINGERPRINT: Final = digest_of(b"antefix-fleet")
-# Between adapter and salt, of which only the salt may hold it.
+# Separates the adapter from the salt. The adapter's name cannot contain it.
 _SEPARATOR: Final = "\x1e"
 
 
@@ -22,7 +22,7 @@ def scope_of(*, lora: str = "", salt: str = "") -> str:
 
 
 class FleetNames:
-    """One router's."""
+    """The names within one router."""
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
@@ -37,7 +37,7 @@ class FleetNames:
         return names.prompt(scope, as_tokens(tokens))
 
     def continued(self, parent: bytes | None, tokens: Tokens, scope: str, block_size: int) -> list[bytes]:
-        """The names of whole blocks behind the block `parent`; None: at the beginning."""
+        """The names of the whole blocks after the block `parent`; None: from the beginning."""
         chain = Chain(_FINGERPRINT, self._keyring.key(scope), block_size)
         if parent is not None:
             chain.hashes = [parent]

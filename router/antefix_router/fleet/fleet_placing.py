@@ -1,4 +1,6 @@
-"""Where a fleet's requests go: what each engine holds of a prompt, what it has to do, and the policy's choice."""
+"""Chooses the worker for each request of a fleet: from what each engine holds of the prompt, its load, and
+the policy.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,16 @@ from antefix_router.placement.workers import Worker, WorkerRole, Workers
 
 @dataclass(slots=True, eq=False)
 class _Flight:
-    """A prompt that is being computed. address: where."""
+    """A prompt that is being computed.  address: the worker that computes it."""
 
     address: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A worker as placement sees it for one prompt. Tokens: here, that it may hit; leading, that it has; media, what it
-    has in each, nearest first."""
+    """A worker as placement sees it for one prompt. All counts are tokens.  here: tokens that it may hit.  leading:
+    leading tokens that it holds.  media: tokens that it holds in each medium, nearest first.
+    """
 
     worker: Worker
     engine: Engine
@@ -44,13 +47,13 @@ class Candidate:
 
     @property
     def far(self) -> int:
-        """What of a hit it would have to load from a slower medium of its own."""
+        """How many of the hit's tokens it has to load from a slower medium of its own."""
         return max(0, self.here - self.media[0][1]) if self.media else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """Where a request goes, and what was expected there."""
+    """Where a request goes, and the hit expected there."""
 
     worker: Worker
     engine: Engine
@@ -60,8 +63,9 @@ class Placed:
 
 @dataclass(slots=True)
 class PassingCounters:
-    """Since the router started, in requests. num_unnamed: placed without knowing their tokens.  num_full: refused,
-    for all workers were full.  num_late: refused, for the first token would be too late."""
+    """Counts of requests since the router started.  num_unnamed: placed without knowing their tokens.  num_full:
+    refused because all workers were full.  num_late: refused because the first token would be too late.
+    """
 
     num_unnamed: int = 0
     num_full: int = 0
@@ -69,7 +73,7 @@ class PassingCounters:
 
 
 class FleetPlacing:
-    """One router's. sessions: where conversations were last."""
+    """Places the requests of one router.  sessions: where each conversation was placed last."""
 
     def __init__(
         self, config: FleetConfig, engines: Engines, workers: Workers, directory: Directory, names: FleetNames
@@ -84,7 +88,7 @@ class FleetPlacing:
         self._in_flight: InFlight[_Flight] = InFlight()
 
     def named(self, call: PassedCall) -> dict[int, NamedPrompt]:
-        """The prompt's names by block size; none where its tokens are not known."""
+        """The prompt's names by block size; empty if its tokens are not known."""
         if call.tokens is None:
             return {}
         return {size: self._names.prompt(call.tokens, call.scope, size) for size in self._engines.block_sizes}
@@ -92,7 +96,9 @@ class FleetPlacing:
     def place(
         self, call: PassedCall, prompts: dict[int, NamedPrompt], session: tuple[str, str], tried: frozenset[str]
     ) -> Placed:
-        """Raises:  Unavailable: no worker is left.  Overloaded: all are full, or the first token would be too late."""
+        """Choose a worker.  Raises:  Unavailable: no worker is left.  Overloaded: all are full, or the first token
+        would be too late.
+        """
         serving = [worker for worker in self._workers.workers if engine_of(worker).serves(call.model)]
         workers = self._workers.fit(serving, tried)
         room = [worker for worker in workers if worker.num_requests < self._config.worker_requests_max]
@@ -138,7 +144,7 @@ class FleetPlacing:
         return Work(num_tokens=max(1, call.num_prompt_tokens), stored_tokens=None, affinity=call.affinity)
 
     def _soon(self, prompts: dict[int, NamedPrompt]) -> tuple[str, int] | None:
-        """Where a beginning of this prompt is being computed for another request, and how many tokens of it."""
+        """The worker that is computing a beginning of this prompt for another request, and how many tokens of it."""
         found = [(self._in_flight.find(prompt.keys, 0), size) for size, prompt in prompts.items()]
         known = [(flight.address, num_blocks * size) for each, size in found if each for flight, num_blocks in (each,)]
         return max(known, key=lambda each: each[1], default=None)
@@ -171,7 +177,7 @@ class FleetPlacing:
 
     @contextlib.contextmanager
     def flying(self, prompt: NamedPrompt | None, placed: Placed) -> Iterator[contextlib.ExitStack]:
-        """While the prompt is computed, those with the same beginning find where."""
+        """While the prompt is computed, let prompts with the same beginning find the worker that computes it."""
         with contextlib.ExitStack() as landed:
             if prompt is not None:
                 known = placed.expected.here // placed.expected.block_size
@@ -180,6 +186,6 @@ class FleetPlacing:
             yield landed
 
     def computed(self, placed: Placed, prompt: NamedPrompt | None) -> None:
-        """The worker has the prompt now; one that tells its events says so itself."""
+        """The worker holds the prompt now. This is not noted for a worker with events, because its events report it."""
         if prompt is not None:
             self._directory.guess(placed.worker.address, prompt.keys)

@@ -1,4 +1,6 @@
-"""A fleet's router, put together: who knows whom. The calls on it are in fleet_server.py and fleet_door.py."""
+"""Builds a fleet's router from its parts and connects them. The calls that use it are in fleet_server.py and
+fleet_door.py.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,10 @@ from antefix_router.placement.workers import WorkerRole, Workers
 
 
 class FleetRouter:
-    """Everything behind the calls. `start` first, and `close` at the end."""
+    """All parts of the router behind its calls. Call `start` first, and `close` at the end."""
 
     def __init__(self, config: FleetConfig, keyring: Keyring) -> None:
-        """Raises:  ConfigError: a file that the settings name cannot be used.  LedgerCorrupt."""
+        """Raises:  ConfigError: a file in the settings cannot be used.  LedgerCorrupt."""
         self.config = config
         policy = make_policy(config.policy, compute_weight=config.compute_weight)
         self.workers = Workers(WorkerRole.FOREIGN, policy)
@@ -43,7 +45,7 @@ class FleetRouter:
             self.workers,
             on_named=lambda prompt: self.forest.note(prompt.chain.hashes, prompt.owner),
         )
-        # Records name the model that was asked for; what names its blocks is the workers' own.
+        # Records have the name of the requested model. The fingerprint of its blocks is known only to the workers.
         accounts, _, keys, signer = open_books(config, keyring)
         self.front = BilledFront(self.passing.run, accounts, keys=keys, signer=signer)
         self.key_changes = follow_keys(config, keys, keyring)
@@ -51,7 +53,7 @@ class FleetRouter:
         self.door = FleetDoor(self.front, config, self.engines, PromptTokens(self.engines.engines, self.workers))
 
     async def start(self) -> None:
-        """Ask the workers what they serve, and follow their events, and changes of API keys."""
+        """Ask the workers which models they serve, and follow their events and changes of API keys."""
         if self.key_changes is not None:
             self.key_changes.start()
         self.front.start()
@@ -66,7 +68,7 @@ class FleetRouter:
         await self.engines.close()
 
     def metrics(self) -> Iterable[Metric]:
-        """What it shows, next to its HTTP door's own. Read in the event loop."""
+        """The router's metrics, apart from those of its HTTP door. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
         known = {engine.place.address: engine.tells for engine in self.engines.engines}
         yield from placement_metrics((self.workers,), self.config.policy, lambda address: known.get(address, False))

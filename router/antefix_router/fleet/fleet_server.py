@@ -1,4 +1,4 @@
-"""FleetService and UsageService: gRPC in front of `fleet_router`, for operators. Protobuf stops here."""
+"""FleetService and UsageService: the gRPC interface of `fleet_router`, for operators. Protobuf stops here."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from antefix_router.usage_service import UsageServicer
 
 
 class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
-    """What operators ask."""
+    """The calls for operators."""
 
     def __init__(self, router: FleetRouter) -> None:
         self._router = router
@@ -57,7 +57,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
             raise InvalidRequest(f"the body is not JSON: {err}") from err
         if not isinstance(body, dict):
             raise InvalidRequest("the body must be a JSON object")
-        # Who may call this may ask for any tenant.
+        # A caller that may use this call may ask about any tenant.
         caller = HttpCaller(tenant=request.tenant, session=request.session)
         try:
             call = await router.door.call(CHAT if "messages" in body else COMPLETIONS, body, caller)

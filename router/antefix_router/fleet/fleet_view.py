@@ -1,4 +1,4 @@
-"""What the page shows of a fleet, in the shape that it knows from our own workers. Reads the router's state."""
+"""The page's data for a fleet, in the same form as for our own workers. Reads the router's state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NO_STORE: Final = "these workers have no store of ours; each has its own cache"
 
 
 class FleetView:
-    """One router's."""
+    """The page's data for one router."""
 
     def __init__(self, router: FleetRouter, activity: Activity) -> None:
         self._router = router
@@ -65,7 +65,9 @@ class FleetView:
 
 
 def _said(engine: Engine) -> str:
-    """In the place of a set-up: what it holds, and whether it hits what it promises."""
+    """The text shown in place of a worker's set-up: what the engine holds, and how many of the promised hits
+    it gave.
+    """
     models = ", ".join(model.name for model in engine.models) or "no model"
     hits = engine.hits
     told = f"hits {hits.reported:,}, expected {hits.expected:,}, lost {hits.lost:,}"

@@ -1,4 +1,4 @@
-"""One worker's OpenAI door: what it serves, its prompts' tokens, and requests passed to it as they are."""
+"""Client of one worker's OpenAI HTTP API: its models, the tokens of prompts, and requests passed to it unchanged."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from antefix.errors import DeadlineExceeded, Overloaded, Unavailable
 from antefix_router.fleet.fleet_config import EnginePlace
 from antefix_router.gateway.http_errors import PassedError
 
-# A call's beginning. How long an answer may take is its request's to say.
+# The timeout for beginning a call. Each request has its own limit for the answer.
 CONNECT_S: Final = 5.0
 TOKENIZE_S: Final = 10.0
 _ASK_S: Final = 5.0
-# A worker that closes idle connections sooner than we do costs a failed call; uvicorn's default is 5 s.
+# How long idle connections are kept. If the worker closes one first, a call fails. uvicorn's default is 5 s.
 _IDLE_S: Final = 4.0
 _ERROR_BYTES_MAX: Final = 64 << 10
 _EVENT_BYTES_MAX: Final = 16 << 20
@@ -29,7 +29,9 @@ _EVENT_BYTES_MAX: Final = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """num_tokens_max: its context, 0 where the worker does not say.  is_adapter: of a model; its KV is its own."""
+    """num_tokens_max: the model's context; 0 if the worker does not report it.  is_adapter: the model is an adapter of
+    another model. An adapter has a KV of its own.
+    """
 
     name: str
     num_tokens_max: int = 0
@@ -37,35 +39,35 @@ class ServedModel:
 
 
 def http_client(api_key: str = "") -> httpx.AsyncClient:
-    """What all workers are called with."""
-    # One line for each call would say what the access log says.
+    """The HTTP client for all workers."""
+    # One log line per call would repeat the access log.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     return httpx.AsyncClient(
         timeout=httpx.Timeout(None, connect=CONNECT_S),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=_IDLE_S),
         headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-        # A proxy of the environment is for the world outside, not for the fleet.
+        # A proxy in the environment is for outside addresses, not for the fleet.
         trust_env=False,
     )
 
 
 class OpenAIDoor:
-    """place: whose. A rank of several is named to it by a header, which vLLM and SGLang read alike."""
+    """place: the engine. A rank of a worker with several is named in a header, which both vLLM and SGLang read."""
 
     def __init__(self, place: EnginePlace, http: httpx.AsyncClient) -> None:
         self.place = place
         self._http = http
 
     async def check_health(self) -> None:
-        """Raises:  Unavailable, Overloaded: it cannot serve now."""
+        """Raises:  Unavailable, Overloaded: the worker cannot serve now."""
         with _errors(self.place.address):
             async with asyncio.timeout(_ASK_S), self._sent("GET", "/health", None) as response:
-                # A door without this address is judged by its models.
+                # For a server without this address, the list of its models shows whether it is healthy.
                 if response.status_code != 404:
                     await self._check(response)
 
     async def models(self) -> tuple[ServedModel, ...]:
-        """Raises:  Unavailable."""
+        """The models that the worker serves.  Raises:  Unavailable."""
         body = await self._json("GET", "/v1/models", None, _ASK_S)
         found = body.get("data")
         if not isinstance(found, list):
@@ -83,7 +85,7 @@ class OpenAIDoor:
     async def tokenize(self, body: dict[str, Any]) -> list[int]:
         """The tokens of a prompt or a conversation, by the worker's own template.
 
-        Raises:  PassedError: it cannot read the request, or has no such door.  Unavailable.
+        Raises:  PassedError: the worker refuses the request, or has no such address.  Unavailable.
         """
         answer = await self._json("POST", "/tokenize", body, TOKENIZE_S)
         tokens = answer.get("tokens")
@@ -92,19 +94,20 @@ class OpenAIDoor:
         return tokens
 
     async def whole(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """An answer as one JSON object.  Raises: as `events`."""
+        """The answer as one JSON object.  Raises: as `events`."""
         return await self._json("POST", path, body, timeout_s)
 
     async def events(self, path: str, body: dict[str, Any], timeout_s: float) -> AsyncGenerator[str, None]:
-        """An answer's server-sent events: what is behind `data: `, one after the other, `[DONE]` not among them.
+        """The server-sent events of an answer: the text after each `data: `, without the final `[DONE]`.
 
-        Raises:  PassedError: it refused.  Unavailable: it cannot be reached, failed, or went away.  Overloaded: it
-        is full.  DeadlineExceeded.
+        Raises:  PassedError: the worker refused the request.  Unavailable: the worker cannot be reached, failed, or
+        went away.  Overloaded: the worker is full.  DeadlineExceeded.
         """
         ends = time.monotonic() + timeout_s
         with _errors(self.place.address):
             async with contextlib.AsyncExitStack() as stack:
-                # Within one step each: a timeout belongs to a task, and the reader may continue in another one.
+                # The timeout is set within each step, because it belongs to a task and the reader may continue in
+                # another task.
                 async with asyncio.timeout(timeout_s):
                     response = await stack.enter_async_context(self._sent("POST", path, body))
                     await self._check(response)
@@ -150,7 +153,7 @@ class OpenAIDoor:
             retry = response.headers.get("retry-after", "")
             raise Overloaded(who, retry_after_s=float(retry) if retry.isdigit() else 1.0)
         if status >= 500 or status in (401, 403):
-            # That a worker does not let us in is nothing that our client could mend.
+            # If a worker refuses our credentials, our client cannot mend that.
             raise Unavailable(who)
         try:
             body = json.loads(text)
@@ -160,7 +163,7 @@ class OpenAIDoor:
 
 
 async def _data_of(response: httpx.Response) -> AsyncGenerator[str, None]:
-    """Events' data; of several lines, joined as the standard has it."""
+    """The data of each event. Several data lines are joined as the standard says."""
     lines: list[str] = []
     async for line in response.aiter_lines():
         if line.startswith("data:"):

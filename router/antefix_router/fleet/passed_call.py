@@ -1,4 +1,4 @@
-"""One request on its way through: what its client sent, and what the worker says of it. Pure."""
+"""One request that is passed to a worker: what its client sent, and what the worker reports. Pure."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PLAN: Final = "foreign"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassedCall:
-    """path, body: as they go to the worker.  scope: whose cache, and of which adapter.  tokens: of the prompt; None
-    where nobody could say.  num_prompt_tokens_about: where they are not known, at least so many.
+    """path, body: as they go to the worker.  scope: the tenant's cache and the adapter.  tokens: the prompt's tokens;
+    None if they are not known.  num_prompt_tokens_about: a lower bound of their number if they are not known.
 
-    affinity: where a prompt without names goes, if nothing else decides.
-    wants_usage, wants_running_usage: what of the usage the client asked its stream for.
+    affinity: chooses the worker of a prompt without names if nothing else decides.
+    wants_usage, wants_running_usage: the parts of the usage that the client asked its stream for.
     """
 
     path: str
@@ -45,7 +45,9 @@ class PassedCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reported:
-    """A worker's count of one answer. cached_tokens: None where it does not tell.  is_whole: of its end."""
+    """A worker's counts for one answer.  cached_tokens: None if the worker does not report them.  is_whole: the counts
+    are those at the answer's end.
+    """
 
     prompt_tokens: int
     output_tokens: int
@@ -55,7 +57,7 @@ class Reported:
 
     @classmethod
     def read(cls, usage: Any, *, is_whole: bool) -> Reported | None:
-        """From `usage` of an answer or of a piece of one; None: it says nothing."""
+        """Read the `usage` of an answer or of a piece of one; None: it holds no counts."""
         if not isinstance(usage, dict):
             return None
         prompt, output = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
@@ -76,7 +78,7 @@ class Reported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What the directory said when the request was placed, in tokens. best: of the engine that holds most."""
+    """What the directory said when the request was placed, in tokens.  best: at the engine that holds most."""
 
     here: int = 0
     best: int = 0
@@ -86,7 +88,7 @@ class Expected:
     was_evicted: bool = False
 
     def miss_reason(self, hit: int) -> MissReason:
-        """Why no more than so many tokens hit, as far as the events of the fleet tell."""
+        """Why only this many tokens hit, as far as the fleet's events show."""
         if not self.is_named:
             return MissReason.UNKNOWN
         if self.most == 0:
@@ -101,16 +103,17 @@ class Expected:
 
     @property
     def most(self) -> int:
-        """What could hit at best: engines compute the last token, and so its whole block."""
+        """The largest possible hit. Engines always compute the last token, and so its whole block."""
         return (self.num_tokens - 1) // self.block_size * self.block_size if self.num_tokens else 0
 
 
 @dataclass(slots=True)
 class PassedGeneration(Generation):
-    """A request while a worker that is not ours answers it. num_pieces: of output that came, where it counts none.
+    """A request that another engine's worker is answering.  num_pieces: pieces of output so far, used if the worker
+    does not count tokens.
 
-    answer: a whole one.  events: of a stream, those that are to go to the client and have not been taken.
-    last: the one with the usage that the client asked for; it goes out when the record is written.
+    answer: a complete answer that is not a stream.  events: events of a stream that are ready for the client.
+    last: the event with the usage that the client asked for. It goes out after the record is written.
     """
 
     call: PassedCall = field(kw_only=True)
@@ -126,7 +129,7 @@ class PassedGeneration(Generation):
 
     @property
     def num_emitted(self) -> int:
-        """As the worker counts, who knows tokens; without its count a piece is a token."""
+        """Output tokens as the worker counts them. Without its count, each piece counts as one token."""
         return self.num_pieces if self.reported is None else max(self.reported.output_tokens, 0)
 
     @property
@@ -134,23 +137,25 @@ class PassedGeneration(Generation):
         return "length" if "length" in self.reasons.values() else "stop"
 
     def take_answer(self, answer: dict[str, Any]) -> None:
-        """A whole answer came."""
+        """Take a complete answer from the worker."""
         self.answer = answer
         self.reported = Reported.read(answer.get("usage"), is_whole=True)
         self._note_choices(answer)
 
     def take_piece(self, data: str) -> None:
-        """An event of a stream came.  Raises:  Unavailable: that the worker cannot continue."""
+        """Take an event of a stream.  Raises:  Unavailable: the worker says that it cannot continue."""
         if (event := self._passed(data)) is not None:
             self.events.append(event)
 
     def taken(self) -> list[str]:
-        """What has come since this was last asked."""
+        """The events that arrived since the last call."""
         events, self.events = self.events, []
         return events
 
     def _passed(self, data: str) -> str | None:
-        """What of one event continues: all of it, or without the usage that only we asked for; None: nothing."""
+        """The part of an event that the client gets: all of it, or all but a usage that only the router asked for.
+        None: nothing.
+        """
         try:
             piece = json.loads(data)
         except ValueError:
@@ -178,7 +183,7 @@ class PassedGeneration(Generation):
         return json.dumps(piece, ensure_ascii=False, separators=(",", ":"))
 
     def used(self, num_output: int, reasoning_tokens: int) -> Usage:
-        """As the worker says; of an answer that broke off before it said so, hits are what was expected."""
+        """The usage as the worker reports it. If the answer broke off before the report, the expected hit is used."""
         said = self.reported
         ttft_us = round(self.ttft_s * 1e6)
         if said is None:

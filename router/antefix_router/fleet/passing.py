@@ -1,5 +1,6 @@
-"""Runs requests over the engines of a fleet: place, pass on, and elsewhere where a worker fails before its client has
-anything. What an answer is made of is the worker's; this counts and compares."""
+"""Runs requests on the engines of a fleet: places each request, passes it on, and tries another worker if one fails
+before the client has received anything. The worker makes the answer; this module only counts and compares.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ _NO_TOKENS: Final = np.empty(0, np.uint32)
 
 
 class Passing:
-    """One router's."""
+    """Runs the requests of one router."""
 
     def __init__(
         self,
@@ -35,19 +36,20 @@ class Passing:
         *,
         on_named: Callable[[NamedPrompt], None] = lambda prompt: None,
     ) -> None:
-        """on_named: told of each prompt that was named, in one of the sizes of blocks."""
+        """on_named: called with each prompt after its blocks were named, in one of the block sizes."""
         self._placing = placing
         self._workers = workers
         self._on_named = on_named
 
     async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """The answer, in the generation's `events` or its `answer`; each (empty) piece says that there is more.
+        """The answer, which is put into the generation's `events` or `answer`. Each (empty) piece signals that there is
+        more.
 
-        Raises:  what the last worker tried raised.
+        Raises:  the error of the last worker that was tried.
         """
         assert isinstance(generation, PassedGeneration)
         ends = time.monotonic() + timeout_s
-        # 1. Name the prompt's blocks, in each size that the fleet's engines have.
+        # 1. Name the prompt's blocks in each block size that the fleet's engines use.
         prompts = self._placing.named(generation.call)
         if not prompts:
             self._placing.counters.num_unnamed += 1
@@ -61,13 +63,13 @@ class Passing:
                 try:
                     placed = self._placing.place(generation.call, prompts, self._session(generation), frozenset(tried))
                 except (Unavailable, Overloaded) as err:
-                    # Why the last one failed says more than that none is left.
+                    # The last worker's error says more than that none is left.
                     raise failed or err from err
                 placing.set(worker=placed.worker.address)
             self._workers.num_placed["again" if tried else "first"] += 1
             tried.add(placed.worker.address)
             self._note(generation, placed, prompts)
-            # 3. Pass it on, and the answer back.
+            # 3. Pass the request on, and the answer back.
             try:
                 async with contextlib.aclosing(self._call(generation, placed, prompts, ends)) as pieces:
                     async for piece in pieces:
@@ -79,14 +81,14 @@ class Passing:
                     raise
                 log.warning("request %s moves to another worker: %s", generation.request.request_id, err)
                 failed = err
-        # 4. Compare what was expected with what is reported.
+        # 4. Compare the expected hit with the reported one.
         self._compare(generation, placed)
 
     def _note(self, generation: PassedGeneration, placed: Placed, prompts: dict[int, NamedPrompt]) -> None:
         generation.worker, generation.expected = placed.worker.address, placed.expected
         tenant, session = self._session(generation)
         self._placing.sessions.note(tenant, session, WorkerRole.FOREIGN, placed.worker.address)
-        # In one size for all records, whatever the worker's: so they can be compared.
+        # All records use one block size, whatever the worker's, so that they can be compared.
         for prompt in list(prompts.values())[:1]:
             generation.prompt_marks = marks_of(prompt.chain.hashes)
 
@@ -120,11 +122,11 @@ class Passing:
         prompt: NamedPrompt | None,
         placed: Placed,
     ) -> None:
-        """The prompt is computed: its worker is free for the next one."""
+        """The prompt is computed, so its worker is free for the next one."""
         if generation.ttft_s:
             return
         if generation.call.stream:
-            # Of a whole answer it is not known when its first token came.
+            # A complete answer does not show when its first token came.
             generation.ttft_s = time.perf_counter() - generation.started
             part.computed()
         self._placing.computed(placed, prompt)

@@ -1,8 +1,8 @@
-"""A request's prompt as tokens, which its blocks are named by: asked of the workers themselves.
+"""Asks the workers for the tokens of a request's prompt, from which its blocks are named.
 
-They render conversations with their own templates, tools and settings, and what they answer is what they will compute.
-A rendering of our own would be a second truth, and where the two differ by one token nothing matches any more. vLLM and
-SGLang have the address `/tokenize` for it. Where no worker answers there, a request is placed by load alone.
+The workers render a conversation with their own template, tools and settings, so their answer is what they will
+compute. If the router rendered it itself and one token differed, no block would match. vLLM and SGLang have the address
+`/tokenize` for this. If no worker answers there, the request is placed by load alone.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from antefix_router.placement.workers import Workers
 log = logging.getLogger("antefix.fleet")
 
 _NUM_TRIES_MAX: Final = 2
-# Of a conversation, what its template sees.
+# The fields of a conversation that its template sees.
 _CHAT_FIELDS: Final = (
     *("model", "messages", "tools", "tool_choice", "reasoning_effort", "add_generation_prompt"),
     *("continue_final_message", "add_special_tokens", "chat_template", "chat_template_kwargs", "mm_processor_kwargs"),
@@ -33,7 +33,7 @@ _COMPLETION_FIELDS: Final = ("model", "prompt", "add_special_tokens")
 
 
 class PromptTokens:
-    """One fleet's. A worker that has no such door is not asked again."""
+    """Asks the workers of one fleet. A worker without this address is not asked again."""
 
     def __init__(self, engines: Sequence[Engine], workers: Workers) -> None:
         self._engines = engines
@@ -41,7 +41,9 @@ class PromptTokens:
         self._without: set[str] = set()
 
     async def of(self, path: str, body: Mapping[str, Any], model: str) -> Tokens | None:
-        """None: nobody could say; then the worker that gets the request is the judge of it."""
+        """The prompt's tokens. None: no worker could tell; the worker that gets the request will accept or
+        refuse it.
+        """
         prompt = body.get("prompt") if path == COMPLETIONS else None
         if (given := _token_ids(prompt)) is not None:
             return as_tokens(given)
@@ -55,7 +57,8 @@ class PromptTokens:
                     return as_tokens(await engine.door.tokenize(asked))
                 except PassedError as err:
                     if err.status not in (404, 405, 501):
-                        # What it cannot render it may still answer, and if not its own words say why.
+                        # A worker that cannot render a request may still be able to answer it. If not, its own error
+                        # says why.
                         return None
                     log.warning("worker %s has no /tokenize: it is asked no more", engine.place.address)
                     self._without.add(engine.place.url)
@@ -64,7 +67,7 @@ class PromptTokens:
         return None
 
     def _to_ask(self, model: str) -> list[Engine]:
-        """Workers that can, the least busy first."""
+        """The workers that have this address, the least busy first."""
         able = [each for each in self._engines if each.is_up and each.serves(model)]
         able = [each for each in able if each.place.url not in self._without]
         busy = {worker.address: worker.num_requests for worker in self._workers.workers}

@@ -1,1 +1,1 @@
-"""HTTP in front of the router: OpenAI's and Anthropic's APIs over `antefix_router.front`."""
+"""The router's HTTP interface: OpenAI's and Anthropic's APIs on top of `antefix_router.front`."""

@@ -1,6 +1,7 @@
-"""Around every HTTP request: its id in the answer and on log lines, its trace, its line in the access log, its counts.
+"""Wraps every HTTP request: adds its id to the answer and to log lines, its trace, its line in the access log, and its
+counts.
 
-Nothing of bodies is read or written down here. An address is what the client chose, and is written encoded and cut.
+This module does not read or log bodies. The request's path is chosen by the client, so it is logged encoded and cut.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ log = logging.getLogger(ACCESS)
 REQUEST_ID: Final = "antefix.request_id"
 TENANT: Final = "antefix.tenant"
 KEY_ID: Final = "antefix.key_id"
-# As nginx writes it: the client left before its answer began.
+# nginx's status for a client that left before its answer began.
 CLIENT_GONE: Final = 499
 _PATH_CHARACTERS_MAX: Final = 200
 _OTHER: Final = "(other)"
 
 
 class HttpMeasures:
-    """paths: those that are counted by name."""
+    """paths: the addresses that are counted by name."""
 
     def __init__(self, paths: Iterable[str] = ()) -> None:
         self._paths = frozenset(paths)
@@ -60,7 +61,7 @@ class HttpMeasures:
 
 
 class Access:
-    """ASGI middleware, outside everything else."""
+    """The outermost ASGI middleware."""
 
     def __init__(self, app: ASGIApp, measures: HttpMeasures) -> None:
         self._app = app
@@ -92,7 +93,7 @@ class Access:
 
 
 def id_of(headers: Headers) -> str:
-    """The request's id: its client's key, which makes it one that may be asked for again, or one of ours."""
+    """The request's id: the client's `Idempotency-Key`, which allows retries, or an id made here."""
     key = headers.get("idempotency-key", "")
     return key if key and len(key.encode()) <= REQUEST_ID_BYTES_MAX else secrets.token_hex(12)
 
@@ -102,7 +103,7 @@ def shown_path(scope: Scope) -> str:
 
 
 class _Answer:
-    """Sees an answer go out, and puts the request's id in its head."""
+    """Watches an answer go out, and adds the request's id to its headers."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self.status = CLIENT_GONE

@@ -1,4 +1,4 @@
-"""What form an answer must have, read from a request: JSON, calls of tools. Pure; the providers' three ways."""
+"""Reads the form that an answer must have, JSON or tool calls, from a request of each of the three APIs. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from antefix_router.gateway.fields import Fields, WrongField, missing, unsupport
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerForm:
-    """is_json: the answer is JSON, by `schema` where there is one. param: the field that said so."""
+    """is_json: the answer is JSON, which satisfies `schema` if there is one.  param: the field that asked for this."""
 
     is_json: bool = False
     schema: dict[str, Any] | None = None
@@ -21,7 +21,7 @@ class AnswerForm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchemaNames:
-    """Where an API has its schemas, so that a refusal names the field. tool: with a place for the tool's number."""
+    """The field names of an API's schemas, used in refusals.  tool: a pattern with a place for the tool's number."""
 
     answer: str = "response_format"
     tool: str = "tools[{}].function.parameters"
@@ -36,7 +36,7 @@ ANTHROPIC_NAMES = SchemaNames(answer="output_config.format.schema", tool="tools[
 
 
 def chat_form(fields: Fields) -> AnswerForm:
-    """OpenAI's `response_format`.  Raises:  WrongField: another kind, or of a wrong type."""
+    """Read OpenAI's `response_format`.  Raises:  WrongField: an unknown kind or a wrong type."""
     form = fields.child("response_format")
     if form is None:
         return AnswerForm()
@@ -50,7 +50,9 @@ def chat_form(fields: Fields) -> AnswerForm:
 
 
 def flat_form(form: Fields | None) -> AnswerForm:
-    """`text.format` of the Responses API, `output_config.format` of Anthropic's: the schema lies in it directly."""
+    """Read `text.format` of the Responses API or `output_config.format` of Anthropic's. The schema is
+    directly inside.
+    """
     if form is None:
         return AnswerForm()
     kind = form.text("type")
@@ -63,7 +65,7 @@ def _schema_form(fields: Fields, param: str) -> AnswerForm:
         raise missing(fields.name_of("schema"), "a JSON schema")
     if not isinstance(schema, dict):
         raise WrongField(f"{fields.name_of('schema')} must be a JSON object", param=param, code="invalid_type")
-    # Whatever `strict` says, the answer keeps to it; the name and the description are for people.
+    # The answer satisfies the schema whatever `strict` says. Name and description are only for people.
     fields.drop("name", "description", "strict")
     return AnswerForm(is_json=True, schema=schema, param=param)
 
@@ -75,9 +77,9 @@ def _plain_form(kind: str, param: str) -> AnswerForm:
 
 
 def openai_rule(choice: Any, names: Collection[str], *, parallel: bool) -> ToolRule | None:
-    """`tool_choice` of OpenAI's two APIs; None: no tool may be called.
+    """Read `tool_choice` of OpenAI's two APIs; None: no tool may be called.
 
-    Raises:  WrongField: of another form, or it names a tool that is not there.
+    Raises:  WrongField: it has another form, or names a tool that does not exist.
     """
     if choice in ("auto", None):
         return ToolRule(parallel=parallel)
@@ -103,8 +105,9 @@ def _allowed(allowed: Mapping[str, Any], names: Collection[str], parallel: bool)
 
 
 def _name(tool: Any) -> str:
-    """The tool that a choice names: chat wraps the name in "function", Responses does not. Choices of a provider's tool
-    name its kind."""
+    """The tool that a choice names. Chat wraps the name in "function"; Responses does not. A choice of a provider's
+    tool names its kind.
+    """
     tool = tool if isinstance(tool, Mapping) else {}
     kind = tool.get("type", "function")
     inner = tool.get("function", tool)
@@ -115,7 +118,7 @@ def _name(tool: Any) -> str:
 
 
 def anthropic_rule(choice: Fields | None, names: Collection[str]) -> ToolRule | None:
-    """Anthropic's `tool_choice`; None: no tool may be called.  Raises:  WrongField"""
+    """Read Anthropic's `tool_choice`; None: no tool may be called.  Raises:  WrongField"""
     if choice is None:
         return ToolRule()
     kind = choice.text("type")

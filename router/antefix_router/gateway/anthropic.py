@@ -35,7 +35,7 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """A request, read."""
+    """A request after reading its fields."""
 
     model: str
     user: str
@@ -45,7 +45,7 @@ class _Asked:
 
 
 async def prepare_messages(gateway: Gateway, request: Request) -> MessagesCall:
-    """Raises:  InvalidRequest and the others of `Gateway.chat`."""
+    """Read and admit a request.  Raises:  InvalidRequest and the other errors of `Gateway.chat`."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
     asked = _read(gateway, fields, tenant)
@@ -64,7 +64,7 @@ async def prepare_messages(gateway: Gateway, request: Request) -> MessagesCall:
 
 
 async def count_tokens(gateway: Gateway, request: Request) -> JSONResponse:
-    """The prompt's length, without running it. Takes whatever `prepare_messages` takes."""
+    """The prompt's length, without running it. Accepts whatever `prepare_messages` accepts."""
     try:
         with gateway.entering(request):
             tenant = gateway.tenant(request)
@@ -86,7 +86,7 @@ def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
     knobs = read_knobs(fields, "max_tokens", stop_name="stop_sequences")
     config = fields.child("output_config")
     effort = gateway.choose_effort(read_wish(fields, config), model, Effort.NONE, fields.notes)
-    # The API had it next to the other fields first.
+    # Earlier versions of the API had this field on the top level.
     early, late = fields.child("output_format"), None if config is None else config.child("format")
     form = flat_form(early if late is None else late)
     tools = anthropic_tools(fields)
@@ -115,7 +115,7 @@ def _read(gateway: Gateway, fields: Fields, tenant: str) -> _Asked:
 
 
 class MessagesCall:
-    """One answer in Anthropic's shapes."""
+    """One answer in the forms of Anthropic's API."""
 
     def __init__(
         self,
@@ -191,8 +191,9 @@ class MessagesCall:
 
 
 class _Blocks:
-    """Content blocks open one after the other: thinking, text, then one for each call. Thinking ends with its
-    signature, without which clients do not keep it."""
+    """Opens content blocks one after the other: thinking, text, then one per call. Thinking ends with its signature;
+    without it, clients do not keep the thinking.
+    """
 
     def __init__(self, signatures: Signatures) -> None:
         self._signatures = signatures
@@ -221,7 +222,7 @@ class _Blocks:
         return [*events, *self._end()]
 
     def _begin(self, what: str, block: dict[str, Any]) -> list[bytes]:
-        """what: the kind of block, or which call it is."""
+        """what: the kind of block, or the call."""
         if self._open == what:
             return []
         events = self._end() if self._open else []
@@ -249,5 +250,5 @@ def _stop_reason(ended: Ended) -> str:
 
 
 def _usage_so_far(report: RestoreReport | None, num_prompt_tokens: int) -> dict[str, Any]:
-    """At the start: the prompt's counts by the same rule as at the end, and no output yet."""
+    """The usage at the start: the prompt's counts by the same rule as at the end, and no output yet."""
     return messages_usage(Usage(prompt_tokens=num_prompt_tokens) if report is None else report.usage(num_prompt_tokens))

@@ -1,4 +1,4 @@
-"""Anthropic's messages and system blocks as a conversation. Pure."""
+"""Converts Anthropic's messages and system blocks into a conversation. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from antefix_router.gateway.fields import Fields, missing, unsupported, wrong_ty
 from antefix_router.gateway.signatures import Signatures
 from antefix_router.gateway.text_check import as_text
 
-# Newer models take system text in mid-conversation, and clients send it.
+# Newer models accept system text in mid-conversation, and clients send it.
 _ROLES = {
     "user": ChatRole.USER,
     "assistant": ChatRole.ASSISTANT,
@@ -33,10 +33,10 @@ REDACTED = "[thinking redacted]"
 def anthropic_messages(
     fields: Fields, signatures: Signatures, deferred: Mapping[str, Any] | None = None
 ) -> tuple[Message, ...]:
-    """System text first, then the turns; a turn with tool results becomes one message for each of them.
-    deferred: tools that are shown where a result refers to them.
+    """System text first, then the turns. A turn with tool results becomes one message per result.
+    deferred: tools that are shown to the model where a result refers to them.
 
-    Raises:  WrongField: a block of a kind that nobody knows; the field is named.
+    Raises:  WrongField: a block of an unknown kind; the field is named.
     """
     found = MessageList()
     if fields.has("system"):
@@ -80,7 +80,7 @@ def _read_turn(
     ends: tuple[TextBreakpoint, ...],
     deferred: Mapping[str, Any],
 ) -> None:
-    """Tool results, then what the user says besides."""
+    """Read tool results, then the rest of what the user says."""
     said, has_results = Content(), False
     for block in blocks:
         if not block.takes("type", "tool_result"):
@@ -89,7 +89,7 @@ def _read_turn(
         has_results = True
         result = result_of(block, "content", deferred)
         if block.boolean("is_error"):
-            # What failed is told in words: the model has no other field for it.
+            # A failed call is described in words, because the model's format has no field for it.
             result.prepend("Error: ")
         breakpoints = (*result.breakpoints, *end_breakpoint(block))
         call_id = block.text("tool_use_id", "")
@@ -148,7 +148,7 @@ class _Answer:
         self._ends += end_breakpoint(block)
 
     def _other(self, block: Fields) -> None:
-        """Text; or what another provider's own tools did, in a word: the reader should know that it happened."""
+        """Text, or a short note about another provider's own tools, so that the model knows that they ran."""
         kind = block.take("type", "")
         if not isinstance(kind, str) or not kind.endswith(("tool_use", "tool_result")):
             self._said.add_part(block, kind)
@@ -162,9 +162,10 @@ class _Answer:
 
 
 def read_context_management(fields: Fields) -> None:
-    """Edits that only spare context change nothing here: the model's format has its own rule for old thinking.
+    """Read `context_management`. Edits that only save context have no effect here, because the model's format has its
+    own rule for old thinking.
 
-    Raises:  WrongField: an edit takes content away.
+    Raises:  WrongField: an edit removes content.
     """
     management = fields.child("context_management")
     if management is None:
@@ -178,7 +179,7 @@ def read_context_management(fields: Fields) -> None:
 
 
 def user_of(fields: Fields) -> str:
-    """`metadata.user_id`: whose cache it is."""
+    """`metadata.user_id`: the user whose cache is used."""
     metadata = fields.child("metadata")
     return "" if metadata is None else metadata.text("user_id", "")
 

@@ -1,4 +1,4 @@
-"""The HTTP server: addresses to handlers, start and graceful stop. Runs in the router's event loop."""
+"""The HTTP server: routes, start and graceful stop. Runs in the router's event loop."""
 
 from __future__ import annotations
 
@@ -48,15 +48,16 @@ from antefix_router.metrics import connection_metrics, http_metrics
 
 log = logging.getLogger("antefix.gateway")
 
-# A client that keeps its connection open between turns; longer than most clients' own limit, so that they close first.
+# How long a client may keep its connection open between turns. This is longer than most clients' own limit, so that
+# clients close first.
 KEEP_ALIVE_S = 75
-# Connections that the kernel keeps until they are accepted.
+# Connections that the kernel holds until they are accepted.
 _BACKLOG = 1024
 
 _LIMIT_HEADERS = [
     f"x-ratelimit-{name}-{what}" for name in ("limit", "remaining", "reset") for what in ("requests", "tokens")
 ]
-# Of answers' ids in the APIs, before the request's own.
+# The prefixes of answers' ids in the APIs; the request's own id follows.
 _ID_PREFIXES = ("chatcmpl-", "cmpl-", "resp_", "msg_")
 
 HEALTH_PATHS = ("/livez", "/readyz", "/healthz")
@@ -70,7 +71,7 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 
 
 def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, more: Iterable[Route] = ()) -> Starlette:
-    """The ASGI application. more: addresses that are no part of any API."""
+    """The ASGI application.  more: further addresses that are not part of an API."""
     routes = [
         Route(
             path,
@@ -95,7 +96,7 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, m
 
 
 def common_routes(door: Door) -> list[Route]:
-    """What every door has besides its APIs."""
+    """The addresses that every door has besides its APIs."""
     return [
         *usage_routes(door),
         Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, door), methods=["GET"]),
@@ -107,7 +108,7 @@ def common_routes(door: Door) -> list[Route]:
 
 
 def application(routes: list[Route], measures: HttpMeasures, config: GatewayConfig) -> Starlette:
-    """With the access log, and errors in our own shapes."""
+    """The ASGI application with the access log, and with errors in the forms of the APIs."""
     middleware = [
         Middleware(ClientAddress, proxies=TrustedProxies(config.http_trusted_proxies, config.http_client_header)),
         Middleware(Access, measures=measures),
@@ -118,7 +119,7 @@ def application(routes: list[Route], measures: HttpMeasures, config: GatewayConf
 
 
 def _cors(config: GatewayConfig) -> dict[str, Any]:
-    """Keys come in headers and never in cookies, so no credentials of a browser's are taken."""
+    """Keys come in headers and never in cookies, so browsers' credentials are not allowed."""
     return {
         "allow_origins": config.http_cors_origins,
         "allow_methods": ("GET", "POST"),
@@ -128,7 +129,7 @@ def _cors(config: GatewayConfig) -> dict[str, Any]:
 
 
 async def _receipt(gateway: Door, request: Request) -> Response:
-    """A tenant's own request's receipt; with the scope `admin` another tenant may be named."""
+    """The receipt of one of the tenant's requests. With the scope `admin`, another tenant may be named."""
     try:
         holder = gateway.holder(request, Scope.USAGE)
         tenant = request.query_params.get("tenant", holder.tenant)
@@ -147,8 +148,9 @@ async def _receipt(gateway: Door, request: Request) -> Response:
 
 
 def names_of_id(given: str) -> tuple[str, ...]:
-    """What a request may be called in the ledger, by the id that its client was given: as it is, or without an API's
-    prefix."""
+    """The ids under which a request may be in the ledger, given the id that its client knows: the same id, or the id
+    without an API's prefix.
+    """
     return (given, *(given.removeprefix(each) for each in _ID_PREFIXES if given.startswith(each)))
 
 
@@ -167,14 +169,14 @@ async def _livez(request: Request) -> Response:
 
 
 async def _readyz(door: Door, request: Request) -> Response:
-    """A request would be served."""
+    """Whether a request would be served."""
     if why := door.why_unready():
         return JSONResponse({"status": "unavailable", "reason": why}, status_code=503, headers={"retry-after": "1"})
     return JSONResponse({"status": "ok"})
 
 
 async def _http_error(request: Request, err: Exception) -> Response:
-    """Unknown addresses and methods, in the shape that the caller's client reads."""
+    """Answer unknown addresses and methods in the form that the caller's client reads."""
     status = err.status_code if isinstance(err, HTTPException) else 500
     anthropic = "anthropic-version" in request.headers
     response = error_response(
@@ -186,7 +188,7 @@ async def _http_error(request: Request, err: Exception) -> Response:
 
 
 class _Server(uvicorn.Server):
-    """Signals are the router's business. `ready` is set when it listens."""
+    """Leaves signals to the router. `ready` is set when the server listens."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
@@ -202,7 +204,7 @@ class _Server(uvicorn.Server):
 
 
 class HttpServer:
-    """A started gateway."""
+    """A running HTTP server."""
 
     def __init__(
         self,
@@ -229,7 +231,7 @@ class HttpServer:
         yield from connection_metrics(self.connections, self.accepting)
 
     async def stop(self) -> None:
-        """Take no more requests, let running ones finish, then stop."""
+        """Accept no more requests, let running ones finish, then stop."""
         self._server.should_exit = True
         await asyncio.gather(self._serving, return_exceptions=True)
 
@@ -245,10 +247,10 @@ async def start_http(
     more: MakeRoutes = lambda gateway: (),
     why_unready: Callable[[], str] = lambda: "",
 ) -> HttpServer:
-    """security: with TLS, its certificate is this server's too.  more: makes addresses that are no part of any API.
-    why_unready: why a request would not be served; empty where it would.
+    """security: if it has TLS, its certificate is used here too.  more: makes addresses that are not part of an API.
+    why_unready: returns why a request would not be served; empty if it would.
 
-    Raises:  ConfigError: the address cannot be listened on, or the file of model aliases is of another form.
+    Raises:  ConfigError: the address cannot be listened on, or the file of model aliases has another format.
     """
     gateway = Gateway(front, config)
     gateway.why_unready = why_unready
@@ -279,8 +281,8 @@ async def serve_door(
         )
     path = host.removeprefix(UNIX) if host.startswith(UNIX) else ""
     family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET
-    # The protocol is named because asyncio sets TCP_NODELAY only where it is: without that, each answer waits 40 ms for
-    # the client's delayed acknowledgement between head and body.
+    # The protocol number is given because asyncio sets TCP_NODELAY only if it is. Without TCP_NODELAY, each answer
+    # waits 40 ms between head and body for the client's delayed acknowledgement.
     listener = socket.socket(family, socket.SOCK_STREAM, 0 if path else socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -293,16 +295,17 @@ async def serve_door(
     server = _Server(
         uvicorn.Config(
             app,
-            # Named, so that neither another parser that is installed nor uvicorn's variables change what is read.
+            # The parser is named, so that neither another installed parser nor uvicorn's environment variables change
+            # what is accepted.
             http=strict_protocol(faults, connections),
             ws="none",
             proxy_headers=False,
             lifespan="off",
             access_log=False,
             log_config=None,
-            # How many connections are accepted in a row; at the limit of open files each of them fails.
+            # How many connections are accepted in a row. At the limit of open files, each of them would fail.
             backlog=accepted_at_once(),
-            # What does not end at our own ending (a client that does not read) is cut off a little later.
+            # Requests that do not end with our own error (because a client does not read) are cut off a little later.
             timeout_graceful_shutdown=math.ceil(config.grace_s + ENDING_S),
             timeout_keep_alive=KEEP_ALIVE_S,
             server_header=False,
@@ -316,7 +319,8 @@ async def serve_door(
     ready.cancel()
     if serving.done():
         raise ConfigError(f"the HTTP server did not start: {serving.exception()}")
-    # asyncio has one number for both: what it accepts in a row, and what the kernel keeps meanwhile.
+    # asyncio has one setting for two things: how many connections it accepts in a row, and how many the kernel holds
+    # meanwhile.
     listener.listen(_BACKLOG)
     port = 0 if path else listener.getsockname()[1]
     return HttpServer(server, serving, join_address(host, port), door, measures, faults, connections, accepting)

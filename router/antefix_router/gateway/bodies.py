@@ -1,11 +1,11 @@
-"""Reading requests' bodies: how many at once, of whom, how large, how long, and how much structure.
+"""Reads request bodies, with limits on their number, size, time and structure, in all and per tenant.
 
-Limits come before work. Who calls is known from the head alone, and so is a body's length; a tenant that may run no
-more requests, or has nothing left to use, is told so before its body is read.
+Limits are checked before work is done. The head alone gives the caller and the body's length. A tenant that may run no
+more requests, or has nothing left to use, is refused before its body is read.
 
     head        key, content-length, the tenant's requests, its quotas, room for the tenant
-    body        bytes of this one, bytes of all that are held, time
-    JSON        structure: a megabyte of `{}` would become 30 MB of objects; large ones in a thread
+    body        bytes of this body, bytes of all bodies held, time
+    JSON        structure: a megabyte of `{}` would become 30 MB of objects; large bodies are parsed in a thread
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from antefix_router.gateway.fields import wrong_value
 from antefix_router.gateway.http_errors import TooLarge, TooSlow
 from antefix_router.gateway.text_check import may_hold_surrogates, path_of_no_text
 
-# Parsing so much takes the loop some milliseconds, whatever it holds.
+# Parsing a body of this size takes the event loop some milliseconds, whatever it holds.
 _SMALL_BYTES: Final = 1 << 18
-# Lists and objects in one body; a conversation of a thousand turns with tools has some thousands.
+# Lists and objects in one body. A conversation of a thousand turns with tools has some thousands.
 _CONTAINERS_MAX: Final = 100_000
-# Values of a body besides the token ids of a prompt.
+# Values in a body besides the token ids of a prompt.
 _VALUES_MAX: Final = 400_000
-# All bodies that are being read or parsed. With room for some of the largest.
+# All bodies that are being read or parsed. There is room for several of the largest size.
 _HELD_BYTES_MAX: Final = 256 << 20
-# What one tenant may take of what all share, where there are several.
+# The fraction of the shared limits that one tenant may use, if there are several tenants.
 _SHARE: Final = 0.75
 
 
 class Room:
-    """How many calls there are at once, from the end of their heads on, and what their bodies take."""
+    """Counts the calls in progress, from the end of their heads on, and the memory of their bodies."""
 
     def __init__(self, num_max: int, *, held_bytes_max: int = _HELD_BYTES_MAX) -> None:
         self.num_running = 0
@@ -51,8 +51,8 @@ class Room:
 
     @contextlib.contextmanager
     def taken(self, tenant: str = "", *, requests: int | None = None, is_shared: bool = False) -> Iterator[None]:
-        """A call's place.  requests: as many of the tenant's may be at once.  is_shared: there are other tenants, for
-        whom something is left.
+        """Take a place for a call.  requests: how many of the tenant's calls may be in progress at once.  is_shared:
+        there are other tenants, for whom some room is kept.
 
         Raises:  TooManyRequests.  Overloaded: no room.
         """
@@ -74,7 +74,7 @@ class Room:
 
     @contextlib.contextmanager
     def holding(self, tenant: str, *, is_shared: bool) -> Iterator[_Held]:
-        """What a body takes until it is parsed."""
+        """Counts a body's memory until the body is parsed."""
         held = _Held(self, tenant, int(_SHARE * self._held_bytes_max) if is_shared else self._held_bytes_max)
         try:
             yield held
@@ -84,7 +84,7 @@ class Room:
 
 
 class _Held:
-    """One body's."""
+    """The memory of one body."""
 
     def __init__(self, room: Room, tenant: str, most_bytes: int) -> None:
         self.nbytes = 0
@@ -106,14 +106,14 @@ class _Held:
 
 
 def _take_off(counts: Counter[str], name: str, number: int) -> None:
-    """Names come from callers: none is kept that counts nothing."""
+    """Subtract, and remove counts of zero: names come from callers, so there may be any number of them."""
     counts[name] -= number
     if counts[name] <= 0:
         del counts[name]
 
 
 def check_length(request: Request, nbytes_max: int) -> None:
-    """What a head says of its body.  Raises:  TooLarge.  InvalidRequest: its coding is not known here."""
+    """Check what a head says about its body.  Raises:  TooLarge.  InvalidRequest: an unknown content coding."""
     if (coding := request.headers.get("content-encoding", "identity")) != "identity":
         raise InvalidRequest(f"content-encoding {coding!r} is not supported: send the body as it is")
     if int(request.headers.get("content-length") or 0) > nbytes_max:
@@ -136,9 +136,9 @@ async def read_body(request: Request, held: _Held, nbytes_max: int, *, timeout_s
 
 
 async def parse_body(body: bytearray, encoding: Encoding, *, tenant: str, num_tokens_max: int) -> Any:
-    """num_tokens_max: so many token ids may stand in it.
+    """num_tokens_max: how many token ids the body may hold.
 
-    Raises:  InvalidRequest: it is not JSON, or holds too much.  WrongField: a string in it is no text.
+    Raises:  InvalidRequest: it is not JSON, or holds too much.  WrongField: a string in it is not valid text.
     """
     if len(body) <= _SMALL_BYTES:
         return _parse(body)
@@ -147,7 +147,7 @@ async def parse_body(body: bytearray, encoding: Encoding, *, tenant: str, num_to
 
 def _parse_large(body: bytearray, num_tokens_max: int) -> Any:
     if b"\x00" in body[:4]:
-        # As json.loads would take it; quotes are looked for in UTF-8.
+        # Convert to UTF-8 first, as json.loads would, because quotes are searched for in UTF-8.
         body = bytearray(body.decode(json.detect_encoding(body), "replace").encode())
     num_containers, num_values = structure_of(body)
     if num_containers > _CONTAINERS_MAX:
@@ -158,10 +158,12 @@ def _parse_large(body: bytearray, num_tokens_max: int) -> Any:
 
 
 def structure_of(body: bytes | bytearray) -> tuple[int, int]:
-    """How many lists and objects JSON begins, and how many values stand behind a comma. Exact for what is JSON, found
-    without parsing it, and without the interpreter's lock for most of the time."""
+    """How many lists and objects the JSON text begins, and how many values follow a comma. Exact for valid JSON. The
+    text is not parsed, and most of the time runs without the interpreter's lock.
+    """
     plain = np.frombuffer(bytes(body).replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
-    # A byte's parity of quotes before it says whether it is inside a string; uint8 wraps around, the parity stays.
+    # The parity of the number of quotes before a byte says whether the byte is inside a string. uint8 wraps around,
+    # which keeps the parity.
     outside = np.cumsum(plain == ord('"'), dtype=np.uint8) & 1 == 0
     found = np.bincount(plain[outside], minlength=256)
     return int(found[ord("{")] + found[ord("[")]), int(found[ord(",")])

@@ -1,4 +1,4 @@
-"""What the cache did for an answer, in its headers and, where asked for, in its usage: docs/HTTP_API.md. Pure."""
+"""Reports what the cache did for an answer, in its headers and, on request, in its usage (docs/HTTP_API.md). Pure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from antefix.usage import Usage
 
-# A request header: "true" asks for `antefix` in the usage.
+# A request header; "true" asks for `antefix` in the usage.
 DETAILS_HEADER: Final = "antefix-usage-details"
 _NONE: Final = "none"
 
@@ -22,7 +22,7 @@ def cache_headers(used: Usage) -> dict[str, str]:
 
 
 def cache_details(used: Usage) -> dict[str, Any]:
-    """`usage.antefix`: the record's own counts, with nothing that the bill has not."""
+    """`usage.antefix`: counts taken from the bill's record."""
     return {
         "plan": used.restore_plan or _NONE,
         "tier": _tier(used),
@@ -39,7 +39,7 @@ def cache_details(used: Usage) -> dict[str, Any]:
 
 
 def _of_a_fleet(used: Usage) -> dict[str, Any]:
-    """What there is to say where the worker is not ours."""
+    """The fields for an answer by another engine's worker."""
     return {
         "evidence": used.evidence.label,
         "worker": used.worker,
@@ -48,6 +48,6 @@ def _of_a_fleet(used: Usage) -> dict[str, Any]:
 
 
 def _tier(used: Usage) -> str:
-    """Memory first, then the store; of several stores and tiers each one by name, the one that gave most first."""
+    """Memory first, then the store. With several stores and tiers, the name of each, the one that gave most first."""
     tiers = sorted(used.tokens_by_tier.items(), key=lambda tier: (tier[0] != "memory", -tier[1]))
     return "+".join(label if label == "memory" or ":" in label else "store" for label, _ in tiers) or _NONE

@@ -1,4 +1,4 @@
-"""Tool calls of one answer, put together from the pieces that come. Pure."""
+"""Assembles the tool calls of one answer from their pieces. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from antefix_router.chat.strict import keeps_to
 
 
 class Calls:
-    """strict: schemas of the tools whose calls must keep to them; such a call is held until it is whole and right."""
+    """strict: schemas of the tools whose calls must satisfy them. Such a call is held until it is complete
+    and valid.
+    """
 
     def __init__(self, strict: Mapping[str, Any]) -> None:
         self.done: list[ToolCall] = []
@@ -27,7 +29,7 @@ class Calls:
         return self._open is not None and self._open.name in self._strict
 
     def push(self, piece: CallDelta) -> list[Delta]:
-        """What of it goes out now."""
+        """Take a piece. Returns what goes out now."""
         if piece.name or self._open is None or self._open.id != piece.id:
             self._open = ToolCall(id=piece.id, name=piece.name, arguments="")
         self._open = ToolCall(id=piece.id, name=self._open.name, arguments=self._open.arguments + piece.arguments)
@@ -41,7 +43,7 @@ class Calls:
         if keeps_to(call, self._strict):
             self._close(call)
             return [Delta(call=CallDelta(id=call.id, name=call.name, arguments=call.arguments, is_last=True))]
-        # Nobody may carry it out, so it is shown as text.
+        # The client must not execute this call, so it is shown as text.
         self._open = None
         return [Delta(content=f"{call.name}({call.arguments})")]
 

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/chat/completions, with DeepSeek's fields next to them."""
+"""OpenAI's /v1/chat/completions, together with DeepSeek's fields."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CHUNK: Final = "chat.completion.chunk"
 
 
 async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
-    """Raises:  InvalidRequest and the others of `Gateway.chat`."""
+    """Read and admit a request.  Raises:  InvalidRequest and the other errors of `Gateway.chat`."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
     model = gateway.model(fields)
@@ -40,7 +40,7 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     form = chat_form(fields)
     session = fields.text("prompt_cache_key", "")
     refuse_unsupported(fields)
-    # DeepSeek's prefix completion: the last message is an answer that was begun.
+    # DeepSeek's prefix completion: the last message is the beginning of the answer.
     is_answer = messages[-1].role is ChatRole.ASSISTANT
     if is_answer and not begun:
         raise InvalidRequest('the last message is the assistant\'s; say "prefix": true in it to have it continued')
@@ -86,7 +86,7 @@ def _num_top_logprobs(fields: Fields) -> int | None:
 
 
 class ChatCall(ChoicesCall):
-    """One answer, or several, in the shape of conversations."""
+    """One answer, or several, in the form of chat completions."""
 
     kind = "chat.completion"
     id_prefix = "chatcmpl"
@@ -98,7 +98,7 @@ class ChatCall(ChoicesCall):
                 yield self._chunk(index, {"role": "assistant", "content": ""})
                 call_ids[index] = []
             if (piece := _delta_json(delta, call_ids[index])) is not None:
-                # Asked for now: of the best outputs it is not known before which they are.
+                # Read the log probabilities now: with `best_of`, the outputs to show are known only at the end.
                 yield self._chunk(index, piece, logprobs=_logprobs(self._choices.shown[index]))
         shown = self._choices.shown
         for index, output in enumerate(shown):
@@ -120,7 +120,7 @@ class ChatCall(ChoicesCall):
         logprobs: dict[str, Any] | None = None,
     ) -> bytes:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        # With include_usage every chunk has the field; clients that do not ask never see it.
+        # With include_usage every chunk has the field. Clients that do not ask for usage never see it.
         return self._event(_CHUNK, [choice], **({"usage": None} if self._include_usage else {}))
 
 
@@ -144,7 +144,7 @@ def _call_json(call: ToolCall) -> dict[str, Any]:
 
 
 def _delta_json(delta: Delta, call_ids: list[str]) -> dict[str, Any] | None:
-    """call_ids: the calls so far, in order; grown here. None: nothing that this API has words for."""
+    """call_ids: the calls so far, in order; extended here.  None: this API has no form for the delta."""
     if delta.call is None:
         return {"reasoning_content": delta.reasoning} if delta.reasoning else {"content": delta.content}
     call = delta.call

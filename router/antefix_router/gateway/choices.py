@@ -1,4 +1,4 @@
-"""Several outputs over one prompt, as OpenAI's APIs show them: by number, as they come, or the best of them."""
+"""Several outputs for one prompt, as OpenAI's APIs show them: by number as they arrive, or only the best ones."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from antefix_router.open_bill import Bill
 
 
 class Choices:
-    """All outputs of one admitted request. Of more than are shown, the likeliest are: by the sum of their tokens' log
-    probabilities, as vLLM ranked them; which they are is known when all have ended."""
+    """All outputs of one admitted request. If fewer are shown than made, those with the largest sum of log
+    probabilities are shown, which is vLLM's ranking. They are known when all outputs have ended.
+    """
 
     def __init__(self, front: Front, bill: Bill, outputs: Sequence[Output], *, num_shown: int) -> None:
         self._front = front
@@ -27,13 +28,13 @@ class Choices:
 
     @property
     def shown(self) -> list[Output]:
-        """By number; of the best, known after the end."""
+        """The outputs to show, by number. With `best_of` they are known after the end."""
         return self._outputs[: self._num_shown]
 
     async def deltas(self, timeout_s: float, *, held: bool = False) -> AsyncGenerator[tuple[int, Delta], None]:
-        """(number, what this output grows by). Closing this early cancels the request.
+        """(number, new text of that output). Closing this early cancels the request.
 
-        held: nothing of them goes out before all of it is there.
+        held: none of the output goes out before all of it is there.
         """
         if len(self._outputs) == 1:
             async with contextlib.aclosing(self._outputs[0].deltas(timeout_s, held=held)) as deltas:

@@ -1,4 +1,4 @@
-"""What OpenAI's two APIs of numbered choices have alike: a call, its whole answer, its usage, its errors."""
+"""The common part of OpenAI's two APIs with numbered choices: a call, its complete answer, its usage, its errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from antefix_router.gateway.output import Output
 
 
 class ChoicesCall:
-    """One answer, or several. kind, id_prefix: of its objects."""
+    """One answer, or several.  kind, id_prefix: of the JSON objects in the answer."""
 
     kind: str
     id_prefix: str

@@ -1,4 +1,4 @@
-"""OpenAI's /v1/completions (the prompt as it is, text or token ids) and /v1/models."""
+"""OpenAI's /v1/completions, whose prompt is used unchanged (text or token ids), and /v1/models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from antefix_router.gateway.output import Output
 
 
 async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCall:
-    """Raises:  InvalidRequest and the others of `Gateway.complete`."""
+    """Read and admit a request.  Raises:  InvalidRequest and the other errors of `Gateway.complete`."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
     model = gateway.model(fields)
@@ -61,7 +61,9 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
 
 
 async def _prompt(gateway: Gateway, prompt: Any, tenant: str, *, echo: bool) -> tuple[str, list[int]]:
-    """The prompt as text and as tokens. Here the caller writes for the model, so special tokens are what they say."""
+    """The prompt as text and as tokens. Here the caller writes directly for the model, so special tokens in the text
+    count as such.
+    """
     tokenizer = gateway.front.tokenizer
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):
         prompt = prompt[0]
@@ -79,7 +81,7 @@ async def _prompt(gateway: Gateway, prompt: Any, tenant: str, *, echo: bool) -> 
 
 
 class CompletionCall(ChoicesCall):
-    """One answer, or several, in the shape of text completions. echo: the prompt, where it stands in the answer."""
+    """One answer, or several, in the form of text completions.  echo: the prompt, if the answer repeats it."""
 
     kind = "text_completion"
     id_prefix = "cmpl"
@@ -109,7 +111,7 @@ def _choice(index: int, output: Output, text: str, finish_reason: str | None) ->
 
 
 async def list_models(gateway: Gateway, request: Request) -> JSONResponse:
-    """GET /v1/models and /v1/models/{name}, in OpenAI's shape with what Anthropic's clients look for."""
+    """GET /v1/models and /v1/models/{name}, in OpenAI's form plus the fields that Anthropic's clients read."""
     provider = Provider.ANTHROPIC if "anthropic-version" in request.headers else Provider.OPENAI
     try:
         gateway.tenant(request)

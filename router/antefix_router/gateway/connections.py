@@ -1,13 +1,13 @@
-"""Connections to the HTTP door: how many there may be, in all and from one address, and for how long they may say
-nothing.
+"""Limits the connections to the HTTP server: how many there may be, in all and per client address, and how long they
+may be inactive.
 
-A connection costs a descriptor before a byte of it is read, so its limits come before everything else:
+A connection uses a file descriptor before any byte of it is read, so these limits are checked first:
 
-    too many in all         the one that has been idle longest makes room; where none is idle the new one is closed
-    too many of an address  the same among its own
-    begun, no whole head    closed after `head_s`
-    nothing of it read      closed after `unread_s` in which the client took no byte of what waits for it
-    nothing asked yet       closed after `idle_s`; between requests uvicorn's keep-alive closes it after as long
+    too many in all         the connection that was idle longest is closed; if none is idle, the new one is closed
+    too many of an address  the same among the connections of that address
+    incomplete head         closed after `head_s`
+    unread answer           closed after `unread_s` in which the client took no byte of what waits for it
+    no request yet          closed after `idle_s`; between requests, uvicorn's keep-alive closes it after the same time
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol
 
 log = logging.getLogger("antefix.gateway")
 
-# Of a process's descriptors so many are left to the rest: files of store and ledger, workers' and routers' connections.
+# File descriptors left for everything else: files of store and ledger, connections to workers and routers.
 _SHARE: Final = 0.75
 _CONNECTIONS_MAX: Final = 65_536
 _ACCEPTED_AT_ONCE: Final = 64
@@ -30,13 +30,15 @@ _TELL_EVERY_S: Final = 10.0
 
 
 def connections_max() -> int:
-    """How many connections this process has descriptors for, next to what else it needs."""
+    """How many connections this process has descriptors for, after its other needs."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(4, min(_CONNECTIONS_MAX, int(_SHARE * soft)))
 
 
 def accepted_at_once() -> int:
-    """How many connections to accept in a row: those that are closed again have their descriptors a moment longer."""
+    """How many connections to accept in a row. A connection that is closed at once still holds its descriptor for a
+    moment.
+    """
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return _ACCEPTED_AT_ONCE
@@ -44,17 +46,19 @@ def accepted_at_once() -> int:
 
 
 class Connection(Protocol):
-    """What is known of one here."""
+    """The part of a connection that this module uses."""
 
     address: str
 
     def drop(self) -> None:
-        """Close it now: it is idle, or never began."""
+        """Close it now. It is idle, or never began a request."""
 
 
 class Connections:
-    """Of one door. num_refused: closed as they came, num_displaced: idle ones closed for others, num_silent: closed
-    because no whole head came in time, num_unread: because their answers were not read."""
+    """The connections of one server.  num_refused: closed on arrival.  num_displaced: idle ones closed to make room.
+    num_silent: closed because no complete head came in time.  num_unread: closed because the client did not read its
+    answer.
+    """
 
     def __init__(
         self,
@@ -66,15 +70,16 @@ class Connections:
         unread_s: float = 120.0,
         trusts: Callable[[str], bool],
     ) -> None:
-        """most, per_address: 0: what the descriptors allow, and half of that.  trusts: whether an address is a proxy's,
-        behind which are many."""
+        """most, per_address: 0: as many as the descriptors allow, and half of that.  trusts: whether an address is a
+        proxy with many clients behind it.
+        """
         self.most = most or connections_max()
         self.per_address = per_address or max(1, self.most // 2)
         self.head_s, self.idle_s, self.unread_s = head_s, idle_s, unread_s
         self.num_refused = self.num_displaced = self.num_silent = self.num_unread = 0
         self._trusts = trusts
         self._by_address: Counter[str] = Counter()
-        # Those between requests or before their first one, idle longest first.
+        # Connections between requests or before their first request, idle longest first.
         self._idle: OrderedDict[Connection, None] = OrderedDict()
         self._quiet_until = 0.0
 
@@ -82,7 +87,7 @@ class Connections:
         return self._by_address.total()
 
     def enter(self, connection: Connection) -> bool:
-        """A new one. False: there is no room for it, and it is not counted."""
+        """Enter a new connection. False: there is no room for it, and it is not counted."""
         address = connection.address
         if self._is_full(address) and not self._make_room(connection):
             self.num_refused += 1
@@ -99,22 +104,22 @@ class Connections:
             del self._by_address[connection.address]
 
     def busy(self, connection: Connection) -> None:
-        """A request has begun on it."""
+        """A request has begun on this connection."""
         self._idle.pop(connection, None)
 
     def idle(self, connection: Connection) -> None:
-        """Its request has ended."""
+        """The request on this connection has ended."""
         self._idle[connection] = None
 
     def _is_full(self, address: str) -> bool:
         return len(self) >= self.most or self._is_over(address)
 
     def _is_over(self, address: str) -> bool:
-        # On a socket file nobody has an address.
+        # A connection on a Unix socket has no address.
         return bool(address) and self._by_address[address] >= self.per_address and not self._trusts(address)
 
     def _make_room(self, new: Connection) -> bool:
-        """Close the connection that has been idle longest; one of the same address, where that has too many."""
+        """Close the connection that has been idle longest; if one address has too many, one of that address."""
         own_only = self._is_over(new.address)
         for idle in self._idle:
             if not own_only or idle.address == new.address:
@@ -125,7 +130,7 @@ class Connections:
         return False
 
     def _tell(self, address: str) -> None:
-        """Once in a while: each of a flood of lines would help the flood."""
+        """Log this only now and then. A log line per connection would make a flood of connections worse."""
         now = time.monotonic()
         if now >= self._quiet_until:
             self._quiet_until = now + _TELL_EVERY_S
@@ -141,7 +146,9 @@ class Connections:
 
 
 class QuietAccepting:
-    """Has one line told where asyncio tells a traceback for each connection that it has no descriptor for."""
+    """Logs one line where asyncio logs a traceback for each connection that cannot be accepted for lack of
+    descriptors.
+    """
 
     def __init__(self) -> None:
         self.num_failed = 0

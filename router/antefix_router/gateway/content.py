@@ -1,7 +1,9 @@
-"""What a message holds, as text: parts of all APIs, cache breakpoints, and what a model of text cannot see. Pure.
+"""Converts the content of messages into text: parts in the forms of all APIs, cache breakpoints, and media that a text
+model cannot see. Pure.
 
-Histories are resent whole, so a part that is refused once is refused for ever. Only the newest user message is answered
-to, so only there is an image refused; anywhere else a short placeholder stands for it, the same one in every turn.
+Clients resend the whole history, so a part that is refused once would be refused in every later turn. Only the newest
+user message is answered, so an image is refused only there. Elsewhere a short placeholder replaces it, the same in
+every turn.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from antefix_router.gateway.written_media import placeholder, without_media
 
 CACHE_TTLS_S = {"5m": 300.0, "1h": 3600.0}
 _TEXT_PARTS = ("text", "input_text", "output_text", "reasoning_text", "summary_text")
-# What each API calls what a model of text cannot see.
+# The names that the APIs use for media that a text model cannot see.
 _UNSEEN = {
     **dict.fromkeys(("image", "image_url", "input_image", "computer_screenshot", "image_file"), "image"),
     **dict.fromkeys(("input_audio", "audio", "audio_url"), "audio"),
@@ -48,7 +50,7 @@ _MEDIA_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """Something that only a placeholder stands for. path: where it was."""
+    """Content that was replaced by a placeholder.  path: its place in the request."""
 
     path: str
     what: str
@@ -63,13 +65,13 @@ class Content:
     unseen: list[Unseen] = field(default_factory=list)
     is_inner: bool = False
     part_starts: list[int] = field(default_factory=list)
-    # Where a tool's result is, whose text may be a picture written out; None for what is no result.
+    # Where a tool's result is, whose text may be a picture in JSON; None for content that is not a result.
     result_at: str | None = None
-    # Tools that are shown where they are referred to.
+    # Tools that are shown where a result refers to them.
     deferred: Mapping[str, Any] = field(default_factory=dict)
 
     def add(self, text: str, ttl_s: float | None = None) -> None:
-        """A part, and the lifetime of the breakpoint behind it, if it has one."""
+        """Add a part, and the lifetime of the breakpoint after it, if it has one."""
         if self.result_at is not None:
             text = self._without_media(text, self.result_at)
         self.part_starts.append(len(self.text))
@@ -78,9 +80,9 @@ class Content:
             self.breakpoints.append(TextBreakpoint(ttl_s=ttl_s, offset=len(self.text)))
 
     def add_part(self, part: Fields, kind: Any = None) -> None:
-        """kind: its type, where that has been taken already.
+        """kind: the part's type, if it was read already.
 
-        Raises:  WrongField: a kind of part that nobody knows.
+        Raises:  WrongField: an unknown kind of part.
         """
         ttl_s = breakpoint_ttl(part)
         if kind is None:
@@ -118,7 +120,7 @@ class Content:
         return f"[tool: {name}]" if schema is None else f"[tool: {name}]\n{as_json(schema)}\n"
 
     def _document(self, part: Fields) -> str:
-        """A document that is text itself."""
+        """The text of a document that is itself text."""
         source = part.peek("source")
         if not isinstance(source, dict):
             return ""
@@ -142,7 +144,9 @@ class Content:
 
     @staticmethod
     def _drop_media(part: Fields) -> None:
-        """What makes up a picture or a document has been told of; whatever else the part has is ignored by name."""
+        """Drop the fields that make up a picture or document, which was noted already. Any other field is reported as
+        ignored.
+        """
         for name in _MEDIA_FIELDS:
             if isinstance(part.peek(name), dict):
                 part.inside(part.take(name), part.name_of(name)).drop(*_MEDIA_FIELDS)
@@ -150,13 +154,13 @@ class Content:
 
 
 def result_of(fields: Fields, name: str, deferred: Mapping[str, Any] | None = None) -> Content:
-    """A tool's result: a string, or parts. deferred: tools that it may have found.  Raises:  as `content_of`."""
+    """A tool's result: a string, or parts.  deferred: tools that the result may refer to.  Raises:  as `content_of`."""
     content = Content(result_at=fields.name_of(name), deferred=deferred or {})
     return _read_content(content, fields, name, "")
 
 
 def content_of(fields: Fields, name: str, default: Any = None, *, is_inner: bool = False) -> Content:
-    """A string, or parts. is_inner: they are parts of a part, and have none themselves.
+    """A string, or parts.  is_inner: they are parts of a part, and cannot have parts themselves.
 
     Raises:  WrongField: neither, or a part of an unknown kind.
     """
@@ -183,12 +187,12 @@ def _read_content(content: Content, fields: Fields, name: str, default: Any) -> 
     return content
 
 
-# As long as the store has room, which is the default here too, or a day at least.
+# `in_memory` means as long as the store has room, which is the default here too. `24h` means at least a day.
 _RETENTIONS_S: Final[dict[str, float | None]] = {"in_memory": None, "in-memory": None, "24h": 86400.0}
 
 
 def breakpoint_ttl(fields: Fields) -> float | None:
-    """The lifetime that `cache_control` asks for, in seconds. Of an unknown kind it asks for nothing."""
+    """The lifetime that `cache_control` asks for, in seconds. An unknown kind asks for nothing."""
     control = fields.child("cache_control")
     if control is None or not control.known("type", {"ephemeral": True}, False):
         return None
@@ -196,18 +200,20 @@ def breakpoint_ttl(fields: Fields) -> float | None:
 
 
 def end_breakpoint(fields: Fields) -> tuple[TextBreakpoint, ...]:
-    """A breakpoint at the end of what `fields` describes."""
+    """A breakpoint at the end of the part that `fields` describes."""
     ttl_s = breakpoint_ttl(fields)
     return () if ttl_s is None else (TextBreakpoint(ttl_s=ttl_s),)
 
 
 def retention_ttl(fields: Fields) -> float | None:
-    """What OpenAI's `prompt_cache_retention` asks for: with "24h" the prompt is to be kept so long."""
+    """The time that OpenAI's `prompt_cache_retention` asks for: with "24h" the prompt is kept for a day."""
     return fields.known("prompt_cache_retention", _RETENTIONS_S, None)
 
 
 def retained(messages: tuple[Message, ...], fields: Fields) -> tuple[Message, ...]:
-    """The messages, kept as a whole for as long as `prompt_cache_retention` says."""
+    """The messages with a breakpoint at the end, which keeps the whole prompt as long as
+    `prompt_cache_retention` says.
+    """
     ttl_s = retention_ttl(fields)
     if ttl_s is None:
         return messages
@@ -216,13 +222,13 @@ def retained(messages: tuple[Message, ...], fields: Fields) -> tuple[Message, ..
 
 
 def end_conversation(messages: tuple[Message, ...], fields: Fields) -> tuple[Message, ...]:
-    """The messages, with the breakpoint that `cache_control` of the whole request asks for."""
+    """The messages with the breakpoint that `cache_control` of the whole request asks for."""
     last = messages[-1]
     return (*messages[:-1], replace(last, breakpoints=(*last.breakpoints, *end_breakpoint(fields))))
 
 
 class MessageList:
-    """The messages of a conversation while they are read, and what in them the model cannot see."""
+    """The messages of a conversation while they are read, and the media in them that the model cannot see."""
 
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -233,12 +239,12 @@ class MessageList:
         self.messages.append(message)
 
     def end_with(self, breakpoints: tuple[TextBreakpoint, ...]) -> None:
-        """Breakpoints at the end of the last message."""
+        """Add breakpoints at the end of the last message."""
         last = self.messages[-1]
         self.messages[-1] = replace(last, breakpoints=(*last.breakpoints, *breakpoints))
 
     def finish(self, notes: Notes) -> tuple[Message, ...]:
-        """Raises:  WrongField: the newest user message has something that the model cannot see."""
+        """Raises:  WrongField: the newest user message has media that the model cannot see."""
         newest = self._newest_question()
         for index, unseen in self._unseen:
             if index == newest:
@@ -249,11 +255,13 @@ class MessageList:
         return tuple(self.messages)
 
     def _newest_question(self) -> int:
-        """The user message that is to be answered, or -1. What follows a tool's result is a tool's result: clients send
-        a screenshot so where their API has no other place for it, some with system text before it."""
+        """The index of the user message to be answered, or -1. A user message after a tool's result counts as part of
+        the result: clients send screenshots in this way where their API has no other place, sometimes with system text
+        before them.
+        """
         turns = [(index, each.role) for index, each in enumerate(self.messages) if each.role is not ChatRole.SYSTEM]
         if len(turns) > 1 and turns[-1][1] is ChatRole.ASSISTANT:
-            turns.pop()  # an answer that was begun
+            turns.pop()  # the last turn is the beginning of the answer
         since_answer = list(itertools.takewhile(lambda turn: turn[1] is not ChatRole.ASSISTANT, reversed(turns)))
         if not since_answer or since_answer[0][1] is not ChatRole.USER:
             return -1
@@ -268,5 +276,7 @@ def _search_result(part: Fields) -> str:
 
 
 def as_json(value: Any) -> str:
-    """As a call's arguments are written; the same spacing everywhere, so that a resent one is the same text."""
+    """JSON in the form of a call's arguments. The spacing is the same everywhere, so that a resent value is the same
+    text.
+    """
     return json.dumps(value, ensure_ascii=False)

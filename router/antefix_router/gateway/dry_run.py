@@ -1,7 +1,7 @@
-"""What the door would make of a request's body: the prompt, without running it. The door's own code up to admission.
+"""Turns a request's body into its prompt without running it, with the HTTP gateway's own code up to admission.
 
-For `antefix explain`, offline. Answers are encoded from their text: what a running router remembers of the very tokens
-that a model wrote is not known here.
+For `antefix explain`, offline. Answers are encoded from their text, because the generated tokens are remembered only by
+a running router.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ APIS: Final = tuple(_PREPARE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryPrompt:
-    """A prompt, whose it is, and what its tokens were written from. moved: as the header `antefix-moved` would say."""
+    """A prompt, its tenant, and the text that its tokens were made from.  moved: the value of the header
+    `antefix-moved`.
+    """
 
     tokens: Tokens
     user: str
@@ -66,7 +68,7 @@ class _DryFront(Front):
 
 
 class _DryGateway(Gateway):
-    """Keeps what was rendered."""
+    """Keeps the rendered prompt."""
 
     pieces: Sequence[Piece] = ()
     moved = ""
@@ -88,9 +90,9 @@ async def dry_run(
     tenant: str = "",
     config: GatewayConfig | None = None,
 ) -> DryPrompt:
-    """A request's body, or only its list of messages, as a prompt.
+    """Turn a request's body, or only its list of messages, into a prompt.
 
-    Raises:  InvalidRequest: what the door would refuse it for.
+    Raises:  InvalidRequest: the gateway would refuse the body.
     """
     accounts = Accounts(
         None,
@@ -139,7 +141,7 @@ def _request(body: Any) -> Request:
 
 
 def _spans(pieces: Sequence[Piece], tokenizer: Tokenizer) -> list[TextSpan]:
-    """Encoded one by one, as `render_tokens` does it."""
+    """The spans of text, each encoded separately, as `render_tokens` does."""
     spans, start = [], 0
     for piece in pieces:
         if isinstance(piece, TextBreakpoint):

@@ -1,7 +1,8 @@
-"""Reading JSON requests: what is understood is taken and checked, what is left is ignored and told of. Pure.
+"""Reads JSON requests: known fields are read and checked, all others are ignored and reported. Pure.
 
 Clients add fields every month, and most change nothing. So a reader takes the fields that it knows, refuses by name the
-few that would change the answer (`only`), and at the end `close` notes all others, at any level, with their JSON paths.
+few that would change the answer (`only`), and at the end `close` reports all others with their JSON paths, at any
+level.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from antefix_router.gateway.notes import Notes
 
 T = TypeVar("T")
 _MISSING = object()
-# What the services' messages can hold.
+# The largest integers that the services' messages can hold.
 _INTEGER_MAX: Final = 2**64 - 1
 
 
 class WrongField(InvalidRequest):
-    """A field of the request is missing, of a wrong type, or not supported. param: its name; code: which, in OpenAI's
-    words."""
+    """A field of the request is missing, of a wrong type, or not supported.  param: its name.  code: the kind of error,
+    in OpenAI's terms.
+    """
 
     def __init__(self, message: str, *, param: str, code: str) -> None:
         super().__init__(message)
@@ -46,12 +48,14 @@ def unsupported(param: str, why: str) -> WrongField:
 
 
 def is_number(value: Any, number: float) -> bool:
-    """Whether a JSON value is this number; true and false are none."""
+    """Whether a JSON value is this number; true and false are not numbers."""
     return value == number and not isinstance(value, bool)
 
 
 class Fields:
-    """One JSON object, and those inside it that were asked for. null is how some clients leave a field out."""
+    """One JSON object, and the objects inside it that were read. null counts as a missing field, because some clients
+    send it so.
+    """
 
     def __init__(self, values: Any, where: str = "", notes: Notes | None = None) -> None:
         if not isinstance(values, dict):
@@ -69,12 +73,12 @@ class Fields:
         return default if value is None else value
 
     def peek(self, name: str, default: Any = None) -> Any:
-        """As it was sent, and still to be taken."""
+        """A field's value as it was sent. The field still counts as not taken."""
         value = self._values.get(name)
         return default if value is None else value
 
     def takes(self, name: str, value: str | bool) -> bool:
-        """Take a field if it is this very value; say whether it was."""
+        """Take a field if it has exactly this value. Returns whether it had."""
         held = self._values.get(name)
         if held != value or type(held) is not type(value):
             return False
@@ -85,7 +89,7 @@ class Fields:
         return self._values.get(name) is not None
 
     def child(self, name: str) -> Fields | None:
-        """An object inside this one, or None where there is none. Raises:  WrongField: it is something else."""
+        """An object inside this one; None if there is none.  Raises:  WrongField: the field is not an object."""
         value = self.take(name)
         return None if value is None else self.inside(value, self.name_of(name))
 
@@ -95,13 +99,13 @@ class Fields:
         return [self.inside(item, f"{self.name_of(name)}[{index}]") for index, item in items]
 
     def inside(self, value: Any, where: str) -> Fields:
-        """An object that belongs to this one: closed with it."""
+        """An object that belongs to this one, and is closed with it."""
         fields = Fields(value, where, self.notes)
         self._inner.append(fields)
         return fields
 
     def text(self, name: str, default: str | None = None) -> str:
-        """Raises:  InvalidRequest: missing without a default, or not a string."""
+        """Raises:  InvalidRequest: the field is missing without a default, or is not a string."""
         value = self.take(name, default)
         if value is None:
             raise missing(self.name_of(name), "a string")
@@ -148,7 +152,7 @@ class Fields:
         return values
 
     def one_of(self, name: str, choices: Mapping[str, T], default: Any = _MISSING) -> T:
-        """Raises:  WrongField: none of them, or missing without a default."""
+        """Raises:  WrongField: the value is none of these, or is missing without a default."""
         value = self.take(name, _MISSING)
         if value is _MISSING and default is _MISSING:
             raise missing(self.name_of(name), f"one of {', '.join(choices)}")
@@ -161,7 +165,7 @@ class Fields:
         return choices[value]
 
     def known(self, name: str, choices: Mapping[str, T], default: T) -> T:
-        """A hint: a value that is none of them is ignored like a field that nobody knows."""
+        """Read a hint. An unknown value is ignored like an unknown field."""
         value = self._values.get(name)
         if not isinstance(value, str) or value not in choices:
             return default
@@ -169,30 +173,32 @@ class Fields:
         return choices[value]
 
     def only(self, name: str, allowed: Callable[[Any], bool], why: str) -> None:
-        """A field that would change the answer, except with these values.
+        """Check a field that would change the answer, unless its value is an allowed one.
 
-        Raises:  WrongField: it has another one.
+        Raises:  WrongField: the field has another value.
         """
         value = self.take(name, _MISSING)
         if value is not _MISSING and not allowed(value):
             raise unsupported(self.name_of(name), f": {why}")
 
     def rest(self) -> dict[str, Any]:
-        """All that has not been taken yet, where the names are the client's."""
+        """All fields that were not taken yet, for objects whose names the client chooses."""
         rest, self._values = self._values, {}
         return rest
 
     def drop(self, *names: str) -> None:
-        """Fields that our own answers have: they come back with every turn, and mean nothing then."""
+        """Ignore fields that our own answers have. Clients send them back with every turn, and they have no meaning
+        then.
+        """
         for name in names:
             self._values.pop(name, None)
 
     def drop_rest(self, *, but: Iterable[str] = ()) -> None:
-        """The whole object has been left out and told of: its fields need not be."""
+        """Ignore the rest of this object without reporting it, because the whole object was left out and reported."""
         self._values = {name: self._values[name] for name in but if name in self._values}
 
     def close(self) -> None:
-        """Note what nobody took, here and further in."""
+        """Report all fields that were not taken, in this object and those inside it."""
         self.notes.ignore_all(self.where, self._values)
         for fields in self._inner:
             fields.close()

@@ -1,4 +1,6 @@
-"""What all APIs need: who calls, which model, the conversation as tokens, the request admitted. Knows no provider."""
+"""What all APIs share: authentication, the choice of the model, the conversation as tokens, admission. Knows no
+provider.
+"""
 
 from __future__ import annotations
 
@@ -48,11 +50,11 @@ from antefix_router.gateway.user_names import split_user
 from antefix_router.grammar_check import UnusableGrammar
 
 BREAKPOINTS_MAX = 4
-# Making a schema's grammar takes as long as encoding so much text.
+# Preparing a schema's grammar takes as long as encoding this many characters.
 _SCHEMA_CHARACTERS = 4096
-# A tenant's requests that are read or run, to those that may run.
+# How many requests of a tenant may be read or running, per request that may run.
 _HERE_FACTOR = 2
-# They turn on what a request may then ask for in its body, where it is read, or not.
+# Headers that enable fields in the body. They are reported as ignored, because the body's fields are read without them.
 _BETA_HEADERS = ("anthropic-beta", "openai-beta")
 
 
@@ -60,7 +62,7 @@ _BETA_HEADERS = ("anthropic-beta", "openai-beta")
 class HttpCaller(Caller):
     """has_key: the client named the id, so it may ask for the answer again.
 
-    wants_details: the usage tells what the cache did.
+    wants_details: the usage shall report what the cache did.
     """
 
     has_key: bool = False
@@ -68,12 +70,12 @@ class HttpCaller(Caller):
 
     @property
     def is_named(self) -> bool:
-        """Other requests get an id of ours."""
+        """Whether the client named the id. Other requests get an id from the router."""
         return self.has_key
 
 
 class Door:
-    """Whom an HTTP door lets in, and who a request's caller is. books: who may call, and the bill."""
+    """Decides which HTTP callers are admitted, and identifies them.  books: authentication and the bill."""
 
     def __init__(
         self, front: BilledFront, config: GatewayConfig, encoding: Encoding, *, num_tokens_max: int = 0
@@ -90,26 +92,26 @@ class Door:
 
     @contextlib.contextmanager
     def entering(self, request: Request) -> Iterator[None]:
-        """Around a call whose head is known and whose body is not.
+        """Wraps a call whose head is known and whose body is not read yet.
 
-        Raises:  TooLarge, InvalidRequest: by its head.  QuotaExceeded: its tenant has nothing left, or runs as many as
-            it may.  Overloaded: no room.  And as `tenant`.
+        Raises:  TooLarge, InvalidRequest: judged by its head.  QuotaExceeded: its tenant has nothing left, or already
+        runs as many requests as it may.  Overloaded: no room.  Also the errors of `tenant`.
         """
         tenant = self.tenant(request)
         check_length(request, self.config.http_body_bytes_max)
         quotas = self.books.accounts.quotas
         if "idempotency-key" not in request.headers:
-            # With one it may be a retry, whose answer is there and paid for.
+            # A request with an id may be a retry, whose answer already exists and is paid for.
             quotas.check(tenant, now=datetime.now(UTC))
         requests = quotas.limits_of(tenant).requests
-        # As many may be read as run: a request whose answer has just ended is here for a moment longer, and a retry
-        # joins one that runs. How many run is decided at admission.
+        # Twice as many may be read as may run: a request whose answer has just ended still counts here for a moment,
+        # and a retry joins a running one. Admission decides how many run.
         most = None if requests is None else _HERE_FACTOR * requests
         with self.room.taken(tenant, requests=most, is_shared=self._is_shared):
             yield
 
     def limit_headers(self, request: Request, provider: Provider) -> dict[str, str]:
-        """What its tenant has left, as far as there are limits."""
+        """Headers with what the tenant has left, if it has limits."""
         tenant = request.scope.get(TENANT)
         if tenant is None:
             return {}
@@ -129,19 +131,19 @@ class Door:
 
     @property
     def _is_shared(self) -> bool:
-        """Whether callers are told apart, by keys."""
+        """Whether keys distinguish several callers."""
         return self.books.keys.open_as is None
 
     def tenant(self, request: Request) -> str:
-        """Who asks the model for something.
+        """The tenant that sends the request.
 
-        Raises:  Unauthenticated: no key, or an unknown one, where keys are needed.  PermissionDenied: one for
-            something else.
+        Raises:  Unauthenticated: keys are needed and the key is missing or unknown.  PermissionDenied: the key lacks
+        the scope.
         """
         return self.holder(request, Scope.GENERATE).tenant
 
     def holder(self, request: Request, scope: Scope) -> KeyHolder:
-        """Whose key the request has; raises as `tenant`."""
+        """The holder of the request's key.  Raises:  as `tenant`."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
         holder = self.books.keys.authenticate(request.headers.get("x-api-key") or bearer, scope)
@@ -150,7 +152,9 @@ class Door:
         return holder
 
     def caller(self, request: Request, tenant: str, user: str, session: str = "") -> HttpCaller:
-        """user: as the client names it, which may be with its session; that is a hint where `session` is none."""
+        """user: the client's name for the user, which may contain a session. The session is used as a hint if `session`
+        is empty.
+        """
         named = split_user(user)
         key = request.headers.get("idempotency-key", "")
         request_id = key or request.scope.get(REQUEST_ID, "")
@@ -183,18 +187,18 @@ class Gateway(Door):
 
     @contextlib.contextmanager
     def generating(self, request: Request) -> Iterator[None]:
-        """As `entering`, around a call that runs the model.
+        """As `entering`, for a call that runs the model.
 
         Raises:  Overloaded: its first token would take too long.
         """
         with self.entering(request):
-            # With a client's id it may be a retry, whose answer is there.
+            # A request with a client's id may be a retry, whose answer already exists.
             may_refuse = "idempotency-key" not in request.headers
             with self.front.shedding.waiting(request.scope[TENANT], may_refuse=may_refuse):
                 yield
 
     async def fields(self, request: Request) -> Fields:
-        """The body, with the request's notes. Raises:  InvalidRequest: it is no JSON object."""
+        """The body, with the request's notes.  Raises:  InvalidRequest: it is not a JSON object."""
         body = await self.body(request, request.scope.get(TENANT, ""))
         notes = Notes(self.ignored)
         for name in _BETA_HEADERS:
@@ -203,7 +207,7 @@ class Gateway(Door):
         return Fields(body, notes=notes)
 
     def model(self, fields: Fields) -> NamedModel:
-        """Which model is asked for. Raises:  ModelNotFound: one that is not here."""
+        """The model that the request names.  Raises:  ModelNotFound: an unknown name, and unknown names are refused."""
         found = self.models.find(fields.text("model"))
         if not found.is_own:
             fields.notes.model = self.front.identity.name
@@ -213,9 +217,9 @@ class Gateway(Door):
         return Signatures(self.front.accounts.keyring, tenant)
 
     def choose_effort(self, wish: Wish, model: NamedModel, default: Effort, notes: Notes) -> Effort:
-        """How the model is to think: as the request says, else as the model's name does, else by default.
+        """How the model shall think: as the request says, else as the model's name says, else the default.
 
-        A model that cannot think answers without; what asked for it is noted as ignored.
+        A model that cannot think answers without thinking. The fields that asked for it are reported as ignored.
         """
         effort = wish.effort or model.effort or default
         if not self.format.supports_reasoning:
@@ -226,7 +230,7 @@ class Gateway(Door):
         return effort
 
     def settled(self, conversation: Conversation, notes: Notes) -> Conversation:
-        """The conversation with the lines behind the stable prefix that would change it; they are noted."""
+        """The conversation with its changing lines moved to a later place. The moved lines are noted."""
         conversation, moved = move_lines(conversation, self.prefix_rules)
         for each in moved:
             notes.move(each.rule.name, f"{len(each.text)} characters, changes with the {each.rule.changes.value}")
@@ -235,10 +239,10 @@ class Gateway(Door):
     async def render(
         self, conversation: Conversation, tenant: str, notes: Notes, *, payer: str | None = None
     ) -> Rendered:
-        """The prompt's tokens, and where the client's cache breakpoints lie in them.  payer: the tenant that needs to
-        have quota for it; None: nobody pays.
+        """The prompt's tokens, and the positions of the client's cache breakpoints.  payer: the tenant whose quota must
+        cover the tokens; None: nobody pays.
 
-        Raises:  ContextTooLong, QuotaExceeded: it has too many tokens, as far as that shows before they are counted.
+        Raises:  ContextTooLong, QuotaExceeded: the text is so long that it must have too many tokens.
         """
         pieces = await self._written(conversation, split_tenant(tenant)[0])
         self.front.check_text(num_characters(pieces), num_plain=num_plain_characters(pieces), payer=payer)
@@ -249,7 +253,8 @@ class Gateway(Door):
                 tenant=split_tenant(tenant)[0],
             )
         notes.num_restored = rendered.num_restored
-        # As with Anthropic, but that more of them are no error: the last ones keep all that the others would.
+        # Like Anthropic, use four breakpoints at most. More are not an error: the last ones keep everything that the
+        # earlier ones would.
         return replace(rendered, breakpoints=rendered.breakpoints[-BREAKPOINTS_MAX:])
 
     async def _written(self, conversation: Conversation, tenant: str) -> list[Piece]:
@@ -269,8 +274,8 @@ class Gateway(Door):
         notes: Notes,
         names: SchemaNames = CHAT_NAMES,
     ) -> Output:
-        """Admit a conversation's next answer.  notes: told of it before the answer's headers are made.
-        names: where the API has its schemas.
+        """Admit the request for a conversation's next answer.  notes: completed before the answer's headers are made.
+        names: the API's names of its schema fields.
 
         Raises:  InvalidRequest, QuotaExceeded, Conflict: see `Front.admit`.
         """
@@ -284,7 +289,7 @@ class Gateway(Door):
         notes: Notes,
         names: SchemaNames = CHAT_NAMES,
     ) -> Choices:
-        """Admit a conversation's next answers, as many as the knobs say.  Raises: as `chat`."""
+        """Admit the request for a conversation's next answers, as many as the knobs say.  Raises: as `chat`."""
         grammar = await self._grammar(conversation, names)
         payer = None if caller.has_key else caller.tenant
         rendered = await self.render(conversation, cache_tenant(caller.tenant, caller.user), notes, payer=payer)
@@ -315,7 +320,9 @@ class Gateway(Door):
         *,
         retention_s: float | None = None,
     ) -> Choices:
-        """Admit continuations of tokens, as they are.  retention_s: how long they are to be kept; None: as usual."""
+        """Admit the request for continuations of these tokens.  retention_s: how long they are to be kept; None: as
+        usual.
+        """
         grammar = ""
         if form.is_json:
             try:
@@ -379,7 +386,9 @@ class Gateway(Door):
         )
 
     async def _grammar(self, conversation: Conversation, names: SchemaNames) -> str:
-        """What the answer has to be, tried out; empty: anything.  Raises:  WrongField: the schema at fault is named."""
+        """The grammar of the answer, after checking it; empty: any answer.  Raises:  WrongField: the schema at fault is
+        named.
+        """
         if not conversation.has_form:
             return ""
         size = _SCHEMA_CHARACTERS * (1 + len(conversation.tools))
@@ -398,7 +407,7 @@ class Gateway(Door):
         return grammar
 
     async def _at_fault(self, conversation: Conversation, names: SchemaNames) -> str:
-        """The field whose schema cannot be followed, found by trying each tool alone."""
+        """The field whose schema cannot be enforced, found by checking each tool alone."""
         for number, tool in enumerate(conversation.tools):
             rule = ToolRule(must_call=True, names=frozenset((tool["name"],)))
             alone = replace(conversation, tool_rule=rule, answers_json=False, effort=Effort.NONE)

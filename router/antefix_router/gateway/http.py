@@ -1,9 +1,11 @@
-"""One HTTP call from first byte to last: limits, the body, the answer whole or as events, clients that leave.
+"""Runs one HTTP call from first byte to last: limits, the body, the answer (complete or as events), clients that leave.
 
-A stream's head goes out with its first event, or HEAD_AFTER_S after admission: what fails before has a status of its
-own, what fails later is an error event. From then on the client is told regularly that we are still at work.
+A stream's head goes out with its first event, or HEAD_AFTER_S after admission. An error before that gets its own HTTP
+status; a later error becomes an error event. After the head, keep-alives regularly tell the client that the server is
+still working.
 
-A whole answer is watched by hand, because the work must stop when the client goes, also while nothing is sent.
+For a complete answer, this module watches the connection itself, because the work must stop when the client leaves,
+even while nothing is sent.
 """
 
 from __future__ import annotations
@@ -34,18 +36,19 @@ class Call(Protocol):
     headers: dict[str, str]
 
     async def whole(self) -> dict[str, Any]:
-        """The answer as one JSON object. Afterwards `headers` says what the cache did, too."""
+        """The answer as one JSON object. Afterwards `headers` also says what the cache did."""
 
     def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
 
     def failed(self, err: Exception) -> bytes:
-        """What ends `events` where they raise after the head was sent."""
+        """The final event after `events` raised an error once the head was sent."""
 
 
-# Most of what is refused is refused before, and still gets its own status; clients wait a second for a head at most.
+# Most refusals happen before this time and so get their own status. Clients wait at most a second for a head.
 HEAD_AFTER_S: Final = 0.5
-# Streams end by themselves or with our own error event (`antefix_router.ending`), never because a signal was seen.
+# Streams end by themselves or with our own error event (`antefix_router.ending`), never because sse-starlette saw a
+# signal.
 AppStatus.disable_automatic_graceful_drain()  # type: ignore[no-untyped-call]
 
 Prepare = Callable[[Request], Awaitable[Call]]
@@ -54,8 +57,9 @@ Limits = Callable[[Request, Provider], dict[str, str]]
 
 
 class Endpoint:
-    """An ASGI application for one address. enter: around a call, from its head on; raises where it has no room.
-    keep_alive_s: how often a stream says that it is alive."""
+    """An ASGI application for one address.  enter: wraps a call from its head on; raises if there is no room for it.
+    keep_alive_s: the interval of a stream's keep-alives.
+    """
 
     def __init__(
         self,
@@ -66,7 +70,7 @@ class Endpoint:
         keep_alive_s: float,
         limits: Limits = lambda request, provider: {},
     ) -> None:
-        """limits: headers that say what the caller's limits leave."""
+        """limits: makes headers that show what is left of the caller's limits."""
         self._limits = limits
         self._prepare = prepare
         self._provider = provider
@@ -141,7 +145,7 @@ async def _body(call: Call, first: asyncio.Task[bytes], events: AsyncGenerator[b
         yield call.failed(err)
 
 
-# Before Anthropic's `message_start` too: its clients pass over pings wherever they stand.
+# This may come before Anthropic's `message_start`: Anthropic's clients skip pings at any place.
 _PINGS: Final = {
     Provider.OPENAI: lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
     Provider.ANTHROPIC: lambda: ServerSentEvent(event="ping", data='{"type":"ping"}', sep="\n"),
@@ -177,6 +181,6 @@ def event_bytes(data: Any, *, name: str = "") -> bytes:
 
 
 def error_event(err: Exception, provider: Provider) -> bytes:
-    """As the provider's own streams end where something fails in them."""
+    """The error in the form in which the provider's own streams end after a failure."""
     _, body = error_body(err, provider)
     return event_bytes(body, name="error" if provider is Provider.ANTHROPIC else "")

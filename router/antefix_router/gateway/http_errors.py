@@ -1,4 +1,4 @@
-"""Our exceptions as HTTP statuses, in the shape that each provider's clients read. Pure."""
+"""Converts our exceptions into HTTP statuses and bodies in the form that each provider's clients read. Pure."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class NotFound(errors.AntefixError):
 
 
 class ModelNotFound(NotFound):
-    """Another model."""
+    """The requested model is not served here."""
 
 
 class TooLarge(errors.InvalidRequest):
-    """The body is larger than this server takes."""
+    """The body is larger than this server accepts."""
 
 
 class TooSlow(errors.DeadlineExceeded):
@@ -40,7 +40,7 @@ class TooSlow(errors.DeadlineExceeded):
 
 
 class PassedError(errors.AntefixError):
-    """A worker that is not ours refused the request itself; its client is told so in that worker's words."""
+    """Another engine's worker refused the request itself. The client gets that worker's error message."""
 
     def __init__(self, status: int, body: dict[str, Any]) -> None:
         error = body.get("error", body)
@@ -62,7 +62,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str, str], ...] = (
     (errors.Unauthenticated, 401, "authentication_error", "invalid_api_key", "authentication_error"),
     (errors.PermissionDenied, 403, "permission_error", "permission_denied", "permission_error"),
     (errors.Conflict, 409, "conflict_error", "conflict", "invalid_request_error"),
-    # As OpenAI tells them apart: what is counted is the type, and money has a code that clients do not try again on.
+    # As in OpenAI's API, the type tells what was exceeded. Money has a code after which clients do not try again.
     (errors.RateLimited, 429, "tokens", "rate_limit_exceeded", "rate_limit_error"),
     (errors.TooManyRequests, 429, "requests", "concurrency_limit_exceeded", "rate_limit_error"),
     (errors.BudgetExceeded, 429, "insufficient_quota", "insufficient_quota", "rate_limit_error"),
@@ -74,7 +74,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str, str], ...] = (
 
 
 def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]:
-    """Status and body. What is not ours says only an id, which the log has too."""
+    """Status and body. For an unexpected error, the body has only an id, which the log has too."""
     if isinstance(err, PassedError):
         return err.status, err.body
     for kind, status, openai_type, code, anthropic_type in _TABLE:
@@ -84,7 +84,7 @@ def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]
             message = _told(err, status)
             return status, _body(message, provider, openai_type, anthropic_type, code, param, has_code=status == 429)
     if isinstance(err, RecursionError):
-        # No matter which parser found it: the body nests brackets deeper than any real request.
+        # Every JSON parser reports this in its own way: the body nests brackets deeper than any real request.
         return error_body(errors.InvalidRequest("the body is nested too deeply"), provider)
     error_id = secrets.token_hex(6)
     log.error("internal error %s", error_id, exc_info=err)
@@ -93,7 +93,9 @@ def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]
 
 
 def _told(err: Exception, status: int) -> str:
-    """What a client wrote comes back as it is; what happened behind the door comes without where."""
+    """Errors about the client's own input are shown unchanged. For errors inside the service, internal addresses are
+    left out.
+    """
     message = without_places(str(err)) if not isinstance(err, errors.InvalidRequest) or status >= 500 else str(err)
     if status >= 500:
         log.warning("answered %d: %s: %s", status, type(err).__name__, err)
@@ -106,10 +108,10 @@ def error_response(err: Exception, provider: Provider) -> JSONResponse:
     if isinstance(err, errors.ResourceExhausted) and err.retry_after_s is not None:
         headers["retry-after"] = str(max(1, round(err.retry_after_s)))
     if isinstance(err, errors.BudgetExceeded):
-        # Both providers' clients obey it.
+        # The clients of both providers obey this header.
         headers["x-should-retry"] = "false"
     if isinstance(err, TooSlow):
-        # The rest of the body may still come, and is no new request.
+        # The rest of the body may still arrive, and must not be read as a new request.
         headers["connection"] = "close"
     if isinstance(err, errors.Unauthenticated):
         headers["www-authenticate"] = "Bearer"
@@ -126,9 +128,9 @@ def _body(
     *,
     has_code: bool = False,
 ) -> dict[str, Any]:
-    """has_code: the code says what no other field does, in Anthropic's shape too."""
+    """has_code: the code has information that no other field has, so Anthropic's form gets it too."""
     if provider is Provider.ANTHROPIC:
-        # Anthropic's API has no field for these; its clients pass on what they do not know.
+        # Anthropic's API does not define these fields. Its clients pass on fields that they do not know.
         named = {**({} if param is None else {"param": param}), **({"code": code} if has_code else {})}
         return {"type": "error", "error": {"type": anthropic_type, "message": message, **named}}
     return {"error": {"message": message, "type": openai_type, "param": param, "code": code}}

@@ -1,4 +1,6 @@
-"""How to sample, read from a request: OpenAI's names, and vLLM's for what OpenAI has none. Ranges are `Sampling`'s."""
+"""Reads sampling settings from a request: OpenAI's names, and vLLM's for settings that OpenAI lacks. `Sampling` has the
+ranges.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ STOPS_MAX = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs:
-    """max_tokens None: the server's default; num_top_logprobs None: none.  n: how many of best_of are shown."""
+    """max_tokens None: the server's default.  num_top_logprobs None: no log probabilities.  n: how many of the best_of
+    outputs are shown.
+    """
 
     max_tokens: int | None = None
     temperature: float = 1.0
@@ -38,10 +42,11 @@ class Knobs:
     best_of: int = 1
 
     def sampling(self, tokenizer: Tokenizer, *, max_tokens_default: int, grammar: str = "") -> Sampling:
-        """Raises:  WrongSetting, WrongField: one of them is out of range."""
+        """Raises:  WrongSetting, WrongField: a setting is out of range."""
         if len(self.stop) > STOPS_MAX:
             raise WrongField(f"stop takes {STOPS_MAX} sequences", param="stop", code="invalid_value")
-        # What ranks several outputs are their log probabilities, asked for or not.
+        # Several outputs are ranked by their log probabilities, so they are needed even if the client did not ask for
+        # them.
         num_top = 0 if self.num_top_logprobs is None and self.best_of > self.n else self.num_top_logprobs
         return Sampling(
             max_tokens=self.max_tokens if self.max_tokens is not None else max_tokens_default,
@@ -70,9 +75,10 @@ def read_knobs(
     stop_name: str = "stop",
     several: bool = False,
 ) -> Knobs:
-    """length_names: of the output's limit; the first that is there counts.  several: n and best_of are read as well.
+    """length_names: the names of the output limit; the first one present counts.  several: n and best_of are read as
+    well.
 
-    Raises:  WrongField: of a wrong type; values out of range are refused with the sampling.
+    Raises:  WrongField: a wrong type. Values out of range are refused later, by `sampling`.
     """
     lengths = [fields.integer(name, low=1) for name in length_names]
     n, best_of = _counts(fields) if several else (1, 1)
@@ -116,7 +122,9 @@ def _token_ids(fields: Fields, name: str) -> tuple[int, ...]:
 
 
 def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
-    """Token ids are JSON's names, so text; what is beyond 100 either way is taken for 100, as vLLM does."""
+    """Token ids are names in a JSON object, so they are text. A bias beyond 100 or -100 is set to that bound, as in
+    vLLM.
+    """
     biases: dict[int, float] = {}
     for name, bias in Fields({} if value is None else value, "logit_bias").rest().items():
         is_number = finite(bias)

@@ -1,4 +1,4 @@
-"""What of a tenant's limits is left, in the headers that OpenAI's and Anthropic's clients read. Pure.
+"""Writes what is left of a tenant's limits into the headers that OpenAI's and Anthropic's clients read. Pure.
 
 Source: platform.openai.com, "Rate limits" (headers); docs.claude.com, "Rate limits" (response headers).
 """
@@ -12,7 +12,7 @@ from antefix_router.gateway.http_errors import Provider
 
 
 def limit_headers(states: dict[LimitPassed, LimitState | None], provider: Provider, now: datetime) -> dict[str, str]:
-    """Of requests and tokens, as far as there is a limit on them."""
+    """Headers for the limits on requests and on tokens, if there are any."""
     headers: dict[str, str] = {}
     for what, state in states.items():
         if state is None:
@@ -28,7 +28,7 @@ def limit_headers(states: dict[LimitPassed, LimitState | None], provider: Provid
 
 
 def duration(seconds: float) -> str:
-    """As OpenAI writes it: 250ms, 1s, 6m0s, 1h0m0s."""
+    """A duration in OpenAI's notation: 250ms, 1s, 6m0s, 1h0m0s."""
     if seconds < 1:
         return f"{round(1000 * seconds)}ms"
     minutes, rest = divmod(int(seconds), 60)

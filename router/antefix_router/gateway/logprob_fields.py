@@ -1,4 +1,4 @@
-"""Log probabilities in OpenAI's three shapes. Pure: tokens with their numbers in, JSON out."""
+"""Writes log probabilities in OpenAI's three formats. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from antefix.wire import TokenLogprob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpokenToken:
-    """One token of an answer. start: characters of the answer before it, before anything is parsed out of it."""
+    """One token of an answer.  start: characters of the raw answer before it, before reasoning and calls are
+    separated.
+    """
 
     token: int
     start: int
@@ -21,13 +23,15 @@ class SpokenToken:
 
 
 class LogprobWriter:
-    """Writes them for one request's client."""
+    """Writes log probabilities for one request's client."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def chat(self, tokens: Sequence[SpokenToken]) -> dict[str, Any] | None:
-        """`choices[].logprobs` of chat; reasoning apart, as DeepSeek has it. None where no token is told of."""
+        """`choices[].logprobs` of chat, with reasoning separate as in DeepSeek's API. None if there are no tokens to
+        report.
+        """
         if not tokens:
             return None
         lists: dict[str, Any] = {"content": [self.full(each) for each in tokens if not each.is_reasoning]}
@@ -45,12 +49,12 @@ class LogprobWriter:
         }
 
     def full(self, spoken: SpokenToken) -> dict[str, Any]:
-        """One token as chat has it, and a part of a response."""
+        """One token in chat's format, which the Responses API uses too."""
         top = [self._one(token, logprob) for token, logprob in spoken.logprob.top]
         return {**self._one(spoken.token, spoken.logprob.logprob), "top_logprobs": top}
 
     def _top(self, spoken: SpokenToken) -> dict[str, float]:
-        """The chosen token is among them even where it is not one of the likeliest."""
+        """The chosen token is included even if it is not one of the likeliest."""
         pairs = ((spoken.token, spoken.logprob.logprob), *spoken.logprob.top)
         return {self._key(token): logprob for token, logprob in pairs}
 
@@ -59,7 +63,7 @@ class LogprobWriter:
         return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
 
     def _key(self, token: int) -> str:
-        """Here tokens are keys: two halves of characters must not become one."""
+        """Here tokens are keys of an object, so the keys of two partial characters must differ."""
         raw = self._tokenizer.token_bytes(token)
         try:
             return raw.decode()

@@ -1,4 +1,6 @@
-"""Which names clients may use for the model. There is one model, so a name only says what the client is used to."""
+"""The names that clients may use for the model. There is only one model, so a name says only what the client
+expects.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ from antefix_router.gateway.http_errors import ModelNotFound
 MODES: Final = {"off": Effort.NONE, "low": Effort.LOW, "high": Effort.HIGH, "max": Effort.MAX}
 SERVE: Final = "serve"
 REFUSE: Final = "refuse"
-# It comes back with every piece of a streamed answer.
+# The name is repeated in every piece of a streamed answer.
 NAME_CHARACTERS_MAX: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alias:
-    """pattern: a name, or a beginning with `*`.  effort: how requests by this name think if they do not say."""
+    """pattern: a name, or the beginning of one followed by `*`.  effort: how requests by this name think if they do not
+    say so.
+    """
 
     pattern: str
     effort: Effort | None = None
@@ -29,7 +33,7 @@ class Alias:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedModel:
-    """asked_for: what the client calls it, and gets back in the answer.  is_own: that is the model's own name."""
+    """asked_for: the client's name for the model, which the answer repeats.  is_own: it is the model's own name."""
 
     asked_for: str
     effort: Effort | None
@@ -37,7 +41,7 @@ class NamedModel:
 
 
 class ModelNames:
-    """own: the model's name and those that the operator gave it."""
+    """own: the model's name, and further names given by the operator."""
 
     def __init__(self, own: tuple[str, ...], aliases: tuple[Alias, ...] = (), *, serve_unknown: bool = True) -> None:
         self.own = own
@@ -46,12 +50,12 @@ class ModelNames:
 
     @property
     def listed(self) -> tuple[str, ...]:
-        """The names that a client can be told of."""
+        """The names that a client may be shown."""
         aliases = (alias.pattern for alias in self._aliases if "*" not in alias.pattern)
         return tuple(dict.fromkeys((*self.own, *aliases)))
 
     def find(self, name: str) -> NamedModel:
-        """Raises:  ModelNotFound: unknown, and unknown names are not served.  WrongField: too long for a name."""
+        """Raises:  ModelNotFound: the name is unknown, and unknown names are refused.  WrongField: it is too long."""
         if len(name) > NAME_CHARACTERS_MAX:
             raise wrong_value("model", f" takes {NAME_CHARACTERS_MAX} characters")
         alias = next((each for each in self._aliases if fnmatchcase(name, each.pattern)), None)
@@ -62,9 +66,9 @@ class ModelNames:
 
 
 def load_aliases(path: str) -> tuple[Alias, ...]:
-    """From a TOML file of `[[alias]]` tables with `name` and, if wanted, `mode`; deploy/model_aliases.toml is one.
+    """Read a TOML file of `[[alias]]` tables with `name` and optionally `mode`, such as deploy/model_aliases.toml.
 
-    Raises:  ConfigError: it cannot be read, or is of another form.
+    Raises:  ConfigError: the file cannot be read or has another format.
     """
     file = Table(read_toml(path, "model aliases"), f"model aliases {path}")
     aliases = []

@@ -1,7 +1,8 @@
-"""How much the model is to think: all the ways in which clients say it, as one effort. Pure.
+"""Reads how much the model shall think, from all the fields that clients use for it, as one effort. Pure.
 
-Some switch it (`thinking`, `enable_thinking`), some measure it (`reasoning_effort`, budgets), some do both. Off wins;
-else the strongest effort that is named; else what is switched on thinks as hard as the model does by default.
+Some fields switch thinking on or off (`thinking`, `enable_thinking`), some give an amount (`reasoning_effort`,
+budgets), some do both. If any field says off, thinking is off. Otherwise the strongest named effort counts. If thinking
+is only switched on, the model's default effort is used.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from antefix_router.chat.messages import Effort
 from antefix_router.gateway.fields import Fields, wrong_type
 
-# DeepSeek's own mapping of the efforts that other APIs name.
+# DeepSeek's own mapping of the efforts in other APIs.
 EFFORTS: dict[str, Effort | None] = {
     "none": Effort.NONE,
     "off": Effort.NONE,
@@ -32,7 +33,7 @@ _SWITCHES = {"enabled": True, "adaptive": True, "auto": True, "disabled": False}
 
 @dataclass(slots=True)
 class Wish:
-    """What a request says of it. asked_by: the fields that ask for thinking."""
+    """What a request says about thinking.  asked_by: the fields that ask for it."""
 
     efforts: list[Effort] = field(default_factory=list)
     switches: list[bool] = field(default_factory=list)
@@ -40,7 +41,7 @@ class Wish:
 
     @property
     def effort(self) -> Effort | None:
-        """None: it does not say."""
+        """The effort; None if the request does not say."""
         if False in self.switches or Effort.NONE in self.efforts:
             return Effort.NONE
         if self.efforts:
@@ -58,13 +59,15 @@ class Wish:
             self._switch(fields.name_of(name), on=fields.boolean(name))
 
     def read_budget(self, fields: Fields, name: str) -> None:
-        """An upper bound in tokens, which max_tokens keeps as well; -1: none. Only 0 says not to think."""
+        """Read an upper bound in tokens; -1 means none. The bound itself has no effect, since max_tokens limits the
+        output. Only 0 switches thinking off.
+        """
         budget = fields.integer(name, low=-1)
         if budget is not None:
             self._switch(fields.name_of(name), on=budget != 0)
 
     def read_thinking(self, fields: Fields, name: str) -> None:
-        """An object with a type and a budget; or true, or false."""
+        """Read an object with a type and a budget, or true, or false."""
         value: Any = fields.take(name)
         if value is None:
             return
@@ -93,9 +96,9 @@ class Wish:
 
 
 def read_wish(fields: Fields, output_config: Fields | None = None) -> Wish:
-    """From a request of any API. output_config: Anthropic's object of that name.
+    """Read the wish from a request of any API.  output_config: Anthropic's object of that name.
 
-    Raises:  WrongField: a type or an effort that nobody knows.
+    Raises:  WrongField: an unknown type or effort.
     """
     wish = Wish()
     wish.read_thinking(fields, "thinking")

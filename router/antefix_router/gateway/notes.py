@@ -1,4 +1,6 @@
-"""What was not taken as the client sent it: named in the answer's headers, counted, and logged once per field."""
+"""Records what was not used as the client sent it. It is named in the answer's headers, counted, and logged once per
+field.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,19 @@ from urllib.parse import quote
 
 log = logging.getLogger("antefix.gateway")
 
-# Proxies commonly take 8 KiB of headers in all.
+# Proxies commonly accept 8 KiB of headers in all.
 HEADER_BYTES_MAX: Final = 1024
 _NAME_BYTES_MAX: Final = 128
-# Of one request. A body of 32 MB has room for millions of keys, and naming each would hold up everybody's tokens.
+# The most names per request. A body of 32 MB has room for millions of keys, and naming each would delay every stream.
 _NUM_IGNORED_MAX: Final = 1000
-# Names of fields in known APIs. Anything else may be text of a prompt: it is counted without its name.
+# Field names of known APIs look like this. Any other key may be text of a prompt, so it is counted without its name.
 _SHOWN: Final = re.compile(r"[A-Za-z_][\w-]{0,39}(?:(?:\[\])*\.[A-Za-z_][\w-]{0,39})*(?:\[\])*", re.ASCII)
 _INDEX: Final = re.compile(r"\[\d+\]")
 
 
 class IgnoredFields:
-    """How often each field was ignored, over all requests. Names come from clients, so there is room for so many, and
-    those that look like no field's are not told.
+    """Counts how often each field was ignored, over all requests. Names come from clients, so their number is limited,
+    and a name that does not look like a field's is not recorded.
     """
 
     NUM_NAMES_MAX: Final = 1000
@@ -34,7 +36,7 @@ class IgnoredFields:
         self.counts: dict[str, int] = {}
 
     def count(self, names: Iterable[str], *, num_unnamed: int = 0) -> None:
-        """One request's; each name is logged the first time that it is met."""
+        """Count one request's ignored fields. Each name is logged the first time that it occurs."""
         self.num_requests += 1
         if num_unnamed:
             self.counts[self.OTHERS] = self.counts.get(self.OTHERS, 0) + num_unnamed
@@ -48,15 +50,15 @@ class IgnoredFields:
 
 
 class Notes:
-    """One request's. Paths are JSON paths, such as "messages[0].content[1].colour"."""
+    """The notes of one request. Paths are JSON paths, such as "messages[0].content[1].colour"."""
 
     def __init__(self, ignored: IgnoredFields | None = None) -> None:
         self.mode = ""
         self.model = ""
-        # Answers of the history that got back the reasoning which the client had not sent.
+        # Answers in the history whose reasoning was restored because the client had not sent it.
         self.num_restored = 0
         self._counter = ignored
-        # By their names without indices: a field that all of a thousand messages have is told of once.
+        # By names without indices, so that a field in each of a thousand messages is reported once.
         self._ignored: dict[str, str] = {}
         self._num_unnamed = 0
         self._left_out: list[str] = []
@@ -65,34 +67,34 @@ class Notes:
         self._moved: list[str] = []
 
     def ignore(self, path: str) -> None:
-        """A field that changes nothing here."""
+        """Note a field that has no effect here."""
         self._ignored.setdefault(_printable(_INDEX.sub("[]", path)), path)
 
     def ignore_all(self, where: str, names: Collection[str]) -> None:
-        """Fields of the object at `where` that nobody took."""
+        """Note the fields of the object at `where` that were not used."""
         room = max(0, _NUM_IGNORED_MAX - len(self._ignored))
         for name in islice(names, room):
             self.ignore(f"{where}.{name}" if where else name)
         self._num_unnamed += max(0, len(names) - room)
 
     def leave_out(self, path: str, what: str) -> None:
-        """Something that the model is not shown; it may be shown a placeholder instead."""
+        """Note something that the model is not shown, except perhaps as a placeholder."""
         self._left_out.append(f"{path} ({what})")
 
     def flatten(self, path: str, what: str) -> None:
-        """Something that the model is shown in another form."""
+        """Note something that the model is shown in another form."""
         self._flattened.append(f"{path} ({what})")
 
     def move(self, name: str, what: str) -> None:
-        """Something that the model is shown in a later place."""
+        """Note something that the model is shown in a later place."""
         self._moved.append(f"{name} ({what})")
 
     def call_foreign(self, path: str) -> None:
-        """Thinking that did not come from here: the model is shown it, and nobody vouches for it."""
+        """Note thinking without a valid signature of this deployment. The model is shown it as ordinary text."""
         self._foreign.append(path)
 
     def close(self) -> None:
-        """The request is read."""
+        """The request has been read completely."""
         if self._ignored and self._counter is not None:
             self._counter.count(self._ignored, num_unnamed=self._num_unnamed)
 
@@ -111,7 +113,7 @@ class Notes:
 
 
 def _listed(paths: list[str], *, num_more: int = 0) -> str:
-    """As many as fit, and how many more there are."""
+    """As many paths as fit, and how many more there are."""
     text = ""
     for number, path in enumerate(paths):
         longer = f"{text}, {_printable(path)}" if text else _printable(path)
@@ -122,7 +124,9 @@ def _listed(paths: list[str], *, num_more: int = 0) -> str:
 
 
 def _printable(text: str) -> str:
-    """Clients choose the names: nothing of them may end a header or reach a terminal."""
+    """Clients choose the names, so they are escaped: they must not end a header or contain terminal control
+    characters.
+    """
     shown = quote(text[:_NAME_BYTES_MAX], safe="[]().*_-:/@$+!~' ")
     named = shown.rstrip(" ")
     shown = named + "%20" * (len(shown) - len(named))  # a header's value does not end with a space

@@ -1,4 +1,4 @@
-"""OpenAI's chat messages, with DeepSeek's and others' additions, as a conversation. Pure."""
+"""Converts OpenAI's chat messages, with the additions of DeepSeek and others, into a conversation. Pure."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _ROLES = {
 
 
 def chat_messages(fields: Fields) -> tuple[tuple[Message, ...], bool]:
-    """The messages, and whether the last one is an answer to be continued.
+    """The messages, and whether the last one is the beginning of an answer to be continued.
 
-    Raises:  WrongField: a message is not of a known form; the field is named.
+    Raises:  WrongField: a message has an unknown form; the field is named.
     """
     items = fields.children("messages")
     if not items:
@@ -36,7 +36,8 @@ def chat_messages(fields: Fields) -> tuple[tuple[Message, ...], bool]:
 
 def _read_message(item: Fields, found: MessageList) -> None:
     role = item.one_of("role", _ROLES)
-    # What an assistant only called has no content, and a tool may say nothing; everybody else says something.
+    # An assistant's message with calls may have no content, and a tool's result may be empty. Every other message needs
+    # content.
     silent = "" if role is ChatRole.ASSISTANT else None
     said = result_of(item, "content") if role is ChatRole.TOOL else content_of(item, "content", silent)
     calls: tuple[ToolCall, ...] = ()
@@ -49,7 +50,7 @@ def _read_message(item: Fields, found: MessageList) -> None:
         item.drop("refusal", "annotations", "audio")
     if role is ChatRole.TOOL:
         call_id = item.text("tool_call_id", "")
-        item.drop("name")  # the function's, which the call has said
+        item.drop("name")  # the function's name, which the call already has
     else:
         name = item.text("name", "")
     message = Message(
@@ -66,9 +67,9 @@ def _read_message(item: Fields, found: MessageList) -> None:
 
 
 def _reasoning(item: Fields) -> str:
-    """DeepSeek's field, or what other servers call it. Details are the same text in parts."""
+    """DeepSeek's field for reasoning, or the names that other servers use. The details hold the same text in parts."""
     text = item.text("reasoning_content", "")
-    # Some servers send the text under several names.
+    # Some servers send the same text under several names.
     other = item.take("reasoning", "")
     details = _details(item)
     return text or (other if isinstance(other, str) else "") or details
@@ -83,7 +84,9 @@ def _details(item: Fields) -> str:
 
 
 def _calls(item: Fields) -> tuple[tuple[ToolCall, ...], tuple[TextBreakpoint, ...]]:
-    """The calls, and the breakpoints on them, which lie at the message's end: its calls are written in one piece."""
+    """The calls, and the breakpoints on them. Calls are written as one piece, so these breakpoints are at the message's
+    end.
+    """
     ends: list[TextBreakpoint] = []
     calls: list[ToolCall] = []
     for call in item.children("tool_calls", []):
@@ -107,7 +110,7 @@ def _call(item: Fields) -> ToolCall:
 
 def _function_call(function: Fields, call_id: str) -> ToolCall:
     arguments = function.take("arguments", "")
-    # Some clients send the object instead of its text.
+    # Some clients send the object instead of its JSON text.
     text = arguments if isinstance(arguments, str) else as_json(arguments)
     return ToolCall(id=call_id, name=function.text("name"), arguments=text)
 
@@ -116,8 +119,8 @@ def _is_empty(value: Any) -> bool:
     return not value
 
 
-# Fields that would change the answer in ways that this model does not have, with the values that change nothing.
-# Anything that is not named here and that nobody reads is a hint, and is ignored.
+# Fields that would change the answer in ways that this model does not support, with the values that have no effect. Any
+# field that is neither named here nor read elsewhere is a hint, and is ignored.
 _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "n": (lambda value: is_number(value, 1), "one answer a request"),
     "best_of": (lambda value: is_number(value, 1), "one answer a request"),
@@ -142,13 +145,13 @@ _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "functions": (_is_empty, "use tools"),
     "function_call": (lambda value: value in ("auto", "none"), "use tool_choice"),
     "modalities": (lambda value: value == ["text"], "text only"),
-    # Silence would share a cache that the caller wants apart.
+    # If this field were ignored, the caller would share a cache that it wants to keep separate.
     "cache_salt": (_is_empty, "use `user`: it has a cache of its own"),
 }
 
 
 def refuse_unsupported(fields: Fields) -> None:
-    """Raises:  WrongField: a field that would change the answer has a value that does."""
+    """Raises:  WrongField: a field that would change the answer has an unsupported value."""
     for name, (allowed, why) in _UNSUPPORTED.items():
         fields.only(name, allowed, why)
     if fields.has("web_search_options"):

@@ -1,7 +1,8 @@
-"""The door's OpenAPI 3.1 document, served at /openapi.json: addresses, fields that are read, answers and errors.
+"""The OpenAPI 3.1 document of the HTTP server, served at /openapi.json: addresses, the fields that are read, answers
+and errors.
 
-It follows the routes that the door has. Fields that it does not name are ignored (docs/HTTP_API.md), so no object is
-closed; what a field may hold is what `fields.py` and `antefix.sampling` check.
+It covers the routes that the server has. Unnamed fields are ignored (docs/HTTP_API.md), so the objects allow further
+properties. `fields.py` and `antefix.sampling` check the values of fields.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _TEXT_PART: Final[Schema] = {
     "required": ["type", "text"],
     "properties": {"type": {"const": "text"}, "text": _TEXT},
 }
-# Other parts: docs/HTTP_API.md.
+# Other kinds of parts: docs/HTTP_API.md.
 _PART: Final[Schema] = {"type": "object", "required": ["type"], "properties": {"type": _TEXT}}
 _CONTENT: Final[Schema] = {"anyOf": [_TEXT, {"type": "array", "items": {"anyOf": [_TEXT_PART, _PART]}}]}
 _ROLE: Final[Schema] = {"enum": ["system", "developer", "user", "assistant", "tool"]}
@@ -45,7 +46,7 @@ _MESSAGES: Final[Schema] = {
 }
 _TOOLS: Final[Schema] = {"type": "array", "items": _OBJECT}
 
-# Read by every API (gateway/knobs.py).
+# Fields that every API reads (gateway/knobs.py).
 _SAMPLING: Final[Schema] = {
     "model": {"type": "string", "maxLength": NAME_CHARACTERS_MAX},
     "stream": _FLAG,
@@ -136,7 +137,8 @@ _REQUESTS: Final[dict[str, Schema]] = {
     ),
     "CountTokensRequest": _body(("messages",), {"messages": _MESSAGES, "system": _CONTENT, "tools": _TOOLS}),
 }
-# Address to what it is, the request's schema, the answer's, and whether it may come as events.
+# For each address: its description, the schemas of request and answer, and whether the answer may be a stream of
+# events.
 _OPERATIONS: Final[dict[str, tuple[str, str, str, bool]]] = {
     "/v1/chat/completions": ("OpenAI chat", "ChatRequest", "ChatCompletion", True),
     "/v1/completions": ("OpenAI completions", "CompletionRequest", "Completion", True),
@@ -158,7 +160,9 @@ _READINESS: Final = ("/healthz", "/readyz")
 
 
 def document(routes: Iterable[Route]) -> Schema:
-    """What these routes are. One that is not described here is left out: pages and metrics are no part of the API."""
+    """The document for these routes. A route without a description here is left out: pages and metrics are not part of
+    the API.
+    """
     paths: dict[str, Schema] = {}
     for route in routes:
         path = route.path.replace(":path}", "}")
@@ -181,7 +185,7 @@ def document(routes: Iterable[Route]) -> Schema:
 
 
 def openapi_route(routes: list[Route]) -> Route:
-    """The address of the document, of these routes and itself."""
+    """The route of the document, which covers these routes and itself."""
 
     async def serve(request: Request) -> Response:
         return JSONResponse(document([*routes, route]))

@@ -1,4 +1,4 @@
-"""The answers' half of the OpenAPI document: what is always in them, and the errors of every address."""
+"""The answers in the OpenAPI document: the fields that are always present, and the errors of every address."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LIST: Final[Schema] = {"type": "array", "items": _OBJECT}
 
 
 def _always(**properties: Any) -> Schema:
-    """An object with all of these, and more."""
+    """An object that has all of these properties, and may have more."""
     return {"type": "object", "required": list(properties), "properties": properties}
 
 
@@ -34,7 +34,7 @@ ANSWERS: Final[dict[str, Schema]] = {
     "Models": _always(data=_LIST),
     "Model": _always(id=_TEXT),
     "Receipt": _always(payload=_TEXT, sequence=_COUNT, hash=_TEXT, signature=_TEXT),
-    # A page of buckets, or with shape=plain rows; `next_page` is null on the last one.
+    # A page of buckets or, with shape=plain, rows. `next_page` is null on the last page.
     "UsagePage": {
         "type": "object",
         "properties": {

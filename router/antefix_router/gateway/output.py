@@ -1,4 +1,4 @@
-"""One running answer, as all APIs see it: deltas of text, reasoning and calls, and how it ended."""
+"""One running answer in a form for all APIs: pieces of text, reasoning and calls, and how it ended."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Ended:
     wants_details: bool = False
 
     def usage(self, form: Callable[[UsageRecord], dict[str, Any]]) -> dict[str, Any]:
-        """In a provider's form; with what the cache did, where the client wants it."""
+        """The usage in a provider's form, with the cache report if the client asked for it."""
         details = {"antefix": cache_details(self.record)} if self.wants_details else {}
         return {**form(self.record), **details}
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a whole answer's head says of it."""
+        """What the head of a complete answer says about it."""
         return cache_headers(self.record)
 
 
@@ -56,9 +56,10 @@ class Output:
         index: int = 0,
         tells_logprobs: bool = True,
     ) -> None:
-        """strict: schemas of the tools whose calls must keep to them.  index: which of the request's outputs it is.
+        """strict: schemas of the tools whose calls must satisfy them.  index: the number of this output within the
+        request.
 
-        tells_logprobs: those that there are, are for the client.
+        tells_logprobs: whether the client gets the log probabilities, if there are any.
         """
         self._front = front
         self._bill = bill
@@ -79,7 +80,7 @@ class Output:
 
     @property
     def tool_calls(self) -> list[ToolCall]:
-        """Those that are whole."""
+        """The calls that are complete."""
         return self._calls.done
 
     @property
@@ -88,7 +89,7 @@ class Output:
 
     @property
     def restore(self) -> RestoreReport | None:
-        """Where the prompt's KV came from; there from the first delta on."""
+        """Where the prompt's KV came from. Known from the first delta on."""
         return self._bill.generation.restore
 
     @property
@@ -97,18 +98,19 @@ class Output:
 
     @property
     def total_logprob(self) -> float:
-        """Of all its tokens, where they were asked for."""
+        """The sum over all tokens, if log probabilities were asked for."""
         return sum(each.logprob for each in self._sample.logprobs)
 
     @property
     def has_ended(self) -> bool:
-        """Whether a stop text was found in it: what comes behind is no part of it."""
+        """Whether a stop text was found. Later text is not part of the answer."""
         return self._stop.found is not None
 
     async def deltas(self, timeout_s: float, *, held: bool = False) -> AsyncGenerator[Delta, None]:
-        """What the answer grows by. Closing this early cancels the request; after its end `ended` may be asked for.
+        """The pieces of the answer as they arrive. Closing this early cancels the request; after its end, `ended` is
+        known.
 
-        held: nothing of it goes out before all of it is there.
+        held: none of the answer goes out before all of it is there.
         """
         self._bill.is_held = self.is_held = held
         async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as pieces:
@@ -122,7 +124,7 @@ class Output:
             yield delta
 
     def read(self, tokens: Tokens) -> list[Delta]:
-        """One token after the other: each belongs to what the parser was in when it came."""
+        """Read tokens one after the other, because each belongs to the parser's state when it arrives."""
         deltas: list[Delta] = []
         for token in tokens:
             if self.has_ended:
@@ -133,7 +135,7 @@ class Output:
         return deltas
 
     def finish(self) -> list[Delta]:
-        """The output is over: what waited is what it looks like."""
+        """The output is over. Held text is now passed on as ordinary text."""
         deltas: list[Delta] = []
         if not self.has_ended:
             deltas += self._take(self._stop.push(self._text.finish()) + self._stop.finish())
@@ -142,7 +144,7 @@ class Output:
         return deltas
 
     def ended(self) -> Ended:
-        """Raises:  AssertionError: `deltas` has not ended."""
+        """How the answer ended.  Raises:  AssertionError: `deltas` has not ended."""
         sample = self._sample
         stop = self._stop.found
         if stop is None and sample.stop_number:
@@ -153,7 +155,7 @@ class Output:
         return Ended(reason=reason, stop=stop, record=self._bill.record, wants_details=self.wants_details)
 
     def new_logprobs(self) -> list[SpokenToken]:
-        """The tokens of the text that was given out since this was last asked; none where they were not asked for."""
+        """The tokens of the text that went out since the last call; empty if log probabilities were not asked for."""
         is_over = self._stop.is_finished
         given = [each for each in self._spoken if is_over or each.start < self._stop.num_given]
         self._spoken = self._spoken[len(given) :]
@@ -195,8 +197,9 @@ class Output:
 
 
 class StopTexts:
-    """Looks for stop texts in the answer: a text may be spelt in other tokens than the tokenizer gives for it, and then
-    the decode worker does not see it. Text that may begin one is held back."""
+    """Finds stop texts in the answer. The decode worker searches by tokens, and misses a stop text that the model
+    spells with other tokens than the tokenizer. Text that may begin a stop text is held.
+    """
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = tuple(texts)
@@ -207,11 +210,11 @@ class StopTexts:
 
     @property
     def num_given(self) -> int:
-        """Characters that were let through."""
+        """Characters that were passed on."""
         return self.num_taken - len(self._held)
 
     def push(self, text: str, *, may_stop: bool = True) -> str:
-        """may_stop: a stop text that ends in `text` ends the answer."""
+        """may_stop: whether a stop text that ends within `text` ends the answer."""
         if self.found is not None:
             return ""
         self.num_taken += len(text)
@@ -221,7 +224,7 @@ class StopTexts:
         self._held += text
         places = []
         for stop in self.texts if may_stop else ():
-            # One that ended before was let through then.
+            # A stop text that ended earlier was passed on at that time.
             place = self._held.find(stop, max(0, num_held - len(stop) + 1))
             places += [(place, stop)] if place >= 0 else []
         if places:
@@ -245,5 +248,7 @@ def _num_begun(text: str, stop: str) -> int:
 
 
 def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """Stop texts as the decode worker looks for them; it ends at them without a round trip, and stores the output."""
+    """The token sequences of the stop texts, for the decode worker. It ends the output there without a round trip, and
+    stores it.
+    """
     return tuple(tuple(tokenizer.encode_plain(text)) for text in stop)

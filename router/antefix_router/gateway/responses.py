@@ -1,4 +1,4 @@
-"""OpenAI's /v1/responses, without server-side state: clients send the whole input, as agents with `store: false` do."""
+"""OpenAI's /v1/responses without server-side state: clients send the whole input, as agents with `store: false` do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _SEALED = "reasoning.encrypted_content"
 
 
 async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
-    """Raises:  InvalidRequest and the others of `Gateway.chat`."""
+    """Read and admit a request.  Raises:  InvalidRequest and the other errors of `Gateway.chat`."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
     model = gateway.model(fields)
@@ -81,7 +81,9 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
 
 
 def _num_top_logprobs(fields: Fields, wanted: list[str]) -> int | None:
-    """`include` asks for them, `top_logprobs` for how many next to each. Of what else it asks for, there is nothing."""
+    """How many alternatives to give for each token: `include` asks for log probabilities, `top_logprobs` gives the
+    number. Other values of `include` have no effect.
+    """
     for index, name in enumerate(wanted):
         if name not in (_LOGPROBS, _SEALED):
             fields.notes.ignore(f"include[{index}]")
@@ -92,7 +94,7 @@ def _num_top_logprobs(fields: Fields, wanted: list[str]) -> int | None:
 
 
 def _refuse_state(fields: Fields) -> None:
-    """Nothing is kept between requests, so nothing can be referred to.
+    """Refuse references to earlier requests, because nothing is kept between requests.
 
     Raises:  WrongField: a field that would change the answer.
     """
@@ -104,7 +106,7 @@ def _refuse_state(fields: Fields) -> None:
 
 
 class ResponsesCall:
-    """One answer in the shapes of the Responses API."""
+    """One answer in the forms of the Responses API."""
 
     def __init__(
         self,
@@ -152,7 +154,9 @@ class ResponsesCall:
             yield self._numbered(event)
 
     def failed(self, err: Exception) -> bytes:
-        """As OpenAI's own streams fail: an `error` event, which its clients raise, and the response's end as failed."""
+        """A failure in the form of OpenAI's own streams: an `error` event, which its clients raise, and then the
+        response as failed.
+        """
         _, body = error_body(err, Provider.OPENAI)
         error = body["error"]
         told = {"code": error["code"], "message": error["message"]}

@@ -1,4 +1,4 @@
-"""Input items of the Responses API as a conversation. Pure."""
+"""Converts input items of the Responses API into a conversation. Pure."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _ROLES = {
     "user": ChatRole.USER,
     "assistant": ChatRole.ASSISTANT,
 }
-# Items of tools that a provider runs. Their client cannot leave them out of the history.
+# Items of tools that a provider runs. A client cannot leave them out of the history.
 _SERVED_ELSEWHERE = ("_call", "_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response")
 
 
 def input_messages(fields: Fields, instructions: str, signatures: Signatures) -> tuple[Message, ...]:
-    """Instructions first. Reasoning, text and calls that follow one another are one assistant turn.
+    """The messages, instructions first. Adjacent reasoning, text and calls form one assistant turn.
 
-    Raises:  WrongField: an item of a kind that nobody knows; the field is named.
+    Raises:  WrongField: an item of an unknown kind; the field is named.
     """
     found = MessageList()
     if instructions:
@@ -44,7 +44,7 @@ def input_messages(fields: Fields, instructions: str, signatures: Signatures) ->
 
 
 class _Reader:
-    """One request's items. Each gives one message, which may continue with the last one's turn."""
+    """Reads one request's items. Each item gives one message, which may continue the turn of the previous one."""
 
     def __init__(self, items: list[Any], signatures: Signatures) -> None:
         self._by_id = {
@@ -107,7 +107,9 @@ class _Reader:
         return replace(message, breakpoints=(*message.breakpoints, *ends)), said
 
     def _reasoning(self, item: Fields) -> str:
-        """As it was shown; or as it was sealed, for clients that send nothing else back; or another model's summary."""
+        """The reasoning as it was shown; or unsealed, for clients that send nothing else back; or another model's
+        summary.
+        """
         shown = content_of(item, "content", "").text
         summary = content_of(item, "summary", "").text
         sealed = item.text("encrypted_content", "")

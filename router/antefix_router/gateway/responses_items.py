@@ -1,4 +1,4 @@
-"""A response's output items and the events that tell of them. Knows no request."""
+"""A response's output items and the events that announce them. Knows no request."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from antefix_router.gateway.tools import GroupedName
 
 
 class Items:
-    """Output items, one after the other: reasoning, a message, calls. Gives the events of each step.
+    """Output items, one after the other: reasoning, a message, calls. Each method returns the events of its step.
 
-    grouped: names of functions that their client knows within a group.  seal: for reasoning that its client cannot send
-    back otherwise; None where it did not ask for that.
+    grouped: functions that the client knows by a name within a group.  seal: encrypts reasoning for a client that
+    cannot send it back otherwise; None if the client did not ask for that.
     """
 
     def __init__(self, output: Output, grouped: Mapping[str, GroupedName], seal: Signatures | None) -> None:
@@ -43,12 +43,13 @@ class Items:
         return [*events, {"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": logprobs}]
 
     def _new_logprobs(self) -> list[dict[str, Any]]:
-        """Of the message's text; this API has no place for those of reasoning."""
+        """Log probabilities of the message's text. This API has no place for those of reasoning."""
         return [self._output.logprobs.full(each) for each in self._output.new_logprobs() if not each.is_reasoning]
 
     def finish(self, *, is_shown: bool = True) -> list[dict[str, Any]]:
-        """An answer without any text is still one message. is_shown: the client has seen the beginning of a call that
-        was cut off, so it is told the rest; else the call is left out."""
+        """End the answer. An answer without text is still one message.  is_shown: the client has seen the beginning of
+        a call that was cut off, so it gets the rest. Otherwise that call is left out.
+        """
         events = self._end_call("incomplete") if is_shown else []
         return [*events, *([] if self._kind or self.done else self._open("message")), *self._close()]
 
@@ -120,7 +121,7 @@ class Items:
         return [{"type": "response.output_item.added", **place}]
 
     def _end_call(self, status: str) -> list[dict[str, Any]]:
-        """Also of a call that was cut off: its arguments are as far as they came, and no JSON."""
+        """End a call, even one that was cut off. The arguments of such a call are incomplete and not valid JSON."""
         if self._call is None:
             return []
         call, self._call = {**self._call, "status": status}, None

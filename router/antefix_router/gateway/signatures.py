@@ -1,7 +1,9 @@
-"""Thinking that leaves the house: signed, so that it is known when it comes back, or sealed, so that it can come back.
+"""Signs thinking that is sent to clients, so that it is recognised when it comes back, and seals (encrypts) it for
+clients that can only send it back sealed.
 
-Anthropic's clients resend a thinking block with its signature. Some clients of OpenAI's Responses resend no thinking
-but only `encrypted_content`. Keys come from the deployment's secret and the tenant: all routers agree, tenants do not.
+Anthropic's clients resend a thinking block with its signature. Some clients of OpenAI's Responses API resend only
+`encrypted_content`. The keys are derived from the deployment's secret and the tenant, so they are the same at all
+routers and differ between tenants.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _NONCE_BYTES: Final = 12
 
 
 class Signatures:
-    """One tenant's. Made with the current secret; what an older one made is still known while secrets rotate."""
+    """One tenant's signatures. New ones use the current secret. While secrets are rotated, those made with the older
+    secret are still accepted.
+    """
 
     def __init__(self, keyring: Keyring, tenant: str) -> None:
         self._keyring = keyring
@@ -33,18 +37,18 @@ class Signatures:
         return self._signed(text, self._keyring.generation)
 
     def is_ours(self, text: str, signature: str) -> bool:
-        """Whether this very text was signed for this tenant by this deployment."""
+        """Whether exactly this text was signed for this tenant by this deployment."""
         made = (self._signed(text, generation) for generation in self._keyring.generations)
         return any(hmac.compare_digest(signature.encode("utf-8", "surrogatepass"), each.encode()) for each in made)
 
     def seal(self, text: str) -> str:
-        """The text itself, for nobody else to read or to change."""
+        """The text encrypted, so that no other party can read or change it."""
         nonce = os.urandom(_NONCE_BYTES)
         sealed = self._cipher(self._keyring.generation).encrypt(nonce, _bytes(text), _VERSION)
         return _encoded(_VERSION + nonce + sealed)
 
     def open(self, sealed: str) -> str | None:
-        """What was sealed, or None where it was not sealed here."""
+        """The sealed text; None if it was not sealed by this deployment for this tenant."""
         try:
             raw = base64.b64decode(sealed, validate=True)
         except ValueError:

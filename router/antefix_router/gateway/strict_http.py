@@ -1,9 +1,9 @@
-"""Reads HTTP/1.1 as strictly as a proxy in front of it must: what two readers could cut differently is no request.
+"""Parses HTTP/1.1 strictly: a message that another HTTP parser could divide differently is refused.
 
-uvicorn's parser, h11, takes lines that end in LF alone, folded headers, chunk extensions, a length next to chunks, and
-a length that is said twice. Each is harmless until a proxy reads the same bytes otherwise: then the rest of one
-client's request becomes the beginning of another's. So these end in 400 and a closed connection; nothing behind them is
-read.
+uvicorn's parser, h11, accepts lines that end in LF alone, folded headers, chunk extensions, a length next to chunks,
+and a repeated length. Each is harmless until a proxy interprets the same bytes differently. Then the rest of one
+client's request becomes the beginning of another client's request (request smuggling). So these are answered with 400
+and a closed connection, and nothing after them is read.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from antefix_router.gateway.connections import Connections
 
 _BLANK_LINE: Final = re.compile(rb"\n\r?\n")
-# LF without CR, CR without LF, and what no header may hold.
+# LF without CR, CR without LF, and characters that no header may hold.
 _BAD_BYTES: Final = re.compile(rb"(?<!\r)\n|\r(?!\n)|\x00")
 _FOLDED: Final = re.compile(rb"\n[ \t]")
 _FRAMING: Final = re.compile(
     rb"(?:\A|\n)(content-length|transfer-encoding)[ \t]*:[ \t]*([^\r]*?)[ \t]*\r", re.IGNORECASE
 )
-# More digits are more than any body may have.
+# A length with more digits is beyond any allowed body.
 _LENGTH: Final = re.compile(rb"[0-9]{1,15}")
 _CHUNK_HEAD: Final = re.compile(rb"[0-9A-Fa-f]{1,15}\r\n")
 _CHUNK_HEAD_BYTES_MAX: Final = 17
 
 
 class _StrictBuffer(ReceiveBuffer):
-    """What came in, looked at before h11 takes lines out of it."""
+    """The received bytes, which are checked before h11 takes lines from them."""
 
     def maybe_extract_lines(self) -> list[bytearray] | None:
-        """A request's head, or what stands behind its last chunk."""
+        """The lines of a request's head, or of the trailer after its last chunk."""
         if self._data[:2] != b"\r\n":
             end = _BLANK_LINE.search(self._data)
             head = bytes(self._data[: end.end()]) if end is not None else bytes(self._data[:1])
@@ -44,7 +44,7 @@ class _StrictBuffer(ReceiveBuffer):
         return super().maybe_extract_lines()
 
     def maybe_extract_next_line(self) -> bytearray | None:
-        """What a chunk begins with."""
+        """The line that begins a chunk."""
         line = super().maybe_extract_next_line()
         is_good = _CHUNK_HEAD.fullmatch(line) if line is not None else len(self) <= _CHUNK_HEAD_BYTES_MAX
         if not is_good:
@@ -53,7 +53,7 @@ class _StrictBuffer(ReceiveBuffer):
 
 
 def _fault_of(head: bytes) -> str:
-    """Why another reader could cut these lines differently; empty where it could not."""
+    """Why another parser could divide these lines differently; empty if it could not."""
     if _BAD_BYTES.search(head):
         return "a line must end in CRLF, and hold no NUL"
     if _FOLDED.search(head):
@@ -72,21 +72,23 @@ def _fault_of(head: bytes) -> str:
 
 
 class HttpFaults:
-    """num_malformed: connections that were closed because what came was no request."""
+    """num_malformed: connections that were closed because the bytes received were not a valid request."""
 
     def __init__(self) -> None:
         self.num_malformed = 0
 
 
 class StrictProtocol(H11Protocol):
-    """One connection. http_faults, http_connections: its server's, which `strict_protocol` sets."""
+    """One connection.  http_faults, http_connections: shared by the connections of a server; `strict_protocol` sets
+    them.
+    """
 
     http_faults: HttpFaults
     http_connections: Connections
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        # h11 has no other way in. A test fails where a version of it takes lines from somewhere else.
+        # h11 offers no other hook. A test fails if a version of h11 takes lines from somewhere else.
         self.conn._receive_buffer = _StrictBuffer()
         self.address = ""
         self._is_counted = False
@@ -114,7 +116,7 @@ class StrictProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         was_waiting, before = self._is_between(), self.cycle
         if was_waiting and not self.conn.trailing_data[0]:
-            # From a head's first byte on; what trickles in does not begin it again.
+            # The time limit runs from a head's first byte. Later bytes of the head do not restart it.
             self._wait_for_head(self.http_connections.head_s)
         super().data_received(data)
         if self.cycle is not before:
@@ -124,7 +126,7 @@ class StrictProtocol(H11Protocol):
         before = self.cycle
         super().handle_events()
         if self.cycle is not before:
-            # Also one that came in a pipeline, behind another one's answer.
+            # This covers a pipelined request that follows another one.
             self._stop_waiting()
             self.http_connections.busy(self)
 
@@ -135,7 +137,7 @@ class StrictProtocol(H11Protocol):
             # The next head has begun already.
             self._wait_for_head(self.http_connections.head_s)
         super().on_response_complete()
-        # What is left of it when the connection is closed would wait for its reader for ever.
+        # The unsent rest of a closed connection would wait for its reader without end.
         self._watch_reader()
 
     def pause_writing(self) -> None:
@@ -146,7 +148,7 @@ class StrictProtocol(H11Protocol):
         self.transport.abort()
 
     def _is_between(self) -> bool:
-        """No request is at work."""
+        """Whether no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
     def _wait_for_head(self, seconds: float) -> None:
@@ -163,7 +165,9 @@ class StrictProtocol(H11Protocol):
         self.transport.abort()
 
     def _watch_reader(self) -> None:
-        """A client that reads nothing holds a request's place, a descriptor and what was sent to it."""
+        """Close a connection whose client reads nothing: it holds a request's place, a descriptor and the memory of
+        unsent data.
+        """
         self._stop_watching()
         if unread := self.transport.get_write_buffer_size():
             self._unread_timer = self.loop.call_later(self.http_connections.unread_s, self._look_again, unread)
@@ -185,12 +189,12 @@ class StrictProtocol(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             super().send_400_response(msg)
         else:
-            # Its answer has begun, and cannot become another one.
+            # The answer has begun, and can no longer become an error.
             self.transport.close()
 
 
 def strict_protocol(faults: HttpFaults, connections: Connections) -> type[H11Protocol]:
-    """What uvicorn makes one of for each connection of one server."""
+    """The protocol class of which uvicorn makes an instance for each connection of one server."""
 
     class ServersProtocol(StrictProtocol):
         http_faults = faults

@@ -1,7 +1,7 @@
-"""Whether the strings of a JSON value are text. Pure.
+"""Checks that the strings of a JSON value are valid text. Pure.
 
-JSON can write half of a surrogate pair, escaped or as three bytes. No text holds one: it cannot be shown to a model,
-hashed, or put into a record, so it is refused at the door, with the name of the field that it is in.
+JSON can contain half of a surrogate pair, escaped or as three bytes. Such a string cannot be shown to a model, hashed,
+or put into a record. So it is refused when a request arrives, with the name of the field.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _REPLACED: Final = re.compile("[\ud800-\udfff]")
 
 
 def is_text(text: str) -> bool:
-    """Whether it can be written as UTF-8."""
+    """Whether the string can be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -24,13 +24,14 @@ def is_text(text: str) -> bool:
 
 
 def may_hold_surrogates(body: bytes | bytearray) -> bool:
-    """Whether it is worth looking: a body of megabytes is not walked through for nothing."""
+    """Whether the body may hold a surrogate. If not, a body of megabytes need not be searched value by value."""
     is_utf8 = b"\x00" not in body[:4]
     return not is_utf8 or _ESCAPED.search(body) is not None or _RAW.search(body) is not None
 
 
 def path_of_no_text(value: Any) -> str | None:
-    """The JSON path of the first string that is no text, or of the object with such a key; None where all are.
+    """The JSON path of the first string that is not valid text, or of the object with such a key; None if all are
+    valid.
 
     "" is the value itself.
     """
@@ -49,7 +50,7 @@ def path_of_no_text(value: Any) -> str | None:
 
 
 def as_text(value: Any) -> Any:
-    """A JSON value with U+FFFD in place of what is no text. For what a model wrote: nobody could be refused for it."""
+    """A JSON value with U+FFFD in place of invalid text. It is used for the model's output, which cannot be refused."""
     if isinstance(value, str):
         return _REPLACED.sub("\ufffd", value)
     if isinstance(value, dict):

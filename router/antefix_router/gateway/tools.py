@@ -1,10 +1,11 @@
-"""Tools of all APIs as the functions that the model is shown. Pure.
+"""Reads the tools of all APIs as the functions that the model is shown. Pure.
 
 Only functions that the client runs itself can be called here. Tools that a provider would run are left out of the list,
-and groups of functions are flattened; both are told of in a header.
+and groups of functions are flattened. A header reports both.
 
-Where the client searches tools itself, those with `defer_loading` are not in the list either: each is shown where a
-result of the search refers to it. The list would change with each one that is found, and everything behind it miss.
+If the client searches for tools itself, tools with `defer_loading` are not in the list either. Each is shown where a
+search result refers to it. If it were added to the list, the list would change with each tool found, and everything
+after it would miss.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from antefix_router.gateway.answer_form import anthropic_rule, openai_rule
 from antefix_router.gateway.content import breakpoint_ttl
 from antefix_router.gateway.fields import Fields, wrong_value
 
-# What clients call the function by which the model finds the others.
+# The names that clients use for the function that finds deferred tools.
 _SEARCH: Final = re.compile(r"tool_?search", re.IGNORECASE)
 
 
@@ -35,9 +36,11 @@ class GroupedName:
 
 @dataclass(slots=True)
 class Tools:
-    """schemas: what the model is shown.  strict: names of tools whose calls must keep to their schema.
-    grouped: names that the model is shown, of functions that came in a group.  rule: which of them are to be called.
-    deferred: those of the schemas, by name, that are not listed but shown where they were found."""
+    """schemas: the functions that the model is shown.  strict: names of tools whose calls must satisfy their schema.
+    grouped: flattened names of functions that came in a group, with the client's names.  rule: which tools must be
+    called.
+    deferred: schemas, by name, of tools that are shown where they were found instead of in the list.
+    """
 
     schemas: tuple[dict[str, Any], ...] = ()
     deferred: Mapping[str, dict[str, Any]] = field(default_factory=dict)
@@ -51,18 +54,18 @@ class Tools:
         return frozenset(schema["name"] for schema in self.schemas)
 
     def without_schemas(self) -> Tools:
-        """For `tool_choice` none: the model is shown no tools, and a breakpoint behind them still counts."""
+        """The tools for `tool_choice` none: the model is shown none, and a breakpoint after them still counts."""
         return Tools(grouped=self.grouped, breakpoint=self.breakpoint)
 
 
 def read_tools(fields: Fields, own_kind: str) -> Tools:
-    """`tools`. own_kind: what the API calls a function that its client runs.
+    """Read `tools`.  own_kind: the API's kind for a function that its client runs.
 
-    Raises:  WrongField: a tool without a name, or a strict one without a schema that is one.
+    Raises:  WrongField: a tool without a name, or a strict tool without a valid schema.
     """
     reader = _Reader(own_kind)
     tools = fields.children("tools", [])
-    # Only Anthropic's API has a way to refer to what was found.
+    # Only Anthropic's API has a way to refer to a found tool.
     reader.defers = own_kind == "custom" and any(
         _SEARCH.match(str(tool.peek("name"))) for tool in tools if tool.peek("type", own_kind) == own_kind
     )
@@ -78,7 +81,7 @@ def read_tools(fields: Fields, own_kind: str) -> Tools:
 
 
 class _Reader:
-    """defers: whether there is a function that finds those that are deferred."""
+    """defers: whether there is a function that finds deferred tools."""
 
     def __init__(self, own_kind: str) -> None:
         self.defers = False
@@ -101,7 +104,7 @@ class _Reader:
             tool.notes.leave_out(tool.where, kind)
             tool.drop_rest()
         else:
-            # Chat has the function in an object of its own.
+            # Chat wraps the function in an object.
             function = tool.child("function") or tool
             if function is not tool:
                 self._read_breakpoint(function)
@@ -126,21 +129,25 @@ class _Reader:
             self.strict.add(shown)
 
     def _read_breakpoint(self, fields: Fields) -> None:
-        """All tools are written in one piece, so a breakpoint on one of them lies behind them all."""
+        """Read a tool's breakpoint. All tools are written as one piece, so the breakpoint comes after all of them."""
         ttl_s = breakpoint_ttl(fields)
         if ttl_s is not None:
             self.breakpoint = TextBreakpoint(ttl_s=ttl_s)
 
 
 def grouped_name(group: str, name: str) -> str:
-    """How the model knows a function of a group; from the two names alone, so that every turn writes it alike."""
+    """The model's name for a function of a group. It depends only on the two names, so that every turn has the same
+    text.
+    """
     if not group:
         return name
     return f"{group}{name}" if group.endswith("__") else f"{group}__{name}"
 
 
 def function_schema(name: str, description: Any, parameters: Any) -> dict[str, Any]:
-    """A tool as the model is shown it; absent parts stay absent, so that every API gives the same rendering."""
+    """A tool in the form that the model is shown. Absent parts stay absent, so that every API gives the same
+    rendering.
+    """
     schema: dict[str, Any] = {"name": name}
     if description is not None:
         schema["description"] = description
@@ -149,9 +156,9 @@ def function_schema(name: str, description: Any, parameters: Any) -> dict[str, A
 
 
 def openai_tools(fields: Fields) -> Tools:
-    """`tools` with `tool_choice` and `parallel_tool_calls`, in chat and in Responses.
+    """Read `tools` with `tool_choice` and `parallel_tool_calls`, in chat and in Responses.
 
-    Raises:  WrongField: what cannot be promised, or the choice of a tool that is not there.
+    Raises:  WrongField: a form that cannot be enforced, or the choice of a tool that does not exist.
     """
     tools = read_tools(fields, "function")
     parallel = fields.boolean("parallel_tool_calls", True)

@@ -1,7 +1,7 @@
-"""Whose word counts on who a client is: that of proxies that are named, in the one header that is named.
+"""Finds a client's address from the header that trusted proxies set.
 
-Any client can write such headers. So without this setting they are all ignored, and with it they count only on
-connections from these proxies, and only as far as the chain of them goes.
+Any client can write such headers. So without this setting they are all ignored. With it, the named header counts only
+on connections from the named proxies, and only as far back as the chain of these proxies goes.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 UNIX_PEER: Final = "unix"
 _HEADER: Final = re.compile(r"[a-z0-9-]{1,64}")
 _FORWARDED: Final = "forwarded"
-# Proxies in a row; longer lists are a client's game.
+# The most proxies in a row. A longer list was made up by a client.
 _NUM_HOPS_MAX: Final = 16
 _FOR: Final = re.compile(r'(?:^|;)\s*for="?([^";]*)"?', re.IGNORECASE)
 
 
 class TrustedProxies:
-    """Raises:  ConfigError: one of the two settings without the other, or what is no network or no header."""
+    """Raises:  ConfigError: only one of the two settings is given, or a value is not a network or not a header."""
 
     def __init__(self, proxies: Sequence[str], header: str) -> None:
         require(
@@ -44,7 +44,7 @@ class TrustedProxies:
         self._networks = [_network(proxy) for proxy in proxies if proxy != UNIX_PEER]
 
     def client(self, peer: str, headers: Headers) -> str:
-        """The client's address: the last one in the header that is not a trusted proxy's; else the peer's."""
+        """The client's address: the last one in the header that is not a trusted proxy's, or else the peer's."""
         if not self.header or not self.trusts(peer):
             return peer
         lines = headers.getlist(self.header)
@@ -60,7 +60,7 @@ class TrustedProxies:
         return client
 
     def trusts(self, peer: str) -> bool:
-        """Whether a connection's other end is one of the proxies."""
+        """Whether the other end of the connection is one of the proxies."""
         if not peer:
             return self._unix
         try:
@@ -73,7 +73,7 @@ class TrustedProxies:
 
 
 class ClientAddress:
-    """ASGI middleware: `client` of a request's scope is who sent it, as far as that can be known."""
+    """ASGI middleware: sets `client` in a request's scope to the client's address, as far as it can be known."""
 
     def __init__(self, app: ASGIApp, proxies: TrustedProxies) -> None:
         self._app = app
@@ -95,7 +95,7 @@ def _network(text: str) -> Network:
 
 
 def _address(hop: str, *, is_forwarded: bool) -> str | None:
-    """None: it names no address, so nothing before it can be believed either."""
+    """The address of a hop. None: it names no address, so the entries before it cannot be trusted either."""
     if is_forwarded:
         found = _FOR.search(hop)
         hop = found[1] if found else ""

@@ -23,13 +23,13 @@ from antefix_router.gateway.gateway import Door
 from antefix_router.gateway.http_errors import Provider, error_response
 
 PATHS: Final = ("/v1/usage", "/v1/organization/usage/completions")
-# Filters, by OpenAI's names; each takes several values.
+# Filters by OpenAI's names. Each accepts several values.
 _FILTERS: Final = {"models": "model", "user_ids": "user", "api_key_ids": "key"}
 _LATEST_S: Final = 1 << 40
 
 
 def usage_routes(door: Door) -> list[Route]:
-    # The ledger is read from its files; one reader at a time leaves the router its core.
+    # One request reads the ledger's files at a time, so that the router keeps its processor time for other work.
     turn = asyncio.Lock()
     return [Route(path, partial(_usage, door, turn), methods=["GET"]) for path in PATHS]
 
@@ -40,7 +40,7 @@ async def _usage(door: Door, turn: asyncio.Lock, request: Request) -> Response:
         tenants = _several(request, "tenant") or _several(request, "project_ids")
         if any(tenant != holder.tenant for tenant in tenants) and Scope.ADMIN not in holder.scopes:
             raise PermissionDenied("another tenant's usage needs an API key with the scope admin")
-        # An admin's key asks for all tenants unless it names some.
+        # A key with the scope `admin` gets all tenants unless the request names some.
         is_admin = Scope.ADMIN in holder.scopes
         query, next_page = _query(request, frozenset(tenants or ([] if is_admin else [holder.tenant])))
         ledger = door.books.accounts.ledger
@@ -72,14 +72,14 @@ def _read(directories: list[Path], query: UsageQuery) -> Iterator[Settled | Adju
 
 
 def _num_pruned(directories: list[Path]) -> int:
-    """Entries that are not here any more: an answer about their time lacks them."""
+    """How many entries were pruned. An answer about their time lacks them."""
     return sum(pruned_to(directory)[0] for directory in directories if directory.exists())
 
 
 def _query(request: Request, tenants: frozenset[str]) -> tuple[UsageQuery, str | None]:
-    """What is asked for, and the page after it; pages are named by their first second.
+    """The query, and the page to begin at. A page is named by its first second.
 
-    Raises:  InvalidRequest: a parameter is none.
+    Raises:  InvalidRequest: a parameter is invalid.
     """
     width = request.query_params.get("bucket_width", "1d")
     if width not in WIDTHS:
@@ -104,7 +104,7 @@ def _query(request: Request, tenants: frozenset[str]) -> tuple[UsageQuery, str |
 
 
 def _several(request: Request, name: str) -> list[str]:
-    """As clients write lists: NAME=a&NAME=b, NAME[]=a, or NAME=a,b."""
+    """A list in one of the forms that clients use: NAME=a&NAME=b, NAME[]=a, or NAME=a,b."""
     found = [*request.query_params.getlist(name), *request.query_params.getlist(f"{name}[]")]
     return [part for text in found for part in text.split(",") if part]
 

@@ -1,8 +1,8 @@
-"""Who a request's end user is, where clients write a session into the same name. Pure; a table of known shapes.
+"""Separates a request's end user from a session that the client wrote into the same name. Pure; a table of known forms.
 
-A user has a cache of its own. A name that changes with every session would give each session its own, so the part that
-stays names the user, and the session is a hint where to place the request, like `prompt_cache_key`. What matches no
-shape is taken whole: only what is known to be a session may ever be taken off, or users would share what they must not.
+Each user has a separate cache. If the name changed with every session, each session would have its own cache. So the
+stable part is the user, and the session is a placement hint like `prompt_cache_key`. A name in an unknown form is used
+as a whole, because removing anything but a known session could let different users share a cache.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-# Longer names are refused anyway, and nothing of a name that long is worth reading.
+# Longer names are refused later, so they are not examined here.
 _CHARACTERS_MAX: Final = 4096
 _SESSION_BYTES_MAX: Final = 512
-# Members of a JSON name. Without one of the first there is nobody whose sessions they could be.
+# Members of a JSON name. A name without any member of the first list has no user to whom the session could belong.
 _STABLE: Final = (
     *("device_id", "account_uuid", "account_id", "user_id", "user_uuid", "user", "email", "organization_uuid"),
     *("deviceId", "accountUuid", "accountId", "userId", "organizationId", "organization_id"),
@@ -29,7 +29,7 @@ _SESSIONS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserName:
-    """user: whose cache it is.  session: which conversation of theirs, or empty.  shape: which row of the table."""
+    """user: the user whose cache is used.  session: the user's conversation, or empty.  shape: the row of the table."""
 
     user: str
     session: str = ""
@@ -37,20 +37,22 @@ class UserName:
 
 
 def split_user(name: str) -> UserName:
-    """The stable part and the session of a name in a known shape; any other name as it is."""
+    """The stable part and the session of a name in a known form. Any other name is returned as it is."""
     if len(name) <= _CHARACTERS_MAX:
         for shape, split in SHAPES.items():
             found = split(name)
             if found is not None and found[0]:
                 user, session = found
-                # A hint is never a reason to refuse a request.
+                # The session is only a hint, so it is never a reason to refuse a request.
                 is_usable = len(session.encode()) <= _SESSION_BYTES_MAX
                 return UserName(user=user, session=session if is_usable else "", shape=shape)
     return UserName(user=name)
 
 
 def _json_name(name: str) -> tuple[str, str] | None:
-    """A JSON object of text: all members but the session's, in one order, whatever order the client wrote them in."""
+    """Split a JSON object of texts. The user is all members except the session's, in a fixed order, whatever order the
+    client used.
+    """
     if not name.startswith("{"):
         return None
     try:
@@ -63,7 +65,7 @@ def _json_name(name: str) -> tuple[str, str] | None:
             return None
         stable = json.dumps(members, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         session = "/".join(value for value in values if value)
-        (stable + session).encode()  # escapes can stand for what is no text
+        (stable + session).encode()  # escapes can stand for surrogates, which are not valid text
     except (ValueError, RecursionError, TypeError, AttributeError):
         return None
     return stable, session
@@ -82,12 +84,12 @@ def _pattern(text: str) -> Callable[[str], tuple[str, str] | None]:
     return split
 
 
-# Who sends it -> how it is taken apart. The first that fits counts.
+# The client that sends a form -> the function that splits it. The first form that matches counts.
 SHAPES: Final[dict[str, Callable[[str], tuple[str, str] | None]]] = {
-    # {"device_id": "...", "account_uuid": "...", "session_id": "..."}, and what other agents write alike
+    # {"device_id": "...", "account_uuid": "...", "session_id": "..."}, and similar names by other agents
     "json": _json_name,
     # user_<64 hex>_account_<uuid, or nothing>_session_<uuid>: Claude Code before it wrote JSON
     "claude-code-1": _pattern(f"(?P<user>user_[0-9a-fA-F]+_account_(?:{_UUID})?)_session_(?P<session>{_UUID})"),
-    # The same of clients that name no account: user_<hash>_session_<uuid>
+    # The same form from clients that name no account: user_<hash>_session_<uuid>
     "user-session": _pattern(f"(?P<user>user_[0-9a-fA-F]{{16,}})_+session_(?P<session>{_UUID})"),
 }

@@ -1,8 +1,8 @@
-"""Pictures and documents that are written out in a tool's result as JSON. Pure.
+"""Replaces pictures and documents that are written as JSON text in a tool's result. Pure.
 
-Some clients have no place for a picture in a tool's result and send the JSON of it as text. To a model of text that is
-noise, a hundred thousand tokens of it, in every turn from there on. So a short placeholder stands for the data, and the
-rest of the JSON stays as it was.
+Some clients have no place for a picture in a tool's result and send its JSON as text. A text model cannot use it, and
+it takes a hundred thousand tokens in every later turn. So a short placeholder replaces the data, and the rest of the
+JSON stays.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _BEGINNINGS: Final = {
     "SUQz": "audio",
 }
 _KINDS: Final = {"image": "image", "audio": "audio", "video": "video", "application": "document"}
-# A whole string of JSON, and no shorter one: a text that speaks of a picture's first bytes stays. JSON within JSON has
-# its quotes escaped, and some writers escape slashes. Bounds keep the search linear, whatever a tool wrote.
+# Matches a whole JSON string of at least this length, so that a text which quotes a picture's first bytes stays. JSON
+# within JSON has escaped quotes, and some writers escape slashes. Bounds keep the search linear for any input.
 _MEDIA: Final = re.compile(
     r'(?P<quote>\\{0,7}")(?:data:(?P<type>image|audio|video|application)/[\w.+-]+(?:;[\w=.+-]+)*;base64,|'
     r"(?=(?P<begins>" + "|".join(map(re.escape, _BEGINNINGS)) + r"))"
@@ -35,8 +35,9 @@ def placeholder(what: str) -> str:
 
 
 def without_media(text: str) -> tuple[str, list[str]]:
-    """The text with placeholders, and what they stand for. Only JSON is looked into: in other text, data may be what a
-    tool was asked for."""
+    """The text with placeholders, and a description of each. Only JSON is examined: elsewhere the data may be the very
+    text that the tool was asked for.
+    """
     if not text.lstrip().startswith(("{", "[")):
         return text, []
     kinds: list[str] = []

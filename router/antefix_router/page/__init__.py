@@ -1,4 +1,4 @@
-"""What one router shows of its deployment to a person: the page at /ui, and `antefix top`.
+"""What a router shows of its deployment to people: the page at /ui, and `antefix top`.
 
 Counts and names only: no text of a prompt, no token ids, no keys.
 """

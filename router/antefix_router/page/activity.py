@@ -1,4 +1,4 @@
-"""What has happened lately: counts by time, the newest requests, the busiest tenants. In memory, bounded."""
+"""Recent activity: counts over time, the newest requests, the busiest tenants. In memory, bounded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 from antefix.restore_report import RestoreReport
 from antefix_billing.usage_record import Status, UsageRecord
 
-# Four hours of ten seconds each.
+# Four hours in intervals of ten seconds.
 SECONDS_PER_BUCKET: Final = 10
 _BUCKETS_MAX: Final = 1440
 _REQUESTS_MAX: Final = 500
@@ -20,7 +20,7 @@ _TENANTS_MAX: Final = 1000
 
 @dataclass(slots=True)
 class Totals:
-    """Of the requests that ended in one stretch of time."""
+    """Sums over the requests that ended in one time interval."""
 
     requests: int = 0
     failed: int = 0
@@ -47,11 +47,11 @@ class Totals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Life:
-    """One request's time, in seconds, in the order in which it was spent; and what the worker did for its prompt.
+    """The phases of one request in seconds, in order, and the worker's work for its prompt.
 
-    wait_s: tokenizing, look-ups, placing, queues and handing over, all before the first token.
-    restore_s: reading stored KV and rebuilding window state; predicted_s: what the planner said that this takes.
-    compute_s: of what missed.  output_s: from the first token to the end.
+    wait_s: everything before the first token: tokenizing, look-ups, placing, queues and the handoff.
+    restore_s: reading stored KV and rebuilding window state.  predicted_s: the planner's prediction of restore_s.
+    compute_s: computing the tokens that missed.  output_s: from the first token to the end.
     """
 
     wait_s: float
@@ -121,7 +121,7 @@ class TenantActivity:
 
 
 class Activity:
-    """Of one router since it started."""
+    """The activity of one router since it started."""
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
@@ -133,13 +133,13 @@ class Activity:
         self._tenants: OrderedDict[str, TenantActivity] = OrderedDict()
 
     def note(self, record: UsageRecord, report: RestoreReport | None) -> None:
-        """A record that was just written."""
+        """Add a record that was just written."""
         # 1. By time.
         number = int(self._clock() // SECONDS_PER_BUCKET)
         bucket = self._buckets.setdefault(number, Totals())
         while len(self._buckets) > _BUCKETS_MAX:
             self._buckets.popitem(last=False)
-        # 2. By tenant; the one that was quiet longest is forgotten first.
+        # 2. By tenant. When there are too many, the tenant that was quiet longest is dropped.
         tenant = self._tenants.setdefault(record.tenant, TenantActivity())
         self._tenants.move_to_end(record.tenant)
         while len(self._tenants) > _TENANTS_MAX:
@@ -167,7 +167,7 @@ class Activity:
         return points
 
     def over(self, seconds: int) -> Totals:
-        """Of the last so many seconds."""
+        """The sums over the last `seconds`."""
         totals, last = Totals(), int(self._clock() // SECONDS_PER_BUCKET)
         for number in range(last - -(-seconds // SECONDS_PER_BUCKET) + 1, last + 1):
             if found := self._buckets.get(number):

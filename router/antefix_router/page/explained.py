@@ -1,4 +1,4 @@
-"""Why a request hit or missed as it did, in sentences. From its record alone."""
+"""Explains in sentences why a request hit or missed, from its record alone."""
 
 from __future__ import annotations
 

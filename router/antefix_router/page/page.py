@@ -19,7 +19,7 @@ _FILES: Final = {
     "/ui/draw.js": ("draw.js", "text/javascript"),
     "/ui/page.css": ("page.css", "text/css"),
 }
-# Nothing from anywhere else, and nothing that is written into the page itself is run.
+# The page may load nothing from elsewhere, and run no script that is written into the page itself.
 _HEADERS: Final = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -31,7 +31,7 @@ _SECONDS_MAX: Final = 4 * 3600
 
 
 class PageView(Protocol):
-    """What the page shows."""
+    """The source of the page's data."""
 
     async def data(self, seconds: int) -> dict[str, Any]:
         """seconds: how far back the series goes."""

@@ -1,7 +1,8 @@
-"""Which prefixes the newest prompts share: a forest of runs of blocks, by hash. Bounded; forgets what is used least.
+"""The prefixes that the newest prompts share: a forest of runs of blocks, by hash. Bounded; the least used runs are
+dropped.
 
-node     a run of blocks that all prompts through it share, so it has no children or at least two
-insert   walks down while blocks are equal; where they part inside a run, the run is cut in two
+node     a run of blocks shared by all prompts through it, so it has no children or at least two
+insert   follow the forest while blocks are equal; where they differ inside a run, split the run in two
 """
 
 from __future__ import annotations
@@ -12,14 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-# Hashes kept, in all: 32 bytes each.
+# The most hashes kept in all, 32 bytes each.
 HASHES_MAX: Final = 200_000
 _ROOTS_MAX: Final = 2_000
 
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """num_prompts: that went through it.  tenants: whose, as owners' digests.  used_at: Unix seconds."""
+    """num_prompts: the prompts that went through this run.  tenants: their owners' digests.  used_at: Unix seconds."""
 
     hashes: list[bytes]
     parent: Run | None
@@ -30,7 +31,7 @@ class Run:
 
     @property
     def path(self) -> list[bytes]:
-        """All hashes from the beginning of the prompt to its end."""
+        """All hashes from the beginning of the prompt to the end of this run."""
         runs: list[list[bytes]] = []
         each: Run | None = self
         while each is not None:
@@ -40,7 +41,7 @@ class Run:
 
 
 class PrefixForest:
-    """Of one router's prompts since it started."""
+    """The prefixes of one router's prompts since it started."""
 
     def __init__(self, hashes_max: int = HASHES_MAX, clock: Callable[[], float] = time.time) -> None:
         self.roots: dict[bytes, Run] = {}
@@ -49,7 +50,7 @@ class PrefixForest:
         self._clock = clock
 
     def note(self, hashes: Sequence[bytes], owner: bytes) -> None:
-        """One prompt: the hashes of its whole blocks, in order."""
+        """Add a prompt, given the hashes of its whole blocks in order."""
         if not hashes or len(hashes) > self._hashes_max:
             return
         now, children, parent, at = self._clock(), self.roots, None, 0
@@ -80,7 +81,7 @@ class PrefixForest:
             waiting += run.children.values()
 
     def _cut(self, run: Run, num_first: int) -> None:
-        """The run keeps its first blocks; what follows becomes its only child, for now."""
+        """Split the run. It keeps its first blocks; the rest becomes its only child for now."""
         rest = Run(run.hashes[num_first:], run, run.children, run.num_prompts, set(run.tenants), run.used_at)
         for child in rest.children.values():
             child.parent = rest
@@ -90,7 +91,7 @@ class PrefixForest:
     def _forget(self) -> None:
         while self.num_hashes > self._hashes_max or len(self.roots) > _ROOTS_MAX:
             leaves = [run for run in self.walk() if not run.children]
-            # A quarter at once: this looks at everything.
+            # Drop a quarter at once, because this examines every run.
             for run in sorted(leaves, key=lambda run: run.used_at)[: max(1, len(leaves) // 4)]:
                 self._drop(run)
 
@@ -102,7 +103,7 @@ class PrefixForest:
             self._join(run.parent)
 
     def _join(self, run: Run) -> None:
-        """A run with one child left becomes one run with it, if no prompt ends between them."""
+        """Merge a run with its only remaining child, unless a prompt ends between them."""
         (child,) = run.children.values()
         if child.num_prompts != run.num_prompts:
             return
@@ -113,6 +114,6 @@ class PrefixForest:
 
 
 def _same(run: Sequence[bytes], hashes: Sequence[bytes], at: int) -> int:
-    """How many of the run's blocks the prompt has from `at` on; at least one is known to be equal."""
+    """How many of the run's blocks are equal to the prompt's from `at` on; at least one is known to be."""
     most = min(len(run), len(hashes) - at)
     return next((index for index in range(1, most) if run[index] != hashes[at + index]), most)

@@ -26,17 +26,17 @@ from antefix_router.page.prefix_forest import PrefixForest, Run
 _REQUESTS_SHOWN: Final = 100
 _TENANTS_SHOWN: Final = 50
 _RUNS_SHOWN: Final = 150
-# Runs whose checkpoints are looked up: a look-up each, and a page refreshes every few seconds.
+# How many runs' checkpoints are looked up. Each takes one look-up, and a page refreshes every few seconds.
 _RUNS_LOOKED_UP: Final = 12
 _STORE_FRESH_S: Final = 2.0
-# Versions change when a process is replaced: a page need not ask for them at each look.
+# How long a process's version is cached. It changes only when the process is replaced.
 _VERSIONS_FRESH_S: Final = 30.0
-# Upper bounds of how long ago a prefix was used, in seconds; the last bucket has the rest.
+# Upper bounds in seconds of the time since a prefix was used; the last bucket holds the rest.
 AGES_S: Final = (60, 600, 3600, 86_400)
 
 
 class View:
-    """One router's."""
+    """The page's data for one router."""
 
     def __init__(self, router: Router, store: Store, activity: Activity, forest: PrefixForest) -> None:
         self._router = router
@@ -44,7 +44,7 @@ class View:
         self._activity = activity
         self._forest = forest
         self._totals: StoreTotals | None = None
-        # Where there are several.
+        # Set if there are several stores.
         self._by_store: dict[str, StoreTotals] = {}
         self._checkpoints: dict[bytes, tuple[int, ...]] = {}
         self._store_error = ""
@@ -148,7 +148,7 @@ class View:
         return [where.address for where in store_addresses(self._router.config)]
 
     def _stores_data(self) -> list[dict[str, Any]]:
-        """Several stores, one by one; empty where there is one."""
+        """A row per store if there are several; empty if there is one."""
         store = self._store
         if not isinstance(store, ManyStores):
             return []
@@ -168,7 +168,7 @@ class View:
         ]
 
     def _ages(self) -> list[dict[str, Any]]:
-        """Tokens of the prefixes that this router has seen, by how long ago they were used."""
+        """Tokens of the prefixes that this router has seen, by the time since they were used."""
         size, now = self._router.identity.geometry.block_size, time.time()
         tokens = [0] * (len(AGES_S) + 1)
         for run in self._forest.walk():
@@ -186,7 +186,7 @@ def _parent_kept(run: Run, kept: set[int]) -> bool:
 
 
 def largest_runs(forest: PrefixForest) -> list[Run]:
-    """Runs by the tokens that sharing them saves; a run always comes after its parent."""
+    """The runs ordered by how many tokens sharing them saves; a run always comes after its parent."""
     saved = sorted(forest.walk(), key=lambda run: -len(run.hashes) * run.num_prompts)[:_RUNS_SHOWN]
     kept = {id(run) for run in saved}
     return [run for run in forest.walk() if id(run) in kept and _parent_kept(run, kept)]
@@ -195,7 +195,7 @@ def largest_runs(forest: PrefixForest) -> list[Run]:
 def prefix_rows(
     forest: PrefixForest, block_size: int, checkpoints: Mapping[bytes, Sequence[int]] | None = None
 ) -> list[dict[str, Any]]:
-    """checkpoints: numbers of blocks of a run, by its first hash, after which the store has window state."""
+    """checkpoints: for each run, by its first hash, the numbers of blocks after which the store has window state."""
     numbers: dict[int, int] = {}
     shown = []
     for number, run in enumerate(largest_runs(forest)):
@@ -215,13 +215,13 @@ def prefix_rows(
 
 
 def request_rows(activity: Activity) -> list[dict[str, Any]]:
-    """The newest first, each with why it hit or missed."""
+    """The newest requests first, each with the reason why it hit or missed."""
     newest = reversed(list(activity.newest)[-_REQUESTS_SHOWN:])
     return [ended.as_dict() | {"explained": explained(ended.record)} for ended in newest]
 
 
 def tenant_rows(activity: Activity, quotas: QuotaBook) -> list[dict[str, Any]]:
-    """The busiest first, with what is left of their limits."""
+    """The busiest tenants first, with what is left of their limits."""
     now = datetime.datetime.now(datetime.UTC)
     rows = []
     for name, tenant in activity.busiest(_TENANTS_SHOWN):
@@ -251,7 +251,7 @@ def tenant_rows(activity: Activity, quotas: QuotaBook) -> list[dict[str, Any]]:
 
 
 async def _version(role: Role, address: str) -> str:
-    """Empty where it does not say, as older ones do not."""
+    """The process's version; empty if it does not report one, as older ones do not."""
     try:
         return (await ask_about(address, role=role)).version
     except AntefixError:

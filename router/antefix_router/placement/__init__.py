@@ -1,1 +1,3 @@
-"""Where a request goes: the workers, what each of them holds and has to do, and the policy that chooses."""
+"""Chooses the worker for each request: the known workers, what each holds and has to do, and the policy that
+chooses.
+"""

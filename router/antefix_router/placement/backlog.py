@@ -1,22 +1,22 @@
-"""Work that was given to one worker and is not done, in tokens of prefill; and how fast the worker does it.
+"""The unfinished work of one worker, in tokens of prefill, and the worker's measured speed.
 
-A worker computes one prompt after the other. So what is left of the first one shrinks while it is worked on: a count
-that forgets that makes a worker that is nearly done look like one that has just begun.
+A worker computes one prompt after the other, so the remaining work of the first prompt shrinks over time. Without this,
+a worker that is nearly done would look like one that has just begun.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# A speed of 14 requests ago counts half.
+# A measurement counts half after 14 later requests.
 _MEMORY = 0.95
-# Below this a duration says more of calls than of computing.
+# A shorter duration measures the call rather than the computation.
 _TOKENS_MIN = 256.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BacklogState:
-    """What `pending_tokens` is made of, for a caller that weighs many workers at once."""
+    """The values from which `pending_tokens` is computed, for a caller that compares many workers at once."""
 
     total_tokens: float
     head_tokens: float
@@ -25,7 +25,7 @@ class BacklogState:
 
 
 class Backlog:
-    """Tickets in order of placement. Times are seconds of any steady clock, handed in."""
+    """Tickets in order of placement. Times are seconds of any steady clock, passed in by the caller."""
 
     def __init__(self, tokens_per_s: float = 0.0) -> None:
         self.tokens_per_s = tokens_per_s
@@ -38,7 +38,7 @@ class Backlog:
         return len(self._waiting)
 
     def add(self, tokens: float, now: float) -> int:
-        """Count work of a new request; returns its ticket."""
+        """Add the work of a new request. Returns its ticket."""
         if not self._waiting:
             self._head_since = now
         self._next += 1
@@ -47,7 +47,7 @@ class Backlog:
         return self._next
 
     def remove(self, ticket: int, now: float, *, done: bool) -> None:
-        """The request ended. done: it was computed to its end, so that its time says how fast the worker is."""
+        """Remove an ended request.  done: it was computed completely, so its time measures the worker's speed."""
         was_head = next(iter(self._waiting)) == ticket
         tokens = self._waiting.pop(ticket)
         self._total = self._total - tokens if self._waiting else 0.0
@@ -67,7 +67,7 @@ class Backlog:
         )
 
     def pending_tokens(self, now: float) -> float:
-        """What is left to do. Asked of every worker at every placement, so nothing is made for it."""
+        """The remaining work. It is read for every worker at every placement, so this allocates no objects."""
         if not self._waiting:
             return 0.0
         done = max(0.0, now - self._head_since) * self.tokens_per_s

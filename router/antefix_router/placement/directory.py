@@ -1,8 +1,8 @@
-"""Who holds which blocks in memory, as far as events and this router's own placements tell.
+"""Which worker holds which blocks in memory, as far as events and this router's own placements tell.
 
-It steers placement and promises nothing: a worker that has lost a block reads it from the store. Blocks are known by
-64 bits of their hash (a collision costs a wrong guess), holders by the bits of one number, shared by all blocks that
-have the same holders: about 100 bytes per block whatever the number of holders.
+The directory only guides placement: a worker that has lost a block reads it from the store. A block is identified by 64
+bits of its hash (a collision only costs a wrong guess). Its holders are the bits of one number, stored once for all
+blocks with the same holders. A block takes about 100 bytes, whatever the number of its holders.
 """
 
 from __future__ import annotations
@@ -14,15 +14,17 @@ import numpy.typing as npt
 
 from antefix.events.block_events import Key
 
-# Bits of workers that are gone are taken out of all blocks when there are this many; one by one would cost a pass each.
+# When this many workers are gone, their bits are removed from all blocks in one pass. One by one would cost a pass
+# each.
 _GONE_MAX = 64
-# Distinct sets of holders that are kept for sharing; more than that are not shared.
+# Distinct sets of holders that are stored once for several blocks. Further sets are stored per block.
 _SETS_MAX = 1 << 16
 
 
 class Directory:
-    """Bounded: two generations of half the blocks each. Using a block moves it to the young one; when that is full the
-    old one is forgotten. That is near to least recently used, at no cost a block."""
+    """Bounded: two generations, each with half of the blocks. Using a block moves it to the young generation; when that
+    is full, the old one is dropped. This is close to least recently used, without a cost per block.
+    """
 
     def __init__(self, num_blocks_max: int = 1 << 20) -> None:
         self._half = max(1, num_blocks_max // 2)
@@ -42,13 +44,13 @@ class Directory:
         return len(self._young) + len(self._old)
 
     def placed(self, address: str, keys: Sequence[Key]) -> None:
-        """The worker has, or will soon have, these blocks of one chain."""
+        """The worker holds these blocks of one chain, or soon will."""
         bit = 1 << self._bit_of(address)
         for first in range(0, len(keys), self._half):
             self._placed(bit, keys[first : first + self._half])
 
     def _placed(self, bit: int, keys: Sequence[Key]) -> None:
-        # Looking up all of them at once, and all that nobody has in one stroke, takes a fifth of the time.
+        # Looking up all blocks at once, and adding all that no worker holds in one step, takes a fifth of the time.
         young, old = self._young, self._old
         holders = list(map(young.get, keys))
         unknown = [key for key, held in zip(keys, holders, strict=True) if held is None]
@@ -68,7 +70,7 @@ class Directory:
         return None
 
     def evicted(self, address: str, keys: Sequence[Key]) -> None:
-        """The worker says that it has dropped these blocks."""
+        """The worker reports that it has dropped these blocks."""
         keep = ~(1 << self._bit_of(address))
         for key in keys:
             for part in (self._young, self._old):
@@ -81,26 +83,30 @@ class Directory:
                     del part[key]
 
     def guess(self, address: str, keys: Sequence[Key]) -> None:
-        """A request was placed there: the worker has its blocks, or will soon. One that tells itself needs no guess."""
+        """A request was placed on this worker, so it holds the request's blocks or soon will. Ignored for a worker with
+        events.
+        """
         if address not in self._telling:
             self.placed(address, keys)
 
     def know(self, address: str) -> int:
-        """The worker tells itself from now on what it holds; returns its place's serial number."""
+        """The worker reports its contents by events from now on. Returns the serial number of its entry."""
         self._bit_of(address)
         self._telling.add(address)
         return self._serials[address]
 
     def doubt(self, address: str) -> None:
-        """The worker's word is not known any more: what it held is still likely there, and guesses count again."""
+        """The worker's events are no longer up to date. Its known blocks are kept as guesses, and `guess`
+        counts again.
+        """
         self._telling.discard(address)
 
     def serial(self, address: str) -> int:
-        """Of the worker's place; another one after it was forgotten. 0: it has none."""
+        """The serial number of the worker's entry; it changes after the worker was forgotten. 0: no entry."""
         return self._serials.get(address, 0)
 
     def forget(self, address: str) -> None:
-        """The worker died or was replaced: its memory is gone."""
+        """Drop all blocks of a worker that died or was replaced, because its memory is lost."""
         bit = self._bit.pop(address, None)
         self._serials.pop(address, None)
         self._telling.discard(address)
@@ -113,14 +119,15 @@ class Directory:
             self._sweep()
 
     def leading(self, addresses: Sequence[str], keys: Sequence[Key]) -> npt.NDArray[np.int64]:
-        """How many of the chain's first blocks each worker probably has; [len(addresses)].
+        """How many of the chain's first blocks each worker probably holds; [len(addresses)].
 
-        Bisection for all workers at once: prefixes outlive their ends, so each holds a leading part.
+        Each worker holds a leading part of the chain, because the end of a prefix is dropped first. So one bisection
+        serves all workers.
         """
         depths: dict[int, int] = {}
         rows, mask = self._bits_of(addresses)
         spans = [(0, len(keys), mask & self._held(keys[0]))] if keys else []
-        # One more than bits: the last stands for workers that have none.
+        # One more entry than there are bits; the last one stands for workers without a bit.
         found = np.zeros(mask.bit_length() + 1, np.int64)
         while spans:
             low, high, holders = spans.pop()
@@ -138,7 +145,9 @@ class Directory:
         return found[rows]
 
     def _bits_of(self, addresses: Sequence[str]) -> tuple[npt.NDArray[np.int64], int]:
-        """Each one's bit, -1 for none, and all of them together; the same workers are asked for again and again."""
+        """Each worker's bit, or -1, and all bits together. Cached, because the same workers are looked up again and
+        again.
+        """
         if self._asked is None or self._asked[0] != self._num_changes or self._asked[1] != addresses:
             bits = [self._bit.get(address, -1) for address in addresses]
             mask = sum(1 << bit for bit in bits if bit >= 0)

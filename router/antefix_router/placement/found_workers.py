@@ -1,7 +1,8 @@
-"""Workers that are looked for, by DNS names or by leases in Redis, instead of being named or registering themselves.
+"""Finds workers by DNS names or by leases in Redis, as an alternative to naming them in settings or letting them
+register.
 
-Each is asked what it computes before it gets work, and again until it answers. One that is no longer found gets nothing
-more; one that registered as well stays as long as its lease.
+Each found worker is asked for its model and settings before it gets work, and again until it answers. A worker that is
+no longer found gets no more work, unless it has also registered and its lease still runs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from antefix_router.placement.workers import WorkerRole
 log = logging.getLogger("antefix.router")
 
 _ASK_TIMEOUT_S = 2.0
-# A worker that does not answer yet is asked again this often.
+# The interval at which a worker that does not answer yet is asked again.
 _RETRY_S = 2.0
 
 Status = PrefillStatus | DecodeStatus
@@ -32,7 +33,7 @@ Ask = Callable[[WorkerRole, str], Awaitable[Status]]
 
 
 async def ask_worker(role: WorkerRole, address: str) -> Status:
-    """What it computes.  Raises:  AntefixError: it does not answer."""
+    """A worker's status.  Raises:  AntefixError: it does not answer."""
     client = PrefillClient(address) if role is WorkerRole.PREFILL else DecodeClient(address)
     try:
         return await client.status(timeout_s=_ASK_TIMEOUT_S)
@@ -41,9 +42,9 @@ async def ask_worker(role: WorkerRole, address: str) -> Status:
 
 
 class FoundWorkers:
-    """`start` looks again and again.
+    """Looks for workers at intervals after `start`.
 
-    num_failed, num_refused: since the start, by role: looks that failed, and workers that cannot serve here.
+    num_failed, num_refused: counts by role since the start: look-ups that failed, and workers that cannot serve here.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class FoundWorkers:
         may_call: Callable[[str], object] = lambda address: None,
         ask: Ask = ask_worker,
     ) -> None:
-        """admit: makes the worker known, or raises FingerprintMismatch.  may_call: raises ConfigError for an address
-        that must not be called."""
-        # Several workers may listen on one host, so an address tells them apart.
+        """admit: gives the worker work, or raises FingerprintMismatch.  may_call: raises ConfigError for an address
+        that must not be called.
+        """
+        # Several workers may listen on one host, so a worker is identified by its address.
         self._following = {
             role: Following(finders, lambda found: self._changed.set(), identity=attrgetter("address"))
             for role, finders in sources.items()
@@ -87,12 +89,12 @@ class FoundWorkers:
         await asyncio.gather(*(following.close() for following in self._following.values()))
 
     async def look(self) -> None:
-        """Look once, and act on it."""
+        """Look for workers once, and apply the result."""
         await asyncio.gather(*(following.look() for following in self._following.values()))
         await self._follow()
 
     async def _follow(self) -> None:
-        """Let go of those that are gone, ask those that are new."""
+        """Remove the workers that are gone, and ask the new ones."""
         wanted = {(role, each.address) for role, following in self._following.items() for each in following.known}
         for role, address in self._leases.found - wanted:
             self._leases.drop_found(role, address)
@@ -106,7 +108,7 @@ class FoundWorkers:
             self._admit(role, address, await self._ask(role, address))
             self._refused.pop((role, address), None)
         except (FingerprintMismatch, ConfigError) as err:
-            # Said once per reason: a worker of another version stays refused until it is replaced.
+            # Logged once per reason: a worker of another version stays refused until it is replaced.
             if self._refused.get((role, address)) != str(err):
                 log.warning("the %s worker at %s is not used: %s", role, address, err)
                 self.num_refused[role] += 1

@@ -1,5 +1,6 @@
-"""Workers that register themselves: known as long as they renew their lease. Those named in the settings need none, and
-those that are found (`found_workers.py`) are known as long as they are found."""
+"""Workers that register themselves. A router knows them while they renew their lease. Workers in the settings need no
+lease, and found workers (`found_workers.py`) are known while they are found.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +20,9 @@ from antefix_router.placement.workers import WorkerRole, Workers
 log = logging.getLogger("antefix.router")
 
 TTL_S_MIN, TTL_S_MAX = 0.5, 300.0
-# More leases than that are a fault somewhere, not a fleet.
+# The most leases. More of them indicate a fault, not a large fleet.
 NUM_LEASES_MAX = 4096
-# A worker that stopped renewing is named to operators for so long, and no more of them than that.
+# How long a worker that stopped renewing is shown to operators, and how many such workers are shown at most.
 LOST_KEPT_S = 3600.0
 NUM_LOST_MAX = 256
 _SWEEP_S = 0.5
@@ -35,9 +36,11 @@ class _Lease:
 
 
 class Leases:
-    """Who has a lease on which role. instance: each process makes a new one; another one's memory starts empty.
+    """The leases for each role.  instance: differs in each process; a new instance at an address starts with an empty
+    memory.
 
-    memory: told of who comes and goes, to follow what they hold.  block_size: tokens, of the router's model; 0: any.
+    memory: is told which workers come and go, so that it follows their events.  block_size: that of the router's model,
+    in tokens; 0: any.
     """
 
     def __init__(
@@ -56,14 +59,14 @@ class Leases:
         self._directory = directory
         self.fingerprint = fingerprint
         self._leases: dict[tuple[WorkerRole, str], _Lease] = {}
-        # Role and address of those that `add_found` made known.
+        # Role and address of the workers added by `add_found`.
         self.found: set[tuple[WorkerRole, str]] = set()
         self._lost_at: dict[tuple[WorkerRole, str], float] = {}
         self._health = HealthWatch(directory)
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """From now on watch everybody's health and let leases run out. Needs a running event loop."""
+        """Begin to watch the workers' health and to end expired leases. Needs a running event loop."""
         self._sweeper = asyncio.create_task(self._sweep())
         if self._memory is not None:
             self._memory.start()
@@ -89,9 +92,9 @@ class Leases:
         block_size: int = 0,
         name: str = "",
     ) -> None:
-        """Know the worker for `ttl_s` from now; a ttl of 0 ends its lease.
+        """Extend the worker's lease to `ttl_s` from now; a ttl of 0 ends it.
 
-        name: as its certificate has it.
+        name: the name in the worker's certificate.
         Raises:  InvalidRequest, FingerprintMismatch: it cannot serve here.  ResourceExhausted: too many leases.
             PermissionDenied: the address is another worker's.
         """
@@ -128,7 +131,7 @@ class Leases:
         return self._groups[role].find(address) is not None
 
     def add_found(self, role: WorkerRole, address: str, *, fingerprint: bytes, arithmetic: str, setup: str) -> None:
-        """Know a worker until `drop_found`.  Raises:  FingerprintMismatch: it cannot serve here."""
+        """Add a worker until `drop_found`.  Raises:  FingerprintMismatch: it cannot serve here."""
         self._check_fingerprint(address, fingerprint)
         if not self.knows(role, address):
             log.info("%s worker %s is found", role, address)
@@ -138,13 +141,13 @@ class Leases:
             self._followed()
 
     def drop_found(self, role: WorkerRole, address: str) -> None:
-        """It is found no more. One that has a lease as well stays as long as that."""
+        """Remove a worker that is no longer found. If it also has a lease, it stays until the lease ends."""
         self.found.discard((role, address))
         if (role, address) not in self._leases:
             self._leave(role, address, "is found no more")
 
     def expire(self, now: float) -> None:
-        """End what has run out."""
+        """End the leases that have expired."""
         for key in [key for key, lease in self._leases.items() if lease.until <= now]:
             self._end(key, "did not renew its lease")
             self._lost_at[key] = now
@@ -152,7 +155,7 @@ class Leases:
             del self._lost_at[key]
 
     def lost(self, now: float) -> list[tuple[WorkerRole, str, float]]:
-        """Role, address and seconds since the loss of workers that stopped renewing and have not come back."""
+        """Workers that stopped renewing and have not come back: role, address, and seconds since the loss."""
         self._lost_at = {key: at for key, at in self._lost_at.items() if now - at < LOST_KEPT_S}
         return [(role, address, now - at) for (role, address), at in self._lost_at.items()]
 

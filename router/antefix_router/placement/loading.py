@@ -1,8 +1,8 @@
-"""What loading a stored prefix is worth on a worker, by how fast that worker reads each store. Pure.
+"""The cost of loading a stored prefix on a worker, from the worker's measured read speed per store. Pure.
 
-A worker tells with its answers how fast it reads the stores that it was asked to read (`antefix.located.ReadSpeed`). A
-store on its own host is faster for it than for others, so equal workers differ by where a prompt's blocks are. What
-would be loaded slower than it is computed counts as computed: there the worker plans a cold run.
+A worker reports with its answers how fast it read from each store (`antefix.located.ReadSpeed`). It reads a store on
+its own host faster than a remote one, so otherwise equal workers differ by where a prompt's blocks are. If loading
+would be slower than computing, the tokens count as computed, because the worker then plans a cold run.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from antefix_router.placement.work import FETCH_WEIGHT, Work
 
 
 def loading_tokens(work: Work, resident_tokens: int, speeds: Mapping[str, ReadSpeed], tokens_per_s: float) -> float:
-    """In tokens of prefill, of which the worker computes so many per second. resident_tokens: of the prompt, in its
-    memory, from the beginning on."""
+    """The cost in tokens of prefill, of which the worker computes `tokens_per_s`.  resident_tokens: leading tokens of
+    the prompt that are in the worker's memory.
+    """
     stored, left = work.stored_tokens or 0, resident_tokens
     loading = 0.0
     for num_tokens, stores in work.places:

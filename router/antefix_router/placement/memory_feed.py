@@ -1,7 +1,7 @@
-"""What workers say that they hold in memory, brought into the directory: one follower for each worker.
+"""Applies the workers' events about their memory to the directory: one follower for each worker.
 
-A worker that is not in step is what the router guesses from its own placements, until the next snapshot: that costs
-placements, never an answer.
+While a worker's events are not up to date, the router guesses its contents from its own placements until the next
+snapshot. Wrong guesses cost worse placements, never a wrong answer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ WatchMemory = Callable[[grpc.aio.Channel, Cursor | None], AsyncGenerator[Batch[B
 
 
 class MemoryFollower(Follower[BlockEvent]):
-    """What the directory knows of one worker."""
+    """Follows the events of one worker."""
 
     def __init__(
         self,
@@ -45,7 +45,7 @@ class MemoryFollower(Follower[BlockEvent]):
 
     def forget_all(self) -> None:
         self._directory.forget(self._address)
-        # A new place, whose number shows whether it is still the same one.
+        # A new entry in the directory. Its number shows later whether the entry is still the same.
         self._directory.placed(self._address, ())
         self._serial = self._directory.serial(self._address)
 
@@ -69,7 +69,7 @@ class MemoryFollower(Follower[BlockEvent]):
 
 
 class MemoryFeed:
-    """Keeps the directory as the workers' events say. `follow` again whenever workers come or go."""
+    """Keeps the directory up to date with the workers' events. Call `follow` whenever workers come or go."""
 
     def __init__(
         self,
@@ -80,10 +80,10 @@ class MemoryFeed:
         watch: WatchMemory = watch_memory,
         callee: Callable[[str], tuple[Role | None, str]] = lambda _: (None, ""),
     ) -> None:
-        """keys: what events through Redis must be signed with.
-        callee: role and name of the process that must answer at an address, so that no other is believed.
+        """keys: the keys that sign events in Redis.
+        callee: the role and name of the process expected at an address; no other process is believed.
 
-        Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
+        Raises:  ConfigError: the URL cannot be used. This does not connect yet.
         """
         self._callee = callee
         self._directory = directory
@@ -94,22 +94,22 @@ class MemoryFeed:
             self._reader = StreamReader(redis_url, MEMORY_STREAMS, self._take, self._lose, keys=keys)
         self._followers: dict[str, MemoryFollower] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        # Those of workers that left.
+        # Workers that left.
         self._ending: set[asyncio.Task[None]] = set()
         self.counters = FollowCounters()
 
     def in_step(self, address: str) -> bool:
-        """Whether the directory has what this worker last said."""
+        """Whether the directory is up to date with this worker's events."""
         follower = self._followers.get(address)
         return follower is not None and follower.in_step
 
     @property
     def dropped(self) -> Mapping[DropReason, int]:
-        """Entries in Redis that were not believed."""
+        """Entries in Redis that were rejected, by reason."""
         return self._reader.dropped if self._reader is not None else {}
 
     def start(self) -> None:
-        """From now on read Redis, where it is used. Needs a running event loop."""
+        """Begin to read Redis, if it is used. Needs a running event loop."""
         if self._reader is not None:
             self._reader.start()
 
@@ -137,13 +137,13 @@ class MemoryFeed:
         task.add_done_callback(self._ending.discard)
 
     async def _run(self, follower: MemoryFollower, address: str) -> None:
-        # One channel for as long as it is followed: making one a try would cost memory while the worker is away.
+        # One channel while the worker is followed. A channel per attempt would cost memory while the worker is down.
         role, name = self._callee(address)
         async with rpc.channel(address, of=role, name=name) as channel:
             await follower.run(partial(self._watch, channel))
 
     def _take(self, address: str, batch: Batch[BlockEvent]) -> None:
-        """What Redis gave. Events of workers that are not ours are nobody's."""
+        """Take a batch from Redis. Events of workers that are not known here are ignored."""
         if (follower := self._followers.get(address)) is not None:
             follower.take(batch)
 

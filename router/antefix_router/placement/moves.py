@@ -1,7 +1,7 @@
-"""Where one output of a request was tried, and whether it may move on.
+"""The workers on which one output of a request was tried, and whether it may move to another.
 
-Where every worker has failed it, it waits for one that answers again: a worker may be stopped, cut off or restarted
-for a few seconds, and the next request would find it back.
+If every worker has failed the output, it waits for one that answers again. A worker may be stopped, cut off or
+restarted for a few seconds, and would then be available again.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from antefix_router.placement.workers import NUM_MOVES_MAX, Worker, Workers
 
 log = logging.getLogger("antefix.router")
 
-# How often it is looked who answers.
+# The interval at which it is checked which workers answer.
 _LOOK_S: Final = 0.05
-# A call fails at once where a process dies; its pulse, which asks every EVERY_S, finds out within this.
+# A call fails at once when a process dies. The pulse, which asks every EVERY_S, notices it within this time.
 _NOTICED_S: Final = 2 * EVERY_S
 
 
 class Moves:
-    """One output's. tried: the addresses that had it and are not to have it again."""
+    """The moves of one output.  tried: the addresses that must not get it again."""
 
     def __init__(self, workers: Workers) -> None:
         self.tried: set[str] = set()
         self._workers = workers
-        # Who had it, and how often each had begun to answer by then.
+        # The workers that had the output, and how often each had begun to answer by then.
         self._had: dict[str, tuple[Worker, int]] = {}
         self._waits_until: float | None = None
         self._num_back = 0
 
     def note(self, worker: Worker) -> None:
-        """It has the output now."""
+        """Note that this worker now has the output."""
         self.tried.add(worker.address)
         self._had[worker.address] = (worker, worker.num_returns)
 
     async def may_go_on(self, err: AntefixError, what: str, timeout_s: float = LAST_PATIENCE_S) -> bool:
-        """Whether there is a worker to move to after this error, which may be one that failed and answers again.
+        """Whether there is a worker to move to after this error. It may be one that failed earlier and answers again.
 
-        Waits for it, over all the output's moves until `LAST_PATIENCE_S` after the first one failed, and no longer
-        than `timeout_s`.  what: that waits, for the log.
+        Waits for such a worker until `LAST_PATIENCE_S` after the output's first failure, and no longer than
+        `timeout_s`.  what: names the waiting output in the log.
         """
         now = time.monotonic()
         if self._waits_until is None:
@@ -64,7 +64,7 @@ class Moves:
         return True
 
     def _take_back(self) -> bool:
-        """Let those have it again that answer again."""
+        """Allow the workers again that have begun to answer again."""
         back = {worker.address for worker in self._workers.workers if self._is_back(worker)}
         self.tried -= back
         return bool(back)
@@ -76,7 +76,7 @@ class Moves:
         return worker is not had or worker.num_returns > num_returns
 
     def _is_any_away(self) -> bool:
-        """Whether a worker that had it may come back: it does not answer, or has left."""
+        """Whether a worker that had the output may come back: it does not answer at present, or has left."""
         known = {worker.address: worker for worker in self._workers.workers}
         return any(
             address not in known or known[address].draining or known[address].answers is False for address in self._had

@@ -1,4 +1,4 @@
-"""How fast workers are, as their callers see it, and which of them are slow: not dead, and far behind the others."""
+"""How fast each worker is, as its callers measure it, and which workers are slow: alive, but far behind the others."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ if TYPE_CHECKING:
     from antefix_router.placement.workers import Worker
 
 _FADE: Final = 0.9
-# So many times slower than the best of its role: half of that is chance, load and cold caches.
+# A worker is slow if it takes this many times as long as the best of its role. Chance, load and cold caches explain up
+# to half of that factor.
 SLOW_FACTOR: Final = 4.0
-# Below these nothing is slow, whatever the others take: an answer to a health check, and a token.
+# Below these times no worker counts as slow: for the answer to a health check, and for a token.
 _RTT_S_MIN: Final = 0.25
 _GAP_S_MIN: Final = 0.25
-# A slow worker gets one request in this time, which shows whether it still is.
+# A slow worker gets one request per this time, to find out whether it is still slow.
 PROBE_S: Final = 10.0
 
 
 @dataclass(slots=True)
 class Pace:
-    """Of one worker's outputs, fading means: seconds until a first token beyond its prompt's own work, and between
-    messages. 0: not measured."""
+    """Decaying means for one worker's outputs: seconds to a first token minus the prompt's own work, and seconds
+    between messages. 0: not measured.
+    """
 
     first_s: float = 0.0
     gap_s: float = 0.0
@@ -35,7 +37,9 @@ class Pace:
 
 
 def without_slow(workers: Sequence[Worker], now: float) -> Sequence[Worker]:
-    """Those to place on: a slow one is left out, but for a request every PROBE_S. All, where all are alike."""
+    """The workers to choose from. A slow worker is left out, except for one request every PROBE_S. If all are equally
+    slow, none is left out.
+    """
     if len(workers) < 2:
         return workers
     fast = [worker for worker in workers if not _is_slow(worker, workers) or now >= worker.probed_at + PROBE_S]

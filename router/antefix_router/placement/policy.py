@@ -1,4 +1,4 @@
-"""The placement policies that the router offers, by name: least_work, and round_robin to measure it against."""
+"""The placement policies that the router offers, by name: least_work, and round_robin as a baseline."""
 
 from __future__ import annotations
 
@@ -10,24 +10,27 @@ import numpy as np
 from antefix.errors import InvalidRequest
 from antefix_router.placement.work import Loads, Policy, Work, own_work, rendezvous
 
-# Costs this near are equal: predictions are not better than a block or two, and equals can be told apart by better.
+# Costs that differ by this little count as equal. Predictions are not more exact than a block or two, and better
+# criteria can choose among equals.
 TIE_TOKENS = 256.0
-# Each request at a worker stands for others that will wait behind what is placed there now. Where only memory counts a
-# prefix is where it is, and so is who comes for it: keeping this one from that queue serves them less.
+# Each request at a worker stands for others that will wait behind the work placed there now. Without a store, the later
+# requests for a prefix need the worker that holds it, so keeping this request out of that queue helps them less.
 QUEUE_WEIGHT, QUEUE_WEIGHT_MEMORY = 1.0, 0.25
-# What one worker computes though another one has it in memory is lost to all, and so is the room that the copy takes
-# there; waiting delays one. So computing counts this much more. From 4 to 16, tokens hit come from 0.25 points below
-# the most that any placement gets to 0.02 below, and the p90 rises by 8% (docs/results/routing.md). Where a store is
-# shared all workers compute the same, but for one that is computing the prompt's beginning already.
+# Computing tokens that another worker holds in memory wastes compute, and the copy takes memory. Waiting delays one
+# request only. So computing counts this much more. From 4 to 16, the hit tokens come from 0.25 points below the maximum
+# of any placement to 0.02 below, and the p90 rises by 8% (docs/results/routing.md). With a shared store all workers
+# compute the same tokens, except a worker that is already computing the prompt's beginning.
 COMPUTE_WEIGHT = 8.0
 
 
 class LeastWork:
-    """Least work until this request's first token, its own counted for those who will queue behind it too.
+    """Chooses the worker with the least work until this request's first token. The request's own work also counts for
+    those who will queue behind it.
 
     cost = pending + own * (1 + queue_weight * requests there) + compute_weight * computing, in tokens of prefill, where
-    own is computing and loading. Resident beats disk beats remote within `own`. Ties: fewer requests; then where the
-    conversation was; then an unseen prefix by rendezvous, another by history; then chance.
+    own is computing and loading. Within `own`, blocks in memory cost less than on disk, and on disk less than remote.
+    Ties are decided by fewer requests, then by the conversation's last worker. Then rendezvous hashing decides for a
+    prefix that no worker holds, and history for any other prefix. The last tie is random.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class LeastWork:
         self._tie_tokens = tie_tokens
 
     def choose(self, work: Work, loads: Loads) -> int:
-        # 1. The work; a worker that just failed is the last choice whatever it has.
+        # 1. The work. A worker that just failed is chosen last whatever it holds.
         computing, loading = own_work(work, loads)
         queue_weight = self._queue_weight_memory if work.stored_tokens is None else self._queue_weight
         costs = loads.pending_tokens + self._compute_weight * computing
@@ -57,10 +60,12 @@ class LeastWork:
         # 2. Load.
         if len(rows) > 1:
             rows = rows[loads.num_requests[rows] == loads.num_requests[rows].min()]
-        # 3. The caller's hint: memory that no router was told of, such as the last turn's output, is likely there.
+        # 3. The caller's hint: the conversation's last worker probably has blocks that no event reported, such as the
+        # last turn's output.
         if len(rows) > 1 and loads.hinted in rows:
             return loads.hinted
-        # 4. What nobody has: twins meet. What somebody has: who has served least.
+        # 4. A prefix that no worker holds: equal prompts go to the same worker. Any other prefix: the worker that has
+        # served least.
         if len(rows) > 1 and not loads.resident_tokens[rows].any():
             return int(rows[np.argmin(rendezvous(work.affinity, loads.seeds[rows]))])
         if len(rows) > 1:
@@ -71,7 +76,7 @@ class LeastWork:
 
 
 class RoundRobin:
-    """One after the other."""
+    """Chooses the workers in turn."""
 
     def __init__(self, seed: int = 0) -> None:
         self._next = seed
@@ -92,9 +97,9 @@ def make_policy(
     compute_weight: float = COMPUTE_WEIGHT,
     policies: Mapping[str, Callable[[int], Policy]] = POLICIES,
 ) -> Policy:
-    """compute_weight: of least_work; the others have none.
+    """compute_weight: for least_work; the other policies have none.
 
-    Raises:  InvalidRequest: there is no policy of that name.
+    Raises:  InvalidRequest: no policy has this name.
     """
     if name not in policies:
         raise InvalidRequest(f"unknown policy {name!r}: use one of {', '.join(policies)}")

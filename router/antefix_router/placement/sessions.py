@@ -1,4 +1,6 @@
-"""Where the last turn of each conversation was: a hint for its next one, never a promise. Bounded; oldest go first."""
+"""The worker of each conversation's last turn, as a hint for its next turn. Bounded; the oldest entries are dropped
+first.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +11,14 @@ import xxhash
 
 from antefix_router.placement.workers import WorkerRole
 
-# At some 200 bytes each.
+# Each entry takes some 200 bytes.
 NUM_SESSIONS_MAX: Final = 1 << 16
 
 
 class Sessions:
-    """(tenant, session) -> the address of the worker of each role that it was last placed on. Names are not kept."""
+    """(tenant, session) -> for each role, the address of the worker that last had it. The names themselves are not
+    stored.
+    """
 
     def __init__(self, num_max: int = NUM_SESSIONS_MAX) -> None:
         self._num_max = num_max
@@ -24,7 +28,7 @@ class Sessions:
         return len(self._last)
 
     def last(self, tenant: str, session: str, role: WorkerRole) -> str:
-        """Empty: the request named no session, or it is a new one."""
+        """The address; empty if the request named no session, or a new one."""
         return self._last.get((_key(tenant, session), role), "") if session else ""
 
     def note(self, tenant: str, session: str, role: WorkerRole, address: str) -> None:
@@ -39,5 +43,5 @@ class Sessions:
 
 
 def _key(tenant: str, session: str) -> int:
-    # Length first: one tenant's session must never be taken for another's.
+    # The length comes first, so that the names of two tenants' sessions cannot be confused.
     return xxhash.xxh3_64_intdigest(f"{len(tenant)}:{tenant}{session}".encode())

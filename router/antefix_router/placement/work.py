@@ -1,6 +1,6 @@
-"""What placement decides by: the request's work, the workers' loads, and the one call that a policy answers.
+"""The inputs of placement: the request's work, the workers' loads, and the interface of a policy.
 
-Workers are rows of arrays, so that a thousand of them are weighed in some vector operations. Pure: no clock, no RPC.
+Workers are rows of arrays, so that a few vector operations compare a thousand of them. Pure: no clock, no RPC.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-# Loading a stored token costs this part of computing one: V4-Flash reads 3.5 KB at some GB/s where prefill takes 55 us.
+# Loading a stored token costs this fraction of computing one: V4-Flash reads 3.5 KB at some GB/s, where prefill takes
+# 55 us.
 FETCH_WEIGHT = 0.02
 
 Counts = npt.NDArray[np.int64]
@@ -24,13 +25,16 @@ Seeds = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """What a request needs.
+    """The work of a request.
 
-    stored_tokens: its prefix that the store holds; None where the store did not answer.
-    affinity: names the first block that nobody holds, 64 bits: where unseen prefixes part, so that twins meet.
-    head: names the first two blocks; never placed by alone (a system prompt would send all to one), a baseline's key.
-    replay_tokens: how far back window state is rebuilt from where blocks are all there is; 0: it need not be.
-    places: of several stores, runs of the stored prefix: how many tokens, and the names of the stores that have them.
+    stored_tokens: the leading tokens that the store holds; None if the store did not answer.
+    affinity: 64 bits that name the first block that no worker holds. Placing new prefixes by it sends equal prompts to
+    the same worker.
+    head: names the first two blocks. Only a baseline policy places by it, because it would send all prompts with one
+    system prompt to one worker.
+    replay_tokens: how many tokens have to be replayed to rebuild window state from blocks alone; 0: none.
+    places: with several stores, the stored prefix as a series of runs: the length of each in tokens, and the names of
+    the stores that hold it.
     """
 
     num_tokens: int
@@ -43,14 +47,15 @@ class Work:
 
 @dataclass(slots=True, kw_only=True)
 class Loads:
-    """The workers, a row each; all arrays have one length.
+    """The workers, one row each; all arrays have the same length.
 
-    seeds: from their addresses.  pending_tokens: of work placed and not done.  active_tokens: prompts' lengths of the
-    same.  resident_tokens: of this prompt, probably in the worker's memory.  num_served: requests ended, ever.
+    seeds: derived from their addresses.  pending_tokens: work placed and not done.  active_tokens: the lengths of the
+    prompts of that work.  resident_tokens: tokens of this prompt that are probably in the worker's memory.  num_served:
+    requests ended since the start.
     far_tokens: those of resident_tokens that the worker has to load from a slower medium of its own; None: none.
-    loading_tokens: what loading the stored rest of this prompt is worth on each, as measured; None: not known.
-    hinted: the row that the request's conversation was last at; -1: none.  leading: the row where the beginning of this
-    prompt is being computed for another request, soon_tokens of it; -1: nowhere.
+    loading_tokens: the measured cost on each worker of loading the stored part of this prompt; None: not known.
+    hinted: the row of the conversation's last worker; -1: none.  leading: the row of the worker that is computing the
+    beginning of this prompt for another request, soon_tokens of it; -1: none.
     """
 
     seeds: Seeds
@@ -71,10 +76,10 @@ class Loads:
 
 
 class Policy(Protocol):
-    """One way to place requests. May keep state of its own (a counter, a generator of chance)."""
+    """A placement policy. It may keep state, such as a counter or a random generator."""
 
     def choose(self, work: Work, loads: Loads) -> int:
-        """The row of the worker that gets the request; there is at least one, and not all are shunned."""
+        """The row of the chosen worker. There is at least one row, and at least one that may be chosen."""
 
 
 def seed_of(address: str) -> int:
@@ -87,7 +92,9 @@ def seeds_of(addresses: Sequence[str]) -> Seeds:
 
 
 def rendezvous(key: int, seeds: Seeds) -> Seeds:
-    """A weight a worker (Thaler and Ravishankar, 1998); the lowest wins: a lost worker moves only its own prefixes."""
+    """A weight per worker (Thaler and Ravishankar, 1998). The lowest weight wins, so a lost worker moves only its own
+    prefixes.
+    """
     mixed = seeds ^ np.uint64(key & 0xFFFFFFFFFFFFFFFF)
     # The finaliser of splitmix64 (Steele, Lea and Flood, 2014): each bit of key and seed reaches each bit of weight.
     mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -98,7 +105,8 @@ def rendezvous(key: int, seeds: Seeds) -> Seeds:
 def cached_tokens(work: Work, loads: Loads) -> Amounts:
     """Tokens of the prompt that each worker need not compute.
 
-    The store's word is final: what it does not hold is not promised, for a worker's memory is known by guess.
+    If the store answered, its answer decides. Blocks that it lacks do not count, because a worker's memory is only
+    guessed.
     """
     if work.stored_tokens is None:
         return loads.resident_tokens.astype(np.float64)
@@ -106,10 +114,10 @@ def cached_tokens(work: Work, loads: Loads) -> Amounts:
 
 
 def saved_by_replay(prefix_tokens: npt.ArrayLike, replay_tokens: int) -> Amounts:
-    """Tokens of prefill that blocks in memory save where window state has to be rebuilt from them.
+    """Tokens of prefill that blocks in memory save if window state has to be rebuilt from them.
 
-    Each layer replays some tokens less than the one below, and the top one none: of a replay of R tokens half is work,
-    and of a shorter prefix of P, whose replay starts at its beginning, P - P^2 / 2R.
+    Each layer replays some tokens less than the layer below, and the top layer none. So half of a replay of R tokens is
+    work. For a shorter prefix of P tokens, whose replay starts at its beginning, the work is P - P^2 / 2R.
     """
     prefix = np.asarray(prefix_tokens, np.float64)
     if not replay_tokens:
@@ -118,7 +126,9 @@ def saved_by_replay(prefix_tokens: npt.ArrayLike, replay_tokens: int) -> Amounts
 
 
 def own_work(work: Work, loads: Loads) -> tuple[Amounts, Amounts]:
-    """Tokens of work that the request itself is on each worker: computing the rest, and loading what is elsewhere."""
+    """The request's own work on each worker, in tokens: computing uncached tokens, and loading tokens held
+    elsewhere.
+    """
     resident = loads.resident_tokens.astype(np.float64)
     soon = float(loads.soon_tokens)
     if work.stored_tokens is None:
@@ -133,6 +143,6 @@ def own_work(work: Work, loads: Loads) -> tuple[Amounts, Amounts]:
         if loads.loading_tokens is not None:
             loading = loads.loading_tokens.copy()
     if loads.leading >= 0 and computing[loads.leading] > work.num_tokens - soon:
-        # It comes after the other one there, and finds those blocks in memory.
+        # On that worker this request runs after the other one, and finds those blocks in memory.
         computing[loads.leading], loading[loads.leading] = work.num_tokens - soon, 0.0
     return computing, loading

@@ -1,7 +1,8 @@
-"""The workers a router knows, and the load it has put on each.
+"""The workers that a router knows, and the load that it has placed on each.
 
-Load belongs to the router's own requests: it is taken when a request is placed and given back when that part of the
-request ends, however it ends. Nothing else may change it: a health check that reset it would send all to one worker.
+Load counts only the router's own requests. It is added when a request is placed, and subtracted when that part of the
+request ends in any way. Nothing else may change it: a health check that reset a worker's load would send all requests
+to that worker.
 """
 
 from __future__ import annotations
@@ -27,37 +28,38 @@ from antefix_router.placement.loading import loading_tokens
 from antefix_router.placement.pace import Pace, without_slow
 from antefix_router.placement.work import Loads, Policy, Work, seed_of
 
-# How often one request may move to another worker; more means that something is wrong that moving does not cure.
+# How often one request may move to another worker. If more moves are needed, moving does not solve the problem.
 NUM_MOVES_MAX = 3
-# Of prefill, until a speed is measured: a slow one, as of a small machine.
+# The assumed prefill speed until one is measured: slow, like that of a small machine.
 TOKENS_PER_S_PRIOR = 1_000.0
-# A worker that failed is left alone this long, unless no other one is there.
+# A worker that failed gets no requests for this time, unless there is no other worker.
 SHUN_S = 2.0
-# Of stores and tiers that a worker reads; those of stores that are gone are forgotten so.
+# The most stores and tiers for which a worker's read speed is kept. So those that no longer exist are forgotten.
 _NUM_SPEEDS_MAX = 4096
 
 
 class WorkerRole(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
-    # Not ours: a whole engine behind an OpenAI door.
+    # Another engine's worker: a whole engine behind an OpenAI API.
     FOREIGN = "foreign"
 
 
 @dataclass(slots=True)
 class Worker:
-    """One worker process and what the router gave it. num_tokens: of requests placed and not ended.
+    """One worker process and the load that the router placed on it.  num_tokens: tokens of the requests placed and not
+    ended.
 
-    arithmetic, setup: what it said that it computes, and where; empty while it has not.
-    name: of the process that must answer, as its certificate has it; empty: any of its role.
-    pulse: whether it gives signs of life, while somebody asks (`antefix_router.health`).
+    arithmetic, setup: the arithmetic and the set-up that the worker reported; empty before its report.
+    name: the name in the certificate of the expected process; empty: any process of its role.
+    pulse: whether the worker answers pings, while health checks run (`antefix_router.health`).
     probed_at: when a request was last placed there, by the router's clock.
-    speeds: how fast it reads which store or tier, by name, as it said last.
+    speeds: its last reported read speed for each store or tier, by name.
     """
 
     address: str
     role: WorkerRole
-    # Which one, the role says; its caller knows.
+    # The client's type depends on the role, which the caller knows.
     client: Any
     num_requests: int = 0
     num_tokens: int = 0
@@ -76,7 +78,7 @@ class Worker:
     speeds: dict[str, ReadSpeed] = field(default_factory=dict)
 
     def note_speeds(self, speeds: Mapping[str, ReadSpeed]) -> None:
-        """Believe what it says of the stores that it was asked to read."""
+        """Keep the read speeds that the worker reported."""
         self.speeds.update(speeds)
         while len(self.speeds) > _NUM_SPEEDS_MAX:
             del self.speeds[next(iter(self.speeds))]
@@ -86,21 +88,23 @@ class Worker:
 
     @property
     def is_silent(self) -> bool:
-        """It hangs, or cannot be heard."""
+        """The worker hangs or cannot be reached."""
         return self.pulse is not None and self.pulse.is_silent
 
     @property
     def answers(self) -> bool | None:
-        """Whether it answered when it was last asked for a sign of life; None: nobody has asked."""
+        """Whether the worker answered its last ping; None: it was not pinged."""
         return self.pulse.answers if self.pulse is not None else None
 
     @property
     def num_returns(self) -> int:
-        """How often it began to answer, for the first time or again."""
+        """How often the worker has begun to answer, for the first time or again."""
         return self.pulse.num_returns if self.pulse is not None else 0
 
     def guard(self, patience_s: float = 0.0) -> contextlib.AbstractContextManager[None]:
-        """Around waiting for it.  Raises:  Unavailable: it is silent for longer than that."""
+        """Wraps a wait for this worker.  Raises:  Unavailable: the worker has not answered for longer than
+        `patience_s`.
+        """
         return self.pulse.guard(patience_s) if self.pulse is not None else contextlib.nullcontext()
 
 
@@ -112,7 +116,7 @@ class LoadPart:
         self._ticket: int | None = worker.backlog.add(num_tokens, time.monotonic())
 
     def computed(self) -> None:
-        """The worker has done it and is free for the next one: its first token came."""
+        """The worker has computed the prompt, and is free for the next one: its first token came."""
         self.end(done=True)
 
     def end(self, *, done: bool) -> None:
@@ -127,7 +131,8 @@ class Workers:
     def __init__(self, role: WorkerRole, policy: Policy, addresses: Sequence[str] = ()) -> None:
         self.role = role
         self.workers: list[Worker] = []
-        # Since the start: requests placed, and again after a worker failed; calls by how they ended.
+        # Counts since the start: requests placed, requests placed again after a worker failed, and calls by how they
+        # ended.
         self.num_placed = {"first": 0, "again": 0}
         self.num_ended = {"done": 0, "unavailable": 0, "overloaded": 0, "failed": 0, "cancelled": 0}
         self._policy = policy
@@ -135,7 +140,7 @@ class Workers:
             self.join(address)
 
     def join(self, address: str, *, name: str = "") -> Worker:
-        """Know a worker from now on; one that is known already, back from draining perhaps, stays what it is."""
+        """Add a worker. A worker that is known already, such as one that was draining, keeps its state."""
         worker = self.find(address)
         if worker is None:
             client_type = PrefillClient if self.role is WorkerRole.PREFILL else DecodeClient
@@ -146,22 +151,24 @@ class Workers:
         return worker
 
     def add(self, worker: Worker) -> None:
-        """Know a worker that has its client already."""
+        """Add a worker that already has its client."""
         self.workers.append(worker)
 
     def leave(self, address: str) -> None:
-        """Place nothing there any more. What runs there ends as it ends; its load is its own."""
+        """Place nothing there any more. The requests that run there end normally."""
         self.workers = [worker for worker in self.workers if worker.address != address]
 
     def find(self, address: str) -> Worker | None:
         return next((worker for worker in self.workers if worker.address == address), None)
 
     def has_another(self, tried: Collection[str]) -> bool:
-        """Whether a request that was tried at these addresses may move on: one that failed may have left since."""
+        """Whether a request tried at these addresses may move to another worker. A worker that failed may have left
+        since.
+        """
         return len(tried) < NUM_MOVES_MAX and any(worker.address not in tried for worker in self.workers)
 
     def may_help(self, late: Worker, tried: Collection[str]) -> bool:
-        """Whether a request of a late worker has somewhere to go: a worker that answers and has no more to do."""
+        """Whether a late worker's request can move: another worker answers and has no more work."""
         return len(tried) < NUM_MOVES_MAX and any(
             worker.address not in tried
             and not (worker.is_silent or worker.draining or worker.is_shunned(time.monotonic()))
@@ -170,7 +177,7 @@ class Workers:
         )
 
     def num_running_least(self) -> int:
-        """Requests on the worker that has fewest."""
+        """The number of requests on the worker with the fewest."""
         return min((worker.num_requests for worker in self.workers), default=0)
 
     def place(
@@ -184,10 +191,11 @@ class Workers:
         hint: str = "",
         soon: tuple[str, int] | None = None,
     ) -> Worker:
-        """The policy's choice for this prompt. A worker that failed or drains is taken only where there is no other.
+        """Choose a worker for this prompt by the policy. A worker that failed or drains is chosen only if there is no
+        other.
 
-        hint: the address where the conversation's last turn was; decides between equals.  soon: where the prompt's
-        beginning is being computed, and how many blocks of it.
+        hint: the address of the conversation's last worker; decides among equals.  soon: the worker that is computing
+        the prompt's beginning, and how many blocks of it.
         Raises:  Unavailable: there is none besides the excluded ones.
         """
         workers = self.fit(self.workers, exclude)
@@ -199,7 +207,7 @@ class Workers:
         return self.choose(workers, work, resident, hint=hint, soon=soon_tokens)
 
     def fit(self, workers: Sequence[Worker], exclude: frozenset[str]) -> Sequence[Worker]:
-        """Those that may be chosen.  Raises:  Unavailable: there is none besides the excluded ones."""
+        """The workers that may be chosen.  Raises:  Unavailable: there is none besides the excluded ones."""
         now = time.monotonic()
         workers = [worker for worker in workers if worker.address not in exclude] if exclude else workers
         workers = [worker for worker in workers if not worker.draining] or workers
@@ -219,8 +227,9 @@ class Workers:
         hint: str = "",
         soon: tuple[str, int] | None = None,
     ) -> Worker:
-        """The policy's choice among these. resident_tokens: of the prompt, on each.  far_tokens: see `Loads`.
-        soon: as with `place`, in tokens."""
+        """Choose among these workers by the policy.  resident_tokens: tokens of the prompt in each worker's memory.
+        far_tokens: see `Loads`.  soon: as in `place`, but in tokens.
+        """
         loads = loads_of(workers, resident_tokens, time.monotonic())
         loads.far_tokens = far_tokens
         loads.loading_tokens = self._loading(workers, work, resident_tokens)
@@ -231,14 +240,14 @@ class Workers:
         return _placed(workers[self._policy.choose(work, loads)])
 
     def tokens_per_s(self) -> float:
-        """Of one worker's prefill, as measured on average."""
+        """The measured prefill speed of one worker, on average."""
         speeds = [worker.backlog.tokens_per_s for worker in self.workers if worker.backlog.tokens_per_s]
         return sum(speeds) / len(speeds) if speeds else TOKENS_PER_S_PRIOR
 
     def _loading(
         self, workers: Sequence[Worker], work: Work, resident_tokens: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64] | None:
-        """None: it is not known which of several stores has what, or nobody has said how fast they are."""
+        """None: it is not known which of several stores holds what, or no worker has reported read speeds."""
         if not work.places or not any(worker.speeds for worker in workers):
             return None
         rate = self.tokens_per_s()
@@ -247,7 +256,7 @@ class Workers:
 
     @contextlib.contextmanager
     def load(self, worker: Worker, num_tokens: int, *, num_active_tokens: int = 0) -> Iterator[LoadPart]:
-        """Count a request on the worker while the block runs: tokens of work, and the length of its prompt."""
+        """Count a request on the worker while the block runs: its tokens of work, and the length of its prompt."""
         worker.num_requests += 1
         worker.num_tokens += num_tokens
         worker.num_active_tokens += num_active_tokens
@@ -256,7 +265,8 @@ class Workers:
         try:
             yield part
             ended = "done"
-            # Decode workers run all sequences at once: how long one took does not say what is left of the others.
+            # A decode worker runs all sequences at once, so the duration of one does not show how much work the others
+            # have left.
             done = self.role is WorkerRole.PREFILL
         except (Unavailable, InternalError) as err:
             worker.shunned_until = time.monotonic() + SHUN_S

@@ -1,1 +1,1 @@
-"""One bill of several routers: what they tell one another of requests and limits through Redis."""
+"""One bill for several routers: through Redis they share what they know about requests and limits."""

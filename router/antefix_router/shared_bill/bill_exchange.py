@@ -1,14 +1,15 @@
-"""The bill's keys in Redis: reading, and changing a value only over the one that it was made from.
+"""Reads and changes the bill's keys in Redis. A value is replaced only if it is still the one from which the change was
+made.
 
-    antefix:bill:request:HASH    one request's account (`antefix_billing.request_account`), sealed; for `keep_s`
-    antefix:bill:router:SOURCE   a living router's instance; for some seconds
-    antefix:bill:routers         all sources that were ever told of
-    antefix:bill:epoch           drawn by the first router that finds none: it changes when Redis lost its memory
-    antefix:bill:ready:SOURCE    the epoch in which that router told all it knows
-    antefix:bill:cursor:SOURCE   the last entry of its ledger that was told of
+    antefix:bill:request:HASH    one request's account (`antefix_billing.request_account`), with a MAC; for `keep_s`
+    antefix:bill:router:SOURCE   a live router's instance; expires after some seconds antefix:bill:routers         the
+    sources of all routers that ever took part antefix:bill:epoch           drawn by the first router that finds none,
+    so it changes after Redis lost its data antefix:bill:ready:SOURCE    the epoch in which that router wrote all that
+    it knows antefix:bill:cursor:SOURCE   the last entry of its ledger that was written to Redis
     antefix:bill:limits:HASH     one tenant's counts, a field for each router (`shared_quotas`)
 
-Accounts are sealed with the deployment's secret: anyone who writes to Redis cannot make an answer free or dear.
+Each account has a MAC made with the deployment's secret, so a process that can write to Redis cannot change what an
+answer costs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from antefix.secret import Keyring
 from antefix_billing.request_account import RequestAccount, RunningAt
 
 PREFIX: Final = "antefix:bill:"
-# A living router says so each second.
+# A live router renews its key each second.
 ALIVE_MS: Final = 5000
 _TIMEOUT_S: Final = 1.0
 _NUM_TRIES: Final = 20
@@ -43,10 +44,10 @@ Change = Callable[[RequestAccount], tuple[RequestAccount, Decimal] | None]
 
 
 class BillExchange:
-    """Used from one event loop. All raise Unavailable where Redis does not answer."""
+    """Used from one event loop. All methods raise Unavailable if Redis does not answer."""
 
     def __init__(self, access: RedisAccess, keyring: Keyring, *, keep_s: float) -> None:
-        """keep_s: how long what is known of a request stays."""
+        """keep_s: how long a request's account is kept."""
         self._redis: Any = access.connect(timeout_s=_TIMEOUT_S)
         self._keyring = keyring
         self._keep_ms = round(1000 * keep_s)
@@ -55,9 +56,11 @@ class BillExchange:
         return self._opened(key, await self.ask(self._redis.get(_name(key))))
 
     async def change(self, key: str, change: Change) -> tuple[RequestAccount, Decimal] | None:
-        """Change an account over the one that is there. change: may be called again; None: leave it.
+        """Replace a request's account if it is unchanged since it was read.
 
-        Raises:  Conflict: others change it all the time.
+        change: called with the present account; it may be called again after a conflict. None leaves the account as it
+        is.
+        Raises:  Conflict: other routers keep changing it.
         """
         for _ in range(_NUM_TRIES):
             found = await self.ask(self._redis.get(_name(key)))
@@ -83,7 +86,7 @@ class BillExchange:
         return found
 
     async def epoch(self, drawn: str) -> str:
-        """The one that holds; `drawn` where there was none."""
+        """The present epoch; `drawn` becomes the epoch if there was none."""
         await self.ask(self._redis.set(f"{PREFIX}epoch", drawn, nx=True))
         return str((await self.ask(self._redis.get(f"{PREFIX}epoch")) or b"").decode())
 
@@ -122,7 +125,7 @@ class BillExchange:
         return self._keyring.proof(_PURPOSE, key.encode(), text).hex().encode() + b" " + text
 
     def _opened(self, key: str, found: bytes | None) -> RequestAccount:
-        """Raises:  Unavailable: it was not written by this deployment."""
+        """Raises:  Unavailable: the account was not written by this deployment."""
         if not found:
             return RequestAccount()
         seal, _, text = found.partition(b" ")
@@ -136,5 +139,5 @@ class BillExchange:
 
 
 def _name(key: str) -> str:
-    # Ids come from callers and may be long.
+    # Ids come from callers and may be long, so the key has a hash.
     return f"{PREFIX}request:{hashlib.blake2b(key.encode(), digest_size=20).hexdigest()}"

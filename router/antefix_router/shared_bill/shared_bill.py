@@ -1,9 +1,11 @@
-"""One request is one charge, at whichever router it comes in: claimed in Redis before it runs, told there when settled.
+"""Charges a request once, whichever routers it reaches: a router claims it in Redis before it runs, and writes its
+record there after it is settled.
 
-The ledgers hold the bill; Redis only says who has what, and may lose all of it. A router that finds it empty tells it
-again what its ledger has, and takes no request with a name of its client's before the others have done so too. A
-router that dies leaves a claim, which the next one takes over; what the dead one had charged comes out at its next
-start, and what is too much of both goes back as a credit (`request_account`).
+The ledgers hold the bill. Redis only shows which router runs or has settled a request, and may lose all its data. A
+router that finds Redis empty writes its ledger's recent records there again, and refuses requests named by clients
+until the other routers have done so too. If a router dies, its claims expire and another router may take them over. The
+dead router's charges become known at its next start, and the excess of both routers' charges is returned as a credit
+(`request_account`).
 """
 
 from __future__ import annotations
@@ -31,20 +33,23 @@ from antefix_router.shared_bill.shared_quotas import SharedQuotas
 log = logging.getLogger("antefix.router")
 
 BEAT_S: Final = 1.0
-# After a failure Redis is left alone for so long, so that requests do not each wait for it.
+# After a failure Redis is not called for this long, so that not every request waits for it.
 _SHUN_S: Final = 1.0
-# For routers that were there before Redis lost its memory, to tell it again. One that is dead is not waited for.
+# How long to wait for routers that were there before Redis lost its data to write theirs again. A dead router is not
+# waited for.
 _READY_WAIT_S: Final = 10.0
 _TOLD_AT_ONCE: Final = 64
 
 
 class NotReady(Unavailable):
-    """What Redis says of a request cannot be relied on yet. It was not asked."""
+    """What Redis has about a request cannot be relied on yet, so Redis was not asked."""
 
 
 @dataclass(slots=True)
 class SharedCounters:
-    """unshared: requests that no other router was told of at once.  refused: named by clients, while Redis was out."""
+    """unshared: requests whose record could not be written to Redis at once.  refused: requests named by clients that
+    were refused while Redis was down.
+    """
 
     claimed: int = 0
     elsewhere: int = 0
@@ -57,7 +62,9 @@ class SharedCounters:
 
 @dataclass(slots=True)
 class _Pending:
-    """Records on their way: each with the ledger's last entry before it, so that the cursor never passes one."""
+    """Records about to be written to Redis, each with the ledger's last entry before it, so that the cursor never
+    passes a pending record.
+    """
 
     begun: dict[int, int] = field(default_factory=dict)
     untold: dict[int, Settled] = field(default_factory=dict)
@@ -73,7 +80,9 @@ class _Pending:
 
 
 class SharedBill:
-    """One router's part. `start` it; `close` it after the last request is settled and before the ledger closes."""
+    """One router's part of the shared bill. Call `start` first, and `close` after the last request is settled and
+    before the ledger closes.
+    """
 
     def __init__(
         self,
@@ -85,8 +94,9 @@ class SharedBill:
         keep_s: float,
         serves_alone: bool,
     ) -> None:
-        """serves_alone: requests with a client's id are served while Redis is out: what two routers charge goes back
-        later. Else they are refused meanwhile."""
+        """serves_alone: while Redis is down, serve requests with a client's id, and return double charges later.
+        Otherwise they are refused meanwhile.
+        """
         self._exchange = exchange
         self._writer = writer
         self.quotas = quotas
@@ -98,11 +108,12 @@ class SharedBill:
         self._known: set[str] = set()
         self._claimed: set[str] = set()
         self._pending = _Pending()
-        # Records that are told once more; a credit for them may be in the ledger.
+        # Records that are written to Redis again. The ledger may already have a credit for them.
         self._again: set[int] = set()
         self._credits: dict[str, Decimal] = {}
         self._epoch = ""
-        # What is being told of it all; after a failure on the way the rest is told.
+        # Records still to be written in a complete rewrite. After a failure, the rewrite continues with the remaining
+        # ones.
         self._told_epoch = ""
         self._waiting_since = 0.0
         self._waits_for: set[str] = set()
@@ -126,7 +137,7 @@ class SharedBill:
 
     @property
     def is_out(self) -> bool:
-        """Whether Redis cannot be relied on now."""
+        """Whether Redis cannot be relied on at present."""
         return time.monotonic() - self._failed_at < _SHUN_S or not self._epoch
 
     @property
@@ -134,9 +145,10 @@ class SharedBill:
         return len(self._pending.untold)
 
     async def claim(self, key: str) -> RequestAccount | None:
-        """What is known of a request that its client named; it is this router's to run. None: served alone.
+        """Claim a request with a client's id for this router. Returns what is known about it; None: it is served
+        without Redis.
 
-        Raises:  Conflict: another router runs it.  Unavailable: nobody can say whether one does.
+        Raises:  Conflict: another router runs it.  Unavailable: it is not known whether another router runs it.
         """
         try:
             await self._check_ready()
@@ -172,7 +184,7 @@ class SharedBill:
         self.counters.unshared += 1
 
     async def let_go(self, key: str) -> None:
-        """The claim is not needed: nothing was run, or nothing will be written for it."""
+        """Release the claim, because nothing was run or no record will be written."""
         if key not in self._claimed:
             return
         self._claimed.discard(key)
@@ -182,7 +194,7 @@ class SharedBill:
             self._note_failure(err)
 
     async def find(self, key: str) -> Settled | None:
-        """The request's record at whichever router; None where it is not known, or Redis is out."""
+        """The request's record at any router; None if it is not known, or if Redis is down."""
         try:
             return (await self._exchange.account(key)).last
         except Unavailable as err:
@@ -190,14 +202,16 @@ class SharedBill:
             return None
 
     def begin(self) -> int:
-        """A record is about to be written; `settled` or `failed` with this number."""
+        """Announce that a record is about to be written to the ledger. Call `settled` or `failed` with the returned
+        number.
+        """
         return self._pending.begin(self._writer.ledger.sequence)
 
     def failed(self, number: int) -> None:
         self._pending.begun.pop(number, None)
 
     async def settled(self, number: int, settled: Settled) -> None:
-        """Tell the others of a record that is in the ledger. What fails is told later."""
+        """Write a record that is in the ledger to Redis. If this fails, it is written later."""
         self._pending.untold[settled.sequence] = settled
         self._pending.begun.pop(number, None)
         self._claimed.discard(settled.record.key)
@@ -212,13 +226,13 @@ class SharedBill:
 
     async def _tell(self, settled: Settled) -> None:
         record = settled.record
-        # What our ledger gave back for it before Redis lost its memory.
+        # The credit that this ledger had for the record before Redis lost its data.
         is_again = settled.sequence in self._again
         credited = self._credits.get(record.event_id, Decimal(0)) if is_again else Decimal(0)
         changed = await self._exchange.change(record.key, lambda account: settle(account, settled, credited=credited))
         assert changed is not None
         if changed[1] > credited:
-            # Under an id of its own, so that it is written once however often it is told.
+            # The adjustment has its own id, so the ledger takes it only once.
             await self._writer.adjust(_too_much(settled, changed[1]))
             self.counters.credited += 1
             log.warning("request %s was charged by two routers; %s goes back", record.request_id, changed[1])
@@ -237,7 +251,9 @@ class SharedBill:
             await asyncio.sleep(BEAT_S)
 
     async def _beat(self) -> None:
-        """Say that we live, learn who does, tell what is untold; all of it again where Redis lost its memory."""
+        """Renew this router's key, read which routers are live, and write pending records; after Redis lost its data,
+        write all recent records.
+        """
         await self._exchange.say_alive(self.me)
         self._alive = await self._exchange.alive()
         drawn = secrets.token_hex(8)
@@ -261,7 +277,7 @@ class SharedBill:
         self._epoch = epoch
 
     async def _read_again(self, *, was_empty: bool) -> None:
-        """All that Redis should know of our ledger is untold."""
+        """Mark all recent records of this ledger as pending."""
         ledger = self._writer.ledger
         after = 0 if was_empty else await self._exchange.cursor(self.me.source)
         if self._epoch:
@@ -292,7 +308,7 @@ class SharedBill:
             await _all(self._tell(settled) for settled in chosen if settled is not None)
 
     async def _check_ready(self) -> None:
-        """Raises:  NotReady: Redis is out, or lost what it knew and was not told again by all."""
+        """Raises:  NotReady: Redis is down, or lost its data and not all routers have written theirs again."""
         if not self._epoch and time.monotonic() - self._failed_at > _SHUN_S:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2 * BEAT_S):
@@ -316,7 +332,7 @@ class SharedBill:
 
 
 def _recent(ledger: Ledger, after: int, since_s: float) -> tuple[list[Settled], dict[str, Decimal]]:
-    """Records that ended since, and what was given back of them because two routers had charged a request."""
+    """The records that ended since then, and the credits already given for double charges on them."""
     settled, credits = [], {}
     for item in read_billed(ledger.directory, after=after):
         if isinstance(item, Adjusted):
@@ -335,7 +351,7 @@ async def _all(calls: Iterable[object]) -> None:
 
 
 def _too_much(settled: Settled, credit: Decimal) -> Adjustment:
-    """What goes back of a record because another router charged the same request."""
+    """The credit on a record because another router charged the same request."""
     record = settled.record
     return Adjustment(
         adjustment_id=f"{AdjustmentKind.CHARGED_TWICE}:{record.event_id}",

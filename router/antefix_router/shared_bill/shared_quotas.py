@@ -1,8 +1,9 @@
-"""Limits that hold over all routers: each writes its own counts into a hash per tenant, and reserves if the sum fits.
+"""Limits across all routers. Each router writes its own counts into a hash per tenant, and reserves if the sum fits the
+limits.
 
-A router's field has what it counts itself, not what changed: it can be written again and again, and after Redis lost
-its memory it is. What a router that died had reserved no longer counts; what it used does, until the window ends.
-While Redis is out each router holds its own counts against the limits.
+A router's field holds its total counts, not changes, so it can be written repeatedly, and is written again after Redis
+lost its data. A dead router's reservations no longer count; what was used counts until the window ends. While Redis is
+down, each router checks the limits with its own counts alone.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from antefix_billing.limits import (
 )
 from antefix_router.shared_bill.bill_exchange import ALIVE_MS, PREFIX, BillExchange
 
-# Redis adds in doubles: exact up to nine million of a currency, in billionths.
+# Redis adds in floating point (double). In billionths of a currency it is exact up to nine million.
 _MONEY_UNITS: Final = 10**9
 _KEEP_S: Final = 32 * 86400
 
-# A field is "UNTIL COUNTS": what is reserved and runs counts until then (ms of Redis' clock), which a living router
-# puts off with each beat. Counts are {running, windows = {name: {start, tokens, money, requests, reserved_tokens,
-# reserved_money}}}.
+# A field is "UNTIL COUNTS". Reservations and running requests in it count until UNTIL (ms of Redis' clock), which a
+# live router extends with each beat. COUNTS are {running, windows = {name: {start, tokens, money, requests,
+# reserved_tokens, reserved_money}}}.
 _WRITE: Final = """
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -44,8 +45,8 @@ local function write()
   redis.call('EXPIRE', KEYS[1], ARGV[4])
 end
 """
-# KEYS[1]: the tenant's hash.  ARGV: our source, our counts, how long they live (ms), how long the hash does (s), the
-# limits. Answers which one is passed.
+# KEYS[1]: the tenant's hash.  ARGV: this router's source, its counts, how long they are valid (ms), how long the hash
+# is kept (s), and the limits. Returns which limit is passed.
 _RESERVE: Final = (
     _WRITE
     + """
@@ -103,28 +104,28 @@ _TELL: Final = _WRITE + "write()\nreturn false\n"
 
 
 class SharedQuotas:
-    """One router's part of the limits of all. book: its own counts, which hold alone where Redis is out."""
+    """One router's part of the shared limits.  book: its own counts, which alone are checked while Redis is down."""
 
     def __init__(self, exchange: BillExchange, book: QuotaBook, source: str) -> None:
         self._exchange = exchange
         self._book = book
         self._source = source
         self._changed: set[str] = set()
-        # What all other routers counted when we last reserved, by tenant and window.
+        # The counts of all other routers at the last reservation, by tenant and window.
         self._others: dict[str, dict[str, Any]] = {}
         self._telling: asyncio.Task[None] | None = None
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.num_alone = 0
 
     async def reserve(self, tenant: str, *, tokens: int, money: Decimal, now: datetime) -> Reservation:
-        """As `QuotaBook.reserve`, against what all routers count.
+        """As `QuotaBook.reserve`, with the counts of all routers.
 
         Raises:  QuotaExceeded, Overloaded.
         """
         limits = self._book.limits_of(tenant)
         if not limits.limits and limits.requests is None:
             return self._book.reserve(tenant, tokens=tokens, money=money, now=now)
-        # One at a time: of two that are asked together and of which one fits, one is to get it.
+        # One at a time: if two requests arrive together and only one fits, one of them must succeed.
         async with self._turns.setdefault(tenant, asyncio.Lock()):
             reservation = self._book.reserve(tenant, tokens=tokens, money=money, now=now)
             await self._hold(reservation, limits, now)
@@ -167,7 +168,7 @@ class SharedQuotas:
             raise limit_error(what, limits, limit, now, used=int(passed.get("used", 0)), needs=reservation.tokens)
 
     def others(self, tenant: str) -> dict[tuple[LimitWindow, LimitPassed], int]:
-        """What the other routers counted when we last reserved for this tenant, in windows that still run."""
+        """The other routers' counts at the last reservation for this tenant, in windows that are still running."""
         now, found = datetime.now(UTC), {}
         for name, counts in self._others.get(tenant, {}).items():
             window = LimitWindow(name)
@@ -177,7 +178,9 @@ class SharedQuotas:
         return found
 
     def changed(self, tenant: str) -> None:
-        """Its counts are not what Redis has; they are told at once, or with a later beat where that fails."""
+        """The tenant's counts differ from those in Redis. They are written at once or, if that fails, with a later
+        beat.
+        """
         self._changed.add(tenant)
         if self._telling is None or self._telling.done():
             self._telling = asyncio.create_task(self._tell_changed(), context=Context())
@@ -192,7 +195,7 @@ class SharedQuotas:
                 await self.tell()
 
     async def tell(self, *, all_again: bool = False) -> None:
-        """What changed, and that what is reserved still counts.  Raises:  Unavailable."""
+        """Write the counts that changed, and extend the reservations.  Raises:  Unavailable."""
         now = datetime.now(UTC)
         if all_again:
             self._changed |= self._book.counted_tenants()
