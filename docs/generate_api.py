@@ -112,7 +112,7 @@ def _methods(kind: type[Any]) -> Iterator[str]:
 
 
 def _waits(member: Any) -> bool:
-    """Whether the caller must await it. A blocking client wraps each method in a plain function, so no `await` there."""
+    """Whether the caller must await it. A blocking client's methods are plain functions, which nobody awaits."""
     return bool(member.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR))
 
 
