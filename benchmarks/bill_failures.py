@@ -159,7 +159,7 @@ class Failures:
 
 
 def write_clock(directory: Path, clock_s: int) -> None:
-    """An existing file is written in place, because processes have it mapped; they see the whole new value or the old."""
+    """An existing file is written in place, because processes have it mapped; they never see a half-written value."""
     path = directory / "clock"
     with path.open("r+b" if path.exists() else "wb") as file:
         file.write(struct.pack("<q", clock_s * 1_000_000))

@@ -1,4 +1,4 @@
-"""What do several stores and an object tier give a rack and a fleet? The real traces, simulated.
+"""How much do several stores and an object tier help a rack and a fleet? Simulates the real traces.
 
     python -m benchmarks.simulate_stores --json benchmarks/results/simulate_stores.json
 

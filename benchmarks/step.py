@@ -1,4 +1,4 @@
-"""What does a decode step cost, by how many sequences take part, and what would it cost one sequence at a time?
+"""What does a decode step cost by number of sequences, and what would it cost with one sequence at a time?
 
     python -m benchmarks.step --sequences 1 8 32 --tokens 2048
     python -m benchmarks.step --sequences 32 --profile      # the operations that take most of it
@@ -42,7 +42,7 @@ class OneByOne(TorchOps):
 
 
 def follow(model: Model, pool: BlockPool, ops: Ops, num_tokens: int, num_sequences: int, room: int) -> list[Sequence]:
-    """Sequences behind one prompt, each with blocks of its own for `room` tokens more."""
+    """Sequences that continue one prompt, each with its own blocks for `room` more tokens."""
     size = model.config.geometry.block_size
     num_tokens -= num_tokens % size
     prompt = Sequence(pool.allocate(num_tokens // size), WindowState.zeros(model.layout, 0, model.device))

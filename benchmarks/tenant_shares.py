@@ -1,4 +1,4 @@
-"""What does a modest tenant's request cost next to a greedy one's on one worker, in the worker's own processor time?
+"""How much slower is a modest tenant's request while a greedy tenant uses the same worker, in processor time?
 
     python -m benchmarks.tenant_shares --json benchmarks/results/tenant_shares.json
 

@@ -1,4 +1,4 @@
-"""Where do requests leave stored prefixes, and how soon are checkpoints used again? The facts that `auto` rests on.
+"""Where do requests diverge from stored prefixes, and how soon are checkpoints used again? `auto` relies on this.
 
     python benchmarks/trace_habits.py --traces ../shared/traces
 

@@ -69,7 +69,7 @@ def draw_weight(form: PackedForm, *shape: int) -> Weight:
 
 
 def check() -> list[str]:
-    """What is wrong; empty where all is right."""
+    """A description of each error found; empty if everything is right."""
     wrong = []
     for name, form in FORMS.items():
         for outputs, addends in ((1024, 4096), (520, 416), (4096, 2048), (32768, 1024)):
@@ -168,7 +168,7 @@ def row(name: str, tokens: int, ms: float, nbytes: float, flops: float, top: dic
 
 
 def random_model(num_layers: int) -> Model:
-    """In the released formats, drawn on the card; the first layers of Flash's plan."""
+    """A model with the first layers of Flash's plan, in the released formats, whose weights are drawn on the card."""
     return draw_share(ranks=None, device="cuda", num_layers=num_layers)
 
 
@@ -218,7 +218,7 @@ def measure_model(num_layers: int, context: int, top: dict[str, float]) -> dict[
 
 
 def dense_weights(model: Model) -> float:
-    """Numbers that every token is multiplied with."""
+    """How many weights every token is multiplied with."""
     count = 0
     for module in model.modules():
         if isinstance(module, PackedLinear):
