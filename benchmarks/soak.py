@@ -3,12 +3,12 @@
     python benchmarks/soak.py --minutes 60 --trace ../shared/traces/claude_code_80.jsonl.gz --out soak.json
     python benchmarks/soak.py --minutes 60 --ttl-divisor 10 ...      # what is kept for hours is kept for minutes
 
-One router, two prefill and two decode workers that register by lease, one store. Conversations of an agents' trace, one
-token for each of its 64-token hashes, are played by several clients at once, some requests as several twins, some
-cancelled. Every answer is compared with a run of the bare model. One worker of each role is killed (kill -9) at random
-times and started again; the others live on. Their memory, descriptors and threads are sampled, and the disk that the
-store, the bill and the logs take, with a line fitted to the last half of each: "grew" names what is not flat
-(benchmarks/soak_samples.py).
+The deployment has one router, two prefill and two decode workers that register by lease, and one store. Several clients
+play conversations of an agents' trace at once, with one token for each of its 64-token hashes. Some requests are sent
+several times at once, and some are cancelled. Every answer is compared with a run of the bare model. One worker of each
+role is killed (kill -9) at random times and restarted; the others keep running. The benchmark samples the memory,
+descriptors and threads of these others, and the disk space of the store, the bill and the logs. It fits a line to the
+last half of each. "grew" names the samples that are not flat (benchmarks/soak_samples.py).
 """
 
 from __future__ import annotations

@@ -4,10 +4,11 @@
     python -m benchmarks.step --sequences 32 --profile      # the operations that take most of it
     python -m benchmarks.step --device cuda                 # with the kernels; there is no one-by-one to compare with
 
-All sequences follow one prompt, whose blocks they share. Times are CPU seconds on a CPU, since what else the machine
-does must not count, and wall seconds on a card. The ways take turns; the median of `--steps` counts. "ratio" is one
-by one over together: higher is better. "sequence" is what one more sequence adds, over the first row. "torch alone"
-is all sequences together without the compiled kernels, where those are in use.
+All sequences continue one prompt, whose blocks they share. Times are CPU seconds on a CPU, so that other load on the
+machine does not count, and wall seconds on a card. The variants take turns, and each figure is the median of `--steps`.
+"ratio" is the time one by one divided by the time together; higher is better. "sequence" is the time that one more
+sequence adds, computed from the first row. "torch alone" runs all sequences together without the compiled kernels, if
+those are in use.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ upload    restores from a store's directory while its process uploads at its rat
           priority, since a real one is on another machine; cost_with_server is the same with it at the usual one
 index     bytes per block, and look-up time of a 128K and a 1M-token prompt, of drawn keys: nothing of it is in a bucket
 
-Without --object-store it starts SeaweedFS out of `--s3` (`make test-s3` makes .s3), and measures against that. LMCache
-is out of `--lmcache` (`make bench-peers` makes .venv-peers). Of a peer that cannot be measured it says why (`peers`).
+Without --object-store the benchmark starts SeaweedFS from `--s3` (`make test-s3` makes .s3) and uses it. LMCache
+comes from `--lmcache` (`make bench-peers` makes .venv-peers). `peers` says why a peer could not be measured.
 """
 
 from __future__ import annotations
