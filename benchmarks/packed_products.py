@@ -2,7 +2,7 @@
 
     python -m benchmarks.packed_products --out results [--steps compile check products layers model]
 
-compile   all kernels that the other steps run, by several processes at once, so that a lent card does not wait for it.
+compile   compiles all kernels of the other steps with several processes at once, so that the card idles less.
 check     V4-Flash's shapes against the decoded weight in float64, rows alone against rows among others, gates with and
           without their activation, to the bit.
 products  milliseconds by number of tokens and tile, over the floor: packed bytes at copy bandwidth, or operations at

@@ -1,9 +1,9 @@
-"""Packed weights on a card: are the products right, and how near are they, and a whole model, to the card's floors?
+"""Packed weights on a card: are products right, and how near are products and a model to the lower bound ("floor")?
 
     python -m benchmarks.weights_on_card --steps check products model load --layers 36 --out results
 
-check     every product against the decoded weight in float64, and rows alone against rows among others, to the bit.
-          Where this fails, nothing else is run; a later step that fails does not stop the next.
+check     compares every product with the decoded weight in float64, and rows alone with rows among others, to the bit.
+          If this step fails, no other step runs. If a later step fails, the next one still runs.
 products  milliseconds of V4-Flash's products by number of tokens, over the floor: packed bytes at copy bandwidth, or
           operations at the BF16 matrix rate, whichever is longer. Of experts those that are picked count.
 model     V4-Flash's width with `--layers` layers, in the released formats, drawn on the card: memory, decode steps of
