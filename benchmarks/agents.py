@@ -1,14 +1,15 @@
-"""Do 32 agents' conversations at once get ten times the tokens per second of one, and how even do tokens come?
+"""Do 32 agents' conversations at once get ten times one conversation's tokens per second, and how evenly?
 
     python -m benchmarks.agents --out benchmarks/results/agents.json        # 4 minutes on two idle cores
     python -m benchmarks.agents --at-once 1 4 --turns 2                     # a minute, to see that it runs
 
-A whole deployment (store, one prefill and one decode worker, a router), and clients in this process. All conversations
-share a system prompt, which is in memory; each turn sends the whole conversation so far with `--new` more tokens and
-gets `--output` tokens. "one" is a conversation alone. Tokens per second are of output, from the first request until the
-last answer. Times between tokens are the clients'; tokens that come in one message have come at once, and the wait
-before them counts once. "CPU" is the processor time of all roles per output token, which other processes on the
-machine do not change much: ratios of it hold where those of wall time do not.
+The benchmark starts a whole deployment (store, one prefill and one decode worker, a router); the clients run in this
+process. All conversations share a system prompt, which is in memory. Each turn sends the whole conversation so far with
+`--new` more tokens and gets `--output` tokens. "one" is a single conversation alone. Tokens per second count output
+tokens, from the first request until the last answer. Clients measure the times between tokens. Tokens that arrive in
+one message arrive at the same time, and the wait before the message counts once. "CPU" is the processor time of all
+roles per output token. Other processes on the machine change it little, so its ratios are reliable on a busy machine,
+where ratios of wall time are not.
 """
 
 from __future__ import annotations
@@ -102,7 +103,7 @@ async def measure(args: argparse.Namespace, console: Console) -> list[dict[str, 
         shared = np.random.default_rng(args.seed).integers(0, 256, args.shared).astype(np.uint32)
         rows = []
         async with Deployment(config) as deployment:
-            # The shared prompt is in memory, and every process has done all it will do once.
+            # This puts the shared prompt into memory, and every process does its one-time work.
             for seed in (1, 2):
                 await converse(deployment, shared, args, seed, Seen())
             for count in args.at_once:

@@ -1,7 +1,7 @@
-"""What goes wrong while `bill_routers.py` runs: kills, clocks that are set, files that change, a price that changes.
+"""The failures that happen while `bill_routers.py` runs: kills, clock steps, changed files, a changed price.
 
-Each kind is spread evenly over the run, by how far it is. Processes are killed with SIGKILL and started again at their
-addresses; Redis loses all that it knew.
+Each kind of failure is spread evenly over the run's progress. Processes are killed with SIGKILL and restarted at the
+same addresses. Redis loses all its data when it is killed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ effective = {effective}
 prices = {{ hit = "0.0{number}", miss = "0.{number}", write = "0.02{number}", output = "0.8{number}" }}
 
 """
-# A new price holds from so long after its file was written on.
+# A new price is valid from this long after its file was written.
 PRICE_AHEAD_S = 12.0
 
 
 class Failures:
-    """Brings them about, and counts them. progress: from 0 to 1."""
+    """Causes the failures and counts them. progress: returns how much of the run is done, from 0 to 1."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class Failures:
         await asyncio.to_thread(self.redis.start)
 
     async def push_and_kill(self, webhook: str) -> None:
-        """What is there so far; the pusher dies in the middle of it, and loses its state now and then."""
+        """Push the events so far. The pusher is killed while it pushes, and sometimes also loses its state file."""
         state, config = self.directory / "push", self.directory / "push.toml"
         key = self.directory / "push.key"
         key.touch(mode=0o600)
@@ -127,7 +127,7 @@ class Failures:
             self.counts["pusher states lost"] += 1
 
     async def reload(self) -> None:
-        """Other limits, for all routers; now and then a file that must be refused."""
+        """Give all routers a file with other limits; sometimes one that they must refuse."""
         path = self.directory / "tenants.toml"
         if self.chance.random() < 0.3:
             path.write_text('keys = "none"\n[[tenant]]\nname = 7\n')
@@ -148,7 +148,7 @@ class Failures:
         write_clock(self.directory, clock_s)
 
     async def change_price(self) -> None:
-        """All models cost something else from a moment on that is a little ahead of all that is priced."""
+        """Change all models' prices from a time that is slightly later than every request priced so far."""
         async with self._clock_stands:
             self._set(self.latest_clock_s)
             self.number_of_price += 1
@@ -159,14 +159,14 @@ class Failures:
 
 
 def write_clock(directory: Path, clock_s: int) -> None:
-    """Where the file is there it is written in place: processes have it mapped, and see all of it or nothing."""
+    """An existing file is written in place, because processes have it mapped; they never see a half-written value."""
     path = directory / "clock"
     with path.open("r+b" if path.exists() else "wb") as file:
         file.write(struct.pack("<q", clock_s * 1_000_000))
 
 
 def clock_environment(directory: Path) -> dict[str, str]:
-    """For processes whose clock is set (`clock_that_steps/sitecustomize.py`)."""
+    """Environment variables for processes whose clock a file shifts (`clock_that_steps/sitecustomize.py`)."""
     paths = os.pathsep.join((str(CLOCK), *filter(None, (os.environ.get("PYTHONPATH"),))))
     return {"PYTHONPATH": paths, "ANTEFIX_CLOCK_FILE": str(directory / "clock")}
 

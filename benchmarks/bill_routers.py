@@ -1,16 +1,16 @@
-"""Is it one bill, whatever dies? Requests through several routers, while everything is killed, set and changed.
+"""Is each request billed exactly once, whatever fails? Runs requests through several routers while failures happen.
 
     python -m benchmarks.bill_routers --requests 100000 --routers 3 [--until-s S] [--status FILE] [--out FILE]
 
-Routers, store, decode workers and the pusher are the real processes over a small random model; Redis is a real server
-that loses all it knew at each kill; receivers are local stand-ins that keep events by their ids. What goes wrong
-meanwhile is in `bill_failures.py`: kills of each role, steps of the host's clock, reloads, changes of the
-price. Clients send each request again, at any router, until they have its answer; some come again though they have it,
-some leave in the middle first.
+Routers, store, decode workers and the pusher are the real processes with a small random model. Redis is a real server
+that loses all its data at each kill. Receivers are local stand-ins for billing systems that keep events by their ids.
+`bill_failures.py` causes the failures: kills of each role, steps of the host's clock, reloads, and changes of the
+price. Clients send each request again, to any router, until they have its answer. Some send a request again although
+they have its answer, and some first disconnect in the middle.
 
-Held to be equal, to the token and the last decimal: what clients were told, the ledgers with their adjustments, and
-what each receiver has. Every hit is in the store's log, every anchor in its ledger, and no request costs more than its
-most expensive attempt.
+At the end three records must agree, to the token and the last decimal: the usage that clients were told, the ledgers
+with their adjustments, and the events of each receiver. Every hit must be in the store's log, every anchor in its
+ledger, and no request may cost more than its most expensive attempt.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ Key = tuple[str, str]
 
 
 class Clients:
-    """What they were told, and received."""
+    """The clients' counts: the usage that routers told them, and the answers that they received."""
 
     def __init__(self, deployment: Deployment, args: argparse.Namespace, chance: random.Random) -> None:
         self.deployment, self.args, self.chance = deployment, args, chance
@@ -74,7 +74,7 @@ class Clients:
         self.documents = [chance.choices(range(256), k=chance.randint(70, 400)) for _ in range(NUM_DOCUMENTS)]
 
     def progress(self) -> float:
-        """By requests or by time, whichever is further."""
+        """The run's progress by number of requests or by time, whichever is larger."""
         share = (time.monotonic() - self.started) / self.args.until_s if self.args.until_s else 0.0
         return max(share, self.counts["requests"] / self.args.requests)
 
@@ -91,7 +91,7 @@ class Clients:
         await asyncio.gather(*(client() for _ in range(NUM_AT_ONCE)))
 
     async def ask(self, number: int) -> None:
-        """One request, at any router, until its usage is known."""
+        """Send one request, to any router, and repeat it until its usage is known."""
         chance = self.chance
         tenant, request_id = f"t{number % 5}", f"q{number}"
         prompt = np.array(
@@ -110,7 +110,7 @@ class Clients:
                     return
             except AntefixError as err:
                 self.counts[f"error {type(err).__name__}"] += 1
-                # What is refused while Redis is told again takes seconds.
+                # While the routers load Redis with their data again, they refuse requests for some seconds.
                 await asyncio.sleep(0.3)
         self.counts["requests without an answer"] += 1
 
@@ -139,7 +139,7 @@ class Clients:
 
 
 class Amounts(dict[Any, tuple[Decimal, int]]):
-    """Of the events that a receiver keeps, what they cost and how many tokens they are: the rest would fill memory."""
+    """Cost and tokens of the events that a receiver gets. Only these are kept: whole events would fill memory."""
 
     def setdefault(self, id: Any, event: Any = None) -> Any:
         if id not in self:
@@ -154,7 +154,7 @@ def _amounts_of(event: dict[str, Any]) -> tuple[Decimal, int]:
 
 
 class Forgets(list[Any]):
-    """Of the bodies that came, none is kept."""
+    """A list that keeps none of the request bodies appended to it."""
 
     def append(self, _: Any) -> None:
         return
@@ -167,7 +167,7 @@ def receiver() -> BillingSystem:
 
 
 def push(kind: str, ledgers: list[Path], state: Path, system: BillingSystem, chance: random.Random) -> None:
-    """All that is left to one receiver, over answers that are lost."""
+    """Push all remaining events to one receiver, although some of its answers are lost."""
     state.mkdir(exist_ok=True)
     config = SinkConfig(name="hook", kind=kind, url=system.url, key="secret", unmapped="name")
     system.answers = [chance.choice((0, 500, 503)) for _ in range(20)]
@@ -175,7 +175,7 @@ def push(kind: str, ledgers: list[Path], state: Path, system: BillingSystem, cha
 
 
 def check(clients: Clients, config: DeploymentConfig, systems: dict[str, BillingSystem]) -> dict[str, Any]:
-    """What does not agree is in `faults`."""
+    """Compare the bills; each disagreement is added to `faults`."""
     ledgers = ledgers_of([config.data_dir])
     items = [item for ledger in ledgers for item in read_billed(ledger)]
     charged: defaultdict[Key, Decimal] = defaultdict(Decimal)
@@ -270,7 +270,7 @@ async def live(directory: Path, args: argparse.Namespace, system: BillingSystem)
         tasks = failures.tasks(args.kills, webhook=system.url)
         telling = asyncio.create_task(_tell(clients, args.status))
         await clients.run()
-        # What was spread over the run is carried out to its end.
+        # Wait until all failures that were spread over the run have happened.
         await asyncio.gather(*tasks)
         telling.cancel()
         await end(deployment, redis, failures)
@@ -281,7 +281,7 @@ async def live(directory: Path, args: argparse.Namespace, system: BillingSystem)
 
 
 async def end(deployment: Deployment, redis: RedisServer, failures: Failures) -> None:
-    """Every router starts once more: what the one before it left open is settled, and Redis is told all of it."""
+    """Start every router once more, so that it settles requests left open before and sends all data to Redis."""
     await asyncio.to_thread(redis.start) if redis.process is None else None
     for process in [each for each in deployment.processes if each.role == "router"]:
         await deployment.kill(process)
@@ -299,14 +299,14 @@ async def _tell(clients: Clients, path: Path | None) -> None:
 
 
 def save(clients: Clients, path: Path) -> None:
-    """What clients were told, one request a line."""
+    """Write the usage that clients were told, one request per line."""
     with path.open("w") as file:
         for key, (usage, num_received) in clients.seen.items():
             file.write(json.dumps([*key, num_received, asdict(usage)], default=str) + "\n")
 
 
 def under_a_clock(args: argparse.Namespace) -> int:
-    """This program again, in a process whose clock is that of all it starts."""
+    """Run this program again in a process that shares its shifted clock with all processes that it starts."""
     with contextlib.ExitStack() as stack:
         directory = args.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         directory.mkdir(parents=True, exist_ok=True)

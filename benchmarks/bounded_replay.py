@@ -2,10 +2,11 @@
 
     python benchmarks/bounded_replay.py --tokens 4096 --points 24 --out bounded.json
 
-On the model's own text: a document is run cold; at each resume point window state is rebuilt by replaying k windows
-with the window cut at the replay's start, and the next tokens' logits are compared with the cold run's. Reports, by k:
-the largest and median logit error relative to the largest logit, the KL divergence of the next-token distributions,
-and how often the likeliest token differs. The last k is at least as long as an exact replay: its error must be 0.
+The benchmark runs a document of the model's kind of text cold. At each resume point it rebuilds window state by
+replaying k windows, where tokens before the replay's start are not visible, and compares the next tokens' logits with
+the cold run's. It reports for each k the largest and median logit error relative to the largest logit, the KL
+divergence of the next-token distributions, and how often the likeliest token differs. The last k is at least as long as
+an exact replay, so its error must be 0.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def measure(model: Model, tokens: np.ndarray, num_points: int) -> list[dict[str,
     pool = BlockPool(model.layout, -(-len(tokens) // size))
     cold = Sequence(pool.allocate(pool.num_blocks), WindowState.zeros(model.layout, 0))
     windows: dict[int, WindowState] = {}
-    # The cold run keeps its window state at every resume point. What follows is compared when all entries are written.
+    # The cold run keeps its window state at every resume point. The comparisons run after all entries are written.
     for start in sorted({*range(0, len(tokens), CHUNK), *points}):
         while cold.position < start:
             end = min(start, cold.position + CHUNK)
@@ -87,7 +88,7 @@ def measure(model: Model, tokens: np.ndarray, num_points: int) -> list[dict[str,
 def look_ahead(
     model: Model, pool: BlockPool, table: list[int], window: WindowState, tokens: np.ndarray
 ) -> torch.Tensor:
-    """Logits [NEXT_TOKENS, V] float64 of the next tokens; global KV stays as the cold run wrote it."""
+    """Logits [NEXT_TOKENS, V] float64 of the next tokens; it does not change the global KV of the cold run."""
     sequence = Sequence(table, window)
     part = tokens[window.position : window.position + NEXT_TOKENS]
     return forward(model, pool, [(sequence, part)], logits="all", write_global_kv=False).double()

@@ -1,4 +1,4 @@
-"""What `break_even_services.py` measured, as a table for docs/results/window_state.md and as a plot."""
+"""Shows the results of `break_even_services.py` as a table for docs/results/window_state.md and as a plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BEGIN, END = "<!-- break-even services -->", "<!-- end of break-even services --
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """Markdown: a heading line, then a row a case, strategy and length."""
+    """Markdown table: a heading line, then one row per case, strategy and length."""
     machine = found["machine"]
     half = machine["context_half_tokens"]
     growth = f", half as fast at {half / 1000:.0f}K of context" if half < 1e8 else ""
@@ -49,7 +49,7 @@ def table(found: dict[str, Any]) -> list[str]:
 
 
 def saved_per_gb(row: dict[str, Any]) -> float:
-    """Seconds against a cold run of the same prompt, per stored GB."""
+    """Seconds saved compared with a cold run of the same prompt, per stored GB."""
     return float((row["cold_s"] - row["ttft_s"]) / row["stored_bytes"] * 1e9)
 
 
@@ -58,14 +58,14 @@ def simulated_saved_per_gb(row: dict[str, Any]) -> float:
 
 
 def write_table(found: dict[str, Any], document: Path) -> None:
-    """Replace what stands between the two marks.  Raises:  ValueError: the document has no marks."""
+    """Replace the text between the document's two marks.  Raises:  ValueError: the document has no marks."""
     text = document.read_text()
     start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
     document.write_text(text[:start] + "\n" + "\n".join(table(found)) + "\n" + text[stop:])
 
 
 def plot_services(found: dict[str, Any], path: Path) -> None:
-    """Measured next to simulated: time to first token, and seconds saved per stored GB, for each prompt length."""
+    """Plot measured and simulated time to first token, and seconds saved per stored GB, for each prompt length."""
     pyplot = load_pyplot()
     lengths = list(dict.fromkeys(row["tokens"] for row in found["rows"]))
     cases = list(dict.fromkeys(row["case"] for row in found["rows"]))

@@ -1,13 +1,14 @@
-"""Do the real services agree with the simulator about what each window strategy gives, and where not?
+"""Do the real services agree with the simulator about the benefit of each window strategy, and where do they differ?
 
     python benchmarks/break_even_services.py --write        about three minutes on two quiet cores
 
-One deployment a strategy, all up at once and asked in turn, so that a busy moment hits all of them alike: each prefills
-the same documents cold; new processes on the same stores (nothing is in a worker's memory then) answer the next turn of
-some and leave others inside. The same cases go through the simulator's planner and machine model, whose speeds are
-fitted to the cold runs of this very run and to direct reads of this disk. Times are the client's, medians; bytes are
-what the stores hold. --write puts JSON, plot and the table of docs/results/window_state.md in their places; --from FILE
-shows an earlier run again.
+There is one deployment per strategy. All run at the same time and get requests in turn, so that a busy moment of the
+machine affects them equally. Each prefills the same documents cold. Then the processes restart on the same stores, with
+nothing in the workers' memory. They answer the next turn of some documents, and for others a prompt that shares only
+part of the document. The same cases go through the simulator's planner and machine model, whose speeds are
+fitted to the cold runs of the same run and to direct reads of this disk. Times are medians measured by the client.
+Bytes are those that the stores hold. --write writes the JSON, the plot and the table in docs/results/window_state.md.
+--from FILE shows an earlier run again.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ DOC = ROOT / "docs" / "results" / "window_state.md"
 STRATEGIES = ("zero", "boundary", "auto", "full")
 CASES = ("next turn", "left inside")
 QUESTION_TOKENS = 40
-# Documents end inside a block, as real ones do: at a block's end `auto`, which leaves out the template's cue, gives
-# up a whole block for two tokens.
+# Documents end inside a block, as real ones usually do. If one ended at a block's end, `auto`, which leaves out the
+# template's cue, would lose a whole block because of two tokens.
 ODD_TOKENS = 17
-# Cold runs of next to nothing tell the fixed cost from the rate.
+# Cold runs of very short prompts separate the fixed cost from the rate.
 SHORT_TOKENS = 100
-# Inside a document, where no strategy but `full` has a checkpoint near.
+# A place inside a document where only the strategy `full` has a checkpoint nearby.
 LEAVE_SHARE = 0.55
 WARM_UP_TOKENS = 1200
 
@@ -80,7 +81,7 @@ def shared_tokens(length: int, case: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """One answer. case: "cold", "next turn" or "left inside".  restore_s, compute_s: the worker's own."""
+    """One answer. case: "cold", "next turn" or "left inside".  restore_s, compute_s: as the worker reports them."""
 
     strategy: str
     length: int
@@ -93,7 +94,7 @@ class Sample:
 
 
 class Measurement:
-    """All deployments at once; every prompt goes to each of them in turn, each time starting with another one."""
+    """All deployments at once; every prompt goes to each of them in turn, starting with another one each time."""
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self._rng = np.random.default_rng(args.seed)
@@ -112,7 +113,7 @@ class Measurement:
         ]
 
     async def run(self) -> float:
-        """Everything; returns the disk's read rate."""
+        """Run all cases; returns the disk's read rate."""
         async with AsyncExitStack() as stack:
             deployments = await self._start(stack)
             await self._ask(deployments, self._tokens(600), length=0, case="warm-up")
@@ -149,7 +150,7 @@ class Measurement:
         sys.stderr.write(f"\r{len(self.samples)} answers: {case}, {length} tokens        ")
 
     async def _used(self, deployments: dict[str, Deployment]) -> dict[str, int]:
-        """Bytes of records on disk, once the last ones are written; handoffs wait in memory and are none."""
+        """Bytes of records on disk, after the last ones are written. Handoffs stay in memory and do not count."""
         found: dict[str, int] = {}
         for name, deployment in deployments.items():
             before = -1
@@ -229,7 +230,7 @@ def simulated_bytes(strategy: str, length: int, sizes: Sizes) -> int:
 
 
 def report(measurement: Measurement, machine: Machine, sizes: Sizes, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything that is shown, plotted and kept. cold_s: of a prompt of that length, from the fit to cold runs."""
+    """All results to show, plot and keep. cold_s: seconds of a cold prompt of a length, from the fit to cold runs."""
     samples = measurement.samples
     rows = []
     for length in args.lengths:

@@ -1,11 +1,11 @@
-"""On a card, how long does a long prompt take cold, how long restored from disk, and where does the time go?
+"""On a card, how long does a long prompt take cold and when restored from disk, and where does the time go?
 
     python -m benchmarks.card_restore --lengths 16384 65536 262144 --out results
 
-A model of V4-Flash's width with as many layers as fit, in bfloat16, with random weights: times do not depend on what a
-model has learned, but for how evenly its experts are picked. Everything else is what workers run: store service,
-restore, chunks, writes. Before each restore the store's files are dropped from the page cache, and the worker is a new
-one with an empty pool. Kernels are compiled before anything is timed. Times are medians of `--repeats`.
+The model has V4-Flash's width, as many layers as fit on the card, bfloat16 and random weights. The weights' values
+affect the times only through how evenly experts are picked. Everything else runs as in workers: store service,
+restore, chunks, writes. Before each restore the benchmark drops the store's files from the page cache and makes a new
+worker with an empty pool. Kernels are compiled before the first timing. Times are medians of `--repeats`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from benchmarks.ttft import direct_read_rate
 
 _W, _C, _H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 LAYERS = {"W": _W, "C": _C, "H": _H}
-# V4-Flash's own sizes are the defaults of a config; these fields have none.
+# The config's defaults are V4-Flash's own sizes; these fields have no default.
 FLASH: dict[str, Any] = {
     "model_type": "deepseek_v4",
     "head_dim": 512,
@@ -60,7 +60,7 @@ DECODE_STEPS = 16
 
 @dataclass(slots=True)
 class TimedStore:
-    """Another store, and how long its calls took."""
+    """Wraps another store and measures how long its calls take."""
 
     store: Store
     seconds: dict[str, float] = field(default_factory=dict)
@@ -100,7 +100,7 @@ class TimedStore:
 
 
 def random_model(layers: str, dtype: torch.dtype, device: str, small: bool) -> Subject:
-    """Drawn on the device itself: 13 GB per layer are too much to send."""
+    """A model whose weights are drawn on the device itself, because copying 13 GB per layer would take too long."""
     fields = dict(FLASH)
     if small:
         fields |= {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 2, "head_dim": 96, "q_lora_rank": 16}
@@ -156,7 +156,7 @@ class Bench:
         return computed, time.perf_counter() - started
 
     async def compute_only(self, tokens: Any, *, reproducible: bool) -> float:
-        """A cold prompt with no store behind it."""
+        """Seconds of a cold prompt without any store."""
         engine = self.worker(EmptyStore(), len(tokens), PlanKind.COLD, reproducible=reproducible)
         computed, seconds = await self.prompt(engine, tokens)
         assert np.isfinite(computed.logits).all(), "logits are not finite"
@@ -177,7 +177,7 @@ class Bench:
         return 1e3 * statistics.median(spans)
 
     async def cold(self, document: Any) -> dict[str, Any]:
-        """As a worker does it: blocks and a checkpoint are written meanwhile."""
+        """Run a prompt cold as a worker does, which writes blocks and a checkpoint at the same time."""
         engine = self.worker(self.store, len(document) + QUESTION_TOKENS, PlanKind.COLD)
         await self.store.register(engine.fingerprint, engine.layout)
         computed, seconds = await self.prompt(engine, document)
@@ -189,7 +189,7 @@ class Bench:
         }
 
     async def restored(self, document: Any, kind: PlanKind) -> dict[str, Any]:
-        """The document and another question, from disk."""
+        """Run the document with another question, restored from disk."""
         drop_cache(self.directory / "segments")
         store = TimedStore(self.store)
         question = np.concatenate((document, self.tokens(QUESTION_TOKENS)))
@@ -206,7 +206,7 @@ class Bench:
             "copy_to_card_s": copied[0],
             "compute_s": report.compute_s,
         }
-        # A replay is a part of the restore.
+        # The restore time includes the replay.
         rest = report.restore_s - sum(parts.values()) + report.compute_s
         parts["replay_s" if report.replayed_tokens else "other_s"] = rest
         return {
@@ -249,7 +249,7 @@ async def measure(subject: Subject, store: Store, directory: Path, args: argpars
                 "checkpoint": await bench.restored(document, PlanKind.CHECKPOINT),
                 "replay": await bench.restored(document, PlanKind.REPLAY),
             }
-            if repeat:  # the first round compiles what is left
+            if repeat:  # the first round compiles the remaining kernels
                 for name, values in measured.items():
                     runs[name].append(values)
         row |= {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}

@@ -2,9 +2,9 @@
 
     python -m benchmarks.card_transformers --lengths 1024 2048 4096 8192 --out results
 
-Both run a CSA and an HCA layer of V4-Flash's width in bfloat16 with random weights, a whole prompt at once, without a
-cache, and give the last token's logits; theirs with eager attention, the only one it has. Medians after a warm-up.
-Lengths at which one of them runs out of memory are reported as such.
+Both implementations run a CSA and an HCA layer of V4-Flash's width in bfloat16 with random weights. They run a whole
+prompt at once, without a cache, and compute the last token's logits. transformers uses eager attention, because it has
+no other. Times are medians after a warm-up. Where one of them runs out of memory, the report says so for that length.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def ours(layers: str, chunk: int) -> Callable[[torch.Tensor], object]:
 
 
 def timed(run: Callable[[torch.Tensor], object], length: int, repeats: int) -> float | str:
-    """Milliseconds, or why there are none."""
+    """Milliseconds, or the reason why the run failed."""
     spans = []
     try:
         for _ in range(repeats + 1):

@@ -1,9 +1,10 @@
-"""Without a shared store, what does hitting more cost? The weight of computing what another worker has, swept.
+"""Without a shared store, what does a higher hit rate cost? Sweeps a placement weight.
 
     python benchmarks/copy_weight.py --workers 8 64 --json benchmarks/results/copy_weight.json
 
-Each row is least_work with another weight, or a baseline, over a fleet whose workers have their own memory only: on the
-whole trace, and on its first and second half apart, so that a weight chosen on one can be looked at on another.
+The weight penalises computing blocks that another worker already holds. Each row is least_work with another weight, or
+a baseline, over a fleet whose workers have only their own memory. Each runs on the whole trace, and on its first and
+second half separately, so that a weight chosen on one half can be checked on the other.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from benchmarks.run_record import write
 
 WEIGHTS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 64.0)
 BASELINES = ("lmetric", "dynamo_linear", "sglang_threshold", "rendezvous")
-# As benchmarks/policies.py found them for a moderate load without a store.
+# Speed-ups of the trace that benchmarks/policies.py found for a moderate load without a store.
 SPEEDUPS = {"chat": 2.7, "agents": 10.42}
 
 
 def parts_of(trace: Trace) -> dict[str, Trace]:
-    """The trace, and its halves by number of requests, each from the beginning of time."""
+    """The trace, and its two halves by number of requests. Each half's times start at 0."""
     middle = len(trace.requests) // 2
     second = trace.requests[middle:]
     later = tuple(replace(request, at_s=request.at_s - second[0].at_s) for request in second)

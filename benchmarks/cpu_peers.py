@@ -1,12 +1,13 @@
-"""Antefix's forward pass next to transformers' on a CPU, with one thread and with several, all in one run.
+"""Compares Antefix's forward pass with transformers' on a CPU, with one thread and with several, all in one run.
 
     python -m benchmarks.cpu_peers --out benchmarks/results/cpu_peers.json       # 5 minutes on two idle cores
     python -m benchmarks.cpu_peers --tokens 256 --prefill 256 --repeats 3        # a minute, to see that it runs
     python -m benchmarks.cpu_peers --clock cpu --threads 1                       # processor time, on a busy machine
 
-The model is antefix-tiny in float32, ours with FP8 KV. Ways take turns and medians of wall time count, so a busy
-machine spoils them: two threads that share one core wait for each other. Ours takes the threads that a worker's step
-takes (`antefix.model.step_threads`). A decode step is one token of each sequence, all behind prompts of one length.
+The model is antefix-tiny in float32; ours uses FP8 KV. The variants take turns, and the figures are medians of wall
+time. They are wrong on a busy machine, where two threads that share one core wait for each other. Our variant uses as
+many threads as a worker's step (`antefix.model.step_threads`). A decode step computes one token of each sequence. All
+sequences have prompts of the same length.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def their_prefill(model: Any, tokens: np.ndarray) -> Step:
 
 
 def in_turns(ways: dict[tuple[str, int], Step], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each (whose, threads)."""
+    """Median seconds of each (implementation, number of threads)."""
     seconds: dict[tuple[str, int], list[float]] = {way: [] for way in ways}
     for _ in range(repeats + 1):
         for way, step in ways.items():
@@ -89,7 +90,7 @@ def in_turns(ways: dict[tuple[str, int], Step], repeats: int, clock: Callable[[]
             started = clock()
             step()
             seconds[way].append(clock() - started)
-    # The first turn of each finds nothing in caches.
+    # In the first turn of each variant, the processor's caches are cold.
     return {f"{name}_{threads}": statistics.median(took[1:]) for (name, threads), took in seconds.items()}
 
 

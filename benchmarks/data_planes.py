@@ -1,6 +1,6 @@
 """What does TLS cost a remote restore, and would another way to carry payloads be faster than gRPC?
 
-One run, all over loopback, each server a process of its own, in turn and repeated:
+One run measures all ways in turn, repeatedly, over loopback. Each server is a separate process:
 
     grpc       a bare stream of 1 MiB chunks: the least that a Python gRPC server can do
     grpc_2     the same bytes in two halves, each over a connection of its own
@@ -9,10 +9,10 @@ One run, all over loopback, each server a process of its own, in turn and repeat
     flight     Arrow Flight: one table of 1 MiB binary rows
     restore    the store's own restore of the same bytes, every block verified; by 1, 4 and 8 readers
 
-each in clear and with TLS (certificates of `antefix certs`, mutual where the way allows it). Connections last for the
-whole run, and that each restore brought the right bytes is looked at after the clock has stopped. Figures are medians
-of bytes per second (higher is better) and of processor seconds of both sides per GiB (lower is better); a ratio is the
-median of each round's ratio.
+Each way runs without and with TLS (certificates of `antefix certs`, mutual TLS if the way supports it). Connections
+last for the whole run. The check that each restore returned the right bytes runs after the clock has stopped. Figures
+are medians of bytes per second (higher is better) and of processor seconds of client and server per GiB (lower is
+better). A ratio is the median of each round's ratio.
 
     python benchmarks/data_planes.py --mib 256 --repeats 5 --json benchmarks/results/data_planes.json
 """
@@ -136,7 +136,7 @@ server.serve()
 
 @contextlib.contextmanager
 def served(*command: str) -> Iterator[tuple[str, int]]:
-    """The first line that a child prints, and its process id."""
+    """The first line that a child process prints, and the child's process id."""
     child = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert child.stdout is not None
     try:
@@ -149,9 +149,9 @@ def served(*command: str) -> Iterator[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Way:
-    """One that is measured.
+    """One way of transfer that is measured.
 
-    pid: of the server.  carry: takes all bytes once.  check: that they are right, where the client keeps them.
+    pid: the server's process id.  carry: transfers all bytes once.  check: checks the bytes if the client keeps them.
     """
 
     pid: int
@@ -161,7 +161,7 @@ class Way:
 
 
 def at_once(parts: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """Each in a thread of its own."""
+    """Run each call in a separate thread."""
 
     def run() -> None:
         with ThreadPoolExecutor(len(parts)) as threads:
@@ -224,10 +224,10 @@ def flight_read(port: int, credentials: Path | None) -> Callable[[], object]:
 
 
 class Readers:
-    """Clients of a store, each with an event loop in a thread of its own, that restore all bytes at once."""
+    """Clients of a store that restore all bytes at the same time, each with an event loop in its own thread."""
 
     def __init__(self, address: str, credentials: Path | None, names: Any, fingerprint: bytes, into: Any) -> None:
-        """into: where each of them restores to."""
+        """into: the buffers that the clients restore into."""
         self._names, self._fingerprint, self._into = names, fingerprint, into
         self._loops = [asyncio.new_event_loop() for _ in into]
         for loop in self._loops:
@@ -235,7 +235,7 @@ class Readers:
         self._stores = [open_store(address, credentials) for _ in into]
 
     def restore(self, num: int) -> None:
-        """By the first ones."""
+        """Restore with the first `num` clients."""
         readers = list(zip(self._stores, self._into, self._loops, strict=True))[:num]
         for done in [asyncio.run_coroutine_threadsafe(self._one(store, into), loop) for store, into, loop in readers]:
             done.result()
@@ -301,7 +301,7 @@ async def _put(address: str, credentials: Path | None, made: Any) -> None:
 
 
 def open_store(address: str, credentials: Path | None) -> RemoteStore:
-    """With a grant for the tenant of the records, where the store asks for one."""
+    """A client of the store, with a grant for the records' tenant if the store requires a grant."""
     if credentials is None:
         return RemoteStore(address)
     shown = Credentials(Role.PREFILL, files=CredentialFiles(credentials))
@@ -311,7 +311,7 @@ def open_store(address: str, credentials: Path | None) -> RemoteStore:
 
 
 def in_turn(ways: dict[str, Way], repeats: int, console: Console) -> dict[str, dict[str, list[float]]]:
-    """Per way, a figure per round."""
+    """For each way, one figure per round."""
     rates: dict[str, list[float]] = {}
     used: dict[str, list[float]] = {}
     for number in range(repeats + 1):
@@ -334,7 +334,7 @@ def medians(found: dict[str, list[float]]) -> dict[str, float]:
 
 
 def ratios(rates: dict[str, list[float]]) -> dict[str, float]:
-    """What the store is held against, and what another way would bring: medians of each round's ratio."""
+    """The store's ratios to its limits, and the gain of the other ways: medians of each round's ratio."""
     pairs = {
         "restore_over_grpc": ("restore_1", "grpc"),
         "restore_tls_over_grpc": ("restore_1_tls", "grpc"),

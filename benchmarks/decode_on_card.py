@@ -1,17 +1,18 @@
-"""Decode steps of whole batches on a card: are they right, how long do they take, and how far is that from the floor?
+"""Decode steps of batches on a card: are they right, how long do they take, and how far from the lower bound is that?
 
     python -m benchmarks.decode_on_card --parts check products steps --layers WCHC --out results
 
-check     a small model's steps, batched and as CUDA graphs, against each sequence alone: bits in reproducible mode,
-          relative errors else.
-products  products of V4-Flash's shapes at 1, 32 and 128 rows, by tile: microseconds, share of the floor (weights at
-          copy bandwidth), and whether the bits are those of the tile for many rows.
-steps     V4-Flash's width, weights drawn on the card: a step at each number of sequences, each behind so many tokens
-          of its own: sequence by sequence, batched, and as graphs; launches, time on the card, the largest kernels, and
-          the floor: weights that the step reads (of experts those picked) and KV, once, at copy bandwidth.
+check     compares a small model's steps, batched and as CUDA graphs, with each sequence alone: bit by bit in
+          reproducible mode, by relative error otherwise.
+products  measures products of V4-Flash's shapes at 1, 32 and 128 rows, by tile: microseconds, share of the floor (the
+          time to read the weights at copy bandwidth), and whether the bits equal those of the tile for many rows.
+steps     measures a step at V4-Flash's width, with weights drawn on the card, for several numbers of sequences, each
+          with a context of its own: sequence by sequence, batched, and as graphs. It reports launches, time on the
+          card, the largest kernels, and the floor: the time to read the step's weights (only picked experts) and KV
+          once at copy bandwidth.
 
-A part that fails prints why, and the next one runs. Needs a CUDA card; `--toy` runs the code anywhere, in Triton's
-interpreter if need be, and measures nothing.
+If a part fails, it prints the reason, and the next part runs. Needs a CUDA card. `--toy` runs the code anywhere, in
+Triton's interpreter if necessary, and measures nothing.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def build(fields: dict[str, Any], layers: str, dtype: torch.dtype, device: str) 
 def follow(
     model: Model, ops: TritonOps, num_tokens: int, num_sequences: int, room: int
 ) -> tuple[CardPool, list[Sequence]]:
-    """Sequences behind one prompt, each with a copy of its blocks and state."""
+    """Sequences that continue one prompt, each with a copy of the prompt's blocks and state."""
     size = model.config.geometry.block_size
     first, each = -(-num_tokens // size), -(-(num_tokens + room) // size)
     pool = CardPool(model.layout, first + each * num_sequences, model.device, takes_payloads=False)
@@ -119,7 +120,7 @@ def ops_of(model: Model, way: str, reproducible: bool) -> TritonOps:
 
 
 def run_few(model: Model, way: str, reproducible: bool, lengths: list[int], num_steps: int) -> dict[str, Any]:
-    """Sequences of several lengths in one batch: logits, rows of the pool and states."""
+    """Run sequences of several lengths in one batch; returns logits, rows of the pool and states."""
     random = np.random.default_rng(1)
     size, ops = model.config.geometry.block_size, ops_of(model, way, reproducible)
     needed = [-(-(length + num_steps) // size) for length in lengths]
@@ -170,7 +171,7 @@ def compare(name: str, alone: dict[str, Any], got: dict[str, Any]) -> None:
 
 
 def check_routing() -> None:
-    """Picks and their order by one launch each, against torch."""
+    """Compare the picked experts and their order, computed by one launch each, with torch's."""
     for tokens in (1, 7, 32, 128):
         scores = torch.rand(tokens, 256, device="cuda").round(decimals=2)
         bias = torch.rand(256, device="cuda").round(decimals=1)
@@ -242,7 +243,7 @@ def routed(bandwidth: float, replay_ms: Callable[..., float], *, quick: bool) ->
 
 
 class tiles:
-    """Products of few rows take this tile while it lasts; None: those that many rows take. skips: see `linear`."""
+    """Within this context, products of few rows use this tile. None: the tiles for many rows. skips: see `linear`."""
 
     def __init__(self, plain: tuple[int, ...] | None, routed: tuple[int, ...] | None, skips: bool) -> None:
         self.plain, self.routed, self.skips = plain, routed, skips
@@ -264,7 +265,7 @@ class tiles:
 
 
 def picked_experts(model: Model, step: Callable[[], object]) -> list[int]:
-    """Of each layer, how many experts a step reads."""
+    """How many experts a step reads in each layer."""
     found: list[int] = []
 
     def note(module: nn.Module, _: Any, out: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -278,8 +279,8 @@ def picked_experts(model: Model, step: Callable[[], object]) -> list[int]:
 
 
 def floor_bytes(model: Model, picked: list[int], num_sequences: int, num_tokens: int) -> float:
-    """Bytes that a step cannot do without: weights (the embedding's rows aside), keys of the index, picked entries,
-    entries of HCA, and windows."""
+    """Bytes that a step must read: weights (except the embedding's rows), index keys, picked entries,
+    HCA entries, and windows."""
     total = 0
     for name, weight in model.named_parameters():
         if ".experts." not in name and "embed_tokens" not in name:
@@ -334,8 +335,8 @@ def steps(args: argparse.Namespace, bandwidth: float, device: str) -> list[dict[
 
 
 def agreement(model: Model, count: int, context: int) -> str:
-    """How far the faster kernels' logits are from reproducible mode's, batched, after a step of the same sequences; and
-    how far those of a sequence by itself, in both."""
+    """How far the faster kernels' logits are from those of reproducible mode, after a batched step of the same
+    sequences; and in both modes, how far the batch's logits are from those of each sequence alone."""
     found = {}
     pool, sequences = follow(model, ops_of(model, "alone", False), context, count, 16)
     random = np.random.default_rng(5)
@@ -362,7 +363,7 @@ def measure(
     num_steps = 3 if way == "alone" and count > 1 else STEPS
     pool, sequences = follow(model, ops, context, count, 4 * num_steps + 16)
     random = np.random.default_rng(3)
-    # A replayed step runs no Python that could be asked.
+    # A replayed CUDA graph runs no Python code that could count the picked experts.
     eager = ops_of(model, "batched" if way == "graphs" else way, reproducible)
     picked = picked_experts(model, lambda: one_step(model, pool, eager, sequences, random))
     for _ in range(2):
@@ -380,7 +381,7 @@ def measure(
 
 
 def profile(step: Callable[[], object], device: str) -> dict[str, Any]:
-    """Launches of a step, milliseconds that the card was busy, calls that wait for it, and its largest kernels."""
+    """A step's launches, milliseconds that the card was busy, calls that wait for the card, and the largest kernels."""
     if device != "cuda":
         step()
         return {"kernels": ""}

@@ -1,7 +1,8 @@
-"""V4-Flash's shapes in its released formats, with weights drawn where they stay: 149 GiB are too many for most disks.
+"""A model with V4-Flash's shapes in its released formats, whose weights are drawn at random on the device.
 
-A rank draws its own share. What every rank has as a whole is drawn alike on each, from a seed made of its name; cut
-tensors from the rank as well, so a model over other ranks is another one.
+149 GiB of weights are too large for most disks. A rank draws its own share. For a tensor that every rank holds whole,
+the seed depends on the tensor's name, so all ranks draw the same values. For a tensor that is split over ranks, it
+depends on the rank as well, so a different number of ranks gives a different model.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ FLASH: dict[str, Any] = {
     "model_type": "deepseek_v4", "num_hash_layers": 3, "expert_dtype": "fp4",
     "quantization_config": {"quant_method": "fp8", "scale_fmt": "ue8m0"},
 }  # fmt: skip
-# As few numbers as there can be, in the same formats: does it run at all?
+# The smallest possible sizes in the same formats, to test that the code runs.
 TOY: dict[str, Any] = {
     "vocab_size": 300, "hidden_size": 128, "num_attention_heads": 4, "head_dim": 128, "q_lora_rank": 128, "o_groups": 4,
     "o_lora_rank": 128, "index_n_heads": 16, "index_head_dim": 64, "index_topk": 8, "moe_intermediate_size": 128,
     "n_routed_experts": 8, "num_experts_per_tok": 2, "num_hash_layers": 1, "sliding_window": 16, "qk_rope_head_dim": 16,
 }  # fmt: skip
-# What exchanges are timed with: rows of picks of one token, of 128 and of 2,048.
+# Sizes with which exchanges between ranks are timed: rows of picked experts of 1, 128 and 2,048 tokens.
 EXCHANGES = (6, 6 * 128, 6 * 2048)
-# Of this process' ranks, as they were timed when it drew.
+# Times of exchanges between this process' ranks, measured while it drew the weights.
 timed_exchanges: list[dict[str, float]] = []
 _FP8 = (
     "self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_proj", "self_attn.o_a_proj", "self_attn.o_b_proj",
@@ -50,7 +51,7 @@ _FP8 = (
 
 
 def config_of(num_layers: int, *, toy: bool = False) -> dict[str, Any]:
-    """A config.json: the first layers of Flash's plan."""
+    """A config.json with the first layers of Flash's plan."""
     plan = {"num_hidden_layers": num_layers, "compress_ratios": [0, 0, *[4, 128] * 20, 4][:num_layers]}
     return FLASH | (TOY if toy else {}) | plan
 
@@ -58,7 +59,7 @@ def config_of(num_layers: int, *, toy: bool = False) -> dict[str, Any]:
 def draw_share(
     *, ranks: Ranks | None, device: str, num_layers: int, toy: bool = False, dtype: torch.dtype = torch.bfloat16
 ) -> Model:
-    """A rank's share of such a model, or all of it, on its device."""
+    """A rank's share of such a model, or the whole model, on the rank's device."""
     config = ModelConfig.from_dict(config_of(num_layers, toy=toy))
     with torch.device("meta"):
         model = Model(config, kv_format=KVFormat.FP8)
@@ -83,7 +84,7 @@ def draw_share(
 
 
 def draw_with_exchanges(*, ranks: Ranks, device: str, hidden: int, **settings: Any) -> Model:
-    """`draw_share`, and on the way the time of an exchange by its size, in which all ranks must take part."""
+    """`draw_share`, which also times exchanges between ranks by size; all ranks must take part."""
     timed_exchanges[:] = [time_exchange(ranks, device, rows, hidden) for rows in EXCHANGES]
     return draw_share(ranks=ranks, device=device, **settings)
 
@@ -103,7 +104,7 @@ def time_exchange(ranks: Ranks, device: str, rows: int, hidden: int) -> dict[str
 
 
 def draw_codes(shape: torch.Size, *, is_fp4: bool, generator: torch.Generator | None = None) -> Tensor:
-    """Any codes but NaN."""
+    """Random codes of the format, except NaN."""
     codes = torch.randint(0, 256, shape, device=_device(generator), dtype=torch.uint8, generator=generator)
     if is_fp4:
         return codes
@@ -111,7 +112,7 @@ def draw_codes(shape: torch.Size, *, is_fp4: bool, generator: torch.Generator | 
 
 
 def draw_scales(shape: torch.Size, form: PackedForm, addends: int, generator: torch.Generator | None = None) -> Tensor:
-    """Such that a product of rows of ones' size has about that size."""
+    """Scales with which a product of inputs of size 1 gives outputs of about size 1."""
     middle = 127 + round(math.log2(1 / ((3 if form.is_fp4 else 120) * addends**0.5)))
     bytes_ = torch.randint(
         middle - 1, middle + 2, shape, device=_device(generator), dtype=torch.uint8, generator=generator
@@ -144,7 +145,7 @@ def _device(generator: torch.Generator | None) -> torch.device:
 
 
 def _seed(text: str) -> int:
-    """The same in every process, which Python's own hash is not."""
+    """A seed that is the same in every process; Python's own hash is not."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 

@@ -1,7 +1,8 @@
-"""What does encrypting a store cost? The same blocks into and out of two stores in turn, one encrypted and one not.
+"""What does encrypting a store cost? Writes and reads the same blocks in two stores, one encrypted and one not.
 
-Each round writes fresh blocks to both, and reads them back from the page cache, in an order that changes. The figures
-are medians: GB/s of payload either way, processor time per GiB, and the ratio of encrypted to plain.
+Each round writes new blocks to both stores and reads them back from the page cache. The order of the stores changes
+from round to round. The figures are medians: GB/s of payload for writes and reads, processor time per GiB, and the
+ratio of encrypted to plain.
 
     python benchmarks/encryption.py --json benchmarks/results/encryption.json
 """
@@ -29,7 +30,7 @@ OWNER = bytes(24)
 
 
 class Side:
-    """One store, and what it took: seconds and processor seconds per round, by direction."""
+    """One store, and the seconds and processor seconds per round that its writes and its reads took."""
 
     def __init__(self, directory: Path, *, encrypted: bool) -> None:
         key = directory.with_suffix(".key")
@@ -53,7 +54,7 @@ class Side:
 
 
 def records(number: int, num_blocks: int, payload: bytes) -> list[Record]:
-    """A chain that no round had before."""
+    """Records of a chain that no earlier round used."""
     chain = Chain(FINGERPRINT, b"k" * 32, BLOCK)
     hashes = chain.extend([(number * 7919 + at) % 60_000 for at in range(num_blocks * BLOCK)])
     return [
@@ -81,7 +82,7 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
     with tempfile.TemporaryDirectory(dir=args.dir) as directory:
         sides = {name: Side(Path(directory) / name, encrypted=name == "encrypted") for name in ("plain", "encrypted")}
         for number in range(args.rounds + 1):
-            # Incompressible, as KV in FP8 is to AES; compression is off, so that the codec is not measured with it.
+            # Random bytes cost AES as much as real KV. Compression is off, so the codec's time is not measured too.
             chain = records(number, args.blocks, os.urandom(args.block_bytes))
             for name in sorted(sides, reverse=bool(number % 2)):
                 side = sides[name]

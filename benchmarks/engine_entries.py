@@ -1,8 +1,8 @@
-"""What engines store of one V4 prompt, entry by entry: Antefix's own model in FP8 and float32 against transformers.
+"""Compares the KV entries that two engines store for one V4 prompt: Antefix's model (FP8, float32) and transformers.
 
 python benchmarks/engine_entries.py [--model DIR] [--tokens N]
 
-A checkpoint of five layers with random weights, unless one is given. Prints a table: where entries differ, and why.
+The model has five layers with random weights, unless --model names one. Prints a table: where entries differ, and why.
 """
 
 import argparse

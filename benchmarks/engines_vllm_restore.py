@@ -1,11 +1,11 @@
-"""How long vLLM takes to restore a prompt from Antefix's tier and from its own file tier, at once; by vLLM's Python:
+"""How long does vLLM take to restore a prompt from Antefix's tier and from its own file tier? Run by vLLM's Python:
 
     .engines/vllm/bin/python benchmarks/engines_vllm_restore.py [--model plain] [--tokens 540] [--json FILE]
 
-One process per tier, both at the same time, so that whatever else the machine does holds up both alike. Each computes
-and stores a prompt of a small random V4 or plain model, then forgets vLLM's own caches and asks again, --runs times.
-Prints medians: seconds of the whole request, and of its loads as vLLM's own metric counts them. With --tokens 540 a V4
-load is 2 blocks and a window.
+There is one process per tier. Both run at the same time, so that other work on the machine delays both equally. Each
+computes and stores a prompt of a small random V4 or plain model. Then it clears vLLM's own caches and sends the prompt
+again, --runs times. It prints medians of the whole request's seconds, and of its loads' seconds by vLLM's own metric.
+With --tokens 540 a V4 load has 2 blocks and a window.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""vLLM's file tier and Antefix's, moving a prompt of V4-Flash's size between host memory and disk, in vLLM's Python:
+"""Compares vLLM's file tier and Antefix's: moving a V4-Flash prompt between host memory and disk, in vLLM's Python:
 
     .engines/vllm/bin/python benchmarks/engines_vllm_tiers.py DIRECTORY [--tokens 16384] [--runs 5]
 
-Rows are as vLLM's planner lays Flash out (tests/foreign_engines/vllm_flash_plan.json) and hold random bytes; no model
-runs. Both tiers are the classes that vLLM loads, given the same jobs. Prints one JSON object: bytes on disk, seconds to
-store, to restore with what was written in the page cache, and to restore from the disk. Medians of --runs.
+Rows have the layout of vLLM's planner for Flash (tests/foreign_engines/vllm_flash_plan.json) and hold random bytes. No
+model runs. The benchmark gives the same jobs to the two tier classes that vLLM loads. It prints one JSON object with
+bytes on disk, and seconds to store, to restore from the page cache and to restore from the disk. These are medians of
+--runs.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from typing import Any
 import numpy as np
 
 PLAN = Path(__file__).parents[1] / "tests" / "foreign_engines" / "vllm_flash_plan.json"
-# The group of the plan that every token may need.
+# The plan's group of caches that every token may need.
 BLOCKS = 2
 
 
 def spec_of(plan: dict[str, Any], *, is_aligned: bool) -> Any:
-    """What a tier reads of an `OffloadingSpec`."""
+    """A stand-in for an `OffloadingSpec` with the attributes that a tier reads."""
     groups = tuple(
         SimpleNamespace(group_id=row["id"], tokens_per_block=row["num_tokens"], layer_names=tuple(row["layers"]))
         for row in plan["groups"]
@@ -136,7 +137,7 @@ def measured(
         cached.append(driver.job(is_load=True))
         forget_pages(directory)
         from_disk.append(driver.job(is_load=True))
-    # A page of entries in each block, as a sample: the tests compare every byte.
+    # This compares one page of entries in each block as a sample. The tests compare every byte.
     blocks = [number for number, (group, _) in enumerate(rows) if group == BLOCKS]
     assert np.array_equal(before[blocks, :4096], memory[blocks, :4096])
     driver.tier.shutdown()
@@ -161,7 +162,7 @@ def main() -> None:
     plan = json.loads(PLAN.read_text())
     rows = rows_of(plan, args.tokens)
     stride = -(-plan["row_bytes"] // 4096) * 4096
-    # As vLLM's, host memory is mapped: the file tier reads and writes it past the page cache, which needs whole pages.
+    # Host memory is mapped, as in vLLM, because the file tier uses direct I/O, which needs page-aligned buffers.
     memory = np.frombuffer(mmap.mmap(-1, len(rows) * stride), np.uint8).reshape(len(rows), stride)
     memory[...] = np.random.default_rng(0).integers(0, 256, memory.shape, np.uint8)
     ours, theirs = args.directory / "antefix", args.directory / "files"

@@ -1,4 +1,4 @@
-"""The faults of `faults.py`: each begins, lasts, and is undone; nothing else is done by hand."""
+"""The faults of `faults.py`. Each fault begins, lasts for a time, and is undone. Nothing else intervenes by hand."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.fault_links import LinkedDeployment
 
 Fault = Callable[[LinkedDeployment, random.Random], contextlib.AbstractAsyncContextManager[None]]
 
-# How long what lasts does: longer than any hang may cost, so that a request meets it.
+# How long a lasting fault lasts: longer than a hang may delay a request, so that requests meet the fault.
 LASTS_S = 6.0
 
 
@@ -55,7 +55,7 @@ def stop(role: str) -> Fault:
 
 
 def slow(role: str) -> Fault:
-    """Nine tenths of the time it is stopped."""
+    """The process is stopped (SIGSTOP) for nine tenths of the time."""
 
     @contextlib.asynccontextmanager
     async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
@@ -82,7 +82,7 @@ def slow(role: str) -> Fault:
 
 
 def link(role: str, what: str) -> Fault:
-    """What goes to the role is cut, delayed by 0.3 s a piece, or its connections are reset."""
+    """Traffic to the role is cut off or delayed by 0.3 s per piece, or its connections are reset."""
 
     @contextlib.asynccontextmanager
     async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
@@ -100,7 +100,7 @@ def link(role: str, what: str) -> Fault:
 
 
 def files(pattern: str, what: str) -> Fault:
-    """Of the store: bytes flipped, a file truncated or removed."""
+    """Flip bytes in a file of the store, truncate it, or remove it."""
 
     @contextlib.asynccontextmanager
     async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
@@ -129,7 +129,7 @@ def harm(path: Path, what: str, rng: random.Random) -> None:
 
 @contextlib.asynccontextmanager
 async def few_descriptors(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
-    """The router has three more than it uses."""
+    """Limit the router to three more file descriptors than it uses."""
     pid = one_of(deployment, "router", rng).process.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     in_use = len(os.listdir(f"/proc/{pid}/fd"))  # noqa: PTH208 - of /proc
@@ -144,7 +144,7 @@ async def few_descriptors(deployment: LinkedDeployment, rng: random.Random) -> A
 
 @contextlib.asynccontextmanager
 async def full_disk(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
-    """Somebody else fills the file system that the data directory is on; only where that is small (--small-disk)."""
+    """Another process fills the data directory's file system. Runs only if that is small (--small-disk)."""
     path = deployment.config.data_dir / "filler"
     with path.open("wb") as file, contextlib.suppress(OSError):
         while True:
@@ -158,7 +158,7 @@ async def full_disk(deployment: LinkedDeployment, rng: random.Random) -> AsyncIt
 
 
 def read_only(part: str) -> Fault:
-    """A part of the data directory becomes a read-only mount (as root); what is open for writing stays so."""
+    """A part of the data directory becomes a read-only mount (as root). Files open for writing stay writable."""
 
     @contextlib.asynccontextmanager
     async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
@@ -175,7 +175,7 @@ def read_only(part: str) -> Fault:
 
 
 def clock(shift: str) -> Fault:
-    """The store's clock moves (libfaketime reads the file again within a second), and back."""
+    """The store's clock jumps and later jumps back (libfaketime reads its file again within a second)."""
 
     @contextlib.asynccontextmanager
     async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
@@ -207,7 +207,7 @@ FAULTS: dict[str, Fault] = {
     **{f"index {what}": files("data.mdb", what) for what in ("flipped", "truncated", "removed")},
     "few descriptors": few_descriptors,
 }
-# With --small-disk and --faketime.
+# The faults that --small-disk and --faketime add.
 MORE_FAULTS: dict[str, Fault] = {
     "full disk": full_disk,
     **{f"read-only {part}": read_only(part) for part in ("store", "ledger")},

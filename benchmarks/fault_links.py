@@ -1,4 +1,4 @@
-"""A deployment whose roles call each other through proxies of ours, which delay, cut and reset what goes through."""
+"""A deployment whose roles call each other through our proxies, which can delay, cut and reset connections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PIECE = 65536
 
 
 class Link:
-    """A proxy in front of one role. delay_s: of each piece, both ways.  is_cut: nothing goes through or closes."""
+    """A proxy in front of one role. delay_s: delay of each piece, both ways.  is_cut: no data and no close passes."""
 
     def __init__(self) -> None:
         self.delay_s = 0.0
@@ -38,7 +38,7 @@ class Link:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def reset(self) -> None:
-        """End all connections as a router that restarts does."""
+        """End all connections, as a network router does when it restarts."""
         for writer in list(self._writers):
             writer.transport.abort()
 
@@ -69,7 +69,7 @@ class Link:
 
 
 class LinkedDeployment(Deployment):
-    """Each role is known to the others by its link's address, which stays when the role starts again elsewhere."""
+    """The other roles know each role by its proxy's address, which stays the same when the role restarts elsewhere."""
 
     def __init__(self, config: DeploymentConfig) -> None:
         super().__init__(config)

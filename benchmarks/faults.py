@@ -1,16 +1,16 @@
-"""Do answers stay right, and how long does it take until they come again, when real processes, links and files fail?
+"""Do answers stay right when real processes, links and files fail, and how soon does service recover?
 
     python -m benchmarks.faults --rounds 1 --seed 1 --json benchmarks/results/faults.json
     python -m benchmarks.faults --only 'stop' --rounds 3         # faults whose name has this
     python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: disks, mounts, clocks
     python -m benchmarks.faults --clients 16 --pause-s 0         # under all the load that two cores take
 
-One deployment as `antefix up` runs it, supervised, its roles behind proxies. Clients play conversations that continue
-and ask again what was asked. Faults come one after the other; --seed fixes their order, and all prompts. Each answer is
-compared with a run of the bare model, without store and without faults; what is none must be an error that says so. A
-fault's recovery is the time from its beginning until a request that was sent after it is answered, to be compared with
-what a request takes undisturbed. At the end the ledger must have one record for each request, and in each of them
-hit + miss = prompt.
+The benchmark runs one supervised deployment, as `antefix up` does, with the roles behind proxies. Clients play
+conversations that continue, and repeat earlier prompts. Faults happen one after the other. --seed fixes their order and
+all prompts. Each answer is compared with a run of the bare model, without store and without faults. A request without
+an answer must get a clear error. A fault's recovery is the time from the fault's beginning until a request that was
+sent after it is answered. Compare it with the time of an undisturbed request. At the end the ledger must have one
+record for each request, in which hit tokens plus miss tokens equal the prompt.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
 Tokens = npt.NDArray[np.uint32]
-# Longer than the longest wait that is meant to be.
+# Longer than the longest wait that the design allows.
 STUCK_S = 60.0
 RECOVERY_S_MAX = 120.0
 SETTLE_S = 1.0
@@ -58,7 +58,7 @@ SETTLE_S = 1.0
 
 @dataclass(slots=True)
 class Tally:
-    """What happened, in requests. unclear: errors that tell a bug of ours."""
+    """Counts of requests by outcome. unclear: errors that show a bug in Antefix."""
 
     num_checked: int = 0
     num_wrong: int = 0
@@ -85,7 +85,7 @@ class Campaign:
         self.prompts = conversations(random.Random(args.seed + 1))
 
     async def run(self) -> None:
-        """All faults, --rounds times, each in an order of its own."""
+        """Run all faults --rounds times, each round in a different order."""
         clients = [asyncio.create_task(self._play()) for _ in range(self.args.clients)]
         try:
             for _ in range(self.args.undisturbed):
@@ -119,10 +119,10 @@ class Campaign:
             await asyncio.sleep(self.rng.uniform(0.0, self.args.pause_s))
 
     async def _ask(self, prompt: Tokens) -> float | None:
-        """When it was answered; None: it was not."""
+        """Send a request. Returns the time when it was answered, or None if it was not."""
         output: list[int] = []
         try:
-            # A client of its own each time: an operator's does not outlive a router.
+            # Make a new client each time, because an operator's client does not survive a restart of the router.
             router = self.deployment.one("router").address
             async with asyncio.timeout(STUCK_S), RouterClient(router) as client:
                 sampling = Sampling(max_tokens=self.args.max_tokens)
@@ -154,7 +154,7 @@ class Campaign:
 
 
 def conversations(rng: random.Random) -> Iterator[Tokens]:
-    """Prompts that share beginnings, continue, and come again: parts of a text behind a few system prompts."""
+    """Prompts that share prefixes, continue, and repeat: parts of a text behind a few system prompts."""
     text = np.frombuffer((ROOT / "LICENSE").read_bytes(), np.uint8).astype(np.uint32)
     asked: list[Tokens] = []
     while True:
@@ -171,7 +171,7 @@ def conversations(rng: random.Random) -> Iterator[Tokens]:
 
 
 def bill(ledger_dir: Path) -> dict[str, int]:
-    """What the ledger says of it: requests that have two records, or whose counts do not add up."""
+    """Errors in the ledger: requests that have two records, or whose counts do not add up."""
     records = [settled.record for settled in read_settled(ledger_dir)]
     charged = Counter(record.request_id for record in records if record.is_final)
     return {
@@ -227,7 +227,7 @@ async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     config = DeploymentConfig(model=MODEL, data_dir=scratch / "data", num_decode=2, extra_flags=flags, grace_s=10)
     if args.faketime:
         clock_file(config.data_dir).write_text("+0")
-        # Of all roles: their clocks differ from ours alone, and steps are the same for all.
+        # All roles get the same clock steps; only this process keeps the true clock.
         os.environ |= {
             "LD_PRELOAD": FAKETIME,
             "FAKETIME_TIMESTAMP_FILE": str(clock_file(config.data_dir)),

@@ -1,7 +1,7 @@
-"""What fio gets out of the disk that the store is measured on: its best durable writer, its best reader of any kind.
+"""Measures with fio the disk that the store is measured on: the best durable writer, and the best reader of any kind.
 
-Each job's bytes per second hold everything until the data are safe: a writer ends with fsync. Readers begin without
-the page cache (fio drops the file's pages first).
+A job's bytes per second include the time until the data are safe: a writer ends with fsync. Readers begin with an
+empty page cache (fio drops the file's pages first).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 from typing import Any, Final
 
-# By name: flags. Direct writers at the depths of a queue that a disk has, and what the page cache makes of it.
+# fio's flags by name: writers with direct I/O at several queue depths, and writers through the page cache.
 WRITERS: Final = {
     "fio_write_direct_1x4mib": ("--direct=1", "--ioengine=io_uring", "--iodepth=1", "--bs=4m"),
     "fio_write_direct_8x1mib": ("--direct=1", "--ioengine=io_uring", "--iodepth=8", "--bs=1m"),
@@ -32,14 +32,14 @@ def has_fio() -> bool:
 
 
 def fio_rate(directory: Path, name: str, nbytes: int) -> float:
-    """Bytes per second of one job of WRITERS or READERS over a file of so many bytes, which stays for the readers.
+    """Bytes per second of one job of WRITERS or READERS over a file of `nbytes`. The file stays for the readers.
 
     Raises:  RuntimeError: fio failed; the message is its own.
     """
     writes = name in WRITERS
     command = [
         *("fio", f"--name={name}", f"--filename={directory / 'fio.bin'}", f"--size={nbytes}", "--output-format=json"),
-        # Blocks that nothing can compress or share; a file of its full size before the clock starts.
+        # The blocks cannot be compressed or deduplicated, and the file has its full size before the clock starts.
         *("--refill_buffers", "--fallocate=none", "--invalidate=1", "--thread"),
         *(("--rw=write", "--end_fsync=1", "--overwrite=0") if writes else ("--rw=read",)),
         *(WRITERS if writes else READERS)[name],
@@ -51,8 +51,8 @@ def fio_rate(directory: Path, name: str, nbytes: int) -> float:
 
 
 def rate_of(output: str, direction: str) -> float:
-    """Bytes per second in fio's JSON, whose run time has the last fsync in it."""
-    # Notes of fio's may stand before the JSON.
+    """Bytes per second from fio's JSON. fio's run time includes the last fsync."""
+    # fio may print notes before the JSON.
     (job,) = json.loads(output[output.index("{") :])["jobs"]
     rate: Any = job[direction]["bw_bytes"]
     return float(rate)

@@ -2,8 +2,9 @@
 
     python benchmarks/fleet.py --workers 1000 --blocks 100_000_000 --json benchmarks/results/fleet.json
 
-Generated: three questions or so on each of many documents of 200,000 tokens, over workers that share a store, placed by
-least_work with the router's own directory. Units of 2,048 tokens are 16 blocks each: what is simulated is whole units.
+The benchmark generates about three questions on each of many documents of 200,000 tokens. The workers share a store,
+and least_work places the requests with the router's own directory. The simulation works in units of 2,048 tokens, which
+are 16 blocks.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks.run_record import write
 
 UNIT_TOKENS = 2048
 DOCUMENT_TOKENS = 200_000
-# A worker prefills 18,000 tokens per second: so busy the fleet is.
+# The share of its capacity that the fleet uses, if a worker prefills 18,000 tokens per second.
 BUSY = 0.6
 
 
@@ -46,7 +47,7 @@ def main() -> int:
 def measure(args: argparse.Namespace) -> dict[str, float]:
     sizes = model_sizes("v4-flash")
     SHAPES["archive"] = replace(SHAPES["documents"], first_tokens=DOCUMENT_TOKENS, turns=2)
-    # Each document is asked about 1 + 1.6 times, and holds this many blocks.
+    # Each document gets 1 + 1.6 questions on average, and has this many blocks.
     num_requests = round(args.blocks * sizes.block_size / DOCUMENT_TOKENS * 2.6)
     begun = time.monotonic()
     trace = generate("archive", num_requests=num_requests, unit_tokens=UNIT_TOKENS)

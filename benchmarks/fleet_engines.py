@@ -1,10 +1,10 @@
-"""Two workers of vLLM behind a fleet's router: agents' conversations, by least_work and by round_robin, in one run.
+"""Compares least_work and round_robin for agents' conversations on two vLLM workers behind a fleet router, in one run.
 
     PYTHONPATH=. python benchmarks/fleet_engines.py --json benchmarks/results/fleet_engines.json
 
-vLLM runs in an environment of its own (`make test-engines`), on a CPU, with a random model of two layers: hits and
-placement are what is measured; times are a small model's on a shared machine. Both policies get conversations of one
-shape under names of their own, so that neither finds what the other left.
+vLLM runs in a separate environment (`make test-engines`), on a CPU, with a random model of two layers. The benchmark
+measures hits and placement. Its times are those of a small model on a shared machine. Both policies get conversations
+of the same shape but with different text, so that neither hits KV that the other left.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from antefix_router.gateway.access import HttpMeasures
 from antefix_router.gateway.app import serve_door
 from tests.foreign_engines.vllm_workers import MODEL_NAME, VllmWorker, make_model
 
-# As coding agents: a long common beginning, a tool's output each turn, the whole conversation again each time.
+# Like coding agents: a long common prefix, a tool's output each turn, and the whole conversation resent each turn.
 NUM_AGENTS = 6
 NUM_TURNS = 8
 SYSTEM_CHARACTERS = 1_500
@@ -49,7 +49,7 @@ _WORDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyRun:
-    """One policy's. Tokens by what the workers reported; expected: by the router."""
+    """One policy's run. Token counts are as the workers reported them; expected: the hits that the router predicted."""
 
     policy: str
     num_requests: int
@@ -66,7 +66,7 @@ class PolicyRun:
 async def routed(
     workers: Sequence[VllmWorker], directory: Path, **settings: object
 ) -> AsyncIterator[tuple[FleetRouter, str]]:
-    """A router in front of them, in this process, and its address."""
+    """A router in front of the workers, in this process, and its address."""
     config = FleetConfig(
         workers=tuple(worker.url for worker in workers),
         events=tuple(worker.events for worker in workers),
@@ -89,7 +89,7 @@ async def routed(
 async def agents(
     url: str, name: str, *, num_turns: int = NUM_TURNS, num_agents: int = NUM_AGENTS
 ) -> list[dict[str, object]]:
-    """All agents at once; returns each answer's usage."""
+    """Run all agents at once; returns each answer's usage."""
     async with httpx.AsyncClient(base_url=url, timeout=600, trust_env=False) as client:
         usages = await asyncio.gather(*(_agent(client, name, number, num_turns) for number in range(num_agents)))
     return [usage for each in usages for usage in each]
@@ -107,7 +107,7 @@ async def _agent(client: httpx.AsyncClient, name: str, number: int, num_turns: i
         answer.raise_for_status()
         usages.append(answer.json()["usage"])
         messages.append({"role": "assistant", "content": answer.json()["choices"][0]["message"]["content"] or ""})
-        # A tool runs meanwhile.
+        # The pause of a running tool.
         await asyncio.sleep(rng.uniform(0.0, 0.2))
     return usages
 

@@ -2,9 +2,10 @@
 
     python benchmarks/gateway.py [--seconds S] [--model models/antefix-tiny]
 
-One router process with everything but workers: its answers are there at once, so all that is measured is the front:
-reading the request, rendering, tokenizing, the bill (durable, in a ledger), the answer. Clients are bare sockets and
-a bare stub, so that no client library is measured. Prints one JSON object; latency is the median of one caller.
+One router process runs without workers; stand-ins return every answer at once. So the benchmark measures only the
+router's own work: reading the request, rendering, tokenizing, the bill (durable, in a ledger) and the answer. Clients
+are bare sockets and a bare gRPC stub, so no client library is measured. Prints one JSON object. Latency is the median
+of one caller.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ Ask = Callable[[], Awaitable[None]]
 
 
 class InstantWorkers:
-    """Has every prompt and every answer already."""
+    """Stand-ins for workers, which return every prefill and every answer at once."""
 
     async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
         num_tokens, sample = len(generation.tokens), generation.samples[0]
@@ -67,7 +68,7 @@ class InstantWorkers:
 
 
 async def serve(model: Path, directory: Path, credentials: str = "") -> None:
-    """The router under test, until stdin closes.  credentials: with TLS, from this directory."""
+    """Run the router under test until stdin closes.  credentials: directory of certificates for TLS; empty: no TLS."""
     config = RouterConfig(
         credentials=credentials,
         model=str(model),
@@ -98,7 +99,7 @@ async def serve(model: Path, directory: Path, credentials: str = "") -> None:
 
 
 async def measure(ready: dict[str, str], pid: int, seconds: float) -> dict[str, object]:
-    """Rows for gRPC, and for HTTP whole and streamed."""
+    """Measured rows for gRPC, for HTTP with whole answers, and for HTTP with streamed answers."""
     text = "x" * (NUM_PROMPT_TOKENS - 4)  # plus the four special tokens of one user turn
     prompt = np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
     message = {
@@ -130,7 +131,7 @@ async def measure(ready: dict[str, str], pid: int, seconds: float) -> dict[str, 
 
 
 async def row(asks: list[Ask], pid: int, seconds: float) -> dict[str, float]:
-    """Latency of one caller at a time, then throughput of all of them; CPU time is the server's."""
+    """Latency of one caller at a time, then throughput of all callers together; CPU time is the server's."""
     times = []
     stop = time.perf_counter() + seconds / 2
     while time.perf_counter() < stop:
@@ -157,7 +158,7 @@ async def row(asks: list[Ask], pid: int, seconds: float) -> dict[str, float]:
 
 
 class HttpClient:
-    """One kept connection that sends the same request again and again; knows just enough of HTTP/1.1."""
+    """One keep-alive connection that sends the same request repeatedly, with a minimal HTTP/1.1 parser."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> None:
         self.reader = reader
@@ -174,7 +175,7 @@ class HttpClient:
 
     async def close(self) -> None:
         self.writer.close()
-        # TLS may find bytes of the answer's end that nobody read.
+        # Closing TLS may find unread bytes of the answer's end.
         with contextlib.suppress(ssl.SSLError):
             await self.writer.wait_closed()
 

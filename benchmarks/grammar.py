@@ -1,8 +1,8 @@
-"""What does it cost a token that its output follows a grammar? Decode's own path: mask, choice, push; one sequence.
+"""What does a grammar cost per output token? Runs decode's own path for one sequence: mask, choice, push.
 
-Times are the processor's, so that they are the same on a busy machine.
+Times are processor times, so that they are the same on a busy machine.
 
-A vocabulary of DeepSeek-V4's size is made up: the bytes, then words of letters, drawn from a fixed seed.
+The vocabulary is made up and has DeepSeek-V4's size: all bytes, then words of letters, drawn from a fixed seed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def grammars() -> dict[str, str]:
 
 
 def follow(matcher: Matcher, num_tokens: int, logits: np.ndarray) -> tuple[list[float], list[float]]:
-    """Microseconds of the processor for masks and for pushes; tokens are drawn evenly from what is allowed."""
+    """Processor microseconds for masks and for pushes; tokens are drawn uniformly from the allowed ones."""
     draw, mask_us, push_us = np.random.default_rng(1), list[float](), list[float]()
     while not matcher.is_over and len(mask_us) < num_tokens:
         started = time.process_time()

@@ -1,7 +1,7 @@
-"""What does it cost to know who calls? Signing and checking grants, proving a service, and a whole small call.
+"""What does authentication cost? Measures signing and checking grants, proving a service, and a whole small call.
 
-Times are the processor's, in microseconds, so that they are nearly the same on a busy machine; of a call they hold both
-sides, client and server in one process.
+Times are processor microseconds, so that they are nearly the same on a busy machine. A call's time includes client and
+server, which run in one process.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def spent_us(work: Callable[[], object], num_times: int) -> float:
 
 
 async def call_us(serving: ProcessSecurity, calling: ProcessSecurity, num_times: int) -> float:
-    """A health check, one after the other over one connection."""
+    """Processor microseconds of a health check, with calls one after the other over one connection."""
     server = await rpc.start_server("127.0.0.1:0", lambda _: None, [], security=serving)
     credentials = None if calling is OPEN else calling.credentials
     async with rpc.channel(server.address, of=Role.KVSTORE, credentials=credentials) as channel:

@@ -1,11 +1,11 @@
-"""How many simulated histories hold? Seeds one after the other, for a time; a seed that fails is printed and replays.
+"""How many simulated histories pass all checks? Tries seeds for a given time; prints failing seeds, to replay them.
 
     python -m benchmarks.histories --minutes 10 --seed 1000 --json histories.json
     python -m benchmarks.histories --only 1234
 
 Each history is a router, a store, two prefill and two decode workers, 11 clients and up to 7 faults, in one process on
-a simulated clock, network and disk, with the real classes (tests/histories/). Takes one core; exits with 1 if one
-fails.
+a simulated clock, network and disk, with the real classes (tests/histories/). The program uses one core and exits with
+1 if a history fails.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.histories.history import Outcome, run_history
 
 
 class Sums:
-    """Over all histories. recovery_s: by kind of fault, simulated."""
+    """Sums over all histories. recovery_s: simulated recovery times by kind of fault."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -79,7 +79,7 @@ def main() -> int:
         sys.stdout.write(f"{outcome.error or 'holds'}\ntrace {outcome.trace}\n{dict(outcome.counts)}\n")
         return int(bool(outcome.error))
     sums, seed = Sums(), args.seed
-    # What is imported lives on, and is not looked through for garbage each time.
+    # Imported objects stay alive, so the garbage collector need not scan them each time.
     gc.freeze()
     began, began_cpu = time.monotonic(), time.process_time()
     while time.monotonic() - began < 60 * args.minutes:

@@ -2,14 +2,14 @@
 
     python -m benchmarks.index_readers --blocks 200000 --json benchmarks/results/index_readers.json
 
-map     LMDB, mapped read-only: a file that is cut ends the process (SIGBUS)
+map     LMDB, mapped read-only: if the file is truncated, the process dies (SIGBUS)
 pages   `antefix.store_files.index_pages`: pread of LMDB's pages
-child   LMDB in a process of its own, asked over a pipe: a cut file ends the child
+child   LMDB in a separate process, asked over a pipe: if the file is truncated, only the child dies
 owner   the store's service, asked over gRPC (look-ups only; it has no call that says where blocks lie)
 
-Look-ups are of a 1M-token prompt, all of it stored; places are those of its 7,813 blocks, which is what a restore asks
-for before it reads segments. Least of all rounds, so that others' load counts little. `busy` has the owner commit 100
-times per second meanwhile.
+Look-ups are of a fully stored prompt of 1M tokens. Places are the file positions of its 7,813 blocks, which a restore
+needs before it reads segments. Each figure is the minimum of all rounds, so that other load on the machine counts
+little. In `busy` the owner commits 100 times per second at the same time.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def read_in_child(directory: Path, chains: list[list[bytes]], rounds: int) -> Fi
 
 
 def own(directory: str, pipe: Connection) -> None:
-    """The owner, in a process of its own: serves, and commits 100 times per second from when it is told to."""
+    """The owner in a separate process: it serves, and commits 100 times per second once it is told to."""
     asyncio.run(_own(directory, pipe))
 
 

@@ -1,10 +1,11 @@
-"""How near are the cache path's kernels to the card's floors, and how far from plain torch?
+"""How near are the cache path's kernels to the card's limits ("floors"), and how much faster than plain torch?
 
     python -m benchmarks.kernels --out benchmarks/results [--only PATTERN] [--compile PATTERN]
 
-Needs a CUDA card. A floor is the larger of bytes over copy bandwidth and operations over the dense BF16 matrix rate,
-both measured first. Times are of CUDA graph replays over rotated operand sets, medians of ten; launches cost what they
-cost inside a graph. Eager and compiled torch are launched from Python, as they are. Writes kernels.json, kernels.md.
+Needs a CUDA card. A kernel's floor is the larger of two times: its bytes over copy bandwidth, and its operations over
+the dense BF16 matrix rate. Both rates are measured first. Times are medians of ten CUDA graph replays over rotated
+operand sets, so a launch costs what it costs inside a graph. Eager and compiled torch are launched from Python, as
+users run them. Writes kernels.json and kernels.md.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def replay_ms(calls: list[Callable[[], object]]) -> float:
 
 
 def eager_ms(call: Callable[[], object]) -> float:
-    """Median milliseconds of an eager call, launched from Python as eager code is."""
+    """Median milliseconds of an eager call, launched from Python."""
     call()
     torch.cuda.synchronize()
     return statistics.median(_events_ms(call) for _ in range(5))

@@ -1,8 +1,8 @@
-"""The cases of benchmarks.kernels: for each kernel and shape its operands, its least bytes and operations, baselines.
+"""The cases of benchmarks.kernels: each kernel and shape's operands, minimal bytes and operations, and baselines.
 
-Bytes count each input read once and each output written once, and only rows that the operation touches. Operations are
-multiply-adds counted as two. Several operand sets are rotated so that the card's 50 MB cache does not stand in for
-its memory; where a case's data is larger than the cache by itself, one set is enough.
+Bytes count each input read once and each output written once, and only rows that the operation touches. A multiply-add
+counts as two operations. A case rotates several operand sets, so that the kernel reads the card's memory and not its
+50 MB cache. If a case's data is larger than the cache, one set is enough.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ CONTEXTS = {"8K": 8 << 10, "64K": 64 << 10, "256K": 256 << 10, "1M": 1 << 20}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """calls: one callable an operand set. eager: the same work in torch, or None; eager_scale: how many times the
-    eager call's work the case is (a slice was timed where the whole does not fit)."""
+    """calls: one callable per operand set. eager: the same work in torch, or None. eager_scale: the case's work divided
+    by the eager call's work (torch runs only a slice if the whole case does not fit in memory)."""
 
     kernel: str
     shape: str
@@ -59,7 +59,7 @@ def _sets(num_bytes: int) -> int:
 
 
 def _pool(num_blocks: int, entries: int, nbytes: int) -> Tensor:
-    """A pool part of random valid records, with V4-Flash-like other bytes between its blocks."""
+    """A part of a pool with random valid records. Between its blocks lie as many other bytes as in V4-Flash's pool."""
     gap = 4096
     rows = torch.zeros(num_blocks, entries * nbytes + gap, dtype=torch.uint8, device=DEVICE)
     records = rows[:, : entries * nbytes].unflatten(1, (entries, nbytes))
@@ -122,7 +122,7 @@ def pack_cases(tokens: int, name: str) -> Iterator[Case]:
 
 
 def row_cases(tokens: int, name: str) -> Iterator[Case]:
-    """Window entries of a chunk; unpacking as many entries; copying a ring or pool's records."""
+    """Packing a chunk's window entries, unpacking as many entries, and copying the records of a ring or a pool."""
     norm = _norm(tokens, DIM)
     slots = torch.randperm(tokens, device=DEVICE).int()
     moved = tokens * (DIM * 2 + ENTRY + ROPE * 4 + 4)
@@ -161,7 +161,7 @@ def row_cases(tokens: int, name: str) -> Iterator[Case]:
 
 
 def indexer_cases(context: int, name: str, model: str, sequences: int, queries: int) -> Iterator[Case]:
-    """Scores alone, top-k alone, both; decode (one query a sequence) or a prefill chunk at the context's end."""
+    """Scores, top-k, or both, for decode (one query per sequence) or a prefill chunk at the context's end."""
     k = MODELS[model][1]
     size = context // 4
     blocks = size // 32
@@ -247,7 +247,7 @@ def _attend_picked(
     out: Tensor,
     size: int,
 ) -> None:
-    """Decode: packed records. Prefill: decoded once, which is part of the time; picks are then entry indices."""
+    """For decode: packed records. For prefill: records are decoded once within the timing; picks are entry indices."""
     if len(q) == len(window.records):
         attention.sparse_attention(q, records, picks, counts, window, per_head, out)
         return
@@ -274,11 +274,11 @@ def _attend_all(
 
 
 def sparse_cases(context: int, name: str, model: str, sequences: int, queries: int) -> Iterator[Case]:
-    """Selected entries and window; decode (one query a sequence) or a prefill chunk of one sequence."""
+    """Attention to picked entries and window, for decode (one query per sequence) or one sequence's prefill chunk."""
     heads, k = MODELS[model]
     total, size = sequences * queries, context // 4
     q, window, per_head = _attention_operands(total, heads, sequences)
-    # Chosen entries of different queries seldom coincide in decode; in prefill all come from one sequence.
+    # Different queries seldom pick the same entries in decode; in prefill all entries come from one sequence.
     records = _pool(max(sequences * min(size, 8192), size) // 32, 32, ENTRY)
     span = records.shape[0] * 32 if queries == 1 else size
     touched = total * k if queries == 1 else min(total * k, size)
@@ -312,7 +312,7 @@ def sparse_cases(context: int, name: str, model: str, sequences: int, queries: i
 
 
 def hca_cases(context: int, name: str, model: str, sequences: int, queries: int) -> Iterator[Case]:
-    """All compressed entries and window; decode, or a prefill chunk at the context's end."""
+    """Attention to all compressed entries and window, for decode or a prefill chunk at the context's end."""
     heads, _ = MODELS[model]
     total, size = sequences * queries, context // BLOCK_TOKENS
     q, window, per_head = _attention_operands(total, heads, sequences)
@@ -345,7 +345,7 @@ def hca_cases(context: int, name: str, model: str, sequences: int, queries: int)
 
 
 def all_cases(seed: int, only: str = "") -> Iterator[Case]:
-    """Every case whose `kernel shape` matches `only`; operands of a case are freed when the next one is asked for."""
+    """Every case whose `kernel shape` matches `only`. A case's operands are freed when the next case is requested."""
     torch.manual_seed(seed)
     makers: list[tuple[str, Callable[[], Iterator[Case]]]] = []
     for name, context in CONTEXTS.items():

@@ -1,6 +1,6 @@
-"""The cache path in plain torch on the card, as baselines: eager, and the same functions under torch.compile.
+"""Baselines: the cache path in plain torch on the card, eager or under torch.compile.
 
-Written as one would without kernels: decode the records with table-free tensor operations, then matrix products.
+The code is written as one would write it without kernels: decode the records with tensor operations, then multiply.
 Shapes as in the kernels' modules.
 """
 

@@ -1,9 +1,9 @@
-"""What does losing one of eight prefill workers cost? The five minutes from a minute after on, with and without it.
+"""What does losing one of eight prefill workers cost? Compares five minutes that begin a minute after the loss.
 
     python benchmarks/kill_worker.py --json benchmarks/results/kill_worker.json
 
-The chat trace under least_work, with the shared store and without: one run in which a worker dies for good at 300 s,
-and one in which nobody does, looked at in the same minutes.
+Simulates the chat trace under least_work, with and without the shared store. In one run a worker dies for good at
+300 s, and in the other no worker dies. Both runs are compared over the same five minutes.
 """
 
 from __future__ import annotations

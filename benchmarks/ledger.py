@@ -1,9 +1,9 @@
-"""How many requests per second can the ledger make durable, alone and in groups, and what does one cost?
+"""How many requests per second can the ledger make durable, one at a time and in groups, and what does one cost?
 
     python benchmarks/ledger.py [--directory DIR] [--records N]
 
-Each request is one OPEN and one SETTLE entry, as in the router. "concurrent" is how many requests wait at a time: group
-commit lets them share an fdatasync. Prints one JSON object; medians of --runs.
+Each request is one OPEN and one SETTLE entry, as in the router. "concurrent": how many requests wait at once; group
+commit lets them share an fdatasync. Prints one JSON object with medians of --runs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def measure(scratch: Path, args: argparse.Namespace, concurrent: int) -> dict[str, object]:
-    """One row: requests per second, CPU time each, syncs each."""
+    """One row: requests per second, and CPU time and syncs per request."""
     runs = []
     num_records = max(200, args.records // (20 if concurrent == 1 else 2 if concurrent == 8 else 1))
     for number in range(args.runs):
@@ -70,7 +70,7 @@ def measure(scratch: Path, args: argparse.Namespace, concurrent: int) -> dict[st
 
 
 async def settle_all(directory: Path, num_records: int, concurrent: int) -> tuple[float, float, float]:
-    """(seconds, CPU seconds, requests a sync)."""
+    """(seconds, CPU seconds, requests per sync)."""
     writer = LedgerWriter(Ledger(directory))
     numbers = iter(range(num_records))
 
@@ -88,7 +88,7 @@ async def settle_all(directory: Path, num_records: int, concurrent: int) -> tupl
 
 
 def reading(directory: Path) -> dict[str, object]:
-    """Opening, verifying and exporting what was written."""
+    """Measure opening, verifying and exporting the ledger that was written."""
     started = time.perf_counter()
     Ledger(directory).close()
     opened_s = time.perf_counter() - started
@@ -108,7 +108,7 @@ def reading(directory: Path) -> dict[str, object]:
 
 
 def sync_s(directory: Path) -> float:
-    """One fdatasync of a small append: what a ledger without group commit would pay twice a request."""
+    """Seconds of one fdatasync after a small append; without group commit a ledger needs two per request."""
     times = []
     with (directory / "probe").open("wb") as file:
         for _ in range(200):
@@ -121,7 +121,7 @@ def sync_s(directory: Path) -> float:
 
 
 def encode_s() -> float:
-    """Making and encoding one record."""
+    """Seconds to make and encode one record."""
     started = time.perf_counter()
     for number in range(2000):
         record(f"request-{number}").to_payload()
@@ -129,7 +129,7 @@ def encode_s() -> float:
 
 
 def mark_s(directory: Path) -> float:
-    """CPU time of noting how far a request is, which happens before each piece of output is handed out."""
+    """CPU time of recording a request's progress, which happens before each piece of output is sent."""
     journal = ProgressJournal(directory)
     started = time.process_time()
     for number in range(20_000):

@@ -1,10 +1,10 @@
-"""Would SQLite (WAL, synchronous=FULL) keep the ledger as fast as our own files? Both in turns, in one run.
+"""Would SQLite (WAL, synchronous=FULL) keep the ledger as fast as our own files? Both run in turn, in one run.
 
     python -m benchmarks.ledger_sqlite [--directory DIR] [--records N] [--runs N] [--save]
 
-SQLite's table has the same entries: payload and chain hash, a row each, and an index of request ids. Both are written
-through the router's own group commit (`LedgerWriter`), so only what makes a batch durable differs. Ratios hold on a
-busy machine too, since the runs take turns.
+SQLite's table has the same entries, one row each with payload and chain hash, and an index of request ids. Both ledgers
+are written through the router's own group commit (`LedgerWriter`), so they differ only in how they make a batch
+durable. The ratios are valid on a busy machine too, because the runs take turns.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ create index settled on entries (key) where kind = 2;
 
 
 class SqliteLedger:
-    """What `LedgerWriter` needs of a ledger, over SQLite. Written by one thread."""
+    """A ledger in SQLite with the methods that `LedgerWriter` needs. One thread writes it."""
 
     source_name = "antefix/sqlite"
 
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def compare(scratch: Path, args: argparse.Namespace, concurrent: int) -> dict[str, object]:
-    """Requests/s and CPU time a request of both, medians; the ratio of each pair of runs, in turns."""
+    """Medians of requests/s and CPU time per request of both, and the ratio of each pair of runs."""
     num = max(100, args.records // (20 if concurrent == 1 else 2 if concurrent == 8 else 1))
     ours, theirs = [], []
     for run in range(args.runs):

@@ -1,14 +1,16 @@
-"""Do many long prompts at once all get their answer, in memory that is bounded?
+"""Do many long prompts that arrive at once all get an answer, within bounded memory?
 
     nice -n 19 python -m benchmarks.long_prompts --out benchmarks/results/long_prompts.json     # half an hour, idle
     python -m benchmarks.long_prompts --small --out benchmarks/results/long_prompts_small.json  # ten minutes, idle
     python -m benchmarks.long_prompts --small --prompts 4 --tokens 3000                         # to see that it runs
 
---small: a random model of three small layers, a tenth of the computing; all services are as with antefix-tiny.
+--small uses a random model of three small layers, with a tenth of the computation. All services are the same as with
+antefix-tiny.
 
-A whole deployment with its default settings, but that the router accepts any wait. Each prompt is another one of
-`--tokens` tokens, so nothing hits; all are sent at once, and every one must come to its end. Memory of each role is
-sampled, as PSS: pages that processes share are divided between them. At last each prompt is sent again and must hit.
+The benchmark runs a whole deployment with default settings, except that the router accepts any wait. Each prompt has
+`--tokens` different tokens, so nothing hits. All prompts are sent at once, and each must be answered to its end. The
+memory of each role is sampled as PSS, in which shared pages are divided between the processes that share them. At the
+end each prompt is sent again and must hit.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ async def ask(deployment: Deployment, prompt: Tokens, timeout_s: float) -> dict[
 
 
 async def sample(deployment: Deployment, samples: list[dict[str, float]]) -> None:
-    """MB by role, every few seconds."""
+    """Sample the memory in MB by role, every few seconds."""
     while True:
         samples.append({role: each["pss_mb"] for role, each in use_by_role(deployment).items()})
         await asyncio.sleep(SAMPLE_S)
@@ -59,7 +61,7 @@ async def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="antefix-long-") as scratch:
         pool = {role: ("--pool-bytes", args.pool_bytes) for role in ("prefill", "decode") if args.pool_bytes}
         model = small_worker_model() if args.small else args.model
-        # However long the queue is predicted to be, nobody is turned away.
+        # The router refuses no request, however long it predicts the wait to be.
         flags = {**pool, "router": ("--wait-s-max", "0")}
         config = DeploymentConfig(model=model, data_dir=Path(scratch), extra_flags=flags)
         samples: list[dict[str, float]] = []

@@ -3,11 +3,13 @@
     python -m benchmarks.many_stores --blocks 2048 --rounds 9 --json benchmarks/results/many_stores.json
 
 one      an embedded store, asked directly
-behind   the same store as the only one that has anything, of two
-halves   two stores that have half of the prompt each, in turns of 256 blocks: nothing has a parent at each turn
+behind   the same store behind `ManyStores`, next to a second store that is empty
+halves   two stores that hold half of the prompt each, alternating every 256 blocks; where they alternate, a store has a
+         block without the block's parent
 
-Look-ups are of a prompt of `--prompt` blocks, in processor time; restores are of `--blocks` blocks from the page cache,
-in wall time. Least of all rounds, so that others' load counts little; a ratio above 1 says that `ManyStores` is slower.
+Look-ups are of a prompt of `--prompt` blocks, in processor time. Restores are of `--blocks` blocks from the page cache,
+in wall time. Each figure is the minimum of all rounds, so that other load counts little. A ratio above 1 means that
+`ManyStores` is slower.
 """
 
 from __future__ import annotations
@@ -97,13 +99,13 @@ def _many(near: EmbeddedStore, other: EmbeddedStore) -> ManyStores:
 
 
 def _hashes(num_blocks: int, tokens: int = 0) -> list[bytes]:
-    """tokens: another number, another prompt."""
+    """Block hashes of a prompt that consists only of the token `tokens`, so each number gives a different prompt."""
     prompt = [tokens] * (num_blocks * BLOCK_TOKENS)
     return chain_of(prompt, fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS).hashes
 
 
 async def _fill(store: EmbeddedStore, args: argparse.Namespace, has: Callable[[int], bool]) -> None:
-    """A prompt of tiny blocks to look up, and one of full ones to restore."""
+    """Store a prompt of tiny blocks for look-ups, and one of full-size blocks for restores."""
     for hashes, nbytes in ((_hashes(args.prompt), 64), (_hashes(args.blocks, tokens=1), BLOCK_BYTES)):
         payload = bytes(range(256)) * (nbytes // 256 + 1)
         record = Record(
@@ -146,7 +148,7 @@ def _restore(store: Any, hashes: list[bytes], into: list[memoryview]) -> Callabl
 async def _least(
     ways: dict[str, Callable[[], Awaitable[None]]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, float]:
-    """Seconds of each by this clock, in turns."""
+    """The least seconds of each call by this clock; the calls take turns."""
     least = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, way in ways.items():

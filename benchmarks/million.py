@@ -1,12 +1,12 @@
-"""Does a prompt of a million tokens go through the real services, and what does it cost? Nothing may grow faster than
-linearly but attention itself, and no message, queue or index limit may be hit.
+"""Can the real services handle a prompt of a million tokens, and what does it cost? Only attention may grow faster than
+linearly, and no limit of a message, queue or index may be reached.
 
     python benchmarks/million.py --tokens 1000000 --json benchmarks/results/million.json
 
-Starts all roles with a small random model of V4's kinds of layers, asks for shorter prompts and then the long one cold,
-and hits the long one's prefixes, each after a restart of everything, so that nothing is in memory. Prints, for each
-request, the time to the first token with its parts, and for each role its peak memory; then the bytes on disk. Times
-are the client's.
+The benchmark starts all roles with a small random model that has V4's kinds of layers. It sends shorter prompts and
+then the long one cold. Then it hits prefixes of the long prompt. Before each hit it restarts all processes, so that
+nothing is in memory. It prints the time to the first token of each request with its parts, the peak memory of each
+role, and the bytes on disk. The client measures the times.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from benchmarks.run_record import write
 
 ROOT = Path(__file__).parents[1]
 QUESTION_TOKENS = 40
-# The first request of a process pays for what torch sets up once.
+# The first request of a process pays for torch's one-time set-up.
 WARM_UP_TOKENS = 300
 OUTPUT_TOKENS = 4
-# Small enough for two cores: one layer of each kind. m is 16 and not 4, which makes a quarter of the indexer keys.
+# One layer of each kind is small enough for two cores. m is 16, not 4, so there are a quarter as many indexer keys.
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV4ForCausalLM"],
     "model_type": "deepseek_v4",
@@ -78,7 +78,7 @@ def make_model(directory: Path) -> Path:
 
 
 async def ask(deployment: Deployment, prompt: npt.NDArray[np.uint32], timeout_s: float) -> dict[str, Any]:
-    """One request: the client's time to the first token, and what the prefill worker says of it."""
+    """Send one request. Returns the client's time to the first token, and the prefill worker's report."""
     started = time.perf_counter()
     ttft_s = 0.0
     sampling = Sampling(max_tokens=OUTPUT_TOKENS, ignore_eos=True)

@@ -1,7 +1,7 @@
-"""How fast is the model path on this machine, and how near to what its matrix products allow?
+"""How fast is the model path on this machine, and how near to the limit that its matrix products set?
 
-Prefill and decode tokens per second over context length, next to a large matrix product's rate on the same threads in
-the same run. CPU seconds, not wall seconds: what else the machine does must not count.
+Prints prefill and decode tokens per second by context length, and compares them with the rate of a large matrix product
+on the same threads in the same run. Times are CPU seconds, not wall seconds, so that other load does not count.
 
     python benchmarks/model.py --lengths 2048 8192 16384 --threads 1
 """
@@ -27,7 +27,7 @@ DECODE_STEPS = 12
 
 
 def matmul_flops_per_s(size: int = 1024, repeats: int = 8) -> float:
-    """Floating-point operations a CPU second of a float32 product of two square matrices."""
+    """Floating-point operations per CPU second of a float32 product of two square matrices."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     a @ b
     started = time.process_time()
@@ -37,7 +37,7 @@ def matmul_flops_per_s(size: int = 1024, repeats: int = 8) -> float:
 
 
 def measure(model_path: Path, kv_format: KVFormat, lengths: list[int], chunk: int) -> list[dict[str, float]]:
-    """One growing sequence; at each length, decode a few steps and go back."""
+    """Measure one growing sequence: at each length, decode a few steps and then discard them."""
     model = load_model(model_path, kv_format=kv_format)
     total = max(lengths) + DECODE_STEPS
     num_blocks = -(-total // model.layout.geometry.block_size)

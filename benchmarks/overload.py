@@ -1,15 +1,15 @@
-"""What happens to a deployment on two cores when more is asked than it can do, and when many only hold on?
+"""What happens to a deployment on two cores under more load than it can serve, and with many idle connections?
 
     python -m benchmarks.overload --json benchmarks/results/overload.json --plot docs/results/overload.svg
     python -m benchmarks.overload --only rates --seconds 60
 
     rates     the highest rate with bounded p99, 2 and 10 times that, and the first rate again: goodput, p99, refused
-    idle      10,000 connections that say nothing, next to short requests
-    readers   64 long streams, half of whose readers sleep, next to short requests
-    long      a prompt of --long-tokens among short ones: their p99 with it and without
-    tenants   a greedy tenant (32 at once) and a modest one (1 at a time): the modest one's p99 with the other, without
+    idle      10,000 connections that send nothing, together with short requests
+    readers   64 long streams, half of whose readers do not read, together with short requests
+    long      a prompt of --long-tokens among short ones: the short ones' p99 with and without it
+    tenants   a greedy tenant (32 at once) and a modest one (1 at a time): the modest one's p99 with and without greedy
 
-Ratios within one run are what counts: absolute figures need an idle machine. Requests are short completions over HTTP.
+Only ratios within one run are meaningful; absolute figures need an idle machine. Requests are short HTTP completions.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
 TEXT = (ROOT / "LICENSE").read_text()
 KEYS = {"greedy": "greedy-key", "modest": "modest-key"}
-# Answers later than this are none: who asked has left.
+# A later answer does not count, because the client has left by then.
 PATIENCE_S = 30.0
 
 
 @dataclass(slots=True)
 class Outcome:
-    """Of one stretch of requests. statuses: 0 for no answer."""
+    """The results of one series of requests. statuses: HTTP statuses; 0 means no answer."""
 
     seconds: float = 0.0
     client_cpu_s: float = 0.0
@@ -64,19 +64,19 @@ class Outcome:
             "goodput_per_s": round(len(found) / max(self.seconds, 1e-9), 2),
             "p50_ms": round(1000 * float(np.quantile(found, 0.5))) if found else None,
             "p99_ms": round(1000 * self.p99_s) if found else None,
-            # Of one core: what the clients took from those that are measured.
+            # The share of one core that the clients took from the measured processes.
             "clients_cpu": round(self.client_cpu_s / max(self.seconds, 1e-9), 3),
             "statuses": {str(status): number for status, number in sorted(self.statuses.items())},
         }
 
 
 class Door:
-    """The HTTP door under test."""
+    """The router's HTTP address under test."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=None)
-        # For streams alone.
+        # The HTTP library is used for streams only.
         self.client = httpx2.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=limits)
         host, _, port = url.removeprefix("http://").rpartition(":")
         self.load = LoadClient(host, int(port))
@@ -105,7 +105,7 @@ class Door:
             outcome.latencies_s.append(time.monotonic() - begun)
 
     async def at_rate(self, per_s: float, seconds: float, **more: Any) -> Outcome:
-        """Requests at fixed times, whether or not earlier ones were answered."""
+        """Send requests at fixed times, whether or not earlier ones were answered."""
         outcome, begun, cpu = Outcome(), time.monotonic(), time.process_time()
         async with asyncio.TaskGroup() as group:
             for number in range(round(per_s * seconds)):
@@ -116,7 +116,7 @@ class Door:
         return outcome
 
     async def in_turn(self, seconds: float, num_clients: int = 1, **more: Any) -> Outcome:
-        """Clients that ask again when they are answered."""
+        """Run clients that send the next request when the last one is answered."""
         outcome, begun, cpu = Outcome(), time.monotonic(), time.process_time()
 
         async def client() -> None:
@@ -134,7 +134,7 @@ def key_of(tenant: str) -> dict[str, str]:
 
 
 async def rates(door: Door, args: argparse.Namespace) -> dict[str, Any]:
-    """Peak from clients in turn; the highest rate whose p99 stays within --p99-factor of the unloaded median; more."""
+    """The peak of closed-loop clients, the highest rate with p99 within --p99-factor of the idle median, overload."""
     idle = await door.in_turn(args.seconds / 4)
     bound_s = args.p99_factor * float(np.quantile(idle.latencies_s, 0.5))
     peak = await door.in_turn(args.seconds, num_clients=16)
@@ -163,7 +163,7 @@ async def rates(door: Door, args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def idle(door: Door, args: argparse.Namespace) -> dict[str, Any]:
-    """Connections that say nothing, and requests next to them."""
+    """Connections that send nothing, and requests at the same time."""
     without = await door.in_turn(args.seconds)
     host, _, port = door.url.removeprefix("http://").rpartition(":")
     held, refused = [], 0
@@ -179,7 +179,7 @@ async def idle(door: Door, args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def readers(door: Door, args: argparse.Namespace) -> dict[str, Any]:
-    """Long streams, of which every second one is not read, and requests next to them."""
+    """Long streams, of which clients read only every second one, and requests at the same time."""
     without = await door.in_turn(args.seconds)
     streams = [asyncio.create_task(stream(door, sleeps=bool(number % 2))) for number in range(args.streams)]
     await asyncio.sleep(2.0)
@@ -206,7 +206,7 @@ async def stream(door: Door, *, sleeps: bool) -> int:
 
 
 async def long(door: Door, args: argparse.Namespace) -> dict[str, Any]:
-    """A prompt that takes minutes, and short ones next to it."""
+    """A prompt that takes minutes, and short prompts at the same time."""
     without = await door.in_turn(args.seconds)
     text = TEXT * (args.long_tokens // len(TEXT) + 1)
     outcome = Outcome()
@@ -227,7 +227,7 @@ async def long(door: Door, args: argparse.Namespace) -> dict[str, Any]:
 
 
 async def tenants(door: Door, args: argparse.Namespace) -> dict[str, Any]:
-    """One asks without end, the other now and then."""
+    """A greedy tenant sends 32 requests at a time, and a modest one sends one at a time."""
     without = await door.in_turn(args.seconds)
     greedy = asyncio.create_task(door.in_turn(args.seconds + 2, num_clients=32, tenant="greedy"))
     await asyncio.sleep(2.0)
@@ -279,7 +279,7 @@ async def deployed(args: argparse.Namespace, scratch: Path) -> AsyncIterator[Doo
 async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in args.only or PARTS:
-        # A deployment of its own for each: one part's leftovers are not the next one's load.
+        # Each part gets a new deployment, so that leftover work of one part is no load on the next.
         (directory := scratch / name).mkdir()
         async with deployed(args, directory) as door:
             await door.in_turn(2.0)
@@ -289,7 +289,7 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Asked, answered, and p99 by how much is asked."""
+    """Plot the offered rate, the answered rate, and p99 by offered rate."""
     from matplotlib.figure import Figure
 
     names = ("highest", "times_2", "times_10")

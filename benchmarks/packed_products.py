@@ -2,7 +2,7 @@
 
     python -m benchmarks.packed_products --out results [--steps compile check products layers model]
 
-compile   all kernels that the other steps run, by several processes at once, so that a lent card does not wait for it.
+compile   compiles all kernels of the other steps with several processes at once, so that the card idles less.
 check     V4-Flash's shapes against the decoded weight in float64, rows alone against rows among others, gates with and
           without their activation, to the bit.
 products  milliseconds by number of tokens and tile, over the floor: packed bytes at copy bandwidth, or operations at
@@ -13,7 +13,7 @@ candidates  FP4 experts with 128 addends in one sum (`antefix_kernels.packed_fp4
 layers    what a layer computes for each token alone, as one CUDA graph, with and without FP8 tensor cores.
 model     steps of a model of --layers layers with and without them, as benchmarks/weights_on_card.py takes them.
 
-Every step runs, whatever the others do. Needs a Hopper card. Writes packed_products.json after each step.
+Every step runs, even if another step fails. Needs a Hopper card. Writes packed_products.json after each step.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ def _routed(name: str, num_tokens: int, weight: Weight) -> Case:
 
 
 def compile_all(number: int) -> None:
-    """Run once what process `number` has to compile."""
+    """Run once each kernel that process `number` has to compile."""
     count = 0
     for case in cases():
         for tile in case.tiles:
@@ -194,7 +194,7 @@ def compile_in_processes() -> dict[str, Any]:
 
 
 def check() -> list[str]:
-    """What is wrong; empty where all is right."""
+    """A description of each error found; empty if everything is right."""
     wrong: list[str] = []
     for name, form in FORMS.items():
         for outputs, addends in ((1024, 4096), (520, 384), (4096, 2048), (512, 4096), (32768, 1024)):
@@ -383,7 +383,7 @@ def _try_ms(calls: Callable[[], list[Callable[[], torch.Tensor]]]) -> float | No
 
 
 def measure_layers() -> list[dict[str, Any]]:
-    """Per layer, of one of each kind."""
+    """Measure one layer of each kind; the figures are per layer."""
     model = draw_share(ranks=None, device="cuda", num_layers=4)
     layers = list(model.model.layers)
     config, rows = model.config, []

@@ -2,7 +2,7 @@
 
     python benchmarks/placement.py --json benchmarks/results/placement.json
 
-A decision here is all of the router's own work: naming the prompt's blocks, finding their holders, choosing.
+A decision covers all of the router's own work: hashing the prompt's blocks, finding their holders, choosing a worker.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def figures(label: str, taken: list[tuple[float, float]]) -> dict[str, float]:
-    """By the clock, and by the core's own time, which other processes on a busy machine do not lengthen."""
+    """Figures by wall clock and by processor time, which other processes on a busy machine do not lengthen."""
     named = {}
     for kind, seconds in zip(("", "_cpu"), np.array(taken).T, strict=True):
         named[f"{label}s{kind}_per_s"] = float(1 / seconds.mean())
@@ -94,7 +94,7 @@ def load(worker: Worker, rng: random.Random) -> None:
 
 
 def fill(num_blocks: int, addresses: list[str]) -> tuple[Directory, dict[str, float]]:
-    """A directory of so many blocks, in chains of 500, each held by one to three workers; and what that took."""
+    """A directory of `num_blocks` blocks in chains of 500, each held by one to three workers; and the time taken."""
     rng = random.Random(0)
     chains = [[rng.getrandbits(64) for _ in range(500)] for _ in range(num_blocks // 500)]
     holders = [rng.sample(addresses, rng.choice((1, 1, 2, 3))) for _ in chains]

@@ -1,15 +1,15 @@
-"""Which placement policy gives the first token soonest? All of them over chat and agents, small and large fleets.
+"""Which placement policy gives the first token soonest? Simulates all policies with chat and agents' traces.
 
     python benchmarks/policies.py --json benchmarks/results/policies.json --plot docs/plots/policies.svg
 
-The scenes need nothing of each other: `--trace chat --store no --json part.json` runs some of them, and several such
-parts are put together by `--parts part.json ... --json benchmarks/results/policies.json --plot ...`.
+The scenes are independent: `--trace chat --store no --json part.json` runs some of them, and several such
+parts are merged by `--parts part.json ... --json benchmarks/results/policies.json --plot ...`.
 
-Each scene is a trace over a fleet with or without the shared store, at moderate load and near saturation, the clock's
-speed-up chosen once per scene so that eight workers under least_work are that busy. Then every policy runs at that
-speed-up. Eight workers get the trace once; more get as many copies of it as there are eights (of chat the first 2,500
-requests), each with prompts of its own and a shifted start. The agents' trace is cut where its conversations end and
-only some continue for a day.
+Each scene is a trace over a fleet, with or without the shared store, at moderate load or near saturation. The clock's
+speed-up is chosen once per scene so that eight workers under least_work have this load. Then every policy runs at that
+speed-up. Eight workers get the trace once. A larger fleet gets one copy for every eight workers (of chat, the first
+2,500 requests), each with different prompts and a shifted start. The agents' trace is cut where most conversations have
+ended and only some continue for a day.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def traces() -> dict[str, Trace]:
 
 
 def run(name: str, trace: Trace, policy: str, workers: int, speedup: float, *, shared_store: bool) -> PolicyResult:
-    """As many copies of the trace, or of its first requests, as there are eights of workers."""
+    """Simulate one copy of the trace, or of its first requests, for every eight workers."""
     num_copies = max(1, workers // 8)
     if num_copies > 1:
         trace = replace(trace, requests=trace.requests[: COPIED_REQUESTS.get(name)])
@@ -103,7 +103,7 @@ def scenes(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    """A Markdown table: ours, and the best of the others in each figure."""
+    """A Markdown table with our policy, and the best other policy for each figure."""
     lines = [
         "| trace, workers | store | load | hit | p50 s | p90 s | p99 s | best other: hit | p50 s | p90 s | p99 s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -11,8 +11,8 @@ restore   time to first token of prefixes of `--lengths` tokens: cold, as a work
 services  `antefix up` over a directory of `--service-layers` layers: prefill over all ranks, decode over all and then
           over one, which share a store. A hit must be answered as a cold start of the same pair answers.
 
-Each step writes to ranks_on_cards.STEP.json after every row, so that a run that is cut off leaves what it had.
-`--toy` runs it all at small widths, with `--device cpu` over gloo: does it run? Its figures mean nothing.
+Each step writes to ranks_on_cards.STEP.json after every row, so that an interrupted run keeps its finished rows.
+`--toy` runs everything at small widths, with `--device cpu` over gloo, to test the code. Its figures mean nothing.
 A floor is what a card must read or compute of its share: packed bytes at copy bandwidth, operations at BF16's rate.
 """
 
@@ -57,7 +57,7 @@ CONTEXTS = (16384, 65536, 262144)
 
 
 class Found:
-    """What a step has found so far, in a file of its own."""
+    """The results of one step so far, kept in a separate file."""
 
     def __init__(self, args: argparse.Namespace, step: str) -> None:
         self._file = args.out / f"ranks_on_cards.{step}.json"
@@ -80,7 +80,7 @@ def synchronize(device: str) -> None:
 
 
 def ceilings(args: argparse.Namespace) -> dict[str, float]:
-    """Of a CPU none are measured: a toy's floors mean nothing."""
+    """The device's measured rates. On a CPU nothing is measured, because the floors of a toy run mean nothing."""
     if args.device != "cuda":
         return {"copy_bytes_per_s": 1e10, "bf16_flops_per_s": 1e11}
     from benchmarks.kernels import ceilings as of_card
@@ -91,7 +91,7 @@ def ceilings(args: argparse.Namespace) -> dict[str, float]:
 
 
 class Share:
-    """What one card must read and compute, by its share of the weights."""
+    """The bytes that one card must read and the operations that it must compute for its share of the weights."""
 
     def __init__(self, model: Model, size: int, top: dict[str, float]) -> None:
         config = model.config
@@ -153,7 +153,7 @@ def memory(args: argparse.Namespace) -> float:
 
 
 def timed(model: Model, call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and of them the share in exchanges, which is 0 where this call was not sampled."""
+    """Seconds, and the share of them in exchanges between ranks, which is 0 if this call was not sampled."""
     meter = model.ranks.time if model.ranks is not None else None
     before = (meter.exchange_s, meter.call_s) if meter else (0.0, 0.0)
     synchronize(model.device.type)

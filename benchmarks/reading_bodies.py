@@ -2,9 +2,9 @@
 
     python benchmarks/reading_bodies.py        (pip install msgspec, which is no dependency)
 
-The body is an agent's: 27 KB of system text, 20 tools, a history of 60 turns with tool calls. Microseconds a body, the
-best of several rounds; lower is better. "fields" is what the door does after parsing: every field taken, types checked,
-what is unknown named with its path.
+The body is that of an agent: 27 KB of system text, 20 tools, a history of 60 turns with tool calls. Figures are
+microseconds per body, the best of several rounds; lower is better. "fields" is the router's work after parsing: it
+reads every field, checks types, and reports unknown fields with their paths.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NUM_TOOLS, NUM_TURNS, NUM_ROUNDS = 20, 60, 5
 
 
 class Block(msgspec.Struct):
-    """As msgspec would have it; what it does not know it drops without a word, or refuses."""
+    """A message block as a typed msgspec decoder defines it; the decoder silently drops or refuses unknown fields."""
 
     type: str
     text: str = ""

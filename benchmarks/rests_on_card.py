@@ -8,8 +8,8 @@ times     V4-Flash's width, weights drawn on the card: milliseconds until the li
           tokens behind 65,536, of four such rests, of 32 sequences with a drafted token each, and of a mixed call;
           sequence by sequence, launched together and as graphs, over the floor of `benchmarks.decode_on_card`.
 
-A part that fails prints why, and the next one runs; rests_on_card.json is written after every row. Needs a CUDA card;
-`--toy` runs the code anywhere, in Triton's interpreter if need be, and measures nothing.
+If a part fails, it prints the reason, and the next part runs. rests_on_card.json is written after every row. The
+program needs a CUDA card. `--toy` runs the code anywhere, in Triton's interpreter if necessary, and measures nothing.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What a deployment's processes take: processor time, and memory that is theirs (PSS: pages that processes share are
-divided between them)."""
+"""Measures processor time and memory of a deployment's processes (PSS: shared pages are divided between the processes
+that share them)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from antefix_console.deployment import Deployment, RoleProcess
 
 
 def use_of(process: RoleProcess) -> dict[str, float]:
-    """cpu_s since it began; pss_mb and rss_mb now, in MB of 10^6 bytes; of its own children as well."""
+    """A process' cpu_s since its start, and its pss_mb and rss_mb now (MB of 10^6 bytes), including its children."""
     root = psutil.Process(process.process.pid)
     found = {"cpu_s": 0.0, "pss_mb": 0.0, "rss_mb": 0.0}
     for each in (root, *root.children(recursive=True)):
@@ -21,7 +21,7 @@ def use_of(process: RoleProcess) -> dict[str, float]:
 
 
 def use_by_role(deployment: Deployment) -> dict[str, dict[str, float]]:
-    """Each process, by its role; a second one of a role has a number behind it."""
+    """The use of each process by role; the name of a role's second process ends in a number."""
     by_role: dict[str, dict[str, float]] = {}
     for process in deployment.processes:
         name = process.role

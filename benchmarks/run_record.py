@@ -1,4 +1,4 @@
-"""What a file of figures says of the run that made it: commit, date, machine, load, command, versions."""
+"""Records how a file of figures was made: commit, date, machine, load, command, versions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def about(*packages: str) -> dict[str, Any]:
-    """To be asked when the measurement ends: the load is that of the last minutes.
+    """Call this when the measurement ends, because it records the machine's load of the last minutes.
 
     packages: whose versions the figures depend on. Where there is no repository, as on a machine that got a copy of the
     files, COMMIT in the environment names the commit.
@@ -34,7 +34,7 @@ def about(*packages: str) -> dict[str, Any]:
 
 
 def _cards() -> str:
-    """The cards of a benchmark that computes on some; one that never imported torch has none."""
+    """The GPUs of this machine; none if the benchmark never imported torch."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return ""
@@ -43,7 +43,7 @@ def _cards() -> str:
 
 
 def write(file: Path, record: dict[str, Any], *packages: str) -> None:
-    """`about` this run, and what it found."""
+    """Write a file with `about` this run and the run's figures."""
     file.write_text(json.dumps({**about(*packages), **record}, indent=1) + "\n")
 
 

@@ -1,11 +1,11 @@
-"""How long does a short rest after a hit take next to cold long prompts, in one worker, against alone?
+"""How much longer does a short prefill after a hit take in a worker that also computes long cold prompts?
 
     python -m benchmarks.short_next_to_long --long 16384 --num-long 2
 
-A worker has a prompt of `--hit` tokens in memory. Timed is that prompt with `--new` more tokens, alone and while
-`--num-long` cold prompts are computed. "one queue" is how it was before: chunks and small jobs in the order in which
-they came. Wall seconds, the best round's medians; a ratio is over alone, lower is better. Computes in this process,
-with a store in memory, without the places that a prefill worker's queue has.
+A worker has a prompt of `--hit` tokens in memory. The benchmark times this prompt with `--new` more tokens, alone and
+while `--num-long` cold prompts are computed. "one queue" is an earlier design, which ran chunks and small jobs in order
+of arrival. Figures are wall seconds, the medians of the best round. A ratio is the time divided by the time alone;
+lower is better. The model runs in this process, with a store in memory and without a prefill worker's admission queue.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class OneQueue(ComputeThread):
-    """Takes its work in the order in which it came."""
+    """A compute queue that does work in order of arrival."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)

@@ -1,17 +1,17 @@
-"""What do several stores and an object tier give a rack and a fleet? The real traces, simulated.
+"""How much do several stores and an object tier help a rack and a fleet? Simulates the real traces.
 
     python -m benchmarks.simulate_stores --json benchmarks/results/simulate_stores.json
 
 A rack has 8 prefill workers and 8 stores, one per host; a fleet has 64 of each and gets eight copies of the trace, each
 with prompts of its own. Every scene is run with
 
-one store     that all hosts share, of the same bytes as all stores together: what a perfect sharing would give
-stores alone  one per host, nothing behind them
+one store     one store that all hosts share, as large as all stores together: the result of perfect sharing
+stores alone  one store per host, without an object tier
 object tier   the same stores with an object tier behind them
 
-A trace is an hour, not the weeks that stores hold, so memory and stores are small as well (`--memory`,
-`--store-bytes`): what is evicted and asked for again is what matters here. It is what `antefix simulate` does, with
-the flags that each row has in `flags`.
+A trace covers an hour, not the weeks that stores hold, so memory and stores are small as well (`--memory`,
+`--store-bytes`). The benchmark is about blocks that are evicted and then requested again. Each row's `flags` has the
+flags with which `antefix simulate` gives the same result.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What does each window strategy give and cost on real traces, at which store sizes?
+"""What hit rate does each window strategy give on real traces, and at what cost, by store size?
 
     python benchmarks/simulate_windows.py --traces ../shared/traces --out /tmp/windows [--quick]
 
 Replays the agent, chat and document traces through the real strategies, planner and eviction (package `simulate`), with
-an endless store and with bounded ones, and without replay; writes JSON and SVGs for each trace, and prints the tables
-of docs/results/window_state.md. Uses two processes; about ten minutes, --quick a minute.
+an endless store and with bounded ones, and without replay. Writes JSON and SVGs for each trace, and prints the tables
+of docs/results/window_state.md. Two processes need about ten minutes, or a minute with --quick.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Do real processes stay right, quick and small for hours, while workers are killed and clients go away?
+"""Do real processes stay correct, fast and small for hours, while workers are killed and clients disconnect?
 
     python benchmarks/soak.py --minutes 60 --trace ../shared/traces/claude_code_80.jsonl.gz --out soak.json
     python benchmarks/soak.py --minutes 60 --ttl-divisor 10 ...      # what is kept for hours is kept for minutes
 
-One router, two prefill and two decode workers that register by lease, one store. Conversations of an agents' trace, one
-token for each of its 64-token hashes, are played by several clients at once, some requests as several twins, some
-cancelled. Every answer is compared with a run of the bare model. One worker of each role is killed (kill -9) at random
-times and started again; the others live on. Their memory, descriptors and threads are sampled, and the disk that the
-store, the bill and the logs take, with a line fitted to the last half of each: "grew" names what is not flat
-(benchmarks/soak_samples.py).
+The deployment has one router, two prefill and two decode workers that register by lease, and one store. Several clients
+play conversations of an agents' trace at once, with one token for each of its 64-token hashes. Some requests are sent
+several times at once, and some are cancelled. Every answer is compared with a run of the bare model. One worker of each
+role is killed (kill -9) at random times and restarted; the others keep running. The benchmark samples the memory,
+descriptors and threads of these others, and the disk space of the store, the bill and the logs. It fits a line to the
+last half of each. "grew" names the samples that are not flat (benchmarks/soak_samples.py).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ TTLS_S = {"block": 72 * 3600.0, "checkpoint": 6 * 3600.0, "handoff": 300.0}
 
 @dataclass(slots=True)
 class Tally:
-    """What happened, in requests."""
+    """Counts of requests by outcome."""
 
     num_done: int = 0
     num_wrong: int = 0
@@ -189,7 +189,7 @@ class Soak:
         return output
 
     async def kill(self) -> None:
-        """Now one, now the other; a new process takes its place after some seconds."""
+        """Kill a worker of each role in turn; a new process replaces it after some seconds."""
         while True:
             await asyncio.sleep(self.rng.expovariate(1 / self.args.kill_every_s))
             role = self.rng.choice(sorted(self.victims) + ["kvstore"] * self.args.kill_store)
@@ -258,7 +258,7 @@ class Soak:
 
 
 def playable(path: Path, rng: random.Random) -> Iterator[list[Tokens]]:
-    """The trace's conversations without end, in an order by chance; each time round with other tokens."""
+    """The trace's conversations, repeated endlessly in random order, each time with different tokens."""
     sessions: dict[str, list[TraceRequest]] = {}
     for request in load(path, "claude-code", block_size=64).requests:
         sessions.setdefault(request.session, []).append(request)
@@ -270,7 +270,7 @@ def playable(path: Path, rng: random.Random) -> Iterator[list[Tokens]]:
 
 
 def tokens_of(request: TraceRequest, salt: int, system: Tokens) -> Tokens:
-    """A token for each hash: equal beginnings stay equal."""
+    """One token for each hash, so that equal prefixes stay equal."""
     mixed = (request.names.astype(np.uint64) + np.uint64(salt)) * np.uint64(0x9E3779B97F4A7C15)
     own = (mixed >> np.uint64(56)).astype(np.uint32)
     return np.concatenate((system, own, np.array([len(own) % 256], np.uint32)))

@@ -1,4 +1,4 @@
-"""What processes and directories take during a soak, and whether it grows: a line through the last half of the samples.
+"""Samples what processes and directories use during a soak, and fits a line to the last half to see if it grows.
 
 Flat: over the last half the line rises by no more than is allowed (a fiftieth of memory and disk, one descriptor, one
 thread), or by no more than the scatter of the samples explains (three standard errors). The first half is the warm-up:
@@ -25,7 +25,7 @@ _ERRORS_MAX = 3.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Growth:
-    """Of one kind of sample, in its unit. rise: of the line over the last half.  error: its standard error."""
+    """Growth of one kind of sample, in its unit. rise: the line's rise over the last half.  error: standard error."""
 
     first: float
     half: float
@@ -68,7 +68,7 @@ def growth(kind: str, times_s: Sequence[float], values: Sequence[float]) -> Grow
 
 @dataclass(slots=True)
 class Samples:
-    """Of one process or directory, by kind."""
+    """Samples of one process or directory, by kind."""
 
     times_s: list[float] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Samples:
             self.values.setdefault(kind, []).append(value)
 
     def add_process(self, at_s: float, pid: int) -> None:
-        """Nothing if it is gone by now."""
+        """Sample a process; does nothing if the process has ended."""
         with contextlib.suppress(OSError):
             self.add(at_s, memory_mb=resident_mb(pid), files=open_files(pid), threads=num_threads(pid))
             self.threads_last = thread_names(pid)
@@ -139,7 +139,7 @@ def thread_names(pid: int) -> Counter[str]:
 
 
 def disk_mb(directory: Path) -> float:
-    """Files may go while they are looked at."""
+    """MB of a directory's files, which may be deleted while they are counted."""
     nbytes = 0
     for path in directory.rglob("*"):
         with contextlib.suppress(OSError):

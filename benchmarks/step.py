@@ -1,13 +1,14 @@
-"""What does a decode step cost, by how many sequences take part, and what would it cost one sequence at a time?
+"""What does a decode step cost by number of sequences, and what would it cost with one sequence at a time?
 
     python -m benchmarks.step --sequences 1 8 32 --tokens 2048
     python -m benchmarks.step --sequences 32 --profile      # the operations that take most of it
     python -m benchmarks.step --device cuda                 # with the kernels; there is no one-by-one to compare with
 
-All sequences follow one prompt, whose blocks they share. Times are CPU seconds on a CPU, since what else the machine
-does must not count, and wall seconds on a card. The ways take turns; the median of `--steps` counts. "ratio" is one
-by one over together: higher is better. "sequence" is what one more sequence adds, over the first row. "torch alone"
-is all sequences together without the compiled kernels, where those are in use.
+All sequences continue one prompt, whose blocks they share. Times are CPU seconds on a CPU, so that other load on the
+machine does not count, and wall seconds on a card. The variants take turns, and each figure is the median of `--steps`.
+"ratio" is the time one by one divided by the time together; higher is better. "sequence" is the time that one more
+sequence adds, computed from the first row. "torch alone" runs all sequences together without the compiled kernels, if
+those are in use.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class OneByOne(TorchOps):
 
 
 def follow(model: Model, pool: BlockPool, ops: Ops, num_tokens: int, num_sequences: int, room: int) -> list[Sequence]:
-    """Sequences behind one prompt, each with blocks of its own for `room` tokens more."""
+    """Sequences that continue one prompt, each with its own blocks for `room` more tokens."""
     size = model.config.geometry.block_size
     num_tokens -= num_tokens % size
     prompt = Sequence(pool.allocate(num_tokens // size), WindowState.zeros(model.layout, 0, model.device))

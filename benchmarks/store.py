@@ -2,11 +2,11 @@
 
     antefix bench store [--model flash|pro] [--dir DIR] [--repeats N] [--peers PYTHON] [--long] [--record FILE] [--json]
 
-One run, everything interleaved: each round measures the raw disk (by fio too, where it is installed), the store and
-every peer in turn, and ratios are medians of each round's ratio, because a shared machine drifts more than these
-differ. Cold means that the kernel was told to forget the files; a virtual disk's host may still have them. Peers are
-whatever of LMDB, RocksDB, LMCache and diskcache the Python of --peers has (`make bench-peers` makes one). --long adds
-a 1M-token prefix and a store of a million small blocks.
+In one run, each round measures the raw disk (also with fio, if installed), the store and every peer in turn. Ratios
+are medians of each round's ratio, because a shared machine's speed drifts more than these differ. Cold means that the
+kernel was told to drop the files from its page cache; a virtual disk's host may still cache them. Peers are those of
+LMDB, RocksDB, LMCache and diskcache that the Python of --peers has installed (`make bench-peers` makes such a Python).
+--long adds a 1M-token prefix and a store of a million small blocks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Does a store's service hold its throughput as clients are added, and does each kind of call get its share?
+"""Does a store's service keep its throughput with more clients, and does each kind of call get its fair share?
 
 Every client is a process of its own, so that no client waits for another one's interpreter. In turn, and repeated:
 
@@ -74,7 +74,7 @@ class Client:
         self._salt = (number + 1) << 20
 
     async def prepare(self) -> None:
-        """What it gets later is stored."""
+        """Store the records that this client will get later."""
         for _ in range(NUM_TRIES):
             with contextlib.suppress(AntefixError):
                 await self.store.put(self._records(self._names))
@@ -115,7 +115,7 @@ class Client:
         return 0
 
     async def repeat(self, kind: str, until: float) -> dict[str, float]:
-        """Calls until that time of all clients' wall clock, at least one.  failed: refused, or no answer."""
+        """Make calls until this wall-clock time, at least one.  failed: calls that were refused or got no answer."""
         call: Callable[[], Awaitable[int]] = getattr(self, kind)
         nbytes, failed, took_s, started = 0, 0, [], time.perf_counter()
         while time.time() < until or not took_s:
@@ -153,7 +153,7 @@ class Clients:
             assert process.stdout.readline().strip() == "ready"
 
     def work(self, kinds: Sequence[str], seconds: float) -> list[dict[str, float]]:
-        """Each of the first clients does calls of its kind."""
+        """Each of the first clients makes calls of the kind that is given for it."""
         working = self._processes[: len(kinds)]
         until = time.time() + seconds
         for process, kind in zip(working, kinds, strict=True):
@@ -202,7 +202,7 @@ def one_round(clients: Clients, seconds: float) -> dict[str, float]:
 
 
 def ratios(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """What is wanted, as ratios: medians of each round's."""
+    """The ratios that have a goal, as medians of each round's ratio."""
 
     def median(ours: str, limit: str, times: float = 1.0) -> float:
         return statistics.median(each[ours] / each[limit] * times for each in rounds)

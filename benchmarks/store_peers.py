@@ -1,7 +1,7 @@
 """Peers of the store, driven over stdin by benchmarks/store.py and run by their own Python (`make bench-peers`).
 
-One JSON command a line, one JSON answer a line. Payloads come from a file that both sides map. What is timed is what
-each library does to make values durable, and to have them in the caller's buffers.
+Each line holds one JSON command, and each answer is one JSON line. Payloads come from a file that both sides map. The
+timings cover the library's work to make values durable, and to bring them into the caller's buffers.
 """
 
 from __future__ import annotations

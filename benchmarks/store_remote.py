@@ -1,9 +1,9 @@
 """How near is a remote restore to a bare gRPC stream of 1 MiB chunks? Both on loopback, each from its own process.
 
-Between the two stands a ladder, each rung of which does one thing more that a restore must do: read each chunk from the
-page cache, checksum it, keep it in the caller's buffer. What the last of them loses against the bare stream, no restore
-can win back. The bare stream is measured with both of gRPC's clients, the one for event loops and the blocking one that
-the store's client uses, as do the rungs.
+Between the two the benchmark measures a ladder of streams. Each rung adds one thing that a restore must do: read each
+chunk from the page cache, checksum it, copy it into the caller's buffer. No restore can be faster than the last rung.
+The bare stream is measured with both of gRPC's clients: the one for event loops, and the blocking one, which the
+store's client and the rungs use.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""How soon are hits back when a store comes back, or joins? Two store services under load, and a third that joins.
+"""How soon do requests hit again when a store restarts or joins? Two store services under load, and a third joins.
 
     python -m benchmarks.store_returns --json benchmarks/results/store_returns.json
 
 back    store b is killed, is away for `--away` seconds while requests continue, and is started again on its directory
 joins   store c, which has prompts of its own, says in Redis that it is there, and was never heard of before
 
-Readers ask and restore whole prompts of one store all the time, `--readers` of them at once. Times count from the
-moment that the service says it serves. seconds_to_90: from then on at least 90% of the restores that began were hits,
-in each quarter of a second; the limit is 1 s. A hit is a whole prompt; nothing that is wrong counts.
+`--readers` readers look up and restore whole prompts of one store all the time. Times start at the
+moment when the service reports that it serves. seconds_to_90: the time after which at least 90% of the restores that
+began in each quarter of a second were hits; the limit is 1 s. A hit must return the whole prompt with the right bytes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What does keeping a store inside its budget cost those who put and restore meanwhile?
+"""How much do eviction and compaction slow down puts and restores that run at the same time?
 
-Two stores take the same puts in turn, each a conversation of its own: one has room for all of it, the other one evicts
-and compacts for every byte. Old conversations are used now and then, so what dies is spread over the segments. Then a
-prefix is restored, alone and while background compaction copies at its rate. Part of `antefix bench store`.
+Two stores take the same puts in turn, each put a new conversation. One store has room for all of them, and the other
+must evict and compact for every byte. Old conversations are used sometimes, so evicted blocks are spread over the
+segments. Then a prefix is restored, alone and during background compaction at its rate. Part of `antefix bench store`.
 """
 
 from __future__ import annotations

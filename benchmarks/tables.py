@@ -223,7 +223,7 @@ _LIMITS = (
 
 
 def _against(record: Any, wanted: Iterable[tuple[str, str, int, str]]) -> Iterable[Row]:
-    """What the record has of it."""
+    """The record's value for this row."""
     yield "", "figure", "wanted"
     for name, key, digits, limit in wanted:
         if key in record:

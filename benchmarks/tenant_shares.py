@@ -1,12 +1,12 @@
-"""What does a modest tenant's request cost next to a greedy one's on one worker, in the worker's own processor time?
+"""How much slower is a modest tenant's request while a greedy tenant uses the same worker, in processor time?
 
     python -m benchmarks.tenant_shares --json benchmarks/results/tenant_shares.json
 
-One decode worker's engine and scheduler in this process, with the tests' small model and a store in memory: no network,
-no router. Clocks are this process' processor time, so what else the machine does counts little. The modest tenant asks
-one after the other: a prompt that the worker prefills, and some tokens. Next to it:
+One decode worker's engine and scheduler run in this process, with the tests' small model and a store in memory, without
+network and router. Times are this process' processor time, so other load on the machine counts little. The modest
+tenant sends one request after the other: a prompt that the worker prefills, and some output tokens. The other load is:
 
-    alone     nobody
+    alone     none
     streams   32 long outputs of a greedy tenant
     requests  32 requests of a greedy tenant at a time, each like the modest one's
 """

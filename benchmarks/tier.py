@@ -1,4 +1,4 @@
-"""How near is the object tier to its own client, and what does it cost? One S3 server, one run, medians of rounds.
+"""How near is the object tier to its bare S3 client, and what does it cost? One S3 server, one run, medians of rounds.
 
     python -m benchmarks.tier --json benchmarks/results/tier.json        (or: antefix bench tier --json)
 
@@ -12,8 +12,8 @@ upload    restores from a store's directory while its process uploads at its rat
           priority, since a real one is on another machine; cost_with_server is the same with it at the usual one
 index     bytes per block, and look-up time of a 128K and a 1M-token prompt, of drawn keys: nothing of it is in a bucket
 
-Without --object-store it starts SeaweedFS out of `--s3` (`make test-s3` makes .s3), and measures against that. LMCache
-is out of `--lmcache` (`make bench-peers` makes .venv-peers). Of a peer that cannot be measured it says why (`peers`).
+Without --object-store the benchmark starts SeaweedFS from `--s3` (`make test-s3` makes .s3) and uses it. LMCache
+comes from `--lmcache` (`make bench-peers` makes .venv-peers). `peers` says why a peer could not be measured.
 """
 
 from __future__ import annotations
@@ -174,7 +174,7 @@ def _peers(args: argparse.Namespace, url: str, ranges: Sequence[Range], num_bloc
 
 
 def _ranges(tier: ObjectTier, hashes: Sequence[bytes]) -> list[Range]:
-    """What the tier reads for these blocks."""
+    """The byte ranges that the tier reads for these blocks."""
     places = tier.catalog.find(RecordKind.BLOCK, hashes)
     wanted = [ObjectWanted(name, place, memoryview) for name, place in zip(hashes, places, strict=True) if place]
     return [(each[0].place.segment.name, each[0].place.offset, each[-1].place.stop) for each in ranges_of(wanted)]
@@ -250,7 +250,7 @@ def _keys(count: int) -> Any:
 
 
 def _drawn_run(count: int) -> Run:
-    """Sorted keys as hashes give them, in segments of 140."""
+    """Sorted random keys, distributed like hashes, in segments of 140."""
     rng = np.random.default_rng(1)
     keys = np.sort(rng.integers(0, 1 << 63, count, dtype=np.uint64) * np.uint64(2))
     num_segments = max(1, count // 140)
@@ -286,7 +286,7 @@ async def _in_turns(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]
 
 
 def _ratio(first: Sequence[float], second: Sequence[float]) -> float:
-    """The median of each round's ratio: what slows a whole round down counts in neither."""
+    """The median of each round's ratio, so that a slowdown of a whole round does not count."""
     return statistics.median(a / b for a, b in zip(first, second, strict=True))
 
 

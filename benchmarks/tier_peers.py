@@ -1,5 +1,5 @@
-"""Other clients of the same S3 server, for `benchmarks.tier`: each in a process of its environment, which reads all of
-its bytes once per line that it gets, and says how long that took.
+"""Other clients of the same S3 server, for `benchmarks.tier`. Each runs in a process of its own environment. For each
+line on stdin the process reads all of its bytes once, and prints how long that took.
 
 boto3    the ranges that our tier reads, with as many threads as our tier has reads in flight
 LMCache  its S3 connector, unchanged but for the path of an object: it puts the bucket into the host's name, which a

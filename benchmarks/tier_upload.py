@@ -1,9 +1,9 @@
 """What uploads cost restores, for `benchmarks.tier`: a store's process uploads, and this one reads its files, as a
 worker on the store's host does.
 
-In turns of some seconds with uploads and without; the middle of the ratios of neighbours, so that what slows the whole
-machine down counts in neither. The process uploads what it has again and again, whether the tier has it or not, at the
-rate that a service has by default.
+Turns of some seconds with uploads alternate with turns without. The figure is the median ratio of neighbouring turns,
+so that a slowdown of the whole machine does not count. The process uploads its blocks repeatedly, even if the tier has
+them, at a service's default rate.
 """
 
 from __future__ import annotations

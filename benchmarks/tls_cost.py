@@ -1,4 +1,4 @@
-"""What does TLS cost at the HTTP door, and on the way to a hit's first token? Plain and TLS in turn, in one run.
+"""What does TLS cost at the HTTP API, and for a hit's time to first token? Plain and TLS run in turn, in one run.
 
     door    a router whose answers are there at once (as in benchmarks/gateway.py): requests per second of 16 kept
             connections, of 16 that connect for each request, the median time of one caller, and processor time

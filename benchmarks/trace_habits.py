@@ -1,11 +1,12 @@
-"""Where do requests leave stored prefixes, and how soon are checkpoints used again? The facts that `auto` rests on.
+"""Where do requests diverge from stored prefixes, and how soon are checkpoints used again? `auto` relies on this.
 
     python benchmarks/trace_habits.py --traces ../shared/traces
 
-For each trace, with a checkpoint at every prompt's end and at every fork: how often a first request leaves a stretch
-of new tokens, by what lay before the stretch and by its length, and in which fifth of it; then how `auto`'s checkpoints
-were used, by reason.
-For the agent trace also: how often the next turn misses its prompt's last 64-token block, by what lay beyond it.
+Each trace is replayed with a checkpoint at every prompt's end and at every fork. For each stretch of new tokens, the
+program counts how often a later request shares only a part of it, by what lay before the stretch, by the stretch's
+length, and by the fifth of it where the request diverges. Then it counts the uses of `auto`'s checkpoints, by reason.
+For the agent trace it also counts how often the next turn misses its prompt's last 64-token block, by the number of
+tokens beyond this block.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What do traces cost? Requests in turn to two deployments, one that sends every span and one that sends none.
+"""What do traces cost? Sends requests in turn to two deployments: one sends every span, and the other sends none.
 
 Both run at the same time on the same machine, and each request goes to both, in an order that changes. The figure is
 the ratio of medians: of a whole request's time, of its time to first token, and of the processor time that all roles of

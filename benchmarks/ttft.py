@@ -34,7 +34,7 @@ QUESTION_TOKENS = 40
 
 
 async def ask(deployment: Deployment, prompt: np.ndarray) -> dict[str, float]:
-    """Seconds to the first token as the client sees it, and what the worker says of it."""
+    """Seconds to the first token as the client sees it, and the worker's report."""
     started = time.perf_counter()
     ttft_s = 0.0
     async for message in deployment.router.generate(prompt, Sampling(max_tokens=4, ignore_eos=True)):
@@ -126,7 +126,7 @@ def direct_read_rate(store_dir: Path) -> float:
 
 
 def sizes(model: Path) -> dict[str, float]:
-    """Bytes by the formula, to hold against what the store counted."""
+    """Bytes by the formula, for comparison with the bytes that the store counted."""
     layout = BlockLayout(geometry=identify(model, revision="sizes").geometry, kv_format=KVFormat.FP8)
     return {
         "global_kv_bytes_per_token": layout.bytes_per_token,

@@ -2,18 +2,19 @@
 
     python -m benchmarks.ttft_tiers --s3 .s3 --json benchmarks/results/ttft_tiers.json
 
-A whole deployment with two store services, an object tier in a real S3 server (SeaweedFS out of `--s3`, which
-`make test-s3` makes) and a real model on this machine's cores. Each document is asked cold once, then with another
-question of 40 tokens each time:
+The benchmark runs a whole deployment with two store services, an object tier in a real S3 server (SeaweedFS from
+`--s3`, which `make test-s3` makes) and a real model on this machine's cores. It sends each document cold once, and then
+with another question of 40 tokens in each of these states:
 
 memory   the same worker again
 disk     the worker started again, its own store's files dropped from the page cache
 peer     the worker's own store is empty, another store service has all
 object   both stores are empty, the bucket has all
 
-Seconds are the client's, until the first token, medians of `--repeats`. `share` is how much of the document the bill
-says came from that tier (1 is meant). `waiting`: one worker computes long prompts, and behind them wait prompts whose
-prefix is stored; of those that waited for a second or more, how much was in memory at their turn (0.9 is meant).
+Seconds are the client's time to the first token, medians of `--repeats`. `share` is the part of the document that came
+from this tier, according to the bill (the goal is 1). For `waiting`, one worker computes long prompts while prompts
+with a stored prefix wait behind them. It is the share of prefix tokens that were in memory when the prompt's turn came,
+of prompts that waited for a second or more (the goal is 0.9).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What does looking at stored KV for NaN, infinity and far too large numbers cost, next to decoding it?
+"""What does checking stored KV for NaN, infinity and far too large numbers cost, compared with decoding it?
 
     python -m benchmarks.unusable_kv --json benchmarks/results/unusable_kv.json
 

@@ -1,9 +1,9 @@
-"""Packed weights on a card: are the products right, and how near are they, and a whole model, to the card's floors?
+"""Packed weights on a card: are products right, and how near are products and a model to the lower bound ("floor")?
 
     python -m benchmarks.weights_on_card --steps check products model load --layers 36 --out results
 
-check     every product against the decoded weight in float64, and rows alone against rows among others, to the bit.
-          Where this fails, nothing else is run; a later step that fails does not stop the next.
+check     compares every product with the decoded weight in float64, and rows alone with rows among others, to the bit.
+          If this step fails, no other step runs. If a later step fails, the next one still runs.
 products  milliseconds of V4-Flash's products by number of tokens, over the floor: packed bytes at copy bandwidth, or
           operations at the BF16 matrix rate, whichever is longer. Of experts those that are picked count.
 model     V4-Flash's width with `--layers` layers, in the released formats, drawn on the card: memory, decode steps of
@@ -69,7 +69,7 @@ def draw_weight(form: PackedForm, *shape: int) -> Weight:
 
 
 def check() -> list[str]:
-    """What is wrong; empty where all is right."""
+    """A description of each error found; empty if everything is right."""
     wrong = []
     for name, form in FORMS.items():
         for outputs, addends in ((1024, 4096), (520, 416), (4096, 2048), (32768, 1024)):
@@ -168,7 +168,7 @@ def row(name: str, tokens: int, ms: float, nbytes: float, flops: float, top: dic
 
 
 def random_model(num_layers: int) -> Model:
-    """In the released formats, drawn on the card; the first layers of Flash's plan."""
+    """A model with the first layers of Flash's plan, in the released formats, whose weights are drawn on the card."""
     return draw_share(ranks=None, device="cuda", num_layers=num_layers)
 
 
@@ -218,7 +218,7 @@ def measure_model(num_layers: int, context: int, top: dict[str, float]) -> dict[
 
 
 def dense_weights(model: Model) -> float:
-    """Numbers that every token is multiplied with."""
+    """How many weights every token is multiplied with."""
     count = 0
     for module in model.modules():
         if isinstance(module, PackedLinear):

@@ -1,8 +1,8 @@
-"""Where does a hit's time to first token go, hop by hop, and what of it is the floor?
+"""Which steps make up a hit's time to first token, and how much of it is unavoidable (the "floor")?
 
 Starts all roles with traces sent to a collector in this process, asks cold and hit at several lengths, and adds up the
-spans of each part until the first token is out. Hops that other hops contain are given without those. The floor is as
-in `benchmarks/ttft.py`. With --cost: what a span takes, on and off.
+spans of each part until the first token is sent. A span's time does not include the spans inside it. The floor is that
+of `benchmarks/ttft.py`. --cost measures the time of one span, with traces on and off.
 
     python benchmarks/where_time_goes.py --lengths 2048 8192 16384 --repeats 5
     python benchmarks/where_time_goes.py --cost

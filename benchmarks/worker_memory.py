@@ -1,4 +1,4 @@
-"""What memory do a deployment's idle processes hold, after they served requests?
+"""How much memory do a deployment's processes hold when they are idle after they served requests?
 
     python -m benchmarks.worker_memory --out benchmarks/results/worker_memory.json      # a minute on two idle cores
 

@@ -102,7 +102,7 @@ def check_committed() -> None:
 
 
 def dated(version: str, changelog: str, day: date) -> str:
-    """With the date in place of "unreleased" in the version's heading."""
+    """The changelog with the date instead of "unreleased" in the version's heading."""
     return re.sub(rf"^(## {re.escape(version)}) \(unreleased\)$", rf"\1 ({day})", changelog, flags=re.MULTILINE)
 
 

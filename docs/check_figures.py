@@ -1,13 +1,13 @@
 """Finds figures in documents that no record backs: python docs/check_figures.py [--unrecorded]
 
-A figure that was measured has a record: a file of benchmarks/results, which says commit, date, machine and command. A
-reader finds that record next to the statement:
+A figure that was measured has a record: a file of benchmarks/results with commit, date, machine and command. A
+reader finds the record's name next to the figure:
 
 - In README.md and docs/*.md the paragraph, list item or table names a file of benchmarks/results, or a page of
-  docs/results. Figures that were not measured are not meant: settings, and sizes that follow from a format.
+  docs/results. This does not apply to figures that were not measured: settings, and sizes that a format implies.
 - In docs/results/*.md the section names a file of benchmarks/results, or says "No record:" and how to measure again.
 
-`make lint` runs it. `--unrecorded` lists the sections that say "No record:", which are to be measured again.
+`make lint` runs it. `--unrecorded` lists the sections that say "No record:", whose figures must be measured again.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# A file that a command writes need not be there yet.
+# A file name after --json or --out is a command's output and need not exist yet.
 RECORD = re.compile(r"(?<!--json )(?<!--out )benchmarks/results/([\w./-]+\.\w+)")
 NO_RECORD = "No record:"
-# A speed is always measured; a time or a share only where the sentence says that it was.
+# A speed counts as measured; a time or a share counts only if its sentence says that it was measured.
 _SPEED = r"\d ?(?:[KMGT]i?B/s|TFLOP/s|tokens/s|requests/s|records/s|(?:tokens|requests|records) per second)\b"
 _AMOUNT = r"\d ?(?:us|ms|s|min|%|MB|GB|MiB|GiB|hours?|minutes|seconds|times)(?![\w/])"
 _SAID = r"\b(?:took|medians?|p50|p99|ran at|as fast|processor time|measured (?:on|in|here))\b"
@@ -45,7 +45,7 @@ def unbacked(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def unrecorded(path: Path) -> Iterator[str]:
-    """What a page of results says of figures without a record."""
+    """The statements "No record: ..." on a page of results."""
     yield from (" ".join(found.split()) for found in re.findall(rf"{NO_RECORD}[^*]*", path.read_text()))
 
 
@@ -56,12 +56,12 @@ def _backed(text: str, results: bool) -> bool:
 
 
 def _blank(found: re.Match[str]) -> str:
-    """Nothing, with the lines of what stood there."""
+    """Blank lines, as many as the found text had, so that line numbers stay the same."""
     return re.sub(r"[^\n]", "", found[0])
 
 
 def _statements(text: str) -> Iterator[tuple[int, str, str]]:
-    """Each paragraph, table or list item; it is also where its record is looked for."""
+    """(line, text, text in which the record must be named) of each paragraph, table or list item."""
     for found in re.finditer(r"(?:^(?!#)[^\n]*\S[^\n]*\n?)+", text, re.MULTILINE):
         line = text.count("\n", 0, found.start()) + 1
         for item in re.split(r"^(?=- |\d+\. )", found[0], flags=re.MULTILINE):
@@ -70,7 +70,7 @@ def _statements(text: str) -> Iterator[tuple[int, str, str]]:
 
 
 def _sections(text: str, whole: str) -> Iterator[tuple[int, str, str]]:
-    """Each section: without code and generated tables, and as it is, where its record is looked for."""
+    """(line, text without code and generated tables, full text in which the record must be named) of each section."""
     starts = [0, *(found.start() for found in re.finditer(r"^#+ ", text, re.MULTILINE)), len(text)]
     lines = whole.split("\n")
     for start, end in itertools.pairwise(starts):
@@ -79,7 +79,7 @@ def _sections(text: str, whole: str) -> Iterator[tuple[int, str, str]]:
 
 
 def documents() -> list[Path]:
-    """README.md and docs/, but for what is generated whole and what others publish."""
+    """README.md and docs/, without API.md (generated) and PEERS.md (which quotes figures of other projects)."""
     left_out = {"API.md", "PEERS.md"}
     return [ROOT / "README.md", *(path for path in sorted((ROOT / "docs").rglob("*.md")) if path.name not in left_out)]
 

@@ -1,8 +1,8 @@
-"""Words over which a native reader stumbles, refused in documents, comments, docstrings and texts that a user sees.
+"""Refuses words that make a native reader stumble, in documents, comments, docstrings and texts that a user sees.
 
     python docs/check_words.py
 
-`make lint` runs it. Code itself is not read: a variable may have any name. What each word should have been is in WORDS.
+`make lint` runs it. It does not check code itself: a variable may have any name. WORDS has a replacement for each word.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SUFFIXES = (".md", ".py", ".proto", ".toml", ".yaml")
-# From Python 3.12 on, the text of an f-string is a token of its own.
+# From Python 3.12 on, the text of an f-string is a separate token.
 TEXT_TOKENS = (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", tokenize.STRING))
 WORDS = {
     r"beside": "next to",
@@ -30,7 +30,7 @@ WORDS = {
     r"hangs? on": "depend on",
     r"(go|goes|going|gone|went) on": "continue",
 }
-# What is counted or measured, by what: "8 bytes per token", not "8 bytes a token".
+# Units that are counted, and what they are counted per: "8 bytes per token", not "8 bytes a token".
 _COUNTED = (
     r"tokens|requests|bytes|blocks|records|steps|operations|rows|entries|keys|prompts|cycles|launches|calls|numbers|experts"
     r"|descriptors|evictions|checkpoints|floats|bits|nats|marks|outputs|histories|[KMGT]i?B|us|ms"
@@ -39,14 +39,14 @@ _BY = (
     r"second|minute|hour|day|token|request|prompt|step|layer|block|row|sequence|call|round|process|worker|card|rank|byte"
     r"|[KMG]iB"
 )
-# "how many bytes a token takes": the second noun has a verb of its own.
+# In "how many bytes a token takes" the second noun is the subject of a verb, so "a" is right.
 _VERB = r"takes|has|stands|may|or|says|holds|needs|is|was|further|reads|writes|had|costs|does|runs|of|can|must|will"
 PER = re.compile(rf"\b({_COUNTED}) an? ({_BY})\b(?! ({_VERB})\b)", re.IGNORECASE)
 STUMBLING = [(re.compile(rf"\b({word})\b", re.IGNORECASE), better) for word, better in WORDS.items()]
 
 
 def files() -> list[Path]:
-    """Ours, but for generated texts, recorded ones and this list itself."""
+    """All files to check: our own, without generated texts, recorded texts and this file."""
     found = [path for path in ROOT.iterdir() if path.suffix in SUFFIXES or path.name == "Makefile"]
     for folder in sorted(path for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")):
         found += [path for path in sorted(folder.rglob("*")) if path.suffix in SUFFIXES]
@@ -55,7 +55,7 @@ def files() -> list[Path]:
 
 
 def texts(file: Path) -> Iterator[tuple[int, str]]:
-    """(line number, text) of what is written for readers: of Python comments and strings, of other files every line."""
+    """(line number, text) of all text for readers: comments and strings of a Python file, every line of other files."""
     if file.suffix != ".py":
         yield from enumerate(file.read_text().split("\n"), 1)
         return

@@ -1,9 +1,11 @@
-"""Draws sentences that readers see, for a stranger to explain back: python docs/draw_sentences.py --seed 1 --number 60
+"""Draws random sentences from our texts, to test whether a stranger can explain each one without its context.
 
-They come from documents, docstrings, help texts, and messages of errors and logs. Each line has one sentence, with
-its file and line. The same seed draws the same sentences from the same files. Tables, code, headings and generated
-pages are left out, and so is what has fewer than six words. Each kind gives as many as the others, so that docstrings
-do not outweigh errors.
+    python docs/draw_sentences.py --seed 1 --number 60
+
+The sentences come from documents, docstrings, help texts, and messages of errors and logs. Each output line has one
+sentence, with its file and line. The same seed draws the same sentences from the same files. Tables, code, headings,
+generated pages and sentences of fewer than six words are left out. The draw takes the same number of each kind, so
+that docstrings do not outweigh errors.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("document", "docstring", "help", "message")
 WORDS_MIN = 6
-# What writes a message, and the argument that holds it.
+# Names of the logging methods whose first argument is a message.
 _LOGS = {"debug", "info", "warning", "error", "exception", "critical"}
 _BLOCK = re.compile(r"^```.*?^```|<!-- figures.*?end of figures -->|<!--.*?-->", re.DOTALL | re.MULTILINE)
 _END = re.compile(r"(?<=[.!?:])(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z`*\"'(])")
-# A docstring's lines that are no prose: a legend of shapes, names of arguments in columns, an example.
+# Lines of a docstring that are not prose: a legend of shapes, names of arguments in columns, an example.
 _LEGEND = re.compile(r"^\s*(?:Shapes|Raises|Source|>>>|\||\$|[a-z_]+ {2,}\S)")
 
 
@@ -38,7 +40,7 @@ class Sentence:
 
 
 def sentences(root: Path = ROOT) -> list[Sentence]:
-    """All that can be drawn, in an order that depends on the files alone."""
+    """All sentences that can be drawn, in an order that depends only on the files."""
     documents = [root / "README.md", root / "CONTRIBUTING.md", *sorted((root / "docs").rglob("*.md"))]
     found = [s for path in documents if path.exists() and path.name != "API.md" for s in _of_document(path, root)]
     for path in sorted(root.rglob("*.py")):
@@ -49,7 +51,7 @@ def sentences(root: Path = ROOT) -> list[Sentence]:
 
 
 def draw(found: list[Sentence], seed: int, number: int) -> list[Sentence]:
-    """number of them, the same of each kind that occurs, as far as there are that many."""
+    """Draw `number` sentences, equally many of each kind; fewer if a kind does not have enough."""
     rng = random.Random(seed)
     kinds = [kind for kind in KINDS if any(sentence.kind == kind for sentence in found)]
     drawn = []
@@ -62,7 +64,7 @@ def draw(found: list[Sentence], seed: int, number: int) -> list[Sentence]:
 
 
 def split(text: str) -> list[str]:
-    """A paragraph's sentences, on one line each."""
+    """A paragraph's sentences, each as one line of text."""
     return [piece for piece in _END.split(" ".join(text.split())) if len(piece.split()) >= WORDS_MIN]
 
 
@@ -100,13 +102,13 @@ def _of_call(node: ast.Call, place: Path) -> Iterator[Sentence]:
 
 @functools.cache
 def _errors() -> set[str]:
-    """Our own exceptions, whose names do not all end in Error."""
+    """Names of our own exceptions, some of which do not end in Error."""
     tree = ast.parse((ROOT / "antefix" / "errors.py").read_text())
     return {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _text(node: ast.expr) -> str:
-    """What a string says; a value that is put in is shown as its name in braces."""
+    """The text of a string expression; an f-string's value appears as its expression in braces."""
     if isinstance(node, ast.Constant):
         return node.value if isinstance(node.value, str) else ""
     if isinstance(node, ast.JoinedStr):

@@ -1,6 +1,6 @@
-"""Writes docs/API.md from the docstrings and signatures of what `import antefix` gives: python docs/generate_api.py
+"""Writes docs/API.md from docstrings and signatures of the names in `import antefix`: python docs/generate_api.py
 
-Run it after a change of a public name (`make docs-api`); a test compares the file with what this would write.
+Run it after you change a public name (`make docs-api`). A test fails if docs/API.md is out of date.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import antefix_kvstore
 from antefix_kvstore.embedded_store import EmbeddedStore
 
 API_FILE = Path(__file__).parent / "API.md"
-# Titles of the sections, by the module that the names come from.
+# Titles of the sections, by the module that defines the names.
 _SECTIONS = {
     "antefix.clients": "Clients of the services",
     "antefix.blocking": "Blocking forms",
@@ -57,7 +57,7 @@ async with RouterClient("127.0.0.1:7000") as router:
 
 
 def api_text() -> str:
-    """The whole document."""
+    """The whole text of docs/API.md."""
     parts = [_HEAD]
     for module, title in _SECTIONS.items():
         if title:
@@ -89,7 +89,7 @@ def _entry(name: str, value: Any) -> str:
 
 
 def _methods(kind: type[Any]) -> Iterator[str]:
-    """A line for each public method, own or of a base of ours, and for each property that is explained."""
+    """A line for each public method, also of our own base classes, and for each property that has a docstring."""
     seen: set[str] = set()
     for owner in kind.__mro__:
         if not owner.__module__.startswith("antefix"):
@@ -98,7 +98,7 @@ def _methods(kind: type[Any]) -> Iterator[str]:
             if name.startswith("_") or name in seen:
                 continue
             seen.add(name)
-            # An implementation of the protocol need not repeat what it promises.
+            # A class that implements a protocol need not repeat the protocol's docstrings.
             promised = getattr(antefix.Store, name, None)
             doc = inspect.getdoc(member) or (inspect.getdoc(promised) if promised is not None else None) or ""
             doc = " ".join(doc.split())
@@ -112,19 +112,19 @@ def _methods(kind: type[Any]) -> Iterator[str]:
 
 
 def _waits(member: Any) -> bool:
-    """Whether the caller must await it, which a blocking form's caller must not: its wrapper is a plain function."""
+    """Whether the caller must await it. A blocking client's methods are plain functions, which nobody awaits."""
     return bool(member.__code__.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR))
 
 
 class _Bare(str):
-    """An annotation, which is a string where the source postpones it, shown without quotes."""
+    """An annotation shown without quotes. It is a string if the source has `from __future__ import annotations`."""
 
     def __repr__(self) -> str:
         return str(self)
 
 
 def _signature(call: Any) -> str:
-    """As written, without `self`."""
+    """The signature as written in the source, without `self`."""
     signature = inspect.signature(call)
     parameters = [
         p.replace(annotation=_Bare(p.annotation))
@@ -142,7 +142,7 @@ def _field(field: dataclasses.Field[Any]) -> str:
 
 def _doc(value: Any) -> str:
     text = inspect.getdoc(value) or ""
-    # A docstring's `Raises:` and field lines are paragraphs of their own.
+    # Each `Raises:` line and each field's line of a docstring becomes a separate paragraph.
     return re.sub(r"(?<!\n)\n(?=(\w+)(, \w+)*: )", "\n\n", text) + "\n"
 
 

@@ -1,14 +1,15 @@
 """Fills the tables of docs/ from benchmarks/results/*.json: python docs/generate_results.py [--check | --stale]
 
-A document asks for a table between two comments, and this fills in what lies between them:
+A document asks for a table with two comments, and this script writes the table between them:
 
     <!-- figures: placement.json decisions -->
     <!-- end of figures -->
 
-`decisions` is a function of benchmarks/tables*.py. A table over several records names them with `+` between. Under each
-table stands what the record says of its run: commit, date, machine and command. `--check` changes nothing and exits
-with 1 where a document would change. `--stale` lists records whose code has changed since they were measured. Changes
-of comments, docstrings and layout do not count. It exits with 0: only a person can tell what a change means.
+`decisions` is a function of benchmarks/tables*.py. A table over several records names them with `+` between them. The
+line under each table has the run's commit, date, machine and command, from the record. `--check` changes nothing and
+exits with 1 if a document would change. `--stale` lists records whose code has changed since they were measured.
+Changes of comments, docstrings and layout do not count. `--stale` always exits with 0, because only a person can tell
+whether a change affects the figures.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _REGION = re.compile(r"(<!-- figures: (\S+) (\S+) -->\n).*?(<!-- end of figures 
 
 
 def documents() -> list[Path]:
-    """All that may ask for figures."""
+    """All documents that may contain tables of figures."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -62,7 +63,7 @@ def _is_number(body: list[list[str]], column: int) -> bool:
 
 
 def provenance(file: str, record: Any) -> str:
-    """One line of Markdown: where the figures are from."""
+    """One line of Markdown that says which run the figures come from."""
     record = record if isinstance(record, dict) else {}
     named = [
         f"commit {record['commit'][:8]}" if record.get("commit") else "",
@@ -81,7 +82,7 @@ def provenance(file: str, record: Any) -> str:
 def stale(git: Any) -> Iterator[tuple[str, str]]:
     """Each record whose figures may no longer be true, and why.
 
-    git: gets the arguments of a git command, gives its output; raises CalledProcessError as subprocess does.
+    git: runs a git command with these arguments and returns its output; raises CalledProcessError as subprocess does.
     """
     measured = {**tables.NAMED, **dict(tables.measured())}
     git = functools.cache(git)  # many records measure the same files
@@ -97,7 +98,7 @@ def stale(git: Any) -> Iterator[tuple[str, str]]:
 
 
 def _commit(record: Any) -> str | None:
-    """The commit that ran, or the one that brought the record where a run named none."""
+    """The commit that the run measured. If the record names none, the commit that added the record."""
     if not isinstance(record, dict):
         return None
     return record.get("commit") or record.get("recorded", {}).get("commit")
@@ -116,13 +117,13 @@ def _since(commit: str, code: tuple[str, ...], git: Any) -> Iterator[str]:
 
 
 def _differs(name: str, commit: str, git: Any) -> bool:
-    """Whether a file's code, without comments and docstrings, is another one than at that commit."""
+    """Whether a file's code differs from that commit's, apart from comments and docstrings."""
     versions = []
     for revision in (commit, "HEAD"):
         try:
             text = git("show", f"{revision}:{name}")
         except subprocess.CalledProcessError:
-            return True  # it came or went
+            return True  # the file was added or removed
         versions.append(_code(text) if name.endswith(".py") else text)
     return versions[0] != versions[1]
 

@@ -1,8 +1,8 @@
-"""What `mkdocs build` does to the documents (mkdocs.yml). They are written to be read in a repository, so here:
+"""Adapts the documents for `mkdocs build` (mkdocs.yml). They are written for readers of the repository, so these hooks:
 
-- README.md, CONTRIBUTING.md and CHANGELOG.md, which lie outside docs/, become pages; README.md is the first.
-- A link to another file outside docs/ gets a copy of that file. A link to a folder becomes its name.
-- A page that is named in the text, as in "docs/FORMAT.md has the layout", becomes a link.
+- add README.md, CONTRIBUTING.md and CHANGELOG.md, which lie outside docs/, as pages, with README.md as the first page;
+- copy every other file outside docs/ that a page links to, and replace a link to a folder with the folder's name;
+- turn the name of a page in the text, as in "docs/FORMAT.md has the layout", into a link.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 OUTSIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
-# A link's or an image's text and target; anchors stay with the target.
+# Text and target of a link or an image; the target includes its anchor.
 _LINK = re.compile(r"\[([^\]]*)\]\((?!https?://|#|mailto:)([^)\s]+)\)")
 _CODE = re.compile(r"(```.*?^```|`[^`\n]+`|<!--.*?-->)", re.DOTALL | re.MULTILINE)
 _NAMED = re.compile(r"(?<![\w/\[(.-])(?:docs/)?((?:results/)?[A-Za-z_]+\.md)\b(?![\])])")
@@ -35,7 +35,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """The page with its links as the site needs them."""
+    """The page with its links changed for the site."""
     source = page.file.src_uri
     linked = _LINK.sub(lambda found: _site_link(source, found[1], found[2]), markdown)
     pieces = _CODE.split(linked)
@@ -45,13 +45,13 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def _in_repository(source: str, target: str) -> Path:
-    """The file or folder that a link of a document means."""
+    """The file or folder in the repository that a document's link points to."""
     folder = ROOT if source in OUTSIDE else (DOCS / source).parent
     return Path(os.path.normpath(folder / target.split("#")[0]))
 
 
 def _place(path: Path) -> str:
-    """Where a file of the repository lies in the site's sources: docs/ is their root."""
+    """Where a file of the repository lies in the site's sources, whose root is docs/."""
     return str(PurePosixPath(path.relative_to(DOCS if path.is_relative_to(DOCS) else ROOT)))
 
 

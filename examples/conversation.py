@@ -1,4 +1,4 @@
-"""A conversation over gRPC: each turn resends everything, and pays only for what is new.
+"""A conversation over gRPC: each turn resends the whole conversation, and only its new tokens miss the cache.
 
 antefix up --address 127.0.0.1:7000 &
 python examples/conversation.py 127.0.0.1:7000

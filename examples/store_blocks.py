@@ -1,4 +1,4 @@
-"""Your own blocks on disk, from your own Python, without a service: python examples/store_blocks.py DIRECTORY"""
+"""Stores blocks on disk from your own Python program, without a service: python examples/store_blocks.py DIRECTORY"""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Your own transformers model with Antefix's store behind `generate`: the second run of a prompt computes its end only.
+"""Your transformers model with Antefix's store: `generate` computes only the end of a prompt that it ran before.
 
 pip install 'antefix[transformers]'
 python examples/transformers_cache.py MODEL DIRECTORY 'a long prompt'

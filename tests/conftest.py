@@ -1,8 +1,8 @@
 """Fixtures that several test folders share, and the rule that keeps `make test-fast` fast.
 
 A test that starts a process is marked `services`, uses a fixture of PROCESS_FIXTURES or lies in a folder of
-PROCESS_FOLDERS. Any other that tries is stopped: a new test cannot slow down the fast run without seeing it.
-Heavy imports wait until a test asks for them.
+PROCESS_FOLDERS. Any other test that starts a process fails, so nobody slows down the fast run without noticing.
+Heavy modules are imported only when a test needs them.
 """
 
 import gc
@@ -30,7 +30,7 @@ from tests.slow_cases import SlowTest
 
 __all__ = ["_deployment_of_all", "redis", "running", "shared_redis", "start_cluster", "start_redis"]
 
-# As services start. Tests write secrets, keys and stores, which are refused where everybody may read them.
+# Services set this umask too. Tests write secrets, keys and stores, which are refused if everybody can read them.
 os.umask(0o077)
 # Triton reads this when it is first imported, by us or by transformers: without a card the kernels' tests
 # run in its interpreter.
@@ -38,7 +38,7 @@ HAS_CARD = Path("/dev/nvidiactl").exists()
 if not HAS_CARD:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Where there is room, tests' files lie in memory: none of them cuts the power, and on a disk each sync is a wait.
+# If there is room, tests' files lie in memory. No test cuts the power, and on a disk each sync would take time.
 MEMORY = Path("/dev/shm")
 if os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > 4 << 30:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
@@ -74,7 +74,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """What draws without a seed of its own draws by the test's name, whichever tests ran before it."""
+    """Seed the random generators with the test's name, so that a test draws the same numbers whatever ran before it."""
     seed = zlib.crc32(f"{TEST_SEED}{item.nodeid}".encode())
     random.seed(seed)
     if numpy := sys.modules.get("numpy"):
@@ -85,7 +85,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def own_credentials_of_each_test():
-    """A command that runs in this process leaves what it shows to services; the next test shows its own."""
+    """Reset the credentials that a command in this process presents to services, so that each test uses its own."""
     found, own = list(own_credentials._find), list(own_credentials._own)
     yield
     own_credentials._find[:], own_credentials._own[:] = found, own
@@ -93,13 +93,13 @@ def own_credentials_of_each_test():
 
 @pytest.fixture
 def open_umask():
-    """As most machines have it: anyone who makes a file that others must not read has to say so."""
+    """The umask of most machines, under which code must explicitly make a file private."""
     before = os.umask(0o022)
     yield
     os.umask(before)
 
 
-# Those that start services, Redis or another Python. A test that uses one is marked `services` by itself.
+# Fixtures that start services, Redis or another Python. A test that uses one is marked `services` automatically.
 PROCESS_FIXTURES = {
     "running",
     "deploy",
@@ -168,7 +168,7 @@ def pytest_runtest_protocol(item, nextitem):
 
 
 def wait_longer_for_peers(patch):
-    """In this process, and in those that a test starts."""
+    """Set longer time limits for peers in this process, and in processes that a test starts."""
     for module in sitecustomize.LIMITS.keys() & sys.modules.keys():
         for values, limit in sitecustomize.limits_of(sys.modules[module]):
             patch.setitem(values, limit, sitecustomize.PATIENCE_S)
@@ -222,7 +222,7 @@ def store():
 
 @pytest.fixture
 def make_engine(models, store):
-    """Engines that share one store, as workers do."""
+    """Make engines that share one store, as workers do."""
     from tests import engines
 
     made = []

@@ -26,7 +26,7 @@ MODEL = Path(__file__).parents[1] / "models" / "antefix-tiny"
 
 
 class FixedRates(Rates):
-    """Nothing is learnt: on a busy machine a load takes seconds, and the next plan would be another one."""
+    """Rates that never change: on a busy machine, learnt rates would make the planner choose a different plan."""
 
     def observe_prefill(self, tokens, *, context, seconds):
         pass
@@ -39,7 +39,7 @@ class FixedRates(Rates):
 
 
 class MemoryStore:
-    """What `antefix.store.api.Store` promises, in a dict. `broken` names the calls that fail now."""
+    """An `antefix.store.api.Store` over a dict. `broken` names the calls that fail now."""
 
     def __init__(self):
         self.records = {}

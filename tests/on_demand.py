@@ -1,6 +1,6 @@
-"""Packages that take seconds to import and that few tests use: imported by the first test that touches them.
+"""Imports packages that take seconds to import, and that few tests use, when a test first uses them.
 
-Each of the processes that share a run collects every test file. What a file imports at its top, all of them pay for.
+Each process of a test run collects every test file, so every process would pay for an import at a file's top.
 """
 
 import time

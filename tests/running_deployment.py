@@ -1,7 +1,8 @@
-"""One deployment for all tests that only ask it something: its start and its stop cost more than most of their work.
+"""One deployment shared by all tests that only send requests, because starting one takes longer than most tests.
 
-Tests that kill, restart or configure start their own. Here everything that others did is still there: prompts are hit
-where they were asked before, so a test has a tenant or a text of its own, and the ledger holds others' records.
+Tests that kill, restart or configure processes start their own deployment. The shared one keeps all data of earlier
+tests: a prompt hits if another test sent it, so each test uses its own tenant or text. The ledger has records of other
+tests.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ SMALL_POOL = ("--pool-bytes", "64M")
 
 
 class RunningDeployment:
-    """What a test sees of it. router: a client for this test."""
+    """A test's view of the shared deployment. router: a client for this test."""
 
     def __init__(self, deployment: Deployment, router: RouterClient) -> None:
         self._deployment = deployment
@@ -44,7 +45,7 @@ class RunningDeployment:
         return self._deployment.one(role)
 
     def settled(self):
-        """What the ledger got since this test began."""
+        """The ledger's records since this test began."""
         return self._settled()[self._num_before :]
 
     def _settled(self):

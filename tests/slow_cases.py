@@ -1,4 +1,4 @@
-"""What `make test-fast` leaves out: some cases of a parametrised test, and tests that compute for seconds."""
+"""Marks what `make test-fast` skips: some cases of a parametrised test, and tests that compute for seconds."""
 
 from collections.abc import Iterable
 from typing import Any

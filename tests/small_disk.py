@@ -13,7 +13,7 @@ import pytest
 
 @contextlib.contextmanager
 def small_disk(path: Path, nbytes: int) -> Iterator[Path]:
-    """A tmpfs of that size at `path`; skips the test where nobody may mount one."""
+    """Mount a tmpfs of that size at `path`; skip the test if mounting is not permitted."""
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(path)]
     if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode != 0:
@@ -25,7 +25,7 @@ def small_disk(path: Path, nbytes: int) -> Iterator[Path]:
 
 
 def fill(path: Path, *, but: int = 0) -> None:
-    """Take what is left, but for so many bytes, into the file `path`."""
+    """Fill the file system with the file `path`, leaving this many bytes free."""
     with path.open("ab", buffering=0) as file:
         if (nbytes := (free_bytes(path.parent) - but) // 4096 * 4096) > 0:
             os.posix_fallocate(file.fileno(), 0, nbytes)

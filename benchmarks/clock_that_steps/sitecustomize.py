@@ -1,8 +1,8 @@
-"""A Python process whose wall clock is set while it runs, as a host's is. Its directory goes into PYTHONPATH.
+"""Shifts the wall clock of a Python process while it runs, like a step of a host's clock. Add this to PYTHONPATH.
 
-ANTEFIX_CLOCK_FILE: 8 bytes, by how many microseconds the clock differs (signed, little-endian). Only our own code sees
-it: what libraries compute deadlines from must agree with the clock of the C code that waits for them. (Under
-libfaketime, which moves that too, gRPC's waits do not end in time.)
+ANTEFIX_CLOCK_FILE names a file of 8 bytes: the shift in microseconds (signed, little-endian). Only our own code sees
+the shifted clock. Libraries must compute deadlines from the same clock as the C code that waits for them.
+(libfaketime shifts that clock too, and then gRPC's waits do not end in time.)
 """
 
 import datetime
@@ -23,7 +23,7 @@ def _shown_ns() -> int:
 
 
 def _is_ours() -> bool:
-    """Whether our code looks at the clock; in `antefix.rpc` it is gRPC's, which tells how long a call has."""
+    """Whether our own code reads the clock. `antefix.rpc` does not count: it computes gRPC deadlines from the clock."""
     name = str(sys._getframe(2).f_globals.get("__name__", ""))
     return name.startswith(("antefix", "benchmarks")) and name != "antefix.rpc"
 

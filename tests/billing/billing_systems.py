@@ -1,4 +1,4 @@
-"""Local stands-in for the billing systems' documented APIs: they keep what they are sent, by the ids they go by."""
+"""Local stand-ins for the billing systems' documented APIs, which keep the events that they receive by event id."""
 
 from __future__ import annotations
 

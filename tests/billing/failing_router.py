@@ -1,4 +1,4 @@
-"""A router process with a real ledger and workers that are a script, made to fail. Run by test_bill_under_failure.
+"""A router process with a real ledger and scripted workers that fail on purpose. Run by test_bill_under_failure.
 
 The script keeps its own store log as the store does: prefixes are stored once, and a hit is a read of its last block.
 """
@@ -43,7 +43,7 @@ FAILURE_RATE = 0.02
 
 
 class FailingWorkers:
-    """Answers that depend on the request alone, so that a repeat is the same; failures that depend on nothing."""
+    """Workers whose answers depend only on the request, so a repeat gets the same, and whose failures are random."""
 
     def __init__(self, directory: Path) -> None:
         self._stored = {event.hash for event in read_store_log(directory / "store-log") if event.kind == "stored"}

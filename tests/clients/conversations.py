@@ -1,4 +1,4 @@
-"""What a session's requests should hit, and waiting for things to happen."""
+"""The hits that a session's requests should have, and helpers that wait for a condition."""
 
 from __future__ import annotations
 

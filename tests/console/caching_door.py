@@ -1,4 +1,4 @@
-"""Our own door over scripted workers that keep a prefix cache, with faults to plant, on simulated time."""
+"""Our own HTTP API over scripted workers with a prefix cache, on simulated time; tests can plant faults in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What must hold after a history, whatever happened in it."""
+"""The invariants that must hold after every history, whatever faults it had."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What happens to a deployment: one fault at a time, at a moment and in a way that the seed draws."""
+"""The faults of a history: one at a time; the seed draws each fault's time and kind."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Faults:
         self.world.handoffs.clear()
 
     async def _store_loses_power(self) -> None:
-        """What was synced is there again; the rest is there, torn or gone."""
+        """Synced data survive; data that were not synced may survive, be torn, or be lost."""
         if self.world.store.engine is None:
             return
         self.world.store.engine.abandon()

@@ -1,4 +1,4 @@
-"""An event loop whose time is simulated and whose threads are not there: the same seed gives the same history.
+"""An event loop with simulated time and without threads, so that the same seed gives the same history.
 
 `async-solipsism` simulates time as well, but has no executors, which ledger and store work in. Here what is given to an
 executor runs in the loop, after a delay that the seed draws; so does every call over the simulated network. When
@@ -26,7 +26,7 @@ WALL_S = 1_790_000_000.0
 
 
 class Stuck(Exception):
-    """Somebody waits for what nobody will do."""
+    """A task waits for an event that no other task will cause."""
 
 
 class _Turn:

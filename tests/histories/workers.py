@@ -32,16 +32,16 @@ def payload_of(block_hash: bytes) -> bytes:
 
 
 def token_of(tokens: Sequence[int], number: int) -> int:
-    """What a model would say next."""
+    """The token that this model-free worker generates next."""
     return hashlib.blake2b(np.asarray(tokens, np.uint32).tobytes() + bytes([number]), digest_size=2).digest()[0]
 
 
 class WrongBytes(AssertionError):
-    """The store gave what it was not given."""
+    """The store returned bytes that nobody put."""
 
 
 class SimStore:
-    """The store as routers and workers reach it.
+    """The store as routers and workers call it over the simulated network.
 
     acknowledged: hashes that a put has answered for.  parents: of all that was ever put.  rotten: whose bytes a fault
     changed on disk. A put of one that is there is answered without a look at its bytes, so it is not promised again.

@@ -1,4 +1,4 @@
-"""Small stores: payloads of a few hundred bytes, so that a whole life of a store takes milliseconds."""
+"""Small stores with payloads of a few hundred bytes, so that a store's whole life takes milliseconds."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Prompt:
         self.payload_bytes = payload_bytes
 
     def payload(self, index: int, kind: RecordKind = RecordKind.BLOCK) -> bytes:
-        """Differs from block to block and follows from the name alone."""
+        """A payload that differs from block to block and depends only on the block's name."""
         seed = self.hashes[index] + bytes([kind])
         return (seed * (self.payload_bytes // len(seed) + 1))[: self.payload_bytes]
 
@@ -73,7 +73,7 @@ class Prompt:
 
 
 class Clock:
-    """Milliseconds that only a test moves."""
+    """A clock in milliseconds that only the test advances."""
 
     def __init__(self) -> None:
         self.ms = 1_700_000_000_000

@@ -1,4 +1,4 @@
-"""What tests wait for a peer on the same machine: a busy one is late, and a late answer is a miss that no test means.
+"""Raises time limits for peers in tests: on a busy machine answers are late, and a late answer becomes a miss.
 
 Python imports this file in every process that a test starts, for its folder is in their PYTHONPATH; tests/conftest.py
 does the same in the test's own process. Tests of these very limits are marked `impatient`.

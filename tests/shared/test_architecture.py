@@ -1,4 +1,4 @@
-"""The rooms of docs/ARCHITECTURE.md are checked: each row has its import-linter contract, each contract its row."""
+"""docs/ARCHITECTURE.md's table of rooms: each row has an import-linter contract, and each contract has a row."""
 
 import re
 import tomllib

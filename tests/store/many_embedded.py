@@ -1,4 +1,4 @@
-"""Several embedded stores behind one `ManyStores`, each behind a wrapper that can be told to fail as stores do."""
+"""Several embedded stores behind one `ManyStores`, each in a wrapper that a test can make fail as real stores do."""
 
 from __future__ import annotations
 
