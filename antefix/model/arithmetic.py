@@ -265,7 +265,7 @@ def _pairs(model: Model) -> Iterator[Step]:
 
 
 def _together(model: Model) -> Iterator[Step]:
-    """Products that decode steps of many sequences run as pairs in a batch, and one sequence runs as a single product."""
+    """Products that decode steps of many sequences run as a batch of pairs, and one sequence as a single product."""
     config, geometry = model.config, model.config.geometry
     cached, heads, dim = value_dtype(model.layout.kv_format), config.num_heads, geometry.head_dim
     for entries in (geometry.window, HCA_SEGMENT) if LayerKind.HCA in geometry.layers else (geometry.window,):

@@ -76,7 +76,7 @@ class WindowLine:
 
 
 def line_up(ring_WC: Tensor, new_TC: Tensor, position: int, cut: int = 0) -> WindowLine:
-    """Put a chunk of T tokens at `position` behind the ring of earlier window KV (slot p mod W). The ring is unchanged."""
+    """A chunk of T tokens at `position` behind the ring of earlier window KV (slot p mod W), which is not changed."""
     window, num_new = len(ring_WC), len(new_TC)
     slot = position % window
     num_tiles = -(-(slot + num_new) // window)
