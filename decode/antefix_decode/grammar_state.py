@@ -1,7 +1,7 @@
 """Follows a grammar token by token, and keeps the grammars that this worker has compiled.
 
-A grammar is compiled in a thread, a few at a time, with a deadline. The grammar engine's own limits (antefix/grammar.py)
-reject grammars that are too large. A matcher that fails ends its own sequence only.
+A grammar is compiled in a thread, a few at a time, with a deadline. The grammar engine's own limits
+(antefix/grammar.py) reject grammars that are too large. A matcher that fails ends its own sequence only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Stores an output's KV while it grows: each finished block at once, and the checkpoint of its end when it has ended."""
+"""Stores an output's KV while it grows: each finished block at once, and the checkpoint of its end when it ends."""
 
 from __future__ import annotations
 
