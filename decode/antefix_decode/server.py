@@ -62,7 +62,7 @@ class DecodeConfig(WorkerConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """A request. emitted: the end of the prompt, if this is tokens that the client already has from another worker."""
+    """A request. emitted: the tokens at the prompt's end that the client already has as output of another worker."""
 
     prompt: Prompt
     sampling: Sampling
