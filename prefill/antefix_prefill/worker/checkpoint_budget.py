@@ -1,4 +1,4 @@
-"""The store's figures that strategies need, some seconds old: bytes of checkpoints, and how fast its contents change."""
+"""The store's figures that strategies need, some seconds old: bytes of checkpoints, and how fast contents change."""
 
 from __future__ import annotations
 
