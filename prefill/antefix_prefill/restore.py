@@ -196,7 +196,7 @@ async def read_checkpoint(engine: Engine, prompt: Prompt, block: int, report: Re
 
 
 async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: RestoreReport) -> None:
-    """Ask the pool for a checkpoint after the disk's last one, if it could be cheaper than a replay at the hit's end."""
+    """Ask the pool for a checkpoint after the disk's last one, where it could be cheaper than a replay at hit's end."""
     if engine.window_pool is None:
         return
     step = engine.align_blocks

@@ -1,7 +1,7 @@
 """The process of a rank other than rank 0: joins the other ranks, loads its share, and runs what rank 0 sends.
 
-`rank_processes` starts it with one end of a socket, over which all messages come. When the socket closes, however rank 0
-ended, this process ends too, at most `END_S` later, whatever it is waiting for. It ignores signals, which only rank 0
+`rank_processes` starts it with one end of a socket, over which all messages come. When the socket closes, however rank
+0 ended, this process ends too, at most `END_S` later, whatever it is waiting for. It ignores signals, which only rank 0
 handles: a supervisor that signals every process must not end this one while requests are drained.
 """
 
