@@ -114,7 +114,7 @@ class RankProcesses:
             raise
 
     def load(self, load: Callable[..., Model], **settings: Any) -> Model:
-        """Call `load(ranks=..., device=..., **settings)` on every rank. Returns this rank's share, which leads the others.
+        """Call `load(ranks=..., device=..., **settings)` on every rank. Returns this rank's share of the model.
 
         load: a module-level function, which each process imports.
         Raises:  ConfigError: another rank could not load its share.  Whatever `load` raises here.

@@ -17,7 +17,7 @@ def near_stores(store: Store) -> list[str]:
 
 
 def read_speeds(engine: Engine, names: Collection[str]) -> dict[str, ReadSpeed]:
-    """Speeds by name, of the stores in `names`, near stores, and tiers that are not stores; empty for a single store."""
+    """Speeds by name: of the stores in `names`, near stores, and tiers that are not stores. Empty for one store."""
     store = engine.store
     if not isinstance(store, ManyStores):
         return {}
