@@ -2,8 +2,8 @@
 
 At layer l, the state after `stop` depends on the inputs of the last `KVGeometry.replay_reach[l]` tokens: the layer's
 own window, the last group of CSA's compressors, and n_win - 1 more tokens for each layer above, because the state of
-those layers is made from this layer's output. So each layer runs fewer tokens than the one below. The top layer needs only
-window KV and no queries. In total this is about half the work of running every token through every layer.
+those layers is made from this layer's output. So each layer runs fewer tokens than the one below. The top layer needs
+only window KV and no queries. In total this is about half the work of running every token through every layer.
 
 Replay cannot write global KV: of the operations in `ops` only `compress_and_pack` writes, and it is never called here.
 
@@ -97,7 +97,7 @@ def needed_from(geometry: KVGeometry, layer: int, stop: int) -> int:
 
 
 def _first_row(model: Model, layer: int, stop: int, position: int, num_tokens: int) -> int:
-    """The first of this call's padded rows that the layer runs, in whole tiles; all rows are before it if none runs."""
+    """Index of the first of this call's padded rows that the layer runs, in whole tiles; if none, the number of rows."""
     skipped = needed_from(model.config.geometry, layer, stop) - position
     if skipped >= num_tokens:
         return -(-num_tokens // ROW_TILE) * ROW_TILE
