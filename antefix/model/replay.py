@@ -97,7 +97,7 @@ def needed_from(geometry: KVGeometry, layer: int, stop: int) -> int:
 
 
 def _first_row(model: Model, layer: int, stop: int, position: int, num_tokens: int) -> int:
-    """Index of the first of this call's padded rows that the layer runs, in whole tiles; if none, the number of rows."""
+    """Index of the first padded row of this call that the layer runs, in whole tiles; if none, the number of rows."""
     skipped = needed_from(model.config.geometry, layer, stop) - position
     if skipped >= num_tokens:
         return -(-num_tokens // ROW_TILE) * ROW_TILE

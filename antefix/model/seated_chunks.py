@@ -64,7 +64,7 @@ def shape_of(batch: collections.abc.Sequence[tuple[Sequence, TokenArray]]) -> Ch
 def chunk_integers(
     batch: collections.abc.Sequence[tuple[Sequence, TokenArray]], seats: Seats, shape: ChunkShape
 ) -> _Integers:
-    """[N * 3 + S * (4 + B)]: the rows' tokens, positions and sequences, then each sequence's integers and block table."""
+    """[N * 3 + S * (4 + B)]: the rows' tokens, positions, sequences, then each sequence's integers and block table."""
     integers = np.zeros(shape.num_integers, np.int32)
     rows = integers[: shape.rows * _ROW_COLUMNS].reshape(_ROW_COLUMNS, shape.rows)
     sequences = integers[rows.size :].reshape(shape.sequences, -1)
@@ -128,7 +128,7 @@ class SeatedChunks(SeatedSteps):
         self._owner, self._row = owner, torch.arange(shape.rows, dtype=torch.int32, device=device)
         self._seats_S, self._firsts_S = sequences[:, SEAT].contiguous(), sequences[:, FIRST].contiguous()
         self._starts_S = sequences[:, START].contiguous()
-        # In the window line, each sequence's records begin W rows before its first new row; so W rows come per sequence.
+        # Sequence i's part of the window line begins at i * W plus its first row: each earlier one adds W old records.
         each, back = (torch.arange(n, dtype=torch.int32, device=device) for n in (shape.sequences, window))
         self._ring_rows = ((self._seats_S * (2 * window) + self._firsts_S % window).unsqueeze(1) + back).flatten()
         self._line_rows = ((each * window + self._starts_S).unsqueeze(1) + back).flatten()
