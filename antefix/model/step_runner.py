@@ -160,7 +160,7 @@ class StepRunner:
     def run_chunk(
         self, model: Model, pool: BlockPool, batch: Batch, *, write: bool
     ) -> tuple[PendingChunk, Tensor, Tensor]:
-        """Run new tokens of each sequence. Returns the object that keeps them, streams [N, M, D], the head's inputs [N, D]."""
+        """Run each sequence's new tokens. Returns what keeps them, streams [N, M, D] and the head's inputs [N, D]."""
         seats = self.seats(model)
         # Take seats first: if there are too few, all seats move, and recorded graphs would read the old memory.
         seats.take([sequence.window for sequence, _ in batch])
@@ -301,8 +301,8 @@ class StepRunner:
 
     @torch.inference_mode()
     def prepare(self, model: Model, pool: BlockPool, num_sequences_max: int) -> None:
-        """Record steps of up to `num_sequences_max` sequences with short tables now instead of at their first use. Steps
-        that do not fit into PREPARE_S are recorded at their first use."""
+        """Record steps of up to `num_sequences_max` sequences with short tables now instead of at their first use.
+        Steps that do not fit into PREPARE_S are recorded at their first use."""
         seats, started = self.seats(model), time.monotonic()
         seats.reserve(num_sequences_max)
         if model.ranks is not None:
