@@ -52,9 +52,9 @@ class TritonOps:
     """An implementation of `Ops` for CUDA; in Triton's interpreter it runs on a CPU too, slowly.
 
     reproducible: a query's bits do not depend on what else is computed.
-    batched: sequences that run one token each share one launch per layer.  graphs: such steps are recorded and replayed.
-    over_ranks: steps of a model over several ranks are recorded too.  chunks: short calls of several tokens per
-        sequence share launches too.
+    batched: sequences that run one token each share one launch per layer.  graphs: such steps are recorded and
+        replayed.  over_ranks: steps of a model over several ranks are recorded too.  chunks: short calls of several
+        tokens per sequence share launches too.
     Raises:  InternalError: a layout of another record format than FP8.
     """
 

@@ -198,7 +198,7 @@ class WindowState:
 
     @classmethod
     def cut_at(cls, layout: BlockLayout, position: int, device: str | torch.device = "cpu") -> WindowState:
-        """The start of a bounded replay: as for a sequence that begins here, but with its true position and global KV."""
+        """The start of a bounded replay: as if the sequence began here, but with its true position and global KV."""
         state = cls(layout, position, device)
         state.cut = position
         return state

@@ -160,8 +160,8 @@ def _attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, c
     top = tl.full((H,), float("-inf"), tl.float32)
     total = tl.zeros((H,), tl.float32)
     RAW: tl.constexpr = RECORD // UNIT
-    # Slots are loaded one tile early, and all loads of a tile are issued before the first is used. Copies through shared
-    # memory were no faster: 584-byte records allow only pieces of 8 bytes.
+    # Slots are loaded one tile early, and all loads of a tile are issued before the first is used. Copies through
+    # shared memory were no faster: 584-byte records allow only pieces of 8 bytes.
     place = _places(begin, listed, compressed, first, slots, block_table, SELECTED, ENTRIES, N)
     for tile in tl.range(begin, end, num_stages=1):
         offset = _offset(place, first, stride_p, window_offset, WINDOW, ENTRIES, RAW)
