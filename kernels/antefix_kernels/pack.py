@@ -96,7 +96,7 @@ def _overlap_kernel(kv, gate, bias, prior_rows, first_rows, overlap_kv, overlap_
                     ROPE: tl.constexpr, D: tl.constexpr, ENTRIES: tl.constexpr, RECORD: tl.constexpr,
                     ALIGN: tl.constexpr, SCALE_OFFSET: tl.constexpr, KEYS: tl.constexpr,
                     LOG2_D: tl.constexpr):  # fmt: skip
-    """Pool one CSA group with the previous group's Ca rows, then norm, round and write it, unless its slot is dropped."""
+    """Pool one CSA group with the previous group's Ca rows, then norm, round and write it; skip a negative slot."""
     g = tl.program_id(0)
     if tl.load(slots + g) < 0:
         return
