@@ -1,18 +1,19 @@
-"""What a set-up computes, as a name: equal names mean equal bits, by measurement.
+"""Measures what arithmetic a set-up computes with, and gives it a name: set-ups with equal names compute equal bits.
 
 A hit equals a cold run only where the KV was written by the same arithmetic: another processor, library, driver or
-setting of theirs may round differently. So every process that loads a model probes it: fixed inputs go through each
-product and function that the model runs, in the model's own shapes, and the results' bits are hashed into the name that
-goes into all names of KV. Set-ups that agree share; others miss.
+setting may round differently. So every process that loads a model probes it: fixed inputs go through each
+product and function that the model runs, in the model's own shapes, and the results' bits are hashed into a name, which
+is part of every name of KV. Set-ups that compute the same bits share KV; between others every look-up is a miss.
 
     cpu-float32-1f3a5b7c9d-0a2c4e6f81       device and precision; digest of products; digest of functions and sums
-    cpu-float32-1f3a5b7c9d-0a2c4e6f81-t3    ... whose bits were seen to depend on the number of threads, here 3
-    cuda-bfloat16-reproducible-...          on a card both digests cover card, driver and libraries too
-    cuda-bfloat16-reproducible-...-x2       of a model over two cards, whose shares may take other sums than the whole
+    cpu-float32-1f3a5b7c9d-0a2c4e6f81-t3    the same, where bits were seen to depend on the number of threads, here 3
+    cuda-bfloat16-reproducible-...          on a card; both digests also cover the card, the driver and the libraries
+    cuda-bfloat16-reproducible-...-x2       a model over two cards: a card's share may be summed in other parts
 
-The probe also checks what exactness rests on: that a row's results are the same whole and cut, and that they are the
-same with one thread. It takes at most TIME_S_MAX, and says what it found (`failed`) and could not check (`unproved`).
-Never sees tokens or stores. Inputs are made from integers, so that they are the same everywhere.
+The probe also checks what exactness needs: a row's results must be the same whether the input is computed whole or in
+pieces, and with one thread as with all. It takes at most TIME_S_MAX seconds, and reports the checks that failed
+(`failed`) and those that it could not make (`unproved`). It never sees tokens or stores. Inputs are made from integers,
+so that they are the same on every machine.
 
 Shapes:  K = addends, O = columns, R = rows of a pair.
 """
@@ -41,9 +42,9 @@ from antefix.model.probe_steps import ROW_CUTS, ROWS, Step, function_step, numbe
 from antefix.model.quant import value_dtype
 from antefix.model.setup import Setup, setup_of
 
-# The whole probe's time: what is not checked until then is reported as unproved.
+# Time limit of the whole probe: checks that have not run by then are reported as unproved.
 TIME_S_MAX: Final = 30.0
-# Of wider products so many columns are probed: a 129,280-token vocabulary would take gigabytes.
+# Of wider products only this many columns are probed: a 129,280-token vocabulary would take gigabytes.
 COLUMNS_MAX: Final = 8192
 _PAIRS: Final = 19
 _PAIR_CUTS: Final = ((0, 1), (7, 1), (5, 2), (3, 16))
@@ -52,9 +53,10 @@ _DIGITS: Final = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arithmetic:
-    """name: as above.  setup: where it was measured, for people.  num_proved: checks that held.
+    """name: as above.  setup: where it was measured, for people to read.  num_proved: how many checks held.
 
-    failed: what was seen to depend on a row's place, or on the number of threads.  unproved: what was not checked.
+    failed: results that were seen to depend on a row's place or on the number of threads.  unproved: what was not
+    checked.
     """
 
     name: str
@@ -66,12 +68,12 @@ class Arithmetic:
 
     @property
     def ignores_shapes(self) -> bool:
-        """Whether nothing was seen to depend on how a prompt is cut."""
+        """Whether no result was seen to depend on how a prompt is split into chunks."""
         return not any(text.endswith(_PLACE) for text in self.failed)
 
     @property
     def ignores_threads(self) -> bool:
-        """Whether nothing was seen to depend on the number of threads."""
+        """Whether no result was seen to depend on the number of threads."""
         return not any(text.endswith(_THREADS) for text in self.failed)
 
 
@@ -88,23 +90,23 @@ def probe(
     time_s_max: float = TIME_S_MAX,
     setup: Setup | None = None,
 ) -> Arithmetic:
-    """Measure what this process computes for this model, with the number of threads that is set.
+    """Measure what this process computes for this model, with torch's present number of threads.
 
-    reproducible, kernels: the cache path's, which are part of a card's name.  cache_dir: where an earlier probe of the
-    same set-up may be found and this one is left; it is believed only where the bits of a sample still agree.
-    setup: of another machine, for tests.
+    reproducible, kernels: settings of the cache path, which are part of a card's name.  cache_dir: directory of saved
+    probes. A saved probe of the same set-up is used only if a sample of the bits still agrees with it; a new probe is
+    saved there.  setup: pretend to be on this set-up, for tests.
     """
     setup = setup or setup_of(model.device)
     steps = list(steps_of(model))
     prefix = arithmetic_of(str(model.device), str(model.dtype).removeprefix("torch."), reproducible=reproducible)
     is_card = setup.card != ""
-    # A card's attention kernels are not probed: which they are is part of the name.
+    # A card's attention kernels are not probed; instead the name says which kernels are used.
     salt = f"{setup.card} kernels {kernels}" if is_card else ""
     num_cards = model.ranks.size if is_card and model.ranks is not None else 1
     if num_cards > 1:
         salt += f" of {num_cards} ranks"
     if model.dtype is torch.bfloat16:
-        # Sinks, mixing weights and biases: earlier versions rounded them too, and they are not probed.
+        # Sinks, mixing weights and biases stay float32. They are not probed, and earlier versions rounded them.
         salt += " float32 parameters"
     with torch.inference_mode():
         key = arithmetic_cache.key(setup, prefix, salt, [f"{step.label} {step.shape} {step.dtype}" for step in steps])
@@ -129,9 +131,9 @@ def probe(
 
 
 def steps_of(model: Model) -> Iterator[Step]:
-    """Everything that a forward pass of the model computes from more than one number, once per shape.
+    """Every operation of a forward pass whose result depends on more than one number, once per shape.
 
-    On a card attention, index scores and compressors are kernels over a pool, which are not probed.
+    On a card, attention, index scores and compressors are kernels over a pool; these are not probed.
     """
     seen: set[tuple[str, torch.dtype, tuple[int, ...]]] = set()
     on_card = model.device.type == "cuda"
@@ -176,20 +178,20 @@ def _on_card(model: Model) -> Iterator[Step]:
 
 
 def _matrices(model: Model) -> set[tuple[int, int]]:
-    """(K, O) of every matrix of weights that tokens are multiplied with in the model's own precision."""
+    """(K, O) of every weight matrix that is multiplied with tokens in the model's own precision."""
     found = set()
     for name, module in model.named_modules():
-        # What drafts decides no bits of KV.
+        # The draft layer decides no bits of KV.
         if isinstance(module, nn.Linear) and not name.startswith("mtp."):
-            # Of the grouped output projection each group is a product of its own.
+            # Each group of the grouped output projection is a product of its own.
             groups = model.config.o_groups if name.endswith("o_a_proj") else 1
             found.add((module.in_features, module.out_features // groups))
     return found | _matrices_of_experts(model)
 
 
 def _packed_products(model: Model) -> Iterator[Step]:
-    """Products with packed weights, once per form and shape: how weights are packed, and whether inputs are rounded, is
-    part of the name."""
+    """Products with packed weights, once per form and shape. Their bits put into the name how weights are packed and
+    whether inputs are rounded."""
     found: set[tuple[PackedForm, int, int]] = set()
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear | PackedStack) and not name.startswith("mtp."):
@@ -210,7 +212,7 @@ def _matrices_of_experts(model: Model) -> set[tuple[int, int]]:
 
 
 def _linear(addends: int, columns: int, dtype: torch.dtype) -> Step:
-    """x times a matrix of weights, transposed."""
+    """x times a weight matrix, transposed."""
     probed = columns if columns <= COLUMNS_MAX else COLUMNS_MAX + columns % numerics.COLUMN_TILE
     note = "" if probed == columns else f"{columns} columns of {addends} addends: probed as {probed}"
 
@@ -221,7 +223,7 @@ def _linear(addends: int, columns: int, dtype: torch.dtype) -> Step:
 
 
 def _packed(form: PackedForm, addends: int, columns: int, dtype: torch.dtype) -> Step:
-    """x times a packed matrix of weights, transposed."""
+    """x times a packed weight matrix, transposed."""
     probed = min(columns, COLUMNS_MAX)
     note = "" if probed == columns else f"{columns} columns of {addends} addends, {form.label}: probed as {probed}"
     inputs = "rounded inputs" if form.rounds_inputs else "plain inputs"
@@ -239,7 +241,7 @@ def _packed(form: PackedForm, addends: int, columns: int, dtype: torch.dtype) ->
 
 
 def _weighted(addends: int, columns: int, dtype: torch.dtype) -> Step:
-    """Probabilities times values, which lie as they are."""
+    """Attention probabilities times values; the values are not transposed."""
 
     def run(x: Tensor, salt: int) -> Tensor:
         return numerics.multiply(x, numbers((addends, columns), salt, x.dtype, x.device))
@@ -263,7 +265,7 @@ def _pairs(model: Model) -> Iterator[Step]:
 
 
 def _together(model: Model) -> Iterator[Step]:
-    """What decode steps of many sequences run as pairs, and one sequence's chunk as a single product."""
+    """Products that decode steps of many sequences run as a batch of pairs, and one sequence as a single product."""
     config, geometry = model.config, model.config.geometry
     cached, heads, dim = value_dtype(model.layout.kv_format), config.num_heads, geometry.head_dim
     for entries in (geometry.window, HCA_SEGMENT) if LayerKind.HCA in geometry.layers else (geometry.window,):
@@ -278,11 +280,11 @@ def _together(model: Model) -> Iterator[Step]:
 def _pair(
     rows: int, addends: int, columns: int, dtype: torch.dtype, *, transposed: bool = False, alone: bool = False
 ) -> Step:
-    """Pairs of products. alone: a single pair is run as a product by itself, which must give the same."""
+    """Products run as a batch of pairs. alone: run a single pair as a plain product, which must give the same bits."""
     shape = (columns, addends) if transposed else (addends, columns)
 
     def run(x: Tensor, salt: int) -> Tensor:
-        # Each pair's right side is cut from its left side's row: cut pieces get the same ones.
+        # Each pair's right side is computed from its left side's row, so a piece of the input gets the same pairs.
         left, seeds = x[:, : rows * addends].view(-1, rows, addends), x[:, rows * addends :]
         right = numbers(shape, salt, x.dtype, x.device) * seeds.view(-1, 1, 1)
         right = right.mT if transposed else right
@@ -328,7 +330,7 @@ def _pool(ratio: int, width: int, x: Tensor, _: int) -> Tensor:
 
 
 def _sample(steps: list[Step]) -> list[Step]:
-    """All cheap functions and a few cheap products: what must still be so for an earlier probe to be believed."""
+    """All cheap functions and a few cheap products. A saved probe is used only if their bits are still the same."""
     cheap = [step for step in steps if step.shape[0] * step.shape[1] <= 1 << 18 and not step.note]
     products = [step for step in cheap if step.is_product]
     picked = [*products[:: max(len(products) // 12, 1)], *(step for step in cheap if not step.is_product)]
@@ -344,12 +346,12 @@ def _digest(steps: list[Step], device: torch.device, salt: str) -> str:
 
 
 def _bits(result: Tensor) -> bytes:
-    # Positive and negative zero are one number, and none of ours divides by it.
+    # Adding 0.0 turns negative zero into positive zero: they are one number, and our code never divides by zero.
     return (result + 0.0).cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _check(steps: list[Step], device: torch.device, setup: Setup, deadline: float, *, is_card: bool) -> Arithmetic:
-    """Each step whole against cut, and against one thread."""
+    """Compare each step's results computed whole with those in pieces, and with those of one thread."""
     failed, unproved, num_proved = [], [], 0
     threads = torch.get_num_threads()
     for number, step in enumerate(steps):

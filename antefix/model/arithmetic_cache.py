@@ -1,8 +1,8 @@
-"""Keeps what a probe found, so that a worker that starts again on the same set-up does not measure for half a minute.
+"""Saves the results of a probe, so that a worker that restarts on the same set-up need not measure for half a minute.
 
-A file is one set-up's: its name is a hash over processor, instructions, libraries, variables, threads, the code that
-computes and every shape of the model. It is believed only if it is whole and a sample of the bits is still what it was
-then; anything else is as if there were no file, and the probe runs. So it can save time but never make a claim.
+Each file belongs to one set-up: its name is a hash over processor, instructions, libraries, variables, threads, the
+code that computes and every shape of the model. A file is used only if it is whole and a sample of the bits is still
+the same as when it was written. Otherwise the probe runs as if there were no file. So a file can only save time.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def key(setup: Setup, prefix: str, salt: str, steps: list[str]) -> str:
-    """Names the file of one set-up."""
+    """The name of the file for one set-up."""
     parts = {"setup": asdict(setup), "prefix": prefix, "salt": salt, "steps": steps, "code": _code()}
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 @functools.cache
 def _code() -> str:
-    """Of every module that computes, the kernels' included: another way to compute is another probe."""
+    """A hash over the source of every module that computes, kernels included: changed code needs a new probe."""
     state = hashlib.blake2b(digest_size=16)
     kernels = importlib.util.find_spec("antefix_kernels")
     folders = [Path(__file__).parent, *map(Path, (kernels and kernels.submodule_search_locations) or ())]
@@ -42,7 +42,7 @@ def _code() -> str:
 
 
 def load(directory: str, name: str, sample: str) -> dict[str, Any] | None:
-    """The fields of an `Arithmetic`; None where there is nothing to believe."""
+    """The fields of a saved `Arithmetic`; None where there is no file that may be used."""
     if not directory:
         return None
     try:
@@ -58,7 +58,7 @@ def load(directory: str, name: str, sample: str) -> dict[str, Any] | None:
 
 
 def save(directory: str, name: str, sample: str, measured: Arithmetic) -> None:
-    """Whole or not at all; a directory that cannot be written costs the next start its time and nothing else."""
+    """Write the whole file or none. If the directory cannot be written, the next start has to probe again."""
     if not directory:
         return
     fields = asdict(measured)

@@ -1,9 +1,9 @@
-"""Attention across tokens, in fixed absolutely aligned shapes: however a prompt is cut, each query sees the same sums.
+"""Attention across tokens, in fixed shapes at fixed positions: a query gets the same sums however a prompt is cut.
 
-A query's logits are laid out as [previous window tile | own window tile | far entries], tiles being the spans
-[i * n_win, (i + 1) * n_win). What a query may not see has probability exactly 0 and adds exactly 0, so the same
-products come out whether the neighbours in its tile are computed now, were computed before, or do not exist yet.
-The maximum is exact in any order; sums run over parts of fixed size, in fixed order.
+A query's logits are laid out as [previous window tile | own window tile | far entries]. Window tiles are the spans
+[i * n_win, (i + 1) * n_win) of positions. Keys that a query may not see get probability exactly 0 and add exactly 0. So
+the same products result whether the neighbours in its tile are computed in this call, were computed before, or do not
+exist yet. A maximum is exact in any order. Sums run over parts of fixed size, in fixed order.
 
 Shapes:  n = queries of one tile, H = heads, C = head dim, W = n_win, F = n * H rows, padded to ROW_TILE,
          k = selected entries a query, S = entries a segment, E = entries.
@@ -24,10 +24,10 @@ NEGATIVE_INFINITY = float("-inf")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """Queries of one sequence in one window tile. keys: window KV of the tile before and of the own tile, [W, C].
+    """Queries of one sequence in one window tile. keys: window KV of the previous and of the own tile, [W, C] each.
 
-    rows: which of the chunk's tokens, first and one past the last.  slot: the first query's place in its tile.
-    num_hidden: of the 2 W keys, how many lie before the sequence's start or before a bounded replay's cut.
+    rows: which of the chunk's tokens: the first, and one past the last.  slot: the first query's place in its tile.
+    num_hidden: how many of the 2 W keys lie before the sequence's start or before the cut of a bounded replay.
     """
 
     rows: tuple[int, int]
@@ -39,10 +39,10 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowLine:
-    """Window KV of one chunk lined up by position, from one tile before the first query's tile on.
+    """Window KV of one chunk in order of position, beginning one tile before the first query's tile.
 
-    values: [tiles + 1, W, C]; tokens that do not exist (yet) are zeros.  position: of the chunk's first token, whose
-    row is W + position mod W.  num_tokens: T.  cut: tokens before it are not attended to.
+    values: [tiles + 1, W, C]; tokens that do not exist (yet) are zeros.  position: the position of the chunk's first
+    token, whose row is W + position mod W.  num_tokens: T.  cut: tokens before this position are not attended to.
     """
 
     values: Tensor
@@ -51,7 +51,7 @@ class WindowLine:
     cut: int = 0
 
     def part(self, first: int, stop: int) -> WindowLine:
-        """What the chunk's tokens [first, stop) see of it."""
+        """The part of the line that the chunk's tokens [first, stop) attend to."""
         window = self.values.shape[1]
         position = self.position + first
         skipped = position // window - self.position // window
@@ -76,7 +76,7 @@ class WindowLine:
 
 
 def line_up(ring_WC: Tensor, new_TC: Tensor, position: int, cut: int = 0) -> WindowLine:
-    """A chunk of T tokens at `position` behind the ring of window KV before it (slot p mod W), which is not changed."""
+    """A chunk of T tokens at `position` behind the ring of earlier window KV (slot p mod W), which is not changed."""
     window, num_new = len(ring_WC), len(new_TC)
     slot = position % window
     num_tiles = -(-(slot + num_new) // window)
@@ -87,7 +87,7 @@ def line_up(ring_WC: Tensor, new_TC: Tensor, position: int, cut: int = 0) -> Win
 
 
 def advance_ring(ring_WC: Tensor, new_TC: Tensor, position: int) -> Tensor:
-    """The ring after a chunk: new tokens overwrite the slots of the oldest. In place."""
+    """Write a chunk into the ring in place: new tokens overwrite the slots of the oldest. Returns the ring."""
     window = len(ring_WC)
     kept = new_TC[-window:]
     slots = (torch.arange(len(kept), device=ring_WC.device) + position + len(new_TC) - len(kept)) % window
@@ -111,7 +111,7 @@ def window_logits(q_FC: Tensor, tile: Tile, num_heads: int) -> Tensor:
 
 
 def attend_selected(q_nHC: Tensor, tile: Tile, sinks_H: Tensor, entries_nkC: Tensor, live_nk: Tensor) -> Tensor:
-    """Attention over the window and each query's own k entries: [n, H, C]. Entries that are not live have no weight."""
+    """Attention over the window and each query's own k entries: [n, H, C]. live: entries that are not get weight 0."""
     num_queries, num_heads, _ = q_nHC.shape
     rows = num_queries * num_heads
     q_FC = pad_rows(q_nHC.flatten(0, 1))
@@ -132,7 +132,7 @@ def attend_segments(
 ) -> Tensor:
     """Attention over the window and all visible entries, given as segments of S entries each: [n, H, C].
 
-    Entries beyond a query's `num_visible` have no weight; their values must be finite.
+    Entries beyond a query's `num_visible` get weight 0; their values must be finite.
     """
     num_queries, num_heads, _ = q_nHC.shape
     rows = num_queries * num_heads
@@ -161,7 +161,7 @@ def _sink_rows(sinks_H: Tensor, num_queries: int, num_rows: int) -> Tensor:
 
 
 def _window_sums(near: Tensor, top: Tensor, sinks: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-    """Denominator [F, 1] (sink included) and weighted values [F, C] of the window part."""
+    """The window part's denominator [F, 1] (sink included) and its weighted sum of values [F, C]."""
     window = len(tile.own)
     weights = torch.exp(near - top)
     total = torch.exp(sinks - top) + weights.sum(1, keepdim=True)

@@ -1,6 +1,6 @@
 """V4's attention module: shared-KV multi-query attention with sinks and a grouped output projection.
 
-Holds parameters and what is computed for each token alone; what reaches across tokens is in `ops`.
+Holds the parameters and the computations that concern one token alone. Attention across tokens is in `ops`.
 
 Shapes:  N = tokens, D = hidden size, H = heads, C = head dim, Q = q rank, G = output groups.
 Source:  V4 report, section 2.3.3; oracle: transformers' DeepseekV4Attention.
@@ -24,7 +24,7 @@ from antefix.model.ranks import Ranks
 
 
 class CSACompressor(Compressor):
-    """CSA's main compressor; the indexer depends on it, as in the checkpoints."""
+    """CSA's main compressor. It holds the indexer too, as the checkpoints' tensor names do."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, LayerKind.CSA, config.geometry.head_dim)
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         self.o_b_proj = nn.Linear(config.o_groups * config.o_lora_rank, config.hidden_size, bias=False)
         self.sinks = nn.Parameter(torch.empty(config.num_heads))
         self.eps = config.rms_norm_eps
-        # Where heads are split over processes.
+        # Set where the heads are split over ranks.
         self.ranks: Ranks | None = None
         self.compressor: Compressor | None = None
         if self.kind is LayerKind.CSA:
@@ -63,17 +63,17 @@ class Attention(nn.Module):
         return rms_norm(linear(x_ND, self.q_a_proj.weight), self.q_a_norm.weight, self.eps)
 
     def queries(self, q_residual_NQ: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Normed, rotated queries [N, H, C], scaled by C^-1/2 for the dot products to come."""
+        """Normed, rotated queries [N, H, C], already scaled by C^-1/2 for the dot products with keys."""
         q = linear(q_residual_NQ, self.q_b_proj.weight).view(-1, self.num_heads, self.head_dim)
         scale = math.pow(self.head_dim, -0.5)
         return norm_rotate(q, None, self.eps, cos.unsqueeze(1), sin.unsqueeze(1), scale=scale)
 
     def window_entries(self, x_ND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Window KV [N, C] before rounding: key and value in one."""
+        """Window KV [N, C] before rounding; each entry is both key and value."""
         return norm_rotate(linear(x_ND, self.kv_proj.weight), self.kv_norm.weight, self.eps, cos, sin)
 
     def output(self, attended_NHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Undo the values' rotation at the query's position, then project to [N, D]."""
+        """Rotate the attended values back by the query's position, then project to [N, D]."""
         if is_compiled(attended_NHC) and self.ranks is None:
             from antefix.model.compiled import tokens
 

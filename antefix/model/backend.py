@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from antefix.model.lead import Lead
 
 KERNELS = ("auto", "triton", "torch")
-# How sequences that run one token each are run by the kernels: as recorded graphs (of one card, or of several as well),
-# in shared launches, one by one.
+# How the kernels run decode steps of one token per sequence: as recorded CUDA graphs (on one card only, or also over
+# several), in launches that all sequences share, or sequence by sequence.
 DECODE_STEPS = ("graphs", "graphs-over-ranks", "together", "alone")
-# How short calls of several tokens per sequence are run: one by one, or in the launches of steps, if those share any.
+# How short calls of several tokens per sequence run: one by one, or in the steps' launches where steps share launches.
 SHORT_PREFILLS = ("alone", "together")
 
 
 def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -> bool:
-    """auto: Triton where there is a card, Triton itself and the FP8 record format.
+    """Whether Triton kernels run. auto: yes if there is a card, Triton and the FP8 record format.
 
     Raises:  ConfigError: an unknown choice, or triton where it cannot run.
     """
@@ -56,19 +56,21 @@ def make_backend(
     decode_steps: str = DECODE_STEPS[0],
     short_prefills: str = SHORT_PREFILLS[0],
 ) -> tuple[BlockPool, Ops]:
-    """A pool on `device` and the operations that go with it; `kernels` is auto, triton or torch.
+    """A pool on `device` and the operations that go with it. `kernels` is auto, triton or torch.
 
-    decode_steps, short_prefills: of DECODE_STEPS and SHORT_PREFILLS, where Triton runs. Over several ranks "graphs" is
-        "alone".
+    decode_steps, short_prefills: one of DECODE_STEPS and of SHORT_PREFILLS; they matter only where Triton runs. Over
+        several ranks "graphs" means "alone".
 
-    reproducible: kernels that give a query the same bits whatever else is computed; torch on a CPU does so anyway.
-    lead: the model's, where it is over several ranks: each gets such a pool.  takes_payloads: as `BlockPool` has it.
+    reproducible: use kernels that give a query the same bits whatever else is computed. Torch on a CPU always does.
+    lead: the model's lead, where the model runs over several ranks: each rank gets such a pool.
+    takes_payloads: as in `BlockPool`.
     """
     if decode_steps not in DECODE_STEPS:
         raise ConfigError(f"decode_steps must be one of {DECODE_STEPS}, is {decode_steps!r}")
     if short_prefills not in SHORT_PREFILLS:
         raise ConfigError(f"short_prefills must be one of {SHORT_PREFILLS}, is {short_prefills!r}")
-    # No cards have recorded exchanges between ranks yet, so that is asked for by name; all ranks must run the same.
+    # Exchanges between ranks have not been recorded on cards yet, so graphs over ranks must be asked for by name. All
+    # ranks must run the same way.
     steps = "alone" if lead is not None and decode_steps == "graphs" else decode_steps
     pool, ops = _make_backend(kernels, layout, num_blocks, device, reproducible, takes_payloads, steps, short_prefills)
     if lead is not None:
@@ -105,7 +107,8 @@ def _make_backend(
 
 
 def _fits(layout: BlockLayout) -> bool:
-    """Entries hold BF16, so they start at even addresses; keys of 128 dims are read in words of four bytes."""
+    """Whether records lie at addresses that the kernels can read: entries hold BF16, so they must start at even
+    addresses; keys of 128 dims are read in words of four bytes."""
     geometry = layout.geometry
     if geometry.nope_dim % 2 or not geometry.nope_dim or geometry.indexer_dim < 16:
         return False

@@ -1,6 +1,6 @@
-"""A block pool for the kernels: packed rows alone, which they read and write, and no decoded mirrors of them.
+"""A block pool for the kernels, which read and write its packed rows directly. It keeps no decoded copies of them.
 
-Payloads come and go through pinned host memory (`antefix.model.host_rows`).
+Payloads enter and leave through pinned host memory (`antefix.model.host_rows`).
 
 Memory: `num_blocks * block_bytes` on the card, and as much pinned on the host.
 """
@@ -18,9 +18,9 @@ from antefix.model.quant import pack
 
 
 class CardPool(BlockPool):
-    """For TritonOps; FP8 format only. Belongs to one thread, like every pool; `landing` alone may be called by another.
+    """For TritonOps; FP8 format only. Belongs to one thread, like every pool; other threads may call only `landing`.
 
-    On a CPU, where the kernels run in Triton's interpreter, host rows are memory of their own all the same.
+    On a CPU, where the kernels run in Triton's interpreter, host rows are still separate memory.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class CardPool(BlockPool):
             self._host = HostRows(self.rows)
 
     def decode_rows(self, block_ids: list[int]) -> None:
-        """Nothing is kept decoded."""
+        """Does nothing: this pool keeps no decoded copies."""
 
     def decoded(self, part: Part) -> Tensor:
         """Raises InternalError: a card pool keeps no decoded values."""

@@ -1,7 +1,7 @@
-"""The probe's steps on a card: what a layer computes for each token alone, whole against cut, in the model's shapes.
+"""Steps that the probe runs on a card: a layer's per-token computations, whole and in pieces, in the model's shapes.
 
-A compiler may round the same expression in two ways in one kernel, by where a row lies in its tile, so each of these
-is tried at many places. Products of weights are probed by `antefix.model.arithmetic`, as on a CPU.
+A compiler may round the same expression in two ways within one kernel, depending on where a row lies in its tile. So
+each step is tried with rows at many places. Products of weights are probed by `antefix.model.arithmetic`, as on a CPU.
 
 Shapes:  N = tokens, H = heads, C = head dim, R = RoPE dims, M = streams, D = hidden size, P = picked experts.
 """
@@ -31,7 +31,7 @@ def card_steps(model: Model) -> Iterator[Step]:
     heads = {(config.num_heads, geometry.head_dim), (1, geometry.head_dim)}
     for num_heads, width in sorted(heads):
         yield _turned(config, num_heads, width, dtype, is_normed=True)
-    # Attention's outputs and the indexer's queries are turned without a norm.
+    # Attention's outputs and the indexer's queries are rotated without a norm.
     plain = {(config.num_heads, geometry.head_dim)}
     if LayerKind.CSA in geometry.layers:
         plain.add((config.index_num_heads, geometry.indexer_dim))
@@ -42,7 +42,7 @@ def card_steps(model: Model) -> Iterator[Step]:
 
 
 def _turned(config: ModelConfig, num_heads: int, width: int, dtype: torch.dtype, *, is_normed: bool) -> Step:
-    """Heads turned by angles that come with each row, as queries, window entries and outputs are."""
+    """Heads rotated by angles that come with each row, as queries, window entries and outputs are."""
     columns, pairs = num_heads * width, config.geometry.rope_dim // 2
 
     def run(x: Tensor, _: int) -> Tensor:
@@ -58,7 +58,7 @@ def _turned(config: ModelConfig, num_heads: int, width: int, dtype: torch.dtype,
 
 
 def _mixing(config: ModelConfig, dtype: torch.dtype) -> Iterator[Step]:
-    """Streams collapsed, an update spread over them, and the last collapse."""
+    """Streams collapsed into a block's input, its output expanded into the streams, and the last collapse."""
     streams, width = config.hc_mult, config.hidden_size
 
     def mix(x: Tensor, salt: int) -> Tensor:
@@ -104,5 +104,5 @@ def _fill(module: nn.Module, salt: int, device: torch.device) -> None:
     """Fixed numbers for weights, the same for every model of these shapes."""
     module.requires_grad_(False)
     for number, weight in enumerate(module.parameters()):
-        # Of a fan-in's size, so that gates lie where they are not flat.
+        # Scaled by the fan-in, so that the gates do not saturate.
         weight.data = numbers(tuple(weight.shape), salt + number, weight.dtype, device) * weight.shape[-1] ** -0.5

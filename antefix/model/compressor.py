@@ -1,7 +1,7 @@
-"""Compressors: groups of tokens pooled into one entry each. HCA pools disjoint groups, CSA overlapping ones.
+"""Compressors pool each group of tokens into one entry. HCA's groups are disjoint, CSA's overlap.
 
-CSA's projections make two series side by side, Ca then Cb. Group w pools group w-1's Ca rows and its own Cb rows, so
-the Ca rows of the last closed group (the overlap state) outlive it.
+CSA's projections give two series per token, Ca then Cb. Group w pools the Ca rows of group w-1 and its own Cb rows. So
+the Ca rows of the last closed group (the overlap state) are kept until the next group closes.
 
 Shapes:  N = tokens, G = groups, m = ratio, C = entry width (head dim, or indexer dim), S = C or, for CSA, 2C.
 Source:  V4 report, sections 2.3.1 and 2.3.2; oracle: transformers' DeepseekV4CSACompressor, DeepseekV4HCACompressor.
@@ -20,7 +20,7 @@ from antefix.model.numerics import linear, sum_middle, wide
 
 
 class Compressor(nn.Module):
-    """Projections and norm of one compressor; `width` is C. CSA's main compressor holds the indexer as well."""
+    """Projections and norm of one compressor; `width` is C. CSA's main compressor also holds the indexer."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, width: int) -> None:
         super().__init__()
@@ -34,11 +34,11 @@ class Compressor(nn.Module):
         self.kv_norm = RMSNorm(width, config.rms_norm_eps)
 
     def rows(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's kv and gate, [N, S] each, as the products give them."""
+        """Each token's kv and gate, [N, S] each, straight from the products."""
         return linear(x_ND, self.kv_proj.weight), linear(x_ND, self.gate_proj.weight)
 
     def project(self, x_ND: Tensor, positions_N: Tensor) -> Tensor:
-        """Each token's rows [2, N, S]: kv, and gate with the bias of its place in the group added."""
+        """Each token's rows [2, N, S]: kv, and the gate plus the bias for the token's place in its group."""
         if is_compiled(x_ND):
             from antefix.model.compiled import tokens
 
@@ -50,15 +50,15 @@ class Compressor(nn.Module):
 
 
 def pool_disjoint(rows_2GmS: Tensor) -> Tensor:
-    """HCA: one entry [G, C] a group, a softmax over the group's gates for each channel."""
+    """HCA: one entry [G, C] per group; for each channel a softmax over the group's gates weights its kv."""
     kv, gate = rows_2GmS
     return _pool(kv, gate)
 
 
 def pool_overlapping(rows_2GmS: Tensor, overlap_2mC: Tensor) -> Tensor:
-    """CSA: one entry [G, C] a group, from the previous group's Ca rows and its own Cb rows.
+    """CSA: one entry [G, C] per group, from the previous group's Ca rows and the group's own Cb rows.
 
-    overlap_2mC: Ca rows before the first group; kv 0 and gate -inf where there is none (they get no weight).
+    overlap_2mC: Ca rows before the first group. If there are none: kv 0 and gate -inf, which get no weight.
     """
     width = overlap_2mC.shape[-1]
     series_a = torch.cat((overlap_2mC.unsqueeze(1), rows_2GmS[:, :-1, :, :width]), dim=1)
@@ -67,7 +67,7 @@ def pool_overlapping(rows_2GmS: Tensor, overlap_2mC: Tensor) -> Tensor:
 
 
 def pool_pairs(rows_2GmS: Tensor, overlaps_2GmC: Tensor) -> Tensor:
-    """The same of groups that do not follow one another: each has its own Ca rows before it."""
+    """`pool_overlapping` for groups that do not follow one another; each comes with the Ca rows of its predecessor."""
     kv, gate = torch.cat((overlaps_2GmC, rows_2GmS[..., overlaps_2GmC.shape[-1] :]), dim=2)
     return _pool(kv, gate)
 
@@ -75,11 +75,11 @@ def pool_pairs(rows_2GmS: Tensor, overlaps_2GmC: Tensor) -> Tensor:
 def _pool(kv_GmC: Tensor, gate_GmC: Tensor) -> Tensor:
     gate = gate_GmC.to(wide(gate_GmC.dtype))
     weights = torch.exp(gate - gate.amax(1, keepdim=True))
-    # Dividing the sum instead of each weight saves a pass over [G, m, C].
+    # Dividing the sum instead of each weight saves one pass over [G, m, C].
     pooled = sum_middle(kv_GmC * weights.to(kv_GmC.dtype))
     return pooled / sum_middle(weights).to(kv_GmC.dtype)
 
 
 def finish_entries(pooled_GC: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
-    """Norm, then RoPE at the position of each group's first token (cos, sin [G, R / 2])."""
+    """The norm, then RoPE at the position of each group's first token (cos, sin [G, R / 2])."""
     return rotate(rms_norm(pooled_GC, norm.weight, norm.eps), cos, sin)

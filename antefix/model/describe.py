@@ -1,4 +1,4 @@
-"""What a model directory is and what memory it takes, from its config and its files' headers: no weight is read."""
+"""Says what a model directory holds and what memory it takes, from config and file headers; it reads no weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from antefix.model.ranks import Ranks, split_model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVBytes:
-    """What KV takes.  pool_token: of a pool on a CPU, which keeps decoded copies."""
+    """What KV takes.  pool_token: bytes per token of a pool on a CPU, which keeps decoded copies."""
 
     token: float
     pool_token: float
@@ -29,11 +29,11 @@ class KVBytes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """num_weights: numbers in all tensors that are run.  packed: how many bytes of which form, such as "fp4 1x32 e8m0".
+    """num_weights: numbers in all tensors that are run.  packed: bytes by form, such as "fp4 1x32 e8m0".
 
-    memory_bytes: of the weights in a worker, by its dtype; of several ranks in each.  file_bytes: of the tensors in all
-    files.  skipped: bytes of tensors that are known and not run, by what they are.  max_tokens: positions that the
-    config allows.
+    memory_bytes: what the weights take in a worker (in each rank, if there are several), by the worker's dtype.
+    file_bytes: of the tensors in all files.  skipped: bytes of tensors that are known but not run, by what they are.
+    max_tokens: the number of positions that the config allows.
     """
 
     path: str
@@ -56,7 +56,7 @@ class Description:
 
 
 def describe(directory: Path, *, kv_format: KVFormat = KVFormat.FP8, num_ranks: int = 1) -> Description:
-    """Raises:  ModelError: it would not load; the message says why."""
+    """Raises:  ModelError: the directory would not load; the message says why."""
     model, plan = plan_model(directory, kv_format=kv_format)
     config, num_weights = model.config, _num_weights(model, plan)
     if num_ranks > 1:
@@ -125,7 +125,7 @@ def _packed(plan: LoadPlan, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _skipped(plan: LoadPlan, config: ModelConfig) -> dict[str, int]:
-    """Bytes of what is not run, under "mtp" or "dspark"; a tied head that was saved all the same under "head"."""
+    """Bytes of tensors that are not run: draft modules as "mtp" or "dspark", the copy of a tied head as "head"."""
     found: Counter[str] = Counter()
     for tensor in plan.skipped:
         found[(config.draft or "mtp") if "mtp." in tensor.name else "head"] += tensor.nbytes

@@ -1,14 +1,14 @@
-"""Drafting a token ahead with the checkpoint's own layer (`mtp.0`): window-only, over the main model's streams.
+"""Drafts one token ahead with the checkpoint's own draft layer (`mtp.0`), a window-only layer over the main streams.
 
 At position p the layer takes the main model's streams h_p and the token that follows, t_{p+1}, and predicts t_{p+2}.
-Its window KV at p needs no more than that pair: a prompt's draft state is filled without running the layer's attention.
+Its window KV at p depends on that pair alone, so a prompt's draft state is filled without running its attention.
 
-What it drafts is never believed: the main model runs the drafted token behind the one before, and it is kept only if
-the request's sampler chooses the same (`antefix_decode.step`). So a draft state decides speed, never an answer.
+The draft is only a guess: the main model runs the drafted token behind the chosen one, and the drafted token is kept
+only if the request's sampler chooses it too (`antefix_decode.step`). So a draft state affects speed, never an answer.
 
     sequence of P tokens      draft state
     t_0 ... t_{P-1} run       entries of positions < P - 1, and h_{P-1}, which waits for t_P
-    after `draft`             entries of positions < P; h_{P-1} is used up
+    after `draft`             entries of positions < P; h_{P-1} has been used
     after `follow`            as in the first line, for the tokens that were kept
 
 Shapes:  N = tokens, padded to ROW_TILE; T = tokens of one sequence; M = streams, D = hidden size.
@@ -41,7 +41,7 @@ _TORCH_OPS = TorchOps()
 
 @dataclass(frozen=True, slots=True)
 class _Pairs:
-    """Streams [N, M, D], the tokens [N] that follow them, and the positions [N] of the former."""
+    """Streams [N, M, D] of some tokens, the positions [N] of these tokens, and the tokens [N] that follow them."""
 
     streams: Tensor
     tokens: Tensor
@@ -49,8 +49,8 @@ class _Pairs:
 
 
 def can_draft(model: Model, window: WindowState) -> bool:
-    """Whether the last token's streams are known: after a replay, or a checkpoint without a draft state, only once a
-    token has been run."""
+    """Whether the last token's streams are known. After a replay, or from a checkpoint without draft state, they are
+    not known until one more token has been run."""
     state = window.draft
     return bool(model.mtp) and state is not None and state.is_at(window.position)
 
@@ -58,7 +58,7 @@ def can_draft(model: Model, window: WindowState) -> bool:
 def draft(
     model: Model, windows: collections.abc.Sequence[WindowState], next_tokens: list[int], ops: Ops = _TORCH_OPS
 ) -> list[int]:
-    """The likeliest token after each sequence's next one."""
+    """The draft for each sequence: the likeliest token after its next token."""
     found: list[int] = draft_logits(model, windows, next_tokens, ops).argmax(1).tolist()
     return found
 
@@ -67,9 +67,9 @@ def draft(
 def draft_logits(
     model: Model, windows: collections.abc.Sequence[WindowState], next_tokens: list[int], ops: Ops = _TORCH_OPS
 ) -> Tensor:
-    """Logits [sequences, V] of the token after each sequence's next one. Its pair's entry joins the draft state.
+    """Logits [sequences, V] of the token after each sequence's next one. Adds the pair's entry to the draft state.
 
-    windows: all of which `can_draft`.
+    windows: `can_draft` must hold for each of them.
     """
     lead = model.lead
     with contextlib.nullcontext() if lead is None else lead.draft(windows, next_tokens):
@@ -109,7 +109,7 @@ def _draft_logits(
 def follow_ran(
     model: Model, ran: Ran, number: int, window: WindowState, tokens: TokenArray, *, stop: int, ops: Ops = _TORCH_OPS
 ) -> None:
-    """`follow` for tokens that were kept of sequence `number`: those before its new token `stop`."""
+    """`follow` for the kept tokens of sequence `number`, which are its new tokens before index `stop`."""
     ran.follow(number, window, tokens, stop)
     end = ran.rows(number).start + stop
     given = torch.from_numpy(tokens.astype("i8")).to(model.device)
@@ -118,17 +118,17 @@ def follow_ran(
 
 @torch.inference_mode()
 def follow(model: Model, window: WindowState, tokens: Tensor, streams: Tensor, ops: Ops = _TORCH_OPS) -> None:
-    """The main model has run `tokens` [T], which end at the window's position, with `streams` [T, M, D] on top: bring
-    the draft state there."""
+    """Bring the draft state to the window's position, after the main model has run `tokens` [T], which end there, with
+    the streams `streams` [T, M, D]."""
     position, num_tokens = window.position, len(tokens)
     state = window.draft
     first = position - num_tokens
     if state is None or state.end not in (first - 1, first) or (state.end == first) != (state.streams is None):
-        # Nothing is known of the tokens before: attention starts here.
+        # The draft state has no entries of earlier tokens: its attention begins here.
         state = window.draft = DraftState.empty(window.layout, first, device=streams.device)
     num_kept = window.layout.geometry.window
     if num_tokens > num_kept:
-        # The entries before would be dropped again.
+        # Entries of earlier positions would fall out of the window anyway.
         state.streams, state.end = None, position - 1 - num_kept
         streams, tokens = streams[-num_kept - 1 :], tokens[-num_kept - 1 :]
     if state.streams is None:
@@ -145,7 +145,7 @@ def follow(model: Model, window: WindowState, tokens: Tensor, streams: Tensor, o
 
 
 def _streams(model: Model, state: DraftState) -> Tensor:
-    """[M, D]; a state that was read from bytes has them flat."""
+    """The waiting streams [M, D]. A state that was read from bytes has them as one flat row."""
     return cast(Tensor, state.streams).view(model.config.hc_mult, model.config.hidden_size)
 
 
@@ -156,8 +156,8 @@ def _module(model: Model) -> DraftLayer:
 
 
 def _inputs(model: Model, module: DraftLayer, pairs: _Pairs) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """The layer's streams [N, M, D]: each stream of h projected, plus the next token's embedding; with positions and
-    their RoPE."""
+    """The layer's input streams [N, M, D] (each stream of h projected, plus the next token's embedding), and cos and
+    sin at their positions."""
     positions = pad_rows(pairs.positions)
     embedded = module.enorm(model.model.embed_tokens(pad_rows(pairs.tokens)))
     streams = module.hnorm(pad_rows(pairs.streams).to(embedded.dtype))

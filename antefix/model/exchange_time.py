@@ -1,7 +1,7 @@
-"""How long ranks exchange numbers, waiting for each other included, and of what time.
+"""Measures which share of the model's calls ranks spend in exchanges, waiting for each other included.
 
-On a CPU every exchange is timed. A card works behind the program's back, so there events are put around exchanges, and
-only in one of `SAMPLED` calls: recording them costs the program time. The share is what both kinds give.
+On a CPU every exchange is timed. A card works asynchronously, so there CUDA events are recorded around exchanges, and
+only in one of `SAMPLED` calls, because recording events takes the program's time. Both ways give the share.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ SAMPLED: Final = 16
 
 
 class ExchangeTime:
-    """Seconds of exchanges, and of the model's calls that they were part of. Belongs to the thread of these calls.
+    """Seconds spent in exchanges, and in the calls of the model that contain them. Belongs to these calls' thread.
 
-    num_calls, num_exchanges: all of them, sampled or not.  sampled: of so many calls on a card one is timed.
+    num_calls, num_exchanges: all of them, timed or not.  sampled: on a card, one of this many calls is timed.
     """
 
     def __init__(self) -> None:
@@ -30,17 +30,17 @@ class ExchangeTime:
         self.num_calls = self.num_exchanges = 0
         self.sampled = SAMPLED
         self._is_sampled = False
-        # Of a card: which sum, and the events between which it passes.
+        # For a card: which of the two sums to add to, and the events at the beginning and end of the time.
         self._pending: deque[tuple[bool, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @property
     def share(self) -> float:
-        """Of the calls' time, what exchanges took; 0 where nothing was measured."""
+        """Time in exchanges divided by time in calls; 0 if nothing was measured."""
         return self.exchange_s / self.call_s if self.call_s else 0.0
 
     @contextlib.contextmanager
     def call(self, device: torch.device) -> Iterator[None]:
-        """One call of the model."""
+        """Time one call of the model."""
         self.num_calls += 1
         if device.type != "cuda":
             self._is_sampled, started = True, time.perf_counter()
@@ -55,7 +55,7 @@ class ExchangeTime:
 
     @contextlib.contextmanager
     def of(self, x: Tensor) -> Iterator[None]:
-        """One exchange, of `x`."""
+        """Time one exchange of the tensor `x`."""
         self.num_exchanges += 1
         if x.device.type == "cuda":
             with self._between_events(is_call=False):
@@ -78,7 +78,8 @@ class ExchangeTime:
         self._pending.append((is_call, begin, end))
 
     def settle(self) -> None:
-        """Add up what has passed. Events pass in the order in which they were recorded, calls behind their parts."""
+        """Add up the times between events that have passed. Events pass in the order in which they were recorded; a
+        call's event comes after those of its exchanges."""
         while self._pending and self._pending[0][2].query():
             is_call, begin, end = self._pending.popleft()
             seconds = begin.elapsed_time(end) / 1e3

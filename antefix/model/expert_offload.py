@@ -1,14 +1,14 @@
-"""Experts of some layers in pinned host memory, fetched to the card a layer ahead of their use.
+"""Keeps the experts of some layers in pinned host memory and copies them to the card one layer ahead of their use.
 
-    host      every offloaded layer's stacks, as they were loaded
-    places    two on the card, which these layers' modules share in turn: the even ones the first, the odd the second
+    host      the stacks of every offloaded layer, as they were loaded
+    places    two buffers on the card, which offloaded layers use in turn: even ones the first, odd ones the second
 
-While a layer is computed, the other place is filled for the next offloaded one, by a stream of its own: where layers on
-the card lie between, their time hides the copy. A forward pass uses layers in order, and after the last one the first
-is fetched for the next pass. Where another one is wanted, as behind a replay that left top layers out, it is fetched on
-the spot. Bits are those of experts on the card.
+While one layer is computed, the other place is filled for the next offloaded layer, on a separate stream. If layers
+with experts on the card lie between, their computation hides the copy. A forward pass uses layers in order, and after
+the last one the first is fetched for the next pass. If another layer is wanted than the one that was fetched, as after
+a replay that left out the top layers, it is fetched at that moment. The bits are those of experts on the card.
 
-Memory of the card: two layers' stacks, so fewer than three layers save nothing.
+The card's memory holds two layers' stacks, so offloading fewer than three layers saves nothing.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _NUM_PLACES = 2
 
 
 def offloaded_layers(model: Model, num_bytes: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Which layers' experts go to the host so that at least `num_bytes` do, spread evenly over the model.
+    """The layers whose experts go to the host: at least `num_bytes` in total, spread evenly over the model.
 
-    model: without memory is enough.  dtype: that it will have.
-    Raises:  ConfigError: so few that the places take as much, or more than there are.
+    model: a model without memory will do.  dtype: the type that its weights will have.
+    Raises:  ConfigError: `num_bytes` is so small that the places take as much, or is more than all experts have.
     """
     stacks = _stacks(_experts(model, 0))
     per_layer = sum(tensor.numel() * dtype_of(name, tensor, dtype).itemsize for name, tensor in stacks.items())
@@ -54,7 +54,8 @@ def names_of(model: Model, layers: tuple[int, ...]) -> set[str]:
 
 @dataclass(slots=True)
 class _Place:
-    """Stacks of one layer on the card.  layer: whose, once the card has passed `ready`; read no more behind `free`."""
+    """One layer's stacks on the card.  layer: whose stacks, valid once the card has passed the event `ready`. After the
+    event `free` the stacks are no longer read."""
 
     tensors: dict[str, Tensor]
     layer: int = -1
@@ -63,13 +64,13 @@ class _Place:
 
 
 class ExpertOffload:
-    """The host's side of offloaded layers. Belongs to the model's thread.
+    """Manages the offloaded layers' copies. Belongs to the model's thread.
 
-    num_waits: uses of a layer that nothing had been fetched ahead for.  num_fetched: layers that were copied.
+    num_waits: how often a layer was used that had not been fetched ahead.  num_fetched: layers that were copied.
     """
 
     def __init__(self, model: Model, layers: tuple[int, ...], device: torch.device) -> None:
-        """The model's stacks of these layers are on the host, and on the device from now on."""
+        """The stacks of these layers must be on the host; from now on the model reads them on the device."""
         self._order = layers
         self._host = {layer: _stacks(_experts(model, layer)) for layer in layers}
         first = self._host[layers[0]]
@@ -79,7 +80,7 @@ class ExpertOffload:
         ]
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         if self._stream is not None:
-            # The places' memory may have been another tensor's, whose last kernels still run.
+            # The places' memory may have belonged to another tensor, whose last kernels still run.
             self._stream.wait_stream(torch.cuda.current_stream(device))
         self.num_waits = self.num_fetched = 0
         for number, layer in enumerate(layers):
@@ -92,7 +93,7 @@ class ExpertOffload:
 
     @contextlib.contextmanager
     def use(self, layer: int) -> Iterator[None]:
-        """The layer's stacks are on the card while this lasts; then the place is filled for its next layer."""
+        """Inside this context the layer's stacks are on the card. At its end the place is filled for its next layer."""
         number = self._order.index(layer)
         place = self._places[number % _NUM_PLACES]
         if place.layer != layer:
@@ -106,7 +107,7 @@ class ExpertOffload:
         self._fetch(self._next(number))
 
     def _next(self, number: int) -> int:
-        """The next layer in order that has the same place; behind the last one the first of its kind."""
+        """The next layer in order that uses the same place; after the last one, the first layer that uses it."""
         following = number + _NUM_PLACES
         return following if following < len(self._order) else number % _NUM_PLACES
 
@@ -139,7 +140,7 @@ def _stacks(experts: Experts) -> dict[str, Tensor]:
 
 
 def _put(experts: Experts, tensors: dict[str, Tensor]) -> None:
-    """Let the module read these instead of its own."""
+    """Let the module read these tensors instead of its own."""
     for name, tensor in tensors.items():
         owner, _, own = name.rpartition(".")
         module = experts.get_submodule(owner) if owner else experts

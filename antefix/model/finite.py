@@ -1,10 +1,10 @@
-"""Values that no computation may meet: NaN, infinity, and numbers so large that their products would be infinite.
+"""Finds values that must not enter a computation: NaN, infinity, and numbers so large that their products overflow.
 
-A checksum says that bytes are the ones that were written, not that what was written makes sense. So stored KV is
-looked at where it enters a worker, in packed form: a code or a scale that stands for no number, or for one beyond the
-limit, is found by the largest byte of its field, without decoding. What a worker stores is looked at in the same way.
+A checksum proves that bytes are the ones that were written, not that sensible values were written. So stored KV is
+checked where it enters a worker, in packed form. A code or scale that means no number, or a number beyond the limit,
+shows in the largest byte of its field, so nothing need be decoded. KV that a worker stores is checked in the same way.
 
-Rows of global KV [N, block_bytes] uint8; knows nothing of where they came from.
+Input is rows of global KV [N, block_bytes] uint8. This module does not know where they come from.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor
 
 from antefix.layout import BlockLayout, Field, KVFormat, Part, PartKind
 
-# Normalised KV stays far below; two such numbers multiplied, and 2^30 of those added, are still within float32's range.
+# Normalised KV stays far below 2^48. The sum of 2^30 products of two numbers below 2^48 is within float32's range.
 MAGNITUDE_LOG2_MAX: Final = 48
 MAGNITUDE_MAX: Final = 2.0**MAGNITUDE_LOG2_MAX
 _E4M3_NAN: Final = 0x7F
-# The largest E4M3 code is 448, the largest E2M1 code 6; a scale's byte is its exponent and 127.
+# The largest E4M3 code is 448, the largest E2M1 code 6. A scale's byte is its exponent plus 127.
 _FP8_SCALE_MAX: Final = 127 + MAGNITUDE_LOG2_MAX - 9
 _FP4_SCALE_MAX: Final = 127 + MAGNITUDE_LOG2_MAX - 3
-# As bits without the sign, in which order is the order of magnitudes, and infinities and NaN come last.
+# BF16 bits without the sign: they are ordered like the magnitudes, with infinity and NaN above all numbers.
 _BF16_MAX: Final = (127 + MAGNITUDE_LOG2_MAX) << 7
 _F32_MAX: Final = (127 + MAGNITUDE_LOG2_MAX) << 23
 _F64_MAX: Final = (1023 + MAGNITUDE_LOG2_MAX) << 52
@@ -35,7 +35,7 @@ Flags = npt.NDArray[np.bool_]
 
 
 def unusable_rows(rows: Bytes, layout: BlockLayout) -> Flags:
-    """[N]: whether a row holds anything but numbers up to the limit."""
+    """[N]: whether a row holds NaN, infinity or a number beyond the limit."""
     bad = np.zeros(len(rows), np.bool_)
     for part in layout.parts:
         records = rows[:, part.offset : part.offset + part.nbytes].reshape(len(rows), part.num_rows, -1)
@@ -44,7 +44,7 @@ def unusable_rows(rows: Bytes, layout: BlockLayout) -> Flags:
 
 
 def is_usable(values: Tensor) -> bool:
-    """Whether all of some floats are numbers up to the limit. One pass: NaN makes both ends NaN."""
+    """Whether all these floats are numbers up to the limit. One pass: a NaN makes both minimum and maximum NaN."""
     if not values.numel():
         return True
     low, high = torch.aminmax(values)
@@ -52,12 +52,12 @@ def is_usable(values: Tensor) -> bool:
 
 
 def are_numbers(values: npt.NDArray[np.float32]) -> bool:
-    """Whether all of some logits are finite."""
+    """Whether all these logits are finite."""
     return bool(np.isfinite(values.min(initial=0)) and np.isfinite(values.max(initial=0)))
 
 
 def _unusable_records(records: Bytes, part: Part, layout: BlockLayout) -> Flags:
-    """[N] of records [N, num_rows, record bytes]."""
+    """The same [N] for records [N, num_rows, record bytes] of one part."""
     bad = np.zeros(len(records), np.bool_)
     for field in part.record.fields:
         items, mask, largest = _bound(field, part, layout)
@@ -68,7 +68,8 @@ def _unusable_records(records: Bytes, part: Part, layout: BlockLayout) -> Flags:
 
 
 def _bound(field: Field, part: Part, layout: BlockLayout) -> tuple[np.dtype[Any], int, int]:
-    """Of a field's items: their type, the bits that say how large they are, and the largest value of those."""
+    """For the items of a field: their type, a mask of the bits that give the magnitude, and the largest allowed value
+    of these bits."""
     if layout.kv_format is KVFormat.FLOAT32:
         return np.dtype("<u4"), 0x7FFFFFFF, _F32_MAX
     if layout.kv_format is KVFormat.FLOAT64:

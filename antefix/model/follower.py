@@ -1,7 +1,8 @@
-"""What the other ranks do: each call that rank 0 tells of, on pools, window states and calls of their own.
+"""Runs on every rank but rank 0: repeats each call that rank 0 sends, on the rank's own pools and window states.
 
-Their bytes are rank 0's at every call's beginning, since they come from it once and are moved on by the same calls. An
-error here is the end of all ranks, unless the call fails on each of them: rank 0 checks calls before it tells of them.
+At the start of each call these hold the same bytes as rank 0's: rank 0 has sent the bytes once, and since then every
+rank has run the same calls. An error here ends all ranks, unless the same call fails on each of them. Rank 0 checks
+calls before it sends them.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from antefix.model.window_state import Sequence, WindowState
 
 
 class CallFailed(Exception):
-    """A call of the model failed on this rank. If it did on every rank, at the same exchange, they still agree."""
+    """A call of the model failed on this rank. If it failed on every rank at the same exchange, the ranks still have
+    equal states."""
 
 
 class Follower:
-    """One of the other ranks, over its share of a model."""
+    """One rank other than rank 0, with its share of a model."""
 
     def __init__(self, model: Model, ranks: Ranks) -> None:
         self._model = model
@@ -48,9 +50,9 @@ class Follower:
         self._calls: dict[int, Ran] = {}
 
     def do(self, messages: collections.abc.Sequence[Message]) -> None:
-        """In order, as rank 0 told them.
+        """Carry out the messages in the order in which rank 0 sent them.
 
-        Raises:  CallFailed: a call of the model did, after which all is as before it.  Anything else is the end.
+        Raises:  CallFailed: a call of the model failed; the state is as before that call.  Any other error is fatal.
         """
         failed: CallFailed | None = None
         for message in messages:
@@ -105,7 +107,7 @@ class Follower:
 
     @property
     def _ops(self) -> Ops:
-        """Of the newest pool: a worker has one."""
+        """The operations of the newest pool: a worker has only one."""
         return next(reversed(self._pools.values()))[1]
 
     def _run(self, message: RunTokens) -> None:

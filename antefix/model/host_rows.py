@@ -1,9 +1,9 @@
-"""Host memory next to a pool on a card: payloads land there before they go up, and are put there when they come down.
+"""Pinned host memory for a pool on a card: payloads pass through it on their way from and to the disk.
 
-    restore   disk -> landing(ids), pinned -> send(ids): one copy a run of neighbours -> rows on the card
-    capture   rows on the card -> fetch(ids): one copy a run -> pinned rows -> disk
+    restore   disk -> landing(ids), pinned -> send(ids): one copy per run of neighbours -> rows on the card
+    capture   rows on the card -> fetch(ids): one copy per run -> pinned rows -> disk
 
-No other copy on either way. Memory: as much as the pool's rows, pinned.
+No other copy is made in either direction. Memory: as many pinned bytes as the pool's rows have.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def upload(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """A copy of the array on the device, which the host does not wait for."""
+    """A copy of the array on the device. The host does not wait until it is made."""
     host = torch.from_numpy(array)
     if device.type != "cuda":
         return host.to(device)
@@ -27,7 +27,7 @@ def upload(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
 class HostRows:
     """One host row for each of `rows` [num_blocks, block_bytes] uint8 on a card.
 
-    A host row holds its block's payload from `send` or `fetch` on, until the block is written again.
+    After `send` or `fetch` a host row holds its block's payload until the block is written again.
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -41,17 +41,17 @@ class HostRows:
         return self._host
 
     def landing(self, block_ids: Iterable[int]) -> list[memoryview]:
-        """Memory for the blocks' payloads; what it holds before it is filled means nothing."""
+        """Memory to fill with the blocks' payloads. Its present contents mean nothing."""
         return [self._host[block_id].numpy().data for block_id in block_ids]
 
     def send(self, block_ids: Iterable[int]) -> None:
-        """Landed payloads go to the card. The host rows may be filled again when this returns."""
+        """Copy landed payloads to the card. When this returns, the host rows may be filled again."""
         for run in _runs(block_ids):
             self._rows[run].copy_(self._host[run], non_blocking=True)
         self._wait()
 
     def fetch(self, block_ids: Iterable[int]) -> list[memoryview]:
-        """The blocks' payloads as they are now; waits for the card once."""
+        """The blocks' present payloads. Waits for the card once."""
         ids = list(block_ids)
         for run in _runs(ids):
             self._host[run].copy_(self._rows[run], non_blocking=True)
@@ -64,7 +64,7 @@ class HostRows:
 
 
 def _runs(block_ids: Iterable[int]) -> Iterator[slice]:
-    """Runs of neighbours, each id once."""
+    """Runs of neighbouring ids; each id appears once."""
     ids = sorted(set(block_ids))
     start = 0
     for i in range(1, len(ids) + 1):

@@ -1,4 +1,4 @@
-"""The lightning indexer: which compressed entries a query attends to.
+"""The lightning indexer: it chooses which compressed entries a query attends to.
 
 Shapes:  N = queries, I = indexer heads, C = indexer dim, E = entries, k = entries kept, Q = q rank, D = hidden size.
 Source:  V4 report, section 2.3.1; oracle: transformers' DeepseekV4Indexer.
@@ -20,7 +20,7 @@ from antefix.model.numerics import linear, multiply_each
 
 
 class Scorer(nn.Module):
-    """Weights of the heads' votes: `weights_proj` [I, D]."""
+    """Weights of the heads in a score: `weights_proj` [I, D]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class Scorer(nn.Module):
 
 
 class Indexer(Compressor):
-    """The indexer's own compressor (at its width), queries and scorer."""
+    """The indexer's own compressor (of the indexer's width), its query projection and its scorer."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, LayerKind.CSA, config.geometry.indexer_dim)
@@ -43,13 +43,13 @@ class Indexer(Compressor):
         return rotate(q, cos.unsqueeze(1), sin.unsqueeze(1))
 
     def head_weights(self, x_ND: Tensor) -> Tensor:
-        """[N, I], with both of the scorer's constant factors (heads^-1/2, dim^-1/2) folded in."""
+        """Weights [N, I], already multiplied by the scorer's two constant factors (heads^-1/2, dim^-1/2)."""
         factor = math.pow(self.num_heads * self.width, -0.5)
         return linear(x_ND, self.scorer.weights_proj.weight) * factor
 
 
 def index_scores(q_NIC: Tensor, weights_NI: Tensor, keys_EC: Tensor) -> Tensor:
-    """Scores [N, E]: over heads, the weighted sum of ReLU(query times key)."""
+    """Scores [N, E]: the weighted sum over heads of ReLU(query times key)."""
     hits = linear(q_NIC, keys_EC).relu_()
     return multiply_each(weights_NI.unsqueeze(1), hits).squeeze(1)
 
@@ -57,7 +57,8 @@ def index_scores(q_NIC: Tensor, weights_NI: Tensor, keys_EC: Tensor) -> Tensor:
 def top_entries(scores_NE: Tensor, num_visible_N: Tensor, k: int) -> Tensor:
     """The k best visible entries [N, k], ascending, -1 where a query sees fewer. Ties go to the lowest index.
 
-    scores_NE: no NaN; entries from num_visible_N on must be -inf.  The choice never depends on how many were scored.
+    scores_NE: no NaN; entries from num_visible_N on must be -inf.  The result does not depend on E, the number of
+    entries that were scored.
     """
     num_queries, num_scored = scores_NE.shape
     first = torch.arange(max(k, num_scored), device=scores_NE.device)
@@ -69,7 +70,7 @@ def top_entries(scores_NE: Tensor, num_visible_N: Tensor, k: int) -> Tensor:
         crowded = (keep.sum(1) > k).nonzero().squeeze(1)
         if len(crowded):
             keep[crowded] = _keep_lowest(scores_NE[crowded], worst[crowded], k)
-        # Queries that see at most k entries keep them all; their other slots are invisible whatever fills them.
+        # A query that sees at most k entries keeps them all. Its other slots become -1, whatever they hold here.
         few = num_visible_N <= k
         if few.any():
             keep[few] = first < k
@@ -86,6 +87,7 @@ def _kth_best(scores_NE: Tensor, k: int) -> Tensor:
 
 
 def _keep_lowest(scores_NE: Tensor, worst_N1: Tensor, k: int) -> Tensor:
-    """Where more than k scores reach the k-th best: all better ones, and as many equal ones as fit, lowest first."""
+    """For rows where more than k scores are at least the k-th best: keep all better scores, and of the equal ones those
+    with the lowest indices, until k are kept."""
     better, equal = scores_NE > worst_N1, scores_NE == worst_N1
     return better | (equal & (equal.cumsum(1) <= k - better.sum(1, keepdim=True)))

@@ -1,4 +1,4 @@
-"""The layers in order, from tokens to the streams on top: one loop for every way of running attention.
+"""Runs the layers in order, from tokens to the final streams: one loop for every way of running attention.
 
 Shapes:  N = tokens, M = streams, D = hidden size, R = RoPE dims.
 """
@@ -15,13 +15,14 @@ from antefix.model.model import DecoderLayer, Model
 
 
 class Attend(Protocol):
-    """A layer's attention over a batch: x [N, D], normed, to the attention block's output [N, D]."""
+    """Runs a layer's attention over a batch: from x [N, D], normed, to the attention block's output [N, D]."""
 
     def __call__(self, layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor: ...
 
 
 def run_layers(model: Model, tokens: Tensor, positions: Tensor, num_tokens: int, attend: Attend) -> Tensor:
-    """tokens, positions [N], of which the first `num_tokens` are some: streams [N, M, D]."""
+    """The streams [N, M, D] after the last layer. tokens, positions [N]: the first `num_tokens` rows are tokens, the
+    rest is padding."""
     ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
     streams: Tensor = model.model.embed_tokens(tokens).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
     live = tokens[:num_tokens]

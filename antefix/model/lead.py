@@ -1,8 +1,8 @@
-"""Rank 0's side of a model over several ranks: tells the others of each call, and then runs it itself.
+"""Rank 0's side of a model over several ranks: it sends each call to the other ranks, and then runs it itself.
 
-The model's own functions do this where `Model.lead` is set, so their callers know one model, one pool and one set of
-sequences. Calls are checked before the other ranks are told: a faulty request is refused on rank 0 alone. A call that
-fails later may leave the ranks in different states, and `on_broken` must end them.
+The model's own functions do this where `Model.lead` is set. So their callers see one model, one pool and one set of
+sequences. Calls are checked before they are sent, so a faulty request is refused on rank 0 alone. A call that
+fails later may leave the ranks in different states; then `on_broken` must end them.
 
 Belongs to one thread at a time, as pools do.
 """
@@ -41,7 +41,8 @@ from antefix.model.window_state import Sequence, WindowState
 
 
 class LeadCall:
-    """One `run_tokens` on all ranks: `with` it the call is run here. Who holds it may still keep tokens of it."""
+    """One `run_tokens` on all ranks. Inside its `with` block rank 0 runs the call. While this object is held, tokens of
+    the call may still be kept."""
 
     def __init__(self, lead: Lead, number: int, context: contextlib.AbstractContextManager[None]) -> None:
         self.number = number
@@ -58,7 +59,7 @@ class LeadCall:
         self._context.__exit__(kind, err, trace)
 
     def keep(self, number: int | None, count: int | None = None) -> None:
-        """Sequence `number` of the call; None: all of them. Goes out with the next call."""
+        """`Ran.keep` for sequence `number` of the call; None: for all sequences. Sent with the next call."""
         self._lead.post(Keep(call=self.number, number=number, count=count))
 
     def follow(self, number: int, window: WindowState, tokens: Tokens, stop: int) -> None:
@@ -68,9 +69,9 @@ class LeadCall:
 
 
 class Lead:
-    """send: gives the other ranks messages, in order, and does not wait for them. on_broken: told why ranks differ.
-
-    has_failed_everywhere: asked when a call has failed here, whether it did on all other ranks at the same exchange.
+    """send: sends messages to the other ranks, in order, without waiting.  on_broken: called with the reason when the
+    ranks' states may differ.  has_failed_everywhere: called when a call has failed here; returns whether it has failed
+    on all other ranks at the same exchange.
     """
 
     def __init__(
@@ -88,15 +89,16 @@ class Lead:
         self._waiting: list[Message] = []
         self._pools: weakref.WeakKeyDictionary[BlockPool, int] = weakref.WeakKeyDictionary()
         self._windows: weakref.WeakKeyDictionary[WindowState, int] = weakref.WeakKeyDictionary()
-        # Of each window state's sequence, what the others know of its block table: how many blocks, and the last one.
+        # For each window state's sequence, the part of its block table that the other ranks have: how many blocks, and
+        # the last one.
         self._tables: dict[int, tuple[int, int]] = {}
-        # What was collected, by whichever thread collects; a deque takes that.
+        # Numbers of objects that Python has collected, in whichever thread that was; a deque allows this.
         self._gone: collections.deque[tuple[str, int]] = collections.deque()
 
     def add_pool(
         self, pool: BlockPool, *, kernels: str, reproducible: bool, decode_steps: str, short_prefills: str
     ) -> None:
-        """Every rank has such a pool from now on."""
+        """From now on every rank has a pool like this one."""
         number = self._pools[pool] = next(self._numbers)
         pool.lead = self
         weakref.finalize(pool, self._gone.append, ("pools", number))
@@ -119,7 +121,7 @@ class Lead:
         logits: str,
         write_global_kv: bool,
     ) -> LeadCall:
-        """`run_tokens`, checked already."""
+        """`run_tokens` on all ranks. The call must have been checked."""
         told = [(self._table_end(sequence), np.asarray(tokens, np.uint32)) for sequence, tokens in batch]
         number = next(self._numbers)
         self.post(
@@ -131,7 +133,7 @@ class Lead:
 
     @contextlib.contextmanager
     def replay(self, pool: BlockPool, sequence: Sequence, tokens: Tokens, stop: int) -> Iterator[None]:
-        """`replay`, checked already."""
+        """`replay` on all ranks. The call must have been checked."""
         end = self._table_end(sequence)
         self.post(Replay(pool=self._pool(pool), sequence=end, tokens=np.asarray(tokens, np.uint32), stop=stop))
         with self._told(pool.rows.device):
@@ -139,23 +141,23 @@ class Lead:
 
     @contextlib.contextmanager
     def draft(self, windows: collections.abc.Sequence[WindowState], next_tokens: list[int]) -> Iterator[None]:
-        """`draft_logits`."""
+        """`draft_logits` on all ranks."""
         self.post(Draft(windows=[self.known(window) for window in windows], next_tokens=list(next_tokens)))
         with self._told(windows[0].window.device):
             yield
 
     def fill(self, pool: BlockPool, block_ids: list[int]) -> None:
-        """These rows of `pool` are filled here: send them to the others."""
+        """Send these rows of `pool`, which have been filled here, to the other ranks."""
         self.post(Fill(pool=self._pool(pool), block_ids=block_ids))
         with self._told(pool.rows.device, counts=False):
             self.ranks.share_rows(pool.rows, block_ids)
 
     def post(self, message: Message) -> None:
-        """To go out with the next call."""
+        """Send this message with the next call."""
         self._waiting.append(message)
 
     def known(self, window: WindowState) -> int:
-        """A window state's number; the others have it as it is now, if they had not yet."""
+        """The number of a window state. Sends the state as it is now, if the other ranks do not have it yet."""
         number = self._windows.get(window)
         if number is None:
             number = self._windows[window] = next(self._numbers)
@@ -166,7 +168,7 @@ class Lead:
 
     @contextlib.contextmanager
     def _told(self, device: torch.device, *, counts: bool = True) -> Iterator[None]:
-        """Tell the others all that waits; what is done here meanwhile they do too."""
+        """Send all waiting messages. The other ranks do meanwhile what rank 0 does inside this context."""
         messages, self._waiting = self._waiting, []
         if self._gone:
             messages.append(self._drop())
@@ -176,7 +178,7 @@ class Lead:
                 self._send(messages)
                 yield
         except Exception as err:
-            # A call that failed on every rank has left them alike.
+            # If the call failed on every rank, their states are still equal.
             if not counts or not self._has_failed_everywhere():
                 self._on_broken(err)
             raise

@@ -1,7 +1,7 @@
-"""Which tensor of a checkpoint goes where in a model: every one accounted for by name, type and shape, none read.
+"""Decides which tensor of a checkpoint goes where in a model, by names, types and shapes; it reads no tensor.
 
-A plan is made from the files' headers and a model without memory. It decides which modules stay packed (a weight that
-is stored as FP8 or FP4), and cuts the loading into copies from a file's bytes to a range of one of the model's tensors.
+A plan is made from the files' headers and a model without memory. It decides which modules stay packed (those whose
+weights are stored as FP8 or FP4), and divides the load into copies, each from a file's bytes to a range of one tensor.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from antefix.model.names import checkpoint_name, expert_name, is_known_draft, ta
 from antefix.model.numerics import wide
 from antefix.model.packed import PackedForm, PackedLinear, PackedStack
 
-# Addends that share a scale in FP4.
+# How many addends share a scale in FP4.
 _FP4_GROUP = 32
 _SCALE_DTYPES = {"F8_E8M0": torch.float8_e8m0fnu, "U8": torch.float8_e8m0fnu, "F32": torch.float32}
-# The released code keeps these in float32 whatever it multiplies in.
+# The released code keeps these in float32, whatever type it multiplies in.
 _FLOAT32_ENDINGS = ("sinks", "position_bias", "e_score_correction_bias", "_hc.fn", "_hc.base", "_hc.scale", "hc_fn",
                     "hc_base", "hc_scale")  # fmt: skip
 _STACKS = (".experts.gate_up_proj", ".experts.down_proj")
-# The released code multiplies it in BF16, with inputs that are not rounded.
+# The released code multiplies this one in BF16, with inputs that are not rounded.
 _PLAIN_INPUTS = ("self_attn.o_a_proj",)
 
 
-# The place of a tensor that is stored in one piece.
+# The key for a tensor that is stored in one piece.
 _WHOLE: tuple[int | None, int] = (None, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """A stored tensor's bytes to `target`'s elements from `first` on; `target` names a tensor of the model's state."""
+    """Copies a stored tensor's bytes to `target`'s elements from `first` on. `target` names a tensor of the model."""
 
     source: StoredTensor
     target: str
@@ -48,7 +48,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """copies: in no order.  skipped: tensors that are known and not run.  forms: how each packed module is packed."""
+    """copies: in no order.  skipped: tensors that are known but not run.  forms: how each packed module is packed."""
 
     copies: tuple[Copy, ...]
     skipped: tuple[StoredTensor, ...]
@@ -56,22 +56,23 @@ class LoadPlan:
 
     @property
     def nbytes(self) -> int:
-        """What is read from files."""
+        """How many bytes are read from files."""
         return sum(copy.source.nbytes for copy in self.copies)
 
 
 @dataclass(slots=True)
 class _Group:
-    """What a checkpoint holds for one tensor of the model: by (expert, part), or under _WHOLE."""
+    """The stored tensors for one tensor of the model, by (expert, part), or by _WHOLE."""
 
     weights: dict[tuple[int | None, int], StoredTensor] = field(default_factory=dict)
     scales: dict[tuple[int | None, int], StoredTensor] = field(default_factory=dict)
 
 
 def plan_load(model: Model, stored: Mapping[str, StoredTensor], *, rounds_inputs: bool = True) -> LoadPlan:
-    """Account for all that is stored, and put packed modules into `model`, which has no memory yet.
+    """Match every stored tensor with `model`, which has no memory yet, and put packed modules into it.
 
-    rounds_inputs: of packed products; without it they are those of transformers' dequantised load.
+    rounds_inputs: whether packed products round their inputs. Without it they compute like transformers' dequantised
+        load.
     Raises:  ModelError: a tensor is missing, unknown, misshapen or of the wrong type, or packed without its scales.
     """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -98,7 +99,7 @@ def plan_load(model: Model, stored: Mapping[str, StoredTensor], *, rounds_inputs
 
 
 def dtype_of(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type in which the model keeps a tensor of its state. dtype: the model's."""
+    """The type in which the model keeps one of its tensors. dtype: the model's type."""
     if not tensor.is_floating_point() or name.endswith((".codes", ".scales")):
         return tensor.dtype
     return wide(dtype) if name.endswith(_FLOAT32_ENDINGS) else dtype
@@ -112,7 +113,7 @@ def _group(
     for name, tensor in stored.items():
         target = target_of(name)
         if target.name not in wanted:
-            # A tied head that was saved all the same, or a draft module that is not run.
+            # A copy of a tied head, or a draft module that is not run.
             if target.name == "lm_head.weight" or (target.is_draft and is_known_draft(name)):
                 skipped.append(tensor)
                 continue
@@ -126,7 +127,7 @@ def _group(
 
 
 def _parts(name: str, shape: torch.Size, group: _Group) -> list[tuple[int | None, int]]:
-    """The pieces in which a tensor is stored, in the order in which they lie in it. A stack may be stored whole."""
+    """The pieces in which a tensor is stored, in the order in which they lie in it. A stack may be one piece."""
     if not name.endswith(_STACKS) or _WHOLE in group.weights:
         return [_WHOLE]
     numbers = (2,) if name.endswith("down_proj") else (1, 3)
@@ -156,7 +157,7 @@ def _part_shape(name: str, shape: torch.Size, group: _Group) -> torch.Size:
 
 
 def _form_of(name: str, shape: torch.Size, group: _Group, config: ModelConfig) -> PackedForm | None:
-    """How a tensor is packed; None where it is not. Its pieces must agree."""
+    """How a tensor is packed, or None if it is not. All of its pieces must be packed alike."""
     part = _part_shape(name, shape, group)
     forms = {key: _form(name, part, tensor, group.scales.get(key), config) for key, tensor in group.weights.items()}
     for key, scale in group.scales.items():
@@ -175,7 +176,7 @@ def _form_of(name: str, shape: torch.Size, group: _Group, config: ModelConfig) -
 
 
 def _check_stacks(forms: Mapping[str, PackedForm]) -> None:
-    """Both products of a layer's experts take one routing, whose tiles depend on how weights are packed."""
+    """Check that a layer's experts are packed alike: their products share one routing, and its tiles depend on that."""
     for owner in [owner.rpartition(".")[0] for owner in forms if owner.endswith(_STACKS)]:
         ups, downs = (forms.get(owner + stack.removeprefix(".experts")) for stack in _STACKS)
         if ups is None or downs is None or ups.is_fp4 != downs.is_fp4:
@@ -189,7 +190,7 @@ def _label(form: PackedForm | None) -> str:
 def _form(
     name: str, shape: torch.Size, tensor: StoredTensor, scale: StoredTensor | None, config: ModelConfig
 ) -> PackedForm | None:
-    """One stored weight's form, its type, shape and scale checked."""
+    """The form of one stored weight, after a check of its type, shape and scale."""
     if tensor.dtype in FLOATS or name.endswith("tid2eid"):
         is_table = name.endswith("tid2eid")
         if is_table and tensor.dtype not in ("I64", "I32"):
@@ -211,14 +212,14 @@ def _form(
         raise ModelError(f"tensor {scale.name} has type {scale.dtype}; scales are F8_E8M0 or F32")
     block = (1, _FP4_GROUP) if is_fp4 else config.quantization.block
     form = PackedForm(is_fp4=is_fp4, block=block, scale_dtype=_SCALE_DTYPES[scale.dtype])
-    # float4 counts numbers, not bytes.
+    # For float4 the stored shape counts numbers, not bytes.
     _check_shape(tensor, shape if tensor.dtype == "F4" else form.code_shape(shape))
     _check_shape(scale, form.scale_shape(shape))
     return form
 
 
 def _may_be_packed(name: str) -> bool:
-    """Matrices that tokens are multiplied with; not tables, norms, biases or the experts' router."""
+    """Matrices that are multiplied with tokens; not tables, norms, biases or the experts' router."""
     is_matrix = name.endswith(("_proj.weight", "lm_head.weight")) and "norm" not in name
     return is_matrix or name.endswith(_STACKS)
 
@@ -247,7 +248,7 @@ def _packed_copies(owner: str, shape: torch.Size, group: _Group, form: PackedFor
 
 
 def pack_module(model: Model, owner: str, shape: torch.Size, form: PackedForm) -> None:
-    """Put a packed module without memory in the place of a linear or a stack of experts."""
+    """Replace a linear module or a stack of experts by a packed one, without memory."""
     parent_name, _, own_name = owner.rpartition(".")
     parent = model.get_submodule(parent_name)
     with torch.device("meta"):

@@ -1,8 +1,8 @@
-"""Checkpoints in and out: a Hugging Face directory of config.json and safetensors files, sharded or not.
+"""Loads and saves checkpoints: a Hugging Face directory of config.json and safetensors files, sharded or not.
 
-A load is all or nothing: every tensor is accounted for by name, type and shape before a byte of weights is read. Then
-files are read in order, span by span, each straight to where its tensors will stay: besides the model itself a load
-takes two spans of host memory.
+A load succeeds as a whole or not at all: every tensor is matched by name, type and shape before any weight is read.
+Then files are read in order, in spans, and each span is copied straight to where its tensors will stay. In addition to
+the model, a load takes two spans of host memory.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from antefix.model.read_spans import fill
 log = logging.getLogger("antefix.model")
 
 _LOG_EVERY_S = 10.0
-# Of a card's kernels (`antefix_kernels.packed_linear.Weight`); no weight of a trained model comes near.
+# The limit of the card's kernels (`antefix_kernels.packed_linear.Weight`). Scales of trained models are far below it.
 _FP4_SCALE_MAX = 2.0
 
-# Called with bytes read and bytes in all.
+# Called with the bytes read so far and the total.
 Progress = Callable[[int, int], None]
 
 
@@ -54,12 +54,12 @@ def load_model(
     """Load a `deepseek_v4` directory for inference (no gradients). Packed weights stay packed.
 
     rounds_inputs: round inputs of packed products to FP8, as the released code does.
-    drafts: load the layer that predicts a token further as well.
-    ranks: of a model over several processes: read and hold this rank's share (`antefix.model.ranks`).
-    cpu_offload_bytes: so much of this rank's experts, in whole layers, stays in host memory (`expert_offload`).
-    progress: called after every span; by default a line in the log every ten seconds.
+    drafts: also load the layer that predicts one token further ahead.
+    ranks: for a model over several processes: read and hold this rank's share (`antefix.model.ranks`).
+    cpu_offload_bytes: this many bytes of the rank's experts, in whole layers, stay in host memory (`expert_offload`).
+    progress: called after every span. By default a line is logged every ten seconds.
     Raises:  ModelError: a file or tensor is missing, misshapen, unexpected or unreadable; the message names it.
-        ConfigError: the device is none, or cannot be used here.
+        ConfigError: `device` is not a device, or cannot be used here.
     """
     check_device(device)
     directory = Path(path)
@@ -84,7 +84,7 @@ def load_model(
     if model.config.tie_word_embeddings:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, strict=True, assign=True)
-    # These two are derived, not stored; they stay float32 whatever the model's dtype.
+    # The RoPE frequencies are derived, not stored. They stay float32 whatever the model's dtype is.
     model.rope_main = inverse_frequencies(model.config.rope_main, model.config.geometry.rope_dim).to(device)
     model.rope_compress = inverse_frequencies(model.config.rope_compress, model.config.geometry.rope_dim).to(device)
     model.requires_grad_(False).eval()
@@ -96,7 +96,7 @@ def load_model(
 def plan_model(
     directory: Path, *, kv_format: KVFormat = KVFormat.FP8, rounds_inputs: bool = True, drafts: bool = False
 ) -> tuple[Model, LoadPlan]:
-    """A directory's model without memory, its packed modules in place, and what would be read into it.
+    """A directory's model without memory, with its packed modules in place, and the plan for loading it.
 
     Raises:  ModelError: as `load_model`.
     """
@@ -110,9 +110,9 @@ def plan_model(
 
 
 def check_device(device: str | torch.device) -> None:
-    """Raises:  ConfigError: not a device, or one that cannot be used here."""
+    """Raises:  ConfigError: `device` is not a device, or cannot be used here."""
     try:
-        # Torch says only when a tensor goes there that it was built without this device, or that no card is there.
+        # Torch says that it was built without this device, or that there is no card, only when a tensor is put there.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as err:
         reason = str(err).strip().partition("\n")[0]
@@ -145,7 +145,7 @@ def save_model(model: Model, path: str | Path, *, config: dict[str, object] | No
 
 
 def _check_scales(state: dict[str, Tensor], fp4_owners: set[str]) -> None:
-    """A scale that is no number would make a block of a layer, and then every answer, no number."""
+    """Check that every scale is a number: one NaN would turn a layer's block, and then every answer, into NaN."""
     for name, tensor in state.items():
         owner, _, own = name.rpartition(".")
         if own != "scales":
@@ -158,7 +158,7 @@ def _check_scales(state: dict[str, Tensor], fp4_owners: set[str]) -> None:
 
 
 class _LogProgress:
-    """A line every ten seconds, none for what loads at once."""
+    """Logs a line every ten seconds; a load that takes less time logs none."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

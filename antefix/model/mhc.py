@@ -32,7 +32,7 @@ class HyperConnection(nn.Module):
         self.norm_eps = config.rms_norm_eps
 
     def forward(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Collapse the streams: returns the block's input [N, D], and post [N, M] and comb [N, M, M] for `expand`."""
+        """Collapse the streams. Returns the block's input [N, D], and post [N, M] and comb [N, M, M] for `expand`."""
         num_streams = streams_NMD.shape[1]
         if has_kernels(streams_NMD):
             return self._on_card(streams_NMD)
@@ -49,7 +49,7 @@ class HyperConnection(nn.Module):
         return collapse(streams_NMD, pre), post.to(dtype), comb.to(dtype)
 
     def _on_card(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same; post and comb stay float32."""
+        """`forward` on a card; post and comb stay float32."""
         from antefix_kernels import tokens
 
         logits = tokens.mixing_logits(streams_NMD, self.fn, self.norm_eps)
@@ -75,7 +75,7 @@ class HyperHead(nn.Module):
 
 
 def mixing_logits(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
-    """RMS-normed streams [N, M * D] times fn [J, M * D]: [N, J]. The norm is a factor a row, so it goes last."""
+    """RMS-normed streams [N, M * D] times fn [J, M * D]: [N, J]. The norm is one factor per row, applied last."""
     if has_kernels(streams_NMD):
         from antefix_kernels.tokens import mixing_logits as card_logits
 
@@ -87,7 +87,7 @@ def mixing_logits(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
 
 
 def collapse(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
-    """The streams' weighted sum, [N, D]."""
+    """The weighted sum of the streams, [N, D]."""
     if has_kernels(streams_NMD):
         from antefix_kernels.tokens import collapse as card_collapse
 
@@ -96,7 +96,7 @@ def collapse(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
 
 
 def expand(streams_NMD: Tensor, output_ND: Tensor, post_NM: Tensor, comb_NMM: Tensor) -> Tensor:
-    """New streams: the old ones mixed (over comb's first axis) plus the block's output, spread by `post`."""
+    """New streams: the old ones, mixed over comb's first axis, plus the block's output, weighted by `post`."""
     if has_kernels(streams_NMD):
         from antefix_kernels.tokens import expand as card_expand
 
@@ -105,7 +105,7 @@ def expand(streams_NMD: Tensor, output_ND: Tensor, post_NM: Tensor, comb_NMM: Te
         from antefix.model.compiled.tokens import expand as compiled_expand
 
         return compiled_expand(streams_NMD, output_ND, post_NM, comb_NMM)
-    # contiguous: a batched product runs strided batches one by one.
+    # contiguous: torch runs a batched product with strides pair by pair.
     mixed = multiply_each(comb_NMM.transpose(1, 2).contiguous(), streams_NMD)
     return mixed + post_NM.unsqueeze(-1) * output_ND.unsqueeze(1)
 
@@ -113,14 +113,14 @@ def expand(streams_NMD: Tensor, output_ND: Tensor, post_NM: Tensor, comb_NMM: Te
 def sinkhorn(logits_NMM: Tensor, num_iters: int, eps: float) -> Tensor:
     """Softmax over columns, then columns and rows normalised in turn: nearly doubly stochastic [N, M, M].
 
-    A product with a 0/1 matrix gives every element the sum of its row, or column: two operations per step instead of
-    the four that M by M reductions take, which is most of a decode step's overhead.
+    A product with a 0/1 matrix gives every element the sum of its row or column. That takes two operations per step,
+    where M by M reductions take four; these reductions would be most of a decode step's overhead.
     """
     num_streams = logits_NMM.shape[1]
     row_sums, column_sums = _sum_matrices(num_streams, logits_NMM.dtype, logits_NMM.device)
     floor = _floor(eps, row_sums.dtype, row_sums.device)
     x = torch.exp(logits_NMM - logits_NMM.amax(-1, keepdim=True)).flatten(1)
-    # Whole tiles from here on: nothing is padded and cut off again at every step. Padding is 1 and sums to about 1.
+    # From here on rows fill whole tiles, so that no step has to pad and cut. Padding is 1; its sums are about 1.
     num_tokens, num_cells = x.shape
     if num_cells % ALIGN or num_tokens % ROW_TILE:
         x = F.pad(x, (0, len(row_sums) - num_cells, 0, -num_tokens % ROW_TILE), value=1.0)
@@ -141,7 +141,7 @@ def sinkhorn(logits_NMM: Tensor, num_iters: int, eps: float) -> Tensor:
 
 @functools.cache
 def scale_numbers(num_streams: int, device: torch.device) -> Tensor:
-    """Which of the three scales each mixing logit takes: [J]."""
+    """Which of the three scales each mixing logit uses: [J]."""
     with torch.inference_mode(False):
         sizes = torch.tensor([num_streams, num_streams, num_streams * num_streams])
         return torch.arange(3).repeat_interleave(sizes).to(device)
@@ -155,8 +155,8 @@ def _floor(eps: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @functools.cache
 def _sum_matrices(num_streams: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """0/1 matrices that give each of M * M cells its row's sum, and its column's; filled up to ALIGN with ones on the
-    diagonal."""
+    """0/1 matrices that give each of M * M cells the sum of its row, and of its column. They are padded to ALIGN, with
+    ones on the diagonal."""
     with torch.inference_mode(False):
         ones, eye = torch.ones(num_streams, num_streams), torch.eye(num_streams)
         rest = torch.eye(-(num_streams * num_streams) % ALIGN)

@@ -1,4 +1,4 @@
-"""The model: parameters under transformers' names, and the layer order. Serving's forward pass is in `runner`.
+"""The model: parameters under transformers' names, and the layers' order. The forward pass for serving is in `runner`.
 
 Shapes:  V = vocabulary, D = hidden size, M = streams.
 """
@@ -38,9 +38,8 @@ class DecoderLayer(nn.Module):
 
 
 class DraftLayer(DecoderLayer):
-    """Parameters of the layer that predicts a token further, `mtp.0` in checkpoints: window-only, never hash-routed.
-
-    Its head is its own mixing and norm with the main model's `lm_head`.
+    """Parameters of the layer that predicts one token further ahead, `mtp.0` in checkpoints. It is window-only and
+    never hash-routed. Its output head is a mixing and a norm of its own, then the main model's `lm_head`.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -59,7 +58,8 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        # Not `nn.Embedding(...)`: filling one on the meta device, as loading does, imports PyTorch's compiler: seconds.
+        # Not `nn.Embedding(...)`: on the meta device, which loading uses, it would import PyTorch's compiler to
+        # initialise the table, and that takes seconds.
         table = torch.empty(config.vocab_size, config.hidden_size)
         self.embed_tokens: nn.Embedding = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config, layer) for layer in range(config.num_layers))
@@ -68,7 +68,7 @@ class Trunk(nn.Module):
 
 
 class Model(nn.Module):
-    """A DeepSeek-V4 model. `layout` says how its KV is written down; `mtp` has the layer that drafts, if one is wanted.
+    """A DeepSeek-V4 model. `layout` describes its KV records. `mtp` is the draft layer, if one was loaded.
 
     A model that was not loaded from a checkpoint has uninitialised weights until `init_weights`.
     """
@@ -86,12 +86,12 @@ class Model(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         rope_dim = config.geometry.rope_dim
-        # Of one of several ranks its place among them; of rank 0 what tells the others of each call.
+        # With several ranks: `ranks` is this rank's place. On rank 0, `lead` sends each call to the other ranks.
         self.ranks: Ranks | None = None
         self.lead: Lead | None = None
-        # Whether a step may take fewer threads than torch has: where the probe saw no bits depend on their number.
+        # Whether a step may use fewer threads than torch has: true if the probe saw no bits depend on their number.
         self.threads_are_free = False
-        # Where experts of some layers are in host memory.
+        # Set if the experts of some layers are in host memory.
         self.offload: ExpertOffload | None = None
         self.register_buffer("rope_main", inverse_frequencies(config.rope_main, rope_dim), persistent=False)
         self.register_buffer("rope_compress", inverse_frequencies(config.rope_compress, rope_dim), persistent=False)
@@ -105,7 +105,7 @@ class Model(nn.Module):
         return self.model.embed_tokens.weight.dtype
 
     def rope(self, kind: LayerKind, positions_N: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [N, R / 2]: window-only layers take the main RoPE, all others the compressed branches'."""
+        """cos and sin [N, R / 2]: the main RoPE for window-only layers, the compressed branches' RoPE for others."""
         if kind is LayerKind.WINDOW:
             return rope_table(positions_N, self.rope_main, self.config.rope_main.attention_factor, self.dtype)
         return rope_table(positions_N, self.rope_compress, self.config.rope_compress.attention_factor, self.dtype)
@@ -113,9 +113,9 @@ class Model(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: Model, *, seed: int = 0) -> Model:
-    """Fill every parameter and table from a seed: what a fresh model starts training from, or a test runs on.
+    """Fill every parameter and table from a seed: the start of training, or a model for tests.
 
-    Hash tables spread tokens evenly over experts; sinks, biases and mixing weights start small but not at zero.
+    Hash tables spread tokens evenly over experts. Sinks, biases and mixing weights are small but not zero.
     """
     generator = torch.Generator(device="cpu").manual_seed(seed)
 

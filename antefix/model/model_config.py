@@ -1,8 +1,8 @@
-"""A model's config.json, checked and frozen. Knows numbers and names, never tensors or files of weights.
+"""A model's config.json, checked and frozen. Knows numbers and names, never tensors or weight files.
 
-Reads what transformers' DeepseekV4Config writes and the spellings of released checkpoints (`compress_ratios`,
-`num_hash_layers`, `qk_rope_head_dim`, `rope_scaling`). A config is computed as its references do, or refused by the
-field's name, or loaded with a note; docs/MODEL_CONFIGS.md says which and why.
+Reads what transformers' DeepseekV4Config writes, and the field names of released checkpoints (`compress_ratios`,
+`num_hash_layers`, `qk_rope_head_dim`, `rope_scaling`). A config is computed as both references compute it, or refused
+with the field's name, or loaded with a note. docs/MODEL_CONFIGS.md says which case applies where, and why.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from antefix.rope import COUNT_MAX, NUMBER_MAX, RopeConfig, YarnScaling, read_ro
 
 __all__ = ["SCORING_FUNCTIONS", "ModelConfig", "Quantization", "RopeConfig", "YarnScaling", "read_config"]
 
-# Not softmax: transformers cannot run it with V4, so there is nothing to hold ours against (DeepSeek's own code does
-# not norm its weights, as it does the others').
+# Not softmax: transformers cannot run it with V4, so there is nothing to compare our results with. (DeepSeek's own code
+# normalises the experts' weights for the other functions, but not for softmax.)
 SCORING_FUNCTIONS = ("sqrtsoftplus", "sigmoid")
-# A head's vote is zero for half of the entries (ReLU), so with n heads about one score in 2^n is zero.
+# One head gives zero for half of the entries (ReLU). So with n heads about one score in 2^n is zero.
 _FEW_HEADS = 8
-# The released model runs 20; each is run for every token.
+# The released model runs 20 iterations. A limit, because each one is computed for every token.
 _ITERATIONS_MAX = 1000
-# Other names of two fields, which transformers reads too.
+# Alternative names of two fields; transformers reads them too.
 _ALIASES = {"moe_intermediate_size": "intermediate_size", "n_routed_experts": "num_local_experts"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """How a config says that weights are packed; which tensors are, the files say.
+    """How the config says that weights are packed. Which tensors are packed is read from the files.
 
-    block: rows and addends that share one FP8 scale.  expert_dtype: "fp4", "fp8", or empty where it is not said.
+    block: rows and addends that share one FP8 scale.  expert_dtype: "fp4", "fp8", or empty if the config has none.
     """
 
     block: tuple[int, int] = (128, 128)
@@ -45,14 +45,14 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Everything the architecture needs. Layer kinds and KV sizes live in `geometry`.
+    """Everything that the architecture needs. Layer kinds and KV sizes are in `geometry`.
 
-    hash_routed[l]: layer l's experts come from a token-id table instead of a learned top-k.
+    hash_routed[l]: whether layer l's experts come from a token-id table instead of a learned top-k.
     eos_token_ids: any of them ends an answer.
-    quantization: None where no weight may be packed.
-    draft: "mtp" for the layer that predicts a token further, "dspark" for the later releases' modules, empty for none;
-        num_draft_layers: how many layers that is.
-    notes: what of the config is ignored, or computed otherwise than by transformers; said once when a model loads.
+    quantization: None: no weight may be packed.
+    draft: "mtp" for the layer that predicts one token further ahead, "dspark" for later releases' modules, "" for none.
+        num_draft_layers: how many draft layers there are.
+    notes: fields that are ignored or computed differently from transformers; logged once when a model loads.
     """
 
     geometry: KVGeometry
@@ -113,7 +113,7 @@ class ModelConfig:
 def read_config(path: str | Path) -> dict[str, Any]:
     """The parsed config.json of a model directory. Raises ModelError."""
     file = Path(path) / "config.json"
-    # transformers writes an endless limit as Infinity; each number is checked where it is read.
+    # transformers writes "no limit" as Infinity. Each number is checked where it is read.
     config = read_json(file, "model config", error=ModelError, infinity=True)
     if not isinstance(config, dict):
         raise ModelError(f"{file} must hold one JSON object")
@@ -159,11 +159,11 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
         num_experts_per_token=_count(config, "num_experts_per_tok", 6),
         scoring_func=str(config.get("scoring_func", "sqrtsoftplus")),
         routed_scaling_factor=_number(config, "routed_scaling_factor", 1.5, zero=True),
-        # Endless: no clamp.
+        # Infinity: gates are not clamped.
         swiglu_limit=math.inf if config.get("swiglu_limit") == math.inf else _number(config, "swiglu_limit", 10.0),
         hash_routed=_hash_routed(config, geometry.num_layers),
         hc_mult=_count(config, "hc_mult", 4),
-        # The first iteration is always run, in the references too: 0 means 1.
+        # The first iteration always runs, in the references too, so 0 means 1.
         hc_sinkhorn_iters=max(_count(config, "hc_sinkhorn_iters", 20, least=0), 1),
         hc_eps=_number(config, "hc_eps", 1e-6, zero=True),
         rms_norm_eps=_number(config, "rms_norm_eps", 1e-6, zero=True),
@@ -235,13 +235,13 @@ def _number(config: Mapping[str, Any], name: str, default: float, *, zero: bool 
 
 
 def _quantization(config: Mapping[str, Any]) -> tuple[Quantization | None, tuple[str, ...]]:
-    """What `quantization_config` and `expert_dtype` say, and a note where activations' rounding is a guess."""
+    """`quantization_config` and `expert_dtype`, and a note if the config does not say how activations are rounded."""
     given = config.get("quantization_config")
     if not given:
         return None, ()
     if not isinstance(given, Mapping):
         raise ModelError(f"config field quantization_config must be an object, is {given!r:.100}")
-    # What a missing field means comes first.
+    # The first value in each tuple is what a missing field means.
     for field, known in {"quant_method": ("fp8",), "fmt": ("e4m3",), "activation_scheme": ("dynamic",)}.items():
         if given.get(field, known[0]) not in known:
             raise ModelError(f"quantization_config.{field} must be {known[0]!r}, is {given[field]!r}")
@@ -274,7 +274,7 @@ def _hash_routed(config: Mapping[str, Any], num_layers: int) -> tuple[bool, ...]
         return tuple(
             name == "hash_moe" for name in per_layer("mlp_layer_types", names, num_layers, ("hash_moe", "moe"))
         )
-    # transformers' default for configs of released checkpoints, which give a number instead.
+    # transformers' default for configs of released checkpoints, which have a number instead of a list.
     num_hash = config.get("num_hash_layers")
     if num_hash is None:
         num_hash = 3

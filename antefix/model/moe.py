@@ -1,4 +1,4 @@
-"""Mixture of experts: learned top-k or token-id hash routing, SwiGLU experts and one shared expert.
+"""Mixture of experts: routing by learned top-k or by token-id hash, SwiGLU experts and one shared expert.
 
 Shapes:  N = tokens, D = hidden size, E = experts, K = experts per token, I = intermediate size.
 Source:  V4 report, section 2.1; oracle: transformers' DeepseekV4SparseMoeBlock.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 class ExpertRouter(nn.Module):
-    """Scores experts with `weight` [E, D]; picks them by score plus bias, or by `tid2eid` [vocab, K]."""
+    """Scores experts with `weight` [E, D]. Picks them by score plus bias, or from `tid2eid` [vocab, K] by token id."""
 
     e_score_correction_bias: Tensor
     tid2eid: Tensor
@@ -63,11 +63,11 @@ class ExpertRouter(nn.Module):
         else:
             experts = pick_experts(scores + self.e_score_correction_bias, self.num_picked)
         weights = scores.gather(1, experts)
-        # 1e-20: as the reference; only all-zero scores would notice.
+        # 1e-20 as in the reference. It matters only if all scores are zero.
         return experts, weights / (_row_sums(weights) + 1e-20) * self.scaling
 
     def _on_card(self, scores_NE: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-        """The same in one launch."""
+        """`forward` in one launch, on a card."""
         from antefix_kernels import expert_routing
 
         pick = functools.partial(expert_routing.pick_experts, scores_NE.contiguous(), self.num_picked, self.scaling)
@@ -83,8 +83,8 @@ def _routes_in_one_launch() -> bool:
 
 
 class Experts(nn.Module):
-    """All routed experts' weights: `gate_up_proj` [E, 2I, D] (gate rows first), `down_proj` [E, D, I]; packed are both
-    or none."""
+    """All routed experts' weights: `gate_up_proj` [E, 2I, D] (gate rows first), `down_proj` [E, D, I]. Either both are
+    packed or neither is."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -95,29 +95,29 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(config.num_experts, hidden, inner))
         self.limit = config.swiglu_limit
         self.num_experts = config.num_experts
-        # Where experts are split over processes; the stacks then hold this rank's.
+        # Set where experts are split over ranks; the stacks then hold this rank's experts.
         self.ranks: Ranks | None = None
-        # Where the stacks are fetched from the host for each use, as those of `layer`.
+        # Set where the stacks are fetched from the host for each use; `layer` is this layer's number there.
         self.offload: ExpertOffload | None = None
         self.layer = 0
 
     def fetched(self) -> contextlib.AbstractContextManager[None]:
-        """While this lasts, the stacks are there to be read."""
+        """Inside this context the stacks can be read."""
         return contextlib.nullcontext() if self.offload is None else self.offload.use(self.layer)
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """Each token's experts' outputs, weighted and summed in ascending order of expert id: [N, D]."""
+        """The outputs of each token's experts, weighted and summed in ascending order of expert id: [N, D]."""
         num_tokens, num_picked = experts_NK.shape
         # 1. Sort the (token, slot) pairs by expert, so that each expert sees its tokens as one run of rows.
         order = experts_NK.flatten().argsort(stable=True)
         counts = torch.bincount(experts_NK.flatten(), minlength=self.num_experts).tolist()
         rows = x_ND.index_select(0, order // num_picked)
-        # 2. Run the experts that were picked; of several ranks each its own.
+        # 2. Run the picked experts. With several ranks, each runs its own.
         first, stop = (0, self.num_experts) if self.ranks is None else self.ranks.span(self.num_experts)
         begin = sum(counts[:first])
         own = rows[begin : begin + sum(counts[first:stop])]
         done = self._run(own, counts[first:stop]) if len(own) else own
-        # 3. Back to token order; one small product a token keeps the order of the sum fixed.
+        # 3. Back to token order. One small product per token fixes the order of the sum.
         if self.ranks is not None:
             share = self.num_experts // self.ranks.size
             done = self.ranks.gather_rows(done, [sum(counts[i : i + share]) for i in range(0, len(counts), share)])
@@ -125,12 +125,12 @@ class Experts(nn.Module):
         return multiply_each(weights_NK.to(slots.dtype).unsqueeze(1), slots).squeeze(1)
 
     def _run(self, rows_RD: Tensor, counts: list[int]) -> Tensor:
-        """Rows sorted by expert, `counts` of each, through their experts."""
+        """Run rows that are sorted by expert, `counts` rows for each, through their experts."""
         gate_up, down = (self._matrices(stack, len(counts)) for stack in (self.gate_up_proj, self.down_proj))
         picked = [expert for expert, count in enumerate(counts) if count]
         sizes = [counts[expert] for expert in picked]
         parts = zip(rows_RD.split(sizes), picked, strict=True)
-        # One activation over all rows: it is a dozen small operations.
+        # One activation for all rows, because it consists of a dozen small operations.
         inner = clamped_swiglu(_joined([linear(part, gate_up[expert]) for part, expert in parts]), self.limit)
         return _joined([linear(part, down[e]) for part, e in zip(inner.split(sizes), picked, strict=True)])
 
@@ -140,7 +140,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The expert every token takes."""
+    """The expert that every token uses."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -171,7 +171,7 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config)
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
-        """x_ND may have rows of padding behind the tokens': the output has them too, and they mean nothing."""
+        """x_ND may have padding rows behind the tokens' rows. The output has them too; their values mean nothing."""
         num_tokens = len(tokens_N)
         if is_compiled(x_ND) and takes_compiled(self):
             from antefix.model.compiled.experts import run
@@ -191,7 +191,7 @@ class MoE(nn.Module):
         return shared
 
     def _on_card(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """All experts in one product; the host never asks which were picked."""
+        """All experts in one product. The host never learns which experts were picked."""
         from antefix_kernels import linear as products
         from antefix_kernels import tokens
 
@@ -211,23 +211,23 @@ class MoE(nn.Module):
             rows = products.multiply_routed(tokens.swiglu(gate_up, stacks.limit), down_proj, routing, gathered=False)
         place = routing.place
         if stacks.ranks is not None and is_mine is not None:
-            # Ranks sort their picks in other ways, so rows go back to the order of tokens before they are merged.
+            # Each rank sorts its picks differently, so rows return to token order before they are merged.
             rows = stacks.ranks.merge(rows.index_select(0, place), is_mine)
             place = torch.arange(len(place), device=place.device)
         return tokens.combine(rows, place, weights_NK, self.shared_experts(x_ND))
 
 
 def takes_compiled(layer: MoE) -> bool:
-    """Whether its experts are plain matrices of this process alone."""
+    """Whether the layer's experts are plain matrices, all held by this process."""
     experts = layer.experts
     plain = not isinstance(experts.gate_up_proj, PackedStack) and isinstance(layer.shared_experts.gate_proj, nn.Linear)
     return plain and experts.ranks is None and experts.offload is None and layer.gate.scoring == "sqrtsoftplus"
 
 
 def _own_picks(stacks: Experts, experts_NK: Tensor) -> tuple[Tensor, int, Tensor | None]:
-    """Picks as numbers of the stacks' experts, how many numbers there are, and which picks are this rank's [N * K, 1].
+    """Picks as indices into this rank's stacks, how many indices there are, and which picks are this rank's [N * K, 1].
 
-    Other ranks' picks have the number behind the last expert, whose rows no product computes.
+    Other ranks' picks get the index after the last expert; no product computes its rows.
     """
     if stacks.ranks is None:
         return experts_NK, stacks.num_experts, None
@@ -237,7 +237,7 @@ def _own_picks(stacks: Experts, experts_NK: Tensor) -> tuple[Tensor, int, Tensor
 
 
 def _row_sums(weights_NK: Tensor) -> Tensor:
-    """[N, 1]; column by column on a card, where a reduction's order depends on the number of rows."""
+    """Sums [N, 1]. On a card they go column by column, because a reduction's order depends there on the row count."""
     if not has_kernels(weights_NK):
         return weights_NK.sum(-1, keepdim=True)
     total = weights_NK[:, :1]
@@ -253,7 +253,7 @@ def expert_scores(logits_NE: Tensor, scoring: str) -> Tensor:
 
 
 def pick_experts(scores_NE: Tensor, num_picked: int) -> Tensor:
-    """The K best experts [N, K], ascending by id; equal scores go to the lowest id, whatever the batch."""
+    """The K best experts [N, K], ascending by id. Of equal scores the lowest id wins, whatever else is in the batch."""
     ranked = scores_NE.sort(dim=-1, descending=True, stable=True).indices
     picked: Tensor = ranked[:, :num_picked].sort(-1).values
     return picked
@@ -264,6 +264,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:
-    """silu(gate) * up of [..., 2I], gate clamped from above, up on both sides."""
+    """silu(gate) * up for [..., 2I]; the gate is clamped from above, up on both sides."""
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)

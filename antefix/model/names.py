@@ -1,11 +1,11 @@
-"""Tensor names: checkpoints spell them as DeepSeek released them, modules as transformers does. Both are accepted.
+"""Tensor names: checkpoints use the names that DeepSeek released, modules those of transformers. Both are accepted.
 
-transformers' save_pretrained turns module names back into the released spelling (under a `model.` prefix), with each
-expert's matrices apart; that is what `checkpoint_name` and `split_experts` write too, so either side loads the other's.
+transformers' save_pretrained writes the released names (under a `model.` prefix), with each expert's matrices as
+separate tensors. `checkpoint_name` and `split_experts` do the same, so each program loads what the other saves.
 
-A packed weight's scales are stored next to it: as `X.scale` in the releases, as `X.weight_scale_inv` by transformers.
-Next to the layers, releases hold draft modules: `mtp.0.*`, one layer that predicts a token further, or in later ones
-`mtp.0.*` to `mtp.2.*` of DSpark. All of their names are known; a name that is not is refused, in there as elsewhere.
+A packed weight's scales are stored under their own name: `X.scale` in the releases, `X.weight_scale_inv` by
+transformers. Releases also hold draft modules: `mtp.0.*`, one layer that predicts one token further ahead, or in later
+releases `mtp.0.*` to `mtp.2.*` of DSpark. All of these names are known. Any other name is refused, also under `mtp.`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass, replace
 
 _INDEXER = "self_attn.compressor.indexer"
-# Released spelling -> module name, inside a layer.
+# Released name -> module name, inside a layer.
 _LAYER_NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
@@ -57,7 +57,7 @@ _TOP_NAMES = {
     "hc_head_base": "model.hc_head.hc_base",
     "hc_head_scale": "model.hc_head.hc_scale",
 }
-# What a draft module has besides a layer's tensors.
+# Tensors that a draft module has in addition to a layer's tensors.
 _MTP_NAMES = {
     "e_proj.weight": "e_proj.weight",
     "h_proj.weight": "h_proj.weight",
@@ -68,7 +68,7 @@ _MTP_NAMES = {
     "hc_head_base": "hc_head.hc_base",
     "hc_head_scale": "hc_head.hc_scale",
 }
-# DSpark's own, and the copies of embedding and head that some releases carry. None of it is run here.
+# DSpark's own tensors, and the copies of embedding and head that some releases carry. None of them is run here.
 _DSPARK_NAMES = {
     "main_proj.weight", "main_norm.weight", "markov_head.markov_w1.weight", "markov_head.markov_w2.weight",
     "confidence_head.proj.weight", "confidence_head.proj.bias", "emb.tok_emb.weight", "head.weight",
@@ -81,9 +81,9 @@ _TO_RELEASED = {module: released for released, module in _LAYER_NAMES.items() if
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorTarget:
-    """Where a checkpoint's tensor goes: a module's tensor, or one expert's part (1 gate, 2 down, 3 up) of it.
+    """Where a checkpoint's tensor goes: into a module's tensor, or into one expert's part of it (1 gate, 2 down, 3 up).
 
-    is_scale: it holds the scales of that tensor.  is_draft: it belongs to a draft module.
+    is_scale: it holds the scales of that module's tensor.  is_draft: it belongs to a draft module.
     """
 
     name: str
@@ -94,7 +94,7 @@ class TensorTarget:
 
 
 def target_of(name: str) -> TensorTarget:
-    """The place of a checkpoint's tensor. Names that nobody knows have places that no model has."""
+    """The place of a checkpoint's tensor. For an unknown name it is a place that no model has."""
     base, is_scale = _without_scale(name)
     if base in _TOP_NAMES:
         return TensorTarget(name=_TOP_NAMES[base], is_scale=is_scale)
@@ -110,7 +110,7 @@ def target_of(name: str) -> TensorTarget:
 
 
 def is_known_draft(name: str) -> bool:
-    """Whether a name is one that draft modules of V4 releases have."""
+    """Whether draft modules of V4 releases have a tensor of this name."""
     base, _ = _without_scale(name)
     match = _MTP.match(base)
     if match is None:
@@ -122,10 +122,10 @@ def is_known_draft(name: str) -> bool:
 
 
 def _without_scale(name: str) -> tuple[str, bool]:
-    """A packed weight's name, and whether it was its scales' name."""
+    """The name of the weight, and whether `name` was that of its scales."""
     if name.endswith(".weight_scale_inv"):
         return name.removesuffix("_scale_inv"), True
-    # `attn_hc.scale` is the module's spelling of a hyper-connection's own scale.
+    # `attn_hc.scale` is the module's name for the scale parameter of a hyper-connection.
     if name.endswith(".scale") and not name.endswith("_hc.scale"):
         return f"{name.removesuffix('scale')}weight", True
     return name, False
@@ -139,7 +139,7 @@ def _in_layer(prefix: str, rest: str) -> TensorTarget:
 
 
 def checkpoint_name(name: str) -> str:
-    """The spelling that transformers saves a module's tensor under (expert stacks excepted)."""
+    """The name under which transformers saves a module's tensor (except stacks of experts)."""
     if name == "lm_head.weight":
         return "head.weight"
     if match := _MTP.match(name):
@@ -152,5 +152,5 @@ def checkpoint_name(name: str) -> str:
 
 
 def expert_name(name: str, expert: int, part: int) -> str:
-    """The spelling of one expert's part of the stack `name` (`...mlp.experts.gate_up_proj` or `.down_proj`)."""
+    """The name of one expert's part of the stack `name` (`...mlp.experts.gate_up_proj` or `.down_proj`)."""
     return f"{name.rsplit('.mlp.', 1)[0]}.ffn.experts.{expert}.w{part}.weight"

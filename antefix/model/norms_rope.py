@@ -1,4 +1,4 @@
-"""RMS norms and rotary positions. V4's RoPE turns adjacent pairs of the last R dims of a head.
+"""RMS norms and rotary positions. V4's RoPE rotates adjacent pairs of the last R dims of a head.
 
 Shapes:  N = rows, C = channels, R = RoPE dims, P = positions; leading dims are free.
 Source:  V4 report, section 2.3.3; frequencies as in transformers' deepseek_v4, the oracle of tests/model.
@@ -29,7 +29,7 @@ class RMSNorm(nn.Module):
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x [..., C] over the root mean square of its last dim, times weight [C] where one is given."""
+    """x [..., C] divided by the root mean square of its last dim, times weight [C] if there is one."""
     if has_kernels(x):
         from antefix_kernels.tokens import norm_turn
 
@@ -47,8 +47,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def inverse_frequencies(rope: RopeConfig, rope_dim: int) -> Tensor:
-    """[R / 2] float32 angles per position, YaRN's interpolation included (arXiv 2309.00071, section 3)."""
-    # On the CPU even where a model is made without memory: PyTorch's compiler computes what lies on no device.
+    """float32 angles per position [R / 2], with YaRN's interpolation (arXiv 2309.00071, section 3)."""
+    # On the CPU even for a model without memory: for tensors on no device, PyTorch's compiler would compute them.
     steps = torch.arange(0, rope_dim, 2, dtype=torch.float32, device="cpu") / rope_dim
     plain = 1.0 / (rope.theta**steps)
     if rope.yarn is None:
@@ -57,13 +57,13 @@ def inverse_frequencies(rope: RopeConfig, rope_dim: int) -> Tensor:
     stretched = 1.0 / (yarn.factor * rope.theta**steps)
 
     def dim_of(rotations: float) -> float:
-        # The pair that turns `rotations` times over the original context.
+        # The pair of dims that turns `rotations` times over the original context.
         turns = math.log(yarn.original_max_positions / (rotations * 2 * math.pi))
         return rope_dim * turns / (2 * math.log(rope.theta))
 
     low = max(math.floor(dim_of(yarn.beta_fast)), 0)
     high = min(math.ceil(dim_of(yarn.beta_slow)), rope_dim - 1)
-    # 0.001 keeps the ramp finite where both ends meet, as the reference does.
+    # 0.001 keeps the ramp finite if both ends are equal, as in the reference.
     span = high - low if high != low else 0.001
     ramp = ((torch.arange(rope_dim // 2, dtype=torch.float32, device="cpu") - low) / span).clamp(0, 1)
     keep = 1 - ramp
@@ -71,16 +71,16 @@ def inverse_frequencies(rope: RopeConfig, rope_dim: int) -> Tensor:
 
 
 def rope_table(positions: Tensor, inv_freq: Tensor, factor: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [P, R / 2] of integer positions [P]. float32 angles: their rounding is part of the model."""
+    """cos and sin [P, R / 2] of integer positions [P]. Angles are float32: their rounding is part of the model."""
     work = wide(dtype)
     angles = positions.to(work)[:, None] * inv_freq.to(work)
     return angles.cos() * factor, angles.sin() * factor
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the last R dims of x [..., C] by cos, sin [..., R / 2] (broadcast against x's leading dims).
+    """Rotate the last R dims of x [..., C] by cos, sin [..., R / 2] (broadcast against x's leading dims).
 
-    Rotating back, as V4 does with attention outputs, is `rotate(x, cos, -sin)`.
+    `rotate(x, cos, -sin)` rotates back, as V4 does with attention outputs.
     """
     if has_kernels(x):
         return _on_card(x, None, None, cos, sin, 1.0)
@@ -99,7 +99,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same in place."""
+    """`rotate` in place."""
     even, odd = x[..., -2 * cos.shape[-1] :].unflatten(-1, (-1, 2)).unbind(-1)
     turned = even * cos - odd * sin
     torch.add(odd * cos, even * sin, out=odd)
@@ -110,7 +110,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def norm_rotate(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, *, scale: float = 1.0
 ) -> Tensor:
-    """RMS norm, rotation and a factor: on a card in one pass over x."""
+    """RMS norm, rotation and multiplication by `scale`; on a card in one pass over x."""
     if has_kernels(x):
         return _on_card(x, weight, eps, cos, sin, scale)
     if is_compiled(x):

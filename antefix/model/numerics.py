@@ -3,19 +3,22 @@
 A cache hit must equal a cold run to the bit, though the two cut a prompt into different pieces, on workers with other
 numbers of threads. On a CPU two things break that, and both are handled here and nowhere else:
     products    MKL has many kernels, and picks one by rows, columns, addends and threads. Most of them add up in one
-                order: a chain of fused multiply-adds over the addends. Those for few rows, for less than a tile of
-                columns and for more than SUM_TILE addends do not, and threads that share a product leave such
-                remainders where one thread has none. So every product of the model goes through `multiply` or
-                `multiply_each`, which fill rows and columns up to whole tiles and cut long sums themselves.
+    products    MKL has many kernels, and picks one by rows, columns, addends and threads. Most of them add up in one
+                order: a chain of fused multiply-adds over the addends. Its kernels for few rows, for less than a tile
+                of columns and for more than SUM_TILE addends use other orders, and where threads share a product, such
+                remainders occur that one thread would not have. So every product of the model goes through `multiply`
+                or `multiply_each`, which pad rows and columns to whole tiles and cut long sums themselves.
                 Measured with 1 to 16 threads on an AMD EPYC (AVX2 kernels) and an Intel Xeon (AVX-512 kernels): plain
-                products in whole tiles are the chain on both, so both give the same bits.
+                products in whole tiles are such chains on both, so both give the same bits.
     sigmoid     PyTorch's vector body and scalar tail of sigmoid, silu and softplus round differently (about 4% of
                 values), so an element's result depends on its place. exp, log1p and division do not.
     sums        PyTorch divides a sum over a middle dim between threads by columns, and its order of addition depends
-                on where they part; `sum_middle` adds in an order of its own. Sums over the last dim are one thread's.
-`antefix.model.arithmetic` probes all of it on the machine at hand, for the shapes of the model at hand.
-On a card libraries choose by shape as well; there `antefix_kernels.linear` and `antefix_kernels.tokens` take over
-(`has_kernels`), in which a row's work is the same whatever else is computed.
+                on where the parts begin; `sum_middle` adds in a fixed order. A sum over the last dim is computed by
+                one thread.
+`antefix.model.arithmetic` tests all of this on the machine where it runs, for the shapes of the loaded model.
+
+On a card, libraries choose kernels by shape as well. There `antefix_kernels.linear` and `antefix_kernels.tokens` are
+used instead (`has_kernels`); they compute a row in the same way whatever else is computed.
 
 Shapes:  N = rows, K = input width, O = output width, R = rows of one pair.
 """
@@ -33,29 +36,30 @@ from torch import Tensor
 from antefix.model.compiled.switch import is_compiled
 from antefix.model.packed import PackedMatrix, card_product, round_inputs
 
-# What row counts are padded to. From 4 rows on every kernel that was tried is the chain; 16 has margin.
+# Row counts are padded to a multiple of this. From 4 rows on every tried kernel is the chain; 16 leaves a margin.
 ROW_TILE = 16
-# What column counts are padded to. Of 24 columns three threads take 8 each, and a kernel for 8 has another order.
+# Column counts are padded to a multiple of this. Three threads would share 24 columns as 8 each, and MKL's kernel for
+# 8 columns adds in another order.
 COLUMN_TILE = 16
-# Most addends in one product: MKL's AVX2 kernels cut longer sums in halves, its AVX-512 kernels from 384 on.
+# Most addends in one product: MKL's AVX2 kernels cut longer sums into halves, its AVX-512 kernels from 384 on.
 SUM_TILE = 192
-# Addends are filled up to a multiple of this, so that all rows start at aligned addresses: under MKL_CBWR a row's bits
-# depend on that.
+# Addends are padded to a multiple of this, so that all rows start at aligned addresses: under MKL_CBWR a row's bits
+# depend on its alignment.
 ALIGN = 16
-# What the rows of one pair of `multiply_each` are padded to: fewer, or a number in between, take other kernels.
+# The rows of one pair of `multiply_each` are padded to a multiple of this: other counts select other kernels.
 PAIR_ROWS = 4
-# Pairs with fewer multiplications are run by PyTorch's own loop, which rounds differently.
+# PyTorch runs pairs with fewer multiplications in a loop of its own, which rounds differently.
 _PAIR_WORK_MIN = 400
-# A matrix with more columns than this is not copied to be padded: what exceeds whole tiles is a product of its own.
+# A matrix with more columns is not copied for padding: its columns beyond whole tiles are multiplied separately.
 _PADDED_COLUMNS_MAX = 512
-# Rows of a packed matrix that are decoded at once on a CPU: whole tiles, and 1 MiB of float32 for 1,024 addends.
+# How many rows of a packed matrix a CPU decodes at once: whole tiles, and 1 MiB of float32 for 1,024 addends.
 DECODED_ROWS = 256
-# Up to so many rows a compiled chain is faster than MKL's tile of rows (antefix-tiny, AVX2).
+# Up to this many rows a compiled chain is faster than MKL with rows padded to a tile (antefix-tiny, AVX2).
 ROWS_FEW = 8
 
 
 def pad_rows(x: Tensor, multiple: int = ROW_TILE) -> Tensor:
-    """[N, ...] with zero rows appended until N is a multiple; `x` itself when it is one already."""
+    """[N, ...] with zero rows appended until N is a multiple; `x` itself if N is one already."""
     missing = -x.shape[0] % multiple
     if not missing:
         return x
@@ -68,20 +72,20 @@ def _has_triton() -> bool:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether per-token steps on `x` run as kernels: on a card with Triton, without gradients, not in float64."""
-    # Asked some hundred times per step, so the usual answer comes first.
+    """Whether per-token computations on `x` use our kernels: on a card with Triton, no gradients, not in float64."""
+    # Called some hundred times per step, so the usual answer comes first.
     return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled() and _has_triton()
 
 
 def is_plain(a: Tensor, b: Tensor) -> bool:
-    """Whether PyTorch's own operations will do: with gradients, and on other devices, nothing is promised."""
+    """Whether PyTorch's own operations are used: with gradients and on other devices, equal bits are not promised."""
     return not a.is_cpu or (torch.is_grad_enabled() and (a.requires_grad or b.requires_grad))
 
 
 def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     """x [..., K] times weight [O, K] transposed, each row's bits independent of the other rows.
 
-    Gradients, float64 on a card and other devices take the plain product, without that promise.
+    Gradients, float64 on a card and other devices use the plain product, without this promise.
     """
     if isinstance(weight, PackedMatrix):
         if has_kernels(x):
@@ -103,7 +107,7 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
 
 
 def few_rows(x: Tensor) -> bool:
-    """Whether products of x [N, K] are compiled ones, which need no whole tiles."""
+    """Whether products of x [N, K] run compiled, which needs no padding to whole tiles."""
     return x.shape[0] <= ROWS_FEW and x.dim() == 2 and is_compiled(x)
 
 
@@ -114,7 +118,7 @@ def _few_rows_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Te
 
 
 def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """`linear` of x [N, K], to `out` [N, O], whose rows may lie apart. For the CPU."""
+    """`linear` of x [N, K], written to `out` [N, O], whose rows may be apart in memory. For the CPU."""
     if few_rows(x) and _few_rows_linear(x, weight, out) is not None:
         return
     prepared = _prepared(weight)
@@ -125,7 +129,7 @@ def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _packed_linear(x: Tensor, weight: PackedMatrix, start: int, stop: int) -> Tensor:
-    """x [..., K] times rows [start, stop) of a packed matrix, decoded tile by tile: the same bits as decoded whole."""
+    """x [..., K] times rows [start, stop) of a packed matrix, decoded tile by tile. The bits do not depend on tiles."""
     rows = x.reshape(-1, x.shape[-1])
     if weight.rounds_inputs:
         rows = round_inputs(rows)
@@ -136,10 +140,10 @@ def _packed_linear(x: Tensor, weight: PackedMatrix, start: int, stop: int) -> Te
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A matrix of weights as `multiply` would take it, transposed: filled up to whole tiles, and cut into sums.
+    """A weight matrix as `multiply` needs it: transposed, padded to whole tiles, and cut into sums.
 
-    parts: of each run of columns the pieces [at most SUM_TILE addends, columns]; views where nothing was filled up.
-    made_of: of which weights, and for which tiles.
+    parts: for each run of columns, its pieces [at most SUM_TILE addends, columns]; views where nothing was padded.
+    made_of: identifies the weights and the tile sizes that it was made from.
     """
 
     parts: tuple[tuple[Tensor, ...], ...]
@@ -150,14 +154,14 @@ class _Prepared:
 
 
 def _prepared(weight: Tensor) -> _Prepared:
-    """Kept with the weights: transposing, filling up and cutting cost more than a small product. Weights that were
-    changed, or lie elsewhere now, are prepared again."""
+    """The prepared matrix, kept with the weights, because preparing costs more than a small product. It is prepared
+    again if the weights were changed or moved."""
     if weight.is_inference():
         return _prepare(weight, (0, 0, COLUMN_TILE))
     kept: _Prepared | None = getattr(weight, "_antefix_prepared", None)
     made_of = weight._version, weight.data_ptr(), COLUMN_TILE
     if kept is None or kept.made_of != made_of:
-        # `data`: views of the weights themselves would keep them alive for ever.
+        # `data`: a view of the weights tensor itself, kept as its attribute, would keep it alive for ever.
         kept = _prepare(weight.data, made_of)
         weight._antefix_prepared = kept  # type: ignore[attr-defined]
     return kept
@@ -177,7 +181,7 @@ def _prepare(weight: Tensor, made_of: tuple[int, int, int]) -> _Prepared:
 
 
 def _multiply_prepared(a: Tensor, b: _Prepared) -> Tensor:
-    """`multiply` by prepared weights: the same calls of the same products."""
+    """`multiply` by a prepared matrix: it makes the same calls of the same products."""
     num_rows = a.shape[0]
     more_rows = -num_rows % ROW_TILE
     if more_rows or b.more_addends:
@@ -189,7 +193,7 @@ def _multiply_prepared(a: Tensor, b: _Prepared) -> Tensor:
 
 
 def _chain(a: Tensor, pieces: tuple[Tensor, ...], out: Tensor | None = None) -> Tensor:
-    """a times b, given as pieces of SUM_TILE addends, added up in order.  out: where to."""
+    """a times b, where b is given as pieces of SUM_TILE addends whose sums are added in order.  out: where to write."""
     if len(pieces) == 1:
         return torch.mm(a, pieces[0], out=out)
     lefts = a.split(SUM_TILE, 1)
@@ -200,16 +204,16 @@ def _chain(a: Tensor, pieces: tuple[Tensor, ...], out: Tensor | None = None) -> 
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a [N, K] times b [K, O], contiguous. Each element is its row's and column's alone.
+    """a [N, K] times b [K, O], contiguous. Each element depends on its own row and column only.
 
-    Sums of at most SUM_TILE addends are each one chain of multiply-adds; they are added up in order.
+    Sums of at most SUM_TILE addends are one chain of multiply-adds each; these sums are added in order.
     """
     if is_plain(a, b):
         return torch.mm(a, b)
     num_rows, num_addends = a.shape
     num_columns = b.shape[1]
     more_rows, more_addends, more_columns = -num_rows % ROW_TILE, -num_addends % ALIGN, -num_columns % COLUMN_TILE
-    # A decode step has hundreds of products, most of them in whole tiles already: those must cost nothing more.
+    # A decode step has hundreds of products, most of them in whole tiles already. This is the fast path for them.
     if not (more_rows or more_addends or more_columns):
         return multiply_tiles(a, b)
     if more_rows or more_addends:
@@ -223,7 +227,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 
 def multiply_tiles(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-    """The same of operands that are whole tiles already, plus `bias`, a scalar.  out: where sums of one tile go."""
+    """`multiply` for operands that are whole tiles already, plus `bias`, a scalar.  out: where to write a sum that has
+    only one tile."""
     if a.shape[1] <= SUM_TILE:
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     product = multiply_tiles(a[:, :SUM_TILE], b[:SUM_TILE], bias)
@@ -233,7 +238,7 @@ def multiply_tiles(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Ten
 
 
 def multiply_each(a: Tensor, b: Tensor) -> Tensor:
-    """a [N, R, K] times b [N, K, O], pair by pair, each pair's bits independent of the other pairs."""
+    """a [N, R, K] times b [N, K, O], pair by pair; each pair's bits are independent of the other pairs."""
     if is_plain(a, b):
         return torch.bmm(a, b)
     rows, addends, columns = a.shape[1], a.shape[2], b.shape[2]
@@ -253,8 +258,8 @@ def multiply_each(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _pad_matrix(b: Tensor, more_rows: int, more_columns: int) -> Tensor:
-    """b [..., K, O] with zero rows and columns appended. A transposed one stays transposed: MKL takes other kernels for
-    the two."""
+    """b [..., K, O] with zero rows and columns appended. A transposed matrix stays transposed, because MKL uses other
+    kernels for transposed ones."""
     if not more_rows and not more_columns:
         return b
     if b.stride(-2) == 1 and b.stride(-1) != 1:
@@ -263,7 +268,7 @@ def _pad_matrix(b: Tensor, more_rows: int, more_columns: int) -> Tensor:
 
 
 def sum_middle(x: Tensor) -> Tensor:
-    """x [G, m, C] summed over m: halves are added until one row is left."""
+    """x [G, m, C] summed over m: one half is added to the other until one row is left."""
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         folded = x[:, :half] + x[:, half : 2 * half]
@@ -291,8 +296,8 @@ def grouped_linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
 
 
 def matrices_of(stack: Tensor, count: int) -> tuple[Tensor, ...]:
-    """The `count` matrices [O, K] of a stack [count, O, K], or of one [count * O, K]: always the same tensors, so that
-    `linear` keeps what it prepares of them."""
+    """The `count` matrices [O, K] of a stack [count, O, K] or [count * O, K]. Each call returns the same tensors, so
+    that `linear` finds what it has prepared for them."""
     if stack.is_inference():
         return stack.view(count, -1, stack.shape[-1]).unbind(0)
     made_of = stack._version, stack.data_ptr(), count
@@ -304,7 +309,7 @@ def matrices_of(stack: Tensor, count: int) -> tuple[Tensor, ...]:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """Logistic function from exp and a division, which round alike in vector body and scalar tail."""
+    """The logistic function, from exp and a division, which round alike in the vector body and in the scalar tail."""
     if x.device.type != "cpu" or x.requires_grad:
         return torch.sigmoid(x)
     return torch.neg(x).exp_().add_(1.0).reciprocal_()
@@ -315,7 +320,7 @@ def silu(x: Tensor) -> Tensor:
 
 
 def softplus(x: Tensor) -> Tensor:
-    """log(1 + e^x); from 20 on it is x itself, as in torch.nn.functional.softplus."""
+    """log(1 + e^x); for x of 20 and more it is x itself, as in torch.nn.functional.softplus."""
     if x.device.type != "cpu" or x.requires_grad:
         return F.softplus(x)
     return torch.where(x > 20.0, x, torch.log1p(torch.exp(x.clamp(max=20.0))))

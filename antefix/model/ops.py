@@ -1,7 +1,7 @@
-"""The five steps that touch cached KV, as one seam: torch here, other devices bring their own.
+"""The interface of the five operations that touch cached KV: torch implements it here, kernels elsewhere.
 
-Everything outside is per-token arithmetic. An implementation reads and writes packed pool rows through the pool it is
-given; attention always sees rounded values (what is read equals what is stored).
+All other code is per-token arithmetic. An implementation reads and writes packed pool rows through the pool that it is
+given. Attention always sees rounded values, so that it reads what is stored.
 
 Shapes:  T = tokens of one sequence's chunk, H = heads, C = head dim (entries) or indexer dim (keys), I = indexer heads,
          W = n_win, S = width of a compressor's rows, k = entries a query keeps, R = RoPE dims.
@@ -27,42 +27,42 @@ from antefix.model.quant import round_entries, round_queries
 if TYPE_CHECKING:
     from antefix.model.step_runner import StepRunner
 
-# Scores of one product, queries * heads * keys: a core's L2 cache holds them (2^17 floats are 512 KiB).
+# Size of the scores of one product, queries * heads * keys: they fit a core's L2 cache (2^17 floats are 512 KiB).
 SCORES = 1 << 17
-# Queries scored at once, and the width that keys are padded to. A score's bits do not depend on how many columns the
-# product has, as long as they are multiples of this width (`antefix.model.arithmetic` checks it).
+# How many queries are scored at once, and the width to which keys are padded. A score's bits do not depend on the
+# number of columns of the product, as long as it is a multiple of this width (`antefix.model.arithmetic` checks it).
 SCORE_QUERIES = 32
 KEY_TILE = 64
-# HCA entries attended to by one product; 128 entries are 16K tokens at V4's ratio.
+# How many HCA entries one product attends to; 128 entries are 16K tokens at V4's ratio.
 HCA_SEGMENT = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
-    """One part of a sequence's global KV: which pool, which part, which blocks in order (int64 ids)."""
+    """One part of a sequence's global KV: its pool, its part, and its blocks in order (int64 ids)."""
 
     pool: BlockPool
     part: Part
     block_ids: Tensor
 
     def locate(self, entries: Tensor) -> tuple[Tensor, Tensor]:
-        """Block id and row of entries by their index in the sequence."""
+        """Block ids and rows of entries, given by their index in the sequence."""
         per_block = self.part.num_rows
         return self.block_ids[torch.div(entries, per_block, rounding_mode="floor")], entries % per_block
 
 
 class Ops(Protocol):
-    """What a device implements. All of it is per sequence.
+    """What a device implements. Each method handles one sequence.
 
-    steps_together: sequences that run one token each take `steps` instead, all in one set of calls; or `step_runner`,
-        where there is one.
+    steps_together: whether sequences that run one token each use `steps` instead, which runs all of them in one set of
+        calls; or `step_runner`, if there is one.
     """
 
     steps_together: bool
     step_runner: StepRunner | None
 
     def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
-        """Window KV rounded as it is stored."""
+        """Window KV, rounded as it is stored."""
 
     def compress_and_pack(
         self,
@@ -74,9 +74,9 @@ class Ops(Protocol):
         to: Entries,
         first: int,
     ) -> None:
-        """Pool closed groups' rows [2, G, m, S] into entries `first`, `first + 1`, ... of `to`.
+        """Pool the rows [2, G, m, S] of closed groups into entries `first`, `first + 1`, ... of `to`.
 
-        overlap: [2, m, C] Ca rows of the group before (CSA).  cos, sin [G, R / 2] at the groups' first tokens.
+        overlap: [2, m, C] Ca rows of the previous group (CSA).  cos, sin [G, R / 2] at the groups' first tokens.
         """
 
     def indexer_topk(self, q_TIC: Tensor, weights_TI: Tensor, keys: Entries, num_visible_T: Tensor, k: int) -> Tensor:
@@ -90,11 +90,11 @@ class Ops(Protocol):
     def full_attention(
         self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries | None, num_visible_T: Tensor
     ) -> Tensor:
-        """Attention over the window and every visible entry (HCA; None: window only): [T, H, C]."""
+        """Attention over the window and every visible entry: [T, H, C]. entries None: window only (else HCA)."""
 
 
 class TorchOps:
-    """The torch implementation: CPU with row-invariant bits, CUDA without that promise."""
+    """The torch implementation. On a CPU a row's bits do not depend on other rows; on CUDA they may."""
 
     steps_together = True
     step_runner: StepRunner | None = None
@@ -124,7 +124,7 @@ class TorchOps:
         if num_entries <= k:
             return top_entries(queries.new_empty(len(queries), num_entries), num_visible_T, k)
         rows = min(SCORE_QUERIES, len(queries)) * queries.shape[1]
-        # Up to 16 rows, one tile of rows is run anyway.
+        # 16 rows and fewer cost the same: one tile of rows.
         columns = max(SCORES // max(rows, ROW_TILE) // KEY_TILE, 1) * KEY_TILE
         segments = torch.split(read_entries(keys, num_entries, KEY_TILE), columns)
         if is_compiled(queries):
@@ -170,7 +170,8 @@ class TorchOps:
 
 
 def _finite_segments(entries: Entries, num_entries: int) -> list[Tensor]:
-    """The entries in HCA_SEGMENTs, zeros after the last: values meet a weight of 0, and 0 times NaN would be NaN."""
+    """The entries in segments of HCA_SEGMENT, with zeros after the last entry: values there get weight 0, and 0 times
+    NaN would be NaN."""
     if not num_entries:
         return []
     segments = list(torch.split(read_entries(entries, num_entries, HCA_SEGMENT), HCA_SEGMENT))
@@ -180,7 +181,7 @@ def _finite_segments(entries: Entries, num_entries: int) -> list[Tensor]:
 
 
 def gather_entries(entries: Entries, indices: Tensor) -> Tensor:
-    """Decoded entries by their index in the sequence: indices [...] to [..., C]."""
+    """Decoded entries, given by their index in the sequence: indices [...] to [..., C]."""
     decoded = entries.pool.decoded(entries.part)
     blocks, rows = entries.locate(indices)
     if not decoded.is_contiguous():
@@ -190,9 +191,10 @@ def gather_entries(entries: Entries, indices: Tensor) -> Tensor:
 
 
 def read_entries(entries: Entries, num_entries: int, multiple: int) -> Tensor:
-    """At least the first `num_entries` decoded entries, filled up to a multiple of rows: [E, C].
+    """At least the first `num_entries` decoded entries, padded to a multiple of rows: [E, C].
 
-    Rows beyond `num_entries` mean nothing and may belong to others. A view where the blocks lie side by side.
+    Rows beyond `num_entries` mean nothing and may belong to other sequences. The result is a view if the blocks are
+    neighbours in the pool.
     """
     decoded = entries.pool.decoded(entries.part)
     per_block = decoded.shape[1]
@@ -200,7 +202,7 @@ def read_entries(entries: Entries, num_entries: int, multiple: int) -> Tensor:
     block_ids = entries.block_ids[: -(-num_entries // per_block)]
     first = int(block_ids[0]) if num_entries else 0
     if bool((block_ids == torch.arange(first, first + len(block_ids), device=block_ids.device)).all()):
-        # The pool's rows after the sequence's serve as padding, if there are any.
+        # The pool's rows after the sequence's rows serve as padding, if there are any.
         picked = decoded[first : first + -(-wanted // per_block)]
     else:
         picked = decoded[block_ids]

@@ -1,10 +1,10 @@
-"""Weights as they ship: FP8 or FP4 codes with a scale per block. They stay packed in memory and are decoded by tile.
+"""Weights in their released form: FP8 or FP4 codes with a scale per block. They stay packed and are decoded by tile.
 
-Inputs of packed products are rounded to FP8, as the released code does: groups of 128 addends, each with the smallest
+Inputs of packed products are rounded to FP8, as in the released code: in groups of 128 addends, each with the smallest
 power of two that keeps its largest value within the code's range. The grouped output projection is the exception: the
-released code multiplies it in BF16, with inputs as they are.
+released code multiplies it in BF16, without rounding its inputs.
 
-    codes       FP8 E4M3: one byte a weight.  FP4 E2M1: two weights a byte, the even one in the low nibble
+    codes       FP8 E4M3: one byte per weight.  FP4 E2M1: two weights per byte, the even one in the low nibble
     scales      one per block of `block` (rows, addends): float8_e8m0fnu (2^(byte - 127)) or float32
 
 Shapes:  E = experts, O = outputs, K = addends, B = bytes of a row (K, or K / 2 for FP4), N = rows of inputs.
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 from antefix.model.quant import fp4_pairs, fp8_values, round_groups
 
-# Addends that share a scale when inputs are rounded.
+# How many addends share a scale when inputs are rounded.
 INPUT_GROUP = 128
-# Whether rounded inputs meet packed weights on FP8 tensor cores where a card has them (`antefix_kernels.packed_fp8`),
-# or in BF16 everywhere (`antefix_kernels.packed_linear`). Bits differ, so names of KV do.
+# True: rounded inputs and packed weights are multiplied on FP8 tensor cores where a card has them
+# (`antefix_kernels.packed_fp8`). False: in BF16 everywhere (`antefix_kernels.packed_linear`). The two give different
+# bits, so names of KV differ.
 USES_FP8 = True
 
 
@@ -51,7 +52,7 @@ class PackedMatrix:
         return torch.Size((rows, width * 2 if self.is_fp4 else width))
 
     def decode(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows [start, stop) as numbers: code times scale in float32, then cast, as in transformers."""
+        """Rows [start, stop) as numbers: code times scale in float32, then cast to `dtype`, as in transformers."""
         rows, addends = self.block
         values = decode_codes(self.codes[start:stop])
         scales = self.scales[start // rows : -(-stop // rows)].float()
@@ -64,7 +65,7 @@ class PackedMatrix:
 
 
 def decode_codes(codes: Tensor) -> Tensor:
-    """Values [O, K] float32 of codes [O, B], without their scales."""
+    """The values [O, K] float32 of codes [O, B], without their scales."""
     as_bytes = codes.view(torch.uint8).reshape(-1).int()
     if codes.dtype is torch.uint8:
         return fp4_pairs(codes.device).index_select(0, as_bytes).view(len(codes), -1)
@@ -72,7 +73,7 @@ def decode_codes(codes: Tensor) -> Tensor:
 
 
 def round_inputs(x: Tensor) -> Tensor:
-    """x [N, K] as FP8 products see it: FP8 codes times their group's power of two, exact in x's type."""
+    """x [N, K] rounded as FP8 products round it: FP8 codes times their group's power of two, exact in x's type."""
     return round_groups(x, INPUT_GROUP).to(x.dtype)
 
 
@@ -85,7 +86,7 @@ def takes_fp8(x: Tensor, weight: Weight, *, rounds_inputs: bool) -> bool:
 
 
 def card_product(x: Tensor, weight: PackedMatrix) -> Tensor:
-    """x [N, G, K] times a matrix [G * O, K], group by group, by kernels that read its codes: [N, G, O]."""
+    """x [N, G, K] times a matrix [G * O, K], group by group: [N, G, O]. The kernels read the packed codes."""
     from antefix_kernels import packed_fp8, packed_linear
 
     num_groups = x.shape[1]
@@ -93,7 +94,7 @@ def card_product(x: Tensor, weight: PackedMatrix) -> Tensor:
     rows, addends = weight.block
     scales = weight.scales
     if num_groups > 1 and per_group % rows:
-        # A group begins inside a block: each of its rows gets scales of its own.
+        # A group begins in the middle of a block of scales, so each of its rows gets its own copy of the scales.
         scales = scales.view(torch.uint8 if scales.element_size() == 1 else scales.dtype)
         scales = scales.repeat_interleave(rows, 0)[: weight.shape[0]].view(weight.scales.dtype)
         rows = 1
@@ -111,7 +112,7 @@ def card_product(x: Tensor, weight: PackedMatrix) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """Stands where an nn.Linear without bias stands; `weight` is a PackedMatrix."""
+    """Replaces an nn.Linear without bias; `weight` is a PackedMatrix."""
 
     codes: Tensor
     scales: Tensor
@@ -130,7 +131,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedStack(nn.Module):
-    """Stands where the weights [E, O, K] of all experts stand: `stack[expert]` is a PackedMatrix."""
+    """Replaces the weights [E, O, K] of all experts: `stack[expert]` is a PackedMatrix."""
 
     codes: Tensor
     scales: Tensor
@@ -150,7 +151,7 @@ class PackedStack(nn.Module):
         return PackedMatrix(self.codes[expert], self.scales[expert], self.form.block, self.form.rounds_inputs)
 
     def card_tile(self, x: Tensor, num_rows: int) -> int:
-        """Rows of a tile of the routed product on a card, of `num_rows` picks."""
+        """How many rows a tile of the routed product has on a card, for `num_rows` picks."""
         from antefix_kernels import packed_fp8, packed_linear
 
         weight = self._operand()
@@ -159,7 +160,7 @@ class PackedStack(nn.Module):
         return packed_linear.routed_tile(x, num_rows, weight)
 
     def card_product(self, x: Tensor, routing: Routing, *, gathered: bool, gate_limit: float | None = None) -> Tensor:
-        """`antefix_kernels.linear.multiply_routed` with packed experts; with `gate_limit` `tokens.swiglu` of it."""
+        """`antefix_kernels.linear.multiply_routed` with packed experts; with `gate_limit`, then `tokens.swiglu`."""
         from antefix_kernels import packed_fp8, packed_linear, tokens
 
         form, weight = self.form, self._operand()
@@ -187,7 +188,7 @@ class PackedForm:
 
     @property
     def label(self) -> str:
-        """For names and tables: "fp8 128x128 e8m0"."""
+        """The form's name in KV names and tables: "fp8 128x128 e8m0"."""
         kind = "fp4" if self.is_fp4 else "fp8"
         scale = "e8m0" if self.scale_dtype is torch.float8_e8m0fnu else "float32"
         return f"{kind} {self.block[0]}x{self.block[1]} {scale}"
@@ -203,7 +204,7 @@ class PackedForm:
         return torch.Size((*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // addends)))
 
     def empty(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Codes and scales, not filled in."""
+        """Codes and scales with uninitialised memory."""
         dtype = torch.uint8 if self.is_fp4 else torch.float8_e4m3fn
         codes = torch.empty(self.code_shape(shape), dtype=dtype)
         return codes, torch.empty(self.scale_shape(shape), dtype=self.scale_dtype)

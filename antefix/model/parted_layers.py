@@ -1,8 +1,8 @@
-"""A prefill's layers with its rows parted between threads: `layer_loop` and `runner` for long pieces on a CPU.
+"""Runs a long prefill's layers on a CPU with the rows divided between threads; replaces `layer_loop` and `runner`.
 
-    each thread, its rows     mixing, norm, queries, window entries, compressors' rows
-    all meet                  then one thread each: window KV in line, the groups that close, the indexer's
-    all meet                  then each thread, its rows: index, attention, output, mixing, experts
+    each thread, on its rows  mixing, norm, queries, window entries, compressors' rows
+    all threads meet          then separate jobs: order window KV, close the main compressor's groups, the indexer's
+    all threads meet          then each thread, on its rows: index, attention, output, mixing, experts
 
 Shapes:  N = rows of the batch, D = hidden size, M = streams, H = heads, C = head dim, S = a compressor's columns.
 """
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class _Layer:
-    """What threads tell each other of one layer. rows: of each part.  lines: of each item."""
+    """What the threads share about one layer. rows: results of each part.  lines: the window line of each item."""
 
     attention: LayerPass
     rows: list[TokenRows | None]
@@ -38,9 +38,9 @@ class _Layer:
 
 
 class PartedLayers:
-    """One forward pass over items that run more than a token each.
+    """One forward pass over items that run more than one token each.
 
-    layers: each layer's attention over them.  parts: rows of each thread.
+    layers: the attention of each layer.  parts: the rows of each thread.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class PartedLayers:
             item.prepare()
 
     def run(self, parts: Sequence[slice]) -> Tensor | None:
-        """Streams [N, M, D] on top of the last layer; None where the threads are busy: nothing has run then."""
+        """Streams [N, M, D] after the last layer. None: the threads were busy, and nothing has run."""
         layers = [_Layer(each, [None] * len(parts), [None] * len(self._items)) for each in self._attention]
         for layer in layers:
             layer.jobs = self._jobs(layer)
@@ -84,7 +84,7 @@ class PartedLayers:
         return streams
 
     def _jobs(self, layer: _Layer) -> list[Callable[[], None]]:
-        """What is done once for each item with all threads' rows, in any order."""
+        """Jobs that need all threads' rows of an item; they may run in any order."""
         attention = layer.attention
 
         def line_up(number: int, item: Item) -> None:

@@ -1,13 +1,13 @@
 """The paged pool of global KV: one row per block, whose bytes are the payload that goes to disk.
 
-A restore reads from disk straight into `landing(block_ids)` and then calls `note_filled`; what goes to disk comes from
-`payloads(block_ids)`. Here both are the rows themselves; a pool on a card has pinned host memory next to them. The
-pool knows which rows are in use, not by how many sequences: a worker's `ResidentBlocks` counts references. Belongs to
-one thread.
+A restore reads from disk straight into `landing(block_ids)` and then calls `note_filled`. Bytes for the disk come from
+`payloads(block_ids)`. In this class both are the rows themselves; a pool on a card has pinned host memory instead. The
+pool knows which rows are in use, but not by how many sequences: a worker's `ResidentBlocks` counts references. A pool
+belongs to one thread.
 
-Memory: `num_blocks * layout.block_bytes` for the rows. The FP8 format also keeps decoded float32 mirrors, because
-decoding for every step would cost more than the attention: 3.5 to 7.5 times the rows (V4: 584 -> 2048 and 68 -> 512
-bytes a record). The float formats read the rows in place. Fresh memory is only touched as blocks are used.
+Memory: `num_blocks * layout.block_bytes` for the rows. The FP8 format also keeps decoded float32 copies, because
+decoding for every step would cost more than the attention itself: 3.5 to 7.5 times the rows' bytes (V4: 584 -> 2048 and
+68 -> 512 bytes per record). The float formats read the rows in place. Memory becomes resident as blocks are used.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from antefix.model.quant import pack, unpack, value_dtype, width_of
 if TYPE_CHECKING:
     from antefix.model.lead import Lead
 
-# Payload bytes decoded at once: large enough to hide the calls, small enough for a core's caches.
+# Payload bytes decoded at once: enough to make the cost of calls small, few enough for a core's caches.
 _DECODE_BYTES = 256 << 10
-# Looked at in one call per field; of V4's blocks 4 MiB.
+# How many blocks one call per field checks for unusable values; 4 MiB of V4's blocks.
 _CHECKED_BLOCKS = 8
 
 
@@ -57,14 +57,14 @@ class BlockPool:
         self.rows = _fresh_zeros((num_blocks, layout.block_bytes), torch.uint8, device)
         self._host = HostRows(self.rows) if takes_payloads and self.rows.device.type != "cpu" else None
         self.num_free = num_blocks
-        # Of rank 0 of several: other ranks have such a pool too.
+        # Set on rank 0 of several ranks: the other ranks have a pool like this one.
         self.lead: Lead | None = None
         self._in_use = np.zeros(num_blocks, np.bool_)
         self._parts = {(part.layer, part.kind): part for part in layout.parts}
         self._decoded = {key: self._decoded_part(part) for key, part in self._parts.items()}
 
     def allocate(self, num: int, *, after: int | None = None) -> list[int]:
-        """Ids of free blocks, in use from now on; side by side where there is room (reads of such runs need no copy).
+        """Ids of free blocks, in use from now on. Neighbouring blocks where possible: reading them needs no copy.
 
         after: the sequence's last block; its neighbours are tried first.
         Raises:  Overloaded: fewer than `num` blocks are free; nothing was allocated.
@@ -84,23 +84,23 @@ class BlockPool:
         return [int(block) for block in picked]
 
     def release(self, block_ids: Iterable[int]) -> None:
-        """These blocks are free again.  Raises InternalError for one that is free already, or named twice."""
+        """Free these blocks.  Raises InternalError for one that is free already, or named twice."""
         ids = self._held(block_ids)
         self._in_use[ids] = False
         self.num_free += len(ids)
 
     def landing(self, block_ids: Iterable[int]) -> list[memoryview]:
-        """Host memory for the blocks' payloads, to be filled whole before `note_filled`."""
+        """Host memory for the blocks' payloads. All of it must be filled before `note_filled` is called."""
         return self._views(block_ids) if self._host is None else self._host.landing(block_ids)
 
     def payloads(self, block_ids: Iterable[int]) -> list[memoryview]:
-        """The blocks' payloads in host memory, until the blocks are written again."""
+        """The blocks' payloads in host memory. They stay valid until the blocks are written again."""
         return self._views(block_ids) if self._host is None else self._host.fetch(block_ids)
 
     def unusable(self, block_ids: Iterable[int]) -> list[int]:
-        """Which of the blocks hold values that no computation may meet (`finite.py`), in the order given.
+        """Which of the blocks hold values that must not enter a computation (`finite.py`), in the order given.
 
-        Of blocks whose payloads have landed, before `note_filled`, or were given by `payloads`.
+        For blocks whose payloads have landed, before `note_filled`, or whose payloads `payloads` has returned.
         """
         ids = list(block_ids)
         rows = (self.rows if self._host is None else self._host.memory).numpy()
@@ -113,7 +113,7 @@ class BlockPool:
         return bad
 
     def note_filled(self, block_ids: Iterable[int]) -> None:
-        """Payloads have landed: move them to where the rows are, on every rank, and decode them again."""
+        """Call when payloads have landed: copies them to the rows, on every rank, and decodes them again."""
         block_ids = list(block_ids)
         if self._host is not None:
             self._host.send(block_ids)
@@ -122,11 +122,11 @@ class BlockPool:
         self.decode_rows(block_ids)
 
     def decode_rows(self, block_ids: list[int]) -> None:
-        """These rows have new payloads: decode what is kept decoded."""
+        """These rows have new payloads: update their decoded copies."""
         if self.layout.kv_format is not KVFormat.FP8:
             return
         ids = torch.as_tensor(block_ids, dtype=torch.long, device=self.rows.device)
-        # In pieces that stay in cache; a restore of a long prefix comes with thousands of blocks.
+        # In pieces that fit in cache, because a restore of a long prefix has thousands of blocks.
         for piece in torch.split(ids, max(1, _DECODE_BYTES // self.layout.block_bytes)):
             first, last = int(piece[0]), int(piece[-1])
             neighbours = last - first == len(piece) - 1 and bool((piece[1:] > piece[:-1]).all())
@@ -135,7 +135,7 @@ class BlockPool:
                 self._decoded[key][where] = unpack(part.kind, self.records(part)[where], self.layout)
 
     def clear(self, block_ids: Iterable[int]) -> None:
-        """Zero rows that are about to be written for the first time, so that no earlier owner's bytes linger."""
+        """Zero rows that are about to be written for the first time, so that no bytes of an earlier owner remain."""
         self.rows[upload(np.array(list(block_ids), np.int64), self.rows.device)] = 0
 
     def part(self, layer: int, kind: PartKind) -> Part:
@@ -181,10 +181,10 @@ class BlockPool:
 
 
 def _fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """Zeros that take no memory until they are written (CPU): pages of the system's, which torch would fill.
+    """Zeros that take no memory until they are written (on a CPU): fresh pages of the system, which are zero already.
 
-    Mapped here, not allocated: `antefix up` has glibc keep large freed memory, and of what it kept it clears whatever
-    it hands out as zeros. That touched 400 MB of a pool that nobody had used.
+    They are mapped directly, not allocated through glibc: `antefix up` has glibc keep large freed memory, and when
+    glibc returns kept memory as zeros it clears it first. That made 400 MB of an unused pool resident.
     """
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -196,7 +196,7 @@ def _fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch
 def _first_run(
     free: np.ndarray[tuple[int], np.dtype[np.int64]], num: int
 ) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """The first `num` neighbouring ids of an ascending list; the first `num` ids where no run is long enough."""
+    """The first `num` neighbouring ids of an ascending list; if no run is long enough, the first `num` ids."""
     starts = np.flatnonzero(free[num - 1 :] - free[: len(free) - num + 1] == num - 1)
     start = int(starts[0]) if len(starts) else 0
     return free[start : start + num]

@@ -1,4 +1,4 @@
-"""What the probe of a set-up's arithmetic runs: steps over fixed inputs, each whole and in pieces."""
+"""The steps that the probe of a set-up's arithmetic runs over fixed inputs, each whole and in pieces."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ ROW_CUTS: Final = ((0, 1), (5, 3), (3, 17), (21, 64), (64, 80))
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One thing that the model runs. run: over the first dim of its input, whose rows must not mind each other.
+    """One computation of the model. run: maps over the first dim of its input; rows must not affect each other.
 
-    shape: of the input.  cuts: pieces of it that must come out as in the whole.  note: what of it is not probed.
+    shape: of the input.  cuts: pieces of the input whose results must equal those in the whole.  note: what the probe
+    does not cover of it.
     """
 
     label: str

@@ -1,12 +1,13 @@
-"""KV records: rounding as the released inference code does it, and the bytes that the pool and the disk hold.
+"""KV records: rounding as in the released inference code, and the bytes that the pool and the disk hold.
 
 Entries (window and main): the dims without RoPE as FP8 E4M3 in groups of 64 with a power-of-two scale, RoPE dims as
 BF16. Indexer keys and queries: Hadamard rotation times d^-1/2, then FP4 E2M1 in groups of 32 with a power-of-two scale.
 A scale is the smallest power of two that keeps its group's largest value within the code's range, stored as its
 biased exponent (UE8M0). Rounding is to nearest, ties to even. docs/FORMAT.md has the tables.
 
-Values are fixed points: unpack(pack(x)) packs to records of the same values. Bytes may differ once: a group whose
-largest value rounds down to exactly half the range is packed again with half the scale and doubled codes.
+Rounded values stay the same when they are packed again: unpack(pack(x)) packs to records of the same values. Their
+bytes may differ once: if rounding brings a group's largest value down to exactly half the range, the group is packed
+again with half the scale and doubled codes.
 
 Shapes:  ... = any leading dims, C = head dim, B = record bytes, R = RoPE dims.
 Source:  V4 report, section 3.5; released inference kernels' act_quant and fp4_act_quant (floors 1e-4 and 6 * 2^-126).
@@ -26,14 +27,14 @@ from antefix.model.compiled.switch import is_compiled
 
 FP8_MAX = 448.0
 FP4_MAX = 6.0
-# Floors of a group's largest value, as in the released kernels: an all-zero group still has a valid scale.
+# Lower limits of a group's largest value, as in the released kernels, so that an all-zero group has a valid scale.
 FP8_FLOOR = 1e-4
 FP4_FLOOR = 6.0 * 2.0**-126
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def value_dtype(kv_format: KVFormat) -> torch.dtype:
-    """The type that decoded KV, overlap state and tails are computed in."""
+    """The type in which decoded KV, overlap state and tail buffers are computed."""
     return torch.float64 if kv_format is KVFormat.FLOAT64 else torch.float32
 
 
@@ -81,7 +82,7 @@ def pack_keys(x: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def unpack_keys(records: Tensor, layout: BlockLayout) -> Tensor:
-    """Records [..., B] uint8 to keys [..., C], still rotated where the format rotates."""
+    """Records [..., B] uint8 to keys [..., C]. If the format rotates keys, they stay rotated."""
     if layout.kv_format is not KVFormat.FP8:
         return _from_bytes(records, value_dtype(layout.kv_format))
     dim = layout.geometry.indexer_dim
@@ -91,7 +92,7 @@ def unpack_keys(records: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def round_entries(x: Tensor, layout: BlockLayout) -> Tensor:
-    """What reading entries [..., C] back would give, so that attention reads what is stored."""
+    """Entries [..., C] rounded as if they had been stored and read back."""
     if layout.kv_format is not KVFormat.FP8:
         return x.to(value_dtype(layout.kv_format))
     geometry = layout.geometry
@@ -104,7 +105,7 @@ def round_entries(x: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def round_queries(q: Tensor, layout: BlockLayout) -> Tensor:
-    """Indexer queries [..., C] as the scorer sees them: rotated and rounded like the keys they meet."""
+    """Indexer queries [..., C] rotated and rounded like the keys with which they are multiplied."""
     if layout.kv_format is not KVFormat.FP8:
         return q
     if is_compiled(q):
@@ -126,7 +127,7 @@ def unpack(kind: PartKind, records: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def width_of(part: Part, layout: BlockLayout) -> int:
-    """Numbers in one decoded record of `part`."""
+    """How many numbers one decoded record of `part` has."""
     return layout.geometry.indexer_dim if part.kind is PartKind.INDEXER_KEYS else layout.geometry.head_dim
 
 
@@ -146,7 +147,7 @@ def round_groups(x: Tensor, size: int) -> Tensor:
 def hadamard(x: Tensor) -> Tensor:
     """Sylvester's Hadamard transform of the last dim, a power of two d, times d^-1/2.
 
-    Butterflies of plain additions: any device gives the same bits, which a matrix product would not promise.
+    Butterflies of plain additions give the same bits on any device; a matrix product would not promise that.
     """
     dim = x.shape[-1]
     half = 1
@@ -159,18 +160,18 @@ def hadamard(x: Tensor) -> Tensor:
 
 
 def _groups(x: Tensor, size: int) -> Tensor:
-    """[..., n] as [..., groups, size], the last group filled up with zeros."""
+    """[..., n] as [..., groups, size]; the last group is padded with zeros."""
     missing = -x.shape[-1] % size
     padded = F.pad(x, (0, missing)) if missing else x
     return padded.reshape(*x.shape[:-1], -1, size)
 
 
 def _scales(groups: Tensor, floor: float, code_max: float) -> Tensor:
-    """Powers of two [..., groups, 1] float32: 2^ceil(log2(largest / code_max)), from the float's own bits."""
+    """Powers of two [..., groups, 1] float32: 2^ceil(log2(largest / code_max)), computed on the float's bits."""
     largest = groups.abs().amax(-1, keepdim=True).clamp_(min=floor)
-    # Multiplied by the float32 reciprocal, as the kernels do; at exact powers of two the product rounds to them.
+    # Multiplied by the float32 reciprocal, as in the kernels; where the quotient is a power of two the product is too.
     bits = (largest * (1.0 / code_max)).view(torch.int32)
-    # Any bit of the mantissa carries into the exponent.
+    # Adding this makes any set bit of the mantissa carry into the exponent, which rounds up.
     return (bits + 0x7FFFFF).bitwise_and_(0x7F800000).view(torch.float32)
 
 
@@ -185,14 +186,14 @@ def _power_of_two(exponents: Tensor) -> Tensor:
 
 
 def _fp8_codes(groups: Tensor, scales: Tensor) -> Tensor:
-    """E4M3 codes (uint8) of groups over their scales."""
+    """E4M3 codes (uint8) of groups divided by their scales."""
     return (groups / scales).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def _round_to_fp4(x: Tensor) -> Tensor:
-    """Values in [-6, 6] rounded to those of E2M1, ties to even: the values of `_fp4_codes`, without the codes.
+    """Values in [-6, 6] rounded to E2M1 values, ties to even: the values of `_fp4_codes`, without the codes.
 
-    Steps are half of the power of two below a value, and a half below 1, so all of it is exact but the rounding.
+    From 1 on, steps are half of the power of two below a value; below 1 they are a half. Only the rounding is inexact.
     """
     powers = x.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=0x3F800000).view(torch.float32)
     return (x / powers).mul_(2).round_().mul_(powers).mul_(0.5)
@@ -201,8 +202,8 @@ def _round_to_fp4(x: Tensor) -> Tensor:
 def _fp4_codes(x: Tensor) -> Tensor:
     """E2M1 codes (uint8) of values in [-6, 6]; bit 3 is the sign, kept on zeros too."""
     magnitude = x.abs()
-    # Below 1 codes are steps of a half. From 1 on exponent and first mantissa bit are the code (1.0 is code 2), after
-    # rounding the other mantissa bits to nearest, ties to even.
+    # Below 1 the codes are steps of a half. From 1 on, exponent and first mantissa bit are the code (1.0 is code 2),
+    # after the other mantissa bits are rounded to nearest, ties to even.
     bits = magnitude.view(torch.int32)
     normal = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - (2 * 127 - 2)
     codes = torch.where(magnitude < 1, torch.round(magnitude * 2).to(torch.int32), normal).to(torch.uint8)
@@ -224,7 +225,7 @@ def fp4_pairs(device: torch.device) -> Tensor:
 
 
 def _look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """Rows of `table` by code: one gather, five times faster than converting FP8 on a CPU."""
+    """Values from `table` by code. One gather is five times faster than converting FP8 on a CPU."""
     return table.index_select(0, codes.reshape(-1).int()).view(codes.shape + table.shape[1:])
 
 
@@ -234,8 +235,8 @@ def _as_bytes(x: Tensor) -> Tensor:
 
 def _from_bytes(records: Tensor, dtype: torch.dtype) -> Tensor:
     packed, width = records.contiguous(), dtype.itemsize
-    # A copy: slices of a record need not be aligned to the wider type, nor the strides of dims that have one element,
-    # which `contiguous` leaves as they are.
+    # A copy is needed if a record's slice, or a stride, is not aligned to the wider type. `contiguous` does not change
+    # strides of dims that have one element.
     if packed.data_ptr() % width or any(stride % width for stride in packed.stride()[:-1]):
         packed = packed.clone(memory_format=torch.contiguous_format)
     return packed.view(dtype)

@@ -1,7 +1,7 @@
-"""What rank 0 tells the other ranks: which call comes next, on which pool and sequences. Their own state does the rest.
+"""The messages that rank 0 sends to the other ranks: the next call, and the pool and sequences that it uses.
 
-Pools, window states and calls have numbers that rank 0 gives. A window state's bytes are sent once, when a call first
-names it; from then on each rank moves its own one on. Of block tables what is new is sent: they only grow.
+Rank 0 numbers pools, window states and calls. It sends a window state's bytes once, with the first call that uses the
+state; after that every rank advances its own copy. Of block tables it sends the new entries only: tables only grow.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Tokens = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewPool:
-    """A pool and its operations, as `make_backend` makes them."""
+    """Make a pool and its operations, with `make_backend`."""
 
     pool: int
     num_blocks: int
@@ -28,7 +28,7 @@ class NewPool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewWindow:
-    """A window state after `position` tokens.  cut: as there.  data: its bytes; empty: of a sequence's beginning."""
+    """A window state after `position` tokens.  cut: `WindowState.cut`.  data: its bytes; empty for a new sequence."""
 
     window: int
     position: int
@@ -38,7 +38,7 @@ class NewWindow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableEnd:
-    """A sequence and its block table from block `first` on."""
+    """A sequence, with the part of its block table from block `first` on."""
 
     window: int
     first: int
@@ -47,7 +47,7 @@ class TableEnd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunTokens:
-    """`run_tokens`; what came out stays under the number `call`."""
+    """Call `run_tokens`; its result is kept under the number `call`."""
 
     call: int
     pool: int
@@ -58,7 +58,7 @@ class RunTokens:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
-    """`Ran.keep` of sequence `number`; None: `Ran.keep_all`."""
+    """Call `Ran.keep` for sequence `number`; None: call `Ran.keep_all`."""
 
     call: int
     number: int | None
@@ -67,7 +67,7 @@ class Keep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FollowRan:
-    """`follow_ran`."""
+    """Call `follow_ran`."""
 
     call: int
     number: int
@@ -78,7 +78,7 @@ class FollowRan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """`draft_logits`."""
+    """Call `draft_logits`."""
 
     windows: list[int]
     next_tokens: list[int]
@@ -86,7 +86,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """`replay`."""
+    """Call `replay`."""
 
     pool: int
     sequence: TableEnd
@@ -96,7 +96,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fill:
-    """Payloads that rank 0 has read come from it to every rank's pool."""
+    """Receive payloads that rank 0 has read into this rank's pool."""
 
     pool: int
     block_ids: list[int]
@@ -104,7 +104,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drop:
-    """Nobody has these any more."""
+    """Drop these objects: rank 0 no longer holds them."""
 
     pools: list[int]
     windows: list[int]

@@ -1,17 +1,18 @@
-"""One model over several processes: each rank has its share of the heads and of the experts, and all else as a whole.
+"""One model over several processes: each rank has its share of the heads and experts, and a full copy of the rest.
 
-Every rank runs the same calls in the same order, on its own pool and window states, whose bytes are equal on all. A
-rank computes its heads and its experts, and what they make is gathered, never added up: each number comes from one
-rank, by the sum that one process would have computed it by. So on a CPU the number of ranks changes no bit, KV has the
-same names at any, and workers of different numbers share a store. On a card a rank's share of a weight may be cut into
-sums in another way than the whole, and fewer heads may take another kernel: there the number is part of the names.
+Every rank runs the same calls in the same order, on its own pool and window states, whose bytes are equal on all
+ranks. A rank computes its heads and its experts, and the results are gathered, never added up: each number comes from
+one rank, by the same sum that a single process would compute. So on a CPU the number of ranks changes no bit, KV has
+the same names for any number, and workers with different numbers of ranks share a store. On a card a rank's share of a
+weight may be summed in other parts than the whole weight, and fewer heads may use another kernel. So there the number
+of cards is part of the names.
 
     layer         split                                   gathered                          as a whole on each rank
     attention     heads: wq_b, sinks, attention itself;   [N, G * R] of the output groups   wq_a, wkv, compressors,
                   wo_a by output groups                                                     indexer, wo_b
     experts       by expert: each rank has E / ranks      [N * K, D] rows of all picks      router, shared expert
 
-A layer whose sizes do not divide is not split. `lead` and `follower` are what makes every rank run the same calls.
+A layer whose sizes do not divide is not split. `lead` and `follower` make every rank run the same calls.
 
 Shapes:  N = tokens, G = output groups, R = output rank, E = experts, K = experts per token, D = hidden size.
 """
@@ -34,15 +35,15 @@ if TYPE_CHECKING:
     from antefix.model.load_plan import Copy
     from antefix.model.model import DecoderLayer, Model
 
-# Rows of a pool are copied side by side to be sent, so many bytes at once.
+# Rows of a pool are copied together before they are sent, this many bytes at once.
 _SHARED_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process' place among those that run one model.
+    """This process's place among the processes that run one model.
 
-    group: what they reach each other by; None where nothing is run, as for shares of a load alone.
+    group: the process group; None where nothing is run, such as for computing which part of a load is this rank's.
     """
 
     rank: int
@@ -56,31 +57,31 @@ class Ranks:
 
     @classmethod
     def of_group(cls) -> Ranks:
-        """Of the process group that is initialised.  Raises:  ConfigError: none is."""
+        """The ranks of the initialised process group.  Raises:  ConfigError: none is initialised."""
         if not dist.is_available() or not dist.is_initialized():
             raise ConfigError("several ranks need torch.distributed to be initialised")
         return cls(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD)
 
     def span(self, count: int) -> tuple[int, int]:
-        """This rank's share [first, stop) of `count`, which divides."""
+        """This rank's share [first, stop) of `count`, which must divide by the number of ranks."""
         share = count // self.size
         return self.rank * share, (self.rank + 1) * share
 
     def gather(self, x: Tensor) -> Tensor:
-        """[N, C] of each rank, side by side: [N, ranks * C]."""
+        """Join the ranks' tensors [N, C] side by side: [N, ranks * C]."""
         return torch.cat(self._gather(x.contiguous()), 1)
 
     def gather_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Each rank's rows, one below the other. counts: how many each rank has; all know."""
+        """Join the ranks' rows, one rank below the other. counts: how many rows each rank has; all ranks know it."""
         padded = x.new_zeros(max(counts), x.shape[1])
         padded[: len(x)] = x
         return torch.cat([piece[:count] for piece, count in zip(self._gather(padded), counts, strict=True)])
 
     def merge(self, x: Tensor, is_mine: Tensor) -> Tensor:
-        """x [N, C], of which each row belongs to one rank: all of them, on every rank. is_mine: [N, 1].
+        """x [N, C], of which each row belongs to one rank: returns all rows, on every rank. is_mine: [N, 1].
 
-        The others' rows are -0.0, which added to any number, itself included, gives that number's bits: so this sum
-        is none, whatever its order. Nothing waits for the card, as counting rows would.
+        The other ranks' rows are set to -0.0. Adding -0.0 to any number, -0.0 included, leaves its bits. So this sum
+        only picks the rows, in any order. Unlike a gather, which would have to count rows, it never waits for the card.
         """
         x = torch.where(is_mine, x, -0.0)
         with self.time.of(x):
@@ -88,14 +89,14 @@ class Ranks:
         return x
 
     def agree(self, is_true: bool) -> bool:
-        """Whether it is so on every rank. Waits for them."""
+        """Whether `is_true` holds on every rank. Waits for all of them."""
         device = "cuda" if dist.get_backend(self.group) == "nccl" else "cpu"
         flag = torch.tensor([int(is_true)], dtype=torch.int32, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self.group)
         return bool(flag.item())
 
     def share_rows(self, rows: Tensor, row_ids: Iterable[int]) -> None:
-        """These rows of rank 0 come to every rank's `rows`: [R, bytes] uint8."""
+        """Copy these rows of rank 0's `rows` into every rank's `rows`: [R, bytes] uint8."""
         ids = torch.as_tensor(list(row_ids), dtype=torch.long, device=rows.device)
         for part in torch.split(ids, max(1, _SHARED_BYTES // max(rows.shape[1], 1))):
             sent = rows.index_select(0, part)
@@ -114,8 +115,8 @@ class Ranks:
 
 
 def split_model(model: Model, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
-    """Cut a model without memory down to this rank's share. Returns, of each tensor that was cut, its rows
-    [first, stop) of how many."""
+    """Cut a model without memory down to this rank's share. Returns for each tensor that was cut: its rows
+    [first, stop), and how many rows the whole has."""
     cuts: dict[str, tuple[int, int, int]] = {}
     model.ranks = ranks
     layers = [(f"model.layers.{index}", layer) for index, layer in enumerate(model.model.layers)]
@@ -127,10 +128,10 @@ def split_model(model: Model, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
 
 
 def take_share(model: Model, ranks: Ranks) -> None:
-    """Cut a model that has all its weights down to this rank's share."""
+    """Cut a loaded model down to this rank's share."""
     whole = model.state_dict()
     cuts = split_model(model, ranks)
-    # Copies: parts of the whole would keep it in memory.
+    # Copies, because views of the whole would keep it in memory.
     parts = {name: tensor[slice(*cuts[name][:2])].clone() if name in cuts else tensor for name, tensor in whole.items()}
     model.load_state_dict(parts, strict=True, assign=True)
     model.requires_grad_(False)
@@ -139,7 +140,7 @@ def take_share(model: Model, ranks: Ranks) -> None:
 def cut_copies(
     copies: Iterable[Copy], cuts: Mapping[str, tuple[int, int, int]], sizes: Mapping[str, int]
 ) -> tuple[Copy, ...]:
-    """What of the copies this rank reads.  sizes: elements of each whole tensor."""
+    """The parts of the copies that this rank reads.  sizes: elements of each whole tensor."""
     kept: list[Copy] = []
     for copy in copies:
         if copy.target not in cuts:
@@ -181,7 +182,8 @@ def _can_cut(linear: nn.Linear | PackedLinear, ranks: Ranks) -> bool:
 
 
 def _cut_linear(name: str, linear: nn.Linear | PackedLinear, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
-    """`out_features` stays the whole's: the arithmetic is probed in the model's shapes, however ranks divide it."""
+    """Cut one linear. `out_features` keeps the whole's value, because the arithmetic is probed in the whole model's
+    shapes, however ranks divide it."""
     tensors = ("codes", "scales") if isinstance(linear, PackedLinear) else ("weight",)
     return {f"{name}.{own}": _cut_rows(linear, own, ranks) for own in tensors}
 

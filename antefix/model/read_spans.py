@@ -1,9 +1,9 @@
-"""Fills tensors from files: each file front to back in spans, the next span read while the last one is copied.
+"""Fills tensors from files. Each file is read front to back in spans; one span is read while the last one is copied.
 
-Spans lie in two buffers, pinned where tensors are on a card; nothing else of a file is ever in memory. Numbers change
-their type on the way where the model keeps another one.
+Spans lie in two buffers, pinned where tensors are on a card; nothing else of a file is ever in memory. Numbers are
+converted on the way if the model keeps another type.
 
-Span:  up to SPAN_BYTES of a file, cut between numbers; holds pieces of one tensor or of many.
+Span:  up to SPAN_BYTES of a file, cut between numbers; holds pieces of one tensor or of several.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from antefix.errors import ModelError
 from antefix.model.checkpoint import StoredTensor
 from antefix.model.load_plan import Copy
 
-# Long enough for a disk's full rate and a card's; two of them are all the host memory that a load takes.
+# Long enough for the full rate of a disk and of a card. A load takes two spans of host memory and no more.
 SPAN_BYTES = 64 << 20
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
@@ -81,7 +81,7 @@ def _spans(copies: Sequence[Copy]) -> Iterator[_Span]:
     for file, of_file in groupby(ordered, key=attrgetter("source.file")):
         held: list[_Piece] = []
         for piece in (piece for copy in of_file for piece in _cut(copy)):
-            # What lies between tensors that are wanted is not read.
+            # Bytes between the wanted tensors are not read.
             if held and (piece.offset != _end(held) or _end(held) - held[0].offset + _size(piece) > SPAN_BYTES):
                 yield _span(file, held)
                 held = []
@@ -91,7 +91,7 @@ def _spans(copies: Sequence[Copy]) -> Iterator[_Span]:
 
 
 def _cut(copy: Copy) -> Iterator[_Piece]:
-    # A multiple of every number's size.
+    # SPAN_BYTES is a multiple of every number's size.
     for start in range(0, copy.source.nbytes, SPAN_BYTES):
         yield _Piece(copy, start, min(start + SPAN_BYTES, copy.source.nbytes))
 
@@ -135,7 +135,7 @@ def _scatter(span: _Span, buffer: Tensor, state: dict[str, Tensor]) -> None:
         first = piece.copy.first + piece.start // values.element_size()
         target[first : first + len(values)].copy_(values, non_blocking=True)
         touched.add(target.device)
-    # The buffer is written again next.
+    # Wait for the copies, because the buffer is overwritten next.
     for device in touched:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -143,5 +143,5 @@ def _scatter(span: _Span, buffer: Tensor, state: dict[str, Tensor]) -> None:
 
 def _as_numbers(raw: Tensor, source: StoredTensor) -> Tensor:
     dtype = _DTYPES[source.dtype]
-    # Nothing says that tensors start at addresses that are multiples of their numbers' sizes.
+    # The format does not promise that a tensor starts at a multiple of its number's size.
     return (raw if raw.storage_offset() % dtype.itemsize == 0 else raw.clone()).view(dtype)

@@ -1,11 +1,11 @@
-"""Replay: tokens run again over stored global KV for window state alone, and only as far as the state depends on them.
+"""Replay: runs tokens again over stored global KV to rebuild window state, computing only what that state depends on.
 
-At layer l, the state after `stop` depends on the inputs of the last `KVGeometry.replay_reach[l]` tokens: its own window
-and, of CSA's compressors, its last group, and n_win - 1 more for each layer above, whose state is made of this layer's
-output. So each layer runs fewer tokens than the one below: of the top one only window KV is needed, no query at all;
-together about half of what running every token through every layer takes.
+At layer l, the state after `stop` depends on the inputs of the last `KVGeometry.replay_reach[l]` tokens: the layer's
+own window, the last group of CSA's compressors, and n_win - 1 more tokens for each layer above, because the state of
+those layers is made from this layer's output. So each layer runs fewer tokens than the one below. The top layer needs
+only window KV and no queries. In total this is about half the work of running every token through every layer.
 
-Nothing here can write global KV: of the operations in `ops`, `compress_and_pack` alone writes, and it is never called.
+Replay cannot write global KV: of the operations in `ops` only `compress_and_pack` writes, and it is never called here.
 
 Shapes:  N = rows of one layer, a multiple of ROW_TILE; T = tokens of one call; D = hidden size; L = layers.
 Source:  V4 report, section 3.5 (caching no windows). Oracle: `forward(write_global_kv=False)`, on a CPU to the bit.
@@ -41,13 +41,13 @@ _TORCH_OPS = TorchOps()
 def replay(
     model: Model, pool: BlockPool, sequence: Sequence, tokens: Tokens, *, stop: int, ops: Ops = _TORCH_OPS
 ) -> None:
-    """Run the next tokens of a replay that ends at `stop`; the sequence's window state moves on, nothing else changes.
+    """Run the next tokens of a replay that ends at `stop`. Advances the sequence's window state; nothing else changes.
 
-    stop: the block boundary where the state is wanted, at least a block after where the replay started. Until then the
-        state is not one to continue from: layers leave out tokens that it will not depend on. A replay may be cut into
-        any number of calls.
+    stop: the block boundary where the state is wanted, at least one block after the replay's start. Before `stop` the
+        state cannot be continued from, because layers leave out tokens that the state at `stop` does not depend on. A
+        replay may be cut into any number of calls.
     Raises:  InternalError: tokens beyond `stop`, a `stop` inside a block, or a block table that does not reach it.
-             After any other error the window state is of no use and the replay must start again.
+             After any other error the window state is useless, and the replay must start again.
     """
     given = as_tokens(tokens)
     _check(model, pool, sequence, len(given), stop)
@@ -72,7 +72,7 @@ def _replay(model: Model, pool: BlockPool, sequence: Sequence, given: TokenArray
         streams, first = streams[start - first :], start
         keep = _first_row(model, index + 1, stop, position, len(given))
         layer = cast(DecoderLayer, module)
-        # 2. Window state takes in every row; rows before `keep` have no one above who wants their output.
+        # 2. Take every row into window state. No layer above needs the outputs of rows before `keep`.
         part = _Part(model, pool, index, layer.self_attn, sequence, block_ids, stop, ops)
         x, post, comb = layer.attn_hc(streams)
         output = part.run(
@@ -89,15 +89,15 @@ def _replay(model: Model, pool: BlockPool, sequence: Sequence, given: TokenArray
 
 
 def needed_from(geometry: KVGeometry, layer: int, stop: int) -> int:
-    """The first token whose input at `layer` window state at `stop` depends on; at `num_layers`: `stop`, nothing does.
+    """The first token whose input at `layer` affects window state at `stop`; for `num_layers` it is `stop` itself.
 
-    May be negative: then every token counts.
+    The result may be negative: then every token counts.
     """
     return stop - geometry.replay_reach[layer] if layer < geometry.num_layers else stop
 
 
 def _first_row(model: Model, layer: int, stop: int, position: int, num_tokens: int) -> int:
-    """Of this call's padded rows, the first that the layer runs, in whole tiles; all of them if it runs none."""
+    """Index of the first padded row of this call that the layer runs, in whole tiles; if none, the number of rows."""
     skipped = needed_from(model.config.geometry, layer, stop) - position
     if skipped >= num_tokens:
         return -(-num_tokens // ROW_TILE) * ROW_TILE
@@ -118,7 +118,7 @@ def _check(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, s
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One layer's attention over one call's rows."""
+    """One layer's attention over the rows of one call."""
 
     model: Model
     pool: BlockPool
@@ -130,26 +130,25 @@ class _Part:
     ops: Ops
 
     def run(self, x: Tensor, positions: Tensor, position: int, num_tokens: int, keep: int) -> Tensor | None:
-        """x [N, D], normed, of tokens from `position` on, `num_tokens` of them live: the output of rows from `keep` on.
-
-        None where there are none: then only window state was taken in.
+        """x [N, D], normed, holds tokens from `position` on, of which `num_tokens` are real. Returns the output of rows
+        from `keep` on; None: there are no such rows, and only window state was updated.
         """
         attention, window = self.attention, self.sequence.window
         rope = self.model.rope(attention.kind, positions)
-        # 1. Window KV of all rows: the ring takes in what is before the first query, the rest is lined up behind it.
+        # 1. Window KV of all rows: the ring takes the rows before the first query; the others are lined up behind it.
         entries = self.ops.window_pack(attention.window_entries(x, *rope), self.model.layout)[:num_tokens]
         ring = window.window[self.index]
         lead = min(keep, num_tokens)
         advance_ring(ring, entries[:lead], position)
         line = line_up(ring, entries[lead:], position + lead, window.cut)
         advance_ring(ring, entries[lead:], position + lead)
-        # 2. What CSA's last group leaves behind.
+        # 2. The overlap state that CSA's last group leaves.
         if isinstance(attention.compressor, CSACompressor):
             self._overlap(attention.compressor, window.main[self.index], x, position, num_tokens)
             self._overlap(attention.compressor.indexer, window.indexer[self.index], x, position, num_tokens)
         if keep >= num_tokens:
             return None
-        # 3. Queries, of the rows that the layer above needs.
+        # 3. Queries of the rows that the layer above needs.
         cos, sin = rope[0][keep:], rope[1][keep:]
         residual = attention.query_residual(x[keep:])
         q = attention.queries(residual, cos, sin)
@@ -180,7 +179,7 @@ class _Part:
     def _overlap(
         self, compressor: Compressor, state: CompressorState, x: Tensor, position: int, num_tokens: int
     ) -> None:
-        """Ca rows of the group that ends at `stop`, as far as its tokens are in this call."""
+        """Take in the Ca rows of the group that ends at `stop`, as far as its tokens are in this call."""
         group = self.stop - compressor.ratio
         first = max(group, position)
         count = position + num_tokens - first

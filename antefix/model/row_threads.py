@@ -1,7 +1,7 @@
-"""Threads that share a prefill's rows on a CPU: each runs its rows through whole layers, and they meet twice per layer.
+"""Threads that share a prefill's rows on a CPU: each runs its rows through whole layers; they meet twice per layer.
 
-torch's own threads part every operation and meet at its end, which costs more than most operations of a small model
-take. What a row comes to does not depend on the rows next to it (`numerics`), so bits do not depend on the parts.
+torch's own threads divide every operation and wait for one another at its end, which costs more than most operations of
+a small model. A row's results do not depend on the rows next to it (`numerics`), so dividing rows changes no bits.
 
 Shapes:  N = rows of the batch, whole tiles.
 """
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# With fewer rows, what a thread does per call outweighs what it saves.
+# With fewer rows per thread, the fixed cost of a thread's calls outweighs the time that it saves.
 PART_ROWS_MIN = 32
-# One forward pass at a time has the helping threads; another one that runs then takes none.
+# Only one forward pass at a time uses the helper threads. Another pass that runs meanwhile uses none.
 _in_use = threading.Lock()
 
 
 def parts_of(model: Model, num_rows: int, threads: int) -> list[slice]:
-    """The rows that each thread takes, whole tiles; one part where threads would not pay, or might change bits."""
+    """The rows of each thread, in whole tiles. One part if threads would not pay, or might change bits."""
     is_whole = model.ranks is None and model.offload is None
     if model.device.type != "cpu" or not model.threads_are_free or not is_whole or num_rows % ROW_TILE:
         threads = 1
@@ -42,7 +42,7 @@ def parts_of(model: Model, num_rows: int, threads: int) -> list[slice]:
 
 
 class Meeting:
-    """Where threads wait for each other. One that fails lets the others fail too, instead of waiting for it."""
+    """Where threads wait for one another. If one fails, the others fail too instead of waiting for it."""
 
     def __init__(self, count: int) -> None:
         self._barrier = threading.Barrier(count)
@@ -59,9 +59,10 @@ class Meeting:
 
 
 def run_each(works: Sequence[Callable[[Meeting], T]]) -> list[T] | None:
-    """Run each on a thread of its own, the first on this one, and each of torch's operations on that thread alone.
+    """Run each work on its own thread, the first one on this thread; torch's operations do not use further threads.
 
-    None, and nothing has run: the threads have another call's work.  Raises what a work raised, after all have ended.
+    None: the threads were busy with another call, and nothing has run.  Raises what a work raised, after all have
+    ended.
     """
     if not _in_use.acquire(blocking=False):
         return None
@@ -70,15 +71,15 @@ def run_each(works: Sequence[Callable[[Meeting], T]]) -> list[T] | None:
         meeting = Meeting(len(works))
         helpers = _helpers(len(works) - 1)
         others = [helpers.submit(_inferring, meeting, work) for work in works[1:]]
-        # After the helpers began: a thread that sets its own number also sets what later threads begin with.
+        # Only after the helpers began: setting this thread's number also sets the number that new threads start with.
         torch.set_num_threads(1)
         mine: Future[T] = Future()
         try:
             mine.set_result(meeting.run(functools.partial(works[0], meeting)))
-        except BaseException as err:  # noqa: BLE001 - raised below, once no thread works on the call any more
+        except BaseException as err:  # noqa: BLE001 - raised below, when no thread works on this call any more
             mine.set_exception(err)
         errors = [error for each in (mine, *others) if (error := each.exception()) is not None]
-        # The others' errors only say that one has failed.
+        # A BrokenBarrierError only says that another thread failed, so other errors come first.
         for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
             raise error
         return [each.result() for each in (mine, *others)]

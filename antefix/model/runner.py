@@ -1,8 +1,8 @@
-"""Serving's forward pass: ragged batches of new tokens against the pool and each sequence's window state.
+"""The forward pass for serving: ragged batches of new tokens over the pool and each sequence's window state.
 
-One call takes any number of sequences with any number of new tokens each: a prefill chunk is one sequence with many
-tokens, a decode step many sequences with one token each, or two where one was drafted. On a CPU a sequence's results
-are the same bits however its tokens are cut into calls and whatever else is in the batch (see `numerics`, `attend`).
+One call takes any number of sequences, each with any number of new tokens: a prefill chunk is one sequence with many
+tokens, a decode step many sequences with one token each (two with a drafted one). On a CPU a sequence's results have
+the same bits however its tokens are cut into calls and whatever else is in the batch (see `numerics`, `attend`).
 
 Shapes:  N = tokens of the whole batch, padded to ROW_TILE rows; T = tokens of one sequence; M = streams,
          D = hidden size, V = vocabulary.
@@ -50,9 +50,10 @@ _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(slots=True)
 class Item:
-    """One sequence's share of the batch: rows [start, stop), and what takes effect when tokens are kept.
+    """One sequence's part of the batch: rows [start, stop), and the updates to make when tokens are kept.
 
-    pending: each moves a part of the window state on by the new tokens [first, last); num_kept: how far it was moved.
+    pending: functions that advance a part of the window state by the new tokens [first, last).  num_kept: how many new
+    tokens it has advanced by.
     """
 
     sequence: Sequence
@@ -68,7 +69,7 @@ class Item:
 
     @property
     def position(self) -> int:
-        """Where the new tokens begin."""
+        """Position of the first new token."""
         return self.sequence.position - self.num_kept
 
     @property
@@ -89,11 +90,11 @@ class Item:
         return slice(self.start, self.stop)
 
     def prepare(self) -> None:
-        """Make what several threads will ask for."""
+        """Compute in advance what several threads will use."""
         _ = self.block_ids, self.positions
 
     def move_on(self, stop: int) -> None:
-        """The sequence has `stop` of the new tokens."""
+        """Advance the sequence until `stop` of its new tokens are kept."""
         self.sequence.window.position += stop - self.num_kept
         self.num_kept = stop
 
@@ -108,14 +109,14 @@ def forward(
     write_global_kv: bool = True,
     ops: Ops = _TORCH_OPS,
 ) -> Tensor:
-    """Run new tokens of each sequence; advances their window states and fills their blocks' rows.
+    """Run new tokens of each sequence. Advances their window states and fills their blocks' rows.
 
     logits: "last" gives [len(batch), V], "all" [total tokens, V], in batch order.
     write_global_kv: False replays: stored entries are read, window state is rebuilt and the pool is not written. The
         block tables must then hold the entries of every token up to the last replayed one.
     Raises:  InvalidRequest: token ids out of range, or more tokens than the model has positions.
              InternalError: no tokens, a block table that is too short, a pool or a state of another layout.
-             Nothing has changed then. After any other error the sequences can be run again from where they were.
+             After these errors nothing has changed. After any other error the same call can be made again.
     """
     ran = run_tokens(model, pool, batch, logits=logits, write_global_kv=write_global_kv, ops=ops)
     ran.keep_all()
@@ -124,10 +125,10 @@ def forward(
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """New tokens of a batch, computed. Sequences are where they were until tokens are kept.
+    """The computed new tokens of a batch. Sequences do not advance until tokens are kept.
 
-    logits: as asked for.  streams: [tokens, M, D] on top of the last layer, in batch order.
-    Of tokens that are not kept nothing is left but rows of the pool that the tokens in their place will write again.
+    logits: as asked for.  streams: [tokens, M, D] after the last layer, in batch order.
+    Tokens that are not kept leave only rows of the pool, which the next tokens at these positions overwrite.
     """
 
     logits: Tensor
@@ -138,11 +139,11 @@ class Ran:
     _chunk: PendingChunk | None = None
 
     def rows(self, number: int) -> slice:
-        """A sequence's rows of `streams`, and of all logits."""
+        """A sequence's rows in `streams`, and in the logits of all tokens."""
         return self._items[number].rows
 
     def keep(self, number: int, count: int | None = None) -> None:
-        """Move sequence `number` on until `count` of its new tokens are kept in all; None: all of them."""
+        """Advance sequence `number` until `count` of its new tokens are kept in total; None: all of them."""
         item = self._items[number]
         stop = item.stop - item.start if count is None else count
         if not item.num_kept <= stop <= item.stop - item.start:
@@ -154,7 +155,7 @@ class Ran:
         self._keep(number, stop)
 
     def keep_all(self) -> None:
-        """Move every sequence on by all of its new tokens. None may have been kept before."""
+        """Advance every sequence by all of its new tokens. No token may have been kept before."""
         if self._call is not None:
             self._call.keep(None)
         steps = [item for item in self._items if item.step is not None]
@@ -169,7 +170,7 @@ class Ran:
                 self._move(item, item.stop - item.start)
 
     def follow(self, number: int, window: WindowState, tokens: np.ndarray[Any, Any], stop: int) -> None:
-        """On other ranks too, the draft state follows (`antefix.model.follow_ran`)."""
+        """Advance the draft state on the other ranks too (`antefix.model.follow_ran`)."""
         if self._call is not None:
             self._call.follow(number, window, tokens, stop)
 
@@ -198,9 +199,9 @@ def run_tokens(
     write_global_kv: bool = True,
     ops: Ops = _TORCH_OPS,
 ) -> Ran:
-    """`forward` without its last step: the caller says how many of each sequence's tokens are kept, and the rest is as
-    if it had never run. Raises as `forward`."""
-    # 1. Check everything, before anything is written.
+    """`forward` without its last step: the caller then says how many of each sequence's tokens are kept. The others are
+    treated as if they had never run. Raises as `forward`."""
+    # 1. Check everything before anything is written.
     items, given = _plan(model, pool, batch)
     lead = model.lead
     with step_threads(model, items[-1].stop) as threads:
@@ -252,7 +253,7 @@ def _run_items(
     elif isinstance(steps, Steps) and len(single) == len(items):
         found = _run_steps(model, steps, tokens, positions)
     streams = run_layers(model, tokens, positions, num_tokens, attend) if found is None else found
-    # 3. Window states move on only when tokens are kept, so that a failed call can be repeated.
+    # 3. Window states advance only when tokens are kept, so that a failed call can be repeated.
     hidden = model.model.norm(model.model.hc_head(streams))
     wanted = hidden[:num_tokens] if logits == "all" else hidden[[item.stop - 1 for item in items]]
     return Ran(linear(wanted, model.lm_head.weight), streams[:num_tokens], items, steps)
@@ -268,7 +269,7 @@ def _run_chunk(
     logits: Literal["last", "all"],
     write: bool,
 ) -> Ran:
-    """Few new tokens of each sequence, in the launches of one."""
+    """Run a few new tokens of each sequence in shared launches: as many as for one sequence."""
     chunk, streams, hidden = runner.run_chunk(model, pool, batch, write=write)
     for item in items:
         item.step = None
@@ -287,7 +288,7 @@ def _steps(
     *,
     write: bool,
 ) -> Steps | SeatedSteps | None:
-    """What runs the sequences of one token together, if there are any."""
+    """The object that runs the sequences of one token together; None if there are no such sequences."""
     sequences = [item.sequence for item in single]
     if not sequences:
         return None
@@ -297,7 +298,7 @@ def _steps(
 
 
 def _run_steps(model: Model, steps: Steps, tokens: Tensor, positions: Tensor) -> Tensor | None:
-    """The layers of one token of each sequence as a few compiled calls: streams [N, M, D]; None: not here."""
+    """The layers for one token per sequence, as a few compiled calls: streams [N, M, D]. None: not possible here."""
     if not steps.is_compiled:
         return None
     from antefix.model.compiled.layers import few_rows
@@ -317,7 +318,7 @@ def _run_parted(
     *,
     write: bool,
 ) -> Tensor | None:
-    """The layers on several threads, each with its rows: streams [N, M, D]. None: one thread is to run them."""
+    """The layers on several threads, each with its rows: streams [N, M, D]. None: one thread must run them."""
     parts = parts_of(model, len(tokens), threads)
     if len(parts) == 1:
         return None
@@ -329,9 +330,9 @@ def _run_parted(
 
 
 class _Split:
-    """Which rows of the batch belong to sequences that run one token, and which items run more.
+    """Which rows of the batch belong to sequences that run one token, and which items run more tokens.
 
-    rows: a slice where the former lie side by side, which is what a decode step is.
+    rows: the rows of the former. In a decode step they are neighbours, and then this is a slice.
     """
 
     def __init__(self, items: list[Item], single: list[Item], device: torch.device) -> None:
@@ -356,11 +357,11 @@ class LayerPass:
     steps: Steps | SeatedSteps | None
 
     def run(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], split: _Split) -> Tensor:
-        """x [N, D], normed, to the attention block's output [N, D]."""
+        """From x [N, D], normed, to the attention block's output [N, D]."""
         attention = self.attention
-        # 1. What is computed for each token alone, for the whole batch at once.
+        # 1. Per-token computations, for the whole batch at once.
         rows = self.rows(x, positions, rope)
-        # 2. What reaches across tokens: of sequences that run one token together, of others one by one.
+        # 2. Attention across tokens: for sequences with one token all together, for the others one by one.
         attended = torch.zeros_like(rows.q)
         at = split.rows
         if self.steps is not None and not isinstance(self.steps, Steps):
@@ -380,7 +381,7 @@ class LayerPass:
         return attention.output(attended, *rope)
 
     def rows(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> TokenRows:
-        """What is computed for each token alone, of x [N, D], normed."""
+        """The per-token results for x [N, D], normed."""
         attention = self.attention
         residual = attention.query_residual(x)
         q = attention.queries(residual, *rope)
@@ -393,7 +394,7 @@ class LayerPass:
         return TokenRows(q=q, window=window, compressed=compressed, index=index)
 
     def window_line(self, item: Item, entries_TC: Tensor) -> WindowLine:
-        """Window KV of the item's tokens [T, C] behind its ring, which takes them when they are kept."""
+        """Window KV of the item's tokens [T, C], lined up behind its ring. The ring takes them when they are kept."""
         ring = item.sequence.window.window[self.index]
         position = item.position
         item.pending.append(lambda first, stop: advance_ring(ring, entries_TC[first:stop], position + first))
@@ -414,7 +415,7 @@ class LayerPass:
         self._compress(item, compressor, item.sequence.window.main[self.index], rows, entries)
 
     def compress_index(self, item: Item, rows: Tensor) -> None:
-        """The same of the indexer's."""
+        """Write the entries of the groups that the indexer's new rows [2, T, S] complete."""
         indexer = cast(CSACompressor, self.attention.compressor).indexer
         keys = self._entries(item, PartKind.INDEXER_KEYS)
         self._compress(item, indexer, item.sequence.window.indexer[self.index], rows, keys)
@@ -427,7 +428,7 @@ class LayerPass:
         positions: Tensor,
         index: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """Attention of some of the item's tokens, at `positions` [T]: [T, H, C]. All entries they see are written.
+        """Attention of some tokens of the item, at `positions` [T]: [T, H, C]. All entries that they see are written.
 
         index: the indexer's queries [T, I, C] and head weights [T, I] (CSA).
         """
@@ -447,7 +448,7 @@ class LayerPass:
     def _compress(
         self, item: Item, compressor: Compressor, state: CompressorState, new_rows: Tensor, entries: Entries
     ) -> None:
-        """Close the groups that the new rows [2, T, S] complete, and keep the rest as the tail."""
+        """Close the groups that the new rows [2, T, S] complete, and keep the remaining rows as the tail."""
         ratio = compressor.ratio
         first, count = divmod(item.position, ratio)
         num_new = new_rows.shape[1]
@@ -475,7 +476,7 @@ class LayerPass:
         item.pending.append(close)
 
     def _group_rope(self, item: Item, first: int, num_groups: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at each group's first token; the same for all layers of a kind."""
+        """cos and sin at each group's first token. They are the same for all layers of a kind."""
         kind = self.attention.kind
         if kind not in item.group_ropes:
             ratio = self.model.config.geometry.ratio(self.index)
@@ -513,7 +514,7 @@ def _plan(
 
 
 def num_rows(model: Model, num_tokens: int) -> int:
-    """Rows of a batch: whole tiles, except where so few are multiplied without."""
+    """Rows of a batch: whole tiles, unless there are so few that products run without padding."""
     if num_tokens <= ROWS_FEW and is_compiled(model.lm_head.weight):
         return num_tokens
     return -(-num_tokens // ROW_TILE) * ROW_TILE

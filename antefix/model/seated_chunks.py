@@ -1,16 +1,17 @@
-"""Steps of several tokens per sequence on a card: short prefills, drafted tokens and decode steps in the same launches.
+"""Steps of several tokens per sequence on a card: short prefills, drafted tokens and decode steps in shared launches.
 
-Rows are tokens, sequence after sequence (ragged); all that a launch needs of them is on the card in one array of
-integers, of a size that depends on the bucket alone, so such a call can be recorded and replayed as a step can.
+Rows are tokens, sequence after sequence (ragged). All inputs of a launch are on the card in one array of integers whose
+size depends on the bucket alone, so such a call can be recorded and replayed like a step.
 
-A sequence's new tokens would overwrite, in its ring and tails, what the first of them still need. So each layer lines
-up what was there and what is new, and reads that; rings, tails and overlap states follow when tokens are kept:
+A sequence's new tokens would overwrite rows of its ring and tails that the first new tokens still need. So each layer
+copies old and new rows into lines, in order, and reads those. Rings, tails and overlap states are updated when tokens
+are kept:
 
-    window line     n_win records per sequence, oldest first, its new ones behind them
-    group line      the rows of its unfinished group, its new ones behind them, from where groups are counted
-    new rows        of each layer: window records, and compressors' kv and gates with their bias
+    window line     n_win records per sequence, oldest first, then its new records
+    group line      the rows of the sequence's unfinished group, then its new rows
+    new rows        per layer: window records, and the compressors' kv and gates (with their bias)
 
-Shapes:  N = rows, S = sequences (the last is nobody's: rows that fill up the bucket), B = blocks of the longest table,
+Shapes:  N = rows, S = sequences (the last is a dummy for rows that pad the bucket), B = blocks of the longest table,
          W = n_win, R = record bytes, r = ratio, X = width of a compressor's rows, C = entry width.
 """
 
@@ -32,10 +33,10 @@ from antefix.model.seats import CompressorRows, Seats
 from antefix.model.window_state import Sequence
 from antefix_kernels import gather, operands, pack, seated
 
-# Tokens and sequences of one call, at most.
+# Most tokens and sequences of one call.
 TOKENS_MAX, SEQUENCES_MAX = 512, 64
-# What a row has: token, position, number of its sequence. What a sequence has before its block table: seat, cut,
-# position before the call, and its first row.
+# A row has: token, position, number of its sequence. A sequence has, before its block table: seat, cut, position before
+# the call, and its first row.
 _ROW_COLUMNS = 3
 SEAT, CUT, FIRST, START = range(4)
 _SEQUENCE_COLUMNS = 4
@@ -44,7 +45,7 @@ _Integers = np.ndarray[Any, np.dtype[np.int32]]
 
 @dataclass(frozen=True, slots=True)
 class ChunkShape:
-    """Rows, sequences (nobody's included) and blocks of the longest table."""
+    """Numbers of rows, of sequences (the dummy included), and of blocks of the longest table."""
 
     rows: int
     sequences: int
@@ -63,7 +64,7 @@ def shape_of(batch: collections.abc.Sequence[tuple[Sequence, TokenArray]]) -> Ch
 def chunk_integers(
     batch: collections.abc.Sequence[tuple[Sequence, TokenArray]], seats: Seats, shape: ChunkShape
 ) -> _Integers:
-    """[N * 3 + S * (4 + B)]: rows' tokens, positions and sequences, then each sequence's integers and block table."""
+    """[N * 3 + S * (4 + B)]: the rows' tokens, positions, sequences, then each sequence's integers and block table."""
     integers = np.zeros(shape.num_integers, np.int32)
     rows = integers[: shape.rows * _ROW_COLUMNS].reshape(_ROW_COLUMNS, shape.rows)
     sequences = integers[rows.size :].reshape(shape.sequences, -1)
@@ -82,9 +83,9 @@ def chunk_integers(
 
 
 class NewRows:
-    """New rows of every layer, of one call at a time.
+    """The new rows of every layer, for one call at a time.
 
-    window [L, N, R] uint8; kinds: of each kind of compressor [layers, 2, N, X] float32, kv and then gates.
+    window [L, N, R] uint8; kinds: for each kind of compressor [layers, 2, N, X] float32, kv and then gates.
     """
 
     def __init__(self, seats: Seats, num_rows: int) -> None:
@@ -106,9 +107,9 @@ def _kinds(seats: Seats) -> tuple[CompressorRows, ...]:
 
 
 class SeatedChunks(SeatedSteps):
-    """One forward pass over new tokens of several sequences, whose states have seats.
+    """One forward pass over new tokens of several sequences, whose window states have seats.
 
-    integers: as `chunk_integers` makes them, on the card.  new: where new rows go.
+    integers: made by `chunk_integers`, on the card.  new: where new rows are written.
     """
 
     def __init__(self, *args: Any, shape: ChunkShape, new: NewRows, **settings: Any) -> None:
@@ -127,14 +128,14 @@ class SeatedChunks(SeatedSteps):
         self._owner, self._row = owner, torch.arange(shape.rows, dtype=torch.int32, device=device)
         self._seats_S, self._firsts_S = sequences[:, SEAT].contiguous(), sequences[:, FIRST].contiguous()
         self._starts_S = sequences[:, START].contiguous()
-        # A sequence's part of the window line begins W rows per sequence before it behind its first row.
+        # Sequence i's part of the window line begins at i * W plus its first row: each earlier one adds W old records.
         each, back = (torch.arange(n, dtype=torch.int32, device=device) for n in (shape.sequences, window))
         self._ring_rows = ((self._seats_S * (2 * window) + self._firsts_S % window).unsqueeze(1) + back).flatten()
         self._line_rows = ((each * window + self._starts_S).unsqueeze(1) + back).flatten()
         self._own_rows = (owner + 1) * window + self._row
         self._counts = (self._position + 1 - mine[:, CUT]).clamp(max=window)
         self._firsts = self._own_rows + 1 - self._counts
-        # One size for all buckets: attention is compiled for it.
+        # The same size for all buckets, because attention is compiled for it.
         num_rows = TOKENS_MAX + (SEQUENCES_MAX + 1) * window
         rings = self._seats.rings
         self._line = rings.new_empty(1, max(num_rows, shape.rows + shape.sequences * window), rings.shape[2])
@@ -178,13 +179,13 @@ class SeatedChunks(SeatedSteps):
     def _decoded(
         self, records: Tensor, ring: Tensor, slots: Tensor, rows: slice
     ) -> tuple[Tensor, Tensor, operands.Window]:
-        """Entries of queries `rows` decoded side by side, and the whole line of windows."""
+        """Decoded entries of queries `rows`, side by side, and the decoded window line of all sequences."""
         num_listed, num_line = slots.numel(), ring.shape[1]
         values = self._values(num_listed + num_line, slots.device)
         into = values[0, :, : self._geometry.head_dim]
         gather.unpack_entries(records, slots.clamp(min=0).flatten(), into[:num_listed], self._geometry.rope_dim)
         every = torch.arange(num_line, dtype=torch.int32, device=slots.device)
-        # What lies behind the last row was never written: of that nothing is decoded.
+        # Memory after the last row was never written, so it is not decoded.
         every = every.clamp(max=self.shape.rows + self.shape.sequences * self._geometry.window - 1)
         gather.unpack_entries(ring, every, into[num_listed:], self._geometry.rope_dim)
         places = torch.arange(num_listed, dtype=torch.int32, device=slots.device).view(slots.shape)
@@ -193,10 +194,10 @@ class SeatedChunks(SeatedSteps):
 
 @dataclass(slots=True, weakref_slot=True)
 class PendingChunk:
-    """New rows of a call that wait to be kept.
+    """New rows of a call that wait until their tokens are kept.
 
-    seat_numbers, firsts, starts: of each sequence of the call its seat, its position before and its first row; `counts`
-    how many tokens it was given, `kept` how many are kept, `moved` how many its seat has.
+    seat_numbers, firsts, starts: for each sequence of the call, its seat, its position before the call and its first
+    row. counts: how many tokens it was given; kept: how many are kept; moved: how many its seat has been updated for.
     """
 
     seats: Seats
@@ -219,7 +220,7 @@ class PendingChunk:
         return cls(seats, new, numbers, firsts, starts, counts, [0] * len(counts), [0] * len(counts))
 
     def keep(self, number: int, stop: int) -> None:
-        """Sequence `number` keeps its first `stop` new tokens. Seats follow by the next time that one is read."""
+        """Sequence `number` keeps its first `stop` new tokens. Its seat is updated before it is next read."""
         self.kept[number] = stop
         self.seats.follow(self)
 
@@ -229,13 +230,13 @@ class PendingChunk:
 
     @torch.inference_mode()
     def leave_rows(self) -> None:
-        """The next call takes the new rows' memory: what may still be kept is copied."""
+        """Copy rows that may still be kept, because the next call overwrites the new rows' memory."""
         if self.kept != self.counts:
             self.new = self.new.copied(self.starts[-1] + self.counts[-1])
 
     @torch.inference_mode()
     def settle(self) -> None:
-        """Rings, overlap states and tails take what is kept. Nothing here waits for the card."""
+        """Update rings, overlap states and tails with the kept tokens. Never waits for the card."""
         going = [n for n in range(len(self.counts)) if self.kept[n] > self.moved[n]]
         if not going:
             return
@@ -249,7 +250,7 @@ class PendingChunk:
         self.moved = list(self.kept)
 
     def _span(self, number: int) -> tuple[int, int, int]:
-        """Rows [begin, end) that a sequence keeps now, and its position at the first."""
+        """The rows [begin, end) that a sequence keeps now, and its position at the first of them."""
         begin = self.starts[number] + self.moved[number]
         return begin, self.starts[number] + self.kept[number], self.firsts[number] + self.moved[number]
 
@@ -267,7 +268,7 @@ class PendingChunk:
         self.seats.rings.index_copy_(1, target, self.new.window.index_select(1, source))
 
     def _move_tails(self, going: list[int], rows: CompressorRows, new: Tensor, ratio: int) -> None:
-        """Of the last kept token's group, the rows that are new."""
+        """Copy the new rows of the last kept token's group into the tail."""
         sources, targets = [], []
         for number in going:
             begin, end, position = self._span(number)
@@ -282,9 +283,9 @@ class PendingChunk:
             rows.tails.flatten(1, 3).index_copy_(1, target, new.flatten(1, 2).index_select(1, source))
 
     def _move_overlaps(self, going: list[int], rows: CompressorRows, new: Tensor, ratio: int) -> None:
-        """The first series of the last group that kept tokens close: rows of its tail, then new ones."""
+        """Copy the Ca rows of the last group that kept tokens have closed: first from the tail, then from new rows."""
         overlaps, width = cast(Tensor, rows.overlaps), cast(Tensor, rows.overlaps).shape[-1]
-        # Tails and new rows as one list of rows, of all seats and of all new tokens.
+        # View the tails of all seats and all new rows as one list of rows.
         num_tails = rows.tails.shape[1] * 2 * ratio
         sources, targets = [], []
         for number in going:

@@ -1,15 +1,15 @@
-"""Decode steps of many sequences on a card: each layer's part that reaches across tokens, in as many launches for one
-sequence as for a hundred.
+"""Decode steps of many sequences on a card: the parts of each layer that work across tokens.
 
-One token each. All that the kernels read of a sequence is on the card: its position, its seat (`antefix.model.seats`)
-and its block table come as one array of integers, and everything else of a step is computed from that, so the host
-waits for nothing, and a step can be recorded once and replayed (`antefix.model.step_graphs`).
+A step takes as many launches for one sequence as for a hundred. Each sequence runs one token. The kernels read all
+inputs on the card: position, seat (`antefix.model.seats`) and block table come as one array of integers, and
+everything else of a step is computed from it. So the host never waits, and a step can be recorded once and replayed
+(`antefix.model.step_runner`).
 
-A window is a run of its seat's records, which attention reads next to the picked entries; HCA's entries are picked
-ones too, all of them. Window records and tail rows are written as they come: until its token is kept, what a sequence
-has at these places means nothing. Overlap states follow when tokens are kept.
+A window is a run of records in its seat; attention reads it in addition to the picked entries. For HCA all entries are
+picked. Window records and tail rows are written at once: until the token is kept, these places hold nothing that is
+read. Overlap states are updated when tokens are kept.
 
-In reproducible mode a query takes the kernels that it takes in a chunk, so that its bits are the same.
+In reproducible mode a query uses the same kernels as in a prefill chunk, so that it has the same bits.
 
 Shapes:  S = sequences, B = blocks of the longest table, H = heads, C = head dim, W = n_win, R = RoPE dims,
          D = hidden size, E = entries, k = entries a query keeps.
@@ -36,20 +36,20 @@ from antefix.model.seats import CompressorRows, Seats
 from antefix.model.window_state import Sequence
 from antefix_kernels import decode_attention, gather, index_scores, operands, pack, prefill_attention, seated, topk
 
-# Columns of a step's integers before its block table.
+# Columns of a step's integers that come before the block table.
 TOKEN, POSITION, SEAT, CUT = range(4)
 NUM_COLUMNS = 4
 TokenIds = collections.abc.Sequence[int] | np.ndarray[Any, np.dtype[np.int64]]
-# Keys, queries of a product, warps and stages, as `triton_ops` scores chunks in reproducible mode.
+# Keys, queries per product, warps and stages: the tile in which `triton_ops` scores chunks in reproducible mode.
 _REPRODUCIBLE_TILE = (128, 2, 4, 2)
-# Memory for entries that reproducible mode decodes for a step: some 1M tokens of 64 sequences.
+# Memory for the entries that reproducible mode decodes in a step: enough for 64 sequences with 1M tokens in total.
 _DECODED_BYTES_MAX = 1 << 29
 
 
 def step_integers(
     sequences: collections.abc.Sequence[Sequence], tokens: TokenIds, seats: Seats
 ) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-    """[S, 4 + B]: token, position, seat and cut of each sequence, then its block table, filled up with 0."""
+    """[S, 4 + B]: token, position, seat and cut of each sequence, then its block table, padded with 0."""
     longest = max(len(sequence.block_table) for sequence in sequences)
     rows = np.zeros((len(sequences), NUM_COLUMNS + longest), np.int32)
     rows[:, TOKEN] = tokens
@@ -62,8 +62,8 @@ def step_integers(
 
 @dataclass(frozen=True, slots=True)
 class _Closing:
-    """What a step closes of one kind of group: slots [S] int32 of the entries, -1 where none is closed; where the
-    groups' rows lie; and the turns at their first tokens."""
+    """The groups of one kind that a step closes: slots [S] int32 of their entries (-1: this sequence closes none), the
+    place of their rows, and cos and sin at their first tokens."""
 
     slots: Tensor
     closes: Tensor
@@ -75,9 +75,9 @@ class _Closing:
 
 
 class SeatedSteps:
-    """One forward pass over sequences that run one token each, whose states have seats.
+    """One forward pass over sequences that run one token each, whose window states have seats.
 
-    integers: as `step_integers` makes them, on the card.  write: whether entries that close are written.
+    integers: made by `step_integers`, on the card.  write: whether entries of closed groups are written.
     """
 
     def __init__(
@@ -101,20 +101,20 @@ class SeatedSteps:
         self._turns = torch.ones(turn, device=integers.device), torch.zeros(turn, device=integers.device)
 
     def _take_integers(self, integers: Tensor) -> Tensor:
-        """Take of each row position, seat, block table, and its window's run of records. Returns the tokens."""
+        """Read each row's position, seat, block table and window slots from the integers. Returns the tokens."""
         self._position = integers[:, POSITION].contiguous()
         self._seat = integers[:, SEAT].contiguous()
         self._tables = integers[:, NUM_COLUMNS:].contiguous()
         window = self._geometry.window
         slot = self._seat * (2 * window) + self._position % window
-        # Twice, so that any window is one run.
+        # Each record is written to two slots, so that any window is one run of slots.
         self._window_slots = slot, slot + window
         self._counts = (self._position + 1 - integers[:, CUT]).clamp(max=window)
         self._firsts = self._seat * (2 * window) + (self._position + 1 - self._counts) % window
         return integers[:, TOKEN]
 
     def attend(self, layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """The layer's attention before its output projection, of x [S, D], normed: [S, H, C]."""
+        """The layer's attention before its output projection, for x [S, D], normed: [S, H, C]."""
         residual = attention.query_residual(x)
         q = attention.queries(residual, *rope)
         entries = attention.window_entries(x, *rope)
@@ -133,18 +133,18 @@ class SeatedSteps:
         return self._attend(q, records, ring, picks.slots, picks.counts, attention)
 
     def _window(self, layer: int, entries: Tensor) -> Tensor:
-        """Records [1, rows, R] of which each query's window is a run, the new entries [S, C] among them."""
+        """Write the new entries [S, C]. Returns the records [1, rows, R], in which each query's window is one run."""
         ring = self._seats.rings[layer].unsqueeze(0)
         for slots in self._window_slots:
             pack.pack_entries(entries, self._geometry.rope_dim, pack.Target(records=ring, slots=slots))
         return ring
 
     def keep_all(self) -> None:
-        """Overlap states follow the groups that this step has closed."""
+        """Update the overlap states for the groups that this step has closed."""
         self._keep(None)
 
     def keep(self, which: collections.abc.Sequence[int]) -> None:
-        """The same of some of the sequences."""
+        """`keep_all` for some of the sequences."""
         wanted = np.zeros(self._num, np.int32)
         wanted[list(which)] = 1
         self._keep(upload(wanted, self._seat.device))
@@ -162,7 +162,7 @@ class SeatedSteps:
         per_block = self._geometry.block_size // ratio
         entry = self._position // ratio
         block = self._tables.gather(1, (entry // per_block).long().unsqueeze(1)).squeeze(1)
-        # Seat 0 is that of rows that fill up the batch.
+        # Seat 0 belongs to rows that pad the batch.
         closes = ((self._position + 1) % ratio == 0) & (self._seat > 0)
         slots = torch.where(closes, block * per_block + entry % per_block, -1)
         cos, sin = self._model.rope(kind, entry * ratio)
@@ -178,8 +178,8 @@ class SeatedSteps:
         )
 
     def _group_rows(self, ratio: int) -> tuple[Tensor, Tensor]:
-        """Of the group that each row may close: its first row of what `_take_rows` returns, and that of the group
-        before, or -1 - seat where that one's first series is an overlap state."""
+        """For the group that each row may close: its first row in the result of `_take_rows`, and the first row of the
+        previous group; or -1 - seat, if the previous group's Ca rows are the seat's overlap state."""
         return self._seat * (2 * ratio), -1 - self._seat
 
     def _every_slot(self) -> Tensor:
@@ -191,7 +191,7 @@ class SeatedSteps:
         return (self._tables.unsqueeze(2) * per_block + rows).flatten(1)
 
     def _compress(self, layer: int, kind: PartKind, compressor: Compressor, x: Tensor) -> Tensor:
-        """Take each token's rows in, and write the groups that close: the part's records."""
+        """Store each token's rows and write the entries of groups that close. Returns the part's records."""
         part = self._pool.part(layer, kind)
         records = self._pool.records(part)
         rows, packer = {
@@ -215,12 +215,12 @@ class SeatedSteps:
         return records
 
     def _take_rows(self, rows: CompressorRows, place: int, compressor: Compressor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Take each token's rows into its tail; where groups' kv and gates, which have their bias, lie [rows, X]."""
+        """Store each token's rows in its tail. Returns kv and gates (with their bias) of all tails, as [rows, X]."""
         tails = rows.tails[place]
         kv, gate = compressor.rows(x)
         seated.write_tails(kv, gate, compressor.position_bias.float(), self._position, self._seat, tails)
         flat = tails.view(-1, tails.shape[-1])
-        # A seat's rows are its kv and then its gates.
+        # In memory a seat's kv rows come first, then its gate rows.
         return flat[: -compressor.ratio], flat[compressor.ratio :]
 
     def _pick(
@@ -248,7 +248,7 @@ class SeatedSteps:
     def _attend(
         self, q: Tensor, records: Tensor, ring: Tensor, slots: Tensor, counts: Tensor, attention: Attention
     ) -> Tensor:
-        """Attention over each query's entries at its first `counts` slots [S, n], and its window."""
+        """Attention over each query's entries at its first `counts` slots [S, n], and over its window."""
         cos, sin = self._turns
         heads = operands.Heads(sinks=attention.sinks.float(), scale=1.0, cos=cos, sin=sin)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -256,7 +256,7 @@ class SeatedSteps:
             line = operands.Window(records=ring, firsts=self._firsts, counts=self._counts)
             decode_attention.sparse_attention(q.half(), records, slots, counts, line, heads, out)
             return out
-        # Entries of so many sequences at once as the memory for their decoded copies allows.
+        # In groups of as many sequences as the memory for decoded entries allows.
         num_bytes = 2 * _padded(self._geometry.head_dim) * (slots.shape[1] + self._geometry.window)
         together = max(_DECODED_BYTES_MAX // num_bytes, 1)
         for start in range(0, self._num, together):
@@ -269,7 +269,7 @@ class SeatedSteps:
     def _decoded(
         self, records: Tensor, ring: Tensor, slots: Tensor, rows: slice
     ) -> tuple[Tensor, Tensor, operands.Window]:
-        """Entries and windows of queries `rows` decoded side by side, as the chunks' kernel reads them."""
+        """Decoded entries and windows of queries `rows`, side by side, as the prefill kernel reads them."""
         geometry, window = self._geometry, self._geometry.window
         num_listed = slots.numel()
         run = self._firsts[rows].unsqueeze(1) + torch.arange(window, dtype=torch.int32, device=slots.device)
@@ -283,12 +283,12 @@ class SeatedSteps:
         return values, places, line
 
     def _values(self, num_entries: int, device: torch.device) -> Tensor:
-        """Room for so many decoded entries [1, n, padded head dim]: zeros behind the last dim."""
+        """Memory for `num_entries` decoded entries [1, n, padded head dim]; columns after the last dim are zeros."""
         dim = self._geometry.head_dim
         make = torch.empty if _padded(dim) == dim else torch.zeros
         return make(1, num_entries, _padded(dim), dtype=torch.float16, device=device)
 
 
 def _padded(dim: int) -> int:
-    """Columns of a decoded entry: the power of two that holds it."""
+    """Columns of a decoded entry: the next power of two."""
     return 1 << (dim - 1).bit_length()

@@ -1,15 +1,15 @@
-"""Window states of decoding sequences on a card: all of them in one array per kind, by seat.
+"""Window states of decoding sequences on a card: one array per kind of state, indexed by seat.
 
-A decode step reads and writes the states of its whole batch by seat number, in one launch per layer. A sequence takes
-a seat with its first such step and keeps it until it is dropped, or somebody asks for its tensors (a prefill chunk, a
-replay), which moves it out; a copy is made without that.
+A decode step reads and writes the states of its whole batch by seat number, in one launch per layer. A sequence gets a
+seat in its first such step. It keeps the seat until it is dropped, or until its tensors are asked for (by a prefill
+chunk or a replay), which moves the state out of the seat. Copying a state does not move it out.
 
-    rings      [L, seats * 2 * n_win, R] uint8    a seat's window records, twice: the one of position p lies in rows
-                                                  p mod n_win and n_win + p mod n_win, so any window lies in one run
+    rings      [L, seats * 2 * n_win, R] uint8    a seat's window records, twice: position p lies in rows p mod n_win
+                                                  and n_win + p mod n_win, so any window is one run of rows
     tails      [layers, seats, 2, ratio, S]       kv and gate of the unfinished group's tokens
     overlaps   [layers, 2, seats, m, C]           the last closed group's Ca rows (CSA)
 
-Seat 0 is nobody's: rows that fill up a batch write there.
+Seat 0 is a dummy: rows that pad a batch write there.
 Shapes:  L = layers, R = record bytes, S = width of a compressor's rows, C = entry width, m = CSA ratio.
 """
 
@@ -32,7 +32,7 @@ _SEATS_MIN = 8
 
 @dataclass(slots=True)
 class CompressorRows:
-    """One kind of compressor's memory, of all seats. overlaps: None for HCA.  no_bias: [ratio, S] of zeros."""
+    """Memory of one kind of compressor, for all seats. overlaps: None for HCA.  no_bias: [ratio, S] of zeros."""
 
     layers: tuple[int, ...]
     tails: Tensor
@@ -45,7 +45,7 @@ class CompressorRows:
             self.overlaps = _longer(self.overlaps, 2, more)
 
     def put(self, number: int, states: collections.abc.Mapping[int, CompressorState]) -> None:
-        """States by layer."""
+        """Copy states, given by layer, into seat `number`."""
         given = [states[layer] for layer in self.layers]
         self.tails[:, number] = torch.stack([state.tail for state in given])
         if self.overlaps is not None:
@@ -61,7 +61,7 @@ class CompressorRows:
 
 @dataclass(frozen=True, slots=True)
 class CardSeat:
-    """One state's seat. See `window_state.Seat`."""
+    """The seat of one state. See `window_state.Seat`."""
 
     seats: Seats
     number: int
@@ -74,16 +74,16 @@ class CardSeat:
 
 
 class Pending(Protocol):
-    """Kept tokens that have not come to their seats (`antefix.model.seated_chunks`)."""
+    """Updates by kept tokens that have not been made in their seats yet (`antefix.model.seated_chunks`)."""
 
     def settle(self) -> None:
-        """Let them come."""
+        """Make the updates now."""
 
 
 class Seats:
-    """FP8 format only. Belongs to one thread, like the pool.
+    """All seats of one device. FP8 format only. Belongs to one thread, like the pool.
 
-    generation: counts up when the arrays move to other memory.
+    generation: increases when the arrays move to other memory.
     """
 
     def __init__(self, layout: BlockLayout, device: torch.device) -> None:
@@ -91,9 +91,9 @@ class Seats:
         self.layout = layout
         self.generation = 0
         self.num_seats = _SEATS_MIN
-        # What has been kept of a call of several tokens and has not come here yet.
+        # Updates by kept tokens of a call of several tokens that have not been made here yet.
         self._pending: Pending | None = None
-        # Who sits where; a state that nobody holds any longer has left.
+        # The state in each seat. The reference is weak: a state that nobody uses any more gives up its seat.
         self._taken: dict[int, weakref.ref[WindowState]] = {}
         rows = self.num_seats * 2 * geometry.window
         self.rings = torch.zeros(geometry.num_layers, rows, entry_bytes(layout), dtype=torch.uint8, device=device)
@@ -111,7 +111,7 @@ class Seats:
         return CompressorRows(layers, tails, overlaps, tails.new_zeros(ratio, 2 * width))
 
     def take(self, states: collections.abc.Sequence[WindowState]) -> list[int]:
-        """Seat numbers of these states, all of which have one now."""
+        """Seat numbers of these states; states without a seat get one."""
         self.settle()
         numbers = [self._number(state) for state in states]
         for place, (state, number) in enumerate(zip(states, numbers, strict=True)):
@@ -120,12 +120,12 @@ class Seats:
         return [number for number in numbers if number is not None]
 
     def reserve(self, num_states: int) -> None:
-        """Room for so many states, so that the arrays need not move later."""
+        """Make room for this many states, so that the arrays need not move later."""
         if self.num_seats <= num_states:
             self._grow(num_states + 1 - self.num_seats)
 
     def copy_out(self, number: int, state: WindowState) -> None:
-        """The values of a seat into a state that has none."""
+        """Copy a seat's values into a state that has none."""
         self.settle()
         window = self.layout.geometry.window
         records = self.rings[:, number * 2 * window :][:, :window]
@@ -137,13 +137,13 @@ class Seats:
         self._taken.pop(number, None)
 
     def follow(self, pending: Pending) -> None:
-        """Something was kept: it comes here before anything is read."""
+        """Remember updates that must be made before any seat is read."""
         if self._pending is not pending:
             self.settle()
         self._pending = pending
 
     def settle(self) -> None:
-        """All that is kept is here now."""
+        """Make all remembered updates now."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.settle()
@@ -166,7 +166,7 @@ class Seats:
         return number
 
     def _free(self, busy: set[int]) -> int:
-        """A free seat: one that nobody holds; else more seats."""
+        """A seat that no state holds. If there is none, more seats are made."""
         for number in range(1, self.num_seats):
             held = self._taken.get(number)
             if number not in busy and (held is None or held() is None):

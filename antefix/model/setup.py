@@ -1,4 +1,4 @@
-"""Where a process computes: processor or card, libraries, and the settings of theirs that are known to change bits."""
+"""A process's set-up: processor or card, libraries, and those of their settings that are known to change bits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Final
 
 import torch
 
-# Variables that MKL, oneDNN, OpenMP and PyTorch read for themselves. Nothing of ours sets them by command line.
+# Environment variables that MKL, oneDNN, OpenMP and PyTorch read themselves. No command-line option of ours sets them.
 _PREFIXES: Final = ("MKL_", "ONEDNN_", "DNNL_", "OMP_", "KMP_", "ATEN_", "CUBLAS", "NVIDIA_TF32", "TORCH_", "TRITON_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """processor: model, with the instructions that it has.  libraries: versions and builds.  card: empty on a CPU.
+    """processor: model and instruction sets.  libraries: versions and builds.  card: empty on a CPU.
 
-    variables: of the environment, "NAME=value".
+    variables: environment variables as "NAME=value".
     """
 
     processor: str
@@ -31,7 +31,7 @@ class Setup:
 
     @property
     def text(self) -> str:
-        """For people: what two set-ups that disagree are compared by."""
+        """The set-up as text, for people who compare two set-ups whose bits differ."""
         where = self.card or self.processor.partition(";")[0]
         return ", ".join((where, self.libraries.partition("\n")[0], f"{self.threads} threads", *self.variables))
 
@@ -48,7 +48,7 @@ def setup_of(device: torch.device) -> Setup:
 
 @functools.cache
 def _processor() -> str:
-    """Of the first processor: kind, PyTorch's path, and a list of all instructions after a semicolon."""
+    """The first processor: its model and the path that PyTorch takes on it; after a semicolon, its instruction sets."""
     fields = {"model name": platform.processor() or platform.machine(), "microcode": "", "flags": ""}
     path = Path("/proc/cpuinfo")
     for line in path.read_text().partition("\n\n")[0].splitlines() if path.is_file() else ():
@@ -65,7 +65,7 @@ def _libraries() -> str:
 
 
 def _card(device: torch.device) -> str:
-    """Kind, driver and what the kernels are built with."""
+    """The card's model, its driver, and the versions that the kernels are built with."""
     properties = torch.cuda.get_device_properties(device)
     try:
         triton = importlib.metadata.version("triton")

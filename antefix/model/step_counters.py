@@ -1,4 +1,4 @@
-"""What a worker counts of its decode steps on a card."""
+"""Counters of a worker's decode steps on a card."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class StepCounters:
-    """graphs_recorded, steps_replayed: as CUDA graphs.  recording_errors: after the first one, steps are launched.
+    """graphs_recorded, steps_replayed: of CUDA graphs.  recording_errors: after the first one, no graphs are used.
 
-    steps_launched: those of whole batches that were no graph's.
+    steps_launched: steps of whole batches that ran kernel by kernel, without a graph.
     """
 
     graphs_recorded: int = 0

@@ -1,12 +1,12 @@
 """Decode steps on a card, launched one kernel after another or replayed as recorded CUDA graphs.
 
-A step of four layers is some hundred launches, whose way through Python takes longer than what they do. A graph is
-recorded once for a number of sequences and a length of block tables, both rounded up to a bucket, and replayed as one
-launch: the same kernels with the same arguments, so the same bits. What changes from step to step is one array of
-integers (`seated_steps.step_integers`). All graphs share one pool of memory.
+A step of four layers is some hundred launches, and issuing them from Python takes longer than running them. A CUDA
+graph is recorded once for a number of sequences and a length of block tables, both rounded up to a bucket, and replayed
+as one launch: the same kernels with the same arguments, so the same bits. Only one array of integers changes from step
+to step (`seated_steps.step_integers`). All graphs share one pool of memory.
 
-Not recorded: replays that write nothing, experts that are fetched from the host, and, unless it is asked for, models
-over several ranks.
+Not recorded: replays of prompts that write nothing, experts that are fetched from the host, and, unless the settings
+ask for it, models over several ranks.
 
 Shapes:  S = sequences, B = blocks of the longest table, V = vocabulary, M = streams, D = hidden size.
 """
@@ -49,18 +49,18 @@ from antefix.model.window_state import Sequence
 
 log = logging.getLogger("antefix.model")
 
-# Sequences of a graph. Rows that fill a batch up to one of these compute a token that nobody asked for.
+# Numbers of sequences for which graphs are recorded. Extra rows that fill a batch up to one of these are ignored.
 BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-# Blocks of a graph's tables, at least: 8K tokens of V4's.
+# Fewest blocks of a graph's block tables: 8K tokens of V4.
 _BLOCKS_MIN = 64
-# A worker that starts takes no more than so long for recordings, but for the one in hand.
+# A starting worker records graphs for at most this long; a recording that has begun is finished.
 PREPARE_S = 20.0
-# Graphs kept; each holds little but its own record of launches.
+# Most graphs that are kept; a graph holds little memory but its own record of launches.
 _GRAPHS_MAX = 64
-# Rows and sequences (nobody's included) of a graph of several tokens per sequence.
+# Fewest rows, and fewest sequences (the dummy included), of a graph for several tokens per sequence.
 _ROWS_MIN = 16
 _CHUNK_SEQUENCES = (2, 5, 17, SEQUENCES_MAX + 1)
-# Tokens times positions of the longest table, at most: with an entry per four positions 512 MiB of scores.
+# Most tokens times positions of the longest table: with one entry per four positions this is 512 MiB of scores.
 _SCORES_MAX = 1 << 29
 
 
@@ -72,8 +72,8 @@ Step = Callable[[Tensor], tuple[Run, tuple[Tensor, Tensor]]]
 
 @dataclass(slots=True)
 class _Graph(Generic[Run]):
-    """A recorded step. integers: read by every replay.  rows: streams, and logits or, of chunks, what the head reads.
-    generation: of the seats that it reads."""
+    """A recorded step. integers: the array that every replay reads.  rows: streams, and logits (for chunks: the inputs
+    of the head).  generation: of the seats that the graph reads."""
 
     replay: Callable[[], object]
     integers: Tensor
@@ -83,11 +83,11 @@ class _Graph(Generic[Run]):
 
 
 class StepRunner:
-    """Runs steps for one model's operations. graphs: whether to record them; only on a CUDA card.
+    """Runs steps with one model's operations. graphs: whether to record them; only on a CUDA card.
 
-    over_ranks: whether to record those of a model over several ranks too. Its exchanges are then part of the graphs,
+    over_ranks: whether to record graphs of a model over several ranks too. Exchanges are then part of the graphs,
         so all ranks record the same steps in the same order.
-    chunks: whether short calls of several tokens per sequence share launches too (`antefix.model.seated_chunks`).
+    chunks: whether short calls of several tokens per sequence also share launches (`antefix.model.seated_chunks`).
     Belongs to one thread, like the pool.
     """
 
@@ -98,7 +98,7 @@ class StepRunner:
         self._graphs: weakref.WeakKeyDictionary[BlockPool, dict[object, _Graph[Any]]] = weakref.WeakKeyDictionary()
         self._memory: Any = None
         self._new: NewRows | None = None
-        # The last call of several tokens, while somebody may still keep tokens of it.
+        # The last call of several tokens per sequence, as long as tokens of it may still be kept.
         self._chunk: weakref.ref[PendingChunk] | None = None
         self.counters = StepCounters()
 
@@ -116,7 +116,7 @@ class StepRunner:
         *,
         write: bool,
     ) -> SeatedSteps:
-        """What attends for sequences that run one token each, next to longer ones."""
+        """The attention for sequences that run one token each, in a batch that also has longer ones."""
         seats = self.seats(model)
         integers = upload(step_integers(sequences, tokens, seats), model.device)
         return SeatedSteps(model, pool, seats, integers, write=write, reproducible=self._reproducible)
@@ -130,7 +130,7 @@ class StepRunner:
         *,
         write: bool,
     ) -> tuple[SeatedSteps, Tensor, Tensor]:
-        """A whole step: what keeps its tokens, streams [S, M, D] and logits [S, V]."""
+        """Run a whole step. Returns the object that keeps its tokens, streams [S, M, D] and logits [S, V]."""
         seats = self.seats(model)
         integers = step_integers(sequences, tokens, seats)
         recorded = self._recorded_step(model, pool, seats, integers) if write else None
@@ -142,16 +142,16 @@ class StepRunner:
             return steps, *run_step(model, steps)
         num = len(integers)
         self._replay(recorded, _fill(integers, recorded.integers.shape))
-        # The next replay writes to the same memory.
+        # Copies, because the next replay writes to the same memory.
         streams, logits = recorded.rows
         return recorded.steps, streams[:num].clone(), logits[:num].clone()
 
     def takes(self, batch: Batch) -> bool:
-        """Whether `run_chunk` takes these new tokens."""
+        """Whether `run_chunk` can run this batch."""
         num_tokens = sum(len(tokens) for _, tokens in batch)
         if not self._takes_chunks or num_tokens > TOKENS_MAX or len(batch) > SEQUENCES_MAX:
             return False
-        # Scores of the index, of all entries that the longest table has for each token.
+        # The size of the index scores: for each token, all entries of the longest table.
         entries = (
             max(len(sequence.block_table) for sequence, _ in batch) * batch[0][0].window.layout.geometry.block_size
         )
@@ -160,9 +160,9 @@ class StepRunner:
     def run_chunk(
         self, model: Model, pool: BlockPool, batch: Batch, *, write: bool
     ) -> tuple[PendingChunk, Tensor, Tensor]:
-        """New tokens of each sequence: what keeps them, streams [N, M, D] and what the head reads [N, D]."""
+        """Run each sequence's new tokens. Returns what keeps them, streams [N, M, D] and the head's inputs [N, D]."""
         seats = self.seats(model)
-        # Seats first: where there are too few, all of them move, and what was recorded reads other memory.
+        # Take seats first: if there are too few, all seats move, and recorded graphs would read the old memory.
         seats.take([sequence.window for sequence, _ in batch])
         self._free_rows(seats)
         new, shape = self._new_rows(seats), shape_of(batch)
@@ -181,7 +181,7 @@ class StepRunner:
         return pending, *((each[:num].clone() for each in rows) if recorded else rows)
 
     def _free_rows(self, seats: Seats) -> None:
-        """Let the call before have what it may still keep: its new rows' memory is wanted."""
+        """Let the previous call copy rows that may still be kept, because this call overwrites their memory."""
         seats.settle()
         before = None if self._chunk is None else self._chunk()
         if before is not None:
@@ -208,7 +208,7 @@ class StepRunner:
     def _recorded_step(
         self, model: Model, pool: BlockPool, seats: Seats, integers: np.ndarray[tuple[int, int], np.dtype[np.int32]]
     ) -> _Graph[SeatedSteps] | None:
-        """A graph that this step fits in; None where none can be recorded."""
+        """A graph in whose bucket this step fits; None if none can be recorded."""
         if len(integers) > BUCKETS[-1]:
             return None
         rows, blocks = _bucket(len(integers), integers.shape[1] - NUM_COLUMNS)
@@ -243,7 +243,7 @@ class StepRunner:
     def _recorded(
         self, model: Model, pool: BlockPool, seats: Seats, shape: tuple[int, int] | ChunkShape, step: Step[Run]
     ) -> _Graph[Run] | None:
-        """The graph of a shape of integers; None where none can be recorded."""
+        """The graph for integers of this shape; None if none can be recorded."""
         if not self._may_record(model):
             return None
         graphs = self._graphs.setdefault(pool, {})
@@ -252,8 +252,8 @@ class StepRunner:
             return found
         if len(graphs) >= _GRAPHS_MAX and shape not in graphs:
             graphs.clear()
-        # Recorded again, it is warm. Over ranks it must be: seats move on each rank in its own time, so the others
-        # would not take part in a step that is tried.
+        # A graph that is recorded again needs no warm-up. Over ranks there must be none: each rank moves its seats at
+        # its own time, so the others would not take part in a trial step.
         made = self._record(model, seats, shape, step, is_warm=found is not None)
         if made is None:
             self._wants_graphs = False
@@ -266,13 +266,13 @@ class StepRunner:
     ) -> _Graph[Run] | None:
         made: _Graph[Run] | None = None
         try:
-            # Seat 0 and position 0: nothing of anybody's is written while it is tried and recorded.
+            # With seat 0 and position 0, the trial and the recording write to no sequence's state.
             size = (shape.num_integers,) if isinstance(shape, ChunkShape) else shape
             integers = torch.zeros(size, dtype=torch.int32, device=model.device)
             replay, (steps, rows) = self._captured(model, lambda: step(integers), is_warm=is_warm)
             made = _Graph(replay, integers, steps, rows, seats.generation)
         except RuntimeError:
-            # No memory for it, or a library that cannot be recorded: the same kernels are launched one by one.
+            # There is no memory, or a library call cannot be recorded: from now on kernels are launched one by one.
             log.exception("a decode step cannot be recorded; steps are launched from here on")
             self.counters.recording_errors += 1
         if model.ranks is not None and not is_warm and not model.ranks.agree(made is not None):
@@ -283,10 +283,10 @@ class StepRunner:
         return made
 
     def _captured(self, model: Model, step: Callable[[], Made], *, is_warm: bool) -> tuple[Callable[[], object], Made]:
-        """What replays the step, and what it made."""
+        """Record the step. Returns the function that replays it, and the step's result."""
         if not is_warm:
-            # Kernels are compiled and what is made once is made before recording begins, on another stream, as torch
-            # asks.
+            # A trial run first: it compiles kernels and makes what is made once, on another stream, as torch's
+            # documentation asks.
             stream = torch.cuda.Stream(model.device)
             stream.wait_stream(torch.cuda.current_stream(model.device))
             with torch.cuda.stream(stream):
@@ -301,12 +301,12 @@ class StepRunner:
 
     @torch.inference_mode()
     def prepare(self, model: Model, pool: BlockPool, num_sequences_max: int) -> None:
-        """Record steps of up to so many sequences with short tables now, rather than when they first come. What does
-        not fit into PREPARE_S is left until then."""
+        """Record steps of up to `num_sequences_max` sequences with short tables now instead of at their first use.
+        Steps that do not fit into PREPARE_S are recorded at their first use."""
         seats, started = self.seats(model), time.monotonic()
         seats.reserve(num_sequences_max)
         if model.ranks is not None:
-            return  # the other ranks record with this one, at a call that they are told of
+            return  # the other ranks must record together with this one, in a call that is sent to them
         for size in BUCKETS:
             if time.monotonic() - started > PREPARE_S:
                 return
@@ -316,7 +316,7 @@ class StepRunner:
 
 
 def run_rows(model: Model, steps: SeatedSteps) -> tuple[Tensor, Tensor]:
-    """Streams [N, M, D] of all rows, and what the head reads [N, D]. Nothing here waits for the card."""
+    """Streams [N, M, D] of all rows, and the inputs of the head [N, D]. Never waits for the card."""
 
     def attend(layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return attention.output(steps.attend(layer, attention, x, rope), *rope)
@@ -354,7 +354,7 @@ def _pinned(array: np.ndarray[Any, np.dtype[np.int32]], device: torch.device) ->
 def _fill(
     integers: np.ndarray[tuple[int, int], np.dtype[np.int32]], shape: torch.Size
 ) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
-    """The same in a larger array: further rows are nobody's."""
+    """The integers in an array of a larger shape; the additional rows are dummies."""
     filled = np.zeros((shape[0], shape[1]), np.int32)
     filled[: integers.shape[0], : integers.shape[1]] = integers
     assert not filled[len(integers) :, SEAT].any()

@@ -1,7 +1,7 @@
-"""How many of torch's threads a forward pass takes on a CPU: all of them, or one where its operations are small.
+"""How many of torch's threads a forward pass uses on a CPU: all of them, or one if its operations are small.
 
-Threads part every operation and wait for each other at its end. A decode step is some thousand operations of a few
-microseconds, and waking a thread takes longer than that: with two threads it took three times as long as with one.
+Threads divide every operation and wait for one another at its end. A decode step is some thousand operations of a few
+microseconds each, and waking a thread takes longer than that: two threads took three times as long as one.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from antefix.model.numerics import ROW_TILE
 if TYPE_CHECKING:
     from antefix.model.model import Model
 
-# Multiply-adds of a product of hidden size by hidden size, from which on threads share it: some 3 ms on one core. Of
-# antefix-tiny (192) 1,800 tokens reach that, of a hidden size of 2,048 a decode step does.
+# From this many multiply-adds in a product of hidden size by hidden size on, threads share the work: some 3 ms on one
+# core. With antefix-tiny (hidden size 192) 1,800 tokens reach it; with a hidden size of 2,048 a decode step does.
 SHARED_WORK = 1 << 26
 
 
 @contextlib.contextmanager
 def step_threads(model: Model, num_tokens: int) -> Iterator[int]:
-    """While this lasts, operations take the threads that pay for so many tokens. Gives how many there are in all.
+    """Inside this context operations use as many threads as pay for `num_tokens`. Yields the number of all threads.
 
-    All of torch's on a card, and where nobody has found that bits do not depend on their number
-    (`model.threads_are_free`).
+    Operations use all of torch's threads on a card, and where the probe has not shown that bits do not depend on the
+    number of threads (`model.threads_are_free`).
     """
     threads = torch.get_num_threads()
     rows = -(-num_tokens // ROW_TILE) * ROW_TILE

@@ -1,10 +1,11 @@
 """Decode steps of many sequences at once: each layer's attention, index, compressors and windows as one set of calls.
 
-One token each. What `attend` computes for a token's own tile and the tile before it lies in the ring already: slots up
-to the token's own hold the own tile, the slots beyond hold the tile before. So a ring is one operand, and the same sums
-come out as there: hidden keys have weight 0 in both halves. Where a sequence has fewer entries than another, the rest
-is masked, in whole segments, which add exactly nothing. Products pair by pair are the same chains as single ones
-(`numerics`; the probe of `arithmetic` compares the two), so bits are those of the sequence alone.
+Each sequence runs one token. `attend` computes with a token's own tile and the previous tile. Both are in the ring
+already: slots up to the token's own hold the own tile, later slots the previous tile. So one ring serves as operand for
+both and gives the same sums: keys that do not belong to a half have weight 0 there. If a sequence has fewer entries
+than another, the rest is masked, in whole segments, which add exactly nothing. A batched product is the same chain of
+multiply-adds as a single one (`numerics`; the probe of `arithmetic` compares them). So each sequence gets the bits that
+it gets alone.
 
 Shapes:  S = sequences, H = heads, C = head dim (entries) or indexer dim (keys), W = n_win, I = indexer heads,
          E = entries, k = entries a query keeps, G = groups that this step closes, m = ratio, R = RoPE dims.
@@ -32,15 +33,15 @@ from antefix.model.pool import BlockPool
 from antefix.model.quant import round_queries
 from antefix.model.window_state import Sequence
 
-# Keys of several sequences are copied side by side to be scored together, up to so many: 64 dims of them fit a core's
-# cache. Of a longer sequence they are read where they lie, since copying would be most of the work.
+# Keys of several sequences are copied side by side and scored together if they are at most this many: with 64 dims they
+# fit a core's cache. Longer sequences' keys are read in place, because copying them would be most of the work.
 KEYS_TOGETHER_MAX = 1 << 14
 _HIDDEN = float("-inf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRows:
-    """What a layer computed for each token alone. index: the indexer's rows, queries and head weights (CSA).
+    """The per-token results of a layer. index: the indexer's rows, queries and head weights (CSA).
 
     q [S, H, C], window [S, C], compressed [2, S, columns], index ([2, S, columns], [S, I, C], [S, I]).
     """
@@ -51,7 +52,7 @@ class TokenRows:
     index: tuple[Tensor, Tensor, Tensor] | None = None
 
     def at(self, rows: slice | Tensor) -> TokenRows:
-        """Those of some tokens."""
+        """The results of some tokens."""
         return TokenRows(
             q=self.q[rows],
             window=self.window[rows],
@@ -84,14 +85,14 @@ class Steps:
         self._visible = {ratio: (self._position + 1) // ratio for ratio in self._ratios()}
         self._new_window: list[Tensor] = []
         self._window_rows: Tensor | None = None
-        # Each sequence's copies that keeping its token takes: to where, from where.
+        # For each sequence, the copies to make when its token is kept: (target, source).
         self._moves: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sequences]
         self._closing = {ratio: [s for s, at in enumerate(self._positions) if (at + 1) % ratio == 0]
                          for ratio in self._ratios()}  # fmt: skip
         self._ropes: dict[LayerKind, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, attention: Attention, rows: TokenRows) -> Tensor:
-        """The layer's attention before its output projection: [S, H, C]. Entries that close are written."""
+        """The layer's attention before its output projection: [S, H, C]. Also writes entries of groups that close."""
         ring = torch.stack([window.window[layer] for window in self._windows])
         ring[self._each, self._slots] = rows.window
         self._new_window.append(rows.window)
@@ -117,9 +118,9 @@ class Steps:
         self.keep(range(len(self._windows)))
 
     def keep(self, which: collections.abc.Sequence[int]) -> None:
-        """Put the tokens of these sequences into their window states; the caller moves the positions on.
+        """Put these sequences' tokens into their window states. The caller advances the positions.
 
-        Only once each: until then a failed call can be repeated.
+        Call it once per sequence. Before that, a failed call can be repeated.
         """
         if self._window_rows is None:
             self._window_rows = torch.stack(self._new_window, 1)
@@ -134,7 +135,7 @@ class Steps:
         return {geometry.ratio(i) for i, kind in enumerate(geometry.layers) if kind is not LayerKind.WINDOW}
 
     def _hide(self, cuts: Tensor) -> tuple[Tensor, Tensor]:
-        """Which ring slots are hidden as keys of the tile before, and as keys of the own tile: [S, 1, W] each."""
+        """Which ring slots are hidden as keys of the previous tile, and as keys of the own tile: [S, 1, W] each."""
         slots, window = self._slots.unsqueeze(1), self._geometry.window
         keys = torch.arange(window, device=slots.device)
         first = self._position.unsqueeze(1) - slots
@@ -144,7 +145,7 @@ class Steps:
         return before.unsqueeze(1), own.unsqueeze(1)
 
     def _read(self, layer: int, kind: PartKind, indices: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Decoded entries by their index in each sequence: indices [S, n] of sequences `rows` to [S, n, C]."""
+        """Decoded entries by their index in each sequence: from indices [S, n] of sequences `rows` to [S, n, C]."""
         part = self._pool.part(layer, kind)
         decoded = self._pool.decoded(part)
         home = torch.div(indices, part.num_rows, rounding_mode="floor")
@@ -155,11 +156,11 @@ class Steps:
         return decoded.view(-1, decoded.shape[2]).index_select(0, flat).view(*indices.shape, decoded.shape[2])
 
     def _all_entries(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Every sequence's visible entries, in whole segments: values [S, E, C], and which are hidden [S, 1, E]."""
+        """Every sequence's visible entries in whole segments: values [S, E, C], and which are hidden [S, 1, E]."""
         visible = self._visible[self._geometry.hca_ratio].unsqueeze(1)
         most = (max(self._positions) + 1) // self._geometry.hca_ratio
         indices = torch.arange(-(-most // HCA_SEGMENT) * HCA_SEGMENT, device=visible.device)
-        # Hidden entries repeat the last visible one; where there is none, what is read may be no number at all.
+        # Hidden entries repeat the last visible one. If there is none, the values read may be NaN.
         values = self._read(layer, PartKind.HCA_MAIN, torch.minimum(indices, visible - 1).clamp(min=0))
         values.masked_fill_((visible == 0).unsqueeze(2), 0.0)
         return values, (indices >= visible).unsqueeze(1)
@@ -183,7 +184,7 @@ class Steps:
         return top_entries(torch.cat(scores).masked_fill_(indices >= visible.unsqueeze(1), _HIDDEN), visible, k)
 
     def _keys(self, layer: int, rows: slice, num_keys: int, num_sequences: int) -> Tensor:
-        """Keys of some sequences [S, E, C]; beyond a sequence's visible ones they mean nothing."""
+        """Keys of some sequences [S, E, C]. Keys after a sequence's visible ones mean nothing."""
         if num_sequences > 1:
             indices = torch.arange(num_keys, device=self._tables.device).expand(num_sequences, -1)
             last = self._tables.shape[1] * self._pool.part(layer, PartKind.INDEXER_KEYS).num_rows - 1
@@ -195,7 +196,7 @@ class Steps:
         return pad_rows(keys, num_keys).unsqueeze(0)
 
     def _compress(self, layer: int, kind: PartKind, compressor: Compressor, new: Tensor) -> None:
-        """Close the groups that the new rows [2, S, columns] complete; the others are kept as tails."""
+        """Close the groups that the new rows [2, S, columns] complete; the other rows are kept in the tails."""
         ratio, is_keys = compressor.ratio, kind is PartKind.INDEXER_KEYS
         states = [(window.indexer if is_keys else window.main)[layer] for window in self._windows]
         closing = self._closing[ratio]
@@ -222,7 +223,7 @@ class Steps:
             self._moves[s].append((overlap, end))
 
     def _group_rope(self, layer: int, closing: list[int], ratio: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at each closing group's first token; the same for all layers of a kind."""
+        """cos and sin at each closing group's first token. They are the same for all layers of a kind."""
         kind = self._geometry.layers[layer]
         if kind not in self._ropes:
             self._ropes[kind] = self._model.rope(kind, self._position[closing] + 1 - ratio)
@@ -230,7 +231,7 @@ class Steps:
 
 
 def steps_of(model: Model, pool: BlockPool, sequences: collections.abc.Sequence[Sequence], *, write: bool) -> Steps:
-    """The steps of sequences that run one token each, with compiled kernels where they are in use."""
+    """The `Steps` of sequences that run one token each, with compiled kernels if they are switched on."""
     if all(is_compiled(sequence.window.window) and sequence.window.window.is_contiguous() for sequence in sequences):
         from antefix.model.compiled.steps import CompiledSteps
 
@@ -245,7 +246,7 @@ def _attend_window(near: Tensor, ring: Tensor, sinks: Tensor) -> Tensor:
 
 
 def _attend_all(q: Tensor, near: Tensor, ring: Tensor, sinks: Tensor, entries_SEC: Tensor, hidden: Tensor) -> Tensor:
-    """Window and all visible entries, segment by segment."""
+    """Attention over the window and all visible entries, segment by segment."""
     top = torch.maximum(near.amax(2, keepdim=True), sinks)
     if not entries_SEC.shape[1]:
         total, weighted = _window_sums(near, top, sinks, ring)
@@ -271,7 +272,7 @@ def _attend_picked(q: Tensor, near: Tensor, ring: Tensor, sinks: Tensor, entries
 
 
 def _window_sums(near: Tensor, top: Tensor, sinks: Tensor, ring: Tensor) -> tuple[Tensor, Tensor]:
-    """Denominator [S, H, 1] (sink included) and weighted values [S, H, C] of the window part."""
+    """The window part's denominator [S, H, 1] (sink included) and its weighted sum of values [S, H, C]."""
     weights = torch.exp(near - top)
     total = torch.exp(sinks - top) + weights.sum(2, keepdim=True)
     before, own = weights.chunk(2, 2)

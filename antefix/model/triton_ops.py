@@ -1,11 +1,11 @@
 """The five steps that touch cached KV, on a card: Triton kernels on the pool's packed records (FP8 format only).
 
-Needs no decoded mirrors: use it with a CardPool. Attention reads FP16, so its outputs agree with TorchOps' within
-about 1e-3; stored records agree but for values that another order of sums tips over a rounding border.
+Needs no decoded copies: use it with a CardPool. Attention reads FP16, so its outputs agree with TorchOps' within
+about 1e-3. Stored records agree except for values that another order of sums moves across a rounding border.
 
-A query's bits depend on which kernel it takes and on how its entries are split among programs, both of which follow the
-number of queries. `reproducible` takes one kernel for all, unsplit: slower where queries are few, and the same bits
-however a prompt is cut.
+A query's bits depend on which kernel it uses and on how its entries are split among programs; both follow from the
+number of queries. With `reproducible` all queries use one kernel, unsplit. That is slower for few queries, but gives
+the same bits however a prompt is cut.
 
 Shapes:  as in antefix.model.ops; B = blocks of the sequence.
 """
@@ -38,13 +38,13 @@ from antefix_kernels import (
     prefill_attention as prefill,
 )
 
-# From this many queries on, decoding entries once costs less than decoding them for each.
+# From this many queries on, decoding entries once costs less than decoding them for each query.
 PREFILL_QUERIES_MIN = 16
-# Fewer queries than this may be rounded by products of another shape; in reproducible mode as many are rounded at
-# least, and scored by one kernel in tiles of one shape: keys, queries a product, warps, stages.
+# Fewer queries than this may be rounded by products of another shape. So in reproducible mode at least as many are
+# rounded, and one kernel scores them in tiles of one shape: keys, queries per product, warps, stages.
 REPRODUCIBLE_QUERIES_MIN = 256
 REPRODUCIBLE_TILE = (128, 2, 4, 2)
-# Memory for index scores; longer chunks are scored in pieces.
+# Memory limit of index scores; longer chunks are scored in pieces.
 SCORES_BYTES_MAX = 1 << 30
 
 
@@ -52,9 +52,9 @@ class TritonOps:
     """An implementation of `Ops` for CUDA; in Triton's interpreter it runs on a CPU too, slowly.
 
     reproducible: a query's bits do not depend on what else is computed.
-    batched: sequences that run one token each run in one launch per layer.  graphs: and are recorded and replayed.
-    over_ranks: those of a model over several ranks too.  chunks: short calls of several tokens per sequence run so as
-        well.
+    batched: sequences that run one token each share one launch per layer.  graphs: such steps are recorded and
+        replayed.  over_ranks: steps of a model over several ranks are recorded too.  chunks: short calls of several
+        tokens per sequence share launches too.
     Raises:  InternalError: a layout of another record format than FP8.
     """
 
@@ -98,7 +98,7 @@ class TritonOps:
         _, num_groups, m, series = rows.shape
         kv, gate = (series_rows.reshape(num_groups * m, series) for series_rows in rows)
         first_rows = _count(num_groups, rows.device) * m
-        # The rows' gates hold their position bias already.
+        # The rows' gates already contain their position bias.
         bias = torch.zeros(m, series, dtype=torch.float32, device=rows.device)
         norm = pack.Norm(
             weight=compressor.kv_norm.weight.float(),
@@ -150,7 +150,7 @@ class TritonOps:
             return out.to(q_THC.dtype)
         slots = _slots(entries, picked_Tk.clamp(min=0))
         if self.reproducible:
-            # The prefill kernel, over a copy of what was picked alone.
+            # Run the prefill kernel over a copy of the picked entries alone.
             geometry = self._layout.geometry
             values = prefill.decode_slots(records, slots.flatten(), line.records, geometry.rope_dim, geometry.head_dim)
             places = _count(slots.numel(), slots.device).view(slots.shape)
@@ -167,7 +167,7 @@ class TritonOps:
         if self.reproducible or len(q) >= PREFILL_QUERIES_MIN:
             prefill.prefill_attention(q, self._decoded(entries, line), None, lens, line, heads, out)
         elif entries is None:
-            # No entry is ever picked, so which records and slots are named does not matter.
+            # No entry is picked here, so it does not matter which records and slots are passed.
             attention.sparse_attention(q, line.records, lens.unsqueeze(1), lens, line, heads, out)
         else:
             records, table = entries.pool.records(entries.part), _table(entries)
@@ -176,7 +176,7 @@ class TritonOps:
         return out.to(q_THC.dtype)
 
     def _index_query(self, q_TIC: Tensor, weights_TI: Tensor) -> indexer.IndexQuery:
-        """Rounded queries; in reproducible mode one more than there are if that is one, which would score alone."""
+        """Rounded queries. In reproducible mode a single query is doubled: alone it would use another kernel."""
         if not self.reproducible:
             return indexer.prepare_queries(q_TIC.contiguous(), weights_TI.contiguous(), 1.0)
         q, weights = (fill_rows(x, REPRODUCIBLE_QUERIES_MIN) for x in (q_TIC, weights_TI))
@@ -185,7 +185,7 @@ class TritonOps:
         return indexer.IndexQuery(codes=query.codes[:num_scored], weights=query.weights[:num_scored])
 
     def _pack(self, entries_TC: Tensor, num_records: int | None = None) -> Tensor:
-        """Records [1, T, R] of entries; where `num_records` asks for more, zero bytes follow."""
+        """Records [1, T, R] of entries, followed by zero bytes up to `num_records` records."""
         rows = entries_TC.float().contiguous()
         make = torch.empty if num_records is None else torch.zeros
         shape = (1, num_records or len(rows), entry_bytes(self._layout))
@@ -195,25 +195,25 @@ class TritonOps:
         return records
 
     def _window(self, line: WindowLine) -> operands.Window:
-        """The chunk's window line as records, which give its values back exactly, and each query's part of it."""
+        """The chunk's window line as records, which hold its values exactly, and each query's part of it."""
         window = line.values.shape[1]
         device = line.values.device
         own = _count(line.num_tokens, device)
         counts = (own + (line.position + 1 - line.cut)).clamp(max=window)
         last = own + (window + line.position % window)
-        # Kernels are compiled for a number of rows: powers of two keep the lengths of chunks from being that many.
+        # Kernels are compiled per number of rows. Rounding it up to powers of two keeps these numbers few.
         rows = line.values.flatten(0, 1)
         records = self._pack(rows, 1 << (len(rows) - 1).bit_length())
         return operands.Window(records=records, firsts=last - counts + 1, counts=counts)
 
     def _heads(self, q_THC: Tensor, sinks_H: Tensor) -> operands.Heads:
-        """Queries come scaled, and the model turns outputs back itself."""
+        """Queries are scaled already, and the model itself rotates outputs back."""
         shape = (len(q_THC), self._layout.geometry.rope_dim // 2)
         ones, zeros = torch.ones(shape, device=q_THC.device), torch.zeros(shape, device=q_THC.device)
         return operands.Heads(sinks=sinks_H.float(), scale=1.0, cos=ones, sin=zeros)
 
     def _decoded(self, entries: Entries | None, line: operands.Window) -> Tensor:
-        """The sequence's entries and its window rows, or the latter alone, for the prefill kernel."""
+        """The sequence's decoded entries and window rows, or the window rows alone, for the prefill kernel."""
         geometry = self._layout.geometry
         if entries is None:
             none = _count(0, line.records.device)
@@ -237,12 +237,12 @@ def _table(entries: Entries) -> Tensor:
 
 
 def _slots(entries: Entries, indices: Tensor) -> Tensor:
-    """Pool slots, int32, of entries by their index in the sequence."""
+    """Pool slots (int32) of entries, given by their index in the sequence."""
     blocks, rows = entries.locate(indices)
     return (blocks * entries.part.num_rows + rows).int()
 
 
 def fill_rows(x: Tensor, num_rows: int) -> Tensor:
-    """x with its last row repeated until there are `num_rows`; x itself where there are as many."""
+    """x with its last row repeated until there are `num_rows` rows; x itself if it has as many."""
     missing = num_rows - len(x)
     return x if missing <= 0 else torch.cat((x, x[-1:].expand(missing, *x.shape[1:])))

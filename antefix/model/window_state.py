@@ -1,4 +1,4 @@
-"""Window state: what a sequence needs beyond its blocks to continue. Position-dependent, small, short-lived.
+"""Window state: what a sequence needs in addition to its blocks to continue. Depends on position; small, short-lived.
 
 Bytes of a state at position P (all numbers little-endian; floats are float32, float64 for the FLOAT64 format):
 
@@ -36,10 +36,10 @@ _FIRST_BYTES = 8
 
 @dataclass(slots=True)
 class CompressorState:
-    """One compressor's memory between calls.
+    """One compressor's state between calls.
 
     tail: [2, ratio, S] kv and gate of the unfinished group's tokens; rows from `position % ratio` on mean nothing.
-    overlap: [2, m, C] the last closed group's Ca rows; None for HCA.
+    overlap: [2, m, C] the Ca rows of the last closed group; None for HCA.
     """
 
     tail: Tensor
@@ -51,10 +51,11 @@ class CompressorState:
 
 @dataclass(slots=True)
 class DraftState:
-    """What the layer that drafts needs (`antefix.model.draft`).
+    """The state of the draft layer (`antefix.model.draft`).
 
-    ring: [n_win, c] its window KV; the entry of position p lies in slot p mod n_win.  first, end: entries of positions
-    [first, end) are there, the last n_win of them.  streams: [M * D] or [M, D] of the token at `end`; None: used up.
+    ring: [n_win, c] its window KV; the entry of position p lies in slot p mod n_win.  first, end: it has entries of
+    positions [first, end), of which the last n_win are kept.  streams: [M * D] or [M, D] of the token at `end`; None:
+    they have been used.
     """
 
     ring: Tensor
@@ -64,17 +65,17 @@ class DraftState:
 
     @classmethod
     def empty(cls, layout: BlockLayout, position: int, device: str | torch.device = "cpu") -> DraftState:
-        """Nothing is known of the tokens before `position`."""
+        """A state without entries: tokens before `position` are unknown."""
         shape = (layout.geometry.window, layout.geometry.head_dim)
         ring = torch.zeros(shape, dtype=value_dtype(layout.kv_format), device=device)
         return cls(ring, position, position, None)
 
     def is_at(self, position: int) -> bool:
-        """Whether it is the state of a sequence of so many tokens."""
+        """Whether this is the state of a sequence of `position` tokens."""
         return self.streams is not None and self.end == position - 1
 
     def take(self, entries_TC: Tensor) -> None:
-        """The next positions' entries."""
+        """Add the entries of the next positions."""
         advance_ring(self.ring, entries_TC, self.end)
         self.end += len(entries_TC)
 
@@ -85,11 +86,11 @@ class DraftState:
 
     @staticmethod
     def fixed_bytes(layout: BlockLayout) -> int:
-        """Of its bytes, all but the streams."""
+        """How many bytes a state takes without its streams."""
         return _FIRST_BYTES + layout.window_bytes // layout.geometry.num_layers
 
     def pieces(self, layout: BlockLayout) -> list[Tensor]:
-        """Its bytes in order (table above), of a state that `is_at` some position."""
+        """The state's bytes in order (table above). `is_at` must hold for some position."""
         assert self.streams is not None
         first = torch.tensor([self.first], dtype=torch.int64, device=self.ring.device)
         records = pack_entries(self.ring.roll(-(self.end % layout.geometry.window), dims=0), layout)
@@ -97,7 +98,7 @@ class DraftState:
 
     @classmethod
     def from_bytes(cls, layout: BlockLayout, position: int, raw: Tensor) -> DraftState:
-        """Of a sequence of `position` tokens.  Raises:  BlockCorrupt: it cannot have begun where it says."""
+        """The state of a sequence of `position` tokens.  Raises:  BlockCorrupt: its first position is impossible."""
         window, records_end = layout.geometry.window, cls.fixed_bytes(layout)
         first = int(raw[:_FIRST_BYTES].clone().view(torch.int64))
         if not 0 <= first < position:
@@ -108,13 +109,13 @@ class DraftState:
 
 
 class Seat(Protocol):
-    """Where a state lies while decode steps run it on a card (`antefix.model.seats`)."""
+    """The place of a state on a card while decode steps run it (`antefix.model.seats`)."""
 
     def copy_out(self, state: WindowState) -> None:
-        """Give an empty state the values that lie here."""
+        """Copy the seat's values to an empty state."""
 
     def leave(self) -> None:
-        """The place is free for another state."""
+        """Free the seat for another state."""
 
 
 class WindowState:
@@ -122,11 +123,11 @@ class WindowState:
 
     window: [L, n_win, c]; the token at position p lies in slot p mod n_win.
     main, indexer: compressor states by layer.
-    seat: where those three lie instead, after a decode step on a card. Whatever asks for one of them moves them out, so
-        it may change them in place.
-    draft: of a model that drafts; what it holds decides speed, never an answer.
-    cut: tokens before it are not attended to in windows. 0, except during a bounded replay, which starts there; not
-        part of the bytes, since n_win tokens later nothing of it is left.
+    seat: after a decode step on a card, the place of the three fields above. Reading one of these fields moves all of
+        them out of the seat, so the reader may change them in place.
+    draft: of a model that drafts; it affects speed, never an answer.
+    cut: windows do not attend to tokens before it. 0, except during a bounded replay, which starts there. It is not
+        part of the bytes, because n_win tokens later it has no effect.
     """
 
     def __init__(self, layout: BlockLayout, position: int = 0, device: str | torch.device = "cpu") -> None:
@@ -178,7 +179,7 @@ class WindowState:
         return self._seat
 
     def take_seat(self, seat: Seat) -> None:
-        """From now on the values lie there."""
+        """From now on the values lie in this seat."""
         self._seat = seat
         self._window, self._main, self._indexer = self._window.new_empty(0), {}, {}
 
@@ -192,18 +193,18 @@ class WindowState:
 
     @classmethod
     def zeros(cls, layout: BlockLayout, position: int, device: str | torch.device = "cpu") -> WindowState:
-        """An empty state at a position: where a sequence starts (0), or an exact replay (a block boundary)."""
+        """An empty state at a position: for the start of a sequence (0) or of an exact replay (a block boundary)."""
         return cls(layout, position, device)
 
     @classmethod
     def cut_at(cls, layout: BlockLayout, position: int, device: str | torch.device = "cpu") -> WindowState:
-        """Where a bounded replay starts: as if the sequence began there, but for its position and its global KV."""
+        """The start of a bounded replay: as if the sequence began here, but with its true position and global KV."""
         state = cls(layout, position, device)
         state.cut = position
         return state
 
     def clone(self) -> WindowState:
-        """An independent copy: two continuations of one prompt."""
+        """An independent copy, for two continuations of one prompt."""
         if self._seat is not None:
             copy = WindowState(self.layout, self.position, self._window.device)
             self._seat.copy_out(copy)
@@ -226,7 +227,7 @@ class WindowState:
         pieces += [piece.contiguous().view(torch.uint8) for piece in self._float_pieces()]
         if self.draft is not None and self.draft.is_at(self.position):
             pieces += self.draft.pieces(self.layout)
-        # Laid out where it is, so that a card is asked once.
+        # Joined on the device, so that only one copy waits for a card.
         return torch.cat([piece.flatten() for piece in pieces]).cpu().numpy().tobytes()
 
     @classmethod
@@ -235,8 +236,8 @@ class WindowState:
     ) -> WindowState:
         """The state that `to_bytes` wrote at `position`.
 
-        Raises:  BlockCorrupt: not as many bytes as a state at this position has, with or without a draft state, or
-            BlockUnusable: values that no computation may meet.
+        Raises:  BlockCorrupt: the number of bytes is not that of a state at this position, with or without a draft
+            state. BlockUnusable: it holds NaN, infinity or numbers beyond the limit (`finite.py`).
         """
         state = cls(layout, position, device)
         nbytes = state_bytes(layout, position)
@@ -263,12 +264,12 @@ class WindowState:
 
     @property
     def is_usable(self) -> bool:
-        """Whether it holds nothing but numbers that may be computed with."""
+        """Whether all of its values are numbers up to the limit (`finite.py`)."""
         if self._seat is not None:
             return self.clone().is_usable
         draft = () if self.draft is None else (self.draft.ring, self.draft.streams)
         floats = tuple(self._float_pieces())
-        # Of each two: values and gates. A group that was never seen has gates of minus infinity.
+        # Each piece holds values, then gates. The gates of a group without tokens are minus infinity, which is allowed.
         values, gates = [piece[0] for piece in floats], [piece[1] for piece in floats]
         return all(is_usable(part) for part in (self.window, *values, *draft)) and all(
             is_usable(part.clamp(min=-MAGNITUDE_MAX)) for part in gates
@@ -291,7 +292,7 @@ class WindowState:
 
 @dataclass(slots=True)
 class Sequence:
-    """A sequence as `forward` sees it: blocks of global KV in order, and the window state at its end.
+    """A sequence as `forward` needs it: its blocks of global KV in order, and the window state at its end.
 
     block_table: pool ids; block i holds tokens [i * block_size, (i + 1) * block_size). It must reach the last token
     that is to be computed; the last block may be unfinished.
@@ -302,7 +303,7 @@ class Sequence:
 
     @property
     def position(self) -> int:
-        """Tokens so far."""
+        """How many tokens it has so far."""
         return self.window.position
 
 

@@ -1,4 +1,4 @@
-"""Taking a prompt over from prefill, and prefilling here where a part of it is gone."""
+"""Takes a prompt over from a prefill worker, and prefills here if a part of the prompt's KV is gone."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class Adopted:
 
 
 async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff | None:
-    """The handoff, or None where there is none (any more), or it is another prompt's."""
+    """The handoff. None: there is none (any more), or it belongs to another prompt."""
     if not name:
         return None
     try:
-        # Whose it is its digest says, which is made with the tenant's key; while secrets rotate, a prefill worker may
-        # have sealed it under another one than ours.
+        # The handoff's tenant is known by a digest, made with the tenant's key. While secrets rotate, a prefill worker
+        # may have sealed it under another secret than this worker's newest one.
         data = await engine.store.get(RecordKind.HANDOFF, name, fingerprint=engine.fingerprint)
         handoff = Handoff.from_bytes(data) if data is not None else None
     except AntefixError as err:
@@ -53,7 +53,7 @@ async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff |
 
 
 async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | None:
-    """Blocks from the store, the rest from the handoff; None where a block is missing or a part does not fit.
+    """Load blocks from the store and the rest from the handoff. None: a block is missing or a part does not fit.
 
     Raises:  Overloaded: no room in the pool.
     """
@@ -74,14 +74,14 @@ async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | N
         engine.counters.note(err)
         return None
     except BaseException:
-        engine.blocks.release(table)  # a client that left while its last row was put back
+        engine.blocks.release(table)  # the client left while the last row was copied into the pool
         raise
     report.restore_s = time.perf_counter() - started
     return Adopted(sequence=Sequence(block_table=table, window=window), logits=handoff.logits, report=report)
 
 
 async def prefill_here(engine: Engine, prompt: Prompt) -> Adopted:
-    """The whole way from the store, or from nothing."""
+    """Restore the prompt from the store as far as possible, and compute the rest."""
     computed = await run_prompt(engine, prompt)
     return Adopted(sequence=computed.sequence, logits=computed.logits, report=computed.report)
 
@@ -96,7 +96,8 @@ async def _put_back_row(engine: Engine, block_id: int, row: bytes) -> None:
 
 
 def _take_row(engine: Engine, block_id: int) -> bool:
-    """In the compute thread, as one job: each waits for a decode step. Whether the row can be used."""
+    """Copy the row in; returns whether it can be used. Runs in the compute thread as one job, because each job waits
+    for a decode step."""
     if engine.pool.unusable([block_id]):
         return False
     engine.pool.note_filled([block_id])

@@ -1,12 +1,12 @@
-"""Choosing the next tokens of a whole batch where its logits are: token ids come back, not logits.
+"""Chooses the next tokens of a whole batch on the device that holds the logits: only token ids are copied back.
 
-The same steps, in the same order and arithmetic, as `token_choice.Sampler` takes for one sequence on the host:
+It takes the same steps, in the same order and arithmetic, as `token_choice.Sampler` takes for one sequence on the host:
 
     grammar -> penalties -> greedy, or temperature -> min_p -> top_k -> top_p -> draw; and log probabilities
 
-What a request wants comes from the host (`Wish`), its random number too. Greedy tokens are equal. A drawn one is equal
-unless its random number lies within rounding (1e-12) of a border between two tokens, since sums of probabilities are
-added in another order there.
+The host sends each request's settings and its random number (`Wish`). Greedy tokens equal the host's. A drawn token
+equals the host's unless its random number lies within rounding (1e-12) of a border between two tokens: the device adds
+probabilities in another order.
 
 Shapes:  S = sequences, V = vocabulary, n = sequences that draw, or that want log probabilities.
 """
@@ -29,11 +29,11 @@ from antefix.wire import TokenLogprob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Edits:
-    """What is done to one sequence's logits, in this order (`penalties.Penalties`). Token ids may lie beyond V.
+    """Changes to one sequence's logits, in this order (`penalties.Penalties`). Token ids may lie beyond V.
 
-    forbidden: ids that get no probability, unless nothing else is left.  biased, bias: what is added.  repeated: ids
-    that are made less likely by `repetition`.  counted, counts: ids that came before, and how often, of which
-    `frequency` times the count, and `presence`, are taken off.
+    forbidden: ids that get no probability, unless no other id is left.  biased, bias: ids, and the bias added to each.
+    repeated: ids that `repetition` makes less likely.  counted, counts: ids that have appeared, and how often;
+    `frequency` times the count, and `presence`, are subtracted.
     """
 
     forbidden: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -51,8 +51,9 @@ class Edits:
 class Wish:
     """How one sequence's token is chosen.
 
-    allowed: bits of a grammar, [V / 32] int32, lowest first.  uniform: the random number, in [0, 1).  num_top: of how
-    many of the likeliest tokens log probabilities are wanted besides the chosen one's; None: of none at all.
+    allowed: the tokens that a grammar allows, as bits [V / 32] int32, lowest first.  uniform: the random number, in
+    [0, 1).  num_top: log probabilities are wanted for this many of the likeliest tokens, and for the chosen one; None:
+    no log probabilities.
     """
 
     sampling: Sampling
@@ -64,7 +65,7 @@ class Wish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """are_numbers: whether all logits were; where not, the token means nothing."""
+    """are_numbers: whether all logits were finite; if not, the token means nothing."""
 
     token: int
     are_numbers: bool
@@ -73,7 +74,7 @@ class Choice:
 
 @torch.inference_mode()
 def choose_tokens(logits: Tensor, wishes: Sequence[Wish]) -> list[Choice]:
-    """logits: [S, V], left as they are. Asks the device for numbers once."""
+    """Choose a token per sequence. logits: [S, V], not changed. Copies numbers from the device once."""
     logits = logits.float()
     low, high = logits.aminmax(dim=1)
     edited = _edited(logits, wishes)
@@ -88,7 +89,7 @@ def choose_tokens(logits: Tensor, wishes: Sequence[Wish]) -> list[Choice]:
     if told:
         rows = _upload(told, np.int64, logits)
         pieces.append(_logprobs(logits.index_select(0, rows), tokens.index_select(0, rows), most).flatten())
-    # Ids and float32 are exact in float64.
+    # Token ids and float32 numbers are exact in float64, so one copy carries both.
     found = torch.cat(pieces).cpu().numpy()
     heads = found[: 2 * len(wishes)].reshape(-1, 2)
     tails = dict(zip(told, found[2 * len(wishes) :].reshape(len(told), 1 + 2 * most), strict=True))
@@ -106,7 +107,7 @@ def _told(numbers: npt.NDArray[np.float64] | None, num_top: int | None) -> Token
 
 
 def _edited(logits: Tensor, wishes: Sequence[Wish]) -> Tensor:
-    """Logits after grammars and penalties; the same tensor where nobody wants any."""
+    """Logits after grammars and penalties; the same tensor if no request has any."""
     masked = [row for row, wish in enumerate(wishes) if wish.allowed is not None]
     edits = [(row, wish.edits) for row, wish in enumerate(wishes) if wish.edits is not None]
     if not masked and not edits:
@@ -157,7 +158,7 @@ def _count(flat: Tensor, size: int, edits: list[tuple[int, Edits]]) -> None:
 
 
 def _places(rows: list[tuple[int, npt.NDArray[np.int64]]], size: int) -> tuple[npt.NDArray[np.int64], ...]:
-    """Of ids by row: their places in all logits, and their rows. Ids beyond the vocabulary are left out."""
+    """For ids by row: their places in the flattened logits, and their rows. Ids beyond the vocabulary are left out."""
     kept = [(row, ids[ids < size]) for row, ids in rows]
     empty = [np.zeros(0, np.int64)]
     return (
@@ -182,25 +183,25 @@ def _draw(logits_nV: Tensor, wishes: list[Wish]) -> Tensor:
     top_k = [w.sampling.top_k if 0 < w.sampling.top_k < size else size for w in wishes]
     if min(top_k) < size:
         last = _upload([k - 1 for k in top_k], np.int64, logits_nV).unsqueeze(1)
-        # As many as equal the k-th stay with it.
+        # Tokens that are as likely as the k-th are kept too.
         values = torch.where(values < values.gather(1, last), 0.0, values)
     cumulative = (values / values.sum(1, keepdim=True)).cumsum(1)
     num_kept = torch.searchsorted(cumulative, top_p * cumulative[:, -1:]).clamp(max=size - 1)
-    # Of ids that have no probability none is kept.
+    # Tokens without probability are never kept.
     num_kept = torch.minimum(num_kept, (values > 0).sum(1, keepdim=True) - 1)
     place = torch.searchsorted(cumulative, uniform * cumulative.gather(1, num_kept), right=True)
     return ordered.indices.gather(1, torch.minimum(place, num_kept)).squeeze(1)
 
 
 def _logprobs(logits_nV: Tensor, tokens_n: Tensor, num_top: int) -> Tensor:
-    """[n, 1 + 2 * num_top] float64: of the token, then ids and log probabilities of the likeliest."""
+    """[n, 1 + 2 * num_top] float64: the token's log probability, then ids and log probabilities of the likeliest."""
     wide = logits_nV.double()
     wide = wide - wide.amax(1, keepdim=True)
     wide = (wide - wide.exp().sum(1, keepdim=True).log()).float().double()
     own = wide.gather(1, tokens_n.unsqueeze(1))
     if not num_top:
         return own
-    # Equal ones go by the lowest id, so by a stable sort.
+    # A stable sort, so that of equal ones the lowest id comes first.
     likeliest = logits_nV.sort(dim=1, descending=True, stable=True).indices[:, :num_top]
     top = torch.stack((likeliest.double(), wide.gather(1, likeliest)), 2)
     return torch.cat((own, top.flatten(1)), 1)

@@ -1,7 +1,7 @@
-"""Following a grammar token by token, and the grammars that this worker has made ready.
+"""Follows a grammar token by token, and keeps the grammars that this worker has compiled.
 
-Making one ready runs in a thread, a few at a time, with a deadline; the engine's own limits (antefix/grammar.py) end
-what is too large. A matcher that fails ends its own sequence.
+A grammar is compiled in a thread, a few at a time, with a deadline. The grammar engine's own limits
+(antefix/grammar.py) reject grammars that are too large. A matcher that fails ends its own sequence only.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy.typing as npt
 from antefix.errors import InvalidRequest, Overloaded
 from antefix.grammar import Vocabulary, reason
 
-# Some 50 KB each where they are simple. An agent has one, or one a set of tools.
+# A simple grammar takes some 50 KB. An agent usually has one grammar, or one for each set of tools.
 NUM_KEPT_MAX = 128
 NUM_AT_ONCE = 2
 READY_S_MAX = 10.0
 
 
 class Matcher:
-    """One output on its way through a grammar. See `antefix_decode.token_choice.Constraint`."""
+    """One output's position in its grammar. See `antefix_decode.token_choice.Constraint`."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher
@@ -47,7 +47,7 @@ class Matcher:
         return bits
 
     def push(self, token: int) -> None:
-        """Raises:  InvalidRequest: the token may not come next."""
+        """Raises:  InvalidRequest: the grammar does not allow this token next."""
         self._matcher.consume_token(token)
         self._check()
         self.is_over = self._matcher.is_stopped()
@@ -58,19 +58,19 @@ class Matcher:
 
 
 class Grammars:
-    """Makes grammars ready once, and hands out a matcher for each output."""
+    """Compiles each grammar once, and creates a matcher for each output."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
         self._vocabulary = vocabulary
         self._ready: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
-        # Of its own: what is given up runs on, and a process's other threads are for files and names of hosts.
+        # Separate threads: work that missed its deadline runs on, and asyncio's own threads serve files and host names.
         self._threads = ThreadPoolExecutor(NUM_AT_ONCE, thread_name_prefix="antefix-grammar")
         self._turns = asyncio.Semaphore(NUM_AT_ONCE)
 
     async def matcher(self, grammar: str, emitted: Sequence[int] = ()) -> Matcher:
-        """One that has read `emitted`, what was given out of the output before.
+        """A matcher that has already read `emitted`, the part of the output that was sent before.
 
-        Raises:  InvalidRequest: not a grammar, too large a one, or not one of this output.
+        Raises:  InvalidRequest: not a grammar, too large a grammar, or `emitted` does not follow it.
         """
         name = hashlib.blake2b(grammar.encode(), digest_size=16).digest()
         ready = self._ready.get(name)
@@ -88,7 +88,7 @@ class Grammars:
     def _ended(self, work: asyncio.Future[llguidance.LLMatcher]) -> None:
         self._turns.release()
         if not work.cancelled():
-            # Seen, or asyncio would log it as never retrieved where nobody waits any more.
+            # Read the exception, or asyncio would log it as never retrieved if nobody waits for it any more.
             work.exception()
 
     async def _make(self, grammar: str) -> llguidance.LLMatcher:
@@ -96,7 +96,7 @@ class Grammars:
         try:
             async with asyncio.timeout(READY_S_MAX):
                 await self._turns.acquire()
-                # A thread cannot be stopped: its turn ends when it does, however long that takes.
+                # A thread cannot be stopped, so its place stays taken until it ends, however long that takes.
                 work = asyncio.get_running_loop().run_in_executor(self._threads, self._vocabulary.matcher, grammar)
                 work.add_done_callback(self._ended)
                 ready = await asyncio.shield(work)

@@ -1,6 +1,6 @@
-"""Log probabilities of an output's tokens. Pure: the same logits give the same numbers, so a hit's are a cold run's.
+"""Log probabilities of an output's tokens. Pure: equal logits give equal numbers, so a hit gives a cold run's numbers.
 
-They are the model's own: of the softmax over the logits as they are, before temperature and nucleus.
+They are the model's own probabilities: the softmax over the unchanged logits, before temperature and top_p.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from antefix.wire import TokenLogprob
 
 
 def token_logprob(logits: npt.NDArray[np.float32], token: int, num_top: int) -> TokenLogprob:
-    """logits: [vocab] float32.  The likeliest come first, ties by lowest id."""
-    # float64 inside: a float32 sum over 129,280 ids would decide the last digits of every number.
+    """logits: [vocab] float32.  The likeliest tokens come first; of equal ones the lowest id."""
+    # In float64: a float32 sum over 129,280 ids is not accurate enough for the last digits.
     wide = logits.astype(np.float64)
     wide -= wide.max()
     wide -= np.log(np.exp(wide).sum())
@@ -27,7 +27,7 @@ def token_logprob(logits: npt.NDArray[np.float32], token: int, num_top: int) -> 
 
 
 def _likeliest(logits: npt.NDArray[np.float32], num_top: int) -> npt.NDArray[np.intp]:
-    """The `num_top` largest, found without sorting the vocabulary."""
+    """The ids of the `num_top` largest logits, found without sorting the whole vocabulary."""
     if not num_top:
         return np.empty(0, np.intp)
     num_top = min(num_top, len(logits))
@@ -37,14 +37,15 @@ def _likeliest(logits: npt.NDArray[np.float32], num_top: int) -> npt.NDArray[np.
 
 
 class Logprobs:
-    """One output's. Those of tokens that may not be shown yet wait; without being asked for, there are none."""
+    """Log probabilities of one output. Those of tokens that may not be shown yet wait here. If the request wants none,
+    there are none."""
 
     def __init__(self, num_top: int | None = None) -> None:
         self._num_top = num_top
         self._waiting: deque[TokenLogprob] = deque()
 
     def push(self, logits: npt.NDArray[np.float32], token: int) -> None:
-        """`token` was chosen from `logits`."""
+        """Add the log probability of `token`, which was chosen from `logits`."""
         if self._num_top is not None:
             self._waiting.append(token_logprob(logits, token, self._num_top))
 
@@ -53,9 +54,9 @@ class Logprobs:
         return self._num_top
 
     def add(self, logprob: TokenLogprob) -> None:
-        """Of the next token, computed elsewhere."""
+        """Add the next token's log probability, computed elsewhere."""
         self._waiting.append(logprob)
 
     def take(self, num_tokens: int) -> tuple[TokenLogprob, ...]:
-        """Those of the next tokens that are shown."""
+        """Log probabilities of the next `num_tokens` tokens, which are shown now."""
         return tuple(self._waiting.popleft() for _ in range(num_tokens)) if self._num_top is not None else ()

@@ -1,4 +1,4 @@
-"""What a decode worker's scheduler shows to a scraper."""
+"""Metrics of a decode worker's scheduler."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS: Table = {
 
 
 def scheduler_metrics(scheduler: Scheduler, prefetch: PrefetchCounters) -> Iterable[Metric]:
-    """prefetch: of prompts that waited for a place and that the worker restores by itself."""
+    """prefetch: counters of prompts that waited for a place and that the worker restores itself."""
     yield gauge("antefix_decode_running_sequences", "Sequences that run.", {(): float(scheduler.num_running)})
     yield gauge("antefix_decode_placed_sequences", "Those, and those being loaded.", {(): float(scheduler.num_placed)})
     yield gauge(

@@ -1,9 +1,9 @@
-"""What is done to logits before a token is chosen from them, in vLLM's order and arithmetic. Pure numpy.
+"""Changes logits before a token is chosen from them, in vLLM's order and arithmetic. Pure numpy.
 
     forbidden until min_tokens -> logit bias -> repetition, frequency, presence penalty -> ... the token is chosen
 
-Prompt and output count apart: presence and frequency look at the output alone, repetition at both. A request that is
-continued elsewhere passes what it has given out already as output, so it continues as if nothing had happened.
+Prompt and output are counted separately: presence and frequency penalties count the output alone, repetition both. A
+request that continues on another worker passes what it has already sent as output, so its penalties do not change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Logits = npt.NDArray[np.float32]
 
 
 class Penalties:
-    """One output's. Costs nothing where no setting asks for it."""
+    """The penalties of one output. They cost nothing if no setting asks for them."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class Penalties:
         prompt: npt.ArrayLike = (),
         emitted: Iterable[int] = (),
     ) -> None:
-        """stop_ids: all tokens that may end the output, the model's end tokens too where they are ignored."""
+        """stop_ids: all tokens that may end the output; also the model's end tokens if they are ignored."""
         self._sampling = sampling
         self._output = _Counts()
         self._repeated = _Counts() if sampling.repetition_penalty != 1.0 else None
@@ -46,7 +46,7 @@ class Penalties:
             self.push(token)
 
     def push(self, token: int) -> None:
-        """The output has one token more."""
+        """Count a new token of the output."""
         self._num_output += 1
         if self._counts:
             self._output.add(token)
@@ -54,7 +54,7 @@ class Penalties:
             self._repeated.add(token)
 
     def apply(self, logits: Logits) -> Logits:
-        """logits: [vocab] float32, left as they are.  Returns the same array where there is nothing to do."""
+        """logits: [vocab] float32, not changed.  Returns the same array if there is nothing to do."""
         if self._must_go_on or len(self._biased) or self._counts:
             logits = logits.copy()
         if self._must_go_on:
@@ -66,7 +66,7 @@ class Penalties:
         return logits
 
     def edits(self) -> Edits | None:
-        """What `apply` does, for logits that lie elsewhere; None where there is nothing to do."""
+        """The changes that `apply` makes, for logits on a card; None if there are none."""
         if not (self._must_go_on or len(self._biased) or self._counts):
             return None
         none, sampling = np.zeros(0, np.int64), self._sampling
@@ -74,7 +74,7 @@ class Penalties:
             forbidden=self._stop_ids if self._must_go_on else none,
             biased=self._biased,
             bias=self._bias,
-            # Copies: these arrays continue changing.
+            # Copies, because these arrays change with later tokens.
             repeated=none if self._repeated is None else self._repeated.tokens.copy(),
             repetition=sampling.repetition_penalty,
             counted=self._output.tokens.copy(),
@@ -89,7 +89,7 @@ class Penalties:
 
     def _penalize(self, logits: Logits) -> None:
         if self._repeated is not None:
-            # The penalty of Keskar et al., 2019: towards less likely on either side of zero.
+            # The penalty of Keskar et al., 2019: makes a token less likely, whether its logit is positive or negative.
             tokens = self._repeated.tokens
             values, penalty = logits[tokens], np.float32(self._sampling.repetition_penalty)
             logits[tokens] = np.where(values > 0, values * (np.float32(1.0) / penalty), values * penalty)
@@ -99,7 +99,7 @@ class Penalties:
 
 
 class _Counts:
-    """How often each token came, as two arrays that grow: a step adds one token, and must not go over all of them."""
+    """How often each token appeared, as two growing arrays: adding a token must not take time in proportion to them."""
 
     def __init__(self) -> None:
         self._index: dict[int, int] = {}
@@ -108,7 +108,7 @@ class _Counts:
 
     @property
     def tokens(self) -> npt.NDArray[np.int64]:
-        """[N], each once, in the order in which they first came."""
+        """[N] tokens, each once, in the order of their first appearance."""
         return self._tokens[: len(self._index)]
 
     @property
@@ -125,7 +125,7 @@ class _Counts:
 
 
 def _forbid(logits: Logits, tokens: npt.NDArray[np.int64]) -> None:
-    """Unless nothing else is left: a grammar may leave the end as the only way to continue."""
+    """Forbid tokens unless no other token is left: a grammar may allow nothing but the end."""
     before = logits[tokens[tokens < len(logits)]]
     logits[tokens[tokens < len(logits)]] = -np.inf
     if not np.isfinite(logits.max()):

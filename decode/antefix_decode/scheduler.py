@@ -2,9 +2,9 @@
 
     join -> [step: grow, run, choose, emit, store finished blocks; the same for drafted tokens that are right]* -> leave
 
-Sequences join and leave between steps. A client that does not read stops only its own sequence: its bounded queue
-fills up and the sequence sits out. Where several tenants want the worker, a step is no longer than their shares allow
-(`step_shares`).
+Sequences join and leave between steps. A client that does not read delays only its own sequence: the sequence's bounded
+queue fills up, and the sequence skips steps. If several tenants have sequences here, their shares limit how many take
+part in a step (`step_shares`).
 """
 
 from __future__ import annotations
@@ -45,15 +45,15 @@ log = logging.getLogger("antefix.decode")
 Step = TypeVar("Step")
 RunStep = Callable[[Engine, list[tuple[Sequence, int, bool]]], list[Step]]
 
-# Tokens a client may lag behind before its sequence pauses.
+# How many unread tokens a client may have before its sequence pauses.
 NUM_UNREAD_MAX = 256
-# One place more for each so many, for tenants that have none.
+# For every 8 places there is one more, for tenants that have no place.
 _EXTRA_OF = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisibleTokens:
-    """Tokens that may be shown now. logprobs: one a token, where they were asked for."""
+    """Tokens that may be shown now. logprobs: one per token, if they were asked for."""
 
     tokens: list[int]
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -61,9 +61,9 @@ class VisibleTokens:
 
 @dataclass(slots=True, eq=False)
 class Running:
-    """One sequence being generated. `next_token` is chosen but not yet run; `prompt.chain` grows with the output.
+    """One sequence being generated. `next_token` has been chosen but not run; `prompt.chain` grows with the output.
 
-    Compared by identity: two sequences with equal fields are still two.
+    Compared by identity: two sequences with equal fields are different sequences.
     """
 
     prompt: Prompt
@@ -90,7 +90,7 @@ class Scheduler:
 
     def __init__(self, engine: Engine, num_running_max: int, num_waiting_max: int = 0) -> None:
         self._engine = engine
-        # Sequences last: without places of their own, tenants would wait until somebody's long answers end.
+        # Extra places: without them, a tenant without a place would wait until some other tenant's long answer ends.
         self._turns = FairTurns(num_running_max, num_waiting_max, num_extra=num_running_max // _EXTRA_OF)
         self.shares = StepShares()
         self._running: list[Running] = []
@@ -110,7 +110,7 @@ class Scheduler:
 
     @property
     def num_placed(self) -> int:
-        """Requests that have a place, whether they generate yet or not."""
+        """How many requests have a place, whether they already generate or not."""
         return self._turns.num_running
 
     @property
@@ -123,17 +123,17 @@ class Scheduler:
 
     @property
     def step_counters(self) -> StepCounters | None:
-        """Of steps on a card, where the whole batch shares launches."""
+        """Counters of steps on a card; None where a batch does not share launches."""
         runner = self._engine.ops.step_runner
         return None if runner is None else runner.counters
 
     @contextlib.asynccontextmanager
     async def place(self, tenant: str = "", num_tokens: int = 0, share: int = 1) -> AsyncIterator[Place]:
-        """One of the places, from a request's beginning on: many may be loading before the first of them joins. Waits
-        for one where there is none, in turn by tenant.  num_tokens: the most that it may generate.  share: the
-        tenant's, next to those of others.
+        """Hold a place from the beginning of a request: many requests may be loading before the first one joins. If no
+        place is free, waits for one; tenants take turns.  num_tokens: the most that the request may generate.  share:
+        the tenant's share relative to other tenants' shares.
 
-        Raises:  Overloaded: as many sequences run, or are about to, as may, and as many wait.
+        Raises:  Overloaded: all places are taken, and as many requests wait as may wait.
         """
         async with self._turns.turn(tenant, float(num_tokens), share=share):
             place = Place(tenant=tenant, share=share)
@@ -144,18 +144,18 @@ class Scheduler:
                 self.shares.leave(place)
 
     def join(self, running: Running) -> None:
-        """Add a sequence; it takes part from the next step on. The caller calls `leave` whatever happens."""
+        """Add a sequence; it takes part from the next step on. The caller must call `leave` in every case."""
         running.place.is_loading = False
         self._running.append(running)
         self._wake.set()
         if self._task is None:
-            # Works for all of them, so under none of their ids.
+            # A new context, because the loop works for all requests and must not log under the id of one.
             self._task = asyncio.create_task(self._loop(), context=Context())
 
     async def leave(self, running: Running) -> None:
-        """Take a sequence out and give its blocks back; waits for the step in hand, which may be using them."""
+        """Remove a sequence and free its blocks. Waits for the running step, which may be using them."""
         running.done = True
-        # A caller that is cancelled here once more must not leave with its blocks still taken.
+        # If the caller is cancelled again here, the blocks must still be freed.
         await uninterrupted(self._leave(running))
 
     async def _leave(self, running: Running) -> None:
@@ -174,14 +174,14 @@ class Scheduler:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def tokens(self, running: Running) -> AsyncIterator[VisibleTokens]:
-        """What may be shown, until the output is over.
+        """Tokens that may be shown, until the output is over.
 
         Raises:  Overloaded: the pool had no room for another token.  AntefixError: the step failed.
         """
         while (item := await running.unread.get()) is not None:
             if isinstance(item, AntefixError):
                 raise item
-            self._wake.set()  # it may have been paused for being unread
+            self._wake.set()  # the sequence may have been paused because its client did not read
             yield item
 
     async def _loop(self) -> None:
@@ -204,7 +204,7 @@ class Scheduler:
     async def _step(self, batch: list[Running]) -> None:
         engine = self._engine
         started = time.perf_counter()
-        # 1. Room for one more token each, and for a drafted one if it can be had; a sequence without any fails alone.
+        # 1. Reserve room for one more token each, and for a drafted one if possible. A sequence without room fails.
         ready = [running for running in batch if self._grow(running)]
         if not ready:
             return
@@ -217,10 +217,10 @@ class Scheduler:
         ready, steps = await self._run_together(ready, items, run_step)
         if not ready:
             return
-        # 3. Store what is finished, choose the next tokens, hand out what may be shown.
+        # 3. Store finished blocks, choose the next tokens, give out those that may be shown.
         for running, step in zip(ready, steps, strict=True):
             await self._finish_step(running, step.logits[0])
-        # 4. Drafted tokens that were chosen have been run already: the same for them.
+        # 4. Drafted tokens that were chosen have been run already: do step 3 for them too.
         right = [(r, step) for r, step in zip(ready, steps, strict=True) if not r.done and step.drafted == r.next_token]
         if right:
             await engine.compute.run(keep_drafted, engine, [(r.sequence, step) for r, step in right])
@@ -232,7 +232,7 @@ class Scheduler:
         self.busy_s += time.perf_counter() - started
 
     async def _step_on_card(self, ready: list[Running]) -> int:
-        """The same where tokens are chosen on the card. Returns how many there are."""
+        """`_step` where tokens are chosen on the card. Returns how many tokens were generated."""
         items = [(r.sequence, r.next_token, False) for r in ready]
         choosers = {id(r.sequence): (r.sampler, r.logprobs.num_top) for r in ready}
 
@@ -247,7 +247,8 @@ class Scheduler:
     async def _run_together(
         self, ready: list[Running], items: list[tuple[Sequence, int, bool]], run: RunStep[Step]
     ) -> tuple[list[Running], list[Step]]:
-        """Those whose step has run, and their steps. If it fails for all of them, each runs alone: one fails alone."""
+        """The sequences whose step has run, and their steps. If the batch fails, each sequence runs alone, so that only
+        the faulty one fails."""
         positions = [running.sequence.position for running in ready]
         try:
             return ready, await self._engine.compute.run_step(self._repaid_s, self._run_step, run, items)
@@ -260,7 +261,7 @@ class Scheduler:
         steps: list[Step] = []
         for running, item, position in zip(ready, items, positions, strict=True):
             if running.sequence.position != position:
-                # It was moved on before another one failed: what follows its token is lost with the step.
+                # Its state advanced before another sequence failed, so the logits after its token are lost.
                 _fail(running, step_failed(None))
                 continue
             one, step = await self._run_together([running], [item], run)
@@ -268,12 +269,12 @@ class Scheduler:
         return able, steps
 
     def _run_step(self, run: RunStep[Step], items: list[tuple[Sequence, int, bool]]) -> list[Step]:
-        """In the compute thread. What it waited for that thread is no time of the step's."""
+        """Runs in the compute thread. Time spent waiting for that thread does not count as the step's time."""
         self._began = time.perf_counter()
         return run(self._engine, items)
 
     async def _finish_step(self, running: Running, found: npt.NDArray[np.float32] | Choice | AntefixError) -> None:
-        """found: what the step leaves of this sequence: logits, the choice that was made of them, or an error."""
+        """found: the step's result for this sequence: logits, the token that was chosen from them, or an error."""
         try:
             if isinstance(found, AntefixError):
                 raise found
@@ -282,7 +283,7 @@ class Scheduler:
             else:
                 await self._take_token(running, found)
         except AntefixError as err:
-            _fail(running, err)  # its own grammar, say
+            _fail(running, err)  # for example an error of its grammar
         except Exception as err:
             # The loop must continue: if it ended, every sequence of this worker would wait for ever.
             log.exception("a sequence failed after its decode step")
@@ -314,7 +315,7 @@ class Scheduler:
         return True
 
     def _has_room_to_draft(self, running: Running) -> bool:
-        """Whether a second token may be run: within the model's positions and the pool."""
+        """Whether the model's positions and the pool have room for a second token."""
         if not self._engine.model.mtp:
             return False
         end = running.sequence.position + 2
@@ -327,7 +328,7 @@ class Scheduler:
         return True
 
     async def store_end(self, running: Running) -> None:
-        """The output has ended: leave its last checkpoint and wait until all of it is durable."""
+        """Call when the output has ended: stores its last checkpoint and waits until all of the output is durable."""
         await store_end(self._engine, running)
 
 
@@ -342,7 +343,7 @@ def _emit(running: Running, token: int, *, is_last: bool) -> None:
 
 
 def step_failed(err: Exception | None) -> AntefixError:
-    """What the caller hears, who tries another worker: an error of ours as it is, of others' libraries only that."""
+    """The error for the caller, who tries another worker: our own errors unchanged, any other one as a failed step."""
     return err if isinstance(err, AntefixError) else StepFailed("a step of the model failed; the worker's log has it")
 
 

@@ -54,7 +54,7 @@ class DecodeConfig(WorkerConfig):
     num_waiting_max: int = setting(64, "requests that wait for a place; more are refused with a retry hint")
 
     def __post_init__(self) -> None:
-        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        # Not super().__post_init__(): a slotted dataclass is a new class, and `__class__` would be the old one.
         WorkerConfig.__post_init__(self)
         require(self.num_running_max > 0, f"num_running_max must be positive, is {self.num_running_max}")
         require(self.num_waiting_max >= 0, f"num_waiting_max must not be negative, is {self.num_waiting_max}")
@@ -62,7 +62,7 @@ class DecodeConfig(WorkerConfig):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """A request. emitted: the end of the prompt, which its client has already."""
+    """A request. emitted: the tokens at the prompt's end that the client already has as output of another worker."""
 
     prompt: Prompt
     sampling: Sampling
@@ -71,7 +71,7 @@ class _Asked:
 
 
 class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
-    """One worker's calls."""
+    """The gRPC calls of one decode worker."""
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, config: DecodeConfig) -> None:
         self._engine = engine
@@ -91,7 +91,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         compute_for(tenant, share)
         tell(hints_from_wire(request.hints, prompt.chain.hashes, self._engine.fingerprint))
         async with contextlib.AsyncExitStack() as turn:
-            # With a handoff, the first token needs nothing of the store.
+            # With a handoff, the first token needs nothing from the store.
             waiting = contextlib.nullcontext() if request.handoff else self.prefetcher.while_waiting(prompt)
             async with waiting:
                 place = await turn.enter_async_context(
@@ -123,7 +123,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             if stopper.finish_reason:
                 yield decode_pb2.DecodeResponse(finish_reason=stopper.finish_reason, stop_number=stopper.stop_number)
                 return
-            # 3. Load what the handoff does not hold; if a block is gone by now, prefill after all.
+            # 3. Load what the handoff does not contain. If a block is gone by now, prefill after all.
             if handoff is not None:
                 with span("handoff", way="adopt"):
                     adopted = await adopt(self._engine, prompt, handoff)
@@ -134,7 +134,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
         finally:
             if adopted is not None:
                 self._engine.blocks.release(adopted.sequence.block_table)
-        # 4. Generate with the others.
+        # 4. Generate, in a batch with the other sequences.
         running = Running(
             prompt=prompt,
             sequence=sequence,
@@ -165,7 +165,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             finally:
                 steps.set(num_steps=running.sequence.position - running.prompt_tokens)
                 steps.end()
-            # 5. The output's KV must be durable when the client is told of the end: its next turn may follow at once.
+            # 5. Make the output's KV durable before the client learns of the end: its next turn may follow at once.
             with span("store", part="output"):
                 await self.scheduler.store_end(running)
             yield decode_pb2.DecodeResponse(
@@ -179,13 +179,13 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
             await self.scheduler.leave(running)
 
     async def _sampler(self, sampling: Sampling, prompt: Prompt, emitted: list[int]) -> Sampler:
-        """Raises:  InvalidRequest: its grammar cannot be used."""
+        """Raises:  InvalidRequest: the request's grammar cannot be used."""
         asked = prompt.tokens[: prompt.num_tokens - len(emitted)]
         penalties = Penalties(sampling, stop_ids=self._tokenizer.eos_ids, prompt=asked, emitted=emitted)
         if not sampling.grammar:
             return Sampler(sampling, penalties)
         if self._grammars is None:
-            # A large vocabulary takes a second to take in, which a worker without grammars never needs.
+            # Preparing a large vocabulary takes a second; a worker that gets no grammars never needs it.
             size = self._engine.identity.vocab_size
             self._grammars = Grammars(await asyncio.to_thread(Vocabulary, self._tokenizer, size))
         return Sampler(sampling, penalties, await self._grammars.matcher(sampling.grammar, emitted))
@@ -235,7 +235,7 @@ async def run(config: DecodeConfig, *, watch_stdin: bool = False) -> None:
     engine = await start_engine(config, may_call=security.check_calling_one)
     servicer = DecodeServicer(engine, load_tokenizer(config.model), config)
     if (runner := engine.ops.step_runner) is not None:
-        # What is compiled and recorded now keeps no sequence waiting later.
+        # Kernels that are compiled and graphs that are recorded now delay no request later.
         await engine.compute.run(runner.prepare, engine.model, engine.pool, config.num_running_max)
 
     async def stop() -> None:

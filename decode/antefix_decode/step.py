@@ -1,6 +1,6 @@
-"""One step of the model for a batch of sequences: each one's chosen token, and behind it a drafted one if there is one.
+"""One step of the model for a batch of sequences: runs each one's chosen token, and after it a drafted one, if any.
 
-    draft -> run both tokens -> keep the first -> the sampler chooses what follows -> keep the drafted one if it is that
+    draft -> run both tokens -> keep the first -> the sampler chooses what follows -> if that is the draft, keep it too
 
 The drafted token is kept only if the sampler chooses it from the main model's own logits. The sampler's random number
 depends on seed and position alone, so the output is, token for token, the one without drafting, greedy or not.
@@ -20,17 +20,17 @@ from antefix_decode.card_choice import Choice, Wish, choose_tokens
 from antefix_decode.token_choice import Sampler
 from antefix_prefill.worker.engine import Engine
 
-# A sampler, and how many of the likeliest tokens' log probabilities are wanted; None: none.
+# A sampler, and for how many of the likeliest tokens log probabilities are wanted; None: no log probabilities.
 Chooser = tuple[Sampler, int | None]
 _ANY = Wish(sampling=Sampling(max_tokens=1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stepped:
-    """A sequence after a step: one token further.
+    """A sequence after a step, which has advanced it by one token.
 
-    drafted: the token that was run behind it, None for none.  logits: [1 or 2, vocab] float32: what follows the one
-    token, and what would follow the drafted one.
+    drafted: the token that was run after the chosen one; None: none.  logits: [1 or 2, vocab] float32: for the token
+    after the chosen one, and for the token after the drafted one.
     """
 
     number: int
@@ -41,26 +41,26 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenStep:
-    """A sequence after a step whose next token was chosen where the logits are; or why it could not be."""
+    """A sequence after a step that also chose the next token on the card; or the error that prevented it."""
 
     choice: Choice | AntefixError
 
 
 def chooses_on_card(engine: Engine) -> bool:
-    """Whether a worker's steps choose their tokens on the card. A drafted token is compared with the host's choice."""
+    """Whether steps choose their tokens on the card. Not with drafts: the host's choice is compared with a draft."""
     return engine.ops.step_runner is not None and not engine.model.mtp
 
 
 def run_and_choose(
     engine: Engine, items: list[tuple[Sequence, int, bool]], choosers: list[Chooser]
 ) -> list[ChosenStep]:
-    """The same as `run_step` without drafts, and the choice of what follows. In the compute thread.
+    """`run_step` without drafts, which also chooses the next tokens on the card. Runs in the compute thread.
 
-    choosers: of each item, its sampler and how many of the likeliest tokens' log probabilities are wanted.
+    choosers: for each item, its sampler and for how many of the likeliest tokens log probabilities are wanted.
     """
     batch = [(sequence, np.array([token], np.uint32)) for sequence, token, _ in items]
     ran = run_tokens(engine.model, engine.pool, batch, ops=engine.ops)
-    # While the card computes, the host looks at grammars.
+    # While the card computes, the host evaluates the grammars.
     wishes = [_wish(sampler, sequence.position + 1, num_top)
               for (sequence, _, _), (sampler, num_top) in zip(items, choosers, strict=True)]  # fmt: skip
     fine = [wish if isinstance(wish, Wish) else _ANY for wish in wishes]
@@ -76,11 +76,11 @@ def _wish(sampler: Sampler, position: int, num_top: int | None) -> Wish | Antefi
     try:
         return sampler.wish(position, num_top)
     except AntefixError as err:
-        return err  # its own grammar, say
+        return err  # for example an error of its grammar
 
 
 def run_step(engine: Engine, items: list[tuple[Sequence, int, bool]]) -> list[Stepped]:
-    """items: sequence, its chosen token, and whether there is room for another. In the compute thread."""
+    """items: sequence, its chosen token, and whether there is room for a second token. Runs in the compute thread."""
     drafted = _draft(engine, items)
     given = [[token] if extra is None else [token, extra] for (_, token, _), extra in zip(items, drafted, strict=True)]
     batch = [(item[0], np.array(tokens, np.uint32)) for item, tokens in zip(items, given, strict=True)]
@@ -94,14 +94,14 @@ def run_step(engine: Engine, items: list[tuple[Sequence, int, bool]]) -> list[St
 
 
 def keep_drafted(engine: Engine, right: list[tuple[Sequence, Stepped]]) -> None:
-    """The drafted tokens were right: move these sequences on by them. In the compute thread."""
+    """Call when drafted tokens were chosen: advance these sequences past them. Runs in the compute thread."""
     for sequence, step in right:
         tokens = np.array([0, step.drafted], np.uint32)
         keep(engine, step.ran, step.number, (sequence, tokens), count=2)
 
 
 def keep(engine: Engine, ran: Ran, number: int, item: tuple[Sequence, npt.NDArray[np.uint32]], *, count: int) -> None:
-    """Keep tokens up to `count`, the last of which is new."""
+    """Keep the sequence's first `count` tokens, the last of which is new."""
     sequence, tokens = item
     ran.keep(number, count)
     if engine.model.mtp:

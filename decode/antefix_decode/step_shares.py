@@ -1,19 +1,20 @@
-"""Which sequences take part in the next step, so that no tenant's output is slowed down beyond its share of the worker.
+"""Chooses the sequences for the next step, so that no tenant's output is slower than its share of the worker allows.
 
-    step_s(n) = fixed + n * each      as measured, with what the event loop does for n tokens
+    step_s(n) = fixed + n * each      measured, including what the event loop does for n tokens
 
-A tenant whose sequences all take part gets, in steps of n, what it would get alone on its share of the worker while
+A tenant whose sequences all take part in steps of n sequences is as fast as it would be alone on its share of the
+worker, as long as
 
     step_s(n) <= step_s(its own) * all shares / its share
 
-So a step grows until that ends for one of the tenants that want the worker, and one with more sequences takes turns
-among them. Since the fixed part is paid once per step, such a tenant too gets no less than on its share alone. While
-only one tenant wants the worker, all of its sequences take part in each step: no time is kept for who does not ask.
+So a step grows until this no longer holds for one of the tenants that want the worker. A tenant with more sequences
+than fit lets them take turns. The fixed part is paid once per step, so such a tenant too gets at least the speed of its
+share. If only one tenant wants the worker, all of its sequences take part in each step: no time is reserved for others.
 
-A request that is still being loaded counts as one sequence of its tenant: what it waits for is the end of a step.
+A request that is still being loaded counts as one sequence of its tenant, because it waits for a step to end.
 
-Chunks of prompts run between steps. Where a tenant has both, half of the time that is its own goes into steps, and
-`repaid_s` says how much of the time that its chunks took a step gives back to those who have steps alone.
+Chunks of prompts run between steps. If a tenant has both chunks and steps, half of its time goes into steps. Tenants
+that have only steps get back some of the time that other tenants' chunks took: `repaid_s` says how much per step.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from typing import Final, Protocol, TypeVar
 
 from antefix.linear_law import LinearLaw
 
-# Seconds before anything is measured: antefix-tiny's on two cores, of the order of a card's with a large model.
+# Times assumed before anything is measured: antefix-tiny's on two cores; a card with a large model has similar ones.
 _FIXED_S: Final = 0.02
 _EACH_S: Final = 0.001
-# Steps come by the hundred: one counts a third after a hundred more.
+# Weight of old measurements per step. There are hundreds of steps: after 100 more, a step counts a third.
 _MEMORY: Final = 0.99
 
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """A request's, from its admission on. share: its tenant's.  is_loading: its sequence has not joined yet."""
+    """A request's place, from its admission on. share: its tenant's.  is_loading: its sequence has not joined yet."""
 
     tenant: str = ""
     share: int = 1
@@ -42,7 +43,7 @@ class Place:
 
 
 class HasPlace(Protocol):
-    """A sequence. last_step: the number of the last step that it took part in."""
+    """A sequence that has a place. last_step: the number of the last step that it took part in."""
 
     place: Place
     last_step: int
@@ -52,7 +53,7 @@ R = TypeVar("R", bound=HasPlace)
 
 
 class StepShares:
-    """One worker's. num_held_back: sequences that could have run in a step and were not taken into it, summed up."""
+    """The shares of one worker. num_held_back: sum over steps of sequences that could have run but were left out."""
 
     def __init__(self) -> None:
         self.num_held_back = 0
@@ -67,8 +68,8 @@ class StepShares:
         self._places.discard(place)
 
     def choose(self, able: list[R], computing: Collection[str] = ()) -> list[R]:
-        """Of the sequences that can run, those that do: the ones whose last step is longest ago, per tenant.
-        computing: tenants whose chunks of prompts wait for the same thread."""
+        """Choose, from the sequences that can run, those that do: per tenant the ones whose last step is longest ago.
+        computing: tenants whose prompts' chunks wait for the same thread."""
         self._number += 1
         counts = Counter(each.place.tenant for each in able)
         shares = {each.place.tenant: each.place.share for each in able}
@@ -82,8 +83,9 @@ class StepShares:
         return able
 
     def repaid_s(self, step: list[R], computing: Collection[str]) -> float | None:
-        """What a step gives back to those who have steps alone of the time that others' chunks took; None: there is
-        nobody. It is `own * others' shares / their shares`, less the time that others' sequences have in the step.
+        """How much of the time that other tenants' chunks took a step gives back to tenants that have only steps.
+        None: there is no such tenant. It is `own * others' shares / their shares`, minus the time of other tenants'
+        sequences in the step.
         """
         shares = {place.tenant: place.share for place in self._places}
         alone = [each for each in step if each.place.tenant not in computing]
@@ -92,11 +94,11 @@ class StepShares:
         mine = sum({each.place.tenant: each.place.share for each in alone}.values())
         own_s = self._step_s(len(alone))
         owed_s = own_s * max(0, sum(shares.values()) - mine) / mine
-        # Half at least, as `step_sizes` lets it: where a law is not kept to, chunks must have their turn all the same.
+        # At least half, as `step_sizes` assumes: chunks must get a turn even if measured times break the formula.
         return max(owed_s - (self._step_s(len(step)) - own_s), owed_s / 2)
 
     def observe(self, num_sequences: int, seconds: float) -> None:
-        """A step of so many took so long, with what followed of it on the event loop."""
+        """Record that a step of this many sequences took `seconds`, with its work on the event loop."""
         self._law.observe((1.0, float(num_sequences)), seconds)
 
     def _step_s(self, num_sequences: int) -> float:
@@ -109,10 +111,11 @@ def step_sizes(
     step_s: Callable[[int], float],
     computing: Collection[str] = (),
 ) -> dict[str, int]:
-    """How many sequences of each tenant take part: one at least, and the others by shares as the rule above lets.
+    """How many sequences of each tenant take part: at least one, and more by shares, as the rule above allows.
 
-    counts: that can run, by tenant.  shares: of all tenants that want the worker.  step_s: of so many sequences.
-    computing: tenants that have chunks of prompts to compute as well, in the other half of what others leave them.
+    counts: sequences that can run, by tenant.  shares: of all tenants that want the worker.  step_s: time of a step by
+    its number of sequences.  computing: tenants that also have chunks of prompts to compute, in the other half of their
+    time.
     """
     total = sum(shares.values())
     sizes = dict.fromkeys(counts, 1)
@@ -123,7 +126,7 @@ def step_sizes(
             others /= 2
         return step_s(max(1, counts.get(tenant, 0))) * (1 + others)
 
-    # Those that wait for a step to end, and those all of whose sequences are in it already.
+    # Tenants that only wait for a step to end, and tenants with a single sequence, which is in every step.
     bounds = [bound_s(tenant) for tenant in shares if counts.get(tenant, 0) <= 1]
     while open_to := [tenant for tenant in counts if sizes[tenant] < counts[tenant]]:
         if bounds and step_s(sum(sizes.values()) + 1) > min(bounds):

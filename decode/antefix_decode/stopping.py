@@ -1,4 +1,4 @@
-"""When an output ends, and which of its tokens may be shown yet. Pure."""
+"""Decides when an output ends, and which of its tokens may be shown already. Pure."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ LENGTH = "length"
 
 
 class Stopper:
-    """Watches one output. Tokens that may be the beginning of a stop sequence are held back until that is decided."""
+    """Watches one output. Holds back tokens that may be the beginning of a stop sequence until that is decided."""
 
     def __init__(self, sampling: Sampling, eos_ids: frozenset[int], emitted: Sequence[int] = ()) -> None:
         self._sampling = sampling
-        # What a grammar describes has an end, which the end token may be needed for.
+        # With a grammar, end tokens are not ignored: the output that it describes has an end, which may need one.
         ends = frozenset() if sampling.ignore_eos and not sampling.grammar else eos_ids
         self._end_ids = ends | frozenset(sampling.stop_token_ids)
         self._seen: list[int] = list(emitted)
@@ -25,10 +25,10 @@ class Stopper:
         self.stop_number = 0
 
     def push(self, token: int, *, is_last: bool = False) -> list[int]:
-        """Take the next token; returns those that may be shown now. Sets `finish_reason` when the output is over.
+        """Take the next token. Returns the tokens that may be shown now. Sets `finish_reason` when the output is over.
 
-        End tokens count as output but are not shown; neither is a stop sequence. No stop sequence ends the output
-        before min_tokens; end tokens are not chosen before it.  is_last: the grammar lets nothing follow.
+        End tokens count as output but are not shown. Stop sequences are not shown either. A stop sequence does not end
+        the output before min_tokens; end tokens are not chosen before that.  is_last: the grammar allows nothing more.
         """
         self.num_output += 1
         self._seen.append(token)
@@ -55,7 +55,7 @@ class Stopper:
         return shown
 
     def _num_undecided(self) -> int:
-        """Length of the longest end of what was seen that begins a stop sequence."""
+        """How many of the last tokens are the beginning of a stop sequence: the longest such run."""
         longest = 0
         for sequence in self._sampling.stop:
             for size in range(min(len(sequence) - 1, len(self._seen)), longest, -1):

@@ -1,4 +1,4 @@
-"""Storing an output's KV while it grows: finished blocks at once, the checkpoint of its end when it has ended."""
+"""Stores an output's KV while it grows: each finished block at once, and the checkpoint of its end when it ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from antefix_prefill.worker.engine import Engine
 
 
 class StorableOutput(Protocol):
-    """A sequence being generated. `prompt.chain` grows with it; boundary_window: state at its last block boundary."""
+    """A sequence being generated. `prompt.chain` grows with it. boundary_window: window state at its last boundary."""
 
     prompt: Prompt
     sequence: Sequence
@@ -28,7 +28,7 @@ class StorableOutput(Protocol):
 
 
 async def store_token(engine: Engine, output: StorableOutput, token: int) -> None:
-    """`token` has been run. Name and store the block that it completed, if it did; keep window state there."""
+    """Call when `token` has been run. If it completed a block: name and store the block, and keep its window state."""
     before = output.prompt.chain.unfinished
     output.prompt.chain.extend([token])
     position = output.sequence.position
@@ -48,13 +48,15 @@ async def store_token(engine: Engine, output: StorableOutput, token: int) -> Non
 
 
 def _usable_payload(engine: Engine, block_id: int) -> memoryview | None:
-    """In the compute thread, as one job, since each waits for the work in hand. None: what it holds are no numbers."""
+    """The block's payload; None: it holds NaN or infinity. Runs in the compute thread as one job, because each job
+    waits for the running work."""
     (payload,) = engine.pool.payloads([block_id])
     return None if engine.pool.unusable([block_id]) else payload
 
 
 async def store_end(engine: Engine, output: StorableOutput) -> None:
-    """The checkpoint at the output's last boundary, from which the next turn continues; then all is durable."""
+    """Store the checkpoint at the output's last boundary, from which the next turn continues. Returns when all is
+    durable."""
     window = output.boundary_window
     position = output.sequence.position
     for mark in marks_for_output(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):

@@ -1,5 +1,5 @@
-"""Choosing the next token from logits. Pure: the same logits, settings, output so far and position give the same token
-anywhere.
+"""Chooses the next token from logits. Pure: equal logits, settings, output so far and position give the same token
+on any worker.
 
     grammar -> penalties (vLLM's order) -> greedy, or temperature -> min_p -> top_k -> top_p -> draw
 """
@@ -18,22 +18,22 @@ from antefix_decode.penalties import Logits, Penalties
 
 
 class Constraint(Protocol):
-    """What the output has to be. is_over: it is, and nothing may follow."""
+    """A format that the output must follow. is_over: the output is complete, and no token may follow."""
 
     is_over: bool
 
     def mask(self, logits: Logits) -> Logits:
-        """A copy of the logits in which what may not come next is minus infinity."""
+        """A copy of the logits with minus infinity for every token that may not come next."""
 
     def allowed(self) -> npt.NDArray[np.int32]:
-        """The same as bits, one per token, lowest first: [V / 32], rounded up."""
+        """The allowed tokens as bits, one per token, lowest first: [V / 32] rounded up."""
 
     def push(self, token: int) -> None: ...
 
 
 class Sampler:
-    """One request's sampling. The random number for a position comes from seed and position alone (Philox as a
-    counter-based generator), so a request that is continued on another worker continues with the same tokens."""
+    """One request's sampling. The random number for a position depends on seed and position alone (Philox as a
+    counter-based generator), so a request that continues on another worker gets the same tokens."""
 
     def __init__(
         self, sampling: Sampling, penalties: Penalties | None = None, constraint: Constraint | None = None
@@ -45,13 +45,13 @@ class Sampler:
 
     @property
     def is_over(self) -> bool:
-        """Whether the output is what it has to be, and nothing may follow."""
+        """Whether the output is complete by its grammar, so that no token may follow."""
         return self._constraint is not None and self._constraint.is_over
 
     def choose(self, logits: npt.NDArray[np.float32], position: int) -> int:
-        """The next token, which counts as output from here on. logits: [vocab] float32.  position: tokens before it.
+        """The next token, which counts as output from now on. logits: [vocab] float32.  position: tokens before it.
 
-        Ties go to the lowest id.  Raises:  InvalidRequest: the grammar cannot be followed any further.
+        Of equal logits the lowest id wins.  Raises:  InvalidRequest: the grammar cannot be continued.
         """
         if self._constraint is not None:
             logits = self._constraint.mask(logits)
@@ -60,9 +60,10 @@ class Sampler:
         return token
 
     def wish(self, position: int, num_top: int | None = None) -> Wish:
-        """The same as something to be asked for where the logits are; the one that chooses then says so by `take`.
+        """The settings for choosing the next token on the card. After the choice the caller must call `take`.
 
-        num_top: of log probabilities.  Raises:  InvalidRequest: the grammar cannot be followed any further.
+        num_top: for how many tokens log probabilities are wanted.  Raises:  InvalidRequest: the grammar cannot be
+        continued.
         """
         return Wish(
             sampling=self._sampling,
@@ -73,7 +74,7 @@ class Sampler:
         )
 
     def take(self, token: int) -> None:
-        """The token was chosen; it counts as output from here on."""
+        """Call when `token` was chosen elsewhere; it counts as output from now on."""
         self._penalties.push(token)
         if self._constraint is not None:
             self._constraint.push(token)
@@ -82,23 +83,23 @@ class Sampler:
         sampling = self._sampling
         if sampling.temperature == 0.0:
             return int(np.argmax(logits))
-        # float64: a float32 cumulative sum over 129,280 ids is off by more than a rare token's probability.
+        # float64: the rounding error of a float32 cumulative sum over 129,280 ids exceeds a rare token's probability.
         scaled = logits.astype(np.float64) / sampling.temperature
         probabilities = np.exp(scaled - scaled.max())
         if sampling.min_p:
             probabilities[probabilities < sampling.min_p * probabilities.max()] = 0.0
         if 0 < sampling.top_k < len(probabilities):
-            # As many as equal the k-th stay with it, as in vLLM.
+            # Tokens that are as likely as the k-th are kept too, as in vLLM.
             least = np.partition(probabilities, len(probabilities) - sampling.top_k)[
                 len(probabilities) - sampling.top_k
             ]
             probabilities[probabilities < least] = 0.0
         probabilities /= probabilities.sum()
-        # Where a grammar or a limit leaves few tokens, only those are sorted.
+        # If a grammar or a limit leaves few tokens, only those are sorted.
         left = np.flatnonzero(probabilities)
         order = left[np.argsort(-probabilities[left], kind="stable")]
         cumulative = np.cumsum(probabilities[order])
-        # The nucleus: the fewest likeliest ids that reach top_p (Holtzman et al., 2020); always at least one.
+        # top_p: the smallest set of likeliest ids whose sum reaches top_p (Holtzman et al., 2020); at least one id.
         num_kept = int(np.searchsorted(cumulative, sampling.top_p * cumulative[-1])) + 1
         num_kept = min(num_kept, len(order))
         draw = self._uniform(position) * cumulative[num_kept - 1]

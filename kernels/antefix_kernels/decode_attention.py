@@ -1,13 +1,13 @@
 """Attention of one KV head (K = V) over packed entries: selected ones, or all of a sequence's, then its window.
 
-One program takes 16 to 64 heads of one query and a range of the query's list of entries. The list is the compressed
+One program takes 16 to 64 heads of one query and a range of the query's list of entries. The list has the compressed
 entries first (selected: row t of slots; HCA: the first lens[t] of the sequence, through its block table), then the
-window rows. Records are decoded to FP16 once a tile and used twice, as keys and as values. Where few queries would
+window rows. Records are decoded to FP16 once per tile and used twice, as keys and as values. If few queries would
 leave the card idle, the list is split, and a second kernel merges the parts.
 
-FP16 holds a decoded entry exactly (four bits of mantissa, power-of-two scales) while it lies in +-65,504; entries are
-RMS-normed, so they are under sqrt(D) times the largest norm weight. Queries come as FP16 too, so that the tensor cores
-can read them as they are loaded. Probabilities keep three more bits than in BF16.
+FP16 holds a decoded entry exactly (four bits of mantissa, power-of-two scales) as long as it lies within +-65,504.
+Entries are RMS-normed, so they are under sqrt(D) times the largest norm weight. Queries are FP16 too, so that the
+tensor cores can read them as they are loaded. FP16 probabilities have three more bits than BF16 ones.
 
 Shapes:  T = S * Q queries (S sequences of Q each, in order), H heads, D = nope + rope dims, K selected,
          P, E, R = blocks, entries per block, record bytes, B blocks per sequence, W window rows per sequence.
@@ -29,14 +29,14 @@ from antefix_kernels.operands import Heads, Window, check_operands
 from antefix_kernels.rounding import power_of_two
 
 _LOG2E = 1.4426950408889634
-# Dims decoded and multiplied at once.
+# Number of dims that are decoded and multiplied at once.
 _CHUNK = 128
-# Entries and warps of a program, measured best.
+# Entries and warps of a program: the fastest measured.
 _TILE = (64, 8)
-# Programs that fill the card, and the fewest tiles worth a program of their own.
+# How many programs fill the card, and the fewest tiles that are worth a program of their own.
 _PROGRAMS = 132
 _TILES_MIN = 2
-# From so many programs before the split and so many tiles on, the kernel with roles is the faster one.
+# From this many programs (before the split) and tiles on, the Gluon kernel with roles is faster.
 _ROLES_PROGRAMS_MIN = 32
 _ROLES_TILES_MIN = 8
 
@@ -44,8 +44,8 @@ _ROLES_TILES_MIN = 8
 @triton.jit
 def _load_raw(entries, offset, C: tl.constexpr, CHUNKS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
               UNIT: tl.constexpr, SCALE_OFFSET: tl.constexpr, WORD_SCALES: tl.constexpr):  # fmt: skip
-    """What is stored of the entries at offsets [N] (UNIT bytes each): a tuple of chunks of codes or RoPE values, a
-    chunk that has both twice; then their scales, in one word where they are eight."""
+    """The stored form of the entries at offsets [N] (in units of UNIT bytes): a tuple of chunks of codes or RoPE values
+    (a chunk that has both comes twice), then their scales, in one word if there are eight."""
     raw = ()
     for c in tl.static_range(CHUNKS):
         d = c * C + tl.arange(0, C)
@@ -76,9 +76,9 @@ def _load_raw(entries, offset, C: tl.constexpr, CHUNKS: tl.constexpr, NOPE: tl.c
 @triton.jit
 def _decode(raw, c: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, NOPE: tl.constexpr, N: tl.constexpr,
             WORD_SCALES: tl.constexpr):  # fmt: skip
-    """Chunk c of raw as FP16 [N, C], zeros past the last dim."""
+    """Chunk c of raw as FP16 [N, C], with zeros after the last dim."""
     MIXED: tl.constexpr = NOPE // C if NOPE % C else CHUNKS
-    # Chunks after the mixed one lie one place later; scales come last.
+    # Chunks after the mixed one lie one place later; the scales come last.
     AT: tl.constexpr = c if c <= MIXED else c + 1
     SCALES: tl.constexpr = CHUNKS if MIXED == CHUNKS else CHUNKS + 1
     GROUPS: tl.constexpr = (C + 63) // 64
@@ -105,8 +105,8 @@ def _decode(raw, c: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, NOPE: t
 @triton.jit
 def _places(tile, listed, compressed, first, slots, block_table, SELECTED: tl.constexpr, ENTRIES: tl.constexpr,
             N: tl.constexpr):  # fmt: skip
-    """Where a tile's entries of the list are: pool slots [N]; -1 - i for row `first + i` of the window."""
-    # Beyond the list's end its last entry is read again and masked: every address and value stays valid.
+    """Where a tile's entries are: pool slots [N]; -1 - i means row `first + i` of the window."""
+    # Past the list's end, its last entry is read again and masked, so that every address and value is valid.
     n = tl.minimum(tile * N + tl.arange(0, N), tl.maximum(listed, 1) - 1)
     if SELECTED:
         slot = tl.load(slots + n, n < compressed, other=0)
@@ -117,7 +117,7 @@ def _places(tile, listed, compressed, first, slots, block_table, SELECTED: tl.co
 
 @triton.jit
 def _offset(place, first, stride_p, window_offset, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, RAW: tl.constexpr):
-    """Offsets [N] of places in units of RAW to a record, the window's relative to the pool's start."""
+    """Offsets [N] of places, in units of RAW per record. Window offsets are relative to the pool's start."""
     slot = tl.maximum(place, 0)
     stored = (slot // ENTRIES).to(tl.int64) * stride_p + (slot % ENTRIES) * RAW
     ring = (first + tl.maximum(-1 - place, 0)) % WINDOW
@@ -131,7 +131,7 @@ def _attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, c
                    UNIT: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr, SCALE_OFFSET: tl.constexpr,
                    C: tl.constexpr, CHUNKS: tl.constexpr, WORD_SCALES: tl.constexpr, SELECTED: tl.constexpr,
                    SPLIT: tl.constexpr, H: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """H heads of one query over its share of the list, dims in CHUNKS chunks of C."""
+    """Attention of H heads of one query over its part of the list, with the dims in CHUNKS chunks of C."""
     t = tl.program_id(0).to(tl.int64)
     part = tl.program_id(2)
     sequence = t // queries
@@ -160,8 +160,8 @@ def _attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, c
     top = tl.full((H,), float("-inf"), tl.float32)
     total = tl.zeros((H,), tl.float32)
     RAW: tl.constexpr = RECORD // UNIT
-    # Slots come one tile early, and all of a tile's loads are in flight before the first is used. Copies through shared
-    # memory in pieces of 8 bytes, which is all that 584-byte records allow, measured no faster.
+    # Slots are loaded one tile early, and all loads of a tile are issued before the first is used. Copies through
+    # shared memory were no faster: 584-byte records allow only pieces of 8 bytes.
     place = _places(begin, listed, compressed, first, slots, block_table, SELECTED, ENTRIES, N)
     for tile in tl.range(begin, end, num_stages=1):
         offset = _offset(place, first, stride_p, window_offset, WINDOW, ENTRIES, RAW)
@@ -186,7 +186,7 @@ def _attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, c
         accs = grown
 
     if SPLIT:
-        # A part is normed by itself; its log-sum tells the merge how much it counts.
+        # A part is normalised by itself; its log-sum gives its weight in the merge.
         inverse = 1.0 / tl.where(total > 0.0, total, 1.0)
         lse = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))
         at = (t * splits + part) * heads
@@ -228,8 +228,8 @@ def sparse_attention(
 
     Shapes:  q [T, H, D] float16, last dim contiguous; out [T, H, D] bfloat16 or float32, likewise, written whole;
              records [P, E, R] uint8; slots [T, K] int32, row t's first picked[t] in [0, P * E); picked [T] int32;
-             window and heads as in their classes. splits: programs a query's list is spread over, None chooses.
-             tile: entries and warps; None takes what measured best.
+             window and heads as in their classes. splits: over how many programs a query's list is spread; None: chosen
+             here. tile: entries and warps; None: the fastest measured.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  V4 report, section 2.3.1, equations 17 to 19 and 2.3.3; oracle: reference.attention.
     """
@@ -287,14 +287,14 @@ def _attend(
     head_tiles = triton.cdiv(num_heads, head_tile)
     n, warps = tile or _TILE
     tiles = triton.cdiv(entries_max + min(window.records.shape[1], 128), n)
-    # A caller that names the splits gets one kernel, whatever the batch.
+    # A caller that sets `splits` gets the same kernel whatever the batch is.
     many = splits is not None or (num_queries * head_tiles >= _ROLES_PROGRAMS_MIN and tiles >= _ROLES_TILES_MIN)
     splits = splits or max(1, min(_PROGRAMS // (num_queries * head_tiles), tiles // _TILES_MIN))
     part_out = part_lse = out
     if splits > 1:
         part_out = torch.empty(num_queries, splits, num_heads, dim, dtype=torch.float32, device=q.device)
         part_lse = torch.empty(num_queries, splits, num_heads, dtype=torch.float32, device=q.device)
-    # Offsets count in the widest unit that divides them all, so that loads are that wide.
+    # Offsets are counted in the widest unit that divides all addresses, so that loads are that wide.
     unit = min(byte_alignment(records), byte_alignment(window.records), 8)
     chunk = min(_CHUNK, max(16, triton.next_power_of_2(dim)))
     arguments = (
@@ -328,7 +328,7 @@ def _attend(
     grid = (num_queries, head_tiles, splits)
     layout = {"WINDOW": window.records.shape[1], "ENTRIES": records.shape[1]}
     kind = {"SELECTED": slots is not None, "SPLIT": splits > 1}
-    # The kernel with roles is for V4's shapes alone, and takes a tile's largest score before it scales it.
+    # The kernel with roles supports V4's shapes only, and takes a tile's largest score before scaling the scores.
     known = tile is None and unit == 8 and num_heads >= 32 and (dim, fmt.rope_dim) == (512, 64) and heads.scale > 0
     if many and known and hopper.available(q):
         from antefix_kernels.decode_attention_hopper import attend_kernel

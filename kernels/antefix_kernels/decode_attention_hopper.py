@@ -2,14 +2,14 @@
 
     loaders   2 x 4 warps   read packed records, half of a tile each, convert them to FP16, store them to shared memory
     scorer    4 warps       scores a tile, takes its softmax, sums the left half of the dims
-    summer    4 warps       sums the right half of the dims; asks the L2 cache for the tiles that loaders come to next
+    summer    4 warps       sums the right half of the dims; prefetches the loaders' next tiles into the L2 cache
 
-The same function as attention.py's kernel, for V4's entry alone (512 dims, of them 64 RoPE; 584 bytes) on compute
-capability 9.0; everything else takes the plain kernel, and Triton's interpreter does too.
+The same function as the kernel of decode_attention.py, but only for V4's entry (512 dims, 64 of them RoPE; 584 bytes)
+on compute capability 9.0. Everything else, and Triton's interpreter, uses the plain kernel.
 
-What a tile of 64 entries and 64 heads costs a multiprocessor, in cycles: 3,250 to come from memory, 2,048 of the tensor
-cores, 3,500 of the path to L1 and shared memory (1,660 of them operands of products, 500 decoded entries, 950 cache
-lines of loads, counted by Nsight Compute), which therefore bounds this kernel. It takes about 5,000.
+What a tile of 64 entries and 64 heads costs a multiprocessor, in cycles: 3,250 for loading from memory, 2,048 of the
+tensor cores, 3,500 on the path to L1 and shared memory (1,660 of them operands of products, 500 decoded entries, 950
+cache lines of loads, counted by Nsight Compute). So that path bounds this kernel. A tile takes about 5,000 cycles.
 
 Shapes:  as in attention.py; 64 heads and 64 entries a tile, dims in two halves of 256.
 """
@@ -36,14 +36,14 @@ EXP2 = gl.constexpr("ex2.approx.ftz.f32 $0, $1;")
 
 @gluon.jit
 def _exp2(x):
-    """One instruction: what it flushes to zero, under 2^-126, counts for nothing in a softmax."""
+    """2^x in one instruction. Results under 2^-126 become zero, which makes no difference in a softmax."""
     return gl.inline_asm_elementwise(EXP2, "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
 def _soften(s, tile, listed, top, total, scale_log2, own: gl.constexpr):
-    """A tile's softmax: the largest score so far, the sum of weights so far, FP16 weights relative to that largest, and
-    what it shrinks the sums before by."""
+    """A tile's softmax. Returns the largest score so far, the sum of weights so far, FP16 weights relative to that
+    largest score, and the factor by which earlier sums must shrink."""
     if tile * N + N > listed:
         column = gl.arange(0, N, gl.SliceLayout(0, s.type.layout))
         s = gl.where(gl.expand_dims(tile * N + column < listed, 0), s, float("-inf"))
@@ -56,7 +56,7 @@ def _soften(s, tile, listed, top, total, scale_log2, own: gl.constexpr):
 
 @gluon.jit
 def _write(x, room, target, row_stride, h0, heads):
-    """Write x [H, HALF] as rows of target. BF16 goes through `room`, a query's place, so that stores are 16 bytes."""
+    """Write x [H, HALF] as rows of target. BF16 goes through `room`, a query's memory, so that stores are 16 bytes."""
     if target.dtype.element_ty == gl.bfloat16:
         spread: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
         there = view(room, gl.bfloat16, [H, HALF], room.layout)
@@ -76,7 +76,7 @@ def _write(x, room, target, row_stride, h0, heads):
 
 @gluon.jit
 def _queries(q, stride_qh, h0, heads):
-    """Half of the dims of 64 heads."""
+    """Load half of the dims of 64 heads' queries."""
     spread: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     h = gl.arange(0, H, gl.SliceLayout(1, spread))
     d = gl.arange(0, HALF, gl.SliceLayout(0, spread))
@@ -86,11 +86,11 @@ def _queries(q, stride_qh, h0, heads):
 
 @gluon.jit
 def _norm(top, total, inverses, part_lse, h0, heads, SPLIT: gl.constexpr):
-    """What the sums are to be multiplied by, to where their sinks were; and a part's log-sum."""
+    """Store the factors that normalise the sums in the place of the sinks, and a part's log-sum."""
     rows: gl.constexpr = top.type.layout
     total = gl.convert_layout(gl.sum(total, 1), rows)
     if SPLIT:
-        # A part is normed by itself; its log-sum tells the merge how much it counts.
+        # A part is normalised by itself; its log-sum gives its weight in the merge.
         seen = gl.where(total > 0.0, total, 1.0)
         inverse = 1.0 / seen
         lse = gl.where(total > 0.0, top + gl.log2(seen), float("-inf"))
@@ -115,7 +115,7 @@ def _scorer(q, sinks, target, part_lse, stride_qh, row_stride, h0, heads, scale_
     x = _queries(q, stride_qh, h0, heads)
     _, _, listed, begin, end = share(lens, firsts, counts, splits, SPLIT)
     if not SPLIT:
-        # Sinks are asked for with the queries and wait where their inverses will be: the end waits for no memory.
+        # Sinks are loaded with the queries, into the memory of the later inverses, so that the end waits for no load.
         h = h0 + gl.arange(0, H, rows)
         inverses.store(gl.load(sinks + h, mask=h < heads, other=0.0) * 1.4426950408889634)
     q_left.store(x)
@@ -123,12 +123,12 @@ def _scorer(q, sinks, target, part_lse, stride_qh, row_stride, h0, heads, scale_
     mbarrier.wait(asked, 0)
 
     top = gl.full([H], float("-inf"), gl.float32, rows)
-    # A thread's own share of the sum: its four neighbours' are added at the end, not once a tile.
+    # Each thread keeps its own part of the sum; the parts of four neighbours are added at the end, not in every tile.
     total = gl.sum(gl.reshape(gl.full([H, N], 0.0, gl.float32, scores), [H, 8, N // 8]), 1)
     own: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     acc = gl.full([H, HALF], 0.0, gl.float32, sums)
     zero = gl.full([H, N], 0.0, gl.float32, scores)
-    # The sums of a tile run behind the scores of the next, and while its softmax is taken. The first are of nothing.
+    # A tile's sums run after the next tile's scores, during its softmax. The first sums are of zeros.
     probabilities.index(1).store(gl.full([H, N], 0.0, gl.float16, scores))
     for tile in range(begin, end):
         i = tile - begin
@@ -163,7 +163,7 @@ def _scorer(q, sinks, target, part_lse, stride_qh, row_stride, h0, heads, scale_
 
 @gluon.jit
 def _halves(x):
-    """The halves of x's columns, without moving anything between threads."""
+    """The two halves of x's columns, without moving data between threads."""
     return gl.split(gl.permute(gl.reshape(x, [H, 2, x.shape[1] // 2]), (0, 2, 1)))
 
 
@@ -184,11 +184,11 @@ def _summer(q, stride_qh, cos, sin, target, row_stride, h0, heads, lens, firsts,
     compressed, first, listed, begin, end = share(lens, firsts, counts, splits, SPLIT)
     stop = gl.minimum(listed, end * N)
     if not SPLIT:
-        # What turns the RoPE dims back is asked for with the queries too.
+        # cos and sin for rotating the RoPE dims back are loaded with the queries too.
         pair = gl.arange(0, ROPE_PAIRS, gl.BlockedLayout([1], [32], [4], [0]))
         turns.index(0).store(gl.load(cos + pair))
         turns.index(1).store(gl.load(sin + pair))
-    # Over a short list, queries had better come first: its first tiles are left to the loaders.
+    # In a short list the queries should arrive first, so its first tiles are not prefetched.
     skipped = 1
     if end - begin > 24:
         skipped = 0
@@ -215,7 +215,7 @@ def _summer(q, stride_qh, cos, sin, target, row_stride, h0, heads, lens, firsts,
     mbarrier.wait(done, 0)
     x = acc * gl.expand_dims(inverses.load(rows), 1)
     if not SPLIT:
-        # Turn the RoPE dims back: pairs are neighbours in one thread.
+        # Rotate the RoPE dims back: a pair's dims are neighbours in one thread.
         low, high = _halves(x)
         third, rope = _halves(high)
         even, odd = gl.split(gl.reshape(rope, [H, ROPE_PAIRS, 2]))
@@ -232,8 +232,8 @@ def attend_kernel(q, entries, block_table, slots, lens, window_delta, firsts, co
                   part_lse, queries, heads, k, splits, scale_log2, stride_qt, stride_qh, stride_p, stride_b, stride_w,
                   stride_ot, stride_oh, WINDOW: gl.constexpr, ENTRIES: gl.constexpr, SELECTED: gl.constexpr,
                   SPLIT: gl.constexpr):  # fmt: skip
-    """64 heads of one query over its share of the list: attention.py's _attend_kernel."""
-    # Programs of one query start one after another: what one has read of the list, the other finds in the L2 cache.
+    """64 heads of one query over its part of the list: _attend_kernel of decode_attention.py."""
+    # A query's programs start one after another, so that the second finds in L2 what the first has read of the list.
     program = gl.program_id(1) * gl.num_programs(0) + gl.program_id(0)
     row = program // gl.num_programs(1)
     h0 = program % gl.num_programs(1) * H

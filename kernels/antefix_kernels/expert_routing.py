@@ -1,4 +1,4 @@
-"""Which experts each token takes, and few picks sorted by expert: one launch each, where torch takes some thirty.
+"""Picks each token's experts, and sorts few picks by expert: one launch each, where torch takes some thirty.
 
 Shapes:  N = tokens, E = experts, P = picked experts per token, R = N * P picks, V = vocabulary.
 """
@@ -11,11 +11,11 @@ import triton.language as tl
 
 from antefix_kernels.number_formats import check
 
-# Whether the model takes these kernels; torch's operations, where not, are what a benchmark compares them with.
+# Whether the model uses these kernels. If not, it uses torch's operations, with which a benchmark compares them.
 ENABLED = True
-# Picks that one program sorts, at most: those of a decode step.
+# Most picks that one program sorts: those of a decode step.
 FEW_PICKS = 2048
-# Picks that are counted at once.
+# How many picks are counted at once.
 _TOGETHER = 16
 
 
@@ -36,7 +36,7 @@ def _pick_kernel(scores, bias, tokens, table, experts, weights, num_experts, sca
         ranked = tl.where(inside, score + tl.load(bias + e, inside, other=0.0), float("-inf"))
         for _ in tl.static_range(P):
             best = tl.max(tl.where(picked, float("-inf"), ranked), 0)
-            # Of equal ones the lowest id.
+            # Of equal scores the lowest id wins.
             first = tl.min(tl.where((ranked == best) & inside & (picked == 0), e, E), 0)
             picked = picked | (e == first)
     rank = tl.cumsum(picked.to(tl.int32), 0) - 1
@@ -45,14 +45,14 @@ def _pick_kernel(scores, bias, tokens, table, experts, weights, num_experts, sca
         total += tl.sum(tl.where(picked & (rank == p), score, 0.0), 0)
     at = n * P + rank
     tl.store(experts + at, e.to(tl.int64), picked)
-    # 1e-20: as the reference; only all-zero scores would notice.
+    # 1e-20 as in the reference. It matters only if all scores are zero.
     tl.store(weights + at, score / (total + 1e-20) * scaling, picked)
 
 
 @triton.jit(do_not_specialize=["num_picks", "num_tiles"])
 def _route_kernel(picks, order, place, experts, firsts, stops, num_picks, num_tiles, num_experts, TILE: tl.constexpr,
                   E: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
-    """Sort picks by expert, equal ones in their order, and cut each expert's rows into tiles."""
+    """Sort picks by expert (of one expert, in their order), and cut each expert's rows into tiles."""
     e = tl.arange(0, E)
     counts = tl.zeros((E,), tl.int32)
     for start in range(0, num_picks, ROWS):
@@ -83,7 +83,7 @@ def _route_kernel(picks, order, place, experts, firsts, stops, num_picks, num_ti
     for start in range(0, num_tiles, TILES):
         t = start + tl.arange(0, TILES)
         rest = (t >= used) & (t < num_tiles)
-        # Nobody's, as far as there may be tiles.
+        # The remaining possible tiles belong to no expert.
         tl.store(experts + t, num_experts + tl.zeros((TILES,), tl.int32), rest)
         tl.store(firsts + t, tl.zeros((TILES,), tl.int32), rest)
         tl.store(stops + t, tl.zeros((TILES,), tl.int32), rest)
@@ -102,7 +102,7 @@ def pick_experts(
 
     Shapes:  scores [N, E] float32; bias [E] float32, or tokens [N] and table [V, P] int64, of P different experts each;
              all contiguous. Returns experts [N, P] int64 and weights [N, P] float32.
-             Picked are the largest of scores plus bias, of equal ones the lowest; no NaN.
+             The experts with the largest score plus bias are picked; of equal ones the lowest id. Scores have no NaN.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  V4 report, section 2.1; oracle: antefix.model.moe.ExpertRouter.
     """
@@ -144,9 +144,9 @@ def pick_experts(
 def sort_picks(
     picks: torch.Tensor, num_experts: int, num_tiles: int, tile: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`linear.Routing`'s order, place, experts, firsts and stops of picks [R] int64, R at most FEW_PICKS.
+    """The order, place, experts, firsts and stops of a `linear.Routing`, for picks [R] int64, R at most FEW_PICKS.
 
-    num_tiles: as many as there can be at most.
+    num_tiles: the largest possible number of tiles.
     """
     check(picks.dtype is torch.int64 and picks.is_contiguous(), "picks must be contiguous int64")
     order, place = torch.empty_like(picks), torch.empty_like(picks)

@@ -1,4 +1,4 @@
-"""Device functions that finish rows of KV: RMSNorm, RoPE, rounding, the bytes of a record; and RoPE undone on outputs.
+"""Device functions that finish rows of KV: RMSNorm, RoPE, rounding, record bytes; and undoing RoPE on outputs.
 
 Shapes:  x [ROWS, D] float32, D the power of two that holds DIM columns; base [ROWS] byte pointers; live [ROWS] bool.
 """
@@ -60,7 +60,7 @@ def store_codes(x, base, live, ROWS: tl.constexpr, D: tl.constexpr, NOPE: tl.con
     d = tl.arange(0, D)
     nope = tl.reshape(tl.where((d < NOPE)[None, :], x, 0.0), (ROWS, GROUPS, GROUP))
     k = fp8_exponent(tl.max(tl.abs(nope), 2))
-    # By the choice of k no magnitude exceeds 448.
+    # k is chosen so that no magnitude exceeds 448.
     codes = tl.reshape(e4m3_code(nope * power_of_two(-k)[:, :, None]), (ROWS, D)).to(tl.uint8)
     tl.store(base[:, None] + d[None, :], codes, live[:, None] & (d < NOPE)[None, :])
     g = tl.arange(0, GROUPS)
@@ -90,7 +90,7 @@ def store_keys(x, base, live, ROWS: tl.constexpr, D: tl.constexpr, LOG2_D: tl.co
 @triton.jit
 def rotate_back(x, cos, sin, AT: tl.constexpr, C: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
                  H: tl.constexpr):  # fmt: skip
-    """Undo RoPE on those of dims AT to AT + C of x [H, C] that are RoPE dims."""
+    """Undo RoPE on dims AT to AT + C of x [H, C], as far as they are RoPE dims."""
     even, odd = tl.split(tl.reshape(x, (H, C // 2, 2)))
     pair = tl.arange(0, C // 2) + (AT - NOPE) // 2
     turned = (pair >= 0) & (pair < ROPE // 2)

@@ -55,7 +55,7 @@ def _unpack_keys_kernel(records, slots, out, num_rows, stride_p, stride_out, ENT
     base = records + record_offsets(slot, stride_p, ENTRIES, RECORD, ALIGN)
     b = tl.load(base[:, None] + tl.arange(0, D // 2)[None, :], live[:, None], other=0).to(tl.int32)
     codes = tl.reshape(tl.join(b & 15, b >> 4), (ROWS, GROUPS, GROUP))
-    # A nibble's exponent and mantissa bits, moved under FP16's: its value times 2^-14, subnormals included.
+    # A nibble's exponent and mantissa bits, moved to FP16's: its value times 2^-14, subnormals included.
     half = (((codes & 7) << 9) | ((codes & 8) << 12)).to(tl.int16).to(tl.float16, bitcast=True)
     g = tl.arange(0, GROUPS)
     scale = tl.load(base[:, None] + (D // 2 + g)[None, :], live[:, None], other=127).to(tl.int32)

@@ -1,4 +1,4 @@
-"""Index queries as index_scores multiplies them: rotated (Hadamard), rounded to FP4, relative to each row's scale.
+"""Prepares index queries for index_scores: rotated (Hadamard), rounded to FP4, relative to each row's largest scale.
 
 Shapes:  T queries, H index heads, d indexer dim.
 """
@@ -14,14 +14,14 @@ import triton.language as tl
 from antefix_kernels.number_formats import KeyFormat, check
 from antefix_kernels.rounding import e2m1_code, fp4_exponent, power_of_two
 
-# Queries that one program rounds, at most, and programs below which each takes fewer.
+# Most queries that one program rounds, and the number of programs below which each takes fewer queries.
 _QUERIES_MAX = 8
 _QUERY_PROGRAMS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexQuery:
-    """Rounded queries: codes [T, H, d] float16 (dims in the order in which keys decode), weights [T, H] float32."""
+    """Rounded queries: codes [T, H, d] float16 (dims in the order of decoded keys), weights [T, H] float32."""
 
     codes: torch.Tensor
     weights: torch.Tensor
@@ -38,7 +38,7 @@ def _rotation(DIM: tl.constexpr, LOG2_DIM: tl.constexpr):
     both = tl.arange(0, DIM)[:, None] & tl.arange(0, DIM)[None, :]
     for shift in tl.static_range(4, LOG2_DIM, 4):
         both = both ^ (both >> shift)
-    # Bit n of 0x6996 is the parity of n; one is 0x3C00.
+    # Bit n of 0x6996 is the parity of n. 0x3C00 is 1.0 in FP16.
     return as_half((((0x6996 >> (both & 15)) & 1) << 15) | 0x3C00)
 
 
@@ -48,8 +48,8 @@ def _queries_kernel(q, weights, codes, out_weights, factor, num_queries, stride_
                     QUERIES: tl.constexpr):  # fmt: skip
     """Rotate and round ROWS heads of QUERIES queries.
 
-    The tensor cores rotate, in FP16: with its largest magnitude brought to 1 .. 2, a BF16 row is exact in it but for
-    what is 2^25 smaller, and a float32 row is the sum of two.
+    The tensor cores compute the rotation in FP16. With its largest magnitude scaled to 1 .. 2, a BF16 row is exact in
+    FP16 except for values that are 2^25 smaller, and a float32 row is passed as the sum of two FP16 rows.
     """
     h = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     live = h < HEADS
@@ -71,7 +71,7 @@ def _queries_kernel(q, weights, codes, out_weights, factor, num_queries, stride_
         top = tl.max(k, 1)
         code = e2m1_code(tl.minimum(tl.maximum(groups * power_of_two(-k)[:, :, None], -6.0), 6.0))
         half = (((code & 7) << 9) | ((code & 8) << 12)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-        # 2^14 restores the value; far below the row's largest scale it fades to zero instead of wrapping.
+        # 2^14 restores the value. Scales far below the row's largest give zero instead of wrapping around.
         share = power_of_two(tl.maximum(k - top[:, None], -100) + 14)
         value = (half * share[:, :, None]).to(tl.float16)
         # In words of eight: column 8 * i + 2 * (word % 4) + j of 32 is code i + 4 * j of its word. Without words: even
@@ -91,7 +91,7 @@ def prepare_queries(q: torch.Tensor, weights: torch.Tensor, factor: float, *, as
 
     Shapes:  q [T, H, d] float32 or bfloat16, RoPE applied, last dim contiguous; weights [T, H] float, last dim
              contiguous; factor multiplies every weight (V4: d^-1/2 * H^-1/2).
-             as_many: few queries are rounded by products of the shape that many are.
+             as_many: round few queries by products of the same shape as many queries.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  released inference code; oracle: reference.prepare_queries.
     """
@@ -129,5 +129,5 @@ def prepare_queries(q: torch.Tensor, weights: torch.Tensor, factor: float, *, as
 
 
 def in_words(fmt: KeyFormat) -> bool:
-    """Whether a key is whole 32-bit words, one of them its four scales (V4's is)."""
+    """Whether a key consists of whole 32-bit words, of which one holds its four scales (true for V4)."""
     return fmt.dim == 128

@@ -1,10 +1,10 @@
-"""Index scores: every query against every visible FP4 key of its sequence, read packed from the paged pool.
+"""Index scores: every query times every visible FP4 key of its sequence, read packed from the paged pool.
 
     score[t, n] = sum_h weight[t, h] * relu(q[t, h] . key[n])
 
-Keys and queries are FP4 with power-of-two scales, so products are exact in FP16 once each row's largest scale is
-taken out: relu is homogeneous, and the row's factor multiplies the sum (keys) or the head's weight (queries) instead.
-Whatever the scales, nothing overflows, and a group 2^23 below its row's largest is all that can round away.
+Keys and queries are FP4 with power-of-two scales, so products are exact in FP16 once each row is divided by its largest
+scale. ReLU is homogeneous, so that scale can multiply the sum (for keys) or the head's weight (for queries) instead.
+Nothing overflows, whatever the scales are; only groups whose scale is 2^23 below their row's largest can round to zero.
 
 Shapes:  T = S * Q queries (S sequences of Q each, in order), H index heads, d indexer dim, N entries at most a
          sequence, P, E, R = blocks, keys per block, record bytes, B blocks per sequence, G scores to one maximum.
@@ -25,25 +25,25 @@ from antefix_kernels.rounding import power_of_two
 
 __all__ = ["IndexQuery", "IndexScores", "group_for", "index_scores", "prepare_queries"]
 
-# Programs that fill the card in decode: measured best of 264 to 19,200.
+# How many programs fill the card in decode: the fastest of 264 to 19,200.
 _DECODE_PROGRAMS = 1584
-# Keys of a tile, queries of a product (prefill), warps, stages (prefill): measured best.
+# Keys of a tile, queries of a product (prefill), warps, stages (prefill): the fastest measured.
 _DECODE_TILE = (64, 1, 4, 1)
 _PREFILL_TILE = (128, 2, 4, 2)
-# The same for the kernels of index_scores_hopper: twice the decode programs that a card holds at once, four per
-# multiprocessor with so many registers a thread, each with tiles of so many keys.
+# The same for the kernels of index_scores_hopper: twice as many decode programs as a card holds at once (four per
+# multiprocessor, because of their registers), and the keys of their tiles.
 _HOPPER_PROGRAMS = 1056
 _HOPPER_REGISTERS = 128
 _HOPPER_KEYS = 128
 _HOPPER_QUERIES = 128
-# Queries that a decoded tile of keys serves before it is dropped.
+# How many queries use a decoded tile of keys before the tile is dropped.
 _PREFILL_QUERIES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexScores:
-    """scores [T, N] float32, and maxima [T, N / group] of each `group` neighbours. Beyond a query's visible entries
-    scores hold anything and maxima -inf or anything: read them with the query's length."""
+    """scores [T, N] float32, and maxima [T, N / group] of each `group` neighbours. After a query's visible entries
+    scores may be anything, and maxima too: read them with the query's length."""
 
     scores: torch.Tensor
     maxima: torch.Tensor
@@ -70,13 +70,13 @@ def _decode_words(words, N: tl.constexpr, WORDS: tl.constexpr):
 
 @triton.jit
 def _shares(scale, top):
-    """FP16 of 2^(14 + scale - top); zero where that is under FP16's normal range."""
+    """FP16 of 2^(14 + scale - top); zero if that is below FP16's normal range."""
     return as_half(tl.maximum(scale - top + 29, 0) << 10)
 
 
 @triton.jit
 def _load_keys(records, offset, DIM: tl.constexpr, PACKED: tl.constexpr):
-    """What is stored of the keys at offsets [N] (words if PACKED, else bytes): codes, and scales."""
+    """The stored form of the keys at offsets [N] (words if PACKED, else bytes): codes and scales."""
     if PACKED:
         at = records.to(tl.pointer_type(tl.int32)) + offset
         return tl.load(at[:, None] + tl.arange(0, DIM // 8)[None, :]), tl.load(at + DIM // 8)
@@ -89,13 +89,13 @@ def _load_keys(records, offset, DIM: tl.constexpr, PACKED: tl.constexpr):
 
 @triton.jit
 def _decode_keys(codes, scales, N: tl.constexpr, DIM: tl.constexpr, PACKED: tl.constexpr):
-    """Row factors [N] float32, and values [N, DIM] FP16 relative to them."""
+    """The rows' factors [N] float32, and values [N, DIM] FP16 divided by these factors."""
     GROUP: tl.constexpr = 32 if DIM > 32 else DIM
     GROUPS: tl.constexpr = DIM // GROUP
     if PACKED:
         low, high = tl.maximum(scales & 0xFF, (scales >> 8) & 0xFF), (scales >> 16) & 0xFFFF
         top = tl.maximum(low, tl.maximum(high & 0xFF, high >> 8))
-        # Four words to a group: each thread finds the scale of its own words.
+        # A scale group has four words, and each thread finds the scale of its own words.
         scale = (scales[:, None] >> (8 * (tl.arange(0, DIM // 8) // 4))[None, :]) & 0xFF
         share = _shares(scale, top[:, None])
         spread = tl.reshape(tl.broadcast_to(share[:, :, None], (N, DIM // 8, 8)), (N, DIM))
@@ -113,9 +113,9 @@ def _decode_keys(codes, scales, N: tl.constexpr, DIM: tl.constexpr, PACKED: tl.c
 
 @triton.jit
 def _blocks(start, length, block_table, N: tl.constexpr, ENTRIES: tl.constexpr):
-    """Block ids that the tile from `start` on needs; past the end the last one again."""
+    """Block ids for the tile from `start` on; past the end the last id is repeated."""
     if N % ENTRIES == 0:
-        # Whole blocks: one look-up a block, and rows at constant distances.
+        # The tile has whole blocks: one look-up per block, and rows at constant distances.
         j = start // ENTRIES + tl.arange(0, N // ENTRIES)
         return tl.load(block_table + tl.minimum(j, (length - 1) // ENTRIES))
     else:  # noqa: RET505 - Triton compiles one branch only where they are branches
@@ -124,7 +124,7 @@ def _blocks(start, length, block_table, N: tl.constexpr, ENTRIES: tl.constexpr):
 
 @triton.jit
 def _offsets(blocks, start, length, stride_p, N: tl.constexpr, ENTRIES: tl.constexpr, STEP: tl.constexpr):
-    """Offsets [N] of the tile's keys, in units of STEP to a record; past the end some stored key instead."""
+    """Offsets [N] of the tile's keys, in units of STEP per record; past the end those of some stored key."""
     first = blocks.to(tl.int64) * stride_p
     if N % ENTRIES == 0:
         return tl.reshape(first[:, None] + (tl.arange(0, ENTRIES) * STEP)[None, :], (N,))
@@ -136,10 +136,10 @@ def _offsets(blocks, start, length, stride_p, N: tl.constexpr, ENTRIES: tl.const
 def _decode_kernel(codes, weights, records, block_table, lens, scores, maxima, heads, stride_p, stride_b, stride_s,
                    stride_m, ENTRIES: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr, H: tl.constexpr,
                    N: tl.constexpr, GROUP: tl.constexpr, PACKED: tl.constexpr):  # fmt: skip
-    """One query against its share of its sequence's keys: the query stays, keys stream past it.
+    """One query and its part of its sequence's keys: the query stays in registers while keys are loaded.
 
-    A tile's records are loaded into registers while the tile before is scored, its block ids one tile earlier: copies
-    through shared memory in pieces of 4 bytes, which is all that 68-byte records allow, measured twice as slow.
+    A tile's records are loaded into registers while the previous tile is scored, and its block ids one tile earlier.
+    Copies through shared memory took twice as long: 68-byte records allow only pieces of 4 bytes.
     """
     t = tl.program_id(1).to(tl.int64)
     length = tl.load(lens + t)
@@ -179,15 +179,15 @@ def _prefill_kernel(codes, weights, records, block_table, lens, scores, maxima, 
                     stride_s, stride_m, ENTRIES: tl.constexpr, STEP: tl.constexpr, DIM: tl.constexpr,
                     H: tl.constexpr, N: tl.constexpr, Q_TILE: tl.constexpr, Q_STEP: tl.constexpr, GROUP: tl.constexpr,
                     PACKED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """One tile of N keys against Q_TILE queries of one sequence: keys are decoded once, queries stream past them,
-    Q_STEP in one product."""
+    """One tile of N keys and Q_TILE queries of one sequence: keys are decoded once, then queries are loaded, Q_STEP for
+    each product."""
     tiles = tl.cdiv(queries, Q_TILE)
     sequence = tl.program_id(1) // tiles
     first = (tl.program_id(1) % tiles) * Q_TILE
     count = tl.minimum(queries - first, Q_TILE)
     start = tl.program_id(0) * N
     t0 = sequence * queries + first
-    # Later queries of a sequence see at least as much: the last one's length bounds the tile's.
+    # Later queries of a sequence see at least as many keys, so the last query's length bounds the tile's.
     most = tl.load(lens + t0 + count - 1)
     if start < most:
         blocks = _blocks(start, most, block_table + sequence.to(tl.int64) * stride_b, N, ENTRIES)
@@ -231,8 +231,8 @@ def index_scores(
 
     Shapes:  query as in its class, T = S * Q; records [P, E, R] uint8; block_table [S, B] int32, values in [0, P);
              lens [T] int32, at most num_entries_max <= B * E, not decreasing within a sequence (causal order).
-             tile: keys a program, queries a product, warps and stages; None takes what measured best.
-             as_chunk: sequences of one query take the kernel that longer chunks take.
+             tile: keys per program, queries per product, warps and stages; None: the fastest measured.
+             as_chunk: use the kernel of longer chunks also for sequences of one query.
     Raises:  ValueError: wrong dtype, shape or stride, or tables and lens that are not on the card.
     Source:  V4 report, section 2.3.1, equations 13 to 16; oracle: reference.index_scores.
     """
@@ -290,7 +290,7 @@ def index_scores(
 
 
 def group_for(num_entries: int, k: int) -> int:
-    """Scores to one maximum: near sqrt(entries / k), where listing groups and searching them cost about the same."""
+    """Scores per maximum: near sqrt(entries / k), where listing groups and searching them cost about the same."""
     group = 2
     while group * group * 4 <= num_entries // max(k, 1) and group < 16:
         group *= 2

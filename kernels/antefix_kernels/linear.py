@@ -20,32 +20,32 @@ from antefix_kernels.finish import store_output
 from antefix_kernels.number_formats import check
 
 _FLOATS = (torch.bfloat16, torch.float32)
-# Rows, outputs, addends, warps and stages of a tile. Fewer rows for experts: a chunk gives each of them few. Routed
-# tiles have as many rows in float32, or `route` would cut them wrongly.
+# Rows, outputs, addends, warps and stages of a tile. Experts' tiles have fewer rows, because a chunk gives each expert
+# few. Routed tiles have the same number of rows in float32, or `route` would cut them wrongly.
 _TILE_WIDE = (128, 256, 64, 8, 3)
 _TILE_NARROW = (128, 128, 64, 8, 3)
 _TILE_ROUTED = (64, 256, 64, 8, 3)
-# Float32 models are small ones; their products are exact, on no tensor core.
+# Float32 models are small; their products are exact and use no tensor cores.
 _TILE_FLOAT32 = (64, 64, 32, 4, 2)
-# From this many outputs on a tile is wide.
+# From this many outputs on, the wide tile is used.
 _OUTPUTS_WIDE = 2048
 # For so few rows and outputs at most, whose time is that of reading weights, what measured best on an H200. A sum runs
 # over the same addends in the same instructions as in the tiles above, so its bits are the same: compared by
 # benchmarks/decode_on_card.py, and by the probe of a worker's arithmetic at every start.
 _TILES_FEW = ((64, 2048, (64, 32, 128, 4, 5)), (64, 8192, (64, 64, 128, 4, 4)), (128, 8192, (128, 32, 128, 4, 4)))
-# Of so many rows routed to experts.
+# The tile for few rows that are routed to experts.
 _TILE_PICKS = (64, 128, 64, 4, 4)
 _PICKS = range(64, 1025)
-# Whether rows that a tile has no input for are left out, or repeat the last one, so that all threads ask for its
-# address. Off: not measured yet (`benchmarks/decode_on_card.py` compares the two).
+# True: a tile's missing rows are not read. False: they repeat the last row, so all threads read the same address. False
+# is used, because True has not been measured yet (`benchmarks/decode_on_card.py` compares the two).
 SKIPS_MISSING_ROWS = False
-# Tiles of rows that run side by side, so that weights are read from the cache.
+# How many tiles of rows run side by side, so that they read weights from the cache.
 _ROW_TILES_TOGETHER = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Which rows go to which expert, sorted by expert, without asking the card: nothing here waits for it.
+    """Which rows go to which expert, sorted by expert. Computed on the card; the host never waits for it.
 
     order: [R] int64, the (token, pick) pair of each sorted row.  place: [R] int64, its inverse.
     experts, firsts, stops: [tiles] int32, each tile's expert (E for none) and its range of sorted rows.
@@ -63,8 +63,8 @@ class Routing:
 def place_of_program(columns, TOGETHER: tl.constexpr):
     """The tile of rows and the column of outputs, both int32, that this program of a product computes.
 
-    TOGETHER tiles of rows take one column after the other, so that each column of a weight is read from memory once for
-    all of them.
+    TOGETHER tiles of rows compute one column before they go to the next, so that each column of a weight is read from
+    memory once for all of them.
     """
     row_tiles = tl.num_programs(0) // columns
     span = TOGETHER * columns
@@ -99,7 +99,7 @@ def _product_kernel(x, weights, out, experts, firsts, stops, sources, num_rows, 
             source = (tl.load(sources + rows) // PICKED).to(tl.int32)
         o = column * N + tl.arange(0, N)
         k = tl.arange(0, K)
-        # Rows and outputs past the end repeat the last one and are not stored; rows that SKIPS are not read either.
+        # Rows and outputs past the end repeat the last one and are not stored; with SKIPS such rows are not read.
         has_row = (first + tl.arange(0, M) < stop)[:, None]
         at_x = x + source.to(tl.int64)[:, None] * stride_xn + (0 if ROUTED else group * stride_xg) + k[None, :]
         outputs = tl.minimum(o, num_outputs - 1)
@@ -155,7 +155,7 @@ def multiply_groups(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
 def route(experts: torch.Tensor, num_experts: int, *, tile: int = _TILE_ROUTED[0]) -> Routing:
     """Sort picks by expert and cut each expert's rows into tiles.
 
-    Shapes:  experts [N, P] int64 in [0, num_experts).  tile: rows of the tiles of the product that takes the routing.
+    Shapes:  experts [N, P] int64 in [0, num_experts).  tile: how many rows the tiles of the following product have.
     """
     rows, device = experts.numel(), experts.device
     flat = experts.flatten().contiguous()
@@ -166,7 +166,7 @@ def route(experts: torch.Tensor, num_experts: int, *, tile: int = _TILE_ROUTED[0
     counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
     ends = counts.cumsum(0)
     tile_ends = ((counts + tile - 1) // tile).cumsum(0)
-    # As many tiles as there can be at most: how many there are only the card knows.
+    # The largest possible number of tiles, because only the card knows the actual number.
     number = torch.arange(min(rows, rows // tile + num_experts), device=device)
     owner = torch.searchsorted(tile_ends, number, right=True)
     held = owner.clamp(max=num_experts - 1)

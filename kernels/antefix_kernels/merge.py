@@ -1,4 +1,4 @@
-"""Merge what several programs computed of one query's attention, each over its part of the list.
+"""Merges the partial results of one query's attention that several programs computed, each over a part of the list.
 
 Shapes:  T queries, S parts, H heads, D = nope + rope dims; part_out [T, S, H, D] float32, each part normed by itself;
          part_lse [T, S, H] float32, log2 of the sum of its weights, -inf of a part that saw nothing.

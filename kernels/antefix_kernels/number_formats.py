@@ -1,7 +1,7 @@
-"""Byte layout of packed entries and keys, as the kernels address it. Knows bytes and tensors' shapes, no kernel.
+"""Byte layout of packed entries and keys, as the kernels read it. Knows bytes and tensors' shapes, but no kernel.
 
-An entry (head_dim = nope + rope): nope FP8 E4M3 codes | rope BF16 | one UE8M0 scale a 64 codes | zero padding to
-a multiple of 8 bytes. A key: FP4 E2M1 codes two a byte, the even dim in the low nibble | one UE8M0 scale a 32 codes.
+An entry (head_dim = nope + rope): nope FP8 E4M3 codes | rope BF16 | one UE8M0 scale per 64 codes | zero padding to
+a multiple of 8 bytes. A key: FP4 E2M1 codes, two per byte, even dim in the low nibble | one UE8M0 scale per 32 codes.
 V4: 584 and 68 bytes. A UE8M0 scale byte b means 2^(b - 127).
 """
 
@@ -13,7 +13,7 @@ import torch
 
 FP8_GROUP = 64
 FP4_GROUP = 32
-# DeepSeek's inference code keeps a group's largest magnitude away from zero by these before it takes a scale.
+# As in DeepSeek's inference code, a group's largest magnitude counts as at least this when its scale is chosen.
 FP8_AMAX_MIN = 1e-4
 FP4_AMAX_MIN = 6.0 * 2.0**-126
 

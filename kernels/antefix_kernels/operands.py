@@ -1,4 +1,4 @@
-"""What attention kernels take besides queries and entries, and the checks that they share.
+"""The operands of attention kernels besides queries and entries, and the checks that these kernels share.
 
 Shapes:  T = S * Q queries (S sequences of Q each, in order), H heads, D head dim, W window rows per sequence,
          R record bytes.

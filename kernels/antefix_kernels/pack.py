@@ -1,7 +1,7 @@
-"""Compress groups of tokens and round them straight to stored records: KV leaves in the bytes that go to disk.
+"""Compresses groups of tokens and rounds them directly to stored records, the bytes that go to disk.
 
-Released order of work: gated softmax over a group's rows, RMSNorm, RoPE, (keys: Hadamard), rounding. All arithmetic is
-float32; the released code also rounds to BF16 between these steps, which these kernels do not.
+Order of work, as released: gated softmax over a group's rows, RMSNorm, RoPE, (keys: Hadamard), rounding. All arithmetic
+is float32; the released code also rounds to BF16 between these steps, which these kernels do not do.
 
 Shapes:  N = rows of projections, c = head dim (main) or indexer dim (keys), m = ratio, G = groups, S = overlap slots,
          P, E, R = blocks, entries per block, record bytes.
@@ -70,7 +70,7 @@ def _rows_kernel(values, weight, cos, sin, eps, records, slots, num_rows, stride
     start = values + rows.to(tl.int64) * stride_n
     base = records + record_offsets(tl.maximum(slot, 0), stride_p, ENTRIES, RECORD, ALIGN)
     x = tl.load(start[:, None] + d[None, :], live[:, None] & (d < DIM)[None, :], other=0.0).to(tl.float32)
-    # RoPE dims are few: they are read again, by themselves, rather than turned and rounded among the others.
+    # The few RoPE dims are read a second time, separately, which is cheaper than rotating them among the other dims.
     pair = tl.arange(0, PAIRS)
     turned = live[:, None] & (pair < ROPE // 2)[None, :]
     r = tl.arange(0, 2 * PAIRS)
@@ -96,7 +96,7 @@ def _overlap_kernel(kv, gate, bias, prior_rows, first_rows, overlap_kv, overlap_
                     ROPE: tl.constexpr, D: tl.constexpr, ENTRIES: tl.constexpr, RECORD: tl.constexpr,
                     ALIGN: tl.constexpr, SCALE_OFFSET: tl.constexpr, KEYS: tl.constexpr,
                     LOG2_D: tl.constexpr):  # fmt: skip
-    """Pool one CSA group with the group before's first series, norm, round and write it, unless it is dropped."""
+    """Pool one CSA group with the previous group's Ca rows, then norm, round and write it; skip a negative slot."""
     g = tl.program_id(0)
     if tl.load(slots + g) < 0:
         return
@@ -126,7 +126,7 @@ def _overlap_kernel(kv, gate, bias, prior_rows, first_rows, overlap_kv, overlap_
     top = tl.where(top == float("-inf"), 0.0, top)[None, :]
     ca, cb = tl.exp(ca_gate - top), tl.exp(cb_gate - top)
     total = tl.sum(ca, 0) + tl.sum(cb, 0)
-    # Weight 0 must win over whatever the empty overlap state holds.
+    # A row with weight 0 must add 0, whatever values the empty overlap state holds.
     pooled = tl.sum(tl.where(ca > 0.0, ca * ca_kv, 0.0), 0) + tl.sum(cb * cb_kv, 0)
     x = (pooled / tl.where(total > 0.0, total, 1.0))[None, :]
 

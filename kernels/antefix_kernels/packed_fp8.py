@@ -9,10 +9,10 @@ The order of a sum, which decides its bits, is the same for every number of rows
                    total = fma(sum, scale of the inputs * scale of the weights, total) in float32
     FP4 weights    the tensor cores add up 32 addends; four such sums make one of 128 addends, from left to right
                    part = fma(sum, scale of the weights, part); then total = fma(part, scale of the inputs, total)
-    few outputs    addends are cut into a number of runs that follows from the weight alone; float32 sums of the runs
+    few outputs    the addends are split into runs, whose number depends on the weight alone; the runs' float32 sums
                    are added up from left to right
 So a row's bits depend neither on the other rows nor on their number. They differ from those of packed_linear, which
-multiplies in BF16; what a card computes is measured for the names of KV.
+multiplies in BF16. A worker measures what its card computes, and names of KV depend on it.
 
 Shapes:  N = rows, K = addends, O = outputs, B = bytes of a weight's row (K, or K / 2 for FP4), G = groups, E = experts,
          R = routed rows, S = runs.
@@ -35,7 +35,7 @@ from antefix_kernels.packed_fp8_tiles import fp4_kernel, fp8_kernel
 from antefix_kernels.packed_linear import INPUT_GROUP, Weight, add_parts, check_weight, num_splits
 from antefix_kernels.rounding import e4m3_code, fp8_exponent
 
-# Added to the exponents of FP4's scales, so that the least of them, 2^-127, is a normal number too; the largest is 2.
+# Added to the exponents of FP4's scales, so that the least scale, 2^-127, is a normal number too; the largest is 2.
 _FP4_BIAS = 64
 # FP4 codes read as FP8 codes are too small by 2^6. The inputs' scales make up for both.
 _FP4_FACTOR = 2.0 ** (6 - _FP4_BIAS)
@@ -44,7 +44,7 @@ _ROW_TILES_TOGETHER = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """Outputs and rows of a tile, warps, and steps of addends that are loaded ahead."""
+    """Outputs and rows of a tile, its warps, and how many steps of addends are loaded ahead."""
 
     outputs: int
     rows: int
@@ -52,7 +52,7 @@ class Tile:
     stages: int
 
 
-# For so many rows (of an expert: on average) at most: the fastest on an H200 at V4-Flash's products.
+# Tiles by the largest number of rows (for experts: on average): the fastest on an H200 at V4-Flash's products.
 TILES_FP8 = (
     (16, Tile(outputs=128, rows=16, warps=8, stages=4)),
     (32, Tile(outputs=128, rows=32, warps=4, stages=4)),
@@ -99,7 +99,7 @@ def _prepare_kernel(x, codes, scales, num_addends, stride_n, factor, HALVES: tl.
     target = k
     if HALVES:
         target = k // 32 * 32 + k % 2 * 16 + k % 32 // 2
-    # What is no number stays none, as on a CPU: 127 is E4M3's NaN.
+        # NaN and infinity become NaN, as on a CPU: 127 is E4M3's NaN.
     code = tl.where(tl.abs(v) < float("inf"), e4m3_code(y), 127)
     tl.store(codes + row * num_addends + target, code.to(tl.uint8), live)
     scale = ((127 + exponent) << 23).to(tl.float32, bitcast=True)
@@ -107,12 +107,12 @@ def _prepare_kernel(x, codes, scales, num_addends, stride_n, factor, HALVES: tl.
 
 
 def takes(weight: Weight) -> bool:
-    """Whether these kernels multiply with such a weight; if not, packed_linear does."""
+    """Whether these kernels can multiply with this weight; if not, packed_linear does."""
     return weight.num_addends % INPUT_GROUP == 0 and (weight.is_fp4 or weight.block[1] == INPUT_GROUP)
 
 
 def runs_on(x: torch.Tensor) -> bool:
-    """Whether these kernels run where x lies: tried on Hopper alone, whose instructions their bits follow from."""
+    """Whether these kernels run on x's device: only on Hopper, whose instructions decide the bits of the sums."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
@@ -139,7 +139,7 @@ def prepare_inputs(x: torch.Tensor, *, is_fp4: bool) -> Inputs:
 
 
 def multiply(inputs: Inputs, weight: Weight, dtype: torch.dtype, *, tile: Tile | None = None) -> torch.Tensor:
-    """Rows times a packed weight, or group by group times the weights of as many groups.
+    """Rows times a packed weight; or, group by group, times the weights of G groups.
 
     Shapes:  inputs [N, G, K], weight of G. Returns [N, G, O] of dtype.
     Raises:  ValueError: wrong dtype, shape or stride.
@@ -170,8 +170,8 @@ def multiply_routed(
     """Each row times its expert's weight; rows and results in the routing's order.
 
     Shapes:  inputs [R, K] sorted, or with `gathered` the tokens' rows [N, K]; weight of E experts. Returns [R, O] of
-             dtype; with `gate_limit` [R, O / 2]: outputs are gates, then what they gate, and what comes back is
-             `tokens.swiglu` of them.
+             dtype; with `gate_limit` [R, O / 2]: the outputs are gates, then ups, and `tokens.swiglu` of both is
+             returned.
     Raises:  ValueError: wrong dtype, shape or stride.
     """
     num_rows, device = len(routing.order), inputs.codes.device
@@ -187,12 +187,12 @@ def multiply_routed(
 
 
 def routed_tile(weight: Weight, num_rows: int, device: torch.device) -> int:
-    """Rows of a tile for `linear.route`, of `num_rows` picks."""
+    """How many rows a tile has for `num_rows` picks, for `linear.route`."""
     return tile_of(weight, num_rows // len(weight.codes), device).rows
 
 
 def tile_of(weight: Weight, num_rows: int, device: torch.device) -> Tile:
-    """num_rows: of all, or of an expert on average."""
+    """The tile for `num_rows` rows; for experts: rows of an expert on average."""
     if device.type != "cuda":
         return _TILE_INTERPRETED
     tiles = TILES_FP4 if weight.is_fp4 else TILES_FP8
@@ -271,7 +271,7 @@ def _launch(
 def operands_of(
     weight: Weight, *, splits: int, columns: int, on_card: bool
 ) -> tuple[Any, torch.Tensor | TensorDescriptor, torch.Tensor, dict[str, Any]]:
-    """The kernel for a weight, its codes and scales as that reads them, and what else it is told."""
+    """The kernel for a weight, the weight's codes and scales as that kernel reads them, and its other arguments."""
     blocks = weight.num_addends // INPUT_GROUP
     if not weight.is_fp4:
         is_power = weight.scales.dtype is torch.float8_e8m0fnu

@@ -1,7 +1,7 @@
-"""What packed_fp8.py launches: tiles of products with packed weights on FP8 tensor cores.
+"""The kernels that packed_fp8.py launches: tiles of products with packed weights on FP8 tensor cores.
 
-FP4 codes are decoded in words of four bytes, which the compiler keeps in the registers that the tensor cores read: no
-weight passes through shared memory twice.
+FP4 codes are decoded in words of four bytes, which the compiler keeps in the registers that the tensor cores read. So
+no weight has to be exchanged through shared memory.
 
 Shapes:  a tile is N outputs times M rows; a word holds 4 FP8 or 8 FP4 codes.
 """
@@ -26,7 +26,7 @@ def _power(byte):
 @triton.jit
 def _rows_of_tile(tile, experts, firsts, stops, sources, num_rows, ROUTED: tl.constexpr, GATHERED: tl.constexpr,
                   PICKED: tl.constexpr, M: tl.constexpr):  # fmt: skip
-    """A tile's group, its first row, the one after its last, and where its rows' inputs are."""
+    """A tile's group, its first row, the row after its last, and where the inputs of its rows are."""
     if ROUTED:
         group = tl.load(experts + tile)
         first = tl.load(firsts + tile)
@@ -35,7 +35,7 @@ def _rows_of_tile(tile, experts, firsts, stops, sources, num_rows, ROUTED: tl.co
         group = tl.program_id(1)
         first = tile * M
         stop = num_rows
-    # Rows past the end repeat the last one and are not stored. Of no expert's tile nothing is loaded.
+    # Rows past the end repeat the last one and are not stored. A tile without an expert loads nothing.
     rows = tl.minimum(first + tl.arange(0, M), tl.maximum(stop, 1) - 1)
     source = rows
     if GATHERED:
@@ -61,7 +61,7 @@ def _bytes(words, N: tl.constexpr, ASM: tl.constexpr):
     """FP8 codes [N, 16] of words [N, 4]."""
     wide = tl.broadcast_to(words[:, :, None], (N, 4, 4))
     if ASM:
-        # Not called pure: the compiler would then broadcast what comes out instead, and pack four rows into a word.
+        # Not declared pure: the compiler would then broadcast the result instead, and pack four rows into a word.
         codes = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r,r,r,r", [wide], dtype=tl.uint8, is_pure=False, pack=4
         )
@@ -145,8 +145,8 @@ def fp4_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources,
     BULK: codes is a tensor descriptor [E, O, words], by which Hopper's copy engine loads tiles. It stores them in an
     order that registers are filled from without conflicts of banks.
 
-    GATED: half of the tile's outputs are gates and the other half what they gate, num_outputs counts gates, and what is
-    stored is their activation.
+    GATED: half of the tile's outputs are gates and the other half the values that they gate. num_outputs counts gates,
+    and the activation of the two is stored.
     """
     COLUMNS: tl.constexpr = N // 2 if GATED else N
     tile, column = place_of_program(tl.cdiv(num_outputs, COLUMNS), TOGETHER)

@@ -1,13 +1,13 @@
 """Products with packed weights: FP8 and FP4 codes are read packed and decoded in registers, next to the product.
 
 A weight tile is the product's left side, so that decoded numbers never pass through shared memory; tokens are its
-right side. Few outputs are split over their addends, in a number of parts that follows from the weight alone, and the
-parts are added up in order. A tile has fewer rows where there are few: an element's sum runs over the same addends in
-the same instructions whatever the tile (benchmarks/weights_on_card.py compares them to the bit, and so does the probe
-of a worker's arithmetic at every start).
+right side. A product with few outputs is split over its addends, in a number of parts that depends on the weight alone,
+and the parts are added up in order. For few rows a tile has fewer rows. This changes no bit: an element's sum has the
+same addends in the same instructions whatever the tile (benchmarks/weights_on_card.py compares them to the bit, and so
+does the probe of a worker's arithmetic at every start).
 
 Decoded values are exact in BF16: an FP8 or FP4 code times a power of two, and inputs that `prepare_inputs` rounded.
-Scales that are no powers of two (float32 scales of FP8) multiply the sum over their block instead.
+Scales that are not powers of two (float32 scales of FP8) multiply the sum over their block instead.
 
 Shapes:  N = rows, K = addends, O = outputs, B = bytes of a weight's row (K, or K / 2 for FP4), G = groups, E = experts,
          R = routed rows, S = splits.
@@ -30,17 +30,17 @@ from antefix_kernels.rounding import fp8_exponent
 # Addends that share a scale when inputs are rounded, and in FP4.
 INPUT_GROUP = 128
 FP4_BLOCK = 32
-# Outputs, rows, addends, warps and stages of a tile, for so many rows (of an expert: on average) at most: the fastest
-# on an H200 at 32, 128 and 2,048 tokens of V4-Flash's products.
+# Outputs, rows, addends, warps and stages of a tile, by the largest number of rows it is used for (for experts: rows of
+# an expert on average): the fastest on an H200 at 32, 128 and 2,048 tokens of V4-Flash's products.
 _TILES_FP8 = ((32, (64, 32, 128, 4, 4)), (64, (128, 64, 128, 8, 4)), (None, (128, 128, 128, 8, 3)))
 _TILES_FP4 = ((8, (64, 16, 128, 4, 4)), (None, (128, 64, 128, 8, 3)))
-# What splits are counted by, whatever the tile.
+# The number of splits is computed with this many outputs per tile, whatever the tile is.
 _SPLIT_OUTPUTS = 128
-# Float32 models are small ones, multiplied on no tensor core.
+# Float32 models are small; their products use no tensor cores.
 _TILE_FLOAT32 = (32, 32, 32, 4, 1)
 # Programs that keep a card of 132 processors busy: fewer tiles of outputs are split over their addends.
 _PROGRAMS_MIN = 128
-# A part has at least so many addends.
+# A part has at least this many addends.
 _SPLIT_ADDENDS_MIN = 512
 _ROW_TILES_TOGETHER = 8
 _ROUND_GROUPS = 8
@@ -252,7 +252,7 @@ def _sum_kernel(parts, out, size, SPLITS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 def prepare_inputs(x: torch.Tensor, *, rounds: bool, is_fp4: bool) -> torch.Tensor:
-    """Rows as packed products take them: rounded to FP8 where `rounds`, even addends before odd ones for FP4.
+    """Rows as packed products need them: rounded to FP8 if `rounds`; for FP4, even addends before odd ones.
 
     Shapes:  x [N, K] float32 or bfloat16, last dim contiguous. Returns [N, K] of its type, contiguous.
     Raises:  ValueError: wrong dtype, shape or stride.
@@ -301,7 +301,7 @@ def add_parts(parts: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def routed_tile(x: torch.Tensor, num_rows: int, weight: Weight) -> int:
-    """Rows of a tile for `linear.route`, of `num_rows` picks."""
+    """How many rows a tile has for `num_rows` picks, for `linear.route`."""
     return _tile(x, weight, num_rows // len(weight.codes))[1]
 
 
@@ -423,7 +423,7 @@ def _tile(x: torch.Tensor, weight: Weight, num_rows: int) -> tuple[int, int, int
 
 
 def num_splits(weight: Weight) -> int:
-    """Runs into which addends are cut where outputs are few: a power of two, by the weight alone."""
+    """The number of runs into which addends are split if outputs are few: a power of two, by the weight alone."""
     num_groups, num_outputs = weight.codes.shape[:2]
     num_tiles = num_groups * triton.cdiv(num_outputs, _SPLIT_OUTPUTS)
     splits = 1

@@ -17,7 +17,7 @@ from antefix_kernels.gather import unpack_entries
 from antefix_kernels.number_formats import check
 from antefix_kernels.operands import Heads, Window, check_operands
 
-# Entries, warps and stages of a program, measured best: picked entries (an index load ahead of each), all entries.
+# Entries, warps and stages of a program, the fastest measured: for picked entries (with index loads), for all entries.
 _TILE_PICKED = (64, 8, 3)
 _TILE_ALL = (64, 8, 2)
 _LOG2E = 1.4426950408889634
@@ -137,7 +137,7 @@ def prefill_attention(
     Shapes:  q [T, H, D] float16; out likewise bfloat16 or float32; values as decode_sequences returns them for the
              same window; indices [T, K] int32 into a sequence's entries, of which row t's first lens[t] count, or None;
              lens [T] int32.
-             tile: entries, warps, stages; None takes what measured best.
+             tile: entries, warps, stages; None: the fastest measured.
     Raises:  ValueError: wrong dtype, shape or stride.
     Source:  as attention.sparse_attention and attention.hca_attention; oracle: reference.attention.
     """

@@ -1,4 +1,4 @@
-"""Tails and overlap states of many sequences' compressors, by seat: what a step reads and writes of them.
+"""Reads and writes tails and overlap states of many sequences' compressors, by seat, as a step needs them.
 
 Shapes:  S = sequences, one token each; P = seats; m = ratio; C = entry width, X = columns of a compressor's rows (C, or
          2 C where groups overlap); L = layers.
@@ -142,7 +142,7 @@ def line_up_rows(
     line: torch.Tensor,
     new: torch.Tensor,
 ) -> None:
-    """Line up each sequence's unfinished group with its new rows behind it, and put the new rows by themselves as well.
+    """Put each sequence's new rows in line after those of its unfinished group, and also store the new rows separately.
 
     Row n of sequence s lies in row s * m + n + firsts[s] % m of the line, row j of its unfinished group in row
     s * m + starts[s] + j. Rows that no sequence has are not written.

@@ -1,7 +1,7 @@
 """Packed records to FP16 tiles in shared memory: the loading role of decode_attention_hopper.py, and its prefetch.
 
-Two loaders of 4 warps take half of every tile each, not in step with one another. The entries of a query's list are
-compressed ones (selected: row t of slots; HCA: through the block table), then the window's.
+Two loaders of 4 warps load half of every tile each, independently of one another. A query's list has the compressed
+entries first (selected: row t of slots; HCA: through the block table), then the window's.
 
 Shapes:  a tile is N entries of 512 dims in two halves, left and right [2, N, HALF], two tiles deep; raw records are
          read in words of 8 bytes, which is what their addresses allow.

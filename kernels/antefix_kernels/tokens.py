@@ -1,6 +1,6 @@
-"""What a layer computes for each token alone, besides products: norms, rotary turns, mixing of residual streams,
-experts' activations and their sum. One row is one program's (or a fixed tile's), so that its bits depend on nothing
-next to it.
+"""Computations of a layer for each token alone, except products: norms, rotations, mixing of residual streams,
+experts' activations and their sum. Each row is computed by one program (or in a fixed tile), so that its bits do not
+depend on other rows.
 
 Shapes:  N = tokens, H = heads (1 where there are none), C = columns of a row, R = RoPE dims, M = streams,
          D = hidden size, J = (2 + M) * M mixing logits, P = picked experts, I = inner size.
@@ -15,12 +15,12 @@ import triton.language as tl
 from antefix_kernels.finish import store_output
 from antefix_kernels.number_formats import check
 
-# Elements that one program has at once.
+# How many elements one program handles.
 _ELEMENTS = 4096
 _COLUMNS = 1024
 # Tokens of a program that mixes, and addends of a step: 16 is the least that a product has.
 _MIX_TOKENS, _MIX_STEP = 16, 128
-# Addends of one program: of V4's 16,384 one program alone took 185 us on an H200, which is a decode step's.
+# Addends of one program. One program for all of V4's 16,384 addends took 185 us on an H200 in a decode step.
 _MIX_ADDENDS = 512
 # Tokens of a program that adds up parts.
 _MIX_SUM_TOKENS = 4
@@ -188,7 +188,7 @@ def norm_turn(
     sin: torch.Tensor | None = None,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """RMS-norm rows where eps is given, turn their last R dims by each token's angles where cos and sin are, scale.
+    """RMS-norm rows if eps is given, rotate their last R dims by each token's angles if cos and sin are, and scale.
 
     Shapes:  x [N, H, C] float32 or bfloat16, last dim contiguous; weight [C]; cos, sin [N, R / 2] float32.
              Returns [N, H, C], contiguous, of x's type.
@@ -242,7 +242,7 @@ def mixing_logits(streams: torch.Tensor, fn: torch.Tensor, eps: float) -> torch.
     logits = torch.empty(num_tokens, num_logits, dtype=torch.float32, device=streams.device)
     if not num_tokens:
         return logits
-    # How a sum is parted follows from the weight alone, so a token's bits do not depend on how many there are.
+    # The weight alone decides how a sum is split, so a token's bits do not depend on the number of tokens.
     num_parts = triton.cdiv(width, _MIX_ADDENDS)
     parts = torch.empty(num_parts, num_tokens, num_logits, dtype=torch.float32, device=streams.device)
     squares = torch.empty(num_parts, num_tokens, dtype=torch.float32, device=streams.device)

@@ -1,11 +1,11 @@
 """Exact top-k of index scores, ties to the lowest index, whatever the length.
 
-One program a query:
+One program per query:
 
-1. Bisect the k-th largest of the group maxima. The k groups that reach it (of ties the first ones) hold the top k:
-   their maxima are k scores that nothing outside beats, and what ties with them outside has a higher index.
+1. Find the k-th largest of the group maxima by bisection. The k groups that reach it (of ties the first ones) hold the
+   top k: their maxima are k scores that no score outside exceeds, and equal scores outside have higher indices.
 2. List those groups, in order.
-3. Bisect the k-th largest score itself over the listed groups' scores, from the bound of 1 upwards: k scores reach it.
+3. Find the k-th largest score among the listed groups' scores by bisection, starting at the bound of step 1.
 4. Write the indices above it, and of those equal to it the first few, in order.
 """
 
@@ -20,9 +20,9 @@ import triton.language as tl
 from antefix_kernels.index_scores import IndexScores
 from antefix_kernels.number_formats import check
 
-# Queries below which multiprocessors stay idle: each query's program then takes all the threads that help it.
+# With fewer queries than this, multiprocessors stay idle; each query's program then uses more threads.
 _FEW_QUERIES = 132
-# Rounds of the search that halve values before it halves what floats there are.
+# In its first rounds the search halves the range of values, later the number of floats in the range.
 _VALUE_ROUNDS = tl.constexpr(16)
 
 
@@ -41,10 +41,10 @@ def _value(i):
 
 @triton.jit
 def _bisect(keys, low, high, k):
-    """A bound that exactly k of keys reach, or, where ties allow none, the k-th largest key itself.
+    """A bound that exactly k of keys reach; if ties allow none, the k-th largest key itself.
 
-    At least k keys must reach low, and none may exceed high. The first rounds halve values, which scores of one
-    magnitude need; those after halve what floats there are between, which ends whatever the scores are.
+    At least k keys must reach low, and none may exceed high. The first rounds halve the range of values, which suits
+    scores of one magnitude. Later rounds halve the number of floats in the range, which ends for any scores.
     """
     low, high = _ordered(low), _ordered(high)
     found = False

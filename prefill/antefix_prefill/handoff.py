@@ -9,7 +9,7 @@
     32      32    digest of the prompt
     64      ...   window state, row, then vocab_size float32 logits of the last token
 
-The store checks the payload's integrity and the fingerprint; here only the shape is checked. Little-endian.
+This module checks only the shape. The store checks the payload's integrity and the fingerprint. Little-endian.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _MAGIC = b"AFH2"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handoff:
-    """What a decode worker needs besides the finished blocks. logits: [vocab_size] float32.
+    """What a decode worker needs in addition to the finished blocks. logits: [vocab_size] float32.
 
-    prompt: `Chain.digest` of the tokens that it was made from; for any other prompt it is wrong, whatever its length.
+    prompt: `Chain.digest` of the tokens that the handoff was made from. It must not be used for any other prompt.
     """
 
     position: int

@@ -1,4 +1,4 @@
-"""Leaving checkpoints: what the strategy is told, and the record that a mark becomes. Prefill and decode share it."""
+"""Writes checkpoints: asks the strategy where, and makes a record for each mark. Prefill and decode share it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from antefix_prefill.worker.engine import Engine
 
 
 def marks_for_prompt(engine: Engine, prompt: Prompt, restored: Restored) -> tuple[Mark, ...]:
-    """Checkpoints to leave while the rest of a prompt is computed."""
+    """The checkpoints to write while the rest of a prompt is computed."""
     facts = PromptFacts(
         num_tokens=prompt.num_tokens,
         num_stored_blocks=max(restored.num_stored_blocks, restored.plan.resume_block),
@@ -22,7 +22,7 @@ def marks_for_prompt(engine: Engine, prompt: Prompt, restored: Restored) -> tupl
     )
     marks = {mark.block: mark for mark in engine.strategy.at_prompt(facts, engine.sizes)}
     for num_tokens, ttl_s in prompt.breakpoints:
-        # Whatever the strategy, it has said that it will come back here.
+        # Whatever the strategy is, the client has said that later prompts will branch off here.
         block = num_tokens // engine.block_size // engine.align_blocks * engine.align_blocks
         if restored.plan.resume_block <= block and block and block not in restored.checkpoints:
             known = marks.get(block)
@@ -37,7 +37,7 @@ def marks_for_prompt(engine: Engine, prompt: Prompt, restored: Restored) -> tupl
 
 
 def marks_for_output(engine: Engine, *, num_tokens: int, prompt_tokens: int) -> tuple[Mark, ...]:
-    """Checkpoints to leave of an output; `num_tokens` counts the prompt as well."""
+    """The checkpoints to write for an output; `num_tokens` counts the prompt as well."""
     facts = OutputFacts(
         num_tokens=num_tokens,
         prompt_tokens=prompt_tokens,
@@ -50,9 +50,9 @@ def marks_for_output(engine: Engine, *, num_tokens: int, prompt_tokens: int) -> 
 async def leave_checkpoint(
     engine: Engine, prompt: Prompt, window: WindowState, mark: Mark, writer: RecordWriter
 ) -> None:
-    """Queue the window state for the tier that the mark names. `window` may move on when this returns.
+    """Queue the window state for the tier that the mark names. `window` may be changed when this returns.
 
-    What no computation may meet is not left; what made it shows in logits, which fail the request.
+    Window state with NaN or infinity is not written; the same error shows in the logits, which fail the request.
     """
     data = await engine.compute.run(lambda: window.to_bytes() if window.is_usable else None)
     if data is None:

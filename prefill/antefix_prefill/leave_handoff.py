@@ -1,4 +1,4 @@
-"""What prefill leaves for decode: the live state after a prompt, under a name that nobody can guess."""
+"""Writes what prefill leaves for decode: the live state after a prompt, under a name that nobody can guess."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from antefix_prefill.worker.engine import Engine
 
 
 async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
-    """The handoff's name, or empty when the store could not keep it: decode prefills by itself then."""
+    """The handoff's name; empty if the store could not keep it, and then the decode worker prefills by itself."""
     sequence = computed.sequence
     unstored = sequence.position % engine.align_tokens // engine.block_size
     if unstored:
         return b""  # in reproducible mode whole blocks of the last chunk are not in the store, and decode needs them
     partial = sequence.position % engine.block_size
     unfinished = sequence.block_table[-1:] if partial else []
-    # One job, since each waits for the work in hand.
+    # One job for both, because each job waits for the running work.
     window, rows = await engine.compute.run(lambda: (sequence.window.to_bytes(), engine.pool.payloads(unfinished)))
     row = b"".join(rows)
     chain = computed.prompt.chain

@@ -1,4 +1,4 @@
-"""What a prefill worker's queue shows to a scraper."""
+"""Metrics of a prefill worker's queue."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from antefix.window import Rates
 from antefix_prefill.prefetch import PrefetchCounters
 from antefix_prefill.prefill_queue import PrefillQueue
 
-# `prefetch.PrefetchCounters`.
+# Metrics of the fields of `prefetch.PrefetchCounters`.
 PREFETCH: Final[Table] = {
     "num_prefetched": Shown(
         name="antefix_prefill_prefetched_prompts", help="Prompts whose blocks were loaded while they waited."

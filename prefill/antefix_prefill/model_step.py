@@ -1,4 +1,4 @@
-"""A call of the model for one request: what breaks inside it is that request's failure, told in our words."""
+"""A call of the model for one request: an error inside it fails that request only, with an error of our own."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ log = logging.getLogger("antefix.prefill")
 
 @contextlib.contextmanager
 def model_step(position: int) -> Iterator[None]:
-    """Around computing a prompt's tokens from `position` on.
+    """Wraps the computation of a prompt's tokens from `position` on.
 
-    Where values are no numbers, torch may stumble before anybody has looked at them.
-    Raises:  StepFailed: whatever is not ours broke; the log has what.
+    NaN or infinity can make torch raise an error before our own checks see them.
+    Raises:  StepFailed: an error that is not ours occurred; the log has its details.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""What of a prompt is stored under an older secret, while the deployment's secrets rotate.
+"""Finds the part of a prompt that is stored under an older secret, while the deployment's secrets rotate.
 
-It is read by its older names and stored under the present ones like any block that the store has lost: what is used
-moves over, what is not used drains by its time to live.
+It is read by its older names and stored again under the present ones, like any block that the store has lost. So KV
+that is used moves to the new names, and KV that is not used expires by its time to live.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from antefix_prefill.worker.engine import Engine
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OlderNames:
-    """Blocks [first, num_blocks) of a prompt and `checkpoints` are stored as `hashes` and `owner` say."""
+    """Blocks [first, num_blocks) of a prompt, and `checkpoints`, are stored under these `hashes` and this `owner`."""
 
     owner: bytes
     hashes: Seq[bytes]
@@ -26,7 +26,7 @@ class OlderNames:
 
 
 async def find_older(engine: Engine, tenant: str, tokens: Tokens, found: LookupResult) -> OlderNames | None:
-    """The older names under which more of the prompt is stored than was found; None where there are none.
+    """The older names, if more of the prompt is stored under them than was found; None: there is no more.
 
     Raises:  AntefixError: the store does not answer.
     """

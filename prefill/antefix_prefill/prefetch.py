@@ -1,8 +1,8 @@
-"""Loads what a prompt will need while it waits for its turn, so that then it is in memory.
+"""Loads what a prompt will need into memory while the prompt waits for its turn.
 
-It reads what the planner would read now: blocks, which are idle afterwards, so that prompts at work may take them, and
-the checkpoint, which the prompt keeps. Where there is no room for all, the beginning is loaded. It computes nothing.
-What it fails to load is loaded, or computed, when the turn has come.
+It reads what the planner would read now: blocks and the checkpoint. Loaded blocks are idle, so running prompts may take
+their places; the checkpoint is kept with the prompt. If there is no room for everything, it loads the beginning. It
+computes nothing. What it fails to load is loaded or computed when the prompt's turn comes.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from antefix_prefill.older_names import OlderNames
 from antefix_prefill.restore import Prefetched, Prompt, load_blocks, read_checkpoint, weigh
 from antefix_prefill.worker.engine import Engine
 
-# A shorter wait is over before anything could be loaded.
+# Prompts that wait less than this are not loaded for: their wait is over before anything could be loaded.
 AFTER_S: Final = 0.05
-# Prompts that are loaded for at a time; the disk and the network serve those at work first.
+# How many prompts are loaded for at once; disk and network serve running prompts first.
 _NUM_AT_ONCE: Final = 2
-# Of the pool's blocks that could be had, what is taken at most: those at work must find room.
+# At most this share of the pool's available blocks is used, because running prompts need room.
 _POOL_SHARE: Final = 0.5
-# Of checkpoints that waiting prompts keep, together.
+# At most this many bytes of checkpoints are kept for all waiting prompts together.
 _CHECKPOINT_BYTES_MAX: Final = 256 << 20
-# A prompt that waited so long should find its prefix in memory; counters say how much of it was.
+# A prompt that waited this long should find its prefix in memory; counters say how much of it was there.
 LONG_S: Final = 1.0
 
 
 @dataclass(slots=True)
 class PrefetchCounters:
-    """In prompts and blocks. num_skipped: for which there was no room, or nothing worth loading.
+    """Counts prompts and blocks. num_skipped: prompts for which there was no room, or nothing worth loading.
 
-    num_blocks_wanted: of prompts that waited for LONG_S or more, what they were to load.  num_blocks_found: of these,
-    what was in memory at their turn.
+    num_blocks_wanted: blocks to load for prompts that waited LONG_S or more.  num_blocks_found: how many of these were
+    in memory when the prompt's turn came.
     """
 
     num_prefetched: int = 0
@@ -50,7 +50,7 @@ class PrefetchCounters:
 
 
 class Prefetcher:
-    """One per worker."""
+    """Prefetches for the waiting prompts of one worker."""
 
     def __init__(self, engine: Engine, *, after_s: float = AFTER_S) -> None:
         self.counters = PrefetchCounters()
@@ -58,13 +58,13 @@ class Prefetcher:
         self._after_s = after_s
         self._places = asyncio.Semaphore(_NUM_AT_ONCE)
         self._is_loading: set[asyncio.Task[None]] = set()
-        # Of prompts that wait: the block up to which each is to be loaded.
+        # For each waiting prompt, the block up to which it is to be loaded.
         self._wanted: dict[int, int] = {}
         self._checkpoint_bytes = 0
 
     @contextlib.asynccontextmanager
     async def while_waiting(self, prompt: Prompt) -> AsyncIterator[None]:
-        """Around the wait for a turn. What is being loaded when that ends is waited for: it is needed at once."""
+        """Wraps the wait for a turn. At its end it waits for a running load, because its result is needed at once."""
         task, started = asyncio.create_task(self._prefetch(prompt)), time.monotonic()
         try:
             yield
@@ -92,8 +92,8 @@ class Prefetcher:
         task = asyncio.current_task()
         assert task is not None
         try:
-            # 1. What the planner would read now. Every prompt says so at once: it counts even if nothing is loaded for
-            #    it before its turn.
+            # 1. What the planner would read now. It is noted for every prompt at once, so that it counts as wanted even
+            #    if nothing is loaded before the prompt's turn.
             report = RestoreReport()
             plan, older = await weigh(self._engine, prompt, report)
             if plan.kind is PlanKind.COLD:
@@ -112,7 +112,7 @@ class Prefetcher:
     ) -> None:
         engine = self._engine
         first = engine.blocks.num_leading(prompt.chain.hashes)
-        # 2. Its blocks, as many as there is room for.
+        # 2. Load its blocks, as many as there is room for.
         num_loaded = min(plan.resume_block - first, int(engine.blocks.num_available * _POOL_SHARE))
         if num_loaded <= 0 and plan.kind is not PlanKind.CHECKPOINT:
             self.counters.num_skipped += 1
@@ -124,7 +124,7 @@ class Prefetcher:
             engine.blocks.release(table)
             prefetched = replace(prefetched, stop=len(table))
             self.counters.num_blocks_prefetched += len(table) - first
-        # 3. Its checkpoint, which stays with the prompt.
+        # 3. Load its checkpoint, which is kept with the prompt.
         if plan.kind is PlanKind.CHECKPOINT and older is None and self._has_room():
             await self._load_checkpoint(prompt, plan.resume_block, prefetched)
         prompt.prefetched = prefetched

@@ -9,21 +9,21 @@ from antefix.fair_turns import FairTurns
 from antefix.telemetry import span
 from antefix.telemetry.exposition import SECONDS, histogram
 
-# One place more for each so many, for tenants that have none.
+# For every 8 places there is one more, for tenants that have no place.
 _EXTRA_OF = 8
 
 
 class PrefillQueue:
-    """At most `num_running_max` prompts at work and `num_waiting_max` behind them, whose turns go round by tenant.
+    """At most `num_running_max` prompts run and `num_waiting_max` wait; tenants take turns.
 
-    Two running ones overlap one's loads and writes with the other's computing; more only hold pool blocks. Prompts of
-    which little is left to compute do not wait for these places: `num_short_max` of them are at work besides, since the
+    With two running prompts, one loads and writes while the other computes; more would only hold pool blocks. Prompts
+    with little left to compute do not wait for these places: up to `num_short_max` of them run in addition, because the
     compute thread takes their chunks first.
     """
 
     def __init__(self, num_running_max: int, num_waiting_max: int, num_short_max: int = 0) -> None:
-        # A tenant that has nothing at work has not to wait for the end of another one's long prompt: the compute thread
-        # takes tenants' chunks in turn.
+        # An extra place lets a tenant without running prompts start before another tenant's long prompt ends: the
+        # compute thread takes tenants' chunks in turn.
         self._turns = FairTurns(num_running_max, num_waiting_max, num_extra=max(1, num_running_max // _EXTRA_OF))
         self._short_turns = FairTurns(num_short_max, num_waiting_max, num_extra=-(-num_short_max // _EXTRA_OF))
         self._has_short_turns = num_short_max > 0
@@ -44,8 +44,8 @@ class PrefillQueue:
         share: int = 1,
         num_tokens: int = 0,
     ) -> AsyncIterator[None]:
-        """Wait for a turn.  is_short: whether little is left to compute; asked only where the prompt would wait.
-        num_tokens: to compute, as far as is known.  share: the tenant's.
+        """Wait for a turn.  is_short: whether little is left to compute; called only if the prompt would wait.
+        num_tokens: tokens to compute, as far as is known.  share: the tenant's share.
 
         Raises:  Overloaded: the queue is full; nothing was queued.
         """

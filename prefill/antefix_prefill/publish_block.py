@@ -1,4 +1,4 @@
-"""A finished block becomes everybody's: by its name in the pool, and for routers that listen, by its tokens."""
+"""Publishes a finished block: other requests find it by its name in the pool, and listening routers by its tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from antefix_prefill.worker.engine import Engine
 
 
 class NamedTokens(Protocol):
-    """Whose block it is. tokens: those that there were when it was named; an output grows beyond them."""
+    """The sequence that owns the block. tokens: those known when it was named; an output grows beyond them."""
 
     @property
     def tokens(self) -> TokenArray: ...
@@ -24,7 +24,7 @@ class NamedTokens(Protocol):
 def publish_block(
     engine: Engine, prompt: NamedTokens, index: int, block_id: int, *, tokens: TokenArray | None = None
 ) -> None:
-    """Block `index` of the chain lies in `block_id`, finished and exact.  tokens: its own, of an output."""
+    """Block `index` of the chain lies in `block_id`, finished and exact.  tokens: the block's tokens, for an output."""
     chain = prompt.chain
     if not engine.blocks.publish(chain.hashes[index], block_id) or engine.kv_events is None:
         return

@@ -1,7 +1,7 @@
-"""Writes a request's records to the store and the window pool while it computes on.
+"""Writes a request's records to the store and the window pool while the request computes on.
 
-The cache may cost speed, never an answer: a failed write is counted, ends this request's writing to the store (what
-follows would lack its parent), and is not raised.
+The cache may cost speed, never an answer: a failed write is counted and not raised. It ends this request's writing to
+the store, because the following records would lack their parent.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from antefix_prefill.worker.store_counters import StoreCounters
 
 log = logging.getLogger("antefix.writer")
 
-# One put carries at most this much: large enough that a commit is shared by many blocks, small enough to overlap.
+# Most bytes of one put: many blocks share a commit, and yet writing overlaps with computing.
 BATCH_BYTES_MAX = 16 << 20
-# A producer waits when this much is not yet written; rows stay in the pool until then.
+# The computation waits when this many bytes are not yet written; their rows stay in the pool until they are.
 PENDING_BYTES_MAX = 128 << 20
 
 
 class RecordWriter:
-    """One per request. Payloads must stay unchanged until `flush` returns.
+    """Writes the records of one request. Payloads must stay unchanged until `flush` returns.
 
-    writes: False for a worker whose KV has no right to the names that it works with: everything is dropped.
+    writes: False for a worker that must not store KV under the names that it works with: all records are dropped.
     """
 
     def __init__(
@@ -48,16 +48,16 @@ class RecordWriter:
         self._broken = False
         self._closing = False
         self._task: asyncio.Task[None] | None = None
-        # Of the request that it was made for: a decode worker's one loop puts records of all requests.
+        # The grant of this writer's request: the one loop of a decode worker puts records of all requests.
         self._grant = held()
         self.num_blocks_written = 0
         self.num_checkpoints_written = 0
         self.bytes_written = 0
-        # Why something was not stored: the first reason, since what follows only lacks its parent.
+        # Why something was not stored. Only the first reason is kept: later records only lack their parent.
         self.error = ""
 
     async def put(self, record: Record, *, tier: Tier = Tier.DISK) -> None:
-        """Queue one record; waits only when too much is pending. What the pool does not take goes to disk."""
+        """Queue one record. Waits only if too much is pending. If the window pool refuses it, it goes to disk."""
         if not self._writes or (self._broken and tier is Tier.DISK):
             return
         await self._room.wait()
@@ -70,7 +70,7 @@ class RecordWriter:
         self._wake.set()
 
     async def flush(self) -> None:
-        """Until everything queued is durable, or has failed. Ends the writer; finishes also when cancelled."""
+        """Wait until every queued record is durable or has failed. Ends the writer; completes even if cancelled."""
         self._closing = True
         self._wake.set()
         if self._task is not None:
@@ -81,7 +81,7 @@ class RecordWriter:
         try:
             await self._run()
         finally:
-            # However it ended: a producer that waits for room must not wait for ever.
+            # However the writer ended, a producer that waits for room must not wait for ever.
             self._broken = True
             self._room.set()
 
@@ -102,7 +102,7 @@ class RecordWriter:
                 self._room.set()
 
     def _next_batch(self) -> tuple[list[Record], Tier]:
-        """The next records of one tier: one for the pool, up to BATCH_BYTES_MAX for the store."""
+        """The next records of one tier: one record for the pool, up to BATCH_BYTES_MAX for the store."""
         record, tier = self._queue.popleft()
         batch, nbytes = [record], len(record.payload)
         while tier is Tier.DISK and self._queue and self._queue[0][1] is Tier.DISK:
@@ -140,14 +140,14 @@ class RecordWriter:
         taken = [record for record in batch if record.hash not in result.refused]
         num_blocks = sum(record.kind is RecordKind.BLOCK for record in taken)
         self.bytes_written += sum(len(record.payload) for record in taken)
-        # What another worker has stored meanwhile is not billed as written here. The store does not say which it
-        # had: blocks are what two workers compute at a time.
+        # Records that another worker has stored meanwhile are not billed as written here. The store says only how many
+        # it had, not which; they are taken for blocks, because blocks are what two workers compute at the same time.
         self.num_blocks_written += max(0, num_blocks - result.num_existing)
         self.num_checkpoints_written += len(taken) - num_blocks
 
 
 async def put_quietly(store: Store, record: Record, counters: StoreCounters) -> bool:
-    """Put one record now; False, counted, when the store could not take it."""
+    """Put one record now. If the store could not take it, this is counted and the result is False."""
     try:
         result = await store.put([record])
     except AntefixError as err:
@@ -160,5 +160,5 @@ async def put_quietly(store: Store, record: Record, counters: StoreCounters) -> 
 def _note_failure(counters: StoreCounters, err: AntefixError, num_records: int) -> None:
     counters.note(err)
     if isinstance(err, InvalidRequest):
-        # The store will say the same to the next try.
+        # The store would refuse the record again.
         counters.note_refusals([Refusal(RefusalReason.INVALID, str(err))] * num_records)

@@ -1,7 +1,7 @@
-"""Restoring a prompt's prefix: what is stored, which way is cheapest, loading it, rebuilding window state.
+"""Restores a prompt's prefix: finds what is stored, chooses the cheapest plan, loads it, rebuilds window state.
 
-Each thing that turns out not to be there (a block evicted meanwhile, a corrupt checkpoint, a dead store) makes the
-known prefix shorter and plans again, so the worst case is a cold run. Never raises for the store's sake.
+If something turns out to be missing (a block that was evicted meanwhile, a corrupt checkpoint, a dead store), the known
+prefix becomes shorter and a new plan is made. So the worst case is a cold run. It never raises an error of the store.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DISK_TIER = Tier.DISK.value
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefetched:
-    """Blocks [first, stop) that were loaded for a prompt while it waited; report: which tiers gave them.
+    """Blocks [first, stop) that were loaded for a prompt while it waited. report: the tiers that they came from.
 
     checkpoints: window state that was read, by boundary.
     """
@@ -50,7 +50,7 @@ class Prefetched:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A checked prompt with its names. tokens: [N] uint32. breakpoints: the client's."""
+    """A checked prompt with its names. tokens: [N] uint32. breakpoints: cache breakpoints that the client has set."""
 
     tokens: npt.NDArray[np.uint32]
     chain: Chain
@@ -65,7 +65,7 @@ class Prompt:
 
 @dataclass(slots=True)
 class Restored:
-    """A sequence ready to continue from `sequence.position`, and what was known of the prompt's prefix."""
+    """A sequence ready to continue from `sequence.position`, and what the restore learned about the prompt's prefix."""
 
     sequence: Sequence
     plan: Plan
@@ -77,12 +77,12 @@ class Restored:
 
 @dataclass(slots=True)
 class _Known:
-    """What is believed to be there; shrinks with each disappointment.
+    """What is believed to be stored. It shrinks whenever something turns out to be missing.
 
-    checkpoints: boundary to tier.  pooled: window state that the pool has given already, by boundary.
-    block_tiers: of several stores, as `LookupResult.tiers`.
+    checkpoints: the tier of each, by boundary.  pooled: window state that the pool has already given, by boundary.
+    block_tiers: for several stores, as `LookupResult.tiers`.
     store_failed: the store did not answer.  came_short: it promised blocks and did not give them.
-    older: what is stored under an older secret's names only.
+    older: what is stored only under the names of an older secret.
     """
 
     num_blocks: int
@@ -96,15 +96,15 @@ class _Known:
 
     @property
     def own_checkpoints(self) -> tuple[int, ...]:
-        """Those under the present names: the others are to be left again."""
+        """Checkpoints under the present names. The others have to be written again."""
         older = self.older.checkpoints if self.older else frozenset()
         return tuple(sorted(self.checkpoints.keys() - older))
 
 
 async def has_short_rest(engine: Engine, prompt: Prompt) -> bool:
-    """Whether at most a chunk of the prompt is neither here nor in the store, and the pool has room for all of it now.
+    """Whether at most one chunk of the prompt is neither in memory nor in the store, and the pool has room for all.
 
-    A look-up more than `restore` makes by itself: for a prompt that would otherwise wait.
+    This takes one look-up in addition to `restore`'s own, so it is for prompts that would otherwise wait.
     """
     if engine.blocks.num_available * engine.block_size < prompt.num_tokens:
         return False
@@ -116,13 +116,13 @@ async def has_short_rest(engine: Engine, prompt: Prompt) -> bool:
 
 
 async def weigh(engine: Engine, prompt: Prompt, report: RestoreReport) -> tuple[Plan, OlderNames | None]:
-    """The plan that `restore` would take now, were there no window pool, and the older names that it would read."""
+    """The plan that `restore` would choose now without a window pool, and the older names that it would read."""
     known = await _look_up(engine, prompt, report)
     return engine.planner.weigh(_stored_prefix(engine, prompt, known)).plan, known.older
 
 
 async def restore(engine: Engine, prompt: Prompt) -> Restored:
-    """The prompt's prefix by the cheapest way that works. The caller owns the returned sequence's blocks."""
+    """The prompt's prefix, restored by the cheapest plan that works. The caller owns the returned sequence's blocks."""
     started = time.perf_counter()
     report = RestoreReport()
     known = await _look_up(engine, prompt, report)
@@ -181,7 +181,7 @@ async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport) -> _Kn
 
 
 def _take_prefetched(prompt: Prompt, known: _Known) -> None:
-    """What was read while it waited is not read again; what was found gone or bad since is not used."""
+    """Use what was read while the prompt waited, except what was found missing or bad since."""
     if prompt.prefetched is None:
         return
     for block, data in prompt.prefetched.checkpoints.items():
@@ -190,13 +190,13 @@ def _take_prefetched(prompt: Prompt, known: _Known) -> None:
 
 
 async def read_checkpoint(engine: Engine, prompt: Prompt, block: int, report: RestoreReport) -> bytes | None:
-    """Window state at a boundary, as `restore` would read it; None: it is not there."""
+    """Window state at a boundary, read as `restore` would read it; None: it is not stored."""
     known = _Known(num_blocks=block, num_in_store=block, checkpoints={}, pooled={})
     return await _read_checkpoint(engine, prompt, block, known, report)
 
 
 async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: RestoreReport) -> None:
-    """Whether the pool has a checkpoint after the disk's last one, near enough to beat a replay from the hit's end."""
+    """Ask the pool for a checkpoint after the disk's last one, where it could be cheaper than a replay at hit's end."""
     if engine.window_pool is None:
         return
     step = engine.align_blocks
@@ -238,7 +238,7 @@ def _stored_prefix(engine: Engine, prompt: Prompt, known: _Known) -> StoredPrefi
 async def _carry_out(
     engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: RestoreReport
 ) -> Sequence | None:
-    """The plan's sequence, or None with `known` corrected."""
+    """The sequence that the plan gives. None: something was missing, and `known` has been corrected."""
     if plan.kind is PlanKind.COLD:
         return Sequence(block_table=[], window=WindowState.zeros(engine.layout, 0, engine.device))
     window: WindowState | None = None
@@ -309,7 +309,7 @@ async def _read_checkpoint(
 async def load_blocks(
     engine: Engine, prompt: Prompt, num_blocks: int, report: RestoreReport, older: OlderNames | None = None
 ) -> list[int]:
-    """As many of the prompt's first `num_blocks` as there are, resident ones first, the rest from the store.
+    """Load as many of the prompt's first `num_blocks` as exist: first those in memory, the rest from the store.
 
     Raises:  Overloaded: the pool has no room.
     """
@@ -328,7 +328,7 @@ async def load_blocks(
         stored_as = _stored_as(engine, prompt, range(len(table), num_blocks), older)
         num_read = await _read_into_pool(engine, stored_as, fresh, report)
     except ReadHangs as err:
-        # Nobody may compute in these rows while a thread may still write into them.
+        # These rows must not be reused while a thread may still write into them.
         err.when_over(lambda: engine.blocks.release(fresh))
         return table
     except BaseException:
@@ -343,7 +343,7 @@ async def load_blocks(
 def _stored_as(
     engine: Engine, prompt: Prompt, blocks: range, older: OlderNames | None
 ) -> list[tuple[bytes, Seq[bytes]]]:
-    """Owner and hashes of these blocks in the store, in one stretch or two."""
+    """Owner and hashes of these blocks in the store, as one stretch, or as two if some have older names."""
     first_older = blocks.stop if older is None else min(max(older.first, blocks.start), blocks.stop)
     owner, own = engine.keyring.owner(prompt.tenant), prompt.chain.hashes[blocks.start : first_older]
     stretches: list[tuple[bytes, Seq[bytes]]] = [(owner, own)]
@@ -387,7 +387,7 @@ async def _read_into_pool(
 
 
 async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report: RestoreReport) -> int:
-    """How many of the landed blocks may be computed with, from the first on; the store is told of one that may not."""
+    """How many of the landed blocks are usable, from the first on. The store is told of an unusable one."""
     unusable = await engine.compute.run(_fill, engine, landed)
     if unusable:
         index = landed.index(unusable[0])
@@ -399,8 +399,8 @@ async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report:
 
 
 def _fill(engine: Engine, landed: list[int]) -> list[int]:
-    """In the compute thread, as one job, since each waits for the work in hand: the rows that may not be used. Those
-    before the first one are filled."""
+    """Fill the rows before the first unusable one, and return the unusable rows. Runs in the compute thread as one job,
+    because each job waits for the running work."""
     unusable = engine.pool.unusable(landed)
     if good := landed[: landed.index(unusable[0])] if unusable else landed:
         engine.pool.note_filled(good)
@@ -410,7 +410,7 @@ def _fill(engine: Engine, landed: list[int]) -> list[int]:
 async def _read_stretch(
     engine: Engine, hashes: Seq[bytes], into: Seq[memoryview], owner: bytes, report: RestoreReport
 ) -> int:
-    """The number of leading blocks that were read. Of several stores the report says which gave what, and failures."""
+    """The number of leading blocks that were read. With several stores the report says which gave what, and errors."""
     store = engine.store
     if not isinstance(store, ManyStores):
         return await uninterrupted(store.get_blocks(hashes, into, fingerprint=engine.fingerprint, tenant=owner))
@@ -428,8 +428,8 @@ async def _read_stretch(
 async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], report: RestoreReport) -> Sequence:
     """Rebuild window state from stored global KV (docs/WINDOW_STATE.md, "The restore planner"); writes no global KV.
 
-    A bounded replay attends to nothing before its start, so its window state is approximate: allowed only in a
-    namespace whose fingerprint says so, where what is computed from it cannot be taken for exact.
+    A bounded replay does not attend to tokens before its start, so its window state is approximate. It is allowed only
+    in a namespace whose fingerprint says so, so that KV computed from it cannot be taken for exact.
     """
     start = plan.replay_from_block * engine.block_size
     stop = plan.resume_block * engine.block_size
@@ -455,12 +455,12 @@ def _replay_piece(engine: Engine, sequence: Sequence, tokens: npt.NDArray[np.uin
     if engine.align_tokens == 1:
         replay(engine.model, engine.pool, sequence, tokens, stop=stop, ops=engine.ops)
     else:
-        # Where bits depend on shapes, only calls of a cold run's shapes give a cold run's bits.
+        # Where bits depend on shapes, a call must have the same shape as in a cold run to give the same bits.
         forward(engine.model, engine.pool, [(sequence, tokens)], write_global_kv=False, ops=engine.ops)
 
 
 def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) -> None:
-    """hit = blocks that were not computed; what follows them is a miss."""
+    """Count hits and misses: blocks that were not computed are hits, all tokens after them are misses."""
     report.plan = exactness_of(engine.bounded_windows) if plan.kind is PlanKind.BOUNDED else plan.kind.value
     report.predicted_s = plan.predicted_s
     report.hit_tokens = plan.resume_block * engine.block_size
@@ -478,7 +478,7 @@ def _account(engine: Engine, prompt: Prompt, plan: Plan, report: RestoreReport) 
 
 
 def _account_prefetched(engine: Engine, prefetched: Prefetched, report: RestoreReport) -> None:
-    """What was loaded for this prompt while it waited came from where it was loaded from, not from memory."""
+    """Count blocks that were loaded while the prompt waited under the tier that they came from, not under memory."""
     resident = report.hit_memory_tokens // engine.block_size
     moved = (min(resident, prefetched.stop) - prefetched.first) * engine.block_size
     if moved <= 0:
@@ -492,7 +492,7 @@ def _account_prefetched(engine: Engine, prefetched: Prefetched, report: RestoreR
 
 
 async def _miss_reason(engine: Engine, prompt: Prompt, plan: Plan, known: _Known) -> MissReason:
-    """Why the first block that missed did; empty where only the rest of the last one is left."""
+    """Why the first missing block missed. Empty if only the unfinished last block is missing."""
     full_blocks = (prompt.num_tokens - 1) // engine.block_size
     if full_blocks == 0:
         return MissReason.BELOW_MINIMUM

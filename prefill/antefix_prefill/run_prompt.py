@@ -1,8 +1,8 @@
-"""Running a prompt: restore what is stored, compute the rest in chunks, write what is new.
+"""Runs a prompt: restores what is stored, computes the rest in chunks, writes what is new.
 
-Chunks end at multiples of `prefill_chunk` counted from token 0, never from the hit, and where a checkpoint is to be
-left; on a CPU results do not depend on the cuts at all (docs/ARCHITECTURE.md, "Exactness"). Where they do, in
-reproducible mode, the blocks of a prompt's unfinished last chunk are for this prompt alone and are not stored.
+Chunks end at multiples of `prefill_chunk` counted from token 0 (never from the hit), and where a checkpoint is to be
+written. On a CPU results do not depend on where chunks end (docs/ARCHITECTURE.md, "Exactness"). Where they do, in
+reproducible mode, the blocks of a prompt's unfinished last chunk serve this prompt alone and are not stored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from antefix_prefill.worker.plan_log import PlanOutcome
 
 @dataclass(slots=True)
 class ComputedPrompt:
-    """A prompt's KV in the pool and the logits of its last token. `release` when done. logits: [vocab] float32."""
+    """A prompt's KV in the pool, and its last token's logits. Call `release` when done. logits: [vocab] float32."""
 
     prompt: Prompt
     sequence: Sequence
@@ -40,7 +40,7 @@ class ComputedPrompt:
 
 
 async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
-    """The prompt's KV, everything new stored (or counted as not storable). The caller releases the blocks.
+    """The prompt's KV; everything new is stored or counted as not storable. The caller releases the blocks.
 
     Raises:  Overloaded: no room in the pool.
     """
@@ -60,17 +60,17 @@ async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
         )
     writer = RecordWriter(engine.store, engine.counters, engine.window_pool, writes=not engine.borrows)
     try:
-        # 2. Compute the rest; finished blocks go to the store meanwhile, and those that it lost but we still have:
-        #    without its ancestors it would refuse what follows.
+        # 2. Compute the rest, while finished blocks go to the store. First store again the blocks that the store lost
+        #    and the pool still has: without these ancestors the store would refuse the new blocks.
         await _put_back(engine, prompt, restored, writer)
         logits = await _compute(engine, prompt, restored, writer)
         report.compute_s = time.perf_counter() - started - report.restore_s
-        # 3. The decode worker reads the blocks from the store, so they must be there when it is told of them.
+        # 3. The decode worker reads the blocks from the store, so they must be there before it gets the request.
         with span("store", part="prompt"):
             await writer.flush()
     except BaseException:
         try:
-            await writer.flush()  # the rows must not be reused under a write; what is finished is worth keeping
+            await writer.flush()  # rows must not be reused while they are written; finished blocks are worth storing
         finally:
             engine.blocks.release(restored.sequence.block_table)
         raise
@@ -106,7 +106,7 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
         first = sequence.position
         stop = _next_stop(engine, prompt, first, marks)
         grow(engine, sequence, stop)
-        # In reproducible mode a longer prompt would run these tokens in a whole chunk, and get other bits.
+        # In reproducible mode a longer prompt would run these tokens in a whole chunk and get other bits.
         last = stop // engine.block_size if stop % engine.align_tokens == 0 else first // engine.block_size
         new = range(max(first // engine.block_size, restored.num_stored_blocks), last)
         tokens, is_last = prompt.tokens[first:stop], stop == prompt.num_tokens
@@ -132,7 +132,7 @@ def _next_stop(engine: Engine, prompt: Prompt, first: int, marks: dict[int, Mark
 
 
 def grow(engine: Engine, sequence: Sequence, num_tokens: int) -> None:
-    """Give the sequence blocks for `num_tokens` in all.
+    """Allocate blocks so that the sequence has room for `num_tokens` in total.
 
     Raises:  Overloaded: no room in the pool.
     """
@@ -144,7 +144,7 @@ def grow(engine: Engine, sequence: Sequence, num_tokens: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """new: blocks whose payloads are wanted.  is_last: the prompt's last token is in it, and its logits are wanted."""
+    """new: blocks whose payloads are wanted.  is_last: it has the prompt's last token, whose logits are wanted."""
 
     engine: Engine
     sequence: Sequence
@@ -153,7 +153,7 @@ class _Piece:
     is_last: bool
 
 
-# The last token's logits where they are wanted, and the payloads of the piece's new blocks.
+# The last token's logits, if they are wanted, and the payloads of the piece's new blocks.
 _PieceResult = tuple[npt.NDArray[np.float32] | None, list[memoryview]]
 
 
@@ -161,7 +161,7 @@ async def _run_piece(piece: _Piece, remaining: int, began: float) -> _PieceResul
     compute, num_tokens = piece.engine.compute, len(piece.tokens)
     if piece.engine.align_tokens == 1:
         return await compute.run_piece(remaining, began, _run_pieces, piece, num_tokens)
-    # Arithmetic depends on shapes: other prompts' tokens in the call would change this one's bits.
+    # Arithmetic depends on shapes here, so tokens of other prompts in the same call would change this prompt's bits.
     result = await compute.run_chunk(remaining, began, _run_pieces, [piece])
     if isinstance(result[0], Exception):
         raise result[0]
@@ -169,14 +169,14 @@ async def _run_piece(piece: _Piece, remaining: int, began: float) -> _PieceResul
 
 
 def _run_pieces(pieces: list[_Piece]) -> list[_PieceResult | Exception]:
-    """In the compute thread: pieces of several prompts, in one call of the model."""
+    """Run pieces of several prompts in one call of the model. Runs in the compute thread."""
     engine = pieces[0].engine
     ran = run_tokens(engine.model, engine.pool, [(each.sequence, each.tokens) for each in pieces], ops=engine.ops)
     results: list[_PieceResult | Exception] = []
     for number, piece in enumerate(pieces):
         try:
             results.append(_finish_piece(piece, ran, number))
-        except Exception as err:  # noqa: BLE001 - its own, which it is told; the others continue
+        except Exception as err:  # noqa: BLE001 - returned to this piece's prompt; the others continue
             results.append(err)
     return results
 
@@ -187,7 +187,7 @@ def _finish_piece(piece: _Piece, ran: Ran, number: int) -> _PieceResult:
     if engine.model.mtp:
         follow_ran(engine.model, ran, number, sequence.window, tokens, stop=len(tokens), ops=engine.ops)
     logits: npt.NDArray[np.float32] | None = ran.logits[number].float().cpu().numpy() if piece.is_last else None
-    # Without new blocks a card is not waited for: the next chunk is prepared while this one runs.
+    # Without new blocks the host does not wait for the card: it prepares the next chunk while this one runs.
     block_ids = [sequence.block_table[index] for index in piece.new]
     payloads = engine.pool.payloads(block_ids) if piece.new else []
     if engine.pool.unusable(block_ids) or (logits is not None and not are_numbers(logits)):
@@ -196,5 +196,5 @@ def _finish_piece(piece: _Piece, ran: Ran, number: int) -> _PieceResult:
 
 
 def not_finite(position: int) -> NotFinite:
-    """Nothing that comes of such values may be stored under a name, or be an answer."""
+    """The error for NaN or infinity: nothing computed from such values may be stored or be an answer."""
     return NotFinite(f"the model computed NaN or infinity by token {position}; nothing of that was stored")

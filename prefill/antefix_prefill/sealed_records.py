@@ -10,12 +10,12 @@ from antefix.window import Mark
 from antefix_prefill.restore import Prompt
 from antefix_prefill.worker.engine import Engine
 
-# A handoff is taken as soon as decode has a place; this is for a decode worker that died and was replaced.
+# Decode takes a handoff as soon as it has a place. This time allows for a decode worker that dies and is replaced.
 HANDOFF_TTL_S = 120.0
 
 
 def block_record(engine: Engine, prompt: Prompt, index: int, payload: memoryview) -> Record:
-    """Block `index` of the chain, its payload where the pool has it."""
+    """The record of block `index` of the chain; its payload is the pool's memory, not a copy."""
     return engine.seals.seal(
         Record(
             kind=RecordKind.BLOCK,
@@ -32,7 +32,7 @@ def block_record(engine: Engine, prompt: Prompt, index: int, payload: memoryview
 
 
 def checkpoint_record(engine: Engine, prompt: Prompt, mark: Mark, payload: Buffer) -> Record:
-    """Window state at the boundary that the mark names."""
+    """The record of window state at the boundary that the mark names."""
     position = mark.block * engine.block_size
     return engine.seals.seal(
         Record(
@@ -51,7 +51,7 @@ def checkpoint_record(engine: Engine, prompt: Prompt, mark: Mark, payload: Buffe
 
 
 def handoff_record(engine: Engine, prompt: Prompt, payload: Buffer) -> Record:
-    """Live state after the whole prompt, under a name that nobody can guess: who knows it may take the handoff."""
+    """The record of live state after the whole prompt. Its name is random; anyone who knows it may take the handoff."""
     chain = prompt.chain
     return engine.seals.seal(
         Record(

@@ -36,14 +36,14 @@ class PrefillConfig(WorkerConfig):
     num_waiting_max: int = setting(64, "prompts waiting; more are refused with a retry hint")
 
     def __post_init__(self) -> None:
-        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        # Not super().__post_init__(): a slotted dataclass is a new class, and `__class__` would be the old one.
         WorkerConfig.__post_init__(self)
         require(self.num_running_max > 0 and self.num_waiting_max > 0, "num_running_max and num_waiting_max start at 1")
         require(self.num_short_max >= 0, "num_short_max starts at 0")
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
-    """One worker's calls."""
+    """The gRPC calls of one prefill worker."""
 
     def __init__(self, engine: Engine, config: PrefillConfig) -> None:
         self._engine = engine
@@ -52,7 +52,7 @@ class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):
 
     async def Prefill(self, request: prefill_pb2.PrefillRequest, context: rpc.Context) -> prefill_pb2.PrefillResponse:
         engine = self._engine
-        # 1. Check before queueing: a request that cannot work must not wait to be told so.
+        # 1. Check before queueing, so that a request that cannot work is refused without waiting.
         tokens = tokens_from_wire(request.prompt)
         engine.check_grant(request.tenant, tokens)
         engine.check_prompt(len(tokens), int(tokens.max(initial=0)))

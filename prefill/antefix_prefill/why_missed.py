@@ -1,4 +1,4 @@
-"""Why the first block that missed did, as far as the store can tell. It explains a bill and decides nothing."""
+"""Why a prompt's first missing block missed, as far as the store can tell. It explains a bill and decides nothing."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from antefix.errors import AntefixError
 from antefix.miss_reason import MissReason
 from antefix_prefill.worker.engine import Engine
 
-# A store that serves many namespaces must not make a miss slow: naming 128K tokens takes up to 1 ms.
+# A limit, because a store may serve many namespaces and a miss must stay fast: naming 128K tokens takes up to 1 ms.
 _NUM_FINGERPRINTS_TRIED: Final = 4
 
 
 async def why_missed(
     engine: Engine, chain: Chain, tokens: Tokens, *, tenant: str, index: int, came_short: bool
 ) -> MissReason:
-    """The reason of block `index`, the first that is not there; asked before it is computed and stored.
+    """Why block `index`, the first missing one, is missing. Call this before the block is computed and stored.
 
     came_short: the store promised the block and reading it failed.
     """
     try:
         found = await engine.store.fate(chain.hashes[index], fingerprint=engine.fingerprint)
         if found.reason is MissReason.NONE:
-            # Read in vain, it is broken, though nobody may have judged it yet; else someone has stored it just now.
+            # If reading it failed, it is broken, even if no check has marked it yet. Else it was stored a moment ago.
             return MissReason.CORRUPT if came_short else MissReason.FIRST_SEEN
         if found.reason is not MissReason.FIRST_SEEN:
             return found.reason
@@ -38,14 +38,14 @@ async def why_missed(
 
 
 def _what_differs(mine: bytes, other: bytes) -> MissReason:
-    """Set-ups whose arithmetic alone differs are meant to share, and do not."""
+    """The difference between two set-ups. If only their arithmetic differs, they were meant to share KV but cannot."""
     if mine and other and differing_fields(mine, other) == ("arithmetic",):
         return MissReason.ARITHMETIC_DIFFERS
     return MissReason.FINGERPRINT_DIFFERS
 
 
 async def _is_stored_as(engine: Engine, fingerprint: bytes, statement: bytes, tokens: Tokens, tenant: str) -> bool:
-    """Whether these whole blocks of tokens are stored under another fingerprint, of the same tenant."""
+    """Whether the same tenant has these whole blocks of tokens stored under another fingerprint."""
     kind = hash_kind_of(statement)
     if kind is HashKind.ENGINE_KEY:
         return False

@@ -1,7 +1,7 @@
-"""Kernels around attention's products: rings, entries by number, masks and maxima, sums, index scores and choice.
+"""Kernels around attention's products: window rings, gathering of entries, softmax, sums, index scores and top-k.
 
-float32 and int64, contiguous, addressed by `Tensor.data_ptr()`. The torch code is `antefix.model.steps`, `attend` and
-`indexer`.
+All arrays are float32 or int64, contiguous, and addressed by `Tensor.data_ptr()`. The torch code that these kernels
+replace is in `antefix.model.steps`, `attend` and `indexer`.
 
 Shapes:  S = queries or sequences, H = heads, C = channels, W = n_win, k = far entries, E = keys, I = indexer heads.
 """
@@ -20,8 +20,8 @@ _HIDDEN = f32(-np.inf)
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
 def gather_rings(out: int, windows: int, offset: int, new: int, slots: int, num: int, W: int, C: int) -> None:
-    """Each sequence's ring [S, W, C] with its new row [S, C] in its slot. windows [S]: where each window state lies,
-    the layer's ring `offset` numbers further."""
+    """Copy each sequence's ring [S, W, C] to `out`, with its new row [S, C] in its slot. windows [S]: address of each
+    sequence's window state; the layer's ring lies `offset` numbers further."""
     for s in range(num):
         given = floats(integers(windows, s, 1)[0], offset, W * C)
         made = floats(out, s * W * C, W * C)
@@ -35,8 +35,8 @@ def gather_rings(out: int, windows: int, offset: int, new: int, slots: int, num:
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def gather_entries(out: int, decoded: int, block_step: int, per_block: int, tables: int, table_size: int,
                    indices: int, num: int, k: int, C: int) -> None:  # fmt: skip
-    """Entries [S, k, C] of the pool by number, indices [S, k] (below 0: entry 0). Row r of a block lies C * r numbers
-    after its start, blocks `block_step` numbers apart. tables [S, table_size]."""
+    """Copy entries [S, k, C] of the pool by index, indices [S, k] (a negative index gives entry 0). Row r of a block
+    lies C * r numbers after the block's start; blocks are `block_step` numbers apart. tables [S, table_size]."""
     for s in range(num):
         table, wanted = integers(tables, s * table_size, table_size), integers(indices, s * k, k)
         for i in range(k):
@@ -51,7 +51,7 @@ def gather_entries(out: int, decoded: int, block_step: int, per_block: int, tabl
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def gather_first(out: int, decoded: int, block_step: int, per_block: int, tables: int, table_size: int,
                  visible: int, num: int, E: int, C: int) -> None:  # fmt: skip
-    """The first `visible` [S] entries of each sequence, and zeros up to E: [S, E, C]."""
+    """Copy the first `visible` [S] entries of each sequence, followed by zeros up to E: [S, E, C]."""
     for s in range(num):
         table, count = integers(tables, s * table_size, table_size), min(integers(visible, s, 1)[0], E)
         for start in range(0, count, per_block):
@@ -68,16 +68,16 @@ def gather_first(out: int, decoded: int, block_step: int, per_block: int, tables
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def soften(out: int, near: int, far: int, sinks: int, positions: int, cuts: int, live: int, num: int, H: int, W: int,
            k: int) -> None:  # fmt: skip
-    """What the softmax takes exponentials of: logits minus their row's largest, hidden ones minus infinity.
+    """The arguments of the softmax's exponentials: logits minus their row's largest; minus infinity for hidden ones.
 
-    near [S, H, W]: with the ring; far [S, H, k], of which the first `live` [S] count.
-    out: of the tile before [S, H, W], of the own tile [S, H, W], far [S, H, k], and of the sinks [S, H].
+    near [S, H, W]: logits of the ring; far [S, H, k]: logits of far entries, of which the first `live` [S] count.
+    out: for the previous tile [S, H, W], the own tile [S, H, W], the far entries [S, H, k], and the sinks [S, H].
     """
     own_at, far_at, sink_at = num * H * W, 2 * num * H * W, num * H * (2 * W + k)
     for s in range(num):
         position, cut, count = integers(positions, s, 1)[0], integers(cuts, s, 1)[0], integers(live, s, 1)[0]
         slot = position % W
-        # Slot j of the ring holds this tile's token, or that of the tile before.
+        # Slot j of the ring holds a token of this tile, or of the previous one.
         first = position - slot
         for h in range(H):
             row = s * H + h
@@ -104,10 +104,10 @@ def soften(out: int, near: int, far: int, sinks: int, positions: int, cuts: int,
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def divide(out: int, values: int, weights: int, num: int, H: int, W: int, k: int, segment: int, C: int,
            lanes: int) -> None:  # fmt: skip
-    """Attention's output [S, H, C]: weighted values added up, over the weights' sum.
+    """Attention's output [S, H, C]: the sum of weighted values divided by the sum of weights.
 
-    weights: as `soften` lays them out. values [2 + k / segment, S, H, C]: of the tile before, the own tile, and each
-    segment of far entries.
+    weights: laid out as `soften` does. values [2 + k / segment, S, H, C]: weighted values of the previous tile, the own
+    tile, and each segment of far entries.
     """
     own_at, far_at, sink_at = num * H * W, 2 * num * H * W, num * H * (2 * W + k)
     both, work = np.empty(2 * W, np.float32), scratch(lanes)
@@ -132,7 +132,7 @@ def divide(out: int, values: int, weights: int, num: int, H: int, W: int, k: int
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
 def score(out: int, hits: int, weights: int, num: int, heads: int, E: int, step: int, offset: int) -> None:
-    """Index scores, over heads the weighted sum of max(hits [N, I, E], 0): to out [N, step] from number `offset` on."""
+    """Index scores: the weighted sum over heads of max(hits [N, I, E], 0), to out [N, step] from number `offset` on."""
     for n in range(num):
         made, weight = floats(out, n * step + offset, E), floats(weights, n * heads, heads)
         row = floats(hits, n * heads * E, E)
@@ -146,7 +146,7 @@ def score(out: int, hits: int, weights: int, num: int, heads: int, E: int, step:
 
 @plain
 def _kth(x: Any, k: int) -> Any:
-    """The k-th largest number; x is put in another order."""
+    """The k-th largest number. Reorders x."""
     low, high, place = 0, len(x) - 1, k - 1
     while low < high:
         pivot = x[(low + high) // 2]
@@ -171,8 +171,8 @@ def _kth(x: Any, k: int) -> Any:
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")
 def choose(picked: int, scores: int, visible: int, num: int, E: int, k: int) -> None:
-    """`indexer.top_entries`: each row's k best of its `visible` scores [N, E], ascending, then -1. Ties go to the
-    lowest."""
+    """`indexer.top_entries`: the k best of each row's `visible` scores [N, E], in ascending order, then -1. Of equal
+    scores the lowest index wins."""
     work = np.empty(E, np.float32)
     for n in range(num):
         count, made = min(integers(visible, n, 1)[0], E), integers(picked, n * k, k)

@@ -1,4 +1,4 @@
-"""Switches the compiled kernels on where a model's layers give the same bits with them as without."""
+"""Switches the compiled kernels on if each kind of layer of a model gives the same bits with them as without."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from antefix.model.quant import round_entries, round_queries
 
 log = logging.getLogger("antefix.model")
 
-# Rows that are compared: more than one tile, and not all of them tokens.
+# Rows that are compared: more than one tile, with some padding rows behind the tokens.
 _ROWS, _TOKENS = 48, 41
-# So few that products are compiled as well.
+# So few rows that the products are compiled as well.
 _FEW = 3
 _refused = False
 
 
 def enable(model: Model) -> bool:
-    """Use the kernels in this process, if Numba is here and all results of this model's layers are the same.
+    """Use the kernels in this process if Numba is installed and all results of this model's layers are the same.
 
-    A model whose results differ switches them off for good: a process's arithmetic must not depend on what it loads.
+    If they differ, the kernels stay off for the life of the process: its arithmetic must not depend on which models it
+    loads later.
     """
     global _refused
     if _refused or importlib.util.find_spec("numba") is None or not _is_theirs(model):
@@ -54,7 +55,7 @@ def enable(model: Model) -> bool:
 
 
 def _give_back() -> None:
-    """Return what compiling took to the system: some 25 MB, which a worker's malloc would keep."""
+    """Return the memory that compiling took to the system: some 25 MB, which a worker's malloc would keep."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
@@ -65,12 +66,12 @@ def _is_theirs(model: Model) -> bool:
 
 
 def _same_rows(whole: Tensor, part: Tensor) -> Tensor:
-    """Of results of all rows, those of the rows that `part` has; compressors' rows come second."""
+    """From results of all rows, the rows that `part` has. A compressor's results have their rows in the second dim."""
     return whole[: len(part)] if whole.shape[1:] == part.shape[1:] else whole[:, : part.shape[1]]
 
 
 def _compare(model: Model, on: bool, num_rows: int = _ROWS) -> Iterator[tuple[str, Tensor]]:
-    """Results of one layer of each kind for the first rows of a batch, by what they are."""
+    """Named results of one layer of each kind for the first rows of a batch."""
     switch.use(on)
     config = model.config
     random = torch.Generator().manual_seed(1)
@@ -96,7 +97,7 @@ def _compare(model: Model, on: bool, num_rows: int = _ROWS) -> Iterator[tuple[st
 
 
 def _compare_together(model: Model) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
-    """Results of a layer of each kind call by call, and as `layers` computes them in three calls."""
+    """Pairs of named results of a layer of each kind: computed call by call, and by `layers` in three calls."""
     from antefix.model.compiled.layers import few_rows
 
     config, random = model.config, torch.Generator().manual_seed(2)

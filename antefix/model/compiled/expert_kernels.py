@@ -1,6 +1,7 @@
 """Kernels around the experts' products: choice of experts, rows sorted by expert, activation, weighted sums.
 
-float32 and int64, contiguous, addressed by `Tensor.data_ptr()`. The torch code is `antefix.model.moe`.
+All arrays are float32 or int64, contiguous, and addressed by `Tensor.data_ptr()`. They replace torch code in
+`antefix.model.moe`.
 
 Shapes:  N = tokens, E = experts, K = experts per token, D = hidden size, I = intermediate size, R = rows.
 """
@@ -17,7 +18,7 @@ from antefix.model.compiled.sums import row_sum, scratch
 
 @plain
 def _best(ranked: Any, picked: Any) -> None:
-    """The highest ranked experts, ascending by id; of equals the first. What is no number ranks first, as in torch."""
+    """The highest ranked experts, ascending by id. Of equal ones the first wins; NaN ranks highest, as in torch."""
     for k in range(len(picked)):
         best = -1
         for e in range(len(ranked)):
@@ -46,7 +47,7 @@ def pick(experts: int, weights: int, scores: int, bias: int, table: int, tokens:
          lanes: int, scaling: float) -> None:  # fmt: skip
     """`ExpertRouter.forward` from the experts' scores [N, E]: experts [N, K] and weights [N, K].
 
-    bias [E]; or table [V, K] and tokens [N] where ids decide.
+    bias [E] where scores decide; table [V, K] and tokens [N] where token ids decide.
     """
     ranked, work = np.empty(E, np.float32), scratch(lanes)
     for n in range(num):
@@ -72,8 +73,8 @@ def pick(experts: int, weights: int, scores: int, bias: int, table: int, tokens:
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
 def spread(rows: int, places: int, counts: int, x: int, experts: int, num: int, E: int, K: int, D: int,
            tile: int) -> None:  # fmt: skip
-    """Copy each pick's row of x [N, D] to where its expert's run of rows is; runs are whole tiles, filled up with
-    zeros. places [N, K]: a pick's row. counts [E]: rows of each run."""
+    """Copy each pick's row of x [N, D] into the run of rows of the picked expert. Runs are whole tiles, padded with
+    zeros. places [N, K]: the row of each pick. counts [E]: rows of each run."""
     counts_, picks, places_ = integers(counts, 0, E), integers(experts, 0, num * K), integers(places, 0, num * K)
     starts = np.zeros(E + 1, np.int64)
     for e in range(E):
@@ -99,7 +100,7 @@ def spread(rows: int, places: int, counts: int, x: int, experts: int, num: int, 
 
 @kernel("void(int64, int64, int64, int64, float32)")
 def gates(out: int, gate_up: int, num: int, inner: int, limit: float) -> None:
-    """Minus the clamped gates [R, I] of gate_up [R, 2I]: what the activation takes exponentials of."""
+    """The clamped gates [R, I] of gate_up [R, 2I], negated: the arguments of the activation's exponentials."""
     top = f32(limit)
     for n in range(num):
         given, made = floats(gate_up, 2 * n * inner, inner), floats(out, n * inner, inner)
@@ -109,7 +110,7 @@ def gates(out: int, gate_up: int, num: int, inner: int, limit: float) -> None:
 
 @kernel("void(int64, int64, int64, int64, float32)")
 def activate(out: int, gate_up: int, num: int, inner: int, limit: float) -> None:
-    """`moe.clamped_swiglu` of gate_up [R, 2I], in place of the exponentials [R, I] in `out`."""
+    """`moe.clamped_swiglu` of gate_up [R, 2I]. `out` holds the exponentials [R, I] and is overwritten."""
     top = f32(limit)
     for n in range(num):
         gate, up = floats(gate_up, 2 * n * inner, inner), floats(gate_up, (2 * n + 1) * inner, inner)
@@ -122,7 +123,8 @@ def activate(out: int, gate_up: int, num: int, inner: int, limit: float) -> None
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64)")
 def combine(out: int, rows: int, places: int, weights: int, num: int, K: int, D: int) -> None:
-    """Add each token's experts' rows, weighted and in order of id, to out [N, D], which has the shared expert's."""
+    """Add each token's expert rows, weighted, in order of expert id, to out [N, D], which holds the shared expert's
+    rows."""
     total = np.empty(D, np.float32)
     for n in range(num):
         place, weight, made = integers(places, n * K, K), floats(weights, n * K, K), floats(out, n * D, D)
@@ -139,7 +141,7 @@ def combine(out: int, rows: int, places: int, weights: int, num: int, K: int, D:
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")
 def add_places(rows: int, bias: int, positions: int, num: int, ratio: int, width: int) -> None:
-    """Add to rows [N, S] of a compressor's gates the bias [m, S] of each token's place in its group."""
+    """Add to a compressor's gate rows [N, S] the bias [m, S] for each token's place in its group."""
     for n in range(num):
         added = floats(bias, integers(positions, n, 1)[0] % ratio * width, width)
         made = floats(rows, n * width, width)

@@ -1,7 +1,7 @@
-"""A layer's feed-forward part on a CPU: `moe.MoE.forward` with all that is not a product compiled.
+"""A layer's feed-forward part on a CPU: `moe.MoE.forward` with everything except the products compiled.
 
-The shared expert's rows and those of the routed experts, sorted by expert and filled up to whole tiles, lie in one
-buffer, so that one call activates all of them.
+The shared expert's rows and those of the routed experts (sorted by expert and padded to whole tiles) lie in one
+buffer, so that one call computes the activation of all of them.
 
 Shapes:  N = tokens, padded to ROW_TILE; n = tokens; D = hidden size, E = experts, K = experts per token, I = inner,
          R = rows of all experts.
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 
 def run(layer: MoE, x_ND: Tensor, tokens_n: Tensor) -> Tensor:
-    """x_ND may have rows of padding behind the tokens'; the output has them too, and they mean nothing."""
+    """x_ND may have padding rows behind the tokens' rows. The output has them too; their values mean nothing."""
     num_tokens, (num_rows, size) = tokens_n.shape[0], x_ND.shape
     experts, weights = _pick(layer.gate, x_ND, tokens_n)
     gate_up_stack, down_stack = layer.experts.gate_up_proj, layer.experts.down_proj
     assert isinstance(gate_up_stack, Tensor) and isinstance(down_stack, Tensor)
     num_experts, num_picked = layer.experts.num_experts, experts.shape[1]
     shared, inner = layer.shared_experts, layer.shared_experts.gate_proj.out_features
-    # 1. Rows of the picked experts, as runs of whole tiles; of few tokens none is filled up.
+    # 1. Rows of the picked experts, in runs of whole tiles. For few tokens the runs are not padded.
     tile = 1 if num_tokens <= ROWS_FEW else ROW_TILE
     rows_max = num_tokens * num_picked + min(num_experts, num_tokens * num_picked) * (tile - 1)
     rows = x_ND.new_empty(rows_max, size)
@@ -45,7 +45,7 @@ def run(layer: MoE, x_ND: Tensor, tokens_n: Tensor) -> Tensor:
         if count:
             runs.append((expert, slice(stop, stop + count), slice(num_rows + stop, num_rows + stop + count)))
             stop += count
-    # 2. Gates and ups of all of them, activated together.
+    # 2. Gate and up products of all rows, then one activation for all.
     gate_up = x_ND.new_empty(num_rows + stop, 2 * inner)
     linear_into(x_ND, shared.gate_proj.weight, gate_up[:num_rows, :inner])
     linear_into(x_ND, shared.up_proj.weight, gate_up[:num_rows, inner:])
@@ -56,7 +56,7 @@ def run(layer: MoE, x_ND: Tensor, tokens_n: Tensor) -> Tensor:
     kernels.gates(active.data_ptr(), gate_up.data_ptr(), gate_up.shape[0], inner, shared.limit)
     active.exp_()
     kernels.activate(active.data_ptr(), gate_up.data_ptr(), gate_up.shape[0], inner, shared.limit)
-    # 3. Down, and each token's sum.
+    # 3. Down products, and each token's weighted sum.
     out = x_ND.new_empty(num_rows, size)
     linear_into(active[:num_rows], shared.down_proj.weight, out)
     matrices = matrices_of(down_stack, num_experts)
@@ -71,7 +71,7 @@ def run(layer: MoE, x_ND: Tensor, tokens_n: Tensor) -> Tensor:
 def _pick(router: ExpertRouter, x_ND: Tensor, tokens_n: Tensor) -> tuple[Tensor, Tensor]:
     """`ExpertRouter.forward`: experts [n, K] and their weights."""
     num, (num_experts, _) = tokens_n.shape[0], router.weight.shape
-    # torch's square root of floats is not always the nearest one, so it is torch's here as well.
+    # torch's square root of floats is not always the nearest float, so torch computes it here as well.
     scores = torch.sqrt_(softplus(linear(x_ND, router.weight)[:num])).contiguous()
     experts = torch.empty((num, router.num_picked), dtype=torch.long)
     weights = scores.new_empty(num, router.num_picked)

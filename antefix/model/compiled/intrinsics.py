@@ -1,6 +1,6 @@
-"""What Numba lacks for kernels over torch's memory: pointers, fused multiply-adds, bits of floats.
+"""What Numba lacks for kernels over torch's memory: pointers, fused multiply-adds, access to the bits of floats.
 
-Nothing here allows the compiler to contract, reorder or approximate: a kernel's bits are what its source says.
+Nothing here allows the compiler to fuse, reorder or approximate operations: the source alone decides a kernel's bits.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def fma(_context: Any, a: Any, b: Any, c: Any) -> Any:
 
 @intrinsic
 def rint(_context: Any, a: Any) -> Any:
-    """To the nearest integer, ties to even."""
+    """a rounded to the nearest integer, ties to even."""
 
     def build(_: Any, builder: Any, __: Any, args: Any) -> Any:
         return builder.call(builder.module.declare_intrinsic("llvm.rint", [args[0].type]), args)
@@ -64,13 +64,13 @@ def _pointer(_context: Any, address: Any) -> Any:
     return types.voidptr(types.int64), build
 
 
-# Most accurate, denormals kept, errors ignored: as ATen's vml.h calls MKL's vector functions.
+# Highest accuracy, denormals kept, errors ignored: the mode in which ATen's vml.h calls MKL's vector functions.
 _VML_MODE = 0x2 | 0x00140000 | 0x100
 
 
 @intrinsic
 def exponentials(_context: Any, function: Any, size: Any, given: Any, made: Any) -> Any:
-    """Call MKL's `vmsExp`, which lies at an address, for `size` numbers from address `given` to `made`."""
+    """Call MKL's `vmsExp`, whose address is `function`, on `size` numbers from address `given` to address `made`."""
 
     def build(_: Any, builder: Any, __: Any, args: Any) -> Any:
         pointer, word = ir.FloatType().as_pointer(), ir.IntType(64)
@@ -84,29 +84,30 @@ def exponentials(_context: Any, function: Any, size: Any, given: Any, made: Any)
     return types.int64(types.int64, types.int64, types.int64, types.int64), build
 
 
-# Division by zero is infinite, as in torch: an error's branch would keep loops from being vectorised.
+# With this setting division by zero gives infinity, as in torch. A branch that raises an error would keep loops from
+# being vectorised.
 inline = numba.njit(error_model="numpy")
 plain = numba.njit(error_model="numpy")
 
 
 @inline
 def floats(address: int, first: int, size: int) -> Any:
-    """`size` float32 from number `first` on of those at an address (`Tensor.data_ptr`).
+    """A view of `size` float32 from number `first` on, counted from an address (`Tensor.data_ptr`).
 
-    Loops index such views with their own counter only: of any other index Numba asks whether it is negative, and then
-    does not vectorise.
+    Index such views with the loop's own counter only. For any other index Numba checks whether it is negative, and then
+    it does not vectorise the loop.
     """
     return numba.carray(_pointer(address + 4 * first), (size,), dtype=np.float32)
 
 
 @inline
 def integers(address: int, first: int, size: int) -> Any:
-    """The same of int64."""
+    """The same for int64."""
     return numba.carray(_pointer(address + 8 * first), (size,), dtype=np.int64)
 
 
 def kernel(signature: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile a function for one signature, without the interpreter's lock; kept on disk where that can be written."""
+    """Compile a function for one signature; it runs without Python's lock. The code is cached on disk if possible."""
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         try:

@@ -1,7 +1,7 @@
-"""All of a layer but its attention across tokens in three calls, for few rows: the other kernels, one after another.
+"""Computes a layer, except its attention across tokens, in three calls, for few rows. Each call runs other kernels.
 
-A layer's weights and sizes come as one array of addresses and numbers (`Field`), made by `layers`. Exponentials are
-MKL's `vmsExp`, which torch calls as well, by its address. float32, contiguous.
+A layer's weights and sizes are passed as one array of addresses and numbers (`Field`), which `layers` makes.
+Exponentials are computed by MKL's `vmsExp`, called at its address; torch calls the same function. float32, contiguous.
 
 Shapes:  N = rows, M = streams, D = hidden size, J = (2 + M) * M, H = heads, C = head dim,
          G = output groups, O = columns of a group, I = indexer heads, S = a compressor's columns,
@@ -21,7 +21,7 @@ from antefix.model.compiled.products import multiply_rows
 
 
 class Field(IntEnum):
-    """Where a layer's array has what. Of a matrix: the address of its transpose. 0: the layer has none."""
+    """Indices into a layer's array. A matrix's field holds its transpose's address. 0: the layer has no such part."""
 
     EXP = 0
     LANES = 1
@@ -35,7 +35,7 @@ class Field(IntEnum):
     GROUPS = 9
     GROUP_COLUMNS = 10
     ROUNDS = 11
-    # The first mixing and what is made of its output.
+    # The first mixing, and the projections of its output.
     MIX = 12
     MIX_SCALE = 13
     MIX_BASE = 14
@@ -59,7 +59,7 @@ class Field(IntEnum):
     INDEX_BIAS = 31
     INDEX_Q = 32
     INDEX_WEIGHTS = 33
-    # Behind the attention.
+    # Fields that are used after the attention.
     O_B = 34
     EXPERT_MIX = 35
     EXPERT_MIX_SCALE = 36
@@ -75,12 +75,12 @@ class Field(IntEnum):
     SHARED_UP = 46
     SHARED_DOWN = 47
     ITERS = 48
-    # From here on the groups' first output matrices, then each expert's gate and up, then each one's down.
+    # From this index on: the groups' first output matrices, then each expert's gate and up, then each expert's down.
     O_A = 49
 
 
 class Number(IntEnum):
-    """Where a layer's array of float32 has what."""
+    """Indices into a layer's array of float32 numbers."""
 
     EPS = 0
     MIX_EPS = 1
@@ -91,7 +91,7 @@ class Number(IntEnum):
     SCALING = 6
 
 
-# Plain integers, which Numba compiles as constants.
+# The fields as plain integers, which Numba compiles as constants.
 (EXP, LANES, TILE, STREAMS, SIZE, HEADS, HEAD_DIM, RANK, ROPE, GROUPS, GROUP_COLUMNS, ROUNDS, MIX, MIX_SCALE, MIX_BASE,
  NORM, Q_A, Q_A_NORM, Q_B, KV, KV_NORM, RATIO, COLUMNS, MAIN_KV, MAIN_GATE, MAIN_BIAS, INDEX_HEADS, INDEX_DIM,
  INDEX_COLUMNS, INDEX_KV, INDEX_GATE, INDEX_BIAS, INDEX_Q, INDEX_WEIGHTS, O_B, EXPERT_MIX, EXPERT_MIX_SCALE,
@@ -102,7 +102,7 @@ EPS, MIX_EPS, MIX_NORM_EPS, Q_SCALE, INDEX_FACTOR, LIMIT, SCALING = (int(number)
 
 @plain
 def _mix(w: Any, f: Any, first: int, x: int, post: int, comb: int, streams: int, num: int, work: int) -> None:
-    """`HyperConnection.forward` by the weights from field `first` on: x [N, D], post [N, M], comb [N, M, M]."""
+    """`HyperConnection.forward` with the weights from field `first` on: x [N, D], post [N, M], comb [N, M, M]."""
     M, D = w[STREAMS], w[SIZE]
     J = (2 + M) * M
     at, to = work, work + 4 * num * J
@@ -113,7 +113,7 @@ def _mix(w: Any, f: Any, first: int, x: int, post: int, comb: int, streams: int,
 
 
 def work_size(w: Any, num: int) -> int:
-    """float32 numbers that the three calls work in, for `num` rows."""
+    """How many float32 numbers the work buffer of the three calls needs for `num` rows."""
     M, D, heads = w[STREAMS], w[SIZE], w[HEADS] * w[HEAD_DIM]
     mixing = 2 * (2 + M) * M
     before = 2 * (D + w[RANK]) + max(heads, w[HEAD_DIM], w[INDEX_HEADS] * w[INDEX_DIM], mixing)
@@ -130,7 +130,7 @@ def _norm(w: Any, f: Any, out: int, x: int, weight: int, num: int, size: int) ->
 
 @plain
 def _compress(w: Any, out: int, x: int, kv: int, gate: int, bias: int, positions: int, num: int, columns: int) -> None:
-    """`Compressor.project`: [2, N, S]."""
+    """`Compressor.project`, to out [2, N, S]."""
     second = out + 4 * num * columns
     multiply_rows(out, x, kv, num, w[SIZE], columns, columns, w[TILE])
     multiply_rows(second, x, gate, num, w[SIZE], columns, columns, w[TILE])
@@ -140,10 +140,10 @@ def _compress(w: Any, out: int, x: int, kv: int, gate: int, bias: int, positions
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
 def before_attention(fields: int, numbers: int, places: int, positions: int, cos: int, sin: int, num: int,
                      work: int) -> None:  # fmt: skip
-    """From streams [N, M, D] to what attention across tokens takes.
+    """Compute the inputs of attention across tokens from the streams [N, M, D].
 
-    places: addresses of streams, post [N, M], comb [N, M, M], q [N, H, C], window [N, C], main rows [2, N, S], index
-    rows [2, N, S], index queries [N, I, C], index weights [N, I].
+    places: addresses of streams, post [N, M], comb [N, M, M], q [N, H, C], window [N, C], main compressor's rows
+    [2, N, S], indexer's rows [2, N, S], index queries [N, I, C], index weights [N, I].
     """
     w, f, at = integers(fields, 0, O_A), floats(numbers, 0, SCALING + 1), integers(places, 0, 9)
     D, H, C, rank, rope, tile = w[SIZE], w[HEADS], w[HEAD_DIM], w[RANK], w[ROPE], w[TILE]
@@ -175,10 +175,10 @@ def before_attention(fields: int, numbers: int, places: int, positions: int, cos
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64)")
 def after_attention(fields: int, numbers: int, places: int, cos: int, sin: int, num: int, work: int) -> None:
-    """From attention's output to the experts' input.
+    """Compute the experts' input from attention's output.
 
-    places: addresses of attended [N, H, C], streams, post, comb; then of what is made: streams, post and comb of the
-    second mixing, x [N, D], normed, and the router's logits [N, E].
+    places: addresses of the inputs attended [N, H, C], streams, post, comb; then of the outputs: new streams, post and
+    comb of the second mixing, x [N, D], normed, and the router's logits [N, E].
     """
     w, f, at = integers(fields, 0, O_A), floats(numbers, 0, SCALING + 1), integers(places, 0, 9)
     M, D, H, C, groups, columns = w[STREAMS], w[SIZE], w[HEADS], w[HEAD_DIM], w[GROUPS], w[GROUP_COLUMNS]
@@ -199,9 +199,9 @@ def after_attention(fields: int, numbers: int, places: int, cos: int, sin: int, 
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")
 def run_experts(fields: int, numbers: int, places: int, token_ids: int, num: int, work: int) -> None:
-    """The feed-forward part and the streams behind it.
+    """Compute the feed-forward part and the new streams.
 
-    places: addresses of streams, post, comb, x [N, D], normed, the experts' scores [N, E], and of the new streams.
+    places: addresses of streams, post, comb, x [N, D], normed, the experts' scores [N, E], and the new streams.
     """
     w, f, at = integers(fields, 0, O_A), floats(numbers, 0, SCALING + 1), integers(places, 0, 6)
     M, D, E, K, inner, tile = w[STREAMS], w[SIZE], w[NUM_EXPERTS], w[NUM_PICKED], w[INNER], w[TILE]
@@ -210,7 +210,7 @@ def run_experts(fields: int, numbers: int, places: int, token_ids: int, num: int
     picked, where = work, work + 8 * num * K
     counts, weights = integers(work, 2 * num * K, E), work + 8 * (2 * num * K + E)
     experts.pick(picked, weights, at[4], w[ROUTER_BIAS], w[ROUTER_TABLE], token_ids, num, E, K, w[LANES], f[SCALING])
-    # 1. Rows of the picked experts, sorted by expert; then their gates and ups behind the shared expert's.
+    # 1. Rows of the picked experts, sorted by expert; then their gates and ups, placed after the shared expert's.
     total = num * (K + 1)
     rows = weights + 4 * num * K
     both = rows + 4 * num * K * D
@@ -224,7 +224,7 @@ def run_experts(fields: int, numbers: int, places: int, token_ids: int, num: int
         multiply_rows(both + 8 * (num + first) * inner, rows + 4 * first * D, gate_up[e], counts[e], D, 2 * inner,
                       2 * inner, tile)  # fmt: skip
         first += counts[e]
-    # 2. Activated together, and down.
+    # 2. One activation for all rows, then the down products.
     experts.gates(active, both, total, inner, f[LIMIT])
     exponentials(w[EXP], total * inner, active, active)
     experts.activate(active, both, total, inner, f[LIMIT])

@@ -1,7 +1,7 @@
-"""Decode steps whose layers are three compiled calls each, and the attention between the first two.
+"""Decode steps in which a layer is three compiled calls, with attention between the first and the second.
 
-For models whose weights are all plain, small matrices of this process, where MKL's exponential can be called by
-address. `layer_loop.run_layers` and `runner` say what is computed; this gives the same bits.
+For models whose weights are all plain, small matrices held by this process, if MKL's exponential can be called at its
+address. The bits are those of `layer_loop.run_layers` and `runner`, which define the computation.
 
 Shapes:  N = rows, one token of each sequence; M = streams, D = hidden size, H = heads, C = head dim, E = experts.
 """
@@ -31,20 +31,20 @@ from antefix.model.numerics import SUM_TILE, matrices_of, softplus
 from antefix.model.packed import PackedMatrix
 from antefix.model.steps import TokenRows
 
-# Up to so many rows; beyond, MKL's products are faster than chains.
+# For more rows than this, MKL's products are faster than compiled chains of multiply-adds.
 ROWS_MAX = 8
 _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class AttendStep(Protocol):
-    """A layer's attention before its output projection: [N, H, C]."""
+    """Computes a layer's attention before its output projection: [N, H, C]."""
 
     def __call__(self, layer: int, attention: Attention, rows: TokenRows) -> Tensor: ...
 
 
 @dataclass(slots=True)
 class LayerPlan:
-    """One layer's weights as the kernels take them. held: tensors whose addresses are in `fields`."""
+    """One layer's weights as the kernels need them. held: tensors that `fields` addresses, kept so that they live."""
 
     layer: DecoderLayer
     fields: _Integers
@@ -54,7 +54,7 @@ class LayerPlan:
 
     @property
     def rounds(self) -> bool:
-        """Whether window entries are rounded as the FP8 format has them."""
+        """Whether window entries are rounded to the FP8 format."""
         return bool(self.fields[Field.ROUNDS])
 
     @property
@@ -64,7 +64,7 @@ class LayerPlan:
 
 @functools.cache
 def exponential_address() -> int:
-    """Where MKL's `vmsExp` is; 0 where torch was built without."""
+    """The address of MKL's `vmsExp`; 0 where torch was built without MKL."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
         return ctypes.cast(library.vmsExp, ctypes.c_void_p).value or 0
@@ -73,7 +73,7 @@ def exponential_address() -> int:
 
 
 def few_rows(model: Model, tokens_N: Tensor, positions_N: Tensor) -> FewRows | None:
-    """What runs so many rows; None where the layers are to be run call by call."""
+    """The runner for these rows; None where the layers must be run call by call."""
     if len(tokens_N) > ROWS_MAX or model.ranks is not None or model.offload is not None:
         return None
     plans = plans_of(model)
@@ -82,7 +82,7 @@ def few_rows(model: Model, tokens_N: Tensor, positions_N: Tensor) -> FewRows | N
 
 @dataclass(slots=True)
 class _Kept:
-    """A model's plans, with where its layers' weights are and which ones the plans were made of."""
+    """A model's plans, with the versions and addresses of the weights that they were made from."""
 
     places: list[tuple[dict[str, Any], str]]
     made_of: list[tuple[int, int]]
@@ -90,9 +90,9 @@ class _Kept:
 
 
 def plans_of(model: Model) -> list[LayerPlan] | None:
-    """Each layer's, kept with the model until a weight is another; None: this model is not one for these kernels.
+    """Each layer's plan, kept with the model until a weight changes. None: these kernels cannot run this model.
 
-    What is looked at per step is every weight's version and address. Other modules in a layer's place are not seen.
+    Each step compares every weight's version and address. It does not notice that a module was replaced by another.
     """
     kept: _Kept | None = getattr(model, "_antefix_plans", None)
     if kept is None:
@@ -126,7 +126,7 @@ def _make_plans(model: Model) -> list[LayerPlan] | None:
 
 
 class _Maker:
-    """Fills in one layer's arrays."""
+    """Fills in the arrays of one layer's plan."""
 
     def __init__(self, model: Model, layer: DecoderLayer) -> None:
         self.model, self.layer = model, layer
@@ -137,7 +137,7 @@ class _Maker:
         self.numbers = np.zeros(len(Number), np.float32)
 
     def plan(self) -> LayerPlan | None:
-        """None: a weight is no plain float32 matrix, or too large to be kept twice."""
+        """None: a weight is not a plain float32 matrix, or is too large to keep a transposed copy of it."""
         self._sizes()
         self._attention(self.layer.self_attn)
         self._mixing(Field.MIX, self.layer.attn_hc)
@@ -230,7 +230,7 @@ class _Maker:
 
 
 class FewRows:
-    """The layers over N rows of one token each. Buffers are used again by every layer."""
+    """Runs the layers over N rows of one token each. All layers use the same buffers."""
 
     def __init__(self, model: Model, plans: list[LayerPlan], tokens_N: Tensor, positions_N: Tensor) -> None:
         self._model, self.plans = model, plans
@@ -245,7 +245,7 @@ class FewRows:
         self._work = new(num * max(plan.work_size for plan in plans) + 2 * config.num_experts)
 
     def run(self, attend: AttendStep) -> Tensor:
-        """Streams [N, M, D] on top of the last layer."""
+        """Run all layers. Returns the streams [N, M, D] after the last one."""
         model = self._model
         ropes = {kind: model.rope(kind, self._positions) for kind in set(model.config.geometry.layers)}
         embedded = model.model.embed_tokens(self._tokens).unsqueeze(1)
@@ -258,11 +258,11 @@ class FewRows:
 
     @property
     def streams(self) -> Tensor:
-        """[N, M, D] before a layer, and behind it."""
+        """The streams [N, M, D] between two layers."""
         return self._streams[0]
 
     def before(self, plan: LayerPlan, cos: Tensor, sin: Tensor) -> TokenRows:
-        """What attention across tokens takes, of the streams."""
+        """Compute the inputs of attention across tokens from the streams."""
         f, num, new = plan.fields, self._num, self._x.new_empty
         q, window = new(num, f[Field.HEADS], f[Field.HEAD_DIM]), new(num, f[Field.HEAD_DIM])
         compressed = new(2, num, f[Field.COLUMNS]) if f[Field.MAIN_KV] else None
@@ -279,12 +279,12 @@ class FewRows:
         return TokenRows(q=q, window=window, compressed=compressed, index=index)
 
     def feed(self, plan: LayerPlan, attended: Tensor, cos: Tensor, sin: Tensor) -> None:
-        """Attention's output [N, H, C] and the feed-forward part into the streams."""
-        # torch's square root and logarithm are not always the nearest numbers, so they are torch's here as well.
+        """Add attention's output [N, H, C] and then the feed-forward part to the streams."""
+        # torch's square root and logarithm are not always the nearest floats, so torch computes them here as well.
         self._experts(plan, torch.sqrt_(softplus(self._router_logits(plan, attended, cos, sin))))
 
     def _router_logits(self, plan: LayerPlan, attended: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """[N, E], behind attention's output and the second mixing."""
+        """Logits [N, E], after attention's output projection and the second mixing."""
         logits = self._x.new_empty(self._num, plan.fields[Field.NUM_EXPERTS])
         attended = attended.contiguous()
         parts = (attended, self._streams[0], *self._mixes[0], self._streams[1], *self._mixes[1], self._normed, logits)
@@ -304,6 +304,6 @@ class FewRows:
 
 
 def _places(tensors: tuple[Tensor | None, ...]) -> _Integers:
-    """The tensors' addresses. To be held during the call: a kernel runs without Python's lock, and other threads would
-    get the array's memory."""
+    """The tensors' addresses. Hold the returned array during the call: a kernel runs without Python's lock, so if the
+    array were freed, other threads could get its memory."""
     return np.array([0 if each is None else each.data_ptr() for each in tensors], np.int64)

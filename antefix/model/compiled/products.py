@@ -1,7 +1,7 @@
-"""Products of a few rows: MKL's order of addition without the rows that fill up its tiles.
+"""Products of a few rows, in MKL's order of addition but without the padding rows of its tiles.
 
-MKL adds in one chain of fused multiply-adds per element, but only from a whole tile of rows on (`numerics`). For one
-row that is sixteen times the arithmetic. Here the chain is written down, over weights that lie transposed.
+MKL adds in one chain of fused multiply-adds per element, but only if there is at least a whole tile of rows
+(`numerics`). For one row that is sixteen times the arithmetic. Here the chain is written out, over transposed weights.
 
 Shapes:  N = rows, K = addends, O = columns.
 """
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from antefix.model.compiled.intrinsics import f32, floats, fma, kernel, plain
 
-# Weights are kept a second time, transposed, so only of small matrices: 4 MiB.
+# Weights are kept a second time, transposed, so this is done for small matrices only: up to 4 MiB.
 _NUMBERS_MAX = 1 << 20
 
 
 @plain
 def _chain(made: Any, row: Any, weights: int, O: int) -> None:  # noqa: E741
-    """made [O] gets row [K] times weights [K, O], from 0 on."""
+    """made [O] becomes row [K] times weights [K, O]; the sums start at 0."""
     for c in range(O):
         made[c] = f32(0)
     whole = len(row) // 4 * 4
@@ -40,7 +40,8 @@ def _chain(made: Any, row: Any, weights: int, O: int) -> None:  # noqa: E741
 
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
 def multiply_rows(out: int, x: int, weights: int, num: int, K: int, O: int, step: int, tile: int) -> None:  # noqa: E741
-    """out [N, O], its rows `step` apart: x [N, K] times weights [K, O], sums of `tile` addends added up in order."""
+    """out [N, O], with rows `step` numbers apart: x [N, K] times weights [K, O]. Sums are cut into parts of `tile`
+    addends, which are added up in order."""
     piece = np.empty(O, np.float32)
     for start in range(0, K, tile):
         many = min(tile, K - start)
@@ -55,7 +56,7 @@ def multiply_rows(out: int, x: int, weights: int, num: int, K: int, O: int, step
 
 
 def multiply(x: Tensor, weight: Tensor, tile: int, out: Tensor | None = None) -> Tensor | None:
-    """x [N, K] times weight [O, K] transposed, to `out`, whose rows may lie apart; None: the weight is too large."""
+    """x [N, K] times weight [O, K] transposed, to `out`, whose rows may be apart. None: the weight is too large."""
     columns, addends = weight.shape
     matrix = turned(weight)
     if matrix is None:
@@ -69,7 +70,7 @@ def multiply(x: Tensor, weight: Tensor, tile: int, out: Tensor | None = None) ->
 
 
 def turned(weight: Tensor) -> Tensor | None:
-    """The weights transposed [K, O], kept with them; turned again where they were changed or lie elsewhere."""
+    """The weights transposed [K, O]. The copy is kept with them and renewed if they were changed or moved."""
     if weight.numel() > _NUMBERS_MAX or weight.dtype is not torch.float32:
         return None
     if weight.is_inference():

@@ -1,4 +1,4 @@
-"""Kernels that round as KV records do (`antefix.model.quant`), without packing. float32, contiguous.
+"""Kernels that round values as KV records do (`antefix.model.quant`), without packing. float32, contiguous.
 
 Shapes:  N = rows, C = channels, R = RoPE dims.
 """
@@ -15,21 +15,21 @@ from antefix.model.quant import FP4_FLOOR, FP4_MAX, FP8_FLOOR, FP8_MAX
 
 _FP8_FLOOR, _FP8_MAX, _FP8_SHARE = f32(FP8_FLOOR), f32(FP8_MAX), f32(1.0 / FP8_MAX)
 _FP4_FLOOR, _FP4_MAX, _FP4_SHARE = f32(FP4_FLOOR), f32(FP4_MAX), f32(1.0 / FP4_MAX)
-# Rows whose Hadamard transforms run side by side.
+# Number of rows whose Hadamard transforms are computed side by side.
 _SIDE = 8
 
 
 @inline
 def _power_above(largest: Any, share: Any) -> Any:
-    """The group's scale (`quant._scales`)."""
+    """The scale of a group (`quant._scales`)."""
     return float_of(i32((i32(bits_of(largest * share)) + i32(0x7FFFFF)) & i32(0x7F800000)))
 
 
 @inline
 def _to_fp8(value: Any) -> Any:
-    """A number in [-448, 448] as E4M3 has it."""
+    """A number in [-448, 448] rounded to E4M3."""
     bits = bits_of(value)
-    # Below 2^-6 steps are 2^-9; from there on three bits of the mantissa stay, ties to even.
+    # Below 2^-6 the codes are 2^-9 apart. From 2^-6 on, three bits of the mantissa are kept, ties to even.
     small = float_of(i32(bits_of(rint(value * f32(512)) * f32(1 / 512)) | (bits & i32(-0x80000000))))
     large = float_of(i32((bits + i32(0x7FFFF) + ((bits >> i32(20)) & i32(1))) & i32(-0x100000)))
     return small if (bits & i32(0x7FFFFFFF)) < i32(0x3C800000) else large
@@ -37,7 +37,7 @@ def _to_fp8(value: Any) -> Any:
 
 @plain
 def _transform(work: Any, size: int, shrink: Any) -> None:
-    """Butterflies of _SIDE rows at once: work [C, _SIDE]."""
+    """The butterflies of _SIDE rows' Hadamard transforms at once: work [C, _SIDE]."""
     reach = 1
     while reach < size:
         for start in range(0, size, 2 * reach):
@@ -53,7 +53,7 @@ def _transform(work: Any, size: int, shrink: Any) -> None:
 
 @plain
 def _round_group(group: Any) -> None:
-    """Round _SIDE rows' groups, each by its own scale: group [32, _SIDE]."""
+    """Round the same group of _SIDE rows, each row by its own scale: group [32, _SIDE]."""
     scales = np.full(_SIDE, _FP4_FLOOR, np.float32)
     for start in range(0, len(group), _SIDE):
         row = group[start : start + _SIDE]
@@ -71,7 +71,7 @@ def _round_group(group: Any) -> None:
 
 @kernel("void(int64, int64, int64, int64)")
 def round_entries(x: int, num: int, size: int, rope: int) -> None:
-    """`quant.round_entries` in place: FP8 in groups of 64, RoPE dims as bfloat16."""
+    """`quant.round_entries` in place: FP8 in groups of 64, RoPE dims to bfloat16."""
     nope = size - rope
     for n in range(num):
         for start in range(0, nope, FP8_GROUP):
@@ -90,7 +90,7 @@ def round_entries(x: int, num: int, size: int, rope: int) -> None:
 
 @kernel("void(int64, int64, int64, int64)")
 def round_queries(out: int, x: int, num: int, size: int) -> None:
-    """`quant.round_queries` of the FP8 format: Hadamard transform of x [N, C], then FP4 in groups of 32."""
+    """`quant.round_queries` in the FP8 format: Hadamard transform of x [N, C], then FP4 in groups of 32."""
     work, shrink = np.zeros(size * _SIDE, np.float32), f32(size**-0.5)
     for first in range(0, num, _SIDE):
         many = min(_SIDE, num - first)

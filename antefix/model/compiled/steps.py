@@ -1,6 +1,6 @@
-"""`antefix.model.steps.Steps` with what is between its products compiled: no Python per sequence in a layer.
+"""`antefix.model.steps.Steps`, with everything between its products compiled: no Python code per sequence in a layer.
 
-Shapes:  as there; k = far entries of each sequence, in whole segments.
+Shapes:  as in `antefix.model.steps`; k = far entries of each sequence, in whole segments.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class CompiledSteps(Steps):
     def _first_entries(
         self, layer: int, kind: PartKind, visible: Tensor, multiple: int, rows: slice = slice(None)
     ) -> Tensor:
-        """Each sequence's visible entries, then zeros up to a multiple that is enough for all of them."""
+        """Each sequence's visible entries, then zeros up to a multiple of `multiple` that covers every sequence."""
         part = self._pool.part(layer, kind)
         decoded, tables = self._pool.decoded(part), self._tables[rows]
         most = (max(self._positions) + 1) // self._geometry.ratio(layer)

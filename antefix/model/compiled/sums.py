@@ -1,7 +1,7 @@
 """Sums over a row in torch's order, so that a kernel and torch's operations give the same bits.
 
-torch adds contiguous float32 in vectors of LANES numbers, four of them at a time, in levels of 16 (ATen's
-SumKernel.cpp, cascade sum); fewer than a vector one by one.  Lanes: 8 with AVX2, 16 with AVX-512.
+torch adds contiguous float32 numbers in vectors of LANES numbers, four vectors at a time, in levels of 16 (cascade sum
+in ATen's SumKernel.cpp). Fewer numbers than a vector are added one by one.  LANES: 8 with AVX2, 16 with AVX-512.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _STEP = 16
 
 @inline
 def scratch(lanes: int) -> Any:
-    """What `row_sum` works in: three levels."""
+    """The work array of `row_sum`: three levels."""
     return np.empty(12 * lanes, np.float32)
 
 
@@ -69,7 +69,7 @@ def row_sum(address: int, size: int, squares: bool, lanes: int, work: Any) -> An
 
 @plain
 def _few(x: Any, squares: bool) -> Any:
-    """Less than a vector: four sums side by side, what is left goes to the first."""
+    """The sum of fewer numbers than a vector: four sums side by side; the remaining numbers go to the first one."""
     sums = np.zeros(4, np.float32)
     whole = len(x) - len(x) % 4
     for k in range(len(x)):

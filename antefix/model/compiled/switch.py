@@ -9,8 +9,8 @@ _is_on = False
 
 
 def is_compiled(x: Tensor) -> bool:
-    """Whether the kernels compute what is between products of `x`: on a CPU, in float32, without gradients, where they
-    were found to give the same bits."""
+    """Whether the kernels compute the steps between products of `x`: on a CPU, in float32, without gradients, and only
+    if they were found to give the same bits as torch."""
     return _is_on and x.dtype is torch.float32 and x.is_cpu and not torch.is_grad_enabled()
 
 
@@ -19,6 +19,6 @@ def is_on() -> bool:
 
 
 def use(on: bool) -> None:
-    """For this process (`antefix.model.compiled.check.enable`)."""
+    """Switch the kernels on or off for this process (`antefix.model.compiled.check.enable`)."""
     global _is_on
     _is_on = on

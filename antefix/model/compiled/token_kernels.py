@@ -1,7 +1,7 @@
-"""Kernels for what is computed for each token alone: mixing, norms and rotations. float32, contiguous.
+"""Kernels for computations that concern one token alone: mixing, norms and rotations. float32, contiguous.
 
-Numbers are addressed by `Tensor.data_ptr()`. Exponentials are torch's, between two kernels. Each kernel has the bits of
-the torch code that it names; `antefix.model.compiled.check` compares them when a model is loaded.
+Arrays are addressed by `Tensor.data_ptr()`. torch computes the exponentials, between two kernels. Each kernel gives the
+bits of the torch code that its docstring names; `antefix.model.compiled.check` compares them when a model is loaded.
 
 Shapes:  N = rows, M = streams, J = (2 + M) * M mixing logits, D = hidden size, C = channels, R = RoPE dims, H = heads.
 """
@@ -23,7 +23,7 @@ def _inverse_root(total: Any, size: int, eps: Any) -> Any:
 
 @plain
 def turn(x: Any, cos: Any, sin: Any, sign: Any) -> None:
-    """Rotate pairs of x [R] in place by sign times the angle (`norms_rope.rotate`)."""
+    """Rotate the pairs of x [R] in place, by the angle times `sign` (`norms_rope.rotate`)."""
     for r in range(len(cos)):
         even, odd = x[2 * r], x[2 * r + 1]
         s = sign * sin[r]
@@ -62,8 +62,8 @@ def _rows(comb: int, M: int, eps: Any) -> None:
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, float32)")
 def mix_logits(out: int, raw: int, streams: int, scale: int, base: int, num: int, M: int, D: int, lanes: int,
                eps: float) -> None:  # fmt: skip
-    """What `HyperConnection` takes the exponentials of: minus the gates' logits [N, 2M], and the mixing logits minus
-    their row's largest [N, M * M]. raw [N, J]: streams times `fn`. scale [J], base [J]."""
+    """The arguments of `HyperConnection`'s exponentials: the gates' logits [N, 2M], negated, and the mixing logits
+    minus their row's largest [N, M * M]. raw [N, J]: streams times `fn`. scale [J], base [J]."""
     J, width = (2 + M) * M, M * D
     scale_, base_ = floats(scale, 0, J), floats(base, 0, J)
     work = scratch(lanes)
@@ -86,7 +86,7 @@ def mix_logits(out: int, raw: int, streams: int, scale: int, base: int, num: int
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, float32)")
 def mix_gates(x: int, post: int, comb: int, powers: int, streams: int, num: int, M: int, D: int, iters: int,
               eps: float) -> None:  # fmt: skip
-    """From exponentials [N, J] to the block's input x [N, D], post [N, M] and comb [N, M, M] (`mhc.sinkhorn`)."""
+    """From exponentials [N, J], compute the block's input x [N, D], post [N, M] and comb [N, M, M] (`mhc.sinkhorn`)."""
     J = (2 + M) * M
     pre, sums, least = np.empty(M, np.float32), np.empty(M, np.float32), f32(eps)
     for n in range(num):
@@ -139,7 +139,7 @@ def expand(out: int, streams: int, output: int, post: int, comb: int, num: int, 
 def norm_rotate(out: int, x: int, weight: int, cos: int, sin: int, num: int, heads: int, size: int, stride: int,
                 rope: int, lanes: int, eps: float, scale: float) -> None:  # fmt: skip
     """`norms_rope.norm_rotate` of x [N, stride], whose rows begin with H heads of C channels: [N, H, C]. weight [C],
-    or 0 for none; cos, sin [N, R / 2], or rope 0 for none; a scale of 1 is none."""
+    or 0 for no weight; cos, sin [N, R / 2]; rope 0 for no rotation; scale 1 for no scaling."""
     half, weights = rope // 2, floats(weight, 0, size)
     work, factor_of_all = scratch(lanes), f32(scale)
     for n in range(num):
@@ -164,7 +164,7 @@ def norm_rotate(out: int, x: int, weight: int, cos: int, sin: int, num: int, hea
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, float32)")
 def rotate(out: int, x: int, cos: int, sin: int, num: int, heads: int, size: int, stride: int, rope: int, groups: int,
            sign: float) -> None:  # fmt: skip
-    """x [N, stride], whose rows begin with H heads of C channels, rotated by sign times the angle: as
+    """Rotate x [N, stride], whose rows begin with H heads of C channels, by the angle times `sign`. The result is
     [G, N, H / G, C]."""
     half, each = rope // 2, heads // groups
     for n in range(num):

@@ -1,6 +1,6 @@
-"""The compiled kernels as functions of tensors: what `mhc`, `norms_rope`, `quant` and `compressor` hand over.
+"""The compiled kernels as functions of tensors, called by `mhc`, `norms_rope`, `quant` and `compressor`.
 
-Each has the bits of the torch code that calls it. Inputs are float32 on the CPU; `enable` has compared the two.
+Each function gives the bits of the torch code that calls it; `enable` has compared the two. Inputs: float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def lanes() -> int:
-    """float32 numbers of one of torch's vectors."""
+    """How many float32 numbers one of torch's vectors holds."""
     return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
@@ -65,7 +65,7 @@ def norm_rotate(
     sin: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """`norms_rope.norm_rotate` of x [N, C] or [N, H, C]; without cos and sin `norms_rope.rms_norm` of any x."""
+    """`norms_rope.norm_rotate` of x [N, C] or [N, H, C]. Without cos and sin: `norms_rope.rms_norm`, any shape of x."""
     x = x.contiguous()
     made, size = torch.empty_like(x), x.shape[-1]
     heads, rope, angles = 1, 0, (0, 0)
@@ -93,7 +93,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def grouped_back(attention: Attention, attended_NHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What `Attention.output` projects last: rotated back and through the groups' products, [N, G * O]."""
+    """The input of `Attention.output`'s last projection: values rotated back, then the groups' products, [N, G * O]."""
     num, heads, size = attended_NHC.shape
     groups, weight = attention.o_groups, attention.o_a_proj.weight
     turned = attended_NHC.new_empty(groups, num, heads // groups * size)
@@ -110,7 +110,7 @@ def grouped_back(attention: Attention, attended_NHC: Tensor, cos: Tensor, sin: T
 
 
 def round_entries(x: Tensor, rope_dim: int) -> Tensor:
-    """`quant.round_entries` of the FP8 format."""
+    """`quant.round_entries` in the FP8 format."""
     made = x.clone(memory_format=torch.contiguous_format)
     size = x.shape[-1]
     rounding_kernels.round_entries(made.data_ptr(), x.numel() // size, size, rope_dim)
@@ -118,7 +118,7 @@ def round_entries(x: Tensor, rope_dim: int) -> Tensor:
 
 
 def round_queries(q: Tensor) -> Tensor:
-    """`quant.round_queries` of the FP8 format."""
+    """`quant.round_queries` in the FP8 format."""
     q = q.contiguous()
     made, size = torch.empty_like(q), q.shape[-1]
     rounding_kernels.round_queries(made.data_ptr(), q.data_ptr(), q.numel() // size, size)

@@ -1,4 +1,4 @@
-"""`TorchOps.indexer_topk` with what follows its products compiled."""
+"""`TorchOps.indexer_topk`, with the steps after its products compiled."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def best_entries(
     k: int,
     together: int,
 ) -> Tensor:
-    """Each query's k best visible entries [T, k], ascending, then -1. segments: keys [E, C] in order, as many in all as
-    are visible or more.  together: queries scored at once."""
+    """Each query's k best visible entries [T, k], ascending, then -1. segments: keys [E, C] in order; together they
+    must hold all visible entries.  together: how many queries are scored at once."""
     num, heads, _ = queries_TIC.shape
     width = sum(segment.shape[0] for segment in segments)
     visible, weights = num_visible_T.contiguous(), weights_TI.contiguous()

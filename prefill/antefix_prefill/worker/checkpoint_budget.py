@@ -1,4 +1,4 @@
-"""What strategies must know of the store: bytes of checkpoints, and how fast it turns over; some seconds old."""
+"""The store's figures that strategies need, some seconds old: bytes of checkpoints, and how fast contents change."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from antefix.record import RecordKind
 from antefix.store.store_stats import StoreTotals
 from antefix.window import BudgetState, Turnover
 
-# The count decides whether another sparse checkpoint is worth its bytes: seconds old is soon enough.
+# How often the store is asked. The figure decides whether another sparse checkpoint is worth its bytes; it may be old.
 REFRESH_S = 5.0
 
 
 class CheckpointBudget:
-    """Counts what this worker leaves, and takes the store's numbers when they are due. Used from one event loop.
+    """Counts the checkpoints that this worker writes, and refreshes the store's figures. Used from one event loop.
 
-    The store counts checkpoints of all namespaces together, so where several share it a budget errs to the safe side.
+    The store counts checkpoints of all namespaces together. So if several share it, fewer checkpoints are written than
+    the budget allows.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class CheckpointBudget:
         self._used_bytes += nbytes
 
     def refresh_soon(self) -> None:
-        """Ask the store in the background if the last answer is old; nobody waits for it."""
+        """Ask the store in the background if its last answer is old. Nobody waits for the answer."""
         if self._count is None or self._asking is not None or time.monotonic() - self._asked_s < REFRESH_S:
             return
         self._asked_s = time.monotonic()
@@ -57,7 +58,7 @@ class CheckpointBudget:
                 budget_bytes=totals.budget_bytes,
             )
         except AntefixError:
-            # An old number is a worse choice of checkpoints, nothing else; the store's failures are counted by its use.
+            # An old figure only leads to a worse choice of checkpoints. Failures are counted where the store is used.
             return
         finally:
             self._asking = None

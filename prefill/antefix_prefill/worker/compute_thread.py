@@ -1,19 +1,20 @@
-"""One thread for the model, in what order it takes its work, and awaits that a cancelled request cannot cut short.
+"""The one thread that runs the model, the order in which it takes work, and awaits that cancellation cannot cut short.
 
-    small jobs    decode steps, handoffs, checkpoints, adoptions: always next, in the order in which they came
+    small jobs    decode steps, handoffs, checkpoints, adoptions: always next, in order of arrival
     chunks        of the tenant that has had the least time; of its prompts, the one with the least work left, and every
                   few turns the one that began first, so that a stream of short prompts starves nobody
 
-So a short rest after a hit waits for a long prompt's chunk in hand, and at most for one more; never for the prompt.
-Short rests that wait together run together, as one call of the model: most of what each costs is paid once. Where
-several tenants want the worker, a call is no longer than what its first piece would take on its tenant's share alone.
+So a short rest after a hit waits for the running chunk of a long prompt and for at most one more, never for the whole
+prompt. Short rests that wait at the same time run as one call of the model, because most of the cost of a call is
+fixed. If several tenants want the worker, such a call takes no longer than its first piece would take on its tenant's
+share alone.
 
-Between two decode steps the thread is free for a moment, and a chunk would get in each time. Where a tenant has nothing
-but decode steps, another one's chunk lets steps go first until they have given back the time of the chunk before it. A
-step in which others' sequences take part gives back less than it takes (`StepShares.repaid_s` in decode).
+Between two decode steps the thread is free for a moment, and a chunk could start each time. So if a tenant has only
+decode steps, another tenant's chunk waits until steps have got back the time that the previous chunk took. A step in
+which other tenants' sequences take part counts for less than its time (`StepShares.repaid_s` in decode).
 
-A cancelled request gives its pool rows back. If the thread (or a read) were still writing into them, another
-request's KV would be overwritten: so cancellation waits for the work in hand, which takes one chunk at most.
+A cancelled request frees its pool rows. If the thread (or a read) still wrote into them, it would overwrite another
+request's KV. So cancellation waits for the running work, which takes one chunk at most.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 
 async def uninterrupted(work: Awaitable[T]) -> T:
-    """Await `work` to its end even when cancelled meanwhile; the cancellation is raised afterwards."""
+    """Await `work` to its end even if this task is cancelled meanwhile; the cancellation is raised afterwards."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
@@ -50,35 +51,35 @@ async def uninterrupted(work: Awaitable[T]) -> T:
             cancelled = err
     if cancelled is not None:
         if not task.cancelled():
-            task.exception()  # seen here, or asyncio would log it as never retrieved
+            task.exception()  # read it, or asyncio would log it as never retrieved
         raise cancelled
     return task.result()
 
 
-# Of so many chunks one is the oldest prompt's, if others have less left: it keeps a quarter of its speed at least.
+# One of this many chunks is the oldest prompt's, even if others have less left, so it keeps a quarter of its speed.
 OLDEST_EVERY = 4
-# Tokens of pieces that run as one call. On a CPU 256 of antefix-tiny take a fifth of a second, less than a whole chunk.
+# Most tokens of pieces that run as one call. On a CPU antefix-tiny runs 256 in a fifth of a second, less than a chunk.
 TOGETHER_TOKENS = 256
 
 
-# A tenant that had work here so lately still counts among those that want the worker.
+# A tenant that had work here within this time still counts as wanting the worker.
 _RECENT_S = 1.0
 _NUM_RECENT_MAX = 256
-# How long the thread waits for a step that has its turn. The event loop needs some milliseconds between two steps.
+# How long the thread waits for a step whose turn it is. The event loop needs some milliseconds between two steps.
 STEP_COMES_S = 0.01
 
-# Whose request the present task works for, and that tenant's share.
+# The tenant of the request that the present task works for, and that tenant's share.
 _tenant: ContextVar[tuple[str, int]] = ContextVar("antefix_compute_tenant", default=("", 1))
 
 
 def compute_for(tenant: str, share: int = 1) -> None:
-    """From here on, in this task: tenants take turns at chunks, by the time that theirs took and their shares."""
+    """Set this task's tenant. Tenants take turns at chunks, by the time that their chunks took and by their shares."""
     _tenant.set((tenant, share))
 
 
 @dataclass(frozen=True, slots=True)
 class _Together:
-    """function: of many pieces, gives a result or an error for each, in their order."""
+    """function: takes many pieces and returns a result or an error for each, in their order."""
 
     function: Callable[[list[Any]], list[Any]]
     piece: object
@@ -87,8 +88,8 @@ class _Together:
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """remaining: tokens that its prompt has left, None for a small job.  began: when its prompt's computing began.
-    together: how it runs with others, where it may.  repaid_s: see `run_step`."""
+    """remaining: tokens that its prompt has left; None: a small job.  began: when the computation of its prompt began.
+    together: how it can run with other jobs, if it can.  repaid_s: see `run_step`."""
 
     work: Callable[[], object]
     done: Future[object]
@@ -107,7 +108,7 @@ class _Job:
     def run(self) -> None:
         try:
             self.done.set_result(self.work())
-        except BaseException as err:  # noqa: BLE001 - the caller is told, whatever it is
+        except BaseException as err:  # noqa: BLE001 - any error is passed to the caller
             self.done.set_exception(err)
 
     def settle(self, result: object) -> None:
@@ -118,7 +119,7 @@ class _Job:
 
 
 class ComputeThread:
-    """Runs model calls one after another, off the event loop; torch spreads each over the cores by itself."""
+    """Runs calls of the model one after another, off the event loop. torch spreads each call over the cores."""
 
     def __init__(self, name: str) -> None:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
@@ -127,17 +128,17 @@ class ComputeThread:
         self._small: collections.deque[_Job] = collections.deque()
         self._chunks: list[_Job] = []
         self._num_chunks_run = 0
-        # Pieces that ran in another one's call.
+        # How many pieces ran in another piece's call.
         self.num_joined = 0
-        # Seconds that each tenant's chunks took, for those that wait; and where who is served stands.
+        # Seconds that each waiting tenant's chunks took, and the clock of the tenant that was served last.
         self._clocks: dict[str, float] = {}
         self._now = 0.0
-        # When each tenant had work here last, and its share.
+        # When each tenant last had work here, and its share.
         self._recent: dict[str, tuple[float, int]] = {}
-        # Whose sequences take part in decode steps now; for how long steps go first.
+        # The tenants whose sequences take part in decode steps now, and for how long steps go first.
         self._stepping: frozenset[str] = frozenset()
         self._steps_first_s = 0.0
-        # Whose chunk is in hand, or took the time that steps give back.
+        # The tenants whose chunk is running, or took time that steps are getting back.
         self._owing: frozenset[str] = frozenset()
         self.wait_s = histogram(
             "antefix_compute_wait_seconds",
@@ -150,22 +151,22 @@ class ComputeThread:
         )
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """A small job, or a decode step: it never waits for more than the work in hand and small jobs before it."""
+        """Run a small job. It waits only for the running work and for small jobs that came before it."""
         job = _Job(lambda: function(*args, **kwargs), Future())
         return cast(T, await self._submit(job))
 
     async def run_step(
         self, repaid_s: float | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """A decode step.  repaid_s: of the time that others' chunks took, so much is given back with it; None: what it
-        takes."""
+        """Run a decode step.  repaid_s: how much of the time that other tenants' chunks took counts as given back with
+        this step; None: the time that the step takes."""
         job = _Job(lambda: function(*args, **kwargs), Future(), repaid_s=repaid_s)
         return cast(T, await self._submit(job))
 
     async def run_chunk(
         self, remaining: int, began: float, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """A chunk of a prompt that has `remaining` tokens left, whose computing began at `began`."""
+        """Run a chunk of a prompt that has `remaining` tokens left and whose computation began at `began`."""
         job = _Job(lambda: function(*args, **kwargs), Future(), remaining, began, *_tenant.get())
         return cast(T, await self._submit(job))
 
@@ -177,10 +178,10 @@ class ComputeThread:
         piece: Q,
         num_tokens: int,
     ) -> T:
-        """`run_chunk` for a chunk of `num_tokens` that may run with other prompts'.
+        """`run_chunk` for a chunk of `num_tokens` that may run together with chunks of other prompts.
 
-        function: takes all pieces of one call, gives a result or an error for each. If it raises for several, nothing
-        may have changed: each runs alone.
+        function: takes all pieces of one call and returns a result or an error for each. If it raises for several
+        pieces, it must not have changed anything: then each piece runs alone.
         """
 
         def alone() -> T:
@@ -194,7 +195,7 @@ class ComputeThread:
         return cast(T, await self._submit(job))
 
     def stepping_for(self, shares: Mapping[str, int]) -> None:
-        """These tenants' sequences take part in decode steps, one after the other; none: there is no step to come."""
+        """Sequences of these tenants take part in decode steps that follow one another; empty: no step will come."""
         now = time.perf_counter()
         with self._lock:
             self._stepping = frozenset(shares)
@@ -204,7 +205,7 @@ class ComputeThread:
 
     @property
     def chunk_tenants(self) -> frozenset[str]:
-        """Whose chunks wait, or are in hand, or took time that steps have not given back yet."""
+        """The tenants whose chunks wait, are running, or took time that steps have not got back yet."""
         with self._lock:
             return self._owing.union(job.tenant for job in self._chunks)
 
@@ -220,7 +221,7 @@ class ComputeThread:
                 self._chunks.append(job)
                 self._recent[job.tenant] = (job.asked, job.share)
                 self._changed.notify()
-        # As many turns as jobs: each takes the job that is best when it begins.
+        # One turn is submitted per job; each turn takes the best job at the moment when it begins.
         self._executor.submit(self._run_next)
         return await uninterrupted(asyncio.wrap_future(job.done))
 
@@ -233,7 +234,7 @@ class ComputeThread:
             elif self._chunks:
                 jobs = self._join_others(self._next_chunk())
             else:
-                return  # it ran together with others
+                return  # this turn's job ran in the call of another one
             if jobs[0].remaining is not None:
                 self._owing = frozenset(job.tenant for job in jobs)
         begun = time.perf_counter()
@@ -251,13 +252,13 @@ class ComputeThread:
                 self._owing = frozenset()
 
     def _steps_go_first(self) -> bool:
-        """Whether a step is waited for: a tenant has nothing but steps here, and only those who have steps too have
-        chunks."""
+        """Whether chunks wait for a step: some tenant has only steps here, and all tenants that have chunks have steps
+        too."""
         chunks = {job.tenant for job in self._chunks}
         return bool(chunks) and chunks < self._stepping and self._steps_first_s > 0 and not self._small
 
     def _charge(self, jobs: list[_Job], took: float) -> None:
-        """Each tenant has had its jobs' share of the time."""
+        """Add to each tenant's clock its jobs' share of the time."""
         with self._lock:
             if not self._chunks:
                 self._clocks.clear()
@@ -267,9 +268,9 @@ class ComputeThread:
                 self._clocks[job.tenant] = self._clocks.get(job.tenant, self._now) + took / len(jobs) / job.share
 
     def _join_others(self, first: _Job) -> list[_Job]:
-        """With it those that run in the same call: as far as TOGETHER_TOKENS go and, where several tenants want the
-        thread, as each one's share of a call of so many tokens lets others in. A piece of each tenant before a second
-        one of any; of one tenant's the one with the least left."""
+        """`first` and the jobs that run in the same call: up to TOGETHER_TOKENS and, if several tenants want the
+        thread, up to what the share of each piece's tenant allows. Each tenant gets one piece before any gets a second;
+        of one tenant the piece with the least left comes first."""
         jobs = [first]
         if first.together is None:
             return jobs
@@ -280,7 +281,7 @@ class ComputeThread:
             other = job.together
             if other is None or other.function is not first.together.function:
                 continue
-            # Of a tenant that has a piece in the call, more pieces only make its own part larger.
+            # For a tenant that has a piece in the call already, more pieces only enlarge its own part.
             most_now = most if any(each.tenant == job.tenant for each in jobs) else min(most, _tokens_max(job, parts))
             if num_tokens + other.num_tokens <= most_now:
                 num_tokens, most = num_tokens + other.num_tokens, most_now
@@ -290,7 +291,7 @@ class ComputeThread:
         return jobs
 
     def _in_turn(self, served: str) -> list[_Job]:
-        """Chunks, of which the tenant `served` has had one."""
+        """The other chunks in the order of turns, after the tenant `served` has had one."""
         number = collections.Counter({served: 1})
         turns = []
         for job in sorted(self._chunks, key=lambda job: (job.remaining, job.began)):
@@ -299,7 +300,7 @@ class ComputeThread:
         return [job for _, job in sorted(turns, key=lambda turn: turn[0])]
 
     def _parts(self, first: _Job) -> dict[str, float]:
-        """Of the thread, for each tenant that wants it now, as `first` does, or did lately: summed up 1."""
+        """The part of the thread for each tenant that wants it now (as `first` does) or did recently; they sum to 1."""
         since = time.perf_counter() - _RECENT_S
         if len(self._recent) > _NUM_RECENT_MAX:
             self._recent = {name: seen for name, seen in self._recent.items() if seen[0] >= since}
@@ -309,12 +310,12 @@ class ComputeThread:
         return {name: share / total for name, share in shares.items()}
 
     def _next_chunk(self) -> _Job:
-        """Of the tenant that had least; of its prompts the shortest rest, and now and then the oldest."""
+        """A chunk of the tenant that had the least time: of its shortest prompt, and sometimes of its oldest one."""
         self._num_chunks_run += 1
-        # In the order in which they came, which decides where none had less.
+        # In order of arrival, which decides between tenants that had equal time.
         tenants = list(dict.fromkeys(job.tenant for job in self._chunks))
         if len(tenants) > 1:
-            # One that comes after a pause begins where the others are: a pause is not saved up.
+            # A tenant that returns after a pause starts level with the others, so that a pause earns no extra time.
             clocks = {tenant: max(self._now, self._clocks.get(tenant, 0.0)) for tenant in tenants}
             tenant = min(clocks, key=lambda tenant: clocks[tenant])
             self._clocks, self._now = clocks, clocks[tenant]
@@ -330,7 +331,7 @@ class ComputeThread:
 
 
 def _tokens_max(job: _Job, parts: Mapping[str, float]) -> float:
-    """Of a call with this piece in it, so that it is no later than on its tenant's part of the thread alone."""
+    """Most tokens of a call with this piece in it, so that it ends no later than on its tenant's part alone."""
     part = parts.get(job.tenant, 1.0)
     return cast(_Together, job.together).num_tokens / part if part < 1.0 else math.inf
 

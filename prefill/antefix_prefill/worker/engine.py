@@ -1,4 +1,4 @@
-"""A worker's parts in one place: model, pool, store, what it believes about speeds, and its compute thread."""
+"""A worker's parts in one place: model, pool, store, measured speeds, and its compute thread."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ from antefix_prefill.worker.rank_processes import RankProcesses
 from antefix_prefill.worker.resident_blocks import ResidentBlocks
 from antefix_prefill.worker.store_counters import StoreCounters
 
-if TYPE_CHECKING:  # it needs the extra `fleet`, which most workers do without
+if TYPE_CHECKING:  # this import needs the extra `fleet`, which most workers do not have
     from antefix.events.kv_publisher import KvPublisher
 
 log = logging.getLogger("antefix_prefill.worker")
 
-# Of engines that are put together by hand, as tests do.
+# For engines that are assembled by hand, as tests do.
 NOT_PROBED = Arithmetic(name=CPU_FLOAT32, setup="not probed")
-# However small its KV, a block takes room for its name, its counts and its places in lists.
+# However small its KV is, a block takes memory for its name, its counts and its entries in lists.
 BLOCK_BYTES_MIN = 1024
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Of a Redis' memory, where `window_pool_bytes` says nothing.
+# The memory assumed for a Redis, if `window_pool_bytes` is not set.
 REDIS_BYTES = 4 << 30
 
 
@@ -81,7 +81,7 @@ class EngineConfig(WorkerSettings):
     prefill_chunk: int = setting(512, "prefill runs in chunks that end at multiples of this", unit="tokens")
 
     def __post_init__(self) -> None:
-        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        # Not super().__post_init__(): a slotted dataclass is a new class, and `__class__` would be the old one.
         WorkerSettings.__post_init__(self)
         require(bool(self.model), "--model is needed: a directory with config.json and *.safetensors")
         require(bool(self.secret_file), "--secret-file is needed: block hashes are keyed with the secret in it")
@@ -94,18 +94,19 @@ class EngineConfig(WorkerSettings):
 
 @dataclass(slots=True)
 class Engine:
-    """What a worker works with. The event loop owns `blocks`; the compute thread alone calls the model.
+    """The parts that a worker works with. The event loop owns `blocks`; only the compute thread calls the model.
 
-    strategy: may be replaced while running; it counts from the next request on.
+    strategy: may be replaced while running; the new one applies from the next request on.
     bounded_windows: windows of approximate replays that the namespace allows. Its `fingerprint` says so as well:
         every block that it reads or writes is named as approximate, whether it is or not.
-    align_tokens: 1, or in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
-    ops: the cache path's operations; they belong to the pool's kind.
-    arithmetic: what was measured here; its name is that of the KV that this worker takes for its own.
-    borrows: it computes another arithmetic than that of the KV that it reads, so it writes none under these names.
-    labels, statement: of the fingerprint.  seals: with which every record is written.
-    kv_events: tells routers of others what comes into the pool, where the settings say so.
-    ranks: the other processes that run the model, where there are any.
+    align_tokens: 1; in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
+    ops: the cache path's operations, of the same kind as the pool.
+    arithmetic: what was measured here; its name is in the names of the KV that this worker treats as its own.
+    borrows: True if this worker computes with other arithmetic than the KV that it reads was made with. Then it writes
+        no KV under these names.
+    labels, statement: of the fingerprint.  seals: make the seal of every record that is written.
+    kv_events: tells other projects' routers which blocks enter and leave the pool, if the settings ask for it.
+    ranks: the other processes that run the model, if there are any.
     """
 
     identity: ModelIdentity
@@ -134,7 +135,7 @@ class Engine:
     seals: Seals = field(init=False)
     kv_events: KvPublisher | None = None
     ranks: RankProcesses | None = None
-    # Requests that could never fit the pool.
+    # Number of requests that could never fit the pool.
     num_too_large: int = 0
 
     def __post_init__(self) -> None:
@@ -142,7 +143,7 @@ class Engine:
 
     @property
     def device(self) -> torch.device:
-        """Where the model, its pool and window states live."""
+        """The device of the model, its pool and its window states."""
         return self.model.device
 
     @property
@@ -163,16 +164,17 @@ class Engine:
 
     @property
     def align_blocks(self) -> int:
-        """Blocks between positions where a hit may resume: 1 wherever every boundary will do."""
+        """Blocks between positions where a hit may resume; 1 if it may resume at every block boundary."""
         return math.lcm(self.align_tokens, self.block_size) // self.block_size
 
     @property
     def stores_output(self) -> bool:
-        """Decoding runs other shapes than prefilling. Where that makes other bits, reproducible mode keeps none."""
+        """Whether output KV is stored. Decoding runs other shapes than prefill: if bits depend on shapes, reproducible
+        mode stores none."""
         return self.align_tokens == 1 and not self.borrows
 
     def chain(self, tenant: str, generation: int = 0) -> Chain:
-        """An empty chain for a tenant's tokens.  generation: of the secret; 0: the present one."""
+        """An empty chain for a tenant's tokens.  generation: of the secret; 0: the present secret."""
         return Chain(self.fingerprint, self.keyring.key(tenant, generation), self.block_size)
 
     def check_prompt(self, num_tokens: int, largest_id: int, max_new_tokens: int = 0) -> None:
@@ -194,7 +196,7 @@ class Engine:
             raise InvalidRequest(f"token id {largest_id} is outside the vocabulary of {self.identity.vocab_size}")
 
     def check_grant(self, tenant: str, prompt: TokenArray) -> None:
-        """prompt: without the output that follows it.
+        """prompt: the prompt's tokens without the output that follows them.
 
         Raises:  PermissionDenied: the call that is being served has no grant for this tenant and prompt.
         """
@@ -207,7 +209,7 @@ class Engine:
             raise PermissionDenied("the grant is for another prompt")
 
     async def register(self) -> None:
-        """Tell the store how payloads are laid out, which lets it compress them; without that they stay as they are."""
+        """Tell the store the layout of payloads, which it needs to compress them; without it they stay uncompressed."""
         try:
             await self.store.register(self.fingerprint, self.layout, statement=self.statement)
         except AntefixError as err:
@@ -224,11 +226,11 @@ class Engine:
 
 
 def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = None) -> Engine:
-    """Load the model and set everything up.  keyring: where the caller has read the secret file already.
+    """Load the model and set everything up.  keyring: pass it if the caller has already read the secret file.
 
     Raises:  ModelError: the model directory is not usable.  ConfigError: a setting is not.
     """
-    # What torch chooses follows OMP_NUM_THREADS and affinity, but no quota.
+    # torch's default number of threads respects OMP_NUM_THREADS and CPU affinity, but not a CPU quota.
     torch.set_num_threads(config.threads or min(torch.get_num_threads(), usable_cores()))
     _warn_of_memory(config)
     identity = identify(config.model)
@@ -251,7 +253,7 @@ def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = N
 
 
 def _warn_of_memory(config: EngineConfig) -> None:
-    """A worker that outgrows its control group is killed in the middle of requests, with no word of why."""
+    """Log a warning: a worker that exceeds its control group's memory is killed in mid-request, without a message."""
     limit = memory_limit_bytes()
     if limit is not None and config.device == "cpu" and config.pool_bytes >= limit:
         log.warning(
@@ -263,7 +265,7 @@ def _warn_of_memory(config: EngineConfig) -> None:
 
 
 def _load_settings(config: EngineConfig) -> dict[str, Any]:
-    """As `load_model` has them, on every rank."""
+    """The arguments of `load_model` that are the same on every rank."""
     return {
         "path": config.model,
         "dtype": DTYPES[config.dtype],
@@ -281,7 +283,7 @@ def _build_engine(
     keyring: Keyring,
     ranks: RankProcesses | None = None,
 ) -> Engine:
-    # The kernels read packed records; torch keeps decoded mirrors next to them.
+    # The kernels read packed records; torch also keeps decoded copies of them.
     packed = uses_triton(config.kernels, model.layout, config.device)
     block_bytes = model.layout.block_bytes if packed else pool_block_bytes(model.layout)
     num_blocks = max(1, config.pool_bytes // max(block_bytes, BLOCK_BYTES_MIN))
@@ -292,7 +294,7 @@ def _build_engine(
         model.device,
         reproducible=config.reproducible,
         lead=model.lead,
-        # Two tokens of a sequence, one of them drafted, share launches as short prefills do.
+        # A chosen and a drafted token are two tokens of one sequence, which share launches only if short prefills do.
         decode_steps="alone" if model.mtp and config.short_prefills == "alone" else config.decode_steps,
         short_prefills=config.short_prefills,
     )
@@ -342,12 +344,12 @@ def _build_engine(
 
 
 def tier_laws(store: Store) -> Mapping[str, Law]:
-    """What several stores measure of their tiers, by label; the planner goes by the same numbers."""
+    """The measured speeds of several stores' tiers, by label; the planner uses the same figures."""
     return _TierLaws(store) if isinstance(store, ManyStores) else {}
 
 
 class _TierLaws(Mapping[str, Law]):
-    """Of the tiers that are there now: stores come and go."""
+    """The speeds of the tiers that exist now: stores come and go."""
 
     def __init__(self, stores: ManyStores) -> None:
         self._stores = stores
@@ -375,7 +377,7 @@ def _fingerprint(identity: ModelIdentity, config: EngineConfig, arithmetic: str)
 
 
 def _measure(model: Model, config: EngineConfig, ranks: RankProcesses | None, *, packed: bool) -> Arithmetic:
-    """What this process, and every rank, computes for this model, said in the log as well."""
+    """Measure the arithmetic of this process and of every rank for this model, and log it."""
     settings: dict[str, Any] = {
         "reproducible": config.reproducible,
         "kernels": "triton" if packed else "torch",
@@ -395,13 +397,13 @@ def _measure(model: Model, config: EngineConfig, ranks: RankProcesses | None, *,
 
 
 def ignores_shapes(measured: Arithmetic, device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
-    """Whether a token's bits are the same however its prompt is cut: so on a CPU, and on a card where the reproducible
-    kernels run. By construction, and nowhere where the probe saw otherwise."""
+    """Whether a token's bits are the same however its prompt is cut into chunks. By construction this holds on a CPU,
+    and on a card with the reproducible kernels; it is denied if the probe saw otherwise."""
     return measured.ignores_shapes and (reproducible_kernels or torch.device(device).type == "cpu")
 
 
 def pool_block_bytes(layout: BlockLayout) -> int:
-    """Memory a pool block takes: its row, and on a CPU the float32 mirror of an FP8 row (see `antefix.model.pool`)."""
+    """Memory of one pool block: its row, and on a CPU the float32 copy of an FP8 row (see `antefix.model.pool`)."""
     if layout.kv_format is not KVFormat.FP8:
         return layout.block_bytes
     geometry = layout.geometry

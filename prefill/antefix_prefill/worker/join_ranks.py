@@ -15,7 +15,7 @@ from antefix.model.ranks import Ranks
 
 
 def device_of(rank: int, size: int, device: str) -> str:
-    """Where a rank computes: of a card the one of its number.
+    """The device of a rank: on cards, the card with the rank's number.
 
     Raises:  ConfigError: fewer cards are visible than ranks, or one card is named for all.
     """
@@ -29,7 +29,8 @@ def device_of(rank: int, size: int, device: str) -> str:
 
 
 def join_ranks(rank: int, size: int, device: str, *, rendezvous: Path, timeout_s: float) -> Ranks:
-    """Meet the others at a file. A rank that waits longer than `timeout_s` for another, then or in any exchange, fails.
+    """Meet the other ranks through a file. A rank that waits longer than `timeout_s` for another one, now or in any
+    later exchange, fails.
 
     device: this rank's own.
     """
@@ -37,13 +38,13 @@ def join_ranks(rank: int, size: int, device: str, *, rendezvous: Path, timeout_s
     timeout = datetime.timedelta(seconds=timeout_s)
     where = torch.device(device)
     if where.type == "cuda":
-        # Variables of NCCL's own. Multicast over NVLink needs rights that containers mostly lack, and then fails.
+        # This is NCCL's own variable. Multicast over NVLink needs rights that most containers lack; then NCCL fails.
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         torch.cuda.set_device(where)
         dist.init_process_group("nccl", store=store, rank=rank, world_size=size, timeout=timeout, device_id=where)
         return Ranks.of_group()
-    # Not the process' own group, which the program around us may have for itself.
+    # Not torch's default process group, which the surrounding program may use itself.
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     options._devices = [gloo.create_device(interface="lo")]
@@ -52,6 +53,6 @@ def join_ranks(rank: int, size: int, device: str, *, rendezvous: Path, timeout_s
 
 
 def part_ranks(ranks: Ranks) -> None:
-    """Leave the others; nothing is exchanged after it."""
+    """Leave the process group; no exchange is possible afterwards."""
     if ranks.group is not None and ranks.group is dist.group.WORLD:
         dist.destroy_process_group()

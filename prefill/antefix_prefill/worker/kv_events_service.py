@@ -1,4 +1,4 @@
-"""A worker's KV events in vLLM's format, on for as long as it serves and off by default. Needs the extra `fleet`."""
+"""Sends a worker's KV events in vLLM's format while the worker serves; off by default. Needs the extra `fleet`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MemoryService: a worker's memory, told to routers that ask."""
+"""MemoryService: tells routers which blocks a worker has in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from antefix.v1 import memory_pb2, memory_pb2_grpc
 
 
 class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
-    """One worker's calls."""
+    """The gRPC calls of one worker."""
 
     def __init__(self, log: MemoryLog) -> None:
         self._log = log
@@ -24,7 +24,7 @@ class MemoryServicer(memory_pb2_grpc.MemoryServiceServicer):
     async def WatchMemory(
         self, request: memory_pb2.WatchMemoryRequest, context: rpc.Context
     ) -> AsyncIterator[memory_pb2.WatchMemoryResponse]:
-        """Events from a cursor, a snapshot before them where the cursor is unknown or too old."""
+        """Events from a cursor on. If the cursor is unknown or too old, a snapshot comes first."""
         cursor = Cursor(epoch=request.epoch, number=request.after)
         async with contextlib.aclosing(watch_log(self._log, cursor, self._snapshot)) as batches:
             async for batch in batches:

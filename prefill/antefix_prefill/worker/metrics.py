@@ -1,4 +1,4 @@
-"""What every worker shows to a scraper: its store, pools, plans. The counters are its parts' own."""
+"""Metrics that every worker has: of its store, pools and plans. The counters belong to the parts that count."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from antefix.telemetry.shown import Kind, Shown, Table, counter, families, gauge
 from antefix.window_pool import RedisWindowPool
 from antefix_prefill.worker.engine import Engine
 
-# `store_counters.StoreCounters`. Its texts are the last ones of what is counted.
+# Metrics of the fields of `store_counters.StoreCounters`; the last words of each name what is counted.
 STORE: Final[Table] = {
     "errors": Shown(name="antefix_worker_store_errors", help="Store failures; each became a recompute."),
     "by_kind": Shown(
@@ -41,7 +41,7 @@ STORE: Final[Table] = {
         key="tier",
     ),
 }
-# `antefix.store.local_copies.CopyCounters`.
+# Metrics of the fields of `antefix.store.local_copies.CopyCounters`.
 COPIES: Final[Table] = {
     "num_copied": Shown(
         name="antefix_worker_local_copies", help="Records copied from another host's store to this one's."
@@ -54,7 +54,7 @@ COPIES: Final[Table] = {
     ),
     "num_failed": Shown(name="antefix_worker_local_copies_failed", help="Copies that a store did not give or take."),
 }
-# `antefix.window.planner.KindRecord`, by plan.
+# Metrics of the fields of `antefix.window.planner.KindRecord`, by plan.
 PLANS: Final[Table] = {
     "num_plans": Shown(name="antefix_plans", help="Restores that were planned, by the cheapest way."),
     "num_outcomes": Shown(name="antefix_plan_outcomes", help="Restores that were carried out."),
@@ -71,7 +71,7 @@ PLANS: Final[Table] = {
         name="antefix_plan_stated_error_ratio", help="The error that later predictions state.", kind=Kind.GAUGE
     ),
 }
-# `antefix.events.kv_publisher.KvPublisherCounters`.
+# Metrics of the fields of `antefix.events.kv_publisher.KvPublisherCounters`.
 KV_EVENTS: Final[Table] = {
     "num_batches": Shown(name="antefix_worker_kv_event_batches", help="Messages of KV events that were told."),
     "num_events": Shown(name="antefix_worker_kv_events", help="KV events in the messages that were told."),
@@ -80,7 +80,7 @@ KV_EVENTS: Final[Table] = {
 
 
 def worker_metrics(engine: Engine) -> Iterable[Metric]:
-    """Of what belongs to the worker's event loop."""
+    """Metrics of the objects that belong to the worker's event loop."""
     yield from families(STORE, engine.counters)
     yield from _tier_metrics(engine)
     records = {kind.value: record for kind, record in engine.planner.records.items()}
@@ -168,14 +168,14 @@ def _of_offload(engine: Engine) -> Iterable[Metric]:
 
 
 def worker_registry(role: str, engine: Engine) -> Registry:
-    """What a worker shows next to its service's own. Needs a running event loop."""
+    """The metrics that every worker has, besides its own service's. Needs a running event loop."""
     registry = Registry(role)
     registry.add_in_loop(lambda: worker_metrics(engine))
     return registry
 
 
 def _tier_metrics(engine: Engine) -> Iterable[Metric]:
-    """Where there are several stores: what each of them is believed to be."""
+    """With several stores: the state and speed that the worker assumes for each."""
     store = engine.store
     if not isinstance(store, ManyStores):
         return

@@ -1,8 +1,8 @@
-"""A process of one of the other ranks: joins them, loads its share, and runs what rank 0 tells.
+"""The process of a rank other than rank 0: joins the other ranks, loads its share, and runs what rank 0 sends.
 
-Started by `rank_processes` with one end of a socket, by which everything comes. When that closes, however rank 0 ended,
-this process ends too, at the latest `END_S` later, whatever it is waiting for. Signals are rank 0's to take: a
-supervisor that sends one to every process must not end this one while requests are drained.
+`rank_processes` starts it with one end of a socket, over which all messages come. When the socket closes, however rank
+0 ended, this process ends too, at most `END_S` later, whatever it is waiting for. It ignores signals, which only rank 0
+handles: a supervisor that signals every process must not end this one while requests are drained.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from antefix.telemetry.logs import set_up_logs
 from antefix_prefill.worker.join_ranks import join_ranks
 
 END_S: Final = 10.0
-# Said to ranks on all of which a call has failed.
+# Sent to ranks on all of which a call has failed.
 CARRY_ON: Final = "carry on"
 
 log = logging.getLogger("antefix_prefill.ranks")
@@ -35,7 +35,7 @@ log = logging.getLogger("antefix_prefill.ranks")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
-    """Who this is among whom.  rendezvous: a file that all ranks meet at.  threads: torch's."""
+    """This rank's number and the number of ranks.  rendezvous: a file where all ranks meet.  threads: for torch."""
 
     rank: int
     size: int
@@ -49,7 +49,7 @@ class Join:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadShare:
-    """`load(ranks=..., device=..., **settings)` gives this rank's share of a model; the one before is let go."""
+    """`load(ranks=..., device=..., **settings)` gives this rank's share of a model; an earlier share is dropped."""
 
     load: Callable[..., Model]
     settings: dict[str, Any]
@@ -57,14 +57,15 @@ class LoadShare:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measure:
-    """`antefix.model.probe` with these settings."""
+    """Run `antefix.model.probe` with these settings."""
 
     settings: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Up:
-    """What rank 0 waits for.  text: of `failed` why, of `measured` the arithmetic's name.  num_exchanges: so far."""
+    """An answer to rank 0.  text: for `failed` the reason, for `measured` the arithmetic's name.  num_exchanges: the
+    number of exchanges so far."""
 
     what: str
     text: str = ""
@@ -72,7 +73,7 @@ class Up:
 
 
 class _OfRank(logging.Filter):
-    """Each line says which rank's it is."""
+    """Adds the rank's number to each log line."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -102,12 +103,12 @@ def main() -> None:
         except OSError:
             log.info("rank 0 is gone")
     logging.shutdown()
-    # Not through the interpreter's end: a card's library may wait there for ranks that are gone.
+    # Not a normal exit of the interpreter: a card's library might wait there for ranks that are gone.
     os._exit(status)
 
 
 def _read(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
-    """Take everything in at once, so that rank 0 never waits for this rank to read."""
+    """Read every message at once, so that rank 0 never waits for this rank to read."""
     try:
         while True:
             inbox.put(rank_0.recv())
@@ -119,7 +120,7 @@ def _read(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
 
 
 def _may_carry_on(inbox: queue.Queue[Any]) -> bool:
-    """What rank 0 says of a call that failed here; nothing, where it has not failed there."""
+    """Whether rank 0 says to continue after a call that failed here. It says nothing if the call did not fail there."""
     try:
         return bool(inbox.get(timeout=END_S / 2) == CARRY_ON)
     except queue.Empty:
@@ -141,7 +142,7 @@ def _serve(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
     while (told := inbox.get()) is not None:
         match told:
             case LoadShare(load=load, settings=settings):
-                # Before the next one is loaded there must be room for it.
+                # Free the memory of the old model before the next one is loaded.
                 follower = model = None
                 model = load(ranks=ranks, device=join.device, **settings)
                 follower = Follower(model, ranks)
@@ -158,6 +159,6 @@ def _serve(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
                     follower.do(told)
                 except CallFailed as err:
                     rank_0.send(Up(what="call failed", text=str(err), num_exchanges=ranks.time.num_exchanges))
-                    # Where rank 0 has not failed it waits for this rank, which must end.
+                    # If the call did not fail on rank 0, rank 0 waits for this rank, which must end.
                     if not _may_carry_on(inbox):
                         raise

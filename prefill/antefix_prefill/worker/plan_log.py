@@ -1,4 +1,4 @@
-"""The last restores: what was predicted for every way, which one was taken, what it took. Knows no tensors."""
+"""The last restores: the predicted time of every plan, the chosen plan, and the actual time. Knows no tensors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ERRORS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOutcome:
-    """One decision. plans: all ways that were weighed, cheapest first; plan: the one that was carried out.
+    """One decision. plans: all plans that were compared, cheapest first; plan: the one that was carried out.
 
-    actual_s: until the prompt was computed and stored, as `plan.predicted_s` means it.
+    actual_s: seconds until the prompt was computed and stored, the time that `plan.predicted_s` predicts.
     """
 
     plan: Plan
@@ -29,7 +29,7 @@ class PlanOutcome:
 
     @property
     def error(self) -> float:
-        """Relative to the prediction."""
+        """The prediction's error as a fraction of the prediction."""
         return abs(self.actual_s - self.plan.predicted_s) / max(self.plan.predicted_s, 1e-9)
 
 

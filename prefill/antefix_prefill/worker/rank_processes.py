@@ -3,9 +3,9 @@
     rank 0 (the worker: services, pool's bookkeeping, store)  --socket each-->  other_rank 1 .. N-1
         all ranks                                             <--NCCL or gloo-->  all ranks
 
-Rank 0 tells the others what to run (`antefix.model.lead`); they answer only while they start. A rank that dies cannot
-be replaced: the others hold its sequences' state. So the worker ends as a whole, at once and with the reason in its
-log, and routers do what they do when a worker dies: requests are retried, or continued, elsewhere.
+Rank 0 tells the others what to run (`antefix.model.lead`); they answer only while they start. A dead rank cannot be
+replaced, because it held its part of the sequences' state. So the worker ends as a whole, at once, with the reason in
+its log, and routers react as to any dead worker: they retry requests, or continue them, on other workers.
 """
 
 from __future__ import annotations
@@ -39,27 +39,27 @@ from antefix_prefill.worker.other_rank import CARRY_ON, END_S, Join, LoadShare, 
 log = logging.getLogger("antefix_prefill.ranks")
 
 EXIT_LOST: Final = 70
-# Importing torch takes seconds, on a busy machine many; loading has no bound but the processes' lives.
+# Importing torch takes seconds, more on a busy machine. Loading has no time limit as long as the processes live.
 START_S: Final = 120.0
-# Ranks fail at one exchange within moments, or one of them waits there for the rest.
+# If a call fails on all ranks they report it within moments; a rank that did not fail waits at the next exchange.
 FAILED_S: Final = 3.0
-# Not `-m`: what is sent is known by its module's name, which `__main__` is not.
+# Not `-m`: pickled messages name their class's module, and with `-m` that would be `__main__`.
 _STARTED: Final = ("-P", "-c", "from antefix_prefill.worker.other_rank import main; main()")
 
 
 def end_process(reason: str) -> None:
-    """End this process, whatever its threads wait for."""
+    """End this process, whatever its threads are waiting for."""
     log.critical("%s; this worker ends", reason)
     logging.shutdown()
     os._exit(EXIT_LOST)
 
 
 class RankProcesses:
-    """`size` processes, this one among them. `close` ends the others.
+    """`size` processes, of which this one is rank 0. `close` ends the others.
 
-    device: "cpu", or "cuda" for cards 0 to size - 1.  threads: torch's of each rank; 0: the cores, divided.
-    timeout_s: the longest that a rank waits for another in an exchange.
-    on_lost: called once, from a thread of its own, when a rank is gone or no longer agrees with the others.
+    device: "cpu", or "cuda" for cards 0 to size - 1.  threads: torch's threads in each rank; 0: the cores, divided.
+    timeout_s: the longest that a rank waits for another one in an exchange.
+    on_lost: called once, from a separate thread, when a rank has ended or its state may differ from the others'.
     Raises:  ConfigError: not enough cards, or a rank did not start; nothing is left running then.
     """
 
@@ -77,7 +77,7 @@ class RankProcesses:
         threads = threads or max(1, usable_cores() // size)
         torch.set_num_threads(threads)
         self._on_lost = on_lost
-        # While they start, what is wrong is raised by the one who waits for them.
+        # While the ranks start, errors are raised in the call that waits for them, and `on_lost` is not called.
         self._is_starting = True
         self._is_closing = False
         self._lost = ""
@@ -86,7 +86,7 @@ class RankProcesses:
         self._sockets: list[socket.socket] = []
         self._connections: list[Connection] = []
         self._answers: list[queue.SimpleQueue[Up]] = []
-        # As long as the ranks live: NCCL's watchdog looks there.
+        # Kept as long as the ranks live, because NCCL's watchdog reads it.
         self._directory = tempfile.TemporaryDirectory(prefix="antefix-ranks-")
         try:
             for _ in devices:
@@ -114,9 +114,9 @@ class RankProcesses:
             raise
 
     def load(self, load: Callable[..., Model], **settings: Any) -> Model:
-        """`load(ranks=..., device=..., **settings)` on every rank; this one's share, which leads the others'.
+        """Call `load(ranks=..., device=..., **settings)` on every rank. Returns this rank's share of the model.
 
-        load: a function of a module, which each process imports.
+        load: a module-level function, which each process imports.
         Raises:  ConfigError: another rank could not load its share.  Whatever `load` raises here.
         """
         self._is_starting = True
@@ -129,13 +129,13 @@ class RankProcesses:
         return model
 
     def start_measuring(self, **settings: Any) -> None:
-        """Let every other rank measure what it computes, with `probe`'s settings, while this one does."""
+        """Start a probe with these settings on every other rank, while this one probes too."""
         self._is_starting = True
         for connection in self._connections:
             connection.send(Measure(settings=settings))
 
     def check_measured(self, measured: Arithmetic) -> None:
-        """That every rank computes what this one does.  Raises:  ConfigError: one computes something else, or died."""
+        """Check that every rank has this rank's arithmetic.  Raises:  ConfigError: one has another, or died."""
         names = [answer.text for answer in self._await("measured", None)]
         for rank, name in enumerate(names, 1):
             if name != measured.name:
@@ -146,14 +146,14 @@ class RankProcesses:
 
     @property
     def pids(self) -> list[int]:
-        """Of the other ranks."""
+        """Process ids of the other ranks."""
         return [process.pid for process in self._processes]
 
     def close(self) -> None:
         """End the other ranks; those that do not end by themselves are killed."""
         self._is_closing = True
         for each in self._sockets:
-            # Not `close`, which would wait for the thread that reads.
+            # Not `close`, which would wait for the thread that reads from the socket.
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
@@ -176,7 +176,7 @@ class RankProcesses:
                 [sys.executable, *_STARTED, str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
-                # What a worker says on stdout is read by who started it.
+                # To stderr, because the program that started the worker reads the worker's stdout.
                 stdout=2,
                 start_new_session=True,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -189,7 +189,7 @@ class RankProcesses:
         threading.Thread(target=self._watch, args=(rank,), name=f"rank {rank}", daemon=True).start()
 
     def _watch(self, rank: int) -> None:
-        """Read what a rank says until it is gone, which it should not be before `close`."""
+        """Read a rank's messages until it ends; before `close` its end is an error."""
         connection, answers = self._connections[rank - 1], self._answers[rank - 1]
         reason = ""
         try:
@@ -200,7 +200,7 @@ class RankProcesses:
                 else:
                     answers.put(said)
         except (EOFError, OSError):
-            pass  # it is gone: told below
+            pass  # the rank has ended, which is reported below
         if self._is_closing:
             return
         process = self._processes[rank - 1]
@@ -209,7 +209,7 @@ class RankProcesses:
         self._lose(reason)
 
     def _await(self, what: str, timeout_s: float | None) -> list[Up]:
-        """Each rank's answer. Raises:  ConfigError: one failed instead, or said nothing for so long."""
+        """Each rank's answer. Raises:  ConfigError: a rank failed, or did not answer within `timeout_s`."""
         found = []
         for rank, answers in enumerate(self._answers, 1):
             try:
@@ -228,7 +228,7 @@ class RankProcesses:
             connection.send_bytes(data)
 
     def _has_failed_everywhere(self) -> bool:
-        """Whether the others say that the call failed for them too, after as many exchanges: then all carry on."""
+        """Whether the call failed on all other ranks too, after as many exchanges; then all ranks continue."""
         deadline = time.monotonic() + FAILED_S
         for answers in self._answers:
             try:
@@ -242,13 +242,13 @@ class RankProcesses:
         return True
 
     def _broken(self, err: BaseException) -> None:
-        """A call failed here that others were told of: they wait for us, or are ahead."""
-        # A rank that died says why within a moment; what we saw of it is only that it is gone.
+        """A call failed here that was sent to the other ranks. They wait for this rank, or are ahead of it."""
+        # If a rank died, its reason arrives within a moment; until then only its absence is known.
         time.sleep(0.5)
         self._lose(f"a call over {self.ranks.size} ranks failed on rank 0: {type(err).__name__}: {err}")
 
     def _end_of_start(self) -> None:
-        """From now on a rank that is lost is told of at once."""
+        """From now on a lost rank is reported at once."""
         with self._mutex:
             self._is_starting = False
         if self._lost:

@@ -1,4 +1,4 @@
-"""What a worker tells routers of the stores and tiers that it reads: how fast they are, and which are near."""
+"""What a worker tells routers about the stores and tiers that it reads: their speeds, and which stores are near."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from antefix_prefill.worker.engine import Engine
 
 
 def near_stores(store: Store) -> list[str]:
-    """Names of those that are written to; none where there is one store."""
+    """Names of the stores that this worker writes to; empty if there is only one store."""
     return [member.tier.name for member in store.members.near] if isinstance(store, ManyStores) else []
 
 
 def read_speeds(engine: Engine, names: Collection[str]) -> dict[str, ReadSpeed]:
-    """Of these, of the near ones and of tiers that are no stores, by name; empty where there is one store."""
+    """Speeds by name: of the stores in `names`, near stores, and tiers that are not stores. Empty for one store."""
     store = engine.store
     if not isinstance(store, ManyStores):
         return {}

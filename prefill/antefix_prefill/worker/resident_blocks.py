@@ -1,7 +1,7 @@
-"""Blocks in a worker's pool: who uses them, which are idle but still good, which go when room is needed.
+"""Blocks in a worker's pool: which are in use, which are idle but still valid, and which to evict for room.
 
-Called from the event loop only. A block is private to the sequence that fills it until `publish`; from then on it
-never changes and any sequence with the same chain may use it.
+Called from the event loop only. A block is private to the sequence that fills it until `publish`. After that it never
+changes, and any sequence with the same chain may use it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from antefix.events.memory_log import MemoryLog
 
 
 class Pool(Protocol):
-    """The part of `antefix.model.BlockPool` that is needed here."""
+    """The methods of `antefix.model.BlockPool` that are used here."""
 
     num_blocks: int
     num_free: int
@@ -26,9 +26,9 @@ class Pool(Protocol):
 
 
 class ResidentBlocks:
-    """The reference counts of a pool's blocks, and a least-recently-used list of finished ones that nobody uses now.
+    """Reference counts of a pool's blocks, and a least-recently-used list of finished blocks that nobody uses now.
 
-    events: what was published and evicted, for routers.  on_evicted: told of each name that goes, besides.
+    events: log of published and evicted blocks, for routers.  on_evicted: called with the name of each evicted block.
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -47,18 +47,18 @@ class ResidentBlocks:
 
     @property
     def num_available(self) -> int:
-        """Blocks that `allocate` can give: free ones and idle ones."""
+        """How many blocks `allocate` can give: free ones and idle ones."""
         return self._pool.num_free + len(self._idle)
 
     def num_leading(self, hashes: Sequence[bytes]) -> int:
-        """How many of the chain's first blocks are here; takes nothing."""
+        """How many of the chain's first blocks are here. Does not take a reference."""
         for index, name in enumerate(hashes):
             if name not in self._by_hash:
                 return index
         return len(hashes)
 
     def take(self, hashes: Sequence[bytes]) -> list[int]:
-        """Use the leading blocks of the chain that are here; `release` them afterwards."""
+        """Take a reference to the chain's leading blocks that are here; call `release` afterwards."""
         taken: list[int] = []
         for name in hashes:
             block_id = self._by_hash.get(name)
@@ -70,7 +70,7 @@ class ResidentBlocks:
         return taken
 
     def allocate(self, num_blocks: int, *, after: int | None = None) -> list[int]:
-        """Private blocks, evicting idle ones where the pool is full; next to block `after` if that can be had.
+        """Private blocks, next to block `after` if possible. Evicts idle blocks if the pool is full.
 
         Raises:  Overloaded: too many blocks are in use; nothing was taken.
         """
@@ -88,7 +88,7 @@ class ResidentBlocks:
         return block_ids
 
     def publish(self, name: bytes, block_id: int) -> bool:
-        """This block is finished and exact. False: another one has the name already, and this one stays private."""
+        """Declare this block finished and exact. False: another block has the name already; this one stays private."""
         if name in self._by_hash:
             return False
         self._by_hash[name] = block_id
@@ -97,7 +97,7 @@ class ResidentBlocks:
         return True
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """End a use. Later blocks become idle first, so they are evicted before the ones they depend on."""
+        """Drop references. Later blocks become idle first, so they are evicted before the blocks that they extend."""
         for block_id in reversed(block_ids):
             self._refs[block_id] -= 1
             if self._refs[block_id]:

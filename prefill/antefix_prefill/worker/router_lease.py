@@ -1,7 +1,8 @@
-"""A worker's standing with its routers: registered while it serves, again and again, and taken out before it drains.
+"""Keeps a worker registered with its routers while it serves, and deregisters it before it drains.
 
-A router that is away is asked again; it knows the worker within a third of a lease of coming back. `dns:HOST:PORT` is
-a router at each address of a name, looked up again as often: routers may come and go behind it.
+A router that does not answer is asked again, so after it returns it knows the worker within a third of a lease.
+`dns:HOST:PORT` means a router at each address of the name. The name is looked up again as often, so routers may come
+and go.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ from antefix.v1 import router_pb2, router_pb2_grpc
 log = logging.getLogger("antefix_prefill.worker")
 
 LEASE_TTL_S = 6.0
-# Two renewals may be lost before the lease is.
+# Two renewals in a row may fail before the lease expires.
 _RENEW_S = LEASE_TTL_S / 3
 _CALL_TIMEOUT_S = 2.0
 
 
 class WorkerLease:
-    """`async with`: keeps the lease with every router; without routers it does nothing."""
+    """A context manager (`async with`) that keeps a lease with every router. Without routers it does nothing."""
 
     def __init__(
         self,
@@ -52,7 +53,7 @@ class WorkerLease:
         self._arithmetic, self._setup = arithmetic, setup
         self._fixed = tuple(dict.fromkeys(each for each in routers if not each.startswith(PREFIX)))
         names = [DnsName(each, resolve=resolve) for each in dict.fromkeys(routers) if each.startswith(PREFIX)]
-        # Two routers may listen on one host, so an address tells them apart.
+        # Identified by address, because two routers may listen on one host.
         self._following = Following(names, self._changed, identity=attrgetter("address"))
         self._role = role
         self._address = address
@@ -61,7 +62,7 @@ class WorkerLease:
         self._instance = secrets.token_bytes(16)
         self._ttl_s = LEASE_TTL_S
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        # Those of routers that are gone.
+        # Tasks of routers that are gone.
         self._ending: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> WorkerLease:
@@ -75,13 +76,13 @@ class WorkerLease:
         await self._stop()
 
     async def end(self) -> None:
-        """Ask for no more work. A router that does not hear it finds out when the lease runs out, or by calling."""
+        """Ask for no more work. A router that misses this learns it when the lease expires, or when it calls."""
         await self._stop()
         self._ttl_s = 0.0
         await asyncio.gather(*(self._say(router) for router in self._routers()))
 
     def _routers(self) -> list[str]:
-        """Those that are named, and those that were found last."""
+        """Routers that the settings name, and routers that were found last."""
         return list(dict.fromkeys((*self._fixed, *sorted(each.address for each in self._following.known))))
 
     async def _stop(self) -> None:
@@ -90,7 +91,7 @@ class WorkerLease:
         await end_tasks(tasks)
 
     def _changed(self, found: frozenset[Found]) -> None:
-        """One task for each router that there is now."""
+        """Keep one task for each router that exists now."""
         wanted = self._routers()
         for router in wanted:
             if router not in self._tasks:

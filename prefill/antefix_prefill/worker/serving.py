@@ -1,4 +1,4 @@
-"""What prefill and decode workers share as services: their settings, and starting, registering and serving."""
+"""The service code that prefill and decode workers share: settings, starting, registering and serving."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ log = logging.getLogger("antefix_prefill.worker")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig(EngineConfig):
-    """An engine's settings, and those of the service around it."""
+    """An engine's settings, and the settings of the service around it."""
 
     address: str = setting("127.0.0.1:0", "host:port, [IPv6]:port or unix:PATH to listen on; port 0: a free one")
     advertise: str = setting("", "host, or host:port, at which routers reach this worker; empty: the address above")
@@ -92,7 +92,7 @@ class WorkerConfig(EngineConfig):
     trace_share: float = trace_share_setting()
 
     def __post_init__(self) -> None:
-        # No zero-argument super(): a slotted dataclass is a new class, and `__class__` would still be the old one.
+        # Not super().__post_init__(): a slotted dataclass is a new class, and `__class__` would be the old one.
         EngineConfig.__post_init__(self)
         check_stores(self)
         require(
@@ -108,7 +108,7 @@ class WorkerConfig(EngineConfig):
 
 
 def secure_worker(config: WorkerConfig, role: Role) -> ProcessSecurity:
-    """Who this worker is to others, from now on.  Raises:  ConfigError: its credentials cannot be used."""
+    """The identity that this worker uses from now on.  Raises:  ConfigError: its credentials cannot be used."""
     security = open_security(role, config.credentials, keyring=Keyring.from_file(config.secret_file))
     security.use()
     security.check_calling(
@@ -121,7 +121,7 @@ def secure_worker(config: WorkerConfig, role: Role) -> ProcessSecurity:
 
 
 async def start_engine(config: WorkerConfig, *, may_call: Callable[[str], object] = lambda address: None) -> Engine:
-    """The worker's engine over its store, which is told how payloads are laid out.
+    """The worker's engine over its store. Also tells the store how payloads are laid out.
 
     may_call: as in `open_stores`.
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
@@ -129,7 +129,7 @@ async def start_engine(config: WorkerConfig, *, may_call: Callable[[str], object
     where = store_addresses(config)
     for directory in (each.directory for each in where if each.directory):
         if not (Path(directory) / STORE_FILE).exists():
-            # The store may start after us, so it is no error; a misspelt directory would be silence.
+            # Not an error, because the store may start later. But a misspelt directory must not go unnoticed.
             log.warning("there is no store in --store-dir %s; until there is one, every look-up misses", directory)
     keyring = Keyring.from_file(config.secret_file)
     seals = Seals(keyring)
@@ -160,7 +160,8 @@ async def serve_worker(
     stop: Callable[[], Awaitable[None]],
     watch_stdin: bool,
 ) -> None:
-    """Serve the worker's own service and what all workers have, registered with the routers, until told to stop.
+    """Serve the worker's own service and the services that all workers have, until told to stop. While it serves, the
+    worker is registered with the routers.
 
     metrics: of the worker's own service, read in the event loop.
     """
@@ -213,7 +214,7 @@ async def serve_worker(
 def _leased(
     config: WorkerConfig, engine: Engine, role: Role, address: str
 ) -> contextlib.AbstractAsyncContextManager[object]:
-    """Says in Redis that the worker is there while it is entered, where that is wanted."""
+    """A context during which Redis holds the worker's lease, if the settings ask for one."""
     if not config.lease_redis:
         return contextlib.nullcontext()
     where = RedisAccess.of(config.lease_redis, config)

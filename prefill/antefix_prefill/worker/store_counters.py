@@ -1,4 +1,4 @@
-"""How the store behaved towards one worker: each error became a recompute and a count here."""
+"""Counts how the store behaved towards one worker: each error was counted here and led to a recomputation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from antefix.record import Refusal
 
 @dataclass(slots=True)
 class StoreCounters:
-    """How the store behaved towards this worker since it started; each error became a recompute.
+    """How the store behaved towards this worker since it started. Each error led to a recomputation.
 
-    tokens_by_tier, bytes_by_tier: read from each tier, by its label, where there are several stores.
-    refused_by_reason: records that the store did not take, by `antefix.record.Reason`.
+    tokens_by_tier, bytes_by_tier: what was read from each tier, by its label, if there are several stores.
+    refused_by_reason: records that the store refused, by `antefix.record.Reason`.
     """
 
     errors: int = 0

@@ -1,4 +1,4 @@
-"""WindowService: what operators see and change of a worker's window state. Protobuf stops here."""
+"""WindowService: lets operators see and change how a worker keeps window state. Protobuf stops here."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("antefix.window")
 
 
 class WindowServicer(window_pb2_grpc.WindowServiceServicer):
-    """One worker's calls."""
+    """The gRPC calls of one worker."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
