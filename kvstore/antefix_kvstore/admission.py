@@ -29,8 +29,7 @@ class Admission:
     """How the records of one put were sorted.
 
     new: records to write, parents first; names: their names.  first: those that begin a chain.  apart: those whose
-    parent
-    may be in another store.
+    parent may be in another store.
     anchors: stored records that the new ones depend on, or that were put again. Eviction spares them during this put.
     """
 
@@ -76,8 +75,7 @@ def check_record(record: Record, record_bytes_max: int, registered_bytes: int | 
 
 def _has_draft_state(record: Record, registered_bytes: int) -> bool:
     """Whether the payload is longer than its layout because a draft layer's state follows. That state is numbers of
-    four
-    bytes each; whether their values make sense is checked by those who read the checkpoint."""
+    four bytes each; whether their values make sense is checked by those who read the checkpoint."""
     more = memoryview(record.payload).nbytes - registered_bytes
     return record.kind is RecordKind.CHECKPOINT and more > 0 and more % 4 == 0
 

@@ -2,9 +2,8 @@
 `antefix drain`.
 
 Records that a target has already are not sent. So a copy that broke off continues when it is run again, and a store
-that
-is written to is copied again until nothing new is found. Each record is checked when it is read, in transit, and by the
-target's readers.
+that is written to is copied again until nothing new is found. Each record is checked when it is read, in transit, and
+by the target's readers.
 """
 
 from __future__ import annotations

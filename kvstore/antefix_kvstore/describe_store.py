@@ -48,8 +48,7 @@ class Holding:
     tenant, user: names where they are known, else digests. The user is empty where the cache belongs to the tenant as a
     whole.
     about: which model and settings the fingerprint stands for, where known.  version: of the records.  generation: of
-    the
-    secret that named and sealed the records; 0: no secret.  ages: number of records by time since last use.
+    the secret that named and sealed the records; 0: no secret.  ages: number of records by time since last use.
     """
 
     fingerprint: str

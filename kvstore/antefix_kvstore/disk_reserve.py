@@ -65,8 +65,7 @@ def is_full(err: lmdb.Error | OSError, directory: Path) -> bool:
     """Whether the disk, LMDB's map or a file system quota is full.
 
     LMDB reports a full disk as a plain error, and a page that was written only partly as an input/output error. So the
-    file
-    system is asked whether it is full.
+    file system is asked whether it is full.
     """
     if isinstance(err, OSError):
         return err.errno in _FULL

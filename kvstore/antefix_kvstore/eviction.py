@@ -74,8 +74,7 @@ def victims(
     """Leaves in the order in which they are evicted; each is removed before it is yielded.
 
     leaves: (rank, name), lowest rank first, at the start.  remove: removes a leaf; returns its parent with the parent's
-    rank
-    if that is a leaf now, else None.  The caller stops iterating when enough is freed.
+    rank if that is a leaf now, else None.  The caller stops iterating when enough is freed.
     """
     exposed: list[tuple[int, Name]] = []
     for rank, name in leaves:

@@ -101,8 +101,7 @@ class GroupCommitter:
 
     def _commit(self, group: Sequence[_Put]) -> None:
         # From here on no caller can cancel: setting a result on a cancelled future would raise, and end this thread and
-        # all
-        # writing. Callers that cancelled before get no result, but their records are valid, so they are stored.
+        # all writing. Callers that cancelled before get no result, but their records are valid, so they are stored.
         waiting = [put.done.set_running_or_notify_cancel() for put in group]
         try:
             results = self._engine.put_group([put.records for put in group])

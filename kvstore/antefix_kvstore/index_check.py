@@ -3,8 +3,7 @@
 Its structure is checked first (`index_structure`), then each entry by its own checksum. All other tables follow from
 the
 entries, so they are derived again (`index_sums`) and compared. Keys are compared as sums of their hashes, so memory
-does
-not grow with the index.
+does not grow with the index.
 """
 
 from __future__ import annotations

@@ -23,8 +23,7 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
     """Index a record of a segment. Returns False, and changes nothing, if it needs a parent that is not indexed.
 
     An entry that exists already is updated: it keeps its place in the forest and points to the new record. If it was
-    stored
-    apart and its parent is indexed by now, it depends on that parent from then on.
+    stored apart and its parent is indexed by now, it depends on that parent from then on.
     """
     name = (header.kind, header.hash)
     parent_name = parent_of(name, header.parent)

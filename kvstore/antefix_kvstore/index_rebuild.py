@@ -2,8 +2,7 @@
 
 Headers are read in the order in which they were written, so nearly every record comes after its parent. A group of
 headers at a time is indexed as rows. A record whose parent has not come yet (compaction may have moved the parent)
-waits
-for the next group. If too many records wait, their segments are read again after all others.
+waits for the next group. If too many records wait, their segments are read again after all others.
 """
 
 from __future__ import annotations

@@ -2,12 +2,10 @@
 
 Reads with `pread`, never through a map. Walks every tree from the newest meta page: branches one by one, leaves many
 at a time with numpy, because a store of a million blocks has tens of thousands of leaves. Each batch of a table's
-leaves
-is passed to the caller (`LeafBatch`), so the file is read once. Memory grows by one byte per page only.
+leaves is passed to the caller (`LeafBatch`), so the file is read once. Memory grows by one byte per page only.
 
 Stricter than LMDB: duplicates, reserved flags and gaps, which our own writer never makes, are faults. The page format
-is
-in `antefix.store_files.index_pages`. `lmdb.verify` checks the same page by page; tests compare with it.
+is in `antefix.store_files.index_pages`. `lmdb.verify` checks the same page by page; tests compare with it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Changes the index: one LMDB transaction that updates the derived tables from the entries that changed.
 
 The engine edits entries. On commit, each changed entry is compared with its old value, and leaves, expiry, totals,
-segment
-counts and the number of quarantined records are updated to match. So entries and derived tables cannot disagree.
+segment counts and the number of quarantined records are updated to match. So entries and derived tables cannot
+disagree.
 """
 
 from __future__ import annotations

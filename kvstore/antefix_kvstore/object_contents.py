@@ -143,8 +143,7 @@ def _entry_of(header: RecordHeader, fingerprint_id: int, tenant_id: int) -> Inde
 
 def _block_tokens(headers: Sequence[RecordHeader]) -> dict[bytes, int]:
     """Tokens per block, by fingerprint. Positions are multiples of it, so it is the smallest distance of two positions,
-    or
-    the first position."""
+    or the first position."""
     positions: dict[bytes, set[int]] = {}
     for header in headers:
         positions.setdefault(header.fingerprint, set()).add(header.position)

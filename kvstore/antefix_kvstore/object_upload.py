@@ -1,8 +1,7 @@
 """Uploads a store's records to the object tier in the background, by policy and at a bounded rate, and tidies the tier.
 
 Runs in a thread with its own event loop, so no request waits for it. A failed upload is tried again later; the store
-does
-not notice it.
+does not notice it.
 """
 
 from __future__ import annotations
@@ -57,8 +56,7 @@ _RENEWED_SHARE: Final = 0.25
 @dataclass(slots=True)
 class UploadCounters:
     """Counts are of records, sizes of payload bytes. num_left: records not read, or without a key.  num_failures:
-    failed
-    uploads and failed passes."""
+    failed uploads and failed passes."""
 
     num_uploaded: int = 0
     bytes_uploaded: int = 0

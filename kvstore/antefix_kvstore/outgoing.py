@@ -26,8 +26,7 @@ _COLD_BYTES: Final = 4 << 20
 
 def can_go_plain(located: Located, record_format: int) -> bool:
     """Whether a caller that knows records up to version `record_format` can verify all of these records, each of which
-    must
-    fit one message."""
+    must fit one message."""
     return all(
         want.plain and want.version <= record_format and want.entry.extent_bytes <= PIECE_BYTES
         for want in located.wanted
@@ -58,8 +57,7 @@ class PlainBatch:
         self._runs.files.sweep()
         self._found = found
         # All messages are prepared at once. Between messages, whose bytes evict everything else from the core's caches,
-        # each
-        # line of Python takes several times as long.
+        # each line of Python takes several times as long.
         self._unread = deque(_stretches(located, reader.seed, first))
 
     @property

@@ -1,9 +1,8 @@
 """Owners' numbers in the index: assigned with an owner's first record, forgotten when the last record goes.
 
 Where each end user is an owner, there are as many owners as users, so only owners with stored records are kept. A
-number is
-never assigned twice in the life of an index. An entry, snapshot or reader that still has an old number finds no owner
-for it, and never another owner.
+number is never assigned twice in the life of an index. An entry, snapshot or reader that still has an old number finds
+no owner for it, and never another owner.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """The payloads that one Get requests, as messages ready to be sent. Knows the engine, never gRPC.
 
 Payloads in the page cache are read on the event loop itself, which costs less than handing the read to a thread and
-waking
-the loop again. The first window that would wait for the disk, or must be decoded, moves the rest of the stream to
-threads; these read each window while the one before it is sent. A stream holds at most two windows in memory. Streams
-take turns, so that no stream holds up the event loop for long.
+waking the loop again. The first window that would wait for the disk, or must be decoded, moves the rest of the stream
+to threads; these read each window while the one before it is sent. A stream holds at most two windows in memory.
+Streams take turns, so that no stream holds up the event loop for long.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ class GetRange:
     """Payloads of hashes[first:], the first one from byte `offset` on.
 
     record_format: the newest version of plain records that the caller can verify; 0: none.  wants_seals: send the seals
-    of
-    payloads that are not plain.  owners: who the payloads may belong to; None: anybody.
+    of payloads that are not plain.  owners: who the payloads may belong to; None: anybody.
     """
 
     kind: RecordKind
@@ -91,8 +89,7 @@ class PayloadStream:
                 if upcoming is not None:
                     upcoming.cancel()
                 # Not awaited: a stream that is closed early must not wait for the index. In a closing service no thread
-                # is left to do
-                # this; then this use is not noted.
+                # is left to do this; then this use is not noted.
                 with contextlib.suppress(RuntimeError):
                     threads.submit(self._note)
 

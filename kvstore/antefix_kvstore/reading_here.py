@@ -17,8 +17,7 @@ class ReadingHere(BlockingStore):
     """A `BlockingStore` of an embedded store whose reads do not use another thread.
 
     A read through the event loop switches threads four times. If another thread computes in Python, each switch waits
-    for the
-    interpreter's lock, up to 5 ms, which is more than reading a small prompt takes.
+    for the interpreter's lock, up to 5 ms, which is more than reading a small prompt takes.
     """
 
     def __init__(self, store: EmbeddedStore) -> None:

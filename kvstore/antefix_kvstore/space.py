@@ -31,12 +31,9 @@ from antefix_kvstore.segments import Segments
 log = logging.getLogger("antefix_kvstore.space")
 
 # The share of the usable space that live data may fill. The rest is dead space that waits for compaction; with less
-# dead
-# space, compaction copies more for each byte it frees. Measured: bytes written per byte put into a full store, with
-# shares
-# of 0.75, 0.80 and 0.85: 1.35, 1.47 and 1.64 for conversations that are used again now and then; 1.52, 1.72 and 2.74
-# for
-# small blocks.
+# dead space, compaction copies more for each byte it frees. Measured: bytes written per byte put into a full store,
+# with shares of 0.75, 0.80 and 0.85: 1.35, 1.47 and 1.64 for conversations that are used again now and then; 1.52, 1.72
+# and 2.74 for small blocks.
 LIVE_SHARE_MAX: Final = 0.80
 EXPIRE_RECORDS_MAX: Final = 4096
 # A segment that frees less than this share is not worth compacting, even when space is short.

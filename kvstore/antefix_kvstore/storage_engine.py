@@ -229,9 +229,8 @@ class StorageEngine:
         """Note what readers did.
 
         used: the last record of each path that was read.  suspects: records that a reader found damaged.  forged:
-        records
-        without a right seal.  unusable: records whose content is not valid numbers.
-        Waits for a commit only if there are suspects, so reads do not wait for writes.
+        records without a right seal.  unusable: records whose content is not valid numbers. Waits for a commit only if
+        there are suspects, so reads do not wait for writes.
         """
         names = list(used)
         self._touches.add(names, self.clock_ms())
@@ -306,8 +305,7 @@ class StorageEngine:
         origin.
 
         Raises:  InvalidRequest: the statement belongs to another fingerprint.  FingerprintMismatch: the block size is
-        known
-        already, and is another.
+        known already, and is another.
         """
         if statement and digest_of(statement) != fingerprint:
             raise InvalidRequest("the statement is not the one that the fingerprint is the digest of")

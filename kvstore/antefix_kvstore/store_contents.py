@@ -31,8 +31,8 @@ class Stretch:
     """Consecutive blocks of one chain, with their checkpoints. Each record is in one stretch only.
 
     hashes: parents first. Blocks before them are in another stretch, or not stored here.  checkpoints: those of the
-    blocks
-    that have one.  owner: the owner's row in the index.  rank_ms, pinned_ms: the largest of any record, as in eviction.
+    blocks that have one.  owner: the owner's row in the index.  rank_ms, pinned_ms: the largest of any record, as in
+    eviction.
     has_blocks: False for a checkpoint whose block is in another store; `hashes` then has the checkpoint's hash.
     ttls_s, costs_ms: time to live and cost of each record, in the order of `names`.
     """

@@ -2,16 +2,14 @@
 streams.
 
 Reading a message from the page cache and handing it to gRPC takes a few hundred microseconds, during which the loop
-does
-nothing else. If every stream did this in each pass, a lookup, which takes about six passes, would wait for all streams
-six
-times. So streams queue up, and between two messages the loop does everything else that is ready. While a lookup is
-under way, the streams skip most passes.
+does nothing else. If every stream did this in each pass, a lookup, which takes about six passes, would wait for all
+streams six times. So streams queue up, and between two messages the loop does everything else that is ready. While a
+lookup is under way, the streams skip most passes.
 
 Measured: a lookup next to four restores, on two cores that other jobs kept busy as well, takes 26 ms if all streams
-send
-in each pass, 12 to 16 ms with one stream per pass, 5 ms with seven of eight passes skipped (6 ms with five of six). The
-skipping costs a tenth of the restores' throughput while lookups come in; skipping passes all the time costs a quarter.
+send in each pass, 12 to 16 ms with one stream per pass, 5 ms with seven of eight passes skipped (6 ms with five of
+six). The skipping costs a tenth of the restores' throughput while lookups come in; skipping passes all the time costs a
+quarter.
 """
 
 from __future__ import annotations
