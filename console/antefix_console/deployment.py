@@ -532,8 +532,7 @@ def _child_environment(data_dir: Path) -> dict[str, str]:
     one).
 
     By default glibc would map and unmap each 1 to 4 MiB buffer again, and OpenMP threads would spin at the end of each
-    loop,
-    on a busy machine for a thread that is not running: then a prefill of 3,000 tokens took 6.9 s instead of 0.9 s.
+    loop, on a busy machine for a thread that is not running: a prefill of 3,000 tokens took 6.9 s instead of 0.9 s.
     """
     tuned = {
         "OMP_WAIT_POLICY": "PASSIVE",

@@ -1,9 +1,8 @@
 """Turns payloads that were looked up together into messages. Knows the reader and the wire format, never gRPC.
 
 Plain records are sent as they are in their segments; the store only copies them, and the caller verifies them. All
-other
-payloads are verified here: compressed or encrypted ones, those larger than a message, those that a caller requests from
-the middle, and those that a caller found damaged.
+other payloads are verified here: compressed or encrypted ones, those larger than a message, those that a caller
+requests from the middle, and those that a caller found damaged.
 """
 
 from __future__ import annotations
