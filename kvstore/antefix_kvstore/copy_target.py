@@ -63,8 +63,8 @@ def open_target(
 
 
 def _is_address(text: str) -> bool:
-    """Whether this is host:port. A name without a port is a directory, also one still to be made; so is any existing
-    path."""
+    """Whether this is host:port or a Unix socket. A name without a port is a directory, which need not exist yet; so is
+    a name with a port if a directory has it."""
     if text.startswith(UNIX):
         return True
     return "/" not in text and re.search(r":[0-9]+$", text) is not None and not Path(text).is_dir()

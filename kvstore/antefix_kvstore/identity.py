@@ -68,7 +68,7 @@ def prepare_directory(directory: Path) -> None:
 def put_aside_misplaced(directory: Path) -> None:
     """Rename entries that have the store's names but are of another kind (a directory for a file). Needs the lock.
 
-    Raises:  ConfigError: the segment directory is misplaced or missing. Its disk may not be mounted.
+    Raises:  ConfigError: the segment directory is a link to nothing. The disk that it leads to may not be mounted.
     """
     segments = directory / SEGMENT_DIR
     if segments.is_symlink() and not segments.exists():
