@@ -1,4 +1,4 @@
-"""Generation with nothing but the model: no store, no services, no restore. What every cached answer must equal."""
+"""Generation by the model alone: no store, no services, no restore. Every cached answer must equal this one."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Reference:
     """Greedy generation from scratch, every time."""
 
     def __init__(self, model_path: Path, kv_format: KVFormat, *, prefill_chunk: int = 512) -> None:
-        # One thread: the same bits as any number, and a busy machine cannot make it wait for its other half.
+        # One thread gives the same bits as any number of threads, and never waits for another thread on a busy machine.
         torch.set_num_threads(1)
         self._model: Model = load_model(model_path, device="cpu", dtype=torch.float32, kv_format=kv_format)
         self._eos_ids = load_tokenizer(model_path).eos_ids
         self._prefill_chunk = prefill_chunk
 
     def generate(self, prompt: Tokens, max_tokens: int, *, progress: Callable[[int], None] | None = None) -> list[int]:
-        """Output tokens, the end token excluded. progress: called with the prompt tokens done so far."""
+        """Output tokens, without the end token. progress: called with the number of prompt tokens computed so far."""
         block_size = self._model.layout.geometry.block_size
         num_blocks = -(-(len(prompt) + max_tokens) // block_size)
         pool = BlockPool(self._model.layout, num_blocks, "cpu")

@@ -1,6 +1,6 @@
-"""Every command and every role by name: what it is for, and how to load it. One row per command.
+"""Every command and role by name: a description, and how to load it. One row per command.
 
-A loader imports inside a function, so that only what is asked for is imported: `antefix --help` must not wait for
+A loader imports inside a function, so that a command imports only what it needs: `antefix --help` must not wait for
 torch, and the router and the store must start where torch is not installed.
 """
 
@@ -30,7 +30,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """One service. load: its settings' class, and the function that serves until told to stop."""
+    """One service. load: gives the class of its settings, and the function that serves until it is told to stop."""
 
     load: Callable[[], tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]]
     example: str

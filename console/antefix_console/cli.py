@@ -1,7 +1,8 @@
-"""The `antefix` command. Parses, hands over, turns errors into exit codes; the only place that reads the environment.
+"""The `antefix` command: parses arguments, runs the command, turns errors into exit codes. Only this module reads the
+environment.
 
-Exit codes: 0 done; 1 the command ran and what it checks is not so; 2 a wrong call, setting or model; 3 a service could
-not be reached or is full; 70 a bug of ours, with its trace or with an id that a service's log has; 130 interrupted.
+Exit codes: 0 done; 1 the command ran, and its check failed; 2 a wrong call, setting or model; 3 a service cannot be
+reached or is full; 70 a bug of ours (with a traceback, or an error id that is in a service's log); 130 interrupted.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ EXIT_OK, EXIT_FAILED, EXIT_USAGE, EXIT_UNAVAILABLE, EXIT_INTERNAL, EXIT_INTERRUP
 
 log = logging.getLogger("antefix.cli")
 
-# What the extras bring; router, store and most commands work without them.
+# The optional dependencies, by extra; the router, the store and most commands work without them.
 _EXTRA_OF = {
     **dict.fromkeys(("torch", "safetensors", "triton"), "worker"),
     **dict.fromkeys(("zmq", "msgspec", "httpx"), "fleet"),
@@ -39,21 +40,23 @@ _EXTRA_OF = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command. Returns its exit code."""
     args = list(sys.argv[1:] if argv is None else argv)
-    # What a command writes is its user's: stores, bills, logs, keys. It is widened by hand where others need it.
+    # Files that a command writes (stores, bills, logs, keys) are private to its user, who may change their mode by
+    # hand.
     os.umask(0o077)
     if not logging.getLogger().handlers:
         set_up_logs()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # A path that is no text, or a letter that the terminal's encoding has not: shown as far as it can be.
+        # A path may hold bytes that are not text, or the terminal's encoding may lack a character: print these escaped.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return _run(args)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # The reader of our output left (`antefix ... | head`): nothing is wrong, and nobody is there to be told.
+        # The reader of our output ended (`antefix ... | head`). That is no error, and nobody is there to read a
+        # message.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
     except ModuleNotFoundError as err:
@@ -71,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except AntefixError as err:
         return _fail(err, EXIT_FAILED)
     except OSError as err:
-        # A file or directory of the caller's; anything else of the system's is for the program's developers.
+        # An error about a file that the caller named; other system errors get a traceback, for the developers.
         if err.filename is not None:
             return _fail(err, EXIT_USAGE)
         if "temporary directory" in str(err):
@@ -80,8 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parser_of(args: list[str]) -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], int] | None]:
-    """The parser for these arguments, and what carries them out; None where no command is named."""
-    # Only the command that is asked for is imported: `antefix --help` must not wait for torch.
+    """The parser for these arguments, and the function that runs the command; None where no command is named."""
+    # Only the requested command is imported: `antefix --help` must not wait for torch.
     name = next((arg for arg in args if not arg.startswith("-")), "")
     parser = argparse.ArgumentParser(prog="antefix", description=antefix.__doc__)
     parser.add_argument("--version", action="version", version=f"antefix {__version__}")
@@ -109,7 +112,8 @@ def parser_of(args: list[str]) -> tuple[argparse.ArgumentParser, Callable[[argpa
 def _run(args: list[str]) -> int:
     parser, run = parser_of(args)
     if not gc.isenabled():
-        # What is imported by now is never garbage: entry.py looked for none meanwhile, and no later pass looks at it.
+        # Imported objects are never garbage. entry.py turned collection off during imports, and no later pass scans
+        # them.
         gc.freeze()
         gc.enable()
     parsed = parser.parse_args(args)
@@ -126,14 +130,14 @@ def _subparser(
 
 
 class _Help(argparse.HelpFormatter):
-    """An example stays on one line, cut nowhere: it is there to be copied."""
+    """Keeps an example on one line, so that it can be copied."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if text.startswith("example: ") else super()._fill_text(text, width, indent)
 
 
 def _finish(parser: argparse.ArgumentParser) -> None:
-    """Examples stay whole and numbers are bounded, in this parser and in those of its commands."""
+    """Make this parser and those of its commands keep examples whole and refuse numbers out of bounds."""
     parser.formatter_class = _Help
     for action in parser._actions:
         action.type = _BOUNDED.get(action.type, action.type)
@@ -143,7 +147,7 @@ def _finish(parser: argparse.ArgumentParser) -> None:
 
 
 def _number(text: str) -> float:
-    """Python's own takes nan and inf, which no command means."""
+    """A number. Python's own `float` takes nan and inf, which make no sense for any command."""
     try:
         number = float(text[:_DIGITS_MAX])
     except ValueError:
@@ -199,7 +203,7 @@ def _serve(args: argparse.Namespace) -> int:
 
 def _fail(err: Exception, code: int) -> int:
     if isinstance(err, OSError):
-        # What the system says of a file, without its number.
+        # The system's message about a file, without the error number.
         print(f"antefix: {err.filename}: {err.strerror}", file=sys.stderr)
     else:
         print(f"antefix: {err}", file=sys.stderr)

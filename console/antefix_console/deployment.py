@@ -1,8 +1,8 @@
-"""All roles on one machine as processes of their own: what `antefix up`, the demo and the end-to-end tests run.
+"""Runs all roles on one machine as separate processes: for `antefix up`, the demo and the end-to-end tests.
 
-    kvstore -> prefill, decode -> router      each told the addresses of those before it
+    kvstore -> prefill, decode -> router      each role is told the addresses of those before it
 
-A role announces its address on stdout once it serves. Its stdin is a pipe of ours: however we end, it ends too.
+A role prints its address to stdout once it serves. Its stdin is a pipe from us, so it ends when we end, in any way.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
 from antefix.worker_settings import NAMING, WorkerSettings
 
-# In the data directory: what workers measured at their starts, and the name of what those of the last start computed.
+# In the data directory: workers' measurements at their starts, and the name of the last workers' arithmetic.
 ARITHMETIC_DIR = "arithmetic"
 ARITHMETIC_FILE = "arithmetic.txt"
-# Held while a deployment runs there; and where Prometheus finds its roles.
+# up.lock is locked while a deployment runs here; the other file tells Prometheus where its roles are.
 LOCK_FILE = "up.lock"
 METRICS_TARGETS_FILE = "metrics-targets.json"
-# The settings that decide how the last start's routers write prompts.
+# The settings by which the routers of the last start rendered prompts.
 DOOR_FILE = "door.json"
-# What the store is encrypted with, where it is.
+# The key that the store is encrypted with, if it is encrypted.
 STORE_KEY_FILE = "store.key"
-# Where the system has no place for temporary files.
+# For temporary files, where the system has no place for them.
 TEMPORARY_DIR = "tmp"
 START_TIMEOUT_S = 120.0
-# What a role needs beyond the grace period, to end what runs and to write down what it has.
+# Time that a role needs after the grace period to end what runs and to write what it holds in memory.
 STOP_MARGIN_S = 20.0
 _TELL_EVERY_S = 10.0
 _LOG_TAIL_BYTES = 2000
@@ -56,23 +56,23 @@ _LOG_BYTES_MAX = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentConfig(WorkerSettings):
-    """What to run: the workers' settings and these.
+    """What to run: the workers' settings and the following.
 
-    data_dir: holds the secret, the store, the bill and the logs, and is made if it is not there.
-    http_address: of the HTTP API; empty for none. Only the first router has the addresses that are named here.
-    ratecards, tenants_file: docs/BILLING.md; without them all is free.
+    data_dir: directory for the secret, the store, the bill and the logs; made if it does not exist.
+    http_address: address of the HTTP API; empty for none. Only the first router gets the addresses set here.
+    ratecards, tenants_file: docs/BILLING.md; without them nothing costs anything.
     api_keys_file, keys_redis: docs/SECURITY.md, "Keys".
     anchors: where routers' ledgers are anchored.
-    bill_redis: what several routers share of the bill (docs/BILLING.md, "Several routers").
-    encrypt: what is stored is encrypted with the key in data_dir/store.key, which is made if it is not there.
+    bill_redis: billing data that several routers share (docs/BILLING.md, "Several routers").
+    encrypt: encrypt the store with the key in data_dir/store.key, which is made if it does not exist.
     chat_format, model_aliases, prefix_rules: docs/HTTP_API.md.
-    grace_s: how long requests that run may take when it stops.
+    grace_s: how long running requests may continue after a stop.
     log_level, log_format, traces: docs/OPERATIONS.md, "Watching".
-    store_bytes: budget of disk per store, such as "64G"; empty for the store's default.
-    block_ttl_s, checkpoint_ttl_s: how long they stay after their last use, in seconds; None: the store's default.
-    num_stores: each is as another host's: workers and routers take turns in which of them is theirs (docs/STORES.md).
-    object_store: URL of the tier behind them; with `encrypt` it is encrypted with the same key (docs/OBJECT_STORE.md).
-    Raises:  ConfigError: too few of a role, or window settings that are none, or contradict each other.
+    store_bytes: disk budget per store, such as "64G"; empty for the store's default.
+    block_ttl_s, checkpoint_ttl_s: lifetime of records after their last use, in seconds; None: the store's default.
+    num_stores: stores, each as if on its own host; workers and routers are assigned to them in turn (docs/STORES.md).
+    object_store: URL of the object tier; with `encrypt` it is encrypted with the same key (docs/OBJECT_STORE.md).
+    Raises:  ConfigError: too few processes of a role, or window settings that are invalid or contradict each other.
     """
 
     model: Path
@@ -119,7 +119,7 @@ class DeploymentConfig(WorkerSettings):
         return self.data_dir / "store"
 
     def store_dir_of(self, number: int) -> Path:
-        """Each store has a directory of its own; number counts from 0."""
+        """The directory of a store; number counts from 0."""
         return self.store_dir if not number else self.data_dir / f"store-{number + 1}"
 
     @property
@@ -128,12 +128,12 @@ class DeploymentConfig(WorkerSettings):
         return self.data_dir / "ledger"
 
     def ledger_dir_of(self, number: int) -> Path:
-        """Each router has a ledger of its own; number counts from 0."""
+        """The ledger of a router; number counts from 0."""
         return self.ledger_dir if not number else self.data_dir / f"ledger-{number + 1}"
 
     @property
     def usage_log_dir(self) -> Path:
-        """The store's own account, which the ledger is reconciled with."""
+        """The store's own log of hits and writes, with which the ledger is reconciled."""
         return self.data_dir / "usage-log"
 
     def usage_log_dir_of(self, number: int) -> Path:
@@ -142,7 +142,7 @@ class DeploymentConfig(WorkerSettings):
 
 @dataclass(slots=True)
 class RoleProcess:
-    """One running role. flags: what it was started with."""
+    """One running role. flags: the flags it was started with."""
 
     role: str
     process: asyncio.subprocess.Process
@@ -159,7 +159,7 @@ class RoleProcess:
 
     @property
     def serves(self) -> bool:
-        """It lives, and has said where."""
+        """The process lives and has announced its address."""
         return self.alive and bool(self.address)
 
 
@@ -167,15 +167,15 @@ class Deployment:
     """`async with Deployment(config) as deployment:` starts everything, and stops everything at the end."""
 
     def __init__(self, config: DeploymentConfig, tell: Callable[[str], None] = lambda _: None) -> None:
-        """tell: is told what a start waits for, every 10 s."""
+        """tell: called every 10 s with what a start waits for."""
         self.config = config
         self._tell = tell
         self.processes: list[RoleProcess] = []
         self._client: RouterClient | None = None
         self._credentials: Credentials | None = None
-        # Not the number of processes: roles that start together would get one number, and write into one log.
+        # A counter, because roles that start together would see the same number of processes, and share a log file.
         self._numbers = itertools.count()
-        # Which store is the next worker's own.
+        # Chooses the store that is on the next worker's host.
         self._turns = itertools.count()
         self._stores: list[RoleProcess] = []
         self._stop_by = 0.0
@@ -195,31 +195,31 @@ class Deployment:
         await self.stop()
 
     def reload(self) -> None:
-        """Let routers read tenants, rate cards and the receipt key again."""
+        """Make the routers read tenants, rate cards and the receipt key again."""
         for process in self.processes:
             if process.role == "router" and process.alive:
                 process.process.send_signal(signal.SIGHUP)
 
     @property
     def router(self) -> RouterClient:
-        """A client of the router that runs now; closed with the deployment."""
+        """A client of the present router; closed with the deployment."""
         address = self.one("router").address
         if self._client is None or self._client.address != address:
             self._client = RouterClient(address, credentials=self._credentials)
         return self._client
 
     def one(self, role: str) -> RoleProcess:
-        """The first one that serves."""
+        """The first process of this role that serves."""
         return next(process for process in self.processes if process.role == role and process.serves)
 
     def addresses(self, role: str) -> list[str]:
         return [process.address for process in self.processes if process.role == role and process.serves]
 
     async def start(self) -> None:
-        """Start all roles in order of need.
+        """Start all roles, each after those that it needs.
 
-        Raises:  ConfigError: the data directory cannot be made or written, or a role refused its settings: the message
-            is the role's own.
+        Raises:  ConfigError: the data directory cannot be made or written, or a role refused its settings; then the
+        message is the role's own.
         """
         config = self.config
         try:
@@ -230,13 +230,14 @@ class Deployment:
         except OSError as err:
             raise ConfigError(f"--data-dir {config.data_dir} cannot be used: {err}; nothing was started") from err
         self._credentials = Credentials(Role.OPERATOR, keyring=Keyring.from_file(secret))
-        # What the store knows callers by.
+        # The secret by which the store authenticates its callers.
         flags = ["--secret-file", str(secret)]
         key = config.data_dir / STORE_KEY_FILE
         if config.encrypt:
             create_secret_file(key)
         if key.exists():
-            # Also where it is not asked for any more: what is there would be lost, and the rest written in clear.
+            # Also if encryption is not requested any more: else stored data would be unreadable, and new data written
+            # in clear.
             flags += ["--encrypt-key-file", str(key)]
         flags += _given("--budget-bytes", config.store_bytes)
         flags += self._object_flags()
@@ -250,7 +251,7 @@ class Deployment:
             *(self.start_worker("prefill") for _ in range(config.num_prefill)),
             *(self.start_worker("decode") for _ in range(config.num_decode)),
         )
-        # A router refuses to start over workers that cannot share, and says what differs.
+        # A router refuses to start over workers that cannot share KV, and says what differs.
         await self.start_router(config.router_address, http_address=config.http_address)
         write_private(config.data_dir / ARITHMETIC_FILE, (await self.router.status()).arithmetic + "\n")
         write_private(config.data_dir / DOOR_FILE, json.dumps(_door_settings(config)) + "\n")
@@ -258,7 +259,7 @@ class Deployment:
             await self.start_router(http_address="127.0.0.1:0" if config.http_address else "")
 
     def _take_lock(self) -> None:
-        """Raises:  ConfigError: another deployment runs in the data directory, whose logs would be taken from it."""
+        """Raises:  ConfigError: another deployment runs in the data directory; both would write the same logs."""
         path = self.config.data_dir / LOCK_FILE
         lock = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, FILE_MODE), "a+")
         try:
@@ -270,23 +271,24 @@ class Deployment:
             raise ConfigError(
                 f"--data-dir {self.config.data_dir} is in use by another `antefix up` (pid {pid}); nothing was started"
             ) from err
-        # For the message above alone: a disk that is full is told of by what needs its room.
+        # The content is for the message above only, so a full disk is no error here.
         with contextlib.suppress(OSError):
             os.ftruncate(lock.fileno(), 0)
             os.write(lock.fileno(), f"{os.getpid()}\n".encode())
         self._lock = lock
 
     async def start_worker(self, role: str) -> RoleProcess:
-        """One more prefill or decode worker."""
+        """Start one more prefill or decode worker."""
         config = self.config
         flags = flags_of(WorkerSettings, config)
         flags += ["--threads", str(self._threads()), "--arithmetic-cache", str(config.data_dir / ARITHMETIC_DIR)]
         return await self.start_role(role, [*self._shared_flags(), *flags])
 
     async def start_router(self, address: str = "127.0.0.1:0", *, http_address: str | None = None) -> RoleProcess:
-        """A router over the workers that are alive now. http_address None: the deployment's.
+        """Start a router over the workers that are alive now. http_address None: the deployment's.
 
-        It takes the first ledger that no living router has: after a crash that is the dead one's, which it closes.
+        It takes the first ledger that no living router has. After a crash this is the dead router's, whose open bills
+        it closes.
         """
         taken = {process.ledger_dir for process in self.processes if process.alive}
         ledger_dir = next(path for n in itertools.count() if (path := self.config.ledger_dir_of(n)) not in taken)
@@ -294,7 +296,7 @@ class Deployment:
         flags = [*self._shared_flags(), *flags_of(WorkerSettings, self.config, NAMING)]
         flags += ["--address", address, "--decode", ",".join(self.addresses("decode"))]
         flags += ["--ledger-dir", str(ledger_dir), "--http-address", http_address]
-        # One published key, whichever router signs.
+        # All routers sign with one key, so that there is one public key.
         flags += ["--receipt-key-file", str(self.config.ledger_dir / "receipts.key")]
         flags += ["--chat-format", self.config.chat_format, "--model-aliases", self.config.model_aliases]
         flags += ["--prefix-rules", self.config.prefix_rules]
@@ -314,7 +316,8 @@ class Deployment:
         return started
 
     def _threads(self) -> int:
-        """The cores, divided: two workers with all cores each wait for one another at every parallel loop's end."""
+        """The cores, divided among workers: two workers with all cores each would wait for each other after every
+        parallel loop."""
         workers = max(1, self.config.num_prefill + self.config.num_decode)
         return max(1, usable_cores() // (workers * self.config.tensor_parallel_size))
 
@@ -328,21 +331,21 @@ class Deployment:
         ]
 
     def _object_flags(self) -> list[str]:
-        """The object tier, which all roles but the console read or write."""
+        """Flags for the object tier, which every role reads or writes."""
         url, key = self.config.object_store, self.config.data_dir / STORE_KEY_FILE
         if not url:
             return []
         return ["--object-store", url, *(("--object-encrypt-key-file", str(key)) if key.exists() else ())]
 
     def store_of(self, process: RoleProcess) -> str:
-        """Of several stores, the name and the directory of this one; empty for any other process."""
+        """Name and directory of this process's store, where there are several; empty for other processes."""
         if process not in self._stores or self.config.num_stores == 1:
             return ""
         number = self._stores.index(process)
         return f"{_store_name(number)} in {self.config.store_dir_of(number)}"
 
     def _store_flags(self) -> list[str]:
-        """How the next process reaches the stores: one is on its host, the others are as if on other hosts."""
+        """Flags by which the next process reaches the stores: one is on its host, the others count as remote."""
         config = self.config
         if config.num_stores == 1:
             return ["--store-address", self.one("kvstore").address, "--store-dir", str(config.store_dir)]
@@ -352,7 +355,7 @@ class Deployment:
         return ["--stores", ",".join(stores)]
 
     async def restart(self, dead: RoleProcess) -> RoleProcess:
-        """Start a role that died again, at its addresses, with its log and, if it is a router, its ledger.
+        """Start a role that died again, with its addresses, its log and, for a router, its ledger.
 
         Raises: as `start_role`.
         """
@@ -362,7 +365,7 @@ class Deployment:
         try:
             started = await self.start_role(dead.role, dead.flags, last=last, log_path=dead.log_path)
         except AntefixError:
-            # Only this one is to be kept; what did not start is over.
+            # Keep only processes that are alive; others that failed to start are dropped.
             self.processes = [process for process in self.processes if process.alive]
             raise
         started.ledger_dir = dead.ledger_dir
@@ -372,16 +375,16 @@ class Deployment:
     async def start_role(
         self, role: str, flags: Sequence[str], *, last: Sequence[str] = (), log_path: Path | None = None
     ) -> RoleProcess:
-        """Start one process and wait until it serves.  last: flags that win over all others.  log_path: that it
-        continues with; None: one of its own.
+        """Start one process and wait until it serves.  last: flags that override all others.  log_path: the log to
+        append to; None: a new one.
 
-        Raises:  ConfigError: it ended instead; the message has the end of its log.  Unavailable: it took too long.
+        Raises:  ConfigError: the process ended; the message has the end of its log.  Unavailable: it took too long.
         """
         log_path = log_path or self.config.data_dir / "logs" / f"{role}-{next(self._numbers)}.log"
         said_before = _log_bytes(log_path)
         with open_private(log_path, "a") as log:
             process = await asyncio.create_subprocess_exec(
-                # -P: a folder called `antefix` in the working directory is not the package.
+                # -P: do not import a folder called `antefix` in the working directory instead of the package.
                 *(sys.executable, "-P", "-m", "antefix_console", "serve", role, "--watch-stdin"),
                 *("--grace-s", str(self.config.grace_s)),
                 *self._telemetry_flags(),
@@ -391,7 +394,7 @@ class Deployment:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=log,
-                # Its own group: a Ctrl-C at the terminal reaches us, and we stop the roles in order.
+                # Its own process group: a Ctrl-C at the terminal reaches only us, and we stop the roles in order.
                 start_new_session=True,
                 env=_child_environment(self.config.data_dir),
             )
@@ -405,13 +408,13 @@ class Deployment:
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         started.metrics_address = str(ready.get("metrics_address", ""))
         if self._credentials is not None:
-            # Who started the processes may ask them anything.
+            # The one who started the processes may make any call to them.
             own_credentials.use_for(started.address, self._credentials)
         self._write_targets()
         return started
 
     async def _first_line(self, starting: RoleProcess, said_before: int) -> bytes:
-        """What it announces; empty where it ended instead.  Raises:  Unavailable: it took too long."""
+        """The address line it prints; empty where it ended instead.  Raises:  Unavailable: it took too long."""
         assert starting.process.stdout is not None
         reading = asyncio.ensure_future(starting.process.stdout.readline())
         begun = time.monotonic()
@@ -436,26 +439,27 @@ class Deployment:
         return flags + _given("--traces", config.traces)
 
     def _write_targets(self) -> None:
-        """For Prometheus' file_sd_configs: ports are new at each start (deploy/prometheus.yml)."""
+        """Write the roles' addresses for Prometheus' file_sd_configs; ports change at each start
+        (deploy/prometheus.yml)."""
         targets = [
             {"targets": [each.metrics_address], "labels": {"role": each.role}}
             for each in self.processes
             if each.metrics_address and each.alive
         ]
         path = self.config.data_dir / METRICS_TARGETS_FILE
-        # Replaced as a whole: Prometheus reads it whenever it changes.
+        # Replaced atomically, because Prometheus reads it as soon as it changes.
         write_private(path, json.dumps(targets, indent=2) + "\n")
 
     async def kill(self, process: RoleProcess) -> None:
-        """kill -9, for tests of failure."""
+        """Kill the process with SIGKILL, for tests of failure."""
         if process.alive:
             process.process.kill()
         await process.process.wait()
 
     async def stop(self, tell: Callable[[str], None] = lambda _: None) -> list[RoleProcess]:
-        """Stop the roles, those that use others first. Returns those that had to be killed.
+        """Stop the roles; a role stops before the roles that it uses. Returns those that had to be killed.
 
-        tell: is told what is waited for.
+        tell: called with what is waited for.
         """
         if self._client is not None:
             await self._client.close()
@@ -473,14 +477,14 @@ class Deployment:
         return killed
 
     def hurry(self) -> None:
-        """While `stop` waits: what still runs ends now, with an error for its client."""
+        """Called while `stop` waits: end running requests now, with an error for their clients."""
         self._stop_by = time.monotonic()
         for process in self.processes:
             if process.alive:
                 process.process.send_signal(signal.SIGINT)
 
     async def num_running(self) -> int:
-        """Requests that the routers have not ended. Raises:  Unavailable: one does not answer."""
+        """Requests that are still running in the routers. Raises:  Unavailable: a router does not answer."""
 
         async def ask(address: str) -> int:
             async with RouterClient(address) as router:
@@ -489,7 +493,7 @@ class Deployment:
         return sum(await asyncio.gather(*map(ask, self.addresses("router"))))
 
     async def _stop_one(self, role: RoleProcess, tell: Callable[[str], None]) -> bool:
-        """Returns whether it ended by itself."""
+        """Returns whether the process ended by itself."""
         if not role.alive:
             return True
         with contextlib.suppress(ProcessLookupError):
@@ -509,7 +513,7 @@ class Deployment:
 
 
 def _door_settings(config: DeploymentConfig) -> dict[str, str]:
-    """Files by their whole path: the reader may be elsewhere."""
+    """The gateway settings to be saved. Files are named by their full path, since the reader may run elsewhere."""
     files = {"model_aliases": config.model_aliases, "prefix_rules": config.prefix_rules}
     whole = {name: str(Path(path).absolute()) if Path(path).is_file() else path for name, path in files.items()}
     return {"chat_format": config.chat_format, **whole}
@@ -524,10 +528,11 @@ def _given(flag: str, value: str) -> list[str]:
 
 
 def _child_environment(data_dir: Path) -> dict[str, str]:
-    """Ours, tuned for workers, and with a directory for temporary files where the system has none: torch needs one.
+    """Our environment, tuned for workers; sets a directory for temporary files where the system has none (torch needs
+    one).
 
-    glibc would map and unmap each 1 to 4 MiB buffer again. OpenMP threads would spin at the end of each loop, on a busy
-    machine for a thread that is not running: a prefill of 3,000 tokens took 6.9 s instead of 0.9 s.
+    By default glibc would map and unmap each 1 to 4 MiB buffer again, and OpenMP threads would spin at the end of each
+    loop, on a busy machine for a thread that is not running: a prefill of 3,000 tokens took 6.9 s instead of 0.9 s.
     """
     tuned = {
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -545,9 +550,9 @@ def _child_environment(data_dir: Path) -> dict[str, str]:
 
 
 def _log_bytes(path: Path) -> int:
-    """How long the log is in which a role is about to continue. A large one is moved aside, for one start more.
+    """The length of the log to which a role will append. A large log is moved aside, and kept until the next such move.
 
-    Earlier runs' words stay: after a crash they explain it, and no number of restarts may lose them.
+    Earlier runs' lines are kept: after a crash they explain it, and restarts must not lose them.
     """
     if not path.exists():
         return 0
@@ -559,7 +564,7 @@ def _log_bytes(path: Path) -> int:
 
 
 def _log_tail(path: Path, begin: int) -> str:
-    """The last line from byte `begin` on."""
+    """The log's last line after byte `begin`."""
     data = path.read_bytes()[begin:][-_LOG_TAIL_BYTES:]
     lines = data.decode(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("antefix: ") if lines else "it said nothing"

@@ -1,4 +1,5 @@
-"""Is a deployment of several hosts whole? Asks its services, from any host, and compares what they say."""
+"""Checks that a deployment of several hosts fits together: asks its services, from any host, and compares the
+answers."""
 
 from __future__ import annotations
 
@@ -16,17 +17,17 @@ from antefix.security.grants import SKEW_S
 from antefix.security.identity import Role
 from antefix_console.finding import Finding
 
-# A certificate that ends sooner should have been replaced; those of `antefix certs` hold for 90 days.
+# A certificate that expires sooner should have been replaced by now; those of `antefix certs` are valid for 90 days.
 DAYS_LEFT_MIN: Final = 14.0
-# Of what grants allow for: beyond it they are refused, close to it they soon will be.
+# Share of the clock skew that grants allow. Above the allowed skew, grants are refused; close to it, they soon will be.
 _SKEW_WARN: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """One service, and what it says of itself, or why it does not.
+    """One service, with its answer or the reason why it did not answer.
 
-    fingerprint: of workers and routers.  lost_s_ago: of a worker that the router has lost, since when.
+    fingerprint: of workers and routers.  lost_s_ago: for a worker that the router has lost, how long ago.
     """
 
     role: Role
@@ -38,7 +39,7 @@ class Asked:
 
 
 def check_deployment(router: str) -> list[Finding]:
-    """One finding per service, and one per thing that must be the same everywhere."""
+    """One finding per service, and one for each property that must be the same everywhere."""
     return list(findings_of(asyncio.run(_ask_all(router))))
 
 
@@ -59,7 +60,7 @@ async def _ask_all(router: str) -> list[Asked]:
 
 
 async def _ask_lost(worker: LostWorker) -> Asked:
-    """It may answer here and yet not reach the router."""
+    """Ask a worker that the router has lost. It may answer us although the router cannot reach it."""
     return replace(await _ask(Role(worker.role), worker.address), lost_s_ago=worker.seconds_ago)
 
 
@@ -82,7 +83,7 @@ async def _fingerprint(role: Role, address: str) -> bytes:
 
 
 def findings_of(asked: list[Asked]) -> Iterator[Finding]:
-    """Pure. The first is the router."""
+    """Pure. The first element is the router."""
     for each in asked:
         yield _of_one(each)
     there = [each for each in asked if each.about is not None]
@@ -90,7 +91,8 @@ def findings_of(asked: list[Asked]) -> Iterator[Finding]:
         return
     first = there[0]
     assert first.about is not None
-    # 1. What is stored is named with model, format, namespace, arithmetic and secret: others hit nothing of it.
+    # 1. Names of KV depend on model, format, namespace, arithmetic and secret: a service where one differs hits
+    # nothing.
     named = [each for each in there if each.fingerprint and each.fingerprint != first.fingerprint]
     advice = "the same model, --kv-format, --namespace and arithmetic everywhere; compare --print-config"
     yield _same("names", named, f"{first.fingerprint.hex()[:16]} everywhere", advice, "hits nothing of the others")
@@ -99,7 +101,7 @@ def findings_of(asked: list[Asked]) -> Iterator[Finding]:
     other = [each for each in other if each.about and (each.about.secret_marks or each.role is not Role.KVSTORE)]
     advice = 'give each role the same --secret-file; docs/SECURITY.md, "The deployment\'s secret"'
     yield _same("secret", other, "the same everywhere", advice, "has another secret: it hits nothing, and is refused")
-    # 2. Versions may differ while they are replaced.
+    # 2. Versions may differ during an update.
     versions = sorted({each.about.version for each in there if each.about})
     mixed = len(versions) > 1
     advice = 'finish the upgrade; docs/OPERATIONS.md, "Upgrading"' if mixed else ""
@@ -122,7 +124,7 @@ def _of_one(each: Asked) -> Finding:
             worst, advice = "warn", "replace its certificate: antefix certs issue"
     else:
         said.append("no TLS")
-    # What is less than a round trip may be the network's.
+    # A difference below one round trip may be due to the network.
     skew_s = max(0.0, abs(about.ahead_s) - about.round_trip_s)
     if skew_s > SKEW_S:
         worst, advice = "fail", f"set its clock: grants are refused beyond {SKEW_S:.0f} s"

@@ -1,4 +1,4 @@
-"""Where the command begins: signals are heard before anything that takes a while is imported."""
+"""The command's entry point: installs signal handlers before it imports anything that takes long."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import signal
 import sys
 from typing import Final
 
-# What stops a service; the exit code that shells give for it.
+# Exit code that shells report for a process that SIGTERM ended.
 _STOPPED: Final = 128 + signal.SIGTERM
 _SERVICES: Final = ("serve", "up")
 _HEARD: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
 
 def main() -> int:
-    """Run one command; returns its exit code."""
+    """Run one command. Returns its exit code."""
     hear_signals(sys.argv[1:])
     if _is_service(sys.argv[1:]) and not _has_directory():
         sys.stderr.write("antefix: the directory that this was started in is gone; start it in another one\n")
         return 2
     ended_with: list[int] = []
-    # The first to be registered is the last to run.
+    # Exit functions run in reverse order, so this one runs last.
     atexit.register(_end_at_once, ended_with)
-    # A tenth of the time that torch takes to import, without finding any; cli.py puts it on again.
+    # Garbage collection takes a tenth of torch's import time and finds nothing; cli.py turns it on again.
     gc.disable()
     from antefix_console.cli import main as run
 
@@ -33,9 +33,9 @@ def main() -> int:
 
 
 def _end_at_once(ended_with: list[int]) -> None:
-    """Leave it to the system to take the process apart: with torch in it, Python takes half a second of a core.
+    """End the process without Python's cleanup, which takes half a second of a core once torch is loaded.
 
-    ended_with: the exit code of a command that ran to its end; of any other, Python knows what it says.
+    ended_with: the exit code of a command that ran to its end; empty otherwise, and then Python exits as usual.
     """
     if not ended_with:
         return
@@ -44,22 +44,25 @@ def _end_at_once(ended_with: list[int]) -> None:
             if stream is not None:
                 stream.flush()
     except OSError:
-        # Python tries again, and says what is wrong.
+        # Let Python flush again at its usual exit and report the error.
         return
     os._exit(ended_with[0])
 
 
 def hear_signals(args: list[str]) -> None:
-    """SIGHUP ends no service: a terminal that closes, or an operator who means `reload`, must not stop a deployment.
-    Routers read tenants and rate cards again then; certificates, keys and secrets are read again when they change.
+    """Set the process's handling of signals.
 
-    What started us may have blocked or ignored signals, which a process inherits: then a stop would not be heard, and
-    it would not show how a role ended.
+    SIGHUP ends no service: a closed terminal, or an operator who wants a reload, must not stop a deployment. Routers
+    read tenants and rate cards again on SIGHUP. Certificates, keys and secrets are read again when their files change.
 
-    As PID 1 of a container, signals without a handler are dropped: a stop that comes while we import must not be.
+    A process inherits blocked and ignored signals from its parent. They are unblocked here: otherwise a stop would not
+    arrive, and the way in which a role ended would not be known.
+
+    As PID 1 of a container, a process drops signals that have no handler. A stop that comes during imports must not be
+    dropped.
     """
     if _is_service(args):
-        # Inherited by the roles that `antefix up` starts, from their first moment on.
+        # The roles that `antefix up` starts inherit this from their first moment on.
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
@@ -72,7 +75,7 @@ def _is_service(args: list[str]) -> bool:
 
 
 def _has_directory() -> bool:
-    """Libraries look for their files from there, and say something else where it is gone."""
+    """Whether the working directory exists. Without it, libraries fail to find files, with misleading messages."""
     try:
         os.getcwd()  # noqa: PTH109 - before anything is imported
     except OSError:

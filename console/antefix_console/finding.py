@@ -1,4 +1,4 @@
-"""What a check of `antefix doctor` found."""
+"""The result of a check of `antefix doctor`."""
 
 from __future__ import annotations
 

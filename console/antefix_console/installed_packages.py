@@ -1,7 +1,7 @@
-"""Which of Antefix's requirements are installed, and new enough: read from the package's own metadata.
+"""Checks that Antefix's requirements are installed, and new enough, from the package's own metadata.
 
-Pip checks bounds when it installs; what another package's install changed afterwards, nobody checks, and it fails at an
-import long after.
+Pip checks versions when it installs. Installing another package later may change them, which nobody checks, and which
+shows much later as a failed import.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from antefix_console.finding import Finding
 
 _REQUIREMENT: Final = re.compile(r"\s*([A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*\(?([^;)]*)\)?\s*(?:;(.*))?")
 _EXTRA: Final = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
-# What a role cannot do without, beyond what every process needs.
+# Packages that a worker needs in addition to those that every process needs.
 _WORKER: Final = ("torch", "safetensors")
-# Not installed by users, and pinned by their own file.
+# Not checked: users do not install these, and a file of their own pins them.
 _NOT_CHECKED: Final = ("dev",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Requirement:
-    """at_least: the lower bound, empty for any. extra: whose requirement it is; empty for everybody's."""
+    """at_least: the lowest version, empty for any. extra: the extra that requires it; empty if every process does."""
 
     name: str
     at_least: str
@@ -32,7 +32,7 @@ class Requirement:
 
 
 def package_findings() -> list[Finding]:
-    """One row per requirement of everybody, of workers, and of extras of which something is installed."""
+    """One row per requirement of every process, of workers, and of extras that are at least partly installed."""
     try:
         lines = importlib.metadata.requires("antefix") or []
     except importlib.metadata.PackageNotFoundError:
@@ -42,7 +42,7 @@ def package_findings() -> list[Finding]:
 
 
 def requirements(lines: Iterable[str]) -> list[Requirement]:
-    """Of metadata's lines, such as "lmdb>=3.0" and "torch>=2.11; extra == 'worker'"."""
+    """The requirements in lines of metadata, such as "lmdb>=3.0" and "torch>=2.11; extra == 'worker'"."""
     found = []
     for line in lines:
         match = _REQUIREMENT.match(line)
@@ -55,7 +55,7 @@ def requirements(lines: Iterable[str]) -> list[Requirement]:
 
 
 def is_older(version: str, bound: str) -> bool:
-    """Whether a version is below a bound, by its numbers: 2.13.0+cpu is 2.13.0, 3.0.0rc1 counts as 3.0.0."""
+    """Whether a version is below a bound, comparing numbers only: 2.13.0+cpu is 2.13.0, 3.0.0rc1 counts as 3.0.0."""
     one, other = _numbers(version), _numbers(bound)
     length = max(len(one), len(other))
     return one + (0,) * (length - len(one)) < other + (0,) * (length - len(other))

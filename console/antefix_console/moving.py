@@ -1,4 +1,4 @@
-"""What commands that move records share: a copy with its progress line, the grants that stores ask for, the report."""
+"""Shared by commands that move records: a copy with a progress line, grants for stores, the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _GRANT_S = 300.0
 
 
 def grant_of_owner(address: str, owner: bytes) -> bytes:
-    """What a store asks for before it does something for this owner; empty where we cannot sign, or none is asked."""
+    """The grant that a store requires to act for this owner; empty if we cannot sign one, or none is required."""
     shown = credentials_for(address)
     return b"" if shown is None else shown.grant_for_owners([owner], ttl_s=_GRANT_S)
 

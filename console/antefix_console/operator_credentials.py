@@ -1,4 +1,4 @@
-"""What a command shows to the services that it asks: it is the operator's.
+"""The credentials with which a command identifies itself to services as the operator's.
 
 ANTEFIX_CREDENTIALS=DIR      TLS with an operator's certificate (`antefix certs issue operator NAME`)
 --data-dir, --secret-file    without TLS, on the deployment's host: its secret; by default antefix-data/secret

@@ -1,4 +1,5 @@
-"""As PID 1 of a container, whatever lost its parent becomes our child; without us it would stay a zombie for ever."""
+"""As PID 1 of a container, we become the parent of orphaned processes, which stay zombies for ever unless we wait for
+them."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ _EVERY_S: Final = 1.0
 
 
 async def reap_orphans(own: Callable[[], Collection[int]]) -> None:
-    """Until cancelled. own: the processes that somebody else waits for."""
+    """Wait for orphans until cancelled. own: processes that other code waits for."""
     while True:
         with contextlib.suppress(ChildProcessError):
             reap(own())
@@ -20,10 +21,11 @@ async def reap_orphans(own: Callable[[], Collection[int]]) -> None:
 
 
 def reap(own: Collection[int]) -> int:
-    """Take leave of children that ended and are not ours. Returns how many.  Raises:  ChildProcessError: none is left.
+    """Wait for children that ended and are not our own. Returns how many.  Raises:  ChildProcessError: no child is
+    left.
 
-    Looked at first: one of ours that is taken away here would never be known to have ended. While one of ours has not
-    been waited for, those behind it wait for the next time.
+    A child's id is read before waiting for it: if one of our own were waited for here, other code would never learn
+    that it ended. While an own child that ended has not been waited for, the children behind it stay for the next call.
     """
     num = 0
     while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:

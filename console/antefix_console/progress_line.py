@@ -1,4 +1,4 @@
-"""What a command does while it takes its time: one line on standard error that is written over, and gone at the end."""
+"""Progress of a command: one line on standard error, which is overwritten and is removed at the end."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-# A rate at which nobody waits for the terminal.
+# At this rate, updating the terminal takes no noticeable time.
 _UPDATES_A_SECOND = 10
 
 
 class ProgressLine:
     """`with ProgressLine("reading") as progress:`; silent where standard error is not a terminal.
 
-    The line moves by itself, so a step that takes long shows that it does.
-    lines: where there is no terminal, print a line a step with the seconds so far instead: for logs of long runs.
+    The line is animated, so the user sees that a long step is still running.
+    lines: without a terminal, print a line per step with the seconds so far instead: for logs of long runs.
     """
 
     def __init__(self, label: str, *, lines: bool = False) -> None:
@@ -32,7 +32,7 @@ class ProgressLine:
 
     def __enter__(self) -> Self:
         if self._is_terminal:
-            # Only who sees it waits for rich.
+            # Imported only where there is a terminal, because importing rich takes time.
             from rich.console import Console
             from rich.progress import Progress as RichProgress
             from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -57,13 +57,13 @@ class ProgressLine:
             self._shown = None
 
     def step(self, text: str) -> None:
-        """Say what is being done now."""
+        """Set the text that says what is being done."""
         if self._shown is not None and self._task is not None:
             self._shown.update(self._task, description=f"{self._label}: {text}")
         elif self._lines:
             print(f"{time.monotonic() - self._started:7.1f} s  {text}", file=sys.stderr, flush=True)
 
     def count(self, done: int, total: int) -> None:
-        """Say how far it is; cheap enough to be called for each of millions."""
+        """Set the progress. Cheap enough to be called for each of millions of items."""
         if self._shown is not None and self._task is not None:
             self._shown.update(self._task, description=f"{self._label}: {done:,} of {total:,}")

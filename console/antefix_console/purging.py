@@ -1,7 +1,8 @@
 """Drops a tenant's records from all stores, window pools and the object tier, in an order that leaves nothing behind.
 
-Stores first and the object tier last: a store that still has records may upload them. What was on its way up meanwhile
-is found by going round again, until a round finds nothing. A store that does not answer holds up no other.
+Stores come first and the object tier last, because a store that still has records may upload them. Records that were
+being uploaded are found by repeating the purge until a round finds nothing. A store that does not answer does not delay
+the others.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from antefix_console.moving import grant_of_owner
 from antefix_kvstore.copy_target import open_target
 
 _ROUNDS_MAX: Final = 5
-# From a URL, with the password and the certificates that go with it.
+# Makes the access to Redis (password, certificates) for a URL.
 Access = Callable[[str], RedisAccess]
 
 
@@ -36,19 +37,21 @@ def plain_access(url: str) -> RedisAccess:
 
 @dataclass(slots=True)
 class PurgeReport:
-    """purged: records that went, by store.  failed: stores that did not do it, and why."""
+    """purged: number of records dropped, by store.  failed: stores that could not be purged, and why."""
 
     purged: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
 
 async def stores_of(texts: Sequence[str], keyring: Keyring | None, access: Access = plain_access) -> list[str]:
-    """What was named, each once, object stores last: directories, addresses, URLs of object stores, and what roles are
-    told with --stores: NAME=ADDRESS, or where stores are found. A URL of Redis is kept next to the stores that are
-    found there, for it may be a window pool as well, or only that.
+    """The stores that the texts name, each once, object stores last.
 
-    Raises:  ConfigError: Redis tells of stores, and there is no secret to believe it by.  Unavailable: it cannot be
-             asked, or names are not answered now.
+    A text may be a directory, an address, an object store's URL, or an entry of --stores: NAME=ADDRESS, or a place
+    where stores are found. A Redis URL is kept next to the stores found there, since it may also be a window pool.
+
+    Raises:  ConfigError: Redis lists stores, and there is no secret to verify the list with.  Unavailable: Redis does
+    not
+             answer, or names are not resolved now.
     """
     found: dict[str, None] = {}
     for text in texts:
@@ -68,7 +71,8 @@ def is_redis_url(text: str) -> bool:
 
 
 async def purge_all(stores: Sequence[str], owners: Sequence[bytes], access: Access = plain_access) -> PurgeReport:
-    """stores: as `stores_of` gives them.  Raises:  ConfigError: one of them is none; those before it are purged."""
+    """stores: as `stores_of` gives them.  Raises:  ConfigError: one is not a store; those before it have been
+    purged."""
     report = PurgeReport(purged=dict.fromkeys(stores, 0))
     for _ in range(_ROUNDS_MAX):
         before = sum(report.purged.values())
@@ -109,7 +113,7 @@ def _source(text: str, keyring: Keyring | None, access: Access) -> Source | None
 
 
 def _plain(text: str) -> str:
-    """NAME=ADDRESS[@DIRECTORY] is the address; a directory may have an equals sign as well."""
+    """The address in NAME=ADDRESS[@DIRECTORY]. A directory's name may contain an equals sign as well."""
     if (
         is_object_url(text)
         or is_redis_url(text)

@@ -1,4 +1,4 @@
-"""The model and the documents that Antefix ships: next to this file in an installed package, else the checkout's."""
+"""The model and documents shipped with Antefix: next to this file in an installed package, else in the checkout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Final
 
 _INSTALLED = Path(__file__).parent / "shipped"
-# Where the benchmarks are as well, if this is a checkout.
+# In a checkout, the directory that also has the benchmarks.
 CHECKOUT: Final = Path(__file__).resolve().parents[2]
 SHIPPED: Final = _INSTALLED if _INSTALLED.is_dir() else CHECKOUT
 MODEL: Final = SHIPPED / "models" / "antefix-tiny"

@@ -1,7 +1,7 @@
-"""Starts roles again that died: with a pause that doubles, at the same addresses, so that the others find them.
+"""Restarts roles that died, after a pause that doubles, at the same addresses, so that other roles find them.
 
-lives for HEALTHY_S     it counts as well, and the next death is its first one
-dies NUM_DEATHS_MAX times in a row     something is wrong that starting again does not cure: give up, loudly
+lives for HEALTHY_S     the count starts again: its next death is the first
+dies NUM_DEATHS_MAX times in a row     restarting does not help: give up, with an error
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from antefix_console.deployment import Deployment, RoleProcess
 PAUSE_S: Final = 0.5
 PAUSE_S_MAX: Final = 30.0
 HEALTHY_S: Final = 60.0
-# Pauses of 0.5 to 16 s: half a minute, in which what the role needs may have come back.
+# Pauses of 0.5 to 16 s: half a minute in all, during which a dependency may have recovered.
 NUM_DEATHS_MAX: Final = 7
 
 
 class GaveUp(AntefixError):
-    """A role died again and again. The operator mends what its log says."""
+    """A role died too often in a row. Its log says what the operator must repair."""
 
 
 @dataclass(slots=True)
 class Deaths:
-    """Of one role in a row."""
+    """Counts one role's deaths in a row."""
 
     num: int = 0
 
     def note(self, lived_s: float) -> float | None:
-        """Seconds to wait before it is started again; None: no more."""
+        """Seconds to wait before the role is restarted; None: do not restart it any more."""
         self.num = 1 if lived_s >= HEALTHY_S else self.num + 1
         return None if self.num >= NUM_DEATHS_MAX else min(PAUSE_S_MAX, PAUSE_S * 2 ** (self.num - 1))
 
 
 class Supervisor:
-    """Of one deployment. num_restarts: roles that were started again."""
+    """Supervises one deployment. num_restarts: number of restarts so far."""
 
     def __init__(
         self,
@@ -56,10 +56,10 @@ class Supervisor:
         self._sleep = sleep
 
     async def run(self) -> None:
-        """Until cancelled.  Raises:  GaveUp."""
+        """Run until cancelled.  Raises:  GaveUp."""
         keeping = [asyncio.create_task(self._keep(process)) for process in list(self._deployment.processes)]
         try:
-            # Each continues for ever, so the first one that ends has given up.
+            # Each of these runs for ever, unless it gives up.
             await asyncio.gather(*keeping)
         finally:
             for task in keeping:

@@ -1,13 +1,16 @@
-"""What an engine's blocks and checkpoints hold, part by part; knows bytes, never tensors.
+"""Describes an engine's blocks and checkpoints, part by part. Knows bytes, never tensors.
 
-A *group* is what an engine keeps together: keys of full attention, compressed entries, the window, a state. A part is
-one group of one layer: `num_rows` equal rows, each made of fields. Parts lie one after the other in a payload.
+A *group* is one kind of KV that an engine keeps together: keys of full attention, compressed entries, the window, a
+state.
+A part is one group of one layer: `num_rows` equal rows, each made of fields. A payload is its parts, one after the
+other.
 
-    block        what every later token may need: one record per block, and all of a prefix are read.
-    checkpoint   what only the tokens after it soon need: window rows of the block's last tokens, states at its end.
+    block        KV that every later token may need: one record per block, and a restore reads all blocks of a prefix.
+    checkpoint   state that only the next tokens need: window rows of the block's last tokens, states at its end.
 
 To continue after block i, an engine reads blocks 0 to i, and the checkpoints of the last `num_checkpoints` blocks up to
-i. A window of at most a block needs one; without a window there are none, and `num_checkpoints` is 0.
+i. A window of at most a block needs one checkpoint. Without windows there are no checkpoints, and `num_checkpoints` is
+0.
 """
 
 from __future__ import annotations
@@ -23,13 +26,14 @@ from antefix.block import Family
 from antefix.errors import InvalidRequest
 from antefix.layout import Field, RecordLayout
 
-# Raised when the same parts mean other bytes: what is stored then becomes a miss.
+# Raise this when the same parts get another meaning; records stored before then become misses.
 LAYOUT_VERSION: Final = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """`num_rows` rows of one group of one layer.  dtype: of the numbers, for people and comparisons: "bfloat16"."""
+    """`num_rows` rows of one group of one layer.  dtype: of the numbers, such as "bfloat16"; for display and
+    comparisons."""
 
     layer: int
     group: str
@@ -46,8 +50,8 @@ class Part:
 class EngineLayout:
     """A model's KV as one engine keeps it. Not slotted: the derived numbers are computed once.
 
-    engine: whose layout it is; two engines' payloads are never taken for each other's.
-    block_size: tokens in a block.  num_checkpoints: how many in a row a restore needs (above).
+    engine: the engine's name, so that two engines never read each other's payloads.
+    block_size: tokens in a block.  num_checkpoints: how many consecutive checkpoints a restore needs (above).
     """
 
     engine: str
@@ -65,7 +69,7 @@ class EngineLayout:
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """A block's, by the name that stores know (`antefix.layout.PayloadLayout`)."""
+        """The parts of a block, by the names that stores use (`antefix.layout.PayloadLayout`)."""
         return self.block
 
     @property
@@ -74,7 +78,7 @@ class EngineLayout:
 
     @cached_property
     def block_bytes(self) -> int:
-        """Stores take no empty payload: a block without parts has one zero byte, which says that it was computed."""
+        """Size of a block's payload. Stores refuse empty payloads, so a block without parts is one zero byte."""
         return max(sum(part.nbytes for part in self.block), 1)
 
     @cached_property
@@ -82,13 +86,13 @@ class EngineLayout:
         return sum(part.nbytes for part in self.checkpoint)
 
     def num_checkpoints_at(self, num_blocks: int) -> int:
-        """How many checkpoints a restore of so many blocks needs, the last of them at the end."""
+        """How many checkpoints a restore of `num_blocks` blocks needs; the last of them is at the end."""
         return min(self.num_checkpoints, num_blocks)
 
     def restorable(self, num_blocks: int, checkpoints: Collection[int]) -> list[int]:
-        """Every number of blocks after which an engine can continue, ascending, of what a lookup found.
+        """All numbers of blocks after which an engine can continue, ascending, given what a lookup found.
 
-        checkpoints: after which numbers of blocks there is one.
+        checkpoints: the numbers of blocks after which there is a checkpoint.
         """
         have, run, ends = frozenset(checkpoints), 0, []
         for end in range(1, num_blocks + 1):
@@ -98,13 +102,13 @@ class EngineLayout:
         return ends
 
     def digest(self) -> bytes:
-        """16 bytes that name this layout; a fingerprint's geometry."""
+        """16 bytes that identify this layout; used as the geometry in a fingerprint."""
         text = json.dumps({"layout_version": LAYOUT_VERSION, **asdict(self)}, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16, person=b"antefix-englayou").digest()
 
 
 def views_of(payload: memoryview, parts: tuple[Part, ...]) -> Iterator[tuple[Part, memoryview]]:
-    """Each part with its bytes of a payload, without a copy."""
+    """Each part, with a view of its bytes in a payload."""
     offset = 0
     for part in parts:
         yield part, payload[offset : offset + part.nbytes]

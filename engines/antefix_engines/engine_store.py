@@ -1,4 +1,4 @@
-"""One store as an engine uses it: names, sealed records, and errors that become misses. Blocking; safe in threads.
+"""One store as an engine uses it: names, sealed records, and errors that become misses. Blocking; thread-safe.
 
     store = EngineStore.open(StoreSettings(directory="antefix-data"))
     kv = store.kv(fingerprint, layout)
@@ -7,8 +7,8 @@
     ...
     kv.put([kv.block(hash, parent, position, payload), ...])
 
-No call raises because of the store: what it cannot give is not there, what it cannot take is not kept, and `counters`
-says how often. Knows bytes and names, never tensors or an engine.
+No call raises because of the store. If the store cannot deliver a record, it is a miss; if it cannot take one, the
+record is not kept. `counters` says how often this happens. Knows bytes and names, never tensors or an engine.
 """
 
 from __future__ import annotations
@@ -41,24 +41,25 @@ from antefix.store_files.seal import Seals
 from antefix_engines.engine_layout import EngineLayout
 
 log = logging.getLogger("antefix.engines")
-# How long a signature for the tenant's records holds.
+# How long a grant (our signature that lets calls act for the tenant) is valid.
 GRANT_S: Final = 300.0
 NOTHING: Final = LookupResult(num_blocks=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
-    """Where an engine's store is. Engines take these by name from their own configuration.
+    """Where an engine's store is. Engines take these settings by name from their own configuration.
 
-    directory: of the data, as `antefix up --data-dir` has it: the store in `store/`, the secret in `secret`. Alone, the
-    store is opened in this process, which is then its only writer; it is made if it is not there.
-    address: "host:port" of a kvstore service. With `directory` on the same host, reads go straight to the files.
-    secret_file: the deployment's; needed where `directory` is not given.
-    credentials: for a service with TLS, and so for any other host: a directory with tls.crt, tls.key and ca.crt of an
-    engine (`antefix certs issue engine`), and its tenant.grant (`antefix certs grant`).
-    stores: several kvstore services instead, as workers' `--stores` has them (docs/STORES.md): a list, or one text with
-    commas. near_stores: names of those that are written to.
-    local_copies_bytes: what is read often from another host's store is copied to a near one, at most so much.
+    directory: folder of the data, as in `antefix up --data-dir`: the store is in `store/`, the secret in `secret`.
+    Without an address, the store is opened in this process, which is then its only writer; a missing store is created.
+    address: "host:port" of a kvstore service. With `directory` on the same host, reads go directly to the files.
+    secret_file: the deployment's secret; needed where `directory` is not given.
+    credentials: needed for a service with TLS, so for any other host: a directory with an engine's tls.crt, tls.key and
+    ca.crt (`antefix certs issue engine`), and its tenant.grant (`antefix certs grant`).
+    stores: several kvstore services instead, as in workers' `--stores` (docs/STORES.md): a list, or one text with
+    commas.
+    near_stores: names of the stores that this engine writes to.
+    local_copies_bytes: limit on copies, in a near store, of blocks that are often read from another host's store.
     """
 
     directory: str = ""
@@ -87,7 +88,7 @@ class StoreSettings:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """Raises:  ConfigError: an unknown name, or a value that makes no sense."""
+        """Raises:  ConfigError: an unknown name, or an invalid value."""
         known = {each.name for each in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ConfigError(f"unknown settings of the store: {', '.join(unknown)}; known: {', '.join(sorted(known))}")
@@ -95,7 +96,7 @@ class StoreSettings:
 
     @property
     def services(self) -> StoresConfig:
-        """Which kvstore services are meant."""
+        """The kvstore services that the settings name."""
         directory = str(Path(self.directory) / "store") if self.directory and self.address else ""
         return StoresConfig(
             store_address=self.address,
@@ -107,12 +108,12 @@ class StoreSettings:
 
     @property
     def is_served(self) -> bool:
-        """By kvstore services, which many processes may call."""
+        """Whether the store is reached through kvstore services, which many processes may call."""
         return bool(self.address or self.stores)
 
     @property
     def reads_files(self) -> bool:
-        """At least one store is on this host, and read without a call."""
+        """Whether at least one store is on this host and is read without a call."""
         return bool(self.directory) or any(each.directory for each in store_addresses(self.services))
 
     @property
@@ -122,7 +123,7 @@ class StoreSettings:
 
 @dataclass(slots=True)
 class EngineCounters:
-    """What an engine's store gave and took since it was opened. `antefix_engines.metrics` shows them."""
+    """Counters of an engine's reads and writes since the store was opened; `antefix_engines.metrics` shows them."""
 
     hit_blocks: int = 0
     missed_blocks: int = 0
@@ -137,7 +138,7 @@ class EngineCounters:
 
 
 class EngineStore:
-    """A store and the names of one tenant in it."""
+    """A store, with the names of one tenant."""
 
     def __init__(
         self,
@@ -147,7 +148,8 @@ class EngineStore:
         tenant: str = "default",
         credentials: Credentials | None = None,
     ) -> None:
-        """store: closed with this one.  credentials: they sign for the tenant; None: the store asks for nothing."""
+        """store: closed together with this object.  credentials: sign for the tenant; None: the store requires no
+        signature."""
         self._credentials: Final = credentials
         self._grant: tuple[float, bytes] = (0.0, b"")
         self._told: Final[set[tuple[str, str]]] = set()
@@ -160,10 +162,10 @@ class EngineStore:
 
     @classmethod
     def open(cls, settings: StoreSettings) -> Self:
-        """Raises:  ConfigError: no store, another process has it open, or no secret."""
+        """Raises:  ConfigError: no store, another process has the store open, or no secret."""
         if settings.is_served:
             return cls._of_services(settings)
-        # Only an embedded store needs the storage engine.
+        # Imported here, because only an embedded store needs the storage engine.
         import antefix_kvstore
         from antefix_kvstore.reading_here import ReadingHere
 
@@ -191,13 +193,13 @@ class EngineStore:
         return cls(BlockingStore(store), keyring, tenant=settings.tenant, credentials=credentials)
 
     def kv(self, fingerprint: Fingerprint, layout: EngineLayout) -> KvOfModel:
-        """The records of one model, engine and layout. The store is told the layout, so that it can compress."""
+        """The records of one model, engine and layout. Registers the layout with the store, so that it can compress."""
         kv = KvOfModel(self, fingerprint, layout)
         self.attempt("register", lambda store: store.register(kv.digest, layout, statement=fingerprint.statement), None)
         return kv
 
     def attempt(self, what: str, call: Any, otherwise: Any) -> Any:
-        """What the call returns, or `otherwise` where the store fails; counted and logged, never raised."""
+        """The result of the call, or `otherwise` if the store fails; failures are counted and logged, never raised."""
         try:
             grants.hold(self._signed_grant())
             return call(self._store)
@@ -209,13 +211,14 @@ class EngineStore:
                 self.counters.last_error = f"{what}: {name}: {err}"
                 is_news = (what, name) not in self._told
                 self._told.add((what, name))
-            # Once of each kind: a dead store fails with every prompt, and the counters say how often.
+            # A warning only once for each kind: a dead store fails at every prompt, and the counters say how often.
             level = logging.WARNING if is_news else logging.DEBUG
             log.log(level, "the store failed to %s, continuing without it: %s", what, err)
             return otherwise
 
     def _signed_grant(self) -> bytes:
-        """What lets calls act for the tenant; made again before it ends. Calls in other threads run in this context."""
+        """A grant for the tenant, renewed before it expires. Calls in other threads run in this context, which has
+        it."""
         if self._credentials is None:
             return b""
         with self._lock:
@@ -254,9 +257,9 @@ class KvOfModel:
         self.root: Final = root_of(self.digest, self._key)
 
     def chain(self, tokens: Tokens) -> Chain:
-        """Names by tokens, of the fingerprint's hash kind.
+        """The names of blocks of these tokens, by the fingerprint's kind of hash.
 
-        Raises:  InvalidRequest: that is ENGINE_KEY.
+        Raises:  InvalidRequest: the kind is ENGINE_KEY.
         """
         return chain_of(
             tokens,
@@ -267,19 +270,21 @@ class KvOfModel:
         )
 
     def hash_of(self, engine_key: bytes) -> bytes:
-        """The name of what an engine calls `engine_key`, which must stand for all tokens up to its end."""
+        """The name of a record that the engine calls `engine_key`. The key must identify all tokens up to the record's
+        end."""
         return engine_key_hash(self.root, engine_key, self._key)
 
     def block(self, hash: bytes, parent: bytes, position: int, payload: Buffer) -> Record:
-        """parent: the block before, or the root.  position: tokens up to the block's end."""
+        """A block's record. parent: the block before, or the root.  position: number of tokens up to the block's
+        end."""
         return self._record(RecordKind.BLOCK, hash, parent, position, payload)
 
     def checkpoint(self, hash: bytes, parent: bytes, position: int, payload: Buffer) -> Record:
-        """hash, parent: of its block, which must be stored."""
+        """A checkpoint's record. hash, parent: those of its block, which must be stored."""
         return self._record(RecordKind.CHECKPOINT, hash, parent, position, payload)
 
     def lookup(self, chain: Sequence[bytes]) -> LookupResult:
-        """How much of a chain is stored, and where its checkpoints are."""
+        """How much of a chain is stored, and after which blocks there are checkpoints."""
         found: LookupResult = self._store.attempt(
             "look up blocks",
             lambda store: store.lookup(chain, fingerprint=self.digest, tenant=self._owner),
@@ -289,7 +294,8 @@ class KvOfModel:
         return found
 
     def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview]) -> int:
-        """Fill `into[i]` with block `hashes[i]`. Returns how many leading ones are right; the rest is garbage."""
+        """Fill `into[i]` with block `hashes[i]`. Returns how many leading blocks are right; later buffers are
+        undefined."""
         num_good: int = self._store.attempt(
             "read blocks",
             lambda store: store.get_blocks(hashes, into, fingerprint=self.digest, tenant=self._owner),
@@ -300,7 +306,7 @@ class KvOfModel:
         return num_good
 
     def get_checkpoint(self, hash: bytes) -> bytes | None:
-        """None where it is not there, was damaged, or has another size than the layout's."""
+        """A checkpoint's payload; None if it is missing, damaged, or has another size than the layout's."""
         payload: bytes | None = self._store.attempt(
             "read a checkpoint",
             lambda store: store.get(RecordKind.CHECKPOINT, hash, fingerprint=self.digest, tenant=self._owner),
@@ -313,30 +319,30 @@ class KvOfModel:
         return payload
 
     def put(self, records: Sequence[Record]) -> int:
-        """Store records, parents first; returns how many of them are stored now."""
+        """Store records, parents first. Returns how many of them are stored now."""
         done = self._put(records)
         return 0 if done is None else int(done.num_stored) + int(done.num_existing)
 
     def put_each(self, records: Sequence[Record]) -> list[bool]:
-        """The same; which of them are stored now."""
+        """Store records as `put` does. Returns for each record whether it is stored now."""
         done = self._put(records)
         return [done is not None and record.hash not in done.refused for record in records]
 
     def pin(self, hashes: Sequence[bytes], duration_s: float) -> None:
-        """Keep blocks from eviction for a time; 0 lets go."""
+        """Keep blocks from eviction for a time; 0 unpins them."""
         names = [(RecordKind.BLOCK, name) for name in hashes]
         if names:
             call = lambda store: store.pin(names, duration_s=duration_s, owner=self._owner)  # noqa: E731
             self._store.attempt("pin blocks", call, 0)
 
     def evict(self, hashes: Sequence[bytes]) -> int:
-        """Drop blocks with all that depends on them. Returns how many records went."""
+        """Drop blocks and all records that depend on them. Returns how many records were dropped."""
         names = [(RecordKind.BLOCK, name) for name in hashes]
         went: int = self._store.attempt("evict blocks", lambda store: store.evict(names, owner=self._owner), 0)
         return went
 
     def _put(self, records: Sequence[Record]) -> PutResult | None:
-        """None: nothing to do, or the store failed."""
+        """The store's result; None if there was nothing to do, or the store failed."""
         if not records:
             return None
         done: PutResult | None = self._store.attempt("store records", lambda store: store.put(records), None)
@@ -366,15 +372,15 @@ class KvOfModel:
 
 
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:
-    """A list, or one text with commas, as engines' configurations have it."""
+    """Names given as a list, or as one text with commas, as in engines' configurations."""
     parts = given.split(",") if isinstance(given, str) else given
     return tuple(part.strip() for part in parts if part.strip())
 
 
 def _check_grant(files: CredentialFiles, keyring: Keyring, settings: StoreSettings) -> None:
-    """Refuse at the start what the store would refuse with each call.
+    """Refuse a wrong grant at the start, since the store would refuse every call.
 
-    Raises:  ConfigError: there is no grant, it has ended, or it is for another tenant.
+    Raises:  ConfigError: there is no grant, it has expired, or it is for another tenant.
     """
     loaded, how = files.now(), f"`antefix certs grant {settings.tenant}` makes one"
     if not loaded.tenant_grant:

@@ -1,4 +1,4 @@
-"""What an engine's store shows to a scraper of the engine's process."""
+"""Prometheus metrics of an engine's store, served by the engine's process."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ ENGINE: Final[Table] = {
 
 
 def serve_metrics(engine: str, counters: EngineCounters, address: str) -> MetricsServer:
-    """Show an engine's counters to Prometheus at "host:port" until `close`, for engines that do not show them.
+    """Serve an engine's counters to Prometheus at "host:port" until `close`, for engines that do not show them
+    themselves.
 
-    Raises:  ConfigError: not an address, one that other hosts may reach, or one that is taken.
+    Raises:  ConfigError: not an address, an address that other hosts can reach, or one that is in use.
     """
     check_listening(address, has_tls=False, flag="metrics_address")
     registry = Registry(engine)
@@ -45,7 +46,7 @@ def serve_metrics(engine: str, counters: EngineCounters, address: str) -> Metric
 
 
 def engine_metrics(engine: str, counters: EngineCounters) -> Iterable[Metric]:
-    """engine: its name, the label that all of them have."""
+    """engine: its name, a label on all of the metrics."""
     yield from families(ENGINE, counters, {"engine": engine})
 
 

@@ -1,7 +1,8 @@
-"""The entries of a V4 prompt as engines store them, in one shape, and where and why two engines' differ.
+"""Compares the entries that two engines store for one V4 prompt: converts them to one shape, finds and explains
+differences.
 
-Each engine lays the same numbers out in its own way. A function for each reads a prompt's stored records into
-`StoredV4`, here or next to the engine's layout, and `compare` goes through two of them entry by entry.
+Each engine has its own layout of the same numbers. For each engine, a function here or next to its layout reads a
+prompt's stored records into `StoredV4`, and `compare` compares two of these entry by entry.
 
     group            rows                                              width
     csa_main         a CSA layer's compressed entries, in order        head_dim
@@ -38,12 +39,12 @@ class Group(StrEnum):
 
 
 _STATES: Final = (Group.OVERLAP, Group.INDEXER_OVERLAP)
-# Largest differences, as shares of a group's largest number, that are put down to order of sums and to rounding. Seen
-# in models of five layers with random weights: 5e-6 and 0.19 (tests/foreign_engines/test_v4_entries.py), 0.36 where
-# another prompt and weights were run by three engines (benchmarks/engines_three_way.py).
+# Largest differences, relative to a group's largest number, that order of sums and rounding can explain. Measured: 5e-6
+# and 0.19 in models of five layers with random weights (tests/foreign_engines/test_v4_entries.py), and 0.36 for another
+# prompt and other weights in three engines (benchmarks/engines_three_way.py).
 SUMS_MAX: Final = 1e-4
 ROUNDING_MAX: Final = 0.45
-# Of keys, which one engine keeps in FP4 and another in FP8. Seen: 0.31 (benchmarks/engines_three_way.py).
+# The same for indexer keys, which one engine keeps in FP4 and another in FP8. Measured: 0.31 (engines_three_way.py).
 KEYS_MAX: Final = 0.5
 Where = tuple[int, Group]
 
@@ -52,9 +53,9 @@ Where = tuple[int, Group]
 class StoredV4:
     """entries: [rows, width] float32 by layer and group.  num_tokens: a multiple of all ratios.
 
-    layout: how Antefix would write these entries down; its format says how this engine rounds them: FLOAT32 not at all.
-    keys_rotated: indexer keys are Hadamard-rotated, as the FP8 format has them.  computes: in which precision, whatever
-    is stored.
+    layout: Antefix's layout for these entries; its format says how this engine rounds them: FLOAT32: not at all.
+    keys_rotated: indexer keys are Hadamard-rotated, as in the FP8 format.  computes: the precision of the engine's
+    computation, whatever precision is stored.
     """
 
     engine: str
@@ -69,10 +70,10 @@ class StoredV4:
 class Difference:
     """One layer's group in two engines.
 
-    num_equal: rows that are equal to the bit.  largest: difference, as a share of the group's largest number.
-    first_row: where they first differ; -1: nowhere.  share_rounded: of all numbers, those that are equal once those of
-    the engine that does not round are rounded as the other's.  why: in words.
-    is_explained: order of sums or rounding can be the reason.
+    num_equal: rows equal to the bit.  largest: largest difference, relative to the group's largest number.
+    first_row: the first row that differs; -1: none.  share_rounded: if one engine does not round, the share of numbers
+    that are equal after its numbers are rounded in the other's way.  why: an explanation.
+    is_explained: whether order of sums or rounding can be the reason.
     """
 
     layer: int
@@ -87,7 +88,7 @@ class Difference:
 
 
 def of_antefix(layout: BlockLayout, blocks: Sequence[bytes], checkpoint: bytes) -> StoredV4:
-    """From payloads of blocks in order, and of the checkpoint after the last one, as Antefix's workers store them."""
+    """Read the entries from blocks in order and the checkpoint after the last one, as Antefix's workers store them."""
     entries: dict[Where, Tensor] = {}
     names = {
         PartKind.CSA_MAIN: Group.CSA_MAIN,
@@ -103,7 +104,7 @@ def of_antefix(layout: BlockLayout, blocks: Sequence[bytes], checkpoint: bytes) 
     window = layout.geometry.window
     oldest_first = state.window.roll(-(num_tokens % window), dims=1).float()
     for layer in range(layout.geometry.num_layers):
-        # The oldest is stored, and never read again.
+        # The oldest window entry is stored but never read again.
         entries[layer, Group.WINDOW] = oldest_first[layer, 1:]
     for group, states in ((Group.OVERLAP, state.main), (Group.INDEXER_OVERLAP, state.indexer)):
         for layer, each in states.items():
@@ -114,7 +115,7 @@ def of_antefix(layout: BlockLayout, blocks: Sequence[bytes], checkpoint: bytes) 
 
 
 def of_transformers(own: BlockLayout, layout: EngineLayout, blocks: Sequence[bytes], checkpoint: bytes) -> StoredV4:
-    """From payloads as `AntefixCache` stores them.  own: the geometry, with the FLOAT32 format."""
+    """Read the entries from payloads as `AntefixCache` stores them.  own: the geometry, with the FLOAT32 format."""
     entries: dict[Where, list[Tensor]] = {}
     kinds = {"compressor_entries": None, "indexer_entries": Group.INDEXER_KEYS, "window_keys": Group.WINDOW}
     state_rows: dict[Where, list[Tensor]] = {}
@@ -137,7 +138,7 @@ def of_transformers(own: BlockLayout, layout: EngineLayout, blocks: Sequence[byt
 def compare(one: StoredV4, other: StoredV4) -> list[Difference]:
     """Every group of every layer, in order.
 
-    Raises:  ValueError: not the same groups and rows: then it is no comparison.
+    Raises:  ValueError: groups or rows of the two differ, so they cannot be compared.
     """
     if one.entries.keys() != other.entries.keys():
         missing = sorted(one.entries.keys() ^ other.entries.keys())
@@ -152,7 +153,7 @@ def _difference(one: StoredV4, other: StoredV4, layer: int, group: Group) -> Dif
     share = _share_rounded(one, other, layer, group)
     if group is Group.INDEXER_KEYS and one.keys_rotated != other.keys_rotated:
         a, b = (x if stored.keys_rotated else hadamard(x) for x, stored in ((a, one), (b, other)))
-    # Before the first group the gates are -inf in all engines.
+    # Before the first group, the gates are -inf in all engines.
     same = (a == b) | (torch.isinf(a) & torch.isinf(b))
     gap = torch.where(same, 0.0, (a - b).abs().nan_to_num(nan=float("inf")))
     scale = torch.where(torch.isfinite(b), b.abs(), 0.0).max().clamp(min=1e-30)
@@ -187,7 +188,7 @@ def _share_rounded(one: StoredV4, other: StoredV4, layer: int, group: Group) -> 
 
 
 def _why(one: StoredV4, other: StoredV4, group: Group, largest: float, share: float) -> tuple[str, bool]:
-    """In words, and whether rounding or the order of sums can be the reason."""
+    """An explanation, and whether rounding or the order of sums can be the reason."""
     if largest == 0:
         return "equal to the bit", True
     if one.computes != other.computes:

@@ -1,4 +1,4 @@
-"""One prompt through Antefix's own model and through transformers, and what each has stored of it, for `v4_entries`."""
+"""Runs one prompt through Antefix's own model and through transformers, and gets what each stored, for `v4_entries`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from antefix_engines.v4_entries import StoredV4, of_antefix, of_transformers
 
 
 def antefix_entries(model_dir: Path, tokens: Sequence[int], kv_format: KVFormat) -> StoredV4:
-    """Whole blocks of a prompt by Antefix's model. Rows of its pool and the state's bytes are what workers store."""
+    """Run whole blocks of a prompt on Antefix's model. Its pool rows and state bytes are what workers store."""
     model = load_model(model_dir, kv_format=kv_format)
     size = model.layout.block_size
     num_blocks = _whole_blocks(tokens, size)
@@ -33,13 +33,13 @@ def antefix_entries(model_dir: Path, tokens: Sequence[int], kv_format: KVFormat)
 
 
 def transformers_entries(model_dir: Path, tokens: Sequence[int], scratch: Path) -> StoredV4:
-    """The same by transformers in float32, over a store in `scratch`: read back from it."""
+    """Run the same in transformers in float32, with a store in `scratch`, and read the entries back from that store."""
     import transformers
 
     model = transformers.DeepseekV4ForCausalLM.from_pretrained(str(model_dir), attn_implementation="eager").eval()
     own = BlockLayout(geometry=KVGeometry.from_config(read_config(model_dir)), kv_format=KVFormat.FLOAT32)
     num_blocks = _whole_blocks(tokens, own.block_size)
-    # A token more than the blocks, so that all of them are stored.
+    # One more token than the blocks have, so that all blocks are stored.
     prompt = [*tokens[: num_blocks * own.block_size], 0]
     with AntefixCache(model, StoreSettings(directory=str(scratch)), block_size=own.block_size) as cache:
         cache.prefill(model, prompt)

@@ -1,8 +1,8 @@
-"""What `antefix verify --engine NAME` runs: an engine's own cold runs against its restored ones, with planted faults.
+"""Runs `antefix verify --engine NAME`: compares an engine's own cold runs with its restored ones, and plants faults.
 
-An engine's checks are a function `findings` in the module that `CHECKS` names: it takes a `CheckRequest` and yields a
-`Finding` for each thing that it tried, as it goes. A planted fault ("a group of zeros") is a finding as well: right if
-the comparison saw it. So a comparison that cannot fail shows as a failure.
+An engine's checks are a function `findings` in the module that `CHECKS` names. It takes a `CheckRequest` and yields a
+`Finding` for each check as it is done. A planted fault ("a group of zeros") is a check as well, which passes if the
+comparison detected the fault. So a comparison that cannot fail is reported as a failure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from antefix.errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckRequest:
-    """scratch: an empty folder for stores.  model: a checkpoint to check too, or None: the engine's own small ones."""
+    """scratch: an empty folder for stores.  model: a model directory to check too; None: only the engine's own small
+    models."""
 
     scratch: Path
     seed: int
@@ -28,10 +29,11 @@ class CheckRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing that was tried. subject: which model.  check: what of it, in a few words: "a fork in block 2".
+    """One check. subject: the model.  check: what was tried, in a few words: "a fork in block 2".
 
-    is_right: equal where it must be, or, of a planted fault, seen.  num_cached: of the prompt's tokens, restored.
-    told: what differed and where; empty where nothing did.
+    is_right: values that must be equal were equal; for a planted fault: it was detected.  num_cached: prompt tokens
+    restored.
+    told: what differed and where; empty if nothing did.
     """
 
     subject: str
@@ -51,7 +53,7 @@ CHECKS: Final = {
 
 
 def findings_of(engine: str) -> Findings:
-    """The checks of an engine.  Raises:  ConfigError: not an engine of ours, or its packages are not installed."""
+    """The checks of an engine.  Raises:  ConfigError: not a supported engine, or its packages are not installed."""
     if engine not in CHECKS:
         raise ConfigError(f"--engine must be one of {', '.join(CHECKS)}, is {engine!r}")
     try:

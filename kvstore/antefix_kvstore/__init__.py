@@ -1,6 +1,6 @@
 """The store service: the engine that writes segments and index, and its gRPC server.
 
-`open` gives a store within this process, without a service:
+`open` opens a store within this process, without a service:
 
     async with antefix_kvstore.open("blocks") as store:
         await store.put(records)
@@ -22,8 +22,9 @@ def open(
 ) -> EmbeddedStore:
     """Open or create a store in a directory; one process at a time may have it open. Close it when done.
 
-    budget_bytes: of disk that it may take, such as 10**9, "20G" or "20GB"; it evicts to keep to it.
-    durable: whether a put waits until the disk has it.  compression: off, zstd or auto.
+    budget_bytes: disk space that the store may take, such as 10**9, "20G" or "20GB". It evicts records to stay below
+    it.
+    durable: whether a put waits until its records are synced to disk.  compression: off, zstd or auto.
     Further settings: `EmbeddedStore(KvStoreConfig(...))`.
     Raises:  ConfigError: not a store, another format version, in use by another process, or a malformed setting.
     """

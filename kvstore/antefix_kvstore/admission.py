@@ -1,4 +1,5 @@
-"""Which records of a put are written, which exist already, which are refused, and why. Changes nothing."""
+"""Decides which records of a put are written, which are stored already and which are refused, and why. Writes
+nothing."""
 
 from __future__ import annotations
 
@@ -19,16 +20,17 @@ from antefix.store_files.record_format import (
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.space import parent_of
 
-# Seven weeks: milliseconds of it fit the 32 bits that an index entry has.
+# Seven weeks: in milliseconds this still fits the 32 bits that an index entry has for it.
 COST_S_MAX: Final = 4_294_967
 
 
 @dataclass(slots=True)
 class Admission:
-    """new: records to write, parents first; names: theirs.  first: which of them begin a chain.  apart: which of them
-    depend on what another store may have.
+    """How the records of one put were sorted.
 
-    anchors: stored records that the new ones depend on or that were put again; eviction spares them meanwhile.
+    new: records to write, parents first; names: their names.  first: those that begin a chain.  apart: those whose
+    parent may be in another store.
+    anchors: stored records that the new ones depend on, or that were put again. Eviction spares them during this put.
     """
 
     new: list[Record] = field(default_factory=list)
@@ -42,9 +44,11 @@ class Admission:
 
 
 def check_record(record: Record, record_bytes_max: int, registered_bytes: int | None) -> None:
-    """registered_bytes: of such a payload, by the layout registered for its fingerprint; None where none was.
+    """Check the fields and the payload's size.
 
-    Raises:  InvalidRequest: a field that no state of the store could make right, or a payload of another size.
+    registered_bytes: size of such a payload by the layout registered for its fingerprint; None if no layout is
+    registered.
+    Raises:  InvalidRequest: a field that is wrong whatever the store holds, or a payload of another size.
     """
     for name in ("hash", "parent", "fingerprint"):
         value = getattr(record, name)
@@ -70,8 +74,8 @@ def check_record(record: Record, record_bytes_max: int, registered_bytes: int | 
 
 
 def _has_draft_state(record: Record, registered_bytes: int) -> bool:
-    """Behind what its layout names, a checkpoint may hold the state of a layer that drafts: numbers of four bytes,
-    whose sense its readers check."""
+    """Whether the payload is longer than its layout because a draft layer's state follows. That state is numbers of
+    four bytes each; whether their values make sense is checked by those who read the checkpoint."""
     more = memoryview(record.payload).nbytes - registered_bytes
     return record.kind is RecordKind.CHECKPOINT and more > 0 and more % 4 == 0
 
@@ -101,7 +105,10 @@ def _check_v2(record: Record) -> None:
 def admit(
     index: Index, txn: Any, records: Sequence[Record], *, refusal: Callable[[Record], Refusal | None] = lambda _: None
 ) -> Admission:
-    """Sort out one put, in order. `txn` is the snapshot it is judged by; `refusal` says what else stands against it."""
+    """Sort the records of one put, in order.
+
+    txn: the index snapshot that decides what is stored.  refusal: another reason to refuse a record, or None.
+    """
     out = Admission()
     for number, record in enumerate(records):
         name = (record.kind, record.hash)
@@ -143,14 +150,16 @@ def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record]
         return _no_parent("its block is not stored")
     if record.position > _block_tokens(index, txn, record, following, out):
         return _no_parent("its parent is not stored")
-    # Below what was learned: a first put that was no chain's beginning taught a wrong number.
+    # The position is below the block size learned before: so the first block put was not the beginning of a chain, and
+    # the number learned from it was wrong.
     out.block_tokens[record.fingerprint] = record.position
     out.first.add(name)
     return None
 
 
 def _is_first(index: Index, txn: Any, record: Record, out: Admission) -> bool:
-    """Of a block that may continue another store's chain: only a known block size can say."""
+    """Whether a block begins its chain, where it might also continue another store's chain. Only a known block size
+    tells."""
     known = out.block_tokens.get(record.fingerprint) or index.block_tokens(txn, record.fingerprint)
     return 0 < record.position <= known
 
@@ -159,8 +168,9 @@ def _no_parent(text: str) -> Refusal:
     return Refusal(RefusalReason.NO_PARENT, text)
 
 
-# Hashes are spread over the index, so each record of a commit rewrites a page of its own, and LMDB keeps the old ones
-# for two commits more. Commits of a 1M-token prompt's 7,813 records made a small store's index three times as large.
+# Hashes are spread over the index, so each record of a commit rewrites a page of its own, and LMDB keeps the old pages
+# for two more commits. Committing a 1M-token prompt's 7,813 records at once made a small store's index three times as
+# large.
 _BATCH_RECORDS_MAX: Final = 128
 _PARENT_REFUSED: Final = _no_parent("its parent was refused")
 
@@ -181,7 +191,7 @@ def _block_tokens(index: Index, txn: Any, record: Record, following: Sequence[Re
 
 
 def batches_of(records: Sequence[Record], config: KvStoreConfig) -> list[list[Record]]:
-    """Cut so that each fits a segment and the memory that a commit may take."""
+    """Cut a put into batches, each of which fits a segment and the memory that a commit may take."""
     limit = min(config.batch_bytes_max, config.record_bytes_max)
     batches: list[list[Record]] = []
     room = 0
@@ -196,7 +206,7 @@ def batches_of(records: Sequence[Record], config: KvStoreConfig) -> list[list[Re
 
 
 def without_orphans(batch: Sequence[Record], admission: Admission) -> list[Record]:
-    """Leave out what depends on a record that an earlier batch could not store."""
+    """Leave out records that depend on a record that an earlier batch could not store."""
     kept = []
     for record in batch:
         if parent_of((record.kind, record.hash), record.parent) in admission.refused:
@@ -211,7 +221,7 @@ def refuse(batch: Sequence[Record], admission: Admission, reason: Refusal) -> No
 
 
 def results_of(puts: Sequence[Sequence[Record]], admission: Admission) -> list[PutResult]:
-    """Share the outcome out: a record that two puts bring was stored by the first of them."""
+    """Split the outcome among the puts. A record that two puts bring counts as stored by the first of them."""
     unclaimed = admission.names - admission.refused.keys()
     results = []
     for records in puts:

@@ -1,7 +1,7 @@
 """Writes one batch of records: makes room, appends, syncs, commits. The engine's lock covers it.
 
-The index transaction is prepared while the disk works, and committed when the records are durable: only then is a
-record stored. What fails on the way leaves neither records nor entries.
+The index transaction is prepared while the disk syncs, and committed when the records are durable. Only then is a
+record stored. If any step fails, neither records nor index entries are left.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BatchWriter:
         self.sync_thread.shutdown()
 
     def put(self, batch: Sequence[Record], admission: Admission) -> None:
-        """Store records that share a sync; refuses them all when there is no space."""
+        """Store records with one sync for all of them; refuse them all when there is no space."""
         batch = without_orphans(batch, admission)
         try:
             drafts = self._drafter.drafts(batch, admission.first)
@@ -85,7 +85,7 @@ class BatchWriter:
         try:
             self._space.make_room(nbytes, keep)
         except (lmdb.Error, OSError) as err:
-            # Letting go of records needs room too; that is what the reserve is for.
+            # Evicting records needs disk space too; the reserve exists for that.
             if not (is_full(err, self._index.directory) and self._space.reserve.release()):
                 raise
             self._space.make_room(nbytes, keep)
@@ -111,7 +111,8 @@ class BatchWriter:
 
     @contextlib.contextmanager
     def _syncing(self) -> Iterator[Callable[[], None]]:
-        """Syncs the segments while the code inside runs; gives what waits for it. Not left before it has ended."""
+        """Sync the segments while the code inside runs. Yields a function that waits for the sync; leaving waits for it
+        too."""
         if not self._durable:
             self._segments.sync_name()
             yield lambda: None

@@ -1,7 +1,7 @@
-"""Checks an object tier while it is used, and repairs it on request.
+"""Checks an object tier while it is in use, and repairs it on request.
 
-Segments are the truth: what is sound in a damaged one is written to a new one, and the index is made again from
-footers. What is deleted meanwhile is no fault.
+Segments are the truth. A repair copies the sound records of a damaged segment to a new one, and makes the index again
+from the segments' footers. A segment that somebody deletes during the check is not reported as a fault.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ Progress = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class _Found:
-    """What a repair has to do something about."""
+    """The damage that a repair has to deal with."""
 
     damaged: list[SegmentRef] = field(default_factory=list)
     bad_tiles: list[str] = field(default_factory=list)
 
 
 async def fsck_objects(url: str, *, repair: bool = False, progress: Progress | None = None) -> FsckReport:
-    """Read every segment and every tile; with `repair`, make what is damaged right again, or delete it.
+    """Read every segment and every tile; with `repair`, mend what is damaged or delete it.
 
-    progress: called with segments done and segments in all.
-    Raises:  ConfigError: no object store's URL.  Unavailable: it does not answer.
+    progress: called with the number of segments done and the number in all.
+    Raises:  ConfigError: the URL names no object store.  Unavailable: the object store does not answer.
     """
     bucket = open_bucket(url)
     try:
@@ -54,7 +54,7 @@ async def fsck_objects(url: str, *, repair: bool = False, progress: Progress | N
 
 async def _check(bucket: Bucket, report: FsckReport, progress: Progress | None) -> _Found:
     found = _Found()
-    # Tiles first: a segment that comes while this runs is in none of them.
+    # Tiles first: a segment that is uploaded during this check is in none of them.
     tiles = await _check_tiles(bucket, report, found)
     listed = await bucket.list_objects(SEGMENTS)
     for done, each in enumerate(listed):
@@ -104,7 +104,7 @@ async def _check_segment(
 
 
 def _problem_of(data: Buffer, ref: SegmentRef) -> tuple[str, int]:
-    """What is wrong with a segment, empty if nothing; and how many of its records are sound."""
+    """What is wrong with a segment (empty if nothing), and how many of its records are sound."""
     view = memoryview(data).cast("B")
     try:
         records = [header for header, _ in scan_segment(view, ref) if header.kind is not RecordKind.STATEMENT]

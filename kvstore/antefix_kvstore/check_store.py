@@ -1,8 +1,8 @@
 """Checks a whole store that nobody is writing to, and repairs it on request.
 
-The segments are the truth, the index is derived: so a repair rebuilds the index from the records whose checksums hold,
-which leaves out what is damaged and what depends on it. What eviction had taken but lies in a segment still comes back;
-it is valid, and the budget takes it again when it needs the room.
+The segments are the truth and the index is derived from them. A repair rebuilds the index from the records whose
+checksums hold; damaged records, and records that depend on them, are left out. Records that were evicted but still lie
+in a segment come back. They are valid, and the store evicts them again when it needs the room.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class FsckReport:
-    """problems: how many of each sort.  examples: a few of them in words."""
+    """problems: number of problems of each sort.  examples: a few of them in words."""
 
     num_records: int = 0
     num_bytes: int = 0
@@ -72,9 +72,9 @@ class FsckReport:
 
 
 def fsck(directory: Path, *, repair: bool = False, progress: Progress | None = None) -> FsckReport:
-    """Check every record and every relation; with `repair`, make the store right again.
+    """Check every record and how records depend on each other; with `repair`, rebuild the index.
 
-    progress: called with records done and records in all.
+    progress: called with the number of records done and the number in all.
     Raises:  ConfigError: not a store, or one that a service has open.
     """
     if not (directory / SEGMENT_DIR).is_dir():
@@ -93,7 +93,7 @@ def fsck(directory: Path, *, repair: bool = False, progress: Progress | None = N
 
 
 def render(report: FsckReport) -> str:
-    """For a terminal."""
+    """The report as text for a terminal."""
     lines = [f"{report.num_records} records, {report.num_bytes} bytes in {report.num_segments} segments"]
     lines += [f"  {count} x {problem}" for problem, count in Counter(report.problems).most_common()]
     lines += [f"    {example}" for example in report.examples]
@@ -108,7 +108,7 @@ def render(report: FsckReport) -> str:
 
 def _check(directory: Path, progress: Progress | None) -> FsckReport:
     report = FsckReport()
-    # 1. The files by themselves.
+    # 1. The store's files, each by itself.
     seed = _check_identity(directory, report)
     sizes = _check_segment_files(directory, report)
     index_fault = _index_fault(directory)
@@ -121,7 +121,7 @@ def _check(directory: Path, progress: Progress | None) -> FsckReport:
         with index.txn() as txn:
             entries = _check_entries(index, txn, report)
             _check_records(directory, index, txn, entries, seed, report, progress)
-            # 3. The relations between them.
+            # 3. How the records depend on each other.
             _check_forest(entries, report)
             _check_derived(index, txn, sizes, report)
     finally:

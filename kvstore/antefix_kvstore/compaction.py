@@ -1,7 +1,8 @@
-"""Compaction: copies what is live of segments that are largely dead, then drops them. Knows segments and their index.
+"""Compaction: copies the live records of segments that are mostly dead, then deletes these segments.
 
-The index lets go first, then the file goes; a crash between leaves an unreferenced file, which opening drops. What a
-transaction leaves without a live record is let go of in that transaction, because each commit waits for the disk.
+The index forgets a segment first, then its file is deleted. A crash between the two leaves an unreferenced file, which
+the next opening deletes. A segment in which a transaction leaves no live record is forgotten in that same transaction,
+because each further commit would wait for the disk.
 """
 
 from __future__ import annotations
@@ -42,21 +43,22 @@ class Compactor:
         self._index = index
         self._now_ms = now_ms
         self._counters = counters
-        # The segment being compacted in steps, and what of it has not been looked at yet.
+        # The segment that is being compacted in steps, and those of its records that have not been looked at yet.
         self._begun: tuple[int, deque[RecordHeader]] | None = None
         self.on_corrupt: Callable[[RecordName], object] = lambda _name: None
         self.on_dropped: Callable[[], object] = lambda: None
 
     def restart(self) -> None:
-        """The directory holds other files now."""
+        """Forget the segment being compacted: the directory holds other files now."""
         self._begun = None
 
     def transaction(self) -> IndexTxn:
-        """One that lets go of the segments in which it leaves nothing live; `delete` them when it has committed."""
+        """An index transaction that also forgets segments in which it leaves no live record; `delete` them once it
+        committed."""
         return IndexTxn(self._index, may_drop=lambda number: number != self._segments.active)
 
     def delete(self, numbers: Sequence[int]) -> None:
-        """Delete segments that a transaction let go of."""
+        """Delete segments that a committed transaction has forgotten."""
         for number in numbers:
             if number in self._segments.sizes:
                 self._segments.drop(number)
@@ -66,7 +68,7 @@ class Compactor:
             self._segments.let_go()
 
     def drop_dead(self) -> int:
-        """Drop segments that the index names nothing in. Returns how many."""
+        """Drop segments of which the index names no record. Returns how many."""
         dead = [n for n, state in self.states().items() if not state.live_records and n != self._segments.active]
         if not dead:
             return 0
@@ -77,20 +79,22 @@ class Compactor:
         return len(dead)
 
     def states(self) -> dict[int, SegmentState]:
-        """Of each segment that there is."""
+        """The state of each segment, by number."""
         with self._index.txn() as txn:
             states = read_segments(self._index, txn)
         return {number: states.get(number, SegmentState()) for number in self._segments.sizes}
 
     def compact_one(self, gain_min: float) -> int | None:
-        """Copy what is live of the deadest segment, then drop it. Returns the bytes copied, None if none pays."""
+        """Copy the live records of the segment with most dead bytes, then drop it. Returns bytes copied; None if none
+        pays."""
         copied = self.compact_step(gain_min, self._segments.segment_bytes)
         while self._begun is not None:
             copied = (copied or 0) + (self.compact_step(gain_min, self._segments.segment_bytes) or 0)
         return copied
 
     def compact_step(self, gain_min: float, nbytes: int) -> int | None:
-        """Continue compacting, or begin with the deadest segment; copies about `nbytes`. None if no segment pays."""
+        """Continue compacting, or begin with the segment that frees most. Copies about `nbytes`; None if no segment
+        pays."""
         if self._begun is None or self._begun[0] not in self._segments.sizes:
             deadest = self._by_gain(gain_min)[:1]
             if not deadest:
@@ -109,9 +113,10 @@ class Compactor:
         return copied
 
     def compact_together(self, gain_min: float, wanted_bytes: int) -> int | None:
-        """Compact the deadest segments until that frees `wanted_bytes`, with one sync and one commit for all.
+        """Compact the segments that free most until `wanted_bytes` are free, with one sync and one commit for all of
+        them.
 
-        What is copied fits one segment, so it may free less. Returns the bytes copied, None if no segment pays.
+        All copies go into one segment, so less may be freed. Returns the bytes copied, None if no segment pays.
         """
         if self._begun is not None:
             return self.compact_one(gain_min)
@@ -128,23 +133,24 @@ class Compactor:
         if not chosen:
             return None
         copied = self.copy(self._live_of(chosen))
-        # What failed its check on the way stays the index's until it is quarantined.
+        # Records that failed their check stay in the index until they are quarantined.
         self.drop_dead()
         return copied
 
     def _by_gain(self, gain_min: float) -> list[tuple[int, int]]:
-        """What compacting a segment frees, and its number, where that is at least `gain_min` of it; most first."""
+        """(bytes that compacting frees, segment number) where these bytes are at least `gain_min` of the segment; most
+        first."""
         found = []
         for number, state in self.states().items():
             size = self._segments.sizes[number]
-            # What a fresh copy would take less; without the alignment, one compaction would call for the next.
+            # The copy is padded to BATCH_ALIGN: without counting that, one compaction would call for the next.
             gain = size - SEGMENT_HEADER_BYTES - align(state.live_bytes, BATCH_ALIGN)
             if gain > gain_min * size and gain > 0 and (number != self._segments.active or gain > size // 2):
                 found.append((gain, number))
         return sorted(found, key=lambda pair: -pair[0])
 
     def _live_of(self, numbers: Iterable[int]) -> list[RecordHeader]:
-        """The live records of these segments; nothing is appended to them any more."""
+        """The live records of these segments, to which nothing is appended any more."""
         found: list[RecordHeader] = []
         for number in numbers:
             if number == self._segments.active:
@@ -157,10 +163,10 @@ class Compactor:
         return sum(self._copy_part(part) for part in self._parts(self._live(headers)))
 
     def _parts(self, headers: Sequence[RecordHeader]) -> Iterator[Sequence[RecordHeader]]:
-        """What fits one segment, in groups that each begin at BATCH_ALIGN."""
+        """Cut the records into parts that each fit one segment, as groups that each begin at BATCH_ALIGN."""
         first = nbytes = 0
         for number, header in enumerate(headers):
-            # Of each group at most one such gap, and no group is smaller than a record.
+            # Each group has at most one alignment gap, and each group has at least one record.
             extent = header.extent_bytes + BATCH_ALIGN
             if number > first and nbytes + extent > self._segments.segment_bytes - SEGMENT_HEADER_BYTES - BATCH_ALIGN:
                 yield headers[first:number]
@@ -170,7 +176,8 @@ class Compactor:
             yield headers[first:]
 
     def _copy_part(self, headers: Sequence[RecordHeader]) -> int:
-        """With one sync and one commit. A group is still in the core's caches when it has been read and is written."""
+        """Copy one part with one sync and one commit. A group is small enough to stay in the core's caches until
+        written."""
         now_ms, segments = self._now_ms(), self._segments
         groups = list(groups_of(headers, lambda header: header.extent_bytes))
         segments.make_way(sum(header.extent_bytes for header in headers) + len(groups) * BATCH_ALIGN, now_ms)
@@ -198,7 +205,7 @@ class Compactor:
         return copied
 
     def _live(self, headers: Sequence[RecordHeader]) -> list[RecordHeader]:
-        """Those that the index names."""
+        """Those of the records that the index still names."""
         with self._index.txn() as txn:
             entries = [
                 (header, self._index.entry(txn, header.kind, header.hash))
@@ -212,7 +219,8 @@ class Compactor:
         ]
 
     def _drafts(self, headers: Sequence[RecordHeader], arena: memoryview) -> list[Draft]:
-        """What is written again, its bytes in `arena`; what fails its check is told instead."""
+        """The records to be written again, with their bytes in `arena`. Records that fail their check are reported
+        instead."""
         drafts: list[Draft] = []
         broken: list[RecordName] = []
         at = 0
@@ -232,7 +240,7 @@ class Compactor:
 
 
 def note_end(txn: IndexTxn, segments: Segments) -> None:
-    """Record how far the active segment is committed."""
+    """Record up to which offset the active segment is committed."""
     assert segments.active is not None
     state = txn.segment(segments.active) or SegmentState()
     txn.set_segment(segments.active, dataclasses.replace(state, end=segments.sizes[segments.active]))

@@ -1,7 +1,8 @@
-"""Which payloads are compressed. Holds the plane plans that clients registered; the codec is antefix.store_files.codec.
+"""Decides which payloads are compressed. Holds the plane plans that clients registered (coding:
+antefix.store_files.codec).
 
-auto: reading coded bytes takes 1 / (ratio * disk) + 1 / codec seconds a byte, raw ones 1 / disk; what is less wins.
-The disk is measured once, codec and ratio on the first payloads of each fingerprint.
+auto: reading a compressed payload takes 1 / (ratio * disk) + 1 / codec seconds per byte, a raw one 1 / disk; the faster
+way wins. The disk's speed is measured once; the codec's speed and the ratio on the first payloads of each fingerprint.
 """
 
 from __future__ import annotations
@@ -19,19 +20,21 @@ from antefix.store_files import codec
 
 log = logging.getLogger("antefix_kvstore.compression")
 
-# Payloads of a kind that are coded and decoded before it is judged; the best of them, so that a pause does not count.
+# So many payloads of a kind are coded and decoded before it is judged. The fastest of them counts, so that a pause of
+# the machine does not.
 NUM_SAMPLES: Final = 4
-# An NVMe disk's, for when there is no room to measure.
+# The speed of an NVMe disk, used when there is no room to measure.
 DISK_BYTES_PER_S: Final = 2e9
 
 
-# Fingerprint and kind: what has one payload layout.
+# Fingerprint and kind: all records that share both have the same payload layout.
 Layout = tuple[bytes, RecordKind]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """Why a layout's payloads are compressed or not. Speeds in payload bytes per second; codec: all cores together."""
+    """Why payloads of a layout are compressed or not. Speeds in payload bytes per second; codec: of all cores
+    together."""
 
     compress: bool
     ratio: float
@@ -39,7 +42,7 @@ class Judgement:
     disk_bytes_per_s: float
 
     def __str__(self) -> str:
-        """Ends a sentence of the log that begins with what is stored."""
+        """The end of a log sentence, which begins with what is stored."""
         verdict = "compressed" if self.compress else "stored as they are"
         decoded, disk = self.codec_bytes_per_s / 1e9, self.disk_bytes_per_s / 1e9
         return (
@@ -49,7 +52,7 @@ class Judgement:
 
 
 def judge(*, ratio: float, codec_bytes_per_s: float, disk_bytes_per_s: float) -> Judgement:
-    """Whether reading is faster with coded payloads."""
+    """Whether reading compressed payloads is faster than reading raw ones."""
     coded_s_per_byte = 1 / (ratio * disk_bytes_per_s) + 1 / codec_bytes_per_s
     return Judgement(
         compress=coded_s_per_byte < 1 / disk_bytes_per_s,
@@ -60,7 +63,7 @@ def judge(*, ratio: float, codec_bytes_per_s: float, disk_bytes_per_s: float) ->
 
 
 class Compression:
-    """`mode`: off, zstd (keep what is smaller) or auto. Thread-safe."""
+    """mode: off, zstd (keep the compressed payload where it is smaller) or auto. Thread-safe."""
 
     def __init__(self, mode: str, measure_disk: Callable[[], float]) -> None:
         self.mode = mode
@@ -76,16 +79,16 @@ class Compression:
             self._plans[fingerprint, kind] = plan
 
     def registered(self) -> list[tuple[bytes, RecordKind, codec.PlanePlan]]:
-        """Fingerprints, kinds and how their payloads may be coded."""
+        """Each registered fingerprint and kind, with the plan by which its payloads may be compressed."""
         return [(*layout, plan) for layout, plan in self._plans.items()]
 
     def registered_bytes(self, fingerprint: bytes, kind: RecordKind) -> int | None:
-        """What a payload of this layout has; None where the layout was not registered."""
+        """Size of a payload of this layout; None where the layout was not registered."""
         plan = self._plans.get((fingerprint, kind))
         return None if plan is None else plan.payload_bytes
 
     def wants(self, record: Record) -> bool:
-        """Whether a payload is worth trying: its layout is known and the mode is for it."""
+        """Whether to try compressing a payload: its layout is known, and the mode allows it."""
         layout = (record.fingerprint, record.kind)
         if self.mode == "off" or layout not in self._plans:
             return False
@@ -93,7 +96,7 @@ class Compression:
         return self.mode == "zstd" or judgement is None or judgement.compress
 
     def encode(self, record: Record) -> bytes | None:
-        """The coded payload, or None where it is stored raw."""
+        """The compressed payload, or None where it is stored raw."""
         if not self.wants(record):
             return None
         layout = (record.fingerprint, record.kind)

@@ -1,4 +1,4 @@
-"""What a store holds, on the wire, for copies from a store that is served: protobuf stops here."""
+"""Converts a store's contents to and from protobuf, for copies from a store that is served."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from antefix.store.plan_wire import plans_from_wire, plans_to_wire
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.store_contents import LayoutOf, StoreContents, Stretch
 
-# Of one message: some 100 KB.
+# Hashes in one message: some 100 KB.
 _HASHES_PER_MESSAGE = 2048
 
 
 def contents_to_wire(contents: StoreContents) -> Iterator[kvstore_pb2.ContentsResponse]:
-    """Layouts first, then stretches as `StoreContents.stretches` has them; a long one is in several parts."""
+    """Messages with the layouts first, then the stretches as `StoreContents.stretches` gives them; a long one in
+    several."""
     layouts = [
         kvstore_pb2.RegisterRequest(
             fingerprint=layout.fingerprint,
@@ -47,7 +48,7 @@ def layout_from_wire(message: kvstore_pb2.RegisterRequest) -> LayoutOf:
 
 
 def stretch_from_wire(message: kvstore_pb2.StoredStretch) -> Stretch:
-    """Raises:  InternalError: it has checkpoints or times of blocks that it has not."""
+    """Raises:  InternalError: it has checkpoints or times for blocks that it does not contain."""
     hashes = tuple(split_hashes(message.hashes))
     stretch = Stretch(
         fingerprint=message.fingerprint,
@@ -82,7 +83,7 @@ def _to_wire(stretch: Stretch) -> kvstore_pb2.StoredStretch:
 
 
 def _parts_of(stretch: Stretch) -> Sequence[Stretch]:
-    """In pieces of one message each, parents first."""
+    """Cut a stretch into pieces of one message each, parents first."""
     if len(stretch.hashes) <= _HASHES_PER_MESSAGE:
         return [stretch]
     return [

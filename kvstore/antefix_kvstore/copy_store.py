@@ -1,8 +1,9 @@
-"""Copies what a store holds to other stores: resumable, verified, at a bounded rate. Behind `antefix store copy` and
+"""Copies a store's contents to other stores: resumable, verified, at a bounded rate. Used by `antefix store copy` and
 `antefix drain`.
 
-What a target has already is not sent, so a copy that broke off continues when it is run again, and one under load is
-run again until it finds nothing new. A record is checked when it is read, on its way, and by the reader there.
+Records that a target has already are not sent. So a copy that broke off continues when it is run again, and a store
+that is written to is copied again until nothing new is found. Each record is checked when it is read, in transit, and
+by the target's readers.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ Progress = Callable[[int, int], None]
 
 
 class CopySource(Protocol):
-    """What records come from: a directory (`StoreContents`), a service (`ServedContents`), an object store
-    (`ObjectContents`). Calls block."""
+    """A source of records: a directory (`StoreContents`), a service (`ServedContents`) or an object store
+    (`ObjectContents`). Its calls block."""
 
     def layouts(self) -> list[LayoutOf]:
-        """Of all fingerprints."""
+        """The payload layouts of all fingerprints."""
 
     def stretches(self) -> list[Stretch]:
-        """All of it, what is worth most first."""
+        """All stretches of blocks in the store, the most valuable first."""
 
     def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
-        """These of a stretch, verified; what cannot be read is left out."""
+        """The wanted records of a stretch, verified. Records that cannot be read are left out."""
 
 
 class CopyTarget(Protocol):
@@ -47,7 +48,7 @@ class CopyTarget(Protocol):
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int: ...
 
     async def register_layout(self, layout: LayoutOf) -> None:
-        """Before the first record of a fingerprint."""
+        """Called before the first record of a fingerprint is put."""
 
     async def stats(self) -> StoreTotals: ...
 
@@ -56,9 +57,10 @@ class CopyTarget(Protocol):
 
 @dataclass(slots=True)
 class CopyReport:
-    """In records and payload bytes. num_there: that a target had already.  num_left: not copied, for lack of room.
+    """Counts are of records, sizes of payload bytes.
 
-    num_missing: that should be there afterwards and are not; refusals: why targets did not take some of them.
+    num_there: records that a target had already.  num_left: records not copied for lack of room.
+    num_missing: records that the targets should hold after the copy and do not.  refusals: why targets refused records.
     """
 
     num_copied: int = 0
@@ -75,7 +77,8 @@ class CopyReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyLimits:
-    """bytes_per_s: of payloads; 0: as fast as it goes.  bytes_max: in all, what is worth most first; None: all."""
+    """bytes_per_s: payload bytes per second; 0: no limit.  bytes_max: payload bytes in all, most valuable first; None:
+    all."""
 
     bytes_per_s: int = 0
     bytes_max: int | None = None
@@ -93,10 +96,10 @@ async def copy_store(
     grant_for: Callable[[bytes], bytes] = _no_grant,
     progress: Progress | None = None,
 ) -> CopyReport:
-    """Copy what no target has, each stretch to the target with the most room.
+    """Copy the records that no target has, each stretch to the target with the most room.
 
-    grant_for: signs what targets ask for, for an owner; empty: they ask for nothing.
-    Raises:  AntefixError: a target does not answer; what was copied stays, and the next run continues behind it.
+    grant_for: makes the grant that lets us store and pin for an owner; empty where the targets ask for none.
+    Raises:  AntefixError: a target does not answer. What was copied stays, and the next run continues after it.
     """
     run = _Run(limits.bytes_per_s)
     report = run.report
@@ -152,7 +155,7 @@ async def _copy_stretch(
 
 
 async def _keep_pin(target: CopyTarget, stretch: Stretch, owner: bytes) -> None:
-    """What was pinned here is pinned there for the rest of its time."""
+    """Pin at the target what is pinned at the source, for the rest of its time."""
     left_s = (stretch.pinned_ms - wall_ms()) / 1000
     if left_s > 0:
         kind = RecordKind.BLOCK if stretch.has_blocks else RecordKind.CHECKPOINT
@@ -179,14 +182,14 @@ def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
 
 @dataclass(slots=True)
 class _Run:
-    """One copy, and its pace."""
+    """One run of a copy: its counts and its rate limit."""
 
     bytes_per_s: int
     report: CopyReport = field(default_factory=CopyReport)
     started_s: float = field(default_factory=time.monotonic)
 
     async def wait(self) -> None:
-        """Until what was copied is no more than the rate allows."""
+        """Wait until the bytes copied so far are within the rate."""
         if self.bytes_per_s:
             due_s = self.started_s + self.report.bytes_copied / self.bytes_per_s
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))

@@ -1,4 +1,4 @@
-"""Ends of a copy by their text: a store's directory, a service's address, an object store's URL."""
+"""Opens the two ends of a copy: a store's directory, a service's address or an object store's URL."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from antefix_kvstore.object_contents import ObjectContents, ObjectTarget
 from antefix_kvstore.served_contents import ServedContents
 from antefix_kvstore.store_contents import LayoutOf, StoreContents
 
-# Whatever is copied from, and to.
+# Everything that can be copied from.
 Contents = StoreContents | ServedContents | ObjectContents
 
 
 def open_source(text: str, *, key_file: str = "") -> Contents:
-    """What is copied from: a directory, host:port or an object store's URL. key_file: what it is encrypted with.
+    """Open a source: a directory, host:port or an object store's URL. key_file: the key that the source is encrypted
+    with.
 
-    Raises:  ConfigError: none of them.
+    Raises:  ConfigError: the text is none of these.
     """
     if is_object_url(text):
         return ObjectContents(text, keys=KeyRing.from_master_file(Path(key_file)) if key_file else None)
@@ -42,12 +43,12 @@ def open_source(text: str, *, key_file: str = "") -> Contents:
 def open_target(
     text: str, *, budget_bytes: int = 0, key_file: str = "", makes: bool = False, ttl_s: float = 0.0
 ) -> DirectoryTarget | ServiceTarget | ObjectTarget:
-    """What is copied to: a directory that no service has open, host:port or an object store's URL.  makes: a directory
-    that is missing.
+    """Open a target: a directory that no service has open, host:port or an object store's URL.
 
-    budget_bytes: of a directory; 0: a store's default.  key_file: what a directory or object store is encrypted with.
-    ttl_s: after which copies in an object store go; 0: never.
-    Raises:  ConfigError: neither, or a directory that is in use.
+    budget_bytes: disk budget of a directory; 0: a store's default.  key_file: the key to encrypt a directory or object
+    store.
+    makes: create a directory that is missing.  ttl_s: lifetime of copies in an object store; 0: no limit.
+    Raises:  ConfigError: the text is none of these, or names a directory that is in use.
     """
     if is_object_url(text):
         return ObjectTarget(text, keys=KeyRing.from_master_file(Path(key_file)) if key_file else None, ttl_s=ttl_s)
@@ -62,14 +63,15 @@ def open_target(
 
 
 def _is_address(text: str) -> bool:
-    """A name without a port is a directory, made or to be made, and so is whatever is one already."""
+    """Whether this is host:port or a Unix socket. A name without a port is a directory, which need not exist yet; so is
+    a name with a port if a directory has it."""
     if text.startswith(UNIX):
         return True
     return "/" not in text and re.search(r":[0-9]+$", text) is not None and not Path(text).is_dir()
 
 
 class DirectoryTarget:
-    """A store that no service has open."""
+    """A store directory that no service has open."""
 
     def __init__(self, store: EmbeddedStore) -> None:
         self._store = store
@@ -97,7 +99,7 @@ class DirectoryTarget:
 
 
 class ServiceTarget:
-    """A store that is served, here or on another host."""
+    """A store service, on this host or another one."""
 
     def __init__(self, store: RemoteStore) -> None:
         self._store = store

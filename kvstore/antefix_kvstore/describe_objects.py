@@ -1,4 +1,5 @@
-"""What an object tier holds: by namespace, owner, kind and age. Reads names and footers only, while it is used."""
+"""What an object tier holds, by namespace, owner, kind and age. Reads names and footers only, also while it is in
+use."""
 
 from __future__ import annotations
 
@@ -40,9 +41,9 @@ class ObjectHolding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectReport:
-    """num_twice: records that lie in more than one segment.  num_unreadable: segments without a sound footer.
+    """num_twice: records that are in more than one segment.  num_unreadable: segments without a sound footer.
 
-    index_bytes: what a process that reads the tier keeps of it in memory.
+    index_bytes: memory that the tier's index takes in a process that reads the tier.
     """
 
     url: str
@@ -57,9 +58,9 @@ class ObjectReport:
 
 
 async def inspect_objects(url: str, *, known: KnownNames | None = None) -> ObjectReport:
-    """known: tenants' names, to be shown instead of their digests.
+    """known: tenants' names, shown instead of their digests.
 
-    Raises:  ConfigError: no object store's URL.  Unavailable: it does not answer.
+    Raises:  ConfigError: the URL names no object store.  Unavailable: the object store does not answer.
     """
     bucket = open_bucket(url)
     try:
@@ -119,7 +120,7 @@ _HEAD: Final = (
 
 
 def render_objects(report: ObjectReport) -> str:
-    """For a terminal."""
+    """The report as text for a terminal."""
     return "\n".join(_lines(report))
 
 
@@ -140,7 +141,7 @@ def _lines(report: ObjectReport) -> Iterator[str]:
 
 
 def _row(holding: ObjectHolding) -> list[str]:
-    """Ages are since the upload."""
+    """A row of the table. Ages count from the upload."""
     return [
         *(holding.fingerprint[:12], holding.tenant or "(no tenant)", holding.user or "-", holding.kind.name.lower()),
         *(str(holding.num_records), shown_size(holding.payload_bytes), shown_size(holding.stored_bytes)),

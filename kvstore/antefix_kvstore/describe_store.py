@@ -1,6 +1,6 @@
-"""What a store directory holds: by namespace, owner, kind and age, and a picture of its prefix forest.
+"""What a store directory holds, by namespace, owner, kind and age, and a drawing of its prefix forest.
 
-Reads the index only, so it may run next to a service. The picture draws runs of blocks without a fork as one line.
+Reads the index only, so it may run while a service uses the store. Blocks without a fork between them are one line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 NUM_LINES_MAX: Final = 40
 _PROGRESS_EVERY: Final = 10_000
 _TOLD: Final = ("family", "kv_format", "namespace", "exactness", "arithmetic", "num_cards", "group", "shard")
-# Upper bounds of the age classes in seconds, and their names.
+# Upper bounds of the age classes in seconds, and the names of the classes.
 AGES: Final = ((60, "< 1 min"), (3600, "< 1 h"), (86_400, "< 1 d"), (7 * 86_400, "< 7 d"), (float("inf"), "older"))
 
 
@@ -45,9 +45,10 @@ AGES: Final = ((60, "< 1 min"), (3600, "< 1 h"), (86_400, "< 1 d"), (7 * 86_400,
 class Holding:
     """Records of one namespace (fingerprint), owner and kind.
 
-    tenant, user: names where they are known, else digests; the user is empty where the cache is the tenant's own.
-    about: what the fingerprint stands for, where that is known.  version: of the records.  generation: of the secret
-    that named and sealed them; 0: none did.  ages: number of records by time since last use.
+    tenant, user: names where they are known, else digests. The user is empty where the cache belongs to the tenant as a
+    whole.
+    about: which model and settings the fingerprint stands for, where known.  version: of the records.  generation: of
+    the secret that named and sealed the records; 0: no secret.  ages: number of records by time since last use.
     """
 
     fingerprint: str
@@ -67,7 +68,7 @@ class Holding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Blocks without a fork between them.  depth: forks above it."""
+    """Blocks without a fork between them.  depth: number of forks above."""
 
     depth: int
     first_position: int
@@ -98,7 +99,7 @@ def inspect(
     known: KnownNames | None = None,
     progress: Progress = lambda done, total: None,
 ) -> StoreReport:
-    """known: tenants' names, to be shown instead of their digests.  progress: called with entries read and in all.
+    """known: tenants' names, shown instead of their digests.  progress: called with entries read and entries in all.
 
     Raises:  ConfigError: not a store.  Unavailable: its index cannot be opened.
     """
@@ -187,7 +188,7 @@ def _ages(entries: list[IndexEntry]) -> dict[str, int]:
 
 
 def _forest(entries: dict[tuple[RecordKind, bytes], IndexEntry]) -> list[Run]:
-    """Depth first, the most recently used branch first."""
+    """The forest in depth-first order, the most recently used branch first."""
     below: dict[bytes, list[bytes]] = defaultdict(list)
     roots = []
     for (kind, block_hash), entry in entries.items():
@@ -230,7 +231,7 @@ def _run(depth: int, path: list[bytes], entries: dict[tuple[RecordKind, bytes], 
 
 
 def render(report: StoreReport) -> str:
-    """For a terminal."""
+    """The report as text for a terminal."""
     created = time.strftime("%Y-%m-%d %H:%M", time.localtime(report.identity.created_ms / 1000))
     num_records = sum(holding.num_records for holding in report.holdings)
     lines = [
@@ -261,7 +262,7 @@ _HEAD: Final = (
 
 
 def _row(holding: Holding) -> list[str]:
-    """Ages are of the last use; bad: quarantined."""
+    """A row of the table. Ages count from the last use; bad: number of quarantined records."""
     return [
         *(holding.fingerprint[:12], holding.tenant or "(no tenant)", holding.user or "-", holding.kind.name.lower()),
         *(str(holding.num_records), shown_size(holding.payload_bytes), shown_size(holding.stored_bytes)),
@@ -271,7 +272,7 @@ def _row(holding: Holding) -> list[str]:
 
 
 def _about(report: StoreReport) -> list[str]:
-    """What each fingerprint stands for, without what says the least: digests of files."""
+    """What each fingerprint stands for, without digests of files, which say the least."""
     texts = {
         holding.fingerprint[:12]: ", ".join(f"{name} {holding.about[name]}" for name in _TOLD if name in holding.about)
         for holding in report.holdings

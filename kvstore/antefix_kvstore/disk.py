@@ -1,6 +1,7 @@
-"""The file operations that durability rests on, in one place so that tests can lose power or fill the disk here.
+"""The file operations that durability needs, in one place, so that tests can simulate power loss and full disks.
 
-Everything the engine writes goes through a Disk; LMDB writes its own file. Reads are not here: they change nothing.
+Everything that the engine writes goes through a Disk, except the index, which LMDB writes. Reads do not: they change
+nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-# From fcntl.h: start to write what is dirty, wait for nothing.
+# From fcntl.h: start writing dirty pages, without waiting.
 _SYNC_FILE_RANGE_WRITE: Final = 2
 _sync_file_range: Final = getattr(ctypes.CDLL(None), "sync_file_range", None)
 if _sync_file_range is not None:
@@ -22,10 +23,11 @@ IOV_MAX: Final = 1024
 
 
 class Disk:
-    """The real one. A write that returns is in the page cache; only `sync_data` and `sync_directory` make it last."""
+    """The real disk. A write that returns is in the page cache; only `sync_data` and `sync_directory` make it
+    durable."""
 
     def create(self, path: Path) -> int:
-        """A new file, open for reading and writing.
+        """Create a new file, open for reading and writing.
 
         Raises:  FileExistsError.
         """
@@ -38,9 +40,9 @@ class Disk:
         os.close(fd)
 
     def write(self, fd: int, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
-        """Write all buffers, one after the other, from `offset` on.
+        """Write all buffers, one after the other, starting at `offset`.
 
-        Raises:  OSError: some of it may have been written; the caller truncates.
+        Raises:  OSError: part of the bytes may have been written; the caller truncates the file.
         """
         for first in range(0, len(buffers), IOV_MAX):
             part = [memoryview(buffer).cast("B") for buffer in buffers[first : first + IOV_MAX]]
@@ -57,7 +59,7 @@ class Disk:
         return offset
 
     def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
-        """Have the kernel begin to write what was written, so that the sync that follows has less to wait for.
+        """Ask the kernel to begin writing these bytes to disk, so that the next sync has less to wait for.
 
         A hint: promises nothing, and does nothing where the C library has no such call.
         """
@@ -81,11 +83,11 @@ class Disk:
         path.unlink()
 
     def rename(self, source: Path, target: Path) -> None:
-        """Durable only after `sync_directory`."""
+        """Rename a file. Durable only after `sync_directory`."""
         source.rename(target)
 
     def replace_file(self, path: Path, content: bytes) -> None:
-        """Write a small file so that it is there whole or not at all, whatever happens."""
+        """Write a small file atomically: after a crash it is there whole or not at all."""
         draft = path.with_suffix(".new")
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:

@@ -1,4 +1,5 @@
-"""How fast the store's disk reads: what decides whether compressing pays. Reads past the page cache where it can."""
+"""Measures how fast the store's disk reads, which decides whether compression pays. Bypasses the page cache if
+possible."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def _offsets(number: int) -> Iterator[int]:
 
 
 def _open_past_cache(path: Path) -> int:
-    """With O_DIRECT where the file system has it."""
+    """Open with O_DIRECT where the file system supports it."""
     try:
         return os.open(path, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
     except OSError:

@@ -1,5 +1,5 @@
-"""Space set aside for the moment when the disk is full: LMDB copies pages before it frees any, so letting go of records
-needs room of its own. The file holds that room; it is deleted when an eviction runs out of space, and made again later.
+"""Disk space set aside for the moment when the disk is full: LMDB copies pages before it frees any, so evicting records
+needs space too. The reserve is a file. It is deleted when an eviction runs out of space, and made again later.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import lmdb
 
 from antefix.own_files import put_aside
 
-# A disk without space, and a file system's quota.
+# The errors of a disk without space and of a file system quota that is used up.
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 _NEARLY_FULL_BYTES: Final = 8 << 20
 RESERVE_FILE: Final = "RESERVE"
@@ -25,13 +25,13 @@ _BUDGET_SHARE: Final = 64
 
 
 class DiskReserve:
-    """A file of `nbytes` in the store's directory, there or not."""
+    """A file of `nbytes` in the store's directory, which may or may not exist at present."""
 
     def __init__(self, directory: Path, budget_bytes: int) -> None:
         self._path = directory / RESERVE_FILE
         self.nbytes = max(_BYTES_MIN, min(_BYTES_MAX, budget_bytes // _BUDGET_SHARE))
         if self.held:
-            # Made under another budget.
+            # The file may have been made under another budget.
             self.nbytes = max(self.nbytes, min(_BYTES_MAX, self._path.stat().st_size))
 
     @property
@@ -39,7 +39,7 @@ class DiskReserve:
         return self._path.is_file()
 
     def hold(self) -> bool:
-        """Make the file if it is not there. Returns whether it is there now: a full disk has no room for it."""
+        """Make the file if it does not exist. Returns whether it exists now; on a full disk it cannot be made."""
         if self.held:
             return True
         put_aside(self._path)
@@ -62,10 +62,10 @@ class DiskReserve:
 
 
 def is_full(err: lmdb.Error | OSError, directory: Path) -> bool:
-    """The disk, the index's map or a file system quota has no room.
+    """Whether the disk, LMDB's map or a file system quota is full.
 
-    LMDB reports the disk's as a plain error, and a page that fitted only partly as an input/output error; whether that
-    is what happened, the file system tells.
+    LMDB reports a full disk as a plain error, and a page that was written only partly as an input/output error. So the
+    file system is asked whether it is full.
     """
     if isinstance(err, OSError):
         return err.errno in _FULL

@@ -1,4 +1,4 @@
-"""Turning records into what is written down: coded, encrypted, headed. Holds no store state."""
+"""Turns records into the bytes to be written: compressed, encrypted, with a header. Holds no store state."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from antefix_kvstore.compression import Compression
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.segments import Draft
 
-# zstd and AES release the GIL.
+# Threads help because zstd and AES release the GIL.
 _NUM_THREADS = 4
 
 
 class Drafter:
-    """Makes drafts by the store's settings. Thread-safe."""
+    """Makes drafts (records ready to write) by the store's settings. Thread-safe."""
 
     def __init__(
         self, config: KvStoreConfig, compression: Compression, keys: KeyRing | None, clock_ms: Callable[[], int]
@@ -34,7 +34,7 @@ class Drafter:
         self._pool.shutdown()
 
     def refusal(self, record: Record) -> Refusal | None:
-        """Why a record cannot be written down at all, or None."""
+        """Why a record cannot be written at all, or None."""
         if self._keys is not None and owner_row(record.version, record.tenant) not in self._keys:
             return Refusal(
                 RefusalReason.NO_KEY, f"this store is encrypted and has no key for tenant {record.tenant.hex()}"
@@ -42,7 +42,7 @@ class Drafter:
         return None
 
     def drafts(self, records: Sequence[Record], first: set[RecordName]) -> list[Draft]:
-        """One draft a record; `first` names those that begin a chain."""
+        """One draft per record. first: names of the records that begin a chain."""
         works = self._keys is not None or any(self._compression.wants(record) for record in records)
         mapping = self._pool.map if works and len(records) > 1 else map
         return list(mapping(lambda record: self._draft(record, (record.kind, record.hash) in first), records))

@@ -43,10 +43,10 @@ _READ_THREADS: Final = 4
 class EmbeddedStore:
     """A store directory, open for writing in this process. Close it, or use it in `async with`.
 
-    It neither makes nor asks for seals: who can write the directory is trusted.
+    It neither makes nor checks seals: any process that can write the directory is trusted.
 
-    Calls run in threads and wait for the disk there; they may be made from one event loop. `engine` is the same store
-    without a loop. `BlockingStore(antefix_kvstore.open(...))` has the same calls without `await`.
+    Calls run in threads and wait for the disk there. Make them from one event loop only. `engine` is the same store for
+    callers without an event loop. `BlockingStore(antefix_kvstore.open(...))` has the same calls without `await`.
     """
 
     def __init__(self, config: KvStoreConfig) -> None:
@@ -65,7 +65,7 @@ class EmbeddedStore:
             await asyncio.get_running_loop().run_in_executor(None, self.close_here)
 
     def close_here(self) -> None:
-        """The same in the calling thread; also while Python ends, when no thread may begin."""
+        """Close in the calling thread. Works also while Python exits, when no thread may be started."""
         if not self.engine.is_open:
             return
         self._scrubber.stop()
@@ -86,15 +86,15 @@ class EmbeddedStore:
         return await self._in_thread(lambda: self.lookup_here(chain, fingerprint=fingerprint))
 
     def lookup_here(self, chain: Sequence[bytes], *, fingerprint: bytes) -> LookupResult:
-        """The same in the calling thread."""
+        """`lookup` in the calling thread."""
         return self.engine.lookup(chain, fingerprint=fingerprint)
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
-        """All that is stored of `chain`, whether what lies before is or not."""
+        """All stored blocks and checkpoints of `chain`, also those after a block that is missing."""
         return await self._in_thread(lambda: self.engine.held(chain, fingerprint=fingerprint))
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
-        """What became of a block that was not found."""
+        """Why a block that was not found is missing (never seen, evicted, expired, ...)."""
         engine = self.engine
         return await self._in_thread(
             lambda: fate_of(
@@ -111,7 +111,7 @@ class EmbeddedStore:
     def get_blocks_here(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> int:
-        """The same in the calling thread."""
+        """`get_blocks` in the calling thread."""
         outcome = self.engine.reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
         self.engine.settle(RecordKind.BLOCK, hashes, outcome, num_missed=len(hashes) - outcome.num_good)
         return outcome.num_good
@@ -121,7 +121,7 @@ class EmbeddedStore:
         return await self._in_thread(lambda: self.get_here(kind, hash, fingerprint=fingerprint, tenant=tenant))
 
     def get_here(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
-        """The same in the calling thread."""
+        """`get` in the calling thread."""
         if kind in MEMORY_KINDS:
             kept = self._memory.get(kind, hash, fingerprint)
             return None if kept is None else kept[0]
@@ -132,7 +132,7 @@ class EmbeddedStore:
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
-        """The leading ones of these, whole, to be stored elsewhere."""
+        """The leading stored records of `hashes`, complete, to be stored elsewhere."""
         reader = self.engine.reader
 
         def read() -> list[Record]:
@@ -164,40 +164,42 @@ class EmbeddedStore:
         return PutResult(num_stored=stored.num_stored + num_kept, num_existing=stored.num_existing, refused=refused)
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
-        """Make misses of records that were read right and hold what must not be used, until they are put again."""
+        """Turn records into misses until they are put again: their checksums held, but their content is unusable."""
         if kind in STORED_KINDS:
             names = [(kind, block_hash) for block_hash in hashes]
             await self._in_thread(lambda: self.engine.note_use((), (), unusable=names))
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
-        """Tell how a fingerprint's payloads are laid out: they may be compressed then, and others are refused."""
+        """Register a fingerprint's payload layout. Its payloads may then be compressed, and payloads of other sizes are
+        refused."""
         plans = {
             RecordKind.BLOCK: codec.plan_of_block(layout),
             RecordKind.CHECKPOINT: codec.plan_of_checkpoint(layout),
         }
-        # A payload without parts is one zero byte, or is not there at all: nothing to compress or to measure by.
+        # A payload without parts is one zero byte or absent: there is nothing to compress and no size to check.
         told = {kind: plan for kind, plan in plans.items() if plan.parts}
         await self._in_thread(lambda: self.engine.register(fingerprint, layout.block_size, told, statement=statement))
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
-        """Keep an owner's records from eviction for a time; 0 lets go. Returns how many of them are stored.
+        """Keep an owner's records from eviction for a time; 0 unpins them. Returns how many of them are stored.
 
-        owner: as in the records' `tenant`.
+        owner: the owner's digest, as in the records' `tenant` field.
         """
         row = owner_row(2, owner)
         return await self._in_thread(lambda: self.engine.pin(_stored(names), duration_s, owner=row))
 
     async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
-        """Drop an owner's records with all that depends on them, pinned or not. Returns how many went."""
+        """Drop an owner's records and all records that depend on them, pinned or not. Returns how many were dropped."""
         row = owner_row(2, owner)
         return await self._in_thread(lambda: self.engine.evict(_stored(names), owner=row))
 
     async def purge(self, owner: bytes) -> int:
-        """Drop all of an owner's records; without a user, all of a tenant's. Returns how many went."""
+        """Drop all records of an owner; of a whole tenant if the owner names no user. Returns how many were dropped."""
         return self._memory.purge(owner) + await self._in_thread(lambda: self.engine.purge(owner_row(2, owner)))
 
     def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
-        """What is stored now, then every change, without gaps; or the changes since `cursor`."""
+        """Events: first all that is stored now, then every change without gaps; with `cursor`, only the changes since
+        it."""
         return watch_log(self.engine.events, cursor or Cursor(), self._snapshot)
 
     async def _snapshot(self) -> AsyncGenerator[Batch[BlockEvent], None]:
@@ -206,7 +208,7 @@ class EmbeddedStore:
             yield piece
 
     async def stats(self) -> StoreTotals:
-        """What it holds, and has done since it was opened."""
+        """What the store holds, and counters of what it has done since it was opened."""
         found = await self._in_thread(lambda: collect(self.engine))
         kinds = dict.fromkeys(RecordKind, KindTotals())
         for kind, count in found.kinds.items():
@@ -221,7 +223,8 @@ class EmbeddedStore:
         return StoreTotals(kinds=kinds, **{name: known[name] for name in names})
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
-        """Nobody writes to the caller's buffers after this returned, raised or was cancelled."""
+        """Run a call in a thread. After this returned, raised or was cancelled, no thread writes to the caller's
+        buffers."""
         work = asyncio.get_running_loop().run_in_executor(self._threads, call)
         try:
             return await asyncio.shield(work)

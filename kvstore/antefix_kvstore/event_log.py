@@ -1,4 +1,5 @@
-"""What changed in a store, numbered, for those who keep an index of it elsewhere. Each opening is an epoch."""
+"""Numbered changes of a store, for those who keep an index of it elsewhere. Each opening of the store begins an
+epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from antefix.record import RecordKind
 from antefix.store_files.index import TABLE_OF_KIND, Change, Index
 from antefix.store_files.record_format import unpack_entry
 
-# 2 MiB of hashes.
+# The hashes of so many blocks take 2 MiB.
 NUM_BLOCKS_MAX: Final = 65_536
 
 _KIND_OF: Final = {
@@ -24,7 +25,7 @@ _KIND_OF: Final = {
 
 
 class EventLog(NumberedLog[BlockEvent]):
-    """A log of records of one kind and fingerprint that came or went in one transaction."""
+    """A log of events. One event: the records of one kind and fingerprint that came or went in one transaction."""
 
     def __init__(self, index: Index) -> None:
         super().__init__(num_blocks_max=NUM_BLOCKS_MAX)
@@ -42,13 +43,13 @@ class EventLog(NumberedLog[BlockEvent]):
         )
 
     def snapshot(self) -> Iterator[Batch[BlockEvent]]:
-        """What is stored as of this call, read while it is taken.
+        """Everything stored at the time of this call, read in batches later.
 
-        The caller holds the engine's lock during this call, not while it iterates.
+        The caller holds the engine's lock during this call, but need not hold it while iterating.
         """
         txn = self._index.txn()
         cursor = self.cursor
-        # The number of keys first: opening the cursor pins the state of the index.
+        # Any read pins the transaction's state of the index; counting keys is a cheap one.
         txn.stat(self._index.db["blocks"])
         return self._pieces(txn, cursor)
 

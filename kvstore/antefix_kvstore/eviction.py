@@ -1,11 +1,13 @@
-"""What eviction takes first. Pure: knows sizes, times and costs; no files, no clock. A simulator uses it too.
+"""The order in which records are evicted. Pure: knows sizes, times and costs; no files, no clock. The simulator uses it
+too.
 
 Records form a forest: a block's parent is the block before it, a checkpoint depends on its block. Only leaves are
 taken, so the ancestors of a stored record are always stored. Among leaves the lowest rank goes first.
 
-Rank. The chance that a record is used again falls with its idle time; taken as halving every `half_life_s`, what
-keeping it saves is  cost / bytes * 2^(-idle / half_life).  Its order does not change while time passes, so it can be
-kept as a number:  rank = last use + half_life * log2(cost per byte / reference).  Equal costs give plain LRU.
+Rank. The chance that a record is used again falls with its idle time. We assume that it halves every `half_life_s`, so
+keeping a record saves  cost / bytes * 2^(-idle / half_life).  The order of these values does not change as time passes,
+so a fixed number can stand for it:  rank = last use + half_life * log2(cost per byte / reference).  With equal costs
+this is LRU.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-# Eviction and compaction free more than a put needs, because each time costs commits whatever its size: a 128th of the
-# store, and in small ones up to a 32nd.
+# Eviction and compaction free more than a put needs, because each run costs commits whatever its size: a 128th of the
+# store, and up to a 32nd in small stores.
 _AHEAD_SHARE: Final = 1 / 128
 _AHEAD_SHARE_MAX: Final = 1 / 32
 _AHEAD_BYTES: Final = 64 << 20
@@ -31,9 +33,10 @@ Name = TypeVar("Name", bound=Hashable)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionPolicy:
-    """half_life_s: after so long without use a record is half as likely to be used again (agent traces: 81% of reuse
-    is within 60 s, 95% within 5 min).  reference_cost_s_per_byte: V4-Flash prefill at 18,000 tokens/s, 3,514 B a token.
-    doublings_max: bounds what a wrong cost can do.
+    """half_life_s: after this time without use, a record is half as likely to be used again (agent traces: 81% of reuse
+    is within 60 s, 95% within 5 min).  reference_cost_s_per_byte: V4-Flash prefill at 18,000 tokens/s, 3,514 bytes per
+    token.
+    doublings_max: limits how far the cost of a record can move its rank, in half-lives, in case the cost is wrong.
     """
 
     half_life_s: float = 120.0
@@ -41,7 +44,7 @@ class EvictionPolicy:
     doublings_max: float = 6.0
 
     def rank_ms(self, *, used_ms: int, cost_s: float, nbytes: int) -> int:
-        """The number by which leaves are ordered; unknown cost (0) counts as the reference."""
+        """The number by which leaves are ordered. A cost of 0 (unknown) counts as the reference cost."""
         if cost_s <= 0 or nbytes <= 0:
             return used_ms
         doublings = math.log2(cost_s / nbytes / self.reference_cost_s_per_byte)
@@ -49,7 +52,7 @@ class EvictionPolicy:
         return max(0, used_ms + round(1000 * self.half_life_s * doublings))
 
     def ranks_ms(self, *, used_ms: Array, cost_s: Array, nbytes: Array) -> Array:
-        """As `rank_ms`, of many at once.  Shapes:  all [N]; result [N] int64."""
+        """`rank_ms` of many records at once.  Shapes:  all [N]; result [N] int64."""
         known = (cost_s > 0) & (nbytes > 0)
         value = np.where(known, cost_s, 1.0) / np.where(known, nbytes, 1) / self.reference_cost_s_per_byte
         doublings = np.clip(np.log2(value), -self.doublings_max, self.doublings_max)
@@ -58,7 +61,7 @@ class EvictionPolicy:
 
 
 def ahead_bytes(limit_bytes: int) -> int:
-    """How much more than is needed a store of that size frees at once."""
+    """How many bytes beyond its need a store of this size frees at once."""
     return int(max(_AHEAD_SHARE * limit_bytes, min(_AHEAD_SHARE_MAX * limit_bytes, _AHEAD_BYTES)))
 
 
@@ -68,10 +71,10 @@ def victims(
     remove: Callable[[Name], tuple[int, Name] | None],
     evictable: Callable[[Name], bool],
 ) -> Iterator[Name]:
-    """Leaves in the order in which they are taken; each is removed before it is yielded.
+    """Leaves in the order in which they are evicted; each is removed before it is yielded.
 
-    leaves: (rank, name), lowest rank first, as of the start.  remove: takes a leaf out and returns the parent that it
-    leaves behind as a leaf, with its rank, or None.  The caller stops when it has freed enough.
+    leaves: (rank, name), lowest rank first, at the start.  remove: removes a leaf; returns its parent with the parent's
+    rank if that is a leaf now, else None.  The caller stops iterating when enough is freed.
     """
     exposed: list[tuple[int, Name]] = []
     for rank, name in leaves:
@@ -106,7 +109,7 @@ class _Node(Generic[Name]):
 
 
 class Forest(Generic[Name]):
-    """A store's records in memory, for replaying traces: the engine keeps the same in its index."""
+    """A store's records in memory, for replaying traces. The engine keeps the same forest in its index."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
@@ -120,7 +123,7 @@ class Forest(Generic[Name]):
         return len(self._nodes)
 
     def insert(self, name: Name, *, parent: Name | None, nbytes: int, now_ms: int, cost_s: float = 0.0) -> None:
-        """Raises:  KeyError: the parent is not stored, or the name is already."""
+        """Raises:  KeyError: the parent is not stored, or the name is stored already."""
         if name in self._nodes:
             raise KeyError(name)
         if parent is not None:
@@ -130,13 +133,13 @@ class Forest(Generic[Name]):
         self.nbytes += nbytes
 
     def touch(self, name: Name, now_ms: int) -> None:
-        """Using a record uses its ancestors; that counts when they become leaves."""
+        """Note a use. It is a use of all ancestors too, and is counted for each when it becomes a leaf."""
         node = self._nodes[name]
         rank = self.policy.rank_ms(used_ms=now_ms, cost_s=node.cost_s, nbytes=node.nbytes)
         node.rank_ms = max(node.rank_ms, rank)
 
     def evict(self, nbytes: int, *, keep: Callable[[Name], bool] = lambda _: False) -> list[Name]:
-        """Free at least `nbytes` if that can be; returns what went, in order."""
+        """Free at least `nbytes` if possible. Returns the evicted names in order."""
         taken: list[Name] = []
         goal = self.nbytes - nbytes
         leaves = sorted(

@@ -1,7 +1,8 @@
-"""How many records hang together, worked out for all of them at once. Pure: knows rows and names, no files, no index.
+"""Which record depends on which, computed for many records at once. Pure: knows rows and names, no files, no index.
 
-A row's parent is a number: the parent's row, or -1. Sums along all ancestors take a round per doubling of the longest
-chain: in each, a row takes what its present ancestor has gathered, and continues from where that got to.
+A row's parent is the number of the parent's row, or -1. Sums along all ancestors take one round per doubling of the
+longest chain: in each round a row adds what the ancestor it points to has gathered, and then points to where that
+ancestor pointed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ _ELSEWHERE: Final = int(RecordFlag.ELSEWHERE)
 
 @dataclass(frozen=True, slots=True)
 class Forest:
-    """Per row.  parent: its row, or -1.  known_parent: it depends on a record that is indexed already.
+    """Arrays with one element per row.  parent: the parent's row, or -1.  known_parent: the parent is indexed already.
 
-    stands: may be indexed.  apart: without its parent.  prefix_bytes: from its chain's start to here.
+    stands: the row may be indexed.  apart: without its parent.  prefix_bytes: bytes from the start of its chain to this
+    row.
     """
 
     parent: Array
@@ -36,13 +38,13 @@ class Forest:
     prefix_bytes: Array
 
     def children(self) -> Array:
-        """Of each row, how many rows depend on it."""
+        """For each row, the number of rows that depend on it."""
         hanging = self.stands & (self.parent >= 0)
         return np.bincount(self.parent[hanging], minlength=len(self.parent))
 
 
 def parent_names(rows: Array) -> list[bytes]:
-    """The hash of the block that each row depends on: a checkpoint's has its own hash."""
+    """The hash of the block that each row depends on. A checkpoint has the hash of its block."""
     is_block = rows["kind"] == RecordKind.BLOCK
     names: list[bytes] = np.where(is_block, rows["parent"], rows["hash"]).tolist()
     return names
@@ -51,10 +53,10 @@ def parent_names(rows: Array) -> list[bytes]:
 def hang_together(
     rows: Array, parents: Sequence[bytes], known_prefix: Mapping[bytes, int], *, takes_apart: bool
 ) -> Forest:
-    """The rows as a forest.
+    """Arrange the rows as a forest.
 
-    known_prefix: hash of an indexed block to its prefix bytes; of those that rows depend on and that are no rows.
-    takes_apart: rows whose parent may be elsewhere stand without it.
+    known_prefix: prefix bytes by hash, for indexed blocks that rows depend on and that are not among the rows.
+    takes_apart: rows whose parent may be in another store are indexed without it.
     """
     is_block = rows["kind"] == RecordKind.BLOCK
     is_first = (rows["flags"] & _FIRST) != 0
@@ -72,26 +74,27 @@ def hang_together(
     apart = np.zeros(len(rows), bool)
     if takes_apart and lost.any():
         may = lost & ((rows["flags"] & _ELSEWHERE) != 0)
-        # The topmost ones; what is below them depends on them.
+        # Only the topmost of these rows stand apart; rows below them depend on them.
         apart = may & (sums_to_root(parent, may.astype(np.int64))[0] == 1)
         parent[apart] = -1
         lost = _lost(parent, missing & ~apart)
-    # A checkpoint's prefix is itself: it depends on its block, but is no part of the chain.
+    # A checkpoint's prefix is the checkpoint alone: it depends on its block, but is not part of the chain.
     prefix_bytes, _ = sums_to_root(parent, above + rows["payload_bytes"])
     prefix_bytes[~is_block] = rows["payload_bytes"][~is_block]
     return Forest(parent, known_parent, ~lost, apart, prefix_bytes)
 
 
 def _lost(parent: Array, missing: Array) -> Array:
-    """Rows at whose top a parent is missing, or which go round in a circle."""
+    """Rows whose topmost ancestor lacks its parent, or whose ancestors form a circle."""
     num_missing, goes_round = sums_to_root(parent, missing.astype(np.int64))
     return (num_missing > 0) | goes_round
 
 
 def sums_to_root(parent: Array, values: Array) -> tuple[Array, Array]:
-    """Of each row, the sum of `values` over itself and all its ancestors, and whether it has no topmost one."""
+    """For each row, the sum of `values` over it and all its ancestors, and whether these form a circle (no topmost
+    one)."""
     num = len(parent)
-    # One more row, above all others, which adds nothing.
+    # One more row, which is above all others and adds nothing.
     gathered = np.append(values.astype(np.int64), 0)
     upwards = np.append(np.where(parent < 0, num, parent), num)
     for _ in range(max(1, num.bit_length()) + 1):

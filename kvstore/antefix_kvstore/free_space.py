@@ -1,9 +1,9 @@
-"""What the file system under a store has left, and how much of that a store leaves to others: bills, logs, neighbours.
+"""How much space the file system under a store has, and how much of it a store leaves to others (ledgers, logs, ...).
 
-    at start        a budget that the disk cannot hold is lowered to what it can, and that is said
-    while running   the limit follows what is free; a put that would take the last of it is refused, not the bill
+    at start        a budget larger than the disk can hold is lowered, and the log says so
+    while running   the limit follows the free space; puts are refused before the ledger would run out of space
 
-A store never gives up records because somebody else fills the disk suddenly: it stops storing and continues serving.
+A store does not evict because somebody else fills the disk suddenly: it stops storing and continues to serve reads.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from antefix_kvstore.kvstore_config import BUDGET_BYTES_MIN, KvStoreConfig
 
 log = logging.getLogger("antefix_kvstore.space")
 
-# By default a store leaves this part of its file system free, and no more than so many bytes.
+# By default a store leaves this share of its file system free, up to a fixed number of bytes.
 _MARGIN_SHARE: Final = 1 / 16
 _MARGIN_BYTES_MAX: Final = 256 << 20
-# The limit keeps clear of the margin. Puts stop in the middle of it: deleted segments stay on the disk for a second or
-# two, as long as readers have them open.
+# The limit stays above the margin. Puts stop at half of the margin, because deleted segments stay on the disk for a
+# second or two while readers have them open.
 _STOP_SHARE: Final = 1 / 2
-# Below this part of the margin somebody else fills the disk quickly; giving up records would only feed it.
+# Below this share of the margin, somebody else is filling the disk quickly; space that evictions free would go to them.
 _SUDDEN_SHARE: Final = 1 / 4
-# A store that takes no more than this of its file system is not what fills it: it stops storing, and gives up nothing.
+# A store with at most this share of its file system is not the cause of a full disk: it stops storing but evicts
+# nothing.
 _FAIR_SHARE: Final = 1 / 4
 
 
 class FreeSpace:
-    """Of the file system that `directory` is on. margin_bytes: to be left free; 0 for the default."""
+    """Free space of the file system that holds `directory`. margin_bytes: bytes to leave free; 0 for the default."""
 
     def __init__(
         self, directory: Path, margin_bytes: int = 0, *, statvfs: Callable[[Path], os.statvfs_result] = os.statvfs
@@ -54,22 +55,22 @@ class FreeSpace:
 
     @property
     def is_sudden(self) -> bool:
-        """Somebody else has taken even most of the margin."""
+        """Whether somebody else has taken most of the margin as well."""
         return self.nbytes < self.margin_bytes * _SUDDEN_SHARE
 
     def room(self) -> int:
-        """What a store may grow by; negative where the margin is touched."""
+        """Bytes by which the store may grow; negative where the margin is used already."""
         return self.nbytes - self.margin_bytes
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether so much may be written now."""
+        """Whether `nbytes` may be written now."""
         return self.nbytes - nbytes >= self.margin_bytes * _STOP_SHARE
 
 
 def fit_to_disk(config: KvStoreConfig, *, statvfs: Callable[[Path], os.statvfs_result] = os.statvfs) -> KvStoreConfig:
-    """The settings with a budget that the file system can hold, besides what the store has there already.
+    """The settings, with the budget lowered to what the file system can hold (including the store's present files).
 
-    A segment size that is too large for it goes as well.
+    A segment size that is too large for that budget is lowered too.
     """
     directory = Path(config.dir)
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
@@ -87,5 +88,5 @@ def fit_to_disk(config: KvStoreConfig, *, statvfs: Callable[[Path], os.statvfs_r
 
 
 def _bytes_of(directory: Path) -> int:
-    """What the files below it take on the disk; an index's file may have holes."""
+    """Bytes that the files in the directory take on disk; an index file may have holes."""
     return sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""The one thread that writes: gathers puts that wait into one commit, and keeps the store tidy when nobody writes."""
+"""The single writer thread: gathers waiting puts into one commit, and tidies the store when there are no puts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from antefix_kvstore.storage_engine import MAINTAIN_S, StorageEngine
 
 log = logging.getLogger("antefix_kvstore.group_commit")
 
-# What a refused caller should wait: about the time of one commit of a full batch on a 1 GB/s disk.
+# How long a refused caller should wait: about the time to commit a full batch to a 1 GB/s disk.
 RETRY_AFTER_S: Final = 0.1
 
 
@@ -39,7 +39,7 @@ class GroupCommitter:
         self._queue: deque[_Put] = deque()
         self._queued_bytes = 0
         self._stopping = False
-        # Work to do between commits: called with nothing, bounded each time.
+        # Functions without arguments, called between commits; each does a bounded amount of work.
         self.chores: list[Callable[[], None]] = [engine.maintain]
         self._thread = threading.Thread(target=self._run, name="antefix-writer", daemon=True)
         self._thread.start()
@@ -49,10 +49,10 @@ class GroupCommitter:
         return self._queued_bytes
 
     def submit(self, records: Sequence[Record]) -> Future[PutResult]:
-        """Queue a put; the future's result comes when it is durable.
+        """Queue a put. The future's result comes when the records are durable.
 
-        Raises:  InvalidRequest: malformed, or another size than the registered layout's.  Overloaded: too much is
-            waiting already.  Unavailable: stopping.
+        Raises:  InvalidRequest: a malformed record, or a size other than its registered layout's.  Overloaded: too many
+        bytes are waiting already.  Unavailable: the store is stopping.
         """
         self._engine.check(records)
         nbytes = sum(memoryview(record.payload).nbytes for record in records)
@@ -68,7 +68,7 @@ class GroupCommitter:
         return put.done
 
     def stop(self) -> None:
-        """Commit what is queued, then end. Blocks."""
+        """Commit the queued puts, then end. Blocks."""
         with self._condition:
             self._stopping = True
             self._condition.notify()
@@ -85,7 +85,7 @@ class GroupCommitter:
                     return
             if group:
                 self._commit(group)
-            # A store that is never idle must be kept tidy as well.
+            # A store that is never idle needs maintenance as well.
             if time.monotonic() - tidied_s >= MAINTAIN_S:
                 self._tidy()
                 tidied_s = time.monotonic()
@@ -100,8 +100,8 @@ class GroupCommitter:
         return group
 
     def _commit(self, group: Sequence[_Put]) -> None:
-        # From here on no caller can cancel: a result set on a cancelled future would end this thread, and all writes
-        # with it. Who has left already gets no result, but the records are here and good, so they are stored.
+        # From here on no caller can cancel: setting a result on a cancelled future would raise, and end this thread and
+        # all writing. Callers that cancelled before get no result, but their records are valid, so they are stored.
         waiting = [put.done.set_running_or_notify_cancel() for put in group]
         try:
             results = self._engine.put_group([put.records for put in group])
@@ -119,5 +119,5 @@ class GroupCommitter:
             try:
                 chore()
             except Exception:
-                # A chore that fails is tried again; puts must continue.
+                # A chore that fails is tried again later; puts must continue.
                 log.exception("store maintenance failed")

@@ -1,7 +1,7 @@
-"""Record headers and index entries as rows of numpy arrays: many at a time, where an object of each would cost more.
+"""Record headers and index entries as rows of numpy arrays: handles many at once without an object for each.
 
-Rows       of headers of either version, what an index needs to know of them
-entries    in the short form, of which docs/FORMAT.md has the bits
+Rows       the fields of headers, of either version, that an index needs
+entries    index entries in their short form; docs/FORMAT.md has its bits
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from antefix_kvstore.index_sums import xxh32_of_rows
 
 Array = npt.NDArray[Any]
 
-# owner: length of the owner's key in the index (`owner_row`), then the key, which for version 1 is a name.
+# owner: the length of the owner's key in the index (`owner_row`), then that key, which in version 1 is a name.
 ROW: Final = np.dtype(
     [
         *NAMES,
@@ -39,7 +39,7 @@ ROW: Final = np.dtype(
     ]
 )
 _COPIED: Final = tuple(name for name in ROW.names or () if name not in ("version", "owner"))
-# The bits that each field has in a word of the short form, from the lowest bit on.
+# The bits of each field in a word of the short form, from the lowest bit up.
 _WORDS: Final = (
     (("place", 32), ("segment", 24), ("flags", 8)),
     (("rank_ms", 44), ("fingerprint_id", 20)),
@@ -71,18 +71,18 @@ def rows_of(raws: Sequence[bytes], seed: int) -> Array:
 
 
 def owner_key(owner: bytes) -> bytes:
-    """The owner of a row as the index has it."""
+    """A row's owner as the key that the index uses."""
     return owner[1 : 1 + owner[0]]
 
 
 def extents_of(rows: Array) -> Array:
-    """What each record takes in its segment.  Shapes:  [N] int64."""
+    """Bytes that each record takes in its segment.  Shapes:  [N] int64."""
     stored = rows["stored_bytes"].astype(np.int64)
     return RECORD_HEADER_BYTES + (stored + RECORD_ALIGN - 1) // RECORD_ALIGN * RECORD_ALIGN
 
 
 def short_entries(of: Mapping[str, Array], hashes: Array, parents: Array) -> tuple[Array, Array]:
-    """Index entries in the short form, and which of them fit it; the others must take the long one.
+    """Index entries in the short form, and which of them fit it. The others must use the long form.
 
     of: the fields of IndexEntry, int64; `place` is the offset / 8.
     Shapes:  hashes, parents [N] V32; result [N] V84 and [N] bool.

@@ -1,4 +1,4 @@
-"""Whose directory this is: the STORE file, the lock, and the refusal to touch anything else."""
+"""Identifies a store's directory: its STORE file and its lock. Refuses to touch a directory that is not a store's."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ _KNOWN_FILES: Final = {
 
 
 def prepare_directory(directory: Path) -> None:
-    """Raises:  ConfigError: no directory can be there, it cannot be read, or it has something else in it."""
+    """Raises:  ConfigError: the directory cannot be made or read, or it contains something other than a store."""
     try:
-        # KV tells much of the prompts that it was made from: nobody else on the host reads it, whatever the umask.
+        # KV reveals much of the prompts it was made from, so no other user of the host may read it, whatever the umask.
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         names = {path.name for path in directory.iterdir()} - {"lost+found"}
     except OSError as err:
@@ -66,9 +66,9 @@ def prepare_directory(directory: Path) -> None:
 
 
 def put_aside_misplaced(directory: Path) -> None:
-    """What lies under the store's own names and is of another kind: for who holds the lock.
+    """Rename entries that have the store's names but are of another kind (a directory for a file). Needs the lock.
 
-    Raises:  ConfigError: the segments are to be where nothing is; they may be back with their disk.
+    Raises:  ConfigError: the segment directory is a link to nothing. The disk that it leads to may not be mounted.
     """
     segments = directory / SEGMENT_DIR
     if segments.is_symlink() and not segments.exists():
@@ -101,7 +101,8 @@ def lock_directory(directory: Path) -> DirectoryLock:
 
 
 def read_identity(directory: Path, disk: Disk, clock_ms: Callable[[], int]) -> StoreIdentity:
-    """The STORE file's, or that of the segments where it is lost or damaged, or a new one."""
+    """Read the STORE file; if it is lost or damaged, take the identity from the segments; if there are none, make a new
+    one."""
     path = directory / STORE_FILE
     segment_dir = directory / SEGMENT_DIR
     identity = None
@@ -127,19 +128,19 @@ def read_identity(directory: Path, disk: Disk, clock_ms: Callable[[], int]) -> S
         )
     segment_dir.mkdir(mode=0o700, exist_ok=True)
     if identity.version != FORMAT_VERSION:
-        # From here on a build that knows the old version only would not find all that is stored.
+        # From here on, a build that knows the old version only would not find all records.
         identity = dataclasses.replace(identity, version=FORMAT_VERSION)
         disk.replace_file(path, pack_identity(identity))
     return identity
 
 
 def _identity_of_segments(segment_dir: Path) -> StoreIdentity | None:
-    # The newest first: its version is the store's.
+    # The newest segment first: its version is the store's.
     for path in sorted(segment_dir.iterdir(), reverse=True):
         if segment_number(path.name) is None:
             continue
         try:
             return unpack_segment_header(read_small(path, SEGMENT_HEADER_BYTES)[:SEGMENT_HEADER_BYTES])[0]
         except (BlockCorrupt, OSError):
-            continue  # recovery reports it; any whole header says whose store this is
+            continue  # recovery reports it; any whole header tells the store's identity
     return None

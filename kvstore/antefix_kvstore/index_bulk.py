@@ -1,7 +1,8 @@
-"""Puts many records into an index that is being made: resolved and packed as rows, written in the order of their keys.
+"""Writes many records into an index under construction: processed as rows of arrays, inserted in the order of their
+keys.
 
-What a transaction touches stays in memory until it commits, and what is read through LMDB's map as long as that is
-open. So a transaction takes a slice of keys that lie next to each other, and the index is opened again after each.
+Pages that a transaction writes stay in memory until it commits, and pages read through LMDB's map stay while the map is
+open. So each transaction takes a slice of neighbouring keys, and the index is reopened after each transaction.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from antefix_kvstore.seen_names import SeenNames
 
 Array = npt.NDArray[Any]
 
-# Each key is on a page of its own, around which the kernel maps up to 15 more: 32 MiB at most.
+# Each key is on another page, and the kernel maps up to 15 more around it: 32 MiB at most.
 _SLICE_RECORDS: Final = 512
 _MAPPED_BYTES_MAX: Final = 32 << 20
 _PACKED_RECORDS: Final = 8_192
 _FIRST: Final = int(RecordFlag.FIRST)
 _SEALED: Final = int(RecordFlag.SEALED)
 _APART: Final = int(RecordFlag.APART)
-# Of leaves and expiry: u64, kind, hash.
+# Keys of the leaf and expiry tables: u64, kind, hash.
 _KEY_BYTES: Final = 8 + 1 + HASH_BYTES
 _ENTRY_FIELDS: Final = tuple(name for name in IndexEntry.__dataclass_fields__ if name != "parent")
 
 
 class BulkIndex:
-    """An index that nobody else has open. `index` is another object after each call."""
+    """An index that no other process has open. Each call may reopen it, so `index` is another object afterwards."""
 
     def __init__(self, open_index: Callable[[], Index]) -> None:
         self._open_index = open_index
@@ -48,14 +49,14 @@ class BulkIndex:
         self._seen = SeenNames()
 
     def reopen(self) -> None:
-        """Let go of the map, and of all that was read through it, where that may be much."""
+        """Close and reopen the index, which frees pages read through its map, where these may be many."""
         if (self.index.directory / DATA_FILE).stat().st_size <= _MAPPED_BYTES_MAX:
             return
         self.index.close()
         self.index = self._open_index()
 
     def known_copies(self, rows: Array) -> list[tuple[int, IndexEntry]]:
-        """The rows whose names are indexed, and the entries."""
+        """The rows whose names are indexed already, and their entries."""
         suspects = np.flatnonzero(self._seen.have(rows))
         found: list[tuple[int, IndexEntry]] = []
         for kind in TABLE_OF_KIND:
@@ -65,7 +66,7 @@ class BulkIndex:
         return found
 
     def entries(self, kind: RecordKind, hashes: Iterable[bytes]) -> Iterator[tuple[bytes, IndexEntry]]:
-        """Those of them that are indexed, with their entries."""
+        """The hashes that are indexed, with their entries."""
         ordered = sorted(hashes) if self.num_indexed else []
         for first in range(0, len(ordered), _SLICE_RECORDS):
             with self.index.txn() as txn, txn.cursor(db=self.index.db[TABLE_OF_KIND[kind]]) as cursor:
@@ -77,9 +78,9 @@ class BulkIndex:
                     yield key, entry
 
     def add(self, rows: Array, *, takes_apart: bool) -> Array:
-        """Index those that may stand. Returns the others.
+        """Index the rows that may be indexed. Returns the others.
 
-        rows: of which none is indexed, and no name comes twice.
+        rows: none of them is indexed yet, and all names differ.
         """
         if not len(rows):
             return rows
@@ -97,7 +98,7 @@ class BulkIndex:
     def _write(self, rows: Array, forest: Forest) -> None:
         of = self._fields(rows, forest)
         stands = np.flatnonzero(forest.stands)
-        # Keys in order, nearly: by eight bytes of the hash.
+        # Nearly in the order of keys: sorted by eight bytes of the hash.
         hashes = np.ascontiguousarray(rows["hash"][stands]).view(np.uint8).reshape(-1, HASH_BYTES)
         order = stands[np.lexsort((hashes[:, :8].copy().view(">u8")[:, 0], rows["kind"][stands]))]
         rows, of = rows[order], {name: values[order] for name, values in of.items()}
@@ -111,7 +112,7 @@ class BulkIndex:
         self._put_keys("expiry", rows, of["expires_ms"], is_leaf & (of["expires_ms"] != 0))
 
     def _fields(self, rows: Array, forest: Forest) -> dict[str, Array]:
-        """The fields of each row's entry. Gives fingerprints and owners their numbers; counts what will be there."""
+        """The fields of each row's entry. Assigns numbers to new fingerprints and owners, and adds to the totals."""
         extents = extents_of(rows)
         created, expires = rows["created_ms"].astype(np.int64), rows["expires_ms"].astype(np.int64)
         cost_us = rows["cost_us"].astype(np.int64)
@@ -145,7 +146,7 @@ class BulkIndex:
             self._put_items(table, items[first : first + _SLICE_RECORDS])
 
     def _put_keys(self, table: str, rows: Array, times: Array, chosen: Array) -> None:
-        """Keys of leaves or expiry, for the rows that are chosen."""
+        """Insert keys into the leaf or expiry table for the chosen rows."""
         num = int(chosen.sum())
         keys = np.empty((num, _KEY_BYTES), np.uint8)
         keys[:, :8] = times[chosen].astype(">u8")[:, None].view(np.uint8)
@@ -161,7 +162,7 @@ class BulkIndex:
         self.reopen()
 
     def _count_children(self, more: Counter[bytes]) -> None:
-        """Of blocks that were indexed before."""
+        """Add to the numbers of children of blocks that were indexed before."""
         ordered = sorted(more)
         for first in range(0, len(ordered), _SLICE_RECORDS):
             with IndexTxn(self.index) as txn:
@@ -199,7 +200,7 @@ def _owner_ids(txn: IndexTxn, rows: Array, stands: Array) -> Array:
 
 
 def _runs(*columns: Array) -> tuple[Array, Array]:
-    """Where equal values in a row begin, and of each value the number of its run."""
+    """Where each run of equal values begins, and for each value the number of its run."""
     begins = np.zeros(len(columns[0]), bool)
     begins[0] = True
     for values in columns:
@@ -210,7 +211,7 @@ def _runs(*columns: Array) -> tuple[Array, Array]:
 def _counts(
     rows: Array, of: dict[str, Array], extents: Array, stands: Array
 ) -> tuple[dict[bytes, list[int]], dict[int, list[int]]]:
-    """What the rows add to the totals of kinds and owners, and to the segments."""
+    """What the rows add to the totals of kinds and owners, and to the segments' totals."""
     totals: dict[bytes, list[int]] = defaultdict(lambda: [0, 0, 0])
     live: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     ones, payload = np.ones_like(extents), of["payload_bytes"]

@@ -1,8 +1,8 @@
-"""Is an index what its entries say? What a crash left has no checksum over all of it.
+"""Checks after a crash, when no checksum covers the whole index, whether the index is consistent.
 
 Its structure is checked first (`index_structure`), then each entry by its own checksum. All other tables follow from
-the entries, so they are derived once more (`index_sums`) and compared, keys as sums of their hashes, which takes no
-memory however many there are.
+the entries, so they are derived again (`index_sums`) and compared. Keys are compared as sums of their hashes, so memory
+does not grow with the index.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from antefix_kvstore.index_writer import PLAN_PREFIX, read_segments, read_totals
 
 
 def index_fault(directory: Path) -> str | None:
-    """What is wrong with the index in a directory, which nobody writes now; None: it may be opened and believed."""
+    """What is wrong with the index in a directory that nobody writes to now. None: it may be opened and trusted."""
     derived = Derived()
     if fault := structure_fault(directory / DATA_FILE, TABLES, derived.add):
         return fault
@@ -42,7 +42,7 @@ def index_fault(directory: Path) -> str | None:
 
 
 def _content_fault(index: Index, derived: Derived) -> str | None:
-    """What is wrong, or None.  Raises:  lmdb.Error: LMDB itself cannot make sense of it."""
+    """What is wrong, or None.  Raises:  lmdb.Error: LMDB itself cannot read it."""
     with index.txn() as txn:
         faults = (
             *_key_faults(derived),
@@ -67,8 +67,8 @@ def _segment_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
     except struct.error:
         yield "its table of segments is damaged"
         return
-    # Quarantined records are not live: their segment may be gone. Where a segment ends is not derived: recovery sets it
-    # after it has indexed what lay behind, and may be killed in between.
+    # Quarantined records are not live: their segment may be gone. The end of a segment is not derived: recovery sets it
+    # after indexing the records behind it, and may be killed in between.
     if derived.live.keys() - states.keys():
         yield "an entry names an unknown segment"
     for number, state in states.items():
@@ -91,10 +91,10 @@ def _total_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
 
 
 def _name_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
-    """Names and ids must lead to each other, and every id that is used must be among them."""
+    """Names and ids must map to each other, and every id in use must be among them."""
     with txn.cursor(db=index.db["names"]) as cursor:
         rows = {bytes(key): bytes(value) for key, value in cursor}
-    # Owners have two kinds of names, and one row of ids.
+    # Owners have two kinds of names, but one set of ids.
     for letters, used in (((b"f",), derived.fingerprint_ids), ((b"t", b"o"), derived.tenant_ids)):
         to_id = {key: value for key, value in rows.items() if key[:1] in letters}
         names = {

@@ -1,4 +1,5 @@
-"""What may happen to an open store's files, told before LMDB trips over it: a map of a file that was cut ends us."""
+"""Detects damage to an open store's files before LMDB touches them: reading a truncated file's map kills the
+process."""
 
 from __future__ import annotations
 
@@ -16,16 +17,16 @@ from antefix.store_files.record_format import INDEX_DIR, SEGMENT_DIR, STORE_FILE
 from antefix_kvstore.disk_reserve import is_full
 from antefix_kvstore.recovery import OpenStore
 
-# LMDB's ways to say that it has no room of some kind, which is no damage.
+# LMDB's errors for limits that were reached, which are no damage.
 _LIMITS: Final = (lmdb.MapFullError, lmdb.ReadersFullError, lmdb.TxnFullError, lmdb.MemoryError)
 
 
 class IndexDamaged(Unavailable):
-    """The store's index is damaged and being made again. The caller continues without the store."""
+    """The store's index is damaged and is being rebuilt. The caller continues without the store."""
 
 
 def fault_of(store: OpenStore) -> str:
-    """What is wrong with the files as they lie there now; empty: nothing that shows from outside."""
+    """What is wrong with the store's files on disk now; empty if nothing can be seen from outside."""
     if not store.lock.is_of_the_present:
         return "its directory is gone or was replaced"
     if store.index.replaced:
@@ -50,7 +51,7 @@ def _fault_of_index(path: Path) -> str:
 
 @contextmanager
 def told(directory: Path, tell: Callable[[str], object]) -> Iterator[None]:
-    """What LMDB, or an entry of the index, says of damage becomes IndexDamaged, and `tell` hears of it."""
+    """Turn LMDB's or an entry's report of damage into IndexDamaged, and call `tell` with it."""
     try:
         yield
     except (lmdb.Error, BlockCorrupt, FileNotFoundError) as err:

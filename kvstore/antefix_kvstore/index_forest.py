@@ -1,4 +1,4 @@
-"""How records hang together in the index: inserting one under its parent, dropping whole subtrees."""
+"""The tree of records in the index: inserts a record under its parent, drops whole subtrees."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _APART: Final = int(RecordFlag.APART)
 
 
 def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *, used_ms: int) -> bool:
-    """Index a record that lies in a segment. Returns False, changing nothing, when it lacks a parent that it must have.
+    """Index a record of a segment. Returns False, and changes nothing, if it needs a parent that is not indexed.
 
-    An entry that is there already is healed: it keeps its place in the forest and points to the new record. One that
-    stood apart depends on its parent from then on, if that has come.
+    An entry that exists already is updated: it keeps its place in the forest and points to the new record. If it was
+    stored apart and its parent is indexed by now, it depends on that parent from then on.
     """
     name = (header.kind, header.hash)
     parent_name = parent_of(name, header.parent)
-    # Plain integers: arithmetic with enum members would take a fifth of the time of a rebuild.
+    # Plain integers: arithmetic with enum members takes a fifth of a rebuild's time.
     flags = int(header.flags)
     is_first = bool(flags & _FIRST)
     parent = None if is_first else txn.get(parent_name)
@@ -68,8 +68,8 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
 
 
 def drop_subtrees(txn: IndexTxn, space: Space, roots: Iterable[RecordName]) -> int:
-    """Remove records with all that depends on them. Reads the whole index, so it is for repair. Returns how many
-    went."""
+    """Remove records and all records that depend on them. Reads the whole index, so use it for repair only. Returns the
+    number removed."""
     waiting = list(roots)
     if not waiting:
         return 0
@@ -86,14 +86,16 @@ def drop_subtrees(txn: IndexTxn, space: Space, roots: Iterable[RecordName]) -> i
         if name not in doomed:
             doomed.add(name)
             waiting.extend(below.get(name, ()))
-    # What depends on a record has a larger position, or is its checkpoint; only leaves may be removed.
+    # A dependent record has a larger position, or is the block's checkpoint. Only leaves may be removed, so go deepest
+    # first.
     for name in sorted(doomed, key=depth.__getitem__, reverse=True):
         space.remove(txn, name)
     return len(doomed)
 
 
 def drop_false_roots(txn: IndexTxn, space: Space, fingerprint_id: int, block_tokens: int) -> int:
-    """Remove chains that do not begin at token 0, stored before the block size was known. Returns how many went."""
+    """Remove chains that do not begin at token 0, stored before the block size was known. Returns the number
+    removed."""
     roots = [
         name
         for name, entry in txn.names(RecordKind.BLOCK)

@@ -1,4 +1,4 @@
-"""Many leaf pages of an LMDB file at once, as numpy arrays: are they sound, and what do they hold?
+"""Reads many leaf pages of an LMDB file at once as numpy arrays, and checks them.
 
 Letters:  P = pages of a batch, N = nodes on them, in the order of keys.
 """
@@ -24,14 +24,14 @@ _NODE_BYTES: Final = 8
 
 
 class Fault(Exception):
-    """The file is not what LMDB writes; the message says where."""
+    """The file is not as LMDB writes it. The message says where."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeafBatch:
-    """pages: [P, page bytes] uint8.  page_of, at: [N], the node's page in the batch and its offset there.
+    """pages: [P, page bytes] uint8.  page_of, at: [N], each node's page in the batch and its offset in that page.
 
-    key_bytes, value_bytes: [N].  big: values on pages of their own, by node.
+    key_bytes, value_bytes: [N].  big: values stored on overflow pages, by node.
     """
 
     pages: Array
@@ -51,7 +51,7 @@ class LeafBatch:
         return sum(-(-(_HEADER_BYTES + len(value)) // self.pages.shape[1]) for value in self.big.values())
 
     def gather(self, nodes: Array, begin: int | Array, nbytes: int) -> Array:
-        """Shapes:  [len(nodes), nbytes] uint8: so many bytes from `begin` on behind each node's own header."""
+        """Shapes:  [len(nodes), nbytes] uint8: `nbytes` bytes of each node, from `begin` after the node's header."""
         flat = self.pages.reshape(-1)
         starts = self.page_of[nodes] * self.pages.shape[1] + self.at[nodes] + _NODE_BYTES + begin
         windows: Array = np.lib.stride_tricks.sliding_window_view(flat, nbytes)[starts]
@@ -72,9 +72,11 @@ class LeafBatch:
             yield self.key(node), self.value(node)
 
     def check_order(self, lows: Sequence[bytes], last: bytes) -> bytes:
-        """Keys rise from node to node and page to page, and each page's lie above its branch's key and below the next.
+        """Check that keys rise from node to node and page to page, and that each page's keys lie within its branch's
+        bounds.
 
-        lows: by page.  last: the key before the batch.  Returns the last one.  Raises:  Fault.
+        lows: lower bound of each page.  last: the last key of the batch before.  Returns this batch's last key.
+        Raises:  Fault.
         """
         longest = max(int(self.key_bytes.max()), *map(len, lows), len(last))
         width = -(-longest // 8) * 8 + 8
@@ -93,7 +95,7 @@ class LeafBatch:
         return self.key(self.num_nodes - 1)
 
     def _padded_keys(self, width: int) -> Array:
-        """As `_padded`, of all nodes."""
+        """The keys of all nodes, padded as by `_padded`."""
         padded = np.zeros((self.num_nodes, width), np.uint8)
         for nbytes in np.unique(self.key_bytes).tolist():
             nodes = np.flatnonzero(self.key_bytes == nbytes)
@@ -103,7 +105,8 @@ class LeafBatch:
 
 
 def _padded(keys: Sequence[bytes], width: int) -> Array:
-    """Shapes:  [len(keys), W] big-endian u64 words, zeros behind each key, then its length: they compare as keys do."""
+    """Shapes:  [len(keys), W] big-endian u64 words: the key, zeros, then its length. These compare in the order of the
+    keys."""
     rows = b"".join(key.ljust(width - 1, b"\0") + bytes([len(key) & 0xFF]) for key in keys)
     return np.frombuffer(rows, ">u8").reshape(len(keys), width // 8)
 
@@ -122,10 +125,10 @@ def _greater(ones: Array, others: Array) -> Array:
 
 
 def read_leaves(fd: int, page_bytes: int, numbers: Sequence[int], overflow: Overflow) -> LeafBatch:
-    """The pages of these numbers, each sound in itself.
+    """Read the pages with these numbers, and check each by itself.
 
-    overflow: gives the value that begins on a page of its own, of so many bytes.
-    Raises:  Fault: one is no leaf, or its nodes lie outside it or over one another.
+    overflow: called with the first overflow page and the size of a large value; returns that value.
+    Raises:  Fault: a page is no leaf, or its nodes lie outside it or overlap.
     """
     raw = bytearray(len(numbers) * page_bytes)
     view = memoryview(raw)
@@ -137,7 +140,7 @@ def read_leaves(fd: int, page_bytes: int, numbers: Sequence[int], overflow: Over
     lower, upper = halves[:, 6].astype(np.int64), halves[:, 7].astype(np.int64)
     named = pages[:, :8].copy().view("<u8")[:, 0]
     counts = (lower - _HEADER_BYTES) // 2
-    # Bytes 8 and 9 are whatever was in LMDB's memory.
+    # Bytes 8 and 9 are not initialized by LMDB, so they are not compared.
     is_leaf = (named == np.asarray(numbers, np.uint64)) & (halves[:, 5] == _P_LEAF)
     is_leaf &= (lower % 2 == 0) & (counts > 0) & (lower <= upper) & (upper <= page_bytes)
     if not is_leaf.all():
@@ -153,7 +156,7 @@ def read_leaves(fd: int, page_bytes: int, numbers: Sequence[int], overflow: Over
     is_big = flags == _BIG
     taken = _NODE_BYTES + key_bytes + np.where(is_big, 8, value_bytes)
     _check_nodes(page_of, at, taken, upper, page_bytes)
-    # Tables stand in the main tree only, where they are told by their length.
+    # A named table's record may be in the main tree only; its length identifies it there.
     if ((flags != 0) & ~is_big & (flags != _SUBTABLE)).any():
         raise Fault("a node is of an unknown kind")
     batch = LeafBatch(pages, page_of, at, key_bytes, value_bytes, first_nodes)
@@ -164,7 +167,7 @@ def read_leaves(fd: int, page_bytes: int, numbers: Sequence[int], overflow: Over
 
 
 def _check_nodes(page_of: Array, at: Array, taken: Array, upper: Array, page_bytes: int) -> None:
-    """Nodes fill their page from `upper` to its end, one behind the other, each at an even place.
+    """Check that nodes fill their page from `upper` to its end without gaps, each at an even offset.
 
     Raises:  Fault.
     """

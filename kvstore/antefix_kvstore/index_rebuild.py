@@ -1,8 +1,8 @@
-"""An index from the segments' headers, in memory that does not grow with the store.
+"""Rebuilds an index from the segments' headers, in memory that does not grow with the store.
 
-Headers are read in the order in which they were written, so that nearly every record comes after its parent. A group of
-them at a time is resolved and indexed as rows. One whose parent has not come, as compaction may have moved it, goes
-into the next group again. Where more wait than may, their segments are read again once everything else is there.
+Headers are read in the order in which they were written, so nearly every record comes after its parent. A group of
+headers at a time is indexed as rows. A record whose parent has not come yet (compaction may have moved the parent)
+waits for the next group. If too many records wait, their segments are read again after all others.
 """
 
 from __future__ import annotations
@@ -29,21 +29,24 @@ from antefix_kvstore.segments import Segments
 
 Array = npt.NDArray[Any]
 
-# Segments scanned at once: headers of large records lie far apart, and a disk answers many such reads as fast as one.
+# Segments scanned at once: headers of large records lie far apart, and a disk answers several such reads as fast as
+# one.
 _SCAN_THREADS: Final = 8
 _CHUNK_RECORDS: Final = 2_000
-# A group writes nearly every page of the index again, so larger ones are faster. A record takes some 400 bytes in it.
+# A group rewrites nearly every page of the index, so larger groups are faster. A record takes some 400 bytes in a
+# group.
 _GROUP_RECORDS: Final = 1 << 16
 _WAITING_MAX: Final = 50_000
 
 
 def fill_index(open_index: Callable[[], Index], segments: Segments, *, check_all: bool) -> dict[int, int]:
-    """Index all records of which the parents are there, or may be in another store.
+    """Index all records whose parents are indexed, or may be in another store.
 
-    open_index: opens the new index, which nobody else has open.
-    check_all: read every payload, and leave out those that are wrong. Else those of the last segment are read: it may
-    end in a batch that was never acknowledged; the others were synced before it began.
-    Returns per segment where its last record ends.
+    open_index: opens the new index, which no other process has open.
+    check_all: verify every payload and leave out damaged records. Otherwise only the last segment's payloads are
+    verified:
+    it may end in a batch that was never acknowledged, and all earlier segments were synced before it began.
+    Returns for each segment the offset at which its last record ends.
     """
     bulk = BulkIndex(open_index)
     try:
@@ -56,7 +59,7 @@ def fill_index(open_index: Callable[[], Index], segments: Segments, *, check_all
                 filling.add(rows)
             filling.flush()
             if bulk.num_indexed == before or not filling.crowded:
-                # What still waits has no parent here: it stands apart, or is nobody's.
+                # Records that still wait have no parent in this store: they are indexed apart, or not at all.
                 numbers = () if filling.takes_apart else sorted(filling.crowded)
                 filling.take_apart()
             else:
@@ -67,7 +70,7 @@ def fill_index(open_index: Callable[[], Index], segments: Segments, *, check_all
 
 
 class _Filling:
-    """takes_apart: whether a record whose parent may be in another store is indexed without it."""
+    """takes_apart: whether records whose parent may be in another store are indexed without it."""
 
     def __init__(self, bulk: BulkIndex, segments: Segments) -> None:
         self._bulk = bulk
@@ -80,7 +83,7 @@ class _Filling:
         self.ends: dict[int, int] = {}
 
     def add(self, rows: Array) -> None:
-        """rows: of one segment, in order."""
+        """rows: the rows of one segment, in order."""
         number, end = int(rows["segment"][-1]), int(rows["offset"][-1]) + int(extents_of(rows[-1:])[0])
         self.ends[number] = max(self.ends.get(number, 0), end)
         self._gathered.append(rows[np.isin(rows["kind"], [int(kind) for kind in STORED_KINDS])])
@@ -98,18 +101,18 @@ class _Filling:
         self._replace(newer_copies)
 
     def start_again(self) -> Sequence[int]:
-        """The segments that must be read once more, without what of them waits already."""
+        """Numbers of the segments to be read once more. Drops the waiting rows of these segments, which come again."""
         numbers, self.crowded = sorted(self.crowded), set()
         self._waiting = self._waiting[~np.isin(self._waiting["segment"], numbers)]
         return numbers
 
     def take_apart(self) -> None:
-        """Index what waits for a parent that may be in another store, with what waits for it."""
+        """Index the waiting records whose parent may be in another store, and the records that wait for them."""
         self.takes_apart = True
         self.flush()
 
     def _apart_from_known(self, rows: Array) -> tuple[Array, Array]:
-        """Those that are not indexed, and those that are in an earlier copy."""
+        """Split the rows into names that are not indexed, and names that are indexed from an earlier copy."""
         is_new, is_later = np.ones(len(rows), bool), np.zeros(len(rows), bool)
         for number, entry in self._bulk.known_copies(rows):
             is_new[number] = False
@@ -118,7 +121,7 @@ class _Filling:
         return rows[is_new], rows[is_later]
 
     def _replace(self, rows: Array) -> None:
-        """Of copies the last one counts: what was put again has taken the place of what was damaged."""
+        """Index the last copy of each name: a record that was put again replaces the damaged copy."""
         if not len(rows):
             return
         policy = EvictionPolicy()
@@ -131,7 +134,7 @@ class _Filling:
 
 
 def _last_copies(rows: Array) -> Array:
-    """Of each name the row whose place is last."""
+    """For each name, the row that comes last in the segments."""
     rows = rows[np.lexsort((rows["offset"], rows["segment"]))]
     kept = np.ones(len(rows), bool)
     for kind in STORED_KINDS:
@@ -144,7 +147,7 @@ def _last_copies(rows: Array) -> Array:
 
 
 def _chunks(segments: Segments, numbers: Sequence[int], last: int, check_all: bool) -> Iterator[Array]:
-    """Rows of these segments, in order; a few segments are read ahead, a chunk of each."""
+    """Rows of these segments, in order. A few segments are read ahead, one chunk of each."""
 
     def next_of(scan: Iterator[bytes]) -> Array | None:
         raws = list(itertools.islice(scan, _CHUNK_RECORDS))

@@ -1,8 +1,8 @@
-"""The index as a derived thing: examined before it is trusted, rebuilt from the segments' headers when it is not sound.
+"""Checks an index before it is used, and rebuilds it from the segments' headers if it is not sound.
 
-LMDB believes what it reads, so a damaged file must not reach it: an index is opened only when its checksum from the
-last clean close holds, or, after a crash, when `index_check`, which does not use LMDB, finds its structure sound
-and its tables say what its entries say, which carry checksums of their own.
+LMDB trusts the file that it maps, so it must never open a damaged one. An index is opened only if its checksum from the
+last clean close matches. After a crash there is no such checksum; then `index_check`, which does not use LMDB, must
+find that its structure is sound and its tables match its entries, which have checksums of their own.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from antefix_kvstore.segments import Segments
 log = logging.getLogger("antefix_kvstore.index")
 
 _INDEX_BYTES_MIN: Final = 256 << 20
-# Reading so much to its end takes some seconds. Under a larger budget an index may have become larger than it may now.
+# Reading an index of this size takes some seconds. An index made under a larger budget may exceed the present limit.
 _INDEX_BYTES_BELIEVED: Final = 16 << 30
 _SUM_MAGIC: Final = b"AFXCLEAN"
 _SUM_BYTES: Final = len(_SUM_MAGIC) + 16
@@ -44,9 +44,10 @@ _REBUILD_TXN_RECORDS: Final = 20_000
 
 
 def index_bytes_max(config: KvStoreConfig) -> int:
-    """Room for the index: an eighth of the budget, which small blocks need; V4-sized ones use a two-thousandth.
+    """Size limit of the index: an eighth of the budget, enough for small blocks; V4-sized blocks use a two-thousandth.
 
-    A map takes its room in the address space at once, so where that is limited (`ulimit -v`) it takes a quarter.
+    LMDB's map reserves its size in address space at once, so under `ulimit -v` it takes a quarter of that limit at
+    most.
     """
     return map_bytes_of(max(_INDEX_BYTES_MIN, config.budget_bytes // 8))
 
@@ -54,7 +55,7 @@ def index_bytes_max(config: KvStoreConfig) -> int:
 def open_index(directory: Path, config: KvStoreConfig, segments: Segments, disk: Disk) -> Index:
     remove_leftovers(directory)
     fault = _index_fault(directory, config)
-    # From here on the index changes, and its sum would be a lie.
+    # From here on the index changes, so its stored checksum would be wrong.
     if (directory / CLEAN_FILE).exists():
         disk.unlink(directory / CLEAN_FILE)
         disk.sync_directory(directory)
@@ -69,13 +70,13 @@ def open_index(directory: Path, config: KvStoreConfig, segments: Segments, disk:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """What a rebuild that was interrupted left behind."""
+    """Delete what an interrupted rebuild left behind."""
     for leftover in (REBUILT_DIR, DISCARDED_DIR):
         shutil.rmtree(directory / leftover, ignore_errors=True)
 
 
 def _index_fault(directory: Path, config: KvStoreConfig) -> str | None:
-    """Why the index must be rebuilt, or None. LMDB trusts what it reads, so a damaged file must not reach it."""
+    """Why the index must be rebuilt, or None if it may be opened."""
     data = directory / INDEX_DIR / "data.mdb"
     if not data.exists():
         return "there is none"
@@ -83,7 +84,8 @@ def _index_fault(directory: Path, config: KvStoreConfig) -> str | None:
         return "it is far larger than an index of this store becomes"
     clean = directory / CLEAN_FILE
     if clean.exists():
-        # It is deleted before the index is changed: where both are there they agree, or one of them is damaged.
+        # The checksum file is deleted before the index changes. So where both exist they agree, or one of them is
+        # damaged.
         sealed = read_small(clean, _SUM_BYTES)
         return None if sealed == index_sum(directory) else "it is not what it was when the store was closed"
     fault = index_fault(directory / INDEX_DIR)
@@ -115,7 +117,7 @@ def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, chec
 def _fill(open_index: Callable[[], Index], segments: Segments, check_all: bool) -> None:
     ends = fill_index(open_index, segments, check_all=check_all)
     if ends:
-        # All others were synced before it began, and the index must not be ahead of the segments.
+        # All other segments were synced before this one began. The index must not be ahead of the segments.
         segments.sync_file(max(ends))
     index = open_index()
     try:
@@ -128,23 +130,23 @@ def _fill(open_index: Callable[[], Index], segments: Segments, check_all: bool) 
 
 
 def index_headers(index: Index, headers: Iterable[RecordHeader]) -> int:
-    """Index records that lie in segments, parents first, leaving out those without one. Returns how many went in."""
+    """Index records of segments, parents first. Records without a parent are left out. Returns the number indexed."""
     policy = EvictionPolicy()
     ordered = list(headers)
     num_indexed = 0
     for first in range(0, len(ordered), _REBUILD_TXN_RECORDS):
         with IndexTxn(index) as txn:
             for header in ordered[first : first + _REBUILD_TXN_RECORDS]:
-                # When it was last used is lost with the index; when it was written is the best guess.
+                # The time of last use is lost with the index; the time of writing is the best guess.
                 num_indexed += insert_entry(txn, header, policy, used_ms=header.created_ms)
     return num_indexed
 
 
 def ends_of(headers: Iterable[RecordHeader]) -> dict[int, int]:
-    """Per segment, where its last record ends.
+    """For each segment, the offset at which its last record ends.
 
-    Exactly there, not at the next batch's start: a torn record's header may stand in between, and once another batch
-    lay over its payload a scan would step over that batch's beginning.
+    This is the exact end, not the start of the next batch. A torn record's header may lie in between; if a new batch
+    overwrote only its payload, a scan would trust that header and skip the new batch's beginning.
     """
     ends: dict[int, int] = {}
     for header in headers:

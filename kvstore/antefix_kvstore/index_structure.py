@@ -1,11 +1,11 @@
-"""Is an LMDB file sound in structure? Asked before LMDB gets to see it: what it maps, it believes.
+"""Checks the structure of an LMDB file before LMDB opens it, because LMDB trusts what it maps.
 
-Reads by `pread`, never through a map. Walks from the newest meta page over every tree: branches one by one, leaves many
-at a time with numpy, because a store of a million blocks has tens of thousands of them. What a table's leaves hold is
-handed on (`LeafBatch`), so that the file is read once. Memory does not grow with the file but for one byte per page.
+Reads with `pread`, never through a map. Walks every tree from the newest meta page: branches one by one, leaves many
+at a time with numpy, because a store of a million blocks has tens of thousands of leaves. Each batch of a table's
+leaves is passed to the caller (`LeafBatch`), so the file is read once. Memory grows by one byte per page only.
 
-Stricter than LMDB: what our own writer never makes (duplicates, reserved flags, gaps) is a fault. The page format is in
-`antefix.store_files.index_pages`. `lmdb.verify` checks the same, page by page, and is what tests compare with.
+Stricter than LMDB: duplicates, reserved flags and gaps, which our own writer never makes, are faults. The page format
+is in `antefix.store_files.index_pages`. `lmdb.verify` checks the same page by page; tests compare with it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _MAGIC: Final = 0xBEEFC0DE
 _P_BRANCH: Final = 1
 _P_OVERFLOW: Final = 4
 _P_META: Final = 8
-# The tree of free pages has transaction numbers as keys.
+# The tree of free pages has transaction numbers as keys, compared as integers.
 _INTEGER_KEYS: Final = 8
 _NO_ROOT: Final = 2**64 - 1
 _NUM_METAS: Final = 2
@@ -65,7 +65,8 @@ class _Tree:
 def structure_fault(path: Path, tables: Sequence[str], leaves: Leaves) -> str | None:
     """What is wrong with the file, or None.
 
-    tables: the names of those that it may have.  leaves: told of each batch of a table's leaf pages, in order.
+    tables: names of the tables that the file may have.  leaves: called with each batch of a table's leaf pages, in
+    order.
     """
     try:
         with os.fdopen(open_to_read(path), "rb") as file:
@@ -97,12 +98,12 @@ class _Walk:
         for batch in self._walk(free):
             for _, value in batch.items():
                 self._note_free(value)
-        # 0 and 1 are the meta pages.
+        # Pages 0 and 1 are the meta pages.
         if not self._pages[_NUM_METAS:].all():
             raise Fault("it has pages that are neither used nor free")
 
     def _begin(self) -> tuple[_Tree, _Tree]:
-        """Reads both meta pages and takes the newer one, as LMDB does."""
+        """Read both meta pages and use the newer one, as LMDB does."""
         self._page_bytes = 1 << 12
         head = self._read(_META.size, 0)
         (self._page_bytes,) = struct.unpack_from("<I", head, 40)
@@ -128,7 +129,7 @@ class _Walk:
         return data
 
     def _note(self, pages: npt.NDArray[np.int64] | Sequence[int], as_what: int) -> None:
-        """Each page is used once, or free."""
+        """Mark pages as used. Each page must be used exactly once, or be free."""
         numbers = np.asarray(pages, np.int64)
         if not numbers.size:
             return
@@ -145,7 +146,8 @@ class _Walk:
         self._note(numbers[1:].astype(np.int64), _FREE)
 
     def _walk(self, tree: _Tree) -> Iterator[LeafBatch]:
-        """The leaves of a tree in order, checked one by one, with one another and with the branches above them."""
+        """The leaves of a tree in order, checked by themselves, against each other and against the branches above
+        them."""
         found = tree.found
         if tree.root != _NO_ROOT:
             if not 1 <= tree.depth <= _DEPTH_MAX:
@@ -182,7 +184,7 @@ class _Walk:
     def _leaf_pages(
         self, page: int, depth: int, low: bytes, tree: _Tree
     ) -> Iterator[tuple[Sequence[int], Sequence[bytes]]]:
-        """Page numbers of the leaves under a page, in order, and the lowest key that each may have."""
+        """Page numbers of the leaves under a page, in order, and the lower bound of each leaf's keys."""
         if depth == 1:
             yield (page,), (low,)
             return
@@ -210,7 +212,7 @@ class _Walk:
         return page
 
     def _overflow(self, number: int, nbytes: int) -> bytes:
-        """A large value, on pages of its own."""
+        """Read a large value from its overflow pages."""
         count = -(-(16 + nbytes) // self._page_bytes)
         self._note(np.arange(number, number + count), _LIVE)
         data = self._read(count * self._page_bytes, number * self._page_bytes)

@@ -1,4 +1,5 @@
-"""What the entries of an index imply, summed up many at a time: the tables that follow from them must say the same."""
+"""Sums up what the entries of an index imply, many at a time. The derived tables of a sound index have the same
+sums."""
 
 from __future__ import annotations
 
@@ -40,7 +41,7 @@ _LONG: Final = np.dtype(
     ]
 )
 _FIELDS: Final = tuple(name for name in _LONG.names or () if name != "rest")
-# Of leaves and expiry: u64, kind, hash.
+# Keys of the leaf and expiry tables: u64, kind, hash.
 _KEY_BYTES: Final = 8 + 1 + HASH_BYTES
 _PRIMES: Final = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
 _WEIGHTS: Final = np.array([0x9E3779B185EBCA87 * (2 * n + 1) % 2**64 | 1 for n in range(6)], np.uint64)
@@ -48,7 +49,7 @@ _WEIGHTS: Final = np.array([0x9E3779B185EBCA87 * (2 * n + 1) % 2**64 | 1 for n i
 
 @dataclass(slots=True)
 class KeySum:
-    """How many keys, and the sum of their hashes: in any order. Notices damage, not malice."""
+    """The number of keys and the sum of their hashes, in any order. Detects damage, not malice."""
 
     count: int = 0
     total: int = 0
@@ -69,7 +70,7 @@ class KeySum:
 
 @dataclass(slots=True)
 class Derived:
-    """What the entries imply, and what the tables of leaves and expiry hold."""
+    """What the entries imply, and what the leaf and expiry tables hold."""
 
     leaves: KeySum = field(default_factory=KeySum)
     expiry: KeySum = field(default_factory=KeySum)
@@ -79,13 +80,13 @@ class Derived:
     live: dict[int, list[int]] = field(default_factory=lambda: defaultdict(lambda: [0, 0]))
     fingerprint_ids: set[int] = field(default_factory=set)
     tenant_ids: set[int] = field(default_factory=set)
-    # Fingerprint id to the positions of first blocks.
+    # For each fingerprint id, the positions of first blocks.
     first_positions: dict[int, set[int]] = field(default_factory=lambda: defaultdict(set))
     num_quarantined: int = 0
     num_apart: int = 0
 
     def add(self, table: str, batch: LeafBatch) -> None:
-        """Raises:  Fault: an entry is damaged, or no entry."""
+        """Raises:  Fault: an entry is damaged, or is not an entry."""
         if table in ("leaves", "expiry"):
             if (batch.key_bytes != _KEY_BYTES).any() or batch.value_bytes.any():
                 raise Fault(f"its table of {table} is damaged")
@@ -149,7 +150,7 @@ class Derived:
 
 
 def sums_by(keys: Array, *columns: Array) -> tuple[list[int], list[list[int]]]:
-    """The distinct keys, and of each the sums of the columns."""
+    """The distinct keys, and for each key the sums of the columns."""
     distinct, places = np.unique(keys, return_inverse=True)
     sums = np.zeros((len(distinct), len(columns)), np.int64)
     for number, column in enumerate(columns):

@@ -1,7 +1,8 @@
-"""Changing the index: one LMDB transaction whose derived tables follow from the entries that it changed.
+"""Changes the index: one LMDB transaction that updates the derived tables from the entries that changed.
 
-The engine edits entries; on commit each changed entry is compared with what it was, and leaves, expiry, totals,
-segment counts and the number of quarantined records are brought in line. So they cannot disagree.
+The engine edits entries. On commit, each changed entry is compared with its old value, and leaves, expiry, totals,
+segment counts and the number of quarantined records are updated to match. So entries and derived tables cannot
+disagree.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from antefix.store_files.record_format import SEGMENT_ENTRY, IndexEntry, pack_en
 from antefix_kvstore.owner_numbers import OwnerNumbers, next_number
 
 TOTALS: Final = struct.Struct("<qqq")
-# In the table `meta`: this, the kind, the fingerprint.
+# A key of the table `meta` is this prefix, the kind and the fingerprint.
 PLAN_PREFIX: Final = b"plan"
 _RANK: Final = struct.Struct(">QB")
 _U64: Final = struct.Struct("<Q")
@@ -28,7 +29,7 @@ _U64: Final = struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentState:
-    """end: where the committed records stop.  live: what of them the index still names."""
+    """end: offset at which the committed records stop.  live: bytes and records that the index still names."""
 
     end: int = 0
     live_bytes: int = 0
@@ -52,21 +53,22 @@ class IndexTxn:
         before_commit: Callable[[], object] | None = None,
         may_drop: Callable[[int], bool] = lambda _number: False,
     ) -> None:
-        """before_commit: called when everything is ready to be committed; what it raises aborts.
+        """before_commit: called when everything is ready to be committed. If it raises, the transaction is aborted.
 
-        may_drop: whether a segment without a live record may be let go of; those that were are in `dropped`.
+        may_drop: whether the transaction may forget a segment that has no live record; `dropped` lists those that it
+        forgot.
         """
         self._index = index
         self._before_commit = before_commit
         self._may_drop = may_drop
         self.dropped: list[int] = []
         self._txn: Any = index.env.begin(write=True)
-        # name -> what the table holds, and what it shall hold.
+        # name -> the entry in the table, and the entry to be written.
         self._old: dict[RecordName, bytes | None] = {}
         self._new: dict[RecordName, IndexEntry | None] = {}
         self._segments: dict[int, SegmentState | None] = {}
         self._changes: list[Change] = []
-        # Every record names one, and they are few.
+        # Every record names a fingerprint, and there are few of them, so they are kept here.
         self._fingerprints: dict[bytes, FingerprintState] = {}
         self._owners = OwnerNumbers(index, self._txn)
         self._totals: dict[bytes, list[int]] = defaultdict(lambda: [0, 0, 0])
@@ -92,7 +94,7 @@ class IndexTxn:
             self._index.on_change(self._changes)
 
     def get(self, name: RecordName) -> IndexEntry | None:
-        """The entry as this transaction has it; what the caller changes in it is written at commit.
+        """The entry as this transaction sees it. Changes that the caller makes to it are written at commit.
 
         Raises:  BlockCorrupt: the index itself is damaged.
         """
@@ -112,13 +114,13 @@ class IndexTxn:
         self._new[name] = None
 
     def leaves(self) -> Iterator[tuple[int, RecordName]]:
-        """As of the transaction's start, lowest rank first."""
+        """Leaves as of the transaction's start, lowest rank first."""
         for key in _keys(self._txn, self._index.db["leaves"]):
             rank_ms, kind = _RANK.unpack_from(key)
             yield rank_ms, (RecordKind(kind), bytes(key[_RANK.size :]))
 
     def expiring(self, now_ms: int) -> list[RecordName]:
-        """Leaves past their time, as of the transaction's start."""
+        """Leaves that have expired, as of the transaction's start."""
         found = []
         for key in _keys(self._txn, self._index.db["expiry"]):
             expires_ms, kind = _RANK.unpack_from(key)
@@ -128,7 +130,7 @@ class IndexTxn:
         return found
 
     def names(self, kind: RecordKind) -> Iterator[tuple[RecordName, IndexEntry]]:
-        """Every entry of a kind, as of the transaction's start. For repair: it reads the whole table."""
+        """Every entry of a kind, as of the transaction's start. Reads the whole table, so use it for repair only."""
         with self._txn.cursor(db=self._index.db[TABLE_OF_KIND[kind]]) as cursor:
             for key, value in cursor:
                 name = (kind, bytes(key))
@@ -159,7 +161,7 @@ class IndexTxn:
         return state
 
     def owner_id(self, owner: bytes, generation: int) -> int:
-        """For a record that is about to be indexed: an owner without a number gets one."""
+        """The number of a record's owner, for a record that is about to be indexed. A new owner gets a new number."""
         return self._owners.number(owner, generation)
 
     def known_owner_id(self, owner: bytes) -> int | None:
@@ -182,9 +184,9 @@ class IndexTxn:
     def count(
         self, totals: Mapping[bytes, Sequence[int]], live: Mapping[int, Sequence[int]], *, num_apart: int
     ) -> None:
-        """Add records to what is counted that do not pass through here.
+        """Add records to the totals that were not inserted through this transaction's entries.
 
-        totals: by key, records, extent bytes and payload bytes.  live: by segment, bytes and records.
+        totals: by key: records, extent bytes and payload bytes.  live: by segment: bytes and records.
         """
         for key, row in totals.items():
             self._totals[key] = [a + b for a, b in zip(self._totals[key], row, strict=True)]
@@ -234,7 +236,7 @@ class IndexTxn:
             self._txn.put(APART_KEY, _U64.pack(known + self._num_apart), db=db["meta"])
 
     def _derive(self, name: RecordName, old: IndexEntry | None, new: IndexEntry | None) -> None:
-        """The leaf and expiry keys that an entry stands under."""
+        """Update the leaf and expiry keys of an entry."""
         for table, of in (("leaves", leaf_key), ("expiry", expiry_key)):
             before = of(name, old) if old else None
             after = of(name, new) if new else None
@@ -278,7 +280,7 @@ def read_segments(index: Index, txn: Any) -> dict[int, SegmentState]:
 
 
 def read_totals(index: Index, txn: Any) -> dict[bytes, tuple[int, int, int]]:
-    """Per b"k" + kind and per b"t" + owner id: records, extent bytes, payload bytes."""
+    """For each b"k" + kind and each b"t" + owner id: records, extent bytes, payload bytes."""
     with txn.cursor(db=index.db["totals"]) as cursor:
         return {bytes(key): TOTALS.unpack(value) for key, value in cursor}
 
@@ -301,7 +303,8 @@ def _keys(txn: Any, table: Any) -> Iterator[bytes]:
 
 
 def leaf_key(name: RecordName, entry: IndexEntry) -> bytes | None:
-    """A pinned leaf stands where its pin ends, so that eviction need not step over it again and again."""
+    """The key of a leaf. A pinned leaf is sorted by the end of its pin, so eviction need not step over it
+    repeatedly."""
     return None if entry.children else _RANK.pack(max(entry.rank_ms, entry.pinned_ms), name[0]) + name[1]
 
 
@@ -318,7 +321,7 @@ def count_entry(
         totals[key][0] += sign
         totals[key][1] += sign * entry.extent_bytes
         totals[key][2] += sign * entry.payload_bytes
-    # What failed a check is dead space, although its entry stays as the place where it is healed.
+    # A record that failed a check is dead space, although its entry stays, to be updated when the record is put again.
     if not entry.quarantined:
         live[entry.segment][0] += sign * entry.extent_bytes
         live[entry.segment][1] += sign

@@ -1,4 +1,4 @@
-"""What callers may do with stored records by name, each within one transaction of the index: pin, find, judge."""
+"""Operations on stored records by name, each within one index transaction: pin, find by owner, verify."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from antefix_kvstore.segments import Segments
 
 
 def pin_records(txn: IndexTxn, names: Iterable[RecordName], until_ms: int, *, owner: bytes | None) -> list[RecordName]:
-    """Keep records from eviction until then; returns those that are stored, and the owner's.
+    """Keep records from eviction until `until_ms`. Returns those that are stored and belong to the owner.
 
-    owner: as the index has it (`antefix.store_files.record_header.owner_row`); None: anybody's.
+    owner: as the index has it (`antefix.store_files.record_header.owner_row`); None: any owner.
     """
     pinned = []
     for name in owned_records(txn, names, owner):
@@ -29,7 +29,7 @@ def pin_records(txn: IndexTxn, names: Iterable[RecordName], until_ms: int, *, ow
 
 
 def owned_records(txn: IndexTxn, names: Iterable[RecordName], owner: bytes | None) -> list[RecordName]:
-    """Those of the records that are stored, and the owner's.  owner: as for `pin_records`."""
+    """Those of the records that are stored and belong to the owner.  owner: as for `pin_records`."""
     found = []
     for name in names:
         entry = txn.get(name)
@@ -39,7 +39,8 @@ def owned_records(txn: IndexTxn, names: Iterable[RecordName], owner: bytes | Non
 
 
 def records_of_owner(txn: IndexTxn, owner: bytes) -> list[RecordName]:
-    """All of an owner's records; without a user, all of a tenant's. Reads the whole index where there are any."""
+    """All records of an owner; of the whole tenant if the owner names no user. Reads the whole index if there are
+    any."""
     meant = {number for number, row in txn.owners().items() if without_user(owner) in (row, account_of(row))}
     if not meant:
         return []
@@ -47,7 +48,7 @@ def records_of_owner(txn: IndexTxn, owner: bytes) -> list[RecordName]:
 
 
 def is_sound(txn: IndexTxn, segments: Segments, name: RecordName, entry: IndexEntry) -> bool:
-    """Whether a segment holds what the index says, with the right checksums."""
+    """Whether the segment holds the record that the index describes, with the right checksums."""
     try:
         raw = segments.read(entry.segment, entry.offset, RECORD_HEADER_BYTES + entry.stored_bytes)
         header = unpack_record_header(raw[:RECORD_HEADER_BYTES], segments.identity.seed)

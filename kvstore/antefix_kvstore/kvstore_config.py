@@ -23,7 +23,7 @@ from antefix_kvstore.object_config import ObjectUploadConfig, check_object_uploa
 
 MIB = 1 << 20
 GIB = 1 << 30
-# Segments are cut so that dropping one frees at most a small part of the budget.
+# Segments are small enough that dropping one frees only a small part of the budget.
 SEGMENTS_PER_BUDGET = 32
 BUDGET_BYTES_MIN = MIB
 
@@ -138,7 +138,7 @@ class KvStoreConfig(ObjectUploadConfig):
 
     @property
     def own_quotas(self) -> dict[str, int]:
-        """By tenant, as the setting has it."""
+        """Quota in bytes by tenant, parsed from the setting."""
         return dict(parse_quota(text) for text in self.quotas)
 
     @property
@@ -147,7 +147,7 @@ class KvStoreConfig(ObjectUploadConfig):
 
     @property
     def record_bytes_max(self) -> int:
-        """A larger record would not fit the reserve that compaction works in."""
+        """Size limit of a record. A larger one would not fit the reserve in which compaction works."""
         return min(PAYLOAD_BYTES_MAX, self.segment_bytes_in_force - (8 << 10))
 
     def ttl_s(self, kind: RecordKind) -> float:

@@ -1,5 +1,5 @@
-"""Window state that is dead within minutes: handoffs and pooled checkpoints, kept in memory with a time to live and a
-bound in bytes."""
+"""Window state that is useful for minutes only: handoffs and pooled checkpoints, kept in memory with a time to live and
+a size limit in bytes."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class _Kept:
 
 
 class MemoryRecords:
-    """Payloads by kind and hash. The oldest go first when the bound is reached. Used from one event loop."""
+    """Payloads by kind and hash. When the limit is reached, the oldest are dropped. Used from one event loop."""
 
     def __init__(self, *, bytes_max: int, ttl_s: float) -> None:
         self.bytes_max = bytes_max
         self.nbytes = 0
         self._ttl_s = ttl_s
-        # Since the start, by why: space (for a newer one), expired.
+        # Payloads dropped since the start, by reason: space (to make room for a newer one), expired.
         self.num_dropped = {"space": 0, "expired": 0}
         self._kept: OrderedDict[tuple[RecordKind, bytes], _Kept] = OrderedDict()
 
@@ -40,12 +40,12 @@ class MemoryRecords:
         return len(self._kept)
 
     def count(self, kind: RecordKind) -> tuple[int, int]:
-        """How many of a kind, and their bytes."""
+        """Number of payloads of a kind, and their bytes."""
         found = [len(kept.payload) for (each, _), kept in self._kept.items() if each is kind]
         return len(found), sum(found)
 
     def put(self, record: Record) -> bool:
-        """Keep a payload; replaces one of the same name. False when it alone is over the bound."""
+        """Keep a payload; replaces one of the same name. Returns False if the payload alone exceeds the limit."""
         name = (record.kind, record.hash)
         self._drop(name)
         nbytes = memoryview(record.payload).nbytes
@@ -66,19 +66,19 @@ class MemoryRecords:
     def get(
         self, kind: RecordKind, name: bytes, fingerprint: bytes, *, owners: Collection[bytes] | None = None
     ) -> tuple[bytes, bytes] | None:
-        """A payload and its sealed part. owners: whose it must be; None: anybody's."""
+        """A payload and its sealed part. owners: who it may belong to; None: anybody."""
         kept = self._kept.get((kind, name))
         if kept is None or kept.fingerprint != fingerprint or kept.expires_s <= time.monotonic():
             return None
         return (kept.payload, kept.sealed) if owners is None or kept.owner in owners else None
 
     def is_others(self, kind: RecordKind, name: bytes, owner: bytes) -> bool:
-        """Whether somebody else has put something of this name, that this owner must not replace."""
+        """Whether another owner has put a record of this name, which this owner must not replace."""
         kept = self._kept.get((kind, name))
         return kept is not None and kept.owner != owner and kept.expires_s > time.monotonic()
 
     def purge(self, owner: bytes) -> int:
-        """Drop an owner's; without a user, all of a tenant's. Returns how many went."""
+        """Drop an owner's payloads; a whole tenant's if the owner names no user. Returns how many were dropped."""
         account = owner[:TENANT_BYTES] if owner.endswith(bytes(USER_BYTES)) else owner
         names = [name for name, kept in self._kept.items() if kept.owner.startswith(account)]
         for name in names:

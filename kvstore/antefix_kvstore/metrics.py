@@ -1,4 +1,4 @@
-"""What the store shows to a scraper. The counters are the engine's own; here are their names."""
+"""The store's metrics, as a scraper reads them: names and descriptions for the engine's counters."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _CORRUPT_HELP = (
     " bytes that hold NaN, infinity or far too large numbers)."
 )
 
-# Fields of `engine_stats.StoreStats.numbers`, which are StatsResponse's too.
+# Fields of `engine_stats.StoreStats.numbers`, which are also fields of StatsResponse.
 STATS: Final[Table] = {
     "budget_bytes": Shown(
         name="antefix_store_budget_bytes", help="Disk space that the store may take.", kind=Kind.GAUGE
@@ -68,7 +68,7 @@ STATS: Final[Table] = {
     "compacted_bytes": Shown(name="antefix_store_compacted_bytes", help="Bytes that compaction copied."),
     "syncs": Shown(name="antefix_store_syncs", help="Syncs of segments for puts."),
 }
-# `storage_engine.Counters`: what Stats has not.
+# Fields of `storage_engine.Counters` that StatsResponse does not have.
 ENGINE: Final[Table] = {
     "puts": Shown(name="antefix_store_put_records", help="Records that puts stored."),
     "payload_bytes_written": Shown(
@@ -80,11 +80,11 @@ ENGINE: Final[Table] = {
     ),
     "asked": Shown(name=_EVICTED, help=_EVICTED_HELP, labels=(("cause", "asked"),)),
 }
-# `space.SpaceCounters`: what Stats has not.
+# Fields of `space.SpaceCounters` that StatsResponse does not have.
 SPACE: Final[Table] = {
     "dropped_segments": Shown(name="antefix_store_dropped_segments", help="Segments that were given back to the disk."),
 }
-# `scrubber.ScrubCounters`.
+# Fields of `scrubber.ScrubCounters`.
 SCRUBBER: Final[Table] = {
     "passes": Shown(name="antefix_store_scrub_passes", help="Passes over all records."),
     "records": Shown(name="antefix_store_scrubbed_records", help="Records that the scrubber read."),
@@ -94,7 +94,7 @@ SCRUBBER: Final[Table] = {
 
 
 def store_metrics(engine: StorageEngine, scrubber: Scrubber, writer: GroupCommitter) -> Iterable[Metric]:
-    """Of what any thread may read."""
+    """Metrics that any thread may read."""
     if not engine.is_open:
         return
     stats, counters, space = collect(engine), engine.counters, engine.space.counters
@@ -128,7 +128,7 @@ def store_metrics(engine: StorageEngine, scrubber: Scrubber, writer: GroupCommit
 
 
 def memory_metrics(pool: MemoryRecords, num_streams: int) -> Iterable[Metric]:
-    """Of what belongs to the event loop."""
+    """Metrics that only the event loop may read."""
     counts = {(kind.name.lower(),): pool.count(kind) for kind in MEMORY_KINDS}
     records = {kind: float(number) for kind, (number, _) in counts.items()}
     nbytes = {kind: float(total) for kind, (_, total) in counts.items()}

@@ -1,4 +1,4 @@
-"""Settings of what a store service does in the object tier (docs/OBJECT_STORE.md)."""
+"""Settings for a store service's uploads to the object tier (docs/OBJECT_STORE.md)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ POLICIES: Final = ("reused", "pinned", "evicting", "all")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectUploadConfig:
-    """Part of `KvStoreConfig`. Hosts that share a bucket are given alike what is said of the whole tier."""
+    """Part of `KvStoreConfig`. Settings that concern the whole tier must be the same on all hosts that share a
+    bucket."""
 
     object_store: str = setting(
         "", "object store behind this one: s3://BUCKET/PREFIX, gs://, az:// or file:///PATH; empty: none"
@@ -60,7 +61,7 @@ class ObjectUploadConfig:
 
     @property
     def object_own_quotas(self) -> dict[str, int]:
-        """By tenant, as the setting has it."""
+        """Quota in bytes by tenant, parsed from the setting."""
         return dict(parse_quota(text) for text in self.object_quotas)
 
 
@@ -88,7 +89,7 @@ def check_object_upload(config: ObjectUploadConfig) -> None:
 
 
 def parse_quota(text: str) -> tuple[str, int]:
-    """Raises:  ConfigError: not of the form tenant=size."""
+    """Raises:  ConfigError: the text is not of the form tenant=size."""
     tenant, equals, size = text.rpartition("=")
     require(bool(equals), f"quotas must be tenant=size, is {text!r}")
     try:

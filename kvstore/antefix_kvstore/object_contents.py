@@ -1,4 +1,4 @@
-"""An object store as an end of copies: what it holds as stretches of chains, and a place that records go to."""
+"""An object store as source and target of copies: its contents as stretches of chains, and a place to write records."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.store_contents import LayoutOf, Stretch, StretchTables, stretches_of
 
 _BATCH_RECORDS: Final = 256
-# It has no budget of its own: the janitor sees to that.
+# The object tier has no budget that a copy could fill; the janitor deletes what exceeds its quota.
 _ROOM_BYTES: Final = 1 << 62
 
 
 class ObjectContents:
-    """What is copied from. Blocking; for tools."""
+    """An object store as the source of a copy. Its calls block; for tools."""
 
     def __init__(self, url: str, *, keys: KeyRing | None = None) -> None:
-        """Raises:  ConfigError: no object store.  Unavailable: it does not answer."""
+        """Raises:  ConfigError: the URL names no object store.  Unavailable: the object store does not answer."""
         self._loop = LoopThread()
         try:
             self._tier = self._loop.run(_opened(url, keys))
@@ -51,7 +51,7 @@ class ObjectContents:
         self._loop.close()
 
     def layouts(self) -> list[LayoutOf]:
-        """Of all fingerprints, as far as the segments' statements say."""
+        """Layouts of all fingerprints for which the segments have statements."""
         said = self._loop.run(statements_of(self._tier.catalog, [ref for ref, _ in self._headers]))
         tokens = _block_tokens([header for _, headers in self._headers for header in headers])
         return [
@@ -60,7 +60,7 @@ class ObjectContents:
         ]
 
     def stretches(self) -> list[Stretch]:
-        """All of it, the newest first."""
+        """All stretches in the tier, the newest first."""
         tables = StretchTables()
         fingerprints: dict[bytes, int] = {}
         owners: dict[bytes, int] = {}
@@ -77,14 +77,14 @@ class ObjectContents:
         return stretches_of(tables)
 
     def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
-        """These records of a stretch, verified, in batches; what cannot be read is left out."""
+        """The wanted records of a stretch, verified, in batches. Records that cannot be read are left out."""
         for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
             names = [name for each, name in wanted if each is kind]
             while names:
                 part = names[:_BATCH_RECORDS]
                 found = self._loop.run(self._tier.get_records(kind, part, fingerprint=stretch.fingerprint))
                 yield found
-                # Behind one that cannot be read it continues.
+                # Continue after a record that cannot be read.
                 names = names[len(found) + (len(found) < len(part)) :]
 
 
@@ -95,7 +95,7 @@ async def _opened(url: str, keys: KeyRing | None) -> ObjectTier:
 
 
 async def statements_of(catalog: Catalog, refs: Sequence[SegmentRef]) -> dict[bytes, bytes]:
-    """What fingerprints stand for, by digest. They lie between a segment's last record and its footer."""
+    """The statements about fingerprints, by digest. They are between a segment's last record and its footer."""
     said: dict[bytes, bytes] = {}
 
     async def read(ref: SegmentRef) -> list[bytes]:
@@ -113,13 +113,13 @@ async def statements_of(catalog: Catalog, refs: Sequence[SegmentRef]) -> dict[by
         said.update((digest_of(text), text) for text in found)
         return found
 
-    # One at a time: most say what the first one said.
+    # One segment at a time: most segments repeat the statements of the first one.
     await all_of(read, refs, 1)
     return said
 
 
 def _entry_of(header: RecordHeader, fingerprint_id: int, tenant_id: int) -> IndexEntry:
-    """As a store's index would have it."""
+    """The index entry that a store would have for this record."""
     return IndexEntry(
         segment=header.segment,
         offset=header.offset,
@@ -142,7 +142,8 @@ def _entry_of(header: RecordHeader, fingerprint_id: int, tenant_id: int) -> Inde
 
 
 def _block_tokens(headers: Sequence[RecordHeader]) -> dict[bytes, int]:
-    """By fingerprint: positions of blocks are multiples of it, so it is the smallest distance of two, or the first."""
+    """Tokens per block, by fingerprint. Positions are multiples of it, so it is the smallest distance of two positions,
+    or the first position."""
     positions: dict[bytes, set[int]] = {}
     for header in headers:
         positions.setdefault(header.fingerprint, set()).add(header.position)
@@ -153,10 +154,11 @@ def _block_tokens(headers: Sequence[RecordHeader]) -> dict[bytes, int]:
 
 
 class ObjectTarget:
-    """What is copied to. Records are gathered into segments, so the last of them are written when it is closed."""
+    """An object store as the target of a copy. Records are gathered into segments, and the last segment is written on
+    close."""
 
     def __init__(self, url: str, *, keys: KeyRing | None = None, ttl_s: float = 0.0) -> None:
-        """ttl_s: after which copies go; 0: never.  Raises:  ConfigError: no object store."""
+        """ttl_s: lifetime of the copies; 0: no limit.  Raises:  ConfigError: the URL names no object store."""
         self._plans: dict[tuple[bytes, RecordKind], codec.PlanePlan] = {}
         self._statements: dict[bytes, bytes] = {}
         self._tier = ObjectTier(open_bucket(url), decrypt=keys.decrypt if keys else None)
@@ -171,7 +173,7 @@ class ObjectTarget:
         self._waiting_bytes = 0
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
-        """With what waits to be written."""
+        """What the tier holds of `chain`, including records that wait here to be written."""
         there = await self._tier.held(chain, fingerprint=fingerprint, tenant=tenant)
         flags = [(RecordKind.BLOCK, name) in self._waiting for name in chain]
         for start, stop in there.spans:
@@ -199,7 +201,7 @@ class ObjectTarget:
         self._waiting_bytes = 0
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
-        """Nothing is evicted from it by use, so there are no pins."""
+        """Does nothing: records in the object tier are not evicted by use, so there are no pins."""
         return 0
 
     async def purge(self, owner: bytes) -> int:
@@ -214,7 +216,7 @@ class ObjectTarget:
         return StoreTotals(budget_bytes=_ROOM_BYTES, limit_bytes=_ROOM_BYTES)
 
     async def close(self) -> None:
-        """Write what waits.  Raises:  Unavailable: it is not there."""
+        """Write the records that wait.  Raises:  Unavailable: the object store cannot be reached."""
         try:
             await self._flush()
         finally:

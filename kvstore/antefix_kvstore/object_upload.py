@@ -1,7 +1,7 @@
-"""Uploads what a store holds to the object tier in the background, by policy and at a bounded rate, and tidies there.
+"""Uploads a store's records to the object tier in the background, by policy and at a bounded rate, and tidies the tier.
 
-A thread with an event loop of its own: nothing that serves requests waits for it. Whatever fails there is tried again
-later; the store never knows.
+Runs in a thread with its own event loop, so no request waits for it. A failed upload is tried again later; the store
+does not notice it.
 """
 
 from __future__ import annotations
@@ -42,19 +42,21 @@ log = logging.getLogger("antefix_kvstore.object_upload")
 
 STEP_S: Final = 1.0
 TIDY_S: Final = 60.0
-# How often it is looked at what eviction takes next: far less than a store takes to fill so much.
+# How often to look for records that will be evicted next; a store takes far longer to fill that much.
 EVICTING_S: Final = 5.0
 _PAUSE_S_MAX: Final = 60.0
 _JOIN_S: Final = 0.5
-# Names that wait; past this those that came first are forgotten, and come again when they are used again.
+# Limit on waiting names. Past it the names that came first are forgotten; they come again when the records are used
+# again.
 NUM_WAITING_MAX: Final = 65_536
-# A copy with less than this share of its life left is as none: what is used again goes up again.
+# A copy with less than this share of its life left counts as missing, so a record that is used again is uploaded again.
 _RENEWED_SHARE: Final = 0.25
 
 
 @dataclass(slots=True)
 class UploadCounters:
-    """In records and payload bytes. num_left: not read, or without a key.  num_failures: of uploads and of passes."""
+    """Counts are of records, sizes of payload bytes. num_left: records not read, or without a key.  num_failures:
+    failed uploads and failed passes."""
 
     num_uploaded: int = 0
     bytes_uploaded: int = 0
@@ -65,7 +67,7 @@ class UploadCounters:
 
 
 class ObjectUploader:
-    """`note` from any thread; the rest happens in its own."""
+    """`note` may be called from any thread; the work is done in the uploader's own thread."""
 
     def __init__(self, engine: StorageEngine, *, step_s: float = STEP_S) -> None:
         """Raises:  ConfigError: the object store's URL, or a key file, cannot be used."""
@@ -99,7 +101,7 @@ class ObjectUploader:
             ),
         )
         self._lock = threading.Lock()
-        # Names by when they were wanted.
+        # Waiting names, with the time at which each was noted.
         self._waiting: dict[RecordName, float] = {}
         self._reused: dict[RecordName, None] = {}
         self._next_tidy_s = self._next_evicting_s = 0.0
@@ -114,7 +116,7 @@ class ObjectUploader:
         return len(self._waiting) + len(self._reused)
 
     def note(self, policy: str, names: Sequence[RecordName]) -> None:
-        """The engine has records that a policy might want."""
+        """Called by the engine with records that a policy may want to upload."""
         if policy not in self._policies or not names:
             return
         with self._lock:
@@ -127,7 +129,7 @@ class ObjectUploader:
                 self._want(names)
 
     def recall(self) -> None:
-        """Take up what is pinned since before this process began."""
+        """Note the records that were pinned before this process began."""
         self.note("pinned", pinned(self._engine, self._engine.clock_ms()))
 
     def _want(self, names: Iterable[RecordName]) -> None:
@@ -144,7 +146,7 @@ class ObjectUploader:
     def stop(self) -> None:
         if self._thread.ident is None:
             return
-        # It begins to run before it is stopped, or has ended by itself.
+        # The thread may not have started its loop yet, or may have ended by itself.
         while self._thread.is_alive():
             if self._loop is not None:
                 with contextlib.suppress(RuntimeError):
@@ -164,7 +166,7 @@ class ObjectUploader:
                     await self.step()
                     pause_s = self._step_s
                 except Exception as err:
-                    # Whatever is wrong there, storing continues here.
+                    # Whatever is wrong with the object tier, the uploader must continue.
                     self.counters.num_failures += 1
                     level = logging.WARNING if isinstance(err, AntefixError) else logging.ERROR
                     log.log(
@@ -181,14 +183,15 @@ class ObjectUploader:
         return self._stopped.is_set()
 
     async def step(self, *, flush: bool = False) -> None:
-        """Tidy where that is due, then upload what has waited long enough, or is enough for a segment.
+        """Tidy the tier when that is due. Then upload records that have waited long enough, or that fill a segment.
 
-        flush: upload all that waits.  Raises:  Unavailable: what was not uploaded waits on.
+        flush: upload all waiting records.  Raises:  Unavailable: records that were not uploaded keep waiting.
         """
         if time.monotonic() >= self._next_tidy_s or not self.catalog.loaded_ms:
             await self.janitor.tidy()
             self.counters.num_passes += 1
-            # Hosts that were started together do not stay so: the first one does what others then find done.
+            # Random, so that hosts that were started together do not tidy together: the first does the work, the others
+            # find it done.
             self._next_tidy_s = time.monotonic() + TIDY_S * random.uniform(0.5, 1.5)
         names = await asyncio.to_thread(self._take_wanted)
         if not names:
@@ -230,12 +233,12 @@ class ObjectUploader:
             self._waiting = names | self._waiting
 
     def _alive_ms(self) -> dict[RecordKind, int]:
-        """A copy that ends before counts as none, by kind."""
+        """For each kind, the time until which a copy must live to count as present."""
         now_ms, ttl_s = self._engine.clock_ms(), self.writer.settings.ttl_s
         return {kind: now_ms + round(ttl_s[kind] * _RENEWED_SHARE * 1000) for kind in ttl_s}
 
     async def _upload(self, chosen: Sequence[Chosen]) -> None:
-        """One segment's records in memory at a time, and no faster than is allowed."""
+        """Upload records, with one segment's records in memory at a time, no faster than the rate allows."""
         started_s, sent = time.monotonic(), 0
         for part in _parts(chosen, self.writer.settings.segment_bytes):
             records = await asyncio.to_thread(self._read, part)
@@ -248,9 +251,9 @@ class ObjectUploader:
                 return
 
     def _read(self, chosen: Sequence[Chosen]) -> list[Record]:
-        """Verified as any read is; what cannot be read, or has no key for the tier, is left out.
+        """Read and verify the records. Leaves out those that cannot be read, or that have no key for the tier.
 
-        Payloads lie in buffers that the next call uses again: what was read before is written by then.
+        Payloads are in buffers that the next call reuses; the records of the call before are uploaded by then.
         """
         self._buffers.begin()
         found: dict[RecordName, Record] = {}

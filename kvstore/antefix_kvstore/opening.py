@@ -1,4 +1,4 @@
-"""What an engine does once with the store that it has just opened, before anybody else sees it."""
+"""What an engine does once after it has opened a store, before it serves anybody."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from antefix_kvstore.space import Space
 
 
 def drop_locked(index: Index, space: Space, keys: KeyRing) -> None:
-    """Forget the records of tenants whose keys are gone: nobody can read them any more."""
+    """Forget the records of tenants whose keys are gone: nobody can decrypt these records any more."""
     with IndexTxn(index) as txn:
-        # Keys that are given by name say nothing of digests.
+        # Keys that are configured by tenant name do not tell which digests they belong to.
         judged = {number: owner for number, owner in txn.owners().items() if keys.is_complete or owner[:1] == b"t"}
         locked = {number for number, owner in judged.items() if owner not in keys}
         if locked:
@@ -32,14 +32,16 @@ def drop_locked(index: Index, space: Space, keys: KeyRing) -> None:
 
 
 def log_newest(segments: Segments, log: StoreLog) -> None:
-    """Log the blocks of the last two segments as stored: a crash may have come between their commit and the log."""
+    """Log the blocks of the last two segments as stored: the process may have crashed between a commit and its log
+    entry."""
     for number in sorted(segments.sizes)[-2:]:
         headers = segments.scan(number, check_payloads=False)
         log.stored([header.hash for header in headers if header.kind is RecordKind.BLOCK])
 
 
 def load_plans(index: Index, compression: Compression) -> None:
-    """What was registered before: a restarted service must not wait for its workers to restart."""
+    """Load the payload layouts registered before, so that a restarted service can compress before its workers
+    restart."""
     with index.txn() as txn, txn.cursor(db=index.db["meta"]) as cursor:
         for key, value in cursor:
             if key.startswith(PLAN_PREFIX):

@@ -1,8 +1,8 @@
-"""Payloads that were looked up together, on their way into messages. Knows the reader and the wire, never gRPC.
+"""Turns payloads that were looked up together into messages. Knows the reader and the wire format, never gRPC.
 
-Plain records go out as they lie in their segments, and the caller verifies them, end to end: the store only copies.
-All else is verified here: what is coded or encrypted, what is larger than a message, what a caller asks for in the
-middle, and what a caller found bad.
+Plain records are sent as they are in their segments; the store only copies them, and the caller verifies them. All
+other payloads are verified here: compressed or encrypted ones, those larger than a message, those that a caller
+requests from the middle, and those that a caller found damaged.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from antefix.store.pieces import PIECE_BYTES, OutgoingPieces
 from antefix.store_files.read_runs import runs_of
 from antefix.store_files.segment_reader import Located, ReadOutcome, StoreReader
 
-# Read at once while the page cache has it: so little that it is still in the core's own cache when it is sent.
+# Bytes read at once if they are in the page cache: few enough to be still in the core's own cache when they are sent.
 _CACHED_BYTES: Final = 1 << 20
-# Read at once by a thread: large enough for a cold disk.
+# Bytes read at once by a thread: enough for a disk that does not have them in the page cache.
 _COLD_BYTES: Final = 4 << 20
 
 
 def can_go_plain(located: Located, record_format: int) -> bool:
-    """Whether a caller that knows records up to version `record_format` can verify all of these, each in a message."""
+    """Whether a caller that knows records up to version `record_format` can verify all of these records, each of which
+    must fit one message."""
     return all(
         want.plain and want.version <= record_format and want.entry.extent_bytes <= PIECE_BYTES
         for want in located.wanted
@@ -33,7 +34,7 @@ def can_go_plain(located: Located, record_format: int) -> bool:
 
 @dataclass(slots=True)
 class _Stretch:
-    """Neighbouring records, and what stands before them in their message."""
+    """Records that follow each other in a segment, and the header of their message."""
 
     head: bytes
     segment: int
@@ -49,13 +50,13 @@ class PlainBatch:
     verified: ClassVar[bool] = False
 
     def __init__(self, reader: StoreReader, located: Located, found: ReadOutcome, *, first: int) -> None:
-        """first: number of the first payload.  found: counts what is read."""
+        """first: number of the first payload.  found: counts the reads."""
         self.broken = False
         self._runs = reader.runs
         self._runs.files.sweep()
         self._found = found
-        # All drawn up at once. Between messages, whose bytes drive all else out of the core's caches, each line of
-        # Python takes several times as long.
+        # All messages are prepared at once. Between messages, whose bytes evict everything else from the core's caches,
+        # each line of Python takes several times as long.
         self._unread = deque(_stretches(located, reader.seed, first))
 
     @property
@@ -63,11 +64,11 @@ class PlainBatch:
         return not self._unread
 
     def read_cached(self) -> list[bytes]:
-        """The next message.  Raises:  BlockingIOError: some of it is not in the page cache."""
+        """The next message.  Raises:  BlockingIOError: part of it is not in the page cache."""
         return self._read_next(wait=False)
 
     def read(self) -> list[bytes]:
-        """The next messages, however long it takes."""
+        """The next messages. May wait for the disk."""
         messages: list[bytes] = []
         while self._unread and sum(map(len, messages)) < _COLD_BYTES:
             messages += self._read_next(wait=True)
@@ -77,7 +78,7 @@ class PlainBatch:
         stretch = self._unread[0]
         blank = BlankMessage(stretch.head, stretch.nbytes)
         if not self._runs.copy(stretch.segment, stretch.offset, blank.payload, wait=wait):
-            # Moved or gone since it was looked up, or the disk cannot read it.
+            # The record was moved or dropped since it was looked up, or the disk cannot read it.
             self.broken = True
             self._unread.clear()
             return []
@@ -90,7 +91,7 @@ class PlainBatch:
 def _stretches(located: Located, seed: int, first: int) -> Iterator[_Stretch]:
     for run in runs_of(located.wanted, PIECE_BYTES):
         segment, offset = run[0].entry.segment, run[0].entry.offset
-        # The padding behind the last record may not be there yet.
+        # The padding behind the last record may not have been written yet.
         nbytes = run[-1].entry.end - offset
         head = records_head(first=first, seed=seed, segment=segment, offset=offset, records_bytes=nbytes)
         yield _Stretch(head, segment, offset, nbytes, sum(want.entry.stored_bytes for want in run), len(run))
@@ -99,7 +100,8 @@ def _stretches(located: Located, seed: int, first: int) -> Iterator[_Stretch]:
 
 @dataclass(frozen=True, slots=True)
 class _Window:
-    """Payloads to be read next, and where the parts of each go. last: of those that were looked up."""
+    """The payloads to be read next, and where the parts of each go. last: whether these are the last that were looked
+    up."""
 
     located: Located
     parts: list[list[memoryview]]
@@ -107,7 +109,7 @@ class _Window:
 
 
 class VerifiedBatch:
-    """Payloads that are read, decoded and verified here, in pieces that follow each other without gaps."""
+    """Payloads that are read, decoded and verified here. Their pieces follow each other without gaps."""
 
     verified: ClassVar[bool] = True
 
@@ -121,9 +123,9 @@ class VerifiedBatch:
         offset: int = 0,
         has_seals: bool = False,
     ) -> None:
-        """offset: where in the first payload to begin.  has_seals: send the sealed part of each.
+        """offset: byte of the first payload at which to begin.  has_seals: send each payload's sealed part.
 
-        Raises:  InvalidRequest: the offset lies behind that payload.
+        Raises:  InvalidRequest: the offset is beyond the end of that payload.
         """
         self.broken = False
         self._reader = reader
@@ -131,7 +133,7 @@ class VerifiedBatch:
         self._located = located
         self._pieces = OutgoingPieces(located.sizes, first=first, offset=offset, has_seals=has_seals)
         self._num_cut = self._num_read = 0
-        # Laid out, but not in the page cache when it was to be read without waiting.
+        # A window that was prepared, but was not in the page cache when it should be read without waiting.
         self._waiting: _Window | None = None
 
     @property
@@ -139,9 +141,9 @@ class VerifiedBatch:
         return self.broken or (self._waiting is None and self._num_cut == len(self._located.wanted))
 
     def read_cached(self) -> list[bytes]:
-        """The next messages, none where a piece takes more than one call.
+        """The next messages; none if a piece needs more than one call.
 
-        Raises:  BlockingIOError: some of it is not in the page cache, or must be decoded.
+        Raises:  BlockingIOError: part of it is not in the page cache, or must be decoded.
         """
         window = self._waiting = self._waiting or self._cut(_CACHED_BYTES)
         if not window.located.plain:
@@ -149,7 +151,7 @@ class VerifiedBatch:
         return self._fill(window, wait=False)
 
     def read(self) -> list[bytes]:
-        """The next messages, however long it takes; none where a piece takes more than one call."""
+        """The next messages. May wait for the disk; none if a piece needs more than one call."""
         return self._fill(self._waiting or self._cut(_COLD_BYTES), wait=True)
 
     def _fill(self, window: _Window, *, wait: bool) -> list[bytes]:
@@ -165,7 +167,7 @@ class VerifiedBatch:
         return self._pieces.messages(self._num_read, last=window.last or self.broken)
 
     def _cut(self, bytes_max: int) -> _Window:
-        """The next of what was looked up."""
+        """The next window of the payloads that were looked up."""
         located = self._located.window(self._num_cut, bytes_max)
         parts = [self._pieces.parts_of(self._num_cut + number) for number in range(len(located.wanted))]
         self._num_cut += len(parts)

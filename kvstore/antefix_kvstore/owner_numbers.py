@@ -1,8 +1,8 @@
-"""Owners and their numbers in the index: given with an owner's first record, forgotten with its last.
+"""Owners' numbers in the index: assigned with an owner's first record, forgotten when the last record goes.
 
-With one owner for each end user there are as many as users, so what is kept must follow what is stored. A
-number is never given twice in the life of an index: an entry, snapshot or reader that still has it can only find that
-it means nobody any more, never that it means somebody else.
+Where each end user is an owner, there are as many owners as users, so only owners with stored records are kept. A
+number is never assigned twice in the life of an index. An entry, snapshot or reader that still has an old number finds
+no owner for it, and never another owner.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ _NUMBER_MAX: Final = 0xFFFFFFFF
 
 
 class OwnerNumbers:
-    """The owners of one write transaction, as `antefix.store_files.record_header.owner_row` makes them."""
+    """The owners seen by one write transaction, as `antefix.store_files.record_header.owner_row` encodes them."""
 
     def __init__(self, index: Index, txn: Any) -> None:
         self._index = index
         self._txn = txn
-        # Every record names its owner, and in one transaction they are few.
+        # Every record names its owner, and the owners of one transaction are few, so they are kept here.
         self._numbers: dict[bytes, int] = {}
         self._given: set[int] = set()
 
     def find(self, owner: bytes) -> int | None:
-        """The number of an owner that has something stored, or just got one."""
+        """The number of an owner that has stored records, or got a number in this transaction."""
         number = self._numbers.get(owner)
         return self._index.owner_id(self._txn, owner) if number is None else number
 
     def number(self, owner: bytes, generation: int) -> int:
-        """The number of an owner of which a record is about to be indexed; a new one where it has none.
+        """The number of the owner of a record that is about to be indexed; a new number if the owner has none.
 
-        generation: of the secret that made the owner's digest.
+        generation: the generation of the secret that made the owner's digest.
         Raises:  StoreFull: see `next_number`.
         """
         if owner not in self._numbers:
@@ -46,16 +46,16 @@ class OwnerNumbers:
         number = next_number(self._index, self._txn, b"T")
         key, names = number.to_bytes(4, "little"), self._index.db["names"]
         self._txn.put(owner, key, db=names)
-        # A name of version 1 was made with no secret.
+        # An owner of version 1 is a plain name, made without a secret.
         made_by = generation.to_bytes(GENERATION_BYTES, "little") if owner[:1] == b"o" else b""
         self._txn.put(owner[:1].upper() + key, owner[1:] + made_by, db=names)
         self._given.add(number)
         return number
 
     def forget_empty(self, changed: Iterable[int]) -> None:
-        """Drop the names of which nothing is stored, among those in `changed` and those given in this transaction.
+        """Drop the owners that have no stored records, among those in `changed` and those added by this transaction.
 
-        To be called when the totals are written: they say what is stored.
+        Call it when the totals are written, since they tell who has records.
         """
         names, totals = self._index.db["names"], self._index.db["totals"]
         for number in {*changed, *self._given}:
@@ -69,14 +69,15 @@ class OwnerNumbers:
                     self._txn.delete(owner_of(letter, value), db=names)
 
     def forget_all_empty(self) -> None:
-        """The same for all: stores of earlier versions hold the name of everyone who ever stored something."""
+        """`forget_empty` for all owners: stores of earlier versions kept the name of every owner that ever stored
+        something."""
         self.forget_empty(self._index.owners(self._txn))
 
 
 def next_number(index: Index, txn: Any, prefix: bytes) -> int:
-    """A number that was never given before in this index.
+    """A number that this index has never assigned before.
 
-    Raises:  StoreFull: all four billion were given; a rebuilt index begins again at 1.
+    Raises:  StoreFull: all four billion numbers were assigned; a rebuilt index begins at 1 again.
     """
     key, names = b"#" + prefix, index.db["names"]
     value = txn.get(key, db=names)

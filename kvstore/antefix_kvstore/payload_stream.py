@@ -1,9 +1,9 @@
-"""The payloads that one Get asks for, as messages ready to be sent. Knows the engine, never gRPC.
+"""The payloads that one Get requests, as messages ready to be sent. Knows the engine, never gRPC.
 
-What is in the page cache is read on the event loop itself, which costs less than handing it to a thread and waking the
-loop again. The first window that would wait for the disk sends the rest of the stream to threads, which then read each
-window while the one before it is sent. So is what must be decoded. Memory is bounded by two windows a stream. Streams
-take turns, so that none holds up the loop for long.
+Payloads in the page cache are read on the event loop itself, which costs less than handing the read to a thread and
+waking the loop again. The first window that would wait for the disk, or must be decoded, moves the rest of the stream
+to threads; these read each window while the one before it is sent. A stream holds at most two windows in memory.
+Streams take turns, so that no stream holds up the event loop for long.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from antefix_kvstore.outgoing import PlainBatch, VerifiedBatch, can_go_plain
 from antefix_kvstore.storage_engine import StorageEngine
 from antefix_kvstore.turns import Turns
 
-# Looked up at once, in a thread: the index may be cold, and the event loop must not wait for its pages.
+# So many payloads are looked up at once, in a thread: reading index pages may need the disk, and the loop must not
+# wait.
 _NUM_LOCATED: Final = 512
 
 
@@ -30,8 +31,8 @@ _NUM_LOCATED: Final = 512
 class GetRange:
     """Payloads of hashes[first:], the first one from byte `offset` on.
 
-    record_format: the newest version of plain records that the caller can check; 0: none.  wants_seals: of the others.
-    owners: whose they must be; None: anybody's.
+    record_format: the newest version of plain records that the caller can verify; 0: none.  wants_seals: send the seals
+    of payloads that are not plain.  owners: who the payloads may belong to; None: anybody.
     """
 
     kind: RecordKind
@@ -45,23 +46,24 @@ class GetRange:
 
 
 class PayloadStream:
-    """One Get's payloads. Tells the engine what was read when it ends."""
+    """The payloads of one Get. When the stream ends, it tells the engine what was read."""
 
     def __init__(self, engine: StorageEngine, threads: ThreadPoolExecutor, turns: Turns, wanted: GetRange) -> None:
-        """turns: of all streams on the event loop."""
+        """turns: shared by all streams on the event loop."""
         self._engine = engine
         self._threads = threads
         self._turns = turns
         self._wanted = wanted
-        # What was read in all.
+        # Everything read by this stream.
         self._found = ReadOutcome()
-        # Whether the caller verifies what comes; what was looked up last, and whether that was all there is to send.
+        # Whether records are sent plain, for the caller to verify; then the latest batch, and whether it is the last
+        # one.
         self._sends_plain = bool(wanted.record_format)
         self._is_last = False
         self._batch = self._batch_of(Located(wanted.kind, wanted.fingerprint, [], False))
 
     async def messages(self, counted: AbstractContextManager[None]) -> AsyncGenerator[bytes, None]:
-        """As they get ready; ends at the first payload that is missing or not what it should be.
+        """Messages as they become ready. Ends at the first payload that is missing or wrong.
 
         counted: held while the stream lasts.
         """
@@ -69,14 +71,14 @@ class PayloadStream:
         upcoming: asyncio.Future[list[bytes] | None] | None = None
         with counted:
             try:
-                # 1. What the page cache has.
+                # 1. Send what is in the page cache.
                 with contextlib.suppress(BlockingIOError):
                     while not self._batch.drained or await in_thread(threads, self._locate):
                         await self._turns.take()
                         for message in self._batch.read_cached():
                             yield message
                     return
-                # 2. What comes next takes a thread, and so will the rest.
+                # 2. The next window, and all that follow, are read in a thread.
                 upcoming = in_thread(threads, self._read)
                 while (messages := await upcoming) is not None:
                     upcoming = in_thread(threads, self._read)
@@ -86,23 +88,23 @@ class PayloadStream:
             finally:
                 if upcoming is not None:
                     upcoming.cancel()
-                # Not awaited: a stream that is closed early must not wait for the index. No thread is left in a closing
-                # service, which then forgets this use.
+                # Not awaited: a stream that is closed early must not wait for the index. In a closing service no thread
+                # is left to do this; then this use is not noted.
                 with contextlib.suppress(RuntimeError):
                     threads.submit(self._note)
 
     def _read(self) -> list[bytes] | None:
-        """What comes next, however long it takes. None at the end."""
+        """The next messages; may wait for the disk. None at the end."""
         while not self._batch.drained or self._locate():
             if messages := self._batch.read():
                 return messages
         return None
 
     def _locate(self) -> bool:
-        """Look up what comes next. Returns whether there is more."""
+        """Look up the next payloads. Returns whether there are more."""
         wanted = self._wanted
         if self._batch.broken:
-            # What could not be copied is looked at; what is bad then ends the stream.
+            # Records that could not be copied are read and verified; a damaged one then ends the stream.
             self._is_last = self._batch.verified
             self._sends_plain = False
         first = wanted.first + self._found.num_good
@@ -124,6 +126,6 @@ class PayloadStream:
         )
 
     def _note(self) -> None:
-        """One use of the last payload stands for all before it."""
+        """Note the use of the last payload, which counts as a use of all before it."""
         hashes = self._wanted.hashes[self._wanted.first :]
         self._engine.settle(self._wanted.kind, hashes, self._found, num_missed=int(self._found.num_good < len(hashes)))

@@ -1,4 +1,4 @@
-"""An embedded store for programs with threads of their own: reads run in the thread that asks."""
+"""An embedded store for programs with their own threads: reads run in the calling thread."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from antefix_kvstore.embedded_store import EmbeddedStore
 
 
 class ReadingHere(BlockingStore):
-    """`BlockingStore` of an embedded store, whose reads start no other thread.
+    """A `BlockingStore` of an embedded store whose reads do not use another thread.
 
-    A read through the event loop changes threads four times. Where another thread computes in Python, each change waits
-    for the interpreter's lock, 5 ms at worst: more than reading a small prompt takes.
+    A read through the event loop switches threads four times. If another thread computes in Python, each switch waits
+    for the interpreter's lock, up to 5 ms, which is more than reading a small prompt takes.
     """
 
     def __init__(self, store: EmbeddedStore) -> None:
@@ -42,7 +42,7 @@ class ReadingHere(BlockingStore):
             return self._here.get_here(kind, hash, fingerprint=fingerprint, tenant=tenant)
 
     def close(self) -> None:
-        """Wait for reads, then close: nobody may read from files that are closed."""
+        """Wait for running reads, then close: nobody may read from closed files."""
         with self._condition:
             self._is_ending = True
             self._condition.wait_for(lambda: not self._num_reading)

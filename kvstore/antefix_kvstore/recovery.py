@@ -1,9 +1,9 @@
-"""Opening a store in whatever state it was left: identity, lock, index checked or rebuilt, segment tails settled.
+"""Opens a store after a clean close or a crash: identity, lock, index checked or rebuilt, segment tails cut.
 
-After a crash the index may be older than the segments, never newer in a way that matters: records are durable before
-the index names them. So what lies behind the indexed end of a segment is checked and indexed, the rest is cut off; a
-segment that the index names nothing in is dropped; and an index that is lost, damaged or at odds with the files is
-rebuilt from the headers. docs/FORMAT.md goes through the cases one by one.
+After a crash the index may be older than the segments. It is never newer in a way that matters, because records are
+durable before the index names them. So whole records behind the indexed end of a segment are indexed, and the rest is
+cut off. A segment of which the index names no record is dropped. An index that is lost, damaged or inconsistent with
+the files is rebuilt from the headers. docs/FORMAT.md lists the cases one by one.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from antefix_kvstore.segments import Segments
 
 log = logging.getLogger("antefix_kvstore.recovery")
 
-# Address space, not memory: a repair does not know the service's budget.
+# Address space, not memory. Large, because a repair does not know the service's budget.
 _REPAIR_INDEX_BYTES: Final = 16 << 30
 
 
 @dataclass(slots=True)
 class OpenStore:
-    """What opening hands to the engine."""
+    """The parts of an opened store that the engine works with."""
 
     directory: Path
     identity: StoreIdentity
@@ -66,7 +66,7 @@ class OpenStore:
     lock: DirectoryLock
 
     def close(self) -> None:
-        """Close cleanly: the index's checksum is written down, so that the next opening need not examine it."""
+        """Close cleanly: store the index's checksum, so that the next opening need not examine the index."""
         self.segments.close()
         self.index.env.sync(True)
         self.index.close()
@@ -77,15 +77,15 @@ class OpenStore:
         self.lock.close()
 
     def abandon(self) -> None:
-        """Let go without the clean mark, as a crash would."""
+        """Close the files without storing the checksum, as a crash would."""
         self.segments.close()
         self.index.close()
         self.lock.close()
 
     def renew(self, config: KvStoreConfig, clock_ms: Callable[[], int]) -> None:
-        """Take what the directory holds now, whatever happened to it, and index that: the owner's way to heal.
+        """Index whatever the directory holds now, after its files were damaged or replaced. For the store's owner only.
 
-        Index and segments stay the objects that they are. Nobody writes meanwhile.
+        `index` and `segments` stay the same objects. Nobody may write during this call.
         Raises:  ConfigError, OSError: the directory cannot be used, or another process writes there now.
         """
         with contextlib.suppress(OSError):
@@ -115,12 +115,12 @@ def open_store(config: KvStoreConfig, disk: Disk, clock_ms: Callable[[], int]) -
     lock = lock_directory(directory)
     try:
         put_aside_misplaced(directory)
-        # 1. Who this store is.
+        # 1. Whose directory this is.
         identity = read_identity(directory, disk, clock_ms)
         segments = Segments(directory / SEGMENT_DIR, identity, disk, segment_bytes=config.segment_bytes_in_force)
-        # 2. An index that can be trusted.
+        # 2. An index that is sound.
         index = open_index(directory, config, segments, disk)
-        # 3. Segments and index brought together.
+        # 3. Make segments and index agree.
         try:
             _settle(index, segments)
         except (_IndexAtOdds, BlockCorrupt, struct.error, lmdb.Error) as err:
@@ -136,7 +136,7 @@ def open_store(config: KvStoreConfig, disk: Disk, clock_ms: Callable[[], int]) -
 
 
 def _settle(index: Index, segments: Segments) -> None:
-    """As below; lets go of both when that fails."""
+    """Call `_settle_segments`; close both if that fails."""
     try:
         _settle_segments(index, segments)
     except BaseException:
@@ -146,11 +146,11 @@ def _settle(index: Index, segments: Segments) -> None:
 
 
 class _IndexAtOdds(Exception):
-    """Index and segments cannot both be right; the segments are."""
+    """Index and segments contradict each other. The segments are taken as right."""
 
 
 def _settle_segments(index: Index, segments: Segments) -> None:
-    """Index what lies whole behind the committed ends, cut off the rest, drop what nothing refers to."""
+    """Index whole records behind the committed ends, cut off the rest, drop segments that nothing refers to."""
     with index.txn() as txn:
         states = read_segments(index, txn)
     for number, state in states.items():
@@ -166,7 +166,8 @@ def _settle_segments(index: Index, segments: Segments) -> None:
         start = max(known, SEGMENT_HEADER_BYTES)
         tail = list(segments.scan(number, start, check_payloads=True)) if size > start else []
         if tail:
-            # Seen in the page cache is not yet on the disk, and the index must not be ahead of the segments.
+            # Bytes read from the page cache may not be on the disk yet, and the index must not be ahead of the
+            # segments.
             segments.sync_file(number)
         found += tail
         ends[number] = min(size, max(start, ends_of(tail).get(number, 0)))
@@ -174,7 +175,7 @@ def _settle_segments(index: Index, segments: Segments) -> None:
     with IndexTxn(index) as txn:
         for number, end in ends.items():
             set_end(txn, number, end)
-        # Earlier versions kept the name of everyone who ever stored something.
+        # Earlier versions kept the name of every owner that ever stored something.
         txn.forget_empty_owners()
     _close_segments(index, segments, ends, max(states, default=0))
 
@@ -191,7 +192,7 @@ def _is_news(entry: IndexEntry | None) -> bool:
 
 
 def _close_segments(index: Index, segments: Segments, ends: dict[int, int], last_known: int) -> None:
-    """Cut tails, drop the dead, and continue appending to the last one if it has room."""
+    """Cut the tails, drop dead segments, and continue appending to the last segment if it has room."""
     with index.txn() as txn:
         states = read_segments(index, txn)
     segments.start_after(last_known)
@@ -211,7 +212,7 @@ def _close_segments(index: Index, segments: Segments, ends: dict[int, int], last
 
 
 def rebuild_store(directory: Path, disk: Disk, *, index_bytes: int = _REPAIR_INDEX_BYTES) -> None:
-    """Rebuild the index from the records whose payloads are right; the caller holds the lock. For repair."""
+    """Rebuild the index from the records whose payloads are sound. For repair; the caller holds the lock."""
     identity = read_identity(directory, disk, wall_ms)
     segments = Segments(directory / SEGMENT_DIR, identity, disk, segment_bytes=0)
     for number in list(segments.sizes):

@@ -1,4 +1,5 @@
-"""What stands behind a fingerprint, written down in the index: tokens in a block, plans of payloads, a statement."""
+"""Stores in the index what a fingerprint means: tokens per block, payload layouts, a statement of what it was made
+from."""
 
 from __future__ import annotations
 
@@ -18,9 +19,9 @@ def register_fingerprint(
     plans: Mapping[RecordKind, codec.PlanePlan],
     statement: bytes,
 ) -> None:
-    """block_tokens: 0: not known.  statement: empty: nobody says what the fingerprint stands for.
+    """block_tokens: tokens per block; 0: not known.  statement: what the fingerprint stands for; empty: not told.
 
-    Raises:  FingerprintMismatch: its blocks are known, and of another size.
+    Raises:  FingerprintMismatch: the block size is known already, and is another.
     """
     known = txn.fingerprint(fingerprint)
     if known is not None and known.block_tokens and block_tokens not in (0, known.block_tokens):
@@ -36,6 +37,6 @@ def register_fingerprint(
 
 
 def set_plans(txn: IndexTxn, plans: Iterable[tuple[bytes, RecordKind, codec.PlanePlan]]) -> None:
-    """Each of a fingerprint and a kind of record."""
+    """Store the plans; each is for one fingerprint and one kind of record."""
     for fingerprint, kind, plan in plans:
         txn.set_meta(PLAN_PREFIX + bytes([kind]) + fingerprint, plan.encoded)

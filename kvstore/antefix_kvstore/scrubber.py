@@ -1,4 +1,4 @@
-"""Reads everything that is stored, slowly, and quarantines what has gone bad before anybody asks for it."""
+"""Reads all stored records slowly, and quarantines damaged ones before anybody requests them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from antefix_kvstore.storage_engine import StorageEngine
 
 log = logging.getLogger("antefix_kvstore.scrubber")
 
-# After a pass over everything; also how often an empty store is looked at.
+# Pause after a pass over all records, and between looks at an empty store.
 PAUSE_S: Final = 60.0
-# Entries are listed in pieces, so that no snapshot of the index is held for long.
+# Entries are listed in pieces of this many, so that no snapshot of the index is held for long.
 NUM_LISTED: Final = 4096
 
 
@@ -61,7 +61,7 @@ class Scrubber:
             try:
                 self.scrub()
             except Exception:
-                # Whatever is wrong, serving continues; the next pass tries again.
+                # Whatever is wrong, serving continues, and the next pass tries again.
                 log.exception("the scrubber failed")
 
     def scrub(self) -> int:
@@ -74,7 +74,7 @@ class Scrubber:
                 if not listed:
                     break
                 last = listed[-1][0][1]
-                # In the order of the disk, which makes reading sequential.
+                # In the order of the disk, so that reads are sequential.
                 for name, entry in sorted(listed, key=lambda item: (item[1].segment, item[1].offset)):
                     found += self._check(name, entry)
                     if self._stopping.is_set():
@@ -103,7 +103,7 @@ class Scrubber:
         nbytes = RECORD_HEADER_BYTES + entry.stored_bytes
         self.counters.records += 1
         self.counters.bytes += nbytes
-        # The engine has the last word: the record may have moved since it was listed.
+        # The engine checks again before it quarantines: the record may have moved since it was listed.
         corrupt = not self._is_right(name, entry) and self._engine.quarantine(name)
         self.counters.corrupt += corrupt
         self._stopping.wait(max(0.0, nbytes / self._bytes_per_s - (time.monotonic() - started_s)))
@@ -116,7 +116,8 @@ class Scrubber:
         except FileNotFoundError:
             return False
         try:
-            # What is in the page cache says nothing about the disk; a hot record is fetched again once a pass.
+            # A page cache hit says nothing about the disk. So drop the record's pages; a hot record is read again once
+            # per pass.
             os.posix_fadvise(fd, entry.offset, RECORD_HEADER_BYTES + entry.stored_bytes, os.POSIX_FADV_DONTNEED)
             raw = os.pread(fd, RECORD_HEADER_BYTES + entry.stored_bytes, entry.offset)
             os.posix_fadvise(fd, entry.offset, len(raw), os.POSIX_FADV_DONTNEED)

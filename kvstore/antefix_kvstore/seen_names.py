@@ -1,4 +1,4 @@
-"""Which names a rebuild may have indexed already, in memory of one size."""
+"""Which names a rebuild may have indexed already, in memory of constant size."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _FILTER_BITS: Final = 26
 
 
 class SeenNames:
-    """Which names may be indexed: a Bloom filter of one size, so that a store without copies is never asked for them.
+    """A Bloom filter of constant size over indexed names, so that the index is rarely searched for names that it lacks.
 
-    Two bits of 64 Mi per name: of ten million names 7% are asked for needlessly, of a hundred million most.
+    Two bits of 64 Mi per name: of ten million names, 7% are searched for needlessly; of a hundred million, most.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,8 @@ class SeenNames:
 
 
 def _bit_places(rows: Array) -> Iterator[Array]:
-    """Hashes are even enough to be taken as they are. A checkpoint has its block's, so it takes other bytes of it."""
+    """Hashes are uniform, so their bytes serve as bit numbers. A checkpoint has its block's hash, so other bytes are
+    used."""
     words = np.ascontiguousarray(rows["hash"]).view("<u8").reshape(len(rows), HASH_BYTES // 8)
     is_block = rows["kind"] == RecordKind.BLOCK
     for of_block, of_checkpoint in ((0, 2), (1, 3)):

@@ -1,7 +1,7 @@
-"""The headers of a segment, one after the other, stepping over what is damaged. Knows bytes of a file, never the index.
+"""Reads the headers of a segment, one after the other, and skips damaged bytes. Knows bytes of a file, never the index.
 
-A rebuild reads every header of the store here, so a sound one is known by one unpack and one checksum, without making
-an object of it, and headers of small records are read many at a time.
+A rebuild reads every header of the store with this. So a sound header is recognized by one unpack and one checksum,
+without making an object, and headers of small records are read many at a time.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from antefix.store_files.record_format import (
 )
 from antefix.store_files.record_header import CODES, unpack_record_header
 
-# magic, checksum, kind, hash kind, segment, offset, stored bytes, codec
+# Fields: magic, checksum, kind, hash kind, segment, offset, stored bytes, codec.
 _LOOK: Final = struct.Struct("<8sQ148xBB46xIQIB27x")
 assert _LOOK.size == RECORD_HEADER_BYTES
-# Read at once where records are small: their next headers are among these bytes.
+# Bytes read at once where records are small, so that the next headers are among them.
 _AHEAD_BYTES: Final = 1 << 20
 _NEAR_BYTES: Final = 32 << 10
 _SEARCH_BYTES: Final = 4 << 20
 
 
 def raw_headers(path: Path, number: int, seed: int, start: int, *, check_payloads: bool) -> Iterator[bytes]:
-    """Headers, as they lie, of the whole records from `start` on.
+    """The headers (raw bytes) of the whole records from `start` on.
 
-    check_payloads: also read and verify every payload, and leave out those that are wrong.
+    check_payloads: verify every payload as well, and leave out records whose payload is damaged.
     """
     size = path.stat().st_size
     fd = open_to_read(path)
@@ -74,9 +74,9 @@ def raw_headers(path: Path, number: int, seed: int, start: int, *, check_payload
 
 
 def _stored_bytes(raw: bytes, number: int, offset: int, seed: int) -> int | None:
-    """Of the record whose sound header lies here; None: none does.
+    """Stored bytes of the record whose sound header is at this place; None if there is no sound header.
 
-    A payload may contain what looks like a header; only one that names its own place is one.
+    A payload may contain bytes that look like a header. A real one names its own segment and offset.
     """
     if len(raw) < RECORD_HEADER_BYTES:
         return None
@@ -102,20 +102,20 @@ def _stored_bytes_v1(raw: bytes, number: int, offset: int, seed: int) -> int | N
 
 
 def _end_of_padding(fd: int, offset: int) -> int:
-    """The next batch's start, if nothing but zeros lies between, else `offset`."""
+    """The start of the next batch if only zeros lie between, else `offset`."""
     boundary = align(offset, BATCH_ALIGN)
     return boundary if not os.pread(fd, boundary - offset, offset).strip(b"\0") else offset
 
 
 def _find_magic(fd: int, start: int, size: int) -> int | None:
-    """The next aligned place at which a record header might begin."""
+    """The next aligned offset at which a record header might begin."""
     overlap = len(RECORD_MAGICS_BEGIN) - 1
     while start < size:
         try:
-            # A file that was made longer has a hole, which may be larger than any disk.
+            # A file that was extended has a hole, which may be larger than any disk; skip it.
             start = max(start, align(os.lseek(fd, start, os.SEEK_DATA) - RECORD_ALIGN + 1, RECORD_ALIGN))
         except OSError:
-            return None  # no byte was written behind it
+            return None  # no byte was written after this offset
         piece = os.pread(fd, _SEARCH_BYTES + overlap, start)
         at = piece.find(RECORD_MAGICS_BEGIN)
         while at >= 0:

@@ -1,4 +1,4 @@
-"""Segment files from the writer's side: append, sync, roll over, scan, drop. Knows files and headers, never the index.
+"""Segment files as the writer sees them: append, sync, roll over, scan, drop. Knows files and headers, never the index.
 
 A batch (one group commit) starts at a multiple of 4,096 bytes, so that a torn write of a later batch cannot reach the
 sectors of an acknowledged one. Records inside a batch follow each other at multiples of 8.
@@ -34,7 +34,7 @@ from antefix.store_files.record_header import RecordHeader, pack_record_header, 
 from antefix_kvstore.disk import Disk
 from antefix_kvstore.segment_scan import raw_headers
 
-# Checksummed, copied and handed to the disk at once: measured 1.2 times as fast as a whole batch of 57 MB.
+# Bytes checksummed, copied and written at once: measured 1.2 times as fast as handling a whole batch of 57 MB at once.
 _WRITE_BYTES: Final = 4 << 20
 _PADDING: Final = bytes(BATCH_ALIGN)
 
@@ -43,9 +43,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A record that has no place yet: `header` without segment and offset, and the bytes to store.
+    """A record that has no place in a segment yet: `header` without segment and offset, and the bytes to store.
 
-    sealed: the header has the payload's checksum already, from when the payload was first written.
+    sealed: the header already has the payload's checksum, computed when the payload was first written.
     """
 
     header: RecordHeader
@@ -61,20 +61,20 @@ class Segments:
         self.identity = identity
         self.segment_bytes = segment_bytes
         self.disk = disk
-        # File sizes; what the budget counts.
+        # Sizes of the files, which count against the budget.
         self.sizes: dict[int, int] = {}
         self.active: int | None = None
         self._fd = -1
-        # The active one's name may not be durable yet.
+        # True while the active segment's directory entry may not be durable.
         self._is_new = False
         self._next = 1
-        # Of deleted files.
+        # Open descriptors of deleted files.
         self._dropped: list[int] = []
         self._freeing: threading.Thread | None = None
         self.read_directory(identity)
 
     def read_directory(self, identity: StoreIdentity) -> None:
-        """See which segments there are; none is open for writing then."""
+        """List the segments in the directory. No segment is open for writing afterwards."""
         self.identity = identity
         self.active, self._fd, self._is_new = None, -1, False
         self.sizes.clear()
@@ -94,31 +94,32 @@ class Segments:
         return self.directory / segment_name(number)
 
     def start_after(self, number: int) -> None:
-        """Never use a number again: a reader might still hold the old file under it."""
+        """Number new segments above this one. A number is never used again: a reader may still have the old file
+        open."""
         self._next = max(self._next, number + 1)
 
     def resume(self, number: int, end: int) -> None:
-        """Continue appending to a segment that ends at `end`; anything behind it is cut off."""
+        """Continue appending to a segment at `end`; bytes behind it are cut off."""
         self._close_active()
         self._fd = self.disk.open(self.path(number))
         self.active = number
         self._truncate(end)
 
     def make_way(self, nbytes: int, created_ms: int) -> None:
-        """Start a new segment where so much does not fit the active one."""
+        """Start a new segment if `nbytes` do not fit the active one."""
         if self.active is None or self.sizes[self.active] + nbytes > self.segment_bytes:
             self.roll(created_ms)
 
     def append(self, drafts: Sequence[Draft], created_ms: int) -> list[RecordHeader]:
-        """Write a batch behind the last one, not yet durable. Returns the headers with their places.
+        """Write a batch behind the last one; it is not durable yet. Returns the headers with segment and offset.
 
-        Raises:  OSError: nothing of the batch counts; what was written of it has been cut off again.
+        Raises:  OSError: nothing of the batch is stored; bytes written for it were cut off again.
         """
         if not drafts:
             return []
         self.make_way(sum(draft.header.extent_bytes for draft in drafts), created_ms)
         assert self.active is not None
-        # Recovery may have cut the file inside a sector.
+        # Recovery may have cut the file off inside a sector.
         start = align(self.sizes[self.active], BATCH_ALIGN)
         end = start
         headers: list[RecordHeader] = []
@@ -132,7 +133,7 @@ class Segments:
                     buffers.append(_PADDING[:gap])
                     nbytes += gap
                 self.disk.write(self._fd, buffers, end)
-                # The disk is busy from the first group on, not from the last.
+                # Start writeback with the first group, so that the disk is busy from then on.
                 self.disk.start_writeback(self._fd, end, nbytes)
                 end += nbytes
         except OSError:
@@ -157,18 +158,19 @@ class Segments:
         return headers, buffers
 
     def sync(self) -> None:
-        """Make what was appended durable, and then its segment's name: the first does most of the second."""
+        """Make the appended bytes durable, then the segment's directory entry. Most of the latter is done by the
+        former."""
         self.disk.sync_data(self._fd)
         self.sync_name()
 
     def sync_name(self) -> None:
-        """Make the active segment's name durable, which must come before anything refers to it."""
+        """Make the active segment's directory entry durable. This must happen before anything refers to the segment."""
         if self._is_new:
             self.disk.sync_directory(self.directory)
             self._is_new = False
 
     def sync_file(self, number: int) -> None:
-        """Make a segment that is not the active one durable, and its name, which a crash may have left unsynced."""
+        """Make a segment that is not active durable, with its directory entry, which a crash may have left unsynced."""
         fd = self.disk.open(self.path(number))
         try:
             self.disk.sync_data(fd)
@@ -177,12 +179,12 @@ class Segments:
         self.disk.sync_directory(self.directory)
 
     def rollback(self, end: int) -> None:
-        """Cut the active segment back to `end`, where an append or its index transaction failed."""
+        """Cut the active segment back to `end` after an append or its index transaction failed."""
         if self.active is not None:
             self._truncate(end)
 
     def roll(self, created_ms: int) -> None:
-        """Start a new segment. Its name is durable when it has been synced."""
+        """Start a new segment. Its directory entry is durable after the next sync."""
         number = self._next
         self._next += 1
         fd = self.disk.create(self.path(number))
@@ -198,14 +200,14 @@ class Segments:
         self.sizes[number] = SEGMENT_HEADER_BYTES
 
     def rewrite_header(self, number: int, created_ms: int) -> None:
-        """Put a right header in place of a damaged one; the records behind it say themselves where they belong."""
+        """Replace a damaged segment header. The records are still valid: their own headers name segment and offset."""
         with os.fdopen(open_to_read(self.path(number)), "rb") as file:
             try:
                 found, named = unpack_segment_header(file.read(SEGMENT_HEADER_BYTES))
                 if (found.store_id, named) == (self.identity.store_id, number):
                     return
             except BlockCorrupt:
-                pass  # what it is written again for
+                pass  # it is damaged; that is why it is written again
         fd = self.disk.open(self.path(number))
         try:
             self.disk.write(fd, [pack_segment_header(self.identity, number, created_ms)], 0)
@@ -214,17 +216,17 @@ class Segments:
             self.disk.close(fd)
 
     def drop(self, number: int) -> None:
-        """Delete a segment that nothing refers to. What it takes is free after `let_go`, or when this is closed."""
+        """Delete a segment that nothing refers to. Its space is freed by `let_go`, or when this object is closed."""
         if number == self.active:
             self._close_active()
-        # Who closes a deleted file last has to wait until all its pages and extents are freed.
+        # Closing a deleted file's last descriptor blocks until all its pages and extents are freed.
         with contextlib.suppress(OSError):
             self._dropped.append(os.open(self.path(number), os.O_RDONLY | os.O_CLOEXEC))
         self.disk.unlink(self.path(number))
         del self.sizes[number]
 
     def let_go(self) -> None:
-        """Free what dropped segments take, in a thread of its own."""
+        """Free the space of dropped segments, in a separate thread."""
         self.wait_freed()
         if self._dropped:
             self._freeing = threading.Thread(target=_close_all, args=(self._dropped,), name="antefix-free")
@@ -232,7 +234,7 @@ class Segments:
             self._freeing.start()
 
     def wait_freed(self) -> None:
-        """Returns when the file system has back what was let go of, as far as no reader has it open."""
+        """Wait until the file system has freed the dropped segments, except those that a reader still has open."""
         if self._freeing is not None:
             self._freeing.join()
             self._freeing = None
@@ -244,7 +246,7 @@ class Segments:
 
     @contextlib.contextmanager
     def reading(self, number: int) -> Iterator[int]:
-        """A segment's file, for the writer's own reads; readers have antefix.store_files.segment_reader."""
+        """Open a segment for the writer's own reads. Readers use antefix.store_files.segment_reader."""
         fd = open_to_read(self.path(number))
         try:
             yield fd
@@ -256,15 +258,15 @@ class Segments:
             return os.pread(fd, nbytes, offset)
 
     def scan(self, number: int, start: int = SEGMENT_HEADER_BYTES, *, check_payloads: bool) -> Iterator[RecordHeader]:
-        """Headers of the whole records from `start` on, stepping over what is damaged.
+        """Headers of the whole records from `start` on; damaged bytes are skipped.
 
-        check_payloads: also read and verify every payload, and leave out those that are wrong.
+        check_payloads: verify every payload as well, and leave out records whose payload is damaged.
         """
         raws = self.raw_headers(number, start, check_payloads=check_payloads)
         return (unpack_record_header(raw, self.identity.seed) for raw in raws)
 
     def raw_headers(self, number: int, start: int = SEGMENT_HEADER_BYTES, *, check_payloads: bool) -> Iterator[bytes]:
-        """As `scan`, as they lie."""
+        """`scan`, but yields each header's raw bytes."""
         return raw_headers(self.path(number), number, self.identity.seed, start, check_payloads=check_payloads)
 
     def _truncate(self, end: int) -> None:
@@ -279,7 +281,7 @@ class Segments:
 
 
 def groups_of(items: Sequence[T], nbytes_of: Callable[[T], int]) -> Iterator[Sequence[T]]:
-    """Cut where enough has gathered for the disk to begin."""
+    """Cut the items into groups of enough bytes for the disk to start writing."""
     first = nbytes = 0
     for number, item in enumerate(items, start=1):
         nbytes += nbytes_of(item)

@@ -1,4 +1,5 @@
-"""All that a served store holds, as an operator may copy it from anywhere: what `StoreContents` is for a directory."""
+"""The contents of a store that is served, for copies from another host; `StoreContents` does the same for a
+directory."""
 
 from __future__ import annotations
 
@@ -16,15 +17,15 @@ from antefix_kvstore.contents_wire import layout_from_wire, stretch_from_wire
 from antefix_kvstore.store_contents import LayoutOf, Stretch
 
 _BATCH_RECORDS: Final = 256
-# It reads the whole index before the first stretch.
+# The store reads its whole index before it sends the first stretch.
 _DEADLINE_S: Final = 600.0
 
 
 class ServedContents:
-    """Blocking; for tools. Reads what is stored at the first call, and records when they are asked for."""
+    """Calls block; for tools. The list of stored records is read at the first call, records when they are requested."""
 
     def __init__(self, store: RemoteStore) -> None:
-        """store: closed with this one."""
+        """store: closed when this object is closed."""
         self._store: Final = store
         self._thread: Final = LoopThread()
         self._layouts: list[LayoutOf] | None = None
@@ -45,7 +46,7 @@ class ServedContents:
             self._thread.close()
 
     def layouts(self) -> list[LayoutOf]:
-        """As `StoreContents.layouts`.  Raises:  AntefixError: the store does not answer, or not to us."""
+        """As `StoreContents.layouts`.  Raises:  AntefixError: the store does not answer, or denies us access."""
         if self._layouts is None:
             self._thread.run(self._read())
         return self._layouts or []
@@ -56,7 +57,7 @@ class ServedContents:
         return self._stretches
 
     def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
-        """As `StoreContents.records`; the calling task holds a grant for the stretch's owner."""
+        """As `StoreContents.records`; the caller must hold a grant for the stretch's owner."""
         kept = dict(zip(stretch.names, zip(stretch.ttls_s, stretch.costs_ms, strict=True), strict=True))
         for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
             names = [name for each, name in wanted if each is kind]
@@ -66,7 +67,7 @@ class ServedContents:
                     self._store.get_records(kind, batch, fingerprint=stretch.fingerprint, tenant=stretch.owner[1:])
                 )
                 yield [_as_kept(record, *kept[(kind, record.hash)]) for record in records]
-                # Behind one that is broken, gone or of version 1 it continues.
+                # Continue after a record that is damaged, gone or of version 1.
                 names = names[len(records) + (len(records) < len(batch)) :]
 
     async def _read(self) -> None:

@@ -63,12 +63,12 @@ PUT_BATCH_BYTES: Final = 32 << 20
 STREAMS_MAX: Final = 64
 NAMES_MAX: Final = 65_536
 _READ_THREADS: Final = 8
-# What a request waits for. Nobody waits for what readers tell (Touch), and they tell it five times per second each.
+# Calls that a request waits for. Nobody waits for Touch, which readers send five times per second each.
 _URGENT: Final = ("Lookup", "Fate")
 
 
 class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
-    """One engine behind one service."""
+    """Serves one engine."""
 
     def __init__(self, engine: StorageEngine) -> None:
         self.engine = engine
@@ -86,11 +86,11 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
 
     @property
     def num_streams(self) -> int:
-        """Payload streams that are being served."""
+        """The number of payload streams now being served."""
         return self._num_streams
 
     async def close(self) -> None:
-        """Commit what is queued and close the store."""
+        """Commit queued puts and close the store."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self.scrubber.stop)
         if self.uploader is not None:
@@ -149,7 +149,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             wants_seals=request.wants_seals,
             owners=rows,
         )
-        # Each generator around this one would cost every message once more.
+        # Each further generator around this one would add its cost to every message.
         return PayloadStream(self.engine, self._threads, self.turns, wanted).messages(_Counted(self))
 
     async def _from_memory(
@@ -177,7 +177,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
             return _put_response(await self._receive(request_iterator))
 
     async def _receive(self, requests: AsyncIterator[Piece[kvstore_pb2.PutRequest]]) -> list[PutResult]:
-        """Hand records to the writer in batches; one batch is committed while the next one arrives."""
+        """Hand records to the writer in batches; one batch is committed while the next arrives."""
         grant = admitted().needed_grant()
         assembler = RecordAssembler(max(self.engine.config.record_bytes_max, self.pool.bytes_max))
         results: list[PutResult] = []
@@ -267,7 +267,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         self, request: kvstore_pb2.RegisterRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> kvstore_pb2.RegisterResponse:
         plans = plans_from_wire(request)
-        # It holds for all tenants, so where callers may be strangers to each other the first one's word stays.
+        # The layout holds for all tenants. So where callers may not trust each other, the first registration stays.
         known = 0 if admitted().is_open else await self._in_thread(lambda: self._block_tokens(request.fingerprint))
         if known:
             plans = {}
@@ -290,7 +290,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     async def Watch(
         self, request: kvstore_pb2.WatchRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[kvstore_pb2.WatchResponse]:
-        """Events from a cursor, a snapshot before them where the cursor is unknown or too old."""
+        """Events from a cursor on; if the cursor is unknown or too old, a snapshot comes first."""
         cursor = Cursor(epoch=request.epoch, number=request.after)
         async with contextlib.aclosing(watch_log(self.engine.events, cursor, self._snapshot)) as batches:
             async for batch in batches:
@@ -330,7 +330,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
 
 
 class _Counted:
-    """Counts a payload stream, and refuses the one that is too many."""
+    """Counts a payload stream while it lasts; refuses a stream above the limit."""
 
     def __init__(self, servicer: KvStoreServicer) -> None:
         self._servicer = servicer
@@ -359,9 +359,9 @@ def _stored_names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]
 
 
 def _owner_of(request: kvstore_pb2.PinRequest | kvstore_pb2.EvictRequest) -> bytes:
-    """Whose records are meant; a caller of version 1 gives a name.
+    """The owner whose records are meant; a caller of version 1 gives a name.
 
-    Raises:  PermissionDenied: the call's grant is for somebody else.
+    Raises:  PermissionDenied: the call's grant is for another owner.
     """
     grant = admitted().needed_grant()
     if grant is not None:
@@ -370,9 +370,10 @@ def _owner_of(request: kvstore_pb2.PinRequest | kvstore_pb2.EvictRequest) -> byt
 
 
 def _granted_rows(asked: bytes = b"") -> tuple[bytes, ...] | None:
-    """Whose records the call's grant is for, as the index names them; None: everybody's, where the service is open.
+    """The owners whose records the call's grant covers, as the index names them; None: all owners, where the service is
+    open.
 
-    asked: whose the caller says that it means; empty: it does not say.
+    asked: the owner that the caller names; empty: the caller names none.
     """
     grant = admitted().needed_grant()
     if grant is None:
@@ -395,9 +396,9 @@ def _put_response(results: Sequence[PutResult]) -> kvstore_pb2.PutResponse:
 
 
 def register(servicer: KvStoreServicer, server: grpc.aio.Server, turns: Turns | None = None) -> None:
-    """Add the service to a server; the methods that carry payloads go past protobuf's copies.
+    """Add the service to a server. Methods that carry payloads bypass protobuf, which would copy them.
 
-    turns: of the servicer's streams, which then give way to look-ups.
+    turns: the turns of the servicer's streams, which then give way to lookups.
     """
     generated = _Handlers()
     add: Callable[..., None] = kvstore_pb2_grpc.add_KvStoreServiceServicer_to_server
@@ -407,7 +408,7 @@ def register(servicer: KvStoreServicer, server: grpc.aio.Server, turns: Turns | 
         "Get": grpc.unary_stream_rpc_method_handler(
             servicer.Get,
             request_deserializer=kvstore_pb2.GetRequest.FromString,
-            # Packed where it was read, off the event loop.
+            # The reading thread packs the message, so that the event loop does not have to.
             response_serializer=None,
         ),
         "Put": grpc.stream_unary_rpc_method_handler(
@@ -420,7 +421,8 @@ def register(servicer: KvStoreServicer, server: grpc.aio.Server, turns: Turns | 
 
 
 class _Accepting(grpc.GenericRpcHandler):
-    """Finds a call's handler, which is the first that we hear of a call, and has payloads give way to an urgent one."""
+    """Finds a call's handler, which happens as soon as a call arrives. Makes payload streams give way to an urgent
+    call."""
 
     def __init__(self, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]], turns: Turns) -> None:
         self._handlers = {f"/{SERVICE}/{name}": handler for name, handler in handlers.items()}
@@ -434,13 +436,13 @@ class _Accepting(grpc.GenericRpcHandler):
 
 
 class _Handlers:
-    """Stands in for a server, to see what the generated code would register: there is no other way to replace some."""
+    """Stands in for a server to record the handlers that generated code registers; some of them are then replaced."""
 
     def __init__(self) -> None:
         self.handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {}
 
     def add_generic_rpc_handlers(self, _: object) -> None:
-        """The same handlers as below, wrapped."""
+        """Add the same handlers, wrapped."""
 
     def add_registered_method_handlers(self, _: str, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]]) -> None:
         self.handlers.update(handlers)
@@ -452,7 +454,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     Raises:  ConfigError: the directory is not a store or is in use, or the address cannot be listened on.
     """
     keep_large_buffers()
-    # What was imported stays: the collector need not walk it again and again while payloads stream.
+    # Imported objects live for ever, so the garbage collector need not scan them repeatedly while payloads stream.
     gc.freeze()
     loop = asyncio.get_running_loop()
     keyring = Keyring.from_file(config.secret_file) if config.secret_file else None
@@ -471,7 +473,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
     except BaseException:
         await servicer.close()
         raise
-    # Only a store that tells others where it is needs an address that they can call.
+    # Only a store that announces itself needs an address that others can call.
     is_told = bool(config.lease_redis or config.advertise)
     address = advertised(server.address, config.advertise) if is_told else server.address
     async with _telling(config, engine, address), _leased(config, address):
@@ -486,7 +488,7 @@ async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
 
 
 def registry_of(servicer: KvStoreServicer) -> Registry:
-    """What this service shows. Needs a running event loop."""
+    """The metrics of this service. Needs a running event loop."""
     registry = Registry("kvstore")
     registry.add(functools.partial(store_metrics, servicer.engine, servicer.scrubber, servicer.writer))
     registry.add_in_loop(lambda: memory_metrics(servicer.pool, servicer.num_streams))
@@ -498,10 +500,10 @@ def registry_of(servicer: KvStoreServicer) -> Registry:
 def _telling(
     config: KvStoreConfig, engine: StorageEngine, address: str
 ) -> contextlib.AbstractAsyncContextManager[object]:
-    """Tells Redis the store's events while it is entered, where that is wanted."""
+    """While entered, publishes the store's events to Redis, if that is configured."""
     if not config.events_redis:
         return contextlib.nullcontext()
-    # Here, because Redis' client takes a good part of a small store's start.
+    # Imported here, because loading the Redis client takes a good part of a small store's start.
     from antefix.events.redis_stream import StreamPublisher, store_stream
 
     name = config.events_name or address
@@ -510,7 +512,7 @@ def _telling(
 
 
 def _leased(config: KvStoreConfig, address: str) -> contextlib.AbstractAsyncContextManager[object]:
-    """Says in Redis that the store is there while it is entered, where that is wanted."""
+    """While entered, keeps a lease in Redis that says where the store is, if that is configured."""
     if not config.lease_redis:
         return contextlib.nullcontext()
     where = RedisAccess.of(config.lease_redis, config)

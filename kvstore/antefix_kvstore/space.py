@@ -1,8 +1,8 @@
-"""Keeping the store inside its budget: expiry, leaf-first eviction, and when to compact (`antefix_kvstore.compaction`).
+"""Keeps the store within its budget: expiry, leaf-first eviction, and when to compact (`antefix_kvstore.compaction`).
 
-The budget covers everything under the directory; how much of it may be used follows what the file system has free
-(`antefix_kvstore.free_space`). A reserve of two segments inside it is never given to puts, so that
-compaction, which copies before it deletes, always has room.
+The budget covers everything under the directory. The usable part of it depends on the free space of the file system
+(`antefix_kvstore.free_space`). A reserve of two segments inside the budget is never given to puts, so that compaction,
+which copies before it deletes, always has room.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ from antefix_kvstore.segments import Segments
 
 log = logging.getLogger("antefix_kvstore.space")
 
-# Live data may fill this much of what puts may use. The rest is dead space waiting for compaction: less of it means
-# that compaction copies more for each byte it frees. Bytes written per byte put into a full store, of conversations
-# that are used again now and then, with 0.75, 0.80 and 0.85: 1.35, 1.47 and 1.64; of small blocks 1.52, 1.72 and 2.74.
+# The share of the usable space that live data may fill. The rest is dead space that waits for compaction; with less
+# dead space, compaction copies more for each byte it frees. Measured: bytes written per byte put into a full store,
+# with shares of 0.75, 0.80 and 0.85: 1.35, 1.47 and 1.64 for conversations that are used again now and then; 1.52, 1.72
+# and 2.74 for small blocks.
 LIVE_SHARE_MAX: Final = 0.80
 EXPIRE_RECORDS_MAX: Final = 4096
-# Below this gain a segment is not worth copying, even when space is short.
+# A segment that frees less than this share is not worth compacting, even when space is short.
 COMPACT_GAIN_MIN: Final = 1 / 16
 
 
@@ -60,7 +61,7 @@ class Space:
         self._limit_bytes_max = budget_bytes - 2 * segments.segment_bytes
         self.limit_bytes = self._limit_bytes_max
         self.free = free
-        # Why nothing is stored now; empty while it is.
+        # Why the store stores nothing now; empty while it does.
         self.stopped = ""
         self.counters = SpaceCounters()
         self.compactor = Compactor(segments, index, self.counters, now_ms=now_ms)
@@ -74,9 +75,9 @@ class Space:
         return self._segments.used_bytes + self.index_bytes + self.reserve.nbytes + self._gone.nbytes
 
     def make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:
-        """See to it that a batch of `nbytes` may be appended.
+        """Make sure that a batch of `nbytes` may be appended.
 
-        keep: records that the batch depends on.  Raises:  StoreFull: the budget cannot hold it.
+        keep: records that the batch depends on.  Raises:  StoreFull: the batch does not fit the budget.
         """
         nbytes += BATCH_ALIGN + SEGMENT_HEADER_BYTES
         if self.free.is_sudden:
@@ -86,17 +87,17 @@ class Space:
         self._leave_margin(nbytes)
 
     def follow_disk(self) -> None:
-        """Let the limit follow what the file system has, as when a ledger next to the store grows."""
+        """Adjust the limit to the free space of the file system, for example when a ledger on it grows."""
         free = self.free
         self._segments.wait_freed()
         if not free.is_sudden:
             can_hold = self.used_bytes + free.room() - 2 * self._segments.segment_bytes
             self.limit_bytes = min(self._limit_bytes_max, max(can_hold, free.fair_share_bytes))
         if self.stopped and free.room() > 0:
-            self._leave_margin(0)  # says that it continues
+            self._leave_margin(0)  # logs that storing continues
 
     def _leave_margin(self, nbytes: int) -> None:
-        """Raises:  StoreFull: writing so much would leave too little of the disk to others."""
+        """Raises:  StoreFull: writing `nbytes` would leave too little free space on the disk for others."""
         free = self.free
         if not free.has_room(nbytes):
             self._segments.wait_freed()
@@ -126,15 +127,15 @@ class Space:
                 raise StoreFull(f"the store's budget of {self.budget_bytes} bytes is taken by records that must stay")
             wanted = self.used_bytes + nbytes + ahead - self.limit_bytes
             if self.compactor.compact_together(COMPACT_GAIN_MIN, wanted) is None:
-                # Live data lies so densely that only evicting more of it makes segments worth compacting.
+                # Segments have so little dead space that none is worth compacting until more live data is evicted.
                 if live_max <= 0:
                     raise StoreFull(f"the store's budget of {self.budget_bytes} bytes is too small for this record")
                 live_max -= ahead + nbytes
 
     def evict(self, nbytes: int, keep: Collection[RecordName] = (), *, owners: Collection[bytes] | None = None) -> int:
-        """Take leaves, lowest rank first, until `nbytes` are dead. Returns how many records went.
+        """Evict leaves, lowest rank first, until `nbytes` are dead. Returns the number of records evicted.
 
-        owners: take these owners' only.
+        owners: evict these owners' records only.
         """
         now_ms = self._now_ms()
         num_taken = freed = 0
@@ -165,7 +166,7 @@ class Space:
         return num_taken
 
     def expire(self) -> int:
-        """Drop leaves past their time, and the ancestors that this exposes and that are past theirs."""
+        """Drop expired leaves, and ancestors that become leaves and have expired too."""
         now_ms = self._now_ms()
         num_taken = 0
         with self._index.txn() as probe, probe.cursor(db=self._index.db["expiry"]) as cursor:
@@ -190,9 +191,9 @@ class Space:
         return num_taken
 
     def remove(self, txn: IndexTxn, name: RecordName) -> tuple[int, RecordName] | None:
-        """Take a leaf out. Returns its parent with its rank, if that is a leaf now.
+        """Remove a leaf. Returns its parent with the parent's rank if the parent is a leaf now, else None.
 
-        The parent inherits recency and time to live: using a record was using its ancestors.
+        The parent inherits time of last use and time to live: a use of a record is a use of its ancestors.
         """
         entry = txn.get(name)
         assert entry is not None and entry.children == 0, "only leaves are removed"
@@ -200,7 +201,7 @@ class Space:
             is_over = entry.expires_ms and entry.expires_ms <= self._now_ms()
             self._gone.note(name[1], MissReason.EXPIRED if is_over else MissReason.EVICTED)
         parent_name = parent_of(name, entry.parent)
-        # A parent that came after its child does not count it.
+        # A record stored apart, before its parent, is not counted among that parent's children.
         parent = None if entry.flags & RecordFlag.APART else txn.get(parent_name)
         txn.delete(name)
         if parent is None:
@@ -214,5 +215,6 @@ class Space:
 
 
 def parent_of(name: RecordName, parent: bytes) -> RecordName:
-    """What a record depends on: a block on the block before it, a checkpoint on the block of the same hash."""
+    """The record that this one depends on: for a block the block before it, for a checkpoint the block of the same
+    hash."""
     return (RecordKind.BLOCK, parent if name[0] is RecordKind.BLOCK else name[1])

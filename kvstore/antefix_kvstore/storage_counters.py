@@ -1,4 +1,4 @@
-"""What a store counts of its reads and writes."""
+"""Counters of a store's reads and writes."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class StorageCounters:
     payload_bytes_written: int = 0
     corrupt: int = 0
     forged: int = 0
-    # Of right bytes that stand for no numbers.
+    # Records with right checksums whose content is not valid numbers.
     unusable: int = 0
     refused: int = 0
     syncs: int = 0
     puts: int = 0
-    # Dropped because a call asked for it.
+    # Records dropped because a call requested it.
     asked: int = 0
-    # How often the index was made again, or the store begun again, because its files were harmed.
+    # How often the index was rebuilt, or the store started empty, because its files were damaged.
     heals: int = 0
-    # Malformed, so that no state of the store could take them: their sender is not served by the cache at all.
+    # Malformed records, which no state of the store could accept. The worker that sends them gets no use of the cache.
     impossible: int = 0
     last_impossible: str = ""

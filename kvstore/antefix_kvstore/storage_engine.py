@@ -1,11 +1,11 @@
 """The store as a library: one writer, durable puts, checked reads, a hard budget.
 
-    1. admit     which records are new, which exist, which have no parent
-    2. make room expire, evict, compact, until the batch fits the budget
-    3. append    to the active segment, then fdatasync
-    4. commit    the index transaction; only now is a record stored
+    1. admit     decide which records are new, which exist, which lack a parent
+    2. make room expire, evict and compact until the batch fits the budget
+    3. append    write to the active segment, then fdatasync
+    4. commit    commit the index transaction; only now is a record stored
 
-Readers of any process see a record when step 4 has happened and not before. Blocking: callers that must not wait use
+A reader in any process sees a record only after step 4. Calls block: callers that must not wait use
 `antefix_kvstore.group_commit`. Never sees tokens, tensors or protobuf.
 """
 
@@ -68,18 +68,18 @@ from antefix_kvstore.touches import Touches
 
 log = logging.getLogger("antefix_kvstore.storage_engine")
 
-# How often `maintain` is to be called: what it may copy is metered by it.
+# How often `maintain` should be called; the bytes that one call may copy follow from it.
 MAINTAIN_S: Final = 0.25
-# Background compaction takes segments of which this much is dead, so a byte is copied at most once for each freed.
+# Background compaction takes segments of which this share is dead, so it copies at most one byte per byte freed.
 HALF_DEAD: Final = 0.5
 # A hundred years.
 PIN_S_MAX: Final = 3_153_600_000
-# No state that the store gets into by itself makes such a record one that it takes.
+# Reasons for refusal that no change in the store's state removes.
 _FOR_EVER: Final = (RefusalReason.INVALID, RefusalReason.NO_KEY, RefusalReason.TOO_LARGE)
 
 
 class StorageEngine:
-    """One store directory, open for writing. Thread-safe; writes take turns."""
+    """One store directory, open for writing. Thread-safe; one thread writes at a time."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class StorageEngine:
         policy: EvictionPolicy | None = None,
         free: FreeSpace | None = None,
     ) -> None:
-        """Open or create the store in `config.dir`, whatever state a crash left it in.
+        """Open or create the store in `config.dir`, also after a crash.
 
         Raises:  ConfigError: not a store, another format version, or in use by another process.
         """
@@ -110,9 +110,9 @@ class StorageEngine:
         self.reader = StoreReader(
             config.dir, clock_ms=clock_ms, decrypt=keys.decrypt if keys else None, index=self.index
         )
-        # Told what the object tier might want, by `object_config.POLICIES`.
+        # Called with a policy of `object_config.POLICIES` and records that the object tier may want under it.
         self.on_wanted: Callable[[str, Sequence[RecordName]], None] = lambda _policy, _names: None
-        # What a read or write found wrong with the index, until it is made again; and why that failed the last time.
+        # Damage that a read or write found in the index, kept until it is rebuilt; and why the last rebuild failed.
         self._damage = self._unhealed = ""
         self.events = EventLog(self.index)
         self.index.on_change = self._publish
@@ -157,10 +157,11 @@ class StorageEngine:
         return self._store.is_open
 
     def close(self) -> None:
-        """Write down what is only in memory, and seal the index so that the next opening can trust it."""
+        """Write what is only in memory, and store the index's checksum, so that the next opening can trust the
+        index."""
         with self._lock:
             if self.space.free.is_sudden:
-                # The seal needs room, and the next start takes this back.
+                # Storing the checksum needs disk space; the next opening makes the reserve again.
                 self.space.reserve.release()
             self.flush_touches()
             self.writer.close()
@@ -171,7 +172,7 @@ class StorageEngine:
                 self._usage_log.close()
 
     def abandon(self) -> None:
-        """Let go of the files as a crash would: nothing is written, nothing is sealed. For tests of recovery."""
+        """Close the files as a crash would, without writing anything. For tests of recovery."""
         with self._lock:
             self.writer.close()
             self._drafter.close()
@@ -198,7 +199,7 @@ class StorageEngine:
         return [name for name, entry in entries if entry is not None and entry.tenant_id in ids]
 
     def read_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> ReadOutcome:
-        """Fill `into` and note the use; what the reader found broken is judged and quarantined."""
+        """Fill `into` and note the use. Records that the reader found damaged are checked again and quarantined."""
         outcome = self.reader.read_blocks(hashes, into, fingerprint=fingerprint)
         self.settle(RecordKind.BLOCK, hashes, outcome, num_missed=len(hashes) - outcome.num_good)
         return outcome
@@ -209,7 +210,7 @@ class StorageEngine:
         return payload
 
     def settle(self, kind: RecordKind, hashes: Sequence[bytes], outcome: ReadOutcome, *, num_missed: int) -> None:
-        """Note what a read of `hashes` found."""
+        """Count what a read of `hashes` found, and note uses and suspects."""
         used = [(kind, hashes[outcome.num_good - 1])] if outcome.num_good else []
         suspects = [(kind, suspect) for suspect in outcome.suspects]
         self.note_use(used, suspects, hits=outcome.num_good, misses=num_missed, bytes_read=outcome.bytes_read)
@@ -225,10 +226,11 @@ class StorageEngine:
         misses: int = 0,
         bytes_read: int = 0,
     ) -> None:
-        """What readers did: the last record of each path that they used, what they found broken, what not sealed, and
-        what holds no numbers.
+        """Note what readers did.
 
-        Waits for no commit unless there are suspects, so that reads do not wait for writes.
+        used: the last record of each path that was read.  suspects: records that a reader found damaged.  forged:
+        records without a right seal.  unusable: records whose content is not valid numbers. Waits for a commit only if
+        there are suspects, so reads do not wait for writes.
         """
         names = list(used)
         self._touches.add(names, self.clock_ms())
@@ -249,17 +251,17 @@ class StorageEngine:
     # --- writing -------------------------------------------------------------------------------------------------
 
     def put(self, records: Sequence[Record]) -> PutResult:
-        """One put on its own; see `put_group`.
+        """Store the records of one put; see `put_group`.
 
-        Raises:  InvalidRequest: as `check`; nothing has been stored.
+        Raises:  InvalidRequest: as `check`; no record was stored.
         """
         self.check(records)
         return self.put_group([records])[0]
 
     def put_group(self, puts: Sequence[Sequence[Record]]) -> list[PutResult]:
-        """Several puts with one sync. What is stored when this returns survives a power loss in `durable` mode.
+        """Store several puts with one sync. In `durable` mode, records reported as stored survive a power loss.
 
-        Each was checked by `check`, on its own: a malformed record must not fail the puts of others.
+        The caller has run `check` on each put separately, so that a malformed record does not fail other callers' puts.
         """
         with self._lock, self._telling():
             self._check_directory()
@@ -276,7 +278,7 @@ class StorageEngine:
             return results_of(puts, admission)
 
     def check(self, records: Sequence[Record]) -> None:
-        """Raises:  InvalidRequest: a record that can never be stored; it is counted, and named in the statistics."""
+        """Raises:  InvalidRequest: a record can never be stored. It is counted, and the statistics name the reason."""
         try:
             for record in records:
                 registered_bytes = self.compression.registered_bytes(record.fingerprint, record.kind)
@@ -286,7 +288,7 @@ class StorageEngine:
             raise
 
     def note_impossible(self, reason: str) -> None:
-        """A record came that can never be stored, as things are."""
+        """Count a record that can never be stored under the present settings."""
         with self._counters_lock:
             self.counters.impossible += 1
             self.counters.last_impossible = reason
@@ -299,10 +301,11 @@ class StorageEngine:
         *,
         statement: bytes = b"",
     ) -> None:
-        """Tell what is behind a fingerprint: tokens in a block, how payloads may be coded, what it stands for.
+        """Register what a fingerprint means: tokens per block, how payloads may be compressed, a statement of its
+        origin.
 
-        Raises:  InvalidRequest: the statement is another fingerprint's.  FingerprintMismatch: its blocks are known, and
-            of another size.
+        Raises:  InvalidRequest: the statement belongs to another fingerprint.  FingerprintMismatch: the block size is
+        known already, and is another.
         """
         if statement and digest_of(statement) != fingerprint:
             raise InvalidRequest("the statement is not the one that the fingerprint is the digest of")
@@ -321,10 +324,10 @@ class StorageEngine:
     # --- keeping -------------------------------------------------------------------------------------------------
 
     def pin(self, names: Iterable[RecordName], duration_s: float, *, owner: bytes | None = None) -> int:
-        """Keep records from eviction for a time; 0 lets go. Returns how many of them are stored.
+        """Keep records from eviction for a time; 0 unpins them. Returns how many of them are stored.
 
-        owner: whose they must be (`antefix.store_files.record_header.owner_row`); None: anybody's.
-        Raises:  InvalidRequest: no such time.
+        owner: who they must belong to (`antefix.store_files.record_header.owner_row`); None: anybody.
+        Raises:  InvalidRequest: the duration is invalid.
         """
         if not 0 <= duration_s <= PIN_S_MAX:
             raise InvalidRequest(f"records are pinned for 0 to {PIN_S_MAX} s, not {duration_s}")
@@ -336,14 +339,14 @@ class StorageEngine:
         return len(pinned)
 
     def evict(self, names: Iterable[RecordName], *, owner: bytes | None = None) -> int:
-        """Drop records with all that depends on them, pinned or not. Returns how many went."""
+        """Drop records and all records that depend on them, pinned or not. Returns how many were dropped."""
         with self._lock, IndexTxn(self.index) as txn:
             num_gone = drop_subtrees(txn, self.space, owned_records(txn, names, owner))
         self.counters.asked += num_gone
         return num_gone
 
     def purge(self, owner: bytes) -> int:
-        """Drop all of an owner's records; without a user, all of a tenant's. Returns how many went.
+        """Drop all records of an owner; of a whole tenant if the owner names no user. Returns how many were dropped.
 
         owner: as the index has it (`antefix.store_files.record_header.owner_row`).
         """
@@ -353,9 +356,10 @@ class StorageEngine:
         return num_gone
 
     def quarantine(self, name: RecordName, *, judge: bool = True) -> bool:
-        """Read a suspect again; if it is broken, make it a miss. Returns whether it was made one.
+        """Read a suspect record again; if it is damaged, make it a miss. Returns whether it was made one.
 
-        judge: False where only the caller can tell: what has no right seal has right checksums.
+        judge: False makes it a miss without reading it, where only the caller can tell: a forged seal has right
+        checksums.
         """
         if name[0] not in STORED_KINDS:
             return False
@@ -370,7 +374,7 @@ class StorageEngine:
         return True
 
     def maintain(self) -> None:
-        """What a store does unasked: touches, expiry, compaction at its rate, and seeing to files that were harmed."""
+        """Background work: note uses, expire, compact at the allowed rate, and repair files that were damaged."""
         with self._lock:
             if fault := self._damage or fault_of(self._store):
                 self._heal(fault)
@@ -379,9 +383,9 @@ class StorageEngine:
                 with self._telling():
                     self._tidy()
             except IndexDamaged:
-                return  # healed the next time
+                return  # the next call rebuilds the index
             except (lmdb.Error, OSError) as err:
-                # Reads continue without it; the next put, or the next time, finds room or says why not.
+                # Reads still work. The next put, or the next call, finds room or reports why not.
                 if not is_full(err, self.index.directory):
                     raise
                 log.debug("no room to tidy up: %s", err)
@@ -392,31 +396,33 @@ class StorageEngine:
         self.space.expire()
         self.index.env.reader_check()
         if self.space.free.is_sudden:
-            # Both take space before they give any; compaction copies before it deletes.
+            # Touches and expiry need space before they free any, and compaction copies before it deletes.
             return
         self.space.reserve.hold()
         self.space.compactor.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
 
     def _check_directory(self) -> None:
-        """Raises:  IndexDamaged: what lies under our path is not ours, perhaps another writer's, or is damaged."""
+        """Raises:  IndexDamaged: the files in our directory are not ours (another writer's, perhaps), or are
+        damaged."""
         if not self._store.lock.is_of_the_present:
             self.note_damage("its directory is gone or was replaced")
         if self._damage:
             raise IndexDamaged(f"the store was harmed, {self._damage}; it stores again once it has healed")
 
     def note_damage(self, what: str) -> None:
-        """Something in the index is not what it must be: it is made again from the segments, soon."""
+        """Note damage in the index. It will be rebuilt from the segments soon."""
         self._damage = self._damage or what
 
     def _telling(self) -> AbstractContextManager[None]:
         return told(self.index.directory, self.note_damage)
 
     def _heal(self, fault: str) -> None:
-        """Take what the directory holds now: an index from its segments, or an empty store where all is gone."""
+        """Use what the directory holds now: rebuild the index from its segments, or start empty if all files are
+        gone."""
         try:
             self._store.renew(self.config, self.clock_ms)
         except (AntefixError, OSError, lmdb.Error) as err:
-            # Nothing is stored or found until it works; it is tried again each time.
+            # Nothing is stored or found until the rebuild succeeds; each call of `maintain` tries again.
             self._damage = fault
             if str(err) != self._unhealed:
                 log.exception("the store in %s cannot be used: %s", self.config.dir, fault)
@@ -444,7 +450,7 @@ class StorageEngine:
             )
 
     def snapshot(self) -> Iterator[Batch[BlockEvent]]:
-        """What is stored, for a watcher that cannot resume."""
+        """All stored records, for a watcher that cannot resume from its cursor."""
         with self._lock:
             return self.events.snapshot()
 

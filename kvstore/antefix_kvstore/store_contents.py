@@ -1,6 +1,6 @@
-"""All that a store directory holds, as any process on its host may read it, while a service serves it or not.
+"""The contents of a store directory. Any process on the host may read them, also while a service serves the store.
 
-Records come as stretches of chains: to hand them on in an order in which others can store them, parents first.
+Records come as stretches of chains, parents first, so that another store can store them in this order.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ _BATCH_RECORDS: Final = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """Blocks of one chain that follow each other, with their checkpoints; each record is in one stretch only.
+    """Consecutive blocks of one chain, with their checkpoints. Each record is in one stretch only.
 
-    hashes: parents first; what lies before them is in another stretch, or not stored here.  checkpoints: of which of
-    these blocks.  owner: its row in the index.  rank_ms, pinned_ms: the most of any of them, as eviction weighs it.
-    has_blocks: False for a checkpoint whose block is in another store; its hash stands for it.
-    ttls_s, costs_ms: time to live and cost of each record, as `names` has them.
+    hashes: parents first. Blocks before them are in another stretch, or not stored here.  checkpoints: those of the
+    blocks that have one.  owner: the owner's row in the index.  rank_ms, pinned_ms: the largest of any record, as in
+    eviction.
+    has_blocks: False for a checkpoint whose block is in another store; `hashes` then has the checkpoint's hash.
+    ttls_s, costs_ms: time to live and cost of each record, in the order of `names`.
     """
 
     fingerprint: bytes
@@ -48,7 +49,8 @@ class Stretch:
     costs_ms: tuple[int, ...] = ()
 
     def part(self, start: int, stop: int) -> Stretch:
-        """Blocks [start, stop) with their checkpoints; what is said of all of them stays, its bytes by share."""
+        """Blocks [start, stop) with their checkpoints. Other fields are kept; the number of bytes is scaled to the
+        part."""
         chosen = [number for number, block in enumerate(self.checkpoints) if start <= block < stop]
         kept = [*range(start, stop), *(len(self.hashes) + number for number in chosen)]
         return dataclasses.replace(
@@ -62,14 +64,14 @@ class Stretch:
 
     @property
     def names(self) -> list[RecordName]:
-        """Of all its records, in an order in which they can be stored."""
+        """Names of all records in the stretch, in an order in which they can be stored."""
         blocks = [(RecordKind.BLOCK, name) for name in self.hashes if self.has_blocks]
         return blocks + [(RecordKind.CHECKPOINT, self.hashes[number]) for number in self.checkpoints]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutOf:
-    """What a store was told of a fingerprint."""
+    """What a store knows of one fingerprint's payload layout."""
 
     fingerprint: bytes
     block_tokens: int
@@ -79,7 +81,7 @@ class LayoutOf:
 
 @dataclass(slots=True)
 class StretchTables:
-    """Records by hash, and what the numbers in their entries stand for."""
+    """Records by hash, and the meaning of the numbers in their entries (fingerprints, owners)."""
 
     blocks: dict[bytes, IndexEntry] = field(default_factory=dict)
     checkpoints: dict[bytes, IndexEntry] = field(default_factory=dict)
@@ -88,10 +90,11 @@ class StretchTables:
 
 
 class StoreContents:
-    """Reads one directory. Blocking; for tools."""
+    """Reads one directory. Calls block; for tools."""
 
     def __init__(self, directory: Path, *, decrypt: Decrypt | None = None) -> None:
-        """decrypt: of an encrypted store.  Raises:  ConfigError: no store.  Unavailable: its index cannot be read."""
+        """decrypt: decrypts an encrypted store.  Raises:  ConfigError: no store.  Unavailable: its index cannot be
+        read."""
         if not (directory / SEGMENT_DIR).is_dir():
             raise ConfigError(f"{directory} is not an Antefix store")
         self.directory = directory
@@ -99,7 +102,7 @@ class StoreContents:
 
     @classmethod
     def of_reader(cls, reader: StoreReader) -> Self:
-        """Of a store that this process has open; it is not to be closed."""
+        """The contents of a store that this process has open. Do not close the result."""
         contents = cls.__new__(cls)
         contents.directory, contents._reader = reader.directory, reader
         return contents
@@ -113,7 +116,8 @@ class StoreContents:
         self._reader.close()
 
     def layouts(self) -> list[LayoutOf]:
-        """Of all fingerprints, so that another store can code and check their records alike."""
+        """The layouts of all fingerprints, so that another store can compress and check their records in the same
+        way."""
         index = self._reader.index
         plans: dict[bytes, dict[RecordKind, codec.PlanePlan]] = defaultdict(dict)
         with index.txn() as txn:
@@ -133,11 +137,11 @@ class StoreContents:
             ]
 
     def stretches(self) -> list[Stretch]:
-        """All of it, what is worth most first: pinned, then by the rank that eviction goes by."""
+        """All stretches, the most valuable first: pinned ones, then by eviction rank."""
         return stretches_of(self._tables())
 
     def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
-        """These records of a stretch, verified, in batches; what cannot be read is left out."""
+        """The wanted records of a stretch, verified, in batches. Records that cannot be read are left out."""
         for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
             names = [name for each, name in wanted if each is kind]
             for first in range(0, len(names), _BATCH_RECORDS):
@@ -154,7 +158,7 @@ class StoreContents:
             with index.txn() as txn:
                 entries = [index.entry(txn, kind, record.hash) for record in records]
             yield [_as_kept(record, entry) for record, entry in zip(records, entries, strict=True)]
-            # Behind one that is broken, gone or of version 1 it continues.
+            # Continue after a record that is damaged, gone or of version 1.
             names = names[len(records) + 1 :]
 
     def _tables(self) -> StretchTables:
@@ -167,13 +171,13 @@ class StoreContents:
 
 
 def stretches_of(tables: StretchTables) -> list[Stretch]:
-    """All of it, what is worth most first: pinned, then by the rank that eviction goes by."""
+    """All stretches, the most valuable first: pinned ones, then by eviction rank."""
     parents = {entry.parent for entry in tables.blocks.values()}
     leaves = [(entry, name) for name, entry in tables.blocks.items() if name not in parents]
     leaves.sort(key=lambda leaf: (leaf[0].pinned_ms, leaf[0].rank_ms), reverse=True)
     seen: set[bytes] = set()
     found = [_stretch_to(name, tables, seen) for _, name in leaves]
-    # Checkpoints whose block is in another store.
+    # Checkpoints whose blocks are in another store.
     alone = ((name, entry) for name, entry in tables.checkpoints.items() if name not in tables.blocks)
     found += [dataclasses.replace(_stretch(tables, (name,), (0,), [entry]), has_blocks=False) for name, entry in alone]
     return found
@@ -188,7 +192,7 @@ def _live_entries(txn: Any, table: Any) -> Iterator[tuple[bytes, IndexEntry]]:
 
 
 def _stretch_to(leaf: bytes, tables: StretchTables, seen: set[bytes]) -> Stretch:
-    """Up from a leaf until what another stretch has."""
+    """The stretch that ends at this leaf: from the leaf upwards to the first block that another stretch has."""
     names: list[bytes] = []
     name = leaf
     while name in tables.blocks and name not in seen:
@@ -218,7 +222,7 @@ def _stretch(
 
 
 def _as_kept(record: Record, entry: IndexEntry | None) -> Record:
-    """With the time to live and the cost that this store knows."""
+    """The record with the time to live and the cost from this store's index."""
     if entry is None:
         return record
     return dataclasses.replace(record, ttl_s=float(entry.ttl_s), cost_s=entry.cost_ms / 1000)

@@ -1,4 +1,4 @@
-"""What one tenant may take of the store. Over its quota its own least valuable leaves make room, never others'."""
+"""Quotas: how much of the store a tenant may use. A tenant over its quota loses its own least valuable leaves only."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from antefix_kvstore.space import Space
 
 
 class Quotas:
-    """The limits in force, by owner. What a tenant has under several secrets, or by name, counts together."""
+    """The quotas in force, by owner. Records that a tenant stored under several secrets, or by name, count together."""
 
     def __init__(self, config: KvStoreConfig, owners: Owners) -> None:
-        """Raises:  ConfigError: a quota for a digest that is none."""
+        """Raises:  ConfigError: a quota is given for a text that should be a digest and is none."""
         self._default_bytes = config.tenant_quota_bytes
         self._own_bytes: dict[bytes, int] = {}
         self._same: dict[bytes, tuple[bytes, ...]] = {}
@@ -28,17 +28,18 @@ class Quotas:
             self._same.update(dict.fromkeys(rows, rows))
 
     def bytes_of(self, owner: bytes) -> int:
-        """0 means no limit."""
+        """The owner's quota in bytes; 0: no limit."""
         return self._own_bytes.get(owner, self._default_bytes)
 
     def same(self, owner: bytes) -> tuple[bytes, ...]:
-        """All that the same tenant is known as."""
+        """All owners in the index that are the same tenant."""
         return self._same.get(owner, (owner,))
 
     def over(
         self, space: Space, index: Index, drafts: Sequence[Draft], keep: Collection[RecordName]
     ) -> dict[bytes, Refusal]:
-        """Make room inside the quotas of the owners that write; returns those for which that failed, and why."""
+        """Evict within the quotas of the owners that write. Returns the owners for whom that was not enough, and
+        why."""
         if not self._default_bytes and not self._own_bytes:
             return {}
         needed: dict[bytes, int] = defaultdict(int)

@@ -1,4 +1,4 @@
-"""What readers used since the index was last told: kept in memory, so that noting a use never waits for a commit."""
+"""Uses of records that are not in the index yet. They are kept in memory, so noting a use never waits for a commit."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from antefix.record import STORED_KINDS, RecordName
 from antefix_kvstore.eviction import EvictionPolicy
 from antefix_kvstore.index_writer import IndexTxn
 
-# Uses wait here for the next transaction; past this the oldest knowledge is worth less than the memory.
+# Uses wait here for the next transaction. Above this limit the oldest are dropped: they are worth less than the memory.
 TOUCHED_MAX: Final = 65_536
 
 
 class Touches:
-    """Names and when they were last used. Thread-safe, and never holds its lock while anything is written."""
+    """Names and times of last use. Thread-safe; the lock is never held during a write."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -24,20 +24,20 @@ class Touches:
     def add(self, names: Iterable[RecordName], now_ms: int) -> None:
         with self._lock:
             for name in names:
-                # Taken out first, so that the oldest use comes first.
+                # Removed before it is added, so that the oldest use comes first.
                 self._used_ms.pop(name, None)
                 self._used_ms[name] = now_ms
             while len(self._used_ms) > TOUCHED_MAX:
                 del self._used_ms[next(iter(self._used_ms))]
 
     def take(self) -> dict[RecordName, int]:
-        """All of them, to be written down by the caller."""
+        """Take all uses out, for the caller to write."""
         with self._lock:
             taken, self._used_ms = self._used_ms, {}
             return taken
 
     def apply(self, txn: IndexTxn, policy: EvictionPolicy) -> None:
-        """Write them down; what is not stored, or not on disk, is left out."""
+        """Write the uses to the index. Records that are not stored, or not on disk, are left out."""
         for name, used_ms in self.take().items():
             entry = txn.get(name) if name[0] in STORED_KINDS else None
             if entry is None:

@@ -1,13 +1,15 @@
-"""Takes turns on the event loop: one payload message per pass of it, however many streams there are.
+"""Shares the event loop among payload streams: one payload message per pass of the loop, whatever the number of
+streams.
 
-Reading a message from the page cache and handing it to gRPC takes a few hundred microseconds, in which the loop does
-nothing else. If every stream that is ready did so in the same pass, a look-up, which takes about six passes, would wait
-for all of them each time. So streams queue up, and between two messages everything else that is ready gets its turn.
-While a look-up is under way, the streams leave out most passes.
+Reading a message from the page cache and handing it to gRPC takes a few hundred microseconds, during which the loop
+does nothing else. If every stream did this in each pass, a lookup, which takes about six passes, would wait for all
+streams six times. So streams queue up, and between two messages the loop does everything else that is ready. While a
+lookup is under way, the streams skip most passes.
 
-Measured, a look-up next to four restores, two cores that other jobs kept busy as well: 26 ms when all streams went in
-each pass, 12 to 16 ms with one stream per pass, 5 ms with seven of eight passes left out (6 ms with five of six). That
-takes a tenth of the restores' throughput while look-ups come in; leaving out passes all the time takes a quarter.
+Measured: a lookup next to four restores, on two cores that other jobs kept busy as well, takes 26 ms if all streams
+send in each pass, 12 to 16 ms with one stream per pass, 5 ms with seven of eight passes skipped (6 ms with five of
+six). The skipping costs a tenth of the restores' throughput while lookups come in; skipping passes all the time costs a
+quarter.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ import asyncio
 from collections import deque
 from typing import Final
 
-# How long the streams stand back after a look-up began. With 5 ms, calls on a busy machine were not done in time.
+# How long the streams skip passes after a lookup began. With 5 ms, lookups on a busy machine did not finish in time.
 GIVE_WAY_S: Final = 0.02
-# Passes of the loop per message meanwhile.
+# During that time, a message is sent in one of so many passes.
 PASSES_MEANWHILE: Final = 8
 
 
 class Turns:
-    """Of one event loop. Fair: who asks first goes first."""
+    """The turns of one event loop. Fair: streams get their turn in the order in which they ask."""
 
     def __init__(self) -> None:
         self._is_taken = False
@@ -31,11 +33,11 @@ class Turns:
         self._given_way_until = 0.0
 
     def give_way(self) -> None:
-        """A call has begun that should not wait for payloads."""
+        """Called when a call begins that should not wait for payload streams."""
         self._given_way_until = asyncio.get_running_loop().time() + GIVE_WAY_S
 
     async def take(self) -> None:
-        """Returns when the caller may hold up the loop, once."""
+        """Wait for the caller's turn to send one message."""
         if not self._is_taken:
             self._begin()
             return
@@ -48,14 +50,14 @@ class Turns:
         asyncio.get_running_loop().call_soon(self._pass_on, 1)
 
     def _pass_on(self, num_passes: int) -> None:
-        """Who waits longest goes in the next pass, or some passes later."""
+        """Give the turn to the stream that waits longest, in the next pass or some passes later."""
         loop = asyncio.get_running_loop()
         if num_passes < PASSES_MEANWHILE and loop.time() < self._given_way_until:
             loop.call_soon(self._pass_on, num_passes + 1)
             return
         while self._waiting:
             turn = self._waiting.popleft()
-            # One whose stream was cancelled meanwhile takes none.
+            # A stream that was cancelled gets no turn.
             if not turn.done():
                 turn.set_result(None)
                 self._begin()

@@ -1,6 +1,6 @@
-"""Which records of a store are to go up to the object tier: those that are named, with all that they depend on.
+"""Chooses which records of a store are uploaded to the object tier: those that are named, and all they depend on.
 
-Reads the store's index, never its payloads; knows what the tier has from its catalog.
+Reads the store's index, never its payloads. The tier's catalog tells what the tier has already.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from antefix.store_files.record_header import unpack_record_header
 from antefix_kvstore.space import LIVE_SHARE_MAX
 from antefix_kvstore.storage_engine import StorageEngine
 
-# What the tier is asked for at a time, from a leaf towards the root.
+# So many records are looked up in the tier at once, from a leaf towards the root.
 _ASKED_AT_ONCE: Final = 64
 _SEALED: Final = int(RecordFlag.SEALED)
-# A store evicts in small steps: what is next is looked at so much before, and so much of it.
+# A store evicts in small steps. Records to be evicted next are looked for when the store is filled this far.
 _NEAR_FULL: Final = LIVE_SHARE_MAX - 0.1
 _NEXT_SHARE: Final = 1 / 32
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A record to upload. nbytes: of its payload.  cost_s: what computing it took."""
+    """A record to upload. nbytes: size of its payload.  cost_s: time that computing it took."""
 
     name: RecordName
     fingerprint: bytes
@@ -37,7 +37,7 @@ class Chosen:
 
 
 def stored_before(engine: StorageEngine, names: Iterable[RecordName], before_ms: int) -> list[RecordName]:
-    """Those of the records that had been stored by then."""
+    """Those of the records that were stored before `before_ms`."""
     found = []
     with engine.index.txn() as txn:
         entries = [(name, engine.index.entry(txn, *name)) for name in names if name[0] in _KINDS]
@@ -51,7 +51,7 @@ _KINDS: Final = (RecordKind.BLOCK, RecordKind.CHECKPOINT)
 
 
 def _created_ms(engine: StorageEngine, entry: IndexEntry) -> int:
-    """0 where it cannot be read: the upload will find out."""
+    """When the record was written; 0 if that cannot be read, and the upload will notice."""
     try:
         raw = engine.segments.read(entry.segment, entry.offset, RECORD_HEADER_BYTES)
         return unpack_record_header(raw, engine.identity.seed).created_ms
@@ -60,7 +60,7 @@ def _created_ms(engine: StorageEngine, entry: IndexEntry) -> int:
 
 
 def next_evicted(engine: StorageEngine) -> list[RecordName]:
-    """Leaves that eviction takes next, while the store is nearly full."""
+    """The leaves that eviction takes next, if the store is nearly full."""
     space = engine.space
     if space.used_bytes < _NEAR_FULL * space.limit_bytes:
         return []
@@ -76,7 +76,7 @@ def next_evicted(engine: StorageEngine) -> list[RecordName]:
 
 
 def pinned(engine: StorageEngine, now_ms: int) -> list[RecordName]:
-    """Leaves that are pinned, which is what is left to know of pins after a restart."""
+    """Leaves that are pinned; after a restart this is all that is known of pins."""
     with engine.index.txn() as txn:
         names = list(_leaves(engine, txn, from_ms=now_ms))
         entries = [engine.index.entry(txn, *name) for name in names]
@@ -93,10 +93,10 @@ def _leaves(engine: StorageEngine, txn: Any, from_ms: int = 0) -> Iterator[Recor
 def choose(
     engine: StorageEngine, catalog: Catalog, names: Iterable[RecordName], *, alive_ms: Mapping[RecordKind, int]
 ) -> list[Chosen]:
-    """These records and their chains up to what the tier has, parents first.
+    """These records and their ancestors up to those that the tier has, parents first.
 
-    alive_ms: a copy that ends before, by kind, is none. Records of version 1 stay here: nothing outside this store can
-    tell whose they are.
+    alive_ms: by kind, the time until which a copy must live to count as present. Records of version 1 are not uploaded:
+    outside this store nobody can tell whose they are.
     """
     found: dict[RecordName, Chosen] = {}
     with engine.index.txn() as txn:
@@ -110,7 +110,7 @@ def choose(
 
 
 def _lacking(catalog: Catalog, names: Iterable[RecordName], alive_ms: Mapping[RecordKind, int]) -> Iterator[RecordName]:
-    """Those that the tier has not. One search for all: most of what is named again and again is there."""
+    """The records that the tier lacks. One search for all, since most records that are named repeatedly are there."""
     by_kind: dict[RecordKind, list[bytes]] = {}
     for kind, hash in names:
         by_kind.setdefault(kind, []).append(hash)
@@ -127,7 +127,7 @@ def _up(
     taken: dict[RecordName, Chosen],
     alive_ms: Mapping[RecordKind, int],
 ) -> Iterator[tuple[RecordName, IndexEntry]]:
-    """From a record towards its root, as far as it is stored here, is not chosen already and the tier lacks it."""
+    """From a record towards its root, until a record that is not stored here, is chosen already, or is in the tier."""
     block = name[1]
     if name[0] is RecordKind.CHECKPOINT:
         entry = engine.index.entry(txn, *name)
@@ -154,7 +154,7 @@ def _up(
 
 
 def by_kind_and_fingerprint(chosen: Sequence[Chosen]) -> Iterator[tuple[RecordKind, bytes, list[Chosen]]]:
-    """What can be read in one call."""
+    """Group the records so that each group can be read in one call."""
 
     def group(each: Chosen) -> tuple[int, bytes]:
         return each.name[0], each.fingerprint

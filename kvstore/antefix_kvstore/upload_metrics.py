@@ -1,4 +1,4 @@
-"""What a store service shows of its work in the object tier."""
+"""Metrics of a store service's uploads to the object tier."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from antefix_kvstore.object_upload import ObjectUploader
 _DELETED = "antefix_object_deleted_segments"
 _DELETED_HELP = "Segments that this service deleted, by why: expired, budget or quota."
 
-# `object_upload.UploadCounters`.
+# Fields of `object_upload.UploadCounters`.
 UPLOADS: Final[Table] = {
     "num_uploaded": Shown(name="antefix_object_uploaded_records", help="Records that went up to the object tier."),
     "bytes_uploaded": Shown(
@@ -29,13 +29,13 @@ UPLOADS: Final[Table] = {
     "num_failures": Shown(name="antefix_object_failures", help="Uploads and passes that failed; they are tried again."),
     "num_passes": Shown(name="antefix_object_passes", help="Passes for budget, times to live and the index."),
 }
-# `object_writer.ObjectWriteCounters`.
+# Fields of `object_writer.ObjectWriteCounters`.
 WRITES: Final[Table] = {
     "num_records": Shown(name="antefix_object_written_records", help="Records in objects that were written."),
     "num_segments": Shown(name="antefix_object_written_segments", help="Segments that were written."),
     "bytes_written": Shown(name="antefix_object_written_bytes", help="What they take."),
 }
-# `janitor.JanitorCounters`.
+# Fields of `janitor.JanitorCounters`.
 JANITOR: Final[Table] = {
     "num_expired": Shown(name=_DELETED, help=_DELETED_HELP, labels=(("cause", "expired"),)),
     "num_over_budget": Shown(name=_DELETED, help=_DELETED_HELP, labels=(("cause", "budget"),)),
@@ -46,7 +46,7 @@ JANITOR: Final[Table] = {
 
 
 def upload_metrics(uploader: ObjectUploader) -> Iterable[Metric]:
-    """Of what any thread may read."""
+    """Metrics that any thread may read."""
     yield from families(UPLOADS, uploader.counters)
     yield from families(WRITES, uploader.writer.counters)
     yield from families(JANITOR, uploader.janitor.counters)

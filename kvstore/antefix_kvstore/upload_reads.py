@@ -1,4 +1,4 @@
-"""Reads what is to be uploaded from the store's segments, into memory that is used again and again."""
+"""Reads the records to be uploaded from the store's segments, into buffers that are used repeatedly."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from antefix.record import Record, RecordKind
 from antefix.store.record_source import records_of
 from antefix_kvstore.storage_engine import StorageEngine
 
-# A payload lies in one of them; the room at an end where the next one does not fit is left.
+# A payload lies within one buffer; if the next payload does not fit the rest of a buffer, that rest stays unused.
 _BUFFER_BYTES: Final = 8 << 20
 
 
 class UploadBuffers:
-    """Memory for one segment's payloads after the other's: fresh memory costs as much as reading into it."""
+    """Reused memory for the payloads of one segment at a time: fresh memory costs as much as reading into it."""
 
     def __init__(self) -> None:
         self._blocks: list[memoryview] = []
         self._number = self._at = 0
 
     def begin(self) -> None:
-        """All that was taken is free again."""
+        """Mark all memory as free again."""
         self._number = self._at = 0
 
     def take(self, nbytes: int) -> memoryview:
@@ -42,7 +42,7 @@ def read_records(
     fingerprint: bytes,
     allocate: Callable[[int], memoryview],
 ) -> Iterator[Record]:
-    """Those of the records that can be read.  allocate: memory for a payload of so many bytes."""
+    """Those of the records that can be read.  allocate: returns memory for a payload of the given size."""
     left = list(hashes)
     while left:
         located = engine.reader.locate(kind, left, fingerprint=fingerprint)
@@ -51,7 +51,7 @@ def read_records(
         sealed = [want.sealed for want in located.wanted[: outcome.num_good]]
         records = records_of(sealed, payloads[: outcome.num_good])
         yield from records
-        # Behind one that is broken or gone it continues.
+        # Continue after a record that is damaged or gone.
         left = left[len(records) + 1 :]
 
 

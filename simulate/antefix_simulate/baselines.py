@@ -1,6 +1,7 @@
-"""Other routers' placement rules, after their documents, to compare ours with. The router does not offer them.
+"""Placement rules of other routers, from their documents, to compare with ours. Our router does not offer them.
 
-They get what ours gets: the same directory, and work counted as done by the same clock. Ties fall by chance.
+They get the same information as ours: the same directory, and the same clock for finished work. Ties are broken at
+random.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from antefix_router.placement.work import Amounts, Flags, Loads, Policy, Work, c
 
 
 class LeastLoaded:
-    """Fewest requests."""
+    """Places each request on the worker with the fewest requests."""
 
     def __init__(self, seed: int = 0) -> None:
         self._rng = random.Random(seed)
@@ -26,7 +27,8 @@ class LeastLoaded:
 
 
 class Rendezvous:
-    """By the prompt's first two blocks alone, whatever the load: the first one alone is a system prompt's."""
+    """Places by a hash of the prompt's first two blocks, whatever the load. The first block alone may be a system
+    prompt's."""
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
@@ -39,7 +41,7 @@ class Rendezvous:
 class DynamoLinear:
     """NVIDIA Dynamo's KV router: max(0, queued prefill + prompt - overlap credit) + active blocks, in tokens.
 
-    Credits as documented: memory 1.0, disk 0.25; prefill load scale 1; a random one of the lowest.
+    Credits as documented: memory 1.0, disk 0.25; prefill load scale 1; ties are broken at random.
     """
 
     CREDIT_DISK = 0.25
@@ -55,7 +57,8 @@ class DynamoLinear:
 
 
 class LMetric:
-    """New prefill tokens times batch size (arXiv 2603.15202); the store's tokens count as cached, which favours it."""
+    """New prefill tokens times batch size (arXiv 2603.15202). The store's tokens count as cached, which favours this
+    rule."""
 
     def __init__(self, seed: int = 0) -> None:
         self._rng = random.Random(seed)
@@ -94,7 +97,7 @@ def _lowest(costs: Amounts, allowed: Flags, rng: random.Random) -> int:
     return int(rows[0]) if len(rows) == 1 else int(rows[rng.randrange(len(rows))])
 
 
-# Those that the router offers, and the others.
+# The policies that the router offers, and the baselines.
 ALL_POLICIES: dict[str, Callable[[int], Policy]] = {
     **POLICIES,
     "least_loaded": LeastLoaded,
@@ -106,5 +109,5 @@ ALL_POLICIES: dict[str, Callable[[int], Policy]] = {
 
 
 def make_policy(name: str, seed: int = 0, *, compute_weight: float = COMPUTE_WEIGHT) -> Policy:
-    """A policy of either kind.  Raises:  InvalidRequest: there is none of that name."""
+    """A policy or a baseline by name.  Raises:  InvalidRequest: no policy has this name."""
     return make_served_policy(name, seed, compute_weight=compute_weight, policies=ALL_POLICIES)

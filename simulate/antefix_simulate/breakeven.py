@@ -1,9 +1,10 @@
-"""The break-even table: for prefix length, disk speed and reuse age, which strategy saves most time per stored byte?
+"""The break-even table: for each prefix length, disk speed and reuse age, which strategy saves most time per stored
+byte?
 
-One prompt of P tokens was prefilled cold and left what its strategy leaves. After `age_s` a second one comes: it either
-continues from the end (the next turn) or leaves the prefix inside (another question, another document); what has
-expired by then is gone. Real strategies say what is left, the real planner what is done, the model machine how long it
-takes.
+One prompt of P tokens was prefilled cold, and the strategy wrote its checkpoints. After `age_s` a second prompt comes.
+It continues from the end (the next turn), or differs from some position inside on (another question, another document).
+Checkpoints that have expired by then are gone. The real strategies decide what was written, the real planner decides
+how to restore, and the model machine tells how long this takes.
 """
 
 from __future__ import annotations
@@ -23,16 +24,18 @@ STRATEGIES = ("zero", "boundary", "auto", "periodic(8192)", "periodic(2048)", "f
 PREFIX_TOKENS = (1_024, 4_096, 16_384, 65_536, 262_144, 1_048_576)
 DISK_BYTES_PER_S = (50e6, 500e6, 1.5e9, 6e9)
 AGES_S = (60.0, 1_800.0, 6 * 3600.0, 48 * 3600.0)
-# The next turn's own tokens, and what follows where a prefix was left: the same, so that the columns compare.
+# Tokens after the shared prefix: the next turn's own tokens, and equally many after a fork, so that the columns
+# compare.
 STEP_TOKENS = 512
-# A prefix is left at these shares of its length: evenly, because a break-even table should not assume what auto does,
-# and never at round fractions, where periodic checkpoints happen to be (golden-ratio steps).
+# Forks are at these shares of the prefix: evenly spread, because the table should not assume auto's rules, and never at
+# round fractions, where periodic checkpoints happen to be (golden-ratio steps).
 LEAVES = tuple((0.5 + i * 0.618_033_988_75) % 1 for i in range(32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointOutcome:
-    """One strategy at one point. stored_bytes: at that age.  *_saved_s: against a cold run of the same request."""
+    """One strategy at one point. stored_bytes: at that age.  *_saved_s: time saved against a cold run of the same
+    request."""
 
     strategy: str
     stored_bytes: int
@@ -44,9 +47,10 @@ class PointOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakEven:
-    """All strategies at one point, and the winners: `*_fastest` by time, `*_per_byte` by seconds saved a stored byte.
+    """All strategies at one point, and the best: `*_fastest` by time, `*_per_byte` by seconds saved per stored byte.
 
-    A winner is "none" where nothing stored beats a cold run; of equals the one that stores least wins.
+    The best is "none" where nothing stored is faster than a cold run. Among equals, the one that stores least is the
+    best.
     """
 
     prefix_tokens: int
@@ -70,7 +74,7 @@ def break_even(
     disks: Sequence[float] = DISK_BYTES_PER_S,
     ages: Sequence[float] = AGES_S,
 ) -> list[BreakEven]:
-    """Every combination, disks outermost. The machine's own disk speed and jitter are not used."""
+    """The table for every combination, grouped by disk. The machine's own disk speed and jitter are not used."""
     strategies = [parse(name) for name in STRATEGIES]
     rows = []
     for disk in disks:
@@ -84,15 +88,15 @@ def break_even(
 
 
 def chance_needed(sizes: Sizes, gap_tokens: int) -> float:
-    """How likely a checkpoint must be used, against the chance that its blocks are, to be worth its bytes.
+    """The chance of use, relative to that of its blocks, above which a checkpoint is worth its bytes.
 
-    A checkpoint `gap_tokens` after the one before saves that many tokens, at most a replay's work; a block saves its
-    own. Both cost bytes. At the returned ratio a byte of the one saves as much as a byte of the other, whatever the
-    machine.
+    A checkpoint `gap_tokens` after the previous one saves that many tokens when used, but at most a replay's work. A
+    block saves its own tokens. At the returned ratio, a byte of checkpoint saves as much as a byte of block, whatever
+    the machine's speed.
     """
     saved = min(gap_tokens, sizes.exact_replay_work_tokens)
     if not saved:
-        # A single layer's replay runs no query: its checkpoints save nothing.
+        # With a single layer, a replay runs no query, so checkpoints save nothing.
         return math.inf
     return (sizes.checkpoint_bytes / saved) / (sizes.block_bytes / sizes.block_size)
 
@@ -117,7 +121,7 @@ def break_even_text(rows: Sequence[BreakEven]) -> str:
 
 
 def _planner(sizes: Sizes, machine: Machine) -> RestorePlanner:
-    """A planner that knows the machine: its laws are fed with the machine's own answers."""
+    """A planner that knows the machine's speeds: its rates are fitted to the machine's own answers."""
     rates = Rates(RatePriors(prefill_tokens_per_s=machine.prefill_tokens_per_s))
     for _ in range(3):
         for tokens in (128, 4_096, 65_536, 1_048_576):
@@ -130,7 +134,7 @@ def _planner(sizes: Sizes, machine: Machine) -> RestorePlanner:
 
 def _outcome(strategy: Strategy, tokens: int, age_s: float, planner: RestorePlanner, machine: Machine) -> PointOutcome:
     sizes = planner.sizes
-    # 1. What the first request left, and what is still there.
+    # 1. What the first request wrote, and what of it has not expired.
     marks = strategy.at_prompt(PromptFacts(num_tokens=tokens, num_stored_blocks=0, resume_block=0), sizes)
     alive = {mark.block: mark.tier.value for mark in marks if mark.ttl_s > age_s}
     num_blocks = tokens // sizes.block_size
@@ -148,7 +152,7 @@ def _outcome(strategy: Strategy, tokens: int, age_s: float, planner: RestorePlan
         seconds = carry_out(machine, sizes, decision.plan, rng).total_s
         return seconds, carry_out(machine, sizes, decision.cold, rng).total_s - seconds
 
-    # 2. The next turn, and requests that leave it inside.
+    # 2. The next turn, and requests that differ from some position inside the prefix on.
     on = ttft_s(tokens, alive)
     left = [ttft_s(int(share * tokens), alive) for share in LEAVES]
     return PointOutcome(
@@ -164,7 +168,7 @@ def _outcome(strategy: Strategy, tokens: int, age_s: float, planner: RestorePlan
 def _row(tokens: int, disk: float, age_s: float, outcomes: tuple[PointOutcome, ...]) -> BreakEven:
     def winner(values: Sequence[float]) -> str:
         best = max(values)
-        # Within a thousandth is equal: then fewer bytes win.
+        # Times within a thousandth are equal; then fewer stored bytes win.
         near = [o for o, value in zip(outcomes, values, strict=True) if value >= best - abs(best) / 1000]
         return min(near, key=lambda o: o.stored_bytes).strategy if best > 1e-9 else "none"
 
@@ -184,7 +188,7 @@ def _row(tokens: int, disk: float, age_s: float, outcomes: tuple[PointOutcome, .
 
 
 def human_age(seconds: float) -> str:
-    """Minutes below an hour, hours from there on."""
+    """Minutes for ages below an hour, else hours."""
     if seconds < 3600:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.0f} h"

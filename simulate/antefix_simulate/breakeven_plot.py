@@ -1,4 +1,4 @@
-"""The break-even table as a picture: who wins where, and by how much."""
+"""Plots the break-even table: the best strategy for each case, and its advantage."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ CASES = (("continue", "next turn"), ("leave", "left inside"))
 def plot_break_even(rows: Sequence[BreakEven], path: Path) -> None:
     """Write the picture to `path` (.svg or .png).
 
-    Above, a map a disk speed and case: at each prefix length and reuse age the strategy that saves most seconds against
-    a cold run per stored GB, and those seconds. Below, what every strategy saves per stored GB over prefix length.
-    Raises:  InvalidRequest: matplotlib is not installed, another suffix, or nothing to plot.
+    The upper part has one map per disk speed and case: for each prefix length and reuse age, the strategy that saves
+    most seconds against a cold run per stored GB, and those seconds. The lower part has every strategy's savings by
+    prefix length.
+    Raises:  InvalidRequest: matplotlib is not installed, the suffix is another, or there is nothing to plot.
     """
     check_path(path)
     if not rows:
@@ -54,7 +55,7 @@ def plot_break_even(rows: Sequence[BreakEven], path: Path) -> None:
 
 
 def saved_per_gb(outcome: PointOutcome, case: str) -> float:
-    """Seconds against a cold run per stored GB."""
+    """Seconds saved against a cold run, per stored GB."""
     saved: float = getattr(outcome, f"{case}_saved_s")
     return saved / max(outcome.stored_bytes, 1) * 1e9
 

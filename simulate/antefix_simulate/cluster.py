@@ -1,8 +1,9 @@
-"""Many workers under one placement policy: a trace's requests in their own time, through the router's real code.
+"""Simulates many workers under one placement policy: a trace's requests, at their times, through the router's real
+code.
 
 Real: placement policies, directory, backlogs, single flight, restore planner, window strategies, store eviction.
-Modelled: the time that loading, computing and generating take (simulate.machine). Events run in order of time; a
-prefill worker does one prompt after the other; what it computed is stored when it is done.
+Modelled: the time that loading, computing and generating take (simulate.machine). Events are processed in order of
+time. A prefill worker computes one prompt after the other; the KV it computed is stored when the prompt is done.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ Progress = Callable[[int, int], None]
 
 
 class EngineHits(StrEnum):
-    """Where workers without our store and planner may continue, such as vLLM's and SGLang's. They prefill and decode by
-    themselves, keep what fits their own memory, and rebuild no window state.
+    """Where workers that do not use our store and planner, such as vLLM and SGLang, can resume. Such a worker does both
+    prefill and decode, keeps the KV that fits its own memory, and never replays.
 
-    FULL: after any block, as with full attention.  WINDOW: only where window state was left, as with DeepSeek-V4.
+    FULL: after any block, as with full attention.  WINDOW: only where window state was kept, as with DeepSeek-V4.
     """
 
     FULL = "full"
@@ -61,14 +62,15 @@ class EngineHits(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """The machines, and what happens to them.
+    """The machines, and events such as failures.
 
-    kills: (second, second of return or 0 for never), of one prefill worker each, the first, the second, ...
-    look_s: where nobody dies, the second around which the windows before and after lie, to compare with.
-    num_stores: each with the limits of `store`; workers take turns in whose it is.  copies_bytes: per store, of what is
-    read often from others.  object_bytes: of the object tier behind them; 0: none.  prices: of prompt tokens.
-    joins: seconds at which another prefill worker is added.  decode_step_*: of one decode step, by sequences running.
-    engines: the workers are not ours: see `EngineHits`; None: they are.
+    kills: (second of death, second of return or 0 for never), for one prefill worker each: the first, the second, ...
+    look_s: without kills, the second around which the windows "before" and "after" lie, for comparison with a run with
+    kills.
+    num_stores: stores, each with the limits of `store`; workers are assigned to them in turn.  copies_bytes: limit, per
+    store, on copies of blocks that are often read from other stores.  object_bytes: size of the object tier; 0: none.
+    prices: of prompt tokens.  joins: seconds at which a prefill worker is added.  decode_step_*: time of a decode step,
+    by running sequences.  engines: where workers of other engines resume, see `EngineHits`; None: the workers are ours.
     """
 
     num_prefill: int
@@ -95,7 +97,7 @@ class Fleet:
 
     @property
     def has_tiers(self) -> bool:
-        """Blocks come from more than one store."""
+        """Whether blocks can come from more than one store."""
         return self.num_stores > 1 or self.object_bytes > 0
 
 
@@ -110,7 +112,7 @@ def simulate_cluster(
     fleet: Fleet,
     progress: Progress | None = None,
 ) -> PolicyResult:
-    """Run (request, offset of its names) pairs, in order of arrival, under the named policy."""
+    """Run the requests under the named policy. requests: (request, offset of its names), in order of arrival."""
     run = _Run(unit_tokens, policy, strategy, sizes, fleet)
     every = max(total // 200, 1)
     for index, (request, offset) in enumerate(requests):
@@ -138,10 +140,10 @@ class _Run:
             num_stores=fleet.num_stores,
             copies_bytes=fleet.copies_bytes,
             object_bytes=fleet.object_bytes,
-            # Workers, stores and a router.
+            # The processes: workers, stores and a router.
             num_processes=fleet.num_prefill + fleet.num_decode + fleet.num_stores + 1,
         )
-        # The planner knows the machine: learning it is what the other simulation is about.
+        # The planner knows the machine's speeds. The other simulation (trace_replay) covers learning them.
         machine = fleet.machine
         self.planner = RestorePlanner(
             sizes,
@@ -163,14 +165,14 @@ class _Run:
         self.outcomes = Outcomes()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
-        # Workers that will join have their row from the start, and are out of reach until then.
+        # Workers that join later have a row from the start, but cannot be reached until they join.
         self.workers = [self._worker(i) for i in range(fleet.num_prefill + len(fleet.joins))]
         self.addresses = [worker.address for worker in self.workers]
         self.read_speeds = [self._read_speeds(self.many.home_of(row)) for row in range(fleet.num_stores)]
         self.loads = _loads(self.addresses)
         self.head = np.zeros((3, len(self.workers)))  # head's tokens, since when, tokens per second
         self.total = np.zeros(len(self.workers))
-        # An engine decodes what it prefilled.
+        # An engine decodes the prompts that it prefilled.
         num_decode = len(self.workers) if fleet.engines is not None else fleet.num_decode
         self.decode = _loads([f"decode-{i}" for i in range(num_decode)])
         for row in range(fleet.num_prefill, len(self.workers)):
@@ -185,7 +187,7 @@ class _Run:
         heapq.heappush(self._events, (when_s, next(self._order), action))
 
     def until(self, when_s: float) -> None:
-        """Let everything happen that is due by then."""
+        """Process all events up to this time."""
         while self._events and self._events[0][0] <= when_s:
             self.now, _, action = heapq.heappop(self._events)
             action()
@@ -193,9 +195,9 @@ class _Run:
             self.now = when_s
 
     def arrive(self, job: Job) -> None:
-        """Place a request, or let it wait for another's blocks."""
+        """Place a request, or let it wait for blocks that another request computes."""
         names, num_tokens = job.names, job.request.num_tokens
-        # 1. What is stored, and who has what in memory.
+        # 1. Look up what is stored, and which workers have which blocks in memory.
         num_stored = self._store_of(0).num_stored(np.asarray(names)) if self.fleet.shared_store else 0
         resident = self.directory.leading(self.addresses, names)
         known = max(num_stored, int(resident.max()))
@@ -222,7 +224,7 @@ class _Run:
         self.loads.soon_tokens = min(found[1] * self.unit_tokens, num_tokens - 1) if found else 0
         self.loads.loading_tokens = self._loading(work) if work.places else None
         row = self.policy.choose(work, self.loads)
-        # 4. Count it, and start it if the worker is free.
+        # 4. Count it, and start it if the worker is idle.
         computing, loading = own_work(work, self.loads)
         job.own_tokens = max(1, round(float(computing[row] + loading[row])))
         job.claimed = self.in_flight.lead(job, names, known)
@@ -242,14 +244,15 @@ class _Run:
         return tuple((units * self.unit_tokens, stores) for units, stores in self.many.places(names))
 
     def _loading(self, work: Work) -> np.ndarray:
-        """What loading the stored prefix is worth on each worker, as a router knows it from what workers measured."""
+        """The cost of loading the stored prefix on each worker, in tokens, as the router knows it from workers'
+        measurements."""
         rate = self.fleet.machine.prefill_tokens_per_s
         resident = self.loads.resident_tokens.tolist()
         speeds = [self.read_speeds[self.many.home_of(row)] for row in range(len(self.workers))]
         return np.array([loading_tokens(work, own, each, rate) for own, each in zip(resident, speeds, strict=True)])
 
     def _read_speeds(self, home: int) -> dict[str, ReadSpeed]:
-        """Of a worker on that store's host."""
+        """Read speeds of a worker on that store's host, by tier."""
         machine, bytes_per_token = self.fleet.machine, self.sizes.block_bytes / self.sizes.block_size
 
         def speed(fixed_s: float, bytes_per_s: float) -> ReadSpeed:
@@ -300,7 +303,7 @@ class _Run:
         return stored, self.planner.plan(stored).plan
 
     def _bytes_by_tier(self) -> dict[str, int]:
-        """Blocks that were loaded, and what was copied between stores."""
+        """Bytes of blocks loaded from each tier, and bytes copied between stores."""
         many = self.many
         if self.fleet.has_tiers:
             loaded = {tier: many.bytes_by_tier[tier] for tier in (DISK, PEER, OBJECT)}
@@ -311,7 +314,7 @@ class _Run:
         return self.many.of(row) if self.fleet.has_tiers else self.store
 
     def _parts(self, job: Job, plan: Plan, stored: StoredPrefix) -> dict[str, int]:
-        """Bytes that the plan loads from each tier; they are counted, and what comes often is copied."""
+        """Bytes that the plan loads from each tier. Counts them, and copies blocks that are read often."""
         parts: dict[str, int] = {}
         start = stored.num_resident_blocks
         for end, tier in stored.block_tiers:
@@ -325,7 +328,7 @@ class _Run:
         return parts
 
     def _engine_plan(self, job: Job, num_units: int) -> Plan:
-        """Continue after so many units in memory; the last token, and so its unit, is always computed."""
+        """Resume after `num_units` units in memory. The last token, and so its unit, is always computed."""
         num_units = min(num_units, (job.request.num_tokens - 1) // self.unit_tokens)
         rest = job.request.num_tokens - num_units * self.unit_tokens
         block = num_units * self.unit_blocks
@@ -346,14 +349,14 @@ class _Run:
         worker = self.workers[row]
         if worker.epoch != epoch:
             return
-        # 1. The books.
+        # 1. Count the result.
         self._count(job, plan, stored)
         self._give_back(row, job, done=True)
-        # 2. What is in memory and in the store now.
+        # 2. Update memory and store.
         marks = self._keep(worker, job, plan, stored)
         self.directory.placed(worker.address, job.names)
         self.directory.evicted(worker.address, worker.memory.use(job.names, marks))
-        # 3. Those who waited, decode, and the next one.
+        # 3. Release waiting requests, start decode, start the next prompt.
         self._release(job)
         self._generate(job)
         worker.running = None
@@ -368,7 +371,7 @@ class _Run:
         out.fetched_tokens.append(max(0, plan.resume_block - stored.num_resident_blocks) * size)
 
     def _keep(self, worker: PrefillWorker, job: Job, plan: Plan, stored: StoredPrefix) -> list[int]:
-        """Store what is new; returns the units after which the strategy leaves window state."""
+        """Store new blocks. Returns the units after which the strategy leaves window state."""
         boundaries = {*stored.checkpoints, *stored.resident_checkpoints}
         facts = PromptFacts(
             num_tokens=job.request.num_tokens,
@@ -409,7 +412,7 @@ class _Run:
             self.arrive(follower)
 
     def _generate(self, job: Job) -> None:
-        """Decode at the speed of the batch that it joins."""
+        """Decode, at the speed of the batch that the request joins."""
         decode = self.decode
         work = Work(num_tokens=job.request.num_tokens, stored_tokens=job.request.num_tokens - 1, affinity=0)
         row = job.row if self.fleet.engines is not None else self.decode_policy.choose(work, decode)
@@ -421,7 +424,7 @@ class _Run:
         self.at(self.now + tokens * step_s, lambda: _add(decode, row, -1, -tokens, -job.request.num_tokens))
 
     def _kill(self, row: int) -> None:
-        """The worker is gone with its memory; what it had to do is placed elsewhere."""
+        """Remove the worker and its memory; its requests are placed on other workers."""
         worker = self.workers[row]
         lost = [*([worker.running] if worker.running else []), *worker.queue]
         worker.epoch += 1
@@ -515,5 +518,5 @@ def _add(loads: Loads, row: int, requests: int, pending: int, active: int) -> No
 
 
 def _mixed(name: int) -> int:
-    """Trace names count up; keys are hashes."""
+    """A hash of a name: names in a trace count up, but the directory's keys must look like hashes."""
     return (name * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF

@@ -1,4 +1,4 @@
-"""What a simulated fleet achieved under one placement policy, as numbers and as a table."""
+"""The result of a simulated fleet under one placement policy, as numbers and as a table."""
 
 from __future__ import annotations
 
@@ -13,21 +13,24 @@ from antefix.window import Sizes
 from antefix_simulate.replay_result import percentile
 from antefix_simulate.simulated_objects import ObjectBill
 
-# A fleet that lost a worker is looked at again after this long.
+# After a worker was lost, the fleet is measured again after this time.
 RECOVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyResult:
-    """One policy over one trace.
+    """The result of one policy on one trace.
 
-    bytes_by_tier: blocks used from memory, loaded from a host's own disk and from another host's store; "copied": put
-    into a second store for being read often.  dollars: for the prompts, by the fleet's token prices.
-    object_bill: what the object store was asked, and its dollars.
-    token_hit_rate: share of prompt tokens that no worker ran.  fetched_share: share that was loaded from the store.
-    ttft_*: from arrival to first token: waiting, loading, computing.  goodput: requests per second within both limits.
-    load_max_over_mean: seconds at work, the busiest prefill worker's over the mean.  coalesced_share: requests that
-    waited for another's blocks.  before_*, after_*: the windows before the first kill and from a minute after it.
+    bytes_by_tier: bytes of blocks used from memory, loaded from the host's own disk, and from another host's store;
+    "copied": bytes copied to a second store because they are read often.  dollars: price of the prompts at the fleet's
+    token prices.
+    object_bill: requests to the object store and their price.
+    token_hit_rate: share of prompt tokens that no worker ran.  fetched_share: share that was loaded from a store.
+    ttft_*: time from arrival to first token: waiting, loading, computing.  goodput: requests per second within both
+    limits.
+    load_max_over_mean: busy seconds of the busiest prefill worker over the mean.  coalesced_share: share of requests
+    that waited for blocks that another request computed.  before_*, after_*: windows before the first kill and from a
+    minute after.
     """
 
     policy: str
@@ -53,7 +56,8 @@ class PolicyResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSimulation:
-    """All policies over one trace on one fleet. engines: where others' workers continue; empty: they are ours."""
+    """All policies on one trace and one fleet. engines: where other engines' workers resume; empty: the workers are
+    ours."""
 
     trace: str
     num_requests: int
@@ -74,7 +78,7 @@ class ClusterSimulation:
 
 @dataclass(slots=True)
 class Outcomes:
-    """One row a finished request."""
+    """Arrays with one row per finished request."""
 
     finished_s: list[float] = field(default_factory=list)
     arrived_s: list[float] = field(default_factory=list)
@@ -86,7 +90,7 @@ class Outcomes:
     num_moved: int = 0
 
     def bytes_in_memory(self, sizes: Sizes) -> int:
-        """Blocks that were hit and not loaded."""
+        """Bytes of blocks that were hit in memory, without a load."""
         tokens = sum(max(0, hit - fetched) for hit, fetched in zip(self.hit_tokens, self.fetched_tokens, strict=True))
         return tokens // sizes.block_size * sizes.block_bytes
 
@@ -95,7 +99,7 @@ class Outcomes:
         return [finished - arrived for finished, arrived in zip(self.finished_s, self.arrived_s, strict=True)]
 
     def window(self, start_s: float, end_s: float) -> tuple[float | None, float | None]:
-        """Hit rate and p90 of the requests that arrived in that time; None where there were none."""
+        """Hit rate and p90 time of the requests that arrived in this window; None if there were none."""
         arrived = np.asarray(self.arrived_s)
         rows = np.flatnonzero((arrived >= start_s) & (arrived < end_s))
         if not len(rows):

@@ -1,4 +1,4 @@
-"""A simulated prefill worker: one prompt after the other, and a memory of units, least recently used first out."""
+"""A simulated prefill worker: computes one prompt after the other, and keeps units in memory, evicted in LRU order."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from antefix_simulate.trace import TraceRequest
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request on its way. names: its units as plain numbers, as the directory's keys.  claimed: in flight.
+    """One request on its way. names: its units as numbers, like the directory's keys.  claimed: units registered in
+    flight.
 
-    row: of the worker that has it; -1: none yet.
+    row: number of the worker that has it; -1: none yet.
     """
 
     request: TraceRequest
@@ -38,7 +39,7 @@ class Memory:
         self._units: OrderedDict[int, bool] = OrderedDict()
 
     def num_leading(self, names: Sequence[int]) -> int:
-        """Leading units that are there: ends go first, so the last one is found by bisection."""
+        """How many leading units are in memory. Ends of prefixes are evicted first, so bisection finds the number."""
         low, high = 0, len(names)
         while low < high:
             middle = (low + high + 1) // 2
@@ -46,14 +47,14 @@ class Memory:
         return low
 
     def last_checkpoint(self, names: Sequence[int], num_units: int) -> int:
-        """The last boundary at or before `num_units` with window state in memory; 0: none."""
+        """The last boundary up to `num_units` that has window state in memory; 0: none."""
         return next((unit for unit in range(num_units, 0, -1) if self._units.get(names[unit - 1])), 0)
 
     def use(self, names: Sequence[int], checkpoints: Sequence[int]) -> list[int]:
-        """Keep these units, with window state after the named numbers of them; returns the units that had to go."""
+        """Keep these units, with window state after the given numbers of units. Returns the units that were evicted."""
         units = self._units
         marked = {names[unit - 1] for unit in checkpoints}
-        # Deepest first, so that a prefix outlives what continues it.
+        # Deepest units first, so that a prefix is evicted after its continuations.
         for name in reversed(names[: self._num_units_max]):
             units[name] = units.pop(name, False) or name in marked
         gone = []
@@ -64,7 +65,7 @@ class Memory:
 
 @dataclass(slots=True, eq=False)
 class PrefillWorker:
-    """epoch: raised when it dies, so that what it was doing then is known to be void."""
+    """epoch: increased when the worker dies, so that results of earlier work are ignored."""
 
     address: str
     memory: Memory

@@ -1,7 +1,7 @@
-"""Generated traces: seeded, of any size, with the shapes that real ones have. For tests, and where no trace is at hand.
+"""Generated traces: seeded, of any size, shaped like real ones. For tests, and for users without a trace.
 
-chat       conversations behind one system prompt; now and then a turn is written again (a fork).
-agents     long conversations in small steps, a few minutes apart; now and then one starts over from its preamble.
+chat       conversations that share a system prompt; sometimes a user rewrites a turn (a fork).
+agents     long conversations in small steps, a few minutes apart; sometimes one restarts from its preamble.
 documents  a few questions on each of many long documents, interleaved.
 """
 
@@ -22,7 +22,7 @@ REQUESTS_MAX = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """Lengths in tokens, gaps in seconds; each drawn from an exponential of that mean."""
+    """Mean lengths in tokens and mean gaps in seconds; each value is drawn from an exponential distribution."""
 
     preamble_tokens: int
     shared_preamble: bool
@@ -94,13 +94,13 @@ def generate(shape_name: str, *, num_requests: int, unit_tokens: int, seed: int 
         start_s += rng.expovariate(shape.sessions_per_s)
         session = _Session(shape, rng, unit_tokens, lambda: next(fresh), preamble)
         requests.extend(session.requests(f"s{len(requests)}", start_s))
-    # Cut by time, not by session, or the end of the trace would hold the tails of long sessions only.
+    # Cut by time, not by session; otherwise the trace would end with the tails of long sessions only.
     requests.sort(key=lambda request: request.at_s)
     return Trace(name=f"generated {shape_name}", unit_tokens=unit_tokens, requests=tuple(requests[:num_requests]))
 
 
 class _Session:
-    """One conversation: the names of its units so far, and how many tokens they and the open unit hold."""
+    """One conversation: the names of its complete units so far, and its number of tokens."""
 
     def __init__(
         self, shape: Shape, rng: random.Random, unit_tokens: int, fresh: Callable[[], int], preamble: list[int]
@@ -140,6 +140,6 @@ class _Session:
         return self.num_tokens
 
     def _rewind(self, num_tokens: int) -> None:
-        """Go back to the first `num_tokens`; what follows will be new."""
+        """Go back to the first `num_tokens` tokens; the tokens after them will be new."""
         self.num_tokens = max(num_tokens, 1)
         del self.names[self.num_tokens // self.unit_tokens :]

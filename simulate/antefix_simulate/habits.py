@@ -1,4 +1,5 @@
-"""How checkpoints were used: by reason, how many were ever resumed from, and how long after their last use."""
+"""How checkpoints are used, by the reason for leaving them: how many are ever used, and how long after their last
+use."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ import numpy as np
 
 from antefix.window import Reason
 
-# The ages that TTLs are chosen by.
+# The ages from which lifetimes are chosen.
 AGES_S = {"within_1min": 60.0, "within_5min": 300.0, "within_1h": 3600.0, "within_4h": 14_400.0, "within_24h": 86_400.0}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasonUse:
-    """left: checkpoints written.  used: of those, resumed from at least once.  ages: share of all uses by their age."""
+    """left: checkpoints written.  used: those of them used at least once.  ages: share of all uses, by time since last
+    use."""
 
     left: int
     used: int
@@ -35,7 +37,7 @@ class _Left:
 
 @dataclass(slots=True)
 class Habits:
-    """Filled while a trace runs. A checkpoint that expired and is left again counts twice."""
+    """Counts filled in during a replay. A checkpoint that expired and is written again counts twice."""
 
     _current: dict[int, _Left] = field(default_factory=dict)
     _left: dict[Reason, int] = field(default_factory=dict)

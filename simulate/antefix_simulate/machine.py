@@ -1,6 +1,6 @@
-"""The cost model: how long tokens and bytes take on a machine, how big a model's KV is, what tokens cost.
+"""The cost model: the time that tokens and bytes take on a machine, the size of a model's KV, the price of tokens.
 
-Every number is a setting, not a measurement: put in what `benchmarks/` measured on yours.
+Every number is a setting, not a measurement: use the results of `benchmarks/` on your machine.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from antefix.window import Plan, Sizes
 class Machine:
     """One prefill worker and its disk. The defaults are eight H100 with V4-Flash and one NVMe disk.
 
-    prefill_tokens_per_s: 64K tokens cold in 3.62 s (vLLM, V4.1-Flash).  context_half_tokens: context at which a token
-    takes twice as long as at none; V4's sparse attention makes it large; an assumption.  peer_*: another host's store,
-    over 25 Gbit/s Ethernet; an assumption.
-    object_*: a cloud's object store, 16 ranges in flight; an assumption.  jitter: of every duration, as
-    the sigma of a lognormal factor, so that the planner meets a machine that it cannot know exactly.
+    prefill_tokens_per_s: 64K tokens cold in 3.62 s (vLLM, V4.1-Flash).  context_half_tokens: the context at which a
+    token takes twice as long as without context. V4's sparse attention makes it large; the value is an assumption.
+    peer_*: reading another host's store over 25 Gbit/s Ethernet; an assumption.
+    object_*: a cloud's object store with 16 ranges in flight; an assumption.  jitter: every duration is multiplied by a
+    lognormal factor with this sigma, so that the planner cannot predict the machine exactly.
     """
 
     prefill_tokens_per_s: float = 18_000.0
@@ -49,7 +49,7 @@ class Machine:
                 raise InvalidRequest(f"{name} must be positive, is {getattr(self, name)}")
 
     def compute_s(self, tokens: int, *, context: int) -> float:
-        """Prefill or replay of `tokens` after `context` others, without jitter."""
+        """Time of prefill or replay of `tokens` tokens after `context` others, without jitter."""
         if not tokens:
             return 0.0
         growth = 1 + (context + tokens / 2) / self.context_half_tokens
@@ -68,7 +68,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """What a plan really took, part by part, in seconds."""
+    """The actual time of each part of a plan, in seconds."""
 
     load_blocks_s: float
     load_checkpoint_s: float
@@ -83,9 +83,9 @@ class Timing:
 def carry_out(
     machine: Machine, sizes: Sizes, plan: Plan, rng: random.Random, *, bytes_by_tier: Mapping[str, int] | None = None
 ) -> Timing:
-    """The machine's answer to a plan: loads and compute one after the other, as the worker does them.
+    """Carry out a plan on the machine: first loads, then compute, as the worker does.
 
-    bytes_by_tier: where several stores give parts of the blocks; they do at the same time.
+    bytes_by_tier: bytes that each of several stores delivers; they deliver at the same time.
     """
     window_bytes = sizes.checkpoint_bytes if plan.checkpoint_tier else 0
     start = plan.replay_from_block * sizes.block_size
@@ -104,7 +104,7 @@ def carry_out(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenPrices:
-    """Dollars per million tokens: input that was cached, other input, output."""
+    """Dollars per million tokens: cached input, other input, output."""
 
     hit: float
     miss: float
@@ -114,7 +114,7 @@ class TokenPrices:
         return (hit_tokens * self.hit + miss_tokens * self.miss) / 1e6
 
 
-# Off-peak prices of 2026 (deploy/ratecards/deepseek.toml); they have changed four times since April, so they are
+# Off-peak prices of 2026 (deploy/ratecards/deepseek.toml). They have changed four times since April, so they are
 # settings too.
 RATE_CARDS = {
     "v4-flash": TokenPrices(hit=0.003, miss=0.15, output=0.60),
@@ -155,7 +155,7 @@ V41_FLASH = V41Geometry(
 def model_sizes(model: str, kv_format: KVFormat = KVFormat.FP8) -> Sizes:
     """Sizes of `v4-flash`, `v4-pro`, `v4.1-flash`, or the model whose directory (with a config.json) is named.
 
-    Raises:  InvalidRequest: neither; or a config.json of another architecture.
+    Raises:  InvalidRequest: neither a known name nor such a directory, or a config.json of another architecture.
     """
     if model == "v4.1-flash":
         return Sizes.of(V41Layout(geometry=V41_FLASH))
@@ -174,7 +174,7 @@ def model_sizes(model: str, kv_format: KVFormat = KVFormat.FP8) -> Sizes:
 
 
 def model_layers(model: str) -> int:
-    """Layers of a model that `model_sizes` knows. Raises:  InvalidRequest: as that."""
+    """Number of layers of a model that `model_sizes` knows. Raises:  InvalidRequest: as `model_sizes`."""
     if model == "v4.1-flash":
         return len(V41_FLASH.ratios)
     if model in GEOMETRIES:

@@ -1,8 +1,8 @@
 """Several simulated stores of one fleet, with the object tier behind them: each worker writes to its host's store and
 reads from any, as `antefix.store` does.
 
-What a worker computes after another host's prefix is stored apart. What a host reads NUM_READS times from others is
-copied to its own store, within a budget of bytes.
+KV that a worker computes after a prefix from another host's store is stored apart. Blocks that a host reads NUM_READS
+times from other stores are copied to its own store, up to a limit in bytes.
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from antefix_simulate.simulated_store import SimStore, StoreLimits
 from antefix_simulate.trace import Names
 
 DISK, PEER, OBJECT = "disk", "peer", "object"
-# As `antefix.store.local_copies`, which this room does not import.
+# The value in `antefix.store.local_copies`, which this package does not import.
 NUM_READS: Final = 3
 
 
 class ManySimStores:
-    """limits: of each store. copies_bytes: of copies per store.  object_bytes: of the object tier; 0: there is none.
-    num_processes: that know the object tier.
-    """
+    """limits: of each store. copies_bytes: limit on copies per store.  object_bytes: size of the object tier; 0: none.
+    num_processes: number of processes that use the object tier."""
 
     def __init__(
         self,
@@ -51,14 +50,14 @@ class ManySimStores:
                 store.on_evict = self.objects.upload
 
     def of(self, worker: int) -> HostStore:
-        """As the worker's host sees them; hosts take turns."""
+        """The stores as the worker's host sees them; workers are assigned to hosts in turn."""
         return HostStore(self, self.home_of(worker))
 
     def home_of(self, worker: int) -> int:
         return worker % len(self.stores)
 
     def places(self, names: Sequence[int]) -> tuple[tuple[int, frozenset[str]], ...]:
-        """Runs of units that the same stores have: how many, and names of the stores."""
+        """Runs of units that the same stores have: the number of units, and the names of the stores."""
         holders = (self._holders(name) for name in names)
         return tuple((sum(1 for _ in run), held) for held, run in groupby(holders))
 
@@ -68,12 +67,12 @@ class ManySimStores:
 
 
 def store_name(number: int) -> str:
-    """What placement calls it."""
+    """The store's name in placement."""
     return f"store-{number}"
 
 
 class HostStore:
-    """The stores from one host: what `SimStore` has, and which tier has each part."""
+    """The stores as one host sees them: the same calls as `SimStore`, and which tier has which part."""
 
     def __init__(self, many: ManySimStores, home: int) -> None:
         self._many = many
@@ -89,29 +88,30 @@ class HostStore:
         return self._own.checkpoint_bytes_kept()
 
     def num_stored(self, names: Names) -> int:
-        """Leading units that any of them has."""
+        """How many leading units at least one store has."""
         return next((unit for unit in range(len(names)) if not self._has(names, unit)), len(names))
 
     def tiers(self, names: Names, num_units: int) -> tuple[tuple[int, str], ...]:
-        """Of so many leading units, which tier has each stretch: number of blocks at its end, and tier."""
+        """Which tier has each stretch of the leading `num_units` units: (number of blocks at its end, tier)."""
         labels = [self._tier_of(int(names[unit])) for unit in range(num_units)]
         ends = [end for end in range(1, num_units + 1) if end == num_units or labels[end - 1] != labels[end]]
         return tuple((end * self._many.unit_blocks, labels[end - 1]) for end in ends)
 
     def last_checkpoint(self, names: Names, num_units: int, now_s: float) -> tuple[int, Tier] | None:
-        """The last one in any store; this host's, where several have it."""
+        """The last checkpoint in any store; the one in this host's store, if several have it."""
         found = [store.last_checkpoint(names, num_units, now_s) for store in self._in_order()]
         return max((each for each in found if each is not None), key=lambda each: each[0], default=None)
 
     def touch(self, names: Names, num_units: int, now_s: float) -> None:
-        """In each store, the last unit that was read there."""
+        """Note a use, in each store, of the last unit that was read there."""
         for store in self._many.stores:
             last = next((unit for unit in range(num_units, 0, -1) if store.has(int(names[unit - 1]))), 0)
             if last:
                 store.touch(names, last, now_s)
 
     def note_read(self, names: Names, first: int, stop: int, now_s: float) -> None:
-        """Units [first, stop) were loaded: count bytes by tier, and copy what was read often from elsewhere."""
+        """Note that units [first, stop) were loaded: count bytes by tier, and copy units that are often read from
+        elsewhere."""
         many = self._many
         many.objects.now_s = now_s
         tiers = {unit: self._tier_of(int(names[unit])) for unit in range(first, stop)}
@@ -143,7 +143,7 @@ class HostStore:
         return any(store.has(name) for store in self._in_order()) or name in self._many.objects
 
     def _tier_of(self, name: int) -> str:
-        """Where it is read from: the nearest that has it."""
+        """The nearest tier that has this unit."""
         if self._own.has(name):
             return DISK
         return PEER if any(store.has(name) for store in self._many.stores) else OBJECT

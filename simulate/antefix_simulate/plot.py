@@ -1,4 +1,4 @@
-"""Plots of simulations. matplotlib is optional: without it the table and the JSON say the same."""
+"""Plots of simulations. Optional: needs matplotlib; table and JSON have the same numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SUFFIXES = (".svg", ".png")
 def plot(simulations: Sequence[Simulation], path: Path) -> None:
     """Write a plot of the simulations to `path` (.svg or .png).
 
-    One store size: what each strategy pays in bytes for its hits. Several: hit rate over store size, a line a strategy.
+    For one store size: bytes against hits of each strategy. For several: hit rate by store size, a line per strategy.
     Raises:  InvalidRequest: matplotlib is not installed, another suffix, or nothing to plot.
     """
     check_path(path)
@@ -37,9 +37,9 @@ def plot(simulations: Sequence[Simulation], path: Path) -> None:
 
 
 def check_path(path: Path) -> None:
-    """Before anything is simulated for a plot that cannot be written.
+    """Check the path before a long simulation whose plot could not be written.
 
-    Raises:  InvalidRequest: another suffix, or no such directory.
+    Raises:  InvalidRequest: the suffix is another, or the directory does not exist.
     """
     if path.suffix not in SUFFIXES:
         raise InvalidRequest(f"cannot plot to {path.name}: use one of {', '.join(SUFFIXES)}")
@@ -56,10 +56,10 @@ def load_pyplot() -> Any:
         import matplotlib
     except ImportError as err:
         raise InvalidRequest("plots need matplotlib: pip install matplotlib, or leave out --plot") from err
-    # At a first plot it tells of its cache of fonts, which is nobody's concern.
+    # At its first plot, matplotlib logs about its font cache, which does not interest the user.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     matplotlib.use("Agg")
-    # Text as text and names by content: small files that stay the same when nothing has changed.
+    # Text stays text and ids depend on content, so that files are small and change only with the figures.
     matplotlib.rcParams["svg.fonttype"] = "none"
     matplotlib.rcParams["svg.hashsalt"] = "antefix"
     import matplotlib.pyplot as pyplot
@@ -77,9 +77,9 @@ def _bars(axes: Any, simulation: Simulation) -> None:
     axes[0].axvline(100 * results[0].ideal_token_hit_rate, color="black", linestyle="--", label="ideal")
     axes[0].set_xlim(0, 105 * results[0].ideal_token_hit_rate or 1)
     axes[0].set_xlabel("of prompt tokens, %")
-    # Below the bars: inside, it would hide them.
+    # Below the bars, because inside it would hide them.
     axes[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, fontsize="small")
-    # Side by side, not stacked: the two need not be at their most at the same time.
+    # Next to each other, not stacked, because the two maxima need not occur at the same time.
     rows = range(len(names))
     kept = [result.bytes_kept_max / 1e9 for result in results]
     axes[1].barh([row - 0.2 for row in rows], kept, height=0.4, color="tab:gray", label="blocks and checkpoints")
@@ -97,7 +97,7 @@ def _lines(axes: Any, simulations: Sequence[Simulation]) -> None:
     sizes = [(s.store_bytes or 0) / 1e9 for s in bounded]
     for index, result in enumerate(bounded[0].results):
         rows = [s.results[index] for s in bounded]
-        # The first on top, with the smallest mark: where two strategies do the same, both can be seen.
+        # The first strategy is drawn on top with the smallest marker, so that equal strategies can both be seen.
         look = {"marker": "o", "markersize": 4 + index, "zorder": 10 - index, "label": result.strategy}
         axes[0].plot(sizes, [100 * row.token_hit_rate for row in rows], **look)
         axes[1].plot(sizes, [row.ttft_mean_s for row in rows], **look)
@@ -108,5 +108,5 @@ def _lines(axes: Any, simulations: Sequence[Simulation]) -> None:
         axis.set_xlabel("store, GB")
         axis.set_xscale("log", base=2)
         axis.set_xticks(sizes, [f"{size:g}" for size in sizes])
-    # Next to the plot: inside, it would hide lines.
+    # Next to the plot, because inside it would hide lines.
     axes[1].figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")

@@ -1,4 +1,4 @@
-"""Names of a prompt's prefixes, one per unit: keyed hashes, cut so that every reader of JSON keeps them exact.
+"""Names of a prompt's prefixes, one per unit: keyed hashes, shortened so that every JSON reader keeps them exact.
 
 A name covers everything before it, so equal names mean equal prefixes. Without the key nobody can test whether a trace
 has some text.
@@ -13,17 +13,17 @@ import numpy as np
 
 from antefix_simulate.logs.logged_call import LoggedCall, Tokens
 
-# JSON readers that hold numbers in doubles keep 53 bits. Two of ten million units meet once in a hundred traces.
+# JSON readers that use doubles keep 53 bits. Among ten million units, one collision occurs in about a hundred traces.
 NAME_BITS: Final = 52
-# A head of more tokens than any model reads is a mistake of the log's.
+# A head with more tokens than any model can read is an error in the log.
 _HEAD_TOKENS_MAX: Final = 1 << 22
 
 
 def names_of(call: LoggedCall, *, key: bytes, unit_tokens: int, bytes_per_token: float, per_user: bool) -> list[int]:
     """Names of the complete units of a call's prompt.
 
-    key: 16 to 64 bytes.  bytes_per_token: how text becomes tokens; the same for all calls, or units would not align.
-    per_user: whether users share nothing, as the tenants of a deployment.
+    key: 16 to 64 bytes.  bytes_per_token: for text; must be the same for all calls, so that their units align.
+    per_user: users share nothing, like the tenants of a deployment.
     """
     state = hashlib.blake2b(digest_size=8, key=key, person=b"antefix-trace")
     if per_user:

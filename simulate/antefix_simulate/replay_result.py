@@ -1,4 +1,4 @@
-"""What a simulated strategy achieved: the numbers that are printed, plotted and compared."""
+"""The result of a simulated strategy: the numbers that are printed, plotted and compared."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ class StrategyResult:
 
     token_hit_rate: share of prompt tokens that the model did not run, neither by prefill nor by replay: a replayed
         token counts as not hit, though it ran through about half of the layers only.
-    work_hit_rate: the same with a replayed token counted by that share (`Sizes.replay_work_tokens`): what was spared.
-    ideal_token_hit_rate: share in the longest prefix that any request had before, in whole units, less the last token:
-        an endless store whose window state is free and everywhere.  It does not depend on the strategy.
-    share_of_ideal, work_share_of_ideal: token_hit_rate and work_hit_rate over that.
-    checkpoints_per_request: checkpoints written, to disk or pool, a request.
+    work_hit_rate: the same, but a replayed token counts by that share (`Sizes.replay_work_tokens`): the share of work
+    saved.
+    ideal_token_hit_rate: share of tokens in the longest prefix that any earlier request had, in whole units, without
+    the
+        last token: a store of unlimited size with window state at every boundary.  It does not depend on the strategy.
+    share_of_ideal, work_share_of_ideal: token_hit_rate and work_hit_rate divided by ideal_token_hit_rate.
+    checkpoints_per_request: checkpoints written per request, to disk or pool.
     bytes_kept: on disk at the end, blocks and checkpoints that have not expired.  *_max: the most at any time.
     bytes_written: to disk and pool.
-    recomputed_tokens: run again although their global KV was stored at that time: by prefill, or by replay.
+    recomputed_tokens: tokens run again, by prefill or replay, although their global KV was stored at that time.
     replayed_tokens: those of them that a replay ran, from its start to its end.
     ttft_*: of one request alone on the machine, without queueing: loading, replay and prefill.
     dollars: the input tokens' price, hits as in work_hit_rate.
@@ -67,8 +69,8 @@ class StrategyResult:
 class Simulation:
     """All strategies over one trace with one store size.
 
-    store_ideal_token_hit_rate: what the same store would give if window state took no bytes and were everywhere.
-    savings: what the first strategy would save, `auto` if it is among them; None: not asked for.
+    store_ideal_token_hit_rate: the hit rate of the same store if window state took no bytes and were at every boundary.
+    savings: of `auto` if it is among the strategies, else of the first one; None: not requested.
     """
 
     trace: str
@@ -100,5 +102,5 @@ class Simulation:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Linear between neighbours; 0 of nothing."""
+    """A percentile, interpolated between neighbours; 0 for no values."""
     return float(np.quantile(np.asarray(values), share)) if values else 0.0

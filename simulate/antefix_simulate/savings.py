@@ -1,4 +1,4 @@
-"""What a cache would have saved on a trace: hit rates, and the bill without and with it."""
+"""The savings that a cache would have given on a trace: hit rates, and the bill without and with a cache."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from antefix_simulate.trace import Trace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Savings:
-    """Costs in dollars, of all prompts and of prompts and answers.
+    """Costs are in dollars: of all prompts, and of prompts and answers.
 
-    unit_tokens: the trace's own resolution: what two requests share is known in whole units, rounded down.
-    own_hit_rate: of prompt tokens, at that resolution, with an endless store.
-    hit_rate: of prompt tokens, in the model's blocks and in this store, by `strategy`, replayed tokens by their work.
-    reported_hit_rate: what the log says that its own provider took from a cache; None: it does not say.
+    unit_tokens: the trace's resolution: shared prefixes are known in whole units, rounded down.
+    own_hit_rate: share of prompt tokens, at that resolution, with a store of unlimited size.
+    hit_rate: share of prompt tokens, in the model's blocks and this store, by `strategy`; replayed tokens by their
+    work.
+    reported_hit_rate: share that the log's own provider read from a cache, by the log; None: not logged.
     """
 
     strategy: str
@@ -31,12 +32,12 @@ class Savings:
 
     @property
     def saved(self) -> float:
-        """Share of the prompts' cost."""
+        """Share of the prompts' cost that is saved."""
         return 1 - self.prompt_cost_cached / self.prompt_cost if self.prompt_cost else 0.0
 
     @property
     def saved_of_all(self) -> float:
-        """Share of the whole bill, answers included."""
+        """Share of the whole bill that is saved, answers included."""
         whole = self.prompt_cost + self.output_cost
         return (self.prompt_cost - self.prompt_cost_cached) / whole if whole else 0.0
 
@@ -47,7 +48,8 @@ class Savings:
 def savings_of(
     trace: Trace, own: Trace, *, own_hit_tokens: int, hit_rate: float, strategy: str, prices: TokenPrices
 ) -> Savings:
-    """trace: in the model's blocks.  own: the same at its own resolution.  hit_rate: of the strategy, on `trace`."""
+    """trace: in the model's blocks.  own: the same trace at its own resolution.  hit_rate: of the strategy on
+    `trace`."""
     tokens = trace.num_tokens
     hits = round(tokens * hit_rate)
     return Savings(
@@ -64,7 +66,7 @@ def savings_of(
 
 
 def savings_text(savings: Savings) -> str:
-    """Four lines at most: what people ask first."""
+    """A summary of at most four lines."""
     lines = [
         f"hit rate: {savings.own_hit_rate:.2%} at the trace's own resolution of {savings.unit_tokens} tokens, "
         f"{savings.hit_rate:.2%} in units of {savings.block_tokens} with strategy {savings.strategy}",
@@ -91,5 +93,5 @@ def _reported(trace: Trace) -> float | None:
 
 
 def _dollars(amount: float) -> str:
-    """Small logs cost fractions of a cent: three digits that say something."""
+    """Dollars with three significant digits, because small logs cost fractions of a cent."""
     return f"${amount:,.2f}" if amount >= 10 else f"${amount:.3g}"

@@ -1,6 +1,7 @@
-"""The object tier of a simulated fleet: what lies in it, what is asked of it, and what that costs.
+"""The object tier of a simulated fleet: its contents, the requests to it, and their cost.
 
-What was read again or is about to be evicted goes up; the oldest upload goes first. Checkpoints stay in stores.
+Units that were read again or are about to be evicted are uploaded; the oldest upload is deleted first. Checkpoints are
+not uploaded.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Final
 
 from antefix.errors import InvalidRequest
 
-# As `antefix.objects`, which this room does not import: bytes of an upload and of a read, and seconds between two lists
-# of what is new, of each process that knows the tier.
+# Values from `antefix.objects`, which this package does not import: bytes of an upload and of a read, and the seconds
+# between a process's list requests for new segments.
 SEGMENT_BYTES: Final = 32 << 20
 RANGE_BYTES: Final = 4 << 20
 LIST_S: Final = 30.0
@@ -39,7 +40,8 @@ class ObjectPrices:
 
     @classmethod
     def parse(cls, text: str) -> ObjectPrices:
-        """`put=0.005,get=0.0004`; what is not named is the default.  Raises:  InvalidRequest: not of that form."""
+        """Parse `put=0.005,get=0.0004`; prices that are not named are the defaults.  Raises:  InvalidRequest: another
+        form."""
         prices = {}
         for part in filter(None, text.split(",")):
             name, _, value = part.partition("=")
@@ -56,7 +58,7 @@ class ObjectPrices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectBill:
-    """What a run asked of the object store, and its dollars.  num_*: requests.  gb_months: that lay there."""
+    """A run's requests to the object store, and their cost.  num_*: requests.  gb_months: storage used."""
 
     num_puts: int = 0
     num_lists: int = 0
@@ -73,7 +75,7 @@ class ObjectBill:
 
 
 class SimObjects:
-    """num_processes: that list what is new.  now_s: set before anything happens at another time."""
+    """num_processes: processes that list new segments.  now_s: set it before each event at a later time."""
 
     def __init__(self, bytes_max: int, unit_bytes: int, *, num_processes: int = 0) -> None:
         self.bytes_uploaded = 0
@@ -101,15 +103,15 @@ class SimObjects:
         self.bytes_uploaded += self._unit_bytes
 
     def read(self, num_units: int) -> None:
-        """A run of neighbours, which lie next to each other."""
+        """Read a run of units that are next to each other in a segment."""
         nbytes = num_units * self._unit_bytes
         self._bytes_read += nbytes
         self._num_gets += math.ceil(nbytes / RANGE_BYTES)
 
     def bill(self, prices: ObjectPrices) -> ObjectBill:
-        """Until now. What lies there continues to cost, after the run as well."""
+        """The bill up to now. Stored objects cost more as time passes, also after the run."""
         self._count_storage()
-        # A half-filled segment is put as well; within a second or ten others fill it.
+        # A segment that is not full is uploaded as well; within seconds others fill it.
         num_puts = math.ceil(self.bytes_uploaded / SEGMENT_BYTES)
         num_lists = round((self.now_s - self._began_s) / LIST_S * self._num_processes) if self._num_max else 0
         gb_read, gb_months = self._bytes_read / 1e9, self._byte_s / 1e9 / _MONTH_S

@@ -1,7 +1,8 @@
 """The simulated store: bytes only, kept and evicted by the real policy (`antefix_kvstore.eviction`).
 
-Names: a unit of a prefix is its trace name; its block record and its checkpoint are told apart by the lowest bit, and a
-checkpoint depends on its block, as in the engine. Blocks' own TTL of three days is longer than any trace and left out.
+Names: a unit of a prefix has its name in the trace. The lowest bit tells its block record from its checkpoint, and a
+checkpoint depends on its block, as in the engine. The blocks' lifetime of three days exceeds any trace, so it is left
+out.
 """
 
 from __future__ import annotations
@@ -14,25 +15,25 @@ from antefix.window import Sizes, Tier
 from antefix_kvstore.eviction import EvictionPolicy, Forest, ahead_bytes
 from antefix_simulate.trace import Names
 
-# As the engine: eviction frees a little more than asked, so that not every put has to evict.
+# As in the engine, eviction frees a little more than needed, so that not every put has to evict.
 _POOL_STEP_SHARE = 1 / 128
-# Checkpoints past their time are unusable at once; when room is short, their bytes are swept this often.
+# Expired checkpoints are unusable at once; when space is short, their bytes are freed this often.
 _SWEEP_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreLimits:
-    """store_bytes: of blocks and checkpoints together; None for endless.  pool_bytes: of the window pool."""
+    """store_bytes: for blocks and checkpoints together; None: unlimited.  pool_bytes: for the window pool."""
 
     store_bytes: int | None = None
     pool_bytes: int | None = None
 
 
 class SimStore:
-    """Prefix-closed set of units, checkpoints on them, and a window pool next to it. Times in seconds of the trace."""
+    """A prefix-closed set of units, their checkpoints, and a window pool. Times in seconds of the trace."""
 
     def __init__(self, sizes: Sizes, limits: StoreLimits, *, unit_blocks: int, apart: bool = False) -> None:
-        """apart: one of several stores, which keeps records whose parent another one has."""
+        """apart: whether this is one of several stores, and keeps records whose parent is in another store."""
         self._apart = apart
         self.sizes = sizes
         self.limits = limits
@@ -49,20 +50,20 @@ class SimStore:
         self._due: list[tuple[float, int, Tier]] = []
         self._dead: dict[Tier, set[int]] = {tier: set() for tier in Tier}
         self._swept_s = 0.0
-        # Told of blocks that are about to be evicted.
+        # Called with blocks that are about to be evicted.
         self.on_evict: Callable[[int], None] = lambda _name: None
 
     @property
     def bytes_kept(self) -> int:
-        """On disk; the pool is memory."""
+        """Bytes on disk; the pool is in memory."""
         return self._disk.nbytes
 
     def checkpoint_bytes_kept(self, tier: Tier = Tier.DISK) -> int:
-        """As of the last `expire`."""
+        """Bytes of checkpoints in a tier, as of the last `expire`."""
         return self.sizes.checkpoint_bytes * len(self._expiry[tier])
 
     def expire(self, now_s: float) -> None:
-        """Make what is past its time unusable; its bytes are given back by `sweep`."""
+        """Make expired checkpoints unusable; `sweep` frees their bytes."""
         while self._due and self._due[0][0] <= now_s:
             _, name, tier = heapq.heappop(self._due)
             until_s = self._expiry[tier].get(name, (0.0, 0.0))[0]
@@ -75,7 +76,7 @@ class SimStore:
         return 2 * name in self._disk
 
     def num_stored(self, names: Names) -> int:
-        """Leading units that are stored: the set is prefix-closed, so the last one is found by bisection."""
+        """How many leading units are stored. The set is prefix-closed, so bisection finds the number."""
         low, high = 0, len(names)
         while low < high:
             middle = (low + high + 1) // 2
@@ -86,7 +87,7 @@ class SimStore:
         return low
 
     def last_checkpoint(self, names: Names, num_units: int, now_s: float) -> tuple[int, Tier] | None:
-        """The last boundary at or before `num_units` with a checkpoint that has not expired, and where it is."""
+        """The last boundary up to `num_units` with a checkpoint that has not expired, and its tier."""
         tiers = [(tier, table) for tier, table in self._expiry.items() if table]
         if not tiers:
             return None
@@ -98,19 +99,20 @@ class SimStore:
         return None
 
     def touch(self, names: Names, num_units: int, now_s: float) -> None:
-        """Blocks up to there were read; their ancestors' ranks follow when they become leaves."""
+        """Note a read of the leading `num_units` units; their ancestors' ranks change when they become leaves."""
         if num_units:
             self._disk.touch(2 * int(names[num_units - 1]), _ms(now_s))
 
     def touch_checkpoint(self, names: Names, num_units: int, tier: Tier, now_s: float) -> None:
-        """Using a checkpoint starts its time again."""
+        """Note a use of a checkpoint, which restarts its lifetime."""
         name = 2 * int(names[num_units - 1]) + 1
         _, ttl_s = self._expiry[tier][name]
         self._expiry[tier][name] = (now_s + ttl_s, ttl_s)
         self._forest(tier).touch(name, _ms(now_s))
 
     def put_units(self, names: Names, first: int, now_s: float, cost_s: float) -> int:
-        """Store units [first, end) in order, as far as they fit; returns how many leading units are stored then."""
+        """Store units [first, end) in order, as far as they fit. Returns how many leading units are stored
+        afterwards."""
         parent = 2 * int(names[first - 1]) if first else None
         if self._apart and parent is not None and parent not in self._disk:
             parent = None
@@ -128,7 +130,8 @@ class SimStore:
     def put_checkpoint(
         self, names: Names, num_units: int, *, tier: Tier, ttl_s: float, now_s: float, cost_s: float
     ) -> bool:
-        """Leave one after `num_units` units; False where its block is not stored, it exists already or does not fit."""
+        """Store a checkpoint after `num_units` units. False if its block is not stored, or it exists, or does not
+        fit."""
         block = 2 * int(names[num_units - 1])
         name, nbytes = block + 1, self.sizes.checkpoint_bytes
         if block not in self._disk and not self._apart:
@@ -155,7 +158,7 @@ class SimStore:
         return True
 
     def sweep(self, now_s: float) -> None:
-        """Give back what has expired."""
+        """Free the bytes of expired checkpoints."""
         self.expire(now_s)
         self._swept_s = now_s
         for tier, gone in self._dead.items():
@@ -166,7 +169,7 @@ class SimStore:
         return self._disk if tier is Tier.DISK else self._pool
 
     def _make_room(self, nbytes: int, now_s: float, kept: int | None) -> bool:
-        """See to it that `nbytes` fit, sparing the block that they will depend on; False if they cannot."""
+        """Make room for `nbytes` without evicting the block `kept`; False if that is not possible."""
         limit = self.limits.store_bytes
         if limit is None or self._disk.nbytes + nbytes <= limit:
             return True

@@ -23,13 +23,13 @@ from antefix.errors import InvalidRequest
 
 Names = npt.NDArray[np.int64]
 
-# Tokens that one hash stands for, by the format's definition.
+# Tokens per hash, as the format defines it.
 MOONCAKE_HASH_TOKENS = 512
-# Hash ids of a Claude Code conversation are its own; this many of them fit before two conversations would meet.
+# Hash ids of a Claude Code conversation are numbered within it; so many fit before two conversations would collide.
 _LOCAL_IDS_MAX = 1 << 32
-# A line beyond this is no request of any model; reading on would only fill memory.
+# Size limit of a line: no model's request is longer, and reading it would only fill memory.
 LINE_BYTES_MAX = 256 * 2**20
-# Of Antefix's own files (`trace_file.py`).
+# The version of Antefix's own trace files (`trace_file.py`).
 TRACE_VERSION = 1
 _NAMES_MAX = 1 << 52
 _TOKENS_MAX = 1 << 40
@@ -38,8 +38,8 @@ _WRONG = (KeyError, TypeError, ValueError, AttributeError, OverflowError)
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TraceRequest:
-    """at_s: arrival from the start of the trace.  names: complete units of the prompt, in order; what is behind them is
-    the request's own.  cached_tokens: what the provider that served it took from its cache; None: not known.
+    """at_s: arrival time from the start of the trace.  names: complete units of the prompt, in order; tokens after them
+    are unique to the request.  cached_tokens: tokens that its provider read from a cache; None: not known.
     """
 
     at_s: float
@@ -66,7 +66,7 @@ class Trace:
 def load(path: Path, trace_format: str, *, block_size: int, spread_s: float = 3600.0) -> Trace:
     """Read a trace file (plain or .gz) in the named format.
 
-    spread_s: conversations whose clocks all start at zero are started over this long, evenly at random, seeded.
+    spread_s: conversations whose clocks all start at zero are started at random times within this span, seeded.
     Raises:  InvalidRequest: an unknown format, a file that has no requests or cannot be read to its end, or a line that
              is not a request of the format; the message names it.
     """
@@ -158,7 +158,7 @@ def _load_antefix(path: Path, block_size: int, spread_s: float) -> Trace:
 
 
 def _names(row: dict[str, Any], chains: list[Names]) -> Names:
-    """A request's names: the beginning of an earlier request's, and its own."""
+    """A request's names: some from the beginning of an earlier request, then its own."""
     own = np.asarray(row["names"], dtype=np.int64)
     shared, like = int(row.get("shared", 0)), int(row.get("like", 0))
     if own.ndim != 1 or (len(own) and not 0 <= int(own.min()) <= int(own.max()) < _NAMES_MAX):
@@ -177,9 +177,9 @@ def _tokens(value: Any) -> int:
 
 
 def format_of(path: Path) -> str:
-    """What a trace file is written in, from its first line.
+    """The format of a trace file, recognized by its first line.
 
-    Raises:  InvalidRequest: it cannot be read, or is none of the known formats.
+    Raises:  InvalidRequest: the file cannot be read, or has none of the known formats.
     """
     _, row = next(_rows(path), ("", {}))
     marks = {"antefix_trace": "antefix", "hash_id_scope": "claude-code", "hash_ids": "mooncake"}
@@ -229,7 +229,7 @@ def _calls(rows: list[dict[str, Any]], start_s: float) -> Iterator[tuple[float, 
 
 
 def _units(hash_ids: list[int], base: int, num_tokens: int, hash_tokens: int, unit_tokens: int) -> Names:
-    """Names of the complete units. Hashes are chained, so the last one of a unit names all that is before it."""
+    """Names of the complete units. Hashes are chained, so a unit's last hash identifies everything before it."""
     step = unit_tokens // hash_tokens
     num_units = num_tokens // unit_tokens
     if num_tokens < 1 or len(hash_ids) < num_units * step:

@@ -3,8 +3,8 @@
     {"antefix_trace": 1, "unit_tokens": 64, "source": "openai-jsonl", ...}
     {"at_s": 0.0, "tokens": 5210, "output": 312, "like": 0, "shared": 80, "names": [81985529216486, ...]}
 
-A request's first `shared` names are those of request number `like`, counted from 0: conversations repeat their
-beginning, and a file that wrote it again each time would be a hundred times larger.
+A request's first `shared` names are those of request number `like`, counted from 0. Conversations repeat their
+beginning, and a file that repeated these names each time would be a hundred times larger.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import Any, Final
 from antefix.errors import InvalidRequest
 from antefix_simulate.trace import TRACE_VERSION, TraceRequest
 
-# Equal traces give equal files.
+# The .gz header's time, fixed so that equal traces give equal files.
 _NO_TIME: Final = 0
 
 
 def write_trace(path: Path, requests: Iterable[TraceRequest], *, unit_tokens: int, about: dict[str, Any]) -> int:
-    """Requests in order of arrival, times from the first one on; returns how many. Plain text, or .gz by its name.
+    """Write requests in order of arrival, with times from the first one on. Returns how many. Plain text, or .gz by
+    suffix.
 
-    about: what else the first line says of where the trace is from.
+    about: further fields of the first line, which say where the trace comes from.
     Raises:  InvalidRequest: the file cannot be written.
     """
     draft = path.with_name(path.name + ".part")
@@ -64,7 +65,7 @@ def _rows(requests: Iterable[TraceRequest]) -> Iterable[dict[str, Any]]:
             row |= {"like": latest[names[shared - 1]], "shared": shared}
         row["names"] = names[shared:]
         if request.session:
-            # Numbers: whose session it was is nobody's business here.
+            # Sessions are numbered, so that the file does not tell whose they are.
             row["session"] = sessions.setdefault(request.session, len(sessions) + 1)
         if request.cached_tokens is not None:
             row["cached"] = request.cached_tokens
@@ -73,7 +74,7 @@ def _rows(requests: Iterable[TraceRequest]) -> Iterable[dict[str, Any]]:
 
 
 def _num_known(names: list[int], latest: dict[int, int]) -> int:
-    """How many of the first names some request before had: names are chained, so the last of them says it for all."""
+    """How many leading names some earlier request had. Names are chained, so the last of them implies the others."""
     low, high = 0, len(names)
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,8 +1,8 @@
-"""One strategy over one trace: each request is looked up, planned, carried out on the model machine, leaves its marks.
+"""Replays one trace under one strategy: each request is looked up, planned, run on the model machine, and stored.
 
-A request is over before the next arrives: what it wrote is there for that one, and nothing waits in a queue. That
-flatters all strategies alike; queueing and many workers are another simulation. Outputs are not written back, because
-traces do not name their tokens; so hits on outputs are missing, from the ideal as well.
+A request ends before the next one arrives: the next one finds all that it wrote, and nothing waits in a queue. This
+favours all strategies equally; another simulation (`cluster`) has queues and many workers. Outputs are not stored,
+because traces do not name their tokens; so hits on outputs are missing, also from the ideal.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from antefix_simulate.replay_result import StrategyResult, percentile
 from antefix_simulate.simulated_store import SimStore, StoreLimits
 from antefix_simulate.trace import Trace, TraceRequest
 
-# Progress is reported, expired checkpoints are swept and the bytes are looked at so many times in a run.
+# So many times per run, progress is reported, expired checkpoints are freed and the stored bytes are measured.
 _STEPS = 200
 _LOOK_EVERY_S = 5.0
 
@@ -39,7 +39,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplaySetup:
-    """What stays the same while strategies are compared. replay: whether exact replay may be planned."""
+    """Settings that are the same for all strategies that are compared. replay: whether exact replay may be planned."""
 
     sizes: Sizes
     machine: Machine
@@ -62,7 +62,7 @@ class _Tally:
 
 
 def ideal_hits(trace: Trace) -> Iterator[int]:
-    """Of each request, tokens that an endless store would spare if window state were everywhere."""
+    """For each request, the tokens that an unlimited store would save if window state were at every boundary."""
     seen: set[int] = set()
     for request in trace.requests:
         low, high = 0, len(request.names)
@@ -79,7 +79,7 @@ def ideal_hit_tokens(trace: Trace) -> int:
 
 
 def store_hit_tokens(trace: Trace, setup: ReplaySetup) -> int:
-    """Tokens that the same bounded store would spare if window state took no bytes: its own ideal."""
+    """Tokens that the same limited store would save if window state took no bytes: its own ideal."""
     unit_blocks = trace.unit_tokens // setup.sizes.block_size
     store = SimStore(setup.sizes, setup.limits, unit_blocks=unit_blocks)
     unit_s = trace.unit_tokens / setup.machine.prefill_tokens_per_s
@@ -93,7 +93,7 @@ def store_hit_tokens(trace: Trace, setup: ReplaySetup) -> int:
 
 
 def simulate(trace: Trace, strategy: Strategy, setup: ReplaySetup, progress: Progress | None = None) -> StrategyResult:
-    """Replay the whole trace through `strategy`; `progress` is told how many requests of how many are done."""
+    """Replay the whole trace under `strategy`. progress: called with the number of requests done and in all."""
     run = _Run(trace, strategy, setup)
     total = len(trace.requests)
     every = max(total // _STEPS, 1)
@@ -115,7 +115,7 @@ class _Run:
         self.setup = setup
         self.unit_blocks = trace.unit_tokens // setup.sizes.block_size
         self.store = SimStore(setup.sizes, setup.limits, unit_blocks=self.unit_blocks)
-        # Told nothing about the machine but its order of magnitude: the rest is learnt while the trace runs.
+        # At first the planner knows the machine's speed only roughly; it learns the rest during the trace.
         self.rates = Rates(RatePriors(prefill_tokens_per_s=setup.machine.prefill_tokens_per_s / 2))
         self.planner = RestorePlanner(setup.sizes, self.rates)
         self.rng = random.Random(1)
@@ -126,12 +126,12 @@ class _Run:
 
     def serve(self, request: TraceRequest) -> None:
         names, now_s = request.names, request.at_s
-        # 1. What is stored of the prompt, and where window state is.
+        # 1. Look up what is stored of the prompt, and where window state is.
         self._look_at_store(now_s)
         self.store.expire(now_s)
         num_units = self.store.num_stored(names)
         found = self.store.last_checkpoint(names, num_units, now_s)
-        # 2. Plan, and carry it out on the machine.
+        # 2. Plan, and run the plan on the machine.
         checkpoints = {found[0] * self.unit_blocks: found[1].value} if found else {}
         stored = StoredPrefix(
             num_tokens=request.num_tokens,
@@ -142,18 +142,18 @@ class _Run:
         plan = self.planner.plan(stored).plan
         self._carry_out(plan)
         self._count(request, plan, num_units)
-        # 3. What was read is younger now.
+        # 3. Note the use of what was read.
         self.store.touch(names, num_units, now_s)
         if found and plan.kind is PlanKind.CHECKPOINT:
             self.store.touch_checkpoint(names, found[0], found[1], now_s)
             self.habits.use(int(names[found[0] - 1]), now_s)
-        # 4. Store what is new, and leave the checkpoints that the strategy asks for.
+        # 4. Store new blocks, and write the checkpoints that the strategy wants.
         self._write(request, plan, num_units, tuple(checkpoints))
         window_bytes = self.store.checkpoint_bytes_kept()
         self.tally.checkpoint_bytes_kept_max = max(self.tally.checkpoint_bytes_kept_max, window_bytes)
 
     def _look_at_store(self, now_s: float) -> None:
-        """As the worker does, every few seconds and not for every request."""
+        """Measure the store as the worker does: every few seconds, not for every request."""
         if now_s >= self.looked_s + _LOOK_EVERY_S:
             self.looked_s = now_s
             self.turnover.observe(
@@ -204,7 +204,8 @@ class _Run:
         num_kept = self.store.put_units(request.names, num_units, now_s, unit_s)
         for mark in marks:
             unit = mark.block // self.unit_blocks
-            # A mark between the trace's units (periodic(p) with p no multiple) is left at the unit before it.
+            # A mark that is not at a boundary of the trace's units (periodic(p) with such a p) moves to the boundary
+            # before it.
             if 0 < unit <= num_kept and self.store.put_checkpoint(
                 request.names,
                 unit,

@@ -1,6 +1,6 @@
-"""`antefix audit`: what an endpoint's prefix cache really does, found by asking it.
+"""`antefix audit`: finds out by requests alone how an endpoint's prefix cache really behaves.
 
-Knows endpoints as their clients do, and nothing of what is behind them. Probes and sample sizes follow the published
+Knows endpoints as their clients do, and nothing of what is behind them. Probes and sample sizes follow two published
 audits: Gu et al., "Auditing Prompt Caching in Language Model APIs" (arXiv 2502.07776), and Fahey, "CacheProbe"
 (arXiv 2605.30613).
 """

@@ -1,4 +1,4 @@
-"""The whole audit: what it will cost, all probes in turn, and what they found."""
+"""The whole audit: its cost in requests and tokens, the probes in order, and their findings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from antefix_console.load.prompt_text import measure_token_rate
 
 Probe = Callable[[Probing, "Plan"], Awaitable[list[Finding]]]
 
-# In the order in which they run: the cheapest first, the one that waits last.
+# In the order in which they run: the cheapest first; last the lifetime probe, which waits.
 PROBES: dict[str, Probe] = {
     granularity.PROBE: lambda probing, plan: granularity.find_granularity(probing),
     timing.PROBE: lambda probing, plan: timing.find_timing(probing),
@@ -28,9 +28,9 @@ PROBES: dict[str, Probe] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Which probes, and how large.
+    """Which probes to run, and how large they are.
 
-    waits_s: of the lifetime probe, which is left out where there are none.
+    waits_s: waits of the lifetime probe; if there are none, that probe is left out.
     """
 
     prompt_tokens: int = 2048
@@ -45,7 +45,7 @@ class Plan:
             raise InvalidRequest(f"unknown probes {sorted(unknown_probes)}: use some of {', '.join(PROBES)}")
 
     def requests(self) -> dict[str, int]:
-        """At most so many by probe, retries not counted."""
+        """The largest number of requests of each probe, retries not counted."""
         found = {
             granularity.PROBE: granularity.NUM_REQUESTS,
             timing.PROBE: timing.num_requests(self.samples),
@@ -63,12 +63,12 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        """About: prompts of the trace grow to twice the usual one."""
+        """About how many tokens the audit takes. Prompts of the trace grow to twice the usual length."""
         return int(1.1 * self.prompt_tokens * self.num_requests)
 
 
 async def run_audit(probing: Probing, plan: Plan, on_probe: Callable[[str], None]) -> list[Finding]:
-    """All findings; a probe that the budget or the endpoint ended says so, and the others still run.
+    """All findings. A probe that ran out of budget, or that the endpoint stopped, says so; the other probes still run.
 
     Raises:  Unavailable: the endpoint does not answer a first request.
     """

@@ -1,4 +1,4 @@
-"""An audit as a report that a person can send on: Markdown, and the same on a terminal."""
+"""An audit's result as a report that can be sent to others: in Markdown, and as text for a terminal."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ probabilities, cold against hit, next to hit against hit; limit 1e-3. Lifetimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AuditReport:
-    """endpoint: its URL, never a key.  at: when it began."""
+    """endpoint: its URL, without any key.  at: when the audit began."""
 
     endpoint: str
     model: str

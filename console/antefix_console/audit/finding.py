@@ -1,4 +1,4 @@
-"""What an audit found: facts, violations, and what it could not tell."""
+"""What an audit found: facts, violations, and questions that it could not answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Verdict(StrEnum):
-    """FACT: how the endpoint behaves.  VIOLATION: it breaks a rule that it is held to.  UNKNOWN: could not be told."""
+    """FACT: how the endpoint behaves.  VIOLATION: it breaks a promise.  UNKNOWN: the audit could not tell."""
 
     FACT = "fact"
     VIOLATION = "violation"
@@ -17,10 +17,11 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """probe: which part found it.  says: one sentence.  figures: the numbers behind it.
+    """probe: the probe that found it.  says: the finding in one sentence.  figures: the numbers behind it.
 
-    p_value: how likely such figures are if there is nothing to find; None where none is needed (a count that is wrong
-    once is wrong).  samples: how many comparisons it rests on.
+    p_value: the probability of such figures by chance; None where no test is needed (a count that is wrong once is
+    wrong).
+    samples: the number of comparisons behind the finding.
     """
 
     probe: str

@@ -1,4 +1,4 @@
-"""How small a hit may be, in which steps hits grow, and where two prompts with a common beginning hit."""
+"""Measures the smallest hit, the step in which hits grow, and how much prompts with a common beginning share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from antefix_console.audit.finding import Finding, fact, unknown
 from antefix_console.audit.probing import Probing
 
 PROBE = "granularity"
-# A prompt may need to be seen more than once, or some time, before it hits.
+# A prompt may have to be sent more than once, or be some time old, before it hits.
 _TRIES = 3
 _WAIT_S = 2.0
 _LENGTHS, _FORKS = 6, 6
-# Where a smallest hit is searched to: one step of the search costs three requests.
+# Steps of the search for the smallest hit; each step costs three requests.
 _SEARCH_STEPS = 6
 
 NUM_REQUESTS = (1 + _TRIES) + _SEARCH_STEPS * 3 + _LENGTHS * 2 + 2 * _FORKS
@@ -35,19 +35,19 @@ async def find_granularity(probing: Probing) -> list[Finding]:
             hit_tokens=cached,
         )
     ]
-    # 2. The smallest hit, by halving.
+    # 2. The smallest hit, found by halving the length.
     smallest = await _smallest(probing)
     findings.append(fact(PROBE, f"the smallest hit that was seen has {min(smallest)} tokens", hits=sorted(smallest)))
-    # 3. Steps: what all hits are multiples of.
+    # 3. The step: the number of which all hits are multiples.
     seen = [cached, *smallest, *await _of_many_lengths(probing)]
     step = math.gcd(*seen)
     findings.append(fact(PROBE, f"all {len(seen)} hits are multiples of {step} tokens", step_tokens=step, hits=seen))
-    # 4. Forks.
+    # 4. Prompts that share a beginning.
     return [*findings, *await _forks(probing)]
 
 
 async def _hit_tokens(probing: Probing, prompt: str) -> int:
-    """Of a prompt that was sent before; 0 after some tries."""
+    """Tokens that a prompt hits after it was sent before; 0 if it still misses after some tries."""
     for attempt in range(_TRIES):
         reply = await probing.ask(prompt)
         if reply.usage.cached_tokens:
@@ -58,7 +58,7 @@ async def _hit_tokens(probing: Probing, prompt: str) -> int:
 
 
 async def _smallest(probing: Probing) -> list[int]:
-    """Hits of shorter and shorter prompts, down to those that do not hit."""
+    """Hits of shorter and shorter prompts, until one does not hit."""
     hits, too_short, enough = [], 0, probing.prompt_words
     for _ in range(_SEARCH_STEPS):
         num_words = max(1, (too_short + enough) // 2)
@@ -76,7 +76,7 @@ async def _smallest(probing: Probing) -> list[int]:
 async def _of_many_lengths(probing: Probing) -> list[int]:
     hits = []
     for number in range(_LENGTHS):
-        # Lengths that share no factor with a block's size.
+        # Lengths that have no common factor with the block size.
         prompt = probing.fresh_prompt(probing.prompt_words - 7 * number - 1)
         await probing.ask(prompt)
         hits.append((await probing.ask(prompt)).usage.cached_tokens)
@@ -84,7 +84,7 @@ async def _of_many_lengths(probing: Probing) -> list[int]:
 
 
 async def _forks(probing: Probing) -> list[Finding]:
-    """One prompt, then others that leave it at several places."""
+    """Send one prompt, then others that differ from it from several positions on."""
     rows = []
     for number in range(1, _FORKS + 1):
         trunk = probing.fresh_prompt()

@@ -1,4 +1,4 @@
-"""Does one caller hit what another one has sent? By reported hits, and by times where those say nothing."""
+"""Tests whether one caller hits what another caller has sent: by reported hits, or by times where none are reported."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ PROBE = "isolation"
 
 
 def num_requests(samples: int) -> int:
-    # Three walls; each needs the other caller's hit, and the control's.
+    # Three boundaries; each takes requests by the other caller, by the first one again, and fresh prompts.
     return 3 * 3 * samples
 
 
 async def find_isolation(probing: Probing) -> list[Finding]:
     scope, promises = probing.scope, probing.sender.promises
     findings = []
-    # 1. End users of one account, 2. salts, 3. accounts.
+    # 1. End users of one account, 2. cache salts, 3. accounts.
     users = [replace(scope, name=f"user {name}", user=f"audit-{name}", prompts=[]) for name in ("a", "b")]
     findings += await _wall(probing, "end users", users, promised=promises.users_apart)
     salts = [replace(scope, name=f"salt {name}", salt=f"audit-{name}", prompts=[]) for name in ("a", "b")]
@@ -33,7 +33,8 @@ async def find_isolation(probing: Probing) -> list[Finding]:
 
 
 async def _wall(probing: Probing, what: str, callers: list[Scope], *, promised: bool) -> list[Finding]:
-    """The second caller sends what the first has sent. Its control: the first one sends it again, and fresh prompts."""
+    """Test one boundary: the second caller sends the first caller's prompts. As a control, the first caller sends them
+    again, and fresh prompts are sent."""
     first, second = callers
     crossed, again, fresh = [], [], []
     for _ in range(probing.samples):
@@ -47,13 +48,14 @@ async def _wall(probing: Probing, what: str, callers: list[Scope], *, promised: 
     failed = [each for each in (*crossed, *again) if not each.ok]
     if failed:
         return [unknown(PROBE, f"{what}: {len(failed)} requests were refused ({failed[0].error})")]
-    # A hit of a few tokens on a system prompt that all share is no leak: count hits beyond those of fresh prompts.
+    # Hits on a system prompt that all callers share are no leak: count hits beyond those of fresh prompts only.
     shared_by_all = max(each.usage.cached_tokens for each in fresh)
     num_crossed = sum(1 for each in crossed if each.usage.cached_tokens > shared_by_all)
     num_again = sum(1 for each in again if each.usage.cached_tokens > shared_by_all)
-    # A caller that sees no hits can still feel them: are the second caller's answers faster than fresh ones?
+    # Where no hits are reported, times may show them: are the second caller's answers faster than those to fresh
+    # prompts?
     p_time = hits_are_faster([each.ttft_s for each in crossed], [each.ttft_s for each in fresh])
-    # And how faster are real hits? Where those are not told apart, times prove nothing either way.
+    # The control: are real hits faster than misses? If times cannot tell them apart, times prove nothing here.
     p_control = hits_are_faster([each.ttft_s for each in again], [each.ttft_s for each in fresh])
     p_value = happens_more_often(num_crossed, len(crossed), 0, len(fresh)) if num_crossed else 1.0
     figures = {

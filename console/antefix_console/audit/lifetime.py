@@ -1,4 +1,4 @@
-"""How long a prefix hits after its last use, by asking again after several waits."""
+"""Measures how long a prefix still hits after its last use, by sending it again after several waits."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from antefix_console.audit.probing import Probing
 from antefix_console.audit.significance import happens_more_often
 
 PROBE = "lifetime"
-# Prompts per wait. Ten misses of ten, where ten of ten hit at once, have p = 5e-6.
+# Prompts per wait. If ten of ten hit at once and none of ten after the wait, p = 5e-6.
 PROMPTS_PER_WAIT = 10
-# Beyond chance for one wait: there are few of them, and each miss is a reported count, not a time.
+# Below this p-value the result of one wait is not chance. There are few waits, and a miss is a reported count, not a
+# time.
 _ALPHA = 1e-4
 
 
@@ -18,13 +19,13 @@ def num_requests(waits_s: tuple[float, ...]) -> int:
 
 
 async def find_lifetime(probing: Probing, waits_s: tuple[float, ...]) -> list[Finding]:
-    """waits_s: seconds, each tried with prompts of its own; all waits run side by side, so it takes the longest."""
+    """waits_s: waits in seconds. Each has prompts of its own. All run at the same time, so the longest wait decides."""
     sender = probing.sender
-    # 1. The control: asked again at once.
+    # 1. The control: prompts sent again at once.
     at_once = await _hits_after(probing, [probing.fresh_prompt() for _ in range(PROMPTS_PER_WAIT)], first=True)
     if at_once == 0:
         return [unknown(PROBE, "prompts do not even hit when they are sent again at once")]
-    # 2. Send all, then come back for each.
+    # 2. Send all prompts, then send each again after its wait.
     sent = []
     for wait_s in sorted(waits_s):
         prompts = [probing.fresh_prompt() for _ in range(PROMPTS_PER_WAIT)]
@@ -36,7 +37,7 @@ async def find_lifetime(probing: Probing, waits_s: tuple[float, ...]) -> list[Fi
         await sender.sleep(max(0.0, at + wait_s - sender.clock()))
         waited_s = sender.clock() - at
         rows.append({"waited_s": round(waited_s, 1), "hits": await _hits_after(probing, prompts, first=False)})
-    # 3. The longest wait after which most still hit, and what was promised.
+    # 3. Compare the longest wait after which most prompts still hit with the promise.
     alive = [row["waited_s"] for row in rows if row["hits"] * 2 > PROMPTS_PER_WAIT]
     longest = f"most prompts still hit after {max(alive):.0f} s" if alive else "most prompts are gone after each wait"
     findings = [fact(PROBE, f"{longest} ({PROMPTS_PER_WAIT} prompts per wait)", waits=rows, hits_at_once=at_once)]
@@ -62,7 +63,7 @@ async def find_lifetime(probing: Probing, waits_s: tuple[float, ...]) -> list[Fi
 
 
 async def _hits_after(probing: Probing, prompts: list[str], *, first: bool) -> int:
-    """How many of them hit now. first: send them once before."""
+    """How many of the prompts hit now. first: send each of them once before."""
     if first:
         for prompt in prompts:
             await probing.ask(prompt)

@@ -1,4 +1,4 @@
-"""What the probes share: who asks, fresh prompts, and how many samples to take."""
+"""What all probes use: callers, fresh prompts, and sample sizes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from antefix_console.load.prompt_text import words
 
 @dataclass(slots=True, kw_only=True)
 class Probing:
-    """scope: the caller whose cache is looked into.  other_key: a caller with another API key, if there is one.
+    """scope: the caller whose cache is examined.  other_key: a caller with another API key, if there is one.
 
-    prompt_words: of a usual prompt.  samples: comparisons per statistical test.  seed: of all prompts' text.
+    prompt_words: words of a usual prompt.  samples: comparisons per statistical test.  seed: for the text of all
+    prompts.
     """
 
     sender: Sender
@@ -34,16 +35,16 @@ class Probing:
         return await self.sender.ask(scope or self.scope, prompt, max_tokens=max_tokens)
 
     async def ask_as(self, scope: Scope, prompt: str, *, after: Scope) -> Reply:
-        """Ask as one caller what another one has sent."""
+        """Send, as one caller, a prompt that the caller `after` has sent."""
         question = Question(prompt=prompt, user=scope.user, salt=scope.salt)
         return await self.sender.send(scope, question, also_sent_by=after)
 
     def tokens_of(self, num_words: float) -> float:
-        """About how many tokens so many words are, without a chat format around them."""
+        """About how many tokens `num_words` words take, without the chat format around them."""
         assert self.sender.rate is not None
         return num_words * self.sender.rate.tokens_per_word
 
     def tokens_before(self, num_words: float) -> float:
-        """About how many tokens two prompts share that have so many words in common, the chat format included."""
+        """About how many tokens two prompts share whose first `num_words` words are equal, chat format included."""
         assert self.sender.rate is not None
         return self.tokens_of(num_words) + self.sender.rate.fixed_tokens

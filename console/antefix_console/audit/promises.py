@@ -1,4 +1,4 @@
-"""What an endpoint is held to: the provider's own documented rules. A table, one row per provider."""
+"""The promises by which an endpoint is judged: its provider's documented rules, one table row per provider."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from antefix.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promises:
-    """hit_unit_tokens: each hit is a multiple of it (1: any number).  smallest_hit_tokens: no hit is smaller.
+    """hit_unit_tokens: each hit is a multiple of this (1: any number).  smallest_hit_tokens: no hit is smaller.
 
-    users_apart: end users (`user`, `metadata.user_id`) do not share.  keys_apart: API keys (accounts) do not share.
-    salts_apart: other `cache_salt`s do not share.  retries_once: a retry with the same Idempotency-Key is one answer.
-    lifetime_s: a prefix hits again at least this long after its last use; 0: nothing is promised.
+    users_apart: end users (`user`, `metadata.user_id`) do not share a cache.  keys_apart: API keys (accounts) do not.
+    salts_apart: requests with different `cache_salt`s do not.  retries_once: a retry with the same Idempotency-Key gets
+    the same answer and is billed once.  lifetime_s: a prefix hits for at least this time after its last use; 0: no
+    promise.
     """
 
     name: str
@@ -61,7 +62,7 @@ PROVIDERS: dict[str, Promises] = {
 
 
 def promises_of(name: str, *, lifetime_s: float | None = None) -> Promises:
-    """lifetime_s: instead of what the row says.
+    """lifetime_s: replaces the lifetime in the provider's row.
 
     Raises:  InvalidRequest: an unknown name.
     """

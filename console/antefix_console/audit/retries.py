@@ -1,4 +1,4 @@
-"""Is a retry with the same Idempotency-Key the same answer, or a second one that is billed again?"""
+"""Tests whether a retry with the same Idempotency-Key gets the same answer, or a second answer that is billed again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Does a hit change the answer? Greedy text and log probabilities: cold against hit, next to hit against hit.
+"""Tests whether a hit changes the answer: compares cold runs with hits, and hits with hits (text and log
+probabilities).
 
 Two runs of one prompt may differ without any cache (batching, other kernels). So a hit counts as changing the answer
 only if cold and hit differ more often, or by more, than two hits of the same prompt do.
@@ -15,7 +16,7 @@ from antefix_console.endpoint.reply import Reply
 
 PROBE = "sameness"
 _OUTPUT_TOKENS = 16
-# There is one such test in an audit, so it needs no correction for many.
+# An audit has one such test, so no correction for many comparisons is needed.
 _ALPHA = 1e-3
 
 
@@ -71,7 +72,8 @@ async def find_sameness(probing: Probing) -> list[Finding]:
 
 
 class _Pairs:
-    """differs: per pair, whether its texts do.  distances: per pair, the largest difference of log probabilities."""
+    """differs: for each pair, whether the texts differ.  distances: for each pair, the largest log probability
+    difference."""
 
     def __init__(self) -> None:
         self.differs: list[bool] = []

@@ -1,6 +1,6 @@
-"""All that an audit sends goes through here: at a polite rate, within a budget, and each answer is held to the rules.
+"""Sends all requests of an audit, at a bounded rate and within a budget, and checks each answer's token counts.
 
-The rules need no statistics: a count that is wrong once is wrong.
+These checks need no statistics: a count that is wrong once is wrong.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from antefix_console.audit.promises import Promises
 from antefix_console.endpoint.reply import Question, Reply
 from antefix_console.load.prompt_text import TokenRate
 
-# What a tokenizer may do where two texts meet, and how far a count by words may be off.
+# Tolerance for tokens that span the joint of two texts, and for estimating tokens from words.
 _SLACK_TOKENS = 16
 _SLACK_SHARE = 0.05
 _RETRIES_MAX = 5
@@ -26,12 +26,12 @@ _TRANSIENT = {0, 408, 425, 429, 500, 502, 503, 504, 529}
 
 
 class BudgetSpent(AntefixError):
-    """The budget that was stated before the audit allows no further request."""
+    """The budget announced before the audit allows no further request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """requests, tokens: at most so many of them, tokens both in and out. per_s: requests per second."""
+    """requests, tokens: the most that may be used, tokens in and out together. per_s: requests per second."""
 
     requests: int
     tokens: int
@@ -40,9 +40,10 @@ class Budget:
 
 @dataclass(slots=True)
 class Scope:
-    """Who asks. Prompts of one scope may share a cache; those of two may not, unless an endpoint says otherwise.
+    """A caller. Prompts of one scope may share a cache; prompts of two scopes may not, unless the endpoint says
+    otherwise.
 
-    prompts: all that were sent in it so far, as words.
+    prompts: all prompts sent in this scope so far, as words.
     """
 
     name: str
@@ -72,7 +73,7 @@ class Sender:
         self.num_tokens = 0
         self.violations: dict[str, list[str]] = defaultdict(list)
         self._next_at = 0.0
-        # Tokens of a prompt by its text: the same text must count the same each time.
+        # Token count by prompt: the same text must be counted the same each time.
         self._prompt_tokens: dict[int, int] = {}
 
     async def ask(self, scope: Scope, prompt: str, *, max_tokens: int = 1, logprobs: bool = False) -> Reply:
@@ -83,7 +84,7 @@ class Sender:
         )
 
     async def send(self, scope: Scope, question: Question, *, also_sent_by: Scope | None = None) -> Reply:
-        """also_sent_by: hits on its prompts break no rule here; who asks judges them.
+        """also_sent_by: hits on this scope's prompts are not reported as a violation here; the caller judges them.
 
         Raises:  BudgetSpent.  Unavailable: no answer after some retries.
         """
@@ -108,7 +109,7 @@ class Sender:
         return reply
 
     def findings(self) -> list[Finding]:
-        """One finding per rule that was broken, with its first cases."""
+        """One finding for each rule that was broken, with the first cases."""
         found = [
             Finding(
                 probe="rules",
@@ -149,7 +150,7 @@ class Sender:
             broken("hits on text that was never sent", f"{cached} tokens, at most {most} of them were sent before")
 
     def _shared_tokens_max(self, known: list[str], prompt: str) -> int:
-        """At most so many tokens of the prompt can have been part of a known one."""
+        """The most tokens of the prompt that can have been part of a known prompt."""
         assert self.rate is not None
         shared = max((_shared_length(prompt, each) for each in known), default=0)
         num_words = prompt.count(" ", 0, shared) + 1
@@ -158,7 +159,8 @@ class Sender:
 
 
 def _shared_length(one: str, other: str) -> int:
-    """Characters of their common beginning, by halving: prompts are long, and there are many."""
+    """The number of characters that both texts begin with, found by halving: there are many prompts, and they are
+    long."""
     shared, differs = 0, min(len(one), len(other)) + 1
     while differs - shared > 1:
         middle = (shared + differs) // 2

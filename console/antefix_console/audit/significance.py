@@ -7,23 +7,23 @@ from typing import Any
 
 from antefix.errors import InvalidRequest
 
-# As in arXiv 2502.07776: many comparisons of many endpoints, and an accusation must not be one of chance.
+# As in arXiv 2502.07776. It is small because an audit makes many comparisons, and must not accuse by chance.
 ALPHA = 1e-8
 
 
 def hits_are_faster(hit_s: Sequence[float], miss_s: Sequence[float]) -> float:
-    """One-sided two-sample Kolmogorov-Smirnov test: are these times smaller than those?"""
+    """One-sided two-sample Kolmogorov-Smirnov test: are the times of hits smaller than those of misses?"""
     return float(_stats().ks_2samp(hit_s, miss_s, alternative="greater").pvalue)
 
 
 def happens_more_often(times: int, of: int, control_times: int, control_of: int) -> float:
-    """One-sided Fisher's exact test: does it happen more often here than in the control?"""
+    """One-sided Fisher's exact test: is the event more frequent here than in the control?"""
     table = [[times, of - times], [control_times, control_of - control_times]]
     return float(_stats().fisher_exact(table, alternative="greater").pvalue)
 
 
 def is_larger(values: Sequence[float], control: Sequence[float]) -> float:
-    """One-sided Mann-Whitney test: are these values larger than those? 1 where all are equal."""
+    """One-sided Mann-Whitney test: are the values larger than the control's? Returns 1 where all are equal."""
     if len({*values, *control}) <= 1:
         return 1.0
     return float(_stats().mannwhitneyu(values, control, alternative="greater").pvalue)

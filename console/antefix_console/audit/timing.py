@@ -1,4 +1,4 @@
-"""Are hits faster than misses? Also the only sign of a cache where an endpoint reports none."""
+"""Tests whether hits are faster than misses. Where an endpoint reports no hits, time is the only sign of a cache."""
 
 from __future__ import annotations
 

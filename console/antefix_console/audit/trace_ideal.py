@@ -1,4 +1,4 @@
-"""How far the hit rate is from what the endpoint's own granularity would allow, on a conversation-like trace."""
+"""Compares the hit rate on a conversation-like trace with the best one that the endpoint's granularity allows."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from antefix_simulate.generated_traces import generate
 
 PROBE = "trace"
 NUM_REQUESTS = 40
-# The generated trace's shape is kept, its lengths are those of the audit's prompts; so a unit is still several words.
+# The generated trace keeps its shape but gets the length of the audit's prompts, so that a unit is still several words.
 _UNIT_TOKENS = 1024
 
 
 async def find_ideal(probing: Probing) -> list[Finding]:
-    """One request after the other, so that every earlier prompt could be in the cache."""
+    """Send the requests one after the other, so that every earlier prompt could be in the cache."""
     trace = generate("agents", num_requests=NUM_REQUESTS, unit_tokens=_UNIT_TOKENS, seed=1)
     assert probing.sender.rate is not None
     usual = sorted(request.num_tokens for request in trace.requests)[NUM_REQUESTS // 2]

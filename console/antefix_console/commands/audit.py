@@ -1,4 +1,4 @@
-"""`antefix audit`: what an endpoint's prefix cache really does, and whether it keeps its promises."""
+"""`antefix audit`: finds out how an endpoint's prefix cache behaves, and whether the endpoint keeps its promises."""
 
 from __future__ import annotations
 
@@ -86,7 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 1 where a promise is broken.
 
-    Raises:  InvalidRequest: arguments that make no sense, or no leave to start.  Unavailable: no endpoint there.
+    Raises:  InvalidRequest: arguments make no sense, or the user did not confirm.  Unavailable: the endpoint does not
+    answer.
     """
     plan = Plan(
         prompt_tokens=args.prompt_tokens,
@@ -152,7 +153,7 @@ def _budget(args: argparse.Namespace, plan: Plan) -> Budget:
     for name, value in (("--max-requests", args.max_requests), ("--max-total-tokens", args.max_total_tokens)):
         if value is not None and value < 1:
             raise InvalidRequest(f"{name} must be 1 or more")
-    # A fifth more than planned: refused requests are asked again.
+    # A fifth more than planned, because refused requests are sent again.
     return Budget(
         requests=args.max_requests or plan.num_requests * 6 // 5,
         tokens=args.max_total_tokens or plan.num_tokens * 6 // 5,
@@ -176,7 +177,7 @@ def _agreed() -> bool:
 
 
 def _seconds(text: str) -> float:
-    """30s, 5m, 1.5h; without a unit: seconds."""
+    """Seconds of a duration such as 30s, 5m or 1.5h; a number without a unit is seconds."""
     number, unit = (text[:-1], _UNITS[text[-1]]) if text and text[-1] in _UNITS else (text, 1.0)
     try:
         value = float(number) * unit

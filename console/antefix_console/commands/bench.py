@@ -1,4 +1,4 @@
-"""`antefix bench`: the benchmarks of a checkout, one question each. They are not part of an installed package."""
+"""`antefix bench`: runs a checkout's benchmarks, each of which answers one question. Installed packages lack them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from antefix.errors import InvalidRequest
 from antefix_console.shipped import CHECKOUT
 
-# Next to the checkout's environment; `make bench-peers` makes it.
+# A Python environment next to the checkout's own; `make bench-peers` makes it.
 _PEERS_PYTHON = CHECKOUT / ".venv-peers" / "bin" / "python"
-# Likewise, of `make test-s3`: an S3 server, and boto3.
+# A folder with an S3 server and boto3; `make test-s3` makes it.
 _S3 = CHECKOUT / ".s3"
 _ABOUT_TIER = "how near the object tier is to its own client, and what it costs"
 _ABOUT_STORE = "how near the store is to its disk, and how far from its peers"
@@ -40,7 +40,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def add_tier_arguments(parser: argparse.ArgumentParser) -> None:
-    """What benchmarks/tier.py takes."""
+    """The arguments of benchmarks/tier.py."""
     parser.add_argument(
         "--blocks",
         type=int,
@@ -65,7 +65,7 @@ def add_tier_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
-    """What benchmarks/store.py takes."""
+    """The arguments of benchmarks/store.py."""
     parser.add_argument(
         "--model", choices=("flash", "pro"), default="flash", help="model whose block sizes are used (default: flash)"
     )
@@ -91,9 +91,9 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 when everything was measured, 1 when not.
+    """Returns 0 if everything was measured, else 1.
 
-    Raises:  InvalidRequest: this is not a checkout, or an option makes no sense.
+    Raises:  InvalidRequest: this is not a checkout, or an option is invalid.
     """
     if not (CHECKOUT / "benchmarks" / "store.py").exists():
         raise InvalidRequest(

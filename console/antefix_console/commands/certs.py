@@ -1,4 +1,4 @@
-"""`antefix certs`: a private CA, a certificate for each process, an engine's grant, and what these say."""
+"""`antefix certs`: makes a private CA, a certificate per process and an engine's grant; shows what they contain."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(found: dict[Path, Issued], grants: dict[Path, float], *, as_json: bool) -> int:
-    """Print certificates, and the days left of grants. Returns 1 where one has ended."""
+    """Print certificates, and the days left of grants. Returns 1 if one has expired."""
     if as_json:
         certificates = [{"file": str(path), **_plain(each)} for path, each in found.items()]
         held = [{"file": str(path), "days_left": round(days, 2)} for path, days in grants.items()]

@@ -1,4 +1,4 @@
-"""`antefix demo`: the main job, shown and checked. Four processes, one document, four questions, a restart."""
+"""`antefix demo`: shows and checks the main use: four processes, one document, four questions, a restart."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from antefix_console.shipped import SHIPPED
 DOCUMENTS = ("docs/ARCHITECTURE.md", "docs/FORMAT.md", "docs/WINDOW_STATE.md", "LICENSE")
 DOCUMENT_TOKENS_MIN = 16_000
 DOCUMENT_CHARACTERS_MAX = 24_000
-# Facts planted in the document, each asked for by one step: an answer from the wrong KV would not know them.
+# Facts planted in the document. Each step asks for one; an answer computed from wrong KV would not know it.
 FACTS = (
     ("access code", "silver-otter", "73914"),
     ("home town", "misty-harbor", "Lisbon"),
@@ -45,7 +45,7 @@ FACTS = (
 
 @dataclass(slots=True)
 class DemoStep:
-    """One request of the demo: what was asked, what came back, what it took."""
+    """One request of the demo: question, answer, and figures."""
 
     name: str
     prompt: Tokens
@@ -110,7 +110,7 @@ class Demo:
         self.steps: list[DemoStep] = []
 
     async def run(self) -> dict[str, object]:
-        # 1. Four processes; the document with a question, with another one, and a third turn.
+        # 1. Start four processes. Ask a question about the document, then another one, then a third turn.
         async with Deployment(self._config) as deployment:
             pids = [process.process.pid for process in deployment.processes]
             self._say(f"{len(pids)} processes are up")
@@ -118,14 +118,14 @@ class Demo:
             second = await self._ask(deployment, "hit", self._document, FACTS[1])
             history = np.concatenate((second.prompt, np.array(second.output, np.uint32), self._next_turn))
             await self._ask(deployment, "third turn", history, FACTS[2])
-        # 2. New processes on the same directory: nothing is in memory now.
+        # 2. Start new processes on the same directory, with nothing in memory.
         async with Deployment(self._config) as deployment:
             pids += [process.process.pid for process in deployment.processes]
             self._say("all processes restarted on the same store")
             await self._ask(deployment, "after restart", self._document, FACTS[3])
             stats = await RemoteStore(deployment.one("kvstore").address).stats()
         left = [pid for pid in pids if _is_running(pid)]
-        # 3. The same prompts without any store.
+        # 3. Run the same prompts without any store.
         identical = await asyncio.to_thread(self._compare)
         return self._report(stats, identical, num_processes=len(pids) // 2, num_left=len(left))
 
@@ -142,7 +142,7 @@ class Demo:
         return step
 
     def _compare(self) -> dict[str, bool]:
-        """Each step's output against a cold run's, token for token."""
+        """Compare each step's output with a cold run's, token for token."""
         reference = Reference(self._config.model, KVFormat(self._config.kv_format))
         identical: dict[str, bool] = {}
         for step in self.steps:
@@ -152,7 +152,8 @@ class Demo:
 
     @property
     def _next_turn(self) -> Tokens:
-        """What stands between an answer and the next question. The answer's own end token is not in its output."""
+        """The tokens between an answer and the next question: the answer's end token, which its output lacks, and the
+        format."""
         return np.array(self._tokenizer.encode("<|end|><|user|>"), np.uint32)
 
     def _report(
@@ -198,7 +199,7 @@ def _document(args: argparse.Namespace, tokenizer: Tokenizer) -> Tokens:
 
 
 def plant(text: str) -> str:
-    """The text as a user's turn, with a line for each fact spread over its first three quarters."""
+    """The text as a user's turn, with a line for each fact inserted within its first three quarters."""
     lines = text.splitlines(keepends=True)
     for index, (attribute, key, value) in enumerate(FACTS):
         lines.insert(len(lines) * (3 * index + 1) // (4 * len(FACTS)), f"\nThe {attribute} of {key} is {value}.\n")

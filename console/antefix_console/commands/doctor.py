@@ -1,4 +1,4 @@
-"""`antefix doctor`: is this machine fit to run Antefix, and does its arithmetic allow bit-exact hits?"""
+"""`antefix doctor`: checks whether this machine can run Antefix, and whether its arithmetic allows bit-exact hits."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 _ARITHMETIC_ON = "arithmetic on "
 _PROBE_BYTES = 64 << 20
-# Below this a durable put of one V4-Flash block (450 KB) takes longer than computing it on a fast GPU.
+# At a lower write speed, a durable put of one V4-Flash block (450 KB) takes longer than computing it on a fast GPU.
 _DISK_WRITE_MIN = 50e6
-# Of a store's budget: two segments are kept for compaction, a sixteenth where segments have their usual size.
+# Share of a store's budget that data may use: two segments, a sixteenth at the usual segment size, are for compaction.
 _BUDGET_HELD_MIN = 0.9
 
 
@@ -107,7 +107,7 @@ def _python() -> Finding:
 
 
 def _arithmetic(args: argparse.Namespace) -> list[Finding]:
-    """What this machine computes for the model with these threads: its name, and what was not found exact."""
+    """The arithmetic of this machine for the model with these threads: its name, and operations not found exact."""
     import torch
 
     from antefix.errors import AntefixError
@@ -136,7 +136,8 @@ def _arithmetic(args: argparse.Namespace) -> list[Finding]:
 
 
 def _model(model: Model, name: str) -> list[Finding]:
-    """What of the config is computed otherwise than by others, and how much of its KV a worker holds by default."""
+    """Parts of the config that we compute differently from others, and how much KV a worker keeps in memory by
+    default."""
     from antefix_prefill.worker.engine import BLOCK_BYTES_MIN, EngineConfig, pool_block_bytes
 
     (pool_bytes,) = (field.default for field in fields(EngineConfig) if field.name == "pool_bytes")
@@ -150,7 +151,7 @@ def _model(model: Model, name: str) -> list[Finding]:
 
 
 def _workers(router: str, found: list[Finding]) -> list[Finding]:
-    """What a deployment's workers said that they compute, and whether a worker here would share with them."""
+    """The arithmetic that a deployment's workers report, and whether a worker here would share KV with them."""
     from antefix.errors import AntefixError
 
     try:
@@ -198,7 +199,7 @@ def _gpu() -> Finding:
 
 
 def _ranks() -> Finding:
-    """What `--tensor-parallel-size` may be here."""
+    """The values of `--tensor-parallel-size` that this machine allows."""
     import torch
     import torch.distributed as dist
 
@@ -220,7 +221,7 @@ def _ranks() -> Finding:
 
 
 def _disk(directory: Path | None) -> Finding:
-    """Sequential write with fdatasync: the limit of a durable put."""
+    """Measure sequential writes with fdatasync, which limit durable puts."""
     data = os.urandom(1 << 20)
     try:
         with tempfile.NamedTemporaryFile(dir=directory) as file:
@@ -237,7 +238,7 @@ def _disk(directory: Path | None) -> Finding:
 
 
 def _store(address: str) -> list[Finding]:
-    """Whether a running store takes what it is given. Raises:  Unavailable: it does not answer."""
+    """Whether a running store accepts what it is given. Raises:  Unavailable: it does not answer."""
     from antefix.store.remote_store import RemoteStore
 
     async def ask() -> StoreTotals:
@@ -270,7 +271,7 @@ def _store(address: str) -> list[Finding]:
 
 
 def _router(address: str) -> list[Finding]:
-    """Whether what its requests compute is stored. Raises:  Unavailable: it does not answer."""
+    """Whether the KV that a router's requests compute is stored. Raises:  Unavailable: it does not answer."""
     counters = asyncio.run(_status_of(address)).counters
     if not counters.unstored:
         return [Finding(check="requests stored", status="ok", detail="all that were computed")]

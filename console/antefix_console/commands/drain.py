@@ -1,9 +1,10 @@
-"""`antefix drain STORE --to STORE...`: before a store leaves, move what is worth it to stores that stay.
+"""`antefix drain STORE --to STORE...`: before a store is removed, copies its valuable records to stores that stay.
 
-STORE is a directory of this host, or the address of a service, which continues serving meanwhile. What any of the
-others has is left out. It goes round again until nothing new has come, so that the store can be stopped then.
+STORE is a directory of this host, or the address of a service, which continues to serve during the copy. Records that
+one of the other stores has are left out. The copy is repeated until nothing new has come; then the store can be
+stopped.
 
-Exit code 0 if all that was meant to be moved is there, 1 if not.
+Exit code 0 if everything to be copied is there, else 1.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from antefix_console.commands.store import add_copy_arguments
 from antefix_console.moving import copy_between, report_text
 from antefix_kvstore.copy_target import open_source, open_target
 
-# Each time there is less; what comes faster than it can be moved must be stopped by hand.
+# Each round has less to copy. If records come faster than they can be copied, the writers must be stopped by hand.
 _ROUNDS_MAX = 5
 
 

@@ -1,4 +1,4 @@
-"""The flags that name an endpoint, for commands that ask one."""
+"""The flags that name an endpoint, for commands that send requests to one."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def endpoint_of(args: argparse.Namespace, key_file: Path | None = None) -> EndpointConfig:
-    """key_file: instead of --key-file.
+    """key_file: replaces --key-file.
 
-    Raises:  InvalidRequest: a flag, or a key file, that makes no sense.
+    Raises:  InvalidRequest: a flag or a key file is invalid.
     """
     path = key_file or args.key_file
     return EndpointConfig(
@@ -41,7 +41,7 @@ def endpoint_of(args: argparse.Namespace, key_file: Path | None = None) -> Endpo
 
 
 def read_key(path: Path) -> str:
-    """Raises:  InvalidRequest: it holds no key.  OSError: it cannot be read."""
+    """Raises:  InvalidRequest: the file holds no key.  OSError: it cannot be read."""
     key = path.read_text(encoding="utf-8").strip()
     if not key or not key.isprintable() or len(key.split()) != 1:
         raise InvalidRequest(f"{path} holds no API key: one line without spaces is expected")

@@ -1,5 +1,5 @@
-"""`antefix explain`: why a prompt hits or misses, from the deployment's directory; no service needs to run but with
-`--fleet`, where a running router is asked."""
+"""`antefix explain`: why a prompt hits or misses. Reads the deployment's directory, without any running service; only
+`--fleet` asks a running router."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ from antefix_console.operator_credentials import hold_grant
 from antefix_console.progress_line import ProgressLine
 
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
-# Exactness that a namespace may have had before; a miss is explained when the tokens are stored under one of these.
+# Exactness settings that a namespace may have had before. A miss is explained if the tokens are stored under one of
+# them.
 _BOUNDED_TRIED = range(9)
-# Of the workers' settings those that say where their KV is.
+# The workers' settings that tell where their KV is.
 _SETTINGS = (*NAMING, "window_pool", "redis_password_file", "redis_ca_file")
 
 
@@ -169,7 +170,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
                  tenant=_tenant(args, args.tenant), bounded_windows=worker.bounded_windows,
                  arithmetic=_arithmetic(args))  # fmt: skip
     names = mine.names(tokens, keyring)
-    # 1. What the store's files say.
+    # 1. What the store's files contain.
     directories = _stores(args)
     asked = [other.names(tokens, keyring, differs=label) for other, label in _asked(args, mine)]
     tried = [other.names(tokens, keyring, differs=label) for other, label in _tried(mine)]
@@ -177,11 +178,11 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
         tried += _stated(directory, mine, tokens, keyring)
     more = {args.object_store: asyncio.run(in_object_tier(args.object_store, names))} if args.object_store else {}
     blocks = gather(directories, names, [*asked, *tried], more=more, log=_logs(args), check=args.check)
-    # 2. What the window pool has.
+    # 2. What the window pool contains.
     stored = sum(1 for _ in itertools.takewhile(lambda block: block.reason is MissReason.NONE, blocks))
     hold_grant(args.store_address or "", mine.tenant, tokens)
     pooled, pool_error = asyncio.run(_pooled(worker, args.store_address, names, stored))
-    # 3. What a worker would make of it.
+    # 3. How a worker would restore it.
     planner = RestorePlanner(Sizes.of(identity.layout(mine.kv_format)), Rates(_priors(args)))
     return explain(
         len(tokens),
@@ -197,7 +198,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whose:
-    """All that a name depends on besides the tokens and the deployment's secret."""
+    """Everything that names depend on, except the tokens and the deployment's secret."""
 
     identity: ModelIdentity
     kv_format: KVFormat
@@ -219,7 +220,7 @@ class Whose:
         return self.names_under(self.fingerprint.statement, tokens, keyring, differs)
 
     def names_under(self, statement: bytes, tokens: Tokens, keyring: Keyring, differs: str) -> NamedChain:
-        """The same tokens of the same tenant under any stated fingerprint whose blocks are as long."""
+        """The same tenant's names for these tokens under another stated fingerprint with blocks of the same size."""
         digest = digest_of(statement)
         chain = chain_of(
             tokens,
@@ -232,7 +233,7 @@ class Whose:
 
 
 def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
-    """Under which other names the same tokens may be stored by mistake, and what differs."""
+    """Other names under which the same tokens may be stored by mistake, and the setting that differs."""
     for kv_format in _FORMATS:
         for windows in _BOUNDED_TRIED:
             if (kv_format, windows) != (mine.kv_format, mine.bounded_windows):
@@ -241,11 +242,11 @@ def _tried(mine: Whose) -> Iterator[tuple[Whose, str]]:
 
 
 def _stated(directory: Path, mine: Whose, tokens: Tokens, keyring: Keyring) -> Iterator[NamedChain]:
-    """The store's other fingerprints of this geometry, and in what they differ, as it was told."""
+    """Names under the store's other fingerprints of this geometry, and the fields in which these differ."""
     own = mine.fingerprint.statement
     for statement in statements(directory).values():
         fields = differing_fields(own, statement)
-        # An engine's own names cannot be made of tokens.
+        # Names that an engine makes itself cannot be computed from tokens.
         is_named_by_tokens = hash_kind_of(statement) is not HashKind.ENGINE_KEY
         if fields and "geometry" not in fields and is_named_by_tokens:
             said = json.loads(statement)
@@ -264,7 +265,7 @@ def _arithmetic(args: argparse.Namespace) -> str:
 
 
 def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:
-    """Where else the caller wants to know about, and what differs there."""
+    """Other names that the caller asks about, and the setting that differs."""
     for namespace in args.also_namespace:
         yield replace(mine, namespace=namespace), f"namespace {namespace}"
     for tenant in args.also_tenant:
@@ -289,8 +290,8 @@ def _shown_tenant(args: argparse.Namespace, tenant: str) -> str:
 async def _pooled(
     worker: WorkerSettings, store_address: str | None, names: NamedChain, num_stored: int
 ) -> tuple[tuple[int, ...] | None, str]:
-    """The boundary nearest to the stored prefix' end that the window pool has, None if there is no pool; and why a pool
-    did not answer.
+    """The boundary in the window pool that is nearest to the end of the stored prefix, None if there is no pool; and
+    why a pool did not answer.
     """
     if worker.window_pool == DISK:
         return None, ""
@@ -325,7 +326,7 @@ def _path(args: argparse.Namespace, name: str, within: str) -> Path:
 
 
 def _stores(args: argparse.Namespace) -> list[Path]:
-    """Those that are named, or all of a deployment that `antefix up` has made."""
+    """The store directories that are named, or all stores of a deployment that `antefix up` made."""
     if args.store_dir:
         return list(args.store_dir)
     first = _path(args, "store_dir", "store")
@@ -349,6 +350,6 @@ def _priors(args: argparse.Namespace) -> RatePriors:
 
 
 async def _measured_rate(worker: str) -> float:
-    # The client is made here: a channel belongs to the loop that is running then.
+    # The client is made here, because a channel belongs to the event loop that runs when it is made.
     async with PrefillClient(worker) as client:
         return (await client.status()).prefill_tokens_per_s

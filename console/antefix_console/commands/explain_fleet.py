@@ -1,4 +1,4 @@
-"""`antefix explain --fleet`: what a router in front of workers that are not ours knows of them, and of one request."""
+"""`antefix explain --fleet`: what a router knows of workers that are other engines (a fleet), and of one request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _KNOWLEDGE = {
 
 
 def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExclusiveGroup) -> None:
-    """prompt: the ways to say which prompt is meant."""
+    """prompt: the group of flags that name a prompt."""
     prompt.add_argument(
         "--workers", action="store_true", help="with --fleet: show what is known of its workers, without a prompt"
     )
@@ -54,7 +54,7 @@ async def _ask(args: argparse.Namespace) -> tuple[Sequence[EngineStatus], Explai
 
 
 def _body(args: argparse.Namespace) -> str:
-    """The request, as its client would send it."""
+    """The request body as a client would send it."""
     if args.messages is not None:
         body = parse_json(read_text(Path(args.messages)), f"--messages {args.messages}")
         return json.dumps({"messages": body} if isinstance(body, list) else body)

@@ -1,4 +1,4 @@
-"""`antefix explain` of requests: a body rendered as the door does it, one of the ledger, two that are compared."""
+"""`antefix explain` for requests: a request body rendered as the gateway does, a ledger record, or two to compare."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _DOOR_SETTINGS = ("chat_format", "model_aliases", "prefix_rules")
 
 
 def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExclusiveGroup) -> None:
-    """prompt: the ways to say which prompt is meant."""
+    """prompt: the group of flags that name a prompt."""
     prompt.add_argument(
         "--messages", metavar="FILE", help="JSON file of a request's body or of its messages, as a client sends them"
     )
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenPrompt:
-    """facts: what the door made of the request besides, for people and as JSON."""
+    """facts: what else the gateway derived from the request, as text and as JSON."""
 
     source: SourcedPrompt
     user: str = ""
@@ -94,7 +94,7 @@ class GivenPrompt:
 
 
 def given_prompt(args: argparse.Namespace, identity: ModelIdentity, keyring: Keyring | None) -> GivenPrompt:
-    """The prompt that the arguments name.  Raises:  InvalidRequest: it cannot be read, or the door would refuse it."""
+    """The prompt that the arguments name.  Raises:  InvalidRequest: unreadable, or the gateway would refuse it."""
     if args.messages is not None:
         return _rendered(args, args.messages, identity, keyring)
     tokenizer = load_tokenizer(args.model)
@@ -117,7 +117,7 @@ def _rendered(args: argparse.Namespace, name: str, identity: ModelIdentity, keyr
             args.api,
             identity=identity,
             tokenizer=tokenizer,
-            # Only thinking that is sealed in the request needs the deployment's own.
+            # The deployment's own keys are needed only for thinking that is sealed in the request.
             keyring=keyring or Keyring(bytes(32)),
             tenant=args.tenant,
             config=_door(args),
@@ -129,7 +129,7 @@ def _rendered(args: argparse.Namespace, name: str, identity: ModelIdentity, keyr
 
 
 def _door(args: argparse.Namespace) -> GatewayConfig:
-    """The settings that the prompt depends on: as given, else as the deployment's last start had them."""
+    """The gateway settings that the prompt depends on: from the arguments, else from the deployment's last start."""
     file = args.data_dir / DOOR_FILE if args.data_dir else None
     in_force = read_json(file, "settings of the last start") if file is not None and file.is_file() else {}
     given = {name: getattr(args, name) for name in _DOOR_SETTINGS if getattr(args, name) is not None}
@@ -140,7 +140,7 @@ def _door(args: argparse.Namespace) -> GatewayConfig:
 def compare_with(
     args: argparse.Namespace, prompt: GivenPrompt, identity: ModelIdentity, keyring: Keyring | None
 ) -> int:
-    """A prompt that is there against a file or a request of the ledger."""
+    """Compare a given prompt with a file or with a request of the ledger."""
     size = identity.geometry.block_size
     if _is_file(args.against):
         other = _rendered(args, args.against, identity, keyring).source
@@ -154,12 +154,12 @@ def compare_with(
 
 
 def explain_request(args: argparse.Namespace, identity: ModelIdentity, keyring: Keyring | None) -> int:
-    """A request of the ledger, alone or against another one."""
+    """Explain a request of the ledger, alone or compared with another one."""
     ledgers = _ledgers(args)
     record = _found(args, ledgers, args.request_id)
     size = identity.geometry.block_size
     if record.worker:
-        # Of a fleet: its engines have blocks of their own sizes, which no model here tells.
+        # A fleet's engines have their own block sizes, which no model directory here tells.
         size = block_size_of(record.prompt_marks, record.prompt_tokens) or size
     if args.against is not None and _is_file(args.against):
         prompt = _rendered(args, args.against, identity, keyring)
@@ -203,7 +203,7 @@ def _records_compared(one: UsageRecord, other: UsageRecord, size: int) -> RoughC
 
 
 def _against_record(prompt: GivenPrompt, record: UsageRecord, size: int, keyring: Keyring) -> RoughComparison:
-    """The prompt's blocks are named as the record's were, so that equal text has equal hashes."""
+    """Name the prompt's blocks in the way the record's blocks were named, so that equal text has equal hashes."""
     whose = f"{record.tenant}{USER_SEPARATOR}{record.user}" if record.user else record.tenant
     named = [
         chain_of(
@@ -215,7 +215,7 @@ def _against_record(prompt: GivenPrompt, record: UsageRecord, size: int, keyring
         )
         for kind in (HashKind.CHAINED_AES, HashKind.CHAINED_BLAKE2B)
     ]
-    # The record does not say how its blocks were named; another kind's names have nothing in common with them.
+    # The record does not say which kind of hash named its blocks. Try each; hashes of the wrong kind match nothing.
     found = max((parting_of_chain(chain.hashes, record.prompt_marks) for chain in named), key=lambda it: it.blocks_min)
     ends = sorted({found.blocks_min * size, min((found.blocks_max + 1) * size, len(prompt.source.tokens)) - 1})
     spots = [spot for token in ends if (spot := prompt.source.spot(token)) is not None]

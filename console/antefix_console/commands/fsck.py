@@ -1,7 +1,7 @@
-"""`antefix fsck DIR...`: are stores sound? With --repair, make them so. Their services must be stopped; an object
-store's (`antefix fsck s3://...`) may run.
+"""`antefix fsck DIR...`: checks whether stores are sound; --repair repairs them. A store's service must be stopped; an
+object store (`antefix fsck s3://...`) may be in use.
 
-Exit code 0 if all are sound, or were made so; 1 if one is not.
+Exit code 0 if all stores are sound or were repaired, else 1.
 """
 
 from __future__ import annotations

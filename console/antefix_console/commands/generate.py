@@ -1,4 +1,4 @@
-"""`antefix generate`: one prompt, streamed to the terminal."""
+"""`antefix generate`: generates from one prompt and streams the output to the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`antefix health ADDRESS`: does a role serve? For supervisors, containers and probes: the exit code is the answer."""
+"""`antefix health ADDRESS`: asks whether a role serves. For supervisors, containers and probes, which read the exit
+code."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 where it serves, else 1: it says that it does not, or nobody answers."""
+    """Returns 0 if the role serves; 1 if it says that it does not, or does not answer."""
     if not (math.isfinite(args.timeout_s) and args.timeout_s > 0):
         raise InvalidRequest(f"--timeout-s must be above 0, is {args.timeout_s}")
     status = asyncio.run(_ask(args))

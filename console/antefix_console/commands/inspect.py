@@ -1,4 +1,4 @@
-"""`antefix inspect DIR...`, or of `s3://...`: what stores hold. Reads next to a running service or without one."""
+"""`antefix inspect DIR...` or `s3://...`: shows what stores hold. Works with and without a running service."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _known(args: argparse.Namespace) -> KnownNames:
-    """Raises:  ConfigError: tenants were named and there is no secret to find them with, or a file cannot be read."""
+    """Raises:  ConfigError: tenants are named without a secret to compute their digests, or a file cannot be read."""
     tenants = [*args.tenant, *(_named_in(args.tenants_file) if args.tenants_file else ())]
     at_hand = Path(args.directories[0]).resolve().parent / "secret"
     if args.secret_file is None and not at_hand.is_file():
@@ -74,11 +74,11 @@ def _known(args: argparse.Namespace) -> KnownNames:
 
 
 def _named_in(path: str) -> list[str]:
-    """The tenants of a tenants file; whether its limits make sense is none of our business."""
+    """The tenants in a tenants file. Whether their limits are valid is not checked here."""
     file = Table(read_toml(path, "tenants file"), f"tenants file {path}")
     return [table.text("name", empty=True) for table in file.children("tenant")]
 
 
 def plain(value: Any) -> str:
-    """What JSON has no form for: hashes and ids."""
+    """A JSON form for values that have none: hashes and ids."""
     return value.hex() if isinstance(value, bytes) else str(value)

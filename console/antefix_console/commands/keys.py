@@ -1,4 +1,5 @@
-"""`antefix keys`: make, list, replace and revoke API keys. Routers take a change within seconds, without a restart."""
+"""`antefix keys`: makes, lists, replaces and revokes API keys. Routers see a change within seconds, without a
+restart."""
 
 from __future__ import annotations
 
@@ -25,17 +26,17 @@ from antefix_router.key_exchange import KeyExchange
 DEFAULT_FILE: Final = Path("antefix-data/api-keys.json")
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
-# What a command does to the book: the key that it made in clear, if it did, and the new book.
+# A command's change to the key book. Returns the new key in clear (empty if it made none) and the new book.
 Change = Callable[[KeyBook], tuple[str, KeyBook]]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `keys` with its own commands; `run` carries them out."""
+    """Add `keys` with its subcommands; `run` runs them."""
     add_arguments(subparsers.add_parser("keys", help="make, list, replace and revoke API keys"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The commands under `antefix keys`."""
+    """The subcommands of `antefix keys`."""
     commands = parser.add_subparsers(dest="keys_command", required=True)
 
     create = _command(commands, "create", "make a key and show it, once", "acme --scopes generate --expires 90d")
@@ -131,7 +132,7 @@ def _revoked(args: argparse.Namespace, book: KeyBook) -> tuple[str, KeyBook]:
 
 
 async def _change(args: argparse.Namespace, change: Change) -> tuple[str, KeyBook, KeyBook]:
-    """Redis first: where somebody else was faster there, nothing is changed."""
+    """Write to Redis first; if somebody else has changed the keys there meanwhile, nothing is changed."""
     if args.keys_command == "create":
         args.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     exchange = _exchange(args)
@@ -177,7 +178,7 @@ def _tell(args: argparse.Namespace, text: str, made: list[ApiKey]) -> None:
         print(json.dumps(shown if args.keys_command != "revoke" else {"revoked": args.id}))
         return
     if text:
-        # The key alone on standard output, so that it can be piped to where it belongs.
+        # Only the key goes to standard output, so that it can be piped.
         print(text)
     what = ", ".join(f"key {key.id} of {key.tenant}" for key in made) or f"revoked {', '.join(args.id)}"
     where = f", in {args.output}" if text == "" and made else ""
@@ -216,7 +217,7 @@ def _scopes(text: str) -> frozenset[Scope]:
 
 
 def _moment(text: str) -> datetime | None:
-    """A date, a time, or in how long. Raises:  ConfigError: none of them."""
+    """A date, a time, or a duration from now. Raises:  ConfigError: the text is none of these."""
     if not text:
         return None
     try:

@@ -23,7 +23,7 @@ from antefix_simulate.generated_traces import SHAPES, generate
 from antefix_simulate.plot import check_path
 from antefix_simulate.trace import FORMATS, Trace, TraceRequest, format_of, load
 
-# Whose prefixes are told apart: the block of the model that Antefix ships. A generated trace has no unit of its own.
+# The block size of the model that Antefix ships. Prefixes are told apart in this unit; a generated trace has none.
 _GENERATED_UNIT_TOKENS = 64
 
 
@@ -59,9 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 where all requests were answered, else 1.
+    """Returns 0 if all requests were answered, else 1.
 
-    Raises:  InvalidRequest: arguments or a trace that make no sense.  Unavailable: the endpoint does not answer.
+    Raises:  InvalidRequest: the arguments or the trace are invalid.  Unavailable: the endpoint does not answer.
     """
     for name in ("speed", "scale", "spread_s"):
         if not (math.isfinite(getattr(args, name)) and getattr(args, name) > 0):
@@ -93,9 +93,9 @@ async def _replay(args: argparse.Namespace, trace: Trace, config: EndpointConfig
     salt = args.salt or secrets.token_hex(8)
     async with EndpointClient(config) as client:
         await client.choose_model()
-        # 1. How many words are how many tokens here?
+        # 1. Measure how many tokens a word takes here.
         rate = await measure_token_rate(client.ask, args.seed)
-        # 2. Every request at its time.
+        # 2. Send every request at its time.
         planned = list(_planned(args, trace, rate, salt))
         with ProgressLine("replaying", lines=True) as progress:
             done = 0

@@ -1,4 +1,5 @@
-"""`antefix model check DIR`: what a model directory is, whether and how it would run here, and what memory it takes.
+"""`antefix model check DIR`: what a model directory is, whether and how it would run here, and how much memory it
+takes.
 
 Reads config.json and the files' headers, which takes seconds for any model; no weight is read.
 """
@@ -25,7 +26,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Somewhere a worker could run. needed_bytes: weights and a block pool of `--pool-bytes`; of several cards each."""
+    """A device on which a worker could run. needed_bytes: weights and a block pool of `--pool-bytes`, for each card."""
 
     name: str
     dtype: str
@@ -38,7 +39,7 @@ class Place:
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `model` with its own commands; `run` carries them out."""
+    """Add `model` with its subcommands; `run` runs them."""
     parser = subparsers.add_parser("model", help="say what a model directory is, and whether it would run here")
     commands = parser.add_subparsers(dest="model_command", required=True)
     example = "antefix model check models/antefix-tiny --json"
@@ -51,7 +52,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     check.add_argument("directory", type=Path, metavar="DIR", help="config.json and *.safetensors")
     check.add_argument("--pool-bytes", default="1G", help="memory for a worker's block pool (default: %(default)s)")
-    # Without it, as few as fit on the cards here.
+    # By default, as few cards as the worker fits on.
     add_flags(check, WorkerSettings, ("tensor_parallel_size",))
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -105,7 +106,7 @@ def _free_memory() -> int:
 
 
 def _cards(found: Description, pool_bytes: int) -> list[Place]:
-    """Each card, or as many as a worker of several ranks takes."""
+    """Each card, or as many cards as a worker of several ranks needs."""
     import torch
 
     needed = found.memory_bytes["bfloat16"] + pool_bytes
@@ -126,7 +127,7 @@ def _cards(found: Description, pool_bytes: int) -> list[Place]:
 
 
 def _several_cards(directory: Path, pool_bytes: int, num_cards: int) -> list[Place]:
-    """The fewest cards, of 2, 4, 8 and so on, that a worker fits on; nothing where it fits on none."""
+    """The fewest cards (2, 4, 8 and so on) that a worker fits on; empty where it fits on none."""
     from antefix.model.describe import describe
 
     num_ranks = 2
@@ -144,7 +145,7 @@ def _as_json(found: Description, places: list[Place]) -> dict[str, Any]:
 
 
 def render(about: Description, places: list[Place]) -> str:
-    """For people."""
+    """The description as text."""
     layers = ", ".join(f"{number} {kind}" for kind, number in about.layers.items())
     packed = ", ".join(f"{_gib(nbytes)} of {form}" for form, nbytes in about.packed.items()) or "none"
     lines = [

@@ -1,4 +1,5 @@
-"""What `antefix model check` says of a DeepSeek-V4.1 directory, which is stored and simulated but not loaded."""
+"""The description that `antefix model check` gives of a DeepSeek-V4.1 directory. Its KV can be stored and simulated,
+but the model is not loaded."""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ from antefix.model_dir import read_config
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class V41Description:
-    """layers: how many of each role.  token, block, checkpoint: bytes of KV.
+    """layers: number of layers by role.  token, block, checkpoint: bytes of KV.
 
-    replay_tokens: of an exact replay; its own approximate one takes bounded_tokens.  file_bytes: of files as they are.
+    replay_tokens: tokens of an exact replay; the model's own approximate replay takes bounded_tokens.  file_bytes: size
+    of the weight files as they are.
     """
 
     family: str
@@ -32,7 +34,7 @@ class V41Description:
 
 
 def describe_v41(directory: Path) -> V41Description | None:
-    """None for a directory of another model, or one whose config is no V4.1's after all."""
+    """None for a directory of another model, or if the config turns out not to be that of V4.1."""
     try:
         config = read_config(directory)
         if config.get("model_type") != MODEL_TYPE:
@@ -59,7 +61,7 @@ def describe_v41(directory: Path) -> V41Description | None:
 
 
 def render_v41(about: V41Description) -> str:
-    """For people."""
+    """The description as text."""
     layers = ", ".join(f"{number} {role}" for role, number in about.layers.items())
     sources = ", ".join(map(str, about.kv_sources))
     return "\n".join(

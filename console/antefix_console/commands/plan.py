@@ -1,4 +1,4 @@
-"""`antefix plan`: calculate how many machines a trace takes, what they cost, and which resource is the limit."""
+"""`antefix plan`: calculates how many machines a trace needs, their cost, and which resource limits them."""
 
 from __future__ import annotations
 
@@ -74,19 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0.
 
-    Raises:  InvalidRequest, ConfigError: a file or argument makes no sense, or no number of machines reaches the goal.
+    Raises:  InvalidRequest, ConfigError: a file or argument is invalid, or no number of machines reaches the goal.
     """
     if args.plot:
         check_path(args.plot)
     goal = _goal(args)
     sizes = model_sizes(args.model)
-    # 1. What is bought, and how fast it was measured to be.
+    # 1. The machines that are bought, and their measured speed.
     site = load_site(_site_path(args.gpu))
     workers = worker_rates(
         args.rates or _RESULTS / "weights_on_card.json", num_layers=model_layers(args.model), card_bytes=site.card_bytes
     )
     store = store_rates(args.store_rates or _RESULTS / "store.json")
-    # 2. What the trace asks for.
+    # 2. The demand of the trace.
     if not args.trace.is_file():
         raise InvalidRequest(f"there is no trace file {args.trace}")
     with ProgressLine("reading the trace"):
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         trace = load(args.trace, trace_format, block_size=sizes.block_size, spread_s=args.spread_s)
         own = demand_of(trace, retention_s=goal.retention_s)
     demand = own if args.tokens_per_day is None else at_rate(own, _tokens_per_day(args.tokens_per_day))
-    # 3. Machines.
+    # 3. The number of machines.
     plan = size(demand, sizes, workers, store, site, goal)
     sources = _sources(args, own, goal, workers, store, site)
     if args.plot:
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def seconds_of(text: str, flag: str) -> float:
-    """Such as 72h, 30m, 2s, 7d or 2. Raises:  InvalidRequest: it is none."""
+    """Seconds of a duration such as 72h, 30m, 2s, 7d or 2. Raises:  InvalidRequest: the text is none."""
     found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd]?)", text.strip())
     if found is None or not 0 < float(found[1]) < 1e9:
         raise InvalidRequest(f"{flag} must be a time such as 2s, 30m, 72h or 7d, is {text!r}")

@@ -1,4 +1,4 @@
-"""The text that a command works on: from its arguments, a file or standard input. Text is UTF-8, or it is refused."""
+"""The text that a command works on: an argument, a file or standard input. Text that is not UTF-8 is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from antefix.errors import InvalidRequest
 def given_text(text: str) -> str:
     """An argument's text.
 
-    Raises:  InvalidRequest: it held bytes that are not UTF-8, which Python hands on as lone surrogates.
+    Raises:  InvalidRequest: it held bytes that are not UTF-8, which Python passes as lone surrogates.
     """
     try:
         text.encode()
@@ -23,7 +23,7 @@ def given_text(text: str) -> str:
 def read_text(path: Path) -> str:
     """A file's text; `-` is standard input.
 
-    Raises:  InvalidRequest: it cannot be read, or is not UTF-8.
+    Raises:  InvalidRequest: the file cannot be read, or is not UTF-8.
     """
     name = "standard input" if str(path) == "-" else str(path)
     try:

@@ -1,6 +1,6 @@
-"""`antefix secret`: change the deployment's secret step by step, while what is stored under the old one is still used.
+"""`antefix secret`: replaces the deployment's secret step by step, while KV stored under the old one is still used.
 
-No command shows a secret. Generations are shown with a digest, by which two files are compared.
+No command shows a secret. Each generation is shown with a digest, so that two files can be compared.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Generations = list[tuple[int, bytes]]
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `secret` with its own commands; `run` carries them out."""
+    """Add `secret` with its subcommands; `run` runs them."""
     add_arguments(subparsers.add_parser("secret", help="make, show and change the deployment's secret"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The commands under `antefix secret`."""
+    """The subcommands of `antefix secret`."""
     commands = parser.add_subparsers(dest="secret_command", required=True)
     _command(commands, "create", "make the file, if it is not there", "antefix-data/secret")
     _command(commands, "show", "which generations it has, and which one is written with", "antefix-data/secret")
@@ -79,9 +79,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rotated(generations: Generations, *, stage: bool = False) -> Generations:
-    """With a new secret: the current one, or with `stage` one that is only read with. A staged one becomes current.
+    """Add a new secret. It becomes the current one; with `stage` it is used for reading only, until the next rotation
+    makes it the current one.
 
-    Raises:  InvalidRequest: one is staged already; or there is no next number.
+    Raises:  InvalidRequest: a secret is staged already, or generation numbers are used up.
     """
     current, newest = generations[0][0], max(number for number, _ in generations)
     staged = newest if newest > current else 0
@@ -97,7 +98,8 @@ def rotated(generations: Generations, *, stage: bool = False) -> Generations:
 
 
 def dropped(generations: Generations, number: int) -> Generations:
-    """Raises:  InvalidRequest: there is none of that number, or it is the one that is written with."""
+    """Raises:  InvalidRequest: no generation has that number, or it is the current one, which new KV is written
+    under."""
     if number == generations[0][0]:
         raise InvalidRequest(f"generation {number} is written with: rotate first")
     rest = [each for each in generations if each[0] != number]
@@ -108,7 +110,7 @@ def dropped(generations: Generations, number: int) -> Generations:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[None]:
-    """Two that rotate at once would make two secrets of one number."""
+    """Lock the file: two rotations at once would make two secrets with one number."""
     try:
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, FILE_MODE)
     except OSError as err:
@@ -122,7 +124,7 @@ def _changing(path: Path) -> Iterator[None]:
 
 def _write(path: Path, generations: Generations) -> None:
     text = "".join(f"{number} {secret.hex()}\n" for number, secret in generations)
-    # Refused before it is written, whatever would be wrong with it.
+    # Validates the secrets before they are written.
     Keyring(generations[0][1], generation=generations[0][0], older=dict(generations[1:]))
     write_private(path, text)
 
@@ -143,5 +145,5 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _digest(secret: bytes) -> str:
-    """Tells two secrets apart, and nothing of either: they have at least 128 random bits."""
+    """A digest that tells secrets apart and reveals nothing of them, because they have at least 128 random bits."""
     return hashlib.blake2b(secret, digest_size=4, person=b"antefix-shown").hexdigest()

@@ -1,4 +1,4 @@
-"""`antefix simulate`: traces through the real strategies, planner and eviction, on a model of a machine."""
+"""`antefix simulate`: replays traces through the real strategies, planner and eviction, on a model of a machine."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from antefix_simulate.simulated_store import StoreLimits
 from antefix_simulate.trace import FORMATS, Trace, format_of, load
 from antefix_simulate.trace_replay import ReplaySetup, ideal_hit_tokens, simulate, store_hit_tokens
 
-# What `--strategy all` compares: every kind, and two periods that bracket what periodic checkpoints are worth.
+# The strategies that `--strategy all` compares: every kind, and a short and a long period of periodic checkpoints.
 ALL_STRATEGIES = ("auto", "boundary", "periodic(2048)", "periodic(8192)", "full", "zero")
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add the `simulate` command to an argparse subparsers object; `run` carries it out."""
+    """Add the `simulate` command to an argparse subparsers object; `run` runs it."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "simulate",
         help="compare window-state strategies on a trace",
@@ -90,9 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry out the parsed command: results to standard output, progress to standard error. Returns the exit status.
+    """Run the parsed command: results go to standard output, progress to standard error. Returns the exit status.
 
-    Raises:  InvalidRequest, ConfigError: arguments or a trace that make no sense.
+    Raises:  InvalidRequest, ConfigError: the arguments or the trace are invalid.
     """
     if args.plot:
         check_path(args.plot)
@@ -106,24 +106,24 @@ def run(args: argparse.Namespace) -> int:
     if args.workers:
         unit_tokens = cluster_cli.unit_tokens(args, sizes)
         return cluster_cli.run(args, _trace(args, unit_tokens), sizes, machine, _card(args))
-    # 1. What to replay, through what.
+    # 1. The trace, the model and the machine.
     trace = _trace(args, sizes.block_size)
     own = trace if args.generate else _trace(args, 1)
     setup = ReplaySetup(sizes=sizes, machine=machine, card=_card(args), limits=StoreLimits(), replay=not args.no_replay)
     strategies = _strategies(args.strategy or ["all"])
-    # 2. Each store size, each strategy.
+    # 2. Replay for each store size and each strategy.
     pool_bytes = parse_byte_size(args.pool_bytes) if args.pool_bytes else None
     simulations = []
     for text in args.store_bytes or [None]:
         limits = StoreLimits(store_bytes=parse_byte_size(text) if text else None, pool_bytes=pool_bytes)
         simulation = _compare(trace, strategies, replace(setup, limits=limits), args.model)
         simulations.append(replace(simulation, savings=_savings(simulation, trace, own, setup.card)))
-    # 3. Show it.
+    # 3. Print the results.
     if args.json:
         shown = [simulation.as_dict() for simulation in simulations]
         _emit(json.dumps(shown[0] if len(shown) == 1 else shown, indent=1))
     else:
-        # What people ask first stands last, where a terminal leaves it.
+        # The most important figures are printed last, where they stay visible in a terminal.
         saved = [savings_text(simulation.savings) for simulation in simulations[:1] if simulation.savings]
         _emit("\n\n".join([*map(as_text, simulations), LEGEND, *saved]))
     if args.plot and len(simulations) == len(strategies) == 1 and simulations[0].savings:
@@ -151,7 +151,7 @@ def _compare(trace: Trace, strategies: Sequence[Strategy], setup: ReplaySetup, m
 
 
 def _savings(simulation: Simulation, trace: Trace, own: Trace, prices: TokenPrices) -> Savings:
-    """Of `auto`, which is what services run, or of the first strategy that was asked for."""
+    """Savings under `auto`, which services use, or else under the first strategy that was requested."""
     results = {result.strategy: result for result in simulation.results}
     result = results.get("auto", simulation.results[0])
     return savings_of(

@@ -1,4 +1,5 @@
-"""`antefix simulate --workers P:D`: placement policies compared on a fleet. Flags, trace copies, table, plot."""
+"""`antefix simulate --workers P:D`: compares placement policies on a simulated fleet. Flags, trace copies, table,
+plot."""
 
 from __future__ import annotations
 
@@ -25,14 +26,14 @@ from antefix_simulate.trace import Trace, TraceRequest
 
 WORKERS_MAX = 1000
 UNIT_TOKENS = 512
-# Names of one copy of a trace lie below this: a Claude Code trace numbers its conversations from 2^32 on.
+# The names of one copy of a trace are below this number; a Claude Code trace numbers its conversations from 2^32 on.
 _COPY_NAMES = 1 << 50
-# Copies start within this long: each is a population of its own, at the same time of day.
+# Copies start within this time of each other. Each copy stands for other users at the same time of day.
 _COPY_SHIFT_S = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a fleet."""
+    """The flags for a fleet."""
     fleet = parser.add_argument_group("a fleet", "many workers under a placement policy, with queues; needs --workers")
     fleet.add_argument(
         "--workers", metavar="P:D", help=f"prefill and decode workers, up to {WORKERS_MAX} each; with --engines N"
@@ -98,9 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def unit_tokens(args: argparse.Namespace, sizes: Sizes) -> int:
-    """The resolution asked for.
+    """The requested resolution in tokens.
 
-    Raises:  InvalidRequest: it is not whole blocks.
+    Raises:  InvalidRequest: it is not a multiple of the block size.
     """
     tokens = int(args.unit_tokens)
     if tokens < 1 or tokens % sizes.block_size:
@@ -109,9 +110,9 @@ def unit_tokens(args: argparse.Namespace, sizes: Sizes) -> int:
 
 
 def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine, prices: TokenPrices) -> int:
-    """Carry out the parsed command. Returns the exit status.
+    """Run the parsed command. Returns the exit status.
 
-    Raises:  InvalidRequest: arguments that make no sense.
+    Raises:  InvalidRequest: the arguments are invalid.
     """
     num_prefill, num_decode = _engines(args) if args.engines else _workers(args.workers)
     if args.copies < 1 or args.speedup <= 0:
@@ -173,7 +174,7 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine, 
 
 
 def copies(trace: Trace, num_copies: int, speedup: float) -> Iterator[tuple[TraceRequest, int]]:
-    """The requests of all copies in order of arrival, each with what its copy adds to the names."""
+    """The requests of all copies in order of arrival, each with the number that its copy adds to names."""
     rng = random.Random(0)
     shifts = [0.0, *(rng.uniform(0, _COPY_SHIFT_S) for _ in range(num_copies - 1))]
     order = sorted(
@@ -186,9 +187,9 @@ def copies(trace: Trace, num_copies: int, speedup: float) -> Iterator[tuple[Trac
 
 
 def plot_cluster(simulation: ClusterSimulation, path: Path) -> None:
-    """Times to first token and balance, a bar a policy, to an .svg or .png file.
+    """Plot times to first token and balance, one bar per policy, to an .svg or .png file.
 
-    Raises:  InvalidRequest: matplotlib is not installed, or another suffix.
+    Raises:  InvalidRequest: matplotlib is not installed, or the file has another suffix.
     """
     if path.suffix not in SUFFIXES:
         raise InvalidRequest(f"cannot plot to {path.name}: use one of {', '.join(SUFFIXES)}")
@@ -248,7 +249,7 @@ def _workers(text: str) -> tuple[int, int]:
 
 
 def _engines(args: argparse.Namespace) -> tuple[int, int]:
-    """Engines prefill and decode by themselves."""
+    """Numbers of workers where each engine does both prefill and decode."""
     text: str = args.workers
     if not text.isdigit() or not 1 <= int(text) <= WORKERS_MAX:
         raise InvalidRequest(f"--workers of --engines must be a number from 1 to {WORKERS_MAX}, is {text!r}")

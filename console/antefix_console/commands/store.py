@@ -1,6 +1,7 @@
-"""`antefix store copy SRC DST`: what one store holds, to another. `antefix store purge`: a tenant's records, gone.
+"""`antefix store copy SRC DST`: copies one store's contents to another. `antefix store purge`: deletes a tenant's
+records.
 
-Exit code 0 if all of it was done, 1 if not; then the same command continues where this one stopped.
+Exit code 0 if everything was done, else 1; the same command then continues where it stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from antefix_kvstore.copy_target import open_source, open_target
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `store` with its own commands; `run` carries them out."""
+    """Add `store` with its subcommands; `run` runs them."""
     add_arguments(subparsers.add_parser("store", help="copy a store, or purge a tenant from stores"))
 
 
@@ -81,7 +82,7 @@ def _command(
 
 
 def add_copy_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a copy and a drain have alike."""
+    """The arguments that `store copy` and `drain` share."""
     parser.add_argument("--bytes-per-s", default="0", metavar="SIZE", help="most bytes per second (default: no limit)")
     parser.add_argument("--secret-file", help="file with the deployment's secret, which served stores ask for")
     parser.add_argument("--encrypt-key-file", default="", help="file with the key that directories are encrypted with")

@@ -1,4 +1,4 @@
-"""`antefix top`: the router's page in a terminal. Keys sort and filter; `--once` prints one picture of it."""
+"""`antefix top`: the router's status page in a terminal. Keys sort and filter; `--once` prints it once and ends."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Raises:  Unavailable: no router answers there.  PermissionDenied, Unauthenticated: the key may not see it."""
+    """Raises:  Unavailable: no router answers.  PermissionDenied, Unauthenticated: the API key may not see the page."""
     if not 0.2 <= args.every_s <= 3600:
         raise InvalidRequest("--every-s must be from 0.2 to 3600")
     key = read_key(args.key_file) if args.key_file else ""
@@ -85,7 +85,7 @@ def _watch(args: argparse.Namespace, key: str, data: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _single_keys() -> Iterator[None]:
-    """Keys come one by one, without Enter."""
+    """Read keys one by one, without Enter."""
     before = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
     try:
@@ -100,7 +100,7 @@ def _pressed(within_s: float) -> str:
 
 
 def _opener(url: str, context: ssl.SSLContext | None) -> urllib.request.OpenerDirector:
-    """Past a proxy of the environment where it could not reach the address: this host's own."""
+    """Opens the URL without the environment's proxy for addresses of this host, which a proxy cannot reach."""
     handlers: list[urllib.request.BaseHandler] = [urllib.request.HTTPSHandler(context=context)]
     if is_loopback(urlsplit(url).hostname or ""):
         handlers.append(urllib.request.ProxyHandler({}))

@@ -1,4 +1,5 @@
-"""`antefix trace import`: a log of requests, or the ledger, as a trace. Text is hashed with a key and never kept."""
+"""`antefix trace import`: turns a log of requests, or the ledger, into a trace. Text is hashed with a key, never
+stored."""
 
 from __future__ import annotations
 
@@ -20,13 +21,13 @@ from antefix_simulate.logs.ledger_trace import import_ledger
 from antefix_simulate.logs.logged_call import Tokens
 from antefix_simulate.trace_file import write_trace
 
-# Divides the blocks of all models that were looked at, and is their smallest.
+# The smallest block size among the models that we looked at; it divides all the others.
 _UNIT_TOKENS = 64
 _LEDGER = "ledger"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `trace` with its own commands; `run` carries them out."""
+    """Add `trace` with its subcommands; `run` runs them."""
     add_arguments(subparsers.add_parser("trace", help="turn a log of requests, or the ledger, into a trace"))
 
 
@@ -66,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0. Raises:  InvalidRequest: a file is no such log, or arguments make no sense."""
+    """Returns 0. Raises:  InvalidRequest: a file is not a log of this format, or arguments are invalid."""
     _check(args)
     # 1. Read.
     with ProgressLine("reading requests") as progress:
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     # 2. Write.
     about = {"source": args.format, "counted": imported.counted}
     number = write_trace(args.output, imported.requests, unit_tokens=unit_tokens, about=about)
-    # 3. Say what it is, and what was left out.
+    # 3. Print a summary, and what was left out.
     print(_as_json(args, imported, number, unit_tokens) if args.json else _as_text(args, imported, number, unit_tokens))
     for line in imported.ignored.lines():
         sys.stderr.write(f"left out: {line}\n")
@@ -110,7 +111,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _key(secret_file: str | None) -> bytes:
-    """The same secret gives the same names for the same text, so traces of one deployment can be compared."""
+    """The key from a secret file. The same secret gives the same names for the same text, so traces can be compared."""
     return secrets.token_bytes(32) if secret_file is None else Keyring.from_file(secret_file).proof(b"trace")
 
 

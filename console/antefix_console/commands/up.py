@@ -1,4 +1,4 @@
-"""`antefix up`: every role on this machine, until Ctrl-C."""
+"""`antefix up`: runs every role on this machine until Ctrl-C."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from antefix_console.supervise import GaveUp, Supervisor
 
 
 def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that every command that starts services has."""
+    """The flags that all commands that start services have."""
     parser.add_argument("--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped one)")
     parser.add_argument("--num-prefill", type=int, default=1, metavar="N", help="prefill workers (default: 1)")
     parser.add_argument("--num-decode", type=int, default=1, metavar="N", help="decode workers (default: 1)")
@@ -141,14 +141,14 @@ def _add_bill_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _not_empty(text: str) -> str:
-    """An empty name, such as that of a variable that is not set, must not turn keys off."""
+    """Refuse an empty name, such as that of an unset variable: it would turn API keys off."""
     require(bool(text.strip()), "--tenants-file or --api-keys-file is empty: leave it out where it is not meant")
     return text
 
 
 def deployment_config(args: argparse.Namespace, data_dir: Path, address: str = "127.0.0.1:0") -> DeploymentConfig:
-    """Raises:  ConfigError: settings that cannot be, or nobody who could answer a request."""
-    # Decode workers can prefill by themselves; nobody else can decode.
+    """Raises:  ConfigError: settings that are invalid, or too few workers to answer a request."""
+    # Decode workers can prefill themselves, but only they can decode.
     require(args.num_decode > 0, f"--num-decode must be at least 1, is {args.num_decode}")
     return DeploymentConfig(
         model=args.model,
@@ -208,7 +208,7 @@ async def _run(config: DeploymentConfig, *, as_json: bool) -> int:
             _tell(f"antefix up gives up: {err}")
             has_failed = True
         loop.add_signal_handler(signal.SIGINT, deployment.hurry)
-        # A supervisor may repeat itself; only Ctrl-C is a hurry.
+        # Ignore further SIGTERMs, which a supervisor may send; only Ctrl-C hurries.
         loop.add_signal_handler(signal.SIGTERM, lambda: None)
         return max(await _stop(deployment), int(has_failed))
     finally:
@@ -224,7 +224,7 @@ async def _start(deployment: Deployment, config: DeploymentConfig, *, as_json: b
 
 
 async def _until(work: Coroutine[Any, Any, None], stopped: asyncio.Task[Any]) -> bool:
-    """Whether the work came to its end, and was not cancelled because we are to stop. Raises what it raised."""
+    """Run until the work ends or we are told to stop. Returns whether the work ended. Raises what the work raised."""
     working = asyncio.create_task(work)
     await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not working.done():
@@ -237,7 +237,7 @@ async def _until(work: Coroutine[Any, Any, None], stopped: asyncio.Task[Any]) ->
 
 
 async def _stop(deployment: Deployment) -> int:
-    """Returns 1 where a role had to be killed."""
+    """Returns 1 if a role had to be killed."""
     _tell("stopping ...")
     with contextlib.suppress(AntefixError):
         if num_running := await deployment.num_running():
@@ -253,13 +253,14 @@ def _tell(text: str) -> None:
 
 
 def _say(text: str, stream: TextIO | None) -> None:
-    """What runs continues where nobody can read this: a full disk, a pipe that was closed."""
+    """Print, and ignore errors such as a full disk or a closed pipe: the running services must continue."""
     with contextlib.suppress(OSError, ValueError):
         print(text, file=stream, flush=True)
 
 
 async def warn_of_pool(address: str, config: RedisConfig | None = None) -> None:
-    """An absent Redis is no error, since checkpoints go to disk meanwhile; but it may be a mistyped address."""
+    """Warn if Redis does not answer. This is no error, since checkpoints go to disk then, but the address may be
+    mistyped."""
     if address in (DISK, MEMORY):
         return
     pool = RedisWindowPool(RedisAccess.of(address, config) if config else address, bytes_max=1)

@@ -1,4 +1,4 @@
-"""`antefix usage`: what was used and billed. Reads ledger directories; needs no running service and no torch."""
+"""`antefix usage`: shows usage and bills. Reads ledger directories; needs neither a running service nor torch."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _KEY = "--key-file antefix-data/ledger/receipts.key"
 
 
 class _Command(NamedTuple):
-    """help: what it does, in a line.  example: its arguments."""
+    """help: description in one line.  example: its arguments."""
 
     help: str
     example: str
@@ -53,12 +53,12 @@ class _Command(NamedTuple):
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add `usage` with its own commands; `run` carries them out."""
+    """Add `usage` with its subcommands; `run` runs them."""
     add_arguments(subparsers.add_parser("usage", help="export, verify and report what was used and billed"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The commands under `antefix usage`."""
+    """The subcommands of `antefix usage`."""
     commands = parser.add_subparsers(dest="usage_command", required=True)
     for name, command in _COMMANDS.items():
         epilog = f"example: antefix usage {name} {command.example}"
@@ -66,11 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0, or 1 where something does not hold, or 2 where the command cannot be carried out."""
+    """Exit status: 0; 1 if a check failed; 2 if the command cannot be run."""
     try:
         return _COMMANDS[args.usage_command].run(args)
     except BrokenPipeError:
-        raise  # the reader of our output has enough; nothing is wrong
+        raise  # the reader of our output ended; that is no error
     except (AntefixError, OSError) as err:
         sys.stderr.write(f"antefix usage {args.usage_command}: {err}\n")
         return 2
@@ -111,7 +111,7 @@ def _export(args: argparse.Namespace) -> int:
     if kind is ExportFormat.PARQUET and args.output is None:
         raise ConfigError("--format parquet needs --output FILE")
     ledgers, _ = ledgers_of(args.ledger), chooser(args)
-    # Read up to what is there now, so that the cursor says what the next one continues from.
+    # Export up to the entries that are there now, so that the cursor tells where the next export begins.
     ends = {ledger: _last_of(ledger) for ledger in ledgers}
     items = (item for ledger, item in billed(args) if item.sequence <= ends[ledger])
     if args.output is not None:
@@ -128,7 +128,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _last_of(ledger: Path) -> int:
-    """The last entry's number. Reads the whole ledger, so a broken one fails before anything is written."""
+    """The last entry's number. Reads the whole ledger, so that a damaged ledger fails before anything is written."""
     return max((entry.sequence for _, entry in read_entries(ledger)), default=0)
 
 
@@ -154,7 +154,8 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _pruned_totals(args: argparse.Namespace, by: Sequence[str]) -> list[Total]:
-    """Of the summaries, where they tell what is asked for; else it is said that they are left out."""
+    """Totals from the summaries of pruned entries, where these have the requested fields; else says that they lack
+    them."""
     found = [(ledger, each) for ledger in ledgers_of(args.ledger) for each in pruned_of(ledger)]
     if found and (args.since or args.until or args.after or args.savings or not report.GROUPS_OF_PRUNED.issuperset(by)):
         for ledger, each in found:

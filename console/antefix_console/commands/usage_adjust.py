@@ -1,4 +1,4 @@
-"""`antefix usage adjust` and `rerate`: entries that change a bill without changing what was written."""
+"""`antefix usage adjust` and `rerate`: add entries that change a bill without changing earlier entries."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def run_adjust(args: argparse.Namespace) -> int:
-    """Raises:  ConfigError: no such request, or an amount that is none."""
+    """Raises:  ConfigError: no such request, or an invalid amount."""
     kind, amount = AdjustmentKind(args.kind), _amount(args.amount)
     if kind is not AdjustmentKind.CORRECTION and amount >= 0:
         raise ConfigError(f"a {kind} is taken off the bill: write the amount with a minus, --amount=-{abs(amount)}")
@@ -101,7 +101,8 @@ def run_adjust(args: argparse.Namespace) -> int:
 
 
 def run_rerate(args: argparse.Namespace, chosen: Callable[[UsageRecord], bool]) -> int:
-    """chosen: by time and tenant.  Raises:  ConfigError: a card has another currency."""
+    """chosen: whether a record is meant, by time and tenant.  Raises:  ConfigError: a rate card has another
+    currency."""
     cards = load_cards(args.ratecards)
     changes: list[tuple[Path, list[Adjustment]]] = []
     with ProgressLine("reading the ledger"):

@@ -1,4 +1,4 @@
-"""`antefix usage archive`, `prune`, `restore` and `compact-log`: years of a bill without years of files."""
+"""`antefix usage archive`, `prune`, `restore` and `compact-log`: keep years of bills with few local files."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def add_compact_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_compact(args: argparse.Namespace) -> int:
-    """Raises:  ConfigError: a log is no directory, or is being written."""
+    """Raises:  ConfigError: a log is not a directory, or is being written to."""
     before_us = time_us_of(args.before)
     assert before_us is not None
     for log in args.store_log:

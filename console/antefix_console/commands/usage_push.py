@@ -1,4 +1,4 @@
-"""`antefix usage push`: sends what ledgers gain to billing systems, until stopped, or once."""
+"""`antefix usage push`: sends new ledger entries to billing systems, once or until stopped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from antefix_billing.push.sinks import open_sink
 from antefix_console.commands.usage_source import add_ledgers
 
 _EVERY_S = 2.0
-# `pusher.PushCounters`.
+# Fields of `pusher.PushCounters`.
 PUSH: Final[Table] = {
     "sent": Shown(name="antefix_push_sent", help="Records and adjustments that a receiver took."),
     "dead": Shown(name="antefix_push_refused", help="Records and adjustments that became dead letters."),
@@ -45,7 +45,7 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_push(args: argparse.Namespace) -> int:
-    """Exit status 1 where dead letters are left.  Raises:  ConfigError: a setting or a client is not usable."""
+    """Exit status 1 if dead letters remain.  Raises:  ConfigError: a setting or a client is not usable."""
     args.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         lock = DirectoryLock(args.state, "lock")
@@ -62,7 +62,7 @@ def run_push(args: argparse.Namespace) -> int:
         if args.retry_dead:
             for pusher in pushers:
                 pusher.push_dead()
-        # A receiver that is away keeps none of the others waiting.
+        # One thread each, so that a receiver that does not answer does not hold up the others.
         threads = [threading.Thread(target=_follow, args=(each, stopped, args.once)) for each in pushers]
         for thread in threads:
             thread.start()
@@ -103,7 +103,7 @@ def _serve(address: str, pushers: list[Pusher]) -> None:
 
 
 def push_metrics(pushers: list[Pusher]) -> Iterable[Metric]:
-    """What is sent to receivers."""
+    """Metrics of what is sent to receivers."""
     by_name = {(each.config.name,): each for each in pushers}
     label = ("sink",)
     backlog = {name: float(each.backlog()) for name, each in by_name.items()}

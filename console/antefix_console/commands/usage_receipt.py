@@ -1,4 +1,4 @@
-"""`antefix usage receipt` and `rotate-key`: a request's signed receipt, and the key that signs."""
+"""`antefix usage receipt` and `rotate-key`: issue or check a request's signed receipt; replace the signing key."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_receipt_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_receipt(args: argparse.Namespace) -> int:
-    """Exit status 1 where a receipt does not hold.  Raises:  ConfigError: no such request."""
+    """Exit status 1 if a receipt is not valid.  Raises:  ConfigError: no such request."""
     if args.check is not None:
         return _check_receipt(args)
     if not (args.ledger and args.request_id and args.key_file):

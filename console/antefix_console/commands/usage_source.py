@@ -1,4 +1,4 @@
-"""Which ledgers, and which of their records, a command of `antefix usage` is about."""
+"""Selects the ledgers and records that a command of `antefix usage` works on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from antefix_billing.usage_record import UsageRecord
 
 
 def add_ledgers(parser: argparse.ArgumentParser) -> None:
-    """`--ledger`."""
+    """Add `--ledger`."""
     parser.add_argument(
         "--ledger",
         type=Path,
@@ -27,7 +27,7 @@ def add_ledgers(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:
-    """`--ledger`, and what chooses among its records."""
+    """Add `--ledger`, and the flags that select records."""
     add_ledgers(parser)
     parser.add_argument(
         "--after", type=int, default=0, metavar="CURSOR", help="only entries after this sequence number"
@@ -38,7 +38,7 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def billed(args: argparse.Namespace) -> Iterator[tuple[Path, Settled | Adjusted]]:
-    """Chosen records, and adjustments of them, with their ledgers."""
+    """Selected records and their adjustments, with the ledger of each."""
     chosen, chosen_adjustment = chooser(args), _adjustment_chooser(args)
     ledgers = ledgers_of(args.ledger)
     if args.after and len(ledgers) > 1:
@@ -53,7 +53,7 @@ def billed(args: argparse.Namespace) -> Iterator[tuple[Path, Settled | Adjusted]
 
 
 def chooser(args: argparse.Namespace) -> Callable[[UsageRecord], bool]:
-    """Which records --since, --until and --tenant mean."""
+    """A function that tells whether --since, --until and --tenant select a record."""
     since_us, until_us, tenant = time_us_of(args.since), time_us_of(args.until), args.tenant
 
     def chosen(record: UsageRecord) -> bool:
@@ -65,7 +65,7 @@ def chooser(args: argparse.Namespace) -> Callable[[UsageRecord], bool]:
 
 
 def _adjustment_chooser(args: argparse.Namespace) -> Callable[[Adjustment], bool]:
-    """By when it was made, where records go by when they started."""
+    """Selects adjustments by the time at which they were made; records are selected by their start."""
     since_us, until_us, tenant = time_us_of(args.since), time_us_of(args.until), args.tenant
 
     def chosen(made: Adjustment) -> bool:
@@ -77,7 +77,7 @@ def _adjustment_chooser(args: argparse.Namespace) -> Callable[[Adjustment], bool
 
 
 def time_us_of(text: str | None) -> int | None:
-    """Unix microseconds; None for none.  Raises:  ConfigError: not a date or a time."""
+    """Unix microseconds; None for None.  Raises:  ConfigError: not a date or a time."""
     if text is None:
         return None
     try:

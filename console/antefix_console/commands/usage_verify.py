@@ -1,4 +1,4 @@
-"""`antefix usage verify`: is the ledger whole, and is every hit supported by the store's own log?"""
+"""`antefix usage verify`: checks that the ledger is whole, and that the store's own log supports every hit."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Exit status 1 where something does not hold.  Raises:  ConfigError."""
+    """Exit status 1 if a check failed.  Raises:  ConfigError."""
     ledgers = ledgers_of(args.ledger)
     anchors = dict(_anchor(text, ledgers) for text in args.anchor)
     for store_log in args.store_log or ():
@@ -61,7 +61,7 @@ def run_verify(args: argparse.Namespace) -> int:
             anchors=anchors,
             signed=read_anchors(args.anchors),
             public_keys=[_public_key(text) for text in args.public_key],
-            # A directory that holds them stands for all of them.
+            # A directory that contains several ledgers stands for all of them.
             are_all=not any((path / "source").is_file() for path in args.ledger),
             archive=args.archive,
         )
@@ -80,7 +80,7 @@ def _public_key(text: str) -> bytes:
 
 
 def _anchor(text: str, ledgers: Sequence[Path]) -> tuple[bytes, tuple[int, str]]:
-    """(source, (sequence, hash)). Raises:  ConfigError: not of that form, or of none of these ledgers."""
+    """(source, (sequence, hash)). Raises:  ConfigError: the text has another form, or names none of these ledgers."""
     *source, sequence, hash = text.lower().split(":") if text.count(":") in (1, 2) else ("", "", "")
     if not sequence.isdigit() or len(hash) != 64:
         raise ConfigError(f"--anchor must be SEQUENCE:HASH or SOURCE:SEQUENCE:HASH, is {text!r}")

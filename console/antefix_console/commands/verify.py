@@ -1,4 +1,5 @@
-"""`antefix verify`: is a hit what a cold run gives? Every strategy, plan and boundary, on this machine."""
+"""`antefix verify`: checks that a hit gives what a cold run gives, for every strategy, plan and boundary, on this
+machine."""
 
 from __future__ import annotations
 
@@ -109,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_against(args, seed)
     if args.engine:
         return engine_checks.run(args, seed)
-    # The same bits as with any number of threads; on a busy machine one never waits for its other half.
+    # One thread gives the same bits as any number of threads, and never waits for another thread on a busy machine.
     torch.set_num_threads(1)
     model = args.model or (shipped.MODEL if shipped.MODEL.is_dir() else None)
     if model is not None and not model.is_dir():
@@ -177,7 +178,7 @@ async def _verify(
     report = Report()
     async with where() as store, asyncio.TaskGroup() as others:
         if backend.device == "cpu":
-            # Other processes, so they compute while this one does.
+            # They run in other processes, at the same time as the checks in this one.
             others.create_task(check_setups(LONG_SETUPS if selection.is_long else SHORT_SETUPS, report))
         for subject, plan in selection.subjects():
             await Suite(subject, store, plan, report, progress, backend).run(strategies_of(subject, plan))
@@ -185,7 +186,7 @@ async def _verify(
 
 
 def read_text(stores: SpreadStores) -> str:
-    """What was read from where. Not having read from one of them proves nothing of it."""
+    """How much was read from each store. A store from which nothing was read has not been tested."""
     read = stores.num_blocks_read
     parts = [f"{read[tier.label]} from {tier.label}" for tier in stores.tiers]
     return f"blocks were read from all tiers at once: {', '.join(parts)}"
@@ -193,7 +194,7 @@ def read_text(stores: SpreadStores) -> str:
 
 @asynccontextmanager
 async def _stores(scratch: Path, num_stores: int, object_store: str) -> AsyncIterator[Store]:
-    """Real store services on scratch directories; blocks of the first are read from its files as workers do."""
+    """Real store services on scratch directories. Blocks of the first store are read from its files, as workers do."""
     deployment = Deployment(DeploymentConfig(model=scratch, data_dir=scratch))
     (scratch / "logs").mkdir()
     try:
@@ -219,7 +220,7 @@ def _print(report: Report, seconds: float) -> None:
     for column in ("strategy", "plan", "cases", "equal bits", "within bounds", "failed", "largest error"):
         is_text = column in ("strategy", "plan")
         table.add_column(column, justify="left" if is_text else "right", no_wrap=is_text)
-    # A stable sort by name: strategies as they were run, but all bounded ones together.
+    # A stable sort by name: strategies in the order in which they ran, with all bounded ones last.
     for strategy, plans in sorted(report.by_plan.items(), key=lambda item: item[0].startswith("bounded")):
         for plan, tally in plans.items():
             table.add_row(strategy, plan, *_cells(tally))

@@ -1,4 +1,5 @@
-"""`antefix window`: the strategy in force, switched without a restart, and predictions of restores against outcomes."""
+"""`antefix window`: shows or switches the strategy in force without a restart; compares predicted with real
+restores."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _ask(args: argparse.Namespace) -> dict[str, WindowStatus]:
-    """Switch first where that is asked for, so that what is shown is what is in force."""
+    """Switch first if requested, so that the answer shows what is in force afterwards."""
     addresses = list(args.worker)
     if args.router:
         async with RouterClient(args.router) as router:

@@ -1,4 +1,4 @@
-"""Any OpenAI- or Anthropic-compatible endpoint, as a client sees it: requests, answers, times, reported usage.
+"""A client for any OpenAI- or Anthropic-compatible endpoint: requests, answers, times, reported usage.
 
 For `antefix load` and `antefix audit`. Knows nothing of Antefix: the endpoint may be anybody's.
 """

@@ -1,4 +1,4 @@
-"""Sends questions to an endpoint and times its answers."""
+"""Sends requests to an endpoint and measures its answers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from antefix_console.endpoint.reply import Question, Reply
 if TYPE_CHECKING:
     import httpx
 
-# It would log a line per request, into the middle of a report.
+# httpx would log a line per request into the report.
 logging.getLogger("httpx").setLevel(logging.WARNING)
-# An event that is longer than this is no part of an answer to us.
+# Events longer than this are not read: no answer to our requests has one.
 _EVENT_CHARACTERS_MAX = 1 << 24
 _ERROR_CHARACTERS_MAX = 300
 _CONNECTIONS_MAX = 4096
@@ -30,10 +30,11 @@ _CONNECTIONS_MAX = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EndpointConfig:
-    """url: with the API's version, such as https://api.example.com/v1.  api: chat, completions or messages.
+    """url: includes the API's version, such as https://api.example.com/v1.  api: chat, completions or messages.
 
-    model: as the endpoint names it; empty: the first that it lists.
-    key: sent as the API has it; never printed.  timeout_s: longest silence of the endpoint.
+    model: its name at the endpoint; empty: the first one that the endpoint lists.
+    key: the API key, sent as the API requires; never printed.  timeout_s: longest time without any data from the
+    endpoint.
     """
 
     url: str
@@ -66,7 +67,7 @@ class EndpointClient:
         self._http = httpx.AsyncClient(
             headers=self._dialect.headers(self.config.key),
             timeout=httpx.Timeout(self.config.timeout_s),
-            # A proxy of the environment cannot reach this host's own addresses.
+            # A proxy from the environment cannot reach this host's own addresses.
             trust_env=not is_loopback(urlsplit(self.config.url).hostname or ""),
             limits=httpx.Limits(max_connections=_CONNECTIONS_MAX, max_keepalive_connections=_CONNECTIONS_MAX),
         )
@@ -79,9 +80,10 @@ class EndpointClient:
         await self._http.aclose()
 
     async def choose_model(self) -> str:
-        """The model that is asked: the one that was named, else the first that the endpoint lists.
+        """The model to use: the one that was named, else the first one that the endpoint lists.
 
-        Raises:  InvalidRequest: none was named, and the endpoint lists none.  Unavailable: nothing answers there.
+        Raises:  InvalidRequest: none was named, and the endpoint lists none.  Unavailable: the endpoint does not
+        answer.
         """
         if not self.model:
             listed = await self.models()
@@ -91,9 +93,9 @@ class EndpointClient:
         return self.model
 
     async def models(self) -> list[str]:
-        """The models that the endpoint lists; none where it has no such list.
+        """The models that the endpoint lists; empty where it offers no list.
 
-        Raises:  Unavailable: nothing answers there.
+        Raises:  Unavailable: the endpoint does not answer.
         """
         assert self._http is not None
         try:
@@ -105,9 +107,9 @@ class EndpointClient:
             raise Unavailable(f"{self.config.url} does not answer: {_said(err)}") from err
 
     async def ask(self, question: Question) -> Reply:
-        """The answer; an endpoint's refusal or failure is a reply with an error, never an exception.
+        """Send a request. If the endpoint refuses or fails, the reply has an error; no exception is raised.
 
-        Raises:  InvalidRequest: a usage that is none.
+        Raises:  InvalidRequest: the answer's `usage` is malformed.
         """
         assert self._http is not None
         url = self.config.url.rstrip("/") + self._dialect.path

@@ -1,4 +1,4 @@
-"""How each API asks and answers: paths, bodies, events of a stream. Pure; one class per API.
+"""Requests and answers of each API: paths, bodies, events of a stream. Pure; one class per API.
 
 Sources: the OpenAI API reference (chat completions, completions), Anthropic's (messages), DeepSeek's (cache fields of
 `usage`).
@@ -18,7 +18,7 @@ _ANTHROPIC_VERSION = "2023-06-01"
 
 @dataclass(slots=True)
 class Stream:
-    """What the events of one answer have said so far."""
+    """What was received of one answer so far."""
 
     text: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Dialect(Protocol):
     def body(self, model: str, question: Question) -> dict[str, Any]: ...
 
     def read(self, event: Mapping[str, Any], into: Stream) -> bool:
-        """Take one event in. True: it brought text."""
+        """Add an event to the answer. Returns True if it contained text."""
         ...
 
     def usage(self, stream: Stream) -> ReportedUsage: ...
@@ -77,7 +77,7 @@ class Chat:
 
 
 class Completions:
-    """OpenAI's completions: the prompt as it is, without a chat format around it."""
+    """OpenAI's completions: the prompt is used as it is, without a chat format."""
 
     path = "/completions"
 
@@ -107,7 +107,7 @@ class Completions:
 
 
 class Messages:
-    """Anthropic's messages. `input_tokens` there leaves out what was read from the cache or written to it."""
+    """Anthropic's messages. Their `input_tokens` excludes tokens read from the cache or written to it."""
 
     path = "/messages"
 
@@ -187,7 +187,7 @@ def _note_error(event: Mapping[str, Any], into: Stream) -> None:
 
 def _openai_usage(found: Mapping[str, Any]) -> ReportedUsage:
     details = found.get("prompt_tokens_details") or {}
-    # OpenAI's field, else DeepSeek's.
+    # Hit tokens: OpenAI's field, else DeepSeek's.
     says = [each for each in (details.get("cached_tokens"), found.get("prompt_cache_hit_tokens")) if each is not None]
     missed = found.get("prompt_cache_miss_tokens")
     return ReportedUsage(

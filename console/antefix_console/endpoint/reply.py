@@ -1,4 +1,4 @@
-"""One request to an endpoint, and what came back."""
+"""One request to an endpoint, and its answer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """prompt: the text of one user message.  max_tokens: of the answer.
+    """prompt: the text of one user message.  max_tokens: limit on the answer's tokens.
 
     user, salt: the request's `user` and `cache_salt` fields; empty: not sent.
-    logprobs: ask for the log probability of each token of the answer (OpenAI dialects).
-    idempotency_key: sent as the header of that name; empty: not sent.
-    breakpoint: mark the prompt as a prefix to be cached (Anthropic's dialect needs it; the others ignore it).
+    logprobs: request the log probability of each token of the answer (OpenAI dialects).
+    idempotency_key: sent as the Idempotency-Key header; empty: not sent.
+    breakpoint: mark the prompt as a prefix to be cached (only Anthropic's dialect needs it; the others ignore it).
     """
 
     prompt: str
@@ -26,10 +26,11 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportedUsage:
-    """Tokens as the endpoint reports them. prompt_tokens: all of them, hits included, in every dialect.
+    """Token counts that the endpoint reports. prompt_tokens: all of the prompt, including hits, in every dialect.
 
-    reports_hits: the endpoint says how many were hits; if not, cached_tokens is 0.
-    missed_tokens: where the endpoint reports misses of its own (DeepSeek's `prompt_cache_miss_tokens`); else None.
+    reports_hits: the endpoint reports hit tokens; if not, cached_tokens is 0.
+    missed_tokens: missed tokens, if the endpoint reports them itself (DeepSeek's `prompt_cache_miss_tokens`); else
+    None.
     """
 
     prompt_tokens: int = 0
@@ -42,13 +43,13 @@ class ReportedUsage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """An answer, or why there is none.
+    """An answer, or the reason why there is none.
 
-    status: of HTTP; 0: no answer at all.  error: empty where the answer is whole; else in few words.
-    ttft_s: from sending until the first token.  gaps_s: between tokens that came apart.  total_s: until the end.
-    text, logprobs: the answer; logprobs only where asked for and given.
-    retry_after_s: what a refusal asks for.
-    answer_id, request_id: the endpoint's own names for the answer (its body) and the request (a header).
+    status: HTTP status; 0: no answer at all.  error: empty if the answer is complete; else a short description.
+    ttft_s: time from sending to the first token.  gaps_s: times between tokens.  total_s: time until the end.
+    text, logprobs: the answer; logprobs only if requested and received.
+    retry_after_s: the wait that a refusal asks for.
+    answer_id, request_id: the endpoint's ids of the answer (from its body) and of the request (from a header).
     """
 
     status: int

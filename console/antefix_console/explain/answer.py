@@ -1,4 +1,4 @@
-"""What a worker with empty memory would do with a prompt: the plans that it would weigh, and why the rest misses."""
+"""What a worker with empty memory would do with a prompt: the plans it would compare, and why the rest misses."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from antefix_console.explain.block_evidence import BlockEvidence, Holdings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explanation:
-    """miss_reason: of the first whole block that is not hit; NONE where only the prompt's last tokens are left.
+    """miss_reason: of the first whole block that is not hit; NONE if only the prompt's last tokens are not hit.
 
-    pooled: boundaries whose checkpoint is in the window pool, in blocks; None where no pool was asked or none answered.
-    pool_error: why it did not answer.
-    prefill_tokens_per_s: what the plans were predicted with.
-    absent_from: where else the tokens were asked for, and are not.
+    pooled: boundaries, in blocks, whose checkpoint is in the window pool; None if no pool was asked or none answered.
+    pool_error: why the pool did not answer.
+    prefill_tokens_per_s: the prefill rate used for the predictions.
+    absent_from: other names under which the tokens were looked for and not found.
     """
 
     num_tokens: int
@@ -78,10 +78,10 @@ def explain(
     holdings: Holdings | None = None,
     asked: Sequence[str] = (),
 ) -> Explanation:
-    """Plan as a worker does. The planner's rates are the caller's: measured ones, or beliefs.
+    """Plan as a worker does. The planner predicts with the caller's rates: measured ones, or defaults.
 
-    pooled: boundaries whose checkpoint a window pool has; None if none was asked.  holdings: explains a first miss.
-    asked: labels of other names that somebody wants to know about.
+    pooled: boundaries whose checkpoint a window pool has; None if no pool was asked.  holdings: explains why nothing of
+    the prompt is stored.  asked: labels of other names that the user asked about.
     """
     sizes = planner.sizes
     num_stored = next((block.index for block in blocks if block.reason is not MissReason.NONE), len(blocks))
@@ -113,7 +113,7 @@ def explain(
 
 
 def _stranger(holdings: Holdings) -> tuple[MissReason, str]:
-    """Nothing was ever stored under this prompt's fingerprint here."""
+    """The reason where this store never had anything under the prompt's fingerprint."""
     if not holdings.num_others:
         return MissReason.FIRST_SEEN, "the store is empty"
     others = "another one is" if holdings.num_others == 1 else f"{holdings.num_others} others are"
@@ -123,7 +123,7 @@ def _stranger(holdings: Holdings) -> tuple[MissReason, str]:
 def _miss(
     num_tokens: int, blocks: Sequence[BlockEvidence], stored: StoredPrefix, decision: Decision, sizes: Sizes
 ) -> tuple[MissReason, str]:
-    """The first missed block's reason, by the same rules as a worker's report."""
+    """The first missed block's reason, by the rules of a worker's report."""
     hit, full = decision.plan.resume_block, (num_tokens - 1) // sizes.block_size
     if full == 0:
         return MissReason.BELOW_MINIMUM, f"a hit needs a whole block of {sizes.block_size} tokens and one token more"
@@ -135,7 +135,8 @@ def _miss(
 
 
 def _no_state(hit: int, stored: StoredPrefix, decision: Decision, sizes: Sizes) -> str:
-    """Why stored blocks after `hit` are computed again: nothing to resume from there that is fast enough."""
+    """Why stored blocks after `hit` are computed again: no window state near them allows a resume that is fast
+    enough."""
     end, size = stored.num_blocks, sizes.block_size
     nearest = max(stored.checkpoints, default=0)
     replay = next((plan for plan in decision.plans if plan.replay_tokens), None)

@@ -1,4 +1,4 @@
-"""What a store's directory knows of a prompt's blocks. Reads the index, the log and, when asked, the payloads."""
+"""What a store's directory tells about a prompt's blocks. Reads the index, the log and, if requested, the payloads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from antefix.store_files.index import Index
 from antefix.store_files.record_format import Codec, IndexEntry
 from antefix.store_files.segment_reader import StoreReader, wall_ms
 
-# The most telling first.
+# Miss reasons, the most informative first.
 _TELLING: Final = {
     reason: number
     for number, reason in enumerate(
@@ -26,7 +26,8 @@ _TELLING: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordPlace:
-    """Where a record lies, and until when. expires_s, pinned_s: from now, 0 for never; negative: since then."""
+    """A record's place and lifetime. expires_s, pinned_s: seconds from now, 0 for never; negative: seconds since
+    then."""
 
     segment: int
     offset: int
@@ -39,11 +40,11 @@ class RecordPlace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockEvidence:
-    """Block `index` of the prompt. reason: why it would miss; NONE while it is stored.
+    """Evidence about block `index` of the prompt. reason: why it would miss; NONE while it is stored.
 
-    checkpoint: window state after it, if that is stored and readable.
-    checkpoint_lost: why a checkpoint that is on record cannot be used; "" where there is none or it can.
-    store: which of several stores has it.
+    checkpoint: the window state after the block, if it is stored and readable.
+    checkpoint_lost: why a checkpoint in the index cannot be used; "" if there is none, or it can be used.
+    store: which of several stores has the block.
     """
 
     index: int
@@ -57,13 +58,13 @@ class BlockEvidence:
 
     @property
     def state(self) -> str:
-        """For people: `stored`, or why it would miss."""
+        """A word for the reader: `stored`, or why the block would miss."""
         return self.reason.value or "stored"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holdings:
-    """Whose KV the store has: is this prompt's fingerprint among them, and how many others are?"""
+    """Whether the store has KV under this prompt's fingerprint, and how many other fingerprints it has."""
 
     is_known: bool
     num_others: int
@@ -71,9 +72,9 @@ class Holdings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedChain:
-    """A prompt's names under one fingerprint. label: what the fingerprint stands for, for people.
+    """A prompt's names under one fingerprint. label: describes the fingerprint to the reader.
 
-    reason: of a block that is stored under this fingerprint only.
+    reason: the miss reason of a block that is stored under this fingerprint only.
     """
 
     label: str
@@ -91,11 +92,12 @@ def gather(
     log: Path | Sequence[Path] | None = None,
     check: bool = False,
 ) -> list[BlockEvidence]:
-    """Evidence of each block of the prompt, in order: of several stores the one that tells most about a block.
+    """Evidence of each block of the prompt, in order. With several stores, the most informative evidence for each
+    block.
 
-    others: the same tokens under other fingerprints, which explain a miss.  more: what further tiers have, by their
-    names.  log: the store's log, which tells blocks that were evicted from those never seen.  check: read every stored
-    block and verify its checksum.
+    others: the names of the same tokens under other fingerprints, which may explain a miss.  more: evidence from
+    further tiers, by their names.  log: the store's log, which tells blocks that were evicted from those never seen.
+    check: read every stored block and verify its checksum.
     Raises:  Unavailable: there is no store in `directory`.
     """
     directories = [directory] if isinstance(directory, Path) else list(directory)
@@ -110,7 +112,7 @@ def gather(
 def _in_store(
     directory: Path, names: NamedChain, others: Sequence[NamedChain], logs: Sequence[Path], *, check: bool
 ) -> tuple[list[BlockEvidence], dict[int, NamedChain]]:
-    """What one store says of each block, and which blocks it has under other fingerprints."""
+    """One store's evidence of each block, and the blocks that it has under other fingerprints."""
     reader = StoreReader(directory)
     try:
         broken = _check(reader, names) if check else {}
@@ -125,7 +127,8 @@ def _in_store(
 
 
 def _most_telling(rows: Sequence[BlockEvidence], named: Sequence[str]) -> BlockEvidence:
-    """Of several stores' evidence of a block. named: the stores, where there are several."""
+    """The most informative of several stores' evidence of a block. named: the stores' names, where there are
+    several."""
     best = min(range(len(rows)), key=lambda number: (_TELLING.get(rows[number].reason, len(_TELLING)), number))
     block = replace(rows[best], store=named[best] if rows[best].reason is MissReason.NONE else "")
     if block.checkpoint is not None:
@@ -148,7 +151,7 @@ def holdings(directories: Path | Sequence[Path], fingerprint: bytes) -> Holdings
 
 
 def statements(directory: Path) -> dict[bytes, bytes]:
-    """What the store's fingerprints stand for, where it was told.  Raises:  Unavailable: as above."""
+    """The statements of the store's fingerprints, where it has them.  Raises:  Unavailable: as above."""
     reader = StoreReader(directory)
     try:
         with reader.index.txn() as txn:
@@ -171,7 +174,7 @@ def _block(
     name, index = names.hashes[number], reader.index
     entry = index.entry(txn, RecordKind.BLOCK, name)
     if entry is None:
-        # Its window state may be here all the same: several stores share a chain.
+        # The block's window state may be here although the block is not: several stores may share a chain.
         checkpoint, lost = _checkpoint(index, txn, name, names, now_ms)
         return replace(_missing(reader.directory, number, name, known), checkpoint=checkpoint, checkpoint_lost=lost)
     place = _place(entry, now_ms)
@@ -213,7 +216,7 @@ def _missing(directory: Path, number: int, name: bytes, known: frozenset[bytes])
 
 
 def _checkpoint(index: Index, txn: Any, name: bytes, names: NamedChain, now_ms: int) -> tuple[RecordPlace | None, str]:
-    """The checkpoint after a block, or why the one that is on record is of no use."""
+    """The checkpoint after a block, or why the one in the index cannot be used."""
     entry = index.entry(txn, RecordKind.CHECKPOINT, name)
     if entry is None:
         return None, ""
@@ -246,7 +249,7 @@ def _place(entry: IndexEntry, now_ms: int) -> RecordPlace:
 
 
 def _check(reader: StoreReader, names: NamedChain) -> dict[int, str]:
-    """Read every block that can be located; those that are not what they should be, by number."""
+    """Read every block that can be located. Returns the damaged ones, by number, each with the reason."""
     broken: dict[int, str] = {}
     for number, name in enumerate(names.hashes):
         with reader.index.txn() as txn:
@@ -266,7 +269,7 @@ def _stored_once(hashes: Sequence[bytes], log: Path) -> frozenset[bytes]:
 
 
 def _elsewhere(index: Index, txn: Any, others: Sequence[NamedChain], now_ms: int) -> dict[int, NamedChain]:
-    """Blocks that another fingerprint has, by number."""
+    """Blocks that are stored under another fingerprint, by number."""
     found: dict[int, NamedChain] = {}
     for names in others:
         fingerprint_id = index.fingerprint_id(txn, names.fingerprint)
@@ -281,7 +284,7 @@ def _elsewhere(index: Index, txn: Any, others: Sequence[NamedChain], now_ms: int
 
 
 def _with_gaps(blocks: list[BlockEvidence], elsewhere: Mapping[int, NamedChain]) -> list[BlockEvidence]:
-    """A block after a gap cannot be hit, whatever it is; a block that is only elsewhere says so."""
+    """Mark blocks after a missing block, which cannot be hit, and blocks that only another fingerprint has."""
     out: list[BlockEvidence] = []
     is_reachable = True
     for block in blocks:

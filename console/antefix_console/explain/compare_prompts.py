@@ -1,4 +1,5 @@
-"""Where two prompts part: exactly, where both are there; to a factor of 1.5 in blocks, where one is a usage record."""
+"""Finds where two prompts begin to differ. Exact for two given prompts; for a usage record, to a factor of 1.5 in
+blocks."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from antefix_console.explain.prompt_source import SourcedPrompt, Spot
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """tokens_alike: how many tokens both begin with.  first, second: what stands at the first that differs; None where
-    a prompt has ended."""
+    """tokens_alike: number of equal tokens at the beginning.  first, second: the places of the first different tokens;
+    None if a prompt ends there.
+    """
 
     first_name: str
     second_name: str
@@ -27,7 +29,7 @@ class Comparison:
 
     @property
     def blocks_alike(self) -> int:
-        """What the shorter can hit of the other's."""
+        """The number of blocks that each prompt can hit of the other one's."""
         return self.tokens_alike // self.block_size
 
     def as_dict(self) -> dict[str, Any]:
@@ -36,7 +38,7 @@ class Comparison:
 
 
 def compare(first: SourcedPrompt, second: SourcedPrompt, block_size: int) -> Comparison:
-    """Two prompts, token by token."""
+    """Compare two prompts token by token."""
     one, other = np.asarray(first.tokens), np.asarray(second.tokens)
     size = min(len(one), len(other))
     differs = np.flatnonzero(one[:size] != other[:size])
@@ -79,7 +81,8 @@ def _where(spot: Spot) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoughComparison:
-    """The same by marks. spots: what stands in the prompt that is there, at both ends of where they can part."""
+    """A comparison by a record's hashes. spots: places in the given prompt between which the prompts begin to
+    differ."""
 
     first_name: str
     second_name: str

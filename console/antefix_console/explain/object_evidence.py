@@ -1,4 +1,4 @@
-"""What an object tier knows of a prompt's blocks. Reads names, the tier's index and footers, never payloads."""
+"""What an object tier tells about a prompt's blocks. Reads names, the tier's index and footers, never payloads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from antefix_console.explain.block_evidence import BlockEvidence, NamedChain, Re
 async def in_object_tier(url: str, names: NamedChain) -> list[BlockEvidence]:
     """Evidence of each block of the prompt, in order.
 
-    Raises:  ConfigError: no object store's URL.  Unavailable: it does not answer.
+    Raises:  ConfigError: the URL names no object store.  Unavailable: the object store does not answer.
     """
     bucket = open_bucket(url)
     try:

@@ -1,4 +1,4 @@
-"""A prompt, and where in its request each token is from: a JSON path, a line. Knows no store and no ledger."""
+"""Finds the part of a request that a token comes from: a JSON path and a line. Knows no store and no ledger."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from antefix.block import TokenArray
 from antefix.tokenizer import Tokenizer
 from antefix_router.chat.render import TextSpan
 
-# Lines of tools are whole schemas: what is shown of a line is this much on each side.
+# Characters shown on each side of a place: a line of a tool definition can be a whole schema.
 _SHOWN_CHARACTERS: Final = 60
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spot:
-    """One place of a prompt. path: of the request's field that it is from, or empty where the format wrote it.
-    line: its number within that field's text, from 1.  shown: what stands there, with « before the token itself."""
+    """One place in a prompt. path: the request field that it comes from; empty if the chat format wrote it.
+    line: the line within that field's text, from 1.  shown: the text there, with « before the token."""
 
     token: int
     path: str
@@ -28,7 +28,8 @@ class Spot:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcedPrompt:
-    """name: what it is called in an explanation.  body: the request, where it is one.  spans: what wrote its tokens."""
+    """name: the prompt's name in an explanation.  body: the request, if there is one.  spans: the origin of its
+    tokens."""
 
     name: str
     tokens: TokenArray
@@ -37,7 +38,7 @@ class SourcedPrompt:
     spans: tuple[TextSpan, ...] = ()
 
     def spot(self, token: int) -> Spot | None:
-        """Where the token at this index is from; None behind the prompt's end."""
+        """Where the token at this index comes from; None after the prompt's end."""
         if token >= len(self.tokens):
             return None
         index = next((i for i, span in enumerate(self.spans) if span.start <= token < span.end), -1)
@@ -51,15 +52,17 @@ class SourcedPrompt:
         return Spot(token=token, path=path, line=line, shown=_shown(span.text, at))
 
     def _field(self, index: int, at: int) -> tuple[str, str, int]:
-        """The field of the request whose text covers this place of a piece: its path, its text, the place in it."""
+        """The request field whose text covers position `at` of a piece: its path, its text, the position in that
+        text."""
         text, leaves = self.spans[index].text, list(_leaves(self.body))
         covering = _covering(text, at, leaves)
         if covering:
-            # Of fields with one and the same text, the one whose turn it is.
+            # If several fields have the same text, they are taken in order.
             earlier = sum(span.text == text for span in self.spans[:index])
             number, written, offset = covering[min(earlier, len(covering) - 1)]
             return leaves[number][0], written, offset
-        # A part of a field, as a parameter is of a call's arguments: of the first that holds it, behind what is known.
+        # The piece may be a part of a field, such as one parameter of a call's arguments: take the first field that
+        # contains it, after the last field that is identified.
         known = max((number for span in self.spans[:index] for number in _fields_of(span.text, leaves)), default=-1)
         holding = [number for number, (_, said) in enumerate(leaves) if text.strip() and text in said]
         chosen = next((number for number in holding if number > known), holding[-1] if holding else None)
@@ -77,8 +80,8 @@ class SourcedPrompt:
 
 
 def _covering(text: str, at: int, leaves: list[tuple[str, str]]) -> list[tuple[int, str, int]]:
-    """(number of a field, its text as the piece has it, the place in it) of the longest fields that cover a place of a
-    piece; shorter ones are words that happen to stand in it."""
+    """(number of a field, its text in the piece, the position in that text) of the longest fields that cover a position
+    of a piece. Shorter fields that match are mostly words that occur in it by chance."""
     found: list[tuple[int, str, int]] = []
     for number, (_, said) in enumerate(leaves):
         for written in {said, json.dumps(said, ensure_ascii=False)[1:-1]} - {""}:
@@ -92,13 +95,13 @@ def _covering(text: str, at: int, leaves: list[tuple[str, str]]) -> list[tuple[i
 
 
 def _fields_of(text: str, leaves: list[tuple[str, str]]) -> list[int]:
-    """The messages' field that a whole piece is, if there is just one."""
+    """The field of the messages that equals the whole piece, if there is exactly one."""
     numbers = [number for number, (path, said) in enumerate(leaves) if said == text and not path.startswith("tools")]
     return numbers if len(numbers) == 1 else []
 
 
 def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """All strings of a request, with their JSON paths."""
+    """All strings in a request, with their JSON paths."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
@@ -110,7 +113,7 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _shown(text: str, at: int) -> str:
-    """The line around a place, cut on both sides; what a terminal would obey is escaped."""
+    """The line around a position, cut on both sides. Terminal control characters are escaped."""
     start = max(text.rfind("\n", 0, at) + 1, at - _SHOWN_CHARACTERS)
     ends = text.find("\n", at)
     end = min(len(text) if ends < 0 else ends, at + _SHOWN_CHARACTERS)

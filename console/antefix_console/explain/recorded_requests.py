@@ -1,6 +1,7 @@
-"""What the ledger says of one request: what it hit, why the rest missed, and which earlier request it is most alike.
+"""What the ledger tells about a request: its hits, why the rest missed, and the earlier request most similar to it.
 
-A record holds no text. Where two requests part is known from the block hashes that they keep (`antefix.prompt_marks`).
+A record holds no text. The block hashes in two records (`antefix.prompt_marks`) tell where their prompts begin to
+differ.
 """
 
 from __future__ import annotations
@@ -17,14 +18,14 @@ from antefix_billing.pricing import moment_of
 from antefix_billing.usage_record import UsageRecord
 from antefix_console.explain.text import ADVICE, FLEET_ADVICE
 
-# Clients are shown a request's id with one of these before it.
+# Clients see a request's id with one of these prefixes.
 _SHOWN_WITH: Final = ("chatcmpl-", "cmpl-", "msg_", "resp_")
 
 
 def find_record(ledgers: Sequence[Path], request_id: str, tenant: str | None = None) -> UsageRecord:
-    """The last record of this id, as it was given or as clients are shown it.
+    """The last record with this id, given with or without the prefix that clients see.
 
-    Raises:  InvalidRequest: there is none, or several tenants have one.  LedgerCorrupt: see there.
+    Raises:  InvalidRequest: no record has it, or records of several tenants do.  LedgerCorrupt: the ledger is damaged.
     """
     prefix = next((each for each in _SHOWN_WITH if request_id.startswith(each)), "")
     wanted = {request_id, request_id.removeprefix(prefix)}
@@ -42,14 +43,14 @@ def find_record(ledgers: Sequence[Path], request_id: str, tenant: str | None = N
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Neighbour:
-    """Another request, and where the two part."""
+    """Another request, and where the two prompts begin to differ."""
 
     record: UsageRecord
     parting: Parting
 
 
 def nearest_before(ledgers: Sequence[Path], record: UsageRecord) -> Neighbour | None:
-    """The earlier request of the same user that it has most blocks in common with; of several, the last."""
+    """The same user's earlier request that shares most blocks with this one; the last, if several do."""
     best: Neighbour | None = None
     for other in _records(ledgers):
         if other.started_us < record.started_us and comparable(record, other):
@@ -60,7 +61,7 @@ def nearest_before(ledgers: Sequence[Path], record: UsageRecord) -> Neighbour | 
 
 
 def comparable(one: UsageRecord, other: UsageRecord) -> bool:
-    """Whether equal tokens have equal hashes in both, and both kept some."""
+    """Whether equal tokens have equal hashes in both records, and both records have hashes."""
     named = all(getattr(one, name) == getattr(other, name) for name in ("tenant", "user", "fingerprint"))
     return named and bool(one.prompt_marks) and bool(other.prompt_marks)
 
@@ -107,7 +108,7 @@ def record_lines(record: UsageRecord, block_size: int) -> Iterator[str]:
 
 
 def _of_a_fleet(record: UsageRecord) -> Iterator[str]:
-    """Of a worker that is not ours: its word, and what the router thought."""
+    """Lines about a request to a fleet's engine: the hits that the engine reported, and those the router expected."""
     prompt, hit = record.prompt_tokens, record.cache_hit_tokens
     said = f"{record.evidence.label} by {record.worker}"
     yield f"  {hit} of {prompt} prompt tokens were hits ({hit / prompt:.0%}), {said}."

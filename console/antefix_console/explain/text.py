@@ -1,4 +1,4 @@
-"""An explanation for the engineer on call: what is there, what would be done with it, what to do about the rest."""
+"""The explanation as text for the engineer on call: what is stored, how it would be used, what to do about the rest."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ ADVICE: Final = {
     " worth.",
     MissReason.UNKNOWN: "a newer process gave this reason: read it with that process's version.",
 }
-# Where workers are not ours some of these mean something else.
+# For workers that are other engines, some reasons mean something else.
 FLEET_ADVICE: Final = {
     **ADVICE,
     MissReason.FIRST_SEEN: "nothing is wrong if this text is new. Else compare the very text: one token that differs"
@@ -48,7 +48,7 @@ FLEET_ADVICE: Final = {
 
 
 def lines(explanation: Explanation) -> Iterator[str]:
-    """The answer first, then what it rests on."""
+    """The answer first, then the evidence for it."""
     size = explanation.sizes.block_size
     yield from _verdict(explanation)
     yield ""
@@ -84,7 +84,7 @@ def _verdict(explanation: Explanation) -> Iterator[str]:
 
 
 def _window_state(explanation: Explanation, size: int) -> Iterator[str]:
-    """Where a hit may resume, and where it might have."""
+    """At which positions a hit can resume, and at which others there could have been a checkpoint."""
     yield f"Checkpoints of window state on disk, after so many tokens: {_some(explanation.checkpoints, size)}"
     if explanation.pool_error:
         yield f"  the window pool does not answer, so workers do without it: {explanation.pool_error}"

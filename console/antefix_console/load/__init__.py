@@ -1,4 +1,4 @@
-"""`antefix load`: a trace replayed against an endpoint, and what its clients see.
+"""`antefix load`: replays a trace against an endpoint and measures what its clients see.
 
 Knows endpoints and traces; nothing of Antefix's services.
 """

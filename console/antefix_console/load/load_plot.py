@@ -1,4 +1,4 @@
-"""A plot of a replay: times to first token as they came, and their distribution."""
+"""Plots a replay: times to first token over time, and their distribution."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from antefix_simulate.plot import check_path, load_pyplot
 
 
 def plot_load(sent: Sequence[Sent], path: Path, title: str) -> None:
-    """Raises:  InvalidRequest: matplotlib is not installed, or another suffix than .svg and .png."""
+    """Raises:  InvalidRequest: matplotlib is not installed, or the suffix is neither .svg nor .png."""
     check_path(path)
     pyplot = load_pyplot()
     from matplotlib import ticker

@@ -1,4 +1,4 @@
-"""What the clients of a replay saw, in figures and as a table."""
+"""What the clients of a replay saw, as figures and as a table."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from antefix.text_table import text_table
 from antefix_console.load.replay import Sent
 
 _PERCENTILES = (50, 90, 99)
-# Errors beyond these are told by number only.
+# Only so many errors are printed; of the rest, only the number.
 _ERRORS_SHOWN = 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """Percentiles and the mean of some times, in seconds; all zero where there are none."""
+    """Percentiles and mean of times in seconds; all zero where there are no times."""
 
     p50: float
     p90: float
@@ -36,11 +36,11 @@ class Spread:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadReport:
-    """seconds: from the first request until the last answer.
+    """seconds: from the first request to the end of the last answer.
 
     hit_rate: reported hit tokens over reported prompt tokens; None where the endpoint reports no hits.
-    ideal_hit_rate: of an endless cache that has each prompt as soon as it was sent, in the trace's tokens and units.
-    late: how far behind its time the sender was.  retried requests do not exist: a refusal is an error here.
+    ideal_hit_rate: hit rate of an unlimited cache that has each prompt as soon as it was sent, in the trace's tokens.
+    late: how much later than planned the requests were sent.  Requests are not retried: a refusal counts as an error.
     """
 
     num_requests: int

@@ -1,7 +1,7 @@
-"""Made-up text for a trace's requests: equal names give equal text, so prompts share exactly what the trace says.
+"""Makes text for a trace's requests. Equal names give equal text, so prompts share exactly the prefixes in the trace.
 
-A trace has no text, only names of prefixes. Each unit of a prompt becomes words drawn by its name; how many words make
-a unit's tokens is measured at the endpoint, whose tokenizer nobody here knows.
+A trace has no text, only names of prefixes. Each unit of a prompt becomes words that are drawn by the unit's name. The
+number of words per unit follows from a measurement at the endpoint, because its tokenizer is not known.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from antefix.errors import Unavailable
 from antefix_console.endpoint.reply import Question, Reply
 from antefix_simulate.trace import TraceRequest
 
-# Words of four letters in fixed order: most tokenizers take each with its space as one or two tokens.
+# Words of four letters of alternating kind: most tokenizers take such a word with its space as one or two tokens.
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 WORDS = tuple(a + b + c + d for a in _CONSONANTS for b in _VOWELS for c in _CONSONANTS for d in _VOWELS)
-# Words of the two requests that measure tokens per word. The difference leaves out the chat format around a prompt.
+# Words in the two requests that measure tokens per word. Their difference cancels the chat format around a prompt.
 _SHORT_WORDS, _LONG_WORDS = 64, 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRate:
-    """tokens_per_word: of `WORDS`, spaces included.  fixed_tokens: of a prompt without any word."""
+    """tokens_per_word: tokens per word of `WORDS`, with its space.  fixed_tokens: tokens of a prompt without words."""
 
     tokens_per_word: float
     fixed_tokens: float
@@ -33,9 +33,9 @@ class TokenRate:
 
 
 async def measure_token_rate(ask: Callable[[Question], Awaitable[Reply]], seed: int) -> TokenRate:
-    """Two requests of one output token each.
+    """Measure the rate with two requests of one output token each.
 
-    Raises:  Unavailable: one of them failed.
+    Raises:  Unavailable: one of the requests failed.
     """
     tokens = []
     for num_words in (_SHORT_WORDS, _LONG_WORDS):
@@ -57,9 +57,10 @@ def words(seed: str, num_words: int) -> str:
 def prompt_text(
     request: TraceRequest, *, number: int, unit_tokens: int, scale: float, rate: TokenRate, salt: str
 ) -> str:
-    """number: of the request in its trace; what follows its last complete unit is its own.
+    """number: the request's number in its trace; text after its last complete unit is unique to the request.
 
-    scale: of all lengths. salt: another one makes another text of the same shape, which hits nothing of the first.
+    scale: factor on all lengths. salt: another salt gives other text of the same shape, which hits nothing of the
+    first.
     """
     unit_words = rate.num_words(unit_tokens * scale)
     parts = [words(f"{salt} unit {name}", unit_words) for name in request.names.tolist()]

@@ -1,4 +1,4 @@
-"""Sends a trace's requests at their times, whether or not earlier answers are there: as independent clients would."""
+"""Sends a trace's requests at their times without waiting for earlier answers, as independent clients do."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Ask = Callable[[Question], Awaitable[Reply]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Planned:
-    """at_s: when to send, from the start.  question: built when it is due, since a trace's text may not fit memory.
+    """at_s: when to send, from the start.  question: makes the request when it is due; all texts might not fit memory.
 
-    ideal_tokens: of the prompt, as many as an endless cache would have had by then, in the trace's tokens.
-    trace_tokens: of the prompt, in the trace's tokens.
+    ideal_tokens: prompt tokens that an unlimited cache would have by then, in the trace's tokens.
+    trace_tokens: prompt tokens, in the trace's tokens.
     """
 
     at_s: float
@@ -28,7 +28,8 @@ class Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """at_s: when it was sent, from the start.  late_s: after its time; more than some milliseconds is the sender's."""
+    """at_s: when it was sent, from the start.  late_s: delay after its planned time. More than some milliseconds means
+    that the sender was too slow."""
 
     planned: Planned
     at_s: float
@@ -39,7 +40,8 @@ class Sent:
 async def replay(
     planned: list[Planned], ask: Ask, *, concurrency_max: int, on_sent: Callable[[Sent], None] = lambda sent: None
 ) -> list[Sent]:
-    """All of them, in order of sending. A request whose time comes while `concurrency_max` run waits, and is late."""
+    """Send all requests, in order. A request that is due while `concurrency_max` requests run waits, and is sent
+    late."""
     started = time.perf_counter()
     free = asyncio.Semaphore(concurrency_max)
     results: list[Sent] = []

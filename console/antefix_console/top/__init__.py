@@ -1,1 +1,1 @@
-"""`antefix top`: what the router's page shows, as text."""
+"""`antefix top`: the content of the router's status page, as text."""

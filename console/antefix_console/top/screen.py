@@ -1,4 +1,4 @@
-"""One picture for a terminal, from the data of a router's page. Pure, but for the clock that the data brings along."""
+"""Renders the data of a router's status page for a terminal. Pure: the data includes the time."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 _TENANT_ORDERS: Final = ("prompt_tokens", "misses", "requests", "charged")
 _REQUEST_FILTERS: Final = ("misses", "all", "failed")
 _TENANTS_SHOWN, _REQUESTS_SHOWN = 10, 20
-# Of the names of tiers that a hit came from.
+# Width of the column that names the tiers of a hit.
 _TIERS_WIDTH: Final = 32
-# Lines that are there whatever is shown: title, totals, heads of tables, keys.
+# Lines that are always there: title, totals, table heads, keys.
 _FIXED_LINES: Final = 14
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """How the tables are sorted and filtered. tenant: only its requests; empty: everybody's."""
+    """How the tables are sorted and filtered. tenant: show only its requests; empty: all requests."""
 
     tenants_by: str = _TENANT_ORDERS[0]
     requests: str = _REQUEST_FILTERS[0]
     tenant: int = -1
 
     def after(self, key: str) -> Choice:
-        """The next choice after a key was pressed; any other key changes nothing."""
+        """The choice after a key was pressed; keys without a meaning change nothing."""
         if key == "s":
             return replace(self, tenants_by=_next(_TENANT_ORDERS, self.tenants_by))
         if key == "f":
@@ -40,7 +40,7 @@ class Choice:
 
 
 def screen(data: dict[str, Any], choice: Choice, *, height: int, problem: str = "") -> Group:
-    """height: of the terminal in lines; tables get what is left of it."""
+    """height: lines of the terminal; tables get the lines that remain."""
     from rich.console import Group
     from rich.text import Text
 
@@ -91,7 +91,7 @@ def _workers(data: dict[str, Any]) -> Table:
 
 
 def _stores(stores: list[dict[str, Any]]) -> Table:
-    """Of several; one alone is on the page."""
+    """The table of stores, where there are several; a single store is shown elsewhere."""
     table = _table("stores", "health", "used", "of", "records", "evicted", "failures", left=2)
     for store in stores:
         health = "answers" if store["answers"] else "does not answer"

@@ -1,9 +1,9 @@
 """Cold against hit: runs prompts with and without a store and compares every bit (`antefix verify`).
 
-models       what is run: a model directory, and small random models of other plans and ratios
-stores       what the runs see: nothing, everything, or a prefix of it
-paired_runs  one prompt through the workers' own code, with the plan that is to be proved
-compare      two outcomes: equal bits, or how far apart and where
-suite        which cases, in which order
-verdict      what came out, by strategy and plan
+models       what is verified: a model directory, and small random models with other layer plans and ratios
+stores       stores for the runs: an empty one, a full one, or one that shows a prefix only
+paired_runs  runs one prompt through the workers' own code, with a given restore plan
+compare      compares two outcomes: equal bits, or how large the difference is and where
+suite        the cases and their order
+verdict      the results, by strategy and plan
 """

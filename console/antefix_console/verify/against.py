@@ -1,8 +1,8 @@
-"""Workers of a running deployment against each other: the same prompts, straight to each, cold and from others' KV.
+"""Compares workers of a running deployment: the same prompts, sent directly to each, run cold and with others' KV.
 
-Every prompt is run under a tenant of each worker's own, so nothing is hit, and then under the first worker's, whose
-blocks are in the store by then. Answers are sampled with a seed and carry log probabilities; they must be equal in the
-last bit of each. A prefill worker has no answers of its own: it leaves a handoff, and the first decode worker answers
+Every prompt is run under a tenant that is different for each worker, so nothing is hit. Then it is run under the first
+worker's tenant, whose blocks are stored by then. Answers are sampled with a seed and have log probabilities, which must
+be equal to the last bit. A prefill worker gives no answers: it leaves a handoff, and the first decode worker answers
 from that.
 """
 
@@ -25,9 +25,9 @@ from antefix_console.operator_credentials import hold_grant
 from antefix_console.verify.served import ServedAnswer
 from antefix_console.verify.verdict import Cases, Report
 
-# A short one, some blocks of a small model, and some of V4's.
+# A short prompt, one of some blocks of a small model, and one of some blocks of V4.
 PROMPT_TOKENS = (33, 200, 521)
-# Ids that any vocabulary has.
+# Every vocabulary has so many token ids.
 _NUM_IDS = 61
 _OUTPUT_TOKENS = 12
 _NUM_TOP = 5
@@ -38,7 +38,7 @@ _ASK_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """One worker, as it says of itself."""
+    """One worker, with what it reports about itself."""
 
     address: str
     role: str
@@ -52,7 +52,7 @@ class Peer:
 
 
 async def compare_workers(addresses: Sequence[str], report: Report, *, seed: int) -> list[str]:
-    """Adds cases to the report; returns what they show and what they do not, a line each.
+    """Add cases to the report. Returns lines that say what the cases show, and what they leave open.
 
     Raises:  InvalidRequest: fewer than two workers, or no decode worker among them.  AntefixError: one does not answer.
     """
@@ -94,9 +94,9 @@ async def find_peers(addresses: Sequence[str]) -> list[Peer]:
 
 
 async def _peers_at(address: str) -> list[Peer]:
-    """What the address is: a worker says so itself, a router names its workers.
+    """The workers at an address: the worker itself, or all workers of a router.
 
-    Raises:  AntefixError: neither answers there.
+    Raises:  AntefixError: neither a worker nor a router answers there.
     """
     problem: AntefixError | None = None
     for role, client in (("decode", DecodeClient), ("prefill", PrefillClient)):
@@ -166,7 +166,7 @@ def _said(other: Peer, wanted: ServedAnswer, got: ServedAnswer) -> str:
 
 
 def _verdict(first: Peer, others: Sequence[Peer], hit_tokens: int) -> list[str]:
-    """What was compared, and what that leaves open."""
+    """Lines that say what was compared, and what remains open."""
     names = ", ".join(peer.label for peer in others)
     lengths = ", ".join(map(str, PROMPT_TOKENS))
     return [

@@ -1,4 +1,5 @@
-"""A prompt on a card against the same prompt on the CPU: another order of sums, so within bounds, never to the bit."""
+"""Compares a prompt on a card (GPU) with the same prompt on the CPU. Sums run in another order, so bits may differ
+within bounds."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from antefix_console.verify.paired_runs import WorkerPair
 
 
 def against_cpu(workers: WorkerPair, tokens: Tokens) -> Difference:
-    """The median over tokens of the largest difference of a logit, relative to the largest logit."""
+    """The largest logit difference of each token, relative to the largest logit; the median over tokens."""
     model = workers.subject.model
     num_blocks = -(-len(tokens) // workers.subject.block_size)
     pool, ops = workers.backend(num_blocks)
@@ -28,12 +29,12 @@ def against_cpu(workers: WorkerPair, tokens: Tokens) -> Difference:
 
 
 def typical_difference(cpu: Tensor, card: Tensor) -> Difference:
-    """Of logits [T, V]. NaN counts as the largest difference."""
+    """The same for logits [T, V]. NaN counts as the largest difference."""
     errors = torch.nan_to_num((card - cpu).abs().amax(1) / cpu.abs().max(), nan=float("inf"))
     if not errors.any():
         return Difference(identical=True)
     where = f"median over {len(errors)} tokens; worst token {errors.max():.2g}"
-    # A median of exactly zero next to worse tokens is not identity.
+    # If the median is exactly zero but some tokens differ, the outcomes are not identical.
     return Difference(identical=False, error=max(float(errors.median()), 1e-12), where=where)
 
 

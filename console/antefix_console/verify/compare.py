@@ -1,4 +1,4 @@
-"""Two outcomes of one prompt: the same bits, or how far apart and where.
+"""Compares two outcomes of one prompt: equal bits, or how large the difference is and where.
 
 Errors are relative to the largest absolute value of the same kind in the cold run. Shapes: see `RunOutcome`.
 """
@@ -21,7 +21,8 @@ from antefix_prefill.worker.engine import Engine
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunOutcome:
-    """All that a prompt leaves. logits: [V] float32 of the last token.  rows: [blocks, block_bytes] uint8."""
+    """Everything that a prompt's run leaves. logits: [V] float32 of the last token.  rows: [blocks, block_bytes]
+    uint8."""
 
     logits: npt.NDArray[np.float32]
     rows: Tensor
@@ -35,7 +36,8 @@ class RunOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """identical: in every bit of logits, global KV and window state.  error: the largest relative one, and where."""
+    """identical: equal in every bit of logits, global KV and window state.  error: the largest relative error, and
+    where."""
 
     identical: bool
     error: float = 0.0
@@ -46,7 +48,7 @@ IDENTICAL: Final = Difference(identical=True)
 
 
 def compare(cold: RunOutcome, hit: RunOutcome) -> Difference:
-    """How `hit` differs from `cold`; outcomes of other lengths are as different as can be."""
+    """How `hit` differs from `cold`. Outcomes of different lengths have the largest possible difference."""
     if cold.rows.shape != hit.rows.shape or cold.window.position != hit.window.position:
         return Difference(identical=False, error=float("inf"), where="length")
     layout = cold.window.layout
@@ -62,14 +64,14 @@ def compare(cold: RunOutcome, hit: RunOutcome) -> Difference:
 def _largest(cold: Tensor, hit: Tensor, where: str) -> Difference:
     if torch.equal(cold, hit):
         return IDENTICAL
-    # What is equal differs by nothing, infinite or not: the gates before the first group are.
+    # Equal values have no difference, even if infinite, as the gates before the first group are.
     delta = torch.nan_to_num(torch.where(cold == hit, 0.0, (cold - hit).abs()), nan=float("inf"), posinf=float("inf"))
     largest = torch.where(cold.isfinite(), cold.abs(), 0.0).max().clamp(min=1e-30)
     return Difference(identical=False, error=float(delta.max() / largest), where=where)
 
 
 def _rows_differ(layout: BlockLayout, cold: Tensor, hit: Tensor) -> list[Difference]:
-    # Bytes may differ where values do not (the sign of a zero): that is a difference all the same.
+    # Bytes may differ where values are equal (the sign of a zero); that counts as a difference.
     found = [Difference(identical=False, where="global KV")]
     for part in layout.parts:
         span = slice(part.offset, part.offset + part.nbytes)

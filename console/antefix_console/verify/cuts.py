@@ -1,7 +1,7 @@
-"""One sequence run whole, cut anywhere, and among others: its bits must be the same.
+"""Runs one sequence whole, cut at any position, and in batches with others: its bits must be the same each time.
 
-Hits at block boundaries cut a prompt at few places, and a sequence that runs alone always has the first rows of its
-batch. Here cuts are at any row, and other sequences lie before and behind, at positions of their own.
+Hits at block boundaries cut a prompt at few positions only, and a sequence that runs alone always has the first rows of
+its batch. Here a prompt is cut at any row, and other sequences, at other positions, come before and after it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from antefix_console.verify.compare import RunOutcome, compare
 from antefix_console.verify.paired_runs import WorkerPair
 from antefix_console.verify.verdict import Cases
 
-# Other sequences in a batch: with up to so many, a sequence's place goes through a whole tile of rows and beyond.
+# With up to so many other sequences in a batch, a sequence's place covers more than a whole tile of rows.
 _OTHERS_MAX = 19
 
 
@@ -32,10 +32,10 @@ def check_cuts(
     num_batches: int,
     bound: float,
 ) -> None:
-    """num_cuts, num_batches: how many ways of each kind."""
+    """num_cuts, num_batches: how many ways of cutting, and how many batches, are tried."""
     whole = run_pieces(workers, tokens, ())
     for number in range(num_cuts):
-        # The last way ends in single tokens, as decode runs them.
+        # The last way ends with single tokens, as decode does.
         tail = range(max(len(tokens) - 5, 1), len(tokens)) if number == num_cuts - 1 else ()
         cuts = sorted({*random.integers(1, len(tokens), int(random.integers(1, 5))).tolist(), *tail})
         found = compare(whole, run_pieces(workers, tokens, cuts))
@@ -59,9 +59,10 @@ def run_pieces(
     place: int = 0,
     random: np.random.Generator | None = None,
 ) -> RunOutcome:
-    """What a sequence leaves whose tokens are run in pieces that end at `cuts`.
+    """What a sequence leaves if its tokens are run in pieces that end at `cuts`.
 
-    others: sequences that run with it, one to four tokens in each call; it is number `place` among them.
+    others: sequences in the same batch, with one to four tokens in each call; this sequence is number `place` among
+    them.
     """
     model, layout = workers.subject.model, workers.subject.model.layout
     size = layout.geometry.block_size

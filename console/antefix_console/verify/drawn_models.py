@@ -1,7 +1,7 @@
-"""Small models drawn from a seed: layer plans, ratios, windows, widths, streams, heads and experts as they come.
+"""Small models drawn from a seed: random layer plans, ratios, windows, widths, streams, heads and experts.
 
-The fixed plans show what is known to be awkward; these are for what nobody has thought of. One number is one model:
-what failed is run again by the seed that was printed.
+The fixed plans cover difficulties that we know; drawn models are for those that nobody has thought of. One number gives
+one model: a failed case is repeated with the seed that was printed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from antefix_console.verify.models import Subject, make_subject
 from antefix_prefill.worker.rank_processes import RankProcesses
 
 _KINDS = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
-# A block has this many tokens at most, so that some blocks are still a short prompt.
+# Largest block in tokens, so that a prompt of several blocks is still short.
 _BLOCK_TOKENS_MAX = 48
-# Head dims with a share of them that RoPE turns: an even number each.
+# Head dims, and the share of each that RoPE rotates: an even number of dims each time.
 _HEADS = ((16, 0.25), (24, 0.25), (32, 0.5), (40, 0.2), (80, 0.2))
 
 
 def drawn_subject(
     seed: int, number: int, *, device: str = "cpu", fp8_only: bool = False, ranks: RankProcesses | None = None
 ) -> Subject:
-    """Model `number` of a seed; the same on every machine. fp8_only: the format that a card's kernels know."""
+    """Model `number` of a seed, equal on every machine. fp8_only: use only the format that the GPU kernels support."""
     random = np.random.default_rng((seed, number))
     fields = drawn_config(random)
     kv_format = KVFormat.FP8 if fp8_only or random.random() < 0.5 else KVFormat.FLOAT32
@@ -34,14 +34,14 @@ def drawn_subject(
 
 
 def drawn_config(random: np.random.Generator) -> dict[str, Any]:
-    """A config.json of a random shape. Every one of them can be loaded and served."""
+    """A config.json of random shape. Every such config can be loaded and served."""
 
     def between(low: int, high: int) -> int:
         return int(random.integers(low, high + 1))
 
     layers = [_KINDS[kind] for kind in random.integers(0, 3, between(1, 5))]
     csa, hca = _ratios(random)
-    # Half of the windows are shorter than CSA's groups or about as long, where the two compete.
+    # Half of the windows are about as long as CSA's groups or shorter; there either can set the length of a replay.
     window = between(1, csa + 2) if random.random() < 0.5 else between(1, 24)
     head_dim, rotated = _HEADS[between(0, len(_HEADS) - 1)]
     num_heads = between(1, 5)

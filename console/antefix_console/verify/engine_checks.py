@@ -1,4 +1,4 @@
-"""`antefix verify --engine`: what an engine's own checks found, as a table or JSON."""
+"""`antefix verify --engine`: runs an engine's own checks and shows their results as a table or JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from antefix_engines.verify import CheckRequest, Finding, findings_of
 
 
 def run(args: argparse.Namespace, seed: int) -> int:
-    """Runs the checks of `args.engine`; the exit code is 1 if one of them was not right.
+    """Run the checks of `args.engine`. The exit code is 1 if a check failed.
 
     Raises:  InvalidRequest: no such model.  ConfigError: the engine's packages are not installed.
     """

@@ -1,8 +1,9 @@
-"""Known answers: logits of the fixed random models as another implementation computes them.
+"""Known answers: logits of the fixed random models, computed by another implementation.
 
-Cold against hit cannot show what is wrong in both. So the last token's logits of one prompt are compared with those of
-transformers, which are kept in known_answers.json (written and checked by tests/console/test_known_answers.py). Float32
-KV, so that no rounding tips over: set-ups differ in the last digits only.
+Comparing cold runs with hits cannot find an error that both have. So the last token's logits of one prompt are compared
+with those of transformers, which are in known_answers.json (written and checked by
+tests/console/test_known_answers.py). The KV is float32, so that no value is rounded to another one: set-ups differ in
+the last digits only.
 """
 
 from __future__ import annotations
@@ -24,18 +25,19 @@ from antefix_console.verify.verdict import Cases, Report
 from antefix_prefill.worker.compute_thread import ComputeThread
 
 FILE = Path(__file__).with_name("known_answers.json")
-# Of the largest logit. Two implementations in float32 differ by 1e-5 here; a wrong entry, slot or position by 0.1.
+# Relative to the largest logit. Two float32 implementations differ by 1e-5 here; a wrong entry, slot or position by
+# 0.1.
 BOUND = 1e-3
 
 
 def prompt_of_answer(block_size: int, vocab_size: int) -> Tokens:
-    """Some blocks and a rest, so that every kind of state matters for the last token."""
+    """A prompt of some blocks and a remainder, so that every kind of state affects the last token."""
     num_tokens = max(2 * block_size, 40) + 3 if block_size < 64 else block_size + 35
     return (np.arange(num_tokens) ** 2 * 7 + np.arange(num_tokens) * 3).astype(np.uint32) % vocab_size
 
 
 def check_answer(subject: Subject, report: Report) -> None:
-    """Models without a known answer add no case."""
+    """Compare with the known answer, if the model has one."""
     wanted = _answers().get(subject.name)
     if wanted is None:
         return
@@ -46,7 +48,7 @@ def check_answer(subject: Subject, report: Report) -> None:
     workers.compute.close()
     error = float(np.abs(got - wanted).max() / np.abs(wanted).max())
     found = Difference(identical=False, error=max(error, 1e-12), where="logits against transformers")
-    # Not a number is further away than any bound.
+    # NaN is beyond any bound.
     problem = "" if error <= BOUND else f"logits are {error:.2g} of the largest away from transformers'"
     cases = Cases(report=report, subject=twin.name, kv_format=twin.kv_format.value)
     cases.add("known answer", "cold", len(tokens), found, bound=BOUND, problem=problem)

@@ -1,7 +1,7 @@
-"""What is verified: a model directory, and small random models whose plans and ratios differ from it.
+"""The models to verify: a model directory, and small random models with other layer plans and ratios.
 
-In the random models every weight, bias, sink and routing table matters, so that nothing that a restore forgets goes
-unseen; with the small weights that training starts from, logits would hardly depend on window state.
+In the random models every weight, bias, sink and routing table affects the result, so that nothing that a restore
+forgets stays unnoticed. With the small weights that training starts from, logits would hardly depend on window state.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ _SMALL: Final[dict[str, Any]] = {
     "n_routed_experts": 4,
     "o_groups": 2,
     "o_lora_rank": 8,
-    # With few indexer heads ReLU makes scores of exactly zero tie; 16 keep ties rare, and ties go to the lowest index.
+    # With few indexer heads, ReLU makes many scores exactly zero, so that they tie; with 16 heads ties are rare, and a
+    # tie goes to the lowest index.
     "index_n_heads": 16,
     "index_head_dim": 16,
     "index_topk": 5,
@@ -45,13 +46,13 @@ _SMALL: Final[dict[str, Any]] = {
     "max_position_embeddings": 1 << 20,
     "hc_sinkhorn_iters": 6,
 }
-# Layers, (m, m'), n_win, and what else differs.
+# Layers, (m, m'), n_win, and other fields that differ.
 PLANS: Final[dict[str, dict[str, Any]]] = {
-    # V4-Flash: two window-only layers, then CSA and HCA in turn, its own ratios.
+    # V4-Flash: two window-only layers, then CSA and HCA layers in turn, with Flash's own ratios.
     "flash": {"layers": [_W, _W, _C, _H, _C, _H], "ratios": (4, 128), "sliding_window": 32, "rope_parameters": _YARN},
-    # V4-Pro: HCA first; the window is longer than a block.
+    # V4-Pro: HCA layers first; the window is longer than a block.
     "pro": {"layers": [_H, _H, _C, _H, _C], "ratios": (4, 16), "sliding_window": 24, "index_head_dim": 64},
-    # Tiny groups, entries of two FP8 groups, no hash layer.
+    # Small groups, entries of two FP8 groups, no hash layer.
     "small-ratios": {
         "layers": [_W, _C, _H, _C],
         "ratios": (2, 8),
@@ -60,14 +61,14 @@ PLANS: Final[dict[str, dict[str, Any]]] = {
         "index_head_dim": 32,
         "num_hash_layers": 0,
     },
-    # Ratios that are no powers of two, HCA groups that are no multiple of CSA's, a window of five.
+    # Ratios that are not powers of two, HCA groups that are not a multiple of CSA's, a window of five.
     "odd-ratios": {"layers": [_C, _H, _W], "ratios": (4, 6), "sliding_window": 5, "hc_mult": 2},
-    # CSA's overlap reaches further back than windows do, so that a replay must run for the overlap's sake.
+    # CSA's overlap reaches further back than the windows, so a replay must be longer than the windows need.
     "short-window": {"layers": [_C, _C, _C], "ratios": (4, 4), "sliding_window": 2},
     "long-overlap": {"layers": [_C] * 5, "ratios": (16, 16), "sliding_window": 4},
-    # A query sees itself alone, and a replay runs for nothing but the overlap.
+    # A query sees only itself, so a replay is needed for the overlap only.
     "window-of-one": {"layers": [_C, _H, _C], "ratios": (4, 4), "sliding_window": 1},
-    # Widths that fill no tile of any library of products, and streams that do not either.
+    # Widths and numbers of streams that fill no tile of any matrix library.
     "odd-sizes": {
         "layers": [_W, _C, _H],
         "ratios": (4, 16),
@@ -77,14 +78,14 @@ PLANS: Final[dict[str, dict[str, Any]]] = {
         "o_lora_rank": 9,
         "hc_mult": 3,
     },
-    # No global KV at all: blocks name tokens, and everything that is restored is window state.
+    # No global KV at all: blocks only name tokens, and all restored state is window state.
     "window-only": {"layers": [_W, _W, _W], "ratios": (4, 16), "sliding_window": 8},
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Subject:
-    """A loaded model with its names.  alone: of one over several ranks, makes the same on one."""
+    """A loaded model with its names.  alone: for a model over several ranks, makes the same model on one rank."""
 
     name: str
     identity: ModelIdentity
@@ -103,7 +104,7 @@ class Subject:
 def load_subject(
     path: Path, kv_format: KVFormat, *, device: str = "cpu", ranks: RankProcesses | None = None
 ) -> Subject:
-    """A model directory.  Raises:  ModelError: it is not usable."""
+    """Load a model directory.  Raises:  ModelError: it is not usable."""
     if ranks is None:
         model = load_model(path, device=device, kv_format=kv_format)
         enable(model)
@@ -119,7 +120,7 @@ def load_subject(
 def random_subject(
     plan: str, kv_format: KVFormat, *, seed: int = 1, device: str = "cpu", ranks: RankProcesses | None = None
 ) -> Subject:
-    """A small random model of one of PLANS; the same weights on every device, and over ranks.
+    """A small random model of one of PLANS, with equal weights on every device and over any number of ranks.
 
     Raises:  ConfigError: the device cannot be used here.
     """
@@ -145,7 +146,7 @@ def make_subject(
 ) -> Subject:
     """A random model of a config.
 
-    Raises:  ConfigError: the device cannot be used here.  InvalidRequest: the config is no model.
+    Raises:  ConfigError: the device cannot be used here.  InvalidRequest: the config is not that of a model.
     """
     check_device(device)
     config = ModelConfig.from_dict(fields)
@@ -166,7 +167,7 @@ def make_subject(
 
 
 def make_share(ranks: Ranks | None, device: str, *, fields: dict[str, Any], kv_format: KVFormat, seed: int) -> Model:
-    """A rank's share of a random model, or all of it."""
+    """A rank's part of a random model; the whole model without ranks."""
     model = Model(ModelConfig.from_dict(fields), kv_format=kv_format).requires_grad_(False).eval()
     _randomize(model, seed)
     if ranks is not None:

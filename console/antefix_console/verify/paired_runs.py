@@ -1,4 +1,4 @@
-"""One prompt through the workers' own code, with the way of restoring it that is to be proved."""
+"""Runs one prompt through the workers' own code, restored by a given kind of plan."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SECRET = b"antefix verify: names only"
 
 
 class FixedPlanner(RestorePlanner):
-    """Takes the best plan of one kind, whatever it costs; cold where there is none of that kind."""
+    """Always takes the best plan of one kind, at any cost; runs cold if there is no plan of that kind."""
 
     def __init__(self, sizes: Sizes, kind: PlanKind, *, align_tokens: int = 1) -> None:
         super().__init__(sizes, Rates(), align_tokens=align_tokens)
@@ -47,9 +47,9 @@ class FixedPlanner(RestorePlanner):
 
 @dataclass(slots=True)
 class WorkerPair:
-    """Makes one worker after another over a loaded model: nothing is in the memory of a new one.
+    """Makes workers, one after another, over one loaded model. A new worker has nothing in memory.
 
-    kernels, reproducible: as a worker's settings of these names.
+    kernels, reproducible: as in a worker's settings.
     """
 
     subject: Subject
@@ -59,7 +59,7 @@ class WorkerPair:
     reproducible: bool = True
 
     def backend(self, num_blocks: int) -> tuple[BlockPool, Ops]:
-        """A pool of the model's, and its operations."""
+        """A block pool for the model, and the operations on it."""
         model = self.subject.model
         return make_backend(
             self.kernels, model.layout, num_blocks, model.device, reproducible=self.reproducible, lead=model.lead
@@ -74,7 +74,7 @@ class WorkerPair:
         kind: PlanKind = PlanKind.COLD,
         bounded_windows: int = 0,
     ) -> Engine:
-        """A worker whose pool has room for `num_tokens`. Each strategy is a namespace of its own."""
+        """A worker whose pool has room for `num_tokens`. Each strategy has its own namespace."""
         subject, layout = self.subject, self.subject.model.layout
         num_blocks = -(-num_tokens // subject.block_size) + 1
         pool, ops = self.backend(num_blocks)
@@ -100,7 +100,7 @@ class WorkerPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoredRun:
-    """What a prompt left, and how it was restored ("cold", "checkpoint", "replay", "bounded-K")."""
+    """What a prompt's run left, and how the prompt was restored ("cold", "checkpoint", "replay", "bounded-K")."""
 
     outcome: RunOutcome
     plan: str
@@ -108,7 +108,7 @@ class RestoredRun:
 
 
 async def run(engine: Engine, tokens: Tokens) -> RestoredRun:
-    """Restore, compute, store. The pool is empty again afterwards."""
+    """Restore, compute and store the prompt. The pool is empty again afterwards."""
     computed = await run_prompt(engine, prompt_of(engine, tokens))
     outcome = RunOutcome.of(engine, computed.sequence, computed.logits)
     engine.blocks.release(computed.sequence.block_table)
@@ -116,13 +116,13 @@ async def run(engine: Engine, tokens: Tokens) -> RestoredRun:
 
 
 async def run_cold(workers: WorkerPair, tokens: Tokens) -> RunOutcome:
-    """The prompt with no store behind it."""
+    """Run the prompt without a store."""
     return (await run(workers.new(EmptyStore(), len(tokens)), tokens)).outcome
 
 
 @dataclass(slots=True)
 class _Output:
-    """A sequence that is being generated, as the decode worker keeps it."""
+    """A sequence that is being generated, as a decode worker represents it."""
 
     prompt: Prompt
     sequence: Sequence
@@ -132,7 +132,7 @@ class _Output:
 
 
 async def generate(engine: Engine, tokens: Tokens, num_tokens: int) -> Tokens:
-    """Prefill, then decode greedily and store as a decode worker does. Returns prompt and output together."""
+    """Prefill, then decode greedily and store the output as a decode worker does. Returns prompt and output tokens."""
     prompt = prompt_of(engine, tokens)
     computed = await run_prompt(engine, prompt)
     writer = RecordWriter(engine.store, engine.counters, engine.window_pool)
@@ -149,7 +149,7 @@ async def generate(engine: Engine, tokens: Tokens, num_tokens: int) -> Tokens:
 
 
 async def step(engine: Engine, sequence: Sequence, token: int) -> npt.NDArray[np.float32]:
-    """Run one token; logits [V] float32."""
+    """Run one token. Returns logits [V] float32."""
     grow(engine, sequence, sequence.position + 1)
     batch = [(sequence, np.array([token], np.uint32))]
     out = await engine.compute.run(forward, engine.model, engine.pool, batch, ops=engine.ops)
@@ -158,7 +158,7 @@ async def step(engine: Engine, sequence: Sequence, token: int) -> npt.NDArray[np
 
 
 async def hand_over(workers: WorkerPair, store: Store, tokens: Tokens, next_token: int) -> RunOutcome | None:
-    """Prefill in one worker, adopt in another, run one token more there; None where a part did not come through."""
+    """Prefill in one worker, adopt the handoff in another, and run one more token there; None if a part was lost."""
     prefill = workers.new(store, len(tokens))
     computed = await run_prompt(prefill, prompt_of(prefill, tokens))
     name = await leave_handoff(prefill, computed)
@@ -175,7 +175,7 @@ async def hand_over(workers: WorkerPair, store: Store, tokens: Tokens, next_toke
 
 
 async def cold_and_one_more(workers: WorkerPair, tokens: Tokens, next_token: int) -> RunOutcome:
-    """What `hand_over` must equal: one worker, no store."""
+    """The expected outcome of `hand_over`: one worker, no store."""
     engine = workers.new(EmptyStore(), len(tokens) + 1)
     computed = await run_prompt(engine, prompt_of(engine, tokens))
     return await _one_more(engine, computed.sequence, next_token)

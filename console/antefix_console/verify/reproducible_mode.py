@@ -1,6 +1,6 @@
-"""Reproducible mode, on a simulated machine whose bits depend on the shapes of calls.
+"""Tests reproducible mode on a simulated machine whose results depend on the shapes of calls.
 
-Real processors that we know do not need it, so without the simulation it would never be tried where it matters.
+The processors that we know do not need this mode, so without the simulation it would never be tested where it matters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from antefix_prefill.worker.engine import Engine
 
 
 async def check_aligned(workers: WorkerPair, history: Tokens, turn: Tokens, cases: Cases) -> None:
-    """A hit must resume where a cold run starts a chunk, and must make the calls of a cold run."""
+    """Check that a hit resumes where a cold run starts a chunk, and makes the same calls as a cold run."""
     size = workers.subject.block_size
     chunk = 2 * size
 
@@ -29,7 +29,7 @@ async def check_aligned(workers: WorkerPair, history: Tokens, turn: Tokens, case
 
     cold = (await run(worker(MemoryStore(), PlanKind.COLD), turn)).outcome
     store = MemoryStore()
-    # What a shorter prompt leaves comes first: its last chunk is no chunk of the longer one.
+    # First run the shorter prompt. Its last chunk is not a chunk of the longer prompt.
     for tokens in (history, turn):
         await run(worker(store, PlanKind.REPLAY), tokens)
     last = len(turn) // chunk * 2
@@ -52,7 +52,7 @@ def _shaped_worker(workers: WorkerPair, store: Store, num_tokens: int, chunk: in
 
 
 class _ShapedOps(TorchOps):
-    """Window entries depend on the number of rows in the call, far above rounding."""
+    """Window entries depend on the number of rows in the call, by far more than rounding."""
 
     def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
         return super().window_pack(entries_TC * (1 + len(entries_TC) / 256), layout)

@@ -1,4 +1,4 @@
-"""Which models are verified, in which formats, and how much of each: the short form and the long one."""
+"""Selects the models, formats and cases to verify, in a short and a long form."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from antefix_prefill.worker.rank_processes import RankProcesses
 _FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
 NUM_DRAWN_SHORT = 2
 NUM_DRAWN_LONG = 40
-# Plans that are run for what their layers and ratios are; the others for one extreme, under two strategies.
+# Plans whose layers and ratios are of interest. The other plans test one extreme, under two strategies only.
 FULL_PLANS = ("flash", "pro", "small-ratios", "odd-ratios")
 SERVED_PLAN = "pro"
-# Blocks have 4 to 128 tokens in the random models and 64 in the shipped one. Short ones are also decoded whole.
-# Nine blocks: an exact replay of the shipped model is seven long, so the last ones start inside the document.
+# Blocks have 4 to 128 tokens in the random models and 64 in the shipped one. Short prompts are also decoded as a whole.
+# Nine blocks: an exact replay of the shipped model takes seven, so replays for the last boundaries start inside the
+# document.
 SHORT_SHIPPED = Coverage(
     num_blocks=9,
     num_output_blocks=0,
@@ -41,7 +42,7 @@ SHORT_RANDOM = Coverage(
     num_cuts=2,
     num_batches=1,
 )
-# What does not depend on a model's shape is tried with one of them.
+# Checks that do not depend on a model's shape are run with one model only.
 SHORT_SERVED = replace(SHORT_RANDOM, num_served=2)
 SHORT_EXTREME = replace(
     SHORT_RANDOM,
@@ -75,9 +76,9 @@ LONG_LARGE_BLOCKS = replace(LONG_SHIPPED, num_blocks=10, num_output_blocks=1, nu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """model: a directory, or None.  plans: of the fixed models.  num_drawn: None for as many as the form has.
+    """model: a directory, or None.  plans: which of the fixed models.  num_drawn: None for the form's default number.
 
-    ranks: that every model is loaded over; None for one process.
+    ranks: processes over which every model is loaded; None for one process.
     """
 
     model: Path | None
@@ -89,9 +90,10 @@ class Selection:
     ranks: RankProcesses | None = None
 
     def subjects(self) -> Iterator[tuple[Subject, Coverage]]:
-        """Loaded as they are needed. Short: each plan in one format, the formats in turn; the model in the served one.
+        """Load the models as they are needed. In the short form each plan is tried in one format, the formats in turn,
+        and the model in the served format.
 
-        On a card all in FP8, the format that its kernels know.
+        On a card, all models use FP8, the format that the GPU kernels support.
         """
         formats = _FORMATS if self.device == "cpu" else _FORMATS[:1]
         for number, plan in enumerate(self.plans):

@@ -1,7 +1,7 @@
-"""Whole requests through a decode worker's own service: alone, with others, and taken over by another worker.
+"""Runs whole requests through a decode worker's service: alone, with others, and continued by another worker.
 
-The tokens are sampled with a seed and come with log probabilities, so two answers are equal only if every logit that
-mattered was; and a request that continues elsewhere must draw the numbers that it would have drawn here.
+Tokens are sampled with a seed and have log probabilities, so two answers are equal only if every logit that mattered
+was equal. A request that continues on another worker must draw the same random numbers as on the first one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ServedAnswer:
     logprobs: tuple[TokenLogprob, ...]
 
     def unlike(self, other: ServedAnswer) -> str:
-        """Where another answer departs from this one; empty if it does not."""
+        """Where another answer differs from this one; empty if it does not."""
         for number, pair in enumerate(zip(self.tokens, other.tokens, strict=False)):
             if pair[0] != pair[1]:
                 return f"output token {number} is {pair[1]}, not {pair[0]}"
@@ -54,14 +54,14 @@ class ServedAnswer:
 
 
 async def check_served(workers: WorkerPair, prompts: Many[Tokens], cases: Cases, *, num_tokens: int) -> None:
-    """prompts: of different lengths. num_tokens: of each answer."""
-    # 1. Each alone, cold.
+    """prompts: of different lengths. num_tokens: tokens of each answer."""
+    # 1. Each request alone, cold.
     alone = []
     for n, prompt in enumerate(prompts):
         server = _Server(workers, EmptyStore(), PlanKind.COLD, [prompt], num_tokens)
         alone.append(await server.ask(prompt, n, num_tokens))
         await server.close()
-    # 2. All at once, twice: the second time they hit what the first one stored.
+    # 2. All at once, twice: the second time they hit what the first time stored.
     store = MemoryStore()
     for plan in (PlanKind.COLD, PlanKind.REPLAY):
         server = _Server(workers, store, plan, prompts, num_tokens)
@@ -69,7 +69,7 @@ async def check_served(workers: WorkerPair, prompts: Many[Tokens], cases: Cases,
         await server.close()
         for prompt, wanted, got in zip(prompts, alone, answers, strict=True):
             cases.add("served", f"batch, {plan.value}", len(prompt), problem=wanted.unlike(got))
-    # 3. Another worker continues in the middle of an answer.
+    # 3. Another worker continues an answer from its middle.
     number, prompt, wanted = 0, prompts[0], alone[0]
     for emitted in (1, num_tokens // 2):
         server = _Server(workers, store, PlanKind.REPLAY, prompts, num_tokens)
@@ -81,12 +81,12 @@ async def check_served(workers: WorkerPair, prompts: Many[Tokens], cases: Cases,
         cases.add("served", "continued", len(longer), problem=problem and f"continued after {emitted}: {problem}")
 
 
-# Random models have no tokenizer; without grammars a worker needs no more of one than what ends an output.
+# Random models have no tokenizer. Without grammars, a worker needs only the end tokens from it.
 _NO_TEXT = cast(Tokenizer, SimpleNamespace(eos_ids=frozenset(), special_ids=frozenset()))
 
 
 class _Server:
-    """A decode worker, asked as its service asks it, without a network."""
+    """A decode worker, called as its service calls it, without a network."""
 
     def __init__(
         self, workers: WorkerPair, store: Store, kind: PlanKind, prompts: Many[Tokens], num_tokens: int

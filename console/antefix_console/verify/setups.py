@@ -1,8 +1,8 @@
-"""Other set-ups of this machine: processes with other numbers of threads, and with other paths of the library.
+"""Other set-ups of this machine: processes with other numbers of threads and other code paths of the math library.
 
-What one set-up stores, another may hit if their names are equal; so where names are equal, bits must be. Each process
-runs the same prompts of the same models cold, and says what it named its arithmetic and what came out. Set-ups whose
-bits differ are no fault as long as they are named apart.
+What one set-up stores, another may hit if both have the same arithmetic name. So equal names require equal bits. Each
+process runs the same prompts of the same models cold, and reports its arithmetic's name and the results. Set-ups with
+different bits are no fault as long as their names differ.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from antefix_console.verify.paired_runs import WorkerPair
 from antefix_console.verify.verdict import Cases, Report
 from antefix_prefill.worker.compute_thread import ComputeThread
 
-# Models whose products have the shapes that set-ups were seen to differ in: 24 columns, odd widths, three streams.
+# Models with product shapes for which set-ups are known to differ: 24 columns, odd widths, three streams.
 PLANS = ("pro", "odd-sizes")
 _NUM_TOKENS = 41
-# Read by a library when it computes for the first time, so they are another process's.
+# Variables with these prefixes are read when a library computes for the first time, so they need another process.
 _LIBRARY_PREFIXES = ("MKL_", "ATEN_", "ONEDNN_", "DNNL_")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProcessSetup:
-    """variables: of the environment. threads: the numbers of threads to try, one after another in one process."""
+    """variables: environment variables. threads: numbers of threads to try, one after another in one process."""
 
     threads: tuple[int, ...]
     variables: tuple[tuple[str, str], ...] = ()
@@ -57,14 +57,14 @@ LONG_SETUPS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetupSaid:
-    """What a set-up named its arithmetic for one model, and a digest of all that a cold run left."""
+    """A set-up's arithmetic name for one model, and a digest of everything that a cold run left."""
 
     arithmetic: str
     bits: str
 
 
 async def check_setups(setups: Sequence[ProcessSetup], report: Report) -> None:
-    """Runs the other processes at once, and compares each with this one."""
+    """Run the other processes at the same time, and compare each with this one."""
     others = [asyncio.create_task(_ask(setup)) for setup in setups]
     subjects = [random_subject(plan, KVFormat.FLOAT32) for plan in PLANS]
     here = [said(subject) for subject in subjects]
@@ -76,10 +76,10 @@ async def check_setups(setups: Sequence[ProcessSetup], report: Report) -> None:
 
 
 def said(subject: Subject) -> SetupSaid:
-    """By this process, with the threads that are set."""
+    """This process's result, with the present number of threads."""
     workers = WorkerPair(subject, ComputeThread("set-up"), _NUM_TOKENS)
     tokens = np.random.default_rng(0).integers(0, subject.identity.vocab_size, _NUM_TOKENS).astype(np.uint32)
-    # The last token alone, as decode runs it.
+    # The last token is run alone, as in decode.
     outcome = run_pieces(workers, tokens, (_NUM_TOKENS - 1,))
     workers.compute.close()
     return SetupSaid(arithmetic=probe(subject.model).name, bits=_digest(outcome))
@@ -97,9 +97,9 @@ def _compare(subject: Subject, ours: SetupSaid, theirs: SetupSaid, label: str, c
 
 
 async def _ask(setup: ProcessSetup) -> list[list[SetupSaid]]:
-    """A process of that set-up, which says it for each number of threads and each model.
+    """Start a process with that set-up. Returns its results for each number of threads and each model.
 
-    Raises:  AntefixError: it failed.
+    Raises:  AntefixError: the process failed.
     """
     plain = {name: value for name, value in os.environ.items() if not name.startswith(_LIBRARY_PREFIXES)}
     path = os.pathsep.join(entry for entry in sys.path if entry)

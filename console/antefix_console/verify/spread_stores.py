@@ -1,7 +1,7 @@
-"""Several stores and an object store as one, each with some of the records, so that every restore is read from all.
+"""Several stores and an object store as one store. Each has some of the records, so every restore reads from all.
 
-As workers read them (`antefix.store.many_stores`), but for where a record goes: its hash decides, and what goes to the
-object store is there when the put returns, not some seconds later.
+Reads work as in workers (`antefix.store.many_stores`). Writes differ: a record's hash decides where it goes, and a
+record for the object store is there when the put returns, not some seconds later.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from antefix.store.store_members import Member
 from antefix.store.tier import Tier, TierKind
 from antefix.store_files import codec
 
-# What a failed run may leave behind lies below this in the bucket.
+# A failed run may leave objects below this folder in the bucket.
 _FOLDER: Final = "antefix-verify"
 
 
 class SpreadStores(ManyStores):
-    """num_blocks_read: from each tier, by its label."""
+    """num_blocks_read: blocks read from each tier, by the tier's label."""
 
     def __init__(self, members: Sequence[Member], object_store: str = "") -> None:
-        """object_store: a URL; a folder of its own below it is used, and deleted at the end. Empty: there is none.
+        """object_store: a URL. Only a folder below it is used, and deleted at the end. Empty: no object store.
 
         Raises:  ConfigError: the URL cannot be used.
         """

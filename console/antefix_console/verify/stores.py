@@ -1,4 +1,4 @@
-"""Stores for verification: one that holds nothing, a dictionary, and one of which only a prefix can be seen."""
+"""Stores for verification: an empty one, a dictionary, and one that shows a prefix only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from antefix.store.store_stats import StoreTotals
 
 
 class EmptyStore:
-    """Holds nothing and keeps nothing: behind a cold run."""
+    """Holds nothing and keeps nothing. A cold run uses it."""
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         return LookupResult(num_blocks=0)
@@ -39,7 +39,7 @@ class EmptyStore:
         return PutResult(num_stored=len(records), num_existing=0)
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
-        """Nothing that is checked here may come to this: what was rejected shows as a miss."""
+        """Does nothing. No check should reject a record; if one does, this shows as a miss."""
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         pass
@@ -100,9 +100,9 @@ class MemoryStore(EmptyStore):
 
 
 class PrefixView(EmptyStore):
-    """A store whose later blocks were evicted, which goes from the end of a chain: only `num_blocks` can be seen.
+    """A store that shows only the first `num_blocks` blocks of a chain, as after eviction, which starts from the end.
 
-    Notes which blocks were put, by the tokens before their end.
+    Notes which blocks were put, by the number of tokens up to their end.
     """
 
     def __init__(self, store: Store, num_blocks: int) -> None:
@@ -125,7 +125,7 @@ class PrefixView(EmptyStore):
         return await self._store.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
 
     async def put(self, records: Sequence[Record]) -> PutResult:
-        """Nothing is kept: the next case must find what this one found."""
+        """Keeps nothing, so that the next case finds the same store as this one."""
         self.put_positions += [record.position for record in records if record.kind is RecordKind.BLOCK]
         return PutResult(num_stored=len(records), num_existing=0)
 

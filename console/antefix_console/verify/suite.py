@@ -1,14 +1,15 @@
-"""Which cases, in which order. For each model, format and strategy:
+"""The cases and their order. For each model, format and strategy:
 
-1. A conversation is prefilled and decoded under the strategy, so the store holds what that strategy leaves, blocks
-   and checkpoints written by decode among it.
-2. Its next turn is run cold once, and then hit at every block boundary by every plan that the strategy allows: the
-   store shows a prefix that ends there, as it would after evicting the rest.
-3. Prompts that leave the conversation at random tokens are run cold and hit, the second time under `auto`'s fork.
-4. Once a model: handoffs at random positions, adopted by another worker that runs a token more.
-5. Once a model: prompts cut at any row and run among others (cuts), through one small pool (worker_checks), as whole
+1. A conversation is prefilled and decoded under the strategy. Then the store holds what the strategy leaves, including
+   blocks and checkpoints written by decode.
+2. Its next turn is run cold once. Then it is run as a hit at every block boundary, by every plan that the strategy
+   allows: the store shows a prefix that ends at the boundary, as if the rest had been evicted.
+3. Prompts that differ from the conversation from a random token on are run cold and as hits; under `auto`, the second
+   such prompt resumes from the fork's checkpoint.
+4. Once per model: handoffs at random positions, adopted by another worker that runs one more token.
+5. Once per model: prompts cut at any row and run among others (cuts), through one small pool (worker_checks), as whole
    requests to a decode worker (served); other names and foreign handoffs; ties; reproducible mode; known answers.
-6. On a card: a prompt there against the same prompt on the CPU. Over several ranks: a prompt there against one rank.
+6. On a card: a prompt on the card and on the CPU. Over several ranks: a prompt over the ranks and on one rank.
 """
 
 from __future__ import annotations
@@ -58,27 +59,28 @@ from antefix_prefill.worker.compute_thread import ComputeThread
 
 log = logging.getLogger("antefix.verify")
 
-# Relative errors that are accepted where a machine's arithmetic depends on shapes (`antefix doctor` says so). Float32
-# differs in its last bits there; a rounding that tips over moves a value by up to an eighth in FP8 and, where
-# 6 follows 4, by a third in FP4.
+# Relative errors allowed where a machine's arithmetic depends on shapes (`antefix doctor` reports that). Float32 then
+# differs in its last bits. A value that is rounded the other way changes by up to an eighth in FP8, and in FP4, where 6
+# follows 4, by up to a third.
 SHAPE_BOUND = {"float32": 1e-3, "float64": 1e-9, "fp8": 0.334}
-# Bounded replays are approximate by design: two unrelated values of one size differ by at most 2, so more is garbage.
-# How good one is, by k, is measured by benchmarks/bounded_replay.py (docs/results/window_state.md, "Bounded replay").
+# Bounded replays are approximate by design. Two unrelated values of one size differ by at most 2, so more is garbage.
+# How good they are, by k, is measured by benchmarks/bounded_replay.py (docs/results/window_state.md, "Bounded replay").
 BOUNDED_BOUND = 2.0
-# Card against CPU, median over tokens of a logit's largest difference. Float16 in attention and other orders of sums
-# tip a few roundings over, and rarely pick another expert or entry, which moves that token's logits by any amount.
+# Card against CPU: the largest logit difference of each token, median over tokens. Float16 in attention and other
+# orders of sums round a few values the other way. Rarely this selects another expert or entry; then that token's logits
+# differ by any amount.
 CPU_BOUND = {"float32": 1e-3, "float64": 1e-9, "fp8": 5e-2}
-# Output of a conversation that need not be whole blocks.
+# Output of a conversation where whole blocks of output are not needed.
 SHORT_OUTPUT_TOKENS = 8
-# Of each answer in whole requests: enough to pass a boundary of a small model's blocks.
+# Tokens of each answer in whole requests: enough to pass a block boundary of a small model.
 SERVED_TOKENS = 6
-# Blocks of so many tokens are long prompts already: there is less of everything.
+# With blocks of at least so many tokens, prompts are long already, so fewer cases are run.
 LARGE_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """What is verified: a device, and the settings of these names."""
+    """What is verified: a device, and the worker settings `kernels` and so on."""
 
     device: str = "cpu"
     kernels: str = "auto"
@@ -95,14 +97,17 @@ CPU = Backend()
 class Coverage:
     """How much is verified of one model. Counts are of blocks, tokens or prompts.
 
-    bounded_windows: which k of bounded replay.
-    every_pair: every boundary by every plan under every strategy. Otherwise what repeats is left out: replays do not
-        depend on the strategy, so they are run at every boundary under `zero` and at the last one elsewhere; a
-        checkpoint is resumed from once; forks are run under `auto`, which alone looks at them; only there are whole
-        blocks decoded, elsewhere the output just passes a boundary; cold is run under `auto` and `zero`.
+    bounded_windows: the values of k for bounded replay.
+    every_pair: try every boundary by every plan under every strategy. Otherwise repetitions are left out: replays do
+    not
+        depend on the strategy, so they are run at every boundary under `zero` and at the last one under other
+        strategies; one hit resumes from a checkpoint; forks and whole decoded blocks are run under `auto` only, and
+        elsewhere the output just passes a boundary; cold is run under `auto` and `zero`.
     num_cuts, num_batches: ways to cut one prompt, and batches that it is run in.  num_served: whole requests at once.
-    is_extreme: strategies show nothing new here; only checkpoints at every block, and none, are tried.
-    num_output_blocks: 0 for just past a boundary.  stride: of the boundaries that are hit; the last one always is.
+    is_extreme: strategies show nothing new for this model; only checkpoints at every block, and none, are tried.
+    num_output_blocks: blocks of output; 0: output just passes a boundary.  stride: hit every so many boundaries, and
+    the
+        last one.
     """
 
     num_blocks: int
@@ -127,7 +132,7 @@ PARTS: Final = (
 
 
 class Suite:
-    """Verifies one model against a store. `progress` is told what is being done."""
+    """Verifies one model against a store. `progress` is called with what is being done."""
 
     def __init__(
         self,
@@ -148,21 +153,21 @@ class Suite:
             subject, ComputeThread("verify"), plan.prefill_chunk, backend.kernels, backend.reproducible
         )
         self._cases = Cases(report=report, subject=subject.name, kv_format=subject.kv_format.value)
-        # On a CPU every bit is demanded, whatever a probe found: there is no bound that hits may be off by.
+        # On a CPU every bit must be equal, whatever a probe found: no error is accepted there.
         is_free = backend.device == "cpu" or backend.is_invariant(subject)
         self._exact_bound = 0.0 if is_free else SHAPE_BOUND[subject.kv_format.value]
 
     async def run(self, strategies: Sequence[str], parts: Sequence[str] = PARTS) -> None:
-        """parts: of PARTS, which to run."""
+        """parts: which of PARTS to run."""
         try:
-            # It ends three tokens before a boundary, so that a few tokens of output pass it.
+            # The document ends three tokens before a boundary, so that a few output tokens pass it.
             document = self._tokens(self._plan.num_blocks * self._subject.block_size - 3)
             self._question = self._tokens(self._subject.block_size // 2 + 1)
             for part in parts:
                 try:
                     await self._run_part(part, document, strategies)
                 except Exception as err:
-                    # What crashes is wrong as well, and the other parts may say more about it.
+                    # A crash counts as a failure; other parts may tell more about it.
                     log.debug("%s failed", part, exc_info=True)
                     self._cases.add(part, "crashed", 0, problem=f"{part}: {type(err).__name__}: {err}")
         finally:
@@ -181,7 +186,7 @@ class Suite:
                 foreign = self._tokens(size + 1)
                 await check_foreign_handoff(workers, self._store, document[: size + 1], foreign, cases)
             case "cuts":
-                # Three blocks are enough to show what depends on a row's place, and at least two tiles of rows.
+                # Three blocks show what depends on a row's place; at least two tiles of rows are needed.
                 tokens = self._tokens(min(max(3 * size + 3, 40), 2 * LARGE_BLOCK))
                 ways = {"num_cuts": self._plan.num_cuts, "num_batches": self._plan.num_batches}
                 check_cuts(workers, tokens, self._random, cases, **ways, bound=bound)
@@ -208,7 +213,8 @@ class Suite:
                 await check_aligned(workers, history, np.concatenate((history, self._tokens(4 * size))), cases)
 
     def _ranks(self, alone: Subject) -> None:
-        """The same prompt over ranks and on one: to the bit on a CPU, where names are the same."""
+        """Run the same prompt over ranks and on one rank. On a CPU, where the names are the same, bits must be
+        equal."""
         tokens = self._tokens(2 * self._subject.block_size + 3)
         cuts = (1, self._subject.block_size + 1, len(tokens) - 1)
         one = replace(self._workers, subject=alone)
@@ -220,7 +226,8 @@ class Suite:
 
     @property
     def _can_simulate_shapes(self) -> bool:
-        """Rounding to FP8 would swallow what the simulated machine adds; other ranks are not told of it."""
+        """Not with FP8, whose rounding would hide what the simulated machine adds, and not over ranks, which cannot
+        simulate."""
         if self._subject.model.lead is not None:
             return False
         if self._subject.model.device.type != "cpu" or self._subject.kv_format is not KVFormat.FLOAT32:
@@ -239,7 +246,7 @@ class Suite:
             await self._conversation("zero", document, bounded_windows=windows)
 
     async def _conversation(self, strategy: str, document: Tokens, *, bounded_windows: int) -> None:
-        # 1. One turn, stored as the strategy says.
+        # 1. One turn, stored under the strategy.
         num_output = self._plan.num_output_blocks * self._subject.block_size
         if not num_output or (not self._plan.every_pair and (strategy != "auto" or bounded_windows)):
             num_output = SHORT_OUTPUT_TOKENS
@@ -248,12 +255,13 @@ class Suite:
         )
         await self._store.register(engine.fingerprint, engine.layout)
         history = await generate(engine, document, num_output)
-        # 2. The next turn, cold and hit at every boundary by every plan.
+        # 2. The next turn, cold and as a hit at every boundary by every plan.
         turn = np.concatenate((history, self._question))
         cold = await self._run_cold(turn)
         found = await self._store.lookup(prompt_of(engine, turn).chain.hashes, fingerprint=engine.fingerprint)
         last = len(history) // self._subject.block_size
-        # An approximate replay proves nothing at one boundary that it does not at the next: the short form takes half.
+        # An approximate replay shows nothing at one boundary that it does not show at the next, so the short form tries
+        # half.
         stride = self._plan.stride * (2 if bounded_windows and not self._plan.every_pair else 1)
         for num_blocks in (*range(1, last, stride), last):
             is_last = num_blocks == last
@@ -266,14 +274,14 @@ class Suite:
                 await self._fork(strategy, history)
 
     async def _run_cold(self, turn: Tokens) -> RunOutcome:
-        """Without a store; strategies change nothing in it, so the last one is kept."""
+        """Run without a store. Strategies do not affect this, so the last result is kept."""
         if self._cold is None or self._cold[0] != turn.tobytes():
             self._cold = turn.tobytes(), await run_cold(self._workers, turn)
         return self._cold[1]
 
     def _kinds(self, strategy: str, num_blocks: int, found: LookupResult, is_last: bool) -> list[PlanKind]:
         if is_last:
-            # Cold is the same whatever is stored: once, with everything there.
+            # A cold run is the same whatever is stored, so run it once, with everything stored.
             cold = [PlanKind.COLD] * (self._plan.every_pair or strategy in ("auto", "zero"))
             return [PlanKind.CHECKPOINT, PlanKind.REPLAY, *cold]
         if self._plan.every_pair:
@@ -300,7 +308,7 @@ class Suite:
     async def _fork(self, strategy: str, history: Tokens) -> None:
         leaves_at = int(self._random.integers(self._subject.block_size, len(history)))
         shared = leaves_at // self._subject.block_size
-        for _ in range(2):  # auto leaves a checkpoint when the first one forks; the second resumes there
+        for _ in range(2):  # the first fork makes `auto` leave a checkpoint; the second resumes there
             turn = np.concatenate((history[:leaves_at], self._tokens(self._subject.block_size + 5)))
             cold = await run_cold(self._workers, turn)
             for kind in (PlanKind.REPLAY, PlanKind.CHECKPOINT):
@@ -313,7 +321,7 @@ class Suite:
                 problem = _problem(kind, restored, view, stored_tokens=stored, errors=engine.counters.last_error)
                 difference = compare(cold, restored.outcome)
                 self._add(strategy, restored, len(turn), difference, bound=self._exact_bound, problem=problem)
-            # Now for good, through the same store: the checkpoint of the fork is left here.
+            # Run again through the store itself, so that the fork's checkpoint is written.
             await run(self._workers.new(self._store, len(turn), strategy=strategy, kind=PlanKind.REPLAY), turn)
 
     async def _handoffs(self, document: Tokens) -> None:
@@ -327,7 +335,7 @@ class Suite:
             self._add("handoff", restored, position, difference, bound=self._exact_bound, problem=problem)
 
     def _arithmetic(self) -> None:
-        """What a worker asks at its start: do the products of this model mind a row's place?"""
+        """As a worker does at its start: measure whether this model's products depend on a row's place in the batch."""
         if self._subject.model.device.type != "cpu":
             return
         measured = probe(self._subject.model)
@@ -368,7 +376,7 @@ class Suite:
 
 
 def _problem(kind: PlanKind, restored: RestoredRun, view: PrefixView, *, stored_tokens: int, errors: str) -> str:
-    """What went wrong besides the comparison: another plan than asked for, or global KV written that existed."""
+    """Other failures than the comparison: another plan than requested, or existing global KV written again."""
     if not restored.plan.startswith(kind.value):
         return f"asked for {kind.value}, got {restored.plan} {errors}"
     if kind in (PlanKind.REPLAY, PlanKind.BOUNDED) and restored.hit_tokens != stored_tokens:

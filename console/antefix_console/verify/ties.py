@@ -1,4 +1,4 @@
-"""The indexer's rule for entries of one score, which every device must share."""
+"""Checks the indexer's rule for entries with equal scores, which must be the same on every device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from antefix_console.verify.verdict import Cases
 
 
 def check_ties(workers: WorkerPair, tokens: Tokens, cases: Cases) -> None:
-    """Of entries that score the same, the lowest ones are attended to, whatever is scored next to them. Queries of
+    """Check that among entries of equal score the lowest indices are selected, whatever else is scored. Queries of
     zeros make all entries tie."""
     model, layout = workers.subject.model, workers.subject.model.layout
     part = next((part for part in layout.parts if part.kind is PartKind.INDEXER_KEYS), None)

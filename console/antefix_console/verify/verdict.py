@@ -1,4 +1,4 @@
-"""What verification found: cases by strategy and plan, and the largest error with its place."""
+"""The results of verification: cases by strategy and plan, and the largest error with its place."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from antefix_console.verify.compare import IDENTICAL, Difference
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One comparison. bound: largest relative error that is allowed; 0 demands equal bits."""
+    """One comparison. bound: largest relative error that is allowed; 0: bits must be equal."""
 
     strategy: str
     plan: str
@@ -39,7 +39,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cases:
-    """Adds cases of one subject to a report."""
+    """Adds cases of one model to a report."""
 
     report: Report
     subject: str
@@ -105,7 +105,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Report:
-    """All cases. `ok` is what the command's exit code says."""
+    """All cases. `ok` decides the command's exit code."""
 
     total: Tally = field(default_factory=Tally)
     by_strategy: dict[str, Tally] = field(default_factory=dict)

@@ -1,6 +1,6 @@
-"""What a worker must not mix up: rows of its pool, names of others, and handoffs of others.
+"""Checks that a worker does not mix up pool rows, names or handoffs.
 
-Each check adds its cases to a report; none depends on another one.
+Each check adds its cases to a report, and none depends on another one.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from antefix_prefill.run_prompt import run_prompt
 
 
 async def check_reused_rows(workers: WorkerPair, prompts: Many[Tokens], cases: Cases, *, bound: float) -> None:
-    """Prompts in turn through one worker whose pool has room for little more than one: rows are given to others,
-    blocks are evicted, and what is asked for again comes from the store or from memory."""
+    """Run prompts in turn through one worker whose pool has room for little more than one prompt. Rows are reused,
+    blocks are evicted, and prompts that come again are restored from the store or from memory."""
     size = workers.subject.block_size
     num_blocks = max(-(-len(tokens) // size) for tokens in prompts) + 1
     cold = [await run_cold(workers, tokens) for tokens in prompts]
@@ -48,10 +48,10 @@ async def check_reused_rows(workers: WorkerPair, prompts: Many[Tokens], cases: C
 
 
 async def check_names(workers: WorkerPair, store: Store, tokens: Tokens, strategies: Many[str], cases: Cases) -> None:
-    """What is stored under one name is found under no other: neither by another fingerprint, nor another tenant.
+    """Check that what is stored under one name is found under no other fingerprint and for no other tenant.
 
-    Of several stores and an object tier only what they give counts: what they say is stored is a hint, and an object
-    tier's index goes by hashes alone, which have the fingerprint in them.
+    With several stores and an object tier, only what they deliver counts: their answers to lookups are hints, and an
+    object tier's index has hashes only, which include the fingerprint.
     strategies: namespaces under which the prompt was stored.
     """
     is_hint = isinstance(store, ManyStores)
@@ -84,8 +84,8 @@ async def check_names(workers: WorkerPair, store: Store, tokens: Tokens, strateg
 
 
 def check_fingerprints(workers: WorkerPair, cases: Cases) -> None:
-    """Whatever changes bits changes the fingerprint: weights, geometry, format, tokenizer, exactness, arithmetic,
-    cards, namespace."""
+    """Check that everything that changes bits changes the fingerprint: weights, geometry, format, tokenizer, exactness,
+    arithmetic, number of cards, namespace."""
     subject = workers.subject
     identity, own = subject.identity, subject.kv_format
     plain = identity.fingerprint(own).digest
@@ -106,7 +106,7 @@ def check_fingerprints(workers: WorkerPair, cases: Cases) -> None:
 
 
 async def check_foreign_handoff(workers: WorkerPair, store: Store, tokens: Tokens, other: Tokens, cases: Cases) -> None:
-    """A handoff that was left for another prompt of the same length must be refused."""
+    """Check that a handoff left for another prompt of the same length is refused."""
     prefill = workers.new(store, len(other))
     computed = await run_prompt(prefill, prompt_of(prefill, other))
     name = await leave_handoff(prefill, computed)
@@ -120,5 +120,5 @@ async def check_foreign_handoff(workers: WorkerPair, store: Store, tokens: Token
 
 
 def any_tokens(random: np.random.Generator, vocab_size: int, num_tokens: int) -> Tokens:
-    # Ids below 61 exist in every model here; the shipped one's special tokens lie above 256.
+    # Ids below 61 exist in every model here; the shipped model's special tokens are above 256.
     return random.integers(0, min(vocab_size, 256), num_tokens).astype(np.uint32)

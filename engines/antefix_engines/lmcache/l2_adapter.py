@@ -1,9 +1,9 @@
 """The class that LMCache's plug-in adapter loads: its L2 interface over Antefix's store.
 
-LMCache names an object by a hash of its tokens, model, rank, object group and cache_salt, and says neither what comes
-before it nor how it is laid out. So each object is a record by itself, stored as it is, under a name with the revision
-of the weights, which LMCache's own name lacks. Calls return at once; a few threads do the work, and an event fd tells
-of its end.
+LMCache names an object by a hash of its tokens, model, rank, object group and cache_salt. It tells neither which object
+precedes another nor how an object is laid out. So each object is stored as one record, as it is. The record's name also
+includes the revision of the weights, which LMCache's name lacks. Calls return at once; a few threads do the work, and
+an event fd signals when it is done.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from antefix_engines.engine_store import EngineStore, KvOfModel, StoreSettings
 
 log = logging.getLogger("antefix.engines.lmcache")
 _NUM_THREADS: Final = 4
-# How long an object that was looked up is kept from eviction; a load follows within seconds.
+# How long an object is protected from eviction after its lookup; a load follows within seconds.
 LOCK_S: Final = 60.0
 _LAYOUT: Final = EngineLayout(engine="lmcache", family=Family.OPAQUE, block_size=1, block=())
 
@@ -98,7 +98,7 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             for name in free:
                 del self._locks[name]
             if not self._is_closed:
-                # Should this fail, the lock ends by itself after LOCK_S.
+                # If this fails, the lock expires by itself after LOCK_S.
                 self._threads.submit(self._kv.pin, free, 0.0)
 
     def submit_load_task(self, keys: list[Any], objects: list[Any]) -> int:
@@ -109,7 +109,7 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             return self._done["load"].pop(task_id, None)
 
     def delete(self, keys: list[Any]) -> None:
-        """At once: LMCache deletes to make room, and asks again if there is none."""
+        """Done in the calling thread: LMCache deletes to make room, and retries if there is none."""
         self._kv.evict(self._names(keys))
 
     def report_status(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             notifier.close()
 
     def _submit(self, kind: str, work: Callable[[], Any], otherwise: Any) -> int:
-        """otherwise: the answer of a task that failed: LMCache waits for one."""
+        """otherwise: the answer of a task that failed, because LMCache waits for an answer."""
         with self._lock:
             self._last_task += 1
             task = self._last_task
@@ -151,7 +151,7 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         payloads, names = [_bytes_of(each) for each in objects], self._names(keys)
         if len(payloads) != len(names):
             raise InvalidRequest(f"{len(names)} keys but {len(payloads)} objects")
-        # What is there already is neither written nor counted a second time.
+        # Objects that are stored already are neither written nor counted again.
         new = [index for index, name in enumerate(names) if not self._kv.lookup([name]).num_blocks]
         stored = self._kv.put_each([self._kv.block(names[i], self._kv.root, 1, payloads[i]) for i in new])
         good = [index for index, is_stored in zip(new, stored, strict=True) if is_stored]
@@ -188,7 +188,8 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
 
 def _name_of(key: Any) -> bytes:
-    """All fields of an ObjectKey, those of a later LMCache too: what it tells apart stays apart."""
+    """A name from all fields of an ObjectKey, including fields that a later LMCache adds, so that distinct keys stay
+    distinct."""
     values = {field.name: getattr(key, field.name) for field in dataclasses.fields(key)}
     fields = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
     return json.dumps(fields, sort_keys=True).encode()

@@ -1,7 +1,7 @@
 """The class that SGLang loads by `--hicache-storage-backend dynamic`: its storage interface over Antefix's store.
 
-Calls come from SGLang's IO threads and wait for the store. A page that is damaged, evicted or out of reach is one that
-is not there: SGLang computes it again.
+SGLang's IO threads make the calls, which wait for the store. A page that is damaged, evicted or unreachable is reported
+as missing, and SGLang computes it again.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from antefix_engines.sglang.settings import HiCacheSettings, arithmetic, shard_o
 
 log = logging.getLogger("antefix.engines.sglang")
 
-# SGLang's name for the pool that the others follow.
+# SGLang's name for the main pool, on which the other pools depend.
 ANCHOR: Final = "kv"
-# Pages that the calls by single key store: SGLang does not say what comes before them.
+# Pool name for pages that are stored by a single key: SGLang does not tell which pages precede them.
 _BY_KEY: Final = "by-key"
 
 
 class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
-    """storage_config: SGLang's `HiCacheStorageConfig`.  kwargs: nothing that is used here.
+    """storage_config: SGLang's `HiCacheStorageConfig`.  kwargs: not used.
 
     Raises:  ConfigError: a setting that is missing, unknown or impossible; SGLang then does not start.
     """
@@ -63,7 +63,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         self._pages[str(host_pool_name)] = PoolPages(host_pool)
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
-        """How many of the keys are stored, from the first on."""
+        """How many leading keys are stored."""
         return self._of(ANCHOR).lookup(keys).num_blocks
 
     def batch_exists_v2(
@@ -72,13 +72,13 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         pool_transfers: list[PoolTransfer] | None = None,
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> PoolTransferResult:
-        """At which of all boundaries every pool can be restored."""
+        """The boundaries at which every pool can be restored."""
         num_stored = self._of(ANCHOR).lookup(keys).num_blocks
         hits = {ANCHOR: num_stored} if num_stored else {}
         ends = set(range(1, num_stored + 1))
         for transfer in pool_transfers or []:
             if transfer.hit_policy == PoolHitPolicy.BLOCK_GROUPS:
-                # A second form of pages, which never gates a hit; it is not kept.
+                # A second form of pages, on which no hit depends; it is not stored.
                 continue
             reachable = self._reachable(transfer, keys[:num_stored])
             if reachable:
@@ -124,7 +124,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         return done
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
-        """One page of the anchor pool into a tensor; None where it is not stored."""
+        """Read one page of the anchor pool into a tensor; None where it is not stored."""
         if target_location is None:
             raise InvalidRequest("get needs target_location, a tensor of a page's size")
         page = _page_of(target_location)
@@ -134,7 +134,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         return [self.get(key, target) for key, target in zip(keys, target_locations or [None] * len(keys), strict=True)]
 
     def set(self, key: str, value: Any = None, target_location: Any = None, target_sizes: Any = None) -> bool:
-        """Stores one page by itself: nothing says what comes before it."""
+        """Store one page separately, since SGLang does not tell which pages precede it."""
         tensor = target_location if value is None else value
         if tensor is None:
             return False
@@ -158,11 +158,11 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         return any(records.lookup([key]).num_blocks for records in by_key)
 
     def clear(self) -> None:
-        """Nothing: what other processes share is theirs as well. It goes by age and budget (docs/ENGINES.md)."""
+        """Does nothing: other processes share the store, which has its own budget and lifetimes (docs/ENGINES.md)."""
         log.warning("SGLang asked to clear its storage; Antefix's store is shared, and keeps what it has")
 
     def get_stats(self) -> None:
-        """SGLang's own gauges of its transfers are made by SGLang; ours are `antefix_engine_*`."""
+        """None: SGLang makes its own gauges of transfers, and our metrics are `antefix_engine_*`."""
 
     def close(self) -> None:
         if self._metrics is not None:
@@ -171,12 +171,12 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         self.store.close()
 
     def _reachable(self, transfer: PoolTransfer, keys: Sequence[str]) -> frozenset[int]:
-        """Prefix lengths that this pool can restore."""
+        """The prefix lengths that this pool can restore."""
         is_trailing = self._is_trailing(transfer)
         found = self._of(str(transfer.name), is_trailing=is_trailing).lookup(keys)
         if not is_trailing:
             return frozenset(range(1, found.num_blocks + 1))
-        # The last so many pages of a prefix, or all of a shorter one.
+        # The pool needs the last `width` pages of a prefix, or all pages of a shorter prefix.
         width, have, run, ends = max(1, len(transfer.keys or ())), frozenset(found.checkpoints), 0, []
         for end in range(1, len(keys) + 1):
             run = run + 1 if end in have else 0
@@ -219,13 +219,13 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         return self._of(pool, is_trailing=is_trailing).put(keys, pages, prefix)
 
     def _pool(self, pool: str) -> PoolPages:
-        """Raises:  InvalidRequest: SGLang did not register it."""
+        """Raises:  InvalidRequest: SGLang did not register this pool."""
         if pool not in self._pages:
             raise InvalidRequest(f"no pool {pool} was registered")
         return self._pages[pool]
 
     def _of(self, pool: str, page_bytes: int | None = None, *, is_trailing: bool = False) -> PoolRecords:
-        """A pool's records.  page_bytes: of pages that come by single key, whose pool is not known."""
+        """A pool's records.  page_bytes: page size, for pages that come by a single key, whose pool is not known."""
         name = pool if page_bytes is None else f"{pool}-{page_bytes}"
         with self._lock:
             records = self._records.get((name, is_trailing))

@@ -1,8 +1,8 @@
 """Pages in the memory of SGLang's host pools, as buffers that a store reads into and writes from without a copy.
 
-A pool says where its pages are: `get_page_buffer_meta(indices)` gives pointers and sizes, one pointer per page where a
-page is one run of memory (layout page_first), several where it lies in pieces (layer_first: one per layer). In pieces,
-a page costs one copy. A pool without memory (V4's anchor) has empty pages.
+A pool tells where its pages are: `get_page_buffer_meta(indices)` returns pointers and sizes. There is one pointer per
+page if a page is contiguous (layout page_first), and several if it is in pieces (layer_first: one per layer). A page in
+pieces needs one copy. A pool without memory (V4's anchor) has empty pages.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class PageMemory:
         return sum(run.nbytes for run in self.runs)
 
     def payload(self) -> memoryview:
-        """Its bytes: in place where they are one run."""
+        """The page's bytes: a view if the page is contiguous, else a copy."""
         return self.runs[0] if len(self.runs) == 1 else memoryview(b"".join(self.runs))
 
     def fill(self, payload: memoryview | bytes) -> None:
@@ -36,7 +36,7 @@ class PageMemory:
             offset += run.nbytes
 
     def landing(self) -> memoryview:
-        """Where a store may write the page; `settle` ends it."""
+        """A buffer into which a store may write the page; call `settle` afterwards."""
         return self.runs[0] if len(self.runs) == 1 else memoryview(bytearray(self.nbytes))
 
     def settle(self, landed: memoryview) -> None:
@@ -54,7 +54,7 @@ class PoolPages:
 
     @property
     def description(self) -> dict[str, Any]:
-        """What decides how a page's bytes are to be read; part of names. Layouts order the same bytes differently."""
+        """What determines the meaning of a page's bytes; part of its name. Layouts order the same bytes differently."""
         pool = self._pool
         names = (
             "layout",

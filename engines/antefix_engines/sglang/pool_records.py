@@ -1,14 +1,14 @@
-"""One pool's pages as records: blocks where a prefix needs all of them, checkpoints where its end alone does.
+"""One pool's pages as records: blocks if a prefix needs all of the pages, checkpoints if only its end needs them.
 
-SGLang keeps pools apart and writes them at different times, so each is a chain of its own, under its own fingerprint:
+SGLang keeps pools apart and writes them at different times, so each is a separate chain, with its own fingerprint:
 
     all pages         a block per page: a lookup is the longest prefix that is stored
     trailing pages    (window, states) a block of one byte per page of the prefix, and a checkpoint where the page is
                       stored: one lookup says at which of all boundaries it can be restored
 
-A page's name is made of SGLang's own key, a SHA-256 chain over tokens that begins with cache_salt and LoRA. The key
-before it must be known: stores keep no block without the one before, so that a lookup is one search and not one per
-page.
+A page's name is made from SGLang's own key, a SHA-256 chain over tokens that begins with cache_salt and LoRA. The key
+before it must be known: a store keeps a block only if it has the block before it, so that a lookup is one search and
+not one search per page.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ _EMPTY = bytes(1)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolName:
-    """What names of a pool's pages say, next to the layout. shard: empty where all ranks have the same."""
+    """What the names of a pool's pages include, besides the layout. shard: empty where all ranks have the same
+    pages."""
 
     pool: str
     is_trailing: bool
@@ -85,11 +86,11 @@ class PoolRecords:
         self.kv: KvOfModel = store.kv(name.fingerprint(layout), layout)
 
     def lookup(self, keys: Sequence[str]) -> LookupResult:
-        """How many of the keys are stored from the first on, and after which of them there is a trailing page."""
+        """How many leading keys are stored, and after which of them there is a trailing page."""
         return self.kv.lookup(self._hashes(keys))
 
     def get(self, keys: Sequence[str], pages: Sequence[PageMemory]) -> list[bool]:
-        """Fill pages; which of them are right. The others hold anything."""
+        """Fill pages. Returns which of them are right; the content of the others is undefined."""
         if self.name.is_trailing:
             return [self._get_trailing(name, page) for name, page in zip(self._hashes(keys), pages, strict=True)]
         landed = [page.landing() if page.runs else memoryview(bytearray(_EMPTY)) for page in pages]
@@ -106,7 +107,7 @@ class PoolRecords:
         return True
 
     def put(self, keys: Sequence[str], pages: Sequence[PageMemory], prefix: Sequence[str]) -> list[bool]:
-        """Store pages that come right after `prefix`. Which of them the store has now."""
+        """Store pages that directly follow `prefix`. Returns which of them the store has now."""
         hashes = self._hashes([*prefix, *keys])
         first = len(prefix)
         if self.name.is_trailing:

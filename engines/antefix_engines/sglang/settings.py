@@ -1,4 +1,4 @@
-"""What `--hicache-storage-backend-extra-config` says to this tier, and what SGLang says of the process it is in."""
+"""This tier's settings in `--hicache-storage-backend-extra-config`, and what SGLang tells of the present process."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from antefix.errors import ConfigError
 from antefix.model_dir import hash_files, weight_files
 from antefix_engines.engine_store import StoreSettings
 
-# SGLang's own, which it leaves in the mapping.
+# SGLang's own settings, which it leaves in the mapping.
 _OF_SGLANG: Final = frozenset(("backend_name", "module_path", "class_name", "interface_v1"))
-# Sharded over tensor-parallel ranks even where a model's other KV is the same on all of them.
+# Pools that are divided over tensor-parallel ranks even where all ranks have the model's other KV.
 _SHARDED_POOLS: Final = frozenset(("mamba",))
 FROM_FILES: Final = "files"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HiCacheSettings:
-    """store: where it is.  weights_revision: of the checkpoint; "files" hashes the model folder's at the start.
+    """store: where the store is.  weights_revision: of the model's weights; "files" hashes the model folder at each
+    start.
 
-    metrics_address: "host:port" at which Prometheus reads `antefix_engine_*`; empty: nowhere.
-    kv_cache_dtype: as given to SGLang, where it is not "auto": two kinds of FP8 have the same pages.
+    metrics_address: "host:port" at which Prometheus reads `antefix_engine_*`; empty: not served.
+    kv_cache_dtype: the value given to SGLang, if it is not "auto": two kinds of FP8 have pages of the same size.
     """
 
     store: StoreSettings
@@ -57,7 +58,7 @@ class HiCacheSettings:
 
 
 def shard_of(storage_config: Any, pool: str) -> str:
-    """Which part of a pool this process holds; empty where it holds all, as every other one does."""
+    """The part of a pool that this process holds; empty if every process holds the whole pool."""
     config = storage_config
     parts = [("pp", config.pp_rank, config.pp_size), ("cp", config.attn_cp_rank, config.attn_cp_size)]
     parts.append(("dcp", getattr(config, "dcp_rank", 0), getattr(config, "dcp_size", 1)))
@@ -67,7 +68,7 @@ def shard_of(storage_config: Any, pool: str) -> str:
 
 
 def arithmetic() -> str:
-    """What computed the KV, as far as it is known here."""
+    """A name for the hardware and software that compute the KV, as far as they are known here."""
     try:
         return f"sglang-{importlib.metadata.version('sglang')}"
     except importlib.metadata.PackageNotFoundError:

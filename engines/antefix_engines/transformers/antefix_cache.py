@@ -1,7 +1,8 @@
 """Prefix caching for one transformers model: restore, prefill in whole blocks, save.
 
-A block is also the chunk of prefill: KV's last bits depend on how a prompt is cut, so what is computed here is cut at
-multiples of `block_size`, and a hit at any of them equals a cold run of the same chunks to the bit.
+A block is also the chunk of prefill. The last bits of KV depend on how a prompt is cut. So prompts are computed here in
+chunks that end at multiples of `block_size`, and a hit at any of these equals a cold run with the same chunks to the
+bit.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from antefix_engines.transformers.stored_prefix import PrefixWriter, StoredPrefi
 from antefix_engines.transformers.watched_cache import RestoreReport, WatchedCache
 
 BLOCK_SIZE: Final = 128
-# States of the model, by weights and set-up, whose layout is remembered.
+# Limit on the states of a model (weights and set-up) whose layout is remembered.
 _NUM_SERVED_MAX: Final = 8
-# Tokens that stand for something else than text, by their fields in a config: their KV depends on more than their ids.
+# Config fields of tokens that stand for images, video or sound: their KV depends on more than their ids.
 _NOT_TEXT: Final = tuple(f"{kind}_token_{field}" for kind in ("image", "video", "audio") for field in ("id", "index"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SaveReport:
-    """num_stored: records that this call gave the store, and it has now.
+    """num_stored: records that this call gave to the store and that are stored now.
 
-    num_unknown_tokens: left out, since they were not computed one block at a time (generated tokens, a last part of a
-    block): a cold run would give other last bits.
+    num_unknown_tokens: tokens left out because they were not computed in whole blocks (generated tokens, or the last
+    part of a block): a cold run would give them other last bits.
     """
 
     num_tokens: int
@@ -50,16 +51,16 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """A model as it is now: what its cache holds, and its records."""
+    """A model in its present state: what its cache holds, and its records."""
 
     payloads: CachePayloads
     kv: KvOfModel
 
 
 class AntefixCache:
-    """Blocks of one model in a store. Safe in threads; takes one sequence at a time, never a batch.
+    """Blocks of one model in a store. Thread-safe; takes one sequence at a time, never a batch.
 
-    No call fails because of the store: what it cannot give is computed.
+    No call fails because of the store: blocks that it cannot deliver are computed.
     """
 
     def __init__(
@@ -73,14 +74,16 @@ class AntefixCache:
         namespace: str = "default",
         weights_revision: str = "",
     ) -> None:
-        """store: an open one, which stays the caller's, or where it is; a path is a folder for a store in this process.
+        """store: an open store, which the caller closes, or its settings; a path is the folder of a store in this
+        process.
 
-        block_size: tokens in a block, and in a pass of prefill; larger ones compute faster and hit more coarsely.
-        kv_format: "exact" keeps the cache's own numbers to the bit; "fp8" takes a half or a quarter of the bytes, and
-        its hits are approximate.  checkpoint_every: blocks between the boundaries at which a model with windows can be
-        restored; at the last one of a prompt it always can.  namespace: KV is shared within one only.
-        weights_revision: instead of hashing the weights.
-        Raises:  InvalidRequest: a model whose cache is not kept, or a setting that does not fit it.
+        block_size: tokens per block and per pass of prefill; with larger ones prefill is faster and hits have coarser
+        steps.
+        kv_format: "exact" keeps the cache's numbers to the bit; "fp8" takes a half or a quarter of the bytes, and its
+        hits are approximate.  checkpoint_every: a model with windows can be restored at every so many blocks, and at a
+        prompt's last block.  namespace: requests share KV only within a namespace.
+        weights_revision: identifies the weights, which are then not hashed.
+        Raises:  InvalidRequest: a model whose kind of cache cannot be stored, or a setting that does not fit the model.
         """
         if kv_format not in ENCODINGS:
             raise InvalidRequest(f"kv_format must be one of {', '.join(ENCODINGS)}, is {kv_format!r}")
@@ -107,7 +110,7 @@ class AntefixCache:
 
     @property
     def payloads(self) -> CachePayloads:
-        """How this model's cache becomes bytes, for comparisons."""
+        """Converts this model's cache to bytes; for comparisons."""
         return self._of(self._model).payloads
 
     @property
@@ -127,13 +130,13 @@ class AntefixCache:
         self.close()
 
     def empty_cache(self) -> WatchedCache:
-        """A cache that has seen nothing: a cold run may begin with it, and be saved."""
+        """An empty cache. A cold run may begin with it, and `save` accepts it."""
         return WatchedCache(config=self._model.config, block_size=self.block_size)
 
     def restore(self, ids: Tensor | Sequence[int]) -> WatchedCache:
-        """What is stored of a prompt, as a cache that `generate` takes; its `report` says how much. Computes nothing.
+        """The stored part of a prompt, as a cache that `generate` takes; its `report` says how much. Computes nothing.
 
-        At least one token is left to compute: `generate` needs its logits.
+        At least one token is left to compute, because `generate` needs its logits.
         """
         started = time.monotonic()
         tokens = self._tokens(ids)
@@ -149,7 +152,7 @@ class AntefixCache:
         return cache
 
     def prefill(self, model: Any, ids: Tensor | Sequence[int]) -> WatchedCache:
-        """Restore what is stored of a prompt, compute the rest of its whole blocks one by one, and store that.
+        """Restore the stored part of a prompt, compute the rest of its whole blocks one by one, and store these.
 
         The cache then holds all of the prompt but its last 1 to `block_size` tokens, which `generate` computes.
         Raises:  InvalidRequest: a model with other weights than this cache is for, or in training mode.
@@ -175,12 +178,13 @@ class AntefixCache:
         return cache
 
     def save(self, cache: WatchedCache, ids: Tensor | Sequence[int]) -> SaveReport:
-        """Store what a cache holds of these tokens, and the store has not.
+        """Store the blocks of these tokens that the cache holds and the store lacks.
 
-        Only blocks that were restored, or computed by a pass over just that block, are what a cold run gives; others
-        are left out and counted.
-        Raises:  InvalidRequest: a cache that neither `restore` nor `prefill` made, since nobody knows how it was cut,
-            or one of other tokens.
+        Only blocks that were restored, or computed by a pass over exactly that block, equal a cold run's. Others are
+        left out and counted.
+        Raises:  InvalidRequest: a cache that neither `restore` nor `prefill` nor `empty_cache` made, since it is not
+        known how
+            its prompt was cut, or a cache of other tokens.
         """
         if not isinstance(cache, WatchedCache):
             raise InvalidRequest(
@@ -221,11 +225,11 @@ class AntefixCache:
         )
 
     def _names(self, model: Any) -> tuple[str, str]:
-        """What of a model goes into its blocks' names, but for bits."""
+        """The parts of a model's identity that go into its blocks' names, except measured bits."""
         return model_identity.revision_of(model, self._weights_revision), model_identity.arithmetic_of(model)
 
     def _of(self, model: Any) -> _Served:
-        """The model as it is now: weights, dtype and settings may have changed since the last call."""
+        """The model in its present state: weights, dtype and settings may have changed since the last call."""
         with self._lock:
             served = self._served.get(self._names(model))
         return served or self._serve(model, *self._probe(model))
@@ -244,16 +248,16 @@ class AntefixCache:
         )
         served = _Served(payloads, self.store.kv(fingerprint, payloads.layout))
         with self._lock:
-            # A model that is trained on is another one at each step.
+            # During training, each step makes another state of the model.
             while len(self._served) >= _NUM_SERVED_MAX:
                 del self._served[next(iter(self._served))]
             return self._served.setdefault(names, served)
 
     def _probe(self, model: Any) -> tuple[CachePayloads, str]:
-        """What the model's cache keeps, and the bits that it computes, by running one block.
+        """Find out what the model's cache keeps, and which bits it computes, by running one block.
 
-        Nothing else says for every model what its layers keep. On a card bits may differ from run to run, so there they
-        are no part of names.
+        This is the only way that works for every model. On a card bits may differ from run to run, so there they are
+        not part of names.
         """
         _check_mode(model)
         if getattr(model.config, "is_encoder_decoder", False):
@@ -287,14 +291,14 @@ class AntefixCache:
 
 
 def _compute(model: Any, row: Tensor, cache: WatchedCache) -> None:
-    """One pass. Logits of all tokens of a block would cost more than a small model itself."""
+    """One pass. Logits only for the last token: for all tokens they would cost more than a small model itself."""
     less = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
         model(input_ids=row, past_key_values=cache, use_cache=True, **less)
 
 
 def _num_usable(tokens: Sequence[int], block_size: int) -> int:
-    """Blocks that leave at least one token to compute."""
+    """The number of whole blocks that leaves at least one token to compute."""
     return max(len(tokens) - 1, 0) // block_size
 
 

@@ -26,9 +26,10 @@ from antefix.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Rows of one group of one layer in a block or checkpoint. shape: of a row. is_state: no KV, kept exactly.
+    """Rows of one group of one layer in a block or checkpoint. shape: of a row. is_state: not KV; always stored
+    exactly.
 
-    device: where the layer has them; a large model's layers may be on several cards.
+    device: of the layer; a large model's layers may be on several cards.
     """
 
     group: str
@@ -44,9 +45,9 @@ class Slot:
 
 
 class LayerRows(ABC):
-    """Reads and fills one layer of a cache, of one sequence. `block` and `checkpoint` name the same slots each time.
+    """Reads and fills one layer of a cache with one sequence. `block` and `checkpoint` always list the same slots.
 
-    num_checkpoints: how many in a row hold what this layer needs at a boundary.
+    num_checkpoints: how many consecutive checkpoints hold what this layer needs at a boundary.
     """
 
     block: tuple[Slot, ...] = ()
@@ -58,12 +59,14 @@ class LayerRows(ABC):
         """The rows of block `index`, [num_rows, *shape] for each slot of `block`."""
 
     def take_checkpoint(self, layer: Any, index: int, num_tokens: int) -> list[Tensor] | None:
-        """The same of the checkpoint at its end; None where the layer, at `num_tokens`, has not all of it any more."""
+        """The rows of the checkpoint at the end of block `index`; None if the layer, at `num_tokens`, no longer has all
+        of them."""
         return []
 
     @abstractmethod
     def fill(self, layer: Any, blocks: Sequence[Tensor], checkpoints: Sequence[Tensor], num_tokens: int) -> None:
-        """Make an empty layer one that has seen `num_tokens`. Rows of all blocks, and of the last checkpoints."""
+        """Fill an empty layer as if it had seen `num_tokens`, from the rows of all blocks and of the last
+        checkpoints."""
 
 
 class FullRows(LayerRows):
@@ -84,7 +87,7 @@ class FullRows(LayerRows):
 
 
 class IndexedRows(FullRows):
-    """The same, and the indexer's keys."""
+    """Keys and values of all tokens, and the indexer's keys."""
 
     def __init__(self, layer: Any, block_size: int) -> None:
         super().__init__(layer, block_size)
@@ -115,7 +118,8 @@ class WindowRows(LayerRows):
     def __init__(self, layer: Any, block_size: int, names: tuple[str, ...] = ("keys", "values")) -> None:
         self._block_size: Final = block_size
         self._names: Final = names
-        # A query sees one token fewer before it than the window is wide. A window of one needs nothing but its length.
+        # A query sees `sliding_window - 1` tokens before its own. For a window of one, only the number of tokens is
+        # needed.
         self._reach: Final = layer.sliding_window - 1
         num_rows = min(block_size, self._reach)
         if num_rows:
@@ -202,13 +206,14 @@ class CompressedRows(WindowRows):
         for name, rows in zip(self._series, blocks, strict=True):
             layer.compressed_kv[name] = rows[None]
             layer.entry_count[name] = num_tokens // layer.compress_rate
-            # Between groups the open one is empty, in the dtypes and widths that the projections give.
+            # At a block boundary the unfinished group is empty; its tensors keep the dtypes and widths of the
+            # projections.
             open_kv, open_gate = self._gates[name]
             layer.buffer_kv[name], layer.buffer_gate[name] = open_kv[:, :0], open_gate[:, :0]
         for (state, name), slot, rows in zip(
             self._states, self.checkpoint[self._num_window :], checkpoints[self._num_window :], strict=True
         ):
-            # Each checkpoint has its own; the last one's counts.
+            # Each checkpoint has overlap rows; those of the last one are used.
             getattr(layer, state)[name] = rows[-slot.num_rows :][None].contiguous()
 
 
@@ -222,7 +227,7 @@ class NoRows(LayerRows):
         pass
 
 
-# By name, not by class: V4's classes are there only once its module has been imported.
+# By name, not by class, because V4's classes exist only after its module was imported.
 _KINDS: Final[dict[str, Callable[[Any, int], LayerRows]]] = {
     "DynamicLayer": FullRows,
     "DynamicSlidingWindowLayer": WindowRows,

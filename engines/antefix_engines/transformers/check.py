@@ -1,7 +1,8 @@
-"""`antefix verify --engine transformers`: cold runs against restored ones, bit by bit, with planted faults.
+"""`antefix verify --engine transformers`: compares cold runs with restored ones bit by bit, and plants faults.
 
-Cold is the same chunks without a store. After a restore the next block is computed, and its logits and stored bytes are
-compared: each group of KV has a part in one of them. A planted fault reads one group as zeros; it must be seen.
+A cold run computes the same chunks without a store. After a restore, the next block is computed, and its logits and
+stored bytes are compared. Each group of KV affects one of them. A planted fault reads one group as zeros, and the
+comparison must detect it.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class ModelChecks:
         draw = random.Random(seed)
         vocab_size = model.config.get_text_config(decoder=True).vocab_size
         self.prompt: Final = [draw.randrange(vocab_size) for _ in range(_NUM_BLOCKS * block_size + 3)]
-        # It leaves the prompt in the middle of its third block.
+        # The second prompt differs from the first from the middle of its third block on.
         at = 2 * block_size + block_size // 2
         self.fork: Final = [*self.prompt[:at], *reversed(self.prompt[at:])]
 
@@ -114,7 +115,7 @@ class ModelChecks:
         into.checkpoints.append(bytes(cache.payloads.checkpoint(past, index, end) or b""))
 
     def _difference(self, cache: AntefixCache, past: Any, cold: ColdRun, index: int, prompt: Sequence[int]) -> str:
-        """Where computing block `index` over `past` differs from the cold run; empty: nowhere."""
+        """Where computing block `index` after the cache `past` differs from the cold run; empty if nowhere."""
         run = ColdRun()
         self._pass(cache, past, prompt, index, run)
         if not torch.equal(run.logits[0], cold.logits[index]):
@@ -125,7 +126,7 @@ class ModelChecks:
         return "" if run.checkpoints[0] == cold.checkpoints[index] else f"the state after block {index} differs"
 
     def _compared(self, check: str, cache: AntefixCache, cold: ColdRun, num_blocks: int) -> Finding:
-        """Restores a prompt that ends just behind a boundary, and computes the block there."""
+        """Restore a prompt that ends just after a boundary, and compare the next block."""
         past = cache.restore(self.prompt[: num_blocks * self.block_size + 1])
         assert past.report is not None
         cached = past.report.num_cached_tokens
@@ -160,7 +161,7 @@ class ModelChecks:
         return self._finding("a fork in block 2", told, cached=cached)
 
     def _planted(self, cache: AntefixCache, cold: ColdRun, group: str) -> Finding:
-        """One group is read as zeros."""
+        """Check that reading one group as zeros is detected."""
         at, kv, payloads = _NUM_BLOCKS - 1, cache.kv, cache.payloads
         prefix = read_prefix(kv, kv.chain(self.prompt), at)
         layout = payloads.layout
@@ -176,7 +177,7 @@ class ModelChecks:
         return self._finding(f"{group} read as zeros", told, cached=at * self.block_size, is_planted=True)
 
     def _other_weights(self, cache: AntefixCache) -> Finding:
-        """One number of one weight is another."""
+        """Check that changing one number of one weight makes all blocks misses."""
         weight = next(self.model.parameters())
         with torch.no_grad():
             before = weight.flatten()[0].clone()
@@ -209,7 +210,7 @@ class ModelChecks:
 
 
 def _damage(segments: Path) -> None:
-    """Flip bits all over the second half of what is stored."""
+    """Flip bits throughout the second half of the segments."""
     for path in segments.glob("*.seg"):
         content = bytearray(path.read_bytes())
         end = len(content.rstrip(b"\0"))

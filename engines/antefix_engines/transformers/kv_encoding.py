@@ -1,4 +1,4 @@
-"""How rows of KV become bytes: as they are, to the last bit, or as FP8 with a scale per group, which is approximate.
+"""Encodes rows of KV as bytes: exactly, to the last bit, or as FP8 with a scale per group, which is approximate.
 
 FP8 row: the numbers as E4M3, one byte each, in groups of 64; then one byte per group, the exponent of its power-of-two
 scale plus 127 (UE8M0). The largest number of a group lands between 224 and 448: about two digits are kept.
@@ -25,7 +25,7 @@ class KvEncoding(Protocol):
     is_exact: bool
 
     def record(self, num_numbers: int, dtype: torch.dtype) -> RecordLayout:
-        """How a row of so many numbers lies in a payload."""
+        """The layout of a row of `num_numbers` numbers in a payload."""
 
     def encode(self, rows: Tensor) -> Tensor: ...
 
@@ -46,7 +46,7 @@ class Exact:
         return rows.contiguous().view(torch.uint8)
 
     def decode(self, raw: Tensor, num_numbers: int, dtype: torch.dtype) -> Tensor:
-        # A copy: a slice of a payload may begin at an address that the dtype does not allow.
+        # Copied, because a slice of a payload may begin at an address that the dtype does not allow.
         return raw.clone(memory_format=torch.contiguous_format).view(dtype)
 
 
@@ -67,7 +67,7 @@ class Fp8:
 
     def encode(self, rows: Tensor) -> Tensor:
         groups = _groups(rows.float())
-        # A group of zeros has no logarithm: the smallest scale that a byte holds serves.
+        # A group of zeros has no logarithm, so it gets the smallest scale that a byte can hold.
         exponents = torch.ceil(torch.log2(groups.abs().amax(-1) / _E4M3_MAX)).clamp(-127, 127)
         codes = (groups / torch.exp2(exponents)[..., None]).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
         flat = codes.view(torch.uint8).reshape(rows.shape[0], -1)[:, : rows.shape[1]]

@@ -1,7 +1,8 @@
-"""What a transformers model's KV depends on besides tokens: weights, config, adapters, and what computes it.
+"""Everything besides tokens that a transformers model's KV depends on: weights, config, adapters, hardware and
+software.
 
-Weights are hashed once per model, and again only when a tensor was replaced or written to: PyTorch counts writes, but
-those through `.data`, which a caller must tell of (`forget`). Four threads hash about 1 GB/s each.
+Weights are hashed once per model, and again only when a tensor was replaced or written to. PyTorch counts writes,
+except those through `.data`, which the caller must report (`forget`). Four threads hash about 1 GB/s each.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from antefix.errors import InvalidRequest
 
 _NUM_THREADS: Final = 4
-# Fields of a config that say where it is from or how it runs, never what it computes. `arithmetic_of` has the latter.
+# Config fields that say where the config comes from or how the model runs, never what it computes (see
+# `arithmetic_of`).
 _NOT_COMPUTED: Final = frozenset(
     (
         "_name_or_path",
@@ -38,7 +40,7 @@ _lock: Final = threading.Lock()
 
 
 def revision_of(model: nn.Module, weights_revision: str = "") -> str:
-    """32 hex digits over weights, config and active adapters. weights_revision: instead of hashing the weights.
+    """32 hex digits for weights, config and active adapters. weights_revision: used instead of hashing the weights.
 
     Raises:  InvalidRequest: weights that are not in memory, and no revision was given.
     """
@@ -48,18 +50,18 @@ def revision_of(model: nn.Module, weights_revision: str = "") -> str:
 
 
 def forget(model: nn.Module) -> None:
-    """Hash its weights again when they are next asked for: they were written to through `.data`."""
+    """Make the weights be hashed again at the next call, after they were written to through `.data`."""
     with _lock:
         _known.pop(model, None)
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where its first weights are."""
+    """The device of the model's first weights."""
     return next(model.parameters()).device
 
 
 def arithmetic_of(model: Any) -> str:
-    """What computes, as far as it is known to change last bits: versions, device, dtype, kernels, threads, settings."""
+    """Everything known to change last bits: versions, device, dtype, kernels, threads, settings."""
     device = device_of(model)
     where = f"{torch.backends.cpu.get_cpu_capability()}-t{torch.get_num_threads()}"
     if device.type == "cuda":
@@ -95,7 +97,7 @@ def _weights_digest(model: nn.Module) -> str:
 
 
 def _tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers; those that are no part of a checkpoint too, such as frequencies of positions."""
+    """Parameters and buffers, including those that are not saved with the weights, such as frequencies of positions."""
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
         if tensor.is_meta:
@@ -119,7 +121,7 @@ def _config_of(model: Any) -> dict[str, Any]:
 
 
 def _adapters_of(model: nn.Module) -> list[Any]:
-    """Which adapters of PEFT are on, and how strongly: their weights are parameters, this is not."""
+    """The active PEFT adapters and their strengths, which are not among the parameters."""
     found = []
     for name, module in model.named_modules():
         active = getattr(module, "active_adapters", None)

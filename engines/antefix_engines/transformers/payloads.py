@@ -48,7 +48,7 @@ class CachePayloads:
         return self._encoded(self._block_slots, taken, self.layout.block_bytes)
 
     def checkpoint(self, cache: WatchedCache, index: int, num_tokens: int) -> bytearray | None:
-        """The checkpoint at the end of block `index`; None where a cache at `num_tokens` has not all of it any more."""
+        """The checkpoint at the end of block `index`; None if a cache at `num_tokens` no longer has all of it."""
         taken: list[Tensor] = []
         for rows, layer in self._each(cache):
             mine = rows.take_checkpoint(layer, index, num_tokens)
@@ -58,7 +58,8 @@ class CachePayloads:
         return self._encoded(self._state_slots, taken, self.layout.checkpoint_bytes)
 
     def fill(self, cache: WatchedCache, blocks: bytearray, checkpoints: bytearray, num_blocks: int) -> None:
-        """Make an empty cache one that has seen these blocks, with the checkpoints that go with them, in order."""
+        """Fill an empty cache as if it had seen these blocks, from their payloads and the last checkpoints, in
+        order."""
         num_states = self.layout.num_checkpoints_at(num_blocks)
         block_rows = iter(self._decoded(blocks, num_blocks, self._block_slots, self.layout.block))
         state_rows = iter(self._decoded(checkpoints, num_states, self._state_slots, self.layout.checkpoint))
@@ -68,7 +69,8 @@ class CachePayloads:
             rows.fill(layer, mine, states, num_blocks * self.layout.block_size)
 
     def bits_of(self, cache: WatchedCache) -> str:
-        """A digest of the first block that a cache has seen: what computed it shows in its last bits."""
+        """A digest of the first block in a cache. Its last bits depend on the hardware and software that computed
+        it."""
         state = hashlib.blake2b(self.block(cache, 0), digest_size=5)
         state.update(self.checkpoint(cache, 0, self.layout.block_size) or b"")
         return state.hexdigest()
@@ -103,7 +105,7 @@ class CachePayloads:
         return payload
 
     def _decoded(self, raw: bytearray, count: int, slots: Sequence[Slot], parts: Sequence[Part]) -> list[Tensor]:
-        """Of each slot the rows of all payloads, one after the other: [count * num_rows, *shape]."""
+        """For each slot the rows of all payloads, one after the other: [count * num_rows, *shape]."""
         if not slots:
             return []
         payloads, offset, found = torch.frombuffer(raw, dtype=torch.uint8).reshape(count, -1), 0, []

@@ -1,4 +1,4 @@
-"""Tiny models with random weights, one for each way in which transformers keeps KV; for checks alone."""
+"""Tiny models with random weights, one for each way in which transformers keeps KV. Used by checks only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 import transformers
 
-# Small enough to compute in milliseconds, large enough that no dimension is another one by chance.
+# Small enough to compute in milliseconds; the dimensions differ, so that mixing two of them up is noticed.
 _DENSE: Final = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -148,7 +148,7 @@ def write_v4(directory: Path, *, num_experts: int = 8, seed: int = 0) -> Path:
 
 
 def small_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """One of SMALL. The generator of the process is left as it was."""
+    """One of SMALL. The process's random generator keeps its state."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = SMALL[name]()

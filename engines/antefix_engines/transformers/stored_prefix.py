@@ -1,7 +1,7 @@
 """Reading and writing one prompt's blocks and checkpoints. Knows bytes and names, never tensors.
 
-A read that gives less than the lookup promised (damage, eviction in between) makes the prefix shorter: the longest one
-that is left counts.
+If a read delivers less than the lookup promised (damage, or eviction in between), the longest prefix that can still be
+restored is used.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from antefix.block import Chain
 from antefix.record import Record
 from antefix_engines.engine_store import KvOfModel
 
-# Payloads that wait for the store before more is computed.
+# When payloads of so many bytes have been computed, they are put before more is computed.
 _PUT_BYTES: Final = 64 << 20
 
 
 @dataclass(slots=True)
 class StoredPrefix:
-    """blocks: payloads of `num_blocks`; checkpoints: of the last of them, as many as the layout needs.
+    """blocks: payloads of `num_blocks` blocks; checkpoints: those of the last blocks, as many as the layout needs.
 
-    num_known: blocks that the lookup found.  why: what made `num_blocks` fewer than those; empty where nothing did.
+    num_known: blocks that the lookup found.  why: why `num_blocks` is smaller; empty if it is not.
     """
 
     num_blocks: int = 0
@@ -54,7 +54,7 @@ def read_prefix(kv: KvOfModel, chain: Chain, num_blocks_max: int) -> StoredPrefi
         lost = [number for number, payload in read.items() if payload is None]
         if not lost:
             out.num_blocks = end
-            # The rows are views of it: it cannot be cut while they are there.
+            # The rows are views of this bytearray, which cannot be shortened while they exist.
             out.blocks = blocks if end * size == len(blocks) else blocks[: end * size]
             out.checkpoints = bytearray(b"".join(payload for payload in read.values() if payload is not None))
             return out
@@ -66,7 +66,7 @@ def read_prefix(kv: KvOfModel, chain: Chain, num_blocks_max: int) -> StoredPrefi
 class PrefixWriter:
     """Puts a prompt's blocks and checkpoints, parents first, many at a time.
 
-    every: of so many blocks one boundary gets what a restore there needs; so does the last one, after `num_blocks`.
+    every: checkpoints are stored for a boundary at every so many blocks, and for the last one, after `num_blocks`.
     """
 
     def __init__(self, kv: KvOfModel, chain: Chain, *, num_blocks: int, every: int = 1) -> None:
@@ -83,7 +83,7 @@ class PrefixWriter:
         return bool(run) and (next_kept - number < run or self.num_blocks - number < run)
 
     def add(self, index: int, block: bytearray | None, checkpoint: bytearray | None) -> None:
-        """None: it is stored already, is not kept (`keeps_checkpoint`), or is not there."""
+        """A None is a record that is stored already, need not be stored (`keeps_checkpoint`), or does not exist."""
         name, parent = self._chain.hashes[index], self._chain.parent(index)
         end = (index + 1) * self._kv.layout.block_size
         if block is not None:
@@ -94,7 +94,7 @@ class PrefixWriter:
             self.finish()
 
     def finish(self) -> int:
-        """Put what waits; how many records the store has of those added so far."""
+        """Put the waiting records. Returns how many of all records added so far are stored."""
         self._num_stored += self._kv.put(self._waiting)
         self._waiting, self._waiting_bytes = [], 0
         return self._num_stored

@@ -1,7 +1,8 @@
-"""A transformers cache that knows how it was filled: up to which token its KV is what a cold run's is, to the bit.
+"""A transformers cache that records how it was filled, and so up to which token its KV equals a cold run's to the bit.
 
 A model's KV depends on how its prompt was cut: a forward pass over 300 tokens gives other last bits than passes over
-128, 128 and 44. So a cache is exact as far as each block was restored, or computed by a pass over just this block.
+128, 128 and 44 tokens. So a cache is exact as long as each block was restored, or computed by a pass over just that
+block.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from transformers import DynamicCache
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoreReport:
-    """What a restore found. is_exact: the cache is, to the bit, what the same chunks give without a store.
+    """What a restore found. is_exact: the cache equals, to the bit, what the same chunks give without a store.
 
-    num_cached_tokens: restored.  num_stored_tokens: of the prompt's prefix that the store knows; more where what goes
-    with it (a checkpoint) is missing.  why: what made the restored part shorter, or approximate; empty: nothing.
+    num_cached_tokens: tokens restored.  num_stored_tokens: tokens of the prompt's prefix that are stored; more than
+    restored if a checkpoint is missing.  why: why the restored part is shorter, or approximate; empty if it is neither.
     """
 
     num_tokens: int
@@ -33,10 +34,10 @@ class RestoreReport:
 
 
 class WatchedCache(DynamicCache):  # type: ignore[misc]
-    """A DynamicCache that `generate` takes as any other. report: of the restore that it came from.
+    """A DynamicCache that `generate` accepts like any other. report: of the restore that made the cache.
 
-    num_exact_tokens: a multiple of the block size; what `AntefixCache.save` may store.
-    hashes: names of the blocks that Antefix restored or computed; what is saved must begin with them.
+    num_exact_tokens: a multiple of the block size; tokens that `AntefixCache.save` may store.
+    hashes: names of the blocks that Antefix restored or computed; tokens to be saved must begin with these blocks.
     """
 
     def __init__(self, *, config: Any, block_size: int) -> None:
@@ -50,7 +51,7 @@ class WatchedCache(DynamicCache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        # A pass goes through its layers in order, so one that does not come later begins the next pass.
+        # A pass goes through the layers in order, so a layer that is not a later one begins the next pass.
         if layer_idx <= self._last_layer or self._last_layer < 0:
             self._note_pass(key_states, super().get_seq_length(layer_idx))
         self._last_layer = layer_idx

@@ -1,10 +1,10 @@
-"""The rule that makes compact V4 windows right: a hit ends where a block ends, and the prompt continues behind it.
+"""The rule that makes compact V4 windows correct: a hit ends at the end of a block, and the prompt continues after it.
 
-vLLM's offloading scheduler takes one token off a hit that covers the whole prompt, to have something to compute. Of a
-prompt of exactly 1,024 tokens it would load 1,023, and compute token 1,023 from the state of open groups. Compact
-windows lack that state (most of V4-Flash's 15 MB), and rows that were restored stay in vLLM's host memory, where no
-tier is asked again. So the rule stands before vLLM's manager: such a prompt hits at the block before, and rows that are
-in no block's tail hit nowhere.
+vLLM's offloading scheduler shortens a hit that covers the whole prompt by one token, so that one token is computed. For
+a prompt of exactly 1,024 tokens it would load 1,023 tokens, and compute the last one from the state of unfinished
+groups. Compact windows lack that state (most of V4-Flash's 15 MB). Restored rows also stay in vLLM's host memory, which
+then answers without asking a tier. So the rule is applied before vLLM's manager: such a prompt hits up to the block
+before, and rows that are in no block's tail are never hit.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from typing import Any, Final
 from antefix_engines.vllm.shape import split_key
 from antefix_engines.vllm.v4_pages import V4Pages
 
-# vLLM's `ReqContext` keeps the ends of all keys here, and shows them one by one only.
+# vLLM's `ReqContext` keeps the end positions of all keys under this name, and shows them one by one only.
 POSITIONS: Final = "_offload_key_positions"
 
 
 @dataclass(frozen=True, slots=True)
 class _PromptEnd:
-    """The prompt has at least so many tokens."""
+    """Records that the prompt has at least `num_tokens` tokens."""
 
     num_tokens: int
 
 
 class AlignedLookup:
-    """Stands for `OffloadingManager.lookup`."""
+    """Replaces `OffloadingManager.lookup`."""
 
     def __init__(self, lookup: Callable[..., Any], pages: V4Pages, miss: Any) -> None:
         self._lookup: Final = lookup
@@ -51,7 +51,7 @@ class AlignedLookup:
 
 
 def _prompt_end(req_context: Any) -> int:
-    """A lower bound of the prompt's length: the last row of the finest group (4 tokens) that it fills."""
+    """A lower bound of the prompt's length: the end of the last row that it fills in the finest group (4 tokens)."""
     known = req_context.get_state(_PromptEnd)
     if known is None:
         positions: Mapping[bytes, int] = getattr(req_context, POSITIONS)

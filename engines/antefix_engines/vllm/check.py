@@ -1,10 +1,11 @@
-"""`antefix verify --engine vllm`: vLLM's answers from restored rows against its own, with planted faults.
+"""`antefix verify --engine vllm`: compares vLLM's answers from restored rows with its own, and plants faults.
 
-One process computes prompts cold, stores them, and asks again, for a hit in vLLM's own cache. Another, started after it
-has ended, restores them: the whole prompt, a fork inside it, five prompts at once, and of V4 one that ends where a
-block ends. Tokens and log probabilities must be equal in all digits that a float has: to the cold run's, or where
-vLLM's own hits differ from its cold runs (MLA on a CPU, what is left of several prompts in one batch) to its own hit's.
-Then bits of the store are flipped, which must give a miss, and rows come back with one kind of KV zeroed: it must show.
+One process computes prompts cold, stores them, and runs them again to hit vLLM's own cache. After it has ended, another
+process restores them: the whole prompt, a fork inside it, five prompts at once, and for V4 a prompt that ends at the
+end of a block. Tokens and log probabilities must equal the cold run's in all digits of a float. Where vLLM's own hits
+differ from its cold runs (MLA on a CPU, the uncached parts of several prompts in one batch), they must equal those of
+its own hit. Then bits in the store are flipped, which must give a miss, and one kind of KV is zeroed on restore, which
+must be detected.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ NUM_STREAMS: Final = 5
 STREAMS: Final = "prompts at once"
 ENDS: Final = "a block's end"
 FIRST_BLOCK: Final = "the first block's hit"
-# On a busy machine; a card needs seconds.
+# Time limit of a process on a busy machine; with a card it takes seconds.
 PROCESS_S: Final = 3600.0
 Answers = dict[str, dict[str, Any]]
 
 
 def findings(request: CheckRequest) -> Iterator[Finding]:
-    """Of a V4 model and a plain one; with `is_long` of MLA and sliding windows too; or of the model that is given."""
+    """Check a V4 model and a plain one, with `is_long` also MLA and sliding windows; or the model that is given."""
     if request.model is not None:
         given = CheckModel(name=request.model.name, llm={}, hit_tokens=1, faults=())
         yield from _findings_of(given, request.model, request)
@@ -63,15 +64,16 @@ def _findings_of(model: CheckModel, path: Path, request: CheckRequest) -> Iterat
     if not model.tries_ends:
         del prompts[ENDS]
     if not model.hits_are_cold:
-        # Its bits depend on what else is in a batch, and restored prompts come into one when they are there.
+        # This model's bits depend on the other sequences of a batch, and restored prompts join a batch when they are
+        # loaded.
         del prompts[STREAMS]
     data = request.scratch / f"data-{model.name.replace(' ', '-')}"
     revision = {"weights_revision": f"random-{model.name}"} if model.config else {}
     arguments = llm_arguments(model, path, [antefix_tier(data, **revision)])
-    # 1. Cold and from vLLM's own cache, in one process; only what the others depend on is stored.
+    # 1. Run cold, and from vLLM's own cache, in one process. Only prompts on which others depend are stored.
     own_hits = [step for name in prompts for step in own_steps(name, prompts[name])]
     own = run_process({"llm": arguments, "steps": [*_first_block_steps(model, prompts["whole"][0]), *own_hits]})
-    # 2. Restored, in another; between runs vLLM forgets what it has.
+    # 2. Restore in another process; between runs, vLLM's own caches are emptied.
     steps = [
         step for name, each in prompts.items() for step in (run_step(name, each, is_stored=False), {"do": "forget"})
     ]
@@ -92,7 +94,7 @@ def _findings_of(model: CheckModel, path: Path, request: CheckRequest) -> Iterat
 
 
 def prompts_of(draw: random.Random) -> dict[str, list[list[int]]]:
-    """By what of it is tried."""
+    """Prompts, by the case that they test."""
     whole = [draw.randrange(2, VOCAB_SIZE) for _ in range(840)]
     fork = whole[:600] + [draw.randrange(2, VOCAB_SIZE) for _ in range(90)]
     streams = [[draw.randrange(2, VOCAB_SIZE) for _ in range(300)] for _ in range(NUM_STREAMS)]
@@ -100,7 +102,7 @@ def prompts_of(draw: random.Random) -> dict[str, list[list[int]]]:
 
 
 def run_process(job: dict[str, Any]) -> Answers:
-    """The answers of `run_prompts`, by the names of its runs.  Raises:  InternalError: it failed."""
+    """Run a job in a process. Returns the answers, by the names of its runs.  Raises:  InternalError: it failed."""
     done = subprocess.run(
         [sys.executable, "-m", "antefix_engines.vllm.run_prompts"],
         input=json.dumps(job),
@@ -127,8 +129,8 @@ def run_step(name: str, prompts: list[list[int]], *, is_stored: bool, is_cold: b
 
 
 def own_steps(name: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """Cold, and from vLLM's own cache. What is stored must be computed first, what depends on it must not be cached
-    first.
+    """Runs that are cold, and from vLLM's own cache. Prompts to be stored come first; prompts that depend on them must
+    not be in vLLM's cache before.
     """
     is_stored = name in ("whole", STREAMS)
     cold = run_step(name, prompts, is_cold=True, is_stored=is_stored)
@@ -137,7 +139,7 @@ def own_steps(name: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
 
 
 def _first_block_steps(model: CheckModel, prompt: list[int]) -> list[dict[str, Any]]:
-    """What a hit of the first block alone gives, from vLLM's own cache: its chunks end elsewhere than a cold run's."""
+    """Runs that hit only the first block in vLLM's own cache: chunks then end at other positions than in a cold run."""
     begun = run_step("first block", [prompt[: model.hit_tokens + 8]], is_stored=False)
     return [begun, run_step(FIRST_BLOCK, [prompt], is_stored=False), {"do": "forget"}]
 
@@ -170,7 +172,7 @@ def _planted(model: CheckModel, fault: str, own: Answers, restored: dict[str, An
 
 
 def _missed(model: CheckModel, own: Answers, restored: dict[str, Any]) -> Finding:
-    """Behind the first block nothing may be hit, and the rest is computed: from a cold start, or behind that block."""
+    """Nothing after the first block may be hit. The rest is computed, from token 0 or from the end of that block."""
     answer = restored["answers"][0]
     is_hit = answer["num_cached"] > model.hit_tokens
     told = f"{answer['num_cached']} tokens were hit, of which the block up to {2 * model.hit_tokens} is damaged"
@@ -187,13 +189,13 @@ def _missed(model: CheckModel, own: Answers, restored: dict[str, Any]) -> Findin
 
 
 def _differs_from_both(own: Answers, name: str, number: int, answer: dict[str, Any]) -> str:
-    """Empty where an answer is the cold one, or that of a hit in vLLM's own cache."""
+    """Empty if an answer equals the cold one, or that of a hit in vLLM's own cache; else the difference."""
     from_cold = difference(own[name]["answers"][number], answer)
     return from_cold and difference(own[f"{name}, own cache"]["answers"][number], answer) and from_cold
 
 
 def difference(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """In what two answers differ; empty: in nothing."""
+    """The difference between two answers; empty if there is none."""
     if one["tokens"] != other["tokens"]:
         return f"other tokens: {one['tokens']}, restored {other['tokens']}"
     largest = max(abs(a - b) for a, b in zip(one["logprobs"], other["logprobs"], strict=True))

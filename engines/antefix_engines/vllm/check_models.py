@@ -1,4 +1,4 @@
-"""Small random models that vLLM runs on any machine, and how vLLM is told to run them with the tier."""
+"""Small random models that vLLM can run on any machine, and vLLM's arguments to run them with the tier."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ COMMON: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckModel:
-    """config: of a random model.  llm: what vLLM needs for it besides `llm_arguments`.
+    """config: of a random model.  llm: arguments that vLLM needs for it in addition to `llm_arguments`.
 
-    hit_tokens: hits end at multiples of it.  faults: to plant; each must show in an answer.  tries_ends: a prompt that
-    ends with a block too.  hits_are_cold: vLLM's own hits give what its cold runs give.
+    hit_tokens: hits are multiples of this.  faults: faults to plant; each must change an answer.  tries_ends: also try
+    a prompt that ends at the end of a block.  hits_are_cold: vLLM's own hits equal its cold runs.
     """
 
     name: str
@@ -146,7 +146,7 @@ MLA: Final = CheckModel(
     llm={"block_size": 32},
     hit_tokens=32,
     faults=("group-0",),
-    # It reads cached latents by another kernel than those that it has just computed.
+    # The kernel that reads cached latents is not the one for latents that were just computed.
     hits_are_cold=False,
 )
 HYBRID: Final = CheckModel(
@@ -195,7 +195,7 @@ def llm_arguments(
 
 
 def antefix_tier(directory: Path, **more: Any) -> dict[str, Any]:
-    """The tier as it stands in vLLM's configuration."""
+    """The tier's entry in vLLM's configuration."""
     return {
         "type": "AntefixTier",
         "module_path": "antefix_engines.vllm.tier",

@@ -19,7 +19,7 @@ _STATES: Final = {Kind.CSA_STATE: Group.OVERLAP, Kind.KEYS_STATE: Group.INDEXER_
 
 
 def of_vllm(own: BlockLayout, pages: V4Pages, blocks: Sequence[bytes], checkpoint: bytes) -> StoredV4:
-    """From payloads of blocks in order, and of the compact window after the last one, as the tier stores them.
+    """Read the entries from blocks in order and the compact window after the last one, as the tier stores them.
 
     own: the geometry, with the FP8 format: entries are the same records.
     """
@@ -34,21 +34,21 @@ def of_vllm(own: BlockLayout, pages: V4Pages, blocks: Sequence[bytes], checkpoin
         if kind is Kind.WINDOW:
             rows.setdefault((part.layer, Group.WINDOW), []).append(unpack_entries(records, own).float())
         else:
-            # Per token kv, then its gate; wanted are all tokens' kv, then all gates.
+            # Each token has kv, then its gate; the result has all tokens' kv, then all gates.
             state = records.contiguous().view(torch.float32).view(part.num_rows, 2, -1)
             rows[part.layer, _STATES[kind]] = [state.transpose(0, 1).flatten(0, 1)]
     entries = {where: torch.cat(parts) for where, parts in rows.items()}
     for layer, group in entries:
         if group is Group.WINDOW:
-            # The oldest is stored, and never read again.
+            # The oldest window entry is stored but never read again.
             entries[layer, group] = entries[layer, group][1:]
     num_tokens = len(blocks) * pages.block_tokens
-    # Its FP8 keys are as they come; FP4 ones, as in the releases, are rotated.
+    # vLLM's FP8 keys are not rotated; FP4 keys, as in the releases, are.
     return StoredV4(engine="vllm", num_tokens=num_tokens, layout=own, entries=entries, computes="bfloat16")
 
 
 def _joined(parts: Sequence[Part], payload: bytes) -> list[tuple[Part, Tensor]]:
-    """Parts with their records; entries and keys lie in two parts, codes and scales, and are put together again."""
+    """Parts with their records. Entries and keys are stored as two parts, codes and scales, which are joined here."""
     found: list[tuple[Part, Tensor]] = []
     for part, view in views_of(memoryview(payload), tuple(parts)):
         records = torch.frombuffer(bytearray(view), dtype=torch.uint8).view(part.num_rows, -1)
@@ -61,6 +61,6 @@ def _joined(parts: Sequence[Part], payload: bytes) -> list[tuple[Part, Tensor]]:
 
 
 def _keys(records: Tensor) -> Tensor:
-    """128 FP8 codes and a float."""
+    """Decode a key of 128 FP8 codes and a float."""
     codes = records[:, :128].contiguous().view(torch.float8_e4m3fn).float()
     return codes * records[:, 128:].contiguous().view(torch.float32)

@@ -1,4 +1,5 @@
-"""Faults to plant, so that a check which cannot fail shows: restored rows that lack something, and flipped bits."""
+"""Faults to plant in checks, so that a check that cannot fail is noticed: incomplete restored rows, and flipped
+bits."""
 
 from __future__ import annotations
 
@@ -28,9 +29,9 @@ _WHOLE_GET: Final = WholeRows.get
 
 
 def plant(name: str) -> None:
-    """What every row lacks that is restored from now on.
+    """From now on, leave something out of every restored row.
 
-    name: a kind of `v4_pages.Kind`, whose pages are zeros then; or "group-N", of other models; or NONE.
+    name: a kind of `v4_pages.Kind`, whose pages become zeros; for other models "group-N"; NONE ends the fault.
     """
     V4Rows.get = _V4_GET  # type: ignore[method-assign]
     WholeRows.get = _WHOLE_GET  # type: ignore[method-assign]
@@ -67,7 +68,7 @@ def _zero_group(rows: WholeRows, row: Row, group: int) -> None:
 def flip_blocks(directory: Path, position: int) -> int:
     """Flip one bit in the middle of each block that ends at `position`. Returns how many there were.
 
-    directory: of the data, whose store is in `store/`.
+    directory: of the data; its store is in `store/`.
     """
     store = directory / "store"
     seed = unpack_identity((store / STORE_FILE).read_bytes()).seed

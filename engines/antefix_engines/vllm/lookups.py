@@ -1,7 +1,7 @@
-"""Questions to the store that do not wait: vLLM's scheduler asks for each key, and asks again until there is an answer.
+"""Lookups that do not block: vLLM's scheduler asks for each key, and repeats the question until there is an answer.
 
-What is asked in one step of the scheduler goes to a thread in one batch per request at the step's end. An answer that
-takes longer than `wait_s` is a miss: the request is computed rather than held up.
+Questions of one scheduler step are sent to a thread at the step's end, in one batch per request. An answer that takes
+longer than `wait_s` counts as a miss: then the request is computed instead of waiting.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ Find = Callable[[Prompt, Sequence[Asked]], set[bytes]]
 
 
 class Lookups:
-    """All methods are called by vLLM's thread; `find` runs in one of ours."""
+    """vLLM's thread calls all methods; `find` runs in one of our threads."""
 
     def __init__(self, find: Find, *, wait_s: float, on_late: Callable[[int], None]) -> None:
-        """on_late: told how many keys were given up on."""
+        """on_late: called with the number of keys that were given up."""
         self._find: Final = find
         self._wait_s: Final = wait_s
         self._on_late: Final = on_late
@@ -36,7 +36,7 @@ class Lookups:
         self._thread.start()
 
     def ask(self, prompt: Prompt, asked: Asked) -> bool | None:
-        """Whether a load would get the key; None: ask again in the next step."""
+        """Whether a load would get the key; None: not known yet, ask again in the next step."""
         self._take_answers()
         verdict = prompt.verdicts.get(asked.key)
         if verdict is not None:
@@ -52,7 +52,7 @@ class Lookups:
         return None
 
     def flush(self) -> None:
-        """Send what was asked in this step."""
+        """Send the questions of this step."""
         for prompt in self._asked.values():
             self._asking.put((prompt, prompt.unsent))
             prompt.unsent = []
@@ -60,7 +60,7 @@ class Lookups:
         self._take_answers()
 
     def lose(self, prompt: Prompt, keys: Sequence[bytes]) -> None:
-        """What had been found is not there: without this, vLLM would ask for it again for ever."""
+        """Mark keys as missing that a lookup had found: otherwise vLLM would ask for them again for ever."""
         for key in keys:
             prompt.verdicts[key] = False
 
@@ -69,7 +69,7 @@ class Lookups:
         self._thread.join()
 
     def _give_up(self, prompt: Prompt) -> None:
-        """On everything that is still under way: one slow answer has used up the request's time."""
+        """Give up all of the request's open questions: one slow answer has used up its time."""
         self._on_late(len(prompt.waiting))
         for key in prompt.waiting:
             prompt.verdicts.setdefault(key, False)
@@ -89,6 +89,6 @@ class Lookups:
             try:
                 found = self._find(prompt, asked)
             except Exception:
-                # A bug of ours in here must not leave requests waiting, or end lookups for good.
+                # A bug in our code must not leave requests waiting, or end all later lookups.
                 log.exception("a lookup failed; its keys count as missing")
             self._answers.append((prompt, asked, found))

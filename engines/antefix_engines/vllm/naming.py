@@ -1,7 +1,7 @@
-"""What binds the names of vLLM's rows: weights, layout, arithmetic. vLLM's own block hash stands for the tokens.
+"""What the names of vLLM's rows depend on: weights, layout, arithmetic. vLLM's own block hash identifies the tokens.
 
-vLLM chains SHA-256 over tokens, LoRA and cache salt. Nothing else of the model is in it: two models of one tokenizer
-give equal hashes. The fingerprint says the rest, so that KV of other weights, dtype or layout has another name.
+vLLM chains SHA-256 over tokens, LoRA and cache salt, but nothing else of the model: two models with one tokenizer give
+equal hashes. The fingerprint has the rest, so that KV of other weights, dtype or layout has another name.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from antefix_engines.vllm.shape import Shape
 
 log = logging.getLogger("antefix.engines.vllm")
 
-# Raised when rows mean other bytes than before though vLLM describes them alike: what is stored becomes a miss.
+# Raise this when rows get another meaning although vLLM describes them as before; stored rows then become misses.
 ROWS_VERSION: Final = 1
-# vLLM's other hashes (xxhash) are shorter, and anybody can make two prompts that have the same.
+# vLLM's other hashes (xxhash) are shorter, and anybody can make two prompts with the same hash.
 HASH_BYTES_MIN: Final = 32
 _SNAPSHOT: Final = re.compile(r"/snapshots/([0-9a-f]{40})$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """What a tier's names say besides the layout."""
+    """What a tier's names depend on besides the layout."""
 
     weights_revision: str
     arithmetic: str
@@ -42,7 +42,7 @@ class Identity:
             weights_revision=self.weights_revision,
             geometry=layout,
             kv_format=self.kv_format,
-            # vLLM hashes token ids: whatever made them is outside.
+            # vLLM hashes token ids, so the tokenizer does not matter.
             tokenizer="",
             arithmetic=self.arithmetic,
             namespace=self.namespace,
@@ -57,8 +57,8 @@ class Identity:
 def identity_of(
     shape: Shape, *, weights_revision: str, arithmetic: str, default_arithmetic: str, namespace: str
 ) -> Identity:
-    """arithmetic: named by the operator, who says so that all who use that name compute alike; empty: the default, with
-    the number of ranks, on which sums over ranks depend.
+    """arithmetic: a name that the operator gives to set-ups that compute alike; empty: the default, together with the
+    number of ranks, because sums over ranks depend on it.
     """
     return Identity(
         weights_revision=weights_revision or revision_of(shape.model),
@@ -70,9 +70,9 @@ def identity_of(
 
 
 def revision_of(model: str) -> str:
-    """Which weights a model is, as vLLM was given it.
+    """Identifies the weights of a model, given as vLLM was given it.
 
-    Raises:  ConfigError: it is no folder with weights, so that nothing here says which they are.
+    Raises:  ConfigError: it is not a folder with weights, so the weights cannot be identified here.
     """
     path = Path(model)
     found = _SNAPSHOT.search(str(path.resolve()))

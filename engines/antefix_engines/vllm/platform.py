@@ -1,4 +1,4 @@
-"""What computes, as far as vLLM says it."""
+"""The hardware and software that compute, as far as vLLM reports them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 
 def default_arithmetic() -> str:
-    """vLLM's version and the device: another of either may round differently, so its KV has another name."""
+    """vLLM's version and the device: another version or device may round differently, so its KV gets another name."""
     from vllm.platforms import current_platform
 
     name = str(getattr(current_platform, "device_type", "unknown"))

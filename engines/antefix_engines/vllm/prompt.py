@@ -1,4 +1,4 @@
-"""What a tier remembers of one request: the hashes of its blocks, and what was found of its keys."""
+"""What a tier remembers about one request: the hashes of its blocks, and lookup results for its keys."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Prompt:
-    """rows: hash by group and end, of rows that were asked for or stored.  windows: ends that have one in the store.
+    """rows: hash by (group, end), for rows that were looked up or stored.  windows: ends that have a window in the
+    store.
 
-    verdicts, waiting, unsent: of `antefix_engines.vllm.lookups`; only vLLM's thread touches them.
+    verdicts, waiting, unsent: used by `antefix_engines.vllm.lookups`, in vLLM's thread only.
     Threads of ours read `rows` and set `windows`, one whole value at a time.
     """
 
@@ -24,7 +25,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A key that vLLM asks for.  position: the prompt's tokens up to the row's end."""
+    """A key that vLLM looks up.  position: number of the prompt's tokens up to the row's end."""
 
     key: bytes
     hash: bytes
@@ -34,7 +35,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row of vLLM's host memory that is to be stored or filled."""
+    """A row of vLLM's host memory to be stored or filled."""
 
     key: bytes
     hash: bytes

@@ -12,13 +12,13 @@ from antefix_engines.vllm.prompt import Asked, Prompt, Row
 
 @dataclass(slots=True)
 class TierCounters:
-    """What the tier did since it was opened; `antefix_engines.metrics.VLLM_TIER` shows it."""
+    """Counters of the tier since it was opened; `antefix_engines.metrics.VLLM_TIER` shows them."""
 
     restored_blocks: int = 0
     restored_windows: int = 0
     stored_blocks: int = 0
     stored_windows: int = 0
-    # Asked for after a lookup had found it, and not there or damaged: recomputed.
+    # Rows that a lookup had found, but that were missing or damaged when loaded; they were recomputed.
     lost_rows: int = 0
     dropped_rows: int = 0
     orphaned_rows: int = 0
@@ -37,9 +37,9 @@ class TierCounters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stored:
-    """num_bytes: of payloads that were sent to the store.  keys: whose rows a lookup finds from now on.
+    """num_bytes: of payloads sent to the store.  keys: keys whose rows a lookup finds from now on.
 
-    is_right: false where the store took less than it was given.
+    is_right: False if the store took fewer records than it was given.
     """
 
     num_bytes: int = 0
@@ -49,23 +49,23 @@ class Stored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
-    """num_bytes: of payloads that were read.  keys: whose rows hold the right bytes now; all others hold anything."""
+    """num_bytes: of payloads read.  keys: keys whose rows have the right bytes now; other rows are undefined."""
 
     num_bytes: int = 0
     keys: list[bytes] = field(default_factory=list)
 
 
 class RowStore(Protocol):
-    """All that a tier does with rows. No call raises because of the store."""
+    """Stores and loads rows for a tier. No call raises because of the store."""
 
     def may_have(self, asked: Asked) -> bool:
-        """False for keys that are never stored; quick, for it is called in vLLM's thread."""
+        """False for keys that are never stored. Must be fast, because vLLM's thread calls it."""
 
     def remembers(self, group: int) -> bool:
-        """Whether it looks for a group's earlier rows in `Prompt.rows`."""
+        """Whether it uses a group's earlier rows in `Prompt.rows`."""
 
     def find(self, prompt: Prompt, asked: Sequence[Asked]) -> set[bytes]:
-        """Which of the keys a load would get."""
+        """The keys that a load would get."""
 
     def put(self, prompt: Prompt, rows: Sequence[Row]) -> Stored:
         """Store rows, in any order."""
@@ -74,4 +74,4 @@ class RowStore(Protocol):
         """Fill rows."""
 
     def close(self) -> None:
-        """End its threads and let go of vLLM's memory; nothing is under way."""
+        """End the threads and release vLLM's memory. No job may be running."""

@@ -21,7 +21,7 @@ from prometheus_client import REGISTRY
 from antefix_engines.vllm.faults import flip_blocks, plant
 
 MARK: Final = "ANSWER "
-# vLLM moves rows between steps of its scheduler: a few short requests make steps.
+# vLLM moves rows between steps of its scheduler, so a few short requests are run to cause steps.
 NUM_FLUSHES: Final = 6
 
 
@@ -64,7 +64,7 @@ def _run(llm: Any, step: dict[str, Any]) -> dict[str, Any]:
 
 
 def _params(num_tokens: int, *, is_cold: bool, is_stored: bool) -> Any:
-    """is_cold: nothing that is cached is read."""
+    """is_cold: read nothing from any cache."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=1)
@@ -82,7 +82,7 @@ def _flush(llm: Any) -> None:
 
 
 def _metrics() -> dict[str, float]:
-    """Counters of the tiers, as vLLM shows them to Prometheus."""
+    """Counters of the tiers, as vLLM exposes them to Prometheus."""
     totals: dict[str, float] = {}
     for family in REGISTRY.collect():
         if family.type == "counter" and any(word in family.name for word in ("kv_offload", "antefix", "external")):

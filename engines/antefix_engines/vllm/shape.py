@@ -1,7 +1,7 @@
-"""What a tier is told of vLLM's cache: groups, rows and ranks. Read off an `OffloadingSpec`; imports no vLLM.
+"""What vLLM tells a tier about its cache: groups, rows and ranks. Reads an `OffloadingSpec`; does not import vLLM.
 
-A *row* is one chunk of host memory: one block of one group, as every rank of this engine holds it. Ranks lie side by
-side in *cells* of equal size, and what is behind the last cell is padding up to a page of memory.
+A *row* is one chunk of host memory: one block of one group, for all ranks of this engine. Each rank has a *cell*; the
+cells have equal size and follow each other, and the row is padded to a whole page of memory.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ GROUP_BYTES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """layers: as vLLM calls them, in the order of its row.  num_window_rows: how many of the last rows a hit needs, 0
-    for all; None where this version of vLLM does not say (0.32).
+    """layers: by vLLM's names, in the order of its row.  num_window_rows: how many of the last rows a hit needs, 0 for
+    all; None where this version of vLLM does not say (0.32).
     """
 
     id: int
@@ -26,10 +26,11 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """num_tokens of a group: of one row.  cell_bytes: what a rank uses of a row.
+    """num_tokens of a group: of one row.  cell_bytes: bytes of a row that one rank uses.
 
-    is_replicated: vLLM keeps one cell for all ranks, for they hold the same.  is_one_whole: cells side by side are the
-    same bytes with any number of ranks.  is_cut_otherwise: over layers or tokens as well, not over heads alone.
+    is_replicated: vLLM keeps one cell for all ranks, because they hold the same.  is_one_whole: the cells together are
+    the same bytes with any number of ranks.  is_cut_otherwise: layers or tokens are divided over ranks too, not only
+    heads.
     """
 
     groups: tuple[Group, ...]
@@ -77,7 +78,7 @@ class Shape:
 
 
 def _group(group: Any, blocks_per_row: int) -> Group:
-    # 0.33 says how many chunks of a window are kept; None is full attention there, and unknown in 0.32.
+    # vLLM 0.33 says how many chunks of a window are kept; None means full attention there, and unknown in 0.32.
     says = hasattr(group, "sliding_window_size_in_chunks")
     window = group.sliding_window_size_in_chunks if says else None
     return Group(

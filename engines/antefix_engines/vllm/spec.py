@@ -1,4 +1,4 @@
-"""`AntefixSpec`: vLLM's tiered offloading, with hits that end where blocks end, so that V4's windows are small.
+"""`AntefixSpec`: vLLM's tiered offloading, with hits that end at the ends of blocks, which keeps V4's windows small.
 
 Optional: with vLLM's own `TieringOffloadingSpec` the tier stores windows with all states, which are right for any hit.
 """
@@ -22,7 +22,8 @@ class AntefixSpec(TieringOffloadingSpec):  # type: ignore[misc]
     def get_manager(self) -> Any:
         if self._manager is None:
             pages = V4Pages.of(Shape.of(self, self.kv_bytes_per_chunk), compact=True)
-            # Without the ends of a request's keys the rule cannot be kept; the tier then stores whole windows.
+            # Without the end positions of a request's keys, the rule cannot be applied; the tier then stores whole
+            # windows.
             is_kept = pages is not None and hasattr(ReqContext(req_id=""), POSITIONS)
             setattr(self, ALIGNED, is_kept)
             manager = super().get_manager()

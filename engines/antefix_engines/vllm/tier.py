@@ -1,6 +1,6 @@
-"""`AntefixTier`: what vLLM loads by `secondary_tiers`, written against vLLM 0.32 and 0.33.
+"""`AntefixTier`: the class that vLLM loads by `secondary_tiers`, written for vLLM 0.32 and 0.33.
 
-All methods run in vLLM's scheduler and wait for nothing but, in `drain_jobs` and `shutdown`, our own threads.
+All methods run in vLLM's scheduler. They never block, except that `drain_jobs` and `shutdown` wait for our own threads.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from antefix_engines.vllm.whole_rows import WholeRows
 log = logging.getLogger("antefix.engines.vllm")
 
 _WANTED_HASH: Final = "--prefix-caching-hash-algo sha256"
-# Set by `antefix_engines.vllm.spec.AntefixSpec`: vLLM keeps hits to the ends of blocks.
+# Set by `antefix_engines.vllm.spec.AntefixSpec`: hits end at the ends of blocks only.
 ALIGNED: Final = "antefix_aligned_hits"
 
 
@@ -57,9 +57,9 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         backpressure_detector: Any = None,
         **settings: Any,
     ) -> None:
-        """settings: of `TierSettings`, as they stand in vLLM's configuration.
+        """settings: those of `TierSettings`, as in vLLM's configuration.
 
-        Raises:  ConfigError: a setting is wrong, there is no store, or nothing says which weights these are.
+        Raises:  ConfigError: a setting is wrong, there is no store, or the weights cannot be identified.
         """
         super().__init__(offloading_spec, primary_kv_view, tier_type, backpressure_detector)
         self.settings: Final = TierSettings.from_mapping(settings)
@@ -142,9 +142,9 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         self._transfers.drain()
 
     def shutdown(self) -> None:
-        """Finish what is under way, and let go of vLLM's memory, which it could not unmap otherwise.
+        """Finish running jobs and release vLLM's memory, which vLLM could not unmap otherwise.
 
-        Raises nothing: vLLM would then shut down nothing else.
+        Never raises, because vLLM would then skip the rest of its own shutdown.
         """
         self._transfers.close()
         self._lookups.close()
@@ -182,7 +182,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         )
 
     def _asked(self, prompt: Prompt, key: bytes, req_context: Any) -> Asked | None:
-        """None where the key cannot be in the store."""
+        """The lookup for a key; None if the key cannot be in the store."""
         hash, group = split_key(key)
         position = req_context.get_offload_key_position(key)
         if position is None or self._is_weak(hash):
@@ -207,7 +207,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         return prompt, rows
 
     def _learn(self, prompt: Prompt, req_context: Any) -> None:
-        """Take over the hashes of all blocks: those that vLLM has in its own cache it asks no tier for."""
+        """Copy the hashes of all blocks from vLLM, because it asks no tier for blocks in its own cache."""
         positions = getattr(req_context, POSITIONS, {})
         if len(positions) == prompt.num_learned:
             return

@@ -16,13 +16,14 @@ _OF_STORE: Final = {each.name for each in dataclasses.fields(StoreSettings)}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierSettings:
-    """store: its settings lie next to these (`antefix_engines.engine_store.StoreSettings`).
+    """store: the store's settings, given next to these (`antefix_engines.engine_store.StoreSettings`).
 
-    weights_revision: which weights; empty: the hub's commit, or a hash of the files.  arithmetic: naming it says that
-    all who use that name compute alike; empty: vLLM's version, the device and the number of ranks.
-    lookup_wait_s: after which an answer that has not come is a miss.  queue_bytes: of rows that may wait to be stored.
+    weights_revision: identifies the weights; empty: the hub's commit, or a hash of the files.  arithmetic: a name for
+    set-ups that compute alike; empty: vLLM's version, the device and the number of ranks.
+    lookup_wait_s: time after which a lookup without an answer is a miss.  queue_bytes: limit on rows that wait to be
+    stored.
     locality: LOCAL or REMOTE, for vLLM's filters and events; empty: LOCAL where `directory` is given.
-    enable_kv_events: tell which rows were stored, where vLLM's own `kv_events_config` is on.
+    enable_kv_events: report stored rows as events, where vLLM's own `kv_events_config` is on.
     """
 
     store: StoreSettings
@@ -54,7 +55,7 @@ class TierSettings:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> Self:
-        """Raises:  ConfigError: an unknown name, or a value that makes no sense."""
+        """Raises:  ConfigError: an unknown name, or an invalid value."""
         own = {each.name for each in dataclasses.fields(cls)} - {"store"}
         if unknown := sorted(set(values) - own - _OF_STORE):
             known = ", ".join(sorted(own | _OF_STORE))

@@ -1,7 +1,7 @@
-"""Jobs between vLLM's host memory and the store, in threads. Bounded: what the store cannot take in time is not kept.
+"""Jobs between vLLM's host memory and the store, in threads. Bounded: rows that cannot be stored in time are dropped.
 
-vLLM pins the rows of a job until its result is fetched, so a slow store would take all of vLLM's host memory. One
-thread stores, for a block must not overtake the block before it; several load.
+vLLM pins a job's rows until its result is fetched, so a slow store would occupy all of vLLM's host memory. One thread
+stores, because a block must not overtake the block before it; several threads load.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished(Generic[T]):
-    """outcome: what the work returned; None where it failed or was not begun."""
+    """outcome: the work's result; None if it failed or was not started."""
 
     job_id: int
     outcome: T | None
@@ -30,10 +30,10 @@ class Finished(Generic[T]):
 
 
 class Transfers(Generic[T]):
-    """vLLM's thread submits and fetches; the work runs in ours."""
+    """vLLM's thread submits jobs and fetches results; the work runs in our threads."""
 
     def __init__(self, *, num_load_threads: int, queue_bytes_max: int) -> None:
-        """queue_bytes_max: of rows that may wait to be stored."""
+        """queue_bytes_max: limit on bytes of rows that wait to be stored."""
         self._queue_bytes_max: Final = queue_bytes_max
         self._storing: Final = ThreadPoolExecutor(1, thread_name_prefix="antefix-vllm-store")
         self._loading: Final = ThreadPoolExecutor(num_load_threads, thread_name_prefix="antefix-vllm-load")
@@ -44,9 +44,9 @@ class Transfers(Generic[T]):
         self._queued_bytes = 0
 
     def store(self, job_id: int, nbytes: int, work: Callable[[], T]) -> bool:
-        """False: too much is waiting; the job has failed already."""
+        """Queue a job. False: too many bytes wait already, and the job counts as failed."""
         with self._lock:
-            # A job that is larger than the whole queue is taken when nothing else waits.
+            # A job larger than the whole queue is accepted if no other job waits.
             is_full = self._queued_bytes > 0 and self._queued_bytes + nbytes > self._queue_bytes_max
             self._queued_bytes += 0 if is_full else nbytes
         if is_full:
@@ -59,7 +59,7 @@ class Transfers(Generic[T]):
         self._start(self._loading, job_id, 0, work)
 
     def finished(self) -> list[Finished[T]]:
-        """Each job once."""
+        """Jobs that ended since the last call; each is returned once."""
         done = []
         while self._done:
             done.append(self._done.popleft())

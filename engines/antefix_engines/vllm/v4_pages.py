@@ -1,4 +1,4 @@
-"""Where vLLM's rows of a DeepSeek-V4 cache hold which bytes, so that only what a hit needs is stored.
+"""The positions of all parts in vLLM's rows of a DeepSeek-V4 cache, so that only the parts that a hit needs are stored.
 
 vLLM packs one block of every layer of a group into a row. A page per layer, padded to a multiple of 576 bytes:
 
@@ -47,7 +47,7 @@ KEY_WIDTHS: Final = (132, 68)
 
 
 class Kind(StrEnum):
-    """What a page holds; the groups of an `EngineLayout`'s parts."""
+    """What a page holds; also the groups of an `EngineLayout`'s parts."""
 
     CSA = "csa_main"
     HCA = "hca_main"
@@ -67,7 +67,7 @@ _LAYER: Final = re.compile(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Pages of one kind side by side in a row: `page_bytes` each, of which the first `used_bytes` mean something."""
+    """Adjacent pages of one kind in a row: `page_bytes` each, of which the first `used_bytes` are in use."""
 
     kind: Kind
     layers: tuple[int, ...]
@@ -77,12 +77,12 @@ class Run:
     num_tokens: int
 
     def used(self, row: Bytes) -> Bytes:
-        """The bytes that mean something, page by page; a view."""
+        """A view of the bytes in use, page by page."""
         count = len(self.layers)
         return row[self.offset : self.offset + count * self.page_bytes].reshape(count, -1)[:, : self.used_bytes]
 
     def live(self, row: Bytes) -> Bytes:
-        """Of CSA's state the first series: kv and score of each token, that the next group overlaps with; a view."""
+        """A view of the first series of CSA's state: kv and score of each token, which the next group overlaps with."""
         used = self.used(row)
         per_token = self.used_bytes // self.num_tokens
         return used.reshape(len(self.layers), self.num_tokens, 2, 2, per_token // 4)[:, :, :, 0, :]
@@ -90,7 +90,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """What a checkpoint holds of one row: all that is used of each page, or CSA's live series."""
+    """The part of a row that a checkpoint holds: the used bytes of each page, or CSA's first series."""
 
     group: int
     tokens_before_end: int
@@ -113,10 +113,10 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class V4Pages:
-    """Not slotted: the layout is computed once.
+    """Not slotted, because the layout is computed once and kept.
 
-    runs: of each group by its id.  blocks: the group that every token may need.  compact: windows without what no hit
-    needs that ends with a block; `antefix_engines.vllm.aligned` keeps hits to that.
+    runs: the runs of each group, by its id.  blocks: the group that every later token may need.  compact: windows
+    without state that hits at block ends do not need; `antefix_engines.vllm.aligned` restricts hits to block ends.
     """
 
     shape: Shape
@@ -126,7 +126,7 @@ class V4Pages:
 
     @classmethod
     def of(cls, shape: Shape, *, compact: bool) -> Self | None:
-        """None where this is not V4, or not as we know it: then nothing about its rows may be assumed."""
+        """None if this is not a V4 cache with a known layout; then nothing may be assumed about its rows."""
         if (
             shape.dtype != "fp8_ds_mla"
             or shape.layout != "BLHNC"
@@ -148,7 +148,7 @@ class V4Pages:
         return pages if is_v4 else None
 
     def _is_window(self, group: Group) -> bool:
-        """Whether it is one of V4's windows or states, and its rows are as many as vLLM says, where it says so."""
+        """Whether the group is one of V4's windows or states, with as many rows as vLLM says (where it says)."""
         span = self.span(group)
         if not span or span % group.num_tokens:
             return False
@@ -159,18 +159,18 @@ class V4Pages:
         return self.blocks.num_tokens
 
     def span(self, group: Group) -> int:
-        """How many tokens before its end a hit needs of a group; 0: all of them."""
+        """How many tokens before its end a hit needs from a group; 0: all tokens."""
         kinds = _kinds(group)
         if kinds & {Kind.CSA_STATE, Kind.KEYS_STATE}:
             return 2 * CSA_RATIO
         return WINDOW_TOKENS if kinds & {Kind.WINDOW, Kind.HCA_STATE} else 0
 
     def end_of(self, position: int) -> int:
-        """Where the block ends that a position is in: the boundary whose window a row there may belong to."""
+        """The end of the block that contains this position: a row there may belong to the window at that end."""
         return -(-position // self.block_tokens) * self.block_tokens
 
     def is_in_window(self, group_id: int, position: int) -> bool:
-        """Whether a row that ends at `position` is one of those that a hit at its block's end needs."""
+        """Whether a hit at the end of its block needs the row that ends at `position`."""
         return self.end_of(position) - position < self._spans[group_id]
 
     @cached_property
@@ -186,7 +186,7 @@ class V4Pages:
             if group == self.blocks or (self.compact and Kind.HCA_STATE in kinds):
                 continue
             only_live = self.compact and bool(kinds & {Kind.CSA_STATE, Kind.KEYS_STATE})
-            # Of CSA's two rows the first is read at no hit that ends with a block.
+            # No hit at the end of a block reads the first of CSA's two rows.
             befores = range(0, group.num_tokens if only_live else self.span(group), group.num_tokens)
             pieces += [
                 Piece(group=group.id, tokens_before_end=before, runs=self.runs[group.id], only_live=only_live)
@@ -229,7 +229,7 @@ def _kind_of(layer_name: str, group: Group) -> tuple[int, Kind] | None:
         return layer, Kind.KEYS_STATE
     if what == ".compressor.state_cache":
         return layer, Kind.CSA_STATE if group.num_tokens == CSA_RATIO else Kind.HCA_STATE
-    # A layer with an indexer in the same group selects: its entries are CSA's.
+    # A layer with an indexer in the same group selects entries, so its entries are CSA's.
     return layer, Kind.CSA if f"{layer_name}.indexer.k_cache" in group.layers else Kind.HCA
 
 
@@ -281,7 +281,7 @@ def _end(runs: tuple[Run, ...]) -> int:
 
 
 def _parts(run: Run, only_live: bool = False) -> Iterator[Part]:
-    """A run's pages as parts, each split into what compresses alike."""
+    """A run's pages as parts, each split into pieces that compress alike."""
     for layer in run.layers:
         if run.kind in STATES:
             floats = run.used_bytes // (2 if only_live else 1)

@@ -1,7 +1,8 @@
 """Rows of a V4 cache as our blocks and checkpoints.
 
-A row of the blocks' group is a BLOCK, chained to the one before. The rows of all other groups that end in one block's
-tail are one CHECKPOINT of that block, written when the last of them has come: vLLM hands them over as it computes.
+A row of the blocks' group is a BLOCK, chained to the block before it. The rows of all other groups that end in one
+block's tail form one CHECKPOINT of that block. It is stored when its last row has come, because vLLM stores rows as it
+computes.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from antefix_engines.vllm.prompt import Asked, Prompt, Row
 from antefix_engines.vllm.row_store import Restored, Stored, TierCounters
 from antefix_engines.vllm.v4_pages import NO_MEMORY, Bytes, Piece, V4Pages
 
-# Windows that wait for their last rows: of so many prompts in prefill at once. 3.6 MB each on V4-Flash.
+# Limit on windows that wait for their last rows, one per prompt in prefill. On V4-Flash each takes 3.6 MB.
 UNFINISHED_MAX: Final = 64
 # Blocks that one thread reads at a time: 16 MB on V4-Flash.
 BATCH_BLOCKS: Final = 16
-# What one thread reads and fills in less time than it takes to wake another one for it.
+# One thread reads and fills this much in less time than waking another thread takes.
 ALONE_BYTES: Final = 4 << 20
-# Names that this process stored: a prompt that several requests compute at once is sent once.
+# Limit on remembered names that this process stored: KV that several requests compute at once is sent only once.
 KNOWN_MAX: Final = 65536
 
 RowAt = tuple[int, int]
@@ -36,7 +37,8 @@ RowAt = tuple[int, int]
 
 @dataclass(slots=True)
 class _Window:
-    """A window whose rows come in. parts: by place.  keys: of all rows that a lookup finds once it is stored."""
+    """A window whose rows are arriving. parts: by place.  keys: those of all rows that a lookup finds once it is
+    stored."""
 
     parts: dict[RowAt, bytes] = field(default_factory=dict)
     keys: list[bytes] = field(default_factory=list)
@@ -61,7 +63,7 @@ class V4Rows:
         self.memory = memory
         self._kv: Final = store.kv(identity.fingerprint(pages.layout), pages.layout)
         self._pieces: Final[dict[RowAt, tuple[int, Piece]]] = _places(pages)
-        # The thread that stores alone has these; others tell it by `_has_lost` that records may be gone.
+        # Only the storing thread uses these; other threads set `_has_lost` to tell it that records may be gone.
         self._unfinished: OrderedDict[bytes, _Window] = OrderedDict()
         self._known: OrderedDict[tuple[RecordKind, bytes], None] = OrderedDict()
         self._has_lost = False
@@ -74,7 +76,8 @@ class V4Rows:
         return group == self.pages.blocks.id
 
     def find(self, prompt: Prompt, asked: Sequence[Asked]) -> set[bytes]:
-        """Blocks up to the last window, and the rows of all windows: what is behind the last window is of no use."""
+        """Keys of blocks up to the last stored window, and of the rows of all windows. Later blocks would be
+        useless."""
         blocks = sorted((each for each in asked if each.group == self.pages.blocks.id), key=lambda each: each.position)
         if blocks:
             found = self._kv.lookup([self._kv.hash_of(each.hash) for each in blocks])
@@ -107,18 +110,18 @@ class V4Rows:
         return Stored(num_bytes=nbytes, keys=keys if is_right else [], is_right=is_right)
 
     def get(self, prompt: Prompt, rows: Sequence[Row]) -> Restored:
-        """A window without all blocks before it is of no use: blocks count up to the first that is lost, windows
-        too.
+        """Load rows. A window is useless without all blocks before it: only blocks and windows before the first lost
+        block count.
         """
         blocks = sorted((row for row in rows if row.group == self.pages.blocks.id), key=lambda row: row.position)
         batches = [blocks[at : at + BATCH_BLOCKS] for at in range(0, len(blocks), BATCH_BLOCKS)]
         windows = self._by_end(rows)
-        # 1. Read and fill all at once: what is lost is rare.
+        # 1. Read and fill everything at once, because losses are rare.
         nbytes = len(blocks) * self.pages.block_bytes + len(windows) * self.pages.window_bytes
         reading = [partial(self._get_blocks, batch) for batch in batches]
         filling = [partial(self._get_window, prompt, end, windows[end]) for end in windows]
         results = self._run([*reading, *filling], nbytes)
-        # 2. Count what is of use.
+        # 2. Count the useful rows.
         good: list[bytes] = []
         is_whole = True
         for batch, num_good in zip(batches, results, strict=False):
@@ -131,13 +134,14 @@ class V4Rows:
                 good += [row.key for row in windows[end]]
                 num_windows += 1
         self.counters.count(restored_blocks=num_blocks, restored_windows=num_windows, lost_rows=len(rows) - len(good))
-        # What a lookup had promised is gone: it may be stored again.
+        # A record that a lookup had found is gone, so it may have to be stored again.
         self._has_lost |= len(good) < len(rows)
         nbytes = num_blocks * self.pages.block_bytes + num_windows * self.pages.window_bytes
         return Restored(num_bytes=nbytes, keys=good)
 
     def _run(self, works: Sequence[Callable[[], int]], nbytes: int) -> list[int]:
-        """Their results. All have ended by then, also where one failed: afterwards the rows are vLLM's again."""
+        """The results of all works. All have ended by then, even if one failed, because the rows belong to vLLM
+        afterwards."""
         if nbytes <= ALONE_BYTES:
             return [work() for work in works]
         running = [self._readers.submit(work) for work in works]
@@ -151,7 +155,7 @@ class V4Rows:
     # --- storing -------------------------------------------------------------------------------------------------
 
     def _cell(self, row: Row) -> Bytes | None:
-        """What the first rank has; None where another rank has something else, which must not happen with V4."""
+        """The first rank's cell; None if another rank's differs, which must not happen with V4."""
         width = self.pages.shape.cell_bytes
         line: Bytes = self.memory[row.chunk]
         first = line[:width]
@@ -172,7 +176,7 @@ class V4Rows:
             keys.append(row.key)
 
     def _take_window_row(self, prompt: Prompt, row: Row, cell: Bytes, records: list[Record], keys: list[bytes]) -> None:
-        """Keep its part of the checkpoint; the part that completes it makes a record of all."""
+        """Keep this row's part of the checkpoint. The last missing part completes the record."""
         end = self.pages.end_of(row.position)
         if not self.pages.is_in_window(row.group, row.position) or not self._name_at(prompt, end):
             return
@@ -201,17 +205,17 @@ class V4Rows:
             self.counters.count(unfinished_windows=1)
 
     def _parent(self, prompt: Prompt, position: int) -> bytes:
-        """Empty where the block before is not known by name."""
+        """The name of the block before; empty if it is not known."""
         before = position - self.pages.block_tokens
         return self._name_at(prompt, before) if before > 0 else self._kv.root
 
     def _name_at(self, prompt: Prompt, end: int) -> bytes:
-        """Of the block that ends there; empty where nothing has told its hash."""
+        """The name of the block that ends there; empty if its hash is not known."""
         found = prompt.rows.get((self.pages.blocks.id, end))
         return b"" if found is None else self._kv.hash_of(found)
 
     def _is_new(self, kind: RecordKind, name: bytes) -> bool:
-        """Whether this process has not stored it yet; from now on it has."""
+        """Whether this process has not stored this name yet; marks it as stored."""
         is_new = (kind, name) not in self._known
         self._known[kind, name] = None
         self._known.move_to_end((kind, name))
@@ -222,7 +226,7 @@ class V4Rows:
     # --- restoring -----------------------------------------------------------------------------------------------
 
     def _cells(self, row: Row) -> list[Bytes]:
-        """Where each rank reads."""
+        """The cells into which each rank's bytes are written."""
         width, line = self.pages.shape.cell_bytes, self.memory[row.chunk]
         return [line[rank * width : (rank + 1) * width] for rank in range(self.pages.shape.num_cells)]
 
@@ -242,7 +246,7 @@ class V4Rows:
         return ends
 
     def _get_blocks(self, blocks: Sequence[Row]) -> int:
-        """Read and fill; returns how many of the leading ones are right."""
+        """Read blocks and fill their rows. Returns how many leading ones are right."""
         payloads = np.empty((len(blocks), self.pages.block_bytes), np.uint8)
         names = [self._kv.hash_of(row.hash) for row in blocks]
         num_good = self._kv.get_blocks(names, [line.data for line in payloads])
@@ -263,7 +267,7 @@ class V4Rows:
             offset, piece = self._pieces.get((row.group, end - row.position), (0, None))
             for cell in self._cells(row):
                 if piece is None or piece.only_live:
-                    # What no hit reads is zeros, not whatever the memory held before.
+                    # Bytes that no hit reads become zeros instead of keeping the memory's old content.
                     for run in self.pages.runs[row.group]:
                         run.used(cell)[...] = 0
                 if piece is not None:
@@ -271,7 +275,7 @@ class V4Rows:
 
 
 def _places(pages: V4Pages) -> dict[RowAt, tuple[int, Piece]]:
-    """By group and tokens before the end: where a checkpoint holds what of that row."""
+    """For each (group, tokens before the end): the place in a checkpoint, and the piece of that row."""
     places, offset = {}, 0
     for piece in pages.pieces:
         places[piece.group, piece.tokens_before_end] = (offset, piece)

@@ -1,7 +1,8 @@
-"""Rows as they are, for models other than V4 and for layouts that we do not know: plain, MLA, sliding windows, Mamba.
+"""Stores rows as they are, for models other than V4 and for unknown layouts: plain, MLA, sliding windows, Mamba.
 
-Each row of each group is a BLOCK of its own group's fingerprint: nothing about its bytes is assumed but where a rank's
-end. A row depends on the row before it where that is stored; else it begins a chain: windows and states begin anywhere.
+Each row of each group is a BLOCK under its group's fingerprint. Nothing is assumed about its bytes except the ranks'
+cells. A row depends on the row before it if that is stored; otherwise it begins a chain, since windows and states may
+begin anywhere.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from antefix_engines.vllm.row_store import Restored, Stored, TierCounters
 from antefix_engines.vllm.shape import Group, Shape
 from antefix_engines.vllm.v4_pages import NO_MEMORY, Bytes
 
-# How many rows, back from the end of a prompt, are asked for one by one where a group does not begin with a prompt.
+# In a group whose rows may begin inside a prompt, so many of the last rows are looked up one by one.
 WINDOW_ROWS_MAX: Final = 128
 _WIDTHS: Final = {"bfloat16": 2, "float16": 2, "half": 2, "float32": 4}
 
 
 class WholeRows:
-    """`antefix_engines.vllm.row_store.RowStore` for everything but V4."""
+    """`antefix_engines.vllm.row_store.RowStore` for everything except V4."""
 
     def __init__(
         self, shape: Shape, memory: Bytes, store: EngineStore, identity: Identity, counters: TierCounters
@@ -36,11 +37,11 @@ class WholeRows:
         self._groups: Final = {group.id: self._shards(store, identity, group) for group in shape.groups}
 
     def _shards(self, store: EngineStore, identity: Identity, group: Group) -> list[KvOfModel]:
-        """One for each cell, or one for all where cells side by side are the same bytes with any number of ranks."""
+        """One per cell, or one for all cells, if they are together the same bytes with any number of ranks."""
         num_shards = self._num_shards
         nbytes = self.shape.cell_bytes * self.shape.num_cells // num_shards
         width = _WIDTHS.get(self.shape.dtype, 1)
-        # The layers are part of the name: equal sizes do not make two groups one.
+        # The layers are part of the name, because groups of equal size may still differ.
         part = Part(
             layer=0,
             group=",".join(group.layers),
@@ -78,7 +79,7 @@ class WholeRows:
         return found
 
     def _found_of(self, group: Group, asked: Sequence[Asked]) -> set[bytes]:
-        """The stored beginning; of windows the last rows, one by one. Of a group that may be either, both."""
+        """Leading stored rows; for windows the last rows, one by one. Both for a group that may be either."""
         kv = self._groups[group.id][-1]
         is_window = group.num_window_rows if len(self.shape.groups) > 1 else 0
         num_found = 0 if is_window else kv.lookup([kv.hash_of(each.hash) for each in asked]).num_blocks
@@ -94,7 +95,8 @@ class WholeRows:
             of_group = sorted((row for row in rows if row.group == group.id), key=lambda row: row.position)
             if not of_group:
                 continue
-            # The last rank's rows go last: a lookup asks for those, and then all others are there.
+            # The last rank's rows are stored last. Lookups search for these, so if they are found, all others are
+            # stored.
             for number, kv in enumerate(self._groups[group.id]):
                 records = self._records(kv, number, group, prompt, of_group)
                 num_taken = kv.put(records)
@@ -109,14 +111,15 @@ class WholeRows:
         before: Row | None = None
         for row in rows:
             parent = self._parent(kv, group, prompt, row, before)
-            # A beginning says the tokens of one row: only so does a store take what has no parent.
+            # A row that begins a chain gets the position of a first row, because a store accepts only that without a
+            # parent.
             position = row.position if parent else group.num_tokens
             records.append(kv.block(kv.hash_of(row.hash), parent or kv.root, position, self._shard(row, number)))
             before = row
         return records
 
     def _parent(self, kv: KvOfModel, group: Group, prompt: Prompt, row: Row, before: Row | None) -> bytes:
-        """The row before, if it is stored or about to be; else empty."""
+        """The row before, if it is stored or about to be stored; else empty."""
         wanted = row.position - group.num_tokens
         if before is not None and before.position == wanted:
             return kv.hash_of(before.hash)
@@ -135,7 +138,7 @@ class WholeRows:
                 )
                 good += [row.key for row in left[:num_good]]
                 nbytes += num_good * self.shape.cell_bytes * self.shape.num_cells
-                # The next row is lost; those behind it may be whole, and windows and states are of use without it.
+                # The next row is lost. Later rows may be sound, and windows and states are useful without it.
                 left = left[num_good + 1 :]
         self.counters.count(restored_blocks=len(good), lost_rows=len(rows) - len(good))
         return Restored(num_bytes=nbytes, keys=good)

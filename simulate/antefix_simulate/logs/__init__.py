@@ -1,1 +1,2 @@
-"""Other programs' logs of requests, as traces: `antefix trace import`. Text is hashed on the way in and never kept."""
+"""Turns other programs' request logs into traces (`antefix trace import`). Text is hashed as it is read, never
+stored."""

@@ -40,7 +40,8 @@ def calls_of(
 ) -> Iterator[LoggedCall]:
     """The calls of one row: several where a Completions body has several prompts.
 
-    said: by the id of a Responses answer, all up to its end: a later body names it instead of repeating it.
+    said: for each Responses answer's id, all text up to its end. A later body names the id instead of repeating the
+    text.
     """
     metadata = next((each for each in (body.get("metadata"), row.get("metadata")) if isinstance(each, dict)), {})
     usage = usage_in(answer, row, body)
@@ -67,7 +68,7 @@ def calls_of(
             ignored.count("requests whose earlier turns are in no row before them")
         text = (before or b"") + text
     if isinstance(answer.get("id"), str) and "input" in body:
-        # The answer is part of what a later request continues from.
+        # A later request continues from this answer, so it is part of that prompt.
         output = answer.get("output")
         items = output if isinstance(output, list) else []
         said[answer["id"]] = text + b"".join(message_bytes(item, ignored) for item in items)
@@ -78,7 +79,7 @@ def calls_of(
 
 
 def body_of(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The request in a row, however deep it is wrapped; None where there is none."""
+    """The request body in a row, at whatever depth; None if there is none."""
     for _ in range(3):
         if _has_prompt(row):
             return row
@@ -91,7 +92,7 @@ def body_of(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def answer_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The response in a row; empty where there is none."""
+    """The response in a row; empty if there is none."""
     for name in _ANSWERS:
         found = unpacked(row.get(name))
         if isinstance(found, dict):
@@ -107,12 +108,12 @@ def _has_prompt(row: dict[str, Any]) -> bool:
         return True
     if isinstance(row.get("prompt"), str | list):
         return True
-    # "input" is also what some logs call the request itself.
+    # Some logs also call the whole request "input".
     return "model" in row and isinstance(row.get("input"), str | list)
 
 
 def _prompts(body: dict[str, Any]) -> list[Any] | None:
-    """Of a Completions body; None for a chat."""
+    """The prompts of a Completions body; None for a chat."""
     if _tokens(body.get("prompt_token_ids")) is not None:
         return [body["prompt_token_ids"]]
     prompt = body.get("prompt")
@@ -132,7 +133,7 @@ def _tokens(value: Any) -> Tokens | None:
 
 
 def _answer_bytes(answer: dict[str, Any]) -> int:
-    """Length of what was answered, for logs that count no tokens."""
+    """Length of the answer's text, for logs without token counts."""
     if count(answer.get("output_bytes")) is not None:
         return count(answer["output_bytes"]) or 0
     nothing = Ignored()

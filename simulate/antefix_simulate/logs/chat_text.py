@@ -1,7 +1,7 @@
 """A chat request's prompt as bytes in the order in which a cache sees it: tools, system prompt, messages.
 
-It is no model's chat format. Two requests share a beginning here where they share one in a chat format that keeps to
-that order. What clients change between turns without changing the prompt (cache marks, signatures) is left out.
+This is not any model's chat format. Two requests share a beginning here if they share one in a chat format that keeps
+this order. Fields that clients change between turns without changing the prompt (cache marks, signatures) are left out.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _MEDIA: Final = frozenset(
         "video_url",
     )
 )
-# What logs put in place of text that they were told to leave out.
+# Placeholders that logs write in place of text that they were told to omit.
 _REDACTED: Final = ("redacted-by-litellm", "[redacted]", "<redacted>")
 
 
 def prompt_bytes(body: dict[str, Any], ignored: Ignored) -> bytes:
-    """What stands in the prompt of a Chat Completions, Responses or Messages body; empty where there is no text."""
+    """The prompt text of a Chat Completions, Responses or Messages body; empty if there is no text."""
     parts: list[bytes] = []
     for tool in _list(unpacked(body.get("tools") or body.get("functions"))):
         parts.append(b"\x00tool\x00" + _json(tool))
@@ -50,7 +50,7 @@ def prompt_bytes(body: dict[str, Any], ignored: Ignored) -> bytes:
 
 
 def message_bytes(message: Any, ignored: Ignored) -> bytes:
-    """One message, or one item of a Responses input: its role and everything that it says."""
+    """One message, or one item of a Responses input: its role and its content."""
     if not isinstance(message, dict):
         return b"\x00user\x00" + str(message).encode(errors="replace")
     known = {"role", "content", "type", "id"}
@@ -82,7 +82,7 @@ def _content(content: Any, ignored: Ignored) -> Iterator[bytes]:
 def _part(part: dict[str, Any], ignored: Ignored) -> Iterator[bytes]:
     kind = part.get("type")
     if kind in _MEDIA:
-        # Its name stands for it: what it takes in tokens, only a log that counts them says.
+        # An image's name stands for the image. How many tokens it takes is known only if the log counts tokens.
         ignored.count("images, sounds and files, whose tokens are known only where the log counts them")
         yield b"\x00media\x00" + hashlib.blake2b(_json(part), digest_size=16).hexdigest().encode()
     elif isinstance(part.get("text"), str):

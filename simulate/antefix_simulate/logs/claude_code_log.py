@@ -1,8 +1,9 @@
 """Claude Code's sessions (`~/.claude/projects/*/*.jsonl`), and the published traces of such sessions.
 
-A session's lines form a tree by `parentUuid`. An assistant message, which may take several lines, is one call; its
-prompt is everything above it. The system prompt and the tools are in no line: how many tokens they take follows from
-the call's count of input tokens, and sessions with the same client, folder and kind of agent have the same ones.
+A session's lines form a tree by `parentUuid`. An assistant message, which may take several lines, is one call, and its
+prompt is everything above it. The system prompt and the tools are not in the file. Their number of tokens follows from
+the call's count of input tokens; sessions with the same client, folder and kind of agent have the same system prompt
+and tools.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from antefix_simulate.logs.log_fields import LoggedUsage, time_in, usage_in
 from antefix_simulate.logs.log_rows import json_rows
 from antefix_simulate.logs.logged_call import Ignored, LoggedCall
 
-# Where a session is too short to tell: what code and English take with the tokenizers of such models.
+# Used where a session is too short to measure this: bytes per token of code and English with such models' tokenizers.
 _BYTES_PER_TOKEN: Final = 3.6
 _DEPTH_MAX: Final = 1_000_000
 
 
 @dataclass(slots=True)
 class _Line:
-    """One line that is part of a conversation. message: of an assistant's line, which message it is a part of."""
+    """One line of a conversation. message: for an assistant's line, the id of the message that it belongs to."""
 
     parent: str
     text: bytes
@@ -73,7 +74,7 @@ def read_claude_code(path: Path, ignored: Ignored) -> Iterator[LoggedCall]:
 def _note(row: dict[str, Any], lines: dict[str, _Line], ignored: Ignored) -> None:
     message, uuid = row.get("message"), row.get("uuid")
     if not isinstance(message, dict) or not isinstance(uuid, str) or row.get("type") not in ("user", "assistant"):
-        # Titles, snapshots of files, hooks: no part of a prompt. What follows them depends on their parent.
+        # Titles, file snapshots and hooks are no part of a prompt. Lines after them still refer to them as parents.
         if isinstance(uuid, str):
             lines[uuid] = _Line(str(row.get("parentUuid") or ""), b"", None, "", LoggedUsage(), "", "")
         else:
@@ -94,7 +95,7 @@ def _note(row: dict[str, Any], lines: dict[str, _Line], ignored: Ignored) -> Non
 
 
 def _calls(lines: dict[str, _Line]) -> Iterator[_Call]:
-    """In the order of the file. A message's first line is the call; the others add to its answer."""
+    """The calls in the order of the file. A message's first line is the call; later lines add to its answer."""
     seen: dict[str, _Line] = {}
     firsts: list[_Line] = []
     for line in lines.values():
@@ -113,14 +114,14 @@ def _calls(lines: dict[str, _Line]) -> Iterator[_Call]:
             above.append(at)
             at = lines.get(at.parent)
         if first.usage.prompt == 0 or not above:
-            continue  # what the client itself made up, such as an error
+            continue  # the client made this message itself, such as an error
         asked_s = next((line.at_s for line in above if line.at_s is not None), None)
         root = f"{first.session}\x00{id(above[-1])}"
         yield _Call(first, b"".join(line.text for line in reversed(above)), asked_s or first.at_s, root)
 
 
 def _bytes_per_token(calls: list[_Call]) -> float:
-    """From how two calls of one conversation grow: what stands before the text is in both."""
+    """Measured from the growth between two calls of one conversation: the tokens before the text are equal in both."""
     last: dict[str, _Call] = {}
     rates = []
     for call in calls:
@@ -135,7 +136,7 @@ def _bytes_per_token(calls: list[_Call]) -> float:
 
 
 def _head_tokens(calls: list[_Call], rate: float) -> dict[str, int]:
-    """By head: the smallest that fits, for a text of which the log lacks a part would look like a longer head."""
+    """Tokens by head. The smallest estimate is used, because text that the log lacks makes a head look longer."""
     heads: dict[str, int] = {}
     for call in calls:
         if call.first.usage.prompt is not None:

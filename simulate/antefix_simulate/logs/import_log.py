@@ -1,7 +1,7 @@
-"""A log as a trace: what it was written in, how its text becomes tokens, and the requests that come out.
+"""Turns a log into a trace: reads a format, converts text to tokens, and names the requests' prefixes.
 
-Two passes over the file: the first learns how many bytes a token takes, the second names prefixes. No text outlives the
-row that it stands in.
+The file is read twice: first to learn how many bytes a token takes, then to name prefixes. Text is kept in memory only
+while its row is processed.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ LOG_FORMATS: Final[dict[str, LogReader]] = {
     "langfuse": read_langfuse,
     "claude-code": read_claude_code,
 }
-# Without counts in the log and without a tokenizer: English and code take 3.5 to 4.5 bytes.
+# Used without token counts in the log and without a tokenizer: English and code take 3.5 to 4.5 bytes per token.
 BYTES_PER_TOKEN: Final = 4.0
-# Counts that cannot be of this text, because images or a hidden prompt are in them, would spoil the rate.
+# Bytes per token outside this range are ignored: such counts include images or hidden prompts.
 _RATES: Final = (1.0, 12.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportSetup:
-    """key: what prefixes are hashed with.  gap_s: seconds between requests of a log without times.  tokenize: of
-    text."""
+    """key: prefixes are hashed with it.  gap_s: seconds between requests, for a log without times.  tokenize: turns
+    text into tokens."""
 
     key: bytes
     unit_tokens: int
@@ -53,7 +53,7 @@ class ImportSetup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportedLog:
-    """counted: where the lengths are from: "logged", "tokenizer" or "estimated", in words for people."""
+    """counted: where token counts come from: "logged", "tokenizer" or "estimated", with words for the reader."""
 
     requests: tuple[TraceRequest, ...]
     counted: str
@@ -65,9 +65,9 @@ class ImportedLog:
 def import_log(
     paths: Sequence[Path], log_format: str, setup: ImportSetup, *, progress: Callable[[int], None]
 ) -> ImportedLog:
-    """Read logs in one format; `progress` is told how many requests are named.
+    """Read logs in one format. progress: called with the number of requests named so far.
 
-    Raises:  InvalidRequest: an unknown format, a file that cannot be read, or no request in any of them: why is said.
+    Raises:  InvalidRequest: an unknown format, an unreadable file, or no request in any file; the message says why.
     """
     if log_format not in LOG_FORMATS:
         raise InvalidRequest(f"unknown log format {log_format!r}: use one of {', '.join(sorted(LOG_FORMATS))}")
@@ -139,7 +139,7 @@ def _request(call: LoggedCall, at_s: float, rate: float, setup: ImportSetup) -> 
     elif num_tokens is None:
         num_tokens = call.head_tokens + round(len(call.text) / rate)
     num_tokens = max(num_tokens, 1)
-    # Where text takes more tokens than the log counts, the count is what was billed.
+    # Where the text seems to have more tokens than the log counts, the log's count is used: it is what was billed.
     names = names[: num_tokens // setup.unit_tokens]
     output = call.output_tokens if call.output_tokens is not None else round(call.output_bytes / rate)
     return TraceRequest(

@@ -43,7 +43,7 @@ def _body(given: Any, parameters: Any) -> dict[str, Any] | None:
 
 
 def _usage(row: dict[str, Any]) -> LoggedUsage:
-    """Its newer exports split what came from a cache off the input; all that begins with "input" is the prompt."""
+    """Newer exports count cached input separately; all counts whose names begin with "input" add up to the prompt."""
     details = unpacked(row.get("usageDetails") or row.get("usage_details"))
     if isinstance(details, dict) and details:
         counts = {name: count(value) or 0 for name, value in details.items()}

@@ -1,8 +1,8 @@
-"""The ledger as a trace: usage records say when, how long, what hit, and by marks where prompts part. No text is in it.
+"""Turns the ledger into a trace: usage records have times, lengths, hits, and hashes of prompt prefixes, but no text.
 
-A record marks its prompt after 1, 2, 3, 4, 6, 8, 12, ... blocks and after the last one, so a beginning that two prompts
-share is known to a factor of 1.5 from marks alone. What hit was shared as well, and that is known to the block. The
-larger of the two is taken: never more than was shared.
+A record has a hash (mark) of its prompt after 1, 2, 3, 4, 6, 8, 12, ... blocks and after the last one. So the length of
+a beginning that two prompts share is known to a factor of 1.5 from marks alone. Blocks that were hit were shared as
+well, and their number is exact. The larger of the two is used, which is never more than was shared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ _BLOCK_SIZE_MAX: Final = 1 << 20
 
 
 def import_ledger(paths: Sequence[Path], *, block_size: int | None = None) -> tuple[ImportedLog, int]:
-    """All settled requests of ledgers, in order of their start, and a block's size: given, or what fits all records.
+    """All settled requests in ledgers, in order of their start, and the block size: as given, or one that fits all
+    records.
 
     Raises:  InvalidRequest: no record has marks, or no block size fits.  LedgerCorrupt: as `read_settled`.
     """
@@ -72,7 +73,7 @@ def import_ledger(paths: Sequence[Path], *, block_size: int | None = None) -> tu
 
 
 def _block_size(records: Iterable[UsageRecord]) -> int:
-    """A record of N blocks and T tokens has blocks of T / (N + 1) to T / N tokens: what fits nearly all of them."""
+    """The block size that fits nearly all records: N blocks and T tokens mean T / (N + 1) to T / N tokens per block."""
     votes: Counter[int] = Counter()
     spans = []
     for record in records:
@@ -94,7 +95,7 @@ def _num_blocks(record: UsageRecord) -> int:
 
 @dataclass(slots=True)
 class _Names:
-    """Names for the records' blocks. by_mark: (blocks, mark) to the names of the latest prompt that has it there."""
+    """Names for the records' blocks. by_mark: (blocks, mark) to the names of the latest prompt with this mark."""
 
     block_size: int
     by_mark: dict[tuple[int, str], list[int]] = field(default_factory=dict)
@@ -102,17 +103,17 @@ class _Names:
     def of(self, record: UsageRecord) -> list[int]:
         num_blocks = min(_num_blocks(record), record.prompt_tokens // self.block_size)
         places = [(place, prompt_marks.mark_at(record.prompt_marks, place)) for place in _places(record)]
-        # 1. The prompt before that shares most marks, and how much of it is surely shared.
+        # 1. Find the earlier prompt that shares most marks, and the number of blocks that are certainly shared.
         known: list[int] = []
         shared = 0
         for place, mark in reversed(places):
             if (place, mark) in self.by_mark:
                 known, shared = self.by_mark[place, mark], place
                 break
-        # 2. What hit was stored, so it was shared, though marks may not show it.
+        # 2. Blocks that were hit had been stored, so they were shared, even if marks do not show it.
         shared = max(shared, min(record.cache_hit_tokens // self.block_size, len(known)) if known else 0)
         names = known[: min(shared, num_blocks)]
-        # 3. The rest is new.
+        # 3. The other blocks are new.
         for index in range(len(names), num_blocks):
             text = f"{record.source}\x00{record.event_id}\x00{index}".encode()
             names.append(int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> (64 - NAME_BITS))

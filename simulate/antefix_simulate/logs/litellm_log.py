@@ -1,4 +1,5 @@
-"""LiteLLM's logs: rows of its StandardLoggingPayload, alone or inside a callback's arguments, and of its spend logs."""
+"""LiteLLM's logs: rows of StandardLoggingPayload, alone or inside a callback's arguments, and rows of its spend
+logs."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from antefix_simulate.logs.chat_log import answer_of, body_of, calls_of
 from antefix_simulate.logs.log_rows import json_rows, unpacked
 from antefix_simulate.logs.logged_call import Ignored, LoggedCall
 
-# Calls of models that have a prompt; the others (embeddings, images, speech) have no prefix to cache.
+# Kinds of calls that have a prompt; others (embeddings, images, speech) have no prefix to cache.
 _WITH_PROMPT: Final = ("completion", "responses", "anthropic_messages", "generate_content", "pass_through")
 
 
@@ -42,7 +43,7 @@ def _payload(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _body(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The prompt, with the tools that LiteLLM keeps apart from it."""
+    """The prompt, together with the tools, which LiteLLM logs separately."""
     messages = unpacked(row.get("messages"))
     if isinstance(messages, dict):
         return body_of(messages)

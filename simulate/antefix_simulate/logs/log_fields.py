@@ -1,4 +1,5 @@
-"""What logs call times, counts of tokens and users. Spellings of many programs, read the same way everywhere."""
+"""Field names that logs use for times, token counts and users. All readers use them, so all programs' names are
+known."""
 
 from __future__ import annotations
 
@@ -14,13 +15,13 @@ _TIMES: Final = (
 )
 _USERS: Final = ("user", "user_id", "userId", "end_user", "safety_identifier")
 _SESSIONS: Final = ("session_id", "sessionId", "conversation_id", "trace_id", "traceId")
-# A count beyond this is no prompt of any model.
+# A larger count is an error: no model has such prompts.
 _TOKENS_MAX: Final = 1 << 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedUsage:
-    """Counts as a provider gave them; None: not said. prompt: all of it, cached or not."""
+    """Counts given by a provider; None: not given. prompt: all of it, cached or not."""
 
     prompt: int | None = None
     output: int | None = None
@@ -28,7 +29,7 @@ class LoggedUsage:
 
 
 def time_in(*rows: Any) -> float | None:
-    """Unix seconds: the first time in these objects, whatever its unit or form."""
+    """Unix seconds of the first time found in these objects, whatever its unit or format."""
     for row in rows:
         for name in _TIMES if isinstance(row, dict) else ():
             found = _seconds(row.get(name))
@@ -46,7 +47,7 @@ def session_in(*rows: Any) -> str:
 
 
 def usage_in(*rows: Any) -> LoggedUsage:
-    """Of the first object that has a `usage`: OpenAI's, Anthropic's and DeepSeek's spellings."""
+    """The first `usage` found in these objects, in OpenAI's, Anthropic's or DeepSeek's format."""
     for row in rows:
         usage = row.get("usage") if isinstance(row, dict) else None
         if isinstance(usage, dict):
@@ -57,7 +58,7 @@ def usage_in(*rows: Any) -> LoggedUsage:
 
 
 def count(value: Any) -> int | None:
-    """A number of tokens, or None where it is none."""
+    """A number of tokens; None if the value is not one."""
     if isinstance(value, str) and value.isdigit():
         value = int(value[:20])
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -67,7 +68,7 @@ def count(value: Any) -> int | None:
 
 def _usage_of(usage: dict[str, Any]) -> LoggedUsage:
     output = _first_count(usage, ("completion_tokens", "output_tokens"))
-    # Anthropic's input_tokens are those that were neither read from its cache nor written to it.
+    # Anthropic's input_tokens excludes tokens read from its cache or written to it.
     read, written = count(usage.get("cache_read_input_tokens")), count(usage.get("cache_creation_input_tokens"))
     uncached = count(usage.get("input_tokens"))
     if uncached is not None and (read is not None or written is not None):
@@ -99,7 +100,7 @@ def _seconds(value: Any) -> float | None:
             return _iso_seconds(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         return None
-    # Nanoseconds, microseconds, milliseconds: no log is from the year 5138 or later.
+    # Larger numbers are nanoseconds, microseconds or milliseconds: as seconds they would be after the year 5138.
     for power in (1e9, 1e6, 1e3):
         if value >= 1e8 * power:
             return float(value) / power

@@ -16,18 +16,18 @@ from antefix.checked_files import parse_json
 from antefix.errors import InvalidRequest
 from antefix_simulate.logs.logged_call import Ignored
 
-# A file that is one JSON value has to be read as a whole.
+# Size limit of a file that is one JSON value, which must be read as a whole.
 WHOLE_BYTES_MAX: Final = 1 << 30
-# No prompt is longer: a million tokens of text, and images.
+# Size limit of a line: no prompt is longer, even with a million tokens of text, and images.
 LINE_BYTES_MAX: Final = 256 << 20
-# What other programs call the list of rows in an answer of their API.
+# Names of the list of rows in answers of other programs' APIs.
 _LISTS: Final = ("data", "observations", "logs", "results", "items")
 
 
 def json_rows(path: Path, ignored: Ignored) -> Iterator[dict[str, Any]]:
     """The objects of a file: one per line, or those of one JSON list, also of a list in an object.
 
-    Lines that are no JSON are counted: the last line of a log that is still being written is cut.
+    Lines that are not JSON are counted, because the last line of a log that is still being written is cut off.
     Raises:  InvalidRequest: the file cannot be read to its end, or a line is too long.
     """
     if path.suffixes[-2:] in ([".csv", ".gz"], [".csv"]) or path.suffix == ".csv":
@@ -47,7 +47,7 @@ def json_rows(path: Path, ignored: Ignored) -> Iterator[dict[str, Any]]:
 
 
 def text_lines(path: Path) -> Iterator[str]:
-    """Raises:  InvalidRequest: it cannot be read to its end, is no text, or a line is too long."""
+    """Raises:  InvalidRequest: the file cannot be read to its end, is not text, or has a line that is too long."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -60,7 +60,7 @@ def text_lines(path: Path) -> Iterator[str]:
 
 
 def unpacked(value: Any) -> Any:
-    """A field that is JSON inside a string, as exports have it, is what the string says."""
+    """The value of a field. Exports may write JSON inside a string, which is then parsed."""
     if isinstance(value, str) and value[:1] in ("{", "["):
         try:
             return parse_json(value, "a field")
@@ -70,7 +70,7 @@ def unpacked(value: Any) -> Any:
 
 
 def _begins_a_value(first: str) -> bool:
-    """Whether the first line is the beginning of one value over many lines, not a row of its own."""
+    """Whether the first line begins a value of many lines, instead of being a row."""
     if first.lstrip()[:1] not in ("{", "["):
         return False
     try:

@@ -1,4 +1,4 @@
-"""One call of a model as some log tells of it, and a count of what a log had besides such calls. Knows no format."""
+"""One model call found in a log, and a count of everything else in the log. Knows no format."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ Tokens = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedCall:
-    """One call: its prompt as text or as tokens, and what the log says of it.
+    """One call: its prompt as text or tokens, and what the log tells about it.
 
-    at_s: Unix seconds; None where the log has no times.
-    text: the prompt in the order in which it is cached: tools, system prompt, messages.  tokens: instead of text.
-    num_tokens, output_tokens: as the log says; None where it does not.  output_bytes: of the answer, to guess it by.
-    cached_tokens: how many of the prompt the log's own provider took from its cache; None where it does not say.
-    head, head_tokens: what stood before the text and is not in the log, such as a client's system prompt: calls with
-        one `head` have the same there.
+    at_s: Unix seconds; None if the log has no times.
+    text: the prompt in the order in which it is cached: tools, system prompt, messages.  tokens: given instead of text.
+    num_tokens, output_tokens: from the log; None if it has none.  output_bytes: size of the answer, for an estimate.
+    cached_tokens: prompt tokens that the log's own provider read from its cache; None if not logged.
+    head, head_tokens: the part of the prompt before the text, which is not in the log, such as a client's system
+    prompt:
+        calls with equal `head` have the same one.
     """
 
     at_s: float | None
@@ -40,7 +41,7 @@ class LoggedCall:
 
 @dataclass(slots=True)
 class Ignored:
-    """What was not taken over, by reason: said once, at the end."""
+    """Counts of log entries that were not used, by reason; reported once, at the end."""
 
     reasons: Counter[str] = field(default_factory=Counter)
 
@@ -51,5 +52,5 @@ class Ignored:
         return [f"{number} {reason}" for reason, number in self.reasons.most_common()]
 
 
-# Reads a file from its beginning, once for each pass.
+# Reads a file from its beginning; called once for each pass.
 LogReader = Callable[[Path, Ignored], Iterator[LoggedCall]]

@@ -3,8 +3,8 @@ r"""vLLM's own log, with `--enable-log-requests` (and `--enable-log-outputs` for
     INFO 10-09 12:00:01 [logger.py:39] Received request ID: prompt: '...', params: ..., prompt_token_ids: [1, 2], ...
     DEBUG 10-09 12:00:01 [logger.py:55] Request ID details: prompt: '...', prompt_token_ids: [1, 2], ...
 
-Token ids are hashed where they are in it: exact. Newer versions leave both out without `VLLM_LOGGING_LEVEL=DEBUG`.
-Rows of JSON, as `vllm run-batch` reads and writes them, are taken as OpenAI's.
+Where the log has token ids, these are hashed, which is exact. Newer versions log neither without
+`VLLM_LOGGING_LEVEL=DEBUG`. JSON rows, as `vllm run-batch` reads and writes them, are read as OpenAI's.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ANSWER: Final = re.compile(r"Generated response (?P<id>\S+?)(?: \([^)]*\))?: ou
 _TEXT: Final = re.compile(r"prompt: ('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|None)")
 _IDS: Final = re.compile(r"(?:prompt|output)_token_ids: (?:array\('[A-Z]', )?\[([0-9, ]*)\]")
 _MOMENT: Final = re.compile(r"\b(?:(\d{4})-)?(\d{2})-(\d{2})[ T](\d{2}):(\d{2}):(\d{2})(?:[.,](\d+))?")
-# The log's dates have no year: two that follow each other over New Year's Eve stay in order by it.
+# The log's dates have no year. This leap year is used for all; entries on both sides of New Year's Eve stay in order.
 _YEAR: Final = 2000
 
 
@@ -38,7 +38,7 @@ def read_vllm(path: Path, ignored: Ignored) -> Iterator[LoggedCall]:
     if first.lstrip()[:1] in ("{", "["):
         yield from read_chats(path, ignored)
         return
-    # Lengths of answers come after their requests, so they are gathered first.
+    # The lengths of answers are logged after their requests, so they are collected first.
     output_tokens = dict(_answers(path))
     for line in text_lines(path):
         found = _REQUEST.search(line)
@@ -73,7 +73,7 @@ def _ids_of(line: str) -> Tokens | None:
     if found is None:
         return None
     written = [each.strip() for each in found[1].split(",")]
-    # Two numbers without a comma between them, or none: the line was cut or changed, and no list of ids is in it.
+    # If numbers are not separated by commas, the line was cut or changed, and is not used as a list of ids.
     if not all(each.isdigit() for each in written):
         return None
     numbers = [int(each[:12]) for each in written]

@@ -1,1 +1,1 @@
-"""`antefix plan`: how much of everything a trace takes on machines whose speeds were measured."""
+"""`antefix plan`: how many machines of which kind a trace needs, given measured speeds."""

@@ -1,4 +1,4 @@
-"""What a trace asks of a deployment, per second: tokens to compute, bytes to read and write, bytes to keep."""
+"""The demand of a trace per second: tokens to compute, bytes to read and write, bytes to keep."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from antefix.window import Sizes
 from antefix_simulate.trace import Trace
 
 DAY_S = 86_400.0
-# The load that has to be carried is that of the busiest of so many parts of the trace.
+# The trace is cut into so many parts, and the busiest part's load must be served.
 _PARTS = 24
-# Fewer requests per part say nothing about its rate.
+# With fewer requests per part, the rate of a part would be meaningless.
 _REQUESTS_PER_PART_MIN = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """Of one trace with one retention, at one multiple of its rate.
+    """The demand of one trace, at one retention and one multiple of its rate.
 
-    requests_per_s, prompt_tokens_per_s, output_tokens_per_s: on average.  peak: the busiest part over the average.
-    hit_rate: of prompt tokens, where what was not used for the retention is gone.
-    missed_tokens, hit_tokens: of each request.  context_tokens: of a request at its end, on average.
-    new_tokens_per_s: those stored for the first time or again.
-    life_s: how long a stored token stays, on average: from its first use to the retention after its last.
-    span_s: the trace's own length.
+    requests_per_s, prompt_tokens_per_s, output_tokens_per_s: averages.  peak: the busiest part's rate over the average.
+    hit_rate: share of prompt tokens, if KV is dropped when it was not used for the retention time.
+    missed_tokens, hit_tokens: of each request.  context_tokens: average context at the end of a request.
+    new_tokens_per_s: tokens stored for the first time, or again.
+    life_s: average time that a token stays stored: from its first use until the retention time after its last use.
+    span_s: the trace's length in time.
     """
 
     requests_per_s: float
@@ -43,12 +43,13 @@ class Demand:
     span_s: float
 
     def kept_bytes(self, sizes: Sizes, checkpoint_share: float) -> float:
-        """On disks in a steady state: what comes per second, times how long it stays. checkpoint_share: per request."""
+        """Bytes on disk in the steady state: the write rate times the lifetime. checkpoint_share: checkpoints per
+        request."""
         blocks = self.new_tokens_per_s * self.life_s / sizes.block_size * sizes.block_bytes
         return blocks + self.requests_per_s * checkpoint_share * self.life_s * sizes.checkpoint_bytes
 
     def scaled(self, factor: float) -> Demand:
-        """The same requests, `factor` times as many: of other people, who share nothing with these."""
+        """The demand of `factor` times as many users with such requests, who share nothing with each other."""
         return Demand(
             requests_per_s=self.requests_per_s * factor,
             prompt_tokens_per_s=self.prompt_tokens_per_s * factor,
@@ -65,7 +66,7 @@ class Demand:
 
 
 def demand_of(trace: Trace, *, retention_s: float) -> Demand:
-    """Raises:  InvalidRequest: all requests come at one time, so there is no rate."""
+    """Raises:  InvalidRequest: all requests have the same time, so there is no rate."""
     times = np.asarray([request.at_s for request in trace.requests])
     tokens = np.asarray([request.num_tokens for request in trace.requests], dtype=np.int64)
     outputs = np.asarray([request.output_tokens for request in trace.requests], dtype=np.int64)
@@ -74,7 +75,7 @@ def demand_of(trace: Trace, *, retention_s: float) -> Demand:
         raise InvalidRequest(
             f"{trace.name} has no time between its requests, so no rate: nothing can be planned for it"
         )
-    # 1. What hits, and how long each unit stays.
+    # 1. Hits, and the lifetime of each unit.
     hits = np.zeros(len(times), dtype=np.int64)
     first: dict[int, float] = {}
     last: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""A plan as text, and how it grows as a picture."""
+"""A plan as text, and a plot of plans for growing load."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from antefix_simulate.plot import check_path, load_pyplot
 
 
 def plan_text(plan: Plan, sources: Sequence[str]) -> str:
-    """Heading, what is needed, what binds, what it rests on."""
+    """Heading, the machines needed, the limiting resource, and the assumptions."""
     heading = (
         f"{plan.tokens_per_day:.3g} tokens per day, hit rate {plan.hit_rate:.2%}, first token within "
         f"{plan.ttft_p90_s:.3f} s for 90 of 100 (bound)"

@@ -1,6 +1,6 @@
-"""Speeds of machines, from the files that benchmarks write; what they cost, from a file that people write.
+"""Speeds of machines, from files that benchmarks write; prices of machines, from a file that people write.
 
-Nothing here is a constant of ours: a plan without measured files is refused.
+No speed is a constant in the code: without measured files there is no plan.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from antefix.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeStep:
-    """One step of a batch: sequences, seconds, as measured."""
+    """One measured decode step of a batch: number of sequences, seconds."""
 
     sequences: int
     step_s: float
@@ -27,7 +27,7 @@ class DecodeStep:
 class WorkerRates:
     """One worker's speeds, for the whole model.
 
-    cards: per worker, so that its weights fit.  fixed_s: of a prefill that has next to nothing to compute.
+    cards: per worker, enough for its weights.  fixed_s: time of a prefill with hardly any tokens to compute.
     """
 
     prefill_tokens_per_s: float
@@ -40,7 +40,7 @@ class WorkerRates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreRates:
-    """One disk's, and of a store service over the network; bytes per second."""
+    """Speeds of one disk, and of a store service over the network; bytes per second."""
 
     read_bytes_per_s: float
     write_bytes_per_s: float
@@ -50,7 +50,7 @@ class StoreRates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Site:
-    """What is bought, and for how much: a file of `deploy/sites`. Dollars; bytes; months of 730 hours."""
+    """The machines to buy and their prices, from a file of `deploy/sites`. Dollars; bytes; months of 730 hours."""
 
     card: str
     card_bytes: float
@@ -66,9 +66,10 @@ class Site:
 
 
 def worker_rates(path: Path, *, num_layers: int, card_bytes: float) -> WorkerRates:
-    """What `python -m benchmarks.weights_on_card` measured, for a model of so many layers.
+    """Speeds measured by `python -m benchmarks.weights_on_card`, for a model with `num_layers` layers.
 
-    A file with fewer layers is scaled by their number. Raises:  InvalidRequest: it has not these measurements.
+    Speeds of a file with fewer layers are scaled by the number of layers. Raises:  InvalidRequest: the file lacks these
+    measurements.
     """
     data = read_json(path, "measured rates", error=InvalidRequest)
     try:
@@ -82,7 +83,7 @@ def worker_rates(path: Path, *, num_layers: int, card_bytes: float) -> WorkerRat
         prefill = _positive(model["prefill"]["tokens_per_s"]) / scale
     except (KeyError, TypeError, ValueError) as err:
         raise InvalidRequest(f"{path} has no measured prefill and decode of a whole model: {err!r}") from err
-    # A tenth of a card is for KV, activations and the libraries.
+    # A tenth of a card is left for KV, activations and libraries.
     cards = max(1, -(-int(weights) // int(card_bytes * 0.9)))
     return WorkerRates(
         prefill_tokens_per_s=prefill,
@@ -95,7 +96,7 @@ def worker_rates(path: Path, *, num_layers: int, card_bytes: float) -> WorkerRat
 
 
 def store_rates(path: Path, model: str = "flash") -> StoreRates:
-    """What `antefix bench store --json` measured. Raises:  InvalidRequest: it has not these measurements."""
+    """Speeds measured by `antefix bench store --json`. Raises:  InvalidRequest: the file lacks these measurements."""
     data = read_json(path, "measured rates of a store", error=InvalidRequest)
     try:
         row = data.get(model, data)
@@ -127,7 +128,7 @@ def load_site(path: Path) -> Site:
 
 
 def best_step(steps: Sequence[DecodeStep], tpot_s: float | None) -> DecodeStep:
-    """The step that gives most tokens per second within the time per token.
+    """The step with most tokens per second whose time per token is within `tpot_s`.
 
     Raises:  InvalidRequest: the fastest measured step takes longer; the message says how long.
     """

@@ -16,7 +16,7 @@ from antefix_simulate.plan.rates import Site, StoreRates, WorkerRates, best_step
 
 MONTH_S: Final = 730 * 3600.0
 _WORKERS_MAX: Final = 10_000_000
-# Wait and service are each within what 95 of 100 requests stay below, so their sum is within it for 90 of 100.
+# Wait and service each stay below this quantile for 95 of 100 requests, so both do, and their sum, for 90 of 100.
 _QUANTILE: Final = 0.95
 
 ASSUMPTIONS: Final = (
@@ -35,8 +35,8 @@ _HANDOFF_S: Final = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
-    """ttft_p90_s: of 90 requests in 100. tpot_s: seconds per token of an answer; None: any. local_s: of the retention,
-    what is kept on disks; the rest in an object store."""
+    """ttft_p90_s: time to first token that 90 of 100 requests must keep. tpot_s: seconds per output token; None: any.
+    local_s: the part of the retention time for which KV is kept on disks; afterwards it is in an object store only."""
 
     retention_s: float
     ttft_p90_s: float
@@ -46,7 +46,8 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """One thing that is needed. number: to buy.  use: how full it is then.  more: what one more of it would give."""
+    """One resource that is needed. number: units to buy.  use: their utilization.  more: what one more unit would
+    give."""
 
     name: str
     number: int
@@ -58,9 +59,9 @@ class Need:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a load takes.
+    """The machines that a load needs.
 
-    peak: the busiest part over the average.  ttft_p90_s: the bound that the sizing keeps, not a measurement.
+    peak: the busiest part's rate over the average.  ttft_p90_s: the bound used for sizing, not a measurement.
     """
 
     tokens_per_day: float
@@ -80,13 +81,13 @@ class Plan:
 
     @property
     def bound_share(self) -> float:
-        """Of the cost, what `binds` takes."""
+        """Share of the cost that the limiting resource `binds` takes."""
         bound = sum(need.dollars_per_month for need in self.needs if need.name == self.binds)
         return bound / self.dollars_per_month if self.dollars_per_month else 0.0
 
     @property
     def dollars_per_million_tokens(self) -> float:
-        """Of prompt and answer together."""
+        """Dollars per million tokens of prompts and answers together."""
         return self.dollars_per_month / (self.tokens_per_day / DAY_S * MONTH_S / 1e6)
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,7 +100,7 @@ class Plan:
 
 def size(demand: Demand, sizes: Sizes, workers: WorkerRates, store: StoreRates, site: Site, goal: Goal) -> Plan:
     """Raises:  InvalidRequest: no number of machines reaches the goal; the message says what is too slow."""
-    # 1. Bytes that move and stay.
+    # 1. Bytes moved and bytes kept.
     peak = demand.peak
     hit_bytes = demand.prompt_tokens_per_s * demand.hit_rate / sizes.block_size * sizes.block_bytes
     read_s = peak * (hit_bytes + demand.requests_per_s * sizes.checkpoint_bytes)
@@ -130,7 +131,7 @@ def size(demand: Demand, sizes: Sizes, workers: WorkerRates, store: StoreRates, 
 
 
 def ttft_bound(demand: Demand, service_s: np.ndarray[Any, Any], num_workers: int) -> float:
-    """Seconds that 90 of 100 requests stay below: 95% points of the wait and of the service, added; inf if unstable."""
+    """Seconds that 90 of 100 requests stay below: the 95% quantiles of wait and service, added; inf if overloaded."""
     rate = demand.requests_per_s * demand.peak
     mean = float(service_s.mean())
     offered = rate * mean
@@ -138,14 +139,15 @@ def ttft_bound(demand: Demand, service_s: np.ndarray[Any, Any], num_workers: int
         return math.inf
     variation = float(service_s.var()) / (mean * mean)
     waits = _erlang_c(offered, num_workers)
-    # The wait of those who wait is about exponential; Poisson arrivals have a variation of 1.
+    # The wait of requests that have to wait is about exponential; Poisson arrivals have a coefficient of variation of
+    # 1.
     mean_wait = mean * (1 + variation) / 2 / (num_workers - offered)
     wait = mean_wait * math.log(waits / (1 - _QUANTILE)) if waits > 1 - _QUANTILE else 0.0
     return wait + float(np.quantile(service_s, _QUANTILE))
 
 
 def _erlang_c(offered: float, num_servers: int) -> float:
-    """The chance that an arrival has to wait. Source: Erlang 1917; Halfin and Whitt 1981 for many servers."""
+    """The probability that an arrival has to wait. Source: Erlang 1917; Halfin and Whitt 1981 for many servers."""
     if num_servers > 2000:
         beta = (num_servers - offered) / math.sqrt(offered)
         density = math.exp(-beta * beta / 2) / math.sqrt(2 * math.pi)
@@ -187,7 +189,7 @@ def _prefill(
 
 def _decode(demand: Demand, sizes: Sizes, workers: WorkerRates, site: Site, goal: Goal) -> Need:
     step = best_step(workers.steps, goal.tpot_s)
-    # What a card has left holds that many sequences at most.
+    # The memory left on a card limits the number of sequences.
     left = workers.cards * site.card_bytes * 0.9 - workers.weights_bytes
     per_sequence = demand.context_tokens / sizes.block_size * sizes.block_bytes + sizes.checkpoint_bytes
     sequences = min(step.sequences, int(left / per_sequence))
@@ -215,7 +217,7 @@ def _disks(kept: float, read_s: float, write_s: float, demand: Demand, store: St
     }
     why = max(wants, key=lambda name: wants[name])
     number = max(1, math.ceil(wants[why]))
-    # Each kept second costs what is written per second, checkpoints included.
+    # Each second of retention needs disk space for one second of writes, checkpoints included.
     hours = site.disk_bytes * _FILL / (write_s / demand.peak) / 3600 if write_s else 0.0
     return Need(
         name="disks",
@@ -230,7 +232,7 @@ def _disks(kept: float, read_s: float, write_s: float, demand: Demand, store: St
 def _hosts(
     disks: Need, read_s: float, write_s: float, demand: Demand, sizes: Sizes, store: StoreRates, site: Site
 ) -> tuple[Need, Need, Need]:
-    """Hosts of stores, and what of theirs is used: links and memory."""
+    """The hosts for the stores, and the use of their links and memory."""
     handoffs = demand.requests_per_s * demand.peak * _HANDOFF_S * sizes.checkpoint_bytes
     moved = read_s + write_s + 2 * demand.requests_per_s * demand.peak * sizes.checkpoint_bytes
     link = min(store.remote_bytes_per_s, site.link_bytes_per_s)
@@ -285,7 +287,7 @@ def _objects(nbytes: float, site: Site) -> tuple[Need, ...]:
 
 
 def _least(low: int, enough: Callable[[int], bool]) -> int:
-    """The smallest number above `low` that is enough; more is always enough as well."""
+    """The smallest number above `low` for which `enough` holds; it also holds for all larger numbers."""
     low, high = max(low, 0), max(low, 1)
     while not enough(high):
         low, high = high, high * 2
