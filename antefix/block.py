@@ -73,7 +73,8 @@ class Geometry(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
-    """Facts in a record's header about the set-up that made it, in addition to names. `Fingerprint.labels` makes them.
+    """Facts in a record's header about the set-up that made it, in addition to names.
+    `Fingerprint.labels` makes them.
     """
 
     family: int = 0
@@ -191,7 +192,8 @@ def cards_of(arithmetic: str) -> int:
 
 
 def check_arithmetic(arithmetic: str) -> str:
-    """Return `arithmetic` unchanged.  Raises:  InvalidRequest: neither `arithmetic_of` nor a probe makes such a name.
+    """Return `arithmetic` unchanged.  Raises:  InvalidRequest: neither `arithmetic_of` nor a probe
+    makes such a name.
     """
     plain = _MEASURED.sub("", arithmetic)
     kind, _, dtype = plain.removesuffix(_REPRODUCIBLE).partition("-")

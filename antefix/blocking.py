@@ -51,7 +51,8 @@ class LoopThread:
         return not self._loop.is_closed()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` on the loop and return its result or raise its error. Interrupting the calling thread cancels it.
+        """Run `work` on the loop and return its result or raise its error. Interrupting the
+        calling thread cancels it.
         """
         if not self.is_open:
             work.close()

@@ -68,7 +68,8 @@ class TooManyRequests(QuotaExceeded):
 
 
 class BudgetExceeded(QuotaExceeded):
-    """The tenant has used up its money for the current period. The caller asks for a larger budget before it retries.
+    """The tenant has used up its money for the current period. The caller asks for a larger budget
+    before it retries.
     """
 
 
@@ -108,7 +109,8 @@ class NotFinite(Unavailable):
 
 
 class StepFailed(Unavailable):
-    """The model failed for this request only. Nothing of the request is stored. The caller tries another replica once.
+    """The model failed for this request only. Nothing of the request is stored. The caller tries
+    another replica once.
     """
 
 

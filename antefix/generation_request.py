@@ -1,4 +1,5 @@
-"""One request for an output, as it passes from the HTTP or gRPC API to the workers. It is made once and never changed.
+"""One request for an output, as it passes from the HTTP or gRPC API to the workers. It is made
+once and never changed.
 """
 
 from __future__ import annotations

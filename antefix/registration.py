@@ -40,7 +40,8 @@ class Registration:
         return keyring.proof(*self._parts())
 
     def check(self, keyring: Keyring, proof: bytes) -> None:
-        """Raises:  Unauthenticated: the proof was made without the deployment's secret, or the registration is too old.
+        """Raises:  Unauthenticated: the proof was made without the deployment's secret, or the
+        registration is too old.
         """
         if not keyring.proves(proof, *self._parts()):
             raise Unauthenticated("only workers with the deployment's secret may register")

@@ -25,7 +25,8 @@ _READ_S_MAX: Final = 60.0
 
 
 class ReadHangs(Unavailable):
-    """A read was given up but its thread still runs. A worker treats it as a miss and must not reuse the buffers yet.
+    """A read was given up but its thread still runs. A worker treats it as a miss and must not
+    reuse the buffers yet.
     """
 
     def __init__(self, message: str, works: Sequence[asyncio.Future[Any]] = ()) -> None:

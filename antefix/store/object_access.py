@@ -16,7 +16,8 @@ from antefix.store_files.seal import Seals
 
 
 class ReadsObjects(Protocol):
-    """Settings that name an object store.  object_encrypt_key_file, object_keys_file: files with its encryption keys.
+    """Settings that name an object store.  object_encrypt_key_file, object_keys_file: files with
+    its encryption keys.
     """
 
     @property

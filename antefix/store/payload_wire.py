@@ -104,7 +104,8 @@ def records_head(*, first: int, seed: int, segment: int, offset: int, records_by
 
 
 def head_of(message: Any, field: int, payload_bytes: int) -> bytes:
-    """The bytes of a message that precede its payload. The payload is the message's last field and has number `field`.
+    """The bytes of a message that precede its payload. The payload is the message's last field and
+    has number `field`.
     """
     head: bytes = message.SerializeToString() + _tag_and_length(field, payload_bytes)
     return head

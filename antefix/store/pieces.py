@@ -109,7 +109,8 @@ class OutgoingPieces:
         self._sent_bytes = 0
 
     def parts_of(self, number: int) -> list[memoryview]:
-        """The buffers for payload `number`, counted from this object's first one. Ask for each payload once, in order.
+        """The buffers for payload `number`, counted from this object's first one. Ask for each
+        payload once, in order.
         """
         assert number == self._num_placed
         self._num_placed += 1
@@ -128,7 +129,8 @@ class OutgoingPieces:
         return parts
 
     def note_sealed(self, number: int, sealed: bytes) -> None:
-        """Set the sealed header part of payload `number`, counted from this object's first one, once it has been read.
+        """Set the sealed header part of payload `number`, counted from this object's first one,
+        once it has been read.
         """
         if self._has_seals:
             self._sealed[self._first + number] = sealed

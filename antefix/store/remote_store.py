@@ -164,7 +164,8 @@ class RemoteStore:
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
-        """The leading ones of these records that are stored, with headers, so that they can be put into another store.
+        """The leading ones of these records that are stored, with headers, so that they can be put
+        into another store.
         """
         payloads: list[bytearray] = []
         sealed: list[bytes] = []

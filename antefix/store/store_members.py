@@ -88,7 +88,8 @@ class Members:
         return await self._in_time(tier, asyncio.create_task(question))
 
     async def _in_time(self, tier: Tier, asked: asyncio.Task[Held]) -> Held | AntefixError | TimeoutError:
-        """The answer, if it comes within the tier's time limit. A later answer still updates the tier's answer times.
+        """The answer, if it comes within the tier's time limit. A later answer still updates the
+        tier's answer times.
         """
         begun_s, limit_s = tier.clock(), tier.standing.limit_s
         try:
@@ -136,7 +137,8 @@ class Members:
         return located.of(self.tiers[number].name, hashes, fingerprint)
 
     def may_have(self, number: int, kind: RecordKind, hash: bytes, fingerprint: bytes) -> bool:
-        """Whether a tier should be asked for a record. Events do not cover records in memory, so those may be anywhere.
+        """Whether a tier should be asked for a record. Events do not cover records in memory, so
+        those may be anywhere.
         """
         known = None if kind in MEMORY_KINDS else self._known(number, [hash], fingerprint)
         if known is None:

@@ -56,7 +56,8 @@ class UsesTold:
     def note(
         self, kind: RecordKind, last: bytes | None, num_missed: int, outcome: ReadOutcome, fingerprint: bytes
     ) -> None:
-        """Report a read to the service soon, without waiting for it.  last: the hash of the last record that was read.
+        """Report a read to the service soon, without waiting for it.  last: the hash of the last
+        record that was read.
         """
         uses = self.uses
         uses.hits += outcome.num_good
