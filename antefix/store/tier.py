@@ -180,7 +180,7 @@ class Tier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierRead:
-    """What one tier delivered of a prefix: blocks, payload bytes, and the seconds of reading. 
+    """What one tier delivered of a prefix: blocks, payload bytes, and the seconds of reading.
     tier: the tier's label.
     """
 
