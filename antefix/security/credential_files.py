@@ -83,7 +83,7 @@ class CredentialFiles:
     """One directory. Thread-safe: TLS handshakes ask from gRPC's threads."""
 
     def __init__(self, directory: Path | str) -> None:
-        """Raises:  ConfigError: the files are missing or do not fit each other; the message says what to do."""
+        """Raises:  ConfigError: the files are missing or do not match each other; the message says what to do."""
         self.directory = Path(directory)
         self.num_failed = 0
         self._lock = threading.Lock()
