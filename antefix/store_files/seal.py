@@ -1,9 +1,9 @@
-"""Seals: what a worker signs when it writes a record, and what it checks wherever one comes back from outside.
+"""Seals: a worker signs each record that it writes, and checks the signature whenever it reads a record.
 
 The MAC covers the payload as the worker made it and all of the header that the store never changes, so coding,
 encryption and compaction need no secret (docs/FORMAT.md, "Seal"). AES-GMAC with a key of its own for each record:
 measured on a core with AES instructions 17.7 GB/s and 2.4 us per record, where BLAKE2b makes 0.8 GB/s, HMAC-SHA256 1.8
-and a restore 1.6. XXH3 under a MAC would be of no use: payloads that collide can be made for it.
+and a restore 1.6. A MAC over an XXH3 checksum would be useless: an attacker can make payloads with equal checksums.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SealKeys(Protocol):
 
 
 class SealBroken(BlockCorrupt):
-    """A record that passes for what was asked for, and was not sealed by anybody with the deployment's secret."""
+    """A record matches its name and checksum, but was not sealed with the deployment's secret."""
 
 
 class Seals:
