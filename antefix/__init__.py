@@ -1,13 +1,13 @@
 """Antefix: a disaggregated prefix cache for models built like DeepSeek-V4.
 
-What a program imports is here, by name: clients of the services and their blocking forms, `Sampling`, the store's
-protocol and clients, and every error. docs/API.md has them all. A store within this process, without a service, is
-`antefix_kvstore.open`.
+Programs import from here: the services' clients and their blocking forms, `Sampling`, the store's protocol and clients,
+and every error. docs/API.md lists all names. `antefix_kvstore.open` opens a store within this process, without a
+service.
 
     from antefix import RouterClient, Sampling
 
 Names are loaded when they are first used, so `import antefix` alone needs neither gRPC nor torch. This package also
-holds what the services share, and imports none of them.
+holds the code that the services share. It imports none of the services.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ if TYPE_CHECKING:
     from antefix.usage import Usage as Usage
     from antefix.wire import TokenLogprob as TokenLogprob
 
-# The same names at run time, by module.
+# The public names at run time, with the module that defines each.
 _NAMES = {
     "antefix.block": "Chain Fingerprint TokenArray chain_of tenant_key",
     "antefix.blocking": (

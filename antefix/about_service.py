@@ -1,4 +1,4 @@
-"""AboutService: what every process says of itself to an operator. `rpc.start_server` adds it to each server."""
+"""AboutService: tells operators about a process. `rpc.start_server` adds it to each server."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ MARK_BYTES: Final = 8
 
 
 class AboutServicer(about_pb2_grpc.AboutServiceServicer):
-    """calls: addresses of services that this process calls and that do not register with anybody."""
+    """Answers AboutService calls.
+
+    calls: addresses of services that this process calls and that register with no router.
+    """
 
     def __init__(self, security: ProcessSecurity, calls: Sequence[str] = ()) -> None:
         self._security = security

@@ -23,9 +23,9 @@ from antefix.lane_hashes import lane_hashes
 
 HASH_BYTES: Final = 32
 NAMES_VERSION: Final = 2
-# Version of how KV is written down; raising it makes every stored block a miss instead of a wrong hit.
+# Version of the byte layout of KV. Raising it makes every stored block a miss instead of a wrong hit.
 PAYLOAD_VERSION: Final = 1
-# Between a tenant's name and its user's. Neither may hold control characters.
+# Separates a tenant's name from a user's name. Neither may hold control characters.
 USER_SEPARATOR: Final = "\x1f"
 _TOKEN_DTYPE: Final = np.dtype("<u4")
 
@@ -34,7 +34,7 @@ Tokens = Sequence[int] | TokenArray
 
 
 class Family(StrEnum):
-    """Whose KV it is. OPAQUE: an engine's pages in a layout that we do not know and never take apart."""
+    """The model family that KV belongs to. OPAQUE: an engine's pages, whose layout Antefix does not know or parse."""
 
     V4 = "deepseek_v4"
     V41 = "deepseek_v41"
@@ -44,7 +44,7 @@ class Family(StrEnum):
 
     @property
     def code(self) -> int:
-        """The number that stands for it in a record's header. Part of the format: never renumber."""
+        """The family's number in a record's header. Part of the format: never renumber."""
         return _FAMILY_CODES[self]
 
 
@@ -55,22 +55,27 @@ class HashKind(IntEnum):
     """How block hashes are made. Values are part of the format: never renumber."""
 
     CHAINED_BLAKE2B = 1
-    # What an engine calls its block, hashed with root and key: the engine's own name stands for all tokens.
+    # A hash of the name that an engine gives its block, with root and key. The engine's name stands for all tokens.
     ENGINE_KEY = 2
-    # All blocks' tokens at once, then their digests in a chain: a third of the time.
+    # Hashes the tokens of all blocks at once and then chains their digests. Takes a third of the time.
     CHAINED_AES = 3
 
 
 class Geometry(Protocol):
-    """What decides whether two models' blocks have the same shape; `antefix.layout.KVGeometry` is V4's."""
+    """The shape of a model's blocks. Two models with equal geometries have blocks of the same shape.
+
+    `antefix.layout.KVGeometry` is V4's.
+    """
 
     def digest(self) -> bytes:
-        """16 bytes."""
+        """16 bytes that name this geometry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
-    """What a record's header says of who made it, besides names. `Fingerprint.labels` makes them."""
+    """Facts in a record's header about the set-up that made it, in addition to names.
+    `Fingerprint.labels` makes them.
+    """
 
     family: int = 0
     hash_kind: HashKind = HashKind.CHAINED_AES
@@ -86,10 +91,11 @@ class Fingerprint:
 
     weights_revision: hash of the checkpoint's files.  tokenizer: hash of the tokenizer's files.
     exactness: "exact", or "bounded-K" for KV computed after an approximate replay of K windows.
-    arithmetic: what computed it. Equal strings mean equal bits; no two kinds of device or precision give the same ones,
-    nor do a card's fast and reproducible kernels.  num_cards: that computed it together, where it changes bits.
-    group: which of a model's cache groups, where an engine keeps several.  shard: "rank/ranks" of a group that is cut
-    over ranks; empty where all ranks have the same.
+    arithmetic: names the arithmetic that computed the KV. Equal names mean equal bits. Each kind of device and each
+    precision has another name, and so have a card's fast and reproducible kernels.
+    num_cards: how many cards computed the KV together, where the number changes bits.
+    group: the cache group of the model, where an engine keeps several.  shard: "rank/ranks" for a group that is split
+    over ranks; empty if all ranks hold the same KV.
     """
 
     weights_revision: str
@@ -107,7 +113,7 @@ class Fingerprint:
 
     @property
     def statement(self) -> bytes:
-        """Everything above as JSON; what two fingerprints differ in can be read from theirs."""
+        """All fields as JSON. Comparing two statements shows in which fields two fingerprints differ."""
         fields = {
             "arithmetic": self.arithmetic,
             "exactness": self.exactness,
@@ -136,17 +142,17 @@ class Fingerprint:
 
 
 def digest_of(statement: bytes) -> bytes:
-    """The fingerprint that a statement makes."""
+    """The fingerprint's digest, from its statement."""
     return hashlib.blake2b(statement, digest_size=HASH_BYTES, person=b"antefix-name-v2").digest()
 
 
 def hash_kind_of(statement: bytes) -> HashKind:
-    """How the blocks of a stated fingerprint are named; of a statement that is empty, as they are today."""
+    """The kind of block hashes that a fingerprint's statement implies; for an empty statement, today's kind."""
     return HashKind(json.loads(statement)["hash_kind"]) if statement else HashKind.CHAINED_AES
 
 
 def differing_fields(one: bytes, other: bytes) -> tuple[str, ...]:
-    """The names of the fields in which two statements differ, in order; of statements of this version of names."""
+    """The names of the fields in which two statements differ, in order. Both must have this version of names."""
     mine, theirs = json.loads(one), json.loads(other)
     return tuple(sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)))
 
@@ -158,32 +164,37 @@ _REPRODUCIBLE: Final = "-reproducible"
 
 
 def arithmetic_of(device: str, dtype: str, *, reproducible: bool = False) -> str:
-    """What computes, as far as KV's bits depend on it: "cpu-float32", "cuda-bfloat16". device: torch's name, "cuda:1".
+    """The name of a set-up's arithmetic, on which KV's bits depend, such as "cpu-float32" or "cuda-bfloat16".
 
-    reproducible: the setting of that name. A CPU is so anyway; a card then is "cuda-bfloat16-reproducible": KV that the
-    faster kernels wrote is good within bounds only, and a hit on it would not equal a cold run to the bit.
+    device: torch's name, such as "cuda:1".
+    reproducible: the setting of that name. It changes nothing on a CPU. On a card the name becomes
+    "cuda-bfloat16-reproducible", because KV from the faster kernels agrees within bounds only: a hit on such KV would
+    not equal a cold run to the bit.
     """
     kind = device.partition(":")[0]
     return f"{kind}-{dtype}{_REPRODUCIBLE if reproducible and kind != 'cpu' else ''}"
 
 
-# What `antefix.model.arithmetic` adds to a name: digests of the bits, and threads and cards where they matter.
+# The suffix that `antefix.model.arithmetic` adds: digests of measured bits, and the numbers of threads and cards where
+# they change bits.
 _MEASURED: Final = re.compile(r"-[0-9a-f]{10}-[0-9a-f]{10}(-t[0-9]+)?(-x([1-9][0-9]{0,3}))?$")
 
 
 def on_cards(num_cards: int) -> str:
-    """What names an arithmetic that so many cards have together, where that changes bits."""
+    """The suffix of an arithmetic's name for `num_cards` cards that compute together, where the number changes bits."""
     return f"-x{num_cards}"
 
 
 def cards_of(arithmetic: str) -> int:
-    """How many cards computed it together, where that changes bits; else 1."""
+    """How many cards computed together, by the arithmetic's name; 1 where the number does not change bits."""
     found = _MEASURED.search(arithmetic)
     return int(found[3]) if found and found[3] else 1
 
 
 def check_arithmetic(arithmetic: str) -> str:
-    """The same.  Raises:  InvalidRequest: neither `arithmetic_of` nor a probe makes such a name."""
+    """Return `arithmetic` unchanged.  Raises:  InvalidRequest: neither `arithmetic_of` nor a probe
+    makes such a name.
+    """
     plain = _MEASURED.sub("", arithmetic)
     kind, _, dtype = plain.removesuffix(_REPRODUCIBLE).partition("-")
     reproducible = plain.endswith(_REPRODUCIBLE)
@@ -197,15 +208,18 @@ def check_arithmetic(arithmetic: str) -> str:
 
 
 def exactness_of(bounded_windows: int) -> str:
-    """The fingerprint's `exactness`. bounded_windows: of approximate replays that the namespace allows; 0: none."""
+    """The fingerprint's `exactness`.
+
+    bounded_windows: how many windows an approximate replay covers in this namespace; 0: it allows none.
+    """
     return f"bounded-{bounded_windows}" if bounded_windows else "exact"
 
 
 def tenant_key(secret: bytes, tenant: str) -> bytes:
     """The key that a tenant's block hashes are made with; `secret` is the deployment's, at least 16 bytes.
 
-    tenant: its name and, behind USER_SEPARATOR, its user's, of any length.
-    Raises:  InvalidRequest: the secret is too short, or longer than BLAKE2b takes (64 bytes), or the name is no text.
+    tenant: the tenant's name, optionally followed by USER_SEPARATOR and a user's name, of any length.
+    Raises:  InvalidRequest: the secret is too short, or longer than BLAKE2b takes (64 bytes), or the name is not text.
     """
     if not 16 <= len(secret) <= 64:
         raise InvalidRequest(f"the deployment secret must have 16 to 64 bytes, has {len(secret)}")
@@ -217,14 +231,14 @@ def tenant_key(secret: bytes, tenant: str) -> bytes:
 
 
 def root_of(fingerprint_digest: bytes, key: bytes) -> bytes:
-    """What stands before the first block of all chains of a fingerprint and a tenant."""
+    """The root hash: the parent of the first block in every chain of this fingerprint and tenant."""
     return hashlib.blake2b(fingerprint_digest, digest_size=HASH_BYTES, key=key, person=b"antefix-root").digest()
 
 
 def engine_key_hash(root: bytes, engine_key: bytes, key: bytes) -> bytes:
     """The name of a block that its engine calls `engine_key`; hash kind ENGINE_KEY.
 
-    The engine's name must stand for all tokens up to and including the block, and for whatever else changes its KV.
+    The engine's name must determine all tokens up to and including the block, and everything else that changes its KV.
     """
     return hashlib.blake2b(root + engine_key, digest_size=HASH_BYTES, key=key, person=b"antefix-enginkey").digest()
 
@@ -232,7 +246,8 @@ def engine_key_hash(root: bytes, engine_key: bytes, key: bytes) -> bytes:
 class Chain:
     """The block hashes of a growing token sequence. Extending hashes the new blocks only.
 
-    `hashes[i]` names block i, tokens [i * block_size, (i + 1) * block_size); the tokens of an unfinished block wait.
+    `hashes[i]` names block i, tokens [i * block_size, (i + 1) * block_size). The tokens of an unfinished block have no
+    hash yet.
     """
 
     def __init__(
@@ -242,7 +257,7 @@ class Chain:
         block_size: int,
         kind: HashKind = HashKind.CHAINED_AES,
     ) -> None:
-        """Raises:  InvalidRequest: no fingerprint or no key, or a kind of hashes that is not made of tokens."""
+        """Raises:  InvalidRequest: no fingerprint or no key is given, or `kind` does not hash tokens."""
         if len(fingerprint_digest) != HASH_BYTES or not key:
             raise InvalidRequest("a chain needs a 32-byte fingerprint and a tenant key")
         if kind is HashKind.ENGINE_KEY:
@@ -257,7 +272,7 @@ class Chain:
         self._keyed = hashlib.blake2b(digest_size=HASH_BYTES, key=key, person=b"antefix-block")
 
     def extend(self, tokens: Tokens) -> list[bytes]:
-        """Append tokens; returns the hashes of the blocks that this completed.
+        """Append tokens. Returns the hashes of the blocks that they complete.
 
         Raises:  InvalidRequest: a token is not a number in [0, 2^32).
         """
@@ -280,7 +295,7 @@ class Chain:
         parent = self.parent(len(self.hashes))
         names: list[bytes] = []
         copy, append = self._keyed.copy, names.append
-        # One pass in C cuts the blocks. Of a 128-token block's time three quarters are BLAKE2b itself.
+        # One pass in C cuts the blocks. BLAKE2b itself takes three quarters of the time of a 128-token block.
         for (block,) in struct.iter_unpack(f"{self.block_size * _TOKEN_DTYPE.itemsize}s", raw):
             state = copy()
             state.update(parent + block)
@@ -290,7 +305,7 @@ class Chain:
 
     @property
     def unfinished(self) -> TokenArray:
-        """The tokens behind the last whole block."""
+        """The tokens after the last whole block."""
         return self._tail
 
     def parent(self, index: int) -> bytes:
@@ -298,7 +313,7 @@ class Chain:
         return self.hashes[index - 1] if index else self.root
 
     def digest(self) -> bytes:
-        """The name of all tokens so far, those of the unfinished block too. No block has it: those are whole."""
+        """A hash of all tokens so far, including those of the unfinished block. It equals no block's hash."""
         state = self._keyed.copy()
         state.update(self.parent(len(self.hashes)) + self._tail.tobytes())
         return state.digest()
@@ -308,7 +323,7 @@ class Chain:
 
 
 def as_tokens(tokens: Tokens) -> npt.NDArray[np.uint32]:
-    """Token ids as little-endian u32, checked: numpy would wrap or truncate what does not fit."""
+    """Token ids as little-endian u32, range-checked: numpy would wrap or truncate values that do not fit."""
     if isinstance(tokens, np.ndarray) and tokens.dtype == _TOKEN_DTYPE and tokens.ndim == 1:
         return tokens
     wide = np.asarray(tokens)

@@ -1,4 +1,4 @@
-"""Names of version 1, to find what stores of that version hold. Nothing new is stored under them."""
+"""Names of version 1, used to find records in stores of that version. New records never get such names."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from antefix.block import CPU_FLOAT32, HASH_BYTES, Fingerprint
 
 
 def digest_v1(fingerprint: Fingerprint) -> bytes:
-    """What version 1 made of the fields that it had; the others must be as they were understood then.
+    """The digest that version 1 made of the fields that it had. Newer fields must have the value that version 1
+    implied.
 
-    What computed the KV stood in `exactness`, unless it was a CPU in float32. Chains, tenant keys and block hashes are
-    as in version 2.
+    Version 1 put the arithmetic into `exactness`, unless it was a CPU in float32. Chains, tenant keys and block hashes
+    are as in version 2.
     """
     exactness = fingerprint.exactness
     if fingerprint.arithmetic != CPU_FLOAT32:
@@ -26,7 +27,7 @@ def digest_v1(fingerprint: Fingerprint) -> bytes:
         exactness.encode(),
         fingerprint.namespace.encode(),
     ):
-        # Length first: without it ("ab", "c") and ("a", "bc") would share a name.
+        # Each part's length comes first: without it ("ab", "c") and ("a", "bc") would share a name.
         state.update(len(part).to_bytes(4, "little"))
         state.update(part)
     return state.digest()

@@ -4,8 +4,8 @@
         for message in router.generate("Once", Sampling(max_tokens=20)):
             print(message.text, end="")
 
-Each has an event loop of its own in a thread of its own, so it also works where a loop is running already: it then
-holds that loop up until the call returns. One may be used from several threads. `close`, or `with`, ends the thread.
+Each client runs its own event loop in its own thread. So it also works inside a running event loop, but it blocks that
+loop until the call returns. Several threads may use one client. `close`, or leaving `with`, ends the thread.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _Closable(Protocol):
     async def close(self) -> None: ...
 
 
-# What a call that is cut off may take to end its streams.
+# How long a cancelled call may take to end its streams.
 _CLEANUP_S: Final = 5.0
 
 P = ParamSpec("P")
@@ -51,7 +51,9 @@ class LoopThread:
         return not self._loop.is_closed()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """What `work` returns or raises. An interrupt of the waiting thread cancels it."""
+        """Run `work` on the loop and return its result or raise its error. Interrupting the
+        calling thread cancels it.
+        """
         if not self.is_open:
             work.close()
             raise InvalidRequest("this client is closed; open another one")
@@ -63,7 +65,7 @@ class LoopThread:
             raise
 
     def close(self) -> None:
-        """Cancel what still runs, and end the thread. Closing again does nothing."""
+        """Cancel all running work, and end the thread. Closing again does nothing."""
         if not self.is_open:
             return
         self.run(_cancel_the_rest())
@@ -78,7 +80,7 @@ async def _cancel_the_rest() -> None:
 
 
 class Blocking(Generic[C]):
-    """A client and the loop that it lives on."""
+    """A client, and the event loop that runs its calls."""
 
     def __init__(self, client: C) -> None:
         self._client: Final[C] = client
@@ -107,7 +109,7 @@ class Blocking(Generic[C]):
 
 
 def _waiting(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> Callable[Concatenate[Any, P], T]:
-    """The method of that name of the client, waited for."""
+    """A method that calls the client's method of the same name and waits for its result."""
 
     @functools.wraps(method)
     def call(self: Blocking[Any], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -120,7 +122,7 @@ def _waiting(method: Callable[Concatenate[Any, P], Coroutine[Any, Any, T]]) -> C
 def _stream(
     method: Callable[Concatenate[Any, P], AsyncGenerator[T, None]],
 ) -> Callable[Concatenate[Any, P], Iterator[T]]:
-    """The stream of that name of the client, item by item. Leaving the iterator ends the call."""
+    """A method that iterates over the client's stream of the same name. Closing the iterator ends the call."""
 
     @functools.wraps(method)
     def call(self: Blocking[Any], *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
@@ -130,7 +132,7 @@ def _stream(
                 while True:
                     yield self._thread.run(_next(items))
         finally:
-            # A closed client has ended its streams.
+            # Closing the client has already ended its streams.
             if self._thread.is_open:
                 self._thread.run(items.aclose())
 
@@ -187,7 +189,7 @@ class BlockingWindowClient(Blocking[WindowClient]):
 class BlockingStore(Blocking[Store]):
     """Any `Store` without `await`: `open_store(...)` of a service, or `antefix_kvstore.open(...)` in this process.
 
-    The store belongs to it from then on, and is closed with it.
+    The BlockingStore owns the store from then on, and closes it.
     """
 
     lookup = _waiting(Store.lookup)

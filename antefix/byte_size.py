@@ -22,7 +22,7 @@ from antefix.errors import ConfigError
 
 _SIZE: Final = re.compile(r"\s*([0-9]{1,40}(?:\.[0-9]{1,40})?)\s*(b|[kmgt](?:i?b)?)?\s*", re.IGNORECASE | re.ASCII)
 _POWERS: Final = {"k": 1, "m": 2, "g": 3, "t": 4}
-# What fits a signed 64-bit field, of protobuf and of the disk format.
+# The largest number that fits a signed 64-bit field of protobuf and of the disk format.
 SIZE_MAX: Final = (1 << 63) - 1
 ACCEPTED: Final = "1048576, 200G or 200GiB (powers of 1024), or 200GB (powers of 1000)"
 
@@ -32,7 +32,7 @@ def parse_byte_size(value: str | int) -> int:
 
     Raises:  ConfigError: anything else, or more than 2^63 - 1 bytes.
     """
-    # An integer of thousands of digits could not even be written.
+    # `shown` is safe for integers of thousands of digits, which Python refuses to print.
     match = _SIZE.fullmatch(value if isinstance(value, str) else shown(value))
     if match is None or isinstance(value, bool):
         raise ConfigError(f"{shown(value)} is not a size in bytes: write {ACCEPTED}")

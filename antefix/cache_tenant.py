@@ -1,6 +1,6 @@
-"""Whose blocks they are, in one name: a tenant's, or those of one of its end users, who has a cache of its own.
+"""The name of a cache's owner: a tenant, or one of a tenant's end users, whose cache is separate from the tenant's.
 
-Stores, block hashes and quotas know one name. It is `tenant`, or `tenant` + U+001F + `user`; people are shown both.
+Stores, block hashes and quotas use one name: `tenant`, or `tenant` + U+001F + `user`. People are shown both parts.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from antefix.block import USER_SEPARATOR
 
 
 def join_tenant(tenant: str, user: str) -> str:
-    """The one name that block hashes are keyed with."""
+    """The joint name of tenant and user, with which block hashes are keyed."""
     return f"{tenant}{USER_SEPARATOR}{user}" if user else tenant
 
 
 def split_tenant(name: str) -> tuple[str, str]:
-    """(tenant, user); the user is empty where the cache is the tenant's own."""
+    """(tenant, user). The user is empty if the cache is the tenant's own."""
     tenant, _, user = name.partition(USER_SEPARATOR)
     return tenant, user

@@ -1,5 +1,6 @@
-"""Reads TOML and JSON that people and other programs write: bounded in size, depth and time, or one line that says why
-not. What is inside is checked by `checked_table`.
+"""Reads TOML and JSON files written by people and other programs, with limits on size, depth and time.
+
+A file that cannot be read, or exceeds a limit, gives a one-line error. `checked_table` checks the values in the file.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from typing import Any, Final
 
 from antefix.errors import ConfigError, InvalidRequest
 
-# A tenant with a key and limits takes 200 bytes.
+# A tenants file has about 200 bytes per tenant with a key and limits.
 TOML_BYTES_MAX: Final = 4 << 20
-# The largest of known models' files, a tokenizer.json, has 33 MB.
+# The largest known file of a model, a tokenizer.json, has 33 MB.
 JSON_BYTES_MAX: Final = 256 << 20
-# tomllib takes quadratic time for a name of many parts: 24 s for 20,000.
+# tomllib takes quadratic time for a dotted name of many parts: 24 s for 20,000 parts.
 _NAME_PARTS_MAX: Final = 64
 _DIGITS_MAX: Final = 40
 _PIPE_S: Final = 10.0
@@ -34,20 +35,20 @@ _SPLIT_NAMES: Final = re.compile(r"[={,\[\]]")
 def read_toml(path: str | Path, what: str) -> dict[str, Any]:
     """The tables of a file.  what: the setting or the kind of file, for the message.
 
-    Raises:  ConfigError: it cannot be read, is too large, or is no TOML.
+    Raises:  ConfigError: it cannot be read, is too large, or is not TOML.
     """
     return parse_toml(read_toml_text(path, what), f"{what} {path}")
 
 
 def read_toml_text(path: str | Path, what: str) -> str:
-    """What `parse_toml` reads.  Raises:  ConfigError: it cannot be read, or is too large."""
+    """The text of a TOML file, for `parse_toml`.  Raises:  ConfigError: it cannot be read, or is too large."""
     return read_text(path, what, bytes_max=TOML_BYTES_MAX)
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
     """The tables of a text.  where: the kind of file and its name, for the message.
 
-    Raises:  ConfigError: it is no TOML.
+    Raises:  ConfigError: the text is not TOML.
     """
     try:
         for number, line in enumerate(text.splitlines(), 1):
@@ -59,9 +60,10 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
 
 
 def read_json(path: str | Path, what: str, *, error: type[InvalidRequest] = ConfigError, infinity: bool = False) -> Any:
-    """The value in a file; see `read_toml`.  infinity: whether Infinity and NaN may stand in it.
+    """The value in a JSON file.  what: as for `read_toml`.  infinity: whether the file may hold Infinity and NaN.
 
-    Raises:  InvalidRequest: as `error`."""
+    Raises:  `error`: the file cannot be read, is too large, or is not JSON as `parse_json` accepts it.
+    """
     text = read_text(path, what, error=error, bytes_max=JSON_BYTES_MAX)
     return parse_json(text, f"{what} {path}", error=error, infinity=infinity)
 
@@ -69,9 +71,9 @@ def read_json(path: str | Path, what: str, *, error: type[InvalidRequest] = Conf
 def parse_json(
     text: str | bytes, what: str, *, error: type[InvalidRequest] = InvalidRequest, infinity: bool = False
 ) -> Any:
-    """Numbers are what a float can hold; Python would take NaN and integers of any length.
+    """The value of a JSON text. Numbers must fit a float; Python's parser would accept NaN and integers of any length.
 
-    Raises:  InvalidRequest: as `error`: no JSON, nested too deeply, or a number that is not finite or too long.
+    Raises:  `error`: the text is not JSON, is nested too deeply, or has a number that is not finite or too long.
     """
     try:
         return json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=float if infinity else _finite)
@@ -82,15 +84,15 @@ def parse_json(
 def read_text(
     path: str | Path, what: str, *, error: type[InvalidRequest] = ConfigError, bytes_max: int = JSON_BYTES_MAX
 ) -> str:
-    """The text of a file, or of a pipe.
+    """The text of a file or a pipe.
 
-    Raises:  InvalidRequest: as `error`: it cannot be read, is no UTF-8, or has more bytes.
+    Raises:  `error`: it cannot be read, is not UTF-8, or has more than `bytes_max` bytes.
     """
     try:
         data = read_bytes(path, bytes_max)
         if len(data) > bytes_max:
             raise error(f"{what} {path}: it has more than {bytes_max} bytes")
-        # Editors on Windows put a mark in front.
+        # Editors on Windows write a byte order mark first.
         return data.decode("utf-8-sig")
     except (OSError, ValueError) as err:  # ValueError: not UTF-8, or a path with a NUL in it
         if isinstance(err, error):
@@ -99,11 +101,11 @@ def read_text(
 
 
 def read_bytes(path: str | Path, nbytes_max: int) -> bytes:
-    """What a file or a pipe holds, or its first `nbytes_max` + 1 bytes.
+    """The bytes of a file or a pipe, at most the first `nbytes_max` + 1.
 
-    Raises:  OSError: it cannot be read, or is a pipe or device from which nothing comes for 10 s.
+    Raises:  OSError: it cannot be read, or it is a pipe or device that gives no bytes for 10 s.
     """
-    # Opening a pipe would wait for a writer, with signals unheard.
+    # Without O_NONBLOCK, opening a pipe would wait for a writer and block signal handlers.
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -112,7 +114,7 @@ def read_bytes(path: str | Path, nbytes_max: int) -> bytes:
 
 
 def _pieces(descriptor: int, nbytes: int) -> Iterator[bytes]:
-    """Up to so many bytes, as they come."""
+    """Up to `nbytes` bytes of a pipe, as they arrive."""
     is_begun, until_s = False, time.monotonic() + _PIPE_S
     while nbytes > 0:
         left_s = until_s - time.monotonic()
@@ -126,7 +128,7 @@ def _pieces(descriptor: int, nbytes: int) -> Iterator[bytes]:
             elif is_begun:
                 return
             else:
-                time.sleep(0.01)  # nobody writes to it yet, which looks like its end
+                time.sleep(0.01)  # the pipe has no writer yet, which read() reports as its end
 
 
 def _integer(digits: str) -> int:
@@ -143,7 +145,7 @@ def _finite(digits: str) -> float:
 
 
 def _without_strings(line: str) -> str:
-    """A line whose names matter: what is in quotes may have any number of dots."""
+    """The line without quoted strings: only unquoted names are checked, since a quoted name may have any dots."""
     return re.sub(r'"[^"]*"|\'[^\']*\'', "", line) if len(line) > _NAME_PARTS_MAX else line
 
 

@@ -1,6 +1,7 @@
-"""A table of a TOML or JSON file, read field by field: types, ranges, finiteness and sizes, and no unknown names.
+"""Reads a table of a TOML or JSON file field by field, checking types, ranges, finiteness, sizes and unknown names.
 
-All files of settings are read through this, so all say the same of the same mistake: where, which field, what it takes.
+All settings files are read with this, so the same mistake always gives the same message: the place, the field, and the
+values that the field takes.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from typing import Any, Final
 from antefix.errors import ConfigError
 
 CHARACTERS_MAX: Final = 4096
-# Exact in a float, in a signed 64-bit number, and in whatever reads our files.
+# The largest integer that a float, a signed 64-bit number and other programs hold exactly.
 INTEGER_MAX: Final = 1 << 53
 _MISSING: Final = object()
 _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Table:
-    """where: of the error's beginning, such as "tenants file t.toml: tenant 3"."""
+    """A table.  where: the start of its error messages, such as "tenants file t.toml: tenant 3"."""
 
     def __init__(self, values: Any, where: str) -> None:
-        """Raises:  ConfigError: it is no table."""
+        """Raises:  ConfigError: `values` is not a table."""
         self.where = where
         if not isinstance(values, dict):
             raise ConfigError(f"{where} must be a table of names and values, is {shown(values)}")
@@ -37,19 +38,19 @@ class Table:
         return name in self._values
 
     def take(self, name: str, default: Any = _MISSING) -> Any:
-        """As it is. Raises:  ConfigError: it is missing, and there is no default."""
+        """The field's value, unchecked.  Raises:  ConfigError: it is missing, and there is no default."""
         value = self._values.pop(name, default)
         if value is _MISSING:
             raise ConfigError(f"{self.where}: {name} is missing")
         return value
 
     def text(self, name: str, default: str | None = None, *, empty: bool = False) -> str:
-        """One line. empty: whether it may be."""
+        """One line of text.  empty: whether the text may be empty."""
         value = self.take(name) if default is None else self.take(name, default)
         return self._text(name, value, empty=empty or default == "")
 
     def texts(self, name: str, default: Collection[str] | None = None) -> tuple[str, ...]:
-        """A list of lines. A single one would be read letter by letter, so it is refused."""
+        """A list of strings. A single string is refused, because it would be read letter by letter."""
         value = self.take(name) if default is None else self.take(name, list(default))
         if not isinstance(value, list):
             raise self.wrong(name, 'a list of strings, such as ["a", "b"]', value)
@@ -68,7 +69,7 @@ class Table:
         return value
 
     def integer(self, name: str, default: int | None = None, *, low: int = 0, high: int = INTEGER_MAX) -> int | None:
-        """None: missing, and without a default."""
+        """An integer from `low` to `high`. None: the field is missing and has no default."""
         if not self.has(name):
             return default
         value = self.take(name)
@@ -77,7 +78,9 @@ class Table:
         return int(value)
 
     def decimal(self, name: str, default: str | None = None, *, below: int, decimals: int) -> Decimal:
-        """A string of digits, so that no float has touched it: at least 0, below a bound, of so many decimals."""
+        """A decimal number given as a string, so that it was never a float: at least 0, less than `below`, and with at
+        most `decimals` decimals.
+        """
         value = self.take(name) if default is None else self.take(name, default)
         what = f'a string of digits like "0.15", at least 0 and below {below}, with {decimals} decimals at most'
         if not isinstance(value, str) or len(value) > CHARACTERS_MAX:
@@ -87,7 +90,7 @@ class Table:
         except InvalidOperation as err:
             raise self.wrong(name, what, value) from err
         exponent = found.as_tuple().exponent
-        # A number's exponent is looked at before it is compared: 1e999999 is a million digits when it is written out.
+        # Check the exponent before comparing: 1e999999 written out has a million digits.
         if not isinstance(exponent, int) or -exponent > decimals or found.adjusted() > len(str(below)):
             raise self.wrong(name, what, value)
         if not 0 <= found < below:
@@ -95,25 +98,28 @@ class Table:
         return found
 
     def child(self, name: str) -> Table | None:
-        """A table in this one; None where there is none."""
+        """The table of this name within this table; None: there is none."""
         return Table(self.take(name), f"{self.where}: {name}") if self.has(name) else None
 
     def children(self, name: str) -> list[Table]:
-        """[[name]]: each with its number, from 1 on."""
+        """The tables of the array [[name]]. Their error messages number them from 1 on."""
         value = self.take(name, [])
         if not isinstance(value, list):
             raise self.wrong(name, f"tables, each under [[{name}]]", value)
         return [Table(each, f"{self.where}: {name} {number}") for number, each in enumerate(value, 1)]
 
     def named_children(self, name: str) -> dict[str, Table]:
-        """[name.x]: by x."""
+        """The tables [name.x], by x."""
         value = self.take(name, {})
         if not isinstance(value, dict):
             raise self.wrong(name, f"tables, each under [{name}.NAME]", value)
         return {each: Table(table, f"{self.where}: {name} {each}") for each, table in value.items()}
 
     def close(self, known: Iterable[str] = ()) -> None:
-        """Raises:  ConfigError: names that nobody took: a misspelt one would change nothing, and say nothing."""
+        """Check that every field has been read. A misspelt name would otherwise be ignored without a message.
+
+        Raises:  ConfigError: the table has fields that were not read and are not in `known`.
+        """
         if unknown := sorted(set(self._values) - set(known)):
             raise ConfigError(f"{self.where}: unknown names: {', '.join(unknown)[:200]}")
 
@@ -127,7 +133,7 @@ class Table:
 
 
 def finite(value: Any) -> bool:
-    """Whether it is a number that a float can hold; true and false are none."""
+    """Whether the value is a number that a float can hold. True and false are not numbers here."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -137,7 +143,7 @@ def finite(value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as an error shows it: not megabytes of it, nor an integer that Python would not write."""
+    """A value for an error message: shortened if it is long, and safe for integers that Python refuses to print."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**40:
         return "a number of more than 40 digits"
     if isinstance(value, list | dict):

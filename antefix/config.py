@@ -1,7 +1,7 @@
-"""Settings: one frozen dataclass a service, read from flags over environment over file over default.
+"""Settings: one frozen dataclass per service. A flag overrides the environment, which overrides the file and default.
 
-A field's metadata has its help and unit. A malformed value is fatal and says which one it is. Only the command line
-hands in the environment; nothing else reads it.
+A field's metadata has its help and unit. A malformed value is fatal, and the error names the setting. Only the command
+line reads the environment and passes it on.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from antefix.checked_table import CHARACTERS_MAX, INTEGER_MAX, finite, shown
 from antefix.errors import ConfigError
 
 T = TypeVar("T")
-# Of a URL: scheme, user, and a password that is taken out.
+# Matches a URL's scheme, user and password, to remove the password.
 _PASSWORD: Final = re.compile(r"(\b[a-z][a-z0-9+.-]*://[^\s/?#@:,]*):[^\s@,]+@")
-# How long calls that run may take after a service was told to stop: the same for every role, the HTTP API and `up`.
+# How long running calls may take after a service was told to stop: the same for every role, the HTTP API and `up`.
 GRACE_S = 120.0
 _DIGITS_MAX: Final = 40
 
@@ -32,34 +32,35 @@ def setting(
 ) -> Any:
     """A dataclass field with its help text; `unit` is one of "", "bytes", "s", "tokens".
 
-    choices: all values that it may have; `check_choices` refuses others.
-    guards: it protects something, so an empty value is a mistake: it would turn that off.
+    choices: all values that the field may have; `check_choices` refuses others.
+    guards: whether the setting protects something. An empty value is then an error, because it would turn the
+    protection off.
     """
     metadata = {"help": help_text, "unit": unit, "choices": choices, "guards": guards}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def same_setting(config_type: type[Any], name: str) -> Any:
-    """A field of another service's settings, with the same default and help: the two must be given alike."""
+    """A field copied from another service's settings, with its default and help. Both services need the same value."""
     (field,) = (each for each in _fields(config_type) if each.name == name)
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 def grace_setting() -> Any:
-    """The grace period, which all roles have alike."""
+    """The field of the grace period, the same for all roles."""
     return setting(GRACE_S, "how long calls that run may take after it was told to stop; then they end", unit="s")
 
 
 def add_flags(parser: argparse._ActionsContainer, config_type: type[Any], names: Collection[str] = ()) -> None:
     """One flag per field, without defaults: a flag that was not given must not hide the environment or the file.
 
-    names: of the fields that are meant; none: all.
+    names: the fields that get flags; empty: all fields.
     """
     for field in _fields(config_type):
         if names and field.name not in names:
             continue
         unit = f" [{field.metadata['unit']}]" if field.metadata.get("unit") else ""
-        # A flag that turns something on may be given alone.
+        # A boolean flag may be given without a value, which means true.
         alone: dict[str, Any] = {"nargs": "?", "const": "true"} if _kind(field) == "bool" else {}
         parser.add_argument(
             _flag_of(field),
@@ -72,7 +73,7 @@ def add_flags(parser: argparse._ActionsContainer, config_type: type[Any], names:
 
 
 def add_file_flags(parser: argparse.ArgumentParser) -> None:
-    """Of a service: where its settings may stand besides."""
+    """Add a service's flags for its settings file and for printing the settings."""
     parser.add_argument("--config", metavar="FILE", help="TOML file with settings; flags and environment win over it")
     parser.add_argument("--print-config", action="store_true", help="print the settings in force as JSON, and stop")
 
@@ -90,14 +91,17 @@ def given_flags(config_type: type[Any], args: argparse.Namespace) -> dict[str, A
 
 
 def flags_of(config_type: type[Any], config: Any, names: Collection[str] = ()) -> list[str]:
-    """Flags with which a process gets these fields of `config`, which may have more. names: as for `add_flags`."""
+    """Command-line flags that pass these fields of `config` to another process.
+
+    config_type: the settings of that process; `config` may have more fields.  names: as for `add_flags`.
+    """
     flags: list[str] = []
     for field in _fields(config_type):
         if names and field.name not in names:
             continue
         value = getattr(config, field.name)
         if field.metadata.get("guards") and not value:
-            continue  # left out, as an empty one is refused
+            continue  # an empty value of a guarding setting would be refused
         flags += [_flag_of(field), ",".join(value) if isinstance(value, tuple) else _as_flag(value)]
     return flags
 
@@ -120,7 +124,7 @@ def resolve(
 ) -> T:
     """The settings in force: flag, then ANTEFIX_<SECTION>_<NAME>, then [section] of the file, then default.
 
-    sections: all that the file may have; each role reads its own. None given: any.
+    sections: the sections that the file may have; empty: any. Each role reads its own section.
     Raises:  ConfigError: an unknown name in the file, or a value that does not parse or is refused.
     """
     from_file = _read_file(getattr(args, "config", None), section, sections)
@@ -141,7 +145,7 @@ def resolve(
 
 
 def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> Any:
-    """One value by its field's type and unit; `source` is named in the error."""
+    """Parse one value by its field's type and unit.  source: where the value comes from, for the error message."""
     kind = _kind(field)
     if field.metadata.get("guards") and isinstance(value, str) and not value.strip():
         raise ConfigError(f"{source} is empty: leave the setting out where it is not meant")
@@ -165,18 +169,18 @@ def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> An
 
 
 def as_json(config: Any) -> str:
-    """The settings in force, for --print-config, without passwords of URLs."""
+    """The settings in force as JSON, for --print-config, without the passwords in URLs."""
     return _PASSWORD.sub(r"\1:***@", json.dumps(dataclasses.asdict(config), indent=2, default=str))
 
 
 def refuse_password(value: str, source: str) -> None:
-    """Raises:  ConfigError: a URL with a password, on a command line that every list of processes shows."""
+    """Raises:  ConfigError: a URL on the command line has a password, which every list of processes would show."""
     if _PASSWORD.search(value):
         raise ConfigError(f"{source}: a URL on a command line may have no password: others on this host could see it")
 
 
 def require(condition: bool, message: str) -> None:
-    """For `__post_init__` checks of settings.
+    """Check a condition, in `__post_init__` of settings.
 
     Raises:  ConfigError: the condition does not hold.
     """
@@ -189,7 +193,7 @@ def _fields(config_type: type[Any]) -> tuple[dataclasses.Field[Any], ...]:
 
 
 def _kind(field: dataclasses.Field[Any]) -> str:
-    """The field's type by name, whether annotations are evaluated in its module or not."""
+    """The name of the field's type, whether or not its module evaluates annotations."""
     return field.type if isinstance(field.type, str) else str(getattr(field.type, "__name__", field.type))
 
 
@@ -244,7 +248,7 @@ def _check_digits(value: Any) -> None:
 
 
 def _parse_text(value: Any) -> str:
-    """What a path, a name or a number in the file reads like; a list or a table would be read as its Python form."""
+    """The text of a path, a name or a number in the file. Refuses lists and tables, whose text would be Python code."""
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError("expected a string")
     text = str(value)
@@ -268,7 +272,7 @@ def _read_file(path: str | None, section: str, sections: Collection[str]) -> dic
     if path is None:
         return {}
     tables = read_toml(path, "--config")
-    # A misspelt section would leave its role at the defaults, and say nothing.
+    # With a misspelt section, a role would silently use its defaults.
     if sections and (unknown := sorted(set(tables) - set(sections))):
         raise ConfigError(f"--config {path}: unknown {', '.join(unknown)}; its sections are {', '.join(sections)}")
     return _table(tables.get(section, {}), path, section)

@@ -1,8 +1,8 @@
-"""The right to write a directory, which one process has at a time.
+"""A lock on a directory, so that one process at a time may write to it.
 
-The lock is on the directory itself and on a file in it. The file can be deleted, and then a second process would lock
-another file of the same name; the directory cannot be replaced without its content going, too. The file is locked for
-versions that know nothing of the directory's lock.
+The lock is on the directory itself and on a file in it. A lock on the file alone would not be enough: if the file is
+deleted, a second process locks a new file of the same name. The file is locked too for older versions, which do not
+know the lock on the directory.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from antefix.own_files import put_aside
 
 
 class DirectoryLock:
-    """Held from its making until `close`, or until the process ends."""
+    """A held lock: from construction until `close`, or until the process ends."""
 
     def __init__(self, directory: Path, file_name: str) -> None:
-        """Raises:  BlockingIOError: another process has it.  OSError: the directory or the file cannot be opened."""
+        """Raises:  BlockingIOError: another process has the lock.  OSError: the directory or file cannot be opened."""
         self._directory = directory
         self._fds: list[int] = []
         try:
@@ -39,13 +39,13 @@ class DirectoryLock:
 
     @property
     def is_of_the_present(self) -> bool:
-        """False when the directory that we locked is no longer the one under its path."""
+        """Whether the locked directory is still the one at its path. False: it was renamed, deleted or replaced."""
         try:
             return self.is_held and os.path.samestat(os.fstat(self._fds[0]), self._directory.stat())
         except OSError:
             return False
 
     def close(self) -> None:
-        """Give it back; closing again does nothing."""
+        """Release the lock. Closing again does nothing."""
         while self._fds:
             os.close(self._fds.pop())

@@ -1,4 +1,4 @@
-"""Ending tasks that call libraries."""
+"""Ends tasks, including tasks in libraries that lose a cancellation."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ AGAIN_S: Final = 0.2
 
 
 async def end_tasks(tasks: Iterable[asyncio.Task[Any]], *, again_s: float = AGAIN_S) -> None:
-    """Cancel tasks and wait until they have ended.  again_s: longer than what a task needs to put things in order.
+    """Cancel tasks and wait until they have ended.
 
-    Python 3.11's `wait_for`, which Redis' client uses, forgets that it was cancelled when that comes in the same moment
-    as its result. The task would then run for ever, and its caller would wait for ever. So it is cancelled again.
+    again_s: seconds until a task that still runs is cancelled again; longer than a task needs to clean up.
+
+    In Python 3.11, `wait_for` loses a cancellation that arrives together with its result, and Redis' client uses it.
+    The task would then run for ever, and its caller would wait for ever. So the task is cancelled again.
     """
     left = set(tasks)
     while left:

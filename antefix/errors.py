@@ -12,13 +12,13 @@ class AntefixError(Exception):
 
 
 class InternalError(AntefixError):
-    """A bug of ours: one part of Antefix called another in a way that it must not. No caller from outside can cause
-    or mend it. A service logs it and answers INTERNAL with an id alone; the caller reports that id.
+    """A bug in Antefix: one part called another in a way that is not allowed. No outside caller can cause or fix it. A
+    service logs it and answers INTERNAL with only an error id; the caller reports that id.
     """
 
 
 class InvalidRequest(AntefixError):
-    """Wrong whatever our state is. The caller fixes the call."""
+    """The call is wrong, whatever state the service is in. The caller fixes the call."""
 
 
 class ConfigError(InvalidRequest):
@@ -26,7 +26,7 @@ class ConfigError(InvalidRequest):
 
 
 class Unauthenticated(AntefixError):
-    """No valid token. The caller stops."""
+    """The call has no valid token or certificate. The caller stops."""
 
 
 class PermissionDenied(AntefixError):
@@ -34,7 +34,9 @@ class PermissionDenied(AntefixError):
 
 
 class FingerprintMismatch(AntefixError):
-    """Other weights, geometry or record format. The caller treats it as a miss and alerts."""
+    """The KV was made with other weights, another geometry or another record format. The caller treats this as a miss
+    and raises an alert.
+    """
 
 
 class ResourceExhausted(AntefixError):
@@ -50,27 +52,31 @@ class Overloaded(ResourceExhausted):
 
 
 class StoreFull(ResourceExhausted):
-    """The store takes no more writes; reads continue. The caller skips the store."""
+    """The store accepts no more writes, but still answers reads. The caller continues without storing."""
 
 
 class QuotaExceeded(ResourceExhausted):
-    """The tenant's own limit. The caller backs off, other tenants are not affected."""
+    """The tenant has reached its own limit. The caller backs off. Other tenants are not affected."""
 
 
 class RateLimited(QuotaExceeded):
-    """The tenant's tokens of a time are used up. The caller waits until that time ends."""
+    """The tenant has used up its tokens for the current period. The caller waits until the period ends."""
 
 
 class TooManyRequests(QuotaExceeded):
-    """As many of the tenant's requests run as may. The caller sends it again when one of them has ended."""
+    """The tenant has its maximum number of requests running. The caller retries when one of them has ended."""
 
 
 class BudgetExceeded(QuotaExceeded):
-    """The tenant's money of a time is used up. The caller asks for more of it; trying again is of no use before."""
+    """The tenant has used up its money for the current period. The caller asks for a larger budget
+    before it retries.
+    """
 
 
 class Conflict(AntefixError):
-    """The request id is in use, or used up. The caller waits for the first answer or takes another id."""
+    """The request id is in use, or belongs to a finished request. The caller waits for that request's answer, or
+    retries with another id.
+    """
 
 
 class Unavailable(AntefixError):
@@ -78,11 +84,13 @@ class Unavailable(AntefixError):
 
 
 class Draining(Unavailable):
-    """It is stopping, and its grace period is over. The caller sends the request again, there or to another replica."""
+    """The service is stopping and its grace period is over. The caller sends the request again, to the same address or
+    to another replica.
+    """
 
 
 class DeadlineExceeded(AntefixError):
-    """The call's deadline passed. What was stored stays stored."""
+    """The call's deadline passed. Records that were stored before stay stored."""
 
 
 class BlockCorrupt(AntefixError):
@@ -90,19 +98,20 @@ class BlockCorrupt(AntefixError):
 
 
 class BlockUnusable(BlockCorrupt):
-    """The bytes are the ones that were written, but stand for no numbers (NaN, infinity) or far too large ones.
+    """The bytes are the ones that were written, but they decode to NaN, infinity or far too large numbers.
 
     The block is quarantined; the caller recomputes.
     """
 
 
 class NotFinite(Unavailable):
-    """A model computed what is no number. Nothing of it is stored or sent; the caller tries another replica."""
+    """A model computed NaN or infinity. The result is neither stored nor sent. The caller tries another replica."""
 
 
 class StepFailed(Unavailable):
-    """The model failed for this request, and for no other. Nothing of it is stored; the caller tries another replica,
-    once."""
+    """The model failed for this request only. Nothing of the request is stored. The caller tries
+    another replica once.
+    """
 
 
 class ModelError(InvalidRequest):

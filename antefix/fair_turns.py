@@ -1,8 +1,8 @@
-"""Turns by tenant: a bounded queue in front of a few places, in which nobody's work holds up everybody else's.
+"""A bounded queue for a few places that is fair to tenants: no tenant's work blocks the work of the others.
 
-Start-time fair queueing (Goyal, Vin and Cheng, 1996). Each tenant's work is counted on a clock of its own, and
-the tenant whose clock is least is next. After a pause a tenant starts at the clocks of those that are served now, so a
-pause gives it no credit and costs it nothing. Where the queue is full, the tenant that has most in it gives way.
+Start-time fair queueing (Goyal, Vin and Cheng, 1996). Each tenant has a clock that advances with the cost of its work,
+and the tenant with the lowest clock is next. A tenant that returns after a pause starts at the clock of the tenants
+served now, so a pause neither helps nor costs it. If the queue is full, the tenant with the most entries loses one.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 
 from antefix.errors import Overloaded
 
-# Of how long places are held: the last one counts so much, those before it the rest.
+# The weight of the newest value in the running mean of how long a place is held.
 _HELD_WEIGHT = 0.1
 _RETRY_S_MAX = 60.0
-# Clocks of tenants that wait for nothing are forgotten when there are so many.
+# Above this many clocks, those of tenants that wait for nothing are forgotten.
 _NUM_CLOCKS_MAX = 1024
 
 
@@ -33,9 +33,10 @@ class _Waiter:
 
 
 class FairTurns:
-    """num_places: at work at once.  num_waiting_max: behind them; None: any number.
+    """num_places: how many may work at once.  num_waiting_max: how many may wait; None: no limit.
 
-    num_extra: places more, for tenants that have nothing at work: where work lasts, turns alone would come too late.
+    num_extra: further places, for tenants that have no other work running. Where work lasts long, waiting for a place
+    would take too long.
     """
 
     def __init__(self, num_places: int, num_waiting_max: int | None = None, num_extra: int = 0) -> None:
@@ -46,11 +47,11 @@ class FairTurns:
         self._queue: list[tuple[float, int, _Waiter]] = []
         self._number = 0
         self._waiting: Counter[str] = Counter()
-        # The clock of what is served now, and where each tenant's own one stands.
+        # The clock of the work that is served now, and the clock of each tenant.
         self._now = 0.0
         self._clocks: dict[str, float] = {}
         self._forget_at = _NUM_CLOCKS_MAX
-        # How long places are held, faded; 0: none was yet.
+        # The running mean of how long a place is held; 0: no place has been held yet.
         self._held_s = 0.0
 
     @property
@@ -63,18 +64,20 @@ class FairTurns:
 
     @property
     def is_full(self) -> bool:
-        """Whether one that comes now has to wait."""
+        """Whether a request that arrives now has to wait."""
         return self.num_running >= self._num_places or bool(self._waiting)
 
     @contextlib.asynccontextmanager
     async def turn(
         self, tenant: str, cost: float, *, share: int = 1, retry_after_s: float | None = None
     ) -> AsyncIterator[None]:
-        """Wait for a place and hold it.  cost: predicted work, in any unit that all of them share.
-        share: a tenant with 2 gets twice the work of one with 1 where both wait.  retry_after_s: what one that is
-        refused is told; None: as long as places were held lately, for those that wait.
+        """Wait for a place and hold it.
 
-        Raises:  Overloaded: the queue is full, and this tenant has as much in it as anybody.
+        cost: predicted work, in the same unit for all callers.  share: while both wait, a tenant with share 2 gets
+        twice the work of a tenant with share 1.  retry_after_s: the delay that a refused caller is told; None: it is
+        computed from the number of waiters and how long places were held lately.
+
+        Raises:  Overloaded: the queue is full, and no other tenant has more entries in it.
         """
         await self._enter(tenant, cost / share, retry_after_s)
         begun = time.monotonic()
@@ -102,19 +105,19 @@ class FairTurns:
             await waiter.turn
         except BaseException:
             if waiter.turn.done() and not waiter.turn.cancelled() and waiter.turn.exception() is None:
-                # It had its turn and cannot use it.
+                # The caller was given a place just when it was cancelled, so return the place.
                 self._end(tenant)
             else:
                 self._leave(waiter)
             raise
 
     def _leave(self, waiter: _Waiter) -> None:
-        """It left while it waited, or gave way."""
+        """Remove a waiter that was cancelled, or that lost its entry in a full queue."""
         if any(each[2] is waiter for each in self._queue):
             self._queue = [each for each in self._queue if each[2] is not waiter]
             heapq.heapify(self._queue)
             _take_off(self._waiting, waiter.tenant)
-            # What it was counted with was not done.
+            # The clock was advanced for work that was not done.
             self._clocks[waiter.tenant] = self._clocks.get(waiter.tenant, waiter.cost) - waiter.cost
 
     def _make_room(self, tenant: str, retry_after_s: float | None) -> None:
@@ -129,7 +132,7 @@ class FairTurns:
 
     def _overloaded(self, retry_after_s: float | None) -> Overloaded:
         if retry_after_s is None:
-            # Half of those that wait now have had their turns by then.
+            # By then, half of the requests that wait now have had their turns.
             wait_s = self.num_waiting / 2 * self._held_s / self._num_places
             retry_after_s = min(max(1.0, wait_s), _RETRY_S_MAX)
         return Overloaded(f"{self.num_waiting} requests are waiting already", retry_after_s=retry_after_s)
@@ -158,7 +161,9 @@ class FairTurns:
         self._forget()
 
     def _forget(self) -> None:
-        """Names come from callers, so only clocks that say something are kept: none when nobody is here."""
+        """Drop clocks that no longer matter: all of them when nobody works or waits. Tenant names come from callers, so
+        their number must be bounded.
+        """
         if not self.num_running and not self._waiting:
             self._clocks.clear()
             self._now = 0.0

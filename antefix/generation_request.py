@@ -1,4 +1,6 @@
-"""One request for an output, as it travels from a door to the workers: made once, handed on, never taken apart."""
+"""One request for an output, as it passes from the HTTP or gRPC API to the workers. It is made
+once and never changed.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from antefix.sampling import Sampling
 
 
 def check_text(what: str, text: str) -> None:
-    """Raises:  InvalidRequest: UTF-8 cannot write it, as half of a surrogate pair."""
+    """Raises:  InvalidRequest: the text cannot be encoded as UTF-8, for example half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError as err:
@@ -23,12 +25,13 @@ def check_text(what: str, text: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Caller:
-    """Who asks. tenant: who pays, and whose cache it is; user: has a cache of its own within the tenant's.
+    """Who sends a request.
 
-    request_id: the same one again is a retry; empty: one is made.
-    session: the caller's name of the conversation, a hint where to place it.
-    key_id: of the API key that was shown, for the bill.
-    Raises:  InvalidRequest: one of them cannot be written as UTF-8, and so neither sent, hashed nor billed.
+    tenant: who pays; without a user, also the owner of the cache.  user: an end user of the tenant, with a separate
+    cache.  request_id: a request with the same id is a retry; empty: an id is made.
+    session: the caller's name of the conversation, a hint for placing the request.
+    key_id: the id of the API key that was used, for the bill.
+    Raises:  InvalidRequest: a field cannot be encoded as UTF-8, so it could not be sent, hashed or billed.
     """
 
     tenant: str = ""
@@ -48,7 +51,9 @@ class Caller:
 
     @property
     def cache_tenant(self) -> str:
-        """Whose blocks may be hit. U+001F separates the two; no door lets control characters through."""
+        """The owner of the blocks that may be hit: tenant and user, separated by U+001F. The APIs refuse control
+        characters in both.
+        """
         return f"{self.tenant}\x1f{self.user}" if self.user else self.tenant
 
 
@@ -63,10 +68,10 @@ class Breakpoint(NamedTuple):
 class GenerationRequest:
     """tokens: the prompt.  breakpoints: prefixes that the client wants kept.
 
-    num_samples: outputs over the one prompt; each has a seed of its own.
-    model: which one, where there are several.  content: what else decides the answer, beyond tokens and sampling.
-    num_tokens_about: of a prompt whose tokens nobody could tell, at least as many.
-    share: its tenant's, of workers that others want too, next to theirs.
+    num_samples: how many outputs to generate for the prompt; each has its own seed.
+    model: the model's name, where there are several.  content: anything besides tokens and sampling that decides the
+    answer.  num_tokens_about: a lower bound of the prompt's length, where its tokens are not known.
+    share: the tenant's weight when tenants compete for workers.
     """
 
     tokens: Tokens
@@ -81,7 +86,7 @@ class GenerationRequest:
 
     @property
     def num_tokens(self) -> int:
-        """Of the prompt, as far as it is known."""
+        """The prompt's length in tokens, or `num_tokens_about` where its tokens are not known."""
         return len(self.tokens) or self.num_tokens_about
 
     @property
@@ -98,5 +103,5 @@ class GenerationRequest:
         return self.caller.cache_tenant
 
     def followed_by(self, emitted: Iterable[int]) -> Tokens:
-        """[N] uint32: the prompt and what was given out of one of its outputs."""
+        """[N] uint32: the prompt, followed by the tokens of one output that were already sent."""
         return np.concatenate((self.tokens, np.fromiter(emitted, np.uint32)))

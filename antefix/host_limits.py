@@ -1,7 +1,8 @@
-"""What of this host the process may use: cores and memory by affinity, control groups (v1 and v2) and resource limits.
+"""How many cores and how much memory this process may use, by affinity, control groups (v1, v2) and resource limits.
 
-A container sees all of its host's cores and memory, and may use a part of them. More threads than cores that run wait
-for each other at every parallel loop's end: with a quota of one core on a host of 64, a hit took six times as long.
+A container sees all cores and memory of its host but may use only a part. With more threads than usable cores, threads
+wait for each other at the end of every parallel loop: with a quota of one core on a host of 64, a hit took six times as
+long.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ from pathlib import Path
 from typing import Final
 
 _ROOT: Final = Path("/")
-# Version 1 has no word for "no limit": it says the largest number of whole pages.
+# Control groups version 1 express "no limit" as the largest number of whole pages.
 _NO_LIMIT: Final = 1 << 60
 
 
 def usable_cores(root: Path = _ROOT) -> int:
     """How many threads can run at once, at least 1. A quota of 1.5 cores is 2: the second thread runs half of the time.
 
-    root: where /proc and /sys are; tests have their own.
+    root: the directory that holds /proc and /sys; tests pass another one.
     """
     try:
         cores = len(os.sched_getaffinity(0))
@@ -32,12 +33,12 @@ def usable_cores(root: Path = _ROOT) -> int:
 
 
 def memory_limit_bytes(root: Path = _ROOT) -> int | None:
-    """What the control groups let this process have; None: all of the host's memory."""
+    """The memory limit of this process's control groups; None: no limit but the host's memory."""
     return min((number for number in _memory_limits(root) if number < _NO_LIMIT), default=None)
 
 
 def map_bytes_of(wanted: int) -> int:
-    """Address space for a mapped file that grows: as wanted, or a quarter of what `ulimit -v` leaves."""
+    """Address space to map a growing file: `wanted`, or a quarter of what `ulimit -v` leaves if that is less."""
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
     return wanted if soft == resource.RLIM_INFINITY else min(wanted, soft // 4 // 4096 * 4096)
 
@@ -52,7 +53,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _ratio(quota: str, period: str) -> float:
-    """ "max", and -1 in version 1, are no quota."""
+    """Cores of a quota. "max", and -1 in version 1, mean no quota."""
     try:
         return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else math.inf
     except ValueError:
@@ -66,9 +67,10 @@ def _memory_limits(root: Path) -> Iterator[int]:
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The directories of this process's groups for a controller, from its own up: each one's limit holds.
+    """The directories of this process's control group for a controller and of its ancestors. The limit of each applies.
 
-    In a container the path may be the host's, and not there: what is mounted is the container's own group then.
+    In a container the path may be the host's path, which does not exist there. Then the mount itself is the container's
+    group.
     """
     paths = {"": "/"}
     for line in _lines(root / "proc/self/cgroup"):

@@ -1,9 +1,9 @@
-"""Block hashes of hash kind 3: all blocks' tokens hashed at once, their digests chained (docs/FORMAT.md, "Names").
+"""Block hashes of hash kind 3: all blocks' tokens are hashed at once and their digests chained (docs/FORMAT.md).
 
-A call for each block costs more than the hashing of 128 tokens, so here a prompt takes some dozen calls in all, each
-for one piece of 16 bytes of every block. Both parts are standard MACs under keys of the tenant: AES-CMAC (NIST SP
-800-38B) of each block's tokens, encrypted CBC-MAC (ISO/IEC 9797-1, algorithm 2) of the digests so far. Who has a key
-can make two names equal; docs/FORMAT.md says who that is, and why no hash without keys is used.
+One call per block would cost more than hashing its 128 tokens. So a prompt takes a few dozen calls in all; each call
+processes one 16-byte piece of every block. Both parts are standard MACs under keys of the tenant: AES-CMAC (NIST SP
+800-38B) of each block's tokens, and encrypted CBC-MAC (ISO/IEC 9797-1, algorithm 2) of the digests so far. Anyone with
+a key can make two names equal; docs/FORMAT.md ("Names") says who has keys, and why no unkeyed hash is used.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ _KEY_BYTES: Final = 32
 _PIECE_BYTES: Final = 16
 _PIECE_WORDS: Final = 2
 _NO_STATE: Final = bytes(_PIECE_BYTES)
-# Blocks at a time: their states stay in a core's cache. Measured for blocks of 512 bytes, all leaves of a prompt of 1M
-# tokens: 512 blocks 2.3 ms, 1024 1.8, 2048 1.5, 4096 1.3, all 7813 1.25. With all pieces turned over first: 1.55.
+# How many blocks are hashed at a time, so that their states stay in a core's cache. Measured for blocks of 512 bytes,
+# time for all leaves of a prompt of 1M tokens: 2.3 ms with 512 blocks at a time, 1.8 with 1024, 1.5 with 2048, 1.3 with
+# 4096, 1.25 with all 7813. Transposing all pieces first: 1.55 ms.
 _ROUND_BLOCKS: Final = 8192
-# Of SP 800-38B, for blocks of 128 bits.
+# The constant R_128 of SP 800-38B, for 128-bit cipher blocks.
 _CMAC_POLYNOMIAL: Final = 0x87
 
 
 class LaneHashes:
-    """Names blocks behind one root. Immutable; thread-safe.
+    """Names the blocks of chains that start at one root. Immutable; thread-safe.
 
-    Each block's tokens become 16 bytes, by AES-CMAC. Two lanes chain those by CBC, each under a key of its own. A name
-    is both lanes' state, encrypted once more, so that no name shows a state, and who has the keys can continue from any
-    name.
+    AES-CMAC turns each block's tokens into 16 bytes. Two lanes chain these by CBC, each under its own key. A name is
+    the state of both lanes, encrypted once more. So a name reveals no state, but with the keys hashing can continue
+    from any name.
     """
 
     def __init__(self, root: bytes, key: bytes, block_size: int) -> None:
@@ -58,14 +59,14 @@ class LaneHashes:
             state = _NO_STATE if parent is None else _decrypt(name_key, parent[lane * _PIECE_BYTES :][:_PIECE_BYTES])
             states = Cipher(algorithms.AES(chain_key), modes.CBC(state)).encryptor().update(leaves)
             names[:, lane] = np.frombuffer(_encrypt(name_key, states), np.complex128)
-        # One pass in C cuts them.
+        # One pass in C cuts the array into names.
         named: list[bytes] = names.view("V32").reshape(-1).tolist()
         return named
 
     def _leaves(self, raw: memoryview, num_blocks: int) -> Words:
         """AES-CMAC of each block's tokens.  Shapes:  [num_blocks, 2]."""
         rows = self._padded(np.frombuffer(raw, np.uint8).reshape(num_blocks, self._block_bytes))
-        # One item per piece, so that gathering one of each block moves 16 bytes at a time.
+        # One array item per 16-byte piece, so that gathering one piece of each block moves 16 bytes at a time.
         pieces = rows.view(np.complex128)
         leaves = np.empty((num_blocks, _PIECE_WORDS), np.uint64)
         for first in range(0, num_blocks, _ROUND_BLOCKS):
@@ -74,7 +75,7 @@ class LaneHashes:
         return leaves
 
     def _padded(self, rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Rows of whole pieces: a bit of one and zeros behind tokens that fill none, as CMAC has it."""
+        """Rows padded to whole pieces as CMAC requires: a 1 bit and zeros after tokens that do not fill a piece."""
         if not self._block_bytes % _PIECE_BYTES:
             return rows
         padded = np.pad(rows, ((0, 0), (0, _PIECE_BYTES - self._block_bytes % _PIECE_BYTES)))
@@ -82,12 +83,14 @@ class LaneHashes:
         return padded
 
     def _chained(self, pieces: npt.NDArray[np.complex128]) -> Words:
-        """Shapes:  pieces [blocks, pieces] of 16 bytes; result [blocks, 2]."""
+        """The CMAC chaining over each block's pieces.  Shapes:  pieces [blocks, pieces] of 16 bytes; result [blocks,
+        2].
+        """
         num_blocks, num_pieces = pieces.shape
         cipher = Cipher(algorithms.AES(self._leaf_key), modes.ECB()).encryptor()
         gathered = np.empty(num_blocks, np.complex128)
         mixed = gathered.view(np.uint64)
-        # The library wants room for one more block than it fills.
+        # The library requires an output buffer with room for one more cipher block than it fills.
         room = np.zeros(_PIECE_BYTES * (num_blocks + 1), np.uint8)
         states = room[:-_PIECE_BYTES].view(np.uint64)
         source, target = mixed.data.cast("B"), room.data
@@ -102,12 +105,12 @@ class LaneHashes:
 
 @functools.lru_cache(1024)
 def lane_hashes(root: bytes, key: bytes, block_size: int) -> LaneHashes:
-    """Made once for a root: its keys cost more than a short prompt's names."""
+    """The `LaneHashes` of a root, cached: deriving its keys costs more than naming a short prompt."""
     return LaneHashes(root, key, block_size)
 
 
 def _last_mask(key: bytes, *, is_whole: bool) -> bytes:
-    """K1 or K2 of CMAC, for messages that do or do not end with a whole piece."""
+    """CMAC's subkey K1 (the message ends with a whole piece) or K2 (it does not)."""
     mask = int.from_bytes(_encrypt(key, bytes(_PIECE_BYTES)), "big")
     for _ in range(1 if is_whole else 2):
         mask <<= 1

@@ -28,7 +28,9 @@ SCALE_ALIGN = 8
 
 
 class LayerKind(StrEnum):
-    """How a layer attends beyond its window: not at all, by sparse selection, or to everything compressed."""
+    """How a layer attends beyond its window: not at all (window only), to selected entries (CSA), or to all compressed
+    entries (HCA).
+    """
 
     WINDOW = "window"
     CSA = "csa"
@@ -38,8 +40,8 @@ class LayerKind(StrEnum):
 class KVFormat(StrEnum):
     """Precision of KV, the same in the pool and on disk, so that storing loses nothing.
 
-    FP8 is the released one: entries FP8 E4M3 + BF16 RoPE dims, indexer keys Hadamard-rotated FP4 E2M1.
-    FLOAT64 serves comparisons with other implementations only.
+    FP8 is the released model's format: entries in FP8 E4M3 with BF16 RoPE dims, indexer keys in Hadamard-rotated FP4
+    E2M1. FLOAT64 serves comparisons with other implementations only.
     """
 
     FP8 = "fp8"
@@ -48,7 +50,7 @@ class KVFormat(StrEnum):
 
     @property
     def float_bytes(self) -> int:
-        """Bytes of one number where KV is kept as plain floats, and of overlap state and tails."""
+        """Bytes of one number in KV that is kept as plain floats, and in overlap state and tail buffers."""
         return 8 if self is KVFormat.FLOAT64 else 4
 
 
@@ -62,7 +64,7 @@ class PartKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """A byte range inside a record. `width` is the size of one item: byte planes split by it."""
+    """A byte range inside a record. `width` is the size of one item in bytes; byte planes are split by it."""
 
     name: str
     offset: int
@@ -72,7 +74,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordLayout:
-    """One entry's or one key's bytes: its fields lie side by side and fill `nbytes`."""
+    """The bytes of one entry or key. The fields are adjacent and fill `nbytes`."""
 
     fields: tuple[Field, ...]
 
@@ -89,7 +91,7 @@ class RecordLayout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
-    """`num_rows` records of one layer, `offset` bytes into the block's payload."""
+    """`num_rows` records of one layer, starting `offset` bytes into the block's payload."""
 
     layer: int
     kind: PartKind
@@ -113,7 +115,7 @@ class PayloadPart(Protocol):
 
 
 class PayloadLayout(Protocol):
-    """What a store must know of payloads to compress them: of V4's (`BlockLayout`) and of engines'."""
+    """What a store must know about payloads to compress them. `BlockLayout` is V4's; engines have their own."""
 
     @property
     def block_size(self) -> int:
@@ -121,16 +123,16 @@ class PayloadLayout(Protocol):
 
     @property
     def parts(self) -> Sequence[PayloadPart]:
-        """Of a block."""
+        """The parts of a block."""
 
     @property
     def checkpoint_parts(self) -> Sequence[PayloadPart]:
-        """Of a checkpoint; empty where there are none."""
+        """The parts of a checkpoint; empty if there are no checkpoints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
-    """A part of which nothing but its shape matters."""
+    """A part of a payload, known only by its shape."""
 
     num_rows: int
     record: RecordLayout
@@ -182,17 +184,18 @@ class KVGeometry:
         return self.block_size // self.hca_ratio
 
     def ratio(self, layer: int) -> int:
-        """Tokens an entry of this layer; 0 for a window-only layer."""
+        """Tokens per entry of this layer; 0 for a window-only layer."""
         return {LayerKind.WINDOW: 0, LayerKind.CSA: self.csa_ratio, LayerKind.HCA: self.hca_ratio}[self.layers[layer]]
 
     @cached_property
     def replay_reach(self) -> tuple[int, ...]:
-        """Of each layer, how many of the last tokens before a block's end shape the window state there by their input.
+        """For each layer, how many of the last tokens before a block's end affect the window state there.
 
-        A layer's own state is its last n_win window entries and, in a CSA layer, its last group's m overlap rows; and
-        its output feeds the layers above, each query by n_win - 1 tokens before its own. Global KV counts for nothing:
-        a replay reads it. The only place where this bound is derived: replays run by it and are planned by it. Sharp,
-        window entries that are stored but never read again included (tests/model traces and measures it).
+        A layer's own state is its last n_win window entries and, in a CSA layer, the m overlap rows of its last group.
+        Its output also feeds the layers above, where each query sees the n_win - 1 tokens before its own. Global KV
+        adds nothing, because a replay reads it from the store. Replays are planned and run by this bound, which is
+        derived only here. The bound is sharp, counting also window entries that are stored but never read again
+        (tests/model traces and measures it).
         """
         reach: list[int] = []
         for kind in reversed(self.layers):
@@ -202,7 +205,7 @@ class KVGeometry:
 
     @property
     def replay_tokens(self) -> int:
-        """Tokens after which an exact replay's window state is exact: the first layer's reach, rounded up to blocks."""
+        """How many tokens an exact replay must run: the first layer's reach, rounded up to whole blocks."""
         return -(-self.replay_reach[0] // self.block_size) * self.block_size
 
     def digest(self) -> bytes:
@@ -212,9 +215,9 @@ class KVGeometry:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> KVGeometry:
-        """Read a `deepseek_v4` config.json as transformers writes it, its legacy spellings included.
+        """Read a `deepseek_v4` config.json as transformers writes it, including legacy field names.
 
-        Raises:  InvalidRequest: another model type, or a field that is missing or makes no sense.
+        Raises:  InvalidRequest: another model type, or a field is missing or invalid.
         """
         return _geometry_from_config(config)
 
@@ -238,7 +241,7 @@ def entry_record(geometry: KVGeometry, kv_format: KVFormat) -> RecordLayout:
 
 
 def key_record(geometry: KVGeometry, kv_format: KVFormat) -> RecordLayout:
-    """One indexer key: FP4 codes two a byte (low nibble first), then UE8M0 scales (V4: 68 bytes)."""
+    """One indexer key: FP4 codes, two per byte (low nibble first), then UE8M0 scales (V4: 68 bytes)."""
     if kv_format is not KVFormat.FP8:
         width = kv_format.float_bytes
         return RecordLayout(fields=(Field(name="values", offset=0, nbytes=geometry.indexer_dim * width, width=width),))
@@ -256,7 +259,7 @@ def key_record(geometry: KVGeometry, kv_format: KVFormat) -> RecordLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
-    """Where each layer's records lie in a block's payload; also the row layout of a block pool."""
+    """The offset of each layer's records in a block's payload. A row of a block pool has the same layout."""
 
     geometry: KVGeometry
     kv_format: KVFormat
@@ -298,8 +301,9 @@ class BlockLayout:
 
     @cached_property
     def block_bytes(self) -> int:
-        """Payload of a block. A model of window-only layers has no global KV; stores take no empty payload, so its
-        blocks have one zero byte: that they are there says that their tokens have been computed."""
+        """Bytes of a block's payload. A model of window-only layers has no global KV, but stores accept no empty
+        payload. So its blocks have one zero byte; that they are stored shows that their tokens have been computed.
+        """
         return max(sum(part.nbytes for part in self.parts), 1)
 
     @property
@@ -308,26 +312,26 @@ class BlockLayout:
 
     @cached_property
     def window_bytes(self) -> int:
-        """Window KV of the last n_win tokens of all layers (V4-Flash: 3.21 MB)."""
+        """Bytes of window KV: the last n_win tokens of all layers (V4-Flash: 3.21 MB)."""
         record = entry_record(self.geometry, self.kv_format)
         return self.geometry.num_layers * self.geometry.window * record.nbytes
 
     @cached_property
     def overlap_bytes(self) -> int:
-        """CSA overlap state: kv and gate rows of the last group's Ca series, main and indexer, as floats."""
+        """Bytes of CSA overlap state: kv and gate rows of the last group's Ca series, main and indexer, as floats."""
         num_csa = sum(kind is LayerKind.CSA for kind in self.geometry.layers)
         width = self.geometry.head_dim + self.geometry.indexer_dim
         return num_csa * 2 * self.geometry.csa_ratio * width * self.kv_format.float_bytes
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Payload of a checkpoint: window KV and overlap state, nothing else (tails are empty there)."""
+        """Bytes of a checkpoint's payload: window KV and overlap state. Tail buffers are empty at a block boundary."""
         return self.window_bytes + self.overlap_bytes
 
 
-# The largest model has 61 layers; each costs objects here before a weight is read.
+# The largest model has 61 layers. Each layer creates objects here before any weight is read.
 NUM_LAYERS_MAX = 4096
-# Tokens an entry: a block has the least common multiple of the two.
+# The largest number of tokens per entry. A block's size is the least common multiple of both ratios.
 _RATIO_MAX = 65_536
 _LAYER_KINDS = {
     "sliding_attention": LayerKind.WINDOW,
@@ -340,7 +344,7 @@ _LEGACY_RATIOS = {0: LayerKind.WINDOW, 4: LayerKind.CSA, 128: LayerKind.HCA}
 
 
 def other_model_type(model_type: object) -> str:
-    """Why a config of another type than `deepseek_v4` is refused."""
+    """The message that refuses a config of another type than `deepseek_v4`."""
     if model_type == "deepseek_v41":
         return (
             "model_type deepseek_v41 is known and not computed here: its layout, records, names, restore planner, sizes"
@@ -374,7 +378,7 @@ def _positive(config: Mapping[str, Any], name: str) -> int:
 
 
 def _ratio(config: Mapping[str, Any], legacy_name: str, name: str, default: int) -> int:
-    """Tokens an entry. The legacy field goes first, as in transformers."""
+    """Tokens per entry. The legacy field takes precedence, as in transformers."""
     rates = config.get("compress_rates")
     rates = {} if rates is None else rates
     if not isinstance(rates, Mapping):
@@ -387,9 +391,9 @@ def _ratio(config: Mapping[str, Any], legacy_name: str, name: str, default: int)
 
 
 def per_layer(field: str, given: object, num_layers: int, known: Collection[object]) -> list[Any]:
-    """A config's list of one value for each layer; values beyond the last layer are cut off.
+    """A config's list with one value per layer; values after the last layer are dropped.
 
-    Raises:  InvalidRequest: not a list, too short, or with a value that is not known.
+    Raises:  InvalidRequest: it is not a list, is too short, or has an unknown value.
     """
     names = given if isinstance(given, list | tuple) else ()
     unknown = sorted({repr(name) for name in names if not isinstance(name, Hashable) or name not in known})
@@ -405,6 +409,6 @@ def _layer_kinds(config: Mapping[str, Any]) -> tuple[LayerKind, ...]:
     for field, kinds in (("layer_types", _LAYER_KINDS), ("compress_ratios", _LEGACY_RATIOS)):
         if (names := config.get(field)) is not None:
             return tuple(kinds[name] for name in per_layer(field, names, num_layers, kinds))
-    # V4-Pro's plan: two HCA layers, then HCA and CSA in turn (transformers' default).
+    # V4-Pro's layer plan: two HCA layers, then CSA and HCA alternate (transformers' default).
     rest = (LayerKind.CSA if i % 2 else LayerKind.HCA for i in range(max(num_layers - 2, 0)))
     return (LayerKind.HCA,) * min(num_layers, 2) + tuple(rest)

@@ -1,20 +1,22 @@
-"""KV geometry and record formats of DeepSeek-V4.1: what it stores, how long its replays are, how its names differ. The
-model is not computed here (`layout.other_model_type` says what is missing); engines that compute it store through this.
+"""KV geometry and record formats of DeepSeek-V4.1: what it stores, how long its replays are, how its names differ.
+Antefix does not compute this model (`layout.other_model_type` says what is missing). Engines that compute it store its
+KV with this module.
 
-V4.1 differs from V4 in who has a cache. A layer whose `compress_ratios` is not 0 reads one, but only a KV source makes
-one (kv_source_layer_ids); other layers read that of the source before them. So 4 of 40 layers have global KV, and a
-token takes 890 bytes. Who picks entries is listed apart (index_source_layer_ids): other layers reuse those picks.
+In V4.1 only some layers have a cache. A layer whose `compress_ratios` is not 0 reads global KV, but only KV sources
+(kv_source_layer_ids) write it; each other layer reads that of the nearest source before it. So 4 of 40 layers have
+global KV, and a token takes 890 bytes. The layers that select entries are listed separately (index_source_layer_ids);
+other layers reuse their selections.
 
-    part of a block     for each          one record                                                       bytes
-    main entries        KV source         512 E2M1 codes two a byte (RoPE dims too), one E4M3 scale a 16   288
-    indexer keys        KV source         128 E2M1 codes two a byte, one UE8M0 scale a 32                  68
+    part of a block     one for each      one record                                                       bytes
+    main entries        KV source         512 E2M1 codes, 2 per byte (RoPE dims too), E4M3 scale per 16    288
+    indexer keys        KV source         128 E2M1 codes, 2 per byte, UE8M0 scale per 32                   68
     part of a checkpoint
-    window entries      layer, n_win      as V4's: FP8 codes, BF16 RoPE dims, UE8M0 scales                 584
-    overlap rows        source of ratio   kv and gate of the last group's tokens, as floats                4 a number
+    window entries      layer, n_win      as in V4: FP8 codes, BF16 RoPE dims, UE8M0 scales                584
+    overlap rows        source of ratio   kv and gate of the last group's tokens, as floats                4 per number
                         2 or more
 
-Facts and sources: arXiv 2609.19969, section 3.2, and the config of the release. Keys are projected from the
-main latents, so they have no compressor, and no overlap, of their own; ratio 1 has neither gate nor pooling.
+Sources: arXiv 2609.19969, section 3.2, and the config of the release. Indexer keys are projected from the main
+latents, so they have no compressor and no overlap of their own. Ratio 1 has neither gate nor pooling.
 """
 
 from __future__ import annotations
@@ -34,13 +36,17 @@ from antefix.layout import FP4_GROUP, FP8_GROUP, SCALE_ALIGN, Field, RecordLayou
 MODEL_TYPE = "deepseek_v41"
 # Channels that share an E4M3 scale in a main entry.
 ENTRY_GROUP = 16
-# Tokens of a block: any multiple of the ratios would do; V4's is what stores and routers are used to.
+# Tokens per block. Any common multiple of the ratios would do; this is V4's value.
 BLOCK_TOKENS = 128
 FLOAT_BYTES = 4
 
 
 class LayerRole(StrEnum):
-    """window: no global KV. full: makes KV and picks entries. reindex: picks from another's KV. reuse: neither."""
+    """A layer's part in global KV.
+
+    window: the layer uses none.  full: it writes global KV and selects entries.  reindex: it selects entries of another
+    layer's KV.  reuse: it reads another layer's KV with another layer's selection.
+    """
 
     WINDOW = "window"
     FULL = "full"
@@ -55,7 +61,7 @@ class V41PartKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class V41Part:
-    """`num_rows` records of one KV source, `offset` bytes into the block's payload."""
+    """`num_rows` records of one KV source, starting `offset` bytes into the block's payload."""
 
     layer: int
     kind: V41PartKind
@@ -70,9 +76,10 @@ class V41Part:
 
 @dataclass(frozen=True, kw_only=True)
 class V41Geometry:
-    """What decides whether two models' blocks are interchangeable.
+    """The shape of a V4.1 model's KV. Blocks of models with equal geometries are interchangeable.
 
-    ratios: tokens an entry of the cache that each layer reads, 0 for none.  kv_sources, index_sources: ascending.
+    ratios: for each layer, tokens per entry of the global KV that it reads; 0: it reads none.
+    kv_sources, index_sources: layer numbers, ascending.
     """
 
     ratios: tuple[int, ...]
@@ -118,7 +125,7 @@ class V41Geometry:
         return len(self.ratios)
 
     def source(self, layer: int) -> int | None:
-        """The layer whose global KV this one reads."""
+        """The layer whose global KV this layer reads; None: it reads none."""
         if not self.ratios[layer]:
             return None
         return max((source for source in self.kv_sources if source <= layer), default=None)
@@ -132,9 +139,11 @@ class V41Geometry:
 
     @cached_property
     def replay_reach(self) -> tuple[int, ...]:
-        """As `KVGeometry.replay_reach`: of each layer, how many of the last tokens before a block's end shape the
-        window state there by their input. Global KV is read from the store, by any writer; a source with groups of
-        several tokens keeps the last group's rows."""
+        """For each layer, how many of the last tokens before a block's end affect the window state there.
+
+        As `KVGeometry.replay_reach`: a replay reads global KV from the store, whichever layer wrote it. A source with
+        several tokens per group also keeps the rows of the last group.
+        """
         reach: list[int] = []
         for layer in reversed(range(self.num_layers)):
             own = max(self.window, self.ratios[layer]) if self._has_overlap(layer) else self.window
@@ -143,12 +152,12 @@ class V41Geometry:
 
     @property
     def replay_tokens(self) -> int:
-        """Tokens of an exact replay, whole blocks."""
+        """How many tokens an exact replay runs, in whole blocks."""
         return -(-self.replay_reach[0] // self.block_size) * self.block_size
 
     @property
     def bounded_tokens(self) -> int:
-        """Tokens of the replay that V4.1 does by design, approximately: one window."""
+        """How many tokens V4.1's own, approximate replay runs: one window."""
         return self.window
 
     def _has_overlap(self, layer: int) -> bool:
@@ -167,7 +176,7 @@ class V41Geometry:
     def from_config(cls, config: Mapping[str, Any]) -> V41Geometry:
         """Read a `deepseek_v41` config.json; the text model's fields are under `text_config` there.
 
-        Raises:  InvalidRequest: another model type, or a field that is missing or makes no sense.
+        Raises:  InvalidRequest: another model type, or a field is missing or invalid.
         """
         if config.get("model_type") != MODEL_TYPE:
             raise InvalidRequest(f"model_type must be {MODEL_TYPE}, is {config.get('model_type')!r}")
@@ -179,7 +188,7 @@ class V41Geometry:
         if len(ratios) < num_layers:
             raise InvalidRequest(f"compress_ratios must give {num_layers} numbers, gives {len(ratios)}")
         return cls(
-            # Those behind the last layer are the draft modules'.
+            # The ratios after the last layer belong to the draft modules.
             ratios=ratios[:num_layers],
             kv_sources=_counts(text, "kv_source_layer_ids"),
             index_sources=_counts(text, "index_source_layer_ids"),
@@ -192,7 +201,7 @@ class V41Geometry:
 
 @dataclass(frozen=True, kw_only=True)
 class V41Layout:
-    """Where each source's records lie in a block's payload, and what a checkpoint holds (table above)."""
+    """The offset of each source's records in a block's payload, and the parts of a checkpoint (table above)."""
 
     geometry: V41Geometry
 
@@ -202,7 +211,7 @@ class V41Layout:
 
     @cached_property
     def parts(self) -> tuple[V41Part, ...]:
-        """Source by source, its main entries and then its keys."""
+        """The parts of a block: for each source, its main entries, then its indexer keys."""
         records = {V41PartKind.MAIN: main_record(self.geometry), V41PartKind.KEYS: v41_key_record(self.geometry)}
         parts: list[V41Part] = []
         offset = 0
@@ -237,7 +246,7 @@ class V41Layout:
 
 
 def main_record(geometry: V41Geometry) -> RecordLayout:
-    """One main entry: FP4 codes two a byte, then E4M3 scales (V4.1: 288 bytes)."""
+    """One main entry: FP4 codes, two per byte, then E4M3 scales (V4.1: 288 bytes)."""
     codes, scales = geometry.head_dim // 2, geometry.head_dim // ENTRY_GROUP
     return RecordLayout(
         fields=(
@@ -248,7 +257,7 @@ def main_record(geometry: V41Geometry) -> RecordLayout:
 
 
 def v41_key_record(geometry: V41Geometry) -> RecordLayout:
-    """One indexer key: FP4 codes two a byte, then UE8M0 scales (V4.1: 68 bytes, as V4's)."""
+    """One indexer key: FP4 codes, two per byte, then UE8M0 scales (V4.1: 68 bytes, as in V4)."""
     codes, scales = geometry.indexer_dim // 2, geometry.indexer_dim // FP4_GROUP
     return RecordLayout(
         fields=(
@@ -259,7 +268,7 @@ def v41_key_record(geometry: V41Geometry) -> RecordLayout:
 
 
 def window_record(geometry: V41Geometry) -> RecordLayout:
-    """One window entry, as V4's: FP8 codes, BF16 RoPE dims, UE8M0 scales with padding (584 bytes)."""
+    """One window entry, as in V4: FP8 codes, BF16 RoPE dims, UE8M0 scales with padding (584 bytes)."""
     codes, rope = geometry.head_dim - geometry.rope_dim, 2 * geometry.rope_dim
     scales = -(-max(codes, 1) // FP8_GROUP)
     scales += -(codes + rope + scales) % SCALE_ALIGN

@@ -1,6 +1,7 @@
-"""A linear law of seconds, fitted while it is used: so many per unit of each feature. Knows no strategies, no stores.
+"""Predicts seconds as a linear function of a few features, and keeps fitting itself to observations.
 
-Old observations fade by `memory`, so a machine that gets slower is believed within some dozens of observations.
+Knows nothing of strategies or stores. Old observations fade by `memory`, so the prediction follows a machine that gets
+slower within some dozens of observations.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import numpy.typing as npt
 
 from antefix.errors import InternalError
 
-# An observation counts half after ~14 more: quick enough to follow a busy neighbour, slow enough to average noise.
+# After about 14 more observations, an observation counts half. This is fast enough to follow another process that loads
+# the machine, and slow enough to average noise.
 MEMORY = 0.95
-# Weight of the prior: as much as one observation, so the first real ones take over at once and no fit is ever singular.
+# The prior weighs as much as one observation: the first observations outweigh it at once, and no fit is singular.
 PRIOR_WEIGHT = 1.0
 SECONDS_MIN = 1e-9
 
 
 class Law(Protocol):
-    """What is asked of a law by those who do not teach it."""
+    """A law as its readers see it: they ask for predictions but add no observations."""
 
     def seconds(self, features: Sequence[float]) -> float: ...
 
@@ -51,11 +53,12 @@ class LinearLaw:
         self._coefficients = self._prior
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
-        """Learn that these features took `seconds`; what no clock gives (zero, negative, not finite) is ignored."""
+        """Learn that these features took `seconds`. Ignores values that no clock gives (zero, negative, not finite)."""
         if not np.isfinite(seconds) or seconds < SECONDS_MIN:
             return
-        # Weighed to relative error, or a long prefill would drown a short one. The weight is half by the prediction:
-        # by the outcome alone a sudden slowness would count little, by a wild prior alone the first outcomes too much.
+        # Weighted to relative error, because long prefills would otherwise outweigh short ones. Half of the weight
+        # follows the prediction, half the outcome. By the outcome alone, a sudden slowdown would count little; by the
+        # prediction alone, a wrong prior would give the first outcomes too much weight.
         x = np.asarray(features, dtype=np.float64) / self._scales
         weight = 1 / (seconds * max(float(self._coefficients @ x), SECONDS_MIN))
         self._xx = self._memory * self._xx + weight * np.outer(x, x)
@@ -72,14 +75,15 @@ class LinearLaw:
         return tuple(float(c) for c in self._coefficients / self._scales)
 
     def _fit(self) -> npt.NDArray[np.float64]:
-        # The ridge pulls towards the prior where the data say nothing (one size seen only: rate and fixed cost mix).
-        # It is scaled to the prior's own prediction at a typical feature, so it has no dimension, like the data rows.
+        # The ridge term pulls towards the prior where the data do not decide: with observations of one size only, rate
+        # and fixed cost cannot be told apart. It is scaled by the prior's prediction for a typical feature, so it has
+        # no dimension, like the data rows.
         typical = max(float(self._prior.sum()), SECONDS_MIN)
         ridge = PRIOR_WEIGHT * self._memory**self.num_observations + 1e-6
         xx = self._xx + ridge * np.eye(len(self._prior)) / typical**2
         xy = self._xy + ridge * self._prior / typical**2
         best, best_loss = self._prior, np.inf
-        # Negative speeds make no sense: at three features, trying every subset of the active ones is exact and cheap.
+        # Coefficients must not be negative. With three features, trying every subset of active ones is exact and cheap.
         for size in range(len(xy), 0, -1):
             for active in itertools.combinations(range(len(xy)), size):
                 index = np.array(active)

@@ -1,4 +1,4 @@
-"""How a directory of any name is told to LMDB, whose binding takes only names that are UTF-8."""
+"""Gives LMDB a path to a directory of any name. LMDB's Python binding accepts only UTF-8 paths."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def lmdb_path(directory: Path) -> Iterator[str]:
-    """A path to the directory, good for as long as an environment is being opened."""
+    """A UTF-8 path to the directory, valid inside the `with` block, in which an environment is opened."""
     try:
         os.fspath(directory).encode()
     except UnicodeEncodeError:

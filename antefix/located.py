@@ -1,7 +1,8 @@
-"""Which store probably has which part of a prompt's chain, as a router told with the call: then nobody else is asked.
+"""Which store probably has which part of a prompt's chain. A router sends it with the call, so the worker need not ask.
 
-It is a hint and may be stale. What is not where it should be is read elsewhere or computed, and what is somewhere else
-is computed again. A store that it does not name is asked, and so are a worker's own stores, which know better.
+It is a hint and may be stale. A block that is not where the hint says is read elsewhere or computed; a block that is
+stored where the hint does not say is computed again. The worker still asks the stores that the hint does not name, and
+its own stores, whose answers are newer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Final
 
 from antefix.record import Held, LookupResult
 
-# Behind every block.
+# A number greater than any block's.
 _FAR: Final = 1 << 62
 
 _told: ContextVar[Located | None] = ContextVar("antefix_located", default=None)
@@ -24,9 +25,10 @@ _told: ContextVar[Located | None] = ContextVar("antefix_located", default=None)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """held: by the stores' names, of the blocks of `chain`.
+    """held: what each store has of the blocks of `chain`, by the store's name.
 
-    found: what they have together, and where it is nearest to the one who looked; empty where it was told.
+    found: what the stores have together, and which tier of the process that looked is nearest; empty if another process
+    sent this object.
     """
 
     chain: Sequence[bytes]
@@ -36,7 +38,7 @@ class Located:
     _index: dict[bytes, int] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, store: str, hashes: Sequence[bytes], fingerprint: bytes) -> Held | None:
-        """What that store has of these blocks; None: nobody has said."""
+        """What that store has of these blocks; None: this object does not say."""
         held = self.held.get(store)
         if held is None or not hashes or fingerprint != self.fingerprint:
             return None
@@ -53,14 +55,14 @@ class Located:
         return Held(spans=spans, checkpoints=tuple(block - start for block in held.checkpoints[low:high]))
 
     def with_span(self, stores: Iterable[str], start: int, stop: int) -> Located:
-        """The same, and these stores have got blocks [start, stop) since, and a checkpoint at their end perhaps."""
+        """A copy in which these stores also have blocks [start, stop), and a checkpoint at `stop`."""
         if start >= stop:
             return self
         more = {name: _with_span(self.held.get(name, Held()), start, stop) for name in stores}
         return replace(self, held={**self.held, **more})
 
     def parts(self, num_blocks: int) -> list[tuple[int, frozenset[str]]]:
-        """The first blocks in runs that the same stores have: how many, and which stores."""
+        """The first `num_blocks` blocks, cut into runs that the same stores have: (number of blocks, stores)."""
         bounds = {0, num_blocks}
         for held in self.held.values():
             bounds.update(min(bound, num_blocks) for span in held.spans for bound in span)
@@ -78,7 +80,7 @@ class Located:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadSpeed:
-    """How fast a worker reads stored KV from a store or another tier, as it has measured."""
+    """How fast a worker reads stored KV from a store or another tier, by its own measurements."""
 
     latency_s: float
     seconds_per_token: float
@@ -92,12 +94,12 @@ class ReadSpeed:
 
 
 def tell(located: Located | None) -> None:
-    """This task, and those that it starts from now on, go by this; None: by nobody's word."""
+    """Set the hint that this task, and the tasks that it starts from now on, use; None: no hint."""
     _told.set(located)
 
 
 def told() -> Located | None:
-    """What this task goes by."""
+    """The hint that this task uses."""
     return _told.get()
 
 

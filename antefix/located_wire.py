@@ -1,4 +1,4 @@
-"""Where a prompt's blocks are, and how fast workers read there, on the wire: protobuf stops here."""
+"""Converts where a prompt's blocks are, and how fast workers read from there, from and to protobuf."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from antefix.v1 import worker_pb2
 
 
 def hints_to_wire(located: Located | None) -> list[worker_pb2.StoreHint]:
-    """None: nothing is known."""
+    """The hints of a call.  located: None: nothing is known, so the call has no hints."""
     if located is None:
         return []
     return [
@@ -24,7 +24,7 @@ def hints_to_wire(located: Located | None) -> list[worker_pb2.StoreHint]:
 def hints_from_wire(
     hints: Iterable[worker_pb2.StoreHint], hashes: Sequence[bytes], fingerprint: bytes
 ) -> Located | None:
-    """hashes: of the prompt's chain.  Raises:  InvalidRequest: spans or checkpoints that do not follow each other."""
+    """hashes: the prompt's chain.  Raises:  InvalidRequest: spans or checkpoints are not in ascending order."""
     held = {hint.store: _held(hint) for hint in hints}
     return Located(chain=hashes, fingerprint=fingerprint, held=held) if held else None
 
@@ -37,7 +37,7 @@ def speeds_to_wire(speeds: Mapping[str, ReadSpeed]) -> list[worker_pb2.TierSpeed
 
 
 def speeds_from_wire(speeds: Iterable[worker_pb2.TierSpeed]) -> dict[str, ReadSpeed]:
-    """What makes no sense is left out: it decides where a request goes, nothing else."""
+    """The speeds of an answer. Invalid values are dropped, because speeds only affect where a request is placed."""
     found = {}
     for each in speeds:
         speed = ReadSpeed(latency_s=each.latency_s, seconds_per_token=each.seconds_per_token)

@@ -1,4 +1,4 @@
-"""Why a block missed: one list from the store to the worker, the bill, metrics, headers and `antefix explain`."""
+"""Why a block missed: one list of reasons for stores, workers, the bill, metrics, headers and `antefix explain`."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from enum import StrEnum
 class MissReason(StrEnum):
     """Why a block missed. Values are part of the protocols and of the ledger's format: never renamed."""
 
-    # Nothing missed: the block is stored, or only the rest of the prompt's last block was left.
+    # No miss: the block is stored, or only the tokens after the prompt's last whole block were computed.
     NONE = ""
-    # Never stored, or so long ago that the store has forgotten it.
+    # The block was never stored, or it was evicted so long ago that the store has forgotten it.
     FIRST_SEEN = "first_seen"
     EVICTED = "evicted"
     EXPIRED = "expired"
-    # Stored, but computing it again was predicted faster than rebuilding the window state to continue from it.
+    # The block is stored, but computing it again was predicted to be faster than rebuilding the window state after it.
     WINDOW_MISSING = "window_missing"
-    # The prompt has no whole block and a token more.
+    # The prompt is too short: it is not longer than one block.
     BELOW_MINIMUM = "below_minimum"
     FINGERPRINT_DIFFERS = "fingerprint_differs"
-    # Stored under the same settings, computed by a set-up that rounds differently.
+    # The block is stored under the same settings, but was computed by a set-up that rounds differently.
     ARITHMETIC_DIFFERS = "arithmetic_differs"
     CORRUPT = "corrupt"
     STORE_UNAVAILABLE = "store_unavailable"
-    # Stored behind a block that is not. Never the reason of a first miss.
+    # The block is stored, but a block before it is not. Never the reason of a prompt's first miss.
     UNREACHABLE = "unreachable"
-    # Workers that are not ours: the events of the one that answered said that it has the block, and it did not hit.
+    # For engines' workers: by its events, the worker that answered had the block, but it reported no hit.
     LOST_HIT = "lost_hit"
-    # Another worker had it; this one was chosen for having less to do.
+    # Another worker had the block; the worker that answered was chosen because it was less busy.
     OTHER_WORKER = "other_worker"
-    # A newer peer's, which this process does not know.
+    # A newer peer sent a reason that this process does not know.
     UNKNOWN = "unknown"
 
     @classmethod
     def _missing_(cls, value: object) -> MissReason:
-        # A newer worker may know a reason that this process does not; a request must not fail for that.
+        # A newer worker may send a reason that this process does not know. The request must not fail for that.
         return cls.UNKNOWN
 
     @property
     def label(self) -> str:
-        """For headers and metrics, where an empty value counts as none given."""
+        """The reason's label in headers and metrics, which cannot have empty values."""
         return self.value or "none"

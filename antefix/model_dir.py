@@ -1,6 +1,6 @@
-"""A model directory without its tensors: config, weights revision, tokenizer revision, fingerprint.
+"""Reads a Hugging Face model directory without its tensors: config, revisions of weights and tokenizer, fingerprint.
 
-The router and the tools name blocks with this, so it must never need torch. Reads Hugging Face directories.
+The router and the tools name blocks with this, so it must never need torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from antefix.layout import BlockLayout, KVFormat, KVGeometry
 from antefix.rope import COUNT_MAX
 
 CONFIG_FILE = "config.json"
-# Which of the files a sharded checkpoint is: another index is another model, though all files stay as they are.
+# Lists the files of a sharded checkpoint. Another index file makes another model, even if all weight files are equal.
 INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("antefix_tokenizer.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _READ_BYTES = 8 << 20
@@ -26,7 +26,7 @@ _READ_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """What names are made from: two processes with equal identities may share KV."""
+    """The parts of a model that enter block names. Two processes with equal identities may share KV."""
 
     path: Path
     geometry: KVGeometry
@@ -48,7 +48,7 @@ class ModelIdentity:
         arithmetic: str = CPU_FLOAT32,
         num_cards: int | None = None,
     ) -> Fingerprint:
-        """num_cards: None: as the arithmetic says."""
+        """The fingerprint of this model's KV.  num_cards: None takes the number from the arithmetic's name."""
         return Fingerprint(
             weights_revision=self.weights_revision,
             geometry=self.geometry,
@@ -67,7 +67,7 @@ class ModelIdentity:
 def read_config(path: Path) -> dict[str, Any]:
     """The directory's config.json.
 
-    Raises:  ModelError: no directory, no config, or not a JSON object.
+    Raises:  ModelError: there is no directory or no config, or the config is not a JSON object.
     """
     if not path.is_dir():
         raise ModelError(f"{path} is not a directory; a model directory has {CONFIG_FILE} and *.safetensors")
@@ -98,10 +98,10 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def identify(path: str | Path, *, revision: str = "") -> ModelIdentity:
-    """Read a model directory's identity; hashing the weights takes about a second a gigabyte.
+    """Read a model directory's identity; hashing the weights takes about one second per gigabyte.
 
-    revision: use this instead of hashing the weights, for checkpoints whose revision is known otherwise.
-    Raises:  ModelError, InvalidRequest: not a usable model directory.
+    revision: used instead of a hash of the weights, for checkpoints whose revision is known from elsewhere.
+    Raises:  ModelError, InvalidRequest: the model directory is not usable.
     """
     path = Path(path)
     config = read_config(path)

@@ -1,7 +1,7 @@
-"""What of an error a caller from outside may read: what is wrong, never where it happened.
+"""Removes addresses and paths from error messages that go to outside callers.
 
-Messages between services name addresses, files and sockets, which is what an operator needs in a log. To a client they
-are a map of the deployment.
+Messages between services name addresses, files and sockets, because operators need them in logs. To a client they would
+reveal the structure of the deployment.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from antefix.errors import AntefixError, InvalidRequest
 
 log = logging.getLogger("antefix.outward")
 
-# URLs, addresses with or without a port, IPv6 in brackets, gRPC's forms of them, Unix sockets, and absolute paths.
+# Matches URLs, addresses with or without a port, IPv6 in brackets, gRPC's address forms, Unix sockets, absolute paths.
 _PLACES: Final = re.compile(
     r"""
     \b[a-z][a-z0-9+.-]*://[^\s'",;)]+
@@ -32,15 +32,15 @@ PLACE: Final = "(a service)"
 
 
 def without_places(message: str) -> str:
-    """The message, with each address and path in it taken out."""
+    """The message, with each address and path replaced by PLACE."""
     return _PLACES.sub(PLACE, message)
 
 
 @contextlib.contextmanager
 def outward() -> Iterator[None]:
-    """An error that is raised inside goes out without places; the log has all of it.
+    """A context that removes addresses and paths from errors raised inside, and logs the full message.
 
-    What is wrong with the request itself is said in its caller's own words, and stays as it is.
+    An InvalidRequest keeps its message, which names only parts of the caller's own request.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""Files of ours under names of ours, taken for what they must be: regular files and directories.
+"""Opens Antefix's own files safely: anything but a regular file (or a directory, where expected) counts as missing.
 
-After an accident or an attack such a name may lead to something else: a FIFO, whose opening waits for ever, a device
-that has no end, a directory. For a reader that is a file that is not there; the owner puts it aside and continues.
+After an accident or an attack, a FIFO (opening it waits for ever), an endless device or a directory may have the name
+of such a file. A reader treats the file as missing. The directory's owner renames the wrong object and continues.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from typing import Final
 
 log = logging.getLogger("antefix.files")
 
-# What opening or reading such a name says, besides that nothing is there.
+# The errors, besides ENOENT, of opening or reading something that is not a regular file.
 _NO_FILE: Final = (errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.EISDIR, errno.ENODEV)
 
 
 def open_to_read(path: Path) -> int:
-    """A descriptor of a regular file; opening never waits.
+    """A descriptor of a regular file. Opening never blocks.
 
-    Raises:  FileNotFoundError: nothing is there, or something else.  OSError: it cannot be opened.
+    Raises:  FileNotFoundError: there is no file, or not a regular one.  OSError: it cannot be opened.
     """
     try:
-        # Without O_NONBLOCK a FIFO's opening waits for a writer; to a regular file it means nothing.
+        # Without O_NONBLOCK, opening a FIFO waits for a writer. The flag has no effect on regular files.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as err:
         if err.errno in _NO_FILE:
@@ -40,7 +40,7 @@ def open_to_read(path: Path) -> int:
 
 
 def read_small(path: Path, nbytes_max: int) -> bytes:
-    """All of a file, or its first `nbytes_max` + 1 bytes: one that is longer is not what was written.
+    """The bytes of a file, at most the first `nbytes_max` + 1. A file longer than `nbytes_max` is not one of ours.
 
     Raises:  as `open_to_read`.
     """
@@ -49,9 +49,10 @@ def read_small(path: Path, nbytes_max: int) -> bytes:
 
 
 def put_aside(path: Path, is_right: Callable[[int], bool] = stat.S_ISREG) -> bool:
-    """For a directory's owner: rename what lies there and is of another kind. Returns whether there was such a thing.
+    """Rename what is at `path` if it is of the wrong kind. Returns whether it was. Only the directory's owner calls
+    this.
 
-    is_right: of a mode, as in `stat`; links are followed.
+    is_right: says by the mode (as in `stat`, following links) whether the kind is right.
     """
     try:
         if is_right(path.stat().st_mode):

@@ -1,6 +1,6 @@
 """Files with secrets: written for their owner only, replaced as a whole, and refused where others may read them.
 
-A group may read one: that is how secrets are handed to a service that does not run as the file's owner.
+A file's group may read it. So secrets can be given to a service that does not run as the file's owner.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from antefix.errors import ConfigError
 
 FILE_MODE: Final = 0o600
 DIRECTORY_MODE: Final = 0o700
-# Keys, with those of before; far more than any has.
+# Far more than any file of current and older keys has.
 _BYTES_MAX: Final = 1 << 20
 _OTHERS: Final = 0o007
 _WRITERS: Final = 0o022
@@ -38,9 +38,9 @@ def read_private(path: str | Path, what: str) -> str:
 
 
 def refuse_writable(path: str | Path, what: str) -> None:
-    """For files that say who may do what: those who can write them decide.
+    """Check a file that defines permissions: anyone who can write such a file can grant himself access.
 
-    Raises:  ConfigError: others than its owner may change it, or it is not there.
+    Raises:  ConfigError: someone other than its owner may change the file, or it does not exist.
     """
     try:
         if Path(path).stat().st_mode & _WRITERS:
@@ -50,31 +50,31 @@ def refuse_writable(path: str | Path, what: str) -> None:
 
 
 def open_private(path: str | Path, mode: str) -> IO[str]:
-    """As `open` does to write, "w" or "a"; what is made, only its owner can open. Written line by line."""
+    """Open a file to write, with mode "w" or "a", line-buffered. Only its owner can open a file made by this."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if mode == "a" else os.O_TRUNC)
     return os.fdopen(os.open(path, flags, FILE_MODE), mode, buffering=1, encoding="utf-8", errors="surrogateescape")
 
 
 def write_private(path: str | Path, text: str) -> None:
-    """Replace the file as a whole, durably: a reader sees the old text or the new one.
+    """Replace the file atomically and durably: a reader sees either the old text or the new one.
 
-    Raises:  OSError: it names the file; what was there before is still there.
+    Raises:  OSError: the error names the file, which still has its old text.
     """
     with _drafted(Path(path), text) as draft:
         draft.replace(path)
 
 
 def create_private(path: str | Path, text: str) -> bool:
-    """Make the file, whole and durable or not at all. Returns whether it was made: one that is there stays.
+    """Create the file atomically and durably. Returns whether it was created; an existing file stays as it is.
 
-    Raises:  OSError: it names the file; there is none then.
+    Raises:  OSError: the error names the file, which was not created.
     """
     path = Path(path)
     if path.exists():
         return False
     with _drafted(path, text) as draft:
         try:
-            # Unlike a rename, it replaces nothing that somebody else has made meanwhile.
+            # Unlike a rename, a link never replaces a file that another process has just made.
             os.link(draft, path)
         except FileExistsError:
             return False
@@ -85,7 +85,7 @@ def create_private(path: str | Path, text: str) -> bool:
 
 @contextlib.contextmanager
 def _drafted(path: Path, text: str) -> Iterator[Path]:
-    """A synced file with this text next to `path`, to be put in its place."""
+    """A synced temporary file with this text in the directory of `path`, to be renamed or linked to `path`."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, FILE_MODE)
@@ -96,7 +96,7 @@ def _drafted(path: Path, text: str) -> Iterator[Path]:
         yield draft
     except OSError as err:
         draft.unlink(missing_ok=True)
-        # A full disk does not say which file it had no room for.
+        # The error of a full disk does not name the file.
         raise OSError(err.errno, err.strerror, str(path)) from err
     except BaseException:
         draft.unlink(missing_ok=True)

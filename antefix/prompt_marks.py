@@ -1,9 +1,10 @@
-"""A few hashes of a prompt, small enough for its usage record: two prompts can be compared later, without any text.
+"""Marks of a prompt: a few of its block hashes, kept in its usage record to compare prompts later without their text.
 
-A block's hash names everything up to its end, so equal hashes mean equal prefixes. Kept are those after 1, 2, 3, 4, 6,
-8, 12, ... blocks and after the last whole one, cut to 6 bytes: where two prompts part is known to a factor of 1.5.
+A block's hash depends on all tokens up to the block's end, so equal hashes mean equal prefixes. The marks are the
+hashes after 1, 2, 3, 4, 6, 8, 12, ... blocks and after the last whole block, cut to 6 bytes. So the length of two
+prompts' common prefix is known to a factor of 1.5.
 
-    "<number of whole blocks>:<hash><hash>..."     12 hex digits each, in order
+    "<number of whole blocks>:<hash><hash>..."     each hash has 12 hex digits, in order
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ _HEX_DIGITS: Final = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parting:
-    """Blocks that two prompts have in common: at least `blocks_min`, and at most `blocks_max`."""
+    """How many leading blocks two prompts have in common: at least `blocks_min`, and at most `blocks_max`."""
 
     blocks_min: int
     blocks_max: int
 
 
 def places(num_blocks: int) -> list[int]:
-    """After how many blocks a prompt is marked."""
+    """The numbers of blocks after which a prompt has a mark."""
     found, step = [], 1
     while step <= num_blocks:
         found += [step, step * 3 // 2] if step > 1 else [1]
@@ -42,7 +43,7 @@ def marks_of(hashes: Sequence[bytes]) -> str:
 
 
 def mark_at(marks: str, num_blocks: int) -> str:
-    """The mark after so many blocks: what the hash there begins with. Empty where there is none, or no marks."""
+    """The mark after `num_blocks` blocks: the first 6 bytes of the hash there, in hex. Empty: there is no such mark."""
     try:
         return _read(marks).get(num_blocks, "")
     except InvalidRequest:
@@ -50,9 +51,9 @@ def mark_at(marks: str, num_blocks: int) -> str:
 
 
 def block_size_of(marks: str, num_tokens: int) -> int:
-    """What the blocks' size must be, of a prompt of so many tokens; 0: it has no marks, or no size fits.
+    """The block size that fits a prompt of `num_tokens` tokens with these marks; 0: it has no marks, or no size fits.
 
-    Of several that fit, as with few blocks, a power of two is likeliest.
+    If several sizes fit, as with few blocks, a power of two is preferred as the likeliest.
     """
     num_blocks = _end(_read(marks))
     if not num_blocks:
@@ -62,14 +63,14 @@ def block_size_of(marks: str, num_tokens: int) -> int:
 
 
 def parting(one: str, other: str) -> Parting:
-    """Where the prompts of two marks part. Raises:  InvalidRequest: one of them is none."""
+    """How many leading blocks two marked prompts share.  Raises:  InvalidRequest: a text is not marks."""
     first, second = _read(one), _read(other)
     both = sorted(set(first) & set(second))
     return _parting([place for place in both if first[place] == second[place]], both, min(_end(first), _end(second)))
 
 
 def parting_of_chain(hashes: Sequence[bytes], marks: str) -> Parting:
-    """The same for a prompt of which all hashes are known."""
+    """As `parting`, for one prompt whose hashes are all known and one that is known by its marks."""
     known = _read(marks)
     both = [place for place in known if place <= len(hashes)]
     alike = [place for place in both if known[place] == _short(hashes[place - 1])]
@@ -78,7 +79,7 @@ def parting_of_chain(hashes: Sequence[bytes], marks: str) -> Parting:
 
 def _parting(alike: list[int], both: list[int], end: int) -> Parting:
     low = max(alike, default=0)
-    # The first mark that differs bounds it: equal prefixes could not part before.
+    # The first mark that differs gives the upper bound.
     high = min((place - 1 for place in both if place > low), default=end)
     return Parting(blocks_min=low, blocks_max=high)
 

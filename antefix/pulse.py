@@ -1,9 +1,9 @@
-"""Whether a peer gives signs of life. A process that hangs (stopped, swapped out, behind a cut link) closes no
-connection, so gRPC reports nothing; a peer that is asked twice a second and stays silent is found out within two.
+"""Detects a peer that hangs. A process that is stopped, swapped out or behind a cut link closes no connection, so gRPC
+reports no error. A pulse asks its peer twice per second, and notices within two seconds that the peer is silent.
 
-    answers --limit_s without one--> silent --an answer--> answers
+    answering --no answer within limit_s--> silent --an answer--> answering
 
-Waiting for such a peer happens inside `guard`, which ends the wait when the peer falls silent.
+Code that waits for the peer runs inside `guard`, which ends the wait when the peer falls silent.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from antefix.rpc import rpc_errors
 log = logging.getLogger("antefix.pulse")
 
 EVERY_S: Final = 0.5
-# With EVERY_S the longest that a hang goes unnoticed stays under 2 s.
+# SILENT_S and EVERY_S together keep the longest unnoticed hang under 2 s.
 SILENT_S: Final = 1.2
-# On a busy machine answers are slow and nobody hangs: so many times the usual time to answer is waited for.
+# On a busy machine answers are slow although no process hangs, so a peer gets this many times its usual answer time.
 _RTT_FACTOR: Final = 8.0
 LIMIT_S_MAX: Final = 10.0
-# The usual time to answer: a slow answer is forgotten within some 20 others.
+# The fading factor of the usual answer time: about 20 further answers outweigh a slow one.
 _FADE: Final = 0.9
-# Our own loop was held up by this much: what it took for silence may be an answer that it has not read yet.
+# If this process's event loop was delayed by more than this, an answer may have arrived that it has not read yet.
 _OWN_DELAY_S: Final = 0.3
-# How long an unreachable peer is waited for where there is no other one.
+# How long to wait for an unreachable peer if there is no other peer.
 LAST_PATIENCE_S: Final = 10.0
 
 
 class Pulse:
-    """One peer's. `start` once, on the event loop that waits for the peer; `close` at the end.
+    """The pulse of one peer. Call `start` once, on the event loop that waits for the peer, and `close` at the end.
 
-    rtt_s: the usual time to answer.  num_silences: times that it fell silent.  num_returns: times that it began to
-    answer, for the first time or again.  returned_s: when it last did, by `clock`.
+    rtt_s: the peer's usual answer time.  num_silences: how often the peer fell silent.  num_returns: how often it began
+    to answer, for the first time or again.  returned_s: when it last began to answer, by `clock`.
     """
 
     def __init__(
@@ -56,8 +56,9 @@ class Pulse:
         silent_s: float = SILENT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """name: of the peer, for messages.  ask: returns when it answered.  Raises of `ask`:  AntefixError: it cannot
-        be reached, which its callers are told by gRPC; that is no silence."""
+        """name: the peer's name in messages.  ask: asks the peer, and returns when it has answered. An AntefixError
+        from `ask` means that the peer cannot be reached. That is not silence, because gRPC reports it to all callers.
+        """
         self.name = name
         self.rtt_s = 0.0
         self.num_silences = 0
@@ -79,17 +80,17 @@ class Pulse:
 
     @property
     def answers(self) -> bool | None:
-        """Whether the last question was answered; None before the first one was decided."""
+        """Whether the last question was answered; None: no question has been answered or timed out yet."""
         return False if self.is_silent else self._reachable
 
     @property
     def limit_s(self) -> float:
-        """An answer that takes longer is none."""
+        """How long to wait for an answer, in seconds."""
         return min(LIMIT_S_MAX, max(self._silent_s, _RTT_FACTOR * self.rtt_s))
 
     def start(self) -> None:
         if self._task is None:
-            # For all who wait, so under none of their ids.
+            # An empty context: the task serves all waiting calls, so it must not carry one call's request id.
             self._task = asyncio.create_task(self._run(), context=Context())
 
     async def close(self) -> None:
@@ -97,15 +98,17 @@ class Pulse:
         if task is not None:
             await end_tasks([task])
         if self.is_silent:
-            # Nobody would tell them any more.
+            # No later answer or silence would wake the tasks that wait.
             self._wake(float("inf"))
 
     @contextlib.contextmanager
     def guard(self, patience_s: float = 0.0) -> Iterator[None]:
-        """Wait for the peer in here.  patience_s: a silence as long as this is borne, and some of it in any case: it
-        may have come back this moment.
+        """A context in which to wait for the peer.
 
-        Raises:  Unavailable: it is silent, or falls silent meanwhile.
+        patience_s: how long a silence the wait survives. If it is not 0, a peer that is silent already still gets a
+        moment to answer, since it may just have come back.
+
+        Raises:  Unavailable: the peer is silent, or falls silent during the wait.
         """
         if patience_s:
             patience_s = max(patience_s, self._silence_s() + self._silent_s)
@@ -117,7 +120,7 @@ class Pulse:
         try:
             yield
         except asyncio.CancelledError:
-            # As asyncio.timeout does: our own cancellation is taken back; another one continues.
+            # As asyncio.timeout does: undo the cancellation that `_wake` requested; any other cancellation continues.
             if task in self._woken and task.uncancel() == 0:
                 raise self._error() from None
             raise
@@ -172,7 +175,9 @@ class Pulse:
 
 
 def health_question(channel: grpc.aio.Channel) -> Callable[[], Awaitable[None]]:
-    """What a pulse asks of a service of ours. Whether it says that it serves is not looked at: a draining one lives."""
+    """The question of a pulse to an Antefix service: a health check. Any status counts as an answer, because a draining
+    service is alive too.
+    """
     stub = health_pb2_grpc.HealthStub(channel)
 
     async def ask() -> None:

@@ -1,10 +1,10 @@
-"""What a store holds: records and the answers about them. Knows hashes and bytes, never tokens, tensors or protobuf.
+"""Records, which a store holds, and its answers about them. Knows hashes and bytes, never tokens, tensors or protobuf.
 
 Kinds of records, each named by a hash:
     BLOCK       global KV of one block; its parent is the previous block's hash; kept for days.
     CHECKPOINT  window state at the boundary after that block; kept while it is likely to be used.
     HANDOFF     live state after `position` tokens, named by a request; short-lived, kept in memory only.
-    POOLED      a checkpoint that is used within minutes or never; kept in memory only, named as on disk.
+    POOLED      a checkpoint that is used within minutes or never; kept in memory only, named like a CHECKPOINT.
 """
 
 from __future__ import annotations
@@ -17,42 +17,43 @@ from typing import Final
 from antefix.block import NO_LABELS, Labels
 from antefix.miss_reason import MissReason
 
-# Anything with the buffer protocol whose bytes are contiguous; reads fill one, writes take one, without a copy.
+# Any contiguous object with the buffer protocol. Reads fill buffers and writes take them, without a copy.
 Buffer = bytes | bytearray | memoryview
 
 
 class RecordKind(IntEnum):
-    """Values are part of the disk format: never renumber."""
+    """The kind of a record. Values are part of the disk format: never renumber."""
 
     BLOCK = 1
     CHECKPOINT = 2
     HANDOFF = 3
     POOLED = 4
-    # Of tiers that seal and ship segments; scans step over them (docs/FORMAT.md, "Kinds").
+    # Kinds in segments of the object tier; scans of a store skip them (docs/FORMAT.md, "Kinds").
     STATEMENT = 5
     FOOTER = 6
 
 
-# The kinds that the store writes to segments and names in its index, and those that its service keeps in memory.
+# The kinds that the store writes to segments and lists in its index, and the kinds that its service keeps in memory.
 STORED_KINDS: Final = (RecordKind.BLOCK, RecordKind.CHECKPOINT)
 MEMORY_KINDS: Final = (RecordKind.HANDOFF, RecordKind.POOLED)
-# A tenant's digest and its user's (`antefix.secret.Keyring.owner`).
+# A tenant's digest and its user's digest together (`antefix.secret.Keyring.owner`).
 OWNER_BYTES: Final = 24
 
 
-# How a record is named where its fingerprint does not matter.
+# A record's name without its fingerprint.
 RecordName = tuple[RecordKind, bytes]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One thing to put. `parent` is the previous block's hash (the chain's root for the first block).
+    """A record to put. `parent` is the previous block's hash (the chain's root for the first block).
 
     position: tokens from the start to the end of the record.  ttl_s: None means the store's default for the kind.
-    cost_s: what computing it took, which eviction weighs; 0 when unknown.
-    tenant: whose it is: tenant and user digest.  generation, salt, mac: its seal (`antefix.store_files.seal`); 0: none.
+    cost_s: seconds that computing the record took, which eviction weighs; 0: unknown.
+    tenant: the owner, as tenant digest and user digest.  generation, salt, mac: the record's seal
+    (`antefix.store_files.seal`); generation 0: no seal.
     version: 1 makes a record of version 1, whose tenant is a name in UTF-8 and which has neither seal nor labels.
-    parent_elsewhere: another store or tier may hold what it depends on, so it is stored without that as well.
+    parent_elsewhere: the parent may be in another store or tier, so the store accepts the record without its parent.
     """
 
     kind: RecordKind
@@ -74,11 +75,12 @@ class Record:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LookupResult:
-    """What is stored of a chain: blocks [0, num_blocks), and checkpoints after the named numbers of blocks.
+    """What is stored of a chain: blocks [0, num_blocks) and some checkpoints.
 
-    checkpoints: ascending, each at most num_blocks.  block_bytes: stored payload sizes' sum, before compression.
-    tiers: where several stores are asked, labels of the nearest tier of each stretch, with the number of blocks at its
-    end.  checkpoint_tiers: the same of each checkpoint. Empty: one store has all of it.
+    checkpoints: after how many blocks each checkpoint lies; ascending, each at most num_blocks.
+    block_bytes: the total payload size of the blocks, before compression.
+    tiers: if several stores were asked, for each stretch the number of blocks at its end and the label of the nearest
+    tier that has it.  checkpoint_tiers: the label for each checkpoint. Empty: one store has everything.
     """
 
     num_blocks: int
@@ -90,9 +92,10 @@ class LookupResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Held:
-    """All that a store or tier has of a chain, whether what lies before is there or not.
+    """Everything that a store or tier has of a chain, including blocks whose predecessors it lacks.
 
-    spans: blocks [start, stop), ascending and apart.  checkpoints: after so many blocks, ascending.
+    spans: blocks [start, stop), ascending, with gaps between them.
+    checkpoints: after how many blocks each checkpoint lies, ascending.
     """
 
     spans: tuple[tuple[int, int], ...] = ()
@@ -100,7 +103,7 @@ class Held:
 
     @classmethod
     def of_flags(cls, flags: Iterable[bool], checkpoints: Iterable[int] = ()) -> Held:
-        """flags: of each block of the chain, whether it is there."""
+        """flags: for each block of the chain, whether it is stored."""
         spans: list[tuple[int, int]] = []
         for index, there in enumerate(flags):
             if there and spans and spans[-1][1] == index:
@@ -111,7 +114,7 @@ class Held:
 
     @property
     def num_leading(self) -> int:
-        """Blocks from the chain's beginning on."""
+        """How many blocks are stored from the chain's beginning on, without a gap."""
         return self.spans[0][1] if self.spans and self.spans[0][0] == 0 else 0
 
     @property
@@ -120,23 +123,23 @@ class Held:
 
 
 class RefusalReason(StrEnum):
-    """Why a record was refused. Part of the protocol; a peer that does not know one treats it as OTHER."""
+    """Why a record was refused. Part of the protocol: a peer treats a reason that it does not know as OTHER."""
 
     OTHER = "other"
-    # Malformed, or against a limit: no later try will succeed.
+    # The record is malformed or exceeds a limit, so no retry will succeed.
     INVALID = "invalid"
-    # What it depends on is not stored, or was refused: put that again, or with it.
+    # The record's parent is not stored, or was refused. Put the parent again, before the record or together with it.
     NO_PARENT = "no_parent"
     FULL = "full"
     QUOTA = "quota"
-    # An encrypted store without a key for the tenant. No later try will succeed before an operator acts.
+    # The store is encrypted and has no key for the tenant. No retry will succeed until an operator adds a key.
     NO_KEY = "no_key"
     TOO_LARGE = "too_large"
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """reason: for counters.  text: for people."""
+    """A refused record.  reason: used by counters.  text: an explanation for people."""
 
     reason: RefusalReason
     text: str
@@ -156,10 +159,10 @@ class PutResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFate:
-    """What became of a block. reason: why it would miss; NONE while it is stored.
+    """Why a store would miss a block.  reason: NONE while the block is stored.
 
-    fingerprints: all others under which the store has ever held something, the newest last.
-    statements: what each of them stands for, as far as the store was told; empty where not.
+    fingerprints: all other fingerprints under which the store has ever held records, the newest last.
+    statements: the statement of each of these fingerprints; empty if the store was not given it.
     """
 
     reason: MissReason

@@ -1,11 +1,11 @@
-"""Reaching a Redis server or cluster: its URL, over TLS, with a user and a password that no list of processes shows.
+"""How to reach a Redis server or cluster: by URL, over TLS, with a password that no list of processes shows.
 
     rediss://user@host:6379/0    TLS; the certificate and its host name are checked, against `redis_ca_file` if given
-    redis://127.0.0.1:6379/0     in clear, so on this host only
+    redis://127.0.0.1:6379/0     without TLS, so on this host only
     unix:///run/redis.sock       a socket of this host
     redis+cluster:// and rediss+cluster://   the same for a cluster
 
-The password is in a file of its own (`redis_password_file`), which is read at each connection: a new one needs no
+The password is in its own file (`redis_password_file`), which is read at each connection. So a new password needs no
 restart.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _TLS: Final = ("rediss", "rediss+cluster")
 _CLUSTER: Final = ("redis+cluster", "rediss+cluster")
 SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
-# Of a URL's options only this one: others would turn off what is checked, such as `ssl_cert_reqs=none`.
+# The only option that a URL may have: others, such as `ssl_cert_reqs=none`, would turn checks off.
 _OPTIONS: Final = {"db"}
 _PASSWORD: Final = "redis_password_file"
 
@@ -40,7 +40,7 @@ def redis_ca_setting() -> Any:
 
 
 class RedisConfig(Protocol):
-    """The part of a role's settings that is meant here."""
+    """The settings of a role that concern Redis."""
 
     @property
     def redis_password_file(self) -> str: ...
@@ -50,9 +50,9 @@ class RedisConfig(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RedisAccess:
-    """How to reach one. Checked when it is made, connected by `connect`.
+    """How to reach one Redis server or cluster. The constructor checks the settings; `connect` connects.
 
-    Raises:  ConfigError: see `check_redis_url`; or a file is not there, or is open to others.
+    Raises:  ConfigError: as `check_redis_url`, or a file does not exist, or other users may read or change it.
     """
 
     url: str
@@ -69,12 +69,12 @@ class RedisAccess:
 
     @classmethod
     def of(cls, url: str, config: RedisConfig) -> RedisAccess:
-        """What a role's settings say."""
+        """The access that a role's settings describe."""
         return cls(url=url, password_file=config.redis_password_file, ca_file=config.redis_ca_file)
 
     def connect(self, *, timeout_s: float, connect_timeout_s: float | None = None) -> Redis | RedisCluster:
         """A client; it connects when it is first used."""
-        # Only who uses Redis needs the package's half second of import.
+        # Imported here because it takes half a second, which only users of Redis need to spend.
         from redis.asyncio import Redis, RedisCluster
 
         parts = _parts(self.url)
@@ -88,7 +88,7 @@ class RedisAccess:
                 options["ssl_ca_certs"] = self.ca_file
         if self.password_file:
             options["credential_provider"] = _Credentials(unquote(parts.username or ""), self.password_file)
-            # Both of one connection is an error of the client's.
+            # The client refuses a user in the URL together with a credential provider.
             parts = parts._replace(netloc=parts.netloc.rpartition("@")[2])
         scheme = parts.scheme.removesuffix("+cluster")
         url = parts._replace(scheme=scheme).geturl()
@@ -100,13 +100,14 @@ class RedisAccess:
 
 
 class _Credentials:
-    """Read at each connection. Never shown: its text is its class's."""
+    """User and password, read at each connection. Its repr shows neither."""
 
     def __init__(self, user: str, path: str) -> None:
         self._user, self._path = user, path
 
     def get_credentials(self) -> tuple[str] | tuple[str, str]:
-        # Also where it was changed since the start to what may not be: then nothing connects, and the log says why.
+        # Checked at every connection. If the file has become readable by others since the start, no connection is
+        # made, and the log says why.
         password = read_private(self._path, _PASSWORD).strip()
         return (self._user, password) if self._user else (password,)
 
@@ -115,19 +116,19 @@ class _Credentials:
 
 
 def check_redis_url(url: str, name: str = "Redis") -> None:
-    """name: the setting.
+    """Check the URL of a Redis server or cluster.  name: the setting, for the message.
 
-    Raises:  ConfigError: no URL of Redis; it holds a password, which every list of processes would show; it turns
-        checks off; or it goes to another host in clear.
+    Raises:  ConfigError: it is not a URL of Redis; it holds a password, which every list of processes would show; it
+        turns checks off; or it reaches another host without TLS.
     """
     try:
         parts = _parts(url)
         host, _ = parts.hostname or "", parts.port
     except ValueError:
-        # What is wrong with it may be a password that stands in it.
+        # The text is not quoted, because it may contain a password.
         raise ConfigError(f"{name}: this is not a URL; a password belongs in a file: {_PASSWORD}") from None
     if parts.password is not None:
-        # Nor may the message hold it.
+        # The message must not contain the password either.
         raise ConfigError(f"{name}: the URL has a password, which others on this host could see: use {_PASSWORD}")
     schemes = ", ".join(f"{scheme}://" for scheme in SCHEMES)
     require(parts.scheme in SCHEMES, f"{name} must be a URL of Redis ({schemes}), is {url!r}")
@@ -146,7 +147,7 @@ def check_redis_url(url: str, name: str = "Redis") -> None:
 
 
 def shown_redis_url(url: str) -> str:
-    """Without user and password, for messages and logs."""
+    """The URL without user and password, for messages and logs."""
     parts = _parts(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 

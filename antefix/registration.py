@@ -1,7 +1,7 @@
-"""Who may register as a worker: a process that has the deployment's secret, which is proved without sending it.
+"""Registration of workers: only a process with the deployment's secret may register. It proves that without sending it.
 
-Applications call the router on the same port. One that registered an address of its own as a worker would be sent
-other tenants' prompts.
+Applications call the router on the same port. An application that could register its own address as a worker would
+receive other tenants' prompts.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ from antefix.secret import Keyring
 from antefix.security.identity import DOMAIN, Identity
 from antefix.security.listening import bare_host, names_host, parse_address
 
-# Clocks of one deployment differ by less; an observed registration can be said again for so long, and says the same.
+# The clocks of a deployment differ by less than this. An eavesdropper can replay a registration for this long, but
+# cannot change it.
 AGE_S_MAX: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Registration:
-    """A worker's statement. instance: each process makes a new one.  ttl_s: 0 takes it out.  said_at_ms: Unix time."""
+    """A worker's registration.
+
+    instance: random bytes, new for each process.  ttl_s: how long it is valid; 0 removes the worker.
+    said_at_ms: when it was made, in Unix time.
+    """
 
     role: str
     address: str
@@ -31,20 +36,22 @@ class Registration:
     said_at_ms: int
 
     def proof(self, keyring: Keyring) -> bytes:
-        """32 bytes that only the secret's owners can make for this very statement."""
+        """32 bytes that only a process with the secret can compute for this registration."""
         return keyring.proof(*self._parts())
 
     def check(self, keyring: Keyring, proof: bytes) -> None:
-        """Raises:  Unauthenticated: made without the deployment's secret, or too long ago."""
+        """Raises:  Unauthenticated: the proof was made without the deployment's secret, or the
+        registration is too old.
+        """
         if not keyring.proves(proof, *self._parts()):
             raise Unauthenticated("only workers with the deployment's secret may register")
         if abs(time.time() - self.said_at_ms / 1000) > AGE_S_MAX:
             raise Unauthenticated(f"the registration is more than {AGE_S_MAX:g} s old, or the clocks differ by as much")
 
     def check_identity(self, identity: Identity) -> None:
-        """A worker registers as what it is, and where it is.
+        """Check that role and address match the worker's certificate.
 
-        Raises:  PermissionDenied: its certificate is of another role, or for other hosts than the address's.
+        Raises:  PermissionDenied: the certificate is for another role, or not for the address's host.
         """
         if not identity.proved:
             return
@@ -52,7 +59,8 @@ class Registration:
             raise PermissionDenied(f"{identity} may not register as a {self.role} worker")
         hosts = {host for host in identity.hosts if not host.endswith(f".{DOMAIN}")}
         host = bare_host(parse_address(self.address)[0]).lower()
-        # A certificate of ours without hosts names its process, and routers check that name wherever they call it.
+        # A certificate of the deployment without hosts names its process. Routers check that name when they call the
+        # worker, whatever its address is.
         if hosts and not any(names_host(name, host) for name in hosts):
             raise PermissionDenied(
                 f"{identity} may not register at {host}: its certificate is for {', '.join(sorted(hosts))}"

@@ -1,11 +1,11 @@
-"""Holds requests and answers to the limits that stand in the protos (`limit.proto`): types, ranges, finiteness, sizes.
+"""Checks requests and answers against the limits in the protos (`limit.proto`): types, ranges, finiteness, sizes.
 
-A service checks a message here where its bytes enter, before anything else sees it; behind that, code trusts it. A
-request that is no protobuf at all, or breaks a limit, becomes an `Unreadable`, which the interceptor refuses by name:
-gRPC itself would answer UNKNOWN and log a traceback.
+A service checks each message here when its bytes arrive; all later code trusts the message. A request that is not
+protobuf, or breaks a limit, becomes an `Unreadable`, which the interceptor refuses with INVALID_ARGUMENT. Without that,
+gRPC would answer UNKNOWN and log a traceback.
 
-A service that asks another one checks the answer in the same way (`answered`). Most fields of answers have no limit of
-their own; then numbers must be finite, and lists no longer than any that a service makes.
+A service that calls another one checks the answer in the same way (`answered`). Most fields of answers have no limit in
+the proto. Then numbers must be finite, and lists no longer than any service makes.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 _TEXTS: Final = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_BYTES)
 
 M = TypeVar("M")
-# Of a list in an answer: a look-up's spans, a log's events, a prompt's log probabilities.
+# The longest list in an answer, such as a look-up's spans, a log's events or a prompt's log probabilities.
 _ANSWER_ITEMS_MAX: Final = 1 << 20
 _FLOATS: Final = (FieldDescriptor.TYPE_DOUBLE, FieldDescriptor.TYPE_FLOAT)
 
-# Refuses a value. Its text begins with a blank: the caller, who knows the field's name, puts the name in front.
+# Raises for a bad value. The error's text begins with a blank, because the caller puts the field's name in front.
 Check = Callable[[Any], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Stands for a request that could not be read, until somebody may raise why."""
+    """Replaces a request that could not be read, until code that may raise handles it. It holds the reason."""
 
     err: AntefixError
 
 
 def reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
-    """The deserializer, which gives an `Unreadable` instead of raising, and for a message that breaks a limit."""
+    """The deserializer, wrapped so that it returns an `Unreadable` for bytes it cannot read and for a broken limit."""
 
     def read(raw: bytes) -> Any:
         try:
@@ -62,9 +62,9 @@ def reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 def readable(request: Any) -> Any:
-    """The request, or each one of a stream.
+    """The request, or an iterator over the requests of a stream.
 
-    Raises:  InvalidRequest: it could not be read; of a stream, when that message is reached.
+    Raises:  InvalidRequest: the request could not be read. In a stream, raised when that request is reached.
     """
     if isinstance(request, Unreadable):
         raise request.err
@@ -79,7 +79,7 @@ async def _each(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 
 
 def check_request(message: Message) -> None:
-    """Raises:  InvalidRequest: a field of a message of ours breaks its limit; the message names the field."""
+    """Raises:  InvalidRequest: a field of the message breaks its limit; the error names the field."""
     if message.DESCRIPTOR.file.package != _PACKAGE:
         return
     try:
@@ -89,13 +89,13 @@ def check_request(message: Message) -> None:
 
 
 def answered(answer: M) -> M:
-    """Another service's answer, where it can be one.
+    """Check another service's answer, and return it.
 
-    Raises:  Unavailable: it breaks a limit, or is no such message; the message names the field. The caller continues
-        without that service, as if it had not answered.
+    Raises:  Unavailable: the answer breaks a limit or is another message; the error names the field. The caller
+        continues without that service, as if it had not answered.
     """
     if not isinstance(answer, Message):
-        # What gRPC cannot read it hands on as None.
+        # gRPC passes None for an answer that it cannot read.
         raise Unavailable("the service's answer is not the message that this call gives: another version may run there")
     try:
         _check(answer, of_answer=True)
@@ -106,7 +106,7 @@ def answered(answer: M) -> M:
 
 
 def limit_of(field: FieldDescriptor) -> limit_pb2.FieldLimit | None:
-    """What the proto says of the field; None: nothing."""
+    """The field's limit in the proto; None: it has none."""
     options: Any = field.GetOptions()
     if not options.HasExtension(limit_pb2.limit):
         return None
@@ -124,7 +124,7 @@ def _check(message: Message, *, of_answer: bool = False) -> None:
 
 @cache
 def _checks_of(descriptor: Descriptor, of_answer: bool) -> tuple[tuple[str, Check], ...]:
-    """Of a whole message, by field name; made once per message type, as requests come often."""
+    """The checks of a message's fields, by field name. Cached per message type, because requests are frequent."""
     checks: list[tuple[str, Check]] = []
     for field in descriptor.fields:
         one = _check_of_value(_value_of(field), of_answer)
@@ -157,7 +157,7 @@ def _of_items(name: str, most: int, one: Check | None) -> Check:
 
 
 def _value_of(field: FieldDescriptor) -> FieldDescriptor:
-    """Of a map its values' field; another field itself."""
+    """The field of a map's values; any other field unchanged."""
     kind = field.message_type
     return kind.fields_by_name["value"] if kind is not None and kind.GetOptions().map_entry else field
 
@@ -191,7 +191,7 @@ def _number_check(limit: limit_pb2.FieldLimit) -> Check:
     high = limit.max if limit.HasField("max") else sys.float_info.max
 
     def check(value: float) -> None:
-        # Written so that NaN is refused.
+        # Negated so that NaN is refused.
         if not low <= value <= high:
             raise InvalidRequest(f" must be a number from {low:g} to {high:g}, is {value:g}")
 

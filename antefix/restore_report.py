@@ -1,4 +1,4 @@
-"""The account of one restore: where KV came from, what was computed, what it cost. Knows no tensors, no protobuf."""
+"""The report of one restore: where KV came from, what was computed, what it cost. Knows no tensors, no protobuf."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from antefix.usage import Usage, tiers_text
 
 @dataclass(slots=True)
 class RestoreReport:
-    """Filled while a prompt is worked on. hit + miss is the prompt's length; the tiers add up to hit_tokens.
+    """Filled in while a prompt is processed. Hit plus miss is the prompt's length.
 
-    hit_tiers: of hit_store_tokens, by the label of the tier.
-    write_error: why what was computed could not all be stored; empty where it was.
+    hit_tiers: the tokens of hit_store_tokens that each tier delivered, by the tier's label.
+    write_error: why some computed KV could not be stored; empty: all of it was stored.
     """
 
     plan: str = "cold"
@@ -35,12 +35,13 @@ class RestoreReport:
     write_error: str = ""
 
     def usage(self, prompt_tokens: int) -> Usage:
-        """What it says of a prompt of so many tokens, as it is billed."""
+        """The billed usage of a prompt of `prompt_tokens` tokens."""
         return Usage(
             prompt_tokens=prompt_tokens,
             cache_hit_tokens=self.hit_tokens,
             hit_memory_tokens=self.hit_memory_tokens,
-            # What does not add up would spoil a bill, and says where from, not how much.
+            # A tier list that does not add up is left out of the bill. It only says where tokens came from, not how
+            # many.
             hit_tiers=tiers_text(self.hit_tiers) if sum(self.hit_tiers.values()) == self.hit_store_tokens else "",
             cache_write_tokens=min(self.written_tokens, prompt_tokens - self.hit_tokens),
             replayed_tokens=self.replayed_tokens,

@@ -1,9 +1,10 @@
-"""RoPE as a config.json gives it: the main one of window-only layers, and the compressed branches'. Knows no tensors.
+"""Reads RoPE from a config.json: the main RoPE of window-only layers, and that of compressed branches. Knows no
+tensors.
 
-Two forms are read. Flat, as V4 was released: `rope_theta`, `compress_rope_theta`, `qk_rope_head_dim` and a YaRN in
-`rope_scaling` that stretches the compressed branches alone. Nested, as transformers saves it: `rope_parameters` with
-`main` and `compress`. What DeepSeek's own code and transformers read differently is refused or noted
-(docs/MODEL_CONFIGS.md).
+Two forms are accepted. The flat form is that of V4's release: `rope_theta`, `compress_rope_theta`, `qk_rope_head_dim`
+and a YaRN in `rope_scaling` that stretches only the compressed branches. The nested form is that of transformers:
+`rope_parameters` with `main` and `compress`. A config that DeepSeek's own code and transformers read differently is
+refused or noted (docs/MODEL_CONFIGS.md).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from antefix.errors import InvalidRequest
 
 # Defaults of DeepseekV4Config in transformers 5.23, for configs that leave a field out.
 _THETAS = {"main": ("rope_theta", 10000.0), "compress": ("compress_rope_theta", 160000.0)}
-# Of any field of a config: beyond what a model has, below what overflows where it is used.
+# The limit of any count in a config: larger than in any model, and small enough that no later computation overflows.
 COUNT_MAX = 2**31 - 1
 NUMBER_MAX = 1e30
 _ROTARY_FACTOR = 64 / 512
@@ -37,7 +38,7 @@ class YarnScaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """One RoPE: its base and, where contexts are stretched, how. `attention_factor` scales cos and sin."""
+    """One RoPE: its base and, if contexts are stretched, its YaRN scaling. `attention_factor` scales cos and sin."""
 
     theta: float
     yarn: YarnScaling | None = None
@@ -48,7 +49,7 @@ class RopeConfig:
 class Ropes:
     """Both RoPEs of a model.
 
-    dim: how many of a head's last dims they turn.  notes: what transformers would compute otherwise.
+    dim: how many of a head's last dims they rotate.  notes: the points in which transformers would compute differently.
     """
 
     main: RopeConfig
@@ -58,7 +59,11 @@ class Ropes:
 
 
 def read_ropes(config: Mapping[str, Any], head_dim: int) -> Ropes:
-    """Raises:  InvalidRequest: a field that makes no sense, or that cannot be computed as its reference does."""
+    """The RoPEs of a config.
+
+    Raises:  InvalidRequest: a field is invalid, or asks for a computation in which this code would differ from its
+             reference.
+    """
     name, given = _given(config)
     nested = [label for label in _THETAS if label in given]
     if not nested:
@@ -77,7 +82,7 @@ def read_ropes(config: Mapping[str, Any], head_dim: int) -> Ropes:
 
 
 def number(fields: Mapping[str, Any], name: str, default: float | None, *, where: str = "config field") -> float:
-    """A positive number.  Raises:  InvalidRequest: it is none, or there is neither value nor default."""
+    """A positive number.  Raises:  InvalidRequest: the value is not one, or there is neither value nor default."""
     value = fields.get(name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= NUMBER_MAX:
         raise InvalidRequest(f"{where} {name} must be a positive number, is {value!r}")
@@ -92,7 +97,9 @@ def _count(fields: Mapping[str, Any], name: str, default: int, *, where: str) ->
 
 
 def _given(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The field that holds the parameters, and them: `rope_scaling` goes first, as in transformers."""
+    """The name of the field that holds the parameters, and the parameters. `rope_scaling` comes first, as in
+    transformers.
+    """
     for name in ("rope_scaling", "rope_parameters"):
         given = config.get(name)
         if given and not isinstance(given, Mapping):
@@ -105,7 +112,7 @@ def _given(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
 def _rope(
     config: Mapping[str, Any], label: str, name: str, params: Mapping[str, Any]
 ) -> tuple[RopeConfig, tuple[str, ...]]:
-    """One RoPE from its own parameters (nested), or the compressed branches' from the flat ones."""
+    """One RoPE from its own parameters (nested form), or the compressed branches' RoPE from flat parameters."""
     theta = _theta(config, label, name, params)
     kind = params.get("rope_type", params.get("type", "default"))
     if kind == "default":
@@ -125,7 +132,7 @@ def _theta(config: Mapping[str, Any], label: str, name: str, params: Mapping[str
     if not name.endswith(f".{label}"):
         return top
     if "rope_theta" not in params and top != number(config, *_THETAS["main"]):
-        # transformers would take the window-only layers' base, V4's own code the compressed branches'.
+        # transformers would use the window-only layers' base, V4's own code that of the compressed branches.
         raise InvalidRequest(f"{name} must give rope_theta: its references disagree on which base it has otherwise")
     return number(params, "rope_theta", top, where=f"{name}:")
 
@@ -147,10 +154,10 @@ def _yarn(config: Mapping[str, Any], name: str, params: Mapping[str, Any]) -> Ya
 
 
 def _attention_factor(label: str, name: str, params: Mapping[str, Any], factor: float) -> tuple[float, tuple[str, ...]]:
-    """What cos and sin are multiplied by.
+    """The factor that multiplies cos and sin, and notes.
 
-    V4's own code has no such factor. transformers agrees where the config is flat (whatever mscale says), and takes
-    YaRN's paper's, 0.1 ln(factor) + 1, where it is nested and gives none.
+    V4's own code has no such factor. For flat configs transformers has none either, whatever mscale says. For nested
+    configs without a factor, transformers uses the YaRN paper's, 0.1 ln(factor) + 1.
     """
     given = params.get("attention_factor")
     if given is not None:
@@ -171,7 +178,7 @@ def _attention_factor(label: str, name: str, params: Mapping[str, Any], factor: 
         )
     paper = 0.1 * math.log(factor) + 1
     if label == "main":
-        # V4's own code never stretches window-only layers, so transformers alone says what such a config means.
+        # V4's own code never stretches window-only layers, so only transformers defines what such a config means.
         return paper, ()
     return 1.0, (
         f"{name} gives no attention_factor: taken as 1.0, as DeepSeek-V4's own code does; transformers would take"
@@ -180,7 +187,7 @@ def _attention_factor(label: str, name: str, params: Mapping[str, Any], factor: 
 
 
 def _flat_dim(config: Mapping[str, Any], head_dim: int) -> int:
-    """RoPE dims where no nested `partial_rotary_factor` decides."""
+    """The number of RoPE dims of a flat config, which has no nested `partial_rotary_factor`."""
     share, dim = config.get("partial_rotary_factor"), config.get("qk_rope_head_dim")
     if dim is not None and (not isinstance(dim, int) or isinstance(dim, bool)):
         raise InvalidRequest(f"config field qk_rope_head_dim must be an integer, is {dim!r}")
@@ -198,7 +205,9 @@ def _flat_dim(config: Mapping[str, Any], head_dim: int) -> int:
 def _nested_dim(
     config: Mapping[str, Any], head_dim: int, name: str, given: Mapping[str, Any]
 ) -> tuple[int, tuple[str, ...]]:
-    """RoPE dims of a nested config. transformers turns what each part says; our records have one number for both."""
+    """The number of RoPE dims of a nested config. In transformers each part has its own number; in Antefix's records
+    both parts have the same.
+    """
     top, notes, dims = config.get("partial_rotary_factor"), [], {}
     for label in _THETAS:
         field = f"{name}.{label}.partial_rotary_factor"

@@ -58,7 +58,7 @@ MESSAGE_BYTES_MAX = 16 << 20
 KEEPALIVE_S = 30
 _CONNECTIONS_MAX = 16_384
 _LAST_WORD_S = 0.1
-# After the grace period: the errors that end what runs are sent, and its records written.
+# Time after the grace period to send the errors that end running calls, and to write their records.
 ENDING_S = 5.0
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -66,10 +66,11 @@ CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # A restarted peer is found again within half a second, not after gRPC's two minutes of back-off.
+    # Reconnect to a restarted peer within half a second. By default gRPC backs off for up to two minutes.
     ("grpc.max_reconnect_backoff_ms", 500),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    # A proxy of the environment is for the world outside: it cannot reach our loopback addresses and sockets.
+    # An HTTP proxy from the environment is for the Internet: it cannot reach this host's loopback addresses and
+    # sockets.
     ("grpc.enable_http_proxy", 0),
 )
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -79,20 +80,21 @@ SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.keepalive_permit_without_calls", 1),
     # Two servers on one port would each get half of the calls; a port in use must be an error.
     ("grpc.so_reuseport", 0),
-    # A client that hangs, or whose host is gone, holds what it asked for no longer than a minute.
+    # The calls of a client that hangs, or whose host is gone, end within a minute.
     ("grpc.keepalive_time_ms", KEEPALIVE_S * 1000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Of one connection. Routers put all calls of a worker on one; the workers' own limits are far below.
+    # The limit per connection. A router sends all calls to a worker over one; the workers' own limits are far lower.
     ("grpc.max_concurrent_streams", 1024),
-    # Who connects says what it wants; clients that have nothing to ask connect again when they do.
+    # Close a connection whose client does not complete the handshake. Idle clients reconnect when they have a call.
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 120_000),
-    # Connections of days follow no change of addresses or certificates. Calls that run have their hour.
+    # Close old connections, because they would never follow a change of addresses or certificates. Running calls get an
+    # hour to finish.
     ("grpc.max_connection_age_ms", 12 * 3_600_000),
     ("grpc.max_connection_age_grace_ms", 3_600_000),
 )
 
-# Most specific first. The name travels next to the status, so that the caller gets the same class back.
+# Most specific first. The class name is sent with the status, so that the caller raises the same class.
 _STATUS: tuple[tuple[type[errors.AntefixError], grpc.StatusCode], ...] = (
     (errors.InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (errors.Unauthenticated, grpc.StatusCode.UNAUTHENTICATED),
@@ -125,12 +127,12 @@ def status_of(err: errors.AntefixError) -> tuple[grpc.StatusCode, tuple[tuple[st
 
 
 def from_rpc_error(err: grpc.aio.AioRpcError) -> errors.AntefixError:
-    """The exception that the peer raised, or the nearest one for statuses that gRPC itself made."""
-    # Pairs, not dict(): grpcio 1.78 has a mapping here that gives pairs for keys.
+    """The exception that the peer raised. For a status made by gRPC itself, the closest exception."""
+    # dict() would fail: the mapping of grpcio 1.78 iterates over pairs instead of keys.
     metadata = {str(key): value for key, value in err.trailing_metadata() or ()}
     kind = _BY_NAME.get(str(metadata.get(_ERROR_KEY, "")))
     if kind is None:
-        # INTERNAL without a name is gRPC's own word for a broken connection.
+        # INTERNAL without a class name comes from gRPC itself and means a broken connection.
         kind = _BY_CODE.get(err.code(), errors.Unavailable)
     message = err.details() or err.code().name
     if kind is errors.Unavailable and _ERROR_KEY not in metadata:
@@ -145,7 +147,7 @@ def from_rpc_error(err: grpc.aio.AioRpcError) -> errors.AntefixError:
 
 @contextlib.contextmanager
 def rpc_errors() -> Any:
-    """Wrap client calls: gRPC's errors come out as ours."""
+    """A context around client calls that turns gRPC's errors into exceptions of `antefix.errors`."""
     try:
         yield
     except grpc.aio.AioRpcError as err:
@@ -153,12 +155,12 @@ def rpc_errors() -> Any:
 
 
 class ErrorInterceptor(grpc.aio.ServerInterceptor):
-    """Turns exceptions into statuses. A bug, InternalError or not ours at all, becomes INTERNAL with an id that the log
-    has too.
+    """Turns exceptions into statuses. A bug (InternalError, or any exception outside `antefix.errors`) becomes INTERNAL
+    with an error id that is also in the log.
 
-    Before anything else it has the guard admit the call.
+    First of all it asks the guard to admit the call.
 
-    draining: ends calls that last as long as the service (methods named Watch...), which would hold it up.
+    draining: when set, ends calls of methods named Watch..., which would otherwise never end and delay the stop.
     """
 
     def __init__(self, draining: asyncio.Event, guard: Guard) -> None:
@@ -192,14 +194,16 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             wrapped = _guard_unary(handler.stream_unary or handler.unary_unary, name, enter)
         return make(
             wrapped,
-            # Bytes that are no such message are refused by name, as any other request is.
+            # Bytes that are not this message are refused with an InvalidRequest, like any other bad request.
             request_deserializer=reading(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
     @contextlib.contextmanager
     def _entered(self, method: str, context: Context) -> Iterator[None]:
-        """Around a call: raises what the guard raises, and Overloaded where its address has as many as it may."""
+        """A context around a call. Raises the guard's errors, and Overloaded if the caller's address has its maximum
+        number of calls.
+        """
         self._guard.admit(method, context)
         with contextlib.ExitStack() as place:
             try:
@@ -210,7 +214,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
             yield
 
 
-# Around a call of a method: lets it through, or raises.
+# Makes the context around a call of a method, which admits the call or raises.
 Enter = Callable[[str, Context], contextlib.AbstractContextManager[None]]
 
 
@@ -238,7 +242,7 @@ def _guard_stream(
     async def guarded(request: Any, context: Context) -> AsyncIterator[Any]:
         incoming(context.invocation_metadata())
         try:
-            # Closing the inner generator at once, not when it is collected, is what stops work for a client that left.
+            # Close the inner generator at once, not at garbage collection: this stops work for a client that left.
             with enter(name, context), serving(_short(name)):
                 async with contextlib.aclosing(behaviour(readable(request), context)) as responses:  # type: ignore[type-var]
                     async for response in responses:
@@ -255,7 +259,7 @@ def _guard_watch(
     async def watch(request: Any, context: Context) -> None:
         responses = behaviour(request, context)
         if inspect.isawaitable(responses):
-            # The stock health service writes to its context itself.
+            # gRPC's own health service writes to its context itself.
             await responses
             return
         async with contextlib.aclosing(responses):
@@ -315,7 +319,7 @@ class Server:
 
     async def drain(self, grace_s: float = GRACE_S) -> None:
         await self.health.enter_graceful_shutdown()
-        # Those that watch our health hear of it first.
+        # Give clients that watch the health service time to see the change.
         await asyncio.sleep(min(grace_s, _LAST_WORD_S))
         self.draining.set()
         await self.server.stop(grace_s)
@@ -331,12 +335,13 @@ async def start_server(
     token_address: str = "",
     calls: Sequence[str] = (),
 ) -> Server:
-    """Start a server with health, reflection, what it is (`about_service`), and the interceptor of errors and access.
+    """Start a server with health, reflection, `about_service`, and the interceptor for errors and access.
 
     address: "host:port" or "unix:PATH", port 0 for any free one.  descriptors: the proto files whose services are
-    registered.  security: who may call; without it everybody on this host.  token_address: with TLS, one more port for
-    callers that show a bearer token and no certificate.  calls: services that this one calls and that register nowhere.
-    Raises:  ConfigError: the port is in use or not ours, or others can reach it without TLS.
+    registered.  security: who may call; by default everybody on this host.  token_address: with TLS, a second port for
+    callers that show a bearer token instead of a certificate.  calls: addresses of services that this one calls and
+    that register with no router.
+    Raises:  ConfigError: the port is in use or not permitted, or other hosts could reach it without TLS.
     """
     host, port = parse_address(address)
     security.check_listening(address)
@@ -352,7 +357,7 @@ async def start_server(
     reflection.enable_server_reflection(
         [*names, reflection.SERVICE_NAME, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name], server
     )
-    # Who may open a socket file may call.
+    # Anyone who can open a socket file can call, so only its owner may open it.
     with private_files() if host.startswith(UNIX) else contextlib.nullcontext():
         bound = _listen(server, join_address(host, port), security.server_credentials())
     for_tokens = _listen_for_tokens(server, token_address, security) if token_address else ""
@@ -375,7 +380,7 @@ async def start_server(
 
 
 def _connections_limit() -> tuple[str, int]:
-    """Of one port: half of the descriptors, so that the others, and files, have theirs."""
+    """The most connections of one port: half of the file descriptors, which leaves some for other ports and files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else min(_CONNECTIONS_MAX, soft // 2)
     return "grpc.max_allowed_incoming_connections", max(8, most)
@@ -406,7 +411,7 @@ def _listen(server: grpc.aio.Server, address: str, credentials: grpc.ServerCrede
 
 @contextlib.contextmanager
 def private_files() -> Any:
-    """What is made meanwhile, only its owner can open."""
+    """A context in which new files can be opened only by their owner."""
     before = os.umask(0o177)
     try:
         yield
@@ -433,16 +438,18 @@ async def run_until_signal(
 ) -> None:
     """Announce the address on stdout as one JSON line, serve until SIGTERM or SIGINT, `leave`, drain, then `stop`.
 
-    watch_stdin: stop as well when stdin closes, which it does when the process that started us dies in any way.
-    grace_s: calls that run may take so long; a SIGINT while they do ends them at once.  others: drained along with the
-    server.  end: makes what still runs then end by itself, with an error; without it, it is cut off.
+    watch_stdin: stop also when stdin closes, which happens whenever the process that started this one dies.
+    grace_s: how long running calls may take after the stop; a second SIGINT ends them at once.  others: functions that
+    drain further servers at the same time.  end: makes calls that still run after `grace_s` end with an error; without
+    it their connections are cut.
     """
     asked, hurried = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
-    # A second SIGTERM is no hurry: a supervisor sends one to all of its processes, and `antefix up` sends its own.
+    # A second SIGTERM does not end calls early: a supervisor sends one to all its processes, and `antefix up` sends
+    # another.
     loop.add_signal_handler(signal.SIGTERM, asked.set)
     loop.add_signal_handler(signal.SIGINT, lambda: hurried.set() if asked.is_set() else asked.set())
-    # Announced once we can be told to stop: a reader of this line may do so at once.
+    # Print this only after the signal handlers are set, because its reader may send a signal at once.
     ready = {"ready": True, "role": role, "address": server.address}
     others_too = {"http_address": http_address, "metrics_address": metrics_address}
     others_too["token_address"] = server.token_address
@@ -496,11 +503,11 @@ async def _watch_stdin(asked: asyncio.Event) -> None:
 def channel(
     address: str, *, of: Role | None = None, name: str = "", credentials: Credentials | None = None
 ) -> grpc.aio.Channel:
-    """A channel with our limits; calls on it still need a deadline each.
+    """A channel with Antefix's limits. Each call on it still needs its own deadline.
 
-    of, name: the role that must answer there, and which process of it, where certificates can say so.
-    credentials: what we show; without them what this process shows (`antefix.security.own_credentials`).
-    Raises:  ConfigError: without TLS, the address of another host.
+    of, name: the role and process name that the server's certificate must have, where there are certificates.
+    credentials: sent with each call; None: those of this process (`antefix.security.own_credentials`).
+    Raises:  ConfigError: the address is on another host and there is no TLS.
     """
     shown = credentials or credentials_for(address)
     check_calling(address, has_tls=shown is not None and shown.files is not None)

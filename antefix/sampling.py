@@ -15,12 +15,12 @@ NUM_TOP_LOGPROBS_MAX = 20
 PENALTY_MAX = 2.0
 LOGIT_BIASES_MAX = 1024
 LOGIT_BIAS_MAX = 100.0
-# A grammar is made of JSON schemas; the largest that clients were seen to send has 70 KB with all its tools.
+# A grammar is made from JSON schemas. The largest one seen from a client has 70 KB, with all its tools.
 GRAMMAR_BYTES_MAX = 512 << 10
 
 
 class WrongSetting(InvalidRequest):
-    """One of the settings is out of range. param: which."""
+    """A sampling setting is out of range.  param: the setting's name."""
 
     def __init__(self, param: str, message: str) -> None:
         super().__init__(f"{param} {message}")
@@ -32,9 +32,11 @@ class Sampling:
     """How to sample. temperature 0 is greedy; seed None draws one. stop: token sequences that end the output.
 
     top_k 0 and min_p 0 keep all tokens.  stop_token_ids: tokens that end the output as the model's end token does.
-    min_tokens: so many tokens come before anything may end the output.  logit_bias: (token, what is added), by token.
-    grammar: what the output has to be, in the grammar engine's language; empty: anything.
-    num_top_logprobs: None gives no log probabilities; a number those of the tokens and of so many likeliest ones.
+    min_tokens: the output cannot end before it has this many tokens.  logit_bias: pairs (token, number added to its
+    logit), sorted by token.  grammar: a grammar that the output must match, in the grammar engine's language; empty:
+    any output.
+    num_top_logprobs: None gives no log probabilities; a number gives those of the sampled tokens and of that many of
+    the likeliest tokens at each place.
     """
 
     max_tokens: int
@@ -55,7 +57,7 @@ class Sampling:
     num_top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
-        """Raises:  WrongSetting: out of its range."""
+        """Raises:  WrongSetting: a setting is out of its range."""
         _within("max_tokens", self.max_tokens, 1, math.inf)
         _within("temperature", self.temperature, 0.0, TEMPERATURE_MAX)
         _require("top_p", 0.0 < self.top_p <= 1.0, f"must be in (0, 1], is {self.top_p}")
@@ -82,7 +84,7 @@ class Sampling:
         _require("grammar", len(self.grammar.encode()) <= GRAMMAR_BYTES_MAX, f"takes {GRAMMAR_BYTES_MAX} bytes")
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises:  WrongSetting: it names a token that the model has not."""
+        """Raises:  WrongSetting: a setting names a token that the model does not have."""
         if wrong := [token for token, _ in self.logit_bias if token >= vocab_size]:
             raise WrongSetting("logit_bias", f"names token id {wrong[0]}; the vocabulary has {vocab_size}")
 
@@ -93,6 +95,6 @@ def _require(param: str, holds: bool, message: str) -> None:
 
 
 def _within(param: str, value: float, low: float, high: float) -> None:
-    # Written so that NaN is refused.
+    # Negated so that NaN is refused.
     bound = f"at least {low}" if high == math.inf else f"from {low} to {high}"
     _require(param, low <= value <= high, f"must be {bound}, is {value}")

@@ -1,6 +1,7 @@
-"""The deployment's secrets, by generation, and what is made from them. Never logged, never sent.
+"""The deployment's secrets, by generation, and the keys derived from them. They are never logged and never sent.
 
-The first secret names and seals what is written; older ones find what was written under them (docs/FORMAT.md, "Names").
+New records are named and sealed with the first secret. Older secrets find the records that were written with them
+(docs/FORMAT.md, "Names").
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ K = TypeVar("K")
 SECRET_BYTES: Final = 32
 TENANT_BYTES: Final = 16
 USER_BYTES: Final = 8
-# Tenant and user digest together.
+# A tenant's digest and a user's digest together.
 OWNER_BYTES: Final = TENANT_BYTES + USER_BYTES
 GENERATION_MAX: Final = 0xFFFF
 _NUM_GENERATIONS_MAX: Final = 16
@@ -29,17 +30,17 @@ _NUM_GENERATIONS_MAX: Final = 16
 class Keyring:
     """Keys and digests of tenants, derived once each.
 
-    All roles of a deployment must have the same current secret, or nothing ever hits. What is made of a tenant's name
-    takes the generation of the secret, and the current one where none is given.
+    All roles of a deployment must have the same current secret, or no request ever hits. Methods take the generation of
+    the secret to use; 0 means the current one.
     """
 
-    # Tenants are few next to requests, but names come from callers: what is kept of them is bounded.
+    # Tenants are few compared with requests, but their names come from callers, so the caches are bounded.
     _NUM_CACHED_MAX = 4096
 
     def __init__(self, secret: bytes, *, generation: int = 1, older: Mapping[int, bytes] | None = None) -> None:
-        """older: secrets that are still read with, by generation.
+        """older: secrets whose records are still read, by generation.
 
-        Raises:  InvalidRequest: a secret has not 16 to 64 bytes, or a generation is no number from 1 to 65,535.
+        Raises:  InvalidRequest: a secret does not have 16 to 64 bytes, or a generation is not from 1 to 65,535.
         """
         self._secrets = {generation: secret, **(older or {})}
         self.generation = generation
@@ -55,47 +56,51 @@ class Keyring:
             tenant_key(each, "")  # refuses a bad secret now, not at the first request
 
     def key(self, tenant: str, generation: int = 0) -> bytes:
-        """What the tenant's block hashes are made with."""
+        """The key of the tenant's block hashes."""
         number = generation or self.generation
         return _kept(self._keys, (tenant, number), lambda: tenant_key(self._secrets[number], tenant))
 
     def owner(self, tenant: str, generation: int = 0) -> bytes:
-        """What stands for the tenant in records: its digest, and that of its user or zeros."""
+        """The owner as records hold it: the tenant's digest, then the user's digest or zeros."""
         number = generation or self.generation
         return _kept(self._owners, (tenant, number), lambda: _owner(self._secrets[number], tenant))
 
     def seal_key(self, owner: bytes, generation: int) -> bytes | None:
-        """What the owner's records are sealed with; None where this deployment has no such secret (any more)."""
+        """The key that seals the owner's records; None: the deployment has no secret of this generation."""
         secret = self._secrets.get(generation)
         if secret is None:
             return None
         return _kept(self._seal_keys, (owner, generation), lambda: _seal_key(secret, owner))
 
     def events_key(self, generation: int = 0) -> bytes:
-        """What events through Redis are signed with. The secret cannot be had from it."""
+        """The key that signs events sent through Redis. The secret cannot be derived from it."""
         secret = self._secrets[generation or self.generation]
         return hashlib.blake2b(digest_size=32, key=secret, person=b"antefix-events").digest()
 
     def proof(self, *parts: bytes, generation: int = 0) -> bytes:
-        """32 bytes over these parts that anyone who has the secret can make, and nobody else."""
+        """A MAC of 32 bytes over these parts, which only holders of the secret can compute."""
         secret = self._secrets[generation or self.generation]
         state = hashlib.blake2b(digest_size=32, key=secret, person=b"antefix-service")
         for part in parts:
-            # Length first: without it ("ab", "c") and ("a", "bc") would have one proof.
+            # Each part's length comes first: without it ("ab", "c") and ("a", "bc") would have the same proof.
             state.update(len(part).to_bytes(4, "little"))
             state.update(part)
         return state.digest()
 
     def proves(self, proof: bytes, *parts: bytes) -> bool:
-        """Whether it was made over these parts with one of the secrets: while they rotate, some use the older one."""
+        """Whether `proof` was made over these parts with any of the secrets. During a rotation, some processes still
+        use the older one.
+        """
         made = (self.proof(*parts, generation=number) for number in self.generations)
         return any(hmac.compare_digest(each, proof) for each in made)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Keyring:
-        """A secret in hex a line, behind its generation unless that is 1; the first line is the current one.
+        """Read a file with one secret per line: its generation (may be omitted for 1), then the secret in hex. The
+        first line is the current secret.
 
-        Raises:  ConfigError: the file cannot be read, is open to others, or has no hex secrets of 16 to 64 bytes.
+        Raises:  ConfigError: the file cannot be read, other users may read it, or a secret is not 16 to 64 bytes in
+            hex.
         """
         numbered = read_generations(path)
         try:
@@ -107,7 +112,8 @@ class Keyring:
 def read_generations(path: str | Path, what: str = "secret file") -> list[tuple[int, bytes]]:
     """The lines of a file of secrets: generation and secret, the current one first.
 
-    Raises:  ConfigError: it cannot be read, is open to others, or has another form. The message never holds a secret.
+    Raises:  ConfigError: it cannot be read, other users may read it, or a line is malformed. The message never contains
+             a secret.
     """
     lines = [line.split() for line in read_private(path, what).splitlines() if line.strip()]
     if not lines:
@@ -137,7 +143,7 @@ def _owner(secret: bytes, tenant: str) -> bytes:
     account = hashlib.blake2b(name.encode(), digest_size=TENANT_BYTES, key=secret, person=b"antefix-owner").digest()
     if not user:
         return account + bytes(USER_BYTES)
-    # Length first, as everywhere.
+    # The name's length comes first, so that no two pairs of names give the same bytes.
     both = len(name.encode()).to_bytes(4, "little") + name.encode() + user.encode()
     return account + hashlib.blake2b(both, digest_size=USER_BYTES, key=secret, person=b"antefix-user").digest()
 

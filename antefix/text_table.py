@@ -1,17 +1,17 @@
-"""Tables of plain text for terminals and files, by rich: wide characters keep their columns, nothing is cut off."""
+"""Plain-text tables for terminals and files, made with rich: wide characters stay aligned, and no text is cut off."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Sequence
 
-# Wider than any table: a table that is piped into a file keeps its lines whole.
+# Wider than any table, so that no line is wrapped, also in a file.
 _WIDTH = 10_000
 
 
 def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, num_left: int = 1) -> str:
-    """One line a row below the head; the first `num_left` columns to the left, the others, numbers, to the right."""
-    # Only who prints a table waits for rich.
+    """One line per row, below the head. The first `num_left` columns are left-aligned, the others right-aligned."""
+    # Imported here, so that only programs that print a table load rich.
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -27,5 +27,5 @@ def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, num_left: 
 
 
 def visible(text: str) -> str:
-    """The text with what a terminal would not show, or would obey, spelled out: U+001F becomes \\x1f."""
+    """The text with invisible and control characters escaped, so that a terminal shows them: U+001F becomes \\x1f."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

@@ -1,7 +1,7 @@
 """Text to token ids and back: a Hugging Face tokenizer directory, or plain bytes for the small model.
 
-Both are exact inverses over what they made themselves: decode(encode(text)) is text, which is what lets a resent
-answer hit the cache. Never sees tensors.
+Both decode their own tokens exactly: decode(encode(text)) equals text. So an answer that a client sends again can hit
+the cache. Never sees tensors.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Tokenizer(Protocol):
     """What the services need of a tokenizer."""
 
     eos_ids: frozenset[int]
-    # Tokens that are no text: turns, paddings. Markup that a format reads in the text is not among them.
+    # Tokens that are not text, such as turn markers and padding. Markup that is part of the text is not among them.
     special_ids: frozenset[int]
-    # Ids from here on mean nothing, though a model may have numbers for them.
+    # Ids from this number on stand for nothing, although a model may have logits for them.
     num_tokens: int
-    # The most characters that one token stands for: of any text, and of text without special tokens. 0: not known.
+    # The most characters that one token stands for, in any text and in text without special tokens. 0: not known.
     token_characters_max: int
     plain_characters_max: int
 
@@ -33,20 +33,20 @@ class Tokenizer(Protocol):
         """Token ids; special tokens written out in the text become their ids."""
 
     def encode_plain(self, text: str) -> list[int]:
-        """Token ids of text from outside: nothing in it becomes a special token."""
+        """Token ids of untrusted text: no part of it becomes a special token."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids; special tokens are written out."""
 
     def token_bytes(self, token: int) -> bytes:
-        """What one token stands for; it may be a part of a character."""
+        """The bytes that one token stands for. They may be only part of a character."""
 
     def stream(self) -> TextStream:
-        """A fresh decoder that gives text as tokens come."""
+        """A new decoder that returns text as tokens arrive."""
 
 
 class TextStream(Protocol):
-    """Turns tokens into text piece by piece; bytes of an unfinished character wait."""
+    """Turns tokens into text piece by piece. It holds back the bytes of an unfinished character."""
 
     def push(self, ids: Sequence[int]) -> str: ...
 
@@ -110,8 +110,9 @@ class _ByteStream:
 
 
 def _byte_of() -> dict[str, bytes]:
-    """How byte-level vocabularies write bytes as characters (GPT-2's encoder): printable ones as themselves, the others
-    from U+0100 on, in order."""
+    """The byte that each character of a byte-level vocabulary stands for (GPT-2's encoder): printable bytes are written
+    as themselves, the others as U+0100 and the characters after it, in order.
+    """
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     table = {chr(byte): bytes((byte,)) for byte in shown}
@@ -144,13 +145,12 @@ class HuggingFaceTokenizer:
         )
 
     def encode(self, text: str) -> list[int]:
-        # `encode` would hold the interpreter's lock throughout, so that not even another thread could continue
-        # meanwhile.
+        # `encode` would hold the interpreter's lock the whole time, so that no other thread could run.
         with library_errors("the model's tokenizer cannot read this text", InvalidRequest):
             return list(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids)
 
     def encode_plain(self, text: str) -> list[int]:
-        """Cut inside everything that reads like an added token, special or not: the halves are then only text."""
+        """Cut the text inside each occurrence of an added token, special or not, so that both halves are plain text."""
         ids: list[int] = []
         start = 0
         for match in self._added.finditer(text) if self._added else ():
@@ -171,12 +171,14 @@ class HuggingFaceTokenizer:
         return _RedecodeStream(self)
 
 
-# What cuts text and leaves nothing of it out.
+# Pre-tokenizers that split text without dropping any of it.
 _CUTTERS = {"Sequence", "Split", "ByteLevel", "Digits"}
 
 
 def _keeps_all(spec: dict[str, Any]) -> bool:
-    """Whether every character of a text is in one of its tokens: then no token stands for more than its own length."""
+    """Whether the tokenizer drops and changes no character. Then no token stands for more characters than its own
+    length.
+    """
 
     def parts(part: Any) -> Iterator[dict[str, Any]]:
         if isinstance(part, dict):
@@ -198,7 +200,7 @@ def _keeps_all(spec: dict[str, Any]) -> bool:
 
 
 class _RedecodeStream:
-    """Decodes a few last tokens again at each step: how a token reads can depend on the one before it."""
+    """Decodes the last few tokens again at each step, because a token's text can depend on the token before it."""
 
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -212,7 +214,7 @@ class _RedecodeStream:
         if after.endswith("\ufffd"):
             return ""  # in the middle of a character
         self._context, self._pending = (self._context + self._pending)[-8:], []
-        # The context was cut, so its own text is measured again next time; what is new is the difference now.
+        # The new text is what the pending tokens added. The shortened context is decoded again next time.
         return after[len(before) :]
 
     def finish(self) -> str:
@@ -223,7 +225,7 @@ class _RedecodeStream:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a model directory.
 
-    Raises:  ModelError: there is none, or its file does not parse.
+    Raises:  ModelError: there is no tokenizer, or its file does not parse.
     """
     path = Path(path)
     byte_file = path / "antefix_tokenizer.json"

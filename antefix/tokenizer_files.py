@@ -1,4 +1,4 @@
-"""The files of a tokenizer, checked before the tokenizers library reads them, and what that library raises."""
+"""Checks a tokenizer's files before the tokenizers library reads them, and converts that library's errors."""
 
 from __future__ import annotations
 
@@ -12,16 +12,18 @@ from antefix.checked_table import shown
 from antefix.errors import InvalidRequest, ModelError
 
 NUM_BYTES: Final = 256
-# The largest vocabularies have a few thousand; a million took the library over 20 s.
+# The largest vocabularies have a few thousand added tokens. A million took the library over 20 s.
 ADDED_TOKENS_MAX: Final = 65_536
-# How much longer a text may get by replacements.
+# By what factor replacements may lengthen a text.
 _GROWTH_MAX: Final = 64
 _TOKEN_MAX: Final = 2**32 - 1
 
 
 @contextlib.contextmanager
 def library_errors(what: str, error: type[InvalidRequest]) -> Iterator[None]:
-    """The tokenizers library raises plain exceptions, and panics (a BaseException) where a pattern takes too long."""
+    """A context that turns the tokenizers library's errors into `error`: plain exceptions, and panics (a
+    BaseException) of patterns that take too long.
+    """
     try:
         yield
     except BaseException as err:
@@ -31,9 +33,10 @@ def library_errors(what: str, error: type[InvalidRequest]) -> Iterator[None]:
 
 
 def check_tokenizer_file(path: Path) -> None:
-    """Bounds what the library would do for minutes: a million added tokens, or replacements that make a text grow.
+    """Refuse a file that would keep the library busy for minutes: a million added tokens, or replacements that make a
+    text grow.
 
-    Raises:  ModelError: it is no tokenizer.json, or beyond those bounds.
+    Raises:  ModelError: it is not a tokenizer.json, or exceeds those limits.
     """
     content = read_json(path, "tokenizer", error=ModelError)
     if not isinstance(content, dict):

@@ -1,7 +1,7 @@
-"""What one request used: the one form of its counts, for the bill, prices, metrics and clients' answers.
+"""What one request used: one form of its counts for the bill, prices, metrics and clients' answers.
 
-Conversions are at the wire only: `antefix.wire` (protobuf), `antefix_billing.providers` (OpenAI's and Anthropic's JSON)
-and `antefix_billing.usage_record` (the ledger's bytes).
+It is converted only where it leaves the process: `antefix.wire` (protobuf), `antefix_billing.providers` (OpenAI's and
+Anthropic's JSON) and `antefix_billing.usage_record` (the ledger's bytes).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from antefix.miss_reason import MissReason
 
 
 class Evidence(StrEnum):
-    """What a hit's count rests on. Values are part of the ledger's format: never renamed."""
+    """The evidence for a hit's token count. Values are part of the ledger's format: never renamed."""
 
     # The hash of the last block that was hit, which the store's log confirms.
     PROVED = ""
-    # The word of a worker that is not ours.
+    # An engine's worker reported the count.
     REPORTED = "reported"
-    # What the router expected of such a worker, whose answer broke off before it said.
+    # The router's expectation, because the answer of an engine's worker broke off before it reported a count.
     EXPECTED = "expected"
-    # A newer peer's, which this process does not know.
+    # A newer peer sent a kind of evidence that this process does not know.
     UNKNOWN = "unknown"
 
     @classmethod
@@ -31,17 +31,17 @@ class Evidence(StrEnum):
 
     @property
     def label(self) -> str:
-        """For headers and metrics."""
+        """The label in headers and metrics."""
         return self.value or "proved"
 
 
 def tiers_text(tokens_by_tier: Mapping[str, int]) -> str:
-    """Such as "disk:a=1024,peer:b=256", sorted: one text per account."""
+    """The tokens of each tier as text, such as "disk:a=1024,peer:b=256". Sorted, so equal counts give equal texts."""
     return ",".join(f"{tier}={tokens}" for tier, tokens in sorted(tokens_by_tier.items()) if tokens)
 
 
 def tiers_of_text(text: str) -> dict[str, int]:
-    """Raises:  ValueError: not what `tiers_text` writes."""
+    """Raises:  ValueError: the text is not in the form of `tiers_text`."""
     rows = [row.rpartition("=") for row in text.split(",") if row]
     return {tier: int(tokens) for tier, _, tokens in rows}
 
@@ -51,15 +51,16 @@ class Usage:
     """What a request used. prompt_tokens = cache_hit_tokens + cache_miss_tokens.
 
     hit_memory_tokens: the part of the hit that was in a worker's memory; the rest came from the store.
-    hit_tiers: of hit_store_tokens, which tier gave how many, as `tiers_text` writes it; empty where that is not known.
-    cache_write_tokens: of the prompt, newly stored; part of the miss.  output_write_tokens: of the output.
-    cache_write_1h_tokens: of cache_write_tokens, those that the client asked to keep for an hour or longer.
-    output_tokens: those given to the client.  reasoning_tokens: part of them.
-    replayed_tokens: run again to rebuild window state, billed as hits.
-    last_hit_hash: hex hash of the last block that was hit: the evidence.
+    hit_tiers: how many of hit_store_tokens each tier delivered, as `tiers_text` writes it; empty: not known.
+    cache_write_tokens: prompt tokens that were newly stored; part of the miss.
+    output_write_tokens: output tokens that were newly stored.
+    cache_write_1h_tokens: the part of cache_write_tokens that the client asked to keep for an hour or longer.
+    output_tokens: tokens sent to the client.  reasoning_tokens: the part of them that is reasoning.
+    replayed_tokens: tokens that were run again to rebuild window state; billed as hits.
+    last_hit_hash: the hash, in hex, of the last block that was hit; it is the evidence of the hit.
     ttft_us: microseconds to the first token.
-    evidence: what the hit's count rests on.
-    worker: of a fleet that is not ours, which one answered.  expected_hit_tokens: what the router thought it would hit.
+    evidence: the evidence for the hit's token count.
+    worker: in a fleet of engines, the worker that answered.  expected_hit_tokens: the hit that the router expected.
     """
 
     prompt_tokens: int = 0
@@ -92,13 +93,13 @@ class Usage:
 
     @property
     def tokens_by_tier(self) -> dict[str, int]:
-        """The hit, by where it came from: "memory", and labels of tiers, such as "peer:rack-2"."""
+        """The hit tokens by source: "memory", or the label of a tier, such as "peer:rack-2"."""
         stored = tiers_of_text(self.hit_tiers) or {"store": self.hit_store_tokens}
         return {tier: tokens for tier, tokens in {"memory": self.hit_memory_tokens, **stored}.items() if tokens}
 
     @property
     def written_tokens(self) -> int:
-        """Newly stored, of prompt and output."""
+        """Tokens of prompt and output that were newly stored."""
         return self.cache_write_tokens + self.output_write_tokens
 
     @property

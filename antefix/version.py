@@ -1,3 +1,3 @@
-"""The version, in a file of its own: the face of the package imports much else when it is asked for names."""
+"""The version. It has its own file, because importing names from the package loads many other modules."""
 
 __version__ = "0.2.0"

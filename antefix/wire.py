@@ -1,4 +1,4 @@
-"""Between our value types and protobuf's; the only place that knows both. Used by servers and clients alone."""
+"""Converts between Antefix's value types and protobuf messages. Only servers and clients use it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from antefix.v1 import usage_pb2, worker_pb2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenLogprob:
-    """One token's log probability, and the likeliest at its place as (id, log probability), best first."""
+    """One token's log probability, and the likeliest tokens at its place as (id, log probability), best first."""
 
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -31,7 +31,7 @@ def tokens_to_wire(tokens: npt.ArrayLike) -> worker_pb2.TokenIds:
 
 
 def tokens_from_wire(message: worker_pb2.TokenIds) -> npt.NDArray[np.uint32]:
-    """[N] uint32.  Raises:  InvalidRequest: not whole tokens."""
+    """[N] uint32.  Raises:  InvalidRequest: the bytes are not a whole number of tokens."""
     if len(message.ids) % 4:
         raise InvalidRequest(f"token ids are 4 bytes each; {len(message.ids)} bytes are not a whole number of ids")
     return np.frombuffer(message.ids, "<u4")
@@ -60,7 +60,7 @@ def sampling_to_wire(sampling: Sampling) -> worker_pb2.Sampling:
 
 
 def sampling_from_wire(message: worker_pb2.Sampling) -> Sampling:
-    """Raises:  InvalidRequest: a value out of its range."""
+    """Raises:  InvalidRequest: a value is out of its range."""
     if len(message.logit_bias_tokens) != len(message.logit_bias_values):
         raise InvalidRequest("logit_bias: as many tokens as values are needed")
     return Sampling(
@@ -84,7 +84,7 @@ def sampling_from_wire(message: worker_pb2.Sampling) -> Sampling:
 
 
 def logprobs_to_wire(logprobs: Sequence[TokenLogprob]) -> worker_pb2.TokenLogprobs | None:
-    """None for none, so that the field stays unset."""
+    """The message of these log probabilities. None if there are none, so that the field stays unset."""
     if not logprobs:
         return None
     top = [pair for each in logprobs for pair in each.top]
@@ -96,7 +96,7 @@ def logprobs_to_wire(logprobs: Sequence[TokenLogprob]) -> worker_pb2.TokenLogpro
 
 
 def logprobs_from_wire(message: worker_pb2.TokenLogprobs) -> tuple[TokenLogprob, ...]:
-    """Raises:  InternalError: its parts are of different lengths."""
+    """Raises:  InternalError: the message's lists do not have matching lengths."""
     ids = tokens_from_wire(message.top)
     num_tokens = len(message.chosen)
     num_top = len(ids) // num_tokens if num_tokens else 0
@@ -114,7 +114,7 @@ def report_to_wire(report: RestoreReport) -> worker_pb2.RestoreReport:
 
 
 def report_from_wire(message: worker_pb2.RestoreReport, num_tokens: int | None = None) -> RestoreReport:
-    """num_tokens: of the prompt that it is of.  Raises:  Unavailable: it tells of more tokens than that one has."""
+    """num_tokens: the prompt's length; None: not checked.  Raises:  Unavailable: the report counts more tokens."""
     if num_tokens is not None and message.hit_tokens + message.miss_tokens > num_tokens:
         raise Unavailable(
             f"the worker's answer cannot be right: {message.hit_tokens} tokens hit and {message.miss_tokens} missed,"
@@ -126,7 +126,7 @@ def report_from_wire(message: worker_pb2.RestoreReport, num_tokens: int | None =
 
 
 def usage_to_wire(usage: Usage, *, request_id: str = "", total_s: float = 0.0) -> usage_pb2.Usage:
-    """total_s: from the request to the end of its answer."""
+    """total_s: seconds from the request to the end of its answer."""
     values = {field.name: getattr(usage, field.name) for field in dataclasses.fields(Usage) if field.name != "ttft_us"}
     return usage_pb2.Usage(
         **values,

@@ -1,7 +1,7 @@
-"""Settings of workers that others must know too: `antefix up` hands them on, routers name KV by some of them.
+"""Settings of workers that other programs need too: `antefix up` passes them on, and routers name KV by some of them.
 
-Each is defined here once. `add_flags` makes its flag wherever a command takes it, `flags_of` the flag for a process
-that is started. Knows no tensors, so that a host without torch can start a router.
+Each is defined once, here. `add_flags` adds its flag to a command's parser, and `flags_of` makes the flag for a process
+to be started. Knows no tensors, so that a host without torch can start a router.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from antefix.redis_access import redis_ca_setting, redis_password_setting
 from antefix.window import Strategies, Strategy, check_exactness, in_force
 from antefix.window_pool import DISK, MEMORY, check_address
 
-# Those that stand in the names of KV: a router, and anyone who looks for KV, must have them as the workers do.
+# Settings that enter the names of KV. A router, and any tool that looks for KV, needs the workers' values.
 NAMING: Final = ("kv_format", "namespace", "bounded_windows")
 
-# Of one host's cards there are 8 or 16; more is a mistake.
+# One host has 8 or 16 cards, so a larger number of ranks is a mistake.
 RANKS_MAX: Final = 64
 
 
@@ -25,7 +25,7 @@ RANKS_MAX: Final = 64
 class WorkerSettings:
     """What a worker's KV is, what computes it, and how its window state is treated (docs/WINDOW_STATE.md).
 
-    Raises:  ConfigError: a setting that is none, or two that contradict each other.
+    Raises:  ConfigError: a setting is invalid, or two settings contradict each other.
     """
 
     kv_format: str = setting("fp8", "precision of KV in the pool and on disk", choices=("fp8", "float32"))
@@ -106,5 +106,5 @@ class WorkerSettings:
 
     @property
     def strategy_in_force(self) -> Strategy:
-        """The namespace's, as it works with this window pool."""
+        """The namespace's strategy, adapted to the window pool in use."""
         return in_force(Strategies.parse(self.strategy).of(self.namespace), has_pool=self.window_pool != DISK)

@@ -1,4 +1,6 @@
-"""Typed clients, one file per service: value types in, value types out, our exceptions, a deadline on every call."""
+"""Typed clients, one file per service: they take and return value types, raise Antefix's errors, and set a deadline on
+every call.
+"""
 
 from antefix.block import TokenArray as Tokens
 from antefix.clients.decode import DecodeClient, Decoded

@@ -15,10 +15,12 @@ _DEADLINE_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class About:
-    """What a process says of itself. ahead_s: of its clock, before ours; known to half of round_trip_s.
+    """A process's description of itself.
 
-    certificate_ends_s: Unix time, 0 without TLS.  secret_marks: one per secret that it knows, the current one first.
-    calls: services that it calls and that do not register with anybody.
+    ahead_s: how far its clock is ahead of this process's clock, accurate to half of round_trip_s.
+    certificate_ends_s: when its certificate expires, in Unix time; 0 without TLS.
+    secret_marks: one mark per secret that it has, the current one first.
+    calls: addresses of services that it calls and that register with no router.
     """
 
     role: str
@@ -31,15 +33,15 @@ class About:
 
 
 async def ask_about(address: str, *, role: Role | None = None) -> About:
-    """role: whom we mean to call, which its certificate must say.
+    """role: the role that the process's certificate must have.
 
-    Raises:  Unavailable: nobody answers there.  PermissionDenied, Unauthenticated: it is not for us.
+    Raises:  Unavailable: no process answers there.  PermissionDenied, Unauthenticated: the caller may not ask.
     """
     channel = rpc.channel(address, of=role)
     stub = about_pb2_grpc.AboutServiceStub(channel)
     try:
         with rpc.rpc_errors():
-            # The first call makes the connection; the second one's time is that of a call.
+            # The first call opens the connection, so only the second call's duration is measured.
             await stub.About(about_pb2.AboutRequest(), timeout=_DEADLINE_S)
             sent, started = time.time(), time.perf_counter()
             answer = answered(await stub.About(about_pb2.AboutRequest(), timeout=_DEADLINE_S))

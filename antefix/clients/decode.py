@@ -35,7 +35,7 @@ from antefix.wire import (
 class Decoded:
     """One message of an output. finish_reason is set in the last one; stop_number: the stop sequence, from 1.
 
-    logprobs: one a token, where they were asked for.  speeds: in the last one, as in `Prefilled`.
+    logprobs: one per token, if requested.  speeds: only in the last message, as in `Prefilled`.
     """
 
     tokens: Tokens
@@ -68,8 +68,8 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
     ) -> AsyncGenerator[Decoded, None]:
         """Stream one output; leaving the stream stops the work.
 
-        sampling: this one's, with a seed of its own.  emitted: what was given out of it before.
-        located: which of several stores probably has what of the prompt.
+        sampling: this output's settings, with its own seed.  emitted: tokens of this output that were already sent.
+        located: which of several stores probably has which blocks of the prompt.
         """
         message = decode_pb2.DecodeRequest(
             request_id=request.request_id,

@@ -23,9 +23,10 @@ from antefix.wire import report_from_wire, tokens_to_wire
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefilled:
-    """handoff: what decode asks the store for; empty when the store could not keep it.
+    """handoff: the handoff's name, by which decode gets it from the store; empty: the store could not keep it.
 
-    near_stores: of several, those that the worker writes to.  speeds: of stores and tiers that it reads, by name.
+    near_stores: of several stores, those that the worker writes to.  speeds: its read speeds of stores and tiers, by
+    name.
     """
 
     handoff: bytes
@@ -47,7 +48,8 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
     ) -> Prefilled:
         """Compute and store a prompt's KV, restoring what is stored of it.
 
-        Window state is left at the request's breakpoints.  located: which of several stores probably has what.
+        Checkpoints are stored at the request's breakpoints.  located: which of several stores probably has which
+        blocks.
         """
         message = prefill_pb2.PrefillRequest(
             request_id=request.request_id,

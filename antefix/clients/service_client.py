@@ -17,15 +17,16 @@ Stub = TypeVar("Stub")
 class ServiceClient(Generic[Stub]):
     """A connection to one service at `address`, host:port.
 
-    It connects when first used, finds a restarted service again, and belongs to the event loop that it is used on.
+    It connects when first used, reconnects after the service restarts, and may be used on one event loop only.
     """
 
     # Who must answer; None where several roles serve it.
     _of: ClassVar[Role | None] = None
 
     def __init__(self, address: str, *, credentials: Credentials | None = None, name: str = "") -> None:
-        """credentials: what we show; without them what this process shows.  name: which process of its role must
-        answer, where certificates can say so."""
+        """credentials: sent with each call; None: those of this process.  name: the process name that the server's
+        certificate must have, where there are certificates.
+        """
         self.address = address
         self._name = name
         self._credentials = credentials
@@ -43,7 +44,7 @@ class ServiceClient(Generic[Stub]):
         raise NotImplementedError
 
     async def close(self) -> None:
-        """End calls that are under way and let go of the connection. The client may be used again: it reconnects."""
+        """End running calls and close the connection. The client may be used again; it then reconnects."""
         channel, self._channel, self._connected = self._channel, None, None
         if channel is not None:
             await channel.close()

@@ -1,4 +1,4 @@
-"""What is found: a service's name and address. And what finds it."""
+"""A found service (name and address), and the interface of the sources that find services."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Found:
 
 
 class Source(Protocol):
-    """Where services are looked for.  every_s: how often it is worth asking."""
+    """A place where services are looked up.  every_s: how often to ask it, in seconds."""
 
     every_s: float
 
     async def find(self) -> frozenset[Found]:
-        """Those that are there now.
+        """The services that exist now.
 
-        Raises:  Unavailable: it cannot be asked now. What was found before counts on.
+        Raises:  Unavailable: the source does not answer now; services found before stay valid.
         """
 
     async def close(self) -> None:

@@ -5,8 +5,9 @@
     a   address        n   name       s   Unix time in ns when it was said, always more than before
     g   generation     m   MAC, hex   (antefix.events.event_seal: made with the deployment's events key)
 
-Someone who can write to Redis and has no key of the deployment can take a service out, which costs hits, and bring none
-in. A reader believes a statement while it keeps changing, by its own clock: hosts' clocks may differ by minutes.
+An attacker who can write to Redis but has no key of the deployment can remove a service, which costs hits, but cannot
+add one. A reader accepts a lease as long as it is renewed, by the reader's own clock, since hosts' clocks may differ by
+minutes.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _hash_of(role: str) -> str:
 
 
 class ServiceLease:
-    """`async with`: says that this service is there for as long as it lives, and takes it out at the end."""
+    """Within `async with`, renews this service's lease; removes the lease at the end."""
 
     def __init__(self, where: RedisAccess, *, role: str, name: str, address: str, keys: EventKeys) -> None:
         """Nothing connects yet."""
@@ -104,7 +105,7 @@ class LeaseReader:
         self._role, self._keys, self._clock = role, keys, clock
         # By name: what was said last, and when we saw that it was new.
         self._said: dict[str, tuple[int, float]] = {}
-        # Statements that were not believed, since the start.
+        # How many leases without a valid signature were ignored since the start.
         self.num_refused = 0
 
     async def find(self) -> frozenset[Found]:
@@ -154,7 +155,7 @@ class LeaseReader:
         return now - seen <= LEASE_TTL_S and abs(time.time_ns() - stamp) <= _AGE_NS_MAX
 
     async def _drop_old(self, names: list[bytes]) -> None:
-        """Services that died without a word; one that is only late says it again."""
+        """Delete the leases of services that died. A service that is only late will renew its lease."""
         if not names:
             return
         try:

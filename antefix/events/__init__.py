@@ -1,1 +1,1 @@
-"""What workers and stores hold, told to routers: one numbered log, the ways it travels, one follower."""
+"""Events that tell routers what workers and stores hold: a numbered log, its transports, and a follower."""

@@ -1,4 +1,4 @@
-"""Where events go through: the address of a Redis server or cluster. Apart, so that checking it needs no client."""
+"""Checks the address of the Redis server or cluster that carries events, without importing a Redis client."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from antefix.redis_access import check_redis_url
 
 
 def check_url(url: str) -> None:
-    """Raises:  ConfigError: neither empty nor a URL of Redis that may be used."""
+    """Raises:  ConfigError: the text is neither empty nor an allowed URL of Redis."""
     if url:
         check_redis_url(url, "events_redis")

@@ -1,4 +1,4 @@
-"""What an event says: which blocks came to a place, and which went."""
+"""Events about blocks: which blocks a worker or store has gained, and which it has lost."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from antefix.block import HASH_BYTES
 
-# Indexes know a block by this much of its hash: a wrong guess in 2^64 costs a placement that was not the best.
+# Indexes keep this many bytes of a block's hash. A collision (one in 2^64) only makes a placement less good.
 KEY_BYTES: Final = 8
 
 
@@ -19,7 +19,7 @@ Key = int
 
 
 def keys_of(hashes: Sequence[bytes]) -> list[Key]:
-    """Indexes' names of blocks: the first 8 bytes of their hashes."""
+    """The keys of blocks in indexes: the first 8 bytes of their hashes."""
     if not hashes:
         return []
     words = len(hashes[0]) // KEY_BYTES
@@ -30,11 +30,11 @@ def keys_of(hashes: Sequence[bytes]) -> list[Key]:
 class EventKind(IntEnum):
     """Values as in memory.proto and kvstore.proto, and in Redis."""
 
-    # Of a later version: it has a number, and says nothing to this one.
+    # A kind of a later version. The event counts for the numbering but is otherwise ignored.
     UNKNOWN = 0
     STORED = 1
     EVICTED = 2
-    # A store's checkpoints; workers tell of blocks only.
+    # Checkpoints that a store has gained. Workers report blocks only.
     CHECKPOINTED = 3
     CHECKPOINT_EVICTED = 4
 
@@ -45,10 +45,10 @@ class EventKind(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockEvent:
-    """Blocks or checkpoints, in the order of their coming or going.
+    """Blocks or checkpoints, in the order in which they were stored or removed.
 
-    hashes: one after the other; of each at least the first KEY_BYTES, as `hash_bytes` says.
-    fingerprint: of all of them; empty where the source has one only.
+    hashes: the hashes, concatenated; each has `hash_bytes` bytes, at least KEY_BYTES.
+    fingerprint: that of all of them; empty if the source has only one fingerprint.
     """
 
     kind: EventKind
@@ -58,7 +58,7 @@ class BlockEvent:
 
     @classmethod
     def of(cls, kind: EventKind, hashes: Iterable[bytes], fingerprint: bytes) -> BlockEvent:
-        """Of whole hashes."""
+        """An event about these whole hashes."""
         return cls(kind=kind, hashes=b"".join(hashes), hash_bytes=HASH_BYTES, fingerprint=fingerprint)
 
     @property
@@ -73,5 +73,5 @@ class BlockEvent:
         return [self.hashes[at : at + self.hash_bytes] for at in range(0, len(self.hashes), self.hash_bytes)]
 
     def keys(self) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-        """What indexes know the blocks by."""
+        """The blocks' keys in indexes."""
         return np.frombuffer(self.hashes, "<u8")[:: self.hash_bytes // KEY_BYTES]

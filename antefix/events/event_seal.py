@@ -1,12 +1,11 @@
-"""Events through Redis are signed: without the deployment's secret, a writer tells routers nothing.
+"""Signs events that go through Redis: routers ignore entries that were written without the deployment's key.
 
-They have a key of their own, derived from each generation of the secret: the store, which must not have the secret,
-gets only that (`antefix secret events-key`). An entry is stamped when it is sent, so an old one that is told again
-counts no more.
+The events key is derived from each generation of the secret. The store must not have the secret, so it gets only this
+key (`antefix secret events-key`). Each entry carries the time when it was sent, so a replayed old entry is dropped.
 
-Any process of the deployment has that key. So an entry is signed with its source's epoch, too, which never is in Redis:
-there it has a public name. Routers learn the epoch from the source itself, with a snapshot, over a connection to the
-process that they mean; from then on nobody else can speak for it.
+Every process of the deployment has the events key. So an entry is also signed with its source's epoch, a random value
+that never appears in Redis, where only its hash is used as a public name. Routers get the epoch with a snapshot, over a
+direct connection to the source. From then on no other process can forge that source's events.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ from antefix.secret import Keyring, read_generations
 
 MAC_BYTES: Final = 16
 _AGE_NS_MAX: Final = int(AGE_S_MAX * 1e9)
-# Entries of ours have no other fields; `g` and `m` are generation and MAC, `v` the MAC with the epoch.
+# The fields that are signed. `g` and `m` are generation and MAC, `v` is the MAC with the epoch.
 _SIGNED: Final = ("a", "e", "n", "k", "b", "f", "s")
-# Sources come and go with their ports; a name's stamp is forgotten long after it.
+# Sources come and go with their ports, so the oldest sources' stamps are forgotten at this number.
 _NUM_SOURCES_MAX: Final = 4096
 
 
 class DropReason(StrEnum):
-    """Why an entry was dropped, as metrics name it."""
+    """Why an entry was dropped. The values are labels of metrics."""
 
     FORGED = "forged"
     REPLAYED = "replayed"
@@ -54,7 +53,10 @@ class EventKeys:
 
     @classmethod
     def from_file(cls, path: str | Path) -> EventKeys:
-        """As `antefix secret events-key` writes it: the form of a secret file.  Raises:  ConfigError: see there."""
+        """Read a file that `antefix secret events-key` wrote, in the form of a secret file.
+
+        Raises:  ConfigError: as for a secret file.
+        """
         numbered = read_generations(path, "events_key_file")
         for _, key in numbered:
             if not 16 <= len(key) <= hashlib.blake2b.MAX_KEY_SIZE:
@@ -62,7 +64,7 @@ class EventKeys:
         return cls(dict(numbered), generation=numbered[0][0])
 
     def lines(self) -> str:
-        """What `from_file` reads."""
+        """The keys in the form that `from_file` reads."""
         rest = [number for number in self._keys if number != self._generation]
         return "".join(f"{number} {self._keys[number].hex()}\n" for number in (self._generation, *rest))
 
@@ -74,7 +76,7 @@ class EventKeys:
         return {**fields, "g": self._generation, "m": mac, "v": _mac(epoch, stream, raw)}
 
     def holds(self, stream: str, fields: Mapping[bytes, bytes]) -> bool:
-        """Whether someone with a key of this deployment said this, in this stream."""
+        """Whether this entry was signed for this stream with a key of this deployment."""
         try:
             key = self._keys.get(int(fields[b"g"]))
             return key is not None and hmac.compare_digest(_mac(key, stream, fields), fields[b"m"])
@@ -83,12 +85,12 @@ class EventKeys:
 
 
 def public_epoch(epoch: bytes) -> bytes:
-    """What an epoch is called where all can read it."""
+    """The public name of an epoch, used in Redis."""
     return hashlib.blake2b(epoch, digest_size=16, person=b"antefix-epoch").digest()
 
 
 class EventCheck:
-    """What a reader lets in. dropped: what it did not, by reason."""
+    """Decides which entries a reader accepts.  dropped: how many entries it refused, by reason."""
 
     def __init__(self, keys: EventKeys) -> None:
         self._keys = keys
@@ -96,7 +98,7 @@ class EventCheck:
         self.dropped: Counter[DropReason] = Counter()
 
     def lets_in(self, stream: str, fields: Mapping[bytes, bytes]) -> bool:
-        """Whether it is ours, and newer than what its source said before."""
+        """Whether the entry has a valid signature and is newer than its source's last one."""
         if not self._keys.holds(stream, fields):
             return self.drop(DropReason.FORGED)
         source, stamp = fields[b"a"], int(fields[b"s"])
@@ -108,7 +110,7 @@ class EventCheck:
         return True
 
     def is_of(self, epoch: bytes, stream: str, fields: Mapping[bytes, bytes]) -> bool:
-        """Whether the process of this epoch said it itself."""
+        """Whether the entry was signed by the process with this epoch."""
         if fields[b"e"] == public_epoch(epoch) and hmac.compare_digest(
             _mac(epoch, stream, fields), fields.get(b"v", b"")
         ):
@@ -121,7 +123,7 @@ class EventCheck:
 
 
 class Stamps:
-    """Of one source: the time in ns, and always more than the last one."""
+    """The time stamps of one source's entries: the time in ns, strictly increasing."""
 
     def __init__(self) -> None:
         self._last = 0

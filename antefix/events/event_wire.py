@@ -1,4 +1,4 @@
-"""Events on gRPC streams: protobuf stops here. Workers' and stores' messages differ in nothing but the events."""
+"""Converts events from and to the protobuf messages of gRPC streams, for workers and for stores."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from antefix.v1 import kvstore_pb2, memory_pb2, memory_pb2_grpc
 
 
 def watch_memory(channel: grpc.aio.Channel, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
-    """What a worker says of its memory, until the stream breaks.
+    """The events of a worker's memory, until the stream breaks.
 
-    Raises:  Unavailable: the worker went away; watch again from the last cursor.
+    Raises:  Unavailable: the stream broke; watch again from the last cursor.
     """
     start = cursor or Cursor()
     request = memory_pb2.WatchMemoryRequest(epoch=start.epoch, after=start.number)
@@ -27,7 +27,7 @@ def watch_memory(channel: grpc.aio.Channel, cursor: Cursor | None = None) -> Asy
 
 
 def watch_store(stub: Any, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
-    """What a store service says of its records; as `watch_memory`."""
+    """The events of a store's records, until the stream breaks; as `watch_memory`."""
     start = cursor or Cursor()
     request = kvstore_pb2.WatchRequest(epoch=start.epoch, after=start.number)
     return _batches(lambda: stub.Watch(request), _of_store)
@@ -59,7 +59,7 @@ def _fields(batch: Batch[BlockEvent]) -> dict[str, Any]:
 async def _batches(
     start: Callable[[], Any], event_of: Callable[[Any], BlockEvent]
 ) -> AsyncGenerator[Batch[BlockEvent], None]:
-    """A call's batches; it begins with the first one asked for, and is cancelled when nobody asks any more."""
+    """The batches of a call. The call starts when the first batch is requested, and is cancelled with the generator."""
     call, in_snapshot = start(), False
     try:
         with rpc.rpc_errors():

@@ -1,7 +1,7 @@
-"""Following one source's numbered events: a snapshot, then every change; what was missed is noticed and made good.
+"""Follows one source's numbered events: a snapshot, then every change. It notices missed events and recovers.
 
-Two ways in. A direct stream tells everything and continues at its cursor after a break. Through Redis come the changes
-and signs of life, which all readers share, and only snapshots come from the source itself.
+There are two transports. A direct stream carries everything, and continues at its cursor after a break. With Redis, all
+readers share one stream of changes and heartbeats, and get only snapshots from the source itself.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ log = logging.getLogger("antefix.events")
 Watch = Callable[[Cursor | None], AsyncGenerator[Batch[E], None]]
 
 _RETRY_S: Final = 0.5
-# A snapshot of what the index cannot hold is worth no other one soon.
+# After a snapshot that did not fit into the index, wait this long before the next one.
 _FULL_RETRY_S: Final = 60.0
-# A source that takes longer for a piece of its snapshot is asked again.
+# If a piece of a snapshot takes longer than this, the snapshot is requested again.
 _PIECE_TIMEOUT_S: Final = 30.0
-# Batches that come while a snapshot is taken; more of them make a gap, and another snapshot.
+# How many batches are kept while a snapshot is taken. More of them leave a gap, which needs another snapshot.
 _WAITING_MAX: Final = 1_024
-# Through Redis a source of which nothing was heard for so long may be cut off from it.
+# A source without an entry in Redis for this long may be cut off from Redis.
 _SILENT_S: Final = 3 * ALIVE_S
-# Names of a source's former lives, two each, whose last words may still be in the stream.
+# How many names of earlier epochs are remembered (two per epoch). Their last entries may still be in the stream.
 _FORMER_MAX: Final = 32
 
 
 @dataclass(slots=True)
 class FollowCounters:
-    """Of one follower or of several. num_gaps: numbers that were missing."""
+    """Counters of one or several followers.  num_gaps: how many event numbers were missing."""
 
     num_snapshots: int = 0
     num_events: int = 0
@@ -47,7 +47,7 @@ class FollowCounters:
 
 
 class Follower(ABC, Generic[E]):
-    """Keeps an index of what a source has; a subclass is the index. Used from one event loop."""
+    """Keeps an index of what a source has. The subclass implements the index. Used from one event loop."""
 
     def __init__(self, *, through_redis: bool = False, counters: FollowCounters | None = None) -> None:
         self.counters = counters or FollowCounters()
@@ -58,31 +58,31 @@ class Follower(ABC, Generic[E]):
         self._is_current = False
         self._is_full = False
         self._heard_s = 0.0
-        # Redis' way: a snapshot is needed; what came while it is taken.
+        # With Redis: whether a snapshot is needed, and the batches that arrived while it is taken.
         self._wanted = asyncio.Event()
         self._waiting: deque[Batch[E]] | None = None
 
     @abstractmethod
     def forget_all(self) -> None:
-        """A snapshot begins: whatever was known of the source counts no more."""
+        """Clear the index, because a snapshot begins."""
 
     @abstractmethod
     def learn(self, events: Sequence[E]) -> bool:
-        """False: that is more than the index holds."""
+        """Apply events to the index. False: they do not fit into the index."""
 
     def is_intact(self) -> bool:
-        """Whether nobody else took anything out of the index."""
+        """Whether nothing else has removed entries from the index."""
         return True
 
     def confirm(self) -> None:
-        """The index has what the source said last."""
+        """Note that the index has all events that the source has sent."""
 
     def doubt(self) -> None:
-        """The source may have changed without our hearing of it."""
+        """Note that changes of the source may have been missed."""
 
     @property
     def in_step(self) -> bool:
-        """Whether the index has what the source said last, and would have heard of more."""
+        """Whether the index has all of the source's events, and the transport to the source works."""
         return self._is_current and self.is_intact() and not self._is_silent()
 
     async def run(self, watch: Watch[E]) -> None:
@@ -90,7 +90,7 @@ class Follower(ABC, Generic[E]):
         await (self._resync(watch) if self._through_redis else self._follow(watch))
 
     def apply(self, batch: Batch[E]) -> bool:
-        """Take the next batch of a stream in; False: it does not follow what is known, and a snapshot is needed."""
+        """Apply the next batch of a stream. False: the batch does not follow the last one, so a snapshot is needed."""
         if batch.snapshot_begins:
             self._lose()
             self._is_full = False
@@ -111,10 +111,10 @@ class Follower(ABC, Generic[E]):
         return True
 
     def take(self, batch: Batch[E]) -> None:
-        """What Redis gave: the next event, one that is known already, or that the source is alive.
+        """Apply a batch from Redis: the next event, an event that is known already, or a heartbeat of the source.
 
-        Only what the source has signed with the epoch that it told us itself counts as its word. Another epoch is a
-        reason to ask the source, and no more.
+        Only entries signed with the epoch that the source itself sent with its snapshot are applied. An entry with
+        another epoch only makes this follower ask the source.
         """
         if batch.cursor.epoch in self._former:
             return
@@ -136,12 +136,12 @@ class Follower(ABC, Generic[E]):
             self._wanted.set()
 
     def lose(self) -> None:
-        """Redis is away."""
+        """Note that Redis cannot be reached."""
         self._is_current = False
         self.doubt()
 
     def _follows(self, batch: Batch[E]) -> bool:
-        # Each event has a number: so many of them lie between two cursors of one epoch.
+        # Events are numbered, so the difference of two cursors of an epoch is the number of events between them.
         known = self._cursor
         if known is None or batch.cursor.epoch != known.epoch:
             return False
@@ -167,7 +167,7 @@ class Follower(ABC, Generic[E]):
         return self._through_redis and time.monotonic() - self._heard_s >= _SILENT_S
 
     async def _follow(self, watch: Watch[E]) -> None:
-        """The direct way: one stream, a snapshot first, that resumes where it broke."""
+        """Follow one direct stream: a snapshot first, then events. After a break it resumes at its cursor."""
         while True:
             try:
                 async with contextlib.aclosing(watch(self._cursor if self.is_intact() else None)) as batches:
@@ -180,7 +180,7 @@ class Follower(ABC, Generic[E]):
             await self._pause()
 
     async def _resync(self, watch: Watch[E]) -> None:
-        """Redis' way: a snapshot when one is wanted; what came meanwhile is applied on top."""
+        """With Redis: take a snapshot when one is needed, then apply the batches that arrived during it."""
         self._wanted.set()
         while True:
             await self._until_wanted()
@@ -188,7 +188,7 @@ class Follower(ABC, Generic[E]):
             if not await self._take_snapshot(watch):
                 await self._pause()
                 continue
-            # No await from here to the end, so that nothing comes in between.
+            # No await from here to the end, so that no other batch is applied in between.
             self._waiting = None
             self._wanted.clear()
             for batch in waiting:
@@ -205,7 +205,7 @@ class Follower(ABC, Generic[E]):
                 self.lose()
 
     async def _take_snapshot(self, watch: Watch[E]) -> bool:
-        """Take one from the source itself, and leave its stream; whether it was whole."""
+        """Take a snapshot from the source, then close its stream. Returns whether the snapshot was complete."""
         clock = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(_PIECE_TIMEOUT_S) as limit, contextlib.aclosing(watch(None)) as batches:

@@ -1,4 +1,4 @@
-"""KV events as vLLM and SGLang speak them: what an engine's cache holds, told by token ids. Bytes in, nouns out.
+"""Encodes and decodes the KV events of vLLM and SGLang, which report an engine's cached blocks by token ids.
 
 A message has three frames: a topic, a number (8 bytes, big-endian, from 0 in each life of the engine), a payload. The
 payload is msgpack, an array: [seconds, [event, ...], data-parallel rank or nil]. An event is a map whose `type` is the
@@ -9,8 +9,8 @@ name of its class:
     BlockRemoved     block_hashes, medium, group_idx, locality
     AllBlocksCleared
 
-Hashes are the engine's own, bytes or integers. Older vLLM sends an event as an array, its class first. Fields and
-events that are not listed are passed over. Source: vllm/distributed/kv_events.py of vLLM 0.32, and
+Hashes are the engine's own, bytes or integers. Older vLLM sends an event as an array whose first item is the class
+name. Fields and events that are not listed here are ignored. Source: vllm/distributed/kv_events.py of vLLM 0.32, and
 srt/disaggregation/kv_events.py of SGLang 0.5.23.
 """
 
@@ -24,16 +24,16 @@ import msgspec
 
 from antefix.errors import InvalidRequest
 
-# More in one message is a fault somewhere: an engine's step stores some thousand blocks at most.
+# A message with more events is malformed: one step of an engine stores a few thousand blocks at most.
 EVENTS_MAX: Final = 65_536
 HASHES_MAX: Final = 1 << 20
-# Groups of layers that a model's cache is kept in; DeepSeek-V4 has five.
+# The most cache groups (groups of layers) of a model; DeepSeek-V4 has five.
 GROUPS_MAX: Final = 64
 # The number after the last one of a replay.
 REPLAY_END: Final = (-1).to_bytes(8, "big", signed=True)
 
 GPU, CPU, STORAGE = "GPU", "CPU", "STORAGE"
-# Nearest first. An engine's own words for them; any other is further away than these.
+# Storage media, nearest first, in the engines' own names. Any other medium is farther than these.
 MEDIA: Final = (GPU, CPU, STORAGE)
 _MEDIUM_OF: Final = {"GPU": GPU, "CPU": CPU, "CPU_PINNED": CPU, "DISK": STORAGE, "STORAGE": STORAGE}
 
@@ -41,16 +41,16 @@ Hash = bytes | int
 
 
 class KvStored(msgspec.Struct, tag="BlockStored", omit_defaults=True, kw_only=True):
-    """Blocks that came, in order: token_ids are theirs, one block after the other, behind the parent's.
+    """Blocks that were stored, in order. token_ids holds their tokens, block after block, following the parent block.
 
-    Where an engine skips blocks of a sliding window, there are more tokens than blocks.
+    If an engine skips blocks of a sliding window, there are tokens of more blocks than hashes.
     """
 
     block_hashes: list[Hash]
     parent_block_hash: Hash | None
     token_ids: list[int]
     block_size: int
-    # Without defaults: vLLM's decoder wants them written.
+    # No default, so that the field is always written: vLLM's decoder requires it.
     lora_id: int | None
     medium: str | None
     lora_name: str | None
@@ -63,7 +63,7 @@ class KvStored(msgspec.Struct, tag="BlockStored", omit_defaults=True, kw_only=Tr
 
 
 class KvRemoved(msgspec.Struct, tag="BlockRemoved", omit_defaults=True, kw_only=True):
-    """Blocks that went."""
+    """Blocks that were removed."""
 
     block_hashes: list[Hash]
     medium: str | None
@@ -72,7 +72,7 @@ class KvRemoved(msgspec.Struct, tag="BlockRemoved", omit_defaults=True, kw_only=
 
 
 class KvCleared(msgspec.Struct, tag="AllBlocksCleared"):
-    """All went."""
+    """All blocks were removed."""
 
 
 KvEvent = KvStored | KvRemoved | KvCleared
@@ -80,7 +80,7 @@ KvEvent = KvStored | KvRemoved | KvCleared
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvBatch:
-    """One message. num_unread: events of it that this version cannot use."""
+    """One message.  num_unread: how many of its events this version cannot use."""
 
     events: tuple[KvEvent, ...]
     ts: float = 0.0
@@ -89,7 +89,7 @@ class KvBatch:
 
 
 class _StoredIn(KvStored, tag="BlockStored", kw_only=True):
-    """As it is read: SGLang and older vLLM leave out what has no value."""
+    """The form used for decoding: SGLang and older vLLM omit fields without a value."""
 
     lora_id: int | None = None
     medium: str | None = None
@@ -107,7 +107,7 @@ class _Outer(msgspec.Struct, array_like=True):
 
 
 _TYPES: Final[dict[str, Any]] = {"BlockStored": _StoredIn, "BlockRemoved": _RemovedIn, "AllBlocksCleared": KvCleared}
-# Older vLLM's arrays: the fields in this order.
+# The order of the fields in older vLLM's arrays.
 _ARRAYS: Final = {
     "BlockStored": (
         *("block_hashes", "parent_block_hash", "token_ids", "block_size"),
@@ -116,7 +116,7 @@ _ARRAYS: Final = {
     "BlockRemoved": ("block_hashes", "medium"),
     "AllBlocksCleared": (),
 }
-# msgspec lets Python's own error of a text that is not UTF-8 through.
+# For text that is not UTF-8, msgspec raises Python's UnicodeDecodeError.
 _UNREADABLE: Final = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 _ENCODER: Final = msgspec.msgpack.Encoder()
 _OUTER: Final = msgspec.msgpack.Decoder(_Outer)
@@ -130,9 +130,9 @@ def encode_batch(events: Sequence[KvEvent], *, ts: float, rank: int = 0) -> byte
 
 
 def decode_batch(payload: bytes) -> KvBatch:
-    """One message's payload.
+    """Decode one message's payload.
 
-    Raises:  InvalidRequest: not a batch of events, or more of them than anybody sends.
+    Raises:  InvalidRequest: it is not a batch of events, or has more than EVENTS_MAX.
     """
     try:
         outer = _OUTER.decode(payload)
@@ -146,7 +146,7 @@ def decode_batch(payload: bytes) -> KvBatch:
 
 
 def _event_of(raw: msgspec.Raw) -> KvEvent | None:
-    """None: a kind of a later version, or one that cannot be used here (pairs of tokens, say)."""
+    """None: the event's kind is unknown, or its contents cannot be used here (for example pairs of tokens)."""
     try:
         event: KvEvent = _EVENT.decode(raw)
     except msgspec.ValidationError:
@@ -182,5 +182,5 @@ def _is_sound(event: KvEvent) -> bool:
 
 
 def medium_of(event: KvStored | KvRemoved) -> str:
-    """One of MEDIA. None is what engines say that know one medium only: their own memory."""
+    """The event's medium, one of MEDIA. Engines with only one medium, their own memory, send None for it."""
     return GPU if event.medium is None else _MEDIUM_OF.get(event.medium, STORAGE)

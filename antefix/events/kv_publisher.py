@@ -1,9 +1,9 @@
-"""Tells what a worker's memory holds in vLLM's KV events (`kv_events`), for routers of others and for ours.
+"""Publishes what a worker's memory holds as vLLM's KV events (`kv_events`), for any router that reads them.
 
-Token ids leave the process here and nowhere else. The worker never waits: what happened since the last turn of the
-event loop becomes one message, and a subscriber that reads too slowly loses messages, which it sees by their numbers.
-The last messages are kept and given again to who asks: an empty frame and a number of 8 bytes get all messages from
-that number on, each as an empty frame, topic, number and payload, and an end marker.
+Only this module sends token ids out of the process. The worker never waits: the changes of one turn of the event loop
+become one message. A subscriber that reads too slowly loses messages, which it notices by their numbers. The last
+messages are kept for replay: a request of an empty frame and a number of 8 bytes returns all messages from that number
+on, each as an empty frame, topic, number and payload, and then an end marker.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from antefix.events.kv_sockets import CurveDoor, CurveKey, check_endpoint, check
 log = logging.getLogger("antefix.events")
 
 LOCAL: Final = "LOCAL"
-# Messages that a subscriber may be behind before it loses some; vLLM's number.
+# How many messages a subscriber may lag before it loses some; vLLM's value.
 _BEHIND_MAX: Final = 100_000
-# Kept for who asks again: so many messages, as vLLM does, and so many bytes of them.
+# How many messages are kept for replay (vLLM's value), and how many bytes of them.
 KEPT_BATCHES_MAX: Final = 10_000
 KEPT_BYTES_MAX: Final = 64 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvPublisherConfig:
-    """endpoint, replay: where to listen.  key, clients: CURVE, Z85; without a key the endpoints are loopback."""
+    """endpoint, replay: addresses to listen on.  key, clients: CURVE keys in Z85; without them, only loopback addresses
+    are allowed.
+    """
 
     endpoint: str
     replay: str = ""
@@ -48,7 +50,7 @@ class KvPublisherConfig:
     clients: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises:  ConfigError: others could read what is sent."""
+        """Raises:  ConfigError: outsiders could read the messages."""
         for name, endpoint in (("kv_events", self.endpoint), ("kv_events_replay", self.replay)):
             if endpoint:
                 check_endpoint(name, endpoint, is_encrypted=bool(self.key_file))
@@ -60,7 +62,7 @@ class KvPublisherConfig:
 
 @dataclass(slots=True)
 class KvPublisherCounters:
-    """Since the worker started."""
+    """Counters since the worker started."""
 
     num_batches: int = 0
     num_events: int = 0
@@ -68,7 +70,7 @@ class KvPublisherCounters:
 
 
 class KvPublisher:
-    """`start` it in a running event loop; `stored` and `evicted` are called from that loop."""
+    """Publishes events. Call `start` in a running event loop, and `stored` and `evicted` from that loop."""
 
     def __init__(self, config: KvPublisherConfig) -> None:
         self._config = config
@@ -85,7 +87,7 @@ class KvPublisher:
 
     @property
     def endpoint(self) -> str:
-        """Where it listens, with the port that was taken."""
+        """The address that it listens on, with the actual port."""
         return str(self._pub.getsockopt_string(zmq.LAST_ENDPOINT))
 
     @property
@@ -93,7 +95,7 @@ class KvPublisher:
         return "" if self._replay is None else str(self._replay.getsockopt_string(zmq.LAST_ENDPOINT))
 
     def start(self) -> None:
-        """Raises:  ConfigError: it cannot listen there, or the key cannot be used."""
+        """Start to listen.  Raises:  ConfigError: the address or the key cannot be used."""
         config = self._config
         if config.key_file:
             key = CurveKey.from_file(config.key_file)
@@ -102,7 +104,7 @@ class KvPublisher:
             self._door.start()
         self._pub = self._listen(zmq.PUB, config.endpoint, "kv_events", _BEHIND_MAX)
         if config.replay:
-            # Unbounded: what it may have to hold is what is kept.
+            # An unbounded queue: it never holds more than the messages kept for replay.
             self._replay = self._listen(zmq.ROUTER, config.replay, "kv_events_replay", 0)
             self._tasks.append(asyncio.create_task(self._answer()))
         log.info("tells KV events, with token ids, on %s", self.endpoint)
@@ -118,10 +120,10 @@ class KvPublisher:
         self._context.term()
 
     def stored(self, name: bytes, *, parent: bytes | None, tokens: TokenArray, salt: str = "") -> None:
-        """A block came into memory.  parent: the block before it, None for the first.
+        """Publish that a block was stored in memory.  parent: the block before it; None: it is the first.
 
-        salt: stands for whose cache it is, in the place of vLLM's `cache_salt`, so that nobody takes one tenant's
-        block for another's.
+        salt: identifies the owner of the cache, in the field `cache_salt` of vLLM, so that blocks of different tenants
+        are never confused.
         """
         self._tell(
             KvStored(
@@ -175,7 +177,7 @@ class KvPublisher:
             self._kept_bytes -= len(self._kept.popleft()[1])
 
     async def _answer(self) -> None:
-        """Give messages again to who asks."""
+        """Answer replay requests."""
         topic = self._config.topic.encode()
         while True:
             frames = await self._replay.recv_multipart()
@@ -190,7 +192,7 @@ class KvPublisher:
 
 
 def _merged(events: Sequence[KvEvent]) -> list[KvEvent]:
-    """Blocks that follow each other in one event, as engines tell them; equal in meaning, a tenth of the bytes."""
+    """The events with consecutive blocks merged, as engines send them: the same meaning in a tenth of the bytes."""
     merged: list[KvEvent] = []
     for event in events:
         last = merged[-1] if merged else None

@@ -1,8 +1,8 @@
-"""Sockets that KV events travel on: which addresses they may have, and their CURVE keys.
+"""The sockets of KV events: their allowed addresses and their CURVE keys.
 
-KV events carry the token ids of prompts. So a socket of ours is on loopback, a Unix socket, or encrypted with CURVE and
-open to named clients only. Engines of others know no encryption: what the router reads from them it reads as they send
-it, where its settings allow that.
+KV events carry the token ids of prompts. So Antefix's sockets are on loopback, are Unix sockets, or are encrypted with
+CURVE and open to listed clients only. vLLM and SGLang do not encrypt their events; the router reads them unencrypted if
+its settings allow that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class CurveKey:
 
     @classmethod
     def from_file(cls, path: str | Path) -> CurveKey:
-        """The key in the file, made if it is not there, readable by its owner only."""
+        """The key in the file. If there is no file, one is created that only its owner can read."""
         path = Path(path)
         _, secret = zmq.curve_keypair()
         try:
@@ -51,12 +51,12 @@ def check_public_key(text: str) -> bytes:
         if len(text) == _KEY_CHARACTERS and len(zmq.utils.z85.decode(text.encode())) == 32:
             return text.encode()
     except (ValueError, KeyError):
-        pass  # no Z85: told below
+        pass  # not Z85; the error is raised below
     raise ConfigError(f"{text!r} is not a CURVE public key: it takes {_KEY_CHARACTERS} characters of Z85")
 
 
 def is_local(endpoint: str) -> bool:
-    """Whether what goes over this endpoint stays on the host."""
+    """Whether messages over this endpoint stay on the host."""
     scheme, _, rest = endpoint.partition("://")
     if scheme in ("ipc", "inproc"):
         return True
@@ -64,7 +64,7 @@ def is_local(endpoint: str) -> bool:
 
 
 def check_endpoint(name: str, endpoint: str, *, is_encrypted: bool) -> None:
-    """Raises:  ConfigError: no address of ZeroMQ, or one on which others could read token ids."""
+    """Raises:  ConfigError: it is not an address of ZeroMQ, or outsiders could read token ids there."""
     scheme, _, rest = endpoint.partition("://")
     port = rest.rpartition(":")[2]
     if scheme not in ("tcp", "ipc") or not rest or (scheme == "tcp" and not (port.isdigit() and int(port) < 65536)):
@@ -77,7 +77,7 @@ def check_endpoint(name: str, endpoint: str, *, is_encrypted: bool) -> None:
 
 
 class CurveDoor:
-    """The server's side of CURVE in one context: lets in the named clients and nobody else. Needs a running loop."""
+    """The server side of CURVE for one ZeroMQ context: admits only the listed clients. Needs a running event loop."""
 
     def __init__(self, context: zmq.asyncio.Context, key: CurveKey, clients: tuple[bytes, ...]) -> None:
         self._key = key
@@ -89,12 +89,12 @@ class CurveDoor:
         self._auth.configure_curve_callback("*", credentials_provider=self)
 
     def guard(self, socket: Any) -> None:
-        """Before it is bound."""
+        """Set up CURVE on a server's socket. Call it before the socket is bound."""
         socket.curve_secretkey, socket.curve_publickey, socket.curve_server = self._key.secret, self._key.public, True
         socket.zap_domain = b"*"
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Asked by the authenticator for each client that connects. key: in Z85."""
+        """Whether a client may connect. The authenticator calls this.  key: the client's key, in Z85."""
         return key in self._clients
 
     def stop(self) -> None:
@@ -102,5 +102,5 @@ class CurveDoor:
 
 
 def guard_client(socket: Any, key: CurveKey, server: bytes) -> None:
-    """Before it connects."""
+    """Set up CURVE on a client's socket. Call it before the socket connects."""
     socket.curve_secretkey, socket.curve_publickey, socket.curve_serverkey = key.secret, key.public, server

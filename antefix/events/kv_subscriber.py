@@ -1,11 +1,12 @@
-"""Follows one engine's KV events (`kv_events`): in order, replayed where some were missed, forgotten where that fails.
+"""Follows one engine's KV events (`kv_events`) in order. It requests a replay of missed messages, and clears its index
+if that fails.
 
-What can go wrong, and what then holds:
-    a gap in the numbers        the replay address is asked for what is missing; without it, or where the engine has it
-                                no more, all is forgotten, and what is replayed is the new beginning
-    the engine starts again     its numbers begin again with other content: all is forgotten
-    the last messages are lost  nothing shows it; so a quiet engine is asked now and then whether it said more
-    the connection breaks       what is known is doubted until the engine answers again with the message known last
+Failures, and how they are handled:
+    a gap in the numbers        the missing messages are requested from the replay address; without one, or if the
+                                engine no longer has them, the index is cleared and restarts with the replayed messages
+    the engine restarts         its numbers begin again with other content: the index is cleared
+    the last messages are lost  no gap shows it, so a quiet engine is asked now and then whether it has sent more
+    the connection breaks       the index counts as uncertain until the engine confirms the last known message
 """
 
 from __future__ import annotations
@@ -28,33 +29,35 @@ from antefix.events.kv_events import REPLAY_END, KvBatch, decode_batch
 log = logging.getLogger("antefix.events")
 
 _RETRY_S: Final = 1.0
-# vLLM's publisher looks for requests every tenth of a second, and sends on between two messages.
+# vLLM's publisher checks for replay requests every tenth of a second, between two messages.
 _REPLY_TIMEOUT_S: Final = 5.0
-# A quiet engine is asked this often whether its last message is the one that is known.
+# How often a quiet engine is asked whether its last message is the last known one.
 _QUIET_S: Final = 5.0
 _KNOWN_DIGESTS: Final = 1_024
-# A payload of an engine's step is some 100 KB; a larger one than this is no batch of events.
+# The payload of an engine's step has some 100 KB, so a payload above this limit is not a batch of events.
 _MESSAGE_BYTES_MAX: Final = 64 << 20
 
 
 class KvIndex(Protocol):
-    """What is known of the engine's cache."""
+    """The index of the engine's cache."""
 
     def apply(self, batch: KvBatch) -> None: ...
 
     def forget(self) -> None:
-        """Nothing of what is known may be believed any more."""
+        """Clear the index, because its contents may be wrong."""
 
     def confirm(self) -> None:
-        """The index has what the engine said last."""
+        """Note that the index has all events that the engine has sent."""
 
     def doubt(self) -> None:
-        """The engine may have changed without our hearing of it."""
+        """Note that changes of the engine's cache may have been missed."""
 
 
 @dataclass(slots=True)
 class KvFollowCounters:
-    """Of one engine. num_lives: its starts that were noticed.  num_forgotten: how often all of it was forgotten."""
+    """Counters of one engine.  num_lives: how many starts were noticed.  num_forgotten: how often the index was
+    cleared.
+    """
 
     num_batches: int = 0
     num_events: int = 0
@@ -66,13 +69,13 @@ class KvFollowCounters:
 
 
 class _Broken(Exception):
-    """The replay did not come to its end."""
+    """A replay stopped before its end."""
 
 
 class KvSubscriber:
-    """One engine's. endpoint: where it publishes.  replay: where it gives messages again; empty: nowhere.
+    """Follows one engine.  endpoint: where the engine publishes.  replay: its replay address; empty: it has none.
 
-    guard: makes a socket ready for encryption before it connects.
+    guard: sets up encryption on a socket before it connects.
     """
 
     def __init__(
@@ -95,9 +98,9 @@ class KvSubscriber:
         self._topic = topic.encode()
         self._guard = guard
         self._quiet_s = quiet_s
-        # The number that comes next; None: no place in the engine's messages is known.
+        # The number of the next expected message; None: no message has been received yet.
         self._next: int | None = None
-        # Of the last messages, by number: what tells a life of the engine from the next.
+        # Digests of the last messages, by number. They show whether the engine has restarted.
         self._digests: dict[int, bytes] = {}
 
     async def run(self) -> None:
@@ -108,14 +111,14 @@ class KvSubscriber:
             except (zmq.ZMQError, OSError) as err:
                 log.warning("KV events of %s: %s", self.endpoint, err)
             except Exception:
-                # A bug here must not end the following of this engine without a word: it begins from nothing.
+                # A bug here must not silently stop following this engine, so it is logged and the index restarts empty.
                 log.exception("KV events of %s could not be taken in", self.endpoint)
                 self._forget()
             self._lose()
             await asyncio.sleep(_RETRY_S)
 
     def forget(self) -> None:
-        """The engine is gone, as others have found: what it says next is a beginning."""
+        """Clear the index, because the engine is gone. Its next message starts a new index."""
         self._forget()
         self._lose()
 
@@ -165,7 +168,7 @@ class KvSubscriber:
                 self._forget()
         if self._next is not None and number < self._next:
             if self._digests.get(number) == _digest(payload):
-                return  # it was replayed before it came
+                return  # the replay delivered this message already
             self._begin_life()
             await self._catch_up()
         elif self._next is not None and number > self._next:
@@ -175,7 +178,7 @@ class KvSubscriber:
         self._stand()
 
     async def _catch_up(self) -> None:
-        """Take what was said beyond what is known; forget what is known where it does not lead there."""
+        """Replay the messages after the last known one. Clear the index if the engine no longer has that message."""
         try:
             if not self._replay:
                 if self._next is not None:
@@ -192,7 +195,7 @@ class KvSubscriber:
             self._stand()
 
     async def _continue(self, last: int) -> bool:
-        """Continue behind message `last`; False: the engine has another one of that number, or none any more."""
+        """Continue after message `last`. False: the engine has another message of that number, or no longer has it."""
         is_known = False
         async with contextlib.aclosing(self._replayed(last)) as messages:
             async for number, payload in messages:
@@ -211,7 +214,7 @@ class KvSubscriber:
         if self._next is not None and number < self._next:
             return
         if self._next is not None and number > self._next:
-            # A publisher drops what its own queue cannot hold, in replays too.
+            # A publisher drops messages when its queue is full, in replays too.
             self.counters.num_gaps += 1
             self._forget()
         self._take(number, payload)
@@ -245,7 +248,7 @@ class KvSubscriber:
         except InvalidRequest as err:
             log.warning("KV events of %s, message %d: %s", self.endpoint, number, err)
             self.counters.num_unread += 1
-            # It may have told of blocks that went.
+            # The lost message may have reported removed blocks.
             self._index.forget()
             self.counters.num_forgotten += 1
             return

@@ -1,4 +1,4 @@
-"""What came into a worker's memory and what went, for routers that keep an index of it. Used from one event loop."""
+"""The log of blocks that a worker's memory gained or lost, for routers that index it. Used from one event loop."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Final
 from antefix.events.block_events import KEY_BYTES, BlockEvent, EventKind
 from antefix.events.numbered_log import EVENT_BLOCKS_MAX, SNAPSHOT_BLOCKS, Batch, Cursor, NumberedLog, snapshot_batches
 
-# Half a MiB of keys, some seconds of a busy worker.
+# Half a MiB of keys: the changes of a busy worker in some seconds.
 NUM_BLOCKS_MAX: Final = 65_536
 
 
 class MemoryLog(NumberedLog[BlockEvent]):
-    """A log of blocks that come and go one by one. names: the hashes that are in memory now."""
+    """A log of single blocks stored and evicted.  names: the hashes of the blocks in memory now."""
 
     def __init__(self, names: Callable[[], Iterable[bytes]], *, num_blocks_max: int = NUM_BLOCKS_MAX) -> None:
         super().__init__(num_blocks_max=num_blocks_max)
         self._names = names
-        # Those of one kind that nobody has been told of yet become one event.
+        # Consecutive changes of one kind that have not been sent yet become one event.
         self._open_kind = EventKind.STORED
         self._open = bytearray()
 
@@ -38,7 +38,7 @@ class MemoryLog(NumberedLog[BlockEvent]):
         return super().since(cursor)
 
     def snapshot(self) -> Iterator[Batch[BlockEvent]]:
-        """What is in memory as of this call."""
+        """A snapshot of the blocks that are in memory at this call."""
         names = list(self._names())
         parts = (names[first : first + SNAPSHOT_BLOCKS] for first in range(0, len(names), SNAPSHOT_BLOCKS))
         return snapshot_batches(self.cursor, ([_stored(part)] for part in parts))
@@ -53,7 +53,7 @@ class MemoryLog(NumberedLog[BlockEvent]):
             self._wake()
 
     def _close(self) -> None:
-        """Number what is open: from now on it may be told, and does not change."""
+        """Give the open event its number. From now on it may be sent, and it no longer changes."""
         if self._open:
             event = BlockEvent(kind=self._open_kind, hashes=bytes(self._open))
             self._open = bytearray()

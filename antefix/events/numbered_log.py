@@ -1,8 +1,8 @@
-"""Numbered events: what changed at a source, for those who keep an index of it elsewhere. Never knows what they say.
+"""Numbered events about changes at a source, for other processes that index it. Never looks into the events.
 
-Numbers count up within an epoch; an epoch is one life of the source. A watcher that knows the epoch and a number still
-in the ring continues there; any other takes a snapshot first, which stands for a number, so that nothing is missed or
-told twice. Telling appends to a bounded ring and never waits for anybody.
+Numbers count up within an epoch, which is one run of the source's process. A watcher that knows the epoch and a number
+that is still in the ring continues there. Any other watcher first takes a snapshot that belongs to a number, so that it
+misses no event and gets none twice. The source appends to a bounded ring and never waits for watchers.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequen
 from dataclasses import dataclass, field
 from typing import Final, Generic, Protocol, TypeVar
 
-# One batch, which is one message on a stream: at most so many events, of blocks whose hashes are 1 MiB.
+# The most events in one batch, which is one message of a stream; and the most blocks, whose hashes take 1 MiB.
 BATCH_EVENTS_MAX: Final = 256
 BATCH_BLOCKS_MAX: Final = 32_768
-# One event, so that one that does not fit a message cannot come to be.
+# The most blocks in one event, so that every event fits into a message.
 EVENT_BLOCKS_MAX: Final = 1_024
 SNAPSHOT_BLOCKS: Final = 8_192
-# How often a source that has no news says that it is alive, where nothing else would show it.
+# How often a source without news sends a heartbeat, where nothing else shows that it is alive.
 ALIVE_S: Final = 2.0
 
 
 class Event(Protocol):
-    """All that a log must know of what it numbers."""
+    """What a log must know about an event."""
 
     @property
     def num_blocks(self) -> int: ...
@@ -38,7 +38,7 @@ E = TypeVar("E", bound=Event)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """Where a watcher stands: after event `number` of `epoch`. The empty one asks for a snapshot."""
+    """A watcher's position: after event `number` of `epoch`. The empty cursor asks for a snapshot."""
 
     epoch: bytes = b""
     number: int = 0
@@ -46,10 +46,13 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch(Generic[E]):
-    """Events that follow each other; the last one's number is the cursor's. Without events: the source stands there.
+    """Consecutive events; the cursor has the last one's number. Without events, it says that this is the source's last
+    number.
 
-    snapshot: a piece of what the source has instead, of use only as a whole. All pieces stand for one number.
-    is_of: through Redis, where the cursor has the epoch's public name: whether the process of an epoch said this.
+    snapshot: whether the batch is a piece of a snapshot instead. A snapshot is valid only when complete; all its pieces
+    have the same number.
+    is_of: for batches through Redis, whose cursor has the epoch's public name: says whether the process with a given
+    epoch signed the batch.
     """
 
     cursor: Cursor
@@ -61,7 +64,10 @@ class Batch(Generic[E]):
 
 
 class NumberedLog(Generic[E]):
-    """The ring of a source's events. Thread-safe. num_blocks_max: how many are kept for watchers that fall behind."""
+    """The ring of a source's events. Thread-safe.
+
+    num_blocks_max: how many blocks' events are kept for watchers that fall behind.
+    """
 
     def __init__(self, *, num_blocks_max: int) -> None:
         self._num_blocks_max = num_blocks_max
@@ -74,11 +80,11 @@ class NumberedLog(Generic[E]):
 
     @property
     def cursor(self) -> Cursor:
-        """Of the last event."""
+        """The cursor after the last event."""
         return Cursor(epoch=self._epoch, number=self._number)
 
     def restart(self) -> None:
-        """Begin another epoch: what was told does not lead to what is there now, so watchers take a snapshot."""
+        """Begin a new epoch, so that watchers take a snapshot: the earlier events do not lead to the present state."""
         with self._lock:
             self._epoch = secrets.token_bytes(16)
             self._number = self._num_blocks = 0
@@ -86,7 +92,7 @@ class NumberedLog(Generic[E]):
         self._wake()
 
     def append(self, events: Iterable[E]) -> None:
-        """Number these events and wake who waits for them."""
+        """Number these events and wake the watchers."""
         self._add(events)
         self._wake()
 
@@ -108,11 +114,11 @@ class NumberedLog(Generic[E]):
 
     @contextlib.contextmanager
     def news(self) -> Iterator[asyncio.Event]:
-        """An event of the running loop that is set when there is something new, in whatever thread that came to be."""
+        """An asyncio event of the running loop that is set when any thread appends to the log."""
         loop, changed = asyncio.get_running_loop(), asyncio.Event()
 
         def wake() -> None:
-            # A loop that has closed has nobody to wake.
+            # A closed loop has no watcher to wake.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(changed.set)
 
@@ -141,7 +147,9 @@ class NumberedLog(Generic[E]):
 
 
 def snapshot_batches(cursor: Cursor, pieces: Iterable[Sequence[E]]) -> Iterator[Batch[E]]:
-    """A snapshot that stands for `cursor`, of events that say what is there. Takes `pieces` one by one."""
+    """The batches of a snapshot that belongs to `cursor`. Its events describe the present state.
+    Reads `pieces` lazily.
+    """
     coming = iter(pieces)
     piece, begins = next(coming, ()), True
     while True:
@@ -161,9 +169,9 @@ def snapshot_batches(cursor: Cursor, pieces: Iterable[Sequence[E]]) -> Iterator[
 async def watch_log(
     log: NumberedLog[E], cursor: Cursor, snapshot: Callable[[], AsyncGenerator[Batch[E], None]]
 ) -> AsyncGenerator[Batch[E], None]:
-    """What a service tells one watcher, for as long as that listens: events from `cursor` on, a snapshot before them
-    where the cursor is of another epoch or too old. The first answer comes at once, so that one who missed nothing
-    knows it.
+    """The batches that a service sends to one watcher, until the watcher leaves: events from `cursor` on, preceded by a
+    snapshot if the cursor is of another epoch or too old. The first batch is sent at once, so that a watcher learns
+    even when it has missed nothing.
     """
     with log.news() as changed:
         answered = False

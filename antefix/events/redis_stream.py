@@ -1,4 +1,4 @@
-"""Numbered events through Redis Streams: who has a log tells each event once, however many read.
+"""Numbered events through Redis Streams: a source writes each event once, for any number of readers.
 
     antefix:memory:{<shard>}     a worker's shard follows from its address, so its entries are in order
     antefix:store:{<name>}       a stream a store; the name is what routers call it, their store_address
@@ -8,10 +8,10 @@
         v  the same with the source's epoch, of which `e` is the public name
 
 No command names two keys, and each key has its hash tag, so streams may lie anywhere in a cluster. Streams are trimmed:
-who falls behind sees a gap in the numbers and takes a snapshot from the source itself, as a new one does. A source
-says now and then that it is alive, with its last number: so the loss of its last events is noticed as well.
+a reader that falls behind sees a gap in the numbers and takes a snapshot from the source itself, as a new reader does.
+A source sends a heartbeat with its last number at intervals, so readers also notice the loss of its last events.
 
-Anyone who can write to Redis could say anything, so what is not signed by this deployment is dropped and counted
+Anyone with access to Redis could write entries, so entries that this deployment did not sign are dropped and counted
 (`event_seal`).
 """
 
@@ -38,9 +38,9 @@ log = logging.getLogger("antefix.events")
 
 T = TypeVar("T")
 
-# An entry is at most 8 KiB of keys: a shard's stream takes 32 MiB at most.
+# An entry has at most 8 KiB of keys, so a shard's stream takes 32 MiB at most.
 MEMORY_STREAMS: Final = tuple(f"antefix:memory:{{{shard}}}" for shard in range(8))
-# Entries a stream keeps, about: seconds to minutes of its sources.
+# About how many entries a stream keeps: seconds to minutes of its sources' events.
 STREAM_LENGTH_MAX: Final = 4_096
 _ALIVE: Final = 0
 _ENTRIES_MAX: Final = 256
@@ -57,7 +57,7 @@ def connect(where: RedisAccess | str) -> Any:
 
 
 def memory_stream(address: str) -> str:
-    """The same in every process."""
+    """The stream of a worker's events, by its address. Every process computes the same name."""
     return MEMORY_STREAMS[hashlib.blake2b(address.encode(), digest_size=1).digest()[0] % len(MEMORY_STREAMS)]
 
 
@@ -66,10 +66,10 @@ def store_stream(name: str) -> str:
 
 
 class StreamPublisher:
-    """`async with`: tells Redis what a source's log says for as long as it lives; without a URL it does nothing.
+    """Within `async with`, writes the events of a source's log to Redis. Without a URL it does nothing.
 
-    The source never waits for it. What it could not tell while Redis was away it tells afterwards, if the log still
-    has it; if not, the numbers have a gap.
+    The source never waits for it. Events that could not be written while Redis was away are written afterwards, if the
+    log still has them; if not, readers see a gap in the numbers.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class StreamPublisher:
         *,
         keys: EventKeys,
     ) -> None:
-        """where: empty: nothing is told.  name: what readers call the source.
+        """where: the Redis server; empty: nothing is written.  name: the source's name for readers.
 
-        Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
+        Raises:  ConfigError: the URL cannot be used. This does not connect yet.
         """
         self._source = source
         self._stream = stream
@@ -126,8 +126,8 @@ class StreamPublisher:
                         await changed.wait()
 
     async def _tell_some(self, redis: Any) -> bool:
-        """Tell what is new, or that the source is alive; whether there is more."""
-        # Without what the ring has gone over: readers see the gap, and ask.
+        """Write new events, or a heartbeat. Returns whether there are more events to write."""
+        # Skip events that the ring has already dropped. Readers see the gap and take a snapshot.
         batch = self._source.since(self._told) or Batch(cursor=self._source.cursor)
         pipeline = redis.pipeline(transaction=False)
         first = batch.cursor.number - len(batch.events) + 1
@@ -147,10 +147,10 @@ class StreamPublisher:
 
 
 class StreamReader:
-    """Reads some streams from now on and hands each entry on with its source's name, in order within a stream.
+    """Reads streams from now on and passes each entry on with its source's name, in order within a stream.
 
-    After a break it continues at the last entry it had. A server that came back empty is read from its beginning: what
-    is told twice is known by its number.
+    After a break it continues after the last entry it read. A server that came back empty is read from the beginning.
+    Readers recognise repeated events by their numbers.
     """
 
     def __init__(
@@ -176,7 +176,7 @@ class StreamReader:
 
     @property
     def dropped(self) -> Mapping[DropReason, int]:
-        """Entries that were not believed, by reason."""
+        """How many entries were dropped, by reason."""
         return self._check.dropped
 
     def start(self) -> None:
@@ -202,8 +202,9 @@ class StreamReader:
                 await asyncio.sleep(_RETRY_S)
 
     async def _find_place(self, stream: str) -> None:
-        """Where to continue: at the stream's end at first, later where it broke, unless the stream is another one
-        now."""
+        """Find where to continue: first at the stream's end, later after the last entry read, unless the stream was
+        replaced by a new one.
+        """
         newest = await self._ask(self._redis.xrevrange(stream, count=1))
         end = newest[0][0].decode() if newest else "0-0"
         last = self._last.setdefault(stream, end)
@@ -219,7 +220,7 @@ class StreamReader:
                 self._hand_on(stream, fields)
 
     def _hand_on(self, stream: str, fields: dict[bytes, bytes]) -> None:
-        """Whatever is no entry of ours is left out: a reader must not fall over what somebody else wrote there."""
+        """Pass an entry on. Ignores entries in an unknown form, so that foreign entries cannot make the reader fail."""
         try:
             if not self._check.lets_in(stream, fields):
                 return
@@ -243,7 +244,7 @@ def _pack(event: BlockEvent) -> dict[str, Any]:
 
 
 def _unpack(fields: dict[bytes, bytes]) -> tuple[BlockEvent, ...]:
-    """Empty: a sign of life.  Raises:  KeyError, ValueError: nothing that we know, so it counts as no event."""
+    """The events of an entry; empty: a heartbeat.  Raises:  KeyError, ValueError: the entry's form is unknown."""
     if int(fields[b"k"]) == _ALIVE:
         return ()
     kind = EventKind(int(fields[b"k"]))

@@ -1,5 +1,5 @@
 """The object tier: segments in an S3-compatible object store or a shared directory, found and read by any host.
 
-docs/OBJECT_STORE.md has the layout and why it is so. `bucket` is where bytes lie, `segment_object` what they mean,
-`object_index` where each record is, `catalog` keeps that fresh, `object_tier` reads, `object_writer` writes.
+docs/OBJECT_STORE.md explains the layout. `bucket` stores bytes, `segment_object` defines their format, `object_index`
+finds records, `catalog` keeps the index up to date, `object_tier` reads, `object_writer` writes.
 """

@@ -1,4 +1,4 @@
-"""Where objects lie: an object store by its URL, or a directory that hosts share. Knows names and bytes, no format."""
+"""Buckets, which hold objects: an object store by its URL, or a shared directory. Knows names and bytes, no format."""
 
 from __future__ import annotations
 
@@ -16,26 +16,28 @@ SCHEMES: Final = (*CLOUD_SCHEMES, "file")
 
 
 class ObjectGone(AntefixError):
-    """There is no such object (any more). The caller takes it for a miss."""
+    """The object does not exist, or was deleted. The caller treats this as a miss."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """name: below the bucket's prefix."""
+    """An object in a listing.  name: relative to the bucket's prefix."""
 
     name: str
     nbytes: int
 
 
 class Bucket(Protocol):
-    """Names are relative to the URL's prefix. Each call may raise Unavailable, which includes what may not be done."""
+    """A bucket. Names are relative to the URL's prefix. Each call may raise Unavailable, also if
+    permission is denied.
+    """
 
     @property
     def url(self) -> str:
-        """As given, for people."""
+        """The URL as it was given, to show to people."""
 
     async def put(self, name: str, parts: Sequence[Buffer]) -> None:
-        """Make an object of these bytes: visible whole, or not at all. One of that name is replaced."""
+        """Write an object with these bytes, atomically. It replaces an object of the same name."""
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         """Bytes [start, stop) of an object; fewer where it ends before.  Raises:  ObjectGone."""
@@ -47,10 +49,10 @@ class Bucket(Protocol):
         """
 
     async def delete(self, names: Sequence[str]) -> None:
-        """Those that are gone already are no error."""
+        """Delete objects. Names that do not exist are no error."""
 
     async def clean(self) -> int:
-        """Delete what uploads that never ended have left. Returns how many there were."""
+        """Delete the leftovers of unfinished uploads. Returns how many there were."""
 
     async def close(self) -> None: ...
 
@@ -82,7 +84,7 @@ def open_bucket(url: str) -> Bucket:
         from antefix.objects.file_bucket import FileBucket
 
         return FileBucket(url, Path(unquote(urlsplit(url).path)))
-    # Here, because only those with an object store have the library.
+    # Imported here, because the library is only installed where an object store is used.
     from antefix.objects.cloud_bucket import CloudBucket
 
     return CloudBucket(url)

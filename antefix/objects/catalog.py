@@ -1,6 +1,6 @@
-"""Where each record of the object tier is, as this process knows it: loaded from tiles, kept fresh from footers.
+"""This process's index of the object tier: where each record is. Loaded from tiles, and updated from footers.
 
-What it knows may be a moment old. A record that came since is found at the next refresh; one that went is a miss.
+It may lag the bucket by a moment. A new record is found after the next refresh; a read of a deleted record is a miss.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ log = logging.getLogger("antefix.objects")
 
 T = TypeVar("T")
 U = TypeVar("U")
-# A footer of 140 records of a few hundred bytes each comes with the first read.
+# The first read of a segment's end. It includes a footer of up to 140 records of a few hundred bytes each.
 _TAIL_BYTES: Final = 64 << 10
 _FOOTERS_IN_FLIGHT: Final = 32
 _TILES_IN_FLIGHT: Final = 2
-# Of one large object.
+# The size of one read of a large object.
 _RANGE_BYTES: Final = 32 << 20
 _RANGES_IN_FLIGHT: Final = 4
-# A tile that goes while it is read was replaced by a larger one, so the list is read again.
+# A tile that disappears during a read was replaced by a larger one. Then the list is read again, at most this often.
 _NUM_TRIES: Final = 4
-# Runs are merged while the older one is no more than this much larger, so a record is merged a few times in all.
+# Two runs are merged if the older one is at most this many times as large. So each record is merged only a few times.
 _MERGE_RATIO: Final = 4
 _EXPIRED_KEPT_MS: Final = 6 * 3_600_000
 
@@ -52,7 +52,7 @@ _EXPIRED_KEPT_MS: Final = 6 * 3_600_000
 class Catalog:
     """Used from one event loop; `find` and `lose` from any thread.
 
-    num_unreadable: segments without a sound footer, which nobody can find anything in before a repair.
+    num_unreadable: segments without a sound footer. Their records cannot be found until a repair.
     """
 
     def __init__(self, bucket: Bucket, *, clock_ms: Callable[[], int] = wall_ms) -> None:
@@ -61,7 +61,7 @@ class Catalog:
         self.loaded_ms = 0
         self._runs: tuple[Run, ...] = ()
         self._unreadable: set[bytes] = set()
-        # Segments past their time that were seen in the bucket, by name.
+        # Expired segments that were seen in the bucket, by name.
         self._expired: dict[str, SegmentRef] = {}
         self._lost: set[bytes] = set()
         self._updating = asyncio.Lock()
@@ -76,16 +76,16 @@ class Catalog:
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """The memory that the index takes, in bytes."""
         return sum(run.nbytes for run in self._runs)
 
     def segments(self) -> list[SegmentRef]:
-        """All that live, oldest first."""
+        """All segments that have not expired, oldest first."""
         now_ms = self.clock_ms()
         return sorted((ref for run in self._runs for ref in run.live(now_ms)), key=lambda ref: ref.created_ms)
 
     def expired(self) -> list[SegmentRef]:
-        """Those past their time that may still be there."""
+        """Expired segments that may still be in the bucket."""
         now_ms = self.clock_ms()
         known = {ref.name: ref for run in self._runs for ref in run.expired(now_ms)}
         return list((self._expired | known).values())
@@ -100,13 +100,13 @@ class Catalog:
         return any(segment_id in run for run in self._runs)
 
     def find(self, kind: RecordKind, hashes: Sequence[bytes], *, alive_ms: int | None = None) -> list[Place | None]:
-        """Where each of these records is.  alive_ms: only where it stays longer than until then; None: until now."""
+        """The place of each of these records.  alive_ms: only segments that expire after this time; None: after now."""
         found: list[Place | None] = [None] * len(hashes)
         if not hashes:
             return found
         keys, alive_ms = keys_of(kind, hashes), self.clock_ms() if alive_ms is None else alive_ms
         open_ = np.arange(len(hashes))
-        # The newest are in the last run, and live longest.
+        # The last run has the newest records, which expire last.
         for run in reversed(self._runs):
             entries = run.search(keys[open_], alive_ms)
             for number in np.flatnonzero(entries >= 0):
@@ -117,25 +117,25 @@ class Catalog:
         return found
 
     def lose(self, segment_id: bytes) -> None:
-        """A segment is not there any more."""
+        """Forget a segment that no longer exists."""
         self._lost.add(segment_id)
         self._expired = {name: ref for name, ref in self._expired.items() if ref.id != segment_id}
         for run in self._runs:
             run.lose(segment_id)
 
     async def add(self, segments: Iterable[tuple[SegmentRef, Sequence[PlacedRecord]]]) -> None:
-        """Take in segments that are known whole, such as those that were just written."""
+        """Add segments whose records are all known, such as segments that were just written."""
         async with self._updating:
             await self._add(run_of(segments))
 
     async def refresh(self) -> None:
-        """Load all of it the first time; later what came and went since.
+        """Load the whole index the first time, and later only the changes since then.
 
-        Raises:  Unavailable: the bucket does not answer; what was known stays.
+        Raises:  Unavailable: the bucket does not answer; the index stays as it was.
         """
         async with self._updating:
             now_ms = self.clock_ms()
-            # All deletions are done by now; others need not remember them for ever.
+            # Segments that expired before this have been deleted, so they can be forgotten.
             since_ms = now_ms - _EXPIRED_KEPT_MS
             self._expired = {name: ref for name, ref in self._expired.items() if ref.expires_ms > since_ms}
             if not self.loaded_ms:
@@ -146,7 +146,7 @@ class Catalog:
             self.loaded_ms = now_ms
 
     async def take_in(self, tile: Tile) -> None:
-        """See to it that all segments of that time are known, whenever they came.  Raises:  Unavailable."""
+        """Load all segments of a tile's period, even those that appeared late.  Raises:  Unavailable."""
         async with self._updating:
             await self._add_listed(await self._listed(tile.start_ms, tile.stop_ms))
 
@@ -167,7 +167,7 @@ class Catalog:
             await self._add_listed(await self._listed(start_ms, stop_ms))
 
     async def _read_tile(self, sized: tuple[Tile, int]) -> Run | None:
-        """None: it is damaged, so its segments' footers are read."""
+        """The records of a tile. None: the tile is damaged, so its segments' footers must be read."""
         tile, nbytes = sized
         raw = await read_object(self.bucket, tile.name, nbytes)
         try:
@@ -177,7 +177,7 @@ class Catalog:
             return None
 
     async def _listed(self, start_ms: int, stop_ms: int | None) -> list[SegmentRef]:
-        """Segments created in that time."""
+        """The segments created in this period, from a listing of the bucket."""
         stop = None if stop_ms is None else segments_from(stop_ms)
         found: list[SegmentRef] = []
         after = segments_from(start_ms)
@@ -199,7 +199,7 @@ class Catalog:
             await self._add(run_of(good))
 
     async def _footer(self, ref: SegmentRef) -> list[RecordHeader]:
-        """Empty: it is gone, or cannot be read."""
+        """The record headers of a segment; empty: the segment is gone or unreadable."""
         try:
             return await read_headers(self.bucket, ref)
         except ObjectGone:
@@ -210,7 +210,7 @@ class Catalog:
             return []
 
     async def _drop_before_oldest(self) -> None:
-        """The oldest are deleted first, so what is older than the oldest that is there is gone."""
+        """Forget segments older than the oldest one in the bucket. They were deleted, because the oldest go first."""
         page = await self.bucket.list_objects(SEGMENTS, num_max=1)
         oldest = SegmentRef.of_name(page[0].name, 0) if page else None
         if page and oldest is None:
@@ -224,7 +224,7 @@ class Catalog:
         runs = [*self._runs, run]
         while len(runs) > 1 and len(runs[-2]) <= _MERGE_RATIO * len(runs[-1]):
             pair = runs[-2:]
-            # They are not in what is merged, and are to be deleted still.
+            # Merging drops expired segments, but they must still be remembered for deletion.
             now_ms = self.clock_ms()
             self._expired |= {ref.name: ref for each in pair for ref in each.expired(now_ms)}
             runs[-2:] = [await asyncio.to_thread(merge, pair, self.clock_ms())]
@@ -235,7 +235,7 @@ class Catalog:
         self._lost.clear()
 
     def take_out(self, wanted: Callable[[SegmentRef], bool]) -> Run:
-        """A run of those of the living segments that are wanted."""
+        """A run of the unexpired segments for which `wanted` is true."""
         return merge([run.only(wanted) for run in self._runs], self.clock_ms())
 
 
@@ -250,9 +250,9 @@ async def read_object(bucket: Bucket, name: str, nbytes: int) -> Buffer:
 
 
 async def read_headers(bucket: Bucket, ref: SegmentRef) -> list[RecordHeader]:
-    """Of all records of a segment, from its footer.
+    """The headers of all records of a segment, from its footer.
 
-    Raises:  ObjectGone.  BlockCorrupt: no sound footer.
+    Raises:  ObjectGone.  BlockCorrupt: the footer is missing or damaged.
     """
     start = max(0, ref.nbytes - _TAIL_BYTES)
     tail = memoryview(await bucket.read(ref.name, start, ref.nbytes)).cast("B")
@@ -268,7 +268,7 @@ async def read_headers(bucket: Bucket, ref: SegmentRef) -> list[RecordHeader]:
 async def all_headers(
     catalog: Catalog, wanted: Callable[[SegmentRef], bool] = lambda _: True
 ) -> list[tuple[SegmentRef, list[RecordHeader]]]:
-    """Of all segments that live and are wanted, oldest first."""
+    """The headers of all unexpired segments for which `wanted` is true, oldest first."""
 
     async def read(ref: SegmentRef) -> list[RecordHeader]:
         try:
@@ -281,7 +281,9 @@ async def all_headers(
 
 
 async def all_of(call: Callable[[U], Awaitable[T]], items: Sequence[U], num_max: int) -> list[T]:
-    """All answers, in order; at most so many calls at a time. The first error ends the others."""
+    """The results of all calls, in order, with at most `num_max` calls at a time. The first error
+    cancels the others.
+    """
     turn = asyncio.Semaphore(num_max)
 
     async def one(item: U) -> T:

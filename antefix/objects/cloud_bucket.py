@@ -12,34 +12,37 @@ from antefix.errors import ConfigError, Unavailable
 from antefix.objects.bucket import ObjectGone, StoredObject
 from antefix.record import Buffer
 
-# The library asks again by itself after a reset or an answer of 5xx or 429, with growing pauses. A read that takes
-# longer is a miss: somebody waits for it.
+# The library retries after a connection reset or a status of 5xx or 429, with growing pauses. A read that needs more
+# retries is a miss, because a request waits for it.
 _NUM_RETRIES: Final = 4
 _RETRY_S: Final = 8.0
-# Of one request with its answer: a segment at 2 MB/s.
+# The time limit of one request with its answer: enough for a segment at 2 MB/s.
 _REQUEST_S: Final = 30.0
 _CONNECT_S: Final = 3.0
 _ENDING_S: Final = 0.05
-# An object that is shorter than the range's start: cut, since its length was read.
+# The error for a range that starts after an object's end: the object has become shorter since its length was read.
 _PAST_THE_END: Final = "416 Range Not Satisfiable"
-# Deletes in one request: S3 takes so many, Azure 256. More of them in a call would be several requests at once, and a
-# slow server lets the last of these run out of time.
+# The most deletes in one request: S3 accepts 1,000, Azure 256. More deletes in one call would become several requests
+# at once, and on a slow server the last of them would time out.
 _DELETES_MAX: Final = 1000
 _AZURE_DELETES_MAX: Final = 256
 _AZURE: Final = "az://"
-# What is put is put together in one buffer that is used again: fresh memory costs more than the copy. Larger ones go.
+# An object's parts are joined in one reused buffer, because new memory costs more than the copy. A buffer larger than
+# this is freed.
 _SPARE_BYTES_MAX: Final = 64 << 20
 _SPARE_STEP_BYTES: Final = 4 << 20
-# S3 may be told a digest of what is put, which takes a third of an upload's processor time. Records have checksums and
-# seals of their own, which each reader holds against what comes.
+# Skip the digest of the object that S3's signature may include: it takes a third of an upload's processor time. Readers
+# check the checksums and seals of the records themselves.
 _S3_CONFIG: Final = {"unsigned_payload": True}
 
 
 class CloudBucket:
-    """Credentials, region and endpoint come from the variables that the stores' own tools read."""
+    """A bucket in the cloud. Credentials, region and endpoint come from the variables that the
+    stores' own tools read.
+    """
 
     def __init__(self, url: str) -> None:
-        """Raises:  ConfigError: obstore is not installed, or the environment's settings make no store."""
+        """Raises:  ConfigError: obstore is not installed, or the settings in the environment are invalid."""
         try:
             import obstore
             from obstore import exceptions
@@ -57,7 +60,7 @@ class CloudBucket:
                 client_options={
                     "timeout": timedelta(seconds=_REQUEST_S),
                     "connect_timeout": timedelta(seconds=_CONNECT_S),
-                    # Plain HTTP where the endpoint in the environment says so: S3's own are https.
+                    # Allows plain HTTP if the endpoint in the environment uses it; S3's own endpoints use https.
                     "allow_http": True,
                 },
                 retry_config={"max_retries": _NUM_RETRIES, "retry_timeout": timedelta(seconds=_RETRY_S)},
@@ -68,14 +71,15 @@ class CloudBucket:
     async def put(self, name: str, parts: Sequence[Buffer]) -> None:
         buffer, nbytes = self._joined(parts)
         with self._telling(name):
-            # One request, however large: what it leaves when it breaks off is nothing.
+            # Always one request, even for large objects, so that an interrupted upload leaves nothing behind.
             await self._library.put_async(self._store, name, memoryview(buffer)[:nbytes], use_multipart=False)
-        # Of a put that failed or was cancelled the library may be sending still: its buffer is nobody's again.
+        # Reuse the buffer only after a successful put: after a failed or cancelled one, the library may still be
+        # sending it.
         if len(buffer) <= _SPARE_BYTES_MAX:
             self._spare = buffer
 
     def _joined(self, parts: Sequence[Buffer]) -> tuple[bytearray, int]:
-        """The parts one behind the other, and how long they are; the buffer may be longer."""
+        """A buffer with all parts concatenated, and their total length. The buffer may be longer."""
         views = [memoryview(part).cast("B") for part in parts]
         nbytes = sum(view.nbytes for view in views)
         buffer, self._spare = self._spare, None
@@ -100,7 +104,7 @@ class CloudBucket:
         return memoryview(data)
 
     async def list_objects(self, under: str, *, after: str = "", num_max: int | None = None) -> list[StoredObject]:
-        # In a thread: the library's own asynchronous listing may still be at work when Python ends, which aborts it.
+        # List in a thread: the library's asynchronous listing may still run when Python exits, and then crashes it.
         return await asyncio.to_thread(self._list_names, under, after, num_max)
 
     def _list_names(self, under: str, after: str, num_max: int | None) -> list[StoredObject]:
@@ -110,7 +114,7 @@ class CloudBucket:
                 self._store, prefix=under.rstrip("/"), offset=after or None, chunk_size=min(num_max or 1000, 1000)
             )
             for page in pages:
-                # The prefix's own name counts as none below it; some servers list it.
+                # Skip the prefix itself, which some servers list.
                 found += [StoredObject(each["path"], each["size"]) for each in page if each["path"].startswith(under)]
                 if num_max is not None and len(found) >= num_max:
                     break
@@ -125,7 +129,8 @@ class CloudBucket:
                 with self._telling(part[0]):
                     await self._library.delete_async(self._store, part)
             except ObjectGone:
-                # S3 takes what is not there for deleted. Others say so, and may have stopped there.
+                # S3 reports missing objects as deleted. Other stores report an error, and may have stopped at that
+                # object.
                 for name in part if len(part) > 1 else ():
                     await self.delete([name])
 
@@ -133,7 +138,7 @@ class CloudBucket:
         return 0
 
     async def close(self) -> None:
-        # What the library's threads have begun may end, so that it does not meet the end of Python.
+        # Let the library's threads finish, because they may crash when Python exits.
         await asyncio.sleep(_ENDING_S)
 
     @contextlib.contextmanager
@@ -147,5 +152,5 @@ class CloudBucket:
 
 
 def _first_line(err: Exception) -> str:
-    """The library's messages continue with the whole chain of causes."""
+    """The first line of an error. The library's messages continue with the whole chain of causes."""
     return str(err).strip().partition("\n")[0][:300]

@@ -1,4 +1,4 @@
-"""A bucket that is a directory, which hosts may share. Writes are drafts that are renamed when they are whole."""
+"""A bucket in a directory, which hosts may share. Objects are written to temporary files and then renamed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from antefix.record import Buffer
 
 T = TypeVar("T")
 _DRAFT: Final = ".draft-"
-# No upload takes this long.
+# Longer than any upload takes. An older temporary file is a leftover.
 _DRAFT_LIFE_S: Final = 3600.0
 
 _NUM_THREADS: Final = 8
 
 
 class FileBucket:
-    """Blocking calls run in threads."""
+    """A bucket in a directory. Blocking calls run in threads."""
 
     def __init__(self, url: str, directory: Path) -> None:
         self.url = url
         self.directory: Final = directory
-        # Its own: where the directory's mount hangs, nothing else does.
+        # A separate thread pool, so that a hanging mount of the directory blocks nothing else.
         self._threads: Final = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="antefix-bucket")
 
     async def put(self, name: str, parts: Sequence[Buffer]) -> None:
@@ -104,7 +104,7 @@ class FileBucket:
         return self.directory.glob(f"*/{_DRAFT}*")
 
     async def close(self) -> None:
-        """Nothing is held open; a thread that hangs is left behind."""
+        """Stop the threads, without waiting for one that hangs."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:

@@ -1,7 +1,7 @@
-"""Keeps the object tier to its budget, quotas and times to live, and writes its index. Any number of hosts may.
+"""Enforces the object tier's budget, quotas and times to live, and writes its index. Any number of hosts may run it.
 
-Each acts on what it knows, and what two of them do is the same: they delete what has expired and what is oldest, and a
-tile of the index follows from the segments of its time. Readers need not be told (docs/OBJECT_STORE.md).
+Hosts need no coordination, because all make the same decisions: they delete expired segments and the oldest ones, and a
+tile of the index follows from the segments of its period. Readers need no notice (docs/OBJECT_STORE.md).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from antefix.objects.object_index import pack_run
 from antefix.objects.segment_object import SegmentRef
 from antefix.objects.tiles import INDEX, LEVEL_MAX, Tile, largest
 
-# Below the limit, so that not every pass deletes something.
+# Delete down to this share of the limit, so that not every pass has to delete something.
 _KEPT_SHARE: Final = 0.95
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectLimits:
-    """In bytes of segments; 0: none.  quotas: of single tenants, by their digests, instead of `tenant_bytes`."""
+    """Limits in bytes of segments; 0: no limit.  quotas: for single tenants, by digest, in place of `tenant_bytes`."""
 
     budget_bytes: int = 0
     tenant_bytes: int = 0
@@ -34,7 +34,7 @@ class ObjectLimits:
 
 @dataclass(slots=True)
 class JanitorCounters:
-    """Segments that were deleted, by why, and tiles that were written."""
+    """Counts deleted segments, by reason, and written tiles."""
 
     num_expired: int = 0
     num_over_budget: int = 0
@@ -50,7 +50,7 @@ class Janitor:
         self._limits = limits
 
     async def tidy(self) -> None:
-        """One pass.  Raises:  Unavailable: the bucket does not answer; the next pass does the rest."""
+        """Run one clean-up.  Raises:  Unavailable: the bucket does not answer; the next clean-up does the rest."""
         await self._catalog.refresh()
         self.counters.num_expired += await self.delete(self._catalog.expired())
         self.counters.num_over_quota += await self.delete(self._over_quota())
@@ -59,7 +59,7 @@ class Janitor:
         self.counters.num_drafts += await self._catalog.bucket.clean()
 
     async def delete(self, refs: Iterable[SegmentRef]) -> int:
-        """Segments, even those in use: their readers find that they are gone. Returns how many."""
+        """Delete segments, even while they are read: readers notice that they are gone. Returns how many."""
         gone = list(refs)
         if gone:
             await self._catalog.bucket.delete([ref.name for ref in gone])
@@ -90,7 +90,7 @@ class Janitor:
                 if above.due(now_ms) and _lives(above, living):
                     await self._write(above)
                     there.add(above)
-        # Only by those that every reader could see: who lists now and reads then finds one or the other.
+        # Delete a tile only if the larger tile existed before this pass, so that every reader finds one of the two.
         kept = set(largest(before))
         empty = {tile for tile in kept if not _lives(tile, living)}
         await catalog.bucket.delete([tile.name for tile in sorted((before - kept) | empty)])
@@ -104,7 +104,7 @@ class Janitor:
 
 
 def _oldest(refs: Sequence[SegmentRef], bytes_max: int) -> list[SegmentRef]:
-    """What goes, of segments oldest first, when they may take no more than that; 0: no limit."""
+    """The segments to delete, so that the rest takes at most `bytes_max`; 0: no limit.  refs: oldest first."""
     excess = sum(ref.nbytes for ref in refs) - bytes_max
     if not bytes_max or excess <= 0:
         return []

@@ -1,7 +1,7 @@
-"""Which record is in which segment of the object tier: sorted arrays, searched in memory. Pure; knows no bucket.
+"""The index of the object tier: which record is in which segment, in sorted arrays in memory. No I/O.
 
-A *run* has the records of some segments, 20 bytes each, sorted by 8 bytes of their hashes. Two records with equal 8
-bytes are no trouble: a reader checks the whole hash where the record lies. docs/OBJECT_STORE.md, "The index".
+A *run* has the records of some segments, 20 bytes each, sorted by 8 bytes of their hashes. If two records share these
+8 bytes, no harm is done: a reader compares the whole hash with the record's header. docs/OBJECT_STORE.md, "The index".
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Numbers = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a record lies."""
+    """The place of a record: segment, offset and length."""
 
     segment: SegmentRef
     offset: int
@@ -53,12 +53,12 @@ class Run:
     def __init__(
         self, segments: Sequence[SegmentRef], keys: Keys, numbers: Numbers, offsets: Numbers, extents: Numbers
     ) -> None:
-        """numbers: which of `segments`."""
+        """numbers: for each record, the number of its segment in `segments`."""
         self.segments: Final = tuple(segments)
         self.keys, self.numbers, self.offsets, self.extents = keys, numbers, offsets, extents
         self._number_of: Final = {segment.id: number for number, segment in enumerate(segments)}
         expires = [segment.expires_ms or np.iinfo(np.int64).max for segment in segments]
-        # A segment that is gone has expired long ago.
+        # The expiry of each segment. A deleted segment is marked as expired long ago.
         self._expires: Final = np.array(expires, np.int64)
 
     def __len__(self) -> int:
@@ -66,14 +66,14 @@ class Run:
 
     @property
     def nbytes(self) -> int:
-        """What its arrays take."""
+        """The size of the arrays in bytes."""
         return len(self) * ENTRY_BYTES + len(self.segments) * SEGMENT_ROW.size
 
     def __contains__(self, segment_id: bytes) -> bool:
         return segment_id in self._number_of
 
     def lose(self, segment_id: bytes) -> bool:
-        """The segment is not there any more. Returns whether it was known."""
+        """Forget a segment that no longer exists. Returns whether it was known."""
         number = self._number_of.get(segment_id)
         if number is None or self._expires[number] == 0:
             return False
@@ -84,11 +84,11 @@ class Run:
         return [self.segments[number] for number in np.flatnonzero(self._expires > now_ms)]
 
     def expired(self, now_ms: int) -> list[SegmentRef]:
-        """Past their time, and not known to be gone."""
+        """The expired segments that are not known to be deleted."""
         return [self.segments[number] for number in np.flatnonzero((self._expires > 0) & (self._expires <= now_ms))]
 
     def only(self, wanted: Callable[[SegmentRef], bool]) -> Run:
-        """Of these segments alone; a record of others has no place in it."""
+        """A run with only the records of the wanted segments."""
         chosen = [number for number, ref in enumerate(self.segments) if wanted(ref)]
         renumbered = np.full(len(self.segments) + 1, -1, np.int64)
         renumbered[chosen] = np.arange(len(chosen))
@@ -105,7 +105,7 @@ class Run:
         return run
 
     def search(self, keys: Keys, alive_ms: int) -> npt.NDArray[np.int64]:
-        """Of each key, its entry in a segment that lives longer than that, or -1."""
+        """For each key, the number of its entry in a segment that expires after `alive_ms`, or -1."""
         if not len(self.keys):
             return np.full(len(keys), -1, np.int64)
         at = np.searchsorted(self.keys, keys)
@@ -118,7 +118,7 @@ class Run:
                 return found
             good = same & (self._expires[self.numbers[here]] > alive_ms)
             found[good] = here[good]
-            # The same key again, in another segment: an older copy, or what is double.
+            # The next entry may have the same key in another segment: an older or a duplicate copy.
             at = np.where(same & ~good, at + 1, last + 1)
 
     def place(self, entry: int) -> Place:
@@ -130,7 +130,7 @@ class Run:
 
 
 def keys_of(kind: RecordKind, hashes: Sequence[bytes]) -> Keys:
-    """A checkpoint has its block's hash, so its key comes from other bytes of it."""
+    """The index keys of records. A checkpoint has its block's hash, so its key is made from other bytes of the hash."""
     words = np.frombuffer(b"".join(hashes), np.dtype("<u8")).reshape(len(hashes), HASH_BYTES // 8)
     return np.ascontiguousarray(words[:, 0 if kind is RecordKind.BLOCK else 1])
 
@@ -153,7 +153,7 @@ def run_of(segments: Iterable[tuple[SegmentRef, Sequence[PlacedRecord]]]) -> Run
 
 
 def merge(runs: Sequence[Run], now_ms: int) -> Run:
-    """One run of what lives of these; a segment that several have is taken once."""
+    """Merge runs, without expired segments. A segment that is in several runs is taken once."""
     refs: list[SegmentRef] = []
     seen: set[bytes] = set()
     parts: list[tuple[Keys, Numbers, Numbers, Numbers]] = []
@@ -191,7 +191,7 @@ def pack_run(run: Run) -> list[Buffer]:
 
 
 def unpack_run(raw: Buffer) -> Run:
-    """Raises:  BlockCorrupt: no tile, damaged, or of a version that this build does not know."""
+    """Raises:  BlockCorrupt: it is not a tile, is damaged, or has an unknown version."""
     data = memoryview(raw).cast("B")
     if data.nbytes < INDEX_HEADER.size or bytes(data[:8]) != INDEX_MAGIC:
         raise BlockCorrupt("this is not a tile of an index")

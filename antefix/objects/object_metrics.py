@@ -1,4 +1,4 @@
-"""What a reader of the object tier shows. The counters are the tier's own; here are their names."""
+"""Metrics of a reader of the object tier: the names under which the tier's counters are shown."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ READS: Final[Table] = {
 
 
 def object_metrics(tier: ObjectTier) -> Iterable[Metric]:
-    """Of what belongs to the event loop."""
+    """Metrics of the tier's reads. Call it on the tier's event loop."""
     yield from families(READS, tier.counters)
     yield from catalog_metrics(tier.catalog)
 
 
 def catalog_metrics(catalog: Catalog) -> Iterable[Metric]:
-    """What this process knows of the tier."""
+    """Metrics of this process's index of the tier."""
     yield gauge(
         "antefix_object_known_records", "Records of the tier that this process knows.", {(): catalog.num_records}
     )

@@ -19,19 +19,20 @@ from antefix.store_files.record_format import RECORD_HEADER_BYTES, Codec, Record
 from antefix.store_files.record_header import RecordHeader, sealed_part, unpack_record_header
 from antefix.store_files.seal import Seals
 
-# What one read asks for. Larger ones lose more when one breaks off, smaller ones pay for more requests.
+# The largest range of one read. Larger ranges lose more when a read breaks off; smaller ranges need more requests.
 RANGE_BYTES_MAX: Final = 4 << 20
-# Read for nothing rather than ask twice: what an object store sends while one more request would be on its way.
+# A gap up to this size is read along with its neighbours, because a second request would take longer.
 GAP_BYTES_MAX: Final = 128 << 10
-# Of one process, so 64 MiB of memory at most.
+# How many reads one process has in flight; they take 64 MiB of memory at most.
 READS_IN_FLIGHT: Final = 16
 _DECODING_THREADS: Final = 4
 
 
 @dataclass(slots=True)
 class ObjectReadCounters:
-    """num_gone: segments that were deleted under a reader.  num_read_again: records that failed a check once, num_bad
-    twice, or were in a segment that is gone."""
+    """num_gone: segments that were deleted while they were read.  num_read_again: records that failed a check once.
+    num_bad: records that failed twice, or whose segment is gone.
+    """
 
     num_blocks: int = 0
     num_ranges: int = 0
@@ -43,9 +44,9 @@ class ObjectReadCounters:
 
 @dataclass(slots=True, eq=False)
 class ObjectWanted:
-    """A record to read. into: where its payload goes, once its length is known.
+    """A record to read.  into: gives the buffer for its payload, once the length is known.
 
-    header: when it has been read.  problem: why it is not right; empty: it is, or was not read.
+    header: set when it has been read.  problem: why a check failed; empty: no check has failed.
     """
 
     hash: bytes
@@ -57,7 +58,7 @@ class ObjectWanted:
 
 
 def ranges_of(wanted: Sequence[ObjectWanted]) -> list[list[ObjectWanted]]:
-    """What is read together: near each other in one segment, and not too much."""
+    """Group records into ranges to read at once: near each other in one segment, and not too large."""
     order = sorted(wanted, key=lambda each: (each.place.segment.name, each.place.offset))
     found: list[list[ObjectWanted]] = []
     for want in order:
@@ -73,7 +74,9 @@ def ranges_of(wanted: Sequence[ObjectWanted]) -> list[list[ObjectWanted]]:
 
 
 class ObjectReads:
-    """seals: with them only sealed records are right.  decrypt: of what is encrypted. Used from one event loop."""
+    """Reads ranges. Used from one event loop.  seals: if given, only sealed records are accepted.  decrypt: decrypts
+    encrypted records.
+    """
 
     def __init__(self, bucket: Bucket, *, seals: Seals | None = None, decrypt: Decrypt | None = None) -> None:
         self._bucket = bucket
@@ -84,9 +87,9 @@ class ObjectReads:
         self.counters: Final = ObjectReadCounters()
 
     async def read(self, kind: RecordKind, wanted: list[ObjectWanted], *, fingerprint: bytes, tenant: bytes) -> None:
-        """One range; each record says afterwards whether it is right.
+        """Read one range. Afterwards each record's `problem` says whether it passed the checks.
 
-        Nobody writes into a record's buffer after this returned, raised or was cancelled.
+        No thread writes into a record's buffer after this returned, raised or was cancelled.
         Raises:  ObjectGone, Unavailable.
         """
         segment, start, stop = wanted[0].place.segment, wanted[0].place.offset, wanted[-1].place.stop
@@ -127,7 +130,7 @@ class ObjectReads:
     def _take_one(
         self, kind: RecordKind, want: ObjectWanted, raw: memoryview, fingerprint: bytes, tenant: bytes
     ) -> None:
-        """Raises:  BlockCorrupt, ValueError: it is not what it should be."""
+        """Check one record and copy its payload.  Raises:  BlockCorrupt, ValueError: a check failed."""
         place = want.place
         head = bytes(raw[:RECORD_HEADER_BYTES])
         header = unpack_record_header(head, place.segment.seed)
@@ -135,7 +138,7 @@ class ObjectReads:
         if found != (kind, want.hash, fingerprint, SEGMENT_NUMBER, place.offset, place.extent_bytes):
             raise BlockCorrupt("this is another record than the index names")
         stored = raw[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + header.stored_bytes]
-        # A payload that lies there as it was sealed is held against its seal alone, which tells more than a checksum.
+        # A raw, unencrypted payload is checked by its seal alone, which proves more than a checksum.
         is_sealed = self._seals is not None and header.codec == Codec.RAW and not header.flags & RecordFlag.ENCRYPTED
         if not is_sealed:
             _check_sum(header, stored)
@@ -155,7 +158,7 @@ class ObjectReads:
         if self._seals is not None and not self._seals.fits(
             sealed, into, kind=kind, block_hash=want.hash, fingerprint=fingerprint, tenant=tenant
         ):
-            # What was damaged on its way was forged by nobody.
+            # Check the checksum first, so that damage in transit is not reported as a forgery.
             _check_sum(header, stored)
             self._seals.num_broken += 1
             raise BlockCorrupt("the record was not sealed by this deployment")
@@ -163,6 +166,6 @@ class ObjectReads:
 
 
 def _check_sum(header: RecordHeader, stored: memoryview) -> None:
-    """Raises:  BlockCorrupt: these are not the bytes that were stored."""
+    """Raises:  BlockCorrupt: the bytes do not have the header's checksum."""
     if payload_checksum(stored) != header.payload_checksum:
         raise BlockCorrupt("a wrong checksum")

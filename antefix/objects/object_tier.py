@@ -20,7 +20,7 @@ from antefix.store_files.segment_reader import wall_ms
 
 log = logging.getLogger("antefix.objects")
 
-# How old what is known of the bucket may be before a look-up has it read again, behind the answer.
+# If the index is older than this, a look-up starts a refresh in the background.
 REFRESH_S: Final = 30.0
 # After a read of the bucket's names failed.
 _RETRY_S: Final = 5.0
@@ -48,7 +48,7 @@ class ObjectTier:
         self._next_s = 0.0
 
     async def load(self) -> None:
-        """Returns when it is known what is there.  Raises:  Unavailable: the bucket does not answer."""
+        """Load the tier's index.  Raises:  Unavailable: the bucket does not answer."""
         await self._be_fresh()
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
@@ -88,7 +88,7 @@ class ObjectTier:
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
-        """The leading ones of these, whole, to be stored elsewhere."""
+        """The leading ones of these records, with headers, so that they can be put into another store."""
         payloads: dict[int, bytearray] = {}
 
         def allocate(number: int, nbytes: int) -> memoryview:

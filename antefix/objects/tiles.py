@@ -1,4 +1,4 @@
-"""Tiles of time: which stretch of segments an index object covers, and which of them a reader takes. Pure."""
+"""Tiles: the periods that index objects cover, and which tiles a reader loads. No I/O."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Tile:
         return self.start_ms <= created_ms < self.stop_ms
 
     def due(self, now_ms: int) -> bool:
-        """Nothing is added to it any more."""
+        """Whether the tile may be written: no further segment belongs to its period."""
         return self.stop_ms + GRACE_MS <= now_ms
 
     @classmethod
@@ -63,7 +63,7 @@ class Tile:
 
 
 def largest(tiles: Iterable[Tile]) -> list[Tile]:
-    """Those that no other one covers, by time."""
+    """The tiles that no larger tile covers, in order of time."""
     there = set(tiles)
     return sorted((tile for tile in there if not _is_covered(tile, there)), key=lambda tile: tile.start_ms)
 

@@ -1,6 +1,6 @@
-"""Who may call what: one row per method of every service. A method without a row can be called by nobody.
+"""Which roles may call which method: one row per method of every service. Nobody may call a method without a row.
 
-A service that is open (no TLS, no secret: docs/SECURITY.md, "One host") does not ask this table.
+An open service (no TLS, no secret: docs/SECURITY.md, "One host") does not use this table.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ class GrantRule(StrEnum):
     """Whether a call needs a router's grant for a tenant."""
 
     NONE = "none"
-    # Checked where it is shown; what needs it says so itself.
+    # A grant is checked if one is shown. The method itself asks for it where it needs one.
     OPTIONAL = "optional"
     NEEDED = "needed"
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """One row."""
+    """One row: who may call a method, and whether the call needs a grant."""
 
     roles: frozenset[Role]
     grant: GrantRule = GrantRule.NONE
@@ -35,7 +35,7 @@ def _row(*roles: Role, grant: GrantRule = GrantRule.NONE) -> Access:
 
 _ROUTER, _OPERATOR, _LOCAL = Role.ROUTER, Role.OPERATOR, Role.LOCAL
 _WORKERS: Final = (Role.PREFILL, Role.DECODE)
-# Those who fill and read the store.
+# The roles that write to and read from the store.
 _FILLING: Final = (*_WORKERS, Role.ENGINE)
 _CLIENTS: Final = (Role.FRONTEND, Role.TENANT, _OPERATOR, _LOCAL)
 _EVERYBODY: Final = tuple(role for role in Role if role is not Role.NOBODY)
@@ -43,13 +43,13 @@ _GRANTED: Final = GrantRule.NEEDED
 NO_ROW: Final = Access(frozenset())
 
 TABLE: Final[dict[str, Access]] = {
-    # What applications call. The tenant comes from who they are.
+    # Calls of applications. The caller's identity gives the tenant.
     "/antefix.v1.RouterService/Generate": _row(*_CLIENTS),
     "/antefix.v1.UsageService/Export": _row(*_CLIENTS),
     "/antefix.v1.UsageService/GetReceipt": _row(*_CLIENTS),
-    # It names workers' addresses.
+    # Its answer names workers' addresses.
     "/antefix.v1.RouterService/RouterStatus": _row(_OPERATOR, _LOCAL),
-    # So do these, of workers that are not ours; explaining a request acts for any tenant.
+    # These answers name the addresses of engines' workers; explaining a request may read any tenant's data.
     "/antefix.v1.FleetService/FleetStatus": _row(_OPERATOR, _LOCAL),
     "/antefix.v1.FleetService/ExplainRequest": _row(_OPERATOR, _LOCAL),
     "/antefix.v1.RouterService/RegisterWorker": _row(*_WORKERS),
@@ -61,24 +61,24 @@ TABLE: Final[dict[str, Access]] = {
     "/antefix.v1.MemoryService/WatchMemory": _row(_ROUTER),
     "/antefix.v1.WindowService/WindowStatus": _row(_OPERATOR),
     "/antefix.v1.WindowService/SetStrategy": _row(_OPERATOR),
-    # What belongs to tenants.
+    # Calls on tenants' records.
     "/antefix.v1.KvStoreService/Lookup": _row(_ROUTER, *_FILLING, _OPERATOR, grant=_GRANTED),
     "/antefix.v1.KvStoreService/Fate": _row(_ROUTER, *_WORKERS, _OPERATOR, grant=_GRANTED),
     "/antefix.v1.KvStoreService/Get": _row(*_FILLING, _OPERATOR, grant=_GRANTED),
-    # An operator moves house: `antefix store copy`, `antefix drain`.
+    # Operators copy records between stores: `antefix store copy`, `antefix drain`.
     "/antefix.v1.KvStoreService/Put": _row(*_FILLING, _OPERATOR, grant=_GRANTED),
     "/antefix.v1.KvStoreService/Pin": _row(_ROUTER, Role.ENGINE, _OPERATOR, grant=_GRANTED),
     "/antefix.v1.KvStoreService/Evict": _row(_ROUTER, Role.ENGINE, _OPERATOR, grant=_GRANTED),
     "/antefix.v1.KvStoreService/Purge": _row(_OPERATOR, grant=_GRANTED),
-    # Uses are told in one call for all tenants. Naming a record as forged takes a grant for its owner.
+    # One call reports the uses of all tenants' records. Only reporting a record as forged needs a grant for its owner.
     "/antefix.v1.KvStoreService/Touch": _row(*_FILLING, grant=GrantRule.OPTIONAL),
-    # Of no tenant. Watching tells the names of all blocks, so it is for routers alone.
+    # Calls for no tenant. Watch reveals the names of all blocks, so only routers may call it.
     "/antefix.v1.KvStoreService/Register": _row(*_FILLING, _OPERATOR),
     "/antefix.v1.KvStoreService/Watch": _row(_ROUTER),
-    # Names and owners of all that is stored; the records themselves take a grant.
+    # Lists names and owners of all records. Reading the records themselves needs a grant.
     "/antefix.v1.KvStoreService/Contents": _row(_OPERATOR),
     "/antefix.v1.KvStoreService/Stats": _row(_ROUTER, *_FILLING, _OPERATOR),
-    # What every service has.
+    # Methods of every service.
     "/antefix.v1.AboutService/About": _row(_ROUTER, _OPERATOR),
     "/grpc.health.v1.Health/Check": _row(*_EVERYBODY),
     "/grpc.health.v1.Health/List": _row(*_EVERYBODY),

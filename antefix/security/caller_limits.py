@@ -1,7 +1,7 @@
-"""How much of a port one address may take, so that nobody takes all of it: calls that run, and connections they are on.
+"""Limits the running calls and connections of one address on a port, so that no address can use up the whole port.
 
-Services of a deployment and front ends are not counted: behind their addresses are many callers, who are counted there.
-gRPC tells of a connection only with its calls. Those without any are counted and closed in `idle_connections`.
+Services of the deployment and front ends are exempt: each serves many callers, and counts them itself. gRPC reports a
+connection only with its calls. `idle_connections` counts and closes connections without calls.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from urllib.parse import unquote
 from antefix.errors import Overloaded
 from antefix.security.identity import Identity, Role
 
-# Twice what one connection may have: clients put all of their calls on one.
+# Twice the limit of one connection. Clients send all their calls over one connection.
 CALLS_MAX: Final = 2048
 CONNECTIONS_MAX: Final = 256
-# Where nobody looks at connections, their names are forgotten at so many.
+# Where connections cannot be listed, their names are forgotten at this number.
 _NUM_KNOWN_MAX: Final = 1 << 16
 # Address and port of a connection's other end.
 Peer = tuple[str, int]
@@ -27,14 +27,16 @@ _FOR_MANY: Final = frozenset({Role.ROUTER, Role.PREFILL, Role.DECODE, Role.KVSTO
 
 
 def peer_of(name: str) -> Peer | None:
-    """As gRPC names it: "ipv4:1.2.3.4:5678", "ipv6:[::1]:5678" or "ipv6:%5B::1%5D:5678"; None: a socket file."""
+    """Address and port of a gRPC peer name: "ipv4:1.2.3.4:5678", "ipv6:[::1]:5678" or "ipv6:%5B::1%5D:5678"; None: a
+    socket file.
+    """
     kind, _, rest = name.partition(":")
     host, _, port = unquote(rest).rpartition(":")
     return (plain_address(host.strip("[]")), int(port)) if kind in ("ipv4", "ipv6") and port.isdigit() else None
 
 
 def plain_address(host: str) -> str:
-    """An IPv4 address that is written as an IPv6 one is the same address."""
+    """The address in one form: an IPv4 address written as IPv6 becomes plain IPv4."""
     with contextlib.suppress(ValueError):
         address = ipaddress.ip_address(host.partition("%")[0])
         mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
@@ -43,22 +45,22 @@ def plain_address(host: str) -> str:
 
 
 class CallerLimits:
-    """Of one server. Not thread-safe: for its event loop."""
+    """The limits of one server. Not thread-safe: used from the server's event loop."""
 
     def __init__(self, calls_max: int = CALLS_MAX, connections_max: int = CONNECTIONS_MAX) -> None:
         self.calls_max, self.connections_max = calls_max, connections_max
-        # Calls by address, and by address and port.
+        # Running calls by address.
         self._calls: Counter[str] = Counter()
         self._on: dict[str, Counter[str]] = {}
-        # Of connections: how many calls run, whether they had any, and whether a service's.
+        # For each connection: how many calls run, whether it ever had a call, and whether a service uses it.
         self._running: Counter[Peer] = Counter()
         self._known: dict[Peer, bool] = {}
 
     @contextlib.contextmanager
     def taken(self, peer: str, identity: Identity) -> Iterator[None]:
-        """Around a call.  peer: as gRPC has it, "ipv4:1.2.3.4:5678", "ipv6:[::1]:5678" or "unix:...".
+        """A context that counts a running call.  peer: gRPC's peer name, such as "ipv4:1.2.3.4:5678" or "unix:...".
 
-        Raises:  Overloaded: its address has as much as it may.
+        Raises:  Overloaded: the caller's address has reached its limit.
         """
         of_service = identity.role in _FOR_MANY
         with self._connected(peer, of_service=of_service):
@@ -95,7 +97,7 @@ class CallerLimits:
         return end in self._known
 
     def keep(self, ends: set[Peer]) -> None:
-        """The others are no connections any more."""
+        """Forget all other connections, because they are closed."""
         self._known = {end: known for end, known in self._known.items() if end in ends or end in self._running}
 
     @contextlib.contextmanager

@@ -25,15 +25,15 @@ CA_KEY: Final = "ca.key"
 GRANT_KEY, GRANT_PUBLIC, TENANT_GRANT = "grant.key", "grant.pub", "tenant.grant"
 CA_DAYS: Final = 3650
 DAYS: Final = 90
-# Clocks of hosts differ: a certificate holds from a little before it was made.
+# Hosts' clocks differ, so a certificate is valid from a little before it was made.
 _BACKDATED: Final = datetime.timedelta(minutes=10)
-# Those who sign grants.
+# The roles that sign grants.
 _GRANTING: Final = (Role.ROUTER, Role.OPERATOR)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Issued:
-    """What a certificate says."""
+    """The contents of a certificate."""
 
     subject: str
     sans: tuple[str, ...]
@@ -83,10 +83,10 @@ def make_ca(directory: Path, *, days: int = CA_DAYS) -> None:
 def issue(
     ca_directory: Path, directory: Path, role: Role, name: str, *, hosts: Sequence[str] = (), days: int = DAYS
 ) -> Issued:
-    """Make a role's certificate and key, with what else it needs of the CA's files.
+    """Make a role's certificate and key, and copy the other files that the role needs from the CA's directory.
 
-    hosts: host names and IP addresses that others call it by.
-    Raises:  ConfigError: the CA's files cannot be used, the name is none, or the directory cannot be written.
+    hosts: host names and IP addresses under which others call the process.
+    Raises:  ConfigError: the CA's files cannot be used, the name is invalid, or the directory cannot be written.
     """
     if not NAME.fullmatch(name):
         raise ConfigError(f"name {name!r}: it takes lower-case letters, digits and hyphens, at most 63")
@@ -120,7 +120,7 @@ def issue(
     pem = certificate.public_bytes(serialization.Encoding.PEM)
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # The key first: a reader that sees the new certificate finds its key.
+        # Write the key first, so that a reader that sees the new certificate also finds its key.
         write_private(directory / KEY, _pem(key))
         write_private(directory / CERTIFICATE, pem)
         write_private(directory / CA, ca_pem)
@@ -148,7 +148,7 @@ def write_lasting_grant(
 
 
 def describe(pem: bytes) -> Issued:
-    """What the first certificate of a file says.  Raises:  ConfigError: there is none."""
+    """The contents of the first certificate in a file.  Raises:  ConfigError: it has no certificate."""
     try:
         certificate = x509.load_pem_x509_certificate(pem)
     except ValueError as err:
@@ -163,7 +163,7 @@ def describe(pem: bytes) -> Issued:
 
 
 def sans_of(certificate: x509.Certificate) -> tuple[str, ...]:
-    """URIs, host names and IP addresses that it is for, in this order."""
+    """The URIs, host names and IP addresses in the certificate, in this order."""
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except x509.ExtensionNotFound:
@@ -174,7 +174,7 @@ def sans_of(certificate: x509.Certificate) -> tuple[str, ...]:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file as a whole, readable by its owner alone: who reads it sees the old one or the new one."""
+    """Replace a file atomically. Only its owner can read it."""
     fresh = path.with_name(path.name + ".new")
     fresh.unlink(missing_ok=True)
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

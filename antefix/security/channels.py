@@ -1,7 +1,7 @@
-"""Client channels that show who we are, and that take over changed certificates without dropping a call.
+"""Client channels that authenticate this process, and that switch to changed certificates without dropping a call.
 
-A channel of gRPC keeps the certificate that it was made with. So when the files change, the next call goes over a new
-one; calls that run keep the old one, which is closed when none of them can be left.
+A gRPC channel keeps the certificate that it was made with. So when the files change, the next call uses a new channel.
+Running calls stay on the old channel, which is closed when none of them can still be running.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from antefix.security.listening import check_calling
 from antefix.security.own_credentials import credentials_for
 
 C = TypeVar("C")
-# Longer than any call of ours lasts (an hour, of requests without a deadline).
+# Longer than any call lasts (at most an hour, for requests without a deadline).
 _RETIRED_S: Final = 2 * 3600.0
 Make = Callable[[str, grpc.ChannelCredentials | None, list[tuple[str, Any]]], C]
 
 
 class _Current(Generic[C]):
-    """The channel for the next call, and those before it. make: an insecure one, or one with credentials."""
+    """The channel for the next call, and older channels.  make: makes a channel, insecure or with credentials."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class _Current(Generic[C]):
 
 
 class BlockingChannel(_Current[grpc.Channel]):
-    """A channel of gRPC's blocking kind, for calls in threads."""
+    """A blocking gRPC channel, for calls in threads."""
 
     def __init__(
         self, address: str, credentials: Credentials | None, options: Options, *, of: Role | None = None
@@ -81,7 +81,7 @@ class BlockingChannel(_Current[grpc.Channel]):
 
 
 class ReloadingChannel(grpc.aio.Channel):
-    """A channel for event loops that shows credentials with every call."""
+    """An asyncio channel that sends credentials with every call."""
 
     def __init__(
         self, address: str, credentials: Credentials, options: Options, *, of: Role | None = None, name: str = ""
@@ -128,7 +128,7 @@ class ReloadingChannel(grpc.aio.Channel):
 
 
 class _Method:
-    """One method's calls, each over the channel that is current then."""
+    """The calls of one method. Each uses the channel that is current when it starts."""
 
     def __init__(self, channel: ReloadingChannel, kind: str, method: str, args: Any, kwargs: Any) -> None:
         self._channel = channel

@@ -1,12 +1,12 @@
-"""A directory with what a process shows of itself, read again whenever its files change.
+"""A directory with a process's credentials. Its files are read again whenever they change.
 
-    tls.crt, tls.key, ca.crt    its certificate, its key, and whom it believes; as cert-manager and SPIFFE lay them down
-    identities.toml             who else is who (`identity_file.py`)
-    grant.key, grant.pub        what signs grants (routers), and what checks them (`grants.py`)
+    tls.crt, tls.key, ca.crt    certificate, key, and trusted CAs, with the names that cert-manager and SPIFFE use
+    identities.toml             identities of other certificates (`identity_file.py`)
+    grant.key, grant.pub        the key that signs grants (routers), and the keys that check them (`grants.py`)
     tenant.grant                an engine's grant for its tenant
 
-ca.crt alone is a client without a certificate. Files that do not fit each other, as half-written ones, are passed over:
-the ones before stay in use, which is logged and counted.
+A directory with only ca.crt is for a client without a certificate. Files that do not match each other, for example
+half-written ones, are ignored: the previous files stay in use, which is logged and counted.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from antefix.security.identity_file import IdentityFile, load_identities
 
 log = logging.getLogger("antefix.security")
 
-# How often files are looked at, at most; a stat of each costs some microseconds.
+# The shortest time between two checks of the files. A stat of each costs some microseconds.
 _LOOK_EVERY_S: Final = 1.0
 _FILES: Final = (CERTIFICATE, KEY, CA, IDENTITIES, GRANT_KEY, GRANT_PUBLIC, TENANT_GRANT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """The files at one time. number: counts changes.  digest: of certificate, key and CAs."""
+    """The files' contents at one time.  number: counts changes.  digest: a hash of certificate, key and CAs."""
 
     number: int
     certificate: bytes
@@ -64,7 +64,7 @@ class Loaded:
 
     @property
     def names_roles(self) -> bool:
-        """Whether our certificate carries roles as host names: then those of other processes do too."""
+        """Whether this process's certificate has its role as a host name. Then other processes' certificates do too."""
         sans = describe(self.certificate).sans if self.certificate else ()
         return any(named_identity(san) is not None and not san.startswith("spiffe://") for san in sans)
 
@@ -83,7 +83,7 @@ class CredentialFiles:
     """One directory. Thread-safe: TLS handshakes ask from gRPC's threads."""
 
     def __init__(self, directory: Path | str) -> None:
-        """Raises:  ConfigError: the files are missing or do not fit each other; the message says what to do."""
+        """Raises:  ConfigError: the files are missing or do not match each other; the message says what to do."""
         self.directory = Path(directory)
         self.num_failed = 0
         self._lock = threading.Lock()
@@ -92,7 +92,7 @@ class CredentialFiles:
         self._looked_at = time.monotonic()
 
     def now(self) -> Loaded:
-        """The files as they are, at most a second old."""
+        """The files' contents, at most a second old."""
         if time.monotonic() - self._looked_at < _LOOK_EVERY_S:
             return self._loaded
         with self._lock:
@@ -108,7 +108,7 @@ class CredentialFiles:
             self._loaded = self._load(self._loaded.number + 1)
             log.info("took over changed files from %s", self.directory)
         except ConfigError as err:
-            # Half of a change, mostly: the other half changes the stamps again.
+            # Mostly a change that is half done. When it is finished, the files' time stamps change again.
             self.num_failed += 1
             log.warning("the files before stay in use: %s", err)
 
@@ -164,7 +164,7 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 
 def _check_pair(certificate: bytes, key: bytes) -> None:
-    """Raises:  ValueError: one is missing, cannot be read, or they are not of one pair."""
+    """Raises:  ValueError: certificate or key is missing or unreadable, or they do not belong together."""
     if not certificate or not key:
         raise ValueError(f"{CERTIFICATE if not certificate else KEY} is missing: a certificate and its key go together")
     held = serialization.load_pem_private_key(key, None).public_key()

@@ -1,4 +1,4 @@
-"""What a process shows of itself as a client: its certificate, the secret, a token, and the grant that it holds."""
+"""The credentials of a process as a client: its certificate, the secret, a token, and the grant that it holds."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Options = Sequence[tuple[str, Any]]
 
 
 class Credentials:
-    """What a process shows of itself as a client.
+    """The credentials of a process as a client.
 
-    files: TLS.  keyring: of the deployment's secret, which proves without TLS that we are this role.
+    files: for TLS.  keyring: the deployment's secrets, which prove the process's role without TLS.
     token: a bearer token.
     """
 
@@ -43,7 +43,7 @@ class Credentials:
 
     @classmethod
     def of_application(cls, directory: Path | str = "", *, api_key: str = "") -> Credentials:
-        """What a program shows to a router: a certificate, an API key, or both.
+        """The credentials of a program that calls a router: a certificate, an API key, or both.
 
         directory: has ca.crt, and tls.crt with tls.key if there is a certificate; empty: without TLS, on one host.
         Raises:  ConfigError: the files cannot be used.
@@ -56,7 +56,7 @@ class Credentials:
         return 0 if self.files is None else self.files.now().number
 
     def metadata(self, method: str) -> tuple[tuple[str, str | bytes], ...]:
-        """What goes with a call of this method."""
+        """The metadata to send with a call of this method."""
         shown: list[tuple[str, str | bytes]] = []
         if self._token:
             shown.append(("authorization", f"Bearer {self._token}"))
@@ -67,7 +67,7 @@ class Credentials:
         return tuple(shown)
 
     def grant_for(self, tenant: str, tokens: TokenArray, *, ttl_s: float) -> bytes:
-        """A grant of our own: the one that we were given, or one that we may sign; else empty."""
+        """This process's own grant for a prompt: the one that it was given, or one that it signs; else empty."""
         if self.files is not None and (given := self.files.now().tenant_grant):
             return given
         granter = self.granter()
@@ -76,7 +76,9 @@ class Credentials:
         return granter.grant_for(self._keyring, tenant, tokens, ttl_s=ttl_s)
 
     def grant_for_owners(self, owners: Sequence[bytes], *, ttl_s: float) -> bytes:
-        """A grant of our own for no prompt, where we may sign one; else empty: for tools that move or drop records."""
+        """A grant for these owners and no prompt, for tools that move or delete records; empty: this process may not
+        sign one.
+        """
         granter = self.granter()
         return b"" if granter is None else granter.grant(owners, bytes(32), ttl_s=ttl_s)
 
@@ -93,16 +95,16 @@ class Credentials:
         return Granter.from_secret(self._keyring) if self._keyring is not None else None
 
     def target(self, of: Role | None, name: str) -> Options:
-        """What the server's certificate must say. of, name: whom we mean to call.
+        """Channel options that name the expected server certificate.  of, name: role and name of the called process.
 
-        Certificates of ours carry their role as a host name, so none can stand in for another role, wherever it
-        listens. Others are checked for the host name that is called.
+        Certificates made by Antefix contain the role as a host name, so a process of one role cannot pose as another
+        role at any address. Other certificates are checked for the host name that is called.
         """
         if self.files is None or of is None or not self.files.now().names_roles:
             return ()
         return (("grpc.ssl_target_name_override", role_host(of, name)),)
 
     def grpc_credentials(self) -> grpc.ChannelCredentials:
-        """For one channel, with the files as they are now. Only with TLS."""
+        """gRPC credentials for one channel, from the present files. Only with TLS."""
         assert self.files is not None
         return tls.channel_credentials(self.files.now())

@@ -1,16 +1,16 @@
-"""Grants: a router's signed word that a worker works for a tenant now. The store does nothing for a tenant without one.
+"""Grants: a router signs that a worker may act for a tenant now. Without a grant, the store refuses calls for a tenant.
 
     offset  size       field
     0       1          version, 1
-    1       8          key: first bytes of the SHA-256 of the public key that checks it
+    1       8          key: first bytes of the SHA-256 of the public key that verifies the signature
     9       8          expires, Unix time in ms, u64
     17      32         prompt: proof over the prompt's first 128 tokens (`prompt_root`)
     49      1          num_owners, at least 1
-    50      24 a       owners: what stands for the tenant in the store, under each of the deployment's secrets
-    ...     64         Ed25519 signature of all before it
+    50      24 each    owners: the tenant as owner in the store, under each of the deployment's secrets
+    ...     64         Ed25519 signature of all bytes before it
 
-Little-endian. A grant travels in a call's metadata, and a task that serves such a call hands it on with its own calls.
-An engine, which no router calls, has one of its tenant that lasts (`antefix certs grant`).
+Little-endian. A grant is sent in a call's metadata; a task that serves the call sends it on with its own calls. No
+router calls an engine, so an engine has a long-lived grant for its tenant (`antefix certs grant`).
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from antefix.secret import OWNER_BYTES, Keyring
 
 GRANT_KEY: Final = "antefix-grant-bin"
 VERSION: Final = 1
-# Clocks of one deployment differ by less; `antefix doctor` says by how much they do.
+# The clocks of a deployment differ by less than this. `antefix doctor` measures the differences.
 SKEW_S: Final = 30.0
-# A prompt's beginning that a grant is bound to: a block of V4's.
+# How many tokens of a prompt a grant is bound to: one block of V4.
 ROOT_TOKENS: Final = 128
 _HEAD: Final = struct.Struct("<B8sQ32sB")
 _SIGNATURE_BYTES: Final = 64
 _KEY_NAME_BYTES: Final = 8
-# Checked grants that are remembered; checking a signature again takes 100 times as long as finding it here.
+# How many verified grants are cached. Verifying a signature takes 100 times as long as finding it in the cache.
 _NUM_KNOWN_MAX: Final = 4096
 
 _held: ContextVar[bytes] = ContextVar("antefix_grant", default=b"")
@@ -63,27 +63,27 @@ class Grant:
 
 
 def hold(grant: bytes) -> None:
-    """This task, and those that it starts from now on, show this grant with their calls; empty: none."""
+    """Send this grant with all calls of this task and of tasks that it starts from now on; empty: no grant."""
     _held.set(grant)
 
 
 def held() -> bytes:
-    """What this task shows."""
+    """The grant that this task sends."""
     return _held.get()
 
 
 def owners_of(keyring: Keyring, tenant: str) -> list[bytes]:
-    """What stands for a tenant in the store, under each of the deployment's secrets."""
+    """The tenant as owner in the store, under each of the deployment's secrets."""
     return [keyring.owner(tenant, number) for number in keyring.generations]
 
 
 def prompt_root(keyring: Keyring, tokens: TokenArray) -> bytes:
-    """What binds a grant to a prompt: 32 bytes over its beginning that only the secret's owners can make."""
+    """A MAC over the prompt's beginning that binds a grant to it. Only holders of the secret can compute it."""
     return keyring.proof(*_root_parts(tokens))
 
 
 def fits_prompt(keyring: Keyring, grant: Grant, tokens: TokenArray) -> bool:
-    """Whether the grant is for this prompt, whichever of the deployment's secrets the router has as its first."""
+    """Whether the grant is for this prompt, under any of the deployment's secrets."""
     return keyring.proves(grant.prompt, *_root_parts(tokens))
 
 
@@ -92,7 +92,7 @@ def _root_parts(tokens: TokenArray) -> tuple[bytes, bytes]:
 
 
 class Granter:
-    """Signs grants. Routers have one; nobody else needs it."""
+    """Signs grants. Only routers and operators' tools have one."""
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
@@ -100,7 +100,7 @@ class Granter:
 
     @classmethod
     def from_pem(cls, pem: bytes) -> Granter:
-        """Raises:  ConfigError: no Ed25519 key."""
+        """Raises:  ConfigError: it is not an Ed25519 key."""
         try:
             key = serialization.load_pem_private_key(pem, None)
         except ValueError as err:
@@ -111,7 +111,7 @@ class Granter:
 
     @classmethod
     def from_secret(cls, keyring: Keyring) -> Granter:
-        """With a key that is made of the deployment's secret: without certificates, on one host."""
+        """A granter whose key is derived from the deployment's secret, for one host without certificates."""
         return cls(_secret_key(keyring, keyring.generation))
 
     def sign(self, grant: Grant) -> bytes:
@@ -120,35 +120,35 @@ class Granter:
         return body + self._key.sign(body)
 
     def grant(self, owners: Sequence[bytes], prompt: bytes, *, ttl_s: float) -> bytes:
-        """A signed grant from now on."""
+        """A signed grant, valid from now on for `ttl_s`."""
         expires_ms = round(1000 * (time.time() + ttl_s + SKEW_S))
         return self.sign(Grant(owners=tuple(owners), prompt=prompt, expires_ms=expires_ms))
 
     def grant_for(self, keyring: Keyring, tenant: str, tokens: TokenArray, *, ttl_s: float) -> bytes:
-        """A signed grant for a tenant's prompt, under whichever of the deployment's secrets its records are named."""
+        """A signed grant for a tenant's prompt. It covers records named under any of the deployment's secrets."""
         return self.grant(owners_of(keyring, tenant), prompt_root(keyring, tokens), ttl_s=ttl_s)
 
     def lasting_grant(self, keyring: Keyring, tenant: str, *, ttl_s: float) -> bytes:
-        """For an engine that keeps its KV in the store: of the tenant, and of no prompt, so that no worker takes it."""
+        """A grant for an engine that keeps its KV in the store. It names no prompt, so no worker accepts it."""
         return self.grant(owners_of(keyring, tenant), keyring.proof(b"no-prompt"), ttl_s=ttl_s)
 
 
 class GrantCheck:
-    """Checks grants against the public keys of those who may sign them."""
+    """Checks grants against the public keys of the processes that may sign them."""
 
     def __init__(self, keys: Callable[[], Sequence[Ed25519PublicKey]]) -> None:
-        """keys: asked at each check, and must give the same object while they are the same ones."""
+        """keys: returns the public keys, at each check. It must return the same object while they do not change."""
         self._keys = keys
         self._known_with: Sequence[Ed25519PublicKey] = ()
         self._known: OrderedDict[bytes, Grant] = OrderedDict()
 
     def check(self, signed: bytes) -> Grant:
-        """Raises:  PermissionDenied: there is none, nobody who may has signed it, or it has expired."""
+        """Raises:  PermissionDenied: there is no grant, no permitted key signed it, or it has expired."""
         if not signed:
             raise PermissionDenied("this call needs a grant of the router, and has none")
         keys = self._keys()
         if keys is not self._known_with:
-            # What a key signed that was taken away holds no more.
+            # Grants signed with a removed key are no longer valid.
             self._known.clear()
             self._known_with = keys
         grant = self._known.get(signed)
@@ -164,12 +164,12 @@ class GrantCheck:
 
 
 def unchecked(signed: bytes) -> Grant:
-    """What a grant says, no matter who signed it.  Raises:  PermissionDenied: it is none."""
+    """The contents of a grant, without checking its signature.  Raises:  PermissionDenied: it is not a grant."""
     return _parse(signed)[1]
 
 
 def _parse(signed: bytes) -> tuple[bytes, Grant]:
-    """The name of the key that checks it, and what it says."""
+    """The name of the key that verifies the grant, and the grant's contents."""
     body = signed[:-_SIGNATURE_BYTES]
     try:
         version, name, expires_ms, prompt, num_owners = _HEAD.unpack_from(body)
@@ -197,13 +197,13 @@ def _verify(signed: bytes, keys: Sequence[Ed25519PublicKey]) -> Grant:
 
 
 def key_name(key: Ed25519PublicKey) -> bytes:
-    """How a grant names the key that checks it."""
+    """The name of a key in a grant."""
     raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     return hashlib.sha256(raw).digest()[:_KEY_NAME_BYTES]
 
 
 def public_keys(pem: bytes) -> tuple[Ed25519PublicKey, ...]:
-    """The keys of a file of PEM blocks, as grant.pub is.  Raises:  ConfigError: one is no Ed25519 key."""
+    """The keys in a file of PEM blocks, such as grant.pub.  Raises:  ConfigError: one is not an Ed25519 key."""
     end = b"-----END PUBLIC KEY-----"
     found = []
     for block in pem.split(end)[:-1]:
@@ -218,7 +218,7 @@ def public_keys(pem: bytes) -> tuple[Ed25519PublicKey, ...]:
 
 
 def secret_keys(keyring: Keyring) -> tuple[Ed25519PublicKey, ...]:
-    """What checks grants that were made with the deployment's secrets."""
+    """The public keys for grants that were signed with the deployment's secrets."""
     return tuple(_secret_key(keyring, number).public_key() for number in keyring.generations)
 
 

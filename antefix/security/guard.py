@@ -1,7 +1,7 @@
-"""Checks each call before it is served: who calls, whether the table lets it, and the router's grant where needed.
+"""Checks each call before it is served: the caller's identity, the access table, and the router's grant if needed.
 
-`antefix.rpc` asks it for every call of every service, whatever its kind. Who was admitted is kept for the task that
-serves the call: `admitted()`.
+`antefix.rpc` calls it for every call of every service. `admitted()` returns the admitted caller within the task that
+serves the call.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from antefix.security.service_tokens import CALLER_KEY, check_service_token
 
 log = logging.getLogger("antefix.security")
 
-# A bearer token and the method that is called to the token's owner; None where no tokens are used. Raises
-# Unauthenticated for one that is not known, PermissionDenied for one that is not meant for such a call.
+# Maps a bearer token and the called method to the token's owner; None: no tokens are used. Raises Unauthenticated for
+# an unknown token, and PermissionDenied for a token that is not valid for this method.
 TokenCheck = Callable[[str, str], Identity | None]
 
 _NUM_CERTIFICATES_MAX: Final = 1024
@@ -41,14 +41,14 @@ _HEALTH: Final = "/grpc.health.v1.Health/"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admitted:
-    """A call that is being served. is_open: the service asks nobody who they are, so no grant is asked for."""
+    """A call that is being served.  is_open: the service authenticates nobody, so it needs no grants."""
 
     identity: Identity = LOCAL
     grant: Grant | None = None
     is_open: bool = True
 
     def needed_grant(self) -> Grant | None:
-        """The call's grant; None where the service is open.  Raises:  PermissionDenied: it has none."""
+        """The call's grant; None: the service is open.  Raises:  PermissionDenied: the call has no grant."""
         if self.grant is None and not self.is_open:
             raise PermissionDenied("this call needs a grant of the router, and has none")
         return self.grant
@@ -59,7 +59,7 @@ _admitted: ContextVar[Admitted] = ContextVar("antefix_admitted", default=_OPEN)
 
 
 def admitted() -> Admitted:
-    """Whose call this task serves."""
+    """The admitted call that this task serves."""
     return _admitted.get()
 
 
@@ -67,10 +67,11 @@ NOBODYS_GRANTS: Final = GrantCheck(lambda: ())
 
 
 class Guard:
-    """One service's. Without files and keyring it is open, for loopback alone, which `check_listening` sees to.
+    """The guard of one service. Without files and keyring the service is open; `check_listening` then allows only
+    loopback.
 
-    files: TLS; callers show certificates.  keyring: without TLS; services prove that they have the secret.
-    tokens: of callers who show a bearer token.  needs_token: whether callers who show nothing are turned away.
+    files: with TLS, callers show certificates.  keyring: without TLS, services prove that they have the secret.
+    tokens: finds the owner of a bearer token.  needs_token: whether callers without any credentials are refused.
     """
 
     def __init__(
@@ -101,10 +102,10 @@ class Guard:
         return self._files is None and self._keyring is None
 
     def admit(self, method: str, context: Any) -> None:
-        """Let the call through, for the task that serves it.
+        """Admit the call, and note the caller for the task that serves it.
 
-        Raises:  Unauthenticated: it does not show who it is, or shows something wrong.
-            PermissionDenied: it may not call this, or lacks a grant.
+        Raises:  Unauthenticated: the caller shows no credentials, or wrong ones.
+            PermissionDenied: the caller may not call this method, or lacks a grant.
         """
         metadata = {str(key): value for key, value in context.invocation_metadata() or ()}
         identity, reason = NOBODY, "identity"
@@ -117,7 +118,7 @@ class Guard:
             reason = "grant"
             self._hold(identity, row.grant, metadata)
         except AntefixError as err:
-            # A method that is not in the table is a caller's text: it is not made a label.
+            # A method name that is not in the table is text from the caller, so it must not become a label.
             self.refused.labels(method if method in TABLE else "(other)", reason).inc()
             self._log(identity, method, err)
             raise
@@ -133,7 +134,7 @@ class Guard:
         _admitted.set(Admitted(identity=identity, grant=grant, is_open=self.is_open))
 
     def _identify(self, method: str, metadata: Mapping[str, Any], context: Any) -> Identity:
-        """One identity: a token's where one is shown, else the certificate's, else the secret's, else none."""
+        """The caller's identity: from its token if it shows one, else from its certificate, else from the secret."""
         scheme, _, token = str(metadata.get("authorization", "")).partition(" ")
         if scheme.lower() == "bearer" and (owner := self._tokens(token.strip(), method)) is not None:
             return owner
@@ -158,7 +159,7 @@ class Guard:
                 self._known.clear()
             identity = self._known[key] = identity_of(shown[0], self._files)
         if time.time() > identity.expires_s:
-            # A connection outlives the handshake that checked it.
+            # A connection may last longer than the certificate that was checked in its handshake.
             raise Unauthenticated(f"the certificate of {identity} has expired: connect again with a new one")
         return identity
 
@@ -172,7 +173,7 @@ class Guard:
         raise PermissionDenied(f"{identity} may not call {method}")
 
     def _log(self, identity: Identity, method: str, err: AntefixError) -> None:
-        """Each kind of refusal once in a while: callers must not be able to fill a disk with log lines."""
+        """Log a refusal, each kind at most once per interval, so that callers cannot fill a disk with log lines."""
         now, kind = time.monotonic(), (str(identity.role), method[:200])
         if now - self._logged.get(kind, -_LOG_EVERY_S) < _LOG_EVERY_S:
             return
@@ -186,9 +187,9 @@ class Guard:
 
 
 def identity_of(pem: bytes, files: CredentialFiles) -> Identity:
-    """Who a certificate stands for. TLS has checked that one of our CAs signed it.
+    """The identity of a certificate. TLS has already checked that a trusted CA signed it.
 
-    Raises:  Unauthenticated: for nobody, for several, or it is revoked.
+    Raises:  Unauthenticated: the certificate has no identity, or several, or is revoked.
     """
     certificate = x509.load_pem_x509_certificate(pem)
     sans = sans_of(certificate)

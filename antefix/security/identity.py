@@ -22,14 +22,17 @@ NAME: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 class Role(StrEnum):
-    """What a caller is. LOCAL: a process on this host that shows nothing, where no TLS is spoken.  NOBODY: the same
-    from anywhere else."""
+    """The kind of a caller.
+
+    LOCAL: a process on this host without credentials, where there is no TLS.  NOBODY: any other caller without
+    credentials.
+    """
 
     ROUTER = "router"
     PREFILL = "prefill"
     DECODE = "decode"
     KVSTORE = "kvstore"
-    # An engine of other people's, such as vLLM, that keeps its KV in the store, for the one tenant of its grant.
+    # An external engine, such as vLLM, that keeps its KV in the store for the one tenant of its grant.
     ENGINE = "engine"
     # A program that users log in to: it acts for the tenants that are listed for it.
     FRONTEND = "frontend"
@@ -41,15 +44,15 @@ class Role(StrEnum):
     NOBODY = "nobody"
 
 
-# A certificate can be issued for these; the last two are what is left without one.
+# Certificates can be issued for these roles. The other two are callers without a certificate.
 ISSUED: Final = tuple(role for role in Role if role not in (Role.LOCAL, Role.NOBODY))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Identity:
-    """A caller. tenants: that it may act for; "*" stands for all.  hosts: that its certificate names.
+    """A caller.  tenants: the tenants that it may act for; "*" means all.  hosts: the host names in its certificate.
 
-    expires_s: Unix time at which its certificate ends; infinite without one.  key_id: of the API key that it showed.
+    expires_s: Unix time at which its certificate expires; infinite without one.  key_id: the id of its API key.
     """
 
     role: Role
@@ -58,7 +61,7 @@ class Identity:
     hosts: frozenset[str] = frozenset()
     expires_s: float = float("inf")
     key_id: str = ""
-    # Whether it was proved, by a certificate, a token or the deployment's secret.
+    # Whether the identity was proved by a certificate, a token or the deployment's secret.
     proved: bool = True
 
     def __str__(self) -> str:
@@ -67,7 +70,7 @@ class Identity:
     def tenant(self, asked: str) -> str:
         """The tenant that a call is for: a tenant's own, or the one that a front end asks for.
 
-        Raises:  PermissionDenied: it may not act for that one.
+        Raises:  PermissionDenied: the caller may not act for that tenant.
         """
         if self.role is Role.TENANT:
             own = next(iter(self.tenants), "")
@@ -90,7 +93,7 @@ def role_host(role: Role, name: str = "") -> str:
 
 
 def named_identity(name: str) -> tuple[Role, str] | None:
-    """Role and name that a SAN of ours says; None for any other SAN."""
+    """The role and name in a SAN that Antefix wrote; None: any other SAN."""
     if name.startswith("spiffe://"):
         domain, _, path = name.removeprefix("spiffe://").partition("/")
         role, _, rest = path.partition("/")

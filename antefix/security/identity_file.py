@@ -1,4 +1,4 @@
-"""identities.toml: roles of certificates that carry other names than ours, and the tenants that front ends act for.
+"""identities.toml: roles for certificates that Antefix did not issue, and the tenants that front ends act for.
 
 [[identity]]
 name = "spiffe://cluster.local/ns/antefix/sa/prefill"     # a SAN, URI or DNS; a * at its end stands for any rest
@@ -41,7 +41,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdentityFile:
-    """What the file says. An empty one leaves the names that `antefix certs issue` writes."""
+    """The contents of the file. With an empty file, only names written by `antefix certs issue` are known."""
 
     listed: tuple[Listed, ...] = ()
     revoked: frozenset[str] = frozenset()
@@ -49,7 +49,7 @@ class IdentityFile:
     def find(self, sans: Iterable[str]) -> tuple[Role, str, frozenset[str]] | None:
         """Role, name and tenants of a certificate with these SANs.
 
-        Raises:  ConfigError: its SANs say different things.
+        Raises:  ConfigError: its SANs belong to different identities.
         """
         found: dict[tuple[Role, str], frozenset[str]] = {}
         for san in sans:
@@ -69,7 +69,7 @@ class IdentityFile:
 
 
 def load_identities(path: Path) -> IdentityFile:
-    """Without the file: an empty one.  Raises:  ConfigError: it does not parse, or a row makes no sense."""
+    """Read the file; a missing file counts as empty.  Raises:  ConfigError: it does not parse, or a row is invalid."""
     if not path.exists() and not path.is_symlink():  # a link to nothing is a mistake: it would revoke nobody
         return IdentityFile()
     file = Table(read_toml(path, "identities"), str(path))

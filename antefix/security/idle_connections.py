@@ -1,9 +1,9 @@
-"""Closes idle connections of an address that has more of a gRPC port than it may, so that the others have theirs.
+"""Closes idle connections of an address that exceeds its share of a gRPC port, so that other addresses can connect.
 
-gRPC tells of a connection only with its calls: one that makes none is seen here alone, among the process' own
-descriptors. What is closed are connections without a call, those that never had one first; what services hold, who
-carry many callers, is never closed and does not count. Only Linux shows its descriptors; elsewhere a port still takes
-so many in all, and each is closed after two minutes (`antefix.rpc`).
+gRPC reports a connection only with its calls. So idle connections are found here, among the process's own descriptors.
+Only connections without a running call are closed, those that never had one first. Connections of services, which
+serve many callers, are never closed and do not count. Only Linux lists a process's descriptors. On other systems a port
+still has a total limit, and idle connections are closed after two minutes (`antefix.rpc`).
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from typing import Final
 
 from antefix.security.caller_limits import CallerLimits, Peer, plain_address
 
-# Within that time an address may hold more; each look at the descriptors takes some microseconds per descriptor.
+# The time between two checks, in which an address may exceed its limit. A check takes some microseconds per descriptor.
 LOOK_S: Final = 1.0
 _DESCRIPTORS: Final = Path("/proc/self/fd")
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One that this process has accepted. peer: its address and port."""
+    """A connection that this process has accepted.  peer: address and port of its other end."""
 
     descriptor: int
     peer: Peer
 
 
 def accepted(port: int) -> list[Connection]:
-    """All connections to this port of ours, oldest descriptor first."""
+    """All connections to this process's port, oldest descriptor first."""
     found = []
     for descriptor in sorted(_descriptors()):
         with contextlib.suppress(OSError), _socket_of(descriptor) as end:
@@ -46,7 +46,7 @@ def accepted(port: int) -> list[Connection]:
 
 
 def _descriptors() -> list[int]:
-    """Of this process; none where the system does not show them."""
+    """The descriptors of this process; empty where the system does not list them."""
     try:
         return [int(path.name) for path in _DESCRIPTORS.iterdir()]
     except OSError:
@@ -54,10 +54,12 @@ def _descriptors() -> list[int]:
 
 
 def close(connection: Connection) -> bool:
-    """End it for both sides; gRPC, whose descriptor it is, finds that it has ended. False: it was gone."""
+    """Shut a connection down in both directions; gRPC, which owns the descriptor, notices. False: it was closed
+    already.
+    """
     with contextlib.suppress(OSError), _socket_of(connection.descriptor) as end:
         host, port, *_ = end.getpeername()
-        # The descriptor may be another connection's by now.
+        # The descriptor may belong to another connection by now.
         if (plain_address(host), port) == connection.peer:
             end.shutdown(socket.SHUT_RDWR)
             return True
@@ -65,9 +67,9 @@ def close(connection: Connection) -> bool:
 
 
 def _socket_of(descriptor: int) -> socket.socket:
-    """A second descriptor of the same socket, which stays that one's whatever becomes of the first.
+    """A duplicate of the descriptor, which keeps the same socket even if the first descriptor is closed and reused.
 
-    Raises:  OSError: it is none.
+    Raises:  OSError: it is not a socket.
     """
     if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
         raise OSError("no socket")
@@ -75,7 +77,7 @@ def _socket_of(descriptor: int) -> socket.socket:
 
 
 def to_close(connections: list[Connection], limits: CallerLimits) -> list[Connection]:
-    """Of each address what is too much, of those that have no call."""
+    """The connections to close: for each address above its limit, as many as it exceeds the limit by, without calls."""
     by_address: dict[str, list[Connection]] = defaultdict(list)
     for each in connections:
         if not limits.is_of_service(each.peer):
@@ -89,7 +91,7 @@ def to_close(connections: list[Connection], limits: CallerLimits) -> list[Connec
 
 
 async def watch_connections(port: int, limits: CallerLimits, note: Callable[[int], None]) -> None:
-    """Until it is cancelled. note: is told how many were closed."""
+    """Close excess idle connections until cancelled.  note: called with the number of closed connections."""
     while numbers := _descriptors():
         await asyncio.sleep(LOOK_S)
         if len(numbers) <= limits.connections_max:

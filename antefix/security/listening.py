@@ -1,4 +1,4 @@
-"""Addresses: host:port, [IPv6]:port or unix:PATH, and where may be listened without TLS."""
+"""Parses addresses (host:port, [IPv6]:port or unix:PATH), and checks which ones may be used without TLS."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def join_address(host: str, port: int) -> str:
 
 
 def bare_host(host: str) -> str:
-    """The host as certificates and sockets have it: without brackets."""
+    """The host without an IPv6 address's brackets, as in certificates and sockets."""
     return host.strip("[]")
 
 
 def names_host(san: str, host: str) -> bool:
-    """Whether a certificate's name stands for this host; *. stands for one label."""
+    """Whether a certificate's name matches this host; `*.` matches one label."""
     if san.startswith("*."):
         return host.partition(".")[2] == san[2:]
     try:
@@ -57,7 +57,7 @@ def names_host(san: str, host: str) -> bool:
 
 
 def is_wildcard(host: str) -> bool:
-    """Whether it stands for all addresses of this host, so that nobody can call it by that name."""
+    """Whether the host means all addresses of this machine, so that it cannot be used to call a service."""
     return bare_host(host) in _WILDCARDS
 
 
@@ -73,7 +73,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _leads_here(host: str) -> bool | None:
-    """Whether a name stands for this host alone; None: for nothing."""
+    """Whether a name resolves only to loopback addresses; None: it does not resolve."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -92,9 +92,9 @@ def check_listening(address: str, *, has_tls: bool, flag: str = "--address") -> 
 
 
 def check_calling(address: str, *, has_tls: bool) -> None:
-    """Without TLS, call this host alone: what we show, and prompts, must not cross a network in clear.
+    """Without TLS, allow calls only to this host: credentials and prompts must not cross a network unencrypted.
 
-    Raises:  ConfigError: the address leads elsewhere.
+    Raises:  ConfigError: the address is on another host.
     """
     if has_tls:
         return
@@ -102,7 +102,7 @@ def check_calling(address: str, *, has_tls: bool) -> None:
     try:
         leads_here = ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:
-        # A name that stands for nothing is called in vain.
+        # A name that does not resolve is allowed, because the call will fail anyway.
         leads_here = address.startswith(UNIX) or host == "localhost" or _leads_here(host) is not False
     if not leads_here:
         raise ConfigError(
@@ -112,9 +112,10 @@ def check_calling(address: str, *, has_tls: bool) -> None:
 
 
 def advertised(listening: str, advertise: str) -> str:
-    """Where others reach a service that listens there. advertise: a host, or host:port; empty: the same address.
+    """The address that others use for a service.  listening: where it listens.  advertise: a host, or host:port; empty:
+    the listening address.
 
-    Raises:  ConfigError: nobody can call a wildcard address.
+    Raises:  ConfigError: the result is a wildcard address, which cannot be called.
     """
     host, port = parse_address(listening)
     if not advertise:

@@ -1,6 +1,6 @@
-"""What this process shows to those it calls, wherever no other credentials are given: a process is one caller.
+"""The credentials that this process sends with its calls, unless a call is given others.
 
-A process that has started a deployment (`antefix up`, tests) may know several, each for its own addresses.
+A process that has started a deployment (`antefix up`, tests) may have several, each for certain addresses.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    # gRPC takes a while to import, and most commands call nobody.
+    # gRPC takes a while to import, and most commands make no calls.
     from antefix.security.credentials import Credentials
 
 Find = Callable[[], "Credentials | None"]
@@ -20,23 +20,23 @@ _find: list[Find] = []
 
 
 def use(credentials: Credentials | None) -> None:
-    """From now on show this to everybody; None: show nothing."""
+    """Send these credentials with all calls from now on; None: send none."""
     _find.clear()
     _own[0] = credentials
 
 
 def use_found(find: Find) -> None:
-    """The same, looked for when somebody is called."""
+    """As `use`, but `find` returns the credentials at the first call."""
     _find[:] = [find]
 
 
 def use_for(address: str, credentials: Credentials) -> None:
-    """Show this to the process that listens at the address."""
+    """Send these credentials with calls to this address."""
     _by_address[address] = credentials
 
 
 def credentials_for(address: str) -> Credentials | None:
-    """What to show there; None: nothing, and without TLS."""
+    """The credentials for calls to this address; None: none, and no TLS."""
     if (known := _by_address.get(address)) is not None:
         return known
     if _find:

@@ -1,8 +1,8 @@
-"""One process' part in the deployment's security, put together from its settings: guard, credentials and grants.
+"""Sets up the security of one process from its settings: guard, credentials and grants.
 
---credentials DIR     TLS: certificates say who is who
---secret-file FILE    without TLS, on one host: the secret proves who belongs to the deployment
-neither               open: every process on this host may call; the store and tests run so
+--credentials DIR     TLS: certificates identify processes
+--secret-file FILE    without TLS, on one host: the secret proves that a process belongs to the deployment
+neither               open: every process on this host may call; used by the store and in tests
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def credentials_setting() -> Any:
 
 
 class ProcessSecurity:
-    """What one process has. `use` makes it what the whole process shows."""
+    """The guard, credentials and grants of one process. `use` makes its credentials the default of
+    the whole process.
+    """
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class ProcessSecurity:
         tokens: TokenCheck = lambda *_: None,
         needs_token: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Raises:  ConfigError: with TLS, what signs or checks grants is missing."""
+        """Raises:  ConfigError: with TLS, the keys that sign or check grants are missing."""
         self.role = role
         self.files = files
         self._keyring = keyring
@@ -72,7 +74,7 @@ class ProcessSecurity:
         return self.files is not None
 
     def use(self) -> None:
-        """This process shows these credentials from now on, and says how it is protected."""
+        """Use these credentials for this process's calls from now on, and log how the process is protected."""
         own_credentials.use(self.credentials)
         if self.files is not None:
             log.info("TLS with the certificate in %s; callers are known by theirs", self.files.directory)
@@ -86,7 +88,7 @@ class ProcessSecurity:
         return self.credentials.granter()
 
     def grant_keys(self) -> Sequence[Ed25519PublicKey]:
-        """Of those whose grants hold."""
+        """The public keys of the processes whose grants are accepted."""
         number, keys = self._checked
         loaded = self.files.now() if self.files is not None else None
         if loaded is None or not loaded.grant_public:
@@ -97,7 +99,7 @@ class ProcessSecurity:
         return keys
 
     def secret_marks(self, num_bytes: int) -> list[bytes]:
-        """One per secret, the current one first: equal for equal secrets, and it tells nothing of them."""
+        """One mark per secret, the current one first. Equal secrets have equal marks; a mark reveals nothing else."""
         if self._keyring is None:
             return []
         ring = self._keyring
@@ -118,11 +120,11 @@ class ProcessSecurity:
         check_calling(address, has_tls=self.has_tls)
 
     def server_credentials(self, *, mutual: bool = True) -> grpc.ServerCredentials | None:
-        """None: without TLS."""
+        """The server's TLS credentials; None: there is no TLS.  mutual: whether callers must show a certificate."""
         return None if self.files is None else tls.server_credentials(self.files, mutual=mutual)
 
     def metrics(self) -> Iterable[Metric]:
-        """Refused calls, and how long the certificates last."""
+        """Metrics of refused calls and of the certificates' remaining time."""
         yield from self.guard.metrics()
         if self.files is None:
             return
@@ -136,7 +138,9 @@ class ProcessSecurity:
 
 
 def _check_grant_files(role: Role, files: CredentialFiles, *, has_keys: bool) -> None:
-    """Raises:  ConfigError: a service could check no grants, or a router sign none that others believe."""
+    """Raises:  ConfigError: a service has no key to check grants, or a router no key to sign
+    grants that others accept.
+    """
     loaded, source = files.now(), "take it from the directory of `antefix certs init`, or give --secret-file"
     if role in _CHECKING and not has_keys:
         raise ConfigError(f"{files.directory} has no grant.pub, which says whose grants hold: {source}")

@@ -1,7 +1,7 @@
-"""How processes of one host prove who they are without certificates: with the deployment's secret, again for each call.
+"""Tokens with which processes of one host prove their role without certificates, made from the deployment's secret.
 
-The secret itself never travels. What does is a role, the time and a MAC over both and the method: good for this method
-and for a minute, so that who listens in a dead process's place gets nothing that lasts.
+The secret itself is never sent. A token has a role, the time, and a MAC over both and the method. It is valid for this
+method and for one minute, so a process that listens in place of a dead one gets no lasting credentials.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from antefix.security.identity import ALL_TENANTS, ISSUED, Identity, Role
 
 CALLER_KEY: Final = "antefix-caller"
 AGE_S_MAX: Final = 60.0
-# Roles whose processes, or whose owners, may read the deployment's secret.
+# Roles whose processes or operators may read the deployment's secret.
 PROVABLE: Final = frozenset(ISSUED) - {Role.TENANT, Role.FRONTEND}
 
 
 def service_token(keyring: Keyring, role: Role, method: str) -> str:
-    """What a process shows with a call of this method ("/antefix.v1.RouterService/RouterStatus")."""
+    """The token for a call of this method ("/antefix.v1.RouterService/RouterStatus")."""
     said_at_ms = round(1000 * time.time())
     return f"{role} {said_at_ms} {keyring.proof(*_parts(role, said_at_ms, method)).hex()}"
 
 
 def check_service_token(keyring: Keyring, token: str, method: str) -> Identity:
-    """Raises:  Unauthenticated: not made with the deployment's secret for this method within the last minute."""
+    """The token's identity.
+
+    Raises:  Unauthenticated: it was not made with the deployment's secret for this method within the last minute.
+    """
     try:
         name, said, proof = token.split(" ")
         role, said_at_ms, given = Role(name), int(said), bytes.fromhex(proof)

@@ -1,7 +1,7 @@
 """TLS for servers and clients, whose certificates and CAs change while they run.
 
-gRPC servers and HTTP servers ask for the files at each handshake. A client's channel cannot change its certificate, so
-`channels.py` makes another one. Running calls keep the connection that they have.
+gRPC servers and HTTP servers read the files at each handshake. A client's channel cannot change its certificate, so
+`channels.py` makes a new channel. Running calls keep their connection.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from antefix.security.credential_files import CredentialFiles, Loaded
 
 
 def server_credentials(files: CredentialFiles, *, mutual: bool = True) -> grpc.ServerCredentials:
-    """For a gRPC port.  mutual: callers must have a certificate of one of our CAs."""
+    """TLS credentials for a gRPC port.  mutual: callers must have a certificate of a trusted CA."""
     loaded = files.now()
     if not loaded.has_certificate:
         raise ConfigError(f"{files.directory} has no tls.crt and tls.key, which a server needs")
@@ -36,14 +36,14 @@ def server_credentials(files: CredentialFiles, *, mutual: bool = True) -> grpc.S
 
 
 def channel_credentials(loaded: Loaded) -> grpc.ChannelCredentials:
-    """For a client's channel, with these very files."""
+    """TLS credentials for a client's channel, from these files."""
     if not loaded.has_certificate:
         return grpc.ssl_channel_credentials(loaded.ca)
     return grpc.ssl_channel_credentials(loaded.ca, loaded.key, loaded.certificate)
 
 
 def http_context(files: CredentialFiles, *, mutual: bool = False) -> ssl.SSLContext:
-    """For an HTTP server; each handshake takes the files as they are then."""
+    """The TLS context of an HTTP server. Each handshake uses the files' contents at that time."""
     first = files.now()
     context = _context(first, mutual=mutual)
     kept = [(first.digest, context)]
@@ -66,7 +66,7 @@ def _configuration(loaded: Loaded) -> grpc.ServerCertificateConfiguration:
 def _context(loaded: Loaded, *, mutual: bool) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # OpenSSL reads a key from a file only. One in memory has no name, and is gone when it is closed.
+    # OpenSSL reads a key only from a file. A file in memory has no name, and disappears when it is closed.
     with os.fdopen(os.memfd_create("antefix-tls"), "wb") as file:
         file.write(loaded.key + b"\n" + loaded.certificate)
         file.flush()

@@ -1,5 +1,5 @@
-"""What a store can be asked, by workers, the router and operators' tools. Knows hashes and bytes, never tokens, tensors
-or protobuf.
+"""The calls that workers, the router and operators' tools make to a store. Knows hashes and bytes, never tokens,
+tensors or protobuf.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from antefix.store.store_stats import StoreTotals
 
 
 class Store(Protocol):
-    """All that a store does for others. Same-host and remote clients implement it alike.
+    """The interface of a store. Clients on the same host and remote clients implement all of it.
 
-    tenant: the owner that the records must have (`Keyring.owner`); empty: any. Clients with the deployment's secret
-    (`antefix.store_files.seal.Seals`) take sealed records only: what has no right seal is a miss.
+    tenant: the owner that the records must have (`Keyring.owner`); empty: any owner. Clients with the deployment's
+    secret (`antefix.store_files.seal.Seals`) accept sealed records only: a record without a valid seal is a miss.
 
     Every method may raise Unavailable or DeadlineExceeded; workers treat both as a miss and count them.
     """
@@ -27,57 +27,64 @@ class Store(Protocol):
         """The longest stored prefix of `chain`. Never promises a block that a read would not find."""
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
-        """All that is stored of `chain`, or of any part of one, whether what lies before is stored here or not."""
+        """Which blocks and checkpoints of `chain` are stored. `chain` may be any part of a chain; the blocks before it
+        need not be stored here.
+        """
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
-        """What became of a block that was not found, to explain the miss."""
+        """Why a block was not found (evicted, expired, never stored, ...), to explain the miss."""
 
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> int:
-        """Fill `into[i]` with block `hashes[i]`, checksum, own hash, fingerprint and seal verified.
+        """Fill `into[i]` with block `hashes[i]`, after checking its checksum, hash, fingerprint and seal.
 
-        Returns the number of leading blocks that are right; buffers from there on hold garbage. A short count is
-        a miss, not an error: a corrupt block has been quarantined and counted.
+        Returns the number of leading blocks that passed all checks; the buffers after them hold garbage. A number
+        below `len(hashes)` is a miss, not an error: a corrupt block has been quarantined and counted.
         """
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
-        """One verified payload, or None when it is not stored (any more) or was corrupt."""
+        """One verified payload. None: it was never stored, was evicted, or is corrupt."""
 
     async def put(self, records: Sequence[Record]) -> PutResult:
-        """Store records in order, durable when this returns (handoffs: in memory).
+        """Store records in order. They are durable when this returns, except handoffs, which are kept in memory.
 
         A block whose parent is not stored is refused: the store stays prefix-closed.
         """
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
-        """Take it from the caller that these records, read right, hold what must not be used: they are misses until
-        they are put again. Never raises: a store that cannot be told would give them again, to be rejected again.
+        """Tell the store that the caller found the content of these records unusable, although their checksums are
+        right. They are misses until they are put again. Never raises: if the call does not reach the store, the store
+        returns the records again and the caller rejects them again.
         """
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell the store how a fingerprint's payloads are laid out, so that it can compress them.
 
-        statement: what it stands for, `Fingerprint.statement`; empty: not told.
+        statement: `Fingerprint.statement`, the values that the fingerprint was hashed from; empty: not given.
         """
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
-        """Keep an owner's records, and what they depend on, from eviction for a time; 0 lets go.
+        """Protect an owner's records, and the records that they depend on, from eviction for `duration_s`; 0 unpins.
 
-        Returns how many of them are stored.
+        Returns how many of the named records are stored.
         """
 
     async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
-        """Drop an owner's records with all that depends on them, pinned or not. Returns how many went."""
+        """Delete an owner's records and all records that depend on them, even pinned ones.
+
+        Returns how many records were deleted.
+        """
 
     def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
-        """What is stored now, then every change, without gaps, until the stream breaks; or the changes since `cursor`.
+        """Events without gaps until the stream breaks: the changes since `cursor`, or without a cursor all that is
+        stored now and then every change.
 
-        Breaking is Unavailable: watch again from the last batch's cursor.
+        A broken stream raises Unavailable: call `watch` again with the last batch's cursor.
         """
 
     async def stats(self) -> StoreTotals:
-        """What it holds, and has done since it was opened."""
+        """What the store holds now, and its counters since it was opened."""
 
     async def close(self) -> None:
-        """Let go of connections and files."""
+        """Close connections and files."""

@@ -1,12 +1,12 @@
 """Keeps a store that hangs, or is too slow, from costing more than it saves.
 
-    silent (antefix.pulse)            every call ends now, until it answers again
-    one call over its time            the next one is given twice as long for its bytes
-    NUM_LATE_MAX of them in a row     calls end at once for OPEN_S, or until it was away and is back; then one is tried
-                                      again, and the next failure doubles the time
+    the store is silent (antefix.pulse)   every call fails at once, until the store answers again
+    one call exceeds its time limit       the next call gets twice as long for its bytes
+    NUM_LATE_MAX such calls in a row      calls fail at once for OPEN_S, or until the store went silent and came back;
+                                          then calls are tried again, and the next failure doubles the pause
 
-A call's time follows from its bytes at the measured rate. A store that is slow for good is learnt: each time over
-halves the rate, so the next call gets twice the time.
+A call's time limit is computed from its bytes and the measured rate. Each call over its limit halves the assumed rate,
+so calls to a store that stays slow soon get enough time.
 """
 
 from __future__ import annotations
@@ -22,29 +22,32 @@ import grpc
 from antefix.errors import DeadlineExceeded, Unavailable
 from antefix.pulse import Pulse, health_question
 
-# What a call may take besides its bytes: a sync of a busy disk, a turn behind other writers.
+# Time that a call may take in addition to moving its bytes: a sync of a busy disk, or waiting for other writers.
 SLACK_S: Final = 3.0
-# A call is given so many times what its bytes should take.
+# A call's limit is this many times the time that its bytes should take.
 _FACTOR: Final = 4.0
-# Until one is measured: a disk on its own, or a network of 1 Gbit/s at half its speed.
+# The assumed rate until one is measured: a single disk, or a network of 1 Gbit/s at half its speed.
 BYTES_PER_S_PRIOR: Final = 50e6
 _BYTES_PER_S_MIN: Final = 1e5
-# Below this a duration says more of calls than of bytes.
+# The duration of a call with fewer bytes says little about the transfer rate, so it is not measured.
 _BYTES_MIN: Final = 1 << 18
 _FADE: Final = 0.9
-# One late answer is what a busy machine has now and then; a store whose next one is late as well is too slow.
+# A busy machine answers late now and then. A store with this many late answers in a row is too slow.
 NUM_LATE_MAX: Final = 2
-# gRPC makes a broken connection again within a second or so.
+# gRPC reconnects a broken connection within about a second.
 JUST_BACK_S: Final = 2.0
 OPEN_S: Final = 5.0
 OPEN_S_MAX: Final = 40.0
 
 
 class Breaker:
-    """One client's. num_slow: calls that went over their time.  num_spared: calls that were not made."""
+    """The breaker of one client.
+
+    num_slow: calls that exceeded their time limit.  num_spared: calls that failed at once, without asking the store.
+    """
 
     def __init__(self, *, slack_s: float = SLACK_S, clock: Callable[[], float] = time.monotonic) -> None:
-        """slack_s: what a call may take besides its bytes."""
+        """slack_s: seconds that a call may take in addition to moving its bytes."""
         self._slack_s = slack_s
         self.pulse: Pulse | None = None
         self.num_slow = 0
@@ -59,12 +62,12 @@ class Breaker:
 
     @property
     def num_silences(self) -> int:
-        """Times that the store fell silent."""
+        """How many times the store fell silent."""
         return self.pulse.num_silences if self.pulse is not None else 0
 
     @property
     def is_just_back(self) -> bool:
-        """Whether it began to answer a moment ago: then not all connections to it are made yet."""
+        """Whether the store began to answer a moment ago, so some connections to it may not be restored yet."""
         return self._clock() - self.returned_s < JUST_BACK_S
 
     @property
@@ -73,7 +76,7 @@ class Breaker:
         return self.pulse.returned_s if self.pulse is not None else -math.inf
 
     def follow(self, address: str, channel: grpc.aio.Channel) -> None:
-        """Ask the store for signs of life from now on."""
+        """Start to poll the store's health."""
         if self.pulse is None:
             self.pulse = Pulse(f"the store at {address}", health_question(channel))
             self.pulse.start()
@@ -84,14 +87,14 @@ class Breaker:
             await pulse.close()
 
     def limit_s(self, nbytes: int, most_s: float) -> float:
-        """How long a call may take that moves so much, next to those that run."""
+        """The time limit of a call that moves `nbytes` bytes while the calls in flight run too; at most `most_s`."""
         return min(most_s, self._slack_s + _FACTOR * (self._flying_bytes + nbytes) / self._bytes_per_s)
 
     @contextlib.contextmanager
     def asked(self, nbytes: int = 0) -> Iterator[None]:
-        """Around one call, which moves so many bytes.
+        """A context around one call, which moves `nbytes` bytes.
 
-        Raises:  Unavailable: the store is silent, falls silent, or was too slow just now.
+        Raises:  Unavailable: the store is silent, falls silent during the call, or was too slow just now.
         """
         now = self._clock()
         if now < self._open_until and self.returned_s <= self._late_s:
@@ -115,7 +118,7 @@ class Breaker:
         self.num_slow += 1
         now = self._clock()
         if begun < self._late_s:
-            return  # it began before another one's failure was known, and says the same
+            return  # this call began before the last late call was noticed, so it shows nothing new
         self._late_s = now
         self._num_late += 1
         self._bytes_per_s = max(_BYTES_PER_S_MIN, self._bytes_per_s / 2)

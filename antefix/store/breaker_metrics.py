@@ -1,4 +1,4 @@
-"""What a process shows of how its store answers."""
+"""Metrics of how the store answers this process's calls."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from antefix.telemetry.shown import counter
 
 
 def breaker_metrics(breaker: Breaker) -> Iterable[Metric]:
-    """Of one client."""
+    """The metrics of one client's breaker."""
     yield counter(
         "antefix_store_client_silences",
         "Times that the store gave no sign of life: it hung, or could not be heard.",

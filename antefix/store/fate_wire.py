@@ -1,4 +1,7 @@
-"""What became of a block, on the wire. Two words are older than `MissReason` and stay: "stored" and "unknown"."""
+"""Converts `BlockFate`, the reason why a block was not found, from and to protobuf.
+
+The wire's words "stored" and "unknown" are older than `MissReason`, so they stay.
+"""
 
 from __future__ import annotations
 

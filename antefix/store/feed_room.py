@@ -1,23 +1,23 @@
-"""How many names all feeds of one process may hold together: what a router knows of its stores takes no more memory."""
+"""Limits how many record names all store feeds of one process hold together, which bounds a router's memory."""
 
 from __future__ import annotations
 
 from typing import Final, Protocol
 
-# Of a key in a set: 73 to 141 were measured at all fillings of sets of up to 2 million keys.
+# Memory of one key in a set: 73 to 141 bytes were measured in sets of up to 2 million keys, at every load factor.
 BYTES_PER_NAME: Final = 144
 BYTES_MAX: Final = 1 << 30
 
 
 class Tenant(Protocol):
-    """What shares the room."""
+    """A feed that shares the room."""
 
     def trim(self) -> None:
-        """Hold no more than `FeedRoom.share` from now on."""
+        """Drop names until the feed holds no more than `FeedRoom.share`."""
 
 
 class FeedRoom:
-    """Shared in equal parts by the feeds that are there. Used from one event loop."""
+    """The number of names, divided equally among the feeds that exist now. Used from one event loop."""
 
     def __init__(self, bytes_max: int = BYTES_MAX) -> None:
         self._num_max = max(1, bytes_max // BYTES_PER_NAME)
@@ -25,7 +25,7 @@ class FeedRoom:
 
     @property
     def share(self) -> int:
-        """Names that one of them may hold."""
+        """How many names one feed may hold."""
         return self._num_max // max(1, len(self._tenants))
 
     def join(self, tenant: Tenant) -> None:

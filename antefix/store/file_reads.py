@@ -1,8 +1,8 @@
-"""Reads of a store's files, in threads, and bounded in time: a disk or a mount that hangs is a miss.
+"""Reads a store's files in threads, with a time limit: a read from a hanging disk or mount is a miss.
 
-A thread that waits for a disk cannot be stopped, and writes into its buffers whenever the disk comes back. So a read
-that is given up says when nobody writes any more, and the owner of the buffers keeps them until then. While one hangs
-no other one begins: at most the threads that there are wait, and the first of them to come back says that it is over.
+A thread that waits for a disk cannot be stopped, and it writes into its buffers when the disk answers again. So a read
+that was given up calls back when its thread has ended, and the owner keeps the buffers until then. While a read hangs,
+no other read begins, so at most the threads of one pool hang. When any of these reads ends, the disk answers again.
 """
 
 from __future__ import annotations
@@ -18,21 +18,23 @@ from antefix.store.breaker import Breaker
 
 T = TypeVar("T")
 NUM_THREADS: Final = 4
-# Of a read besides its bytes. Threads of a busy machine wait for a core as well.
+# Time that a read may take in addition to moving its bytes: on a busy machine threads wait for a core as well.
 SLACK_S: Final = 5.0
-# The most that a read may take, whatever its size.
+# The longest time that a read of any size may take.
 _READ_S_MAX: Final = 60.0
 
 
 class ReadHangs(Unavailable):
-    """A read was given up and still runs. To a worker it is a miss; its buffers must not be used again yet."""
+    """A read was given up but its thread still runs. A worker treats it as a miss and must not
+    reuse the buffers yet.
+    """
 
     def __init__(self, message: str, works: Sequence[asyncio.Future[Any]] = ()) -> None:
         super().__init__(message)
         self.works = tuple(works)
 
     def when_over(self, do: Callable[[], object]) -> None:
-        """Call `do` in the event loop when nobody writes into the buffers any more."""
+        """Call `do` in the event loop when no thread writes into the buffers any more."""
         left = {work for work in self.works if not work.done()}
 
         def ended(work: asyncio.Future[Any]) -> None:
@@ -47,30 +49,30 @@ class ReadHangs(Unavailable):
 
 
 class FileReads:
-    """One store directory's.  counts: where late and spared reads are counted."""
+    """The reads of one store directory.  counts: takes the numbers of late reads and of reads that were not started."""
 
     def __init__(self, name: str, counts: Breaker, *, slack_s: float = SLACK_S) -> None:
         self._name = name
         self._counts = counts
         self._slack_s = slack_s
-        # For how long a read may take, as measured.
+        # Computes a read's time limit from the measured rate.
         self._pace = Breaker(slack_s=slack_s)
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="antefix-store")
         self._hanging: set[asyncio.Future[Any]] = set()
 
     @property
     def hangs(self) -> bool:
-        """Whether a read that was given up is not over yet."""
+        """Whether the thread of a read that was given up still runs."""
         return bool(self._hanging)
 
     def close(self) -> None:
-        """A thread that hangs is left behind: waiting for it would hang the caller that closes."""
+        """Stop the threads, without waiting for one that hangs: the caller would hang as well."""
         self._threads.shutdown(wait=not self._hanging, cancel_futures=True)
 
     async def run(self, call: Callable[[], T], nbytes: int = 0) -> T:
-        """`call` in a thread. nbytes: that it may read.
+        """Run `call` in a thread.  nbytes: how many bytes `call` may read.
 
-        Nobody writes into its buffers after this returned, was cancelled or raised anything but ReadHangs.
+        No thread writes into the buffers after this returned, was cancelled or raised anything but ReadHangs.
         Raises:  ReadHangs.  Unavailable: another read hangs.
         """
         if self._hanging:
@@ -88,7 +90,7 @@ class FileReads:
         return work.result()
 
     async def _wait(self, work: asyncio.Future[Any], ends: float) -> None:
-        """Until it is done or late. A cancellation waits as well, for as long as the read may take."""
+        """Wait until the read is done or its time has run out. A cancelled caller waits as long."""
         cancelled: asyncio.CancelledError | None = None
         while not work.done() and (left_s := ends - time.monotonic()) > 0:
             try:
@@ -106,7 +108,7 @@ class FileReads:
 
     def _came_back(self, work: asyncio.Future[Any]) -> None:
         self._hanging.discard(work)
-        # Seen, or asyncio would log it as never retrieved.
+        # Retrieve the exception, or asyncio logs that it was never retrieved.
         if not work.cancelled():
             work.exception()
         self._pace = Breaker(slack_s=self._slack_s)

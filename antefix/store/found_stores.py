@@ -1,7 +1,8 @@
-"""Several stores that come, go and move: those that are named, and those that DNS or Redis tells of.
+"""Several stores that come, go and move: those named in the settings, and those found through DNS or Redis.
 
-What is named in the settings counts before what is found. A store is read as soon as it is found. One that is gone is
-left alone from the first call that fails (`Tier.failed`), and forgotten when its lease or its address has run out.
+A store named in the settings takes precedence over a found store of the same name. A store is read as soon as it is
+found. After a call to a store has failed, the store is not asked for a moment (`Tier.failed`). When a store's lease or
+address has expired, it is forgotten.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ log = logging.getLogger("antefix.store")
 
 
 class FoundStores(ManyStores):
-    """Used from one event loop; `start` looks for the first time, and then again and again."""
+    """Used from one event loop; `start` looks for stores, and keeps looking from then on."""
 
     def __init__(
         self,
@@ -36,8 +37,9 @@ class FoundStores(ManyStores):
         home_of: str = "",
         **options: Any,
     ) -> None:
-        """near: names of those that are written to. None given: those with a directory; or else one of all, which is
-        another one for each `home_of` (this host's name), so that hosts share the stores between them.
+        """near: names of the stores that this host writes to. None given: the stores with a directory. If no store has
+        a directory, each host writes to one store, chosen by `home_of` (this host's name), so that hosts spread their
+        writes over all stores.
 
         may_call: raises ConfigError for an address that must not be called.  options: as for `ManyStores`.
         """
@@ -52,7 +54,7 @@ class FoundStores(ManyStores):
         self._following: Final = Following(sources, self._changed)
 
     async def start(self) -> None:
-        """Look once, and follow from then on; and as `ManyStores`."""
+        """Look for stores once, keep following them, and do what `ManyStores.start` does."""
         await asyncio.gather(self._following.look(), super().start())
         self._following.start()
 
@@ -84,7 +86,9 @@ class FoundStores(ManyStores):
         return True
 
     def _home(self, members: Sequence[Member]) -> set[str]:
-        """Rendezvous: when stores come and go, only hosts of those write elsewhere."""
+        """This host's store by rendezvous hashing: when a store comes or goes, few hosts change the store they write
+        to.
+        """
         names = [member.tier.name for member in members]
         return {min(names, key=self._distance)} if names else set()
 

@@ -1,4 +1,4 @@
-"""What a store holds of a chain, on the wire: protobuf stops here."""
+"""Converts `Held`, what a store holds of a chain, from protobuf. Its callers never see protobuf."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def held_to_wire(held: Held) -> kvstore_pb2.LookupResponse:
 
 
 def held_from_wire(response: kvstore_pb2.LookupResponse) -> Held:
-    """A store of an earlier version tells only what it has from the chain's beginning on.
+    """`Held` of a response. A store of an earlier version reports only a prefix of the chain.
 
-    Raises:  InternalError: the spans are no spans.
+    Raises:  InternalError: the spans are malformed.
     """
     flat = tuple(response.spans)
     if not flat and response.num_blocks:

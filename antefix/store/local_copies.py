@@ -1,7 +1,7 @@
-"""Keeps in the nearest store what this host reads from others again and again, within a budget of bytes.
+"""Copies records that this host often reads from other stores to the nearest store, within a budget of bytes.
 
-A record that was read NUM_READS times from elsewhere within its time to live is copied in the background; the next read
-finds it here. Copying costs one more read of the other store, and no request waits for it.
+A record that was read NUM_READS times from other stores within `ttl_s` is copied in the background; the next read
+finds the copy in the nearest store. A copy costs one more read of the other store. No request waits for a copy.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ from antefix.security.grants import held, hold
 log = logging.getLogger("antefix.store")
 
 NUM_READS: Final = 3
-# Records whose reads are counted, at some 200 bytes each; the least recently read are forgotten.
+# How many records have their reads counted, at some 200 bytes each; the least recently read are forgotten.
 _NUM_COUNTED_MAX: Final = 1 << 18
-# Copies that wait; more than that are not made, and the next read asks again.
+# How many copies may wait. A further one is dropped; the record's next read asks for it again.
 _NUM_WAITING_MAX: Final = 16
-# Records of one read and one put.
+# How many records one read and one put carry.
 _BATCH_RECORDS: Final = 64
-# Below what a disk writes, so that a copy never holds up the writes of requests for long.
+# Less than a disk's write rate, so that a copy never delays the writes of requests for long.
 _BYTES_PER_S: Final = 128 << 20
 
 
 class CopiedStores(Protocol):
-    """Where copies come from and go to: `ManyStores`."""
+    """The stores that copies are read from and written to: `ManyStores`."""
 
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
-        """Leading ones of these, from any other store."""
+        """The leading ones of these records that any other store has."""
 
     async def put_near(self, records: Sequence[Record]) -> PutResult:
-        """Into the nearest store."""
+        """Write records to the nearest store."""
 
 
 @dataclass(slots=True)
 class CopyCounters:
-    """In records, and their payload bytes. num_over_budget: that would have been copied, had there been room."""
+    """Counts of records, and of payload bytes.  num_over_budget: records not copied because the budget was used up."""
 
     num_copied: int = 0
     bytes_copied: int = 0
@@ -60,12 +60,15 @@ class _Copy:
     hashes: tuple[bytes, ...]
     fingerprint: bytes
     tenant: bytes
-    # Of the request that read them last.
+    # The grant of the request that read the records last.
     grant: bytes
 
 
 class LocalCopies:
-    """Used from one event loop. bytes_max: of copies made within `ttl_s`, which is how long one lives unread."""
+    """Used from one event loop.
+
+    bytes_max: limit on the bytes of copies made within `ttl_s`, which is how long a copy that nobody reads is kept.
+    """
 
     def __init__(self, *, bytes_max: int, ttl_s: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.counters = CopyCounters()
@@ -81,7 +84,7 @@ class LocalCopies:
     def note(
         self, stores: CopiedStores, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes
     ) -> None:
-        """These were read from elsewhere."""
+        """Count one read of each of these records from another store, and copy those that were read often."""
         now = self._clock()
         often = [name for name, key in zip(hashes, keys_of(hashes), strict=True) if self._count((kind, key), now)]
         if not often or not self._bytes_max or len(self._waiting) >= _NUM_WAITING_MAX:
@@ -93,7 +96,7 @@ class LocalCopies:
             self._task = asyncio.get_running_loop().create_task(self._copy_all(stores))
 
     async def settle(self) -> None:
-        """Until what waits has been copied."""
+        """Wait until all waiting copies have been made."""
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
 
@@ -103,7 +106,7 @@ class LocalCopies:
         await self.settle()
 
     def _count(self, name: tuple[RecordKind, Key], now: float) -> bool:
-        """Note a read; whether it was one too many for being elsewhere."""
+        """Count a read. Returns whether the record has now been read often enough to be copied."""
         times = [at for at in self._reads.pop(name, ()) if now - at <= self._ttl_s][-(NUM_READS - 1) :]
         times.append(now)
         self._reads[name] = times
@@ -123,7 +126,7 @@ class LocalCopies:
                 await asyncio.sleep(max(0.0, nbytes / _BYTES_PER_S - (self._clock() - started)))
 
     async def _copy_batch(self, stores: CopiedStores, copy: _Copy, hashes: Sequence[bytes]) -> int:
-        """Returns the bytes that were copied; 0 ends this copy."""
+        """Returns how many bytes were copied; after 0 the caller ends this copy."""
         try:
             records = await stores.get_records(copy.kind, hashes, fingerprint=copy.fingerprint, tenant=copy.tenant)
             fitting = self._within_budget(records)

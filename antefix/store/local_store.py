@@ -24,9 +24,9 @@ T = TypeVar("T")
 
 
 class LocalStore(RemoteStore):
-    """A store's service whose files are on this host: what reads them is its own here.
+    """A client of a store service whose files are on this host: it reads the files itself.
 
-    Connects when first used, and finds a restarted service, or a rebuilt index, again.
+    Connects when first used. Reconnects after the service restarts, and reopens the index after it was rebuilt.
     """
 
     def __init__(
@@ -38,9 +38,9 @@ class LocalStore(RemoteStore):
         keys: KeyRing | None = None,
         seals: Seals | None = None,
     ) -> None:
-        """keys: for stores that are encrypted; without them, encrypted records are read through the service.
+        """keys: decrypt the records of encrypted stores; without keys, encrypted records are read through the service.
 
-        seals: where given, only sealed records are taken.
+        seals: if given, only records with a valid seal are accepted.
         """
         super().__init__(address, deadline_s=deadline_s, seals=seals)
         self.directory = Path(directory)
@@ -85,7 +85,7 @@ class LocalStore(RemoteStore):
         def read(reader: StoreReader) -> ReadOutcome:
             outcome = reader.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
             if outcome.num_good:
-                # The service is told later, and neither it nor this process may live until then.
+                # The service hears of the read later, and the service or this process may die before that.
                 self._evidence = self._evidence or ReadEvidence(self.directory)
                 self._evidence.used(hashes[outcome.num_good - 1])
             return outcome
@@ -113,9 +113,9 @@ class LocalStore(RemoteStore):
         return None if payload is None else bytes(payload)
 
     async def _in_thread(self, call: Callable[[StoreReader], T], nbytes: int = 0) -> T:
-        """nbytes: that may be read.
+        """Run `call` in a thread.  nbytes: how many bytes it may read.
 
-        Raises:  Unavailable: the files cannot be read, however that shows: to a worker that is a miss.  ReadHangs.
+        Raises:  Unavailable: the files cannot be read, for any reason; a worker treats it as a miss.  ReadHangs.
         """
         try:
             return await self.reads.run(lambda: call(self._open_reader()), nbytes)
@@ -126,6 +126,6 @@ class LocalStore(RemoteStore):
         """The reader, opened when the store first exists, and again after the service rebuilt the index."""
         reader = self._reader
         if reader is None or reader.index.replaced:
-            # The old one is left to the collector: another thread may still be reading through it.
+            # The garbage collector closes the old reader: another thread may still be reading through it.
             reader = self._reader = StoreReader(self.directory, decrypt=self._decrypt, seals=self._seals)
         return reader

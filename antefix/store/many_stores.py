@@ -1,8 +1,8 @@
-"""Several stores as one: written to the nearest, read from any, nearest first. Knows hashes and bytes.
+"""Several stores as one store: writes go to the nearest, reads come from any, nearest first. Knows hashes and bytes.
 
-It promises what `antefix.store.api.Store` does, but for one thing: what it says is stored comes from the stores'
-events, a moment late, or from stores that answered in time. What is not there after all is a miss. A store that fails
-is left alone for a moment; only when none of them answers is that an error.
+It keeps the promises of `antefix.store.api.Store`, with one exception: its look-ups rely on the stores' events, which
+arrive a moment late, and on the stores that answered in time. So a read may miss a block that a look-up promised. A
+store that fails is not asked for a moment. A call fails only if no store answers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from antefix.store.tier import LoadedSource, Tier
 
 log = logging.getLogger("antefix.store")
 
-# The most telling first: what is stored after all, what was and went, what never was.
+# The most informative reasons first: the block is stored, was stored once, was never stored.
 _FATES: Final = (
     MissReason.NONE,
     MissReason.CORRUPT,
@@ -52,9 +52,9 @@ _FATES: Final = (
 )
 
 
-# What serves is not ready before its tiers' indexes are loaded, or this has passed: then they load behind its answers.
+# A service is ready when its tiers' indexes are loaded, or after this time. Then they load while it serves.
 LOAD_S: Final = 10.0
-# A read that began before a store went has ended after so long, or has continued elsewhere.
+# After this time, every read that began before a store left has ended or continues from another store.
 _LET_GO_S: Final = 60.0
 
 
@@ -69,11 +69,13 @@ class ManyStores:
         copies: LocalCopies | None = None,
         make_feed: Callable[[Member, bytes], StoreFeed] | None = None,
     ) -> None:
-        """members: nearest first; `change` replaces them.  more: tiers that are only read.
+        """members: the stores, nearest first; `change` replaces them.  more: tiers that are read but not written.
 
-        copies: keeps what is read from others often in the nearest store.  make_feed: follows a member's events.
+        copies: copies records that are often read from other stores to the nearest one.
+        make_feed: makes the feed that follows a member's events.
         """
-        # Another object whenever stores come or go: a call keeps the one it began with, as tiers have numbers in it.
+        # Replaced by a new object when stores come or go. A call keeps the object it began with, because the numbers of
+        # its tiers are only valid there.
         self.members = Members(members, more)
         self.copies: Final = copies
         self._more = tuple(more)
@@ -84,15 +86,15 @@ class ManyStores:
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
-        """All that is read from."""
+        """All tiers that can be read."""
         return self.members.tiers
 
     async def start(self) -> None:
-        """Have tiers' indexes loaded, so that the first request finds what is there."""
+        """Load the tiers' indexes, so that the first request can hit."""
         await asyncio.gather(*(_load(tier) for tier in self._more))
 
     def change(self, members: Sequence[Member]) -> None:
-        """From now on these, nearest first. Those that go are let go of when nobody can be reading from them any more.
+        """Use these stores from now on, nearest first. A store that leaves is closed once no read of it can be running.
 
         Needs a running event loop.
         """
@@ -108,18 +110,18 @@ class ManyStores:
     # --- what is there -------------------------------------------------------------------------------------------
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
-        """What any of them has."""
+        """Which blocks and checkpoints of `chain` at least one store has."""
         found = await self.members.held(chain, fingerprint=fingerprint, tenant=tenant)
         return union_of(found.values(), len(chain))
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
-        """The longest prefix that they have together, and which tier is the nearest to have each part."""
+        """The longest prefix that the stores have together, with the nearest tier that has each part of it."""
         return (await self.locate(chain, fingerprint=fingerprint, tenant=tenant)).found
 
     async def locate(
         self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"", ask: bool = False
     ) -> Located:
-        """As `lookup`, with all that each store has.  ask: every store, whatever events have said."""
+        """As `lookup`, and also what each store has.  ask: ask every store, even if its events say what it has."""
         members = self.members
         held = await members.held(chain, fingerprint=fingerprint, tenant=tenant, ask=ask)
         order = members.nearest_first(held)
@@ -139,7 +141,7 @@ class ManyStores:
         return Located(chain=chain, fingerprint=fingerprint, held=by_name, found=found)
 
     async def fate(self, hash: bytes, *, fingerprint: bytes) -> BlockFate:
-        """The most that any of the stores remembers of a block."""
+        """The most informative reason that any of the stores gives for missing a block."""
         fates = await self.members.of_all(lambda member: member.store.fate(hash, fingerprint=fingerprint))
         best = min((fate.reason for fate in fates), key=_rank_of)
         statements: dict[bytes, bytes] = {}
@@ -153,7 +155,7 @@ class ManyStores:
     async def read_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> PrefixRead:
-        """As `get_blocks`, with what each tier gave and which failed."""
+        """As `get_blocks`, but returns also what each tier delivered and the errors of tiers that failed."""
         if not hashes:
             return PrefixRead()
         members = self.members
@@ -172,7 +174,7 @@ class ManyStores:
         return (await self.read_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)).num_good
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
-        """From the nearest tier that has it; a tier that fails is passed over."""
+        """Read one payload from the nearest tier that has it, skipping tiers that fail."""
         members = self.members
 
         async def read(tier: Tier) -> bytes | None:
@@ -194,7 +196,7 @@ class ManyStores:
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
-        """Leading ones of these, whole, from whichever other store or tier has most of them."""
+        """The leading ones of these records, with headers, from the other store or tier that has the most of them."""
         best: list[Record] = []
         members = self.members
         for number in members.nearest_first(members.answering()):
@@ -214,18 +216,18 @@ class ManyStores:
     # --- writing -------------------------------------------------------------------------------------------------
 
     async def put(self, records: Sequence[Record]) -> PutResult:
-        """To the nearest store that takes it. What the records depend on may be in another one.
+        """Write records to the nearest store that accepts them. Their parent records may be in another store.
 
-        Raises:  Unavailable: no store takes anything.
+        Raises:  Unavailable: no store accepts the records.
         """
         return await self._put(records, self._write_order(records))
 
     async def put_near(self, records: Sequence[Record]) -> PutResult:
-        """As `put`, but to no other host's store."""
+        """As `put`, but only to near stores."""
         return await self._put(records, [member for member in self._write_order(records) if member.near])
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
-        """Tell all of them; those that do not answer now are told before something is written to them."""
+        """Register the layout with every store. A store that does not answer is told before the first write to it."""
         self._layouts[fingerprint] = (layout, statement)
         self.follow(fingerprint)
         tell = (self._register(member, fingerprint) for member in self.members.stores)
@@ -235,7 +237,7 @@ class ManyStores:
                 raise answer
 
     def follow(self, fingerprint: bytes) -> None:
-        """Learn from events what the others hold of this fingerprint, from now on."""
+        """Follow the events of the stores that are not near, to know what they hold of this fingerprint."""
         is_other, self._followed = fingerprint != self._followed, fingerprint
         if self._make_feed is None:
             return
@@ -248,13 +250,13 @@ class ManyStores:
                 member.feed.start()
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
-        """In each store that has them. Returns how many the store has that has most."""
+        """Pin records in each store that has them. Returns the largest number of them that one store has."""
         return max(
             await self.members.of_all(lambda member: member.store.pin(names, duration_s=duration_s, owner=owner))
         )
 
     async def pin_prefix(self, chain: Sequence[bytes], *, fingerprint: bytes, duration_s: float, owner: bytes) -> int:
-        """Pin a chain's blocks and its last checkpoint, in whichever stores its parts are.
+        """Pin a chain's blocks, and the checkpoint at its end, in every store that has part of them.
 
         Returns the number of leading blocks that are stored.
         """
@@ -271,7 +273,7 @@ class ManyStores:
         return union_of(found.values(), len(chain)).num_leading
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
-        """All of them: who gave it is not known here, and a copy of it is as bad."""
+        """Tell all stores: this object does not know which store delivered the records, and copies are bad as well."""
 
         async def tell(member: Member) -> int:
             await member.store.reject(kind, hashes)
@@ -280,19 +282,19 @@ class ManyStores:
         await self.members.of_all(tell)
 
     async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
-        """From all of them. Returns how many records went."""
+        """Delete records in all stores. Returns how many records were deleted."""
         return sum(await self.members.of_all(lambda member: member.store.evict(names, owner=owner)))
 
     def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
-        """What the nearest store tells."""
+        """The events of the nearest store."""
         return self._nearest().store.watch(cursor)
 
     async def stats(self) -> StoreTotals:
-        """Of the nearest store, whose budget this process writes into."""
+        """The totals of the nearest store, which is the one that this process writes to."""
         return await self._nearest().store.stats()
 
     async def stats_by_store(self) -> dict[str, StoreTotals]:
-        """Of each store that answers, by name.  Raises:  AntefixError: none does."""
+        """The totals of each store that answers, by store name.  Raises:  AntefixError: no store answers."""
 
         async def ask(member: Member) -> tuple[str, StoreTotals]:
             return member.tier.name, await member.store.stats()
@@ -301,7 +303,7 @@ class ManyStores:
 
     @property
     def num_broken_seals(self) -> int:
-        """Records that were read and not sealed by this deployment; all stores share one count."""
+        """How many records without this deployment's seal were read. All stores share one count."""
         return max((getattr(member.store, "num_broken_seals", 0) for member in self.members.stores), default=0)
 
     async def close(self) -> None:
@@ -341,7 +343,11 @@ class ManyStores:
         raise Unavailable(f"no store takes records: {first_error or 'none is known now'}")
 
     def _write_order(self, records: Sequence[Record]) -> list[Member]:
-        """Several disks of one host share its records, by what they follow: a put of neighbours stays together."""
+        """The stores in the order in which a put tries them.
+
+        The near stores (disks of one host) share the records by the hash of the first record's parent, so the records
+        of one put go to one store.
+        """
         parent = records[0].parent if records else b""
         members = self.members
         near = sorted(members.near, key=lambda each: (each.tier.is_shunned, _weight(each.tier.name, parent)))

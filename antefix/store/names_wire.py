@@ -1,4 +1,4 @@
-"""Names of records, and why one was refused, between values and messages."""
+"""Converts record names, and the reasons for refusing records, between Python values and protobuf messages."""
 
 from __future__ import annotations
 

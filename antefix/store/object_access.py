@@ -1,4 +1,4 @@
-"""Opening the object tier as a tier to read from, by the settings of a reader of stores."""
+"""Opens the object store as a tier to read from, by the settings of a process that reads stores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from antefix.store_files.seal import Seals
 
 
 class ReadsObjects(Protocol):
-    """Settings that name an object store. object_encrypt_key_file, object_keys_file: what it is encrypted with."""
+    """Settings that name an object store.  object_encrypt_key_file, object_keys_file: files with
+    its encryption keys.
+    """
 
     @property
     def object_store(self) -> str: ...
@@ -27,7 +29,7 @@ class ReadsObjects(Protocol):
 
 
 def check_object_store(url: str, encrypt_key_file: str = "", keys_file: str = "") -> None:
-    """Raises:  ConfigError: not the URL of an object store, or two kinds of keys."""
+    """Raises:  ConfigError: the URL is not an object store's, or both key files are given."""
     if url:
         scheme_of(url)
     require(
@@ -36,7 +38,7 @@ def check_object_store(url: str, encrypt_key_file: str = "", keys_file: str = ""
 
 
 def object_keys(encrypt_key_file: str, keys_file: str, owners: Owners = NO_OWNERS) -> KeyRing | None:
-    """What the tier is encrypted with; None: with nothing.  Raises:  ConfigError: a file cannot be used."""
+    """The tier's encryption keys; None: it is not encrypted.  Raises:  ConfigError: a file cannot be used."""
     if encrypt_key_file:
         return KeyRing.from_master_file(Path(encrypt_key_file))
     return KeyRing.from_file(Path(keys_file), owners) if keys_file else None
@@ -45,9 +47,9 @@ def object_keys(encrypt_key_file: str, keys_file: str, owners: Owners = NO_OWNER
 def object_tiers(
     config: ReadsObjects, *, seals: Seals | None = None, keyring: Keyring | None = None
 ) -> tuple[Tier, ...]:
-    """The object tier of these settings, or none.
+    """The object tier that these settings name; an empty tuple if they name none.
 
-    seals: with them only sealed records are taken.  keyring: knows tenants of `object_keys_file` by name.
+    seals: if given, only sealed records are accepted.  keyring: resolves the tenant names of `object_keys_file`.
     Raises:  ConfigError: the URL, or a key file, cannot be used.
     """
     if not config.object_store:

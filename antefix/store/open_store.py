@@ -1,4 +1,4 @@
-"""Choosing how to reach a store, or several: straight from files on the same host, or over gRPC only."""
+"""Opens one store or several: reads go to the files if these are on this host, and otherwise over gRPC."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from antefix.store.store_members import Member
 from antefix.store.tier import Tier, TierKind
 from antefix.store_files.seal import Seals
 
-# What a single store is called next to an object tier.
+# The name of a single unnamed store that is used together with an object tier.
 _ONLY: Final = "store"
 _DAYS_3_S: Final = 72 * 3600.0
 
@@ -36,7 +36,7 @@ _DAYS_3_S: Final = 72 * 3600.0
 class StoreAddress:
     """Where the kvstore service listens, and its directory if that is on this host ("" if not).
 
-    name: where there are several stores, by which receipts and metrics tell them apart.
+    name: the store's name in receipts and metrics, where there are several stores.
     """
 
     address: str
@@ -58,7 +58,7 @@ class StoreAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoresConfig:
-    """Settings of a reader of stores; `same_setting` hands them on."""
+    """Settings of a process that reads stores. Other configurations take them over with `same_setting`."""
 
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
@@ -106,11 +106,11 @@ class ReadsStores(Protocol):
 
 
 class FindsStores(ReadsStores, RedisConfig, Protocol):
-    """The same, and how Redis is reached."""
+    """The settings of `ReadsStores`, and those for reaching Redis."""
 
 
 def check_stores(config: ReadsStores) -> None:
-    """Raises:  ConfigError: no store, or two ways of naming one, or a name that is none or stands twice."""
+    """Raises:  ConfigError: no store is named, or one in two ways, or a name is malformed or given twice."""
     require(
         bool(config.store_address) != bool(config.stores),
         "--store-address is needed: host:port of the kvstore service; or --stores with several, and not both",
@@ -126,22 +126,25 @@ def check_stores(config: ReadsStores) -> None:
 
 
 def store_addresses(config: ReadsStores) -> list[StoreAddress]:
-    """All stores that the settings name, without those that are found.  Raises:  ConfigError: one is malformed."""
+    """The stores that the settings name, without stores found through DNS or Redis.
+
+    Raises:  ConfigError: an address is malformed.
+    """
     if config.stores:
         return [StoreAddress.parse(text) for text in config.stores if not is_finder(text)]
     return [StoreAddress(address=config.store_address, directory=config.store_dir)]
 
 
 def store_sources(config: FindsStores, keys: EventKeys) -> list[Source]:
-    """What finds stores, as the settings say.  keys: what leases in Redis must be signed with."""
+    """The finders of stores (DNS, Redis) that the settings name.  keys: verify the signatures of leases in Redis."""
     return finders(config.stores, config, role=Role.KVSTORE, keys=keys)
 
 
 def open_store(where: StoreAddress | str, *, seals: Seals | None = None) -> LocalStore | RemoteStore:
-    """A client of a store service; it connects when first used, and again after the service came back.
+    """A client of a store service. It connects when first used, and reconnects after the service came back.
 
-    where: a StoreAddress, or "host:port" alone to reach everything over gRPC.  seals: of the deployment; with them only
-    sealed records are taken, as every worker must.
+    where: a StoreAddress, or "host:port" alone to reach everything over gRPC.  seals: checks the deployment's seals;
+    if given, only sealed records are accepted. Every worker must give it.
     """
     if isinstance(where, str):
         return RemoteStore(where, seals=seals)
@@ -161,11 +164,11 @@ def open_stores(
     sources: Sequence[Source] = (),
     may_call: Callable[[str], object] = lambda address: None,
 ) -> LocalStore | RemoteStore | ManyStores:
-    """One client of all of these stores; of a single one and nothing more what `open_store` gives.
+    """One client of all these stores. For a single store and no other argument, the client that `open_store` returns.
 
-    near: names of those that are written to; none: those with a directory, or else the first.
-    more, copies, make_feed: as for `ManyStores`.  sources: what finds more of them. `ManyStores.start` comes first.
-    may_call: raises ConfigError for an address of those that must not be called.
+    near: names of the stores that are written to; none given: those with a directory, or else the first.
+    more, copies, make_feed: as for `ManyStores`.  sources: finders of further stores; call `ManyStores.start` first.
+    may_call: raises ConfigError for the address of a found store that must not be called.
     """
     if len(where) == 1 and not sources and not more:
         return open_store(where[0], seals=seals)
@@ -197,9 +200,9 @@ def _member(where: StoreAddress, seals: Seals | None, *, near: bool = False) -> 
 
 
 def feed_maker(redis: RedisAccess | str, keys: EventKeys, room: FeedRoom) -> Callable[[Member, bytes], StoreFeed]:
-    """What follows a store's events: through Redis where that is given, else from the store itself.
+    """A function that makes the feed of a store's events: through Redis if `redis` is given, else from the store.
 
-    room: for the names of all of them.
+    room: limits the names that all feeds hold together.
     """
 
     def make(member: Member, fingerprint: bytes) -> StoreFeed:
@@ -210,7 +213,7 @@ def feed_maker(redis: RedisAccess | str, keys: EventKeys, room: FeedRoom) -> Cal
 
 
 def local_copies(config: Any) -> LocalCopies | None:
-    """By `StoresConfig`'s settings; None where they say never."""
+    """The copier that `StoresConfig`'s settings ask for; None if they turn copying off."""
     if not config.local_copies_bytes:
         return None
     return LocalCopies(bytes_max=config.local_copies_bytes, ttl_s=config.local_copies_ttl_s)

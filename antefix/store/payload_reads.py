@@ -1,4 +1,4 @@
-"""Payloads of one store, received into buffers: a stream that breaks continues where it stopped."""
+"""Receives payloads of one store into buffers. After a broken stream it continues at the byte where it stopped."""
 
 from __future__ import annotations
 
@@ -16,18 +16,22 @@ from antefix.store_files.record_format import RECORD_VERSION
 from antefix.store_files.seal import SealBroken, Seals
 from antefix.v1 import kvstore_pb2
 
-# The most for a stream of payloads: 3.5 GB, a 1M-token prefix, at 100 MB/s. Mostly `Breaker.limit_s` is less.
+# The longest time for a stream of payloads: enough for 3.5 GB, a 1M-token prefix, at 100 MB/s, with a reserve. The
+# limit that applies, `Breaker.limit_s`, is usually shorter.
 STREAM_DEADLINE_S: Final = 60.0
-# How large one payload is taken to be before it comes: a checkpoint or handoff of V4 takes some MB.
+# The assumed size of a payload whose size is not known yet: a checkpoint or handoff of V4 has a few MB.
 PAYLOAD_BYTES_GUESSED: Final = 16 << 20
-# A stream that breaks continues where it stopped, this often.
+# How often a broken stream is resumed.
 NUM_RESUMES_MAX: Final = 3
 _RECONNECT_S: Final = 0.15
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayloadsWanted:
-    """Records of one kind.  nbytes: about how much comes.  sealed: where given, takes each record's sealed part."""
+    """The records to receive, all of one kind.
+
+    nbytes: about how many bytes will arrive.  sealed: if given, each record's sealed header part is appended to it.
+    """
 
     kind: RecordKind
     hashes: Sequence[bytes]
@@ -39,7 +43,10 @@ class PayloadsWanted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PayloadsRead:
-    """num_good: leading payloads that are right.  forged: the record behind them has no right seal; empty: not so."""
+    """num_good: the number of leading payloads that passed all checks.
+
+    forged: the hash of the record after them, if its seal is not valid; else empty.
+    """
 
     num_good: int
     forged: bytes = b""
@@ -48,9 +55,9 @@ class PayloadsRead:
 async def receive_payloads(
     connection: StoreConnection, wanted: PayloadsWanted, buffer: BufferOf, *, seals: Seals | None, deadline_s: float
 ) -> PayloadsRead:
-    """Fill buffers from a stream, resuming where it broke.  seals: where given, only sealed records are right.
+    """Fill buffers from a stream, resuming where it broke.  seals: if given, only sealed records are accepted.
 
-    Raises:  AntefixError: the store does not answer, or refuses.
+    Raises:  AntefixError: the store does not answer, or refuses the call.
     """
     hashes = wanted.hashes
     done = Progress(wanted.kind, hashes, wanted.fingerprint, tenant=wanted.tenant, seals=seals, sealed=wanted.sealed)
@@ -71,16 +78,16 @@ async def receive_payloads(
                 await connection.payloads.receive(request, done, buffer, deadline_s=limit_s)
             return PayloadsRead(num_good=done.index)
         except SealBroken:
-            # Whole, so the store would send it again.
+            # The record arrived undamaged, so the store would send the same bytes again.
             return PayloadsRead(num_good=done.index, forged=hashes[done.index])
         except (Unavailable, BlockCorrupt) as err:
             if attempt == NUM_RESUMES_MAX:
                 raise
             if isinstance(err, Unavailable) and connection.breaker.is_just_back:
-                # Another connection has noticed; this one is to be made again.
+                # Another connection has noticed that the store is back; this one still has to reconnect.
                 await asyncio.sleep(_RECONNECT_S * 2**attempt)
             if isinstance(err, BlockCorrupt):
-                # On its way or in the store: have the store look itself. What it finds bad it counts, quarantines
-                # and does not send.
+                # The bytes were damaged on the way or in the store. Ask for pieces that the store verifies: it counts
+                # and quarantines a bad record, and does not send it.
                 record_format = 0
     raise AssertionError("unreachable")

@@ -1,8 +1,8 @@
-"""Payload messages on the wire without protobuf's copies: its bytes fields cost a copy and an allocation each way.
+"""Writes and reads payload messages without protobuf, whose bytes fields cost a copy and an allocation each way.
 
-A message whose payload field comes last is the protobuf encoding of its other fields, the payload's tag and length, and
-the payload. Written and read here as such, it is the same bytes that protobuf would make, so any gRPC client can talk
-to the store, and ours need not parse megabytes.
+A message whose payload field comes last consists of the protobuf encoding of its other fields, the payload's tag and
+length, and the payload. This module writes and reads exactly these bytes. So any gRPC client can talk to the store,
+and our client does not parse megabytes with protobuf.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _CHECKSUM: Final = struct.Struct("<Q")
 GET_RESPONSE_DATA: Final = kvstore_pb2.GetResponse.DATA_FIELD_NUMBER
 GET_RESPONSE_SEALS: Final = kvstore_pb2.GetResponse.SEALS_FIELD_NUMBER
 PUT_REQUEST_DATA: Final = kvstore_pb2.PutRequest.DATA_FIELD_NUMBER
-# Fields 6 to 9 of a GetResponse, each behind its tag, and the tag of the records, whose length follows.
+# Fields 6 to 9 of a GetResponse, each after its tag, then the tag of the records field. The records' length follows.
 _RECORDS_HEAD: Final = struct.Struct("<BIBQBIBQB")
 _RECORDS_TAGS: Final = (6 << 3 | 5, 7 << 3 | 1, 8 << 3 | 5, 9 << 3 | 1, 10 << 3 | _LENGTH_DELIMITED)
 _RECORDS_BEGIN: Final = bytes(_RECORDS_TAGS[:1])
 
 M = TypeVar("M")
 
-# Bytes objects that are filled after they were made, which the C API provides for: until the first reference leaves
-# this module nobody has hashed, compared or shared them.
+# Makes a bytes object that is filled afterwards. The C API allows that as long as no other code has a reference, so
+# no other code has hashed, compared or shared the object.
 _new_bytes: Final = ctypes.pythonapi.PyBytes_FromStringAndSize
 _new_bytes.restype = ctypes.py_object
 _new_bytes.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t)
@@ -47,7 +47,7 @@ _PYBUF_WRITE: Final = 0x200
 
 @dataclass(frozen=True, slots=True)
 class Piece(Generic[M]):
-    """A message and, next to it, the content of its `data` field."""
+    """A message without its `data` field, and the content of that field."""
 
     message: M
     data: memoryview
@@ -56,28 +56,28 @@ class Piece(Generic[M]):
 class BlankMessage:
     """A GetResponse whose payload is still to be read, straight into the bytes that gRPC will send.
 
-    gRPC takes nothing but bytes objects, and joining them from parts would copy every payload once more. Until `finish`
-    only the owner has it.
+    gRPC sends bytes objects only, and joining one from parts would copy every payload once more. Only this object's
+    owner holds the bytes until `finish`.
     """
 
     __slots__ = ("_raw", "_seals_at", "_view", "payload")
 
     def __init__(self, head: bytes, payload_bytes: int, *, seals_at: int = 0) -> None:
-        """head: all before the payload, which comes last, with its tag and length.  seals_at: see `head_of_piece`."""
+        """head: the message up to the payload, with the payload's tag and length.  seals_at: see `head_of_piece`."""
         nbytes = len(head) + payload_bytes
         self._seals_at = seals_at
         self._raw: bytes = _new_bytes(None, nbytes)
-        # Good for as long as the bytes are, which is as long as this is.
+        # Valid as long as the bytes object lives, which is as long as this object lives.
         self._view: memoryview = _view_of(_address_of(self._raw), nbytes, _PYBUF_WRITE)
         self._view[: len(head)] = head
         self.payload = self._view[len(head) :]
 
     def finish(self) -> bytes:
-        """The message; its payload is not to be written to any more."""
+        """The message. Do not write to its payload after this."""
         return self._raw
 
     def finish_piece(self, checksum: int, seals: bytes = b"") -> bytes:
-        """A piece, with its seals, if any, and its checksum: the last field before the payload's tag and length."""
+        """The message of a piece: sets its seals, if any, and its checksum, the last field before the payload's tag."""
         self._view[self._seals_at : self._seals_at + len(seals)] = seals
         head_bytes = self._view.nbytes - self.payload.nbytes
         tag_bytes = len(_tag_and_length(GET_RESPONSE_DATA, self.payload.nbytes))
@@ -87,7 +87,7 @@ class BlankMessage:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Records as they lie in a segment, from `offset` on; the first one is that of hash number `first`."""
+    """Unverified records as they lie in a segment, from `offset` on. The first one belongs to hash number `first`."""
 
     first: int
     seed: int
@@ -97,24 +97,26 @@ class Stretch:
 
 
 def records_head(*, first: int, seed: int, segment: int, offset: int, records_bytes: int) -> bytes:
-    """What stands before the records of a GetResponse."""
+    """The bytes of a GetResponse that precede its records."""
     tags = _RECORDS_TAGS
     head = _RECORDS_HEAD.pack(tags[0], first, tags[1], seed, tags[2], segment, tags[3], offset, tags[4])
     return head + _varint_of(records_bytes)
 
 
 def head_of(message: Any, field: int, payload_bytes: int) -> bytes:
-    """What stands before the payload, which is field number `field` of the message and its last."""
+    """The bytes of a message that precede its payload. The payload is the message's last field and
+    has number `field`.
+    """
     head: bytes = message.SerializeToString() + _tag_and_length(field, payload_bytes)
     return head
 
 
 def head_of_piece(message: Any, payload_bytes: int, seals_bytes: int) -> tuple[bytes, int]:
-    """`head_of` a piece, in front of it room for seals that are not known yet; and where in it that room is."""
+    """The `head_of` a piece, preceded by room for seals that are not known yet, and the offset of that room."""
     head = head_of(message, GET_RESPONSE_DATA, payload_bytes)
     if not seals_bytes:
         return head, 0
-    # Protobuf takes fields in any order; in front they need not be looked for.
+    # Protobuf accepts fields in any order. At the front of the message the seals have a known offset.
     tag = _tag_and_length(GET_RESPONSE_SEALS, seals_bytes)
     return b"".join((tag, bytes(seals_bytes), head)), len(tag)
 
@@ -133,7 +135,7 @@ def _varint_of(value: int) -> bytes:
 
 
 def unpack_get_response(raw: bytes) -> Piece[kvstore_pb2.GetResponse] | Stretch:
-    """Raises:  BlockCorrupt: cut off, or not written as this module writes it."""
+    """Raises:  BlockCorrupt: the message is cut off, or has another layout than this module writes."""
     try:
         if raw[:1] == _RECORDS_BEGIN:
             return _stretch_of(raw)
@@ -157,7 +159,7 @@ def pack_put_request(piece: Piece[kvstore_pb2.PutRequest]) -> bytes:
 
 
 def unpack_put_request(raw: bytes) -> Piece[kvstore_pb2.PutRequest]:
-    """Raises:  InvalidRequest, DecodeError: cut off, no such message, or a field of it breaks its limit."""
+    """Raises:  InvalidRequest, DecodeError: the message is cut off or malformed, or a field breaks its limit."""
     head, data = _split(raw, PUT_REQUEST_DATA)
     message = kvstore_pb2.PutRequest.FromString(head)
     check_request(message)
@@ -165,9 +167,10 @@ def unpack_put_request(raw: bytes) -> Piece[kvstore_pb2.PutRequest]:
 
 
 def _split(raw: bytes, field: int) -> tuple[bytes, memoryview]:
-    """All before the payload field, and the payload.
+    """The bytes before the payload field, and the payload.
 
-    Raises:  InvalidRequest: cut off, or with fields behind the payload, which protobuf's own encoders put last.
+    Raises:  InvalidRequest: the message is cut off, or has fields after the payload. Protobuf's own encoders write the
+             payload last.
     """
     at = 0
     while at < len(raw):

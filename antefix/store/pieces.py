@@ -1,4 +1,4 @@
-"""Payloads in pieces of at most 1 MiB, as the store's streams carry them: cutting, checking, putting together."""
+"""Cuts payloads into pieces of at most 1 MiB for the store's streams, checks the pieces, and joins them again."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from antefix.v1 import kvstore_pb2
 
 PIECE_BYTES: Final = 1 << 20
 HASHES_MAX: Final = 16_384
-# Stands for one that is not known yet; 0 would be left out of the message.
+# A placeholder for a checksum that is not known yet. Protobuf would leave a 0 out of the message.
 _ANY_CHECKSUM: Final = 1
 
 
@@ -34,16 +34,16 @@ def join_hashes(hashes: Sequence[bytes]) -> bytes:
 
 
 def split_hashes(joined: bytes) -> list[bytes]:
-    """Raises:  InvalidRequest: not a whole number of hashes."""
+    """Raises:  InvalidRequest: the bytes are not a whole number of hashes."""
     if len(joined) % HASH_BYTES:
         raise InvalidRequest(f"{len(joined)} bytes are not a whole number of {HASH_BYTES}-byte hashes")
     return [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
 
 
 def messages_of(payload: Buffer, number: int, *, offset: int = 0, sealed: bytes = b"") -> list[bytes]:
-    """The messages of a Get for one payload that is in memory: the one of hash `number`.
+    """The messages of a Get for one payload in memory, which belongs to hash number `number`.
 
-    sealed: its sealed part, if the caller wants that.
+    sealed: the sealed part of the record's header, if the caller asked for it.
     """
     view = memoryview(payload).cast("B")
     pieces = OutgoingPieces([view.nbytes], first=number, offset=offset, has_seals=bool(sealed))
@@ -57,7 +57,7 @@ def messages_of(payload: Buffer, number: int, *, offset: int = 0, sealed: bytes 
 
 @dataclass(slots=True)
 class _Cut:
-    """One piece of a stream: where it begins, and which payload bytes it has, by payload size and number."""
+    """One piece of a stream: its start, and which bytes of which payloads it carries."""
 
     index: int
     offset: int
@@ -67,11 +67,11 @@ class _Cut:
 
     @property
     def beginning(self) -> range:
-        """The payloads that begin in this piece, by their numbers in the stream."""
+        """The numbers, in the stream, of the payloads that begin in this piece."""
         return range(self.index + (self.offset > 0), self.index + len(self.sizes))
 
     def draw_blank(self, *, has_seals: bool) -> BlankMessage:
-        """The message, its payload, checksum and seals still to come."""
+        """The piece's message, with its payload, checksum and seals still to be filled in."""
         message = kvstore_pb2.GetResponse(
             index=self.index, offset=self.offset, payload_bytes=self.sizes, checksum=_ANY_CHECKSUM
         )
@@ -81,16 +81,17 @@ class _Cut:
 
 
 class OutgoingPieces:
-    """The messages of a Get that carry payloads number `first` and on, from byte `offset` of the first one.
+    """The messages of a Get that carry the payloads from number `first` on, starting at byte `offset` of that payload.
 
-    Laid out before the payloads are there, so that these are read straight to where gRPC takes them from: `parts_of`
-    says where. When payloads are verified, `messages` completes what they fill.
+    The messages are allocated before the payloads are read, so that payloads are read straight into the messages:
+    `parts_of` gives the buffers. When payloads have been verified, `messages` returns the messages that they complete.
     """
 
     def __init__(self, sizes: Sequence[int], *, first: int, offset: int = 0, has_seals: bool = False) -> None:
-        """sizes: payload bytes of each.  has_seals: the sealed part of each goes with it.
+        """sizes: the size of each payload in bytes.  has_seals: whether each payload's sealed header part is sent.
 
-        Raises:  InvalidRequest: `offset` lies behind the first payload."""
+        Raises:  InvalidRequest: `offset` lies after the end of the first payload.
+        """
         if sizes and not 0 <= offset <= sizes[0]:
             raise InvalidRequest(f"offset {offset} lies outside a payload of {sizes[0]} bytes")
         self._sizes = sizes
@@ -108,13 +109,15 @@ class OutgoingPieces:
         self._sent_bytes = 0
 
     def parts_of(self, number: int) -> list[memoryview]:
-        """Where payload `number` goes, counted from the first one here; to be asked in order, once each."""
+        """The buffers for payload `number`, counted from this object's first one. Ask for each
+        payload once, in order.
+        """
         assert number == self._num_placed
         self._num_placed += 1
         parts: list[memoryview] = []
         nbytes = self._sizes[number]
         if number == 0 and self._offset:
-            # Read to be verified with the rest, not to be sent again.
+            # The bytes before the offset were sent earlier. They are read again only to verify the whole payload.
             parts.append(memoryview(bytearray(self._offset)))
             nbytes -= self._offset
         while nbytes:
@@ -126,14 +129,16 @@ class OutgoingPieces:
         return parts
 
     def note_sealed(self, number: int, sealed: bytes) -> None:
-        """The sealed part of payload `number`, counted from the first one here; known when it has been read."""
+        """Set the sealed header part of payload `number`, counted from this object's first one,
+        once it has been read.
+        """
         if self._has_seals:
             self._sealed[self._first + number] = sealed
 
     def messages(self, num_good: int, *, last: bool) -> list[bytes]:
-        """Those that the leading `num_good` payloads fill, without those returned before.
+        """The messages that the leading `num_good` payloads complete, without those returned before.
 
-        last: no more will come, so the end of the last good payload is sent as well, in a piece cut short.
+        last: no further payload is good, so the end of the last good payload is sent too, in a shorter piece.
         """
         end = self._ends[num_good]
         out = []
@@ -151,7 +156,7 @@ class OutgoingPieces:
         return cut.blank.finish_piece(piece_checksum(cut.blank.payload), seals)
 
     def _shortened(self, cut: _Cut, nbytes: int) -> _Cut:
-        """The leading bytes of a piece, whose last payload turned out bad."""
+        """The first `nbytes` bytes of a piece whose last payload turned out bad."""
         assert cut.blank is not None
         short = _Cut(cut.index, cut.offset, nbytes=nbytes)
         end = -cut.offset
@@ -182,7 +187,7 @@ def _cut(sizes: Sequence[int], first: int, offset: int) -> list[_Cut]:
 
 
 def request_pieces(records: Iterable[Record]) -> Iterator[Piece[kvstore_pb2.PutRequest]]:
-    """The pieces of a put."""
+    """The pieces that carry these records in a put."""
     for record in records:
         view = memoryview(record.payload).cast("B")
         header = kvstore_pb2.RecordHeader(
@@ -222,9 +227,9 @@ def _v2_fields(record: Record) -> dict[str, Any]:
 
 
 class RecordAssembler:
-    """Puts the pieces of a put together again; holds one record at a time.
+    """Joins the pieces of a put into records. It holds one record at a time.
 
-    A record that comes in one piece, as blocks do, is not copied: its payload is a part of the message.
+    A record that arrives in one piece, as blocks do, is not copied: its payload is a view of the message.
     """
 
     def __init__(self, record_bytes_max: int) -> None:
@@ -235,7 +240,7 @@ class RecordAssembler:
         self._filled = 0
 
     def add(self, piece: Piece[kvstore_pb2.PutRequest]) -> Record | None:
-        """The record that this piece completes, if it does.
+        """The record that this piece completes, or None.
 
         Raises:  InvalidRequest: pieces out of order, or too many bytes.  BlockCorrupt: a piece's checksum is wrong.
         """
@@ -300,13 +305,15 @@ class RecordAssembler:
 
 
 def _is_most_of_its_message(data: memoryview) -> bool:
-    """Whether keeping it keeps little else: what waits to be written is bounded by the bytes of payloads."""
+    """Whether a view of `data` keeps little more than `data` in memory. The limit on waiting writes counts payload
+    bytes only, so it would not count the rest of the message.
+    """
     message: Any = data.obj
     return 8 * (len(message) - data.nbytes) <= data.nbytes
 
 
 def kind_of(number: int) -> RecordKind:
-    """Raises:  InvalidRequest: no such kind."""
+    """Raises:  InvalidRequest: no record kind has this number."""
     try:
         return RecordKind(number)
     except ValueError as err:
@@ -314,7 +321,7 @@ def kind_of(number: int) -> RecordKind:
 
 
 def _hash_kind_of(number: int) -> HashKind:
-    """Raises:  InvalidRequest: no such kind of block hashes."""
+    """Raises:  InvalidRequest: no kind of block hashes has this number."""
     try:
         return HashKind(number)
     except ValueError as err:

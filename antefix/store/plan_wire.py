@@ -1,4 +1,4 @@
-"""How payloads of a fingerprint are cut into planes, on the wire: protobuf stops here."""
+"""Converts plane plans (how a fingerprint's payloads are split into byte planes) from and to protobuf."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from antefix.v1 import kvstore_pb2
 
 
 def plans_to_wire(plans: Mapping[RecordKind, codec.PlanePlan]) -> dict[str, Any]:
-    """The fields of a RegisterRequest that say it."""
+    """The fields of a RegisterRequest that carry the plans."""
     return {
         "parts": _parts(plans[RecordKind.BLOCK]) if RecordKind.BLOCK in plans else (),
         "checkpoint_parts": _parts(plans[RecordKind.CHECKPOINT]) if RecordKind.CHECKPOINT in plans else (),

@@ -1,7 +1,7 @@
-"""Which tier reads which part of a prefix: pieces in order, each to the tier that would have it first. Pure.
+"""Assigns the pieces of a prefix to tiers: each piece, in order, to the tier predicted to finish it first. No I/O.
 
-Nearest first follows from that: a nearer tier is faster, until so much waits for it that a farther one would be done
-sooner. Used by the reader of several tiers for what is there at the start, and again for what a tier could not give.
+This prefers near tiers, which are faster, until so many pieces wait for a near tier that a farther tier would finish
+sooner. `read_tiers` uses it at the start, and again for the pieces that a tier failed to deliver.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from typing import Final
 
 from antefix.record import Held
 
-# Payload bytes that are lost when a tier breaks off, at most; and enough that a call costs nothing next to its bytes.
+# The most payload bytes that are lost when a tier breaks off. A read this large makes the cost of a call negligible.
 PIECE_BYTES: Final = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Blocks [start, stop) of what is read. holders: numbers of the tiers that should have all of them.
+    """Blocks [start, stop) of a read.  holders: numbers of the tiers that should have all these blocks.
 
-    late: of those that have it too and took too long; they are asked again when nobody else has it.
+    late: numbers of the tiers that have them too but took too long; they are asked again if no other tier has them.
     """
 
     start: int
@@ -34,7 +34,7 @@ class Piece:
         return self.stop - self.start
 
     def after(self, num_good: int, *, without: frozenset[int], late: frozenset[int] = frozenset()) -> Piece:
-        """What is left when that many blocks have come, and to whom it may go now."""
+        """The rest of the piece after `num_good` blocks have arrived, with the tiers that may read it now."""
         holders, late = self.holders - without - late, (self.late | late) - without
         if not holders:
             holders, late = late, frozenset()
@@ -42,7 +42,10 @@ class Piece:
 
 
 def pieces_of(held: Mapping[int, Held], num_blocks: int, block_bytes: int) -> list[Piece]:
-    """The leading blocks that any tier holds, in pieces of one set of holders each. held: by the tiers' numbers."""
+    """Cut the leading blocks that some tier holds into pieces, each with one set of holders.
+
+    held: what each tier has, by the tier's number.
+    """
     blocks_max = max(1, PIECE_BYTES // max(1, block_bytes))
     pieces = []
     for start, stop, holders in _runs(held, num_blocks):
@@ -56,7 +59,7 @@ def pieces_of(held: Mapping[int, Held], num_blocks: int, block_bytes: int) -> li
 
 
 def _runs(held: Mapping[int, Held], num_blocks: int) -> Iterator[tuple[int, int, frozenset[int]]]:
-    """Stretches of blocks that have the same holders."""
+    """Consecutive blocks with the same holders: (start, stop, holders)."""
     changes: dict[int, set[int]] = {0: set(), num_blocks: set()}
     for tier, has in held.items():
         for start, stop in has.spans:
@@ -65,13 +68,13 @@ def _runs(held: Mapping[int, Held], num_blocks: int) -> Iterator[tuple[int, int,
     holders: set[int] = set()
     bounds = sorted(changes)
     for start, stop in pairwise(bounds):
-        # A tier's spans lie apart, so at each of its bounds it begins or ends.
+        # The spans of a tier do not touch, so each bound either adds the tier or removes it.
         holders ^= changes[start]
         yield start, stop, frozenset(holders)
 
 
 class Shares:
-    """Pieces that wait, by tier.  seconds: how long a tier would take for so many bytes."""
+    """The pieces that wait for each tier.  seconds: predicts a read from (tier number, bytes)."""
 
     def __init__(self, seconds: Callable[[int, int], float], block_bytes: int) -> None:
         self._seconds = seconds
@@ -80,7 +83,7 @@ class Shares:
         self._busy_s: dict[int, float] = {}
 
     def give(self, pieces: Sequence[Piece]) -> None:
-        """Each must have a holder."""
+        """Assign pieces to tiers. Each piece must have a holder."""
         for piece in pieces:
             tier = min(piece.holders, key=lambda tier: (self._done_s(tier, piece), tier))
             self._busy_s[tier] = self._done_s(tier, piece)
@@ -89,22 +92,22 @@ class Shares:
             queue.sort(key=lambda each: each.start)
 
     def take(self, tier: int) -> Piece | None:
-        """The next one for this tier."""
+        """Remove and return the next piece for this tier; None: no piece waits for it."""
         queue = self.waiting.get(tier)
         return queue.pop(0) if queue else None
 
     def take_back(self, tier: int) -> list[Piece]:
-        """All that waits for a tier that failed."""
+        """Remove and return all pieces that wait for a tier that failed."""
         return self.waiting.pop(tier, [])
 
     def drop_from(self, block: int) -> None:
-        """Nothing from this block on is wanted any more."""
+        """Drop the waiting pieces that start at this block or later."""
         for tier, queue in self.waiting.items():
             self.waiting[tier] = [piece for piece in queue if piece.start < block]
 
     def _done_s(self, tier: int, piece: Piece) -> float:
         busy = self._busy_s.get(tier, 0.0)
         nbytes = piece.num_blocks * self._block_bytes
-        # A call's latency is hidden by the one before it.
+        # The latency of a read is hidden by the read before it.
         latency = self._seconds(tier, 0) if busy else 0.0
         return busy + max(0.0, self._seconds(tier, nbytes) - latency)

@@ -1,7 +1,7 @@
-"""Reads a prefix from several tiers at once, each piece from where it comes first, and from elsewhere when that fails.
+"""Reads a prefix from several tiers at once: each piece from the fastest tier, and from another tier if that fails.
 
-What no tier can give ends the prefix; nothing that is read wrong is ever counted. A tier that does not answer in a
-multiple of the time that it should take is given up where another one has the same blocks.
+The prefix ends at the first block that no tier delivers. Bytes that fail a check are never counted. A read that takes
+several times as long as predicted is given up if another tier has the same blocks.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from antefix.store.file_reads import ReadHangs
 from antefix.store.read_shares import Piece, Shares, pieces_of
 from antefix.store.tier import Tier, TierRead
 
-# Reads in flight per tier: while one ends, the next has begun.
+# Reads in flight per tier, so that the next read has begun when one ends.
 IN_FLIGHT: Final = 2
-# A read that takes this much longer than predicted, and so many seconds more, is given up: at once where another tier
-# has the same blocks, later where none has.
+# A read is late after this many times its predicted time, plus a number of seconds. Late reads are given up at once if
+# another tier has the same blocks, and later if none has.
 _LATE: Final = 4.0
 _LATE_S: Final = 0.5
 _ALONE: Final = 20.0
@@ -30,7 +30,10 @@ _ALONE_S: Final = 10.0
 
 @dataclass(slots=True)
 class PrefixRead:
-    """num_good: leading blocks that are right.  reads: what each tier gave of them.  errors: of tiers that failed."""
+    """num_good: the number of leading blocks that were read and verified.
+
+    reads: what each tier delivered of them.  errors: the errors of tiers that failed.
+    """
 
     num_good: int = 0
     reads: list[TierRead] = field(default_factory=list)
@@ -39,7 +42,7 @@ class PrefixRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Blocks to read, and where to: all buffers have the same size. tenant: as in `api.Store`."""
+    """The blocks to read, and a buffer for each. All buffers have the same size.  tenant: as in `api.Store`."""
 
     hashes: Sequence[bytes]
     into: Sequence[memoryview]
@@ -52,15 +55,18 @@ class Wanted:
 
 
 async def read_tiers(tiers: Sequence[Tier], held: Mapping[int, Held], wanted: Wanted) -> PrefixRead:
-    """held: by the tiers' numbers; what a tier does not have after all is read elsewhere, or ends the prefix.
+    """Read the wanted blocks.
 
-    Nobody writes to the buffers after this returned, was cancelled or raised anything but ReadHangs.
+    held: what each tier should have, by its number. A block that the tier lacks is read from another tier, or ends
+    the prefix.
+
+    No thread writes to the buffers after this returned, was cancelled or raised anything but ReadHangs.
     """
     return await _Reading(tiers, held, wanted).run()
 
 
 class _Late(DeadlineExceeded):
-    """A tier was given up for another one, which may have failed meanwhile: then this one is asked again."""
+    """A late tier was given up for another tier. If that one fails too, the late tier is asked again."""
 
     def __init__(self, message: str, begun_s: float) -> None:
         super().__init__(message)
@@ -77,7 +83,7 @@ class _Reading:
         self._running: dict[asyncio.Task[int], tuple[int, Piece]] = {}
         self._failed: frozenset[int] = frozenset()
         self._given: list[tuple[int, Piece]] = []
-        # Of each tier, when its first read began and its last one ended.
+        # For each tier: when its first read began and when its last read ended.
         self._times: dict[int, tuple[float, float]] = {}
         self._errors: list[AntefixError] = []
         self._hanging: list[ReadHangs] = []
@@ -137,7 +143,7 @@ class _Reading:
         return num_good
 
     def _settle(self, number: int, piece: Piece, task: asyncio.Task[int]) -> None:
-        """Take note of a read that ended; what it lacks goes elsewhere, or ends the prefix."""
+        """Record a read that ended. Blocks that it did not deliver are given to another tier, or end the prefix."""
         err = task.exception()
         if err is not None and not isinstance(err, AntefixError):
             raise err
@@ -152,7 +158,7 @@ class _Reading:
             else:
                 self._tiers[number].failed(err)
             if isinstance(err, ReadHangs):
-                # Its buffers are given to no other tier: what comes late would be written over what that one reads.
+                # No other tier may fill these buffers: the hanging read could overwrite them later.
                 self._hanging.append(err)
                 self._end_at(0)
                 return
@@ -180,7 +186,7 @@ class _Reading:
                 task.cancel()
 
     def _by_tier(self) -> list[TierRead]:
-        """What each tier gave of the prefix; its speed learns from all that it gave."""
+        """What each tier delivered of the prefix. Updates each tier's measured speed."""
         block_bytes = self._wanted.block_bytes
         reads = []
         for number, (began, ended) in sorted(self._times.items()):

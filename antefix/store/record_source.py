@@ -1,4 +1,4 @@
-"""Whole records of a store or tier, which unlike payloads can be stored elsewhere: for copies, drains and moves."""
+"""Reads whole records (header and payload) of a store or tier, which copies, drains and moves put into another one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from antefix.store_files.seal import record_of
 
 @runtime_checkable
 class RecordSource(Protocol):
-    """What gives whole records; all stores do."""
+    """A store or tier that can return whole records; every store can."""
 
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
-        """The leading ones of these that are there, with the seals that they have. Ends at a record of version 1."""
+        """The leading ones of these records that are there, with their seals. Stops at a record of version 1."""
 
 
 def records_of(sealed: Sequence[bytes], payloads: Sequence[Buffer]) -> list[Record]:
-    """sealed: the parts of the headers, as they came."""
+    """Records from received parts.  sealed: the sealed part of each record's header."""
     records = []
     for part, payload in zip(sealed, payloads, strict=True):
         record = record_of(part, payload)

@@ -1,4 +1,4 @@
-"""A store over gRPC, for everything: calls run on the event loop, payloads are received in threads."""
+"""A client that reaches a store only over gRPC. Calls run on the event loop; payloads are received in threads."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ from antefix.v1 import kvstore_pb2
 log = logging.getLogger("antefix.store")
 
 CALL_DEADLINE_S: Final = 10.0
-# What an answer waits for: a search in the store's index takes milliseconds.
+# The deadline of a search in the store's index, which takes milliseconds.
 SEARCH_DEADLINE_S: Final = 2.0
-# It reads the whole index.
+# A purge reads the whole index.
 PURGE_DEADLINE_S: Final = 300.0
 
 
 class RemoteStore:
-    """Connects when first used, and finds a restarted service again."""
+    """A client of one store service. Connects when first used, and reconnects after the service restarts."""
 
     def __init__(
         self,
@@ -65,8 +65,10 @@ class RemoteStore:
         seals: Seals | None = None,
         credentials: Credentials | None = None,
     ) -> None:
-        """seals: where given, only sealed records are taken.  credentials: what we show; without them what this process
-        shows."""
+        """seals: if given, only sealed records are accepted.
+
+        credentials: sent with each call; None: the credentials of this process.
+        """
         self.connection: Final = StoreConnection(address, credentials)
         self._seals = seals
         self._deadline_s = deadline_s
@@ -85,7 +87,7 @@ class RemoteStore:
 
     @property
     def num_broken_seals(self) -> int:
-        """Records that were read and not sealed by this deployment."""
+        """How many records without this deployment's seal were read."""
         return self._seals.num_broken if self._seals is not None else 0
 
     async def __aenter__(self) -> Self:
@@ -162,7 +164,9 @@ class RemoteStore:
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
-        """The leading ones of these, whole, to be stored elsewhere."""
+        """The leading ones of these records that are stored, with headers, so that they can be put
+        into another store.
+        """
         payloads: list[bytearray] = []
         sealed: list[bytes] = []
 
@@ -209,7 +213,7 @@ class RemoteStore:
         *,
         statement: bytes = b"",
     ) -> None:
-        """As `register`, with plans as another store has them."""
+        """As `register`, with the plane plans that another store has."""
         request = kvstore_pb2.RegisterRequest(
             fingerprint=fingerprint,
             block_size=block_tokens,
@@ -220,9 +224,10 @@ class RemoteStore:
             await self.stub.Register(request, timeout=CALL_DEADLINE_S)
 
     async def purge(self, owner: bytes) -> int:
-        """Drop all of an owner's records, pinned or not, in memory too; without a user: of all of a tenant's users.
+        """Delete all records of an owner, even pinned ones, on disk and in memory. An owner without a user means all
+        users of the tenant.
 
-        Returns how many went.
+        Returns how many records were deleted.
         """
         with self.connection.asked():
             request = kvstore_pb2.PurgeRequest(owner=owner)
@@ -255,9 +260,10 @@ class RemoteStore:
             await self._tell(kvstore_pb2.TouchRequest(unusable=[name_to_wire((kind, name)) for name in hashes]))
 
     async def tell_forged(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
-        """Have the store quarantine records that have no right seal: it cannot tell by itself, and would keep them.
+        """Tell the store to quarantine records without a valid seal. It has no secret to check seals, so it would keep
+        them.
 
-        At once: what is put in their place next must not be taken for what is there already.
+        Not delayed: the store would otherwise refuse the good records put next, because it already has these names.
         """
         for forged in hashes:
             log.warning("a %s in the store was not sealed by this deployment: %s", kind.name.lower(), forged.hex())
@@ -265,7 +271,7 @@ class RemoteStore:
             await self._tell(kvstore_pb2.TouchRequest(forged=[name_to_wire((kind, forged)) for forged in hashes]))
 
     async def touch(self, request: kvstore_pb2.TouchRequest) -> None:
-        """Tell the service what was read here, or found bad.  Raises:  AntefixError: it does not take it."""
+        """Tell the service which records were read here or found bad.  Raises:  AntefixError: the call failed."""
         with self.connection.asked():
             await self.connection.stub.Touch(request, timeout=CALL_DEADLINE_S)
 
@@ -276,7 +282,7 @@ class RemoteStore:
             log.warning("the store could not be told: %s", err)
 
     async def _receive(self, wanted: PayloadsWanted, buffer: BufferOf) -> int:
-        """Returns the number of leading payloads received."""
+        """Receive payloads into buffers. Returns the number of leading payloads that are good."""
         found = await receive_payloads(self.connection, wanted, buffer, seals=self._seals, deadline_s=self._deadline_s)
         if found.forged:
             await self.tell_forged(wanted.kind, [found.forged])
@@ -285,7 +291,7 @@ class RemoteStore:
 
 @dataclass(frozen=True, slots=True)
 class _Buffers:
-    """The caller's buffers of one stream."""
+    """The caller's buffers for the payloads of one stream."""
 
     buffers: Sequence[memoryview]
 

@@ -1,12 +1,13 @@
-"""Whether a tier is asked now, and how long its answer is waited for.
+"""Decides whether a tier is asked now, and how long to wait for its answer.
 
-    unreachable                     left alone for SHUNNED_S, twice as long after each further failure, until it is back
-    late                            nothing yet: the one who asked continues without, the answer counts when it comes
-    late NUM_LATE_MAX times in a row, each asked after the one before was given up, and no answer since: as unreachable
+    unreachable     not asked for SHUNNED_S, twice as long after each further failure, or until its connection is back
+    late once       still asked: the caller continues without the answer, which counts when it arrives
+    late NUM_LATE_MAX times in a row, each question asked after the one before was given up, and no answer since:
+                    treated as unreachable
 
-What is late follows from the tier's own answers, as TCP times its segments out: their mean, and four times how much
-they vary. So a store that gets slower with its load is given more time, and one that hangs costs some seconds in all
-(its connection is found silent before that: `antefix.pulse`).
+The waiting time follows from the tier's own answer times, like TCP's retransmission timeout: their mean plus four times
+their mean deviation. So a store that slows down under load gets more time, and a store that hangs costs a few seconds
+in all (`antefix.pulse` finds its connection silent before that).
 """
 
 from __future__ import annotations
@@ -18,18 +19,22 @@ from typing import Final
 
 SHUNNED_S: Final = 1.0
 SHUNNED_S_MAX: Final = 30.0
-# The least and the most that an answer is waited for. A request that has to compute 8K tokens loses more than the most.
+# The shortest and the longest time to wait for an answer. Computing 8K tokens again costs a request more than the
+# longest wait.
 ASK_S: Final = 0.5
 ASK_S_MAX: Final = 2.0
 NUM_LATE_MAX: Final = 3
-# Of a new answer time, how much is believed at once; a slower one at once, a faster one after some.
+# The weight of a new answer time in the running mean: a slower answer counts quickly, a faster one gradually.
 _SLOWER: Final = 0.5
 _FASTER: Final = 0.1
 _DEVIATIONS: Final = 4.0
 
 
 class Standing:
-    """One tier's.  returned_s: when it last began to answer again, as its connection noticed.  clock: monotonic."""
+    """The state of one tier.
+
+    returned_s: when its connection last noticed that the tier answers again.  clock: monotonic seconds.
+    """
 
     def __init__(
         self,
@@ -47,12 +52,12 @@ class Standing:
 
     @property
     def is_shunned(self) -> bool:
-        """It failed a moment ago and is not known to be back, so nobody waits for it."""
+        """Whether the tier failed a moment ago and is not known to be back, so it is not asked."""
         return self._clock() < self._shunned_until and not self._is_back
 
     @property
     def limit_s(self) -> float:
-        """How long it is waited for what it holds."""
+        """How long to wait for the tier to say what it holds, in seconds."""
         return min(ASK_S_MAX, max(ASK_S, self._mean_s + _DEVIATIONS * self._deviation_s))
 
     @property
@@ -60,7 +65,7 @@ class Standing:
         return self.returned_s() > self._failed_s
 
     def failed(self) -> None:
-        """It cannot be reached."""
+        """Note that the tier cannot be reached."""
         if self._is_back:
             self._num_failed_in_a_row = 0
         now = self._clock()
@@ -69,17 +74,17 @@ class Standing:
         self._failed_s, self._shunned_until = now, now + pause_s
 
     def late(self, begun_s: float) -> None:
-        """An answer was given up that was asked for then."""
+        """Note that the question asked at `begun_s` was given up without an answer."""
         self.num_late += 1
         if begun_s < self._late_s:
-            return  # asked for before another one was given up, and says the same
+            return  # asked before the last question was given up, so it shows nothing new
         self._late_s = self._clock()
         self._num_late_in_a_row += 1
         if self._num_late_in_a_row >= NUM_LATE_MAX:
             self.failed()
 
     def answered(self, seconds: float | None = None) -> None:
-        """It answers.  seconds: how long it took to say what it holds, in time or not."""
+        """Note that the tier answers.  seconds: how long it took to say what it holds, even if it was late."""
         self._num_failed_in_a_row = self._num_late_in_a_row = 0
         self._shunned_until = -math.inf
         if seconds is not None:

@@ -1,4 +1,4 @@
-"""One connection to a store's service: its channels, made when first used, and the breaker that all its calls share."""
+"""One connection to a store's service: its gRPC channels, opened when first used, and one breaker for all its calls."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from antefix.v1 import kvstore_pb2, kvstore_pb2_grpc
 
 
 class StoreConnection:
-    """Finds a restarted service again."""
+    """A connection that is restored after the service restarts."""
 
     def __init__(self, address: str, credentials: Credentials | None = None) -> None:
-        """credentials: what we show; without them what this process shows."""
+        """credentials: sent with each call; None: the credentials of this process."""
         self.address = address
         self.breaker = Breaker()
         self._credentials = credentials
@@ -31,12 +31,12 @@ class StoreConnection:
 
     @property
     def stub(self) -> Any:
-        """For calls on the event loop."""
+        """The gRPC stub for calls on the event loop."""
         if self._channel is None:
             self._channel = rpc.channel(self.address, of=Role.KVSTORE, credentials=self._credentials)
             stub_type: Callable[[grpc.aio.Channel], Any] = kvstore_pb2_grpc.KvStoreServiceStub
             self._stub = stub_type(self._channel)
-            # Past protobuf's copies.
+            # Put's messages are written by `payload_wire`, which avoids protobuf's copies.
             self._stub.Put = self._channel.stream_unary(
                 f"/{SERVICE}/Put",
                 request_serializer=pack_put_request,
@@ -46,14 +46,16 @@ class StoreConnection:
 
     @property
     def payloads(self) -> PayloadChannel:
-        """For payloads, which are received in threads."""
+        """The channel for payloads, which are received in threads."""
         if self._payloads is None:
             self._payloads = PayloadChannel(self.address, self._credentials)
         return self._payloads
 
     @contextlib.contextmanager
     def asked(self, nbytes: int = 0) -> Iterator[None]:
-        """Around a call that somebody waits for.  Raises: as `Breaker.asked`, and what the service answered."""
+        """A context around a call that a request waits for.  Raises: as `Breaker.asked`, and the
+        service's own errors.
+        """
         if self.stub is not None and self._channel is not None:
             self.breaker.follow(self.address, self._channel)
         with self.breaker.asked(nbytes), rpc.rpc_errors():

@@ -1,9 +1,9 @@
-"""What a store holds, followed by its numbered events, so that a request need not ask.
+"""Knows what a store holds by following its numbered events, so that a request need not ask the store.
 
-It is the store's own word, a moment late: a block that it dropped since is found missing by the worker, at the cost of
-computing it. While the feed is not in step (no snapshot yet, a broken stream, nothing heard for too long), it says
-nothing, and the store is asked. Names that there is no room for are left out: then the feed says what it knows to be
-there, and the store is asked for prompts that have more.
+The feed lags the store by a moment: if the store has just dropped a block, the worker finds the block missing and
+computes it. While the feed is out of step (no snapshot yet, a broken stream, no event for too long), it gives no answer
+and the store is asked. The feed omits names that do not fit into its memory. Then it still knows that the names it has
+are stored, and the store is asked about prompts with further blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from antefix.store.feed_room import FeedRoom
 class StoreFeed(Follower[BlockEvent]):
     """Blocks and checkpoints of one fingerprint that the store holds.
 
-    num_left_out: names that there was no room for since the last snapshot.
+    num_left_out: how many names were omitted for lack of room since the last snapshot.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class StoreFeed(Follower[BlockEvent]):
         name: str = "",
         keys: EventKeys | None = None,
     ) -> None:
-        """room: shared with others; None: one of its own.  name: what its stream in Redis is called.
-        keys: what events through Redis must be signed with.
+        """room: the limit shared with other feeds; None: this feed has its own.  name: of the store's stream in Redis.
+        keys: verify the signatures of events that come through Redis.
 
-        Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
+        Raises:  ConfigError: the URL cannot be used. This does not connect yet.
         """
         super().__init__(through_redis=bool(redis_url))
         self._watch = watch
@@ -56,31 +56,31 @@ class StoreFeed(Follower[BlockEvent]):
                 redis_url, [store_stream(name)], lambda _, batch: self.take(batch), lambda _: self.lose(), keys=keys
             )
         self._task: asyncio.Task[None] | None = None
-        # Those that followed former fingerprints.
+        # Tasks that followed earlier fingerprints and are ending.
         self._ending: list[asyncio.Task[None]] = []
 
     @property
     def dropped(self) -> Mapping[DropReason, int]:
-        """Entries in Redis that were not believed."""
+        """How many entries in Redis were dropped, by reason."""
         return self._reader.dropped if self._reader is not None else {}
 
     def rename(self, fingerprint: bytes) -> None:
-        """Follow another fingerprint's blocks; what is known of the former is forgotten."""
+        """Follow another fingerprint's blocks, and forget the names of the previous fingerprint."""
         self._fingerprint = fingerprint
         self.forget_all()
         self._lose()
         if self._task is not None:
-            # With the snapshot that may be under way, of which a part was taken for the former.
+            # This also ends a snapshot in progress, part of which was filtered by the previous fingerprint.
             self._task.cancel()
             self._ending.append(self._task)
             self._task = asyncio.create_task(self.run(self._watch))
 
     def __len__(self) -> int:
-        """Names that it holds."""
+        """How many names the feed holds."""
         return len(self._blocks) + len(self._checkpoints)
 
     def num_leading(self, keys: Sequence[Key]) -> int | None:
-        """How many of the chain's first blocks the store holds; None: ask it."""
+        """How many of the chain's first blocks the store holds; None: the feed does not know, so ask the store."""
         if not self.in_step:
             return None
         blocks = self._blocks
@@ -88,7 +88,7 @@ class StoreFeed(Follower[BlockEvent]):
         return num_leading if num_leading == len(keys) or not self.num_left_out else None
 
     def held(self, hashes: Sequence[bytes], *, fingerprint: bytes) -> Held | None:
-        """What of a chain, or of a part of one, the store has; None: ask it."""
+        """What the store has of a chain or of part of one; None: the feed does not know, so ask the store."""
         if fingerprint != self._fingerprint or not self.in_step:
             return None
         keys = keys_of(hashes)
@@ -99,14 +99,16 @@ class StoreFeed(Follower[BlockEvent]):
         return Held.of_flags(flags, checkpoints)
 
     def trim(self) -> None:
-        """Hold no more than its share of the room. Any name may go: none is known to be worth more."""
+        """Drop names until the feed holds no more than its share of the room. It drops any names: the feed does not
+        know which ones are worth more.
+        """
         for names in (self._checkpoints, self._blocks):
             while names and len(self) > self._room.share:
                 names.pop()
                 self.num_left_out += 1
 
     def start(self) -> None:
-        """Follow from now on. Needs a running event loop."""
+        """Start to follow the store's events. Needs a running event loop."""
         self._room.join(self)
         if self._reader is not None:
             self._reader.start()

@@ -1,4 +1,4 @@
-"""The stores and tiers behind `ManyStores`, and how they are asked: at once, in time, without those that failed."""
+"""The stores and tiers behind `ManyStores`. It asks all of them at once, with a time limit, skipping failed ones."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from antefix.store.store_feed import StoreFeed
 from antefix.store.tier import Tier
 
 T = TypeVar("T")
-# An answer that is late may come so long after the question; then it is as good as none.
+# A late answer is still accepted until this long after the time limit.
 _LATE_S_MAX: Final = 10.0
-# Of one tier. A question more is given up when it is late.
+# How many late questions to one tier stay open. A further question is cancelled when it is late.
 _NUM_LATE_MAX: Final = 32
-# Our own loop was held up by this much: the answer may have come, and it has not read it yet.
+# If this process's event loop was delayed by more than this, the answer may be there but not read yet.
 _OWN_DELAY_S: Final = 0.05
 
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """One of the stores.  near: it is written to.  feed: what it holds, by its events; None: it is asked.
+    """One of the stores.
 
-    registered: fingerprints whose layouts it was told.  address: of its service; empty: not known.
+    near: whether records are written to it.  feed: knows from events what the store holds; None: the store is asked.
+    registered: fingerprints whose layouts were registered with it.  address: of its service; empty: not known.
     """
 
     tier: Tier
@@ -39,10 +40,10 @@ class Member:
 
 
 class Members:
-    """All tiers, by number: the stores first, as `members` has them, then what is only read."""
+    """All tiers, by number: first the stores, in the order of `members`, then the tiers that are only read."""
 
     def __init__(self, members: Sequence[Member], more: Sequence[Tier] = (), *, before: Members | None = None) -> None:
-        """before: what these take the place of, whose late answers still count."""
+        """before: the object that this one replaces; its late answers still update the tiers' speeds."""
         self.stores: Final = tuple(members)
         self.tiers: Final = (*(member.tier for member in members), *more)
         self.near: Final = tuple(member for member in members if member.near)
@@ -63,16 +64,16 @@ class Members:
     async def held(
         self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes, ask: bool = False
     ) -> dict[int, Held]:
-        """What each tier has, by its number; without those that have failed.
+        """What each tier has, by its number, without tiers that failed.
 
-        ask: each of them, whatever events or a router have said: that is a moment old.
-        Raises:  Unavailable: none of them answers.  AntefixError: what those that answer refuse.
+        ask: ask every tier, even where events or a router's call say what it has, which may be a moment old.
+        Raises:  Unavailable: no tier answers.  AntefixError: the tiers that answer refuse the question.
         """
         numbers = self.answering()
         answers = await asyncio.gather(*(self._held(number, chain, fingerprint, tenant, ask) for number in numbers))
         found = {number: held for number, held in zip(numbers, answers, strict=True) if isinstance(held, Held)}
         if not found:
-            # What a store that answers says is worth more than that another one does not.
+            # A refusal from a store that answers tells more than the silence of another store.
             errors = [each for each in answers if isinstance(each, AntefixError) and not isinstance(each, Unavailable)]
             raise errors[0] if errors else Unavailable("none of the stores answers")
         return found
@@ -87,7 +88,9 @@ class Members:
         return await self._in_time(tier, asyncio.create_task(question))
 
     async def _in_time(self, tier: Tier, asked: asyncio.Task[Held]) -> Held | AntefixError | TimeoutError:
-        """The answer, if it comes while it is waited for. Afterwards it still says how fast the tier is."""
+        """The answer, if it comes within the tier's time limit. A later answer still updates the
+        tier's answer times.
+        """
         begun_s, limit_s = tier.clock(), tier.standing.limit_s
         try:
             await asyncio.wait({asked}, timeout=limit_s)
@@ -112,19 +115,19 @@ class Members:
         def over(_: asyncio.Task[Held]) -> None:
             ends.cancel()
             del self._late[asked]
-            # That it took too long is known already.
+            # `tier.late` has already recorded that the answer took too long.
             if not asked.cancelled() and not isinstance(asked.exception(), DeadlineExceeded):
                 _settled(tier, asked, begun_s)
 
         asked.add_done_callback(over)
 
     def close(self) -> None:
-        """Wait for no late answer any more."""
+        """Cancel the questions whose answers are late."""
         for asked in self._late:
             asked.cancel()
 
     def _known(self, number: int, hashes: Sequence[bytes], fingerprint: bytes) -> Held | None:
-        """What events or the router of this call have said that a store has; None: nobody, so it is asked."""
+        """What a store has according to its events or to this call's router; None: neither says, so ask the store."""
         feed = self.feed(number)
         if feed is not None and (known := feed.held(hashes, fingerprint=fingerprint)) is not None:
             return known
@@ -134,7 +137,9 @@ class Members:
         return located.of(self.tiers[number].name, hashes, fingerprint)
 
     def may_have(self, number: int, kind: RecordKind, hash: bytes, fingerprint: bytes) -> bool:
-        """Whether it is worth asking: nobody tells what is in memory."""
+        """Whether a tier should be asked for a record. Events do not cover records in memory, so
+        those may be anywhere.
+        """
         known = None if kind in MEMORY_KINDS else self._known(number, [hash], fingerprint)
         if known is None:
             return True
@@ -143,7 +148,9 @@ class Members:
     async def first_in_turn(
         self, numbers: Sequence[int], read: Callable[[Tier], Awaitable[bytes | None]]
     ) -> tuple[int, bytes] | None:
-        """What the first of these has, and which that is; a tier that fails is passed over."""
+        """Ask these tiers one after another. Returns the first that has the payload, and the payload; skips failed
+        tiers.
+        """
         for number in numbers:
             payload = await self._try(number, read)
             if payload is not None:
@@ -153,7 +160,7 @@ class Members:
     async def first_of_all(
         self, numbers: Sequence[int], read: Callable[[Tier], Awaitable[bytes | None]]
     ) -> bytes | None:
-        """For what is in one store's memory and nobody knows in whose: all are asked at once."""
+        """Ask all these tiers at once, for a record that one store has in memory. Nobody knows which store that is."""
         asked = [asyncio.ensure_future(self._try(number, read)) for number in numbers]
         try:
             for answer in asyncio.as_completed(asked):
@@ -176,7 +183,7 @@ class Members:
         return payload
 
     async def of_all(self, call: Callable[[Member], Awaitable[T]]) -> list[T]:
-        """The answers of the stores that answer.  Raises:  AntefixError: none does."""
+        """The results of a call to every store, from those that answer.  Raises:  AntefixError: no store answers."""
         asked = [member for member in self.stores if not member.tier.is_shunned] or list(self.stores)
         if not asked:
             raise Unavailable("no store is known now")
@@ -197,7 +204,7 @@ class Members:
 
 
 def _settled(tier: Tier, asked: asyncio.Task[Held], begun_s: float) -> Held | AntefixError | TimeoutError:
-    """What a tier said, which it is known by from now on."""
+    """The tier's answer or error. Updates the tier's standing with it."""
     err = asked.exception()
     if err is None:
         tier.standing.answered(tier.clock() - begun_s)
@@ -212,7 +219,7 @@ def _settled(tier: Tier, asked: asyncio.Task[Held], begun_s: float) -> Held | An
 
 
 def union_of(parts: Iterable[Held], num_blocks: int) -> Held:
-    """What any of them has of a chain of so many blocks."""
+    """What these tiers have together of a chain of `num_blocks` blocks."""
     flags = [False] * num_blocks
     checkpoints: set[int] = set()
     for held in parts:
@@ -223,7 +230,10 @@ def union_of(parts: Iterable[Held], num_blocks: int) -> Held:
 
 
 def nearest_of(found: Mapping[int, Held], order: Sequence[int], num_blocks: int) -> list[tuple[int, int]]:
-    """Of a prefix that they have together, stretches by the first tier in `order` that has each: end, and tier."""
+    """Cut a prefix that the tiers have together into stretches, each with the first tier in `order` that has it.
+
+    Returns (end of the stretch, tier number) for each.
+    """
     tiers = [-1] * num_blocks
     for number in order:
         for start, stop in found[number].spans:

@@ -1,4 +1,4 @@
-"""A store's numbers, as values."""
+"""A store's totals and counters, as Python values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from antefix.record import RecordKind
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindTotals:
-    """stored_bytes: on disk, headers and compression included.  payload_bytes: what reads return."""
+    """Totals of one record kind.
+
+    stored_bytes: bytes on disk, compressed and with headers.  payload_bytes: bytes that reads return.
+    """
 
     num_records: int = 0
     stored_bytes: int = 0
@@ -20,10 +23,12 @@ class KindTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreTotals:
-    """kinds: of each.  used_bytes: of the budget, segments and index together. Counters are since it was opened.
+    """A store's totals. Counters count since the store was opened.
 
-    limit_bytes: what it may use now, of the budget; free_bytes, free_bytes_min: of its file system, and what it leaves
-    of that.  stopped: why nothing is stored now, or empty.  impossible_writes: could never be stored; the last reason.
+    kinds: the totals of each record kind.  used_bytes: segments and index together.
+    limit_bytes: how many bytes of its budget the store may use now.  free_bytes: free bytes of its file system.
+    free_bytes_min: how many of those it leaves free.  stopped: why it stores nothing now; empty: it stores.
+    impossible_writes: how many records could never be stored, with the last reason.
     """
 
     kinds: dict[RecordKind, KindTotals] = field(default_factory=lambda: dict.fromkeys(RecordKind, KindTotals()))
@@ -44,7 +49,7 @@ class StoreTotals:
 
 
 def sum_of(parts: Sequence[StoreTotals]) -> StoreTotals:
-    """Of several stores together; of texts the first that says something."""
+    """The totals of several stores together. Of texts it takes the first that is not empty."""
     kinds = {
         kind: KindTotals(
             **{each.name: sum(getattr(part.kinds[kind], each.name) for part in parts) for each in fields(KindTotals)}

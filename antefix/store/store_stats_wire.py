@@ -1,4 +1,4 @@
-"""A store's numbers, from its answer."""
+"""Converts a store's totals from protobuf."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from antefix.v1 import kvstore_pb2
 
 
 def totals_from_wire(answer: kvstore_pb2.StatsResponse) -> StoreTotals:
-    """Of an answer that was checked."""
+    """The totals of an answer that has already been validated."""
     kinds = dict.fromkeys(RecordKind, KindTotals())
     for kind in answer.kinds:
         kinds[RecordKind(kind.kind)] = KindTotals(

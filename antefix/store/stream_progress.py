@@ -1,4 +1,4 @@
-"""Where a stream of payloads stands. Checks what arrives, and puts it where it belongs."""
+"""The position in a stream of payloads. Checks the messages that arrive, and copies their bytes into buffers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from antefix.store_files.record_header import SEALED_BYTES, plain_record, sealed
 from antefix.store_files.seal import SealBroken, Seals
 from antefix.v1 import kvstore_pb2
 
-# Payload number and bytes to where it goes.
+# Maps (payload number, payload bytes) to the buffer for that payload.
 BufferOf = Callable[[int, int], memoryview]
 
 
 @dataclass(slots=True)
 class Progress:
-    """Of payloads `hashes`: byte `offset` of number `index` comes next, and all before it is right.
+    """The progress through payloads `hashes`: byte `offset` of payload number `index` comes next. All bytes before it
+    have arrived undamaged.
 
-    seals: where given, only sealed payloads are right.  tenant: whose they must be then; empty: anybody's.
-    sealed: where given, takes the sealed part of each payload's header.
+    seals: if given, only sealed payloads are accepted.  tenant: the owner that they must have then; empty: any.
+    sealed: if given, the sealed part of each payload's header is appended to it.
     """
 
     kind: RecordKind
@@ -34,13 +35,13 @@ class Progress:
     tenant: bytes = b""
     seals: Seals | None = None
     sealed: list[bytes] | None = None
-    # Of the payload whose bytes are arriving.
+    # The sealed header part of the payload whose bytes are arriving.
     _sealed: bytes = b""
 
     def accept(self, raw: bytes, buffer: BufferOf) -> None:
-        """Check a message, a GetResponse, and put its bytes where they belong.
+        """Check a message, a GetResponse, and copy its bytes into the buffers.
 
-        Raises:  BlockCorrupt: damaged or out of order.  SealBroken: what came is whole, and forged.
+        Raises:  BlockCorrupt: damaged or out of order.  SealBroken: a record arrived undamaged but its seal is wrong.
                  InvalidRequest: a buffer has another size than its payload.
         """
         got = unpack_get_response(raw)
@@ -53,7 +54,7 @@ class Progress:
             self._accept_piece(got.message, got.data, buffer)
 
     def _accept_records(self, got: Stretch, buffer: BufferOf) -> None:
-        """Records as they lie in a segment, which nobody has verified yet."""
+        """Accept records as they lie in a segment. The store has not verified them, so this does."""
         records, end = got.records, got.records.nbytes
         at = 0
         while at < end:
@@ -78,13 +79,13 @@ class Progress:
                 raise BlockCorrupt("a record came with a wrong checksum")
             into = _buffer_of(self.index, payload_bytes, buffer)
             into[:] = payload
-            # The copy is what is used, and what another process can no longer change.
+            # Check the copy: it is what the caller uses, and no other process can change it.
             self._check_seal(sealed_part(head), into)
             self.index += 1
             at += extent_bytes(payload_bytes)
 
     def _accept_piece(self, message: kvstore_pb2.GetResponse, data: memoryview, buffer: BufferOf) -> None:
-        """Payload bytes that the store has verified."""
+        """Accept payload bytes that the store has verified."""
         if piece_checksum(data) != message.checksum:
             raise BlockCorrupt("a piece was damaged on its way from the store")
         seals = _split(message.seals)

@@ -1,7 +1,7 @@
 """Tiers: the places that stored KV is read from, each with a name, a kind and a speed measured while it is used.
 
-A worker's own disk, another host's store, an object store: readers treat them alike, by what they hold and how long
-they take. A tier promises nothing: what it does not have, or does not give in time, is read elsewhere or computed.
+A tier is a worker's own disk, another host's store, or an object store. Readers treat all tiers alike: they know what
+a tier holds and how fast it is. Blocks that a tier lacks, or does not deliver in time, are read elsewhere or computed.
 """
 
 from __future__ import annotations
@@ -27,66 +27,68 @@ class TierKind(StrEnum):
     OBJECT = "object"
 
 
-# Believed until a tier was measured: seconds per read, and bytes per second. Pessimistic, as the planner's priors.
+# The assumed speed of a tier until it is measured: seconds per read, and bytes per second. Pessimistic, like the
+# planner's priors.
 _PRIORS: Final = {
     TierKind.DISK: (0.002, 500e6),
     TierKind.PEER: (0.004, 250e6),
     TierKind.OBJECT: (0.1, 100e6),
 }
-# How much of a prediction's error, as a factor, is believed at once; and the most that a law is corrected by (e^9).
+# The share of a prediction's log error that one read corrects, and the limit of the whole correction (a factor of e^9).
 _BELIEF: Final = 0.4
 _SLOWER_MAX: Final = 9.0
-# Slowness counts half after so long without a read.
+# The half-life of a measured slowdown while the tier is not read, in seconds.
 _FORGOTTEN_S: Final = 30.0
-# What is typical of one read, which makes the prior weigh the same for calls and bytes.
+# The bytes of a typical read. It scales the law so that the prior weighs latency and bytes equally.
 _TYPICAL_BYTES: Final = 32e6
 
 
 class TierSource(Protocol):
-    """What can be read of a tier. Every `antefix.store.api.Store` is one.
+    """The calls that a tier must answer. Every `antefix.store.api.Store` is a TierSource.
 
-    Each call may raise Unavailable or DeadlineExceeded, which readers take for a miss.
+    Each call may raise Unavailable or DeadlineExceeded, which readers treat as a miss.
     """
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
-        """All that is there of `chain`, or of any part of one."""
+        """Which blocks and checkpoints of `chain`, which may be part of a chain, are there."""
 
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> int:
-        """Fill `into[i]` with block `hashes[i]`, verified; returns the number of leading blocks that are right.
+        """Fill `into[i]` with block `hashes[i]` and verify it. Returns the number of leading blocks that passed.
 
-        Nobody writes to `into` after this returned, raised or was cancelled.
+        No thread writes to `into` after this returned, raised or was cancelled.
         """
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
-        """One verified payload; None: not there."""
+        """One verified payload; None: the tier does not have it."""
 
     async def close(self) -> None:
-        """Let go of connections and files."""
+        """Close connections and files."""
 
 
 @runtime_checkable
 class LoadedSource(Protocol):
-    """A source that knows what it holds from an index, which it loads before it can say anything."""
+    """A source that must load an index before it can answer."""
 
     async def load(self) -> None:
-        """Returns when it is loaded.  Raises:  Unavailable: it cannot be, now."""
+        """Load the index.  Raises:  Unavailable: the index cannot be loaded now."""
 
 
 class TierSpeed:
-    """Predicted latency and bytes per second, corrected by each read. Used from one event loop.
+    """Predicts a tier's latency and bytes per second, and learns from each read. Used from one event loop.
 
-    A fitted law, times how much slower than that reads were of late. The law takes dozens of reads to believe in
-    another magnitude; the factor takes some, as when a host is cut off or a disk fails. While nobody reads, slowness is
-    forgotten, or a tier that was left for it would never be tried again. It is a law to the planner.
+    The prediction is a fitted linear law times a factor: how much slower than the law recent reads were. The law needs
+    dozens of reads to change by an order of magnitude. The factor needs only a few, for example when a host is cut off
+    or a disk fails. While the tier is not read, a slowdown decays, because a tier that is avoided as slow would
+    otherwise never be tried again. The planner uses this object like a `LinearLaw`.
     """
 
     def __init__(self, kind: TierKind, clock: Callable[[], float] = time.monotonic) -> None:
         latency_s, bytes_per_s = _PRIORS[kind]
         self._law: Final = LinearLaw((latency_s, 1 / bytes_per_s), (1.0, _TYPICAL_BYTES))
         self._clock = clock
-        # As a logarithm, and when it was measured.
+        # The logarithm of the slowdown factor, and when it was measured.
         self._slower, self._measured_s = 0.0, clock()
 
     @property
@@ -97,7 +99,7 @@ class TierSpeed:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """Seconds per read, and per byte."""
+        """Predicted seconds per read, and per byte."""
         return tuple(each * math.exp(self._factor) for each in self._law.coefficients)
 
     @property
@@ -109,7 +111,7 @@ class TierSpeed:
         return 1 / max(self.coefficients[1], 1e-15)
 
     def seconds(self, features: Sequence[float]) -> float:
-        """features: 1 and the bytes, as the law has them."""
+        """Predicted seconds of a read.  features: (1, bytes), as the law expects them."""
         return self._law.seconds(features) * math.exp(self._factor)
 
     def predicted_s(self, nbytes: int) -> float:
@@ -122,7 +124,7 @@ class TierSpeed:
         factor, before_s = self._factor, max(self._law.seconds(features), SECONDS_MIN)
         error = math.log(seconds / max(self.predicted_s(nbytes), SECONDS_MIN))
         self._law.observe(features, seconds)
-        # What the law has learnt of it now is not corrected for twice.
+        # Subtract what the law itself has just learnt from this read, so that it is not corrected twice.
         learnt = math.log(max(self._law.seconds(features), SECONDS_MIN) / before_s)
         self._slower = max(-_SLOWER_MAX, min(_SLOWER_MAX, factor + _BELIEF * error - learnt))
         self._measured_s = self._clock()
@@ -130,10 +132,10 @@ class TierSpeed:
 
 @dataclass(slots=True, eq=False)
 class Tier:
-    """One place to read from.
+    """One place to read stored KV from.
 
-    name: of the store, or of the tier.  source: what is read.  standing: whether it is asked now.
-    clock: of monotonic seconds.
+    name: the name of the store or tier.  source: answers the reads.  standing: decides whether the tier is asked now.
+    clock: returns monotonic seconds.
     """
 
     name: str
@@ -150,25 +152,25 @@ class Tier:
 
     @property
     def label(self) -> str:
-        """In receipts, metrics and plans, such as `peer:rack-2`."""
+        """The tier's label in receipts, metrics and plans, such as `peer:rack-2`."""
         return f"{self.kind}:{self.name}"
 
     @property
     def is_shunned(self) -> bool:
-        """It failed a moment ago, so nobody waits for it now."""
+        """Whether the tier failed a moment ago and is not known to be back, so it is not asked now."""
         return self.standing.is_shunned
 
     def failed(self, err: Exception) -> None:
-        """It gave an error. Left alone is only one that does not answer, or not in time.
+        """Note an error of the tier. Only a tier that did not answer, or not in time, is left alone for a moment.
 
-        What it refuses to one tenant, or a record that is broken, says nothing of what it has for others.
+        A refusal to one tenant or a broken record says nothing about the tier's other records.
         """
         self.num_failures += 1
         if isinstance(err, (Unavailable, DeadlineExceeded, TimeoutError)):
             self.standing.failed()
 
     def late(self, begun_s: float) -> None:
-        """It was given up, asked at that time of `clock`; it may answer yet."""
+        """Note that a question asked at `begun_s` (by `clock`) was given up. The tier may still answer it."""
         self.num_failures += 1
         self.standing.late(begun_s)
 
@@ -178,7 +180,9 @@ class Tier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierRead:
-    """What one tier gave of a prefix: blocks, their payload bytes, and for how long it was read. tier: its label."""
+    """What one tier delivered of a prefix: blocks, payload bytes, and the seconds of reading.
+    tier: the tier's label.
+    """
 
     tier: str
     kind: TierKind

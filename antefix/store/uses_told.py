@@ -1,4 +1,4 @@
-"""What this process read from a store's files, told to its service a moment later: eviction must know what is used."""
+"""Tells a store's service which records this process read from its files, because eviction depends on recent use."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from antefix.store.names_wire import name_to_wire
 from antefix.store_files.segment_reader import ReadOutcome
 from antefix.v1 import kvstore_pb2
 
-# How long uses wait to be told in one call, and how many may wait.
+# How long uses are collected for one call, and how many may wait.
 TELL_S: Final = 0.2
 NUM_TOLD_MAX: Final = 4096
 
 
 @dataclass(slots=True)
 class Uses:
-    """Since the service was last told.  used: by fingerprint."""
+    """The uses since the last call to the service.  used: the records that were read, by fingerprint."""
 
     used: dict[bytes, set[RecordName]] = field(default_factory=dict)
     suspects: set[RecordName] = field(default_factory=set)
@@ -46,7 +46,7 @@ class Uses:
 
 
 class UsesTold:
-    """Used from one event loop.  touch: tells the service."""
+    """Collects uses and reports them. Used from one event loop.  touch: makes the call to the service."""
 
     def __init__(self, touch: Callable[[kvstore_pb2.TouchRequest], Awaitable[None]]) -> None:
         self.uses = Uses()
@@ -56,7 +56,9 @@ class UsesTold:
     def note(
         self, kind: RecordKind, last: bytes | None, num_missed: int, outcome: ReadOutcome, fingerprint: bytes
     ) -> None:
-        """Tell the service soon, without waiting: no answer depends on it.  last: of the records that were read."""
+        """Report a read to the service soon, without waiting for it.  last: the hash of the last
+        record that was read.
+        """
         uses = self.uses
         uses.hits += outcome.num_good
         uses.misses += num_missed
@@ -70,7 +72,7 @@ class UsesTold:
             self._telling = asyncio.get_running_loop().create_task(self._tell(), context=Context())
 
     async def close(self) -> None:
-        """Tell what waits."""
+        """Report the uses that still wait."""
         if self._telling is not None:
             await self._telling
 
@@ -81,5 +83,5 @@ class UsesTold:
             try:
                 await self._touch(request)
             except AntefixError:
-                # Recency that the service does not hear of costs it a worse choice, nothing else.
+                # If the service does not hear of a use, eviction may choose worse. Nothing else depends on it.
                 return

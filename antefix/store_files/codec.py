@@ -1,7 +1,7 @@
-"""Lossless compression of payloads: byte planes, then zstd per plane, where it pays. Knows bytes, never files.
+"""Lossless compression of payloads: split into byte planes, then zstd per plane where that saves enough. Knows bytes.
 
-Rows of KV mix fields whose bytes have little in common (FP8 codes, scales, the high and low bytes of BF16), and zstd
-finds nothing in the mixture. Split by field and by byte of an item, each plane compresses by its own statistics.
+Rows of KV mix fields whose bytes differ in distribution (FP8 codes, scales, the high and low bytes of BF16), so zstd
+cannot compress the mixture. Payloads are split by field and by byte of an item, and each plane is compressed alone.
 
 Coded payload (format.Codec.PLANES_ZSTD): the plan, then a table of planes, then the planes.
     u16 number of parts; per part: u32 rows, u8 fields; per field: u32 bytes, u8 width
@@ -28,7 +28,7 @@ from antefix.record import Buffer
 
 # Level 3 gains nothing over 1 on this data, and negative levels store float data raw.
 ZSTD_LEVEL: Final = 1
-# Below this gain reading the raw plane is faster than decoding it.
+# If compression saves less than this share, reading the raw plane is faster than decoding it.
 PLANE_GAIN_MIN: Final = 0.03
 PAYLOAD_GAIN_MIN: Final = 0.05
 _PART: Final = struct.Struct("<IB")
@@ -42,7 +42,7 @@ _local = threading.local()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanePart:
-    """`num_rows` rows side by side, each made of fields of (bytes, item width)."""
+    """`num_rows` consecutive rows, each made of fields given as (bytes, item width)."""
 
     num_rows: int
     fields: tuple[tuple[int, int], ...]
@@ -54,7 +54,7 @@ class PlanePart:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanePlan:
-    """How a payload is cut into planes. Not slotted: the derived tables are computed once."""
+    """How a payload is split into planes. Not slotted, so that derived tables are computed once."""
 
     parts: tuple[PlanePart, ...]
 
@@ -64,7 +64,7 @@ class PlanePlan:
 
     @cached_property
     def groups(self) -> dict[tuple[tuple[int, int], ...], list[tuple[int, int]]]:
-        """Fields -> (offset, rows) of the parts that have them."""
+        """Maps the fields of a row to (offset, rows) of each part with these fields."""
         groups: dict[tuple[tuple[int, int], ...], list[tuple[int, int]]] = {}
         offset = 0
         for part in self.parts:
@@ -101,7 +101,7 @@ def _plan(parts: Sequence[PayloadPart]) -> PlanePlan:
 
 
 def encode(payload: Buffer, plan: PlanePlan, *, level: int = ZSTD_LEVEL) -> bytes | None:
-    """The coded payload, or None where coding does not pay or the plan is of another size."""
+    """The coded payload. None: coding saves too little, or the plan is for another payload size."""
     data = np.frombuffer(payload, np.uint8)
     if data.nbytes != plan.payload_bytes:
         return None
@@ -120,7 +120,7 @@ def encode(payload: Buffer, plan: PlanePlan, *, level: int = ZSTD_LEVEL) -> byte
 def decode(coded: Buffer, into: memoryview) -> None:
     """Fill `into` with the payload.
 
-    Raises:  BlockCorrupt: the coded bytes make no sense, or are of another size than `into`.
+    Raises:  BlockCorrupt: the coded bytes are invalid, or their payload does not have the size of `into`.
     """
     try:
         plan, at = read_plan(coded)
@@ -142,7 +142,7 @@ def decode(coded: Buffer, into: memoryview) -> None:
 
 def _fill(views: Sequence[Bytes], body: memoryview, mode: int) -> None:
     nbytes = sum(view.size for view in views)
-    # The library makes room for whatever size a frame claims, before it reads on.
+    # The library allocates whatever size a frame claims before it decodes the frame, so check the size first.
     if mode == _ZSTD and zstandard.frame_content_size(body) not in (nbytes, -1):
         raise BlockCorrupt(f"a plane that claims to be of another size than {nbytes} bytes")
     raw = _decompressor().decompress(body, max_output_size=nbytes) if mode == _ZSTD else body
@@ -168,11 +168,11 @@ def _plane_views(data: Bytes, plan: PlanePlan) -> Iterator[list[Bytes]]:
 
 
 def read_plan(coded: Buffer) -> tuple[PlanePlan, int]:
-    """The plan at the start of `coded`, and where it ends.
+    """The plan at the start of `coded`, and the offset of its end.
 
-    Raises:  struct.error: there is none.
+    Raises:  struct.error: there is no plan.
     """
-    # Payloads of one layout follow each other, and parsing their plan took a quarter of decoding one.
+    # Consecutive payloads mostly have the same plan, so keep the last one: parsing took a quarter of decoding.
     last: PlanePlan | None = _local.__dict__.get("last_plan")
     if last is not None and memoryview(coded)[: len(last.encoded)] == last.encoded:
         return last, len(last.encoded)
@@ -189,7 +189,7 @@ def read_plan(coded: Buffer) -> tuple[PlanePlan, int]:
 
 
 def _interned(parts: tuple[PlanePart, ...]) -> PlanePlan:
-    """One plan a thread and layout: its derived tables cost more than decoding a small payload."""
+    """The one plan object per thread and layout. Its derived tables cost more than decoding a small payload."""
     plans: dict[tuple[PlanePart, ...], PlanePlan] = _local.__dict__.setdefault("plans", {})
     if parts not in plans and len(plans) >= 64:
         plans.clear()
@@ -197,7 +197,7 @@ def _interned(parts: tuple[PlanePart, ...]) -> PlanePlan:
 
 
 def _compressor(level: int) -> zstandard.ZstdCompressor:
-    """zstd's contexts serve one thread at a time."""
+    """A compressor for this thread: one zstd context must not be used by two threads at once."""
     contexts: dict[int, zstandard.ZstdCompressor] = _local.__dict__.setdefault("compressors", {})
     if level not in contexts:
         contexts[level] = zstandard.ZstdCompressor(level=level)

@@ -1,12 +1,12 @@
-"""Encryption at rest: AES-256-GCM with one key per tenant, so that dropping a key drops all that the tenant has stored.
+"""Encryption at rest: AES-256-GCM with one key per tenant. Deleting a key makes all the tenant's records unreadable.
 
-The keys file is JSON, {"tenant": "64 hex digits", ...}, and readable by its owner only. A tenant is named, which takes
-the deployment's secret, or given by the digest that `antefix inspect` shows, behind "digest:". Its key opens what all
-its users have stored, unless one of them has a key of his own. What is encrypted is the coded payload; hashes, sizes
-and times stay readable, tokens and text are in none of them. The associated data bind a ciphertext to its record, so it
-cannot be served under another name. The cryptography package does the work.
+The keys file is JSON, {"tenant": "64 hex digits", ...}, and only its owner may read it. A tenant is given by name,
+which needs the deployment's secret, or as "digest:" and the digest that `antefix inspect` shows. A tenant's key
+decrypts the records of all its users, except users with their own keys. The coded payload is encrypted. Hashes, sizes
+and times stay readable; they contain no tokens and no text. The associated data bind a ciphertext to its record, so it
+cannot be used under another name. The cryptography package does the work.
 
-Where nobody needs to drop single tenants' keys, one file makes them all (`KeyRing.from_master_file`).
+If single tenants' keys need not be deleted, one master file makes all keys (`KeyRing.from_master_file`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from antefix.store_files.record_header import RecordHeader, signed_part_of
 
 KEY_BYTES: Final = 32
 TAG_BYTES: Final = 16
-# Owners come from callers.
+# Owners come from callers, so the cache of derived keys is bounded.
 _NUM_DERIVED_MAX: Final = 4096
 
 
@@ -38,15 +38,16 @@ class KeyRing:
     """The tenants' keys. Immutable; thread-safe."""
 
     def __init__(self, keys: dict[str, bytes], owners: Owners = NO_OWNERS, *, masters: Sequence[bytes] = ()) -> None:
-        """owners: who is meant by a tenant's name.  masters: what tenants' keys are made of, the current one first.
+        """owners: resolves tenants' names.  masters: master keys from which tenants' keys are made, the current one
+        first.
 
-        Raises:  ConfigError: a key has not 32 bytes.
+        Raises:  ConfigError: a key does not have 32 bytes.
         """
         self._masters = tuple(masters)
         self._derived: dict[bytes, tuple[AESGCM, ...]] = {}
-        # By what stands for the tenant in a record, without its user where that has no key of its own.
+        # By the owner in a record: tenant and user if the user has its own key, else the tenant alone.
         self._ciphers: dict[bytes, AESGCM] = {}
-        # Whether each key was given for records of version 2 as well: by digest, or by a name that can be made one.
+        # Whether every key also works for records of version 2: it was given by digest, or its name can be hashed.
         self.is_complete = all(any(row[:1] == b"o" for row in owners.rows(tenant)) for tenant in keys)
         for tenant, key in keys.items():
             if len(key) != KEY_BYTES:
@@ -56,7 +57,7 @@ class KeyRing:
 
     @classmethod
     def from_file(cls, path: Path, owners: Owners = NO_OWNERS) -> KeyRing:
-        """Raises:  ConfigError: not readable, not of the form above, or readable by others."""
+        """Raises:  ConfigError: the file cannot be read, does not have the form above, or other users may read it."""
         try:
             if path.stat().st_mode & 0o077:
                 raise ConfigError(f"{path} must be readable by its owner only: chmod 600 {path}")
@@ -67,10 +68,11 @@ class KeyRing:
 
     @classmethod
     def from_master_file(cls, path: Path) -> KeyRing:
-        """One file for all tenants, of a secret file's form: each has a key of its own, made of the first line's and
-        its digest. The other lines' are read with: so the key changes, while what was written with the old one drains.
+        """Read master keys for all tenants, from a file in the form of a secret file. Each tenant's key is made from
+        the first line's key and the tenant's digest. Keys of further lines only decrypt. So the master key can be
+        changed while records under the old key expire.
 
-        Raises:  ConfigError: it cannot be read, is open to others, or a key has not 32 bytes.
+        Raises:  ConfigError: it cannot be read, other users may read it, or a key does not have 32 bytes.
         """
         masters = [key for _, key in read_generations(path, "encrypt_key_file")]
         if any(len(key) != KEY_BYTES for key in masters):
@@ -86,7 +88,7 @@ class KeyRing:
         return next(iter(self._all(owner)), None)
 
     def _all(self, owner: bytes) -> tuple[AESGCM, ...]:
-        """Those that a record of this owner may open with, the one that is written with first."""
+        """The ciphers that may decrypt this owner's records, the one for new records first."""
         if not self._masters:
             named = self._ciphers.get(owner) or self._ciphers.get(account_of(owner))
             return () if named is None else (named,)
@@ -99,7 +101,7 @@ class KeyRing:
         return found
 
     def encrypt(self, header: RecordHeader, coded: bytes | bytearray | memoryview) -> bytes:
-        """The stored bytes; `header.nonce` must be fresh.
+        """The encrypted bytes to store. `header.nonce` must be fresh.
 
         Raises:  KeyError: the tenant has no key.
         """
@@ -109,7 +111,9 @@ class KeyRing:
         return cipher.encrypt(header.nonce, coded, _bound_to(header))
 
     def decrypt(self, header: RecordHeader, stored: memoryview) -> bytes:
-        """Raises:  BlockCorrupt: no key for the tenant, another key, or a forged record."""
+        """The decrypted bytes.  Raises:  BlockCorrupt: the tenant has no key or another key, or
+        the record is forged.
+        """
         ciphers = self._all(header.owner)
         if not ciphers:
             raise BlockCorrupt(f"no key for tenant {header.tenant.hex()}")
@@ -124,12 +128,14 @@ def _tenant_key(master: bytes, account: bytes) -> bytes:
 
 
 def fresh_nonce() -> bytes:
-    """Random: with 96 bits a key may write 2^32 records before two nonces are likely to meet (NIST SP 800-38D)."""
+    """A random nonce. With 96 bits, a key may write 2^32 records before equal nonces become likely
+    (NIST SP 800-38D).
+    """
     return secrets.token_bytes(NONCE_BYTES)
 
 
 def _bound_to(header: RecordHeader) -> bytes:
-    """All of a record that compaction does not change."""
+    """The fields of a record's header that compaction does not change, as associated data."""
     if header.version == 2:
         return signed_part_of(header) + bytes([header.codec])
     numbers = (header.kind, header.codec, header.payload_bytes, header.position)

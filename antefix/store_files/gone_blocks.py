@@ -1,8 +1,8 @@
-"""What became of blocks that are not stored any more: a bounded memory in one file next to the index.
+"""Remembers why blocks were removed from the store, in one file of bounded size next to the index.
 
-GONE is an array of 16-byte slots: 15 bytes of a block's hash, one byte why it went. A hash has one slot, so a later one
-may take it over: what was forgotten is answered as never seen. It is written without a sync and read without a lock:
-what it says explains a miss and decides nothing.
+The file GONE is an array of 16-byte slots: 15 bytes of a block's hash, and one byte for the reason of its removal. A
+block's hash selects its slot, so a block removed later may overwrite the slot; an overwritten block is reported as
+never seen. The file is written without a sync and read without a lock, because it only serves to explain misses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from antefix.store_files.index import Index
 GONE_FILE: Final = "GONE"
 SLOT_BYTES: Final = 16
 _NAME_BYTES: Final = SLOT_BYTES - 1
-# One slot for 32 KiB of budget: some ten times as many as blocks of a large model fit, in a 2,000th of the space.
+# One slot per 32 KiB of budget: about ten times as many slots as blocks of a large model that fit into the budget. The
+# file takes a 2,000th of the budget.
 _BUDGET_BYTES_A_SLOT: Final = 32 << 10
 _NUM_SLOTS_MIN: Final = 256
 _NUM_SLOTS_MAX: Final = 1 << 22
@@ -30,7 +31,7 @@ _CODES: Final = {1: MissReason.EVICTED, 2: MissReason.EXPIRED}
 
 
 class GoneWriter:
-    """The engine's side. Failing to write costs an explanation, so it never raises."""
+    """Writes the file, for the engine. It never raises, because a failed write only loses an explanation."""
 
     def __init__(self, directory: Path, budget_bytes: int) -> None:
         num_slots = max(_NUM_SLOTS_MIN, min(_NUM_SLOTS_MAX, budget_bytes // _BUDGET_BYTES_A_SLOT))
@@ -41,7 +42,9 @@ class GoneWriter:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Write what is noted inside at the end: opening the file for each took a quarter of an eviction's time."""
+        """A context that writes all notes at its end. Opening the file for each note took a quarter of an eviction's
+        time.
+        """
         self._waits = True
         try:
             yield
@@ -50,7 +53,7 @@ class GoneWriter:
             self._write()
 
     def note(self, block_hash: bytes, reason: MissReason) -> None:
-        """This block is being removed."""
+        """Note why this block is being removed."""
         self._noted.append((block_hash, next(code for code, known in _CODES.items() if known is reason)))
         if not self._waits:
             self._write()
@@ -63,7 +66,7 @@ class GoneWriter:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
                 if os.fstat(fd).st_size != self.nbytes:
-                    # New, or made under another budget, where each hash has another slot.
+                    # The file is new, or was made under another budget, in which hashes have other slots.
                     os.ftruncate(fd, 0)
                     os.ftruncate(fd, self.nbytes)
                 for block_hash, code in noted:
@@ -81,7 +84,7 @@ def fate_of(
     now_ms: int,
     owners: Collection[bytes] | None = None,
 ) -> BlockFate:
-    """What the index says of a block and, where it says nothing, what is remembered; with all other fingerprints.
+    """The fate of a block by the index, or else by the GONE file; with all other fingerprints of the store.
 
     owners: as in `Index.lookup`.
     """
@@ -111,7 +114,7 @@ def _indexed(
 
 
 def remembered(directory: Path, block_hash: bytes) -> MissReason:
-    """EVICTED, EXPIRED, or FIRST_SEEN: of a block that the index does not name."""
+    """Why a block that is not in the index was removed: EVICTED, EXPIRED, or FIRST_SEEN if the file does not say."""
     try:
         with os.fdopen(open_to_read(directory / GONE_FILE), "rb", buffering=0) as file:
             nbytes = os.fstat(file.fileno()).st_size

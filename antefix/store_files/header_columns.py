@@ -1,4 +1,4 @@
-"""A record header of version 2 as a numpy dtype: many headers at a time, where an object of each would cost more."""
+"""A record header of version 2 as a numpy dtype, to check many headers at once without an object for each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from antefix.store_files.record_format import RECORD_HEADER_BYTES
 NAMES: Final = (("hash", "V32"), ("parent", "V32"), ("fingerprint", "V32"))
 PLACE: Final = (("segment", "<u4"), ("offset", "<u8"), ("stored_bytes", "<u4"))
 TIMES: Final = (("created_ms", "<u8"), ("expires_ms", "<u8"), ("cost_us", "<u4"))
-# As `record_format.RECORD_HEADER`.
+# The same fields as `record_format.RECORD_HEADER`.
 HEADER: Final = np.dtype(
     [
         ("magic", "S8"),

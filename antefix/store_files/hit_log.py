@@ -1,8 +1,9 @@
-"""The store's own account of what was written and read, kept apart from the ledger so that the two can be compared.
+"""The store's own log of blocks that were written and read, separate from the ledger so that the two can be compared.
 
-One line a call: `time_us kind hash[,hash...]`, kind "stored" or "read", hashes as hex. A read names the last block of a
-path that was used; using a block uses all before it. Files rotate by size, are named by their first line's time, and
-are flushed, not synced: a line lost in a power cut makes a hit unsupported in the report, never supported by mistake.
+One line per call: `time_us kind hash[,hash...]`, kind "stored" or "read", hashes in hex. A read names the last block
+that was used; using a block uses all blocks before it. Files rotate by size, and a file's name is the time of its first
+line. Lines are flushed but not synced. A line lost in a power cut leaves a real hit without evidence; it never gives
+evidence for a false hit.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from antefix.private_file import open_private
 log = logging.getLogger("antefix_billing")
 
 FILE_BYTES = 64 << 20
-# A file that nothing was appended to for so long gets nothing more: what makes it smaller may replace it.
+# A file without new lines for this long gets no more lines, so a tool that compacts it may replace it.
 QUIET_S = 7200.0
 _BEGINS_NEW_AFTER_S = 3600.0
-# Microseconds since 1970, of 64 bits.
+# The digits of a 64-bit number of microseconds since 1970.
 _DIGITS_MAX = 20
 _KINDS = ("stored", "read")
 
@@ -37,7 +38,7 @@ class StoreEventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreEvent:
-    """time_us: Unix microseconds.  hash: hex."""
+    """One block of one line.  time_us: Unix time in microseconds.  hash: the block's hash in hex."""
 
     time_us: int
     kind: StoreEventKind
@@ -45,9 +46,9 @@ class StoreEvent:
 
 
 class StoreLog:
-    """The writer; belongs to the one process that writes the store. Methods may be called from any thread.
+    """Writes the log, in the one process that writes the store. Methods may be called from any thread.
 
-    A line that cannot be written is lost, which costs evidence and never a read or a write of the store.
+    A line that cannot be written is lost. This costs the evidence of a hit, but no read or write of the store fails.
     """
 
     def __init__(self, directory: Path, *, file_bytes: int = FILE_BYTES) -> None:
@@ -61,11 +62,11 @@ class StoreLog:
         self._mutex = threading.Lock()
 
     def stored(self, hashes: Sequence[bytes]) -> None:
-        """These blocks are durable now."""
+        """Log that these blocks are durable now."""
         self._write(StoreEventKind.STORED, hashes)
 
     def read(self, hashes: Sequence[bytes]) -> None:
-        """These blocks were handed out, or used in place by a reader on this host."""
+        """Log that these blocks were sent to a client, or read from the files by a reader on this host."""
         self._write(StoreEventKind.READ, hashes)
 
     def close(self) -> None:
@@ -107,19 +108,19 @@ def read_store_log(directory: Path) -> Iterator[StoreEvent]:
 
 
 def read_store_log_files(directory: Path) -> Iterator[Iterator[StoreEvent]]:
-    """The events of each file, which one process wrote, in the order of its lines."""
+    """For each file, its events in the order of its lines. One process wrote each file."""
     for path in log_files(directory):
         yield read_log_file(path)
 
 
 def log_files(directory: Path) -> list[Path]:
-    """Oldest first."""
+    """The log's files, oldest first."""
     return sorted(directory.glob("store-*.log"))
 
 
 def read_log_file(path: Path) -> Iterator[StoreEvent]:
-    """Of one file, in the order of its lines."""
-    # A disk may have put anything there: what is no line of ours is skipped, whatever it is.
+    """The events of one file, in the order of its lines."""
+    # A damaged disk may return any bytes, so skip every line that does not parse.
     with path.open(encoding="ascii", errors="replace") as file:
         for line in file:
             yield from _parse(line)

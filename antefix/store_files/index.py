@@ -1,16 +1,18 @@
-"""Reading the index: what is stored, and where. Used by every process on the host; only the store's owner writes it.
+"""Reads the index, which says which records are stored and where. Every process on the host reads it; only the store's
+owner writes it.
 
-It is LMDB's file. The owner maps it; everybody else reads its pages (`index_pages.py`), so that a file which is cut,
-replaced or deleted under a reader makes its reads fail, where a map would end the process (SIGBUS).
+The index is an LMDB file. The owner maps it into memory. All other processes read its pages with `pread`
+(`index_pages.py`): if the file is truncated, replaced or deleted, their reads fail, whereas a memory map would end the
+process (SIGBUS).
 
 Tables:  blocks, checkpoints   hash -> format.INDEX_ENTRY
          leaves                rank, kind, hash -> nothing; what eviction takes first comes first
          expiry                expiry time, kind, hash -> nothing; leaves only
          segments              number -> format.SEGMENT_ENTRY
-         names                 fingerprints and owners to the small ids that entries carry, and back
+         names                 maps fingerprints and owners to the small ids in entries, and back
          totals                per kind, per owner: records, extent bytes, payload bytes
-         meta                  numbers of quarantined records and of those apart from their parents; of fingerprints
-                               plans and statements
+         meta                  how many records are quarantined, and how many have no parent here; the plans and
+                               statements of fingerprints
 """
 
 from __future__ import annotations
@@ -33,29 +35,30 @@ from antefix.store_files.record_format import IndexEntry, position_in, unpack_en
 TABLES: Final = ("blocks", "checkpoints", "leaves", "expiry", "segments", "names", "totals", "meta")
 TABLE_OF_KIND: Final = {RecordKind.BLOCK: "blocks", RecordKind.CHECKPOINT: "checkpoints"}
 DATA_FILE: Final = "data.mdb"
-# Threads of the owner that read at once.
+# How many of the owner's threads may read at once.
 READERS_MAX: Final = 1024
-# Up to so many checkpoints in the whole store per block of a chain, walking over all of them is faster than asking for
-# each block's. A reader of pages finds a key among leaves in some 8 us and walks over one in 0.5.
+# If the store has at most this many checkpoints per block of a chain, walking over all checkpoints is faster than
+# looking up each block's. A reader of pages looks up a key in some 8 us, and walks over one in 0.5 us.
 _WALKED_PAGES_MAX: Final = 8
-# The owner finds one that is not there in 0.05 us in a small table, and walks over one in 0.4, with its value.
+# The same limit for the owner: in a small table it looks up a missing key in 0.05 us, and walks over a key and value in
+# 0.4 us.
 _WALKED_MAP_MAX: Final = 1 / 16
 QUARANTINED_KEY: Final = b"quarantined"
 APART_KEY: Final = b"apart"
-# In the table `meta`: this and the fingerprint.
+# The key of a statement in the table `meta` is this prefix and the fingerprint.
 STATEMENT_PREFIX: Final = b"said"
 GENERATION_BYTES: Final = 2
 _U64: Final = struct.Struct("<Q")
 _GROUP_KEYS: Final = 256
 
-# LMDB forbids opening one environment twice in a process, so the engine and readers next to it share theirs.
+# LMDB forbids opening an environment twice in a process, so the engine and readers in its process share one.
 _open_lock = threading.Lock()
 _open: dict[tuple[int, int], _Shared] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A record that became readable, or stopped being so, in a committed transaction."""
+    """A record that a committed transaction made readable or unreadable."""
 
     kind: RecordKind
     hash: bytes
@@ -64,7 +67,7 @@ class Change:
 
 
 class _Shared:
-    """One LMDB environment of this process and how many use it."""
+    """One LMDB environment of this process, and the number of its users."""
 
     def __init__(self, env: lmdb.Environment, identity: tuple[int, int]) -> None:
         self.env = env
@@ -74,7 +77,7 @@ class _Shared:
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """What counts as there in one snapshot."""
+    """Which index entries count as stored for one question: fingerprint, owners and time."""
 
     fingerprint_id: int
     owner_ids: frozenset[int] | None
@@ -88,18 +91,19 @@ class _Live:
 
 
 class Index:
-    """An open index. `txn()` gives something to read through; every read goes through one."""
+    """An open index. Every read needs a transaction from `txn()`."""
 
     def __init__(
         self, directory: Path, *, map_bytes: int = 0, write: bool = False, mapped: bool = False, durable: bool = True
     ) -> None:
-        """write: as the owner.  mapped: read through a map, as only the store's owner may, before it writes.
-        durable: False: commits are not synced; for an index that nobody uses before it was synced as a whole.
+        """write: open to write, as the store's owner.  mapped: read through a memory map; only the store's owner may,
+        before it opens the index to write.  durable: whether each commit is synced. False is for a new index that is
+        synced as a whole before anyone uses it.
 
         Raises:  Unavailable: there is no index, or it cannot be opened.
         """
         self.directory = directory
-        # The writer's: told of what each transaction changed, after its commit.
+        # Set by the writer; called after each commit with the changes of the transaction.
         self.on_change: Callable[[list[Change]], None] | None = None
         self._shared: _Shared | None = None
         self._retired: list[_Shared] = []
@@ -121,18 +125,18 @@ class Index:
 
     @property
     def env(self) -> lmdb.Environment:
-        """The owner's."""
+        """The owner's LMDB environment."""
         assert self._shared is not None, "a reader has no map"
         return self._shared.env
 
     @property
     def replaced(self) -> bool:
-        """True when the files under our path are no longer the ones that we have open: the index was rebuilt."""
+        """Whether the index was rebuilt: the file at the index's path is no longer the one that is open."""
         opened = self._shared or self._pages
         return opened is None or _identity(self.directory) != opened.identity
 
     def txn(self) -> Any:
-        """What to read through: a snapshot for the owner, `PageTxn` for others.
+        """A transaction for reading: an LMDB snapshot for the owner, a `PageTxn` for other processes.
 
         Raises:  Unavailable: the file cannot be read.
         """
@@ -151,9 +155,9 @@ class Index:
                     shared.env.close()
 
     def take_over(self, fresh: Index) -> None:
-        """Be another opened index from now on, where the file that we had was lost. For the owner.
+        """Switch to another opened index, after this one's file was lost. For the owner.
 
-        The map before stays open until `close`: threads may be reading in it.
+        The previous memory map stays open until `close`, because threads may still be reading it.
         """
         if self._shared is not None:
             self._retired.append(self._shared)
@@ -164,7 +168,7 @@ class Index:
         return None if value is None else unpack_entry(value, block_hash)
 
     def entries(self, txn: Any, kind: RecordKind, hashes: Sequence[bytes]) -> Iterator[IndexEntry | None]:
-        """As `entry`, one after the other. In groups: one call for many keys takes a third of the time."""
+        """The entries of several records, as by `entry`. It reads many keys per call, in a third of the time."""
         with txn.cursor(db=self.db[TABLE_OF_KIND[kind]]) as cursor:
             for first in range(0, len(hashes), _GROUP_KEYS):
                 part = hashes[first : first + _GROUP_KEYS]
@@ -178,28 +182,28 @@ class Index:
         return None if value is None else int.from_bytes(value, "little")
 
     def owner_id(self, txn: Any, owner: bytes) -> int | None:
-        """owner: as `antefix.store_files.record_header.owner_row` makes it."""
+        """The id of an owner; None: it has no records.  owner: in the form of `record_header.owner_row`."""
         value = txn.get(owner, db=self.db["names"])
         return None if value is None else int.from_bytes(value, "little")
 
     def owner_ids(self, txn: Any, owners: Collection[bytes] | None) -> frozenset[int] | None:
-        """The ids of those of whom something is stored; None: nobody in particular is meant."""
+        """The ids of those owners that have stored records; None if `owners` is None, which means any owner."""
         if owners is None:
             return None
         found = (self.owner_id(txn, owner) for owner in owners)
         return frozenset(number for number in found if number is not None)
 
     def owners(self, txn: Any) -> dict[int, bytes]:
-        """All owners of which something is stored, by id; as `owner_row` makes them."""
+        """All owners with stored records, by id, in the form of `owner_row`."""
         named = {number: owner_of(b"t", value) for number, value in self._named(txn, b"T")}
         return named | {number: owner_of(b"o", value) for number, value in self._named(txn, b"O")}
 
     def generations(self, txn: Any) -> dict[int, int]:
-        """Which of the deployment's secrets made each owner's digest, by id."""
+        """The generation of the secret that made each owner's digest, by the owner's id."""
         return {number: int.from_bytes(value[-GENERATION_BYTES:], "little") for number, value in self._named(txn, b"O")}
 
     def statement(self, txn: Any, fingerprint: bytes) -> bytes:
-        """What a fingerprint stands for; empty where nobody has said."""
+        """The statement of a fingerprint (the values that it was hashed from); empty: the store was not given it."""
         value = txn.get(STATEMENT_PREFIX + fingerprint, db=self.db["meta"])
         return b"" if value is None else bytes(value)
 
@@ -214,7 +218,7 @@ class Index:
                     yield int.from_bytes(key[1:], "little"), value
 
     def block_tokens(self, txn: Any, fingerprint: bytes) -> int:
-        """Tokens in a block of this fingerprint, 0 when that is not known yet."""
+        """Tokens per block of this fingerprint; 0: not known yet."""
         number = txn.get(b"f" + fingerprint, db=self.db["names"])
         value = None if number is None else txn.get(b"F" + number, db=self.db["names"])
         return 0 if value is None else int.from_bytes(value[32:], "little")
@@ -227,7 +231,7 @@ class Index:
         return self._number(txn, QUARANTINED_KEY)
 
     def num_apart(self, txn: Any) -> int:
-        """Records whose parent is in another store."""
+        """How many records have their parent in another store."""
         return self._number(txn, APART_KEY)
 
     def _number(self, txn: Any, key: bytes) -> int:
@@ -239,23 +243,24 @@ class Index:
     ) -> LookupResult:
         """The longest stored prefix of `chain` and the checkpoints inside it.
 
-        In one snapshot for the owner. A reader may see a commit on the way: what it evicts is missing when it is read.
+        The owner looks in one snapshot. In another process a commit may happen during the look-up; a block that it
+        evicts is then found missing when it is read.
 
-        owners: as `owner_row` makes them; what is not theirs is not there. None: everybody's.
+        owners: only records of these owners count, in the form of `owner_row`; None: records of all owners.
         """
         with self.txn() as txn:
             fingerprint_id = self.fingerprint_id(txn, fingerprint)
             if fingerprint_id is None or not chain:
                 return LookupResult(num_blocks=0)
             wanted = _Live(fingerprint_id, self.owner_ids(txn, owners), now_ms)
-            # 1. Where no parent is in another store, "is stored" is true up to a point and false after it.
+            # 1. If all parents are in this store, the stored blocks are a prefix, which a binary search finds.
             if self.num_quarantined(txn) or self.num_apart(txn):
                 num_blocks = self._scan(txn, chain, wanted)
             else:
                 num_blocks = self._bisect(txn, chain, wanted)
             if not num_blocks:
                 return LookupResult(num_blocks=0)
-            # 2. Checkpoints are few: most of these keys miss in a small table.
+            # 2. There are few checkpoints, so most of these keys miss quickly in a small table.
             last = self.entry(txn, RecordKind.BLOCK, chain[num_blocks - 1])
             return LookupResult(
                 num_blocks=num_blocks,
@@ -278,7 +283,9 @@ class Index:
         return low
 
     def _scan(self, txn: Any, chain: Sequence[bytes], wanted: _Live) -> int:
-        """Block by block: a quarantined record is a hole that its descendants outlive until it is put again."""
+        """The length of the stored prefix, checked block by block. A quarantined record is a hole in the chain: the
+        blocks after it stay stored until it is put again.
+        """
         for index, there in enumerate(self._flags(txn, chain, wanted)):
             if not there:
                 return index
@@ -300,7 +307,7 @@ class Index:
             return Held.of_flags(self._flags(txn, chain, wanted), checkpoints)
 
     def _flags(self, txn: Any, chain: Sequence[bytes], wanted: _Live) -> Iterator[bool]:
-        """Of each block, whether it is there."""
+        """For each block, whether it is stored."""
         return (entry is not None and wanted.has(entry) for entry in self.entries(txn, RecordKind.BLOCK, chain))
 
     def _checkpoints(self, txn: Any, chain: Sequence[bytes], wanted: _Live) -> tuple[int, ...]:
@@ -318,7 +325,9 @@ class Index:
     def _of_chain(
         self, txn: Any, cursor: Any, chain: Sequence[bytes], block_tokens: int
     ) -> Iterable[tuple[bytes, bytes]]:
-        """Keys and values of the checkpoints that stand in `chain`, found in the way that takes least."""
+        """Keys and values of the checkpoints in `chain`, by look-ups or by a walk over the table,
+        whichever is faster.
+        """
         num_stored = txn.stat(self.db["checkpoints"])["entries"]
         if isinstance(txn, PageTxn):
             if num_stored >= _WALKED_PAGES_MAX * len(chain):
@@ -332,7 +341,7 @@ class Index:
 
 
 def _in_their_places(cursor: Any, chain: Sequence[bytes], block_tokens: int) -> Iterator[tuple[bytes, bytes]]:
-    """Of all checkpoints those that stand in `chain` at the block after which their entries say that they are."""
+    """The checkpoints of the whole table that are in `chain`, at the position that their entries give."""
     for key, value in cursor:
         after_blocks = position_in(value) // block_tokens
         if 0 < after_blocks <= len(chain) and chain[after_blocks - 1] == key:
@@ -340,7 +349,7 @@ def _in_their_places(cursor: Any, chain: Sequence[bytes], block_tokens: int) -> 
 
 
 def owner_of(letter: bytes, value: bytes) -> bytes:
-    """The owner in a row of the table `names`: behind a digest stands the generation of the secret that made it."""
+    """The owner in a row of the table `names`, without the secret's generation, which follows a digest there."""
     return letter + bytes(value[:-GENERATION_BYTES] if letter == b"o" else value)
 
 
@@ -364,7 +373,7 @@ def _acquire(directory: Path, map_bytes: int, write: bool, durable: bool) -> _Sh
         with lmdb_path(directory) as path:
             env = lmdb.Environment(
                 path,
-                # 0: as large as the file says.
+                # 0: the map size that the file records.
                 map_size=map_bytes,
                 readonly=not write,
                 create=write,
@@ -373,15 +382,15 @@ def _acquire(directory: Path, map_bytes: int, write: bool, durable: bool) -> _Sh
                 mode=0o600,
                 max_dbs=len(TABLES),
                 max_readers=READERS_MAX,
-                # Looking up a chain touches pages at random; reading ahead would fetch megabytes for nothing.
+                # A look-up touches random pages, so read-ahead would fetch megabytes that are not used.
                 readahead=False,
-                # Pages are zeroed before they are written: what was in memory there before, such as payloads before
-                # they were encrypted, would go to the disk with them.
+                # Zero pages before they are written. Otherwise earlier memory contents, such as unencrypted payloads,
+                # would be written to the disk.
                 meminit=True,
                 max_spare_txns=16,
             )
     except lmdb.MemoryError as err:
-        # No damage, so nothing is to be made again.
+        # The index is not damaged, so it must not be rebuilt.
         raise ConfigError(
             f"the index in {directory} does not fit the address space that is left ({map_bytes} bytes are mapped):"
             " raise `ulimit -v`, or lower --budget-bytes"

@@ -1,9 +1,10 @@
-"""Reads an LMDB file by `pread`, without a map: a file that is cut under a reader is an error, not its process' end.
+"""Reads an LMDB file with `pread` instead of a memory map: if the file is truncated, a read fails instead of ending the
+process.
 
-LMDB never writes over a page of its newest state or of the one before (it takes back what was freed two commits ago).
-So a reader needs neither a lock nor a place in LMDB's table of readers. It remembers the meta page that it started from
-and looks at it again afterwards: the commit after next writes over just that one. While it is unchanged, every page
-that was reached from it is as it was. Once it has changed, the read is done again on the newest state.
+LMDB never overwrites a page of its newest state or of the state before (it reuses pages freed two commits ago). So a
+reader needs no lock and no entry in LMDB's reader table. A read starts from a meta page and checks afterwards that this
+meta page is unchanged; the second commit after it overwrites exactly this page. If it is unchanged, all pages reached
+from it are still valid. If it has changed, the read is repeated on the newest state.
 
     meta     at page 0 and 1: page header 16 | magic u32 | version u32 | address u64 | map size u64 | table of free
              pages 48, whose first u32 is the size of a page | main table 48 | last page u64 | transaction u64
@@ -12,7 +13,7 @@ that was reached from it is as it was. Once it has changed, the read is done aga
     node     low u16 | high u16 | flags u16 | key bytes u16 | key | value; in a branch the first three are the child's
              page number, in a leaf the first two are the value's length
 
-Source: data version 1 of LMDB 0.9 (mdb.c); `lmdb.verify` reads the same. Knows nothing of what is stored.
+Source: data version 1 of LMDB 0.9 (mdb.c); `lmdb.verify` reads the same format. Knows nothing about the store's tables.
 """
 
 from __future__ import annotations
@@ -46,22 +47,23 @@ _OVERFLOW: Final = 4
 _BIG: Final = 1
 _SUBTABLE: Final = 2
 _NO_ROOT: Final = 2**64 - 1
-# LMDB's own limit (CURSOR_STACK): in a file that is damaged, a way down could be endless.
+# LMDB's own limit of a tree's depth (CURSOR_STACK): in a damaged file, a path down the tree could be endless.
 _DEPTH_MAX: Final = 32
 _PAGE_BYTES: Final = (1 << 12, 1 << 16)
-# 2,048 branches lead to some 200,000 leaves, the blocks of 100 GB of V4's KV; more are read again each time.
+# How many branch pages are cached: 2,048 lead to about 200,000 leaves, the blocks of 100 GB of V4's KV. Further branch
+# pages are read each time.
 _BRANCHES_MAX: Final = 2048
-# A read takes microseconds, two commits milliseconds: who had no luck this often will have none.
+# How often a read is repeated. A read takes microseconds and two commits take milliseconds, so more will not help.
 _TRIES: Final = 64
 
-# Of the tables' names, or all there is where none has one.
+# The main table, which holds the named tables, or the data itself in a file without named tables.
 MAIN_TABLE: Final = ""
 
 Branch = tuple[list[bytes], list[int]]
 
 
 class Tree(NamedTuple):
-    """Of a table: its first page, how many pages a way down has, how many keys there are."""
+    """The B-tree of a table: its root page, its depth in pages, and its number of keys."""
 
     page: int
     depth: int
@@ -69,12 +71,12 @@ class Tree(NamedTuple):
 
 
 class Damaged(Exception):
-    """These bytes are no LMDB page of the kind that led there: damage, or a page that was taken back meanwhile."""
+    """A page is not of the kind that its parent names: the file is damaged, or LMDB has reused the page."""
 
 
 @dataclass(slots=True)
 class _State:
-    """One committed state, as one of the two meta pages names it. Shared by all who read it: only grows."""
+    """One committed state, from one of the two meta pages. All its readers share this object, which only grows."""
 
     slot: int
     raw: bytes
@@ -85,16 +87,16 @@ class _State:
 
 
 class PageFile:
-    """An open LMDB file. Thread-safe: nothing in it changes but which state was seen last."""
+    """An open LMDB file. Thread-safe: only the reference to the last seen state changes."""
 
     def __init__(self, path: Path) -> None:
-        """Raises:  Unavailable: there is none, or it begins like none."""
+        """Raises:  Unavailable: there is no file, or it does not begin like an LMDB file."""
         self.path = path
         try:
             self._fd = open_to_read(path)
         except OSError as err:
             raise Unavailable(f"no index can be opened in {path.parent}: {err}") from err
-        # Closed with its last user: another thread may be reading when the one that opened it lets go.
+        # Close the descriptor with its last user, because other threads may still be reading.
         self._closing = weakref.finalize(self, os.close, self._fd)
         stat = os.fstat(self._fd)
         self.identity = stat.st_dev, stat.st_ino
@@ -127,7 +129,7 @@ class PageFile:
             raise Unavailable(f"the index in {self.path.parent} cannot be read: {err}") from err
 
     def newest(self, known: _State | None) -> _State:
-        """The newest committed state: `known` itself, with all that was read of it, if nothing was committed since."""
+        """The newest committed state. If nothing was committed since `known`, it is `known`, with its cached pages."""
         data = self._read(self.page_bytes + _META_OFFSET + _META.size, 0)
         found: _State | None = None
         for slot in (0, 1):
@@ -148,13 +150,13 @@ class PageFile:
         return state
 
     def holds(self, state: _State) -> bool:
-        """Whether everything that was read of this state until now is right."""
+        """Whether all pages that were read of this state so far are valid."""
         at = state.slot * self.page_bytes + _META_OFFSET
         return self._read(_META.size, at) == state.raw
 
     @property
     def is_replaced(self) -> bool:
-        """Whether another file, or none, lies under our path now."""
+        """Whether the file's path now leads to another file, or to none."""
         try:
             stat = self.path.stat()
         except OSError:
@@ -163,7 +165,7 @@ class PageFile:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the file is as long as its newest state says."""
+        """Whether the file has the length that its newest state requires."""
         try:
             last_page = _META.unpack(self.current().raw)[6]
         except Unavailable:
@@ -183,7 +185,7 @@ class PageFile:
         branch = state.branches.get(number)
         if branch is None:
             page = self.page(number, _BRANCH)
-            # A commit writes a few pages; all others are what they were, and comparing is cheaper than taking apart.
+            # A commit changes few pages. Comparing a page with its cached copy is cheaper than parsing it.
             known = self._branches.get(number)
             branch = known[1] if known is not None and known[0] == page else branch_of(page)
             if len(self._branches) >= _BRANCHES_MAX:
@@ -194,7 +196,7 @@ class PageFile:
         return branch
 
     def leaf(self, state: _State, root: Tree, key: bytes) -> tuple[bytes, bytes | None]:
-        """The leaf that would hold the key, and where the next one begins: None behind the last, which may be empty."""
+        """The leaf that would hold the key, and the first key of the next leaf; None: this is the last leaf."""
         number = root.page
         if number == _NO_ROOT:
             return b"", None
@@ -208,7 +210,7 @@ class PageFile:
         return self.page(number, _LEAF), end
 
     def value(self, page: bytes, at: int) -> bytes:
-        """Of the node at this place of a leaf."""
+        """The value of the node at this offset of a leaf."""
         low, high, flags, key_bytes = _NODE.unpack_from(page, at)
         nbytes, begin = low | high << 16, at + _NODE_BYTES + key_bytes
         if not flags & _BIG:
@@ -221,7 +223,7 @@ class PageFile:
         page, _ = self.leaf(state, root, key)
         if not page:
             return None
-        # A value may hold the key's bytes as well, and so may what a deletion left behind.
+        # The key's bytes may also occur in a value, or in the remains of a deleted node.
         at = page.find(key, _HEADER_BYTES)
         while at >= 0:
             place = at - _NODE_BYTES
@@ -231,7 +233,7 @@ class PageFile:
         return None
 
     def find_all(self, state: _State, root: Tree, keys: Sequence[bytes]) -> list[bytes | None]:
-        """As `find`, of many keys: the way down without a call per page, which takes a third less time."""
+        """As `find`, for many keys. It walks down the tree without a call per page, in a third less time."""
         if root.page == _NO_ROOT:
             return [None] * len(keys)
         known, below, nbytes = state.branches, range(root.depth - 1), self.page_bytes
@@ -266,9 +268,9 @@ class PageFile:
 
 
 class PageTxn:
-    """Reads like a transaction of `lmdb`: each call in one committed state, the newest where two commits have passed.
+    """Reads like a transaction of `lmdb`. Each call reads one committed state; after two commits, the newest one.
 
-    What takes several calls may so see several states, one after the other, never one that was not committed.
+    So several calls may see different states, in order. They never see an uncommitted state.
     """
 
     def __init__(self, file: PageFile) -> None:
@@ -282,11 +284,11 @@ class PageTxn:
         """Nothing is held."""
 
     def get(self, key: bytes, *, db: str) -> bytes | None:
-        """Raises:  Unavailable: the file is cut, damaged or gone."""
+        """The value of a key.  Raises:  Unavailable: the file is truncated, damaged or deleted."""
         return self.read([key], db=db)[0]
 
     def stat(self, db: str) -> dict[str, int]:
-        """How many `entries` a table has."""
+        """The number of `entries` of a table."""
         file = self._file
         for _ in range(_TRIES):
             damage: Exception | None = None
@@ -316,7 +318,7 @@ class PageTxn:
         raise self._too_fast()
 
     def leaf(self, key: bytes, *, db: str, values: bool) -> tuple[list[tuple[bytes, bytes]], bytes | None]:
-        """Keys and values (or nothing) from this key on in its leaf, and where the next leaf begins."""
+        """Keys and values (empty unless `values`) from this key on in its leaf, and the first key of the next leaf."""
         file = self._file
         for _ in range(_TRIES):
             state, damage = self._state, None
@@ -330,9 +332,9 @@ class PageTxn:
         raise self._too_fast()
 
     def _is_right(self, damage: Exception | None) -> bool:
-        """Whether what was read counts; moves on to the newest state where not.
+        """Whether the pages just read are valid. If not, switches to the newest state.
 
-        Raises:  Unavailable: the state is as it was, and does not make sense.
+        Raises:  Unavailable: the state has not changed, so the file is damaged.
         """
         file = self._file
         if file.holds(self._state):
@@ -347,7 +349,7 @@ class PageTxn:
 
 
 class PageCursor:
-    """What readers use of LMDB's cursors."""
+    """The part of LMDB's cursor interface that readers use."""
 
     def __init__(self, txn: PageTxn, db: str) -> None:
         self._txn = txn
@@ -360,17 +362,17 @@ class PageCursor:
         """Nothing is held."""
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
-        """In the order of keys; a commit on the way shows in what follows."""
+        """Keys and values in the order of keys. A commit during the iteration affects the keys that follow."""
         return self._items(values=True)
 
     def iternext(self, *, keys: bool = True, values: bool = True) -> Iterator[Any]:
-        """As LMDB's: pairs, or keys or values alone."""
+        """As LMDB's `iternext`: pairs, or only keys, or only values."""
         if keys and values:
             return iter(self)
         return (key if keys else value for key, value in self._items(values=values))
 
     def starting(self, first: bytes) -> Iterator[tuple[bytes, bytes]]:
-        """From this key on."""
+        """Keys and values from this key on."""
         return self._items(values=True, begin=first)
 
     def _items(self, *, values: bool, begin: bytes | None = b"") -> Iterator[tuple[bytes, bytes]]:
@@ -379,7 +381,7 @@ class PageCursor:
             yield from found
 
     def getmulti(self, keys: Iterable[bytes]) -> list[tuple[bytes, bytes]]:
-        """Those that are there, with their values."""
+        """The keys that exist, with their values."""
         wanted = list(keys)
         found = self._txn.read(wanted, db=self._db)
         return [(key, value) for key, value in zip(wanted, found, strict=True) if value is not None]
@@ -402,7 +404,7 @@ def _pointers_of(lower: int) -> struct.Struct:
 
 
 def _is_node(page: bytes, place: int) -> bool:
-    """Whether a node begins at this place. A search for its pointer takes a fifth of the time of taking all apart."""
+    """Whether a node begins at this offset. Searching for its pointer takes a fifth of the time of parsing the page."""
     end, pointer = _PAGE.unpack_from(page)[3], place.to_bytes(2, "little")
     at = page.find(pointer, _HEADER_BYTES, end)
     while at >= 0 and at % 2:
@@ -411,7 +413,7 @@ def _is_node(page: bytes, place: int) -> bool:
 
 
 def _pointers(page: bytes) -> tuple[int, ...]:
-    """Where the nodes begin."""
+    """The offsets of the page's nodes."""
     return _pointers_of(_PAGE.unpack_from(page)[3]).unpack_from(page, _HEADER_BYTES)
 
 
@@ -423,7 +425,7 @@ def branch_of(page: bytes) -> Branch:
         children.append(low | high << 16 | higher << 32)
     if not children:
         raise Damaged("a branch leads nowhere")
-    # The first key of a branch is never looked at.
+    # LMDB ignores the first key of a branch page.
     return keys[1:], children
 
 

@@ -1,6 +1,7 @@
-"""Whose records are meant: from a tenant's name, or its digest, to what stands for it in a store.
+"""Converts a tenant's name, or its digest, to the owners that stand for the tenant in a store's records.
 
-A store has digests, which only the deployment's secret makes. Anyone who has it may name tenants; others give digests.
+Records hold digests, which are made with the deployment's secret. With the secret, tenants can be given by name;
+without it, by digest.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ _ACCOUNT_ROW_BYTES: Final = 1 + TENANT_BYTES
 
 
 class Owners:
-    """Names to owners. keyring: None without the secret: names then mean records of version 1 only."""
+    """Maps names to owners.  keyring: None: the secret is not known, so a name finds records of version 1 only."""
 
     def __init__(self, keyring: Keyring | None = None) -> None:
         self._keyring = keyring
 
     def rows(self, tenant: str) -> tuple[bytes, ...]:
-        """All that may stand for a tenant: its digest under each secret, and its name in records of version 1.
+        """All forms of a tenant as owner: its digest under each secret, and its name in records of version 1.
 
-        Raises:  ConfigError: behind "digest:" there is none.
+        Raises:  ConfigError: the text after "digest:" is not a digest.
         """
         if tenant.startswith(DIGEST_PREFIX):
             return (owner_row(2, _digest_of(tenant)),)
@@ -41,13 +42,13 @@ NO_OWNERS: Final = Owners()
 
 
 class KnownNames:
-    """Owners back to names: those that somebody named. Nobody can turn a digest back."""
+    """Maps owners back to names, for names that the user gave. A digest itself cannot be reversed."""
 
     def __init__(self, tenants: tuple[str, ...] = (), owners: Owners = NO_OWNERS) -> None:
         self._names = {row: tenant for tenant in ("", *tenants) for row in owners.rows(tenant)}
 
     def name(self, owner: bytes) -> str:
-        """For people: the name where it is known, else the digest."""
+        """The owner as shown to people: its name if it is known, else its digest."""
         if owner[:1] == b"t":
             return owner[1:].decode(errors="replace")
         if owner in self._names:
@@ -61,12 +62,12 @@ class KnownNames:
 
 
 def account_of(owner: bytes) -> bytes:
-    """The tenant, no matter which of its users is meant."""
+    """The owner's tenant, for all of its users."""
     return owner[:_ACCOUNT_ROW_BYTES] if owner[:1] == b"o" else owner
 
 
 def without_user(owner: bytes) -> bytes:
-    """The tenant where no user is named, else this user of it."""
+    """The owner without the zeros of an empty user: the tenant's digest alone, or tenant and user."""
     return account_of(owner) if owner.endswith(_NO_USER) else owner
 
 

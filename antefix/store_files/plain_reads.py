@@ -1,9 +1,9 @@
-"""Reads many blocks that lie in their segments as they are, and checks all their headers in one go.
+"""Reads many raw blocks (neither compressed nor encrypted), and checks all their headers at once.
 
-Every check of `read_runs` is made here as well, over arrays: for a block of V4-Flash in the page cache, what Python
-does between two system calls counts as much as its checksum, because the other threads wait for it. The blocks are
-right as a whole or not at all. What fails any check, or is coded, encrypted or of version 1, is left to `read_runs`,
-which looks at each record and says what is wrong with it.
+It makes every check of `read_runs`, but over arrays. For a block of V4-Flash in the page cache, Python's work between
+two system calls costs as much as the checksum, because the other threads wait for it. The blocks pass or fail as a
+whole. If a check fails, or if a record is compressed, encrypted or of version 1, `read_runs` reads the records one by
+one and says what is wrong.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from antefix.store_files.segment_files import OpenFile, SegmentFiles
 
 Array = npt.NDArray[Any]
 
-# A header, behind as many bytes of the padding before it as there can be.
+# A header, preceded by room for the longest padding before it.
 _HEAD: Final = np.dtype([("padding", f"V{RECORD_ALIGN}"), ("header", HEADER)])
-# What makes a record another reader's.
+# Records with one of these flags are left to `read_runs`.
 _ODD_FLAGS: Final = int(RecordFlag.ENCRYPTED | RecordFlag.QUARANTINED)
 _SEALED: Final = int(RecordFlag.SEALED)
 _SHORT: Final = np.dtype([("words", "<u8", 6), ("parent", "V32"), ("checksum", "<u4")])
 assert _SHORT.itemsize == INDEX_ENTRY_SHORT.size
-# What `short_fields` gives, and what of it a reader needs.
+# The fields that `short_fields` returns, and those that a reader needs.
 _FIELDS: Final = tuple(field.name for field in fields(IndexEntry))[:-1]
 _NEEDED: Final = (
     *("segment", "offset", "stored_bytes", "payload_bytes", "fingerprint_id"),
@@ -59,7 +59,7 @@ _NEEDED: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where blocks lie.  Shapes:  all [N] integers."""
+    """The places of N blocks.  Shapes:  all [N] integers."""
 
     segment: Array
     offset: Array
@@ -71,7 +71,7 @@ class Places:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Neighbouring blocks that one preadv reads.  parts: where to, headers and payloads in turn."""
+    """Adjacent blocks that one preadv reads.  parts: the buffers, for headers and payloads in alternation."""
 
     first: int
     end: int
@@ -84,7 +84,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class PlainRead:
-    """Blocks to be read, the leading ones of what was asked for.  checksums: of what was read, by first block."""
+    """Blocks to read, the leading ones of a request.  checksums: of the payloads read, by the run's first block."""
 
     places: Places
     hashes: Sequence[bytes]
@@ -107,7 +107,7 @@ class PlainReads:
     """Reads blocks of one store. Thread-safe."""
 
     def __init__(self, index: Index, files: SegmentFiles, seals: Seals | None) -> None:
-        """seals: where given, only sealed records are right."""
+        """seals: if given, only sealed records are accepted."""
         self._index = index
         self._files = files
         self._seals = seals
@@ -122,10 +122,10 @@ class PlainReads:
         now_ms: int,
         num_threads: int,
     ) -> PlainRead:
-        """The leading ones of these blocks that are there for this reader, and fill their buffers.
+        """The leading ones of these blocks that this reader can read and that fit their buffers.
 
-        All at once and before any thread reads: LMDB lets go of the interpreter's lock for each key, and threads
-        that wait for it are woken in vain each time.
+        All blocks are located before any thread reads: LMDB releases the interpreter's lock for each key, which would
+        wake waiting threads for nothing each time.
 
         tenant: as for `RunReader.read`.  num_threads: that will read.
         """
@@ -134,7 +134,7 @@ class PlainReads:
             fingerprint_id = index.fingerprint_id(txn, fingerprint)
             with txn.cursor(db=index.db[TABLE_OF_KIND[RecordKind.BLOCK]]) as cursor:
                 found = cursor.getmulti(hashes)
-        # What is missing is left out.
+        # LMDB's answer omits missing keys.
         values = [value for block_hash, (key, value) in zip(hashes, found, strict=False) if key == block_hash]
         places = _places_of(values, hashes, into, -1 if fingerprint_id is None else fingerprint_id, now_ms)
         num = len(places)
@@ -144,7 +144,7 @@ class PlainReads:
 
     @contextlib.contextmanager
     def opened(self, wanted: PlainRead) -> Iterator[Mapping[int, OpenFile]]:
-        """The segments, by number.  Raises:  OSError: one is gone."""
+        """Open the segments, by number.  Raises:  OSError: a segment is gone."""
         files: dict[int, OpenFile] = {}
         try:
             for segment in {run.segment for run in wanted.runs}:
@@ -155,11 +155,11 @@ class PlainReads:
                 self._files.give_back(file)
 
     def read(self, wanted: PlainRead, files: Mapping[int, OpenFile], waiting: deque[Run]) -> bool:
-        """Read the waiting runs, as other threads do; False where one cannot be read. What was read counts when
-        `is_right` has said so of all.
+        """Read waiting runs until none is left; other threads do the same. Returns False if a run cannot be read. The
+        data may only be used after `is_right` has checked all of it.
 
-        No more than this between one preadv and the next: what was copied drives all else out of the core's caches,
-        and hashing lets go of the interpreter's lock, for which the other threads wait.
+        Nothing else happens between two preadv calls: the copied data pushes everything else out of the core's caches,
+        and hashing releases the interpreter's lock, for which other threads wait.
         """
         preadv, digest, checksums, seals = os.preadv, xxhash.xxh3_128_digest, wanted.checksums, self._seals
         while waiting:
@@ -191,7 +191,7 @@ class PlainReads:
 
     @staticmethod
     def is_right(wanted: PlainRead, seed: int) -> bool:
-        """Whether all of what was read is what it should be. False says nothing about which is not, or why."""
+        """Whether all blocks that were read pass all checks. False does not say which block failed, or why."""
         heads = np.frombuffer(wanted.heads, _HEAD)["header"]
         checksums = b"".join(b"".join(wanted.checksums[run.first]) for run in wanted.runs)
         return (
@@ -206,7 +206,7 @@ class PlainReads:
 def _places_of(
     values: Sequence[bytes], hashes: Sequence[bytes], into: Sequence[memoryview], fingerprint_id: int, now_ms: int
 ) -> Places:
-    """Of the leading entries that are plain, alive and as long as their buffers."""
+    """The places of the leading entries that are raw, not expired, and as long as their buffers."""
     of = _columns(hashes, values)
     num = len(of["offset"])
     sizes = np.fromiter((buffer.nbytes for buffer in into[:num]), np.int64, num)
@@ -226,7 +226,7 @@ def _places_of(
 def _columns(hashes: Sequence[bytes], values: Sequence[bytes]) -> dict[str, Array]:
     """Fields of leading entries.  Shapes:  all [N] int64, or fewer.
 
-    Those of the short form are not checked: a wrong one leads to a place where there is no such record.
+    Entries in the short form are not checked: a damaged entry leads to a place without the right record header.
     """
     if all(len(value) == _SHORT.itemsize for value in values):
         words = np.frombuffer(b"".join(values), _SHORT)["words"]
@@ -235,7 +235,7 @@ def _columns(hashes: Sequence[bytes], values: Sequence[bytes]) -> dict[str, Arra
             for name, column in zip(_FIELDS, short_fields(*words.T), strict=True)
             if name in _NEEDED
         }
-    # Pinned ones have the long form; what is damaged ends the list.
+    # Pinned records have the long form. A damaged entry ends the list.
     entries = takewhile(lambda entry: entry is not None, map(unpack_entry, values, hashes))
     rows = [[getattr(entry, name) for name in _NEEDED] for entry in entries]
     columns = np.array(rows, np.int64).reshape(len(rows), len(_NEEDED)).T
@@ -243,11 +243,11 @@ def _columns(hashes: Sequence[bytes], values: Sequence[bytes]) -> dict[str, Arra
 
 
 def _runs(places: Places, heads: memoryview, into: Sequence[memoryview], num_threads: int) -> Iterator[Run]:
-    """Cut at every gap, where one preadv should end, and so that threads end together."""
+    """Cut the blocks into runs: at every gap, at the size limit of one preadv, and so that threads finish together."""
     ends = places.offset + RECORD_HEADER_BYTES + places.stored_bytes
     padding = -places.stored_bytes % RECORD_ALIGN
     is_gap = (places.offset[1:] != (ends + padding)[:-1]) | (places.segment[1:] != places.segment[:-1])
-    # The padding behind one record is read with the header of the next.
+    # The padding after a record is read together with the next record's header.
     starts = np.arange(RECORD_ALIGN, len(heads), _HEAD.itemsize)
     starts[1:] -= padding[:-1]
     stops = range(_HEAD.itemsize, len(heads) + 1, _HEAD.itemsize)
@@ -268,7 +268,7 @@ def _runs(places: Places, heads: memoryview, into: Sequence[memoryview], num_thr
 
 
 def _lie_at(heads: Array, places: Places) -> bool:
-    """Whether the headers are of plain blocks at these places."""
+    """Whether the headers belong to raw blocks at these places."""
     good = (
         (heads["kind"] == int(RecordKind.BLOCK))
         & (heads["codec"] == int(Codec.RAW))
@@ -282,7 +282,7 @@ def _lie_at(heads: Array, places: Places) -> bool:
 
 
 def _are_sound(raw: bytearray, heads: Array, seed: int) -> bool:
-    """Whether each header has the right checksum, and the magic of the version that is written."""
+    """Whether each header has the right checksum and the magic of the current version."""
     view, digest = memoryview(raw), xxhash.xxh3_64_intdigest
     begins = range(RECORD_ALIGN + CHECK_OFFSET, len(raw), _HEAD.itemsize)
     found = [digest(view[at : at + RECORD_HEADER_BYTES - CHECK_OFFSET], seed) for at in begins]

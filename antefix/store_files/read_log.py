@@ -1,7 +1,7 @@
-"""A reader's own lines in the store's log: written as it reads, so that no process's end takes the evidence of a hit.
+"""A reader's own lines in the store's log, written as it reads, so that the evidence of a hit survives any crash.
 
-The writer of a store that keeps a log leaves the log's directory in USAGE_LOG next to the segments; readers on its host
-append what they used to files of their own there. Readers elsewhere are logged by the service that serves them.
+If the store keeps a log, its writer puts the log's directory into USAGE_LOG next to the segments. Readers on the same
+host append the blocks that they used to their own files there. For readers on other hosts, the service writes the log.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _PATH_BYTES_MAX: Final = 4096
 
 
 def announce_log(store_directory: Path, log_directory: str) -> None:
-    """Tell readers where the log is, or, without a directory, that there is none."""
+    """Tell readers where the log is. An empty directory means that there is no log."""
     path = store_directory / USAGE_LOG_FILE
     if not log_directory:
         path.unlink(missing_ok=True)
         return
-    # A directory's name is bytes, of which not all are text.
+    # A directory's name is bytes, which need not be valid text.
     text = os.fsencode(Path(log_directory).resolve()) + b"\n"
     with contextlib.suppress(OSError):
         if read_small(path, len(text)) == text:
-            return  # also on a disk that has no room to say it again
+            return  # nothing to write, which also works on a full disk
     part = path.with_suffix(".part")
     with open_private(part, "w") as file:
         file.write(os.fsdecode(text))
@@ -37,7 +37,9 @@ def announce_log(store_directory: Path, log_directory: str) -> None:
 
 
 class ReadEvidence:
-    """One reader's. Failing to write costs evidence, never an answer; the service is told of the use as well."""
+    """The log lines of one reader. A failed write loses evidence but never fails a read. The service hears of the use
+    too.
+    """
 
     def __init__(self, store_directory: Path) -> None:
         self._log: StoreLog | None = None
@@ -46,7 +48,7 @@ class ReadEvidence:
             self._log = StoreLog(Path(os.fsdecode(name)))
 
     def used(self, block_hash: bytes) -> None:
-        """The last block of a path that was read."""
+        """Log the last block of a prefix that was read."""
         if self._log is not None:
             with contextlib.suppress(OSError):
                 self._log.read([block_hash])

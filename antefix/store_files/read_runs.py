@@ -1,4 +1,4 @@
-"""Reads neighbouring records of a segment into the caller's buffers, each one verified."""
+"""Reads adjacent records of a segment into the caller's buffers, and verifies each one."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ Decrypt = Callable[[RecordHeader, memoryview], bytes]
 
 @dataclass(slots=True)
 class Wanted:
-    """One record to read: where the index says that it is, and where its payload goes, in one or more parts.
+    """One record to read: its place by the index, and the buffers for its payload, in one or more parts.
 
-    sealed: of the header, when it has been read.  forged: what was read is whole, and has no right seal.
+    sealed: the header's sealed part, once read.  forged: whether the record is undamaged but has no valid seal.
     """
 
     number: int
@@ -61,7 +61,7 @@ class Wanted:
 
     @property
     def plain(self) -> bool:
-        """What is stored is the payload itself."""
+        """Whether the stored bytes are the payload itself, neither compressed nor encrypted."""
         return self.entry.codec == _RAW and not self.entry.flags & _ENCRYPTED
 
 
@@ -69,7 +69,7 @@ class RunReader:
     """Reads runs of one store's records of one fingerprint's payloads. Thread-safe."""
 
     def __init__(self, directory: Path, seed: int, decrypt: Decrypt | None, seals: Seals | None) -> None:
-        """seals: where given, only sealed records are right."""
+        """seals: if given, only sealed records are accepted."""
         self.files = SegmentFiles(directory)
         self._seed = seed
         self._decrypt = decrypt
@@ -82,11 +82,11 @@ class RunReader:
     def read(
         self, kind: RecordKind, run: Sequence[Wanted], fingerprint: bytes, *, tenant: bytes = b"", wait: bool = True
     ) -> list[Wanted]:
-        """Read one run; returns those records that are not what they should be, or that the disk cannot read.
+        """Read one run. Returns the records that failed a check or could not be read.
 
-        tenant: whose they must be, where there are seals to tell; empty: anybody's.
+        tenant: the owner that the records must have, checked only with seals; empty: any.
 
-        Raises:  BlockingIOError: not to wait for the disk, and some of the run is not in the page cache.
+        Raises:  BlockingIOError: `wait` is False, and some of the run is not in the page cache.
         """
         reading = _Reading(run)
         try:
@@ -98,7 +98,7 @@ class RunReader:
         except BlockingIOError:
             raise
         except OSError:
-            # The segment is gone, or the disk cannot read it: who asked looks each of them up again.
+            # The segment is gone, or the disk cannot read it. The caller looks up each record again.
             return list(run)
         rejected = self._damaged(kind, reading, num_read, fingerprint)
         return (
@@ -130,7 +130,7 @@ class RunReader:
     def _forged(
         self, kind: RecordKind, reading: _Reading, damaged: Sequence[Wanted], fingerprint: bytes, tenant: bytes
     ) -> list[Wanted]:
-        """Those whose payloads were decoded, and were not sealed under their names."""
+        """The records whose payloads could be decoded but have no valid seal for their names."""
         assert self._seals is not None
         for want in reading.wanted:
             payload = want.into[0] if len(want.into) == 1 else b"".join(want.into)
@@ -162,7 +162,7 @@ class RunReader:
         checksum: bytes,
         fingerprint: bytes,
     ) -> bool:
-        """Verify one record, and decode it where it is coded."""
+        """Verify one record, and decode it if it is compressed or encrypted."""
         expected = expected_checksum(
             head, self._seed, kind=kind, block_hash=want.hash, fingerprint=fingerprint, entry=want.entry
         )
@@ -179,7 +179,7 @@ class RunReader:
 
 
 class _Reading:
-    """One preadv: per record padding and header, then the payload, or what it is decoded from."""
+    """One preadv: for each record padding and header, then the payload or the bytes that it is decoded from."""
 
     def __init__(self, wanted: Sequence[Wanted]) -> None:
         self.wanted = wanted
@@ -206,7 +206,7 @@ class _Reading:
 
 
 def _decode(want: Wanted, head: bytes, body: memoryview, seed: int, decrypt: Decrypt | None) -> None:
-    """Raises:  BlockCorrupt, ValueError: what was stored makes no payload."""
+    """Raises:  BlockCorrupt, ValueError: the stored bytes cannot be decoded to a payload."""
     if want.entry.flags & _ENCRYPTED:
         assert decrypt is not None, "what cannot be decrypted is not read"
         body = memoryview(decrypt(unpack_record_header(head, seed), body))
@@ -224,14 +224,14 @@ def _decode(want: Wanted, head: bytes, body: memoryview, seed: int, decrypt: Dec
 
 
 def records_per_run(count: int, num_threads: int, record_bytes: int) -> int:
-    """How many of `count` records one preadv should read: few enough that threads end together."""
+    """How many of `count` records one preadv should read: few enough that all threads finish at about the same time."""
     run = RUN_BYTES_MAX // (RECORD_HEADER_BYTES + record_bytes)
     evenly = -(-count // (4 * num_threads))
     return max(1, min(run, max(evenly, RUN_BYTES_MIN * run // RUN_BYTES_MAX), RUN_RECORDS_MAX))
 
 
 def runs_of(wanted: Sequence[Wanted], bytes_max: int = RUN_BYTES_MAX) -> Iterator[Sequence[Wanted]]:
-    """Cut at every gap, and where one preadv should end."""
+    """Cut records into runs: at every gap, and at the size limit of one preadv."""
     first = segment = end = nbytes = 0
     for number, want in enumerate(wanted):
         entry = want.entry

@@ -1,7 +1,7 @@
 """A record's header: packing, reading, and the checks that a reader makes of one. Knows bytes, never files.
 
-Version 2 is what is written; version 1 is read, and copied as it is by compaction. Both have 256 bytes and keep hash
-and fingerprint in one place. docs/FORMAT.md has the tables.
+New records have version 2. Records of version 1 are read, and compaction copies them unchanged. Both headers have 256
+bytes, with hash and fingerprint at the same offsets. docs/FORMAT.md has the tables.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from antefix.store_files.record_format import (
     sign,
 )
 
-# What a writer made and the store never changes, and the part of it that the seal covers besides the payload.
+# The bytes that the writer makes and the store never changes, and the part of them that the seal covers.
 SEALED_PART: Final = slice(32, 200)
 SIGNED_PART: Final = slice(32, 168)
 SEALED_BYTES: Final = 200 - 32
@@ -110,12 +110,12 @@ class RecordHeader:
 
     @property
     def extent_bytes(self) -> int:
-        """Header, stored bytes and padding."""
+        """The bytes of header, stored payload and padding."""
         return extent_bytes(self.stored_bytes)
 
     @property
     def owner(self) -> bytes:
-        """Whose it is, as the index has it."""
+        """The owner, in the form of the index."""
         return owner_row(self.version, self.tenant)
 
 
@@ -125,7 +125,7 @@ def owner_row(version: int, tenant: bytes) -> bytes:
 
 
 def pack_record_header(header: RecordHeader, seed: int) -> bytes:
-    """Raises:  InvalidRequest: a tenant that the version has no room for."""
+    """Raises:  InvalidRequest: the tenant does not fit into a header of this version."""
     return sign(_pack_v1(header) if header.version == 1 else _pack_v2(header), seed)
 
 
@@ -262,12 +262,12 @@ def _unpack_v1(data: bytes) -> RecordHeader:
 
 
 def signed_part_of(header: RecordHeader) -> bytes:
-    """Of a header of version 2."""
+    """The signed part of a header of version 2."""
     return _pack_v2(header)[SIGNED_PART]
 
 
 def sealed_part(raw: bytes) -> bytes:
-    """What of a header its reader checks the seal of; zeros, which no seal fits, where it is of version 1."""
+    """The sealed part of a header. For version 1 it is zeros, which match no seal."""
     return raw[SEALED_PART] if raw[:8] == RECORD_MAGIC else bytes(SEALED_BYTES)
 
 

@@ -1,9 +1,9 @@
-"""Seals: what a worker signs when it writes a record, and what it checks wherever one comes back from outside.
+"""Seals: a worker signs each record that it writes, and checks the signature whenever it reads a record.
 
 The MAC covers the payload as the worker made it and all of the header that the store never changes, so coding,
 encryption and compaction need no secret (docs/FORMAT.md, "Seal"). AES-GMAC with a key of its own for each record:
 measured on a core with AES instructions 17.7 GB/s and 2.4 us per record, where BLAKE2b makes 0.8 GB/s, HMAC-SHA256 1.8
-and a restore 1.6. XXH3 under a MAC would be of no use: payloads that collide can be made for it.
+and a restore 1.6. A MAC over an XXH3 checksum would be useless: an attacker can make payloads with equal checksums.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class SealKeys(Protocol):
 
     @property
     def generation(self) -> int:
-        """The one that is written with."""
+        """The generation that seals new records."""
 
     def seal_key(self, owner: bytes, generation: int) -> bytes | None: ...
 
 
 class SealBroken(BlockCorrupt):
-    """A record that passes for what was asked for, and was not sealed by anybody with the deployment's secret."""
+    """A record matches its name and checksum, but was not sealed with the deployment's secret."""
 
 
 class Seals:
@@ -53,7 +53,7 @@ class Seals:
     def __init__(self, keys: SealKeys) -> None:
         self._keys = keys
         self.num_broken = 0
-        # Records that are read together have one owner.
+        # The last owner's key: records that are read together have the same owner.
         self._last: tuple[bytes, int, bytes | None] = (b"", 0, None)
 
     def seal(self, record: Record) -> Record:
@@ -91,7 +91,7 @@ class Seals:
         fingerprint: bytes,
         tenant: bytes = b"",
     ) -> bool:
-        """As `holds`, for who asks that as well about what does not fit."""
+        """As `holds`, but a failure is not counted in `num_broken`."""
         if len(sealed) != SEALED_BYTES:
             return False
         signed, salt, mac = _as_signed(sealed), sealed[SIGNED.size : -MAC_BYTES], sealed[-MAC_BYTES:]
@@ -113,7 +113,9 @@ class Seals:
 
 
 def signed_kind(kind: RecordKind) -> RecordKind:
-    """A pooled checkpoint is signed as one on disk, so that it may move as it is."""
+    """The kind that is signed. A pooled checkpoint is signed as a checkpoint on disk, so it can
+    move there unchanged.
+    """
     return RecordKind.CHECKPOINT if kind is RecordKind.POOLED else kind
 
 
@@ -125,7 +127,7 @@ def _as_signed(sealed: bytes) -> bytes:
 
 
 def signed_part(record: Record, generation: int | None = None) -> bytes:
-    """generation: of the secret that it is about to be signed with; None: that it was."""
+    """The signed bytes of a record.  generation: of the secret that will sign it; None: the record's own."""
     return SIGNED.pack(
         record.hash,
         record.parent,
@@ -167,7 +169,7 @@ def record_of(sealed: bytes, payload: Buffer) -> Record | None:
 
 
 def sealed_part_of(record: Record) -> bytes:
-    """As it stands in the record's header."""
+    """The sealed part, as in the record's header."""
     return signed_part(record) + record.salt + record.mac
 
 

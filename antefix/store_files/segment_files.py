@@ -1,7 +1,7 @@
-"""Open segment files for reading: a bounded cache of descriptors that lets go of deleted segments.
+"""Opens segment files for reading: a bounded cache of descriptors that closes deleted segments.
 
-Segments never change in place, and a deleted one stays readable to who has it open; so a descriptor is good for
-as long as it is held, and holding it too long only keeps disk space.
+Segments never change in place, and a deleted segment stays readable while it is open. So an open descriptor is always
+valid; holding it too long only keeps disk space in use.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from antefix.store_files.record_format import segment_name
 NUM_OPEN_MAX: Final = 256
 # How long the space of a deleted segment may stay taken by an idle reader.
 SWEEP_S: Final = 1.0
-# What preadv takes at most.
+# The most buffers that one preadv accepts.
 _IOV_MAX: Final = 1024
 
 
@@ -57,12 +57,12 @@ class SegmentFiles:
             self.give_back(file)
 
     def sweep(self) -> None:
-        """Let go of deleted segments; cheap to call often."""
+        """Close deleted segments, at most once per SWEEP_S; cheap to call often."""
         if time.monotonic() - self._swept_s >= SWEEP_S:
             self.let_go()
 
     def let_go(self) -> None:
-        """Close what was deleted, now."""
+        """Close deleted segments now."""
         with self._lock:
             self._swept_s = time.monotonic()
             for segment in [s for s, file in self._files.items() if os.fstat(file.fd).st_nlink == 0]:
@@ -74,7 +74,7 @@ class SegmentFiles:
                 self._doom(segment)
 
     def borrow(self, segment: int) -> OpenFile:
-        """What `use` does, in two calls, for who makes thousands of them; raises what it raises."""
+        """As `use`, but as a pair of calls, for callers with thousands of records. Raises the same errors."""
         with self._lock:
             file = self._files.get(segment)
             if file is None:

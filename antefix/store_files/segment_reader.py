@@ -2,8 +2,8 @@
 
 No call to the service, no copy in Python where the record is stored raw. Neighbours in a segment are read together,
 several such runs at once. Each record's header, own hash, fingerprint and checksum are verified on every read. A record
-that moved or went while it was read is looked up again; only what the index still names and the segment does not hold
-is corrupt, and that is reported as a suspect for the store to judge.
+that was moved or deleted during the read is looked up again. If the index still names a record but the segment does not
+hold it, the record is corrupt; it is reported to the store as a suspect.
 """
 
 from __future__ import annotations
@@ -45,26 +45,27 @@ from antefix.store_files.seal import Seals
 # and a warm one faster than 4 or 16 did. Prefetching by fadvise made both slower. More cores can keep more in flight.
 READS_IN_FLIGHT: Final = max(2, min(16, usable_cores()))
 
-# Fewer are read one by one as fast.
+# Fewer records than this are read just as fast one by one.
 _PLAIN_RECORDS_MIN: Final = 8
 # Of small payloads; what is laid out and sent at once should not make others wait.
 _WINDOW_RECORDS_MAX: Final = 512
 
-# Where the parts of payload number i, of so many bytes, go.
+# Maps (payload number, payload bytes) to the buffers for its parts.
 Parts = Callable[[int, int], Sequence[memoryview]]
 
 
 def wall_ms() -> int:
-    """Unix time; expiry times are kept in it, so that they mean the same in every process."""
+    """Unix time in ms. Expiry times use it, because it is the same in every process."""
     return time.time_ns() // 1_000_000
 
 
 @dataclass(slots=True)
 class ReadOutcome:
-    """num_good: leading records that are right.  suspects: named by the index, but not what the segment holds.
+    """num_good: how many leading records passed all checks.  suspects: records that the index names but whose segment
+    holds something else.
 
     locked: the read stopped at an encrypted record for which this reader has no keys; the service may have them.
-    forged: what the segment holds is whole, but has no right seal. The store cannot tell, so it must be told.
+    forged: records that are undamaged but have no valid seal. The store cannot check seals, so it must be told.
     """
 
     num_good: int = 0
@@ -86,16 +87,16 @@ class Located:
 
     @property
     def sizes(self) -> list[int]:
-        """Payload bytes of each."""
+        """The payload size of each record."""
         return [want.entry.payload_bytes for want in self.wanted]
 
     @property
     def plain(self) -> bool:
-        """All are stored as they are: reading them takes no decoding."""
+        """Whether all records are stored raw, so that reading needs no decoding."""
         return all(want.plain for want in self.wanted)
 
     def window(self, first: int, bytes_max: int) -> Located:
-        """Those from number `first` on, up to about `bytes_max` but at least one, numbered from 0."""
+        """The records from number `first` on, at least one and up to about `bytes_max` bytes, numbered from 0."""
         window = Located(self.kind, self.fingerprint, [], self.locked, self.tenant)
         nbytes = 0
         for want in self.wanted[first : first + _WINDOW_RECORDS_MAX]:
@@ -145,7 +146,7 @@ class StoreReader:
             self.index.close()
 
     def renew(self, seed: int) -> None:
-        """Forget all files: the directory has others now."""
+        """Close all files, because the directory has new ones."""
         self.seed = seed
         self.runs.renew(seed)
 
@@ -181,7 +182,7 @@ class StoreReader:
         return outcome
 
     def _is_read_plainly(self, plain: PlainRead) -> bool:
-        """Whether all of this was read and is right, in many threads."""
+        """Read these blocks in many threads. Returns whether all of them were read and passed all checks."""
         waiting, failed = deque(plain.runs), threading.Event()
 
         def work() -> None:
@@ -199,7 +200,7 @@ class StoreReader:
     def _read_rest(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], fingerprint: bytes, tenant: bytes
     ) -> ReadOutcome:
-        """Record by record, in many threads: what is not plain, and what was found wrong."""
+        """Read record by record, in many threads: records that are not raw, and those that failed a check."""
         shares = _shares(len(hashes), self._num_helpers + 1, into[0].nbytes)
         found: list[tuple[int, ReadOutcome]] = []
 
@@ -213,7 +214,7 @@ class StoreReader:
                 outcome = self._read_share(hashes[first:end], into[first:end], fingerprint, tenant)
                 found.append((first, outcome))
                 if outcome.num_good < end - first:
-                    # Nothing behind the first gap counts.
+                    # Records after the first gap are not used.
                     shares.clear()
 
         self._with_helpers(work, len(shares) - 1, shares.clear)
@@ -234,11 +235,11 @@ class StoreReader:
         try:
             work()
             for helper in helpers:
-                # One that has not begun by now has nothing left to do.
+                # A helper that has not begun yet has nothing left to do.
                 if not helper.cancel():
                     helper.result()
         finally:
-            # Nobody writes to the caller's buffers after this returns, whatever happened.
+            # No thread may write to the caller's buffers after this returns, even after an error.
             stop()
             wait([helper for helper in helpers if not helper.cancel()])
 
@@ -281,7 +282,7 @@ class StoreReader:
         """Read located payloads into the given parts, verified, in the calling thread.
 
         wait: whether reading may wait for the disk.
-        Raises:  BlockingIOError: not to wait, and some of it is not in the page cache; the parts hold garbage.
+        Raises:  BlockingIOError: `wait` is False, and some bytes are not in the page cache; the parts hold garbage.
         """
         self.runs.files.sweep()
         wanted = located.wanted
@@ -289,7 +290,7 @@ class StoreReader:
         for want in wanted:
             want.into = into(want.number, want.entry.payload_bytes)
             outcome.bytes_read += want.entry.stored_bytes
-        # What failed has moved, has gone, or is corrupt.
+        # A record that failed was moved, was deleted, or is corrupt.
         for run in runs_of(wanted):
             for want in self.runs.read(located.kind, run, located.fingerprint, tenant=located.tenant, wait=wait):
                 if not self._read_again(located, want, outcome):
@@ -316,7 +317,7 @@ class StoreReader:
 
 
 def _shares(count: int, num_threads: int, record_bytes: int) -> deque[tuple[int, int]]:
-    """First and end of what one thread reads at a time."""
+    """The shares (first, end) of the records that one thread reads at a time."""
     size = records_per_run(count, num_threads, record_bytes)
     return deque((first, min(first + size, count)) for first in range(0, count, size))
 
@@ -335,9 +336,9 @@ def _joined(found: list[tuple[int, ReadOutcome]]) -> ReadOutcome:
 
 
 def verify(header: RecordHeader, kind: RecordKind, block_hash: bytes, fingerprint: bytes, entry: IndexEntry) -> None:
-    """A record is what the index and the caller say that it is.
+    """Check that a record's header matches the index and the caller's request.
 
-    Raises:  BlockCorrupt: it is not; the message says what differs.
+    Raises:  BlockCorrupt: it does not; the message says what differs.
     """
     for name, found, expected in (
         ("kind", header.kind, kind),

@@ -1,4 +1,4 @@
-"""What a process tells of itself: metrics, log lines, traces. Knows no service; each room says what it counts."""
+"""Metrics, log lines and traces of a process. Knows no service; each package defines its own metrics."""
 
 from antefix.telemetry.context import bind_request, incoming, outgoing, request_id, trace_id
 from antefix.telemetry.exposition import MetricsServer, Registry

@@ -24,12 +24,12 @@ _parent: ContextVar[str] = ContextVar("antefix_traceparent", default="")
 
 
 def request_id() -> str:
-    """Of the request that this task works for; "" for none."""
+    """The id of the request that this task works for; "" if there is none."""
     return _request.get()
 
 
 def trace_id() -> str:
-    """Of its trace, 32 hex digits; "" for none."""
+    """The id of the request's trace, 32 hex digits; "" if there is none."""
     return traceparent()[3:35]
 
 
@@ -51,7 +51,7 @@ def bind_request(identifier: str) -> None:
 
 
 def bind_parent(header: str) -> None:
-    """The caller's trace context. What is none is left out."""
+    """Set the caller's trace context. A malformed one is ignored."""
     _parent.set(header if is_traceparent(header) else "")
 
 

@@ -40,7 +40,7 @@ def histogram(name: str, help_text: str, labels: tuple[str, ...] = (), *, bucket
 
 
 class Registry:
-    """What one role shows. role: its name."""
+    """The metrics of one role.  role: the role's name."""
 
     def __init__(self, role: str) -> None:
         self.role = role
@@ -96,14 +96,14 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that left, or whose handshake failed, is no news."""
+        """Do not log clients that left or whose handshake failed."""
 
 
 class _QuietHandler(WSGIRequestHandler):
     timeout = 30.0
 
     def log_message(self, format: str, *args: object) -> None:
-        """Scrapes are no news."""
+        """Do not log scrapes."""
 
 
 class MetricsServer:

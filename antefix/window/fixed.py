@@ -1,4 +1,4 @@
-"""The fixed strategies: what they leave depends on positions alone."""
+"""The fixed strategies: they place checkpoints by position alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from antefix.window.sizes import Sizes
 
 @dataclass(frozen=True, slots=True)
 class Zero:
-    """Never any: a hit is replayed."""
+    """No checkpoints: the window state of every hit is replayed."""
 
     def at_prompt(self, facts: PromptFacts, sizes: Sizes) -> tuple[Mark, ...]:
         return ()

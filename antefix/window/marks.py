@@ -1,4 +1,4 @@
-"""What strategies are asked and what they answer: facts of a request, marks for checkpoints. Values, nothing else."""
+"""Inputs and outputs of strategies: facts about a request, and marks for checkpoints. Only value types."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ _RESUME_POINTS = (Reason.PROMPT_END, Reason.OUTPUT_END, Reason.FORK)
 class Mark:
     """Leave a checkpoint after `block` blocks.
 
-    saved_tokens: what it is expected to save when its time comes; eviction weighs it (a record's cost_s is the time of
-    so many tokens).
+    saved_tokens: how many tokens of computation the checkpoint is expected to save. Eviction uses it: the record's
+    cost_s is the time to compute this many tokens.
     """
 
     block: int

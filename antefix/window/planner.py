@@ -1,6 +1,7 @@
-"""The restore planner: of all ways to get a prompt's KV, which is done first?
+"""The restore planner: chooses the fastest way to get a prompt's KV.
 
-Given what is stored of a prompt, it costs each way with measured rates and real sizes (docs/WINDOW_STATE.md):
+From what is stored of the prompt, it predicts the time of each way by measured rates and real sizes
+(docs/WINDOW_STATE.md):
     CHECKPOINT  load global KV of [0, Q) and the checkpoint at Q, prefill [Q, N)
     REPLAY      load global KV of [0, P), replay the last replay_tokens before P (window state only), prefill [P, N)
     BOUNDED     the same with k windows instead: approximate, only where the namespace opted in
@@ -20,7 +21,7 @@ from antefix.window.sizes import Sizes
 
 # Stated error before anything was measured: the priors may be wrong by a factor of two.
 ERROR_UNKNOWN = 1.0
-# A bad surprise is remembered at half weight for ~70 plans: the stated error is a fading maximum, not a mean.
+# The stated error is a fading maximum, not a mean: after about 70 plans, a large error still counts half.
 ERROR_MEMORY = 0.99
 _MEAN_MEMORY = 0.95
 
@@ -81,7 +82,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """The chosen plan and all that were weighed, cheapest first; `plans[-1]` need not be cold."""
+    """The chosen plan and all considered plans, fastest first; the last one need not be COLD."""
 
     plan: Plan
     plans: tuple[Plan, ...]
@@ -137,7 +138,7 @@ class RestorePlanner:
         return decision
 
     def weigh(self, stored: StoredPrefix) -> Decision:
-        """The same without counting it: for what is not carried out.
+        """As `plan`, but the choice is not counted: for plans that will not be carried out.
 
         Raises:  InternalError: an empty prompt, or counts that contradict each other.
         """
@@ -186,7 +187,9 @@ class RestorePlanner:
         return self._stated(PlanKind.COLD, 0, 0, "", 0, 0, 0, num_tokens, seconds)
 
     def _checkpoint(self, stored: StoredPrefix, usable: int) -> Plan | None:
-        """The best checkpoint is not always the last: a nearer one may sit in a slower tier, or loading may be slow."""
+        """The fastest plan with a checkpoint. That is not always the last checkpoint: an earlier one may be in a faster
+        tier, or loading may be slow.
+        """
         groups: dict[tuple[str, bool], list[int]] = {}
         for block, tier in stored.checkpoints.items():
             if 0 < block <= usable and block % self._step == 0:
@@ -220,7 +223,7 @@ class RestorePlanner:
         return self._stated(kind, block, start, "", block_bytes, replayed, work, tokens, seconds)
 
     def _load_s(self, stored: StoredPrefix, num_blocks: int) -> float:
-        """Tiers are read at the same time, so the slowest counts."""
+        """Predicted seconds to load the blocks. Tiers are read in parallel, so the slowest one decides."""
         nbytes: dict[str, int] = {}
         start = stored.num_resident_blocks
         for end, tier in (*stored.block_tiers, (num_blocks, stored.blocks_tier)):

@@ -1,4 +1,4 @@
-"""Measured speeds: what prefill, replay and loading cost here, learnt from what they took.
+"""Measured speeds of prefill, replay and loading on this worker, learnt from past durations.
 
 Each speed is a linear law fitted online, so that a fixed cost (a call, a seek, a kernel launch) is not mistaken
 for a slow rate, and prefill's growth with its context is not mistaken for noise:
@@ -17,7 +17,9 @@ from antefix.linear_law import MEMORY, SECONDS_MIN, Law, LinearLaw
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatePriors:
-    """What to believe before anything was measured; pessimistic for loads: a first hit is not taken on hope."""
+    """The speeds assumed before anything was measured. They are pessimistic for loads, so that the first hits are only
+    taken where they are clearly faster.
+    """
 
     prefill_tokens_per_s: float = 2_000.0
     prefill_fixed_s: float = 0.01
@@ -39,7 +41,7 @@ class Rates:
         *,
         tiers: Mapping[str, Law] | None = None,
     ) -> None:
-        """tiers: laws of tiers that others observe, whom `observe_load` must not be told."""
+        """tiers: laws of tiers that other code updates; `observe_load` does not change them."""
         self._tiers = {} if tiers is None else tiers
         self._priors = priors or RatePriors()
         self._memory = memory
@@ -48,7 +50,7 @@ class Rates:
         self._load: dict[str, LinearLaw] = {}
 
     def observe_prefill(self, tokens: int, *, context: int, seconds: float) -> None:
-        """`tokens` were prefilled after `context` tokens that were there."""
+        """Learn that prefilling `tokens` tokens after `context` tokens took `seconds`."""
         self._prefill.observe(_compute_features(tokens, context), seconds)
 
     def observe_replay(self, tokens: int, *, context: int, seconds: float) -> None:
@@ -56,7 +58,7 @@ class Rates:
         self._replay.observe(_compute_features(tokens, context), seconds)
 
     def observe_load(self, tier: str, nbytes: int, seconds: float) -> None:
-        """Where the tier's law is another's, that one has been told."""
+        """Learn from one load. Ignored for tiers whose law other code updates."""
         if tier not in self._tiers:
             self._own_law(tier).observe((1.0, float(nbytes)), seconds)
 
@@ -73,7 +75,7 @@ class Rates:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Without fixed cost and without context: the number to print."""
+        """The prefill rate without fixed cost and context, for display."""
         return 1 / max(self._prefill.coefficients[1], SECONDS_MIN)
 
     def load_bytes_per_s(self, tier: str) -> float:

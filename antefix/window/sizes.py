@@ -1,4 +1,4 @@
-"""The sizes that window-state decisions weigh, read off a block layout once."""
+"""The sizes that decisions about window state need, computed once from a block layout."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Sizes:
 
     @property
     def replay_tokens(self) -> int:
-        """How far before its end an exact replay starts, whole blocks."""
+        """How many tokens before its end an exact replay starts, in whole blocks."""
         return self.blocks_up(self.replay_reach[0]) * self.block_size
 
     def blocks_up(self, tokens: int) -> int:

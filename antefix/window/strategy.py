@@ -1,9 +1,9 @@
-"""Which strategy: parsed from text, kept per namespace, switched while running.
+"""Strategies of checkpoints: parsed from text, set per namespace, changeable while running.
 
 A strategy is a value; its two methods are pure functions of what the worker knows at two moments: when a prompt's
 restore has been planned (state passes through every boundary from `resume_block` on, so each can be kept without
-recomputing anything), and when an output has ended. What was stored under one strategy stays usable under any other:
-strategies decide writes, the planner reads whatever there is.
+recomputing anything), and when an output has ended. Checkpoints stored under one strategy stay usable under any
+other: strategies only decide what is written, and the planner uses every checkpoint that exists.
 """
 
 from __future__ import annotations
@@ -100,9 +100,10 @@ class Strategies:
 
 
 def in_force(strategy: Strategy, *, has_pool: bool) -> Strategy:
-    """The strategy as it works here: `auto` sends its ends to the window pool where there is one, unless told not to.
+    """The strategy adapted to this deployment: `auto` sends checkpoints of ends to the window pool if there is one,
+    unless its `ends` option says otherwise.
 
-    Raises:  ConfigError: it wants a window pool and there is none.
+    Raises:  ConfigError: the strategy needs a window pool and there is none.
     """
     if not isinstance(strategy, Auto):
         return strategy
@@ -123,7 +124,7 @@ def check_exactness(*, bounded_windows: int, reproducible: bool) -> None:
 
 
 def check_bounded(num_windows: int, geometry: KVGeometry) -> None:
-    """Raises:  ConfigError: approximate replays that are no shorter than an exact one."""
+    """Raises:  ConfigError: the approximate replay would be no shorter than an exact one."""
     exact = geometry.replay_tokens
     require(
         num_windows * geometry.window < max(exact, 1) or not num_windows,

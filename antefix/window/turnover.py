@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 
-# Minutes: shorter, and one long prompt looks like a storm; longer, and a storm is over before it is seen.
+# The averaging time. If it were shorter, one long prompt would look like a burst of writes; if longer, a burst would be
+# over before it is noticed.
 _MEMORY_S = 300.0
-# Below this fill nothing is being evicted for room.
+# Below this fill, the store evicts nothing to make room.
 _FULL_SHARE = 0.8
 
 
 class Turnover:
-    """Fed with a store's counters now and then, by the caller that asks it for them anyway."""
+    """Computes the turnover from a store's counters, which its user passes in from time to time."""
 
     def __init__(self) -> None:
         self._last: tuple[float, int] | None = None
@@ -20,7 +21,7 @@ class Turnover:
 
     @property
     def seconds(self) -> float | None:
-        """Roughly how long a record lives that nobody uses; None while the store has room."""
+        """Roughly how long an unused record stays in the store, in seconds; None: the store has room."""
         return self._seconds
 
     def observe(self, now_s: float, *, bytes_written: int, used_bytes: int, budget_bytes: int | None) -> None:

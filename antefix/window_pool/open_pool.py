@@ -18,7 +18,7 @@ def check_address(address: str) -> None:
     """Raises:  ConfigError: none of the three, or a URL of Redis that may not be used."""
     if address in (DISK, MEMORY):
         return
-    # The text itself is not said: a mistyped scheme may stand before a password.
+    # The message does not quote the text, because a URL with a mistyped scheme may contain a password.
     require(address.startswith(_SCHEMES), f"window_pool must be disk, memory or a URL ({', '.join(_SCHEMES)}...)")
     check_redis_url(address, "window_pool")
 

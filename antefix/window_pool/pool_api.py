@@ -1,4 +1,4 @@
-"""What a window pool can be asked. Knows hashes and bytes, never tokens or tensors."""
+"""The interface of a window pool. Knows hashes and bytes, never tokens or tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES_MAX = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """index: which of the names asked for.  payload: its checkpoint, verified."""
+    """A found checkpoint.  index: the position of its name in the request.  payload: its verified payload."""
 
     index: int
     payload: bytes
@@ -30,9 +30,9 @@ class WindowPool(Protocol):
         """Keep a checkpoint for `record.ttl_s`. False: no room, or the pool is known to be down; put it elsewhere."""
 
     async def nearest(self, names: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Found | None:
-        """The first of `names` that is here, with its payload: at these sizes asking costs as much as loading.
+        """The first of `names` that the pool has, with its payload: for these sizes a look-up costs as much as a load.
 
-        tenant: whose it must be, as in `antefix.store.api.Store`.
+        tenant: the owner that it must have, as in `antefix.store.api.Store`.
         """
 
     async def close(self) -> None: ...

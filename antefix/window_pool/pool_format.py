@@ -1,8 +1,8 @@
-"""A checkpoint as one Redis value: a record's header of version 2 (docs/FORMAT.md), then the payload as it is.
+"""A checkpoint as one Redis value: a record header of version 2 (docs/FORMAT.md), then the raw payload.
 
-The header is that of a pooled checkpoint which lies nowhere: segment and offset are 0, and so is the seed of its
-checksum. Fingerprint and hash are inside, so a value under the wrong key is caught like a damaged one. What anybody
-with the Redis password can make, with right checksums, has no right seal.
+The header is that of a pooled checkpoint outside any segment: segment, offset and the checksum's seed are 0. It
+contains fingerprint and hash, so a value under the wrong key is detected like a damaged one. Anyone with the Redis
+password can write values with right checksums, but not with a valid seal.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Each checkpoint is one key, and no command names two keys, so any key may live on any node of a cluster:
     antefix:window:<fingerprint, 16 hex digits>:<block hash, 64 hex digits>     TTL: the mark's
-Redis may evict keys at any time (`maxmemory-policy volatile-lru` suits it); that is a miss. A server that does not
-answer is left alone for a while, so that a dead pool costs each request nothing.
+Redis may evict keys at any time (`maxmemory-policy volatile-lru` suits it); that is a miss. A server that does
+not answer is not asked for a while, so that a dead pool does not delay every request.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 TIMEOUT_S = 1.0
 # How long a server that failed is not asked again.
 DOWN_S = 2.0
-# How often the server's memory is looked at; what this worker wrote meanwhile is added.
+# How often the server's memory use is read. Between two reads, this worker's own writes are added.
 _LOOK_S = 1.0
 _TTL_DEFAULT_S = 600.0
 _PREFIX = "antefix:window:"
@@ -88,7 +88,7 @@ class RedisWindowPool:
         return None
 
     async def _get(self, name: bytes, key: str, fingerprint: bytes, tenant: bytes) -> bytes | None:
-        """None: gone by now, or damaged or forged, in which case it is counted and dropped."""
+        """One checkpoint's payload. None: it is gone, or it is damaged or forged; then it is counted and deleted."""
         value = await self._ask(self._redis.get(key))
         if value is None:
             return None
@@ -113,7 +113,7 @@ class RedisWindowPool:
                 pipeline.getrange(key, 0, HEADER_BYTES - 1)
             heads = await self._ask(pipeline.execute())
             for key, head in zip(some, heads, strict=True):
-                # An empty one has gone meanwhile.
+                # An empty value means that the key was deleted in the meantime.
                 if head and is_owned(head, owner):
                     num_gone += await self._ask(self._redis.unlink(key))
         return num_gone
