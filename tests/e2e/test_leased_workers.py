@@ -1,4 +1,4 @@
-"""A router that is told of no worker finds them all by their leases in Redis, as they come, die and leave."""
+"""A router without configured workers finds all workers by their leases in Redis, as they start, die and leave."""
 
 import asyncio
 import signal
