@@ -2,7 +2,8 @@
 
     python docs/check_words.py
 
-`make lint` runs it. It does not check code itself: a variable may have any name. WORDS has a replacement for each word.
+`make lint` runs it. The check does not check code itself: a variable may have any name. WORDS has a replacement for
+each word.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class DnsName:
         return frozenset(self._found(address) for address in self._seen)
 
     async def close(self) -> None:
-        """Nothing is open between two questions."""
+        """Nothing is open between two look-ups."""
 
     def _found(self, address: str) -> Found:
         host = f"[{address}]" if ":" in address else address

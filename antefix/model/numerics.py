@@ -154,8 +154,8 @@ class _Prepared:
 
 
 def _prepared(weight: Tensor) -> _Prepared:
-    """The prepared matrix, kept with the weights, because preparing costs more than a small product. It is prepared
-    again if the weights were changed or moved."""
+    """The prepared matrix, kept with the weights, because preparing costs more than a small product. The matrix is
+    prepared again if the weights were changed or moved."""
     if weight.is_inference():
         return _prepare(weight, (0, 0, COLUMN_TILE))
     kept: _Prepared | None = getattr(weight, "_antefix_prepared", None)

@@ -1,7 +1,7 @@
 """A record's header: packing, reading, and the checks that a reader makes of one. Knows bytes, never files.
 
-New records have version 2. Records of version 1 are read, and compaction copies them unchanged. Both headers have 256
-bytes, with hash and fingerprint at the same offsets. docs/FORMAT.md has the tables.
+New records have version 2. Records of version 1 are read, and compaction copies them unchanged. Headers of both
+versions have 256 bytes, with hash and fingerprint at the same offsets. docs/FORMAT.md has the tables.
 """
 
 from __future__ import annotations

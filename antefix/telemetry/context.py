@@ -1,7 +1,7 @@
 """Which request the code that runs now works for: its id and its W3C trace context, on every log line and every call.
 
-Both travel between processes in gRPC's metadata (`outgoing`, `incoming`), and within one in context variables, which
-each task has of its own.
+The id and the trace context travel between processes in gRPC's metadata (`outgoing`, `incoming`), and within one in
+context variables, which each task has of its own.
 """
 
 from __future__ import annotations

@@ -192,7 +192,7 @@ class StorageEngine:
             return self.index.held(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
 
     def owned(self, names: Iterable[RecordName], owners: Collection[bytes]) -> list[RecordName]:
-        """Those of the records that these owners have stored."""
+        """The records that these owners have stored."""
         with self.index.txn() as txn:
             ids = self.index.owner_ids(txn, owners) or frozenset()
             entries = [(name, self.index.entry(txn, *name)) for name in names]
@@ -410,7 +410,7 @@ class StorageEngine:
             raise IndexDamaged(f"the store was harmed, {self._damage}; it stores again once it has healed")
 
     def note_damage(self, what: str) -> None:
-        """Note damage in the index. It will be rebuilt from the segments soon."""
+        """Note damage in the index. The index will be rebuilt from the segments soon."""
         self._damage = self._damage or what
 
     def _telling(self) -> AbstractContextManager[None]:

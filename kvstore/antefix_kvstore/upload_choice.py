@@ -37,7 +37,7 @@ class Chosen:
 
 
 def stored_before(engine: StorageEngine, names: Iterable[RecordName], before_ms: int) -> list[RecordName]:
-    """Those of the records that were stored before `before_ms`."""
+    """The records that were stored before `before_ms`."""
     found = []
     with engine.index.txn() as txn:
         entries = [(name, engine.index.entry(txn, *name)) for name in names if name[0] in _KINDS]

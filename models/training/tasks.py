@@ -203,7 +203,7 @@ def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
 
 
 def add_fact(sequence: Sequence, fact: Fact) -> None:
-    """Plant a fact on a line of its own. Its key and value are unpredictable, so they weigh nothing."""
+    """Plant a fact on a line of its own. The fact's key and value are unpredictable, so they weigh nothing."""
     sequence.add("\n", TEXT)
     sequence.add(fact.planted + fact.value, NOISE)
     sequence.add(".\n", TEXT)

@@ -69,8 +69,8 @@ class CachePayloads:
             rows.fill(layer, mine, states, num_blocks * self.layout.block_size)
 
     def bits_of(self, cache: WatchedCache) -> str:
-        """A digest of the first block in a cache. Its last bits depend on the hardware and software that computed
-        it."""
+        """A digest of the first block in a cache. The digest's last bits depend on the hardware and software that
+        computed it."""
         state = hashlib.blake2b(self.block(cache, 0), digest_size=5)
         state.update(self.checkpoint(cache, 0, self.layout.block_size) or b"")
         return state.hexdigest()

@@ -172,7 +172,8 @@ def _planted(model: CheckModel, fault: str, own: Answers, restored: dict[str, An
 
 
 def _missed(model: CheckModel, own: Answers, restored: dict[str, Any]) -> Finding:
-    """Nothing after the first block may be hit. The rest is computed, from token 0 or from the end of that block."""
+    """Nothing after the first block may be hit. The uncached tokens are computed, from token 0 or from the end of that
+    block."""
     answer = restored["answers"][0]
     is_hit = answer["num_cached"] > model.hit_tokens
     told = f"{answer['num_cached']} tokens were hit, of which the block up to {2 * model.hit_tokens} is damaged"

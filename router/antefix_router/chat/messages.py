@@ -174,7 +174,8 @@ class Delta:
 
 
 def plain_of(message: Message) -> Plain:
-    """A turn's content with the name of its speaker. It leaves out breakpoints at the turn's end: see `end_of`."""
+    """A turn's content with the name of its speaker. The content leaves out breakpoints at the turn's end: see
+    `end_of`."""
     said_by = f"{message.name}: " if message.name else ""
     inside = tuple(
         TextBreakpoint(ttl_s=each.ttl_s, offset=len(said_by) + each.offset)

@@ -51,7 +51,7 @@ class Connection(Protocol):
     address: str
 
     def drop(self) -> None:
-        """Close it now. It is idle, or never began a request."""
+        """Close it now. The connection is idle, or never began a request."""
 
 
 class Connections:

@@ -1,8 +1,8 @@
 """The workers that a router knows, and the load that it has placed on each.
 
-Load counts only the router's own requests. It is added when a request is placed, and subtracted when that part of the
-request ends in any way. Nothing else may change it: a health check that reset a worker's load would send all requests
-to that worker.
+Load counts only the router's own requests. A request's load is added when a request is placed, and subtracted when
+that part of the request ends in any way. Nothing else may change it: a health check that reset a worker's load would
+send all requests to that worker.
 """
 
 from __future__ import annotations
