@@ -1,7 +1,7 @@
 """Text to token ids and back: a Hugging Face tokenizer directory, or plain bytes for the small model.
 
-Both kinds of tokenizer decode their own tokens exactly: decode(encode(text)) equals text. So an answer that a client sends
-again can hit the cache. Never sees tensors.
+Both kinds of tokenizer decode their own tokens exactly: decode(encode(text)) equals text. So an answer that a client
+sends again can hit the cache. Never sees tensors.
 """
 
 from __future__ import annotations
