@@ -346,8 +346,9 @@ class Suite:
     def _against_cpu(self, document: Tokens) -> None:
         self._tell("card against CPU")
         for each in against_cpu(self._workers, document, CPU_BOUND[self._subject.kv_format.value]):
-            told = {"bound": each.bound, "problem": each.problem}
-            self._cases.add("card against CPU", each.what, len(document), each.difference, **told)
+            self._cases.add(
+                "card against CPU", each.what, len(document), each.difference, bound=each.bound, problem=each.problem
+            )
 
     async def _positions(self, num_tokens: int) -> AsyncIterator[int]:
         """A block boundary, its neighbours, and random positions."""
