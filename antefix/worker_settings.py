@@ -84,11 +84,11 @@ class WorkerSettings:
         choices=("graphs", "graphs-over-ranks", "together", "alone"),
     )
     short_prefills: str = setting(
-        "alone",
-        "how short prefills run where decode steps share launches: alone, or together (up to 512 new tokens of up to"
-        " 64 sequences share launches too, such as drafted tokens or the rest of a prompt after a hit; not yet run"
-        " on cards)",
-        choices=("alone", "together"),
+        "together",
+        "how short prefills run where decode steps share launches: together (up to 512 new tokens of up to 64 sequences"
+        " share launches too, such as drafted tokens or the rest of a prompt after a hit), or alone (each sequence has"
+        " its own launches)",
+        choices=("together", "alone"),
     )
     speculate: str = setting(
         "off",
