@@ -234,7 +234,7 @@ def fp8_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources,
             else:
                 factor = tl.load(at_a + step)[None, :] * s[:, None]
             acc = tl.fma(product, tl.broadcast_to(factor, (N, M)), acc)
-            if ALL_RUNS:
+            if ALL_RUNS:  # noqa: SIM102 - the compiler must not see the other condition where this one is false
                 # The end of a run: what _sum_kernel does with the runs of several programs, in its order.
                 if (step + 1) % steps_a_split == 0:
                     total = tl.where(step < steps_a_split, acc, total + acc)
