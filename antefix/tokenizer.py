@@ -18,7 +18,7 @@ from antefix.tokenizer_files import NUM_BYTES, check_tokenizer_file, eos_ids_of,
 
 
 class Tokenizer(Protocol):
-    """What the services need of a tokenizer."""
+    """The interface of a tokenizer, as the services use it."""
 
     eos_ids: frozenset[int]
     # Tokens that are not text, such as turn markers and padding. Markup that is part of the text is not among them.

@@ -152,7 +152,7 @@ class LMCacheDisk:
         self.key = lambda name: CacheEngineKey("model", 1, 0, int.from_bytes(name, "big"), torch.uint8)
 
     def close(self) -> None:
-        """What it has on disk is lost with the process: nothing to close, nothing to open again."""
+        """The process's end loses what is on disk: nothing to close, nothing to open again."""
 
     def put(self, batch: list[tuple[bytes, memoryview]]) -> None:
         left = threading.Semaphore(0)

@@ -301,7 +301,7 @@ async def waiting(args: argparse.Namespace, url: str, directory: Path, rng: np.r
 
 
 async def _start_again(deployment: Deployment) -> None:
-    """The workers, with nothing in memory."""
+    """Restart all workers, so that nothing is in their memory."""
     for process in [each for each in deployment.processes if each.role in ("prefill", "decode")]:
         await deployment.kill(process)
         await deployment.restart(process)

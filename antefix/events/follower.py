@@ -68,7 +68,7 @@ class Follower(ABC, Generic[E]):
 
     @abstractmethod
     def learn(self, events: Sequence[E]) -> bool:
-        """Apply events to the index. False: they do not fit into the index."""
+        """Apply events to the index. False: the events do not fit into the index."""
 
     def is_intact(self) -> bool:
         """Whether nothing else has removed entries from the index."""

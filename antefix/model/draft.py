@@ -146,7 +146,7 @@ def follow(model: Model, window: WindowState, tokens: Tensor, streams: Tensor, o
 
 
 def _streams(model: Model, state: DraftState) -> Tensor:
-    """The waiting streams [M, D]. A state that was read from bytes has them as one flat row."""
+    """The waiting streams [M, D]. A state that was read from bytes holds the waiting streams as one flat row."""
     return cast(Tensor, state.streams).view(model.config.hc_mult, model.config.hidden_size)
 
 

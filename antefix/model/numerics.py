@@ -17,8 +17,8 @@ numbers of threads. On a CPU two things break that, and both are handled here an
                 one thread.
 `antefix.model.arithmetic` tests all of this on the machine where it runs, for the shapes of the loaded model.
 
-On a card, libraries choose kernels by shape as well. There `antefix_kernels.linear` and `antefix_kernels.tokens` are
-used instead (`has_kernels`); they compute a row in the same way whatever else is computed.
+On a card, libraries choose kernels by shape as well. So the model uses the kernels of `antefix_kernels.linear` and
+`antefix_kernels.tokens` there (`has_kernels`), which compute a row in the same way whatever else is computed.
 
 Shapes:  N = rows, K = input width, O = output width, R = rows of one pair.
 """

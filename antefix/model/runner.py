@@ -318,7 +318,7 @@ def _run_parted(
     *,
     write: bool,
 ) -> Tensor | None:
-    """The layers on several threads, each with its rows: streams [N, M, D]. None: one thread must run them."""
+    """The layers on several threads, each with its rows: streams [N, M, D]. None: the layers must run on one thread."""
     parts = parts_of(model, len(tokens), threads)
     if len(parts) == 1:
         return None

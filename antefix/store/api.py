@@ -44,7 +44,7 @@ class Store(Protocol):
         """
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
-        """One verified payload. None: it was never stored, was evicted, or is corrupt."""
+        """One verified payload. None: the payload was never stored, was evicted, or is corrupt."""
 
     async def put(self, records: Sequence[Record]) -> PutResult:
         """Store records in order. The records are durable when this returns, except handoffs, which are kept in memory.

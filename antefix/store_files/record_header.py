@@ -309,7 +309,7 @@ def plain_record(
 
 
 def _places_of(raw: bytes, seed: int, kind: int, block_hash: bytes, fingerprint: bytes) -> _Places | None:
-    """Where a sound header has its fields; None where it is damaged, or another record's."""
+    """The offsets of a sound header's fields; None if the header is damaged or belongs to another record."""
     places = _PLACES.get(raw[:8])
     is_its = (
         places is not None

@@ -189,7 +189,7 @@ def tell_of_crashes() -> None:
 
 
 class _Handler(logging.StreamHandler[IO[str]]):
-    """Ours, to be told from others."""
+    """Antefix's own log handler: a class of its own, so that it can be told from other handlers."""
 
 
 def set_up_logs(level: str = "info", form: str = "text", stream: IO[str] | None = None) -> None:

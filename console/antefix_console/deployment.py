@@ -238,7 +238,7 @@ class Deployment:
             create_secret_file(key)
         if key.exists():
             # Also if encryption is not requested any more: else stored data would be unreadable, and new data written
-            # in clear.
+            # unencrypted.
             flags += ["--encrypt-key-file", str(key)]
         flags += _given("--budget-bytes", config.store_bytes)
         flags += self._object_flags()

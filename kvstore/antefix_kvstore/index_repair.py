@@ -70,7 +70,7 @@ def open_index(directory: Path, config: KvStoreConfig, segments: Segments, disk:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete what an interrupted rebuild left behind."""
+    """Delete the files that an interrupted rebuild left behind."""
     for leftover in (REBUILT_DIR, DISCARDED_DIR):
         shutil.rmtree(directory / leftover, ignore_errors=True)
 

@@ -110,7 +110,9 @@ def choose(
 
 
 def _lacking(catalog: Catalog, names: Iterable[RecordName], alive_ms: Mapping[RecordKind, int]) -> Iterator[RecordName]:
-    """The records that the tier lacks. One search for all, since most records that are named repeatedly are there."""
+    """The records that the tier lacks. All names of a kind are looked up in one search, because the tier has most
+    records that are named repeatedly.
+    """
     by_kind: dict[RecordKind, list[bytes]] = {}
     for kind, hash in names:
         by_kind.setdefault(kind, []).append(hash)

@@ -4,8 +4,8 @@
 
 The n-gram model interpolates orders 0 to k by Witten and Bell's rule; the best k up to 7 is taken. The n-gram model
 keeps the most frequent (context, byte) pairs of all orders that fit `--size`, pairs and contexts at ENTRY_BYTES each:
-a hash and a count. What a context loses by that goes to the order below, so that pruning does not make it too sure of
-itself.
+a hash and a count. The weight that a context loses by pruning goes to the order below, so that pruning does not make
+it too sure of itself.
 """
 
 from __future__ import annotations

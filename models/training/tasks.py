@@ -1,7 +1,7 @@
 """Training and test sequences that need long range: facts planted in text, asked for later, and repeated passages.
 
-Everything is made of bytes and the special tokens of `antefix_tokenizer.json`. A sequence carries a weight class a
-token: 0 (unpredictable: a planted value, random noise), 1 (text), 2 (an answer, which only memory can give).
+Everything is made of bytes and the special tokens of `antefix_tokenizer.json`. Each token of a sequence has a weight
+class: 0 (unpredictable: a planted value, random noise), 1 (text), 2 (an answer, which only memory can give).
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A transformers cache as payloads of blocks and checkpoints, and back. Knows tensors and bytes, never stores."""
+"""A transformers cache as payloads of blocks and checkpoints, and back. This module knows tensors and bytes, never
+stores.
+"""
 
 from __future__ import annotations
 

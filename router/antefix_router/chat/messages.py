@@ -36,7 +36,8 @@ class ToolCall:
 class TextBreakpoint:
     """A client's cache breakpoint: everything before it is to be kept for `ttl_s`.
 
-    offset: characters of the text before it. None: it is at the end of the message, tools or other part that has it.
+    offset: characters of the text before it. None: the breakpoint is at the end of the message, tools or other part
+    that has it.
     """
 
     ttl_s: float

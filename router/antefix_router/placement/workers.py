@@ -250,7 +250,7 @@ class Workers:
     def _loading(
         self, workers: Sequence[Worker], work: Work, resident_tokens: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64] | None:
-        """None: it is not known which of several stores holds what, or no worker has reported read speeds."""
+        """None: the router does not know which store holds what, or no worker has reported read speeds."""
         if not work.places or not any(worker.speeds for worker in workers):
             return None
         rate = self.tokens_per_s()
