@@ -210,7 +210,10 @@ async def _stores(scratch: Path, num_stores: int, object_store: str) -> AsyncIte
             opened = RemoteStore(process.address) if number else LocalStore(directory, process.address)
             kind = TierKind.PEER if number else TierKind.DISK
             tier = Tier(f"store-{number}", kind, opened)
-            members.append(Member(tier=tier, store=opened, address=process.address, near=not number))
+            page_cache = None if number else tier.in_page_cache()
+            members.append(
+                Member(tier=tier, store=opened, address=process.address, near=not number, page_cache=page_cache)
+            )
         store = SpreadStores(members, object_store) if num_stores > 1 or object_store else members[0].store
         try:
             yield store
