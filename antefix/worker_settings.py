@@ -73,10 +73,10 @@ class WorkerSettings:
         choices=("graphs", "graphs-over-ranks", "together", "alone"),
     )
     short_prefills: str = setting(
-        "alone",
+        "together",
         "where decode steps share launches: together (up to 512 new tokens of up to 64 sequences, such as the rest"
-        " after a hit and drafted tokens, share them too, which no card has run yet), alone",
-        choices=("alone", "together"),
+        " after a hit and drafted tokens, share them too), alone (sequence by sequence)",
+        choices=("together", "alone"),
     )
     speculate: str = setting(
         "off",

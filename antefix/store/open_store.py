@@ -24,8 +24,9 @@ from antefix.store.object_access import check_object_store
 from antefix.store.remote_store import RemoteStore
 from antefix.store.store_feed import StoreFeed
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
 from antefix.store_files.seal import Seals
+from antefix.tier_kind import TierKind
 
 # The name of a single unnamed store that is used together with an object tier.
 _ONLY: Final = "store"
@@ -196,7 +197,8 @@ def _member(where: StoreAddress, seals: Seals | None, *, near: bool = False) -> 
     kind = TierKind.DISK if where.directory else TierKind.PEER
     tier = Tier(where.name or _ONLY, kind, store)
     tier.standing.returned_s = lambda: store.breaker.returned_s
-    return Member(tier=tier, store=store, address=where.address, near=near)
+    page_cache = tier.in_page_cache() if where.directory else None
+    return Member(tier=tier, store=store, address=where.address, near=near, page_cache=page_cache)
 
 
 def feed_maker(redis: RedisAccess | str, keys: EventKeys, room: FeedRoom) -> Callable[[Member, bytes], StoreFeed]:

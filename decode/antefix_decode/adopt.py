@@ -91,14 +91,5 @@ async def _put_back_row(engine: Engine, block_id: int, row: bytes) -> None:
     if len(row) != len(target):
         raise BlockCorrupt(f"the handoff's unfinished block has {len(row)} bytes, a row {len(target)}")
     target[:] = row
-    if not await engine.compute.run(_take_row, engine, block_id):
+    if await engine.compute.run(engine.pool.fill, [block_id]):
         raise BlockUnusable("the handoff's unfinished block holds NaN or infinity")
-
-
-def _take_row(engine: Engine, block_id: int) -> bool:
-    """Copy the row in; returns whether it can be used. Runs in the compute thread as one job, because each job waits
-    for a decode step."""
-    if engine.pool.unusable([block_id]):
-        return False
-    engine.pool.note_filled([block_id])
-    return True

@@ -125,6 +125,13 @@ def store_metrics(engine: StorageEngine, scrubber: Scrubber, writer: GroupCommit
         {(): float(engine.num_log_lines_lost)},
     )
     yield from engine.writer.sync_s.collect()
+    cache = engine.reader.page_cache
+    yield counter(
+        "antefix_store_page_cache_samples",
+        "Blocks that look-ups sampled, by whether the page cache of this host had them.",
+        {("yes",): float(cache.num_cached), ("no",): float(cache.num_sampled - cache.num_cached)},
+        ("cached",),
+    )
 
 
 def memory_metrics(pool: MemoryRecords, num_streams: int) -> Iterable[Metric]:

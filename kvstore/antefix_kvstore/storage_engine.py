@@ -189,7 +189,8 @@ class StorageEngine:
 
     def held(self, chain: Sequence[bytes], *, fingerprint: bytes, owners: Collection[bytes] | None = None) -> Held:
         with self._telling():
-            return self.index.held(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
+            held = self.index.held(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
+            return self.reader.page_cache.sampled(held, chain)
 
     def owned(self, names: Iterable[RecordName], owners: Collection[bytes]) -> list[RecordName]:
         """Those of the records that these owners have stored."""

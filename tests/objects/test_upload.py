@@ -14,7 +14,8 @@ from antefix.errors import ConfigError, Unavailable
 from antefix.record import RecordKind
 from antefix.store.many_stores import ManyStores
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from antefix_kvstore.embedded_store import EmbeddedStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.object_upload import ObjectUploader

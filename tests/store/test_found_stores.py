@@ -9,7 +9,8 @@ from antefix.redis_access import RedisAccess
 from antefix.store.found_stores import FoundStores
 from antefix.store.open_store import StoresConfig, check_stores, open_stores, store_addresses, store_sources
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from tests.kvstore.small_store import FINGERPRINT
 from tests.store.many_embedded import PROMPT, rack_of
 

@@ -11,7 +11,7 @@ from antefix.store.local_store import LocalStore
 from antefix.store.many_stores import ManyStores
 from antefix.store.open_store import StoreAddress, check_stores, open_stores, store_addresses
 from antefix.store.remote_store import RemoteStore
-from antefix.store.tier import TierKind
+from antefix.tier_kind import TierKind
 
 
 @dataclass
@@ -69,7 +69,8 @@ async def test_those_with_a_directory_are_written_to_and_one_store_stays_as_it_w
         ("c", True),
         ("a", False),
     ]
-    assert [tier.kind for tier in many.tiers] == [TierKind.DISK, TierKind.DISK, TierKind.PEER]
+    files = [TierKind.PAGE_CACHE, TierKind.PAGE_CACHE]
+    assert [tier.kind for tier in many.tiers] == [TierKind.DISK, TierKind.DISK, TierKind.PEER, *files]
     named = open_stores(store_addresses(Settings(stores=("a=h:1", "b=h:2"))), near=("b",))
     assert isinstance(named, ManyStores)
     assert [member.tier.name for member in named.members.near] == ["b"]
