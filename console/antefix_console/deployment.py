@@ -402,8 +402,8 @@ class Deployment:
         self.processes.append(started)
         line = await self._first_line(started, said_before)
         if not line:
-            await process.wait()
-            raise ConfigError(f"{role} did not start: {_log_tail(log_path, said_before)}")
+            status = await process.wait()
+            raise ConfigError(f"{role} did not start (it ended with {status}): {_log_tail(log_path, said_before)}")
         ready = json.loads(line)
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         started.metrics_address = str(ready.get("metrics_address", ""))
