@@ -161,7 +161,7 @@ class Pulse:
         if not self.is_silent:
             self._silent_since = since
             self.num_silences += 1
-            log.warning("%s does not answer; calls go elsewhere, or end", self.name)
+            log.warning("%s does not answer; its calls go to others, or fail", self.name)
         self._wake(self._silence_s())
 
     def _wake(self, silence_s: float) -> None:

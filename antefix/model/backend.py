@@ -38,7 +38,7 @@ def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -
     if layout.kv_format is not KVFormat.FP8:
         missing.append("the fp8 record format")
     elif not _fits(layout):
-        missing.append("records at addresses that its loads can take")
+        missing.append("records at addresses that Triton's loads can read")
     if kernels == "triton" and missing:
         raise ConfigError(f"kernels=triton needs {', '.join(missing)}")
     return kernels != "torch" and not missing

@@ -341,7 +341,7 @@ class ManyStores:
                 continue
             member.tier.answered()
             return result
-        raise Unavailable(f"no store takes records: {first_error or 'none is known now'}")
+        raise Unavailable(f"no store accepts records: {first_error or 'none is known now'}")
 
     def _write_order(self, records: Sequence[Record]) -> list[Member]:
         """The stores in the order in which a put tries them.
@@ -371,7 +371,11 @@ async def _load(tier: Tier) -> None:
         async with asyncio.timeout(LOAD_S):
             await tier.source.load()
     except (AntefixError, TimeoutError) as err:
-        log.warning("%s is not loaded yet, so it holds nothing for now: %s", tier.label, err or "it takes long")
+        log.warning(
+            "the index of %s is not loaded yet, so look-ups there find nothing for now: %s",
+            tier.label,
+            err or "loading takes long",
+        )
 
 
 async def _let_go(member: Member) -> None:

@@ -223,7 +223,7 @@ async def test_hits_come_back_when_the_disk_is_wiped_while_it_is_used(tmp_path: 
         ({"object_store": "http://bucket"}, "an object store is"),
         ({"object_store": "file://relative/path"}, "three slashes"),
         ({"object_store": "s3:///prefix"}, "names no bucket"),
-        ({"object_store": "s3://key:secret@bucket/x"}, "credentials are in the environment"),
+        ({"object_store": "s3://key:secret@bucket/x"}, "credentials as environment variables"),
         ({"object_upload": ("some",)}, "object_upload takes"),
         ({"object_quotas": ("acme",)}, "tenant=size"),
         ({"object_block_ttl_s": -1.0}, "must not be negative"),

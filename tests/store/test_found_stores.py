@@ -121,7 +121,7 @@ def test_settings_that_find_stores():
     assert [each.name for each in store_addresses(config)] == ["a"]
     for text, told in [
         ("dns:stores", "host:port"),
-        ("redis://h:1/0", "in clear"),
+        ("redis://h:1/0", "unencrypted"),
         ("redis://u:p@127.0.0.1/0", "password"),
     ]:
         with pytest.raises(ConfigError, match=told):

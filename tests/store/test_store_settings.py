@@ -50,7 +50,7 @@ def test_a_store_that_is_not_named_so_is_refused_with_the_form(text: str) -> Non
         (Settings(store_address="h:1", stores=("a=h:1",)), "not both"),
         (Settings(stores=("a=h:1", "b=h:2"), store_dir="/data"), "@DIRECTORY"),
         (Settings(stores=("a=h:1", "a=h:2")), "name of its own"),
-        (Settings(stores=("a=h:1", "b=h:2"), near_stores=("c",)), "c is none of --stores"),
+        (Settings(stores=("a=h:1", "b=h:2"), near_stores=("c",)), "c is not a name in --stores"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: Settings, told: str) -> None:
