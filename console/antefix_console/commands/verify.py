@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put some of the blocks into an object store, such as s3://BUCKET/PREFIX or file:///PATH; these objects"
         " are deleted at the end",
     )
-    parser.add_argument("--data-dir", type=Path, help="where the scratch store goes (default: a temporary directory)")
+    parser.add_argument("--data-dir", type=Path, help="directory of the scratch store (default: a temporary one)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -210,7 +210,10 @@ async def _stores(scratch: Path, num_stores: int, object_store: str) -> AsyncIte
             opened = RemoteStore(process.address) if number else LocalStore(directory, process.address)
             kind = TierKind.PEER if number else TierKind.DISK
             tier = Tier(f"store-{number}", kind, opened)
-            members.append(Member(tier=tier, store=opened, address=process.address, near=not number))
+            page_cache = None if number else tier.in_page_cache()
+            members.append(
+                Member(tier=tier, store=opened, address=process.address, near=not number, page_cache=page_cache)
+            )
         store = SpreadStores(members, object_store) if num_stores > 1 or object_store else members[0].store
         try:
             yield store
