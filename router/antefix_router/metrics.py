@@ -183,7 +183,7 @@ def placement_metrics(groups: Sequence[Workers], policy: str, knows_memory: Call
     yield gauge(
         "antefix_worker_answer_seconds",
         "Its usual time to answer a health check.",
-        {key: worker.pulse.rtt_s for key, worker in where.items() if worker.pulse is not None},
+        {key: worker.pulse.rtt_s for key, worker in where.items() if worker.pulse is not None and worker.pulse.rtt_s},
         labels,
     )
     yield gauge(

@@ -25,7 +25,8 @@ from antefix.store.local_store import LocalStore
 from antefix.store.object_access import check_object_store
 from antefix.store.remote_store import RemoteStore
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from antefix.worker_settings import WorkerSettings
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig

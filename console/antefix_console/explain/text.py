@@ -123,6 +123,8 @@ def _group(state: str, blocks: list[BlockEvidence], size: int) -> Iterator[str]:
     if stores := sorted({block.store for block in blocks if block.store}):
         line += f", from {', '.join(stores)}"
     yield line
+    if known := [block.cached for block in blocks if block.cached is not None]:
+        yield f"               {sum(known)} of {len(known)} in this host's page cache now, by samples"
     if blocks[0].detail:
         yield f"               {blocks[0].detail}"
 
