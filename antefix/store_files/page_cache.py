@@ -23,8 +23,8 @@ from antefix.store_files.index import Index
 from antefix.store_files.record_format import IndexEntry
 from antefix.store_files.segment_files import SegmentFiles
 
-# Samples per look-up, of blocks and of checkpoints. A sample costs a few microseconds, mostly for its index entry.
-NUM_SAMPLES: Final = 32
+# Samples per look-up, of blocks and of checkpoints. A sample costs 10 microseconds, mostly for its index entry.
+NUM_SAMPLES: Final = 16
 _PAGE_BYTES: Final = mmap.PAGESIZE
 # mincore's answer for a page: the lowest bit says whether it is in memory.
 _RESIDENT: Final = 1

@@ -37,6 +37,7 @@ def first_half_cached(monkeypatch):
         return {(entry.segment, entry.offset): entry.position <= 20 * BLOCK for entry in entries}
 
     monkeypatch.setattr(PageCache, "_resident", resident)
+    monkeypatch.setattr(page_cache, "NUM_SAMPLES", 40)
 
 
 def with_page_cache(rack):
@@ -67,7 +68,7 @@ async def test_samples_say_which_blocks_and_checkpoints_are_cached(tmp_path, fir
         assert engine.reader.held(PROMPT.hashes[:8], fingerprint=FINGERPRINT).cached == ((0, 8),)
         assert held.parted() == (Held(spans=((20, 40),), checkpoints=(36,)), Held(spans=((0, 20),), checkpoints=(10,)))
         cache = engine.reader.page_cache
-        assert (cache.num_sampled, cache.num_cached) == (28, 18)
+        assert (cache.num_sampled, cache.num_cached) == (48, 28)
 
 
 async def test_a_long_prompt_costs_no_more_samples(tmp_path, first_half_cached, monkeypatch):
@@ -215,4 +216,4 @@ async def test_the_store_counts_its_samples(tmp_path, first_half_cached):
             if metric.name == "antefix_store_page_cache_samples"
             for sample in metric.samples
         }
-        assert samples == {"yes": 10, "no": 10}
+        assert samples == {"yes": 20, "no": 20}

@@ -200,7 +200,7 @@ def _block(
     elif not entry.live(now_ms):
         reason, detail = (
             MissReason.EXPIRED,
-            f"not used for its {entry.ttl_s} s; the space is taken back when it is needed",
+            f"unused for longer than its time to live, {entry.ttl_s} s; the space is reclaimed when needed",
         )
     checkpoint, lost = _checkpoint(index, txn, name, names, now_ms)
     return BlockEvidence(
@@ -217,11 +217,11 @@ def _block(
 def _missing(directory: Path, number: int, name: bytes, known: frozenset[bytes]) -> BlockEvidence:
     reason = remembered(directory, name)
     if reason is not MissReason.FIRST_SEEN:
-        detail = "the store remembers that it let it go"
+        detail = "the store remembers that it dropped the block"
     elif name in known:
-        reason, detail = MissReason.EVICTED, "the store's log has it, the index does not"
+        reason, detail = MissReason.EVICTED, "the store's log has the block, but the index does not"
     else:
-        reason, detail = MissReason.FIRST_SEEN, "never stored" if known else "never stored, or gone for long"
+        reason, detail = MissReason.FIRST_SEEN, "never stored" if known else "never stored, or dropped long ago"
     return BlockEvidence(index=number, hash=name, reason=reason, detail=detail)
 
 

@@ -59,7 +59,7 @@ class SpreadStores(ManyStores):
         parts: dict[int, list[Record]] = {}
         for record in records:
             if record.kind not in MEMORY_KINDS:
-                home = int.from_bytes(record.hash[:4], "little") % len(self.tiers)
+                home = int.from_bytes(record.hash[:4], "little") % len(self.members.tiers)
                 parts.setdefault(home, []).append(replace(record, parent_elsewhere=True))
         for home, part in parts.items():
             stores = self.members.stores
