@@ -49,7 +49,7 @@ NUM_READERS = 4
 # One client alone must not find in the processor's cache what eight find in memory: all of them restore all prefixes in
 # turn, into pools as large as those are together.
 NUM_PREFIXES = max(NUM_CLIENTS)
-NUM_TRIES = 20
+NUM_TRIES, TRY_AGAIN_S = 20, 0.5
 KINDS = ("get", "put", "lookup")
 
 
@@ -81,6 +81,8 @@ class Client:
                 await self.store.put(self._records(self._names))
                 if await self._get(self._number):
                     break
+            # On a busy machine the store may not be heard for a while after it did not answer in time.
+            await asyncio.sleep(TRY_AGAIN_S)
         assert np.array_equal(self._pool[self._number], self._payloads)
 
     def _records(self, names: Chain) -> list[Record]:
