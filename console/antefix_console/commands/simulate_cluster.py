@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--copies-bytes",
         default="64GB",
         metavar="SIZE",
-        help="bytes per store for copies of what is read often from other stores (64GB)",
+        help="most bytes per store for copies of records that are read often from other stores (64GB)",
     )
     fleet.add_argument(
         "--object-store", default="0", metavar="SIZE", help="size of an object tier behind the stores (none)"
@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " Standard's, put=0.005,get=0.0004,month=0.023,read=0)",
     )
     fleet.add_argument("--no-store", action="store_true", help="no shared store: workers have their own memory only")
-    fleet.add_argument("--no-coalesce", action="store_true", help="compute equal prefixes in flight more than once")
+    fleet.add_argument(
+        "--no-coalesce", action="store_true", help="let requests in flight compute the same prefix twice"
+    )
     fleet.add_argument(
         "--worker-memory", default="64GB", metavar="SIZE", help="memory for KV per prefill worker (default 64GB)"
     )

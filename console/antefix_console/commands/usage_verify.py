@@ -34,7 +34,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="PLACE",
-        help="where heads were anchored (--anchors of routers), and receipts: files, directories, object stores' URLs",
+        help="places of anchored heads (--anchors of routers) and of receipts: files, directories, object stores' URLs",
     )
     parser.add_argument(
         "--public-key",
@@ -44,7 +44,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         help="published keys that may have signed the anchors and the summaries of what was pruned",
     )
     parser.add_argument(
-        "--archive", default="", metavar="PLACE", help="where pruned entries are: the summaries are held against them"
+        "--archive", default="", metavar="PLACE", help="archives of pruned entries, to check the summaries against"
     )
 
 

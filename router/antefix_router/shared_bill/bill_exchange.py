@@ -134,7 +134,7 @@ class BillExchange:
         except ValueError:
             mac = b""
         if not self._keyring.proves(mac, _PURPOSE, key.encode(), text):
-            raise Unavailable("what Redis has of this request was not written by this deployment")
+            raise Unavailable("Redis has an entry for this request that this deployment did not write")
         return RequestAccount.from_json(text)
 
 
