@@ -201,8 +201,8 @@ def check_arithmetic(arithmetic: str) -> str:
     is_dtype = dtype in ("float32", "bfloat16")
     if not kind.isalpha() or not is_dtype or arithmetic_of(kind, dtype, reproducible=reproducible) != plain:
         raise InvalidRequest(
-            f"arithmetic is a device and a dtype, and what was measured, as `antefix doctor` prints it, or"
-            f" {CPU_FLOAT32}, cuda-bfloat16, cuda-bfloat16{_REPRODUCIBLE}; is {arithmetic!r}"
+            "arithmetic must be a name as `antefix doctor` prints it (a device and a dtype, and what was measured), or"
+            f" {CPU_FLOAT32}, cuda-bfloat16 or cuda-bfloat16{_REPRODUCIBLE}; is {arithmetic!r}"
         )
     return arithmetic
 
@@ -226,7 +226,7 @@ def tenant_key(secret: bytes, tenant: str) -> bytes:
     try:
         name = tenant.encode()
     except UnicodeEncodeError as err:
-        raise InvalidRequest(f"a tenant's name is not text: UTF-8 cannot write its character {err.start}") from err
+        raise InvalidRequest(f"a tenant's name is not text: UTF-8 cannot encode its character {err.start}") from err
     return hashlib.blake2b(name, digest_size=HASH_BYTES, key=secret, person=b"antefix-tenant").digest()
 
 
@@ -261,7 +261,7 @@ class Chain:
         if len(fingerprint_digest) != HASH_BYTES or not key:
             raise InvalidRequest("a chain needs a 32-byte fingerprint and a tenant key")
         if kind is HashKind.ENGINE_KEY:
-            raise InvalidRequest("blocks of this kind are named by what their engine calls them, not by tokens")
+            raise InvalidRequest("blocks of this kind are named by their engine's own keys, not by hashes of tokens")
         self.block_size = block_size
         self.root = root_of(fingerprint_digest, key)
         self.hashes: list[bytes] = []

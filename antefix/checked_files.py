@@ -119,7 +119,7 @@ def _pieces(descriptor: int, nbytes: int) -> Iterator[bytes]:
     while nbytes > 0:
         left_s = until_s - time.monotonic()
         if left_s <= 0 or not select.select([descriptor], [], [], left_s)[0]:
-            raise TimeoutError(errno.ETIMEDOUT, f"nothing came from it for {_PIPE_S:g} s")
+            raise TimeoutError(errno.ETIMEDOUT, f"no data came from this pipe for {_PIPE_S:g} s")
         with contextlib.suppress(BlockingIOError):
             if piece := os.read(descriptor, min(nbytes, 1 << 16)):
                 is_begun, until_s = True, time.monotonic() + _PIPE_S

@@ -48,7 +48,11 @@ def same_setting(config_type: type[Any], name: str) -> Any:
 
 def grace_setting() -> Any:
     """The field of the grace period, the same for all roles."""
-    return setting(GRACE_S, "how long calls that run may take after it was told to stop; then they end", unit="s")
+    return setting(
+        GRACE_S,
+        "how long running calls may take after the service was told to stop; after that they are ended",
+        unit="s",
+    )
 
 
 def add_flags(parser: argparse._ActionsContainer, config_type: type[Any], names: Collection[str] = ()) -> None:
@@ -74,8 +78,10 @@ def add_flags(parser: argparse._ActionsContainer, config_type: type[Any], names:
 
 def add_file_flags(parser: argparse.ArgumentParser) -> None:
     """Add a service's flags for its settings file and for printing the settings."""
-    parser.add_argument("--config", metavar="FILE", help="TOML file with settings; flags and environment win over it")
-    parser.add_argument("--print-config", action="store_true", help="print the settings in force as JSON, and stop")
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML file with settings; flags and environment variables override the file"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the settings in force as JSON, and exit")
 
 
 def given_flags(config_type: type[Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -148,7 +154,7 @@ def parse_value(field: dataclasses.Field[Any], value: Any, *, source: str) -> An
     """Parse one value by its field's type and unit.  source: where the value comes from, for the error message."""
     kind = _kind(field)
     if field.metadata.get("guards") and isinstance(value, str) and not value.strip():
-        raise ConfigError(f"{source} is empty: leave the setting out where it is not meant")
+        raise ConfigError(f"{source} is empty: give it a value, or leave the setting out")
     try:
         if kind == "bool":
             return _parse_bool(value)

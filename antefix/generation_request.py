@@ -20,7 +20,7 @@ def check_text(what: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as err:
-        raise InvalidRequest(f"{what} is not text: UTF-8 cannot write its character {err.start}") from err
+        raise InvalidRequest(f"{what} is not text: UTF-8 cannot encode its character {err.start}") from err
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -347,9 +347,10 @@ def other_model_type(model_type: object) -> str:
     """The message that refuses a config of another type than `deepseek_v4`."""
     if model_type == "deepseek_v41":
         return (
-            "model_type deepseek_v41 is known and not computed here: its layout, records, names, restore planner, sizes"
-            " and simulation are there (docs/WEIGHTS.md), so that engines can store it; caches that layers share, the"
-            " index in two levels, ratio 1, keys from main latents, single-pass mHC, Engram, vision and DSpark are not"
+            "Antefix cannot run model_type deepseek_v41; it can only store the KV that another engine computes"
+            " (docs/WEIGHTS.md). Layout, records, names, restore planner, sizes and simulation are implemented."
+            " Caches that layers share, the index in two levels, ratio 1, keys from main latents, single-pass mHC,"
+            " Engram, vision and DSpark are not"
         )
     return f"model_type must be deepseek_v4, is {model_type!r}"
 
@@ -399,7 +400,8 @@ def per_layer(field: str, given: object, num_layers: int, known: Collection[obje
     unknown = sorted({repr(name) for name in names if not isinstance(name, Hashable) or name not in known})
     if unknown or len(names) < num_layers:
         raise InvalidRequest(
-            f"{field} must give {num_layers} of {', '.join(map(str, known))}, is {given!r:.200}; unknown: {unknown}"
+            f"{field} must have {num_layers} values out of {', '.join(map(str, known))}, is {given!r:.200}; unknown:"
+            f" {unknown}"
         )
     return list(names[:num_layers])
 

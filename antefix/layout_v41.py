@@ -112,13 +112,16 @@ class V41Geometry:
             source = self.source(layer)
             if ratio and (source is None or self.ratios[source] != ratio):
                 raise InvalidRequest(
-                    f"layer {layer} reads a cache of ratio {ratio}, and the KV source before it has none of that"
+                    f"layer {layer} reads a cache of ratio {ratio}, but the KV source before it makes no cache of"
+                    " that ratio"
                 )
         odd = [layer for layer in self.index_sources if not self.ratios[layer]]
         if odd:
             raise InvalidRequest(f"layer {odd[0]} has compress ratio 0 and cannot be a source")
         if self.block_size % math.lcm(*(self.ratios[layer] for layer in self.kv_sources), 1):
-            raise InvalidRequest(f"a block of {self.block_size} tokens must close all groups of {self.ratios}")
+            raise InvalidRequest(
+                f"a block of {self.block_size} tokens must be a multiple of all compress ratios, {self.ratios}"
+            )
 
     @property
     def num_layers(self) -> int:

@@ -16,9 +16,12 @@ from itertools import pairwise
 from typing import Final
 
 from antefix.record import Held, LookupResult
+from antefix.tier_kind import TierKind, label_of
 
 # A number greater than any block's.
 _FAR: Final = 1 << 62
+# The parts of a store that a worker with its files tells apart.
+_PARTS: Final = (TierKind.PAGE_CACHE, TierKind.DISK)
 
 _told: ContextVar[Located | None] = ContextVar("antefix_located", default=None)
 
@@ -62,13 +65,20 @@ class Located:
         return replace(self, held={**self.held, **more})
 
     def parts(self, num_blocks: int) -> list[tuple[int, frozenset[str]]]:
-        """The first `num_blocks` blocks, cut into runs that the same stores have: (number of blocks, stores)."""
+        """The first `num_blocks` blocks, cut into runs that the same stores have: (number of blocks, stores).
+
+        A store that knows what its host's page cache has is named as `speed_of` takes it: by the label of its page
+        cache or of its disk.
+        """
         bounds = {0, num_blocks}
         for held in self.held.values():
-            bounds.update(min(bound, num_blocks) for span in held.spans for bound in span)
+            bounds.update(min(bound, num_blocks) for span in (*held.spans, *(held.cached or ())) for bound in span)
         ends = sorted(bounds)
         return [
-            (stop - start, frozenset(name for name, held in self.held.items() if _has(held, start)))
+            (
+                stop - start,
+                frozenset(_place(name, held, start) for name, held in self.held.items() if _has(held, start)),
+            )
             for start, stop in pairwise(ends)
         ]
 
@@ -93,6 +103,17 @@ class ReadSpeed:
         return self.latency_s + self.seconds_per_token * num_tokens
 
 
+def speed_of(place: str, speeds: Mapping[str, ReadSpeed]) -> ReadSpeed | None:
+    """How fast a worker reads from a place that `Located.parts` names. None: it has not said.
+
+    Only a worker that reads the store's files itself tells its page cache and disk apart; others know the store alone.
+    """
+    if place in speeds:
+        return speeds[place]
+    kind, _, name = place.partition(":")
+    return speeds.get(name) if kind in _PARTS else None
+
+
 def tell(located: Located | None) -> None:
     """Set the hint that this task, and the tasks that it starts from now on, use; None: no hint."""
     _told.set(located)
@@ -104,8 +125,18 @@ def told() -> Located | None:
 
 
 def _has(held: Held, block: int) -> bool:
-    number = bisect_right(held.spans, (block, _FAR))
-    return number > 0 and held.spans[number - 1][1] > block
+    return _within(held.spans, block)
+
+
+def _place(store: str, held: Held, block: int) -> str:
+    if held.cached is None:
+        return store
+    return label_of(TierKind.PAGE_CACHE if _within(held.cached, block) else TierKind.DISK, store)
+
+
+def _within(spans: Sequence[tuple[int, int]], block: int) -> bool:
+    number = bisect_right(spans, (block, _FAR))
+    return number > 0 and spans[number - 1][1] > block
 
 
 def _with_span(held: Held, start: int, stop: int) -> Held:
@@ -117,4 +148,4 @@ def _with_span(held: Held, start: int, stop: int) -> Held:
     checkpoints = list(held.checkpoints)
     if bisect_left(checkpoints, stop) == bisect_right(checkpoints, stop):
         checkpoints = sorted([*checkpoints, stop])
-    return Held(spans=(*before, (first, last), *after), checkpoints=tuple(checkpoints))
+    return replace(held, spans=(*before, (first, last), *after), checkpoints=tuple(checkpoints))

@@ -44,7 +44,7 @@ def refuse_writable(path: str | Path, what: str) -> None:
     """
     try:
         if Path(path).stat().st_mode & _WRITERS:
-            raise ConfigError(f"{what} {path} may be changed by others than its owner: chmod go-w {path}")
+            raise ConfigError(f"{what} {path} can be changed by other users than its owner: chmod go-w {path}")
     except OSError as err:
         raise ConfigError(f"{what} {path}: {err}") from err
 

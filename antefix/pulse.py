@@ -41,10 +41,12 @@ LAST_PATIENCE_S: Final = 10.0
 
 
 class Pulse:
-    """The pulse of one peer. Call `start` once, on the event loop that waits for the peer, and `close` at the end.
+    """The pulse of one peer. Call `start` once, on the event loop that waits for the peer, and `close` at the end. Or
+    ask the peer elsewhere, and say with `heard` what came of it.
 
-    rtt_s: the peer's usual answer time.  num_silences: how often the peer fell silent.  num_returns: how often it began
-    to answer, for the first time or again.  returned_s: when it last began to answer, by `clock`.
+    every_s: how often the peer is asked.  rtt_s: the peer's usual answer time; 0 if it was not measured.
+    num_silences: how often the peer fell silent.  num_returns: how often it began to answer, for the first time or
+    again.  returned_s: when it last began to answer, by `clock`.
     """
 
     def __init__(
@@ -64,7 +66,7 @@ class Pulse:
         self.num_silences = 0
         self.num_returns = 0
         self._ask = ask
-        self._every_s = every_s
+        self.every_s = every_s
         self._silent_s = silent_s
         self._clock = clock
         self.returned_s = -math.inf
@@ -139,14 +141,15 @@ class Pulse:
                 if self._clock() - begun <= limit_s + _OWN_DELAY_S:
                     self._fall_silent(begun)
             except AntefixError:
-                self._heard(reachable=False)
+                self.heard(reachable=False)
             else:
                 took_s = self._clock() - begun
                 self.rtt_s = _FADE * self.rtt_s + (1 - _FADE) * took_s if self.rtt_s else took_s
-                self._heard(reachable=True)
-            await asyncio.sleep(max(0.0, self._every_s - (self._clock() - begun)))
+                self.heard(reachable=True)
+            await asyncio.sleep(max(0.0, self.every_s - (self._clock() - begun)))
 
-    def _heard(self, *, reachable: bool) -> None:
+    def heard(self, *, reachable: bool) -> None:
+        """Note that the peer answered a question, or that it cannot be reached."""
         if reachable and not self.answers:
             self.num_returns += 1
             self.returned_s = self._clock()
@@ -158,7 +161,7 @@ class Pulse:
         if not self.is_silent:
             self._silent_since = since
             self.num_silences += 1
-            log.warning("%s does not answer; calls go elsewhere, or end", self.name)
+            log.warning("%s does not answer; its calls go to others, or fail", self.name)
         self._wake(self._silence_s())
 
     def _wake(self, silence_s: float) -> None:

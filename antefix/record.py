@@ -9,7 +9,7 @@ Kinds of records, each named by a hash:
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from typing import Final
@@ -96,10 +96,14 @@ class Held:
 
     spans: blocks [start, stop), ascending, with gaps between them.
     checkpoints: after how many blocks each checkpoint lies, ascending.
+    cached, cached_checkpoints: the part of both that was in the page cache of the store's host, by samples; None: not
+    known. It changes at any time, so it does not count when two objects are compared.
     """
 
     spans: tuple[tuple[int, int], ...] = ()
     checkpoints: tuple[int, ...] = ()
+    cached: tuple[tuple[int, int], ...] | None = field(default=None, compare=False)
+    cached_checkpoints: tuple[int, ...] = field(default=(), compare=False)
 
     @classmethod
     def of_flags(cls, flags: Iterable[bool], checkpoints: Iterable[int] = ()) -> Held:
@@ -120,6 +124,30 @@ class Held:
     @property
     def num_blocks(self) -> int:
         return sum(stop - start for start, stop in self.spans)
+
+    @property
+    def num_cached(self) -> int:
+        return sum(stop - start for start, stop in self.cached or ())
+
+    def parted(self) -> tuple[Held, Held]:
+        """What must come from the disk, and what is in the page cache. The two have no block in common."""
+        cached = Held(spans=self.cached or (), checkpoints=self.cached_checkpoints)
+        checkpoints = tuple(count for count in self.checkpoints if count not in self.cached_checkpoints)
+        return Held(spans=_without(self.spans, cached.spans), checkpoints=checkpoints), cached
+
+
+def _without(spans: Sequence[tuple[int, int]], parts: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The spans without their `parts`. Both are ascending, with gaps between them."""
+    left: list[tuple[int, int]] = []
+    for start, stop in spans:
+        for first, last in parts:
+            if start < last and first < stop:
+                if start < first:
+                    left.append((start, first))
+                start = max(start, last)
+        if start < stop:
+            left.append((start, stop))
+    return tuple(left)
 
 
 class RefusalReason(StrEnum):

@@ -32,11 +32,17 @@ _PASSWORD: Final = "redis_password_file"
 
 
 def redis_password_setting() -> Any:
-    return setting("", "file with the password of Redis, for its owner only; the user is in the URL", guards=True)
+    return setting(
+        "", "file with Redis' password, readable by its owner only; the user name belongs in the URL", guards=True
+    )
 
 
 def redis_ca_setting() -> Any:
-    return setting("", "certificates that may sign Redis' (PEM); without it those of the system", guards=True)
+    return setting(
+        "",
+        "PEM file of the CA certificates that Redis' certificate is checked against; default: the system's CAs",
+        guards=True,
+    )
 
 
 class RedisConfig(Protocol):
@@ -134,7 +140,8 @@ def check_redis_url(url: str, name: str = "Redis") -> None:
     require(parts.scheme in SCHEMES, f"{name} must be a URL of Redis ({schemes}), is {url!r}")
     names = {option for option, _ in parse_qsl(parts.query, keep_blank_values=True)}
     require(
-        names <= _OPTIONS, f"{name}: of a URL's options only db is known, not {', '.join(sorted(names - _OPTIONS))}"
+        names <= _OPTIONS,
+        f"{name}: the only option that the URL may have is db, not {', '.join(sorted(names - _OPTIONS))}",
     )
     if parts.scheme == "unix":
         require(bool(parts.path), f"{name}: unix:// needs the path of a socket")
@@ -142,7 +149,8 @@ def check_redis_url(url: str, name: str = "Redis") -> None:
     require(bool(host), f"{name} names no host: {url!r}")
     require(
         parts.scheme in _TLS or is_loopback(host),
-        f"{name}: {url!r} would go to another host in clear; use {parts.scheme.replace('redis', 'rediss', 1)}://",
+        f"{name}: {url!r} would send data to another host unencrypted; use"
+        f" {parts.scheme.replace('redis', 'rediss', 1)}://",
     )
 
 

@@ -46,7 +46,9 @@ class Registration:
         if not keyring.proves(proof, *self._parts()):
             raise Unauthenticated("only workers with the deployment's secret may register")
         if abs(time.time() - self.said_at_ms / 1000) > AGE_S_MAX:
-            raise Unauthenticated(f"the registration is more than {AGE_S_MAX:g} s old, or the clocks differ by as much")
+            raise Unauthenticated(
+                f"the registration is more than {AGE_S_MAX:g} s old, or the two hosts' clocks differ by more than that"
+            )
 
     def check_identity(self, identity: Identity) -> None:
         """Check that role and address match the worker's certificate.

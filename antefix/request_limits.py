@@ -96,7 +96,9 @@ def answered(answer: M) -> M:
     """
     if not isinstance(answer, Message):
         # gRPC passes None for an answer that it cannot read.
-        raise Unavailable("the service's answer is not the message that this call gives: another version may run there")
+        raise Unavailable(
+            "the service's answer is not the message that this call returns: another version may run there"
+        )
     try:
         _check(answer, of_answer=True)
     except InvalidRequest as err:
@@ -176,7 +178,7 @@ def _check_of_value(field: FieldDescriptor, of_answer: bool) -> Check | None:
 def _known(numbers: frozenset[int]) -> Check:
     def check(value: int) -> None:
         if value not in numbers:
-            raise InvalidRequest(f": {value} is none of its values")
+            raise InvalidRequest(f": {value} is not one of its values")
 
     return check
 

@@ -133,7 +133,9 @@ def _theta(config: Mapping[str, Any], label: str, name: str, params: Mapping[str
         return top
     if "rope_theta" not in params and top != number(config, *_THETAS["main"]):
         # transformers would use the window-only layers' base, V4's own code that of the compressed branches.
-        raise InvalidRequest(f"{name} must give rope_theta: its references disagree on which base it has otherwise")
+        raise InvalidRequest(
+            f"{name} must give rope_theta: DeepSeek's code and transformers have different defaults for it"
+        )
     return number(params, "rope_theta", top, where=f"{name}:")
 
 
@@ -173,7 +175,7 @@ def _attention_factor(label: str, name: str, params: Mapping[str, Any], factor: 
         return over / under, ()
     if scales:
         raise InvalidRequest(
-            f"{name}: {next(iter(scales))} alone says nothing (transformers ignores it): give mscale and"
+            f"{name}: {next(iter(scales))} alone has no effect (transformers ignores it): give mscale and"
             " mscale_all_dim, or attention_factor"
         )
     paper = 0.1 * math.log(factor) + 1
@@ -196,8 +198,8 @@ def _flat_dim(config: Mapping[str, Any], head_dim: int) -> int:
     by_share = _dim_of("config field partial_rotary_factor", _ROTARY_FACTOR if share is None else share, head_dim)
     if dim not in (None, by_share):
         raise InvalidRequest(
-            f"qk_rope_head_dim is {dim}, partial_rotary_factor {share} of head_dim {head_dim} is {by_share}: which of"
-            " the two holds depends on who reads the config"
+            f"qk_rope_head_dim is {dim}, but partial_rotary_factor {share} of head_dim {head_dim} is {by_share}:"
+            " programs differ in which of the two they use, so make them agree"
         )
     return by_share
 
@@ -217,15 +219,17 @@ def _nested_dim(
         elif "partial_rotary_factor" not in given[label] and config.get("qk_rope_head_dim") is not None:
             dims[label] = _flat_dim(config, head_dim)
             notes.append(
-                f"{field} is missing: {dims[label]} dims are turned, as qk_rope_head_dim says and DeepSeek-V4's own"
-                " code does; transformers may turn others"
+                f"{field} is missing: {dims[label]} dims are rotated, as qk_rope_head_dim says and DeepSeek-V4's own"
+                " code does; transformers may rotate others"
             )
         else:
             raise InvalidRequest(
                 f"{field} must be given: without it, transformers would rotate whole heads, or an eighth of them"
             )
     if dims["main"] != dims["compress"]:
-        raise InvalidRequest(f"{name}: partial_rotary_factor of main and compress must be equal; they turn {dims} dims")
+        raise InvalidRequest(
+            f"{name}: partial_rotary_factor of main and compress must be equal; they rotate {dims} dims"
+        )
     if config.get("qk_rope_head_dim", dims["main"]) != dims["main"]:
         raise InvalidRequest(
             f"{name}: partial_rotary_factor gives {dims['main']} dims, qk_rope_head_dim says otherwise"
@@ -239,6 +243,7 @@ def _dim_of(name: str, share: object, head_dim: int) -> int:
     dim = int(head_dim * share)
     if dim < 2 or dim % 2:
         raise InvalidRequest(
-            f"{name} {share} gives {dim} RoPE dims of head_dim {head_dim}; they turn in pairs, two at least"
+            f"{name} {share} gives {dim} RoPE dims of head_dim {head_dim}; RoPE rotates dims in pairs, so the number"
+            " must be even and at least 2"
         )
     return dim

@@ -138,7 +138,10 @@ def from_rpc_error(err: grpc.aio.AioRpcError) -> errors.AntefixError:
     if kind is errors.Unavailable and _ERROR_KEY not in metadata:
         message = f"the service cannot be reached: {message}"
     if err.code() is grpc.StatusCode.UNIMPLEMENTED:
-        message = "what answers there is not such a service: the address is another role's, or another version runs"
+        message = (
+            "the service at that address does not have this call: the address belongs to another role, or another"
+            " version runs there"
+        )
     if issubclass(kind, errors.ResourceExhausted):
         retry = metadata.get(_RETRY_KEY)
         return kind(message, retry_after_s=float(retry) / 1000 if retry else None)
@@ -390,7 +393,7 @@ def _listen_for_tokens(server: grpc.aio.Server, address: str, security: ProcessS
     credentials = security.server_credentials(mutual=False)
     if credentials is None:
         raise errors.ConfigError(
-            "--token-address is for TLS (--credentials): without it, tokens are shown at --address"
+            "--token-address needs TLS (--credentials); without TLS, callers show their tokens at --address"
         )
     host, port = parse_address(address)
     return join_address(host, _listen(server, join_address(host, port), credentials))
@@ -458,7 +461,7 @@ async def run_until_signal(
     await asked.wait()
     if watcher:
         watcher.cancel()
-    log.info("%s: stopping; calls that run may take %g s more", role, grace_s)
+    log.info("%s: stopping; running calls may take %g s more", role, grace_s)
     if leave is not None:
         await leave()
     draining = [asyncio.ensure_future(server.drain(grace_s + ENDING_S if end else grace_s))]
@@ -479,7 +482,7 @@ async def _drained(
     hurry: asyncio.Future[Any] = asyncio.ensure_future(hurried.wait())
     await asyncio.wait([drained, hurry], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
     if not drained.done():
-        log.warning("the grace period is over; what still runs ends now")
+        log.warning("the grace period is over; the calls that still run are ended now")
         if end is not None:
             end()
         elif hurry.done():

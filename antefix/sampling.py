@@ -74,13 +74,17 @@ class Sampling:
 
     def _check_lists(self) -> None:
         fits = len(self.stop) <= STOP_SEQUENCES_MAX and all(0 < len(each) <= STOP_TOKENS_MAX for each in self.stop)
-        _require("stop", fits, f"takes {STOP_SEQUENCES_MAX} sequences of 1 to {STOP_TOKENS_MAX} tokens")
+        _require("stop", fits, f"takes at most {STOP_SEQUENCES_MAX} sequences, each of 1 to {STOP_TOKENS_MAX} tokens")
         fits = len(self.stop_token_ids) <= STOP_TOKEN_IDS_MAX and all(0 <= t < 2**32 for t in self.stop_token_ids)
-        _require("stop_token_ids", fits, f"takes {STOP_TOKEN_IDS_MAX} token ids")
+        _require("stop_token_ids", fits, f"takes at most {STOP_TOKEN_IDS_MAX} token ids")
         _require("logit_bias", len(self.logit_bias) <= LOGIT_BIASES_MAX, f"takes {LOGIT_BIASES_MAX} tokens")
         for token, bias in self.logit_bias:
             fits = 0 <= token < 2**32 and -LOGIT_BIAS_MAX <= bias <= LOGIT_BIAS_MAX
-            _require("logit_bias", fits, f"is {bias} for {token}: it takes token ids, each with -100 to 100")
+            _require(
+                "logit_bias",
+                fits,
+                f"is {bias} for {token}: each key must be a token id, and each value from -100 to 100",
+            )
         _require("grammar", len(self.grammar.encode()) <= GRAMMAR_BYTES_MAX, f"takes {GRAMMAR_BYTES_MAX} bytes")
 
     def check_vocabulary(self, vocab_size: int) -> None:

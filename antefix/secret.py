@@ -117,9 +117,9 @@ def read_generations(path: str | Path, what: str = "secret file") -> list[tuple[
     """
     lines = [line.split() for line in read_private(path, what).splitlines() if line.strip()]
     if not lines:
-        raise ConfigError(f"{what} {path} is empty: put its backup there, or remove it if nothing was stored yet")
+        raise ConfigError(f"{what} {path} is empty: restore it from a backup, or remove it if nothing was stored yet")
     if not 1 <= len(lines) <= _NUM_GENERATIONS_MAX or any(len(words) > 2 for words in lines):
-        raise ConfigError(f"{what} {path}: one to {_NUM_GENERATIONS_MAX} lines of [GENERATION] HEX")
+        raise ConfigError(f"{what} {path}: it must have 1 to {_NUM_GENERATIONS_MAX} lines of [GENERATION] HEX")
     try:
         numbered = [(int(words[0]) if len(words) == 2 else 1, bytes.fromhex(words[-1])) for words in lines]
     except ValueError:

@@ -29,58 +29,71 @@ class WorkerSettings:
     """
 
     kv_format: str = setting("fp8", "precision of KV in the pool and on disk", choices=("fp8", "float32"))
-    namespace: str = setting("default", "requests share KV within a namespace only")
+    namespace: str = setting("default", "namespace of the KV; requests share KV only within one namespace")
     strategy: str = setting(
         "auto",
-        "which checkpoints to leave: auto, auto(budget=SIZE, ends=disk|pool), boundary, periodic(TOKENS), full, zero; "
-        "or by namespace: 'agents=periodic(8192); batch=zero; auto'. auto's ends go to the window pool if there is one",
+        "which checkpoints of window state to store: auto, auto(budget=SIZE, ends=disk|pool), boundary,"
+        " periodic(TOKENS), full, zero; or by namespace: 'agents=periodic(8192); batch=zero; auto'. With a window"
+        " pool, auto puts checkpoints at the ends of prompts and outputs into it",
     )
     window_pool: str = setting(
         DISK,
-        "memory for checkpoints that are used within minutes or never: disk (none), memory (the store service's), or a"
-        " redis://, rediss://, unix:// or redis+cluster:// URL (docs/SECURITY.md)",
+        "where to keep checkpoints that are reused within minutes or never: disk (no pool), memory (the store"
+        " service's), or a redis://, rediss://, unix:// or redis+cluster:// URL (docs/SECURITY.md)",
     )
     window_pool_bytes: int = setting(
-        0, "of Redis' memory; what is above goes to disk; 0: 4 GiB, where there is a Redis", unit="bytes"
+        0,
+        "Redis memory that the window pool may take; further checkpoints go to disk; 0: 4 GiB if there is a Redis",
+        unit="bytes",
     )
     redis_password_file: str = redis_password_setting()
     redis_ca_file: str = redis_ca_setting()
     bounded_windows: int = setting(
-        0, "allow approximate replays of so many windows; the namespace's KV then has names of its own; 0: exact only"
+        0,
+        "replay only so many windows to rebuild window state, so that hits are approximate; the namespace's KV"
+        " then has names of its own; 0: hits are exact",
     )
     reproducible: bool = setting(
         False,
-        "hits equal cold runs to the bit on a GPU too; on a CPU they do anyway: attention in one order whatever the"
-        " batch; where no kernels run, resume only at multiples of prefill_chunk",
+        "make hits equal cold runs to the bit on a GPU too, as on a CPU they always do. Attention then computes in"
+        " one order whatever the batch; where no kernels run, prompts resume only at multiples of prefill_chunk",
     )
     device: str = setting("cpu", "torch device of the workers")
     tensor_parallel_size: int = setting(
         1,
-        "processes that run one model together, a card each: heads and experts are divided among them, KV is read once",
+        "processes that run one model together, each on a card of its own; they divide heads and experts, and read"
+        " KV once",
     )
     cpu_offload_bytes: int = setting(
-        0, "of a card's experts, to hold in pinned host memory and fetch layer by layer; of each rank", unit="bytes"
+        0,
+        "bytes of a card's experts to keep in pinned host memory and fetch layer by layer; of each rank",
+        unit="bytes",
     )
     dtype: str = setting("float32", "precision of weights and activations", choices=("float32", "bfloat16"))
     kernels: str = setting(
-        "auto", "cache path; auto: triton where it can run (CUDA and fp8)", choices=("auto", "triton", "torch")
+        "auto",
+        "what computes on the KV cache; auto: triton where it can run (CUDA and fp8)",
+        choices=("auto", "triton", "torch"),
     )
     decode_steps: str = setting(
         "graphs",
-        "where triton runs: graphs (a batch shares its launches, which are recorded once and replayed), together (the"
-        " same, launched each time), alone (sequence by sequence). Over several ranks graphs is alone;"
-        " graphs-over-ranks records there too, which no cards have run yet",
+        "how decode steps run where triton runs: graphs (the sequences of a batch share launches, which are recorded"
+        " once and replayed), together (they share launches, which are not recorded), alone (each sequence has its"
+        " own launches). Over several ranks, graphs means alone, and graphs-over-ranks records launches there too,"
+        " which was not yet run on cards",
         choices=("graphs", "graphs-over-ranks", "together", "alone"),
     )
     short_prefills: str = setting(
-        "alone",
-        "where decode steps share launches: together (up to 512 new tokens of up to 64 sequences, such as the rest"
-        " after a hit and drafted tokens, share them too, which no card has run yet), alone",
-        choices=("alone", "together"),
+        "together",
+        "how short prefills run where decode steps share launches: together (up to 512 new tokens of up to 64 sequences"
+        " share launches too, such as drafted tokens or the rest of a prompt after a hit), or alone (each sequence has"
+        " its own launches)",
+        choices=("together", "alone"),
     )
     speculate: str = setting(
         "off",
-        "mtp: draft a token ahead with the checkpoint's own layer, and keep it where it is what would be chosen anyway",
+        "mtp: draft one token ahead with the checkpoint's own draft layer, and keep the token if the model would"
+        " choose it anyway",
         choices=("off", "mtp"),
     )
 
@@ -93,7 +106,7 @@ class WorkerSettings:
         require(self.cpu_offload_bytes >= 0, f"cpu_offload_bytes must not be negative, is {self.cpu_offload_bytes}")
         require(
             not self.cpu_offload_bytes or not self.device.startswith("cpu"),
-            "cpu_offload_bytes moves experts from a card to the host: it needs --device cuda",
+            "cpu_offload_bytes moves experts from a card to the host, so it needs --device cuda",
         )
         check_address(self.window_pool)
         check_exactness(bounded_windows=self.bounded_windows, reproducible=self.reproducible)

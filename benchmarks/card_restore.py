@@ -5,7 +5,9 @@
 The model has V4-Flash's width, as many layers as fit on the card, bfloat16 and random weights. The weights' values
 affect the times only through how evenly experts are picked. Everything else runs as in workers: store service,
 restore, chunks, writes. Before each restore the benchmark drops the store's files from the page cache and makes a new
-worker with an empty pool. Kernels are compiled before the first timing. Times are medians of `--repeats`.
+worker with an empty pool, which has served a rest of this length before, so its graph is recorded. Kernels are compiled
+before the first timing. Times of restores are medians of `--repeats`, those of cold prompts of `--cold-repeats`.
+`--parts` leaves parts out: 64K and 256K tokens take about 100 s with `--parts restored --cold-repeats 1`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import numpy as np
 import torch
 
 from antefix.layout import KVFormat
-from antefix.model import Model, ModelConfig, forward
+from antefix.model import Model, ModelConfig, Sequence, WindowState, forward
 from antefix.model.norms_rope import inverse_frequencies
 from antefix.model_dir import ModelIdentity
 from antefix.record import LookupResult, PutResult, Record, RecordKind
@@ -55,6 +57,7 @@ FLASH: dict[str, Any] = {
     "num_hash_layers": 0,
 }
 QUESTION_TOKENS = 100
+PARTS = ("restored", "replay", "compute", "decode")
 DECODE_STEPS = 16
 
 
@@ -71,12 +74,12 @@ class TimedStore:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
         return result
 
-    async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
+    async def lookup(self, chain: Seq[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         found: LookupResult = await self._timed("lookup", self.store.lookup(chain, fingerprint=fingerprint))
         return found
 
     async def get_blocks(
-        self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
+        self, hashes: Seq[bytes], into: Seq[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> int:
         read: int = await self._timed(
             "read", self.store.get_blocks(hashes, into, fingerprint=fingerprint, tenant=tenant)
@@ -89,7 +92,7 @@ class TimedStore:
         )
         return data
 
-    async def put(self, records: Sequence[Record]) -> PutResult:
+    async def put(self, records: Seq[Record]) -> PutResult:
         return await self.store.put(records)
 
     async def register(self, fingerprint: bytes, layout: Any, *, statement: bytes = b"") -> None:
@@ -195,6 +198,7 @@ class Bench:
         question = np.concatenate((document, self.tokens(QUESTION_TOKENS)))
         engine = self.worker(store, len(question), kind)
         copied = _timed_copy(engine)
+        await engine.compute.run(_record_rest, engine, len(document))
         computed, _ = await self.prompt(engine, question)
         report = computed.report
         assert report.plan == kind.value and report.hit_tokens == len(document), (report.plan, report.hit_tokens)
@@ -218,16 +222,27 @@ class Bench:
         }
 
 
+def _record_rest(engine: Engine, num_tokens: int) -> None:
+    """Compute a question behind so many tokens, as a worker has that served such a hit before."""
+    size = engine.block_size
+    table = engine.pool.allocate(-(-(num_tokens + QUESTION_TOKENS) // size))
+    sequence = Sequence(table, WindowState.zeros(engine.layout, num_tokens, engine.device))
+    forward(engine.model, engine.pool, [(sequence, np.zeros(QUESTION_TOKENS, np.uint32))], ops=engine.ops)
+    engine.pool.release(table)
+
+
 def _timed_copy(engine: Engine) -> list[float]:
+    """Seconds of copying payloads to the card and checking them there."""
     seconds = [0.0]
-    plain = engine.pool.note_filled
+    plain = engine.pool.fill
 
-    def note_filled(block_ids: Any) -> None:
+    def fill(block_ids: Any) -> list[int]:
         started = time.perf_counter()
-        plain(block_ids)
+        bad = plain(block_ids)
         seconds[0] += time.perf_counter() - started
+        return bad
 
-    engine.pool.note_filled = note_filled  # type: ignore[method-assign]
+    engine.pool.fill = fill  # type: ignore[method-assign]
     return seconds
 
 
@@ -236,30 +251,36 @@ async def measure(subject: Subject, store: Store, directory: Path, args: argpars
     rows = []
     for length in args.lengths:
         row: dict[str, Any] = {"tokens": length}
-        warm = bench.tokens(length + QUESTION_TOKENS)
-        for name, reproducible in (("fast", False), ("reproducible", True)):
-            await bench.compute_only(warm, reproducible=reproducible)
-            spans = [await bench.compute_only(warm, reproducible=reproducible) for _ in range(args.repeats)]
-            row[f"compute_only_{name}_s"] = statistics.median(spans)
+        if "compute" in args.parts:
+            await _compute_alone(bench, length, row, args.repeats)
         runs: dict[str, list[dict[str, Any]]] = {"cold": [], "checkpoint": [], "replay": []}
-        for repeat in range(args.repeats + 1):
+        # The first round compiles the remaining kernels.
+        for _ in range(args.cold_repeats + 1):
             document = bench.tokens(length)
-            measured = {
-                "cold": await bench.cold(document),
-                "checkpoint": await bench.restored(document, PlanKind.CHECKPOINT),
-                "replay": await bench.restored(document, PlanKind.REPLAY),
-            }
-            if repeat:  # the first round compiles the remaining kernels
-                for name, values in measured.items():
-                    runs[name].append(values)
-        row |= {name: {key: statistics.median(run[key] for run in of) for key in of[0]} for name, of in runs.items()}
-        for name, reproducible in (("fast", False), ("reproducible", True)):
+            runs["cold"].append(await bench.cold(document))
+        for _ in range(args.repeats + 1):
+            runs["checkpoint"].append(await bench.restored(document, PlanKind.CHECKPOINT))
+            if "replay" in args.parts:
+                runs["replay"].append(await bench.restored(document, PlanKind.REPLAY))
+        for name, of in runs.items():
+            if of:
+                row[name] = {key: statistics.median(run[key] for run in of[1:]) for key in of[0]}
+        if "decode" in args.parts:
             question = np.concatenate((document, bench.tokens(QUESTION_TOKENS)))
-            row[f"decode_{name}_ms"] = await bench.decode_ms(question, reproducible=reproducible)
+            row["decode_fast_ms"] = await bench.decode_ms(question, reproducible=False)
+            row["decode_reproducible_ms"] = await bench.decode_ms(question, reproducible=True)
         rows.append(row)
         print(json.dumps(row), flush=True)
     bench.compute.close()
     return rows
+
+
+async def _compute_alone(bench: Bench, length: int, row: dict[str, Any], repeats: int) -> None:
+    warm = bench.tokens(length + QUESTION_TOKENS)
+    for name, reproducible in (("fast", False), ("reproducible", True)):
+        await bench.compute_only(warm, reproducible=reproducible)
+        spans = [await bench.compute_only(warm, reproducible=reproducible) for _ in range(repeats)]
+        row[f"compute_only_{name}_s"] = statistics.median(spans)
 
 
 def table(result: dict[str, Any]) -> str:
@@ -287,6 +308,8 @@ def table(result: dict[str, Any]) -> str:
     lines += ["", names + " cold, no store, ms | the same, reproducible | a decode step, ms | reproducible |"]
     lines.append("| ---: " * 8 + "|")
     for row in result["rows"]:
+        if not {"replay", "compute_only_fast_s", "decode_fast_ms"} <= row.keys():
+            continue
         replay = row["replay"]
         cells = [f"{row['tokens']:,}", f"{1e3 * replay['until_logits_s']:.1f}", f"{1e3 * replay['replay_s']:.1f}"]
         cells += [f"{replay['replayed_tokens']:,}", f"{1e3 * row['compute_only_fast_s']:.1f}"]
@@ -332,7 +355,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 262144])
     parser.add_argument("--layers", default="WCHC", help="W window-only, C CSA, H HCA (default: WCHC)")
     parser.add_argument("--chunk", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="of restores, and of computing alone")
+    parser.add_argument("--cold-repeats", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="use a few dims, to see whether the benchmark runs")

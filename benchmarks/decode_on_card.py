@@ -31,13 +31,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from antefix.layout import KVFormat, LayerKind
+from antefix.layout import KVFormat
 from antefix.model import Model, ModelConfig, Sequence, WindowState, forward, moe, triton_ops
 from antefix.model.card_pool import CardPool
 from antefix.model.load_plan import dtype_of
 from antefix.model.norms_rope import inverse_frequencies
 from antefix.model.triton_ops import TritonOps
 from antefix_kernels import expert_routing, linear
+from benchmarks.attention_floor import attention_work
 from benchmarks.run_record import about
 
 KINDS = {"W": "sliding_attention", "C": "compressed_sparse_attention", "H": "heavily_compressed_attention"}
@@ -281,7 +282,7 @@ def picked_experts(model: Model, step: Callable[[], object]) -> list[int]:
 def floor_bytes(model: Model, picked: list[int], num_sequences: int, num_tokens: int) -> float:
     """Bytes that a step must read: weights (except the embedding's rows), index keys, picked entries,
     HCA entries, and windows."""
-    total = 0
+    total = 0.0
     for name, weight in model.named_parameters():
         if ".experts." not in name and "embed_tokens" not in name:
             total += weight.numel() * weight.element_size()
@@ -289,16 +290,7 @@ def floor_bytes(model: Model, picked: list[int], num_sequences: int, num_tokens:
     for experts, count in zip(layers, picked, strict=True):
         for weight in (experts.gate_up_proj, experts.down_proj):
             total += weight[0].numel() * weight.element_size() * count
-    geometry = model.config.geometry
-    for kind in geometry.layers:
-        nbytes = geometry.window * 584
-        if kind is LayerKind.CSA:
-            entries = num_tokens // geometry.csa_ratio
-            nbytes += entries * 68 + min(entries, model.config.index_topk) * 584
-        elif kind is LayerKind.HCA:
-            nbytes += num_tokens // geometry.hca_ratio * 584
-        total += nbytes * num_sequences
-    return float(total)
+    return total + attention_work(model.config, context=num_tokens, num_sequences=num_sequences).nbytes
 
 
 def one_step(model: Model, pool: CardPool, ops: TritonOps, sequences: list[Sequence], random: Any) -> list[int]:

@@ -28,7 +28,8 @@ from antefix.block import chain_of
 from antefix.record import Record, RecordKind
 from antefix.store.many_stores import ManyStores
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from antefix_kvstore.embedded_store import EmbeddedStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from benchmarks.run_record import write

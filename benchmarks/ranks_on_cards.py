@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ from antefix_console.deployment import Deployment, DeploymentConfig
 from antefix_console.verify.models import Subject
 from antefix_prefill.worker.rank_processes import RankProcesses
 from benchmarks import run_record
+from benchmarks.attention_floor import attention_work
 from benchmarks.card_restore import Bench
 from benchmarks.drawn_flash import draw_share, draw_with_exchanges, timed_exchanges
 from benchmarks.ttft import direct_read_rate
@@ -94,6 +96,7 @@ class Share:
     """The bytes that one card must read and the operations that it must compute for its share of the weights."""
 
     def __init__(self, model: Model, size: int, top: dict[str, float]) -> None:
+        self._config, self._size = model.config, size
         config = model.config
         sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
         self._top = top
@@ -112,11 +115,20 @@ class Share:
         # Of a token's picks a card has its part; a byte of FP4 codes is two numbers, and 16 of 17 bytes are codes.
         self._active = dense + self._num_picked * self._own_experts / self._num_experts * self._expert * 32 / 17
 
-    def floor_s(self, num_tokens: int) -> float:
-        """Of one forward pass over so many tokens."""
-        picked = self._own_experts * (1 - (1 - self._num_picked / self._num_experts) ** num_tokens)
-        read = (self._dense + picked * self._expert) / self._top["copy_bytes_per_s"]
-        return max(read, 2 * self._active * num_tokens / self._top["bf16_flops_per_s"])
+    def floor_s(self, num_tokens: int, *, context: int, num_sequences: int = 1) -> float:
+        """Of one forward pass over so many new tokens in each of so many sequences, attention and index scores
+        included. A card attends with its share of the heads, and scores all index keys."""
+        count = num_tokens * num_sequences
+        picked = self._own_experts * (1 - (1 - self._num_picked / self._num_experts) ** count)
+        config = replace(self._config, num_heads=self._config.num_heads // self._size)
+        attention = attention_work(config, context=context, num_tokens=num_tokens, num_sequences=num_sequences)
+        nbytes = self._dense + picked * self._expert + attention.nbytes
+        operations = 2 * self._active * count + attention.operations
+        return max(nbytes / self._top["copy_bytes_per_s"], operations / self._top["bf16_flops_per_s"])
+
+    def cold_floor_s(self, num_tokens: int, chunk: int) -> float:
+        """Of a whole prompt in chunks."""
+        return sum(self.floor_s(min(chunk, num_tokens - at), context=at) for at in range(0, num_tokens, chunk))
 
 
 def verify(args: argparse.Namespace, found: Found) -> None:
@@ -207,7 +219,7 @@ def measure_model(args: argparse.Namespace, found: Found) -> None:
 
         runs = [timed(model, run) for _ in range(args.repeats + 2)][2:]
         step = statistics.median(seconds for seconds, _ in runs)
-        floor = share.floor_s(batch)
+        floor = share.floor_s(1, context=args.context, num_sequences=batch)
         row = {"sequences": batch, "context": args.context, "step_s": step, "tokens_per_s": batch / step}
         row["steps_s"] = [round(seconds, 4) for seconds, _ in runs]
         row |= {"floor_s": floor, "over": step / floor, "exchange_share": statistics.median(part for _, part in runs)}
@@ -222,7 +234,7 @@ def measure_model(args: argparse.Namespace, found: Found) -> None:
             one = sequence(context - chunk, blocks) if context == longest else sequence(context, blocks)
             runs.append(timed(model, lambda one=one: forward(model, pool, [(one, draw(chunk))], ops=ops)))
         step = statistics.median(seconds for seconds, _ in runs[1:])
-        floor = share.floor_s(chunk)
+        floor = share.floor_s(chunk, context=context - chunk if context == longest else context)
         row = {"context": context, "chunk": chunk, "chunk_s": step, "tokens_per_s": chunk / step, "floor_s": floor}
         row |= {"over": step / floor, "exchange_share": statistics.median(part for _, part in runs[1:])}
         found.add("prefill", row, to_list=True)
@@ -256,12 +268,12 @@ async def measure_restore(args: argparse.Namespace, found: Found) -> None:
                 document = bench.tokens(length)
                 cold = await bench.cold(document)
                 row: dict[str, Any] = {"tokens": length, "cold": cold}
-                row["cold_floor_s"] = share.floor_s(args.chunk) * length / args.chunk
+                row["cold_floor_s"] = share.cold_floor_s(length, args.chunk)
                 row["prefill_tokens_per_s"] = length / cold["until_logits_s"]
                 found.add(f"cold {length}", row)
                 disk_hit = await bench.restored(document, PlanKind.CHECKPOINT)
                 row["from_disk"] = disk_hit
-                row["from_disk_floor_s"] = disk_hit["bytes_read"] / disk + share.floor_s(100)
+                row["from_disk_floor_s"] = disk_hit["bytes_read"] / disk + share.floor_s(100, context=length)
                 row["times"] = cold["until_logits_s"] / disk_hit["until_logits_s"]
                 found.add("restore", row, to_list=True)
             bench.compute.close()

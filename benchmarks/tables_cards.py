@@ -38,23 +38,101 @@ def _ms(value: float) -> str:
 
 @table("decode_on_card.json", *STEPS)
 def decode_steps(record: Any) -> Iterable[Row]:
-    found = {(step["sequences"], step["way"], step["reproducible"]): step for step in record["steps"]}
+    found = {(step["sequences"], step["reproducible"]): step for step in record["steps"]}
     yield (
-        *("sequences, tokens behind", "launched together, ms", "as a graph, ms", "floor, ms"),
-        *("graph over floor (1.5 wanted, lower is better)", "the same, `--reproducible`"),
-        *("launches per step, together", "as a graph", "the card is busy, together, ms", "as a graph, ms"),
+        *("sequences, tokens behind", "a step, ms", "floor, ms", "times the floor (1.5 wanted, lower is better)"),
+        *("the same, `--reproducible`", "launches per step", "the card is busy, ms"),
     )
-    for number in sorted({sequences for sequences, _, _ in found}):
-        batched, graph = found[number, "batched", False], found[number, "graphs", False]
+    for number in sorted({sequences for sequences, _ in found}):
+        step = found[number, False]
         yield (
-            f"{number}, {graph['tokens']:,} each",
-            *(_ms(step["ms"]) for step in (batched, graph)),
-            f"{graph['floor_ms']:.2f}",
-            f"{graph['times_floor']:.2f}",
-            f"{found[number, 'graphs', True]['times_floor']:.2f}",
-            *(f"{step['launches']}" for step in (batched, graph)),
-            *(f"{step['card_ms']:.1f}" for step in (batched, graph)),
+            f"{number}, {step['tokens']:,} each",
+            _ms(step["ms"]),
+            f"{step['floor_ms']:.2f}",
+            f"{step['times_floor']:.2f}",
+            f"{found[number, True]['times_floor']:.2f}",
+            f"{step['launches']}",
+            f"{step['card_ms']:.1f}",
         )
+
+
+@table("decode_on_card_launched.json", *STEPS)
+def launches_of_steps(record: Any) -> Iterable[Row]:
+    yield "sequences, tokens behind", "launches per step, one by one", "as a graph", "one by one, ms", "as a graph, ms"
+    found = {(step["sequences"], step["way"]): step for step in record["steps"] if not step["reproducible"]}
+    for number in sorted({sequences for sequences, _ in found}):
+        steps = [found[number, way] for way in ("batched", "graphs")]
+        launches = (f"{step['launches']}" for step in steps)
+        yield f"{number}, {steps[0]['tokens']:,} each", *launches, *(_ms(step["ms"]) for step in steps)
+
+
+@table("rests_on_card.json", *STEPS)
+def short_prefills(record: Any) -> Iterable[Row]:
+    yield (
+        *("new tokens, tokens behind", "alone, ms", "together, ms", "as a graph, ms", "floor, ms"),
+        *("graph over floor (2 wanted, lower is better)", "launches: alone", "together", "as a graph"),
+    )
+    cases: dict[tuple[int, tuple[int, ...]], dict[str, Any]] = {}
+    for row in record["times"]:
+        cases.setdefault((row["tokens"], tuple(row["new_tokens"])), {})[row["way"]] = row
+    for (context, counts), ways in cases.items():
+        listed = [ways[way] for way in ("alone", "together", "graphs")]
+        sizes = " + ".join(f"{counts.count(size)} x {size}" for size in dict.fromkeys(counts))
+        yield (
+            f"{sizes}, {context:,} each",
+            *(_ms(row["ms"]) for row in listed),
+            f"{listed[2]['floor_ms']:.2f}",
+            f"{listed[2]['times_floor']:.2f}",
+            *(f"{row['launches']:,}" for row in listed),
+        )
+
+
+@table("rests_on_card.json", *STEPS)
+def checked_short_prefills(record: Any) -> Iterable[Row]:
+    yield "against each sequence alone", "logits equal", "window states equal", "bytes of the pool that are equal"
+    for row in record["check"]:
+        mode = "`--reproducible`" if row["reproducible"] else "default"
+        said = ("yes" if row[key] else "no" for key in ("logits_equal", "states_equal"))
+        yield f"{row['check']}, {mode}", *said, f"{row['rows_equal']:.2%}"
+
+
+@table("packed_candidates.json", "kernels/antefix_kernels/packed_fp4_shared.py")
+def candidate_products(record: Any) -> Iterable[Row]:
+    tiles = ("128x16x4x3", "64x64x4x3", "128x64x4x3")
+    yield "product", "tokens", "floor, ms", "kernel in use, ms", *(f"candidate, tile {tile[:-4]}, ms" for tile in tiles)
+    for row in record["candidates"]:
+        if "tiles" in row:
+            times = (f"{row['tiles'][tile]:.3g}" for tile in tiles)
+            name = row["name"].removeprefix("shared ").replace("fp4", "FP4")
+            yield name, f"{row['tokens']:,}", f"{row['floor_ms']:.3g}", f"{row['in_use_ms']:.3g}", *times
+
+
+@table("prefill_on_card.json", *KERNELS, "antefix/model")
+def prefill_behind(record: Any) -> Iterable[Row]:
+    yield (
+        *("tokens behind a chunk of 8,192", "seconds", "tokens/s (higher is better)"),
+        *("floor without attention, s", "floor, s", "times the floor (2 wanted, lower is better)"),
+    )
+    for row in record["prefill"]:
+        ratio = row["chunk_s"] / row["whole_floor_s"]
+        floors = (f"{row[key]:.3f}" for key in ("floor_s", "whole_floor_s"))
+        yield f"{row['behind']:,}", f"{row['chunk_s']:.2f}", f"{row['tokens_per_s']:,.0f}", *floors, f"{ratio:.1f}"
+
+
+@table("sanitizer.json", *KERNELS)
+def sanitizer(record: Any) -> Iterable[Row]:
+    yield "tool", "parts that ended", "errors (0 wanted)"
+    for row in record["tools"]:
+        told = row["errors"] if row["ended"] else f"did not end in {row['limit_s']} s, so nothing is shown"
+        yield row["tool"], ", ".join(row["parts_ended"]), f"{told}"
+
+
+@table("verify_released_card.json", *KERNELS, "antefix/model", "console/antefix_console/verify")
+def verified_released_on_a_card(record: Any) -> Iterable[Row]:
+    yield "strategy", "plan", "cases", "equal to the bit", "within bounds", "failed (0 wanted)"
+    for row in record["rows"]:
+        counts = (f"{row[key]}" for key in ("cases", "bit_identical", "within_bounds", "failed"))
+        yield row["strategy"], row["plan"], *counts
 
 
 @table("decode_products.json", "kernels/antefix_kernels/linear.py")
@@ -117,7 +195,12 @@ def whole_steps(record: Any) -> Iterable[Row]:
 
 def _over_floor(row: Any, key: str) -> Row:
     ratio = row[key] / row["floor_s"]
-    return f"{row[key]:.2f}", f"{row['floor_s']:.3f}", f"{ratio:,.0f}", f"{row['tokens_per_s']:,.1f}"
+    return f"{row[key]:.3g}", f"{row['floor_s']:.4f}", f"{ratio:,.3g}", f"{row['tokens_per_s']:,.1f}"
+
+
+@table("weights_on_card_before.json", "antefix/model", "kernels/antefix_kernels")
+def whole_steps_before(record: Any) -> Iterable[Row]:
+    yield from whole_steps(record)
 
 
 @table("card_restore.json", *KERNELS, "antefix/model", "prefill/antefix_prefill/worker")
@@ -138,6 +221,11 @@ def restored_on_a_card(record: Any) -> Iterable[Row]:
             f"{hit['bytes_read'] / 1e6:.2g}",
             *parts,
         )
+
+
+@table("card_restore_h200.json", *KERNELS, "antefix/model", "prefill/antefix_prefill/worker")
+def restored_on_an_h200(record: Any) -> Iterable[Row]:
+    yield from restored_on_a_card(record)
 
 
 @table("card_transformers.json", *KERNELS, "antefix/model")

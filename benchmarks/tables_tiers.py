@@ -40,10 +40,17 @@ def object_index(record: Any) -> Iterable[Row]:
 
 @table("ttft_tiers.json", *HIT)
 def first_token_by_tier(record: Any) -> Iterable[Row]:
-    yield "tokens, and 40 new ones", "cold, s", "memory, s", "own disk, s", "another store, s", "object tier, s"
+    tiers = {
+        "memory": "memory, s",
+        "page_cache": "page cache, s",
+        "disk": "own disk, s",
+        "peer": "another store, s",
+        "object": "object tier, s",
+    }
+    yield "tokens, and 40 new ones", "cold, s", *tiers.values()
     for row in record["tiers"]:
-        tiers = (row[tier] for tier in ("memory", "disk", "peer", "object"))
-        yield f"{row['tokens']:,}", f"{row['cold_s']:.2f}", *(f"{each['ttft_s']:.3f}" for each in tiers)
+        seconds = (f"{row[tier]['ttft_s']:.3f}" if tier in row else "" for tier in tiers)
+        yield f"{row['tokens']:,}", f"{row['cold_s']:.2f}", *seconds
 
 
 @table("waiting_prompts.json", *HIT)

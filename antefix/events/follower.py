@@ -101,7 +101,7 @@ class Follower(ABC, Generic[E]):
             return self._lose()
         if not self.learn(batch.events):
             self._is_full = True
-            log.warning("a source of events has more blocks than may be followed")
+            log.warning("a source of events has more blocks than may be followed; its events are not used")
             return self._lose()
         if batch.snapshot_ends:
             self.counters.num_snapshots += 1
@@ -216,7 +216,7 @@ class Follower(ABC, Generic[E]):
                         return True
                     limit.reschedule(clock() + _PIECE_TIMEOUT_S)
         except (AntefixError, TimeoutError) as err:
-            log.debug("a source of events gives no snapshot: %s", err)
+            log.debug("a source of events did not send a snapshot: %s", err)
         self.lose()
         return False
 

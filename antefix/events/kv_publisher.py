@@ -55,7 +55,9 @@ class KvPublisherConfig:
             if endpoint:
                 check_endpoint(name, endpoint, is_encrypted=bool(self.key_file))
         if self.key_file and not self.clients:
-            raise ConfigError("kv_events_key_file needs kv_events_clients: the public keys of who may read")
+            raise ConfigError(
+                "kv_events_key_file needs kv_events_clients: the public keys of the clients that may read the events"
+            )
         for client in self.clients:
             check_public_key(client)
 
@@ -107,7 +109,7 @@ class KvPublisher:
             # An unbounded queue: it never holds more than the messages kept for replay.
             self._replay = self._listen(zmq.ROUTER, config.replay, "kv_events_replay", 0)
             self._tasks.append(asyncio.create_task(self._answer()))
-        log.info("tells KV events, with token ids, on %s", self.endpoint)
+        log.info("KV events, with token ids, are published on %s", self.endpoint)
 
     async def close(self) -> None:
         self._send()

@@ -30,7 +30,7 @@ class CurveKey:
         try:
             self.public = zmq.curve_public(secret)
         except (zmq.ZMQError, ValueError) as err:
-            raise ConfigError(f"not a CURVE secret key: it takes {_KEY_CHARACTERS} characters of Z85") from err
+            raise ConfigError(f"not a CURVE secret key: a key has {_KEY_CHARACTERS} characters of Z85") from err
         self.secret = secret
 
     @classmethod
@@ -52,7 +52,7 @@ def check_public_key(text: str) -> bytes:
             return text.encode()
     except (ValueError, KeyError):
         pass  # not Z85; the error is raised below
-    raise ConfigError(f"{text!r} is not a CURVE public key: it takes {_KEY_CHARACTERS} characters of Z85")
+    raise ConfigError(f"{text!r} is not a CURVE public key: a key has {_KEY_CHARACTERS} characters of Z85")
 
 
 def is_local(endpoint: str) -> bool:

@@ -112,7 +112,7 @@ class KvSubscriber:
                 log.warning("KV events of %s: %s", self.endpoint, err)
             except Exception:
                 # A bug here must not silently stop following this engine, so it is logged and the index restarts empty.
-                log.exception("KV events of %s could not be taken in", self.endpoint)
+                log.exception("KV events of %s could not be processed", self.endpoint)
                 self._forget()
             self._lose()
             await asyncio.sleep(_RETRY_S)
@@ -267,7 +267,7 @@ class KvSubscriber:
 
     def _begin_life(self) -> None:
         self.counters.num_lives += 1
-        log.info("the engine at %s restarted, or events of it were lost", self.endpoint)
+        log.info("the engine at %s restarted, or some of its events were lost", self.endpoint)
         self._forget()
 
     def _forget(self) -> None:

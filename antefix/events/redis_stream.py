@@ -117,7 +117,7 @@ class StreamPublisher:
                     answers = True
                 except _FAILURES as err:
                     if answers:
-                        log.warning("Redis does not take events: %s: %s", type(err).__name__, err)
+                        log.warning("Redis does not accept events: %s: %s", type(err).__name__, err)
                     answers = False
                     await asyncio.sleep(_RETRY_S)
                     continue
@@ -196,7 +196,7 @@ class StreamReader:
                 await self._read(stream)
             except _FAILURES as err:
                 if in_step and stream == self._streams[0]:
-                    log.warning("Redis gives no events: %s: %s", type(err).__name__, err)
+                    log.warning("events cannot be read from Redis: %s: %s", type(err).__name__, err)
                 in_step = False
                 self._lost(stream)
                 await asyncio.sleep(_RETRY_S)

@@ -19,8 +19,8 @@ KERNELS = ("auto", "triton", "torch")
 # How the kernels run decode steps of one token per sequence: as recorded CUDA graphs (on one card only, or also over
 # several), in launches that all sequences share, or sequence by sequence.
 DECODE_STEPS = ("graphs", "graphs-over-ranks", "together", "alone")
-# How short calls of several tokens per sequence run: one by one, or in the steps' launches where steps share launches.
-SHORT_PREFILLS = ("alone", "together")
+# How short calls of several tokens per sequence run where steps share launches: in these launches, or one by one.
+SHORT_PREFILLS = ("together", "alone")
 
 
 def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -> bool:
@@ -38,7 +38,7 @@ def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -
     if layout.kv_format is not KVFormat.FP8:
         missing.append("the fp8 record format")
     elif not _fits(layout):
-        missing.append("records at addresses that its loads can take")
+        missing.append("records at addresses that Triton's loads can read")
     if kernels == "triton" and missing:
         raise ConfigError(f"kernels=triton needs {', '.join(missing)}")
     return kernels != "torch" and not missing

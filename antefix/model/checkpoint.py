@@ -102,7 +102,10 @@ def read_header(file: Path) -> list[StoredTensor]:
             raise ModelError(f"cannot read {file}: tensor {tensor.name} does not start where the one before ends")
         end += tensor.nbytes
     if end != size:
-        raise ModelError(f"cannot read {file}: it has {size} bytes, its header speaks of {end}: cut short, or damaged")
+        raise ModelError(
+            f"cannot read {file}: it has {size} bytes, but its header describes {end}; the file is cut short, or"
+            " damaged"
+        )
     return tensors
 
 
@@ -115,7 +118,7 @@ def _tensor(file: Path, name: str, entry: dict[str, Any], start: int) -> StoredT
         raise ModelError(f"tensor {name} has type {dtype}, which no V4 checkpoint has")
     nbytes = -(-math.prod(shape) * _BITS[dtype] // 8)
     if stop - first != nbytes or first < 0:
-        raise ModelError(f"cannot read {file}: tensor {name} has {stop - first} bytes, its shape asks for {nbytes}")
+        raise ModelError(f"cannot read {file}: tensor {name} has {stop - first} bytes, but its shape needs {nbytes}")
     return StoredTensor(name=name, dtype=dtype, shape=shape, file=file, offset=start + first, nbytes=nbytes)
 
 

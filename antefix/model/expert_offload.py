@@ -40,10 +40,11 @@ def offloaded_layers(model: Model, num_bytes: int, dtype: torch.dtype) -> tuple[
     count = -(-num_bytes // per_layer)
     if count <= _NUM_PLACES:
         raise ConfigError(
-            f"cpu_offload_bytes must be more than {_NUM_PLACES * per_layer:,}, which the card keeps to fetch into"
+            f"cpu_offload_bytes must be more than {_NUM_PLACES * per_layer:,}: the card needs as many bytes to hold"
+            " the experts that it fetches"
         )
     if count > num_layers:
-        raise ConfigError(f"cpu_offload_bytes is {num_bytes:,}; all experts take {num_layers * per_layer:,}")
+        raise ConfigError(f"cpu_offload_bytes is {num_bytes:,}, but all experts take only {num_layers * per_layer:,}")
     return tuple(number * num_layers // count for number in range(count))
 
 

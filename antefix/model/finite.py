@@ -9,6 +9,7 @@ Input is rows of global KV [N, block_bytes] uint8. This module does not know whe
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Final
 
 import numpy as np
@@ -30,6 +31,9 @@ _BF16_MAX: Final = (127 + MAGNITUDE_LOG2_MAX) << 7
 _F32_MAX: Final = (127 + MAGNITUDE_LOG2_MAX) << 23
 _F64_MAX: Final = (1023 + MAGNITUDE_LOG2_MAX) << 52
 
+# Rows that are checked at once on a card. The check takes up to eight times their bytes of the card's memory.
+_ROWS_AT_ONCE: Final = 32
+
 Bytes = npt.NDArray[np.uint8]
 Flags = npt.NDArray[np.bool_]
 
@@ -41,6 +45,23 @@ def unusable_rows(rows: Bytes, layout: BlockLayout) -> Flags:
         records = rows[:, part.offset : part.offset + part.nbytes].reshape(len(rows), part.num_rows, -1)
         bad |= _unusable_records(records, part, layout)
     return bad
+
+
+def unusable_on_card(rows: Tensor, ids: Tensor, layout: BlockLayout) -> Tensor | None:
+    """The same for the rows `ids` [N] of a pool's rows on a card: [N] bool. The host does not wait for the result.
+
+    None: the layout has BF16 numbers at odd addresses, so rows have to be checked on the host.
+    """
+    bounds = _pairs(layout, rows.device)
+    if bounds is None:
+        return None
+    masks, limits = bounds
+    found = []
+    for some in ids.split(_ROWS_AT_ONCE):
+        pairs = rows[some].view(torch.int16).to(torch.int32)
+        over = ((pairs & masks[0]) > limits[0]).logical_or_((pairs & masks[1]) > limits[1])
+        found.append(over.any(1))
+    return torch.cat(found)
 
 
 def is_usable(values: Tensor) -> bool:
@@ -65,6 +86,28 @@ def _unusable_records(records: Bytes, part: Part, layout: BlockLayout) -> Flags:
         if numbers.shape[-1]:
             bad |= (numbers & items.type(mask)).reshape(len(records), -1).max(axis=1) > largest
     return bad
+
+
+@functools.lru_cache(maxsize=8)
+def _pairs(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Masks and limits [2, block_bytes / 2] of two checks per pair of bytes, read as one little-endian number: the
+    masked bits must not exceed the limit. BF16 numbers are checked as a whole, other fields byte by byte."""
+    if layout.block_bytes % 2 or layout.kv_format is not KVFormat.FP8:
+        return None
+    masks, limits = np.zeros((2, layout.block_bytes), np.int32)
+    for part in layout.parts:
+        for field in part.record.fields:
+            items, mask, largest = _bound(field, part, layout)
+            first = part.offset + np.arange(part.num_rows)[:, None] * part.record.nbytes + field.offset
+            at = (first + np.arange(0, field.nbytes, items.itemsize)).ravel()
+            if items.itemsize == 2 and (at % 2).any():
+                return None
+            # The low byte's check is of the whole pair, if the pair is one number.
+            masks[at], limits[at] = mask, largest
+    masks[1::2] <<= 8
+    limits[1::2] <<= 8
+    pairs = (torch.from_numpy(np.ascontiguousarray(each.reshape(-1, 2).T)).to(device) for each in (masks, limits))
+    return next(pairs), next(pairs)
 
 
 def _bound(field: Field, part: Part, layout: BlockLayout) -> tuple[np.dtype[Any], int, int]:

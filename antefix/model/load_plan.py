@@ -121,7 +121,7 @@ def _group(
         group = groups.setdefault(target.name, _Group())
         held, key = group.scales if target.is_scale else group.weights, (target.expert, target.part)
         if key in held:
-            raise ModelError(f"tensors {held[key].name} and {name} are one and the same")
+            raise ModelError(f"tensors {held[key].name} and {name} are two names of one weight")
         held[key] = tensor
     return groups, skipped
 

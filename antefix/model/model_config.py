@@ -141,8 +141,8 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
     index_num_heads = _count(config, "index_n_heads", 64)
     if index_num_heads < _FEW_HEADS:
         notes += (
-            f"index_n_heads {index_num_heads}: with so few heads many index scores are exactly zero; of equal ones the"
-            " oldest are kept here, whichever torch.topk returns in transformers",
+            f"index_n_heads is {index_num_heads}: with so few heads many index scores are exactly zero. Of entries"
+            " with equal scores Antefix keeps the oldest; transformers keeps those that torch.topk returns",
         )
     parsed = ModelConfig(
         geometry=geometry,
@@ -218,7 +218,9 @@ def _count(config: Mapping[str, Any], name: str, default: int, *, least: int = 1
     alias = _ALIASES.get(name, "")
     if alias in config:
         if name in config and config[alias] != value:
-            raise ModelError(f"config fields {name} ({value!r}) and {alias} ({config[alias]!r}) are one and must agree")
+            raise ModelError(
+                f"config fields {name} ({value!r}) and {alias} ({config[alias]!r}) mean the same and must agree"
+            )
         name, value = alias, config[alias]
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= COUNT_MAX:
         kind = "a positive" if least else "a non-negative"
@@ -254,8 +256,8 @@ def _quantization(config: Mapping[str, Any]) -> tuple[Quantization | None, tuple
     notes: tuple[str, ...] = ()
     if given.get("scale_fmt") != "ue8m0":
         notes = (
-            f"quantization_config.scale_fmt is {given.get('scale_fmt')!r}: activations are rounded with power-of-two"
-            " scales all the same, as DeepSeek-V4's own code does by default",
+            f"quantization_config.scale_fmt {given.get('scale_fmt')!r} is ignored: activations are rounded with"
+            " power-of-two scales, as DeepSeek-V4's own code does by default",
         )
     return Quantization(block=(block[0], block[1]), expert_dtype=expert_dtype), notes
 

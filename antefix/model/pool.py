@@ -1,6 +1,6 @@
 """The paged pool of global KV: one row per block, whose bytes are the payload that goes to disk.
 
-A restore reads from disk straight into `landing(block_ids)` and then calls `note_filled`. Bytes for the disk come from
+A restore reads from disk straight into `landing(block_ids)` and then calls `fill`. Bytes for the disk come from
 `payloads(block_ids)`. In this class both are the rows themselves; a pool on a card has pinned host memory instead. The
 pool knows which rows are in use, but not by how many sequences: a worker's `ResidentBlocks` counts references. A pool
 belongs to one thread.
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from antefix.errors import InternalError, Overloaded
 from antefix.layout import BlockLayout, KVFormat, Part, PartKind
-from antefix.model.finite import unusable_rows
+from antefix.model.finite import unusable_on_card, unusable_rows
 from antefix.model.host_rows import HostRows, upload
 from antefix.model.quant import pack, unpack, value_dtype, width_of
 
@@ -90,7 +90,7 @@ class BlockPool:
         self.num_free += len(ids)
 
     def landing(self, block_ids: Iterable[int]) -> list[memoryview]:
-        """Host memory for the blocks' payloads. All of it must be filled before `note_filled` is called."""
+        """Host memory for the blocks' payloads. All of it must be filled before `fill` is called."""
         return self._views(block_ids) if self._host is None else self._host.landing(block_ids)
 
     def payloads(self, block_ids: Iterable[int]) -> list[memoryview]:
@@ -98,25 +98,45 @@ class BlockPool:
         return self._views(block_ids) if self._host is None else self._host.fetch(block_ids)
 
     def unusable(self, block_ids: Iterable[int]) -> list[int]:
-        """Which of the blocks hold values that must not enter a computation (`finite.py`), in the order given.
-
-        For blocks whose payloads have landed, before `note_filled`, or whose payloads `payloads` has returned.
-        """
+        """Which of the blocks' rows hold values that must not enter a computation (`finite.py`), in the order given."""
         ids = list(block_ids)
+        if self._host is not None and ids:
+            found = unusable_on_card(self.rows, upload(np.array(ids, np.int64), self.rows.device), self.layout)
+            if found is not None:
+                return [ids[number] for number in np.flatnonzero(found.cpu().numpy())]
+            self._host.fetch(ids)
         rows = (self.rows if self._host is None else self._host.memory).numpy()
         bad: list[int] = []
         for first in range(0, len(ids), _CHECKED_BLOCKS):
             part = ids[first : first + _CHECKED_BLOCKS]
             neighbours = part == list(range(part[0], part[0] + len(part)))
-            found = unusable_rows(rows[part[0] : part[0] + len(part)] if neighbours else rows[part], self.layout)
-            bad += [part[number] for number in np.flatnonzero(found)]
+            found_here = unusable_rows(rows[part[0] : part[0] + len(part)] if neighbours else rows[part], self.layout)
+            bad += [part[number] for number in np.flatnonzero(found_here)]
         return bad
 
-    def note_filled(self, block_ids: Iterable[int]) -> None:
-        """Call when payloads have landed: copies them to the rows, on every rank, and decodes them again."""
+    def fill(self, block_ids: Iterable[int]) -> list[int]:
+        """Take in landed payloads, up to the first that holds unusable values. Returns all blocks that hold such.
+
+        A card checks its own rows, which takes a fraction of the time that the host needs.
+        """
         block_ids = list(block_ids)
         if self._host is not None:
             self._host.send(block_ids)
+        bad = self.unusable(block_ids)
+        self._spread(block_ids[: block_ids.index(bad[0])] if bad else block_ids)
+        return bad
+
+    def note_filled(self, block_ids: Iterable[int]) -> None:
+        """As `fill`, for payloads that need no check."""
+        block_ids = list(block_ids)
+        if self._host is not None:
+            self._host.send(block_ids)
+        self._spread(block_ids)
+
+    def _spread(self, block_ids: list[int]) -> None:
+        """These rows have new payloads: copy them to every rank, and decode them again."""
+        if not block_ids:
+            return
         if self.lead is not None:
             self.lead.fill(self, block_ids)
         self.decode_rows(block_ids)

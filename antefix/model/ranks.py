@@ -107,7 +107,7 @@ class Ranks:
 
     def _gather(self, x: Tensor) -> list[Tensor]:
         if self.group is None:
-            raise InternalError("these ranks were only loaded for, not connected")
+            raise InternalError("the model was loaded for these ranks, but they are not connected")
         pieces = [torch.empty_like(x) for _ in range(self.size)]
         with self.time.of(x):
             dist.all_gather(pieces, x, group=self.group)

@@ -378,6 +378,10 @@ class LayerPass:
         # 1. Per-token computations, for the whole batch at once.
         rows = self.rows(x, positions, rope)
         # 2. Attention across tokens: for sequences with one token all together, for the others one by one.
+        only = split.longer[0] if self.steps is None and len(split.longer) == 1 else None
+        if only is not None and only.stop - only.start == len(rows.q) and not isinstance(self.ops, TorchOps):
+            # A chunk of one prompt on a card: nothing is put together, so nothing is copied.
+            return attention.output(self.attend_item(only, rows), *rope)
         together: Tensor | None = None
         if self.steps is not None and not isinstance(self.steps, Steps):
             together = self.steps.attend(self.index, attention, x[at], (rope[0][at], rope[1][at]))
@@ -392,15 +396,17 @@ class LayerPass:
         if together is not None:
             attended[split.rows] = together
         for item in split.longer:
-            mine = rows.at(item.rows)
-            line = self.window_line(item, mine.window)
-            if mine.compressed is not None:
-                self.compress_main(item, mine.compressed)
-            if mine.index is not None:
-                self.compress_index(item, mine.index[0])
-            index = None if mine.index is None else mine.index[1:]
-            attended[item.rows] = self.attend(item, mine.q, line, item.positions, index)
+            attended[item.rows] = self.attend_item(item, rows.at(item.rows))
         return attended
+
+    def attend_item(self, item: Item, rows: TokenRows) -> Tensor:
+        """Attention of an item's tokens [T, H, C], by their rows; completes the groups that they end."""
+        line = self.window_line(item, rows.window)
+        if rows.compressed is not None:
+            self.compress_main(item, rows.compressed)
+        if rows.index is not None:
+            self.compress_index(item, rows.index[0])
+        return self.attend(item, rows.q, line, item.positions, None if rows.index is None else rows.index[1:])
 
     def rows(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor]) -> TokenRows:
         """The per-token results for x [N, D], normed."""

@@ -273,13 +273,15 @@ class StepRunner:
             made = _Graph(replay, integers, steps, rows, seats.generation)
         except RuntimeError:
             # There is no memory, or a library call cannot be recorded: from now on kernels are launched one by one.
-            log.exception("a decode step cannot be recorded; steps are launched from here on")
+            log.exception(
+                "a decode step cannot be recorded as a CUDA graph; from here on each step launches its kernels"
+            )
             self.counters.recording_errors += 1
         if model.ranks is not None and not is_warm and not model.ranks.agree(made is not None):
             return None
         if made is not None:
             self.counters.graphs_recorded += 1
-            log.info("recorded a step of shape %s", shape)
+            log.info("recorded a decode step of shape %s as a CUDA graph", shape)
         return made
 
     def _captured(self, model: Model, step: Callable[[], Made], *, is_warm: bool) -> tuple[Callable[[], object], Made]:

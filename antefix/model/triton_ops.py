@@ -228,7 +228,9 @@ def _count(num: int, device: torch.device) -> Tensor:
 
 
 def _output(q_THC: Tensor) -> Tensor:
-    return torch.empty(q_THC.shape, dtype=torch.float32, device=q_THC.device)
+    """Kernels round float32 to BF16 as torch does. Rounding later would write and read each number once more."""
+    dtype = q_THC.dtype if q_THC.dtype is torch.bfloat16 else torch.float32
+    return torch.empty(q_THC.shape, dtype=dtype, device=q_THC.device)
 
 
 def _table(entries: Entries) -> Tensor:

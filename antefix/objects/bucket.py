@@ -69,7 +69,7 @@ def scheme_of(url: str) -> str:
         raise ConfigError(f"an object store is s3://BUCKET/PREFIX, gs://, az:// or file:///PATH, not {url!r}")
     if parts.query or parts.fragment or parts.username:
         raise ConfigError(
-            f"{url!r}: an object store's URL has bucket and prefix alone; credentials are in the environment"
+            f"{url!r}: an object store's URL has only bucket and prefix; give credentials as environment variables"
         )
     if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
         raise ConfigError(f"{url!r}: a directory is given as file:///PATH, with three slashes")

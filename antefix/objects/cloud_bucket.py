@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from antefix.errors import ConfigError, Unavailable
 from antefix.objects.bucket import ObjectGone, StoredObject
@@ -31,9 +34,26 @@ _AZURE: Final = "az://"
 # this is freed.
 _SPARE_BYTES_MAX: Final = 64 << 20
 _SPARE_STEP_BYTES: Final = 4 << 20
-# Skip the digest of the object that S3's signature may include: it takes a third of an upload's processor time. Readers
-# check the checksums and seals of the records themselves.
-_S3_CONFIG: Final = {"unsigned_payload": True}
+# S3's signature may include a digest of the object, which takes a third of an upload's processor time. It is skipped
+# where nothing can change the bytes on their way. Readers check the checksums and seals of the records in any case.
+_UNSIGNED: Final = {"unsigned_payload": True}
+# The variables from which the library takes the address of an S3 server.
+_ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+
+
+def signs_objects(environment: Mapping[str, str]) -> bool:
+    """Whether the signature of a PUT to S3 includes the object's digest: over plain HTTP to another host it does, so
+    that the server refuses an object that changed on its way. Over TLS, and on this host, nothing can change it.
+    """
+    endpoints = [urlsplit(environment[name]) for name in _ENDPOINTS if environment.get(name)]
+    return any(each.scheme == "http" and not _is_here(each.hostname or "") for each in endpoints)
+
+
+def _is_here(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class CloudBucket:
@@ -56,7 +76,7 @@ class CloudBucket:
         try:
             self._store: Any = from_url(
                 url,
-                config=_S3_CONFIG if url.startswith("s3://") else None,
+                config=_UNSIGNED if url.startswith("s3://") and not signs_objects(os.environ) else None,
                 client_options={
                     "timeout": timedelta(seconds=_REQUEST_S),
                     "connect_timeout": timedelta(seconds=_CONNECT_S),

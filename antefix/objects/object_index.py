@@ -219,5 +219,5 @@ def unpack_run(raw: Buffer) -> Run:
         columns.append(np.frombuffer(data[at : at + nbytes], kind))
         at += nbytes
     if num_records and int(columns[1].max()) >= num_segments:
-        raise BlockCorrupt("a tile that names a segment that it does not have")
+        raise BlockCorrupt("a tile of the index names a segment that the tile does not list")
     return Run(refs, *columns)

@@ -14,11 +14,11 @@ from antefix.telemetry.shown import Shown, Table, families, gauge
 # `object_reads.ObjectReadCounters`.
 READS: Final[Table] = {
     "num_blocks": Shown(name="antefix_object_read_blocks", help="Blocks that came from the object tier."),
-    "num_ranges": Shown(name="antefix_object_ranges", help="Reads of a range of an object."),
+    "num_ranges": Shown(name="antefix_object_ranges", help="Reads of a range of bytes of an object."),
     "bytes_read": Shown(
-        name="antefix_object_read_bytes", help="Bytes that reads of ranges gave, gaps and headers included."
+        name="antefix_object_read_bytes", help="Bytes that range reads returned, gaps and headers included."
     ),
-    "num_gone": Shown(name="antefix_object_gone_segments", help="Objects that were deleted under a reader."),
+    "num_gone": Shown(name="antefix_object_gone_segments", help="Objects that were deleted while they were read."),
     "num_read_again": Shown(
         name="antefix_object_read_again_records", help="Records that failed a check and were read a second time."
     ),
@@ -35,9 +35,11 @@ def object_metrics(tier: ObjectTier) -> Iterable[Metric]:
 def catalog_metrics(catalog: Catalog) -> Iterable[Metric]:
     """Metrics of this process's index of the tier."""
     yield gauge(
-        "antefix_object_known_records", "Records of the tier that this process knows.", {(): catalog.num_records}
+        "antefix_object_known_records", "Records of the object tier that this process knows.", {(): catalog.num_records}
     )
-    yield gauge("antefix_object_index_bytes", "Memory of the tier's index here.", {(): catalog.nbytes})
+    yield gauge(
+        "antefix_object_index_bytes", "Memory of the object tier's index in this process.", {(): catalog.nbytes}
+    )
     yield gauge(
         "antefix_object_unreadable_segments",
         "Segments without a sound footer (`antefix fsck --repair`).",

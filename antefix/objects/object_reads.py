@@ -136,7 +136,7 @@ class ObjectReads:
         header = unpack_record_header(head, place.segment.seed)
         found = (header.kind, header.hash, header.fingerprint, header.segment, header.offset, header.extent_bytes)
         if found != (kind, want.hash, fingerprint, SEGMENT_NUMBER, place.offset, place.extent_bytes):
-            raise BlockCorrupt("this is another record than the index names")
+            raise BlockCorrupt("this is not the record that the index names")
         stored = raw[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + header.stored_bytes]
         # A raw, unencrypted payload is checked by its seal alone, which proves more than a checksum.
         is_sealed = self._seals is not None and header.codec == Codec.RAW and not header.flags & RecordFlag.ENCRYPTED

@@ -247,7 +247,7 @@ def scan_segment(data: Buffer, ref: SegmentRef) -> Iterator[tuple[RecordHeader, 
     view = memoryview(data).cast("B")
     identity, _ = unpack_segment_header(bytes(view[:SEGMENT_HEADER_BYTES]))
     if identity.store_id != ref.id:
-        raise BlockCorrupt("another segment's bytes")
+        raise BlockCorrupt("these are another segment's bytes")
     yield from scan_records(view[SEGMENT_HEADER_BYTES:], ref, SEGMENT_HEADER_BYTES)
 
 

@@ -119,10 +119,10 @@ class CallerLimits:
 
     def _check(self, address: str, peer: str) -> None:
         if self._calls[address] >= self.calls_max:
-            raise Overloaded(f"{self._calls[address]} calls from your address run already", retry_after_s=1.0)
+            raise Overloaded(f"{self._calls[address]} calls from your address are already running", retry_after_s=1.0)
         on: Mapping[str, int] = self._on.get(address, {})
         if peer not in on and len(on) >= self.connections_max:
             raise Overloaded(
-                f"calls from your address run on {len(on)} connections already: put more of them on one",
+                f"calls from your address already use {len(on)} connections: send more of them over one connection",
                 retry_after_s=1.0,
             )

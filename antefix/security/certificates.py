@@ -52,7 +52,9 @@ def make_ca(directory: Path, *, days: int = CA_DAYS) -> None:
     Raises:  ConfigError: there is one already, or the directory cannot be written.
     """
     if (directory / CA_KEY).exists():
-        raise ConfigError(f"{directory / CA_KEY} is there already: certificates of another CA would not be believed")
+        raise ConfigError(
+            f"{directory / CA_KEY} exists already: under a new CA, nobody would trust the certificates of the old one"
+        )
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Antefix deployment")])
     now = datetime.datetime.now(datetime.UTC)
@@ -89,7 +91,7 @@ def issue(
     Raises:  ConfigError: the CA's files cannot be used, the name is invalid, or the directory cannot be written.
     """
     if not NAME.fullmatch(name):
-        raise ConfigError(f"name {name!r}: it takes lower-case letters, digits and hyphens, at most 63")
+        raise ConfigError(f"name {name!r}: a name has at most 63 lower-case letters, digits and hyphens")
     try:
         ca_key = serialization.load_pem_private_key((ca_directory / CA_KEY).read_bytes(), None)
         ca_pem = (ca_directory / CA).read_bytes()

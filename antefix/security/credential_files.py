@@ -106,11 +106,11 @@ class CredentialFiles:
     def _take_changes(self) -> None:
         try:
             self._loaded = self._load(self._loaded.number + 1)
-            log.info("took over changed files from %s", self.directory)
+            log.info("took over the changed certificates and keys in %s", self.directory)
         except ConfigError as err:
             # Mostly a change that is half done. When it is finished, the files' time stamps change again.
             self.num_failed += 1
-            log.warning("the files before stay in use: %s", err)
+            log.warning("the previous certificates and keys stay in use: %s", err)
 
     def _stamps(self) -> tuple[tuple[int, int, int] | None, ...]:
         return tuple(_stamp(self.directory / name) for name in _FILES)
@@ -118,7 +118,7 @@ class CredentialFiles:
     def _load(self, number: int) -> Loaded:
         certificate, key, ca = (self._read(name) for name in (CERTIFICATE, KEY, CA))
         if not ca:
-            raise ConfigError(f"{self.directory / CA} is missing: the CAs that this process believes")
+            raise ConfigError(f"{self.directory / CA} is missing: the file of the CAs that this process trusts")
         try:
             x509.load_pem_x509_certificates(ca)
             if certificate or key:

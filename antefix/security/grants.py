@@ -145,7 +145,7 @@ class GrantCheck:
     def check(self, signed: bytes) -> Grant:
         """Raises:  PermissionDenied: there is no grant, no permitted key signed it, or it has expired."""
         if not signed:
-            raise PermissionDenied("this call needs a grant of the router, and has none")
+            raise PermissionDenied("this call needs a grant that the router signed, and has none")
         keys = self._keys()
         if keys is not self._known_with:
             # Grants signed with a removed key are no longer valid.

@@ -50,7 +50,7 @@ class Admitted:
     def needed_grant(self) -> Grant | None:
         """The call's grant; None: the service is open.  Raises:  PermissionDenied: the call has no grant."""
         if self.grant is None and not self.is_open:
-            raise PermissionDenied("this call needs a grant of the router, and has none")
+            raise PermissionDenied("this call needs a grant that the router signed, and has none")
         return self.grant
 
 
@@ -169,7 +169,7 @@ class Guard:
         if identity.role in (Role.LOCAL, Role.NOBODY):
             of_secret = "the deployment's secret (a service: --secret-file; a command: --data-dir)"
             how = of_secret if self._files is None else "a certificate"
-            raise Unauthenticated(f"{method} is for those who show who they are, with {how}")
+            raise Unauthenticated(f"{method} is only for callers that prove who they are, with {how}")
         raise PermissionDenied(f"{identity} may not call {method}")
 
     def _log(self, identity: Identity, method: str, err: AntefixError) -> None:
@@ -201,9 +201,7 @@ def identity_of(pem: bytes, files: CredentialFiles) -> Identity:
     except ConfigError as err:
         raise Unauthenticated(str(err)) from err
     if found is None:
-        raise Unauthenticated(
-            f"nobody is listed for the certificate of {', '.join(sans) or 'no name'}: identities.toml"
-        )
+        raise Unauthenticated(f"identities.toml has no entry for the certificate of {', '.join(sans) or 'no name'}")
     role, name, tenants = found
     hosts = frozenset(san for san in sans if not san.startswith("spiffe://"))
     if role is Role.OPERATOR:

@@ -84,7 +84,7 @@ def _row(table: Table) -> Listed:
     tenants = frozenset(table.texts("tenants", ()))
     table.close()
     if role is Role.TENANT and (len(tenants) != 1 or ALL_TENANTS in tenants):
-        raise ConfigError(f"{table.where}: a tenant's certificate is for one tenant: name it in tenants")
+        raise ConfigError(f"{table.where}: a tenant's certificate is for exactly one tenant: name it in tenants")
     if role not in (Role.TENANT, Role.FRONTEND) and tenants:
         raise ConfigError(f"{table.where}: role {role} acts for no tenants: only a frontend has a list")
     return Listed(name=name, role=role, tenants=tenants)

@@ -19,7 +19,7 @@ def parse_address(address: str) -> tuple[str, int]:
     """
     if address.startswith(UNIX):
         if len(address) == len(UNIX):
-            raise ConfigError("unix: needs a path behind it, such as unix:/run/antefix/router.sock")
+            raise ConfigError("unix: needs a path after it, such as unix:/run/antefix/router.sock")
         return address, 0
     host, _, port = address.rpartition(":")
     if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:

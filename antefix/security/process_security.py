@@ -35,8 +35,8 @@ _CHECKING: Final = (Role.KVSTORE, Role.PREFILL, Role.DECODE)
 def credentials_setting() -> Any:
     return setting(
         "",
-        "directory with tls.crt, tls.key and ca.crt (`antefix certs`, cert-manager, SPIFFE): speak TLS, and believe"
-        " certificates alone; without it: loopback only",
+        "directory with tls.crt, tls.key and ca.crt (from `antefix certs`, cert-manager or SPIFFE); the process then"
+        " speaks TLS and trusts nothing but certificates. Without it, the process listens on loopback only",
         guards=True,
     )
 
@@ -77,7 +77,7 @@ class ProcessSecurity:
         """Use these credentials for this process's calls from now on, and log how the process is protected."""
         own_credentials.use(self.credentials)
         if self.files is not None:
-            log.info("TLS with the certificate in %s; callers are known by theirs", self.files.directory)
+            log.info("TLS with the certificate in %s; callers are known by their certificates", self.files.directory)
         elif self._keyring is not None:
             log.info("no TLS (--credentials): only loopback and Unix sockets; services prove that they have the secret")
         else:
@@ -129,11 +129,13 @@ class ProcessSecurity:
         if self.files is None:
             return
         left = {(name,): 86400 * issued.days_left for name, issued in self.files.now().issued().items()}
-        help_text = "Time until a certificate of this process, or the CA that it believes, ends."
+        help_text = "Time until a certificate of this process, or of the CA that it trusts, expires."
         yield gauge("antefix_security_certificate_left_seconds", help_text, left, ("file",))
         failed = {(): float(self.files.num_failed)}
         yield counter(
-            "antefix_security_failed_reloads", "Changed files that did not fit each other, since the start.", failed
+            "antefix_security_failed_reloads",
+            "Changed certificate files that were not used because they do not belong together, since the start.",
+            failed,
         )
 
 
@@ -143,10 +145,10 @@ def _check_grant_files(role: Role, files: CredentialFiles, *, has_keys: bool) ->
     """
     loaded, source = files.now(), "take it from the directory of `antefix certs init`, or give --secret-file"
     if role in _CHECKING and not has_keys:
-        raise ConfigError(f"{files.directory} has no grant.pub, which says whose grants hold: {source}")
+        raise ConfigError(f"{files.directory} has no grant.pub, the key that grants are checked with: {source}")
     if role is Role.ROUTER and loaded.grant_public and not loaded.grant_key:
         raise ConfigError(
-            f"{files.directory} has grant.pub, and no grant.key that this router could sign with: {source}"
+            f"{files.directory} has grant.pub, but no grant.key for this router to sign grants with: {source}"
         )
 
 

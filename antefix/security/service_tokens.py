@@ -38,7 +38,9 @@ def check_service_token(keyring: Keyring, token: str, method: str) -> Identity:
     if role not in PROVABLE or not keyring.proves(given, *_parts(role, said_at_ms, method)):
         raise Unauthenticated("the service token was not made with this deployment's secret for this call")
     if abs(time.time() - said_at_ms / 1000) > AGE_S_MAX:
-        raise Unauthenticated(f"the service token is more than {AGE_S_MAX:g} s old, or the clocks differ by as much")
+        raise Unauthenticated(
+            f"the service token is more than {AGE_S_MAX:g} s old, or the two hosts' clocks differ by more than that"
+        )
     return Identity(role=role, tenants=frozenset({ALL_TENANTS}) if role is Role.OPERATOR else frozenset())
 
 

@@ -14,16 +14,16 @@ def breaker_metrics(breaker: Breaker) -> Iterable[Metric]:
     """The metrics of one client's breaker."""
     yield counter(
         "antefix_store_client_silences",
-        "Times that the store gave no sign of life: it hung, or could not be heard.",
+        "Times that the store did not answer at all: it hung, or could not be reached.",
         {(): float(breaker.num_silences)},
     )
     yield counter(
         "antefix_store_client_slow_calls",
-        "Calls of the store that went over the time that their bytes should take.",
+        "Calls to the store that took longer than their number of bytes should take.",
         {(): float(breaker.num_slow)},
     )
     yield counter(
         "antefix_store_client_spared_calls",
-        "Calls that were not made, because the store hung or was too slow.",
+        "Calls to the store that were not made, because the store hung or was too slow.",
         {(): float(breaker.num_spared)},
     )

@@ -87,7 +87,7 @@ class ManyStores:
     @property
     def tiers(self) -> tuple[Tier, ...]:
         """All tiers that can be read."""
-        return self.members.tiers
+        return self.members.readable
 
     async def start(self) -> None:
         """Load the tiers' indexes, so that the first request can hit."""
@@ -124,17 +124,18 @@ class ManyStores:
         """As `lookup`, and also what each store has.  ask: ask every store, even if its events say what it has."""
         members = self.members
         held = await members.held(chain, fingerprint=fingerprint, tenant=tenant, ask=ask)
-        order = members.nearest_first(held)
+        parts = members.by_readable(held)
+        order = members.nearest_first(parts)
         num_blocks = union_of(held.values(), len(chain)).num_leading
         checkpoints: dict[int, str] = {}
         for number in order:
-            for block in held[number].checkpoints:
+            for block in parts[number].checkpoints:
                 if block <= num_blocks:
-                    checkpoints.setdefault(block, members.tiers[number].label)
+                    checkpoints.setdefault(block, members.readable[number].label)
         found = LookupResult(
             num_blocks=num_blocks,
             checkpoints=tuple(sorted(checkpoints)),
-            tiers=tuple((end, members.tiers[number].label) for end, number in nearest_of(held, order, num_blocks)),
+            tiers=tuple((end, members.readable[number].label) for end, number in nearest_of(parts, order, num_blocks)),
             checkpoint_tiers=tuple(checkpoints[block] for block in sorted(checkpoints)),
         )
         by_name = {members.tiers[number].name: has for number, has in held.items()}
@@ -161,7 +162,7 @@ class ManyStores:
         members = self.members
         held = await members.held(hashes, fingerprint=fingerprint, tenant=tenant)
         wanted = Wanted(hashes=hashes, into=into, fingerprint=fingerprint, tenant=tenant)
-        found = await read_tiers(members.tiers, held, wanted)
+        found = await read_tiers(members.readable, members.by_readable(held), wanted)
         near = union_of((has for number, has in held.items() if members.is_near(number)), len(hashes))
         here = {block for start, stop in near.spans for block in range(start, stop)}
         far = [hashes[block] for block in range(found.num_good) if block not in here]
@@ -314,7 +315,7 @@ class ManyStores:
         for member in self.members.stores:
             if member.feed is not None:
                 await member.feed.close()
-        await asyncio.gather(*(tier.source.close() for tier in self.tiers), return_exceptions=True)
+        await asyncio.gather(*(tier.source.close() for tier in self.members.tiers), return_exceptions=True)
 
     def _nearest(self) -> Member:
         """Raises:  Unavailable: no store is known now."""
@@ -340,7 +341,7 @@ class ManyStores:
                 continue
             member.tier.answered()
             return result
-        raise Unavailable(f"no store takes records: {first_error or 'none is known now'}")
+        raise Unavailable(f"no store accepts records: {first_error or 'none is known now'}")
 
     def _write_order(self, records: Sequence[Record]) -> list[Member]:
         """The stores in the order in which a put tries them.
@@ -370,7 +371,11 @@ async def _load(tier: Tier) -> None:
         async with asyncio.timeout(LOAD_S):
             await tier.source.load()
     except (AntefixError, TimeoutError) as err:
-        log.warning("%s is not loaded yet, so it holds nothing for now: %s", tier.label, err or "it takes long")
+        log.warning(
+            "the index of %s is not loaded yet, so look-ups there find nothing for now: %s",
+            tier.label,
+            err or "loading takes long",
+        )
 
 
 async def _let_go(member: Member) -> None:

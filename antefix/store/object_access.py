@@ -9,10 +9,11 @@ from antefix.config import require
 from antefix.objects.bucket import open_bucket, scheme_of
 from antefix.objects.object_tier import ObjectTier
 from antefix.secret import Keyring
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
 from antefix.store_files.encryption import KeyRing
 from antefix.store_files.owners import NO_OWNERS, Owners
 from antefix.store_files.seal import Seals
+from antefix.tier_kind import TierKind
 
 
 class ReadsObjects(Protocol):

@@ -24,8 +24,9 @@ from antefix.store.object_access import check_object_store
 from antefix.store.remote_store import RemoteStore
 from antefix.store.store_feed import StoreFeed
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
 from antefix.store_files.seal import Seals
+from antefix.tier_kind import TierKind
 
 # The name of a single unnamed store that is used together with an object tier.
 _ONLY: Final = "store"
@@ -61,33 +62,41 @@ class StoresConfig:
     """Settings of a process that reads stores. Other configurations take them over with `same_setting`."""
 
     store_address: str = setting("", "host:port of the kvstore service")
-    store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
+    store_dir: str = setting(
+        "", "the store's directory, if the store is on this host; payloads are then read from its files, without a call"
+    )
     stores: tuple[str, ...] = setting(
         (),
         "several stores, as NAME=ADDRESS or, on this host, NAME=ADDRESS@DIRECTORY, separated by commas; instead of"
-        " store_address and store_dir. dns:HOST:PORT stands for a store at each address of the name, a redis:// URL for"
-        " all that say there that they are there (--lease-redis of stores)",
+        " store_address and store_dir. dns:HOST:PORT stands for a store at each address of that name. A redis:// URL"
+        " stands for all stores that have a lease there (their --lease-redis)",
     )
     near_stores: tuple[str, ...] = setting(
         (),
-        "names of the stores that are written to; none: those with a directory, or else the first; of stores that are"
-        " found, one per host",
+        "names of the stores that records are written to; empty: those with a directory, or else the first; of"
+        " stores found by DNS or Redis, one per host",
     )
     local_copies_bytes: int = setting(
         4 << 30,
-        "what is read three times from another host's store is copied to this one's: at most so much within"
-        " local_copies_ttl_s; 0: never",
+        "most bytes that may be copied within local_copies_ttl_s from other hosts' stores to this host's; a record"
+        " is copied when it is read for the third time; 0: none",
         unit="bytes",
     )
-    local_copies_ttl_s: float = setting(_DAYS_3_S, "reads of another host's store count together for so long", unit="s")
+    local_copies_ttl_s: float = setting(
+        _DAYS_3_S, "how long a read of another host's store counts towards the three that make a copy", unit="s"
+    )
     object_store: str = setting(
         "",
-        "object store that is read as well: s3://BUCKET/PREFIX, gs://, az:// or file:///PATH; empty: none",
+        "object store to read as well: s3://BUCKET/PREFIX, gs://, az:// or file:///PATH; empty: none",
     )
     object_encrypt_key_file: str = setting(
-        "", "file with the key that the object store is encrypted with, as its kvstore services have it", guards=True
+        "",
+        "file with the key that the object store is encrypted with, the same as at its kvstore services",
+        guards=True,
     )
-    object_keys_file: str = setting("", "the same, of tenants' own keys", guards=True)
+    object_keys_file: str = setting(
+        "", "file with tenants' own keys for the object store, the same as at its kvstore services", guards=True
+    )
 
 
 class ReadsStores(Protocol):
@@ -115,12 +124,17 @@ def check_stores(config: ReadsStores) -> None:
         bool(config.store_address) != bool(config.stores),
         "--store-address is needed: host:port of the kvstore service; or --stores with several, and not both",
     )
-    require(not (config.stores and config.store_dir), "--stores says directories itself: NAME=ADDRESS@DIRECTORY")
+    require(
+        not (config.stores and config.store_dir),
+        "--store-dir cannot be used with --stores: give a store's directory as NAME=ADDRESS@DIRECTORY",
+    )
     names = [where.name for where in store_addresses(config)]
-    require(len(names) == len(set(names)), f"--stores: each store has a name of its own, not {', '.join(names)}")
+    require(
+        len(names) == len(set(names)), f"--stores: each store needs a name of its own, but they are {', '.join(names)}"
+    )
     unknown = sorted(set(config.near_stores) - set(names))
     is_complete = not any(is_finder(text) for text in config.stores)
-    require(not (unknown and is_complete), f"--near-stores: {', '.join(unknown)} is none of --stores")
+    require(not (unknown and is_complete), f"--near-stores: {', '.join(unknown)} is not a name in --stores")
     check_finders(config.stores, "stores")
     check_object_store(config.object_store)
 
@@ -196,7 +210,8 @@ def _member(where: StoreAddress, seals: Seals | None, *, near: bool = False) -> 
     kind = TierKind.DISK if where.directory else TierKind.PEER
     tier = Tier(where.name or _ONLY, kind, store)
     tier.standing.returned_s = lambda: store.breaker.returned_s
-    return Member(tier=tier, store=store, address=where.address, near=near)
+    page_cache = tier.in_page_cache() if where.directory else None
+    return Member(tier=tier, store=store, address=where.address, near=near, page_cache=page_cache)
 
 
 def feed_maker(redis: RedisAccess | str, keys: EventKeys, room: FeedRoom) -> Callable[[Member, bytes], StoreFeed]:

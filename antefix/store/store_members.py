@@ -29,6 +29,7 @@ class Member:
 
     near: whether records are written to it.  feed: knows from events what the store holds; None: the store is asked.
     registered: fingerprints whose layouts were registered with it.  address: of its service; empty: not known.
+    page_cache: the tier of its records that are in this host's page cache; None: its files are not read here.
     """
 
     tier: Tier
@@ -37,26 +38,45 @@ class Member:
     near: bool = False
     feed: StoreFeed | None = None
     registered: set[bytes] = field(default_factory=set)
+    page_cache: Tier | None = None
 
 
 class Members:
-    """All tiers, by number: first the stores, in the order of `members`, then the tiers that are only read."""
+    """All tiers, by number: first the stores, in the order of `members`, then the tiers that are only read.
+
+    After them, in `readable` alone, come the page caches of stores whose files are read here. A page cache is not asked
+    what it holds; its store tells it. The speeds of its reads are kept apart from those of the disk.
+    """
 
     def __init__(self, members: Sequence[Member], more: Sequence[Tier] = (), *, before: Members | None = None) -> None:
         """before: the object that this one replaces; its late answers still update the tiers' speeds."""
         self.stores: Final = tuple(members)
         self.tiers: Final = (*(member.tier for member in members), *more)
+        caches = {number: each.page_cache for number, each in enumerate(members) if each.page_cache is not None}
+        self.readable: Final = (*self.tiers, *caches.values())
+        self._cache_of: Final = {number: len(self.tiers) + place for place, number in enumerate(caches)}
         self.near: Final = tuple(member for member in members if member.near)
         self._late: dict[asyncio.Task[Held], Tier] = before._late if before is not None else {}
 
     def is_near(self, number: int) -> bool:
         return number < len(self.stores) and self.stores[number].near
 
+    def by_readable(self, found: Mapping[int, Held]) -> dict[int, Held]:
+        """What each readable tier has.  found: what each tier has, page caches included in their stores."""
+        parted = dict(found)
+        for number, cache in self._cache_of.items():
+            if number in parted and parted[number].cached is not None:
+                parted[number], parted[cache] = parted[number].parted()
+        return parted
+
     def feed(self, number: int) -> StoreFeed | None:
         return self.stores[number].feed if number < len(self.stores) else None
 
     def nearest_first(self, numbers: Iterable[int]) -> list[int]:
-        return sorted(numbers, key=lambda number: (not self.is_near(number), self.tiers[number].speed.predicted_s(0)))
+        """The numbers of readable tiers in the order in which they should be read."""
+        near = {number for number in range(len(self.stores)) if self.is_near(number)}
+        near |= {cache for number, cache in self._cache_of.items() if number in near}
+        return sorted(numbers, key=lambda number: (number not in near, self.readable[number].speed.predicted_s(0)))
 
     def answering(self) -> list[int]:
         return [number for number, tier in enumerate(self.tiers) if not tier.is_shunned]

@@ -110,7 +110,7 @@ class Progress:
             fingerprint=self.fingerprint,
             tenant=self.tenant,
         ):
-            raise SealBroken(f"record {self.hashes[self.index].hex()[:16]} came without a right seal")
+            raise SealBroken(f"record {self.hashes[self.index].hex()[:16]} came without a valid seal")
         if self.sealed is not None:
             self.sealed.append(sealed)
 

@@ -1,7 +1,8 @@
 """Tiers: the places that stored KV is read from, each with a name, a kind and a speed measured while it is used.
 
-A tier is a worker's own disk, another host's store, or an object store. Readers treat all tiers alike: they know what
-a tier holds and how fast it is. Blocks that a tier lacks, or does not deliver in time, are read elsewhere or computed.
+A tier is the page cache of a worker's own host, its own disk, another host's store, or an object store. Readers treat
+all tiers alike: they know what a tier holds and how fast it is. Blocks that a tier lacks, or does not deliver in time,
+are read elsewhere or computed.
 """
 
 from __future__ import annotations
@@ -10,26 +11,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Final, Protocol, runtime_checkable
 
 from antefix.errors import DeadlineExceeded, Unavailable
 from antefix.linear_law import SECONDS_MIN, LinearLaw
 from antefix.record import Held, RecordKind
 from antefix.store.standing import Standing
-
-
-class TierKind(StrEnum):
-    """How far away a tier is, nearest first. Values are part of receipts and metrics: never renamed."""
-
-    DISK = "disk"
-    PEER = "peer"
-    OBJECT = "object"
-
+from antefix.tier_kind import TierKind, label_of
 
 # The assumed speed of a tier until it is measured: seconds per read, and bytes per second. Pessimistic, like the
 # planner's priors.
 _PRIORS: Final = {
+    TierKind.PAGE_CACHE: (0.001, 2e9),
     TierKind.DISK: (0.002, 500e6),
     TierKind.PEER: (0.004, 250e6),
     TierKind.OBJECT: (0.1, 100e6),
@@ -39,6 +32,8 @@ _BELIEF: Final = 0.4
 _SLOWER_MAX: Final = 9.0
 # The half-life of a measured slowdown while the tier is not read, in seconds.
 _FORGOTTEN_S: Final = 30.0
+# The half-life of the bytes that count as read recently, in seconds.
+_RECENT_S: Final = 60.0
 # The bytes of a typical read. It scales the law so that the prior weighs latency and bytes equally.
 _TYPICAL_BYTES: Final = 32e6
 
@@ -90,6 +85,7 @@ class TierSpeed:
         self._clock = clock
         # The logarithm of the slowdown factor, and when it was measured.
         self._slower, self._measured_s = 0.0, clock()
+        self._bytes = 0.0
 
     @property
     def _factor(self) -> float:
@@ -110,6 +106,11 @@ class TierSpeed:
     def bytes_per_s(self) -> float:
         return 1 / max(self.coefficients[1], 1e-15)
 
+    @property
+    def recent_bytes(self) -> float:
+        """Bytes read in about the last minute. Older reads count less and less."""
+        return self._bytes * math.pow(0.5, (self._clock() - self._measured_s) / _RECENT_S)
+
     def seconds(self, features: Sequence[float]) -> float:
         """Predicted seconds of a read.  features: (1, bytes), as the law expects them."""
         return self._law.seconds(features) * math.exp(self._factor)
@@ -127,6 +128,7 @@ class TierSpeed:
         # Subtract what the law itself has just learnt from this read, so that it is not corrected twice.
         learnt = math.log(max(self._law.seconds(features), SECONDS_MIN) / before_s)
         self._slower = max(-_SLOWER_MAX, min(_SLOWER_MAX, factor + _BELIEF * error - learnt))
+        self._bytes = self.recent_bytes + nbytes
         self._measured_s = self._clock()
 
 
@@ -153,7 +155,13 @@ class Tier:
     @property
     def label(self) -> str:
         """The tier's label in receipts, metrics and plans, such as `peer:rack-2`."""
-        return f"{self.kind}:{self.name}"
+        return label_of(self.kind, self.name)
+
+    def in_page_cache(self) -> Tier:
+        """The tier of those records of this store that are in the page cache of this host: same files, other speed."""
+        tier = Tier(self.name, TierKind.PAGE_CACHE, self.source, self.clock)
+        tier.standing = self.standing
+        return tier
 
     @property
     def is_shunned(self) -> bool:

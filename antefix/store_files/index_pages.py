@@ -399,7 +399,7 @@ def tree_of(table: bytes) -> Tree:
 @functools.cache
 def _pointers_of(lower: int) -> struct.Struct:
     if lower < _HEADER_BYTES:
-        raise Damaged("a page has fewer than no nodes")
+        raise Damaged("a page has a negative number of nodes")
     return struct.Struct(f"<{(lower - _HEADER_BYTES) // 2}H")
 
 
@@ -424,7 +424,7 @@ def branch_of(page: bytes) -> Branch:
         keys.append(page[at + _NODE_BYTES : at + _NODE_BYTES + nbytes])
         children.append(low | high << 16 | higher << 32)
     if not children:
-        raise Damaged("a branch leads nowhere")
+        raise Damaged("a branch page has no children")
     # LMDB ignores the first key of a branch page.
     return keys[1:], children
 

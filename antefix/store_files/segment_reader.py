@@ -22,6 +22,7 @@ from antefix.host_limits import usable_cores
 from antefix.own_files import read_small
 from antefix.record import Held, LookupResult, RecordKind
 from antefix.store_files.index import Index
+from antefix.store_files.page_cache import PageCache
 from antefix.store_files.plain_reads import PlainRead, PlainReads
 from antefix.store_files.read_runs import (
     Decrypt,
@@ -133,6 +134,7 @@ class StoreReader:
         self.index = index or Index(self.directory / INDEX_DIR)
         self._owns_index = index is None
         self.runs = RunReader(self.directory / SEGMENT_DIR, self.seed, decrypt, seals)
+        self.page_cache = PageCache(self.index, self.runs.files)
         self._plain = PlainReads(self.index, self.runs.files, seals)
         self._num_helpers = max(1, num_threads - 1)
         self._pool = ThreadPoolExecutor(self._num_helpers, thread_name_prefix="antefix-read")
@@ -154,7 +156,8 @@ class StoreReader:
         return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self._clock_ms())
 
     def held(self, chain: Sequence[bytes], *, fingerprint: bytes) -> Held:
-        return self.index.held(chain, fingerprint=fingerprint, now_ms=self._clock_ms())
+        """What is stored of `chain`, and what of it is in the page cache."""
+        return self.page_cache.sampled(self.index.held(chain, fingerprint=fingerprint, now_ms=self._clock_ms()), chain)
 
     def read_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""

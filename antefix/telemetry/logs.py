@@ -57,7 +57,12 @@ class Lines:
         written = {(level,): float(number) for level, number in self.written.items()}
         held = {(level,): float(number) for level, number in self.held_back.items()}
         yield counter("antefix_log_lines", "Log lines that were written.", written, ("level",))
-        yield counter("antefix_log_lines_held_back", "Log lines that repeated others.", held, ("level",))
+        yield counter(
+            "antefix_log_lines_held_back",
+            "Log lines that were left out because they repeated others.",
+            held,
+            ("level",),
+        )
 
 
 lines: Final = Lines()
@@ -164,7 +169,7 @@ def trace_of(err: BaseException) -> str:
         if isinstance(each, BaseExceptionGroup):
             parts += [trace_of(inner) for inner in each.exceptions]
         each = each.__cause__ or (None if each.__suppress_context__ else each.__context__)
-    return "\n\nwhich came of:\n\n".join(parts)
+    return "\n\nwhich was caused by:\n\n".join(parts)
 
 
 def _may_be_told(err: BaseException) -> bool:
@@ -177,7 +182,7 @@ def tell_of_crashes() -> None:
 
     def crashed(kind: type[BaseException], err: BaseException | None, _: Any) -> None:
         if err is not None and not issubclass(kind, KeyboardInterrupt):
-            log.critical("ended by a mistake in the program", exc_info=err)
+            log.critical("ended by a bug in the program", exc_info=err)
 
     sys.excepthook = crashed
     threading.excepthook = lambda args: crashed(args.exc_type, args.exc_value, args.exc_traceback)

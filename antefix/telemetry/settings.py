@@ -17,7 +17,7 @@ def metrics_setting() -> Any:
 
 
 def log_level_setting() -> Any:
-    return setting("info", f"the least that is logged: {', '.join(LEVELS)}")
+    return setting("info", f"lowest level that is logged: {', '.join(LEVELS)}")
 
 
 def log_format_setting() -> Any:
@@ -29,7 +29,7 @@ def traces_setting() -> Any:
 
 
 def trace_share_setting() -> Any:
-    return setting(1.0, "how many of the requests are traced that bring no trace of their own: 0 to 1")
+    return setting(1.0, "share of requests to trace, from 0 to 1, among those that bring no trace of their own")
 
 
 class TelemetryConfig(Protocol):

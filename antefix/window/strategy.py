@@ -128,6 +128,6 @@ def check_bounded(num_windows: int, geometry: KVGeometry) -> None:
     exact = geometry.replay_tokens
     require(
         num_windows * geometry.window < max(exact, 1) or not num_windows,
-        f"bounded_windows={num_windows} replays {num_windows * geometry.window} tokens, an exact replay of this model"
-        f" {exact}: leave it out, and every hit is exact",
+        f"bounded_windows={num_windows} replays {num_windows * geometry.window} tokens, but an exact replay of this"
+        f" model only {exact}: leave bounded_windows out, and every hit is exact",
     )

@@ -38,11 +38,13 @@ def unpack(value: bytes, *, name: bytes, fingerprint: bytes, tenant: bytes = b""
     kind = RecordKind.POOLED
     found = plain_record(head, _SEED, kind=kind, block_hash=name, fingerprint=fingerprint, segment=0, offset=0)
     if found is None or found != (payload.nbytes, payload_checksum(payload)):
-        raise BlockCorrupt(f"the pooled checkpoint after block {name.hex()[:16]} is damaged, or another one's")
+        raise BlockCorrupt(
+            f"the pooled checkpoint after block {name.hex()[:16]} is damaged, or belongs to another block"
+        )
     if seals is not None and not seals.holds(
         sealed_part(head), payload, kind=kind, block_hash=name, fingerprint=fingerprint, tenant=tenant
     ):
-        raise SealBroken(f"the pooled checkpoint after block {name.hex()[:16]} has no right seal")
+        raise SealBroken(f"the pooled checkpoint after block {name.hex()[:16]} has no valid seal")
     return bytes(payload)
 
 

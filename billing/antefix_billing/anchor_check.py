@@ -54,7 +54,7 @@ def check_anchors(
             if not chain_error:
                 faults.append(
                     f"entries {head + 1} to {anchor.sequence} are gone: {_what(anchor)} has entry {anchor.sequence},"
-                    f" and the ledger ends with {head}: its end was cut off, or an older copy was put back"
+                    f" but the ledger ends with entry {head}. Its end was cut off, or an older copy was put back"
                 )
             break
         if hashes.get(anchor.sequence) != anchor.hash:

@@ -162,7 +162,7 @@ class Ledger:
             try:
                 self._make_room()
             except lmdb.Error as err:
-                log.exception("the ledger's index in %s cannot take a segment over", self.directory)
+                log.exception("the ledger's index in %s cannot take in a sealed segment", self.directory)
                 raise Unavailable("the ledger cannot start a segment; the router's log has why") from err
             except OSError as err:
                 raise Unavailable(f"the ledger cannot start a segment: {err}") from err
@@ -240,7 +240,7 @@ class Ledger:
 
     def _index_again(self, why: str) -> None:
         """Rebuild the index from the sealed segments, reading each completely."""
-        log.warning("the index of the ledger in %s is made again: %s", self.directory, why)
+        log.warning("the index of the ledger in %s is rebuilt: %s", self.directory, why)
         self._index.clear()
         firsts = [first_sequence_of(path) for path in segments_of(self.directory)]
         sealed = LedgerTail()

@@ -132,8 +132,8 @@ def read_entries(directory: Path, *, after: int = 0) -> Iterator[tuple[bytes, En
         header = unpack_segment_header(data)
         if source is not None and header.source != source:
             raise LedgerCorrupt(
-                f"{paths[index].name} is ledger {header.source.hex()}'s, in that of {source.hex()}: entries"
-                f" from {header.first_sequence} on are not of this one"
+                f"{paths[index].name} belongs to ledger {header.source.hex()}, but is in the directory of ledger"
+                f" {source.hex()}: entries from {header.first_sequence} on are not this ledger's"
             )
         if header.first_sequence != expected or (previous is not None and header.previous_hash != previous):
             raise LedgerCorrupt(f"{paths[index].name} does not continue the segment before it")

@@ -79,7 +79,7 @@ class LedgerIndex:
         for name in (_DATA_FILE, "lock.mdb", _CLEAN_FILE):
             put_aside(directory / name)
         if fault := self._fault():
-            log.warning("the ledger's index in %s is made again: %s", directory, fault)
+            log.warning("the ledger's index in %s is rebuilt: %s", directory, fault)
             self.clear()
 
     @property

@@ -127,7 +127,9 @@ class RateCards:
             for model in card.models:
                 row = self._by_model.setdefault(model, [])
                 if row and row[-1].effective == card.effective:
-                    raise ConfigError(f"rate cards {row[-1].version} and {card.version}: both for {model} at one time")
+                    raise ConfigError(
+                        f"rate cards {row[-1].version} and {card.version} both apply to {model} from the same time"
+                    )
                 row.append(card)
 
     def quote(self, model: str, moment: datetime) -> Quote:
@@ -257,5 +259,7 @@ def _hours(table: Table, text: str) -> tuple[time, time]:
     except (ValueError, TypeError) as err:  # TypeError: one of the two times has a time zone and the other has none
         raise table.wrong("hours", 'a list of spans like "09:00-17:30", in UTC', text) from err
     if not goes_up or span[0].tzinfo is not None:
-        raise ConfigError(f"{table.where}: hours {text!r} must go up, in UTC; cut those that pass midnight in two")
+        raise ConfigError(
+            f"{table.where}: hours {text!r} must end after they begin, in UTC; split hours that pass midnight in two"
+        )
     return span

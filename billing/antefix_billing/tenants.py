@@ -60,7 +60,9 @@ def load_tenants(path: str | Path, *, has_other_keys: bool = False) -> TenantBoo
             if digest in keys:
                 raise ConfigError(f"{table.where}: an API key's SHA-256 is there twice")
             if name in ("", "*"):
-                raise ConfigError(f"{table.where}: {name!r} is nobody's name and can have no key")
+                raise ConfigError(
+                    f"{table.where}: the name {name!r} stands for no single tenant, so it can have no key"
+                )
             keys[digest] = name
         if name in limits:
             raise ConfigError(f"{table.where}: {name} is there twice")

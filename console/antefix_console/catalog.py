@@ -226,7 +226,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "demo": Command(
         load=_demo,
-        help="show hits from disk on a real document, and that they change nothing",
+        help="show hits from disk on a real document, and that hits change no answer",
         example="antefix demo --json",
     ),
     "inspect": Command(
@@ -291,7 +291,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "bench": Command(
         load=_bench,
-        help="measure next to the machine's limits and next to peers (in a checkout)",
+        help="compare storage with the machine's limits and with peers (in a checkout)",
         example="antefix bench store --json",
     ),
     "top": Command(
@@ -321,7 +321,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "health": Command(
         load=_health,
-        help="does a role serve? The exit code says whether it serves, for probes and supervisors",
+        help="tell whether a role serves; the exit code is for probes and supervisors",
         example="antefix health 127.0.0.1:7000 --service antefix.v1.RouterService",
     ),
     "keys": Command(

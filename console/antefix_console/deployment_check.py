@@ -113,13 +113,13 @@ def _of_one(each: Asked) -> Finding:
     about = each.about
     if about is None:
         advice = "is it running, and does this host reach it? Are ANTEFIX_CREDENTIALS those of an operator?"
-        lost = f"the router lost it {each.lost_s_ago:.0f} s ago; " if each.lost_s_ago else ""
+        lost = f"the router lost this service {each.lost_s_ago:.0f} s ago; " if each.lost_s_ago else ""
         return Finding(check=check, status="fail", detail=f"{lost}{each.error}", advice=advice)
     said = [f"answers in {1e3 * about.round_trip_s:.0f} ms", f"clock {about.ahead_s:+.1f} s"]
     worst, advice = "ok", ""
     if about.certificate_ends_s:
         days = (about.certificate_ends_s - time.time()) / 86_400
-        said.append(f"certificate for {days:.0f} days")
+        said.append(f"certificate valid for {days:.0f} days")
         if days < DAYS_LEFT_MIN:
             worst, advice = "warn", "replace its certificate: antefix certs issue"
     else:
@@ -131,7 +131,7 @@ def _of_one(each: Asked) -> Finding:
     elif skew_s > _SKEW_WARN * SKEW_S and worst == "ok":
         worst, advice = "warn", f"set its clock: grants are refused beyond {SKEW_S:.0f} s"
     if each.lost_s_ago:
-        said.append(f"the router lost it {each.lost_s_ago:.0f} s ago")
+        said.append(f"the router lost this service {each.lost_s_ago:.0f} s ago")
         worst, advice = "fail", "does its host reach the router? Its log says why it cannot register"
     return Finding(check=check, status=worst, detail=", ".join(said), advice=advice)
 

@@ -89,16 +89,9 @@ async def prefill_here(engine: Engine, prompt: Prompt) -> Adopted:
 async def _put_back_row(engine: Engine, block_id: int, row: bytes) -> None:
     target = engine.pool.landing([block_id])[0]
     if len(row) != len(target):
-        raise BlockCorrupt(f"the handoff's unfinished block has {len(row)} bytes, a row {len(target)}")
+        raise BlockCorrupt(
+            f"the handoff's unfinished block has {len(row)} bytes, but a row of the pool has {len(target)}"
+        )
     target[:] = row
-    if not await engine.compute.run(_take_row, engine, block_id):
+    if await engine.compute.run(engine.pool.fill, [block_id]):
         raise BlockUnusable("the handoff's unfinished block holds NaN or infinity")
-
-
-def _take_row(engine: Engine, block_id: int) -> bool:
-    """Copy the row in; returns whether it can be used. Runs in the compute thread as one job, because each job waits
-    for a decode step."""
-    if engine.pool.unusable([block_id]):
-        return False
-    engine.pool.note_filled([block_id])
-    return True

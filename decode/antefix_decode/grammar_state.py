@@ -102,8 +102,8 @@ class Grammars:
                 ready = await asyncio.shield(work)
         except TimeoutError as err:
             if work is None:
-                raise Overloaded("other output formats are being made ready", retry_after_s=READY_S_MAX) from err
-            raise InvalidRequest(f"the output format takes more than {READY_S_MAX:g} s to make ready") from err
+                raise Overloaded("too many other output formats are being compiled", retry_after_s=READY_S_MAX) from err
+            raise InvalidRequest(f"the output format takes more than {READY_S_MAX:g} s to compile") from err
         if ready.is_error():
             raise InvalidRequest(f"the output format cannot be used: {reason(ready.get_error())}")
         return ready

@@ -15,7 +15,7 @@ STEPS: Table = {
     "graphs_recorded": Shown(name="antefix_decode_graphs_recorded", help="Decode steps recorded as CUDA graphs."),
     "recording_errors": Shown(
         name="antefix_decode_recording_errors",
-        help="Recordings that failed; after the first, the kernels of a step are launched.",
+        help="Decode steps that could not be recorded; after the first, the kernels of each step are launched.",
     ),
     "steps_replayed": Shown(name="antefix_decode_steps_replayed", help="Decode steps that were replayed as a graph."),
     "steps_launched": Shown(
@@ -26,22 +26,36 @@ STEPS: Table = {
 
 def scheduler_metrics(scheduler: Scheduler, prefetch: PrefetchCounters) -> Iterable[Metric]:
     """prefetch: counters of prompts that waited for a place and that the worker restores itself."""
-    yield gauge("antefix_decode_running_sequences", "Sequences that run.", {(): float(scheduler.num_running)})
-    yield gauge("antefix_decode_placed_sequences", "Those, and those being loaded.", {(): float(scheduler.num_placed)})
     yield gauge(
-        "antefix_decode_waiting_requests", "Requests that wait for a place.", {(): float(scheduler.num_waiting)}
+        "antefix_decode_running_sequences", "Sequences that are being decoded.", {(): float(scheduler.num_running)}
+    )
+    yield gauge(
+        "antefix_decode_placed_sequences",
+        "Sequences that are being decoded or loaded.",
+        {(): float(scheduler.num_placed)},
+    )
+    yield gauge(
+        "antefix_decode_waiting_requests",
+        "Requests that wait for a place among the running sequences.",
+        {(): float(scheduler.num_waiting)},
     )
     yield counter(
         "antefix_decode_held_back_sequences",
-        "Sequences left out of a step, since other tenants have a share of the worker too; summed over steps.",
+        "Sequences left out of a decode step because other tenants have a share of the worker too, summed over steps.",
         {(): float(scheduler.shares.num_held_back)},
     )
-    yield counter("antefix_decode_tokens", "Tokens that decode steps ran.", {(): float(scheduler.num_tokens)})
+    yield counter("antefix_decode_tokens", "Tokens that decode steps computed.", {(): float(scheduler.num_tokens)})
     drafted, kept = {(): float(scheduler.num_drafted)}, {(): float(scheduler.num_drafts_kept)}
-    yield counter("antefix_decode_drafted_tokens", "Tokens that were drafted ahead and run.", drafted)
-    yield counter("antefix_decode_drafts_kept", "Drafted tokens that were right.", kept)
+    yield counter(
+        "antefix_decode_drafted_tokens", "Tokens that were drafted ahead and checked by a decode step.", drafted
+    )
+    yield counter("antefix_decode_drafts_kept", "Drafted tokens that the model confirmed.", kept)
     yield counter("antefix_decode_busy_seconds", "Time that decode steps took.", {(): scheduler.busy_s})
-    yield gauge("antefix_decode_speed", "Tokens per second while it decodes.", {(): scheduler.tokens_per_s})
+    yield gauge(
+        "antefix_decode_speed",
+        "Tokens per second of the time in which the worker decodes.",
+        {(): scheduler.tokens_per_s},
+    )
     if scheduler.step_counters is not None:
         yield from families(STEPS, scheduler.step_counters)
     yield from families(PREFETCH, prefetch)

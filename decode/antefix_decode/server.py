@@ -50,8 +50,10 @@ from antefix_prefill.worker.serving import WorkerConfig, secure_worker, serve_wo
 class DecodeConfig(WorkerConfig):
     """Settings of a decode worker."""
 
-    num_running_max: int = setting(32, "sequences that run at once; more wait, in turn by tenant")
-    num_waiting_max: int = setting(64, "requests that wait for a place; more are refused with a retry hint")
+    num_running_max: int = setting(32, "most sequences that run at once; further ones wait, and tenants take turns")
+    num_waiting_max: int = setting(
+        64, "most requests that wait for a place; further ones are refused with a retry hint"
+    )
 
     def __post_init__(self) -> None:
         # Not super().__post_init__(): a slotted dataclass is a new class, and `__class__` would be the old one.

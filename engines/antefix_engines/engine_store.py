@@ -74,7 +74,7 @@ class StoreSettings:
 
     def __post_init__(self) -> None:
         if self.stores and (self.directory or self.address):
-            raise ConfigError("stores says addresses and directories itself: leave directory and address out")
+            raise ConfigError("stores gives addresses and directories already: leave directory and address out")
         if not self.directory and not self.address and not self.stores:
             raise ConfigError(
                 "name the store: directory (in this process) or address (a kvstore service), or both; several: stores"
@@ -183,7 +183,9 @@ class EngineStore:
         credentials = Credentials(Role.ENGINE, files=files, keyring=keyring)
         where = store_addresses(services)
         if len(where) < len(services.stores):
-            raise ConfigError("an engine takes stores by name, NAME=ADDRESS: it finds none by DNS or Redis")
+            raise ConfigError(
+                "an engine needs its stores by name, as NAME=ADDRESS: it cannot find stores by DNS or Redis"
+            )
         for each in where:
             check_calling(each.address, has_tls=files is not None)
             own_credentials.use_for(each.address, credentials)

@@ -25,10 +25,13 @@ ENGINE: Final[Table] = {
     ),
     "damaged_records": Shown(
         name="antefix_engine_lost_reads",
-        help="Reads that gave less than a look-up had found: damaged, or evicted in between. Recomputed.",
+        help="Reads that returned less than the look-up had found, because records were damaged or evicted in"
+        " between. The rest is recomputed.",
     ),
     "by_kind": Shown(
-        name="antefix_engine_store_errors", help="Calls of the store that failed, by error. Misses.", key="kind"
+        name="antefix_engine_store_errors",
+        help="Calls to the store that failed, by error; each became a miss.",
+        key="kind",
     ),
 }
 
@@ -58,13 +61,14 @@ VLLM_TIER: Final[Table] = {
     "stored_blocks": Shown(name="antefix_vllm_stored_blocks", help="Blocks, or rows of other models, stored."),
     "stored_windows": Shown(name="antefix_vllm_stored_windows", help="Windows of a V4 model stored."),
     "lost_rows": Shown(
-        name="antefix_vllm_lost_rows", help="Rows that a lookup had found and a load did not get: damaged or evicted."
+        name="antefix_vllm_lost_rows",
+        help="Rows that a look-up had found and a load did not return: damaged or evicted.",
     ),
     "dropped_rows": Shown(
         name="antefix_vllm_dropped_rows", help="Rows not stored because too much was waiting for the store."
     ),
     "orphaned_rows": Shown(
-        name="antefix_vllm_orphaned_rows", help="Blocks not stored because nothing says which block is before them."
+        name="antefix_vllm_orphaned_rows", help="Blocks not stored because their preceding block is not known."
     ),
     "unfinished_windows": Shown(
         name="antefix_vllm_unfinished_windows", help="Windows not stored because some of their rows never came."

@@ -40,6 +40,8 @@ _FP4_BIAS = 64
 # FP4 codes read as FP8 codes are too small by 2^6. The inputs' scales make up for both.
 _FP4_FACTOR = 2.0 ** (6 - _FP4_BIAS)
 _ROW_TILES_TOGETHER = 8
+# From so many tiles on, a program computes all runs of its sums: two tiles per multiprocessor of an H200.
+_PROGRAMS_OF_ALL_RUNS = 264
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +152,23 @@ def multiply(inputs: Inputs, weight: Weight, dtype: torch.dtype, *, tile: Tile |
     tile = tile or tile_of(weight, num_rows, inputs.codes.device)
     splits = num_splits(weight)
     out = torch.empty(num_rows, num_groups, num_outputs, dtype=dtype, device=inputs.codes.device)
-    parts = out if splits == 1 else torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device)
-    _launch(inputs, weight, parts, None, tile=tile, splits=splits, row_tiles=triton.cdiv(num_rows, tile.rows))
-    if splits > 1:
+    row_tiles = triton.cdiv(num_rows, tile.rows)
+    num_programs = row_tiles * num_groups * triton.cdiv(num_outputs, tile.outputs)
+    takes_all = takes_all_runs(weight, num_programs)
+    apart = splits > 1 and not takes_all
+    parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=out.device) if apart else out
+    _launch(inputs, weight, parts, None, tile=tile, splits=splits, row_tiles=row_tiles, takes_all=takes_all)
+    if apart:
         add_parts(parts, out)
     return out
+
+
+def takes_all_runs(weight: Weight, num_programs: int) -> bool:
+    """Whether a program computes all runs of its sums and adds them up itself. The bits are the same. It saves writing
+    and reading the runs' sums, and needs no more programs than there are tiles."""
+    splits = num_splits(weight)
+    has_equal_runs = weight.num_addends // INPUT_GROUP % splits == 0
+    return not weight.is_fp4 and splits > 1 and has_equal_runs and num_programs >= _PROGRAMS_OF_ALL_RUNS
 
 
 def multiply_routed(
@@ -210,6 +224,7 @@ def _launch(
     row_tiles: int,
     gathered: bool = False,
     gate_limit: float | None = None,
+    takes_all: bool = False,
 ) -> None:
     """inputs [N, G, K], weight of G or E, out [N, G, O], or [S, N, G, O] of parts."""
     _check_operands(inputs, weight)
@@ -221,10 +236,12 @@ def _launch(
     on_card = inputs.codes.device.type == "cuda"
     columns = tile.outputs // (2 if is_gated else 1)
     kernel, codes, scales, choices = operands_of(weight, splits=splits, columns=columns, on_card=on_card)
+    if not weight.is_fp4:
+        choices["ALL_RUNS"] = takes_all
     codes_per_word = 4 if weight.is_fp4 else 1
     steps = triton.cdiv(weight.num_addends // INPUT_GROUP, splits) // (2 if choices.get("WIDE") else 1)
     empty = inputs.codes if routing is None else routing.order
-    kernel[(row_tiles * triton.cdiv(num_outputs, columns), 1 if routing else num_weights, splits)](
+    kernel[(row_tiles * triton.cdiv(num_outputs, columns), 1 if routing else num_weights, 1 if takes_all else splits)](
         # The interpreter reads FP8 as bytes.
         inputs.codes if on_card else inputs.codes.view(torch.uint8),
         inputs.scales,
@@ -250,7 +267,7 @@ def _launch(
         scales.stride(1),
         out.stride(-3),
         out.stride(-2),
-        out.stride(0) if splits > 1 else 0,
+        out.stride(0) if out.dim() == 4 else 0,
         steps,
         ROUTED=routing is not None,
         GATHERED=gathered,

@@ -193,9 +193,12 @@ def fp8_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources,
                 num_weights, limit, stride_xn, stride_xg, stride_an, stride_ag, stride_cg, stride_co, stride_sg,
                 stride_so, stride_on, stride_og, stride_os, steps_a_split, ROUTED: tl.constexpr, GATHERED: tl.constexpr,
                 PICKED: tl.constexpr, GATED: tl.constexpr, POWERS: tl.constexpr, BLOCK_O: tl.constexpr,
-                EXACT: tl.constexpr, N: tl.constexpr, M: tl.constexpr, TOGETHER: tl.constexpr,
+                EXACT: tl.constexpr, ALL_RUNS: tl.constexpr, N: tl.constexpr, M: tl.constexpr, TOGETHER: tl.constexpr,
                 STAGES: tl.constexpr):  # fmt: skip
-    """One tile of a weight times rows, as fp4_kernel; a scale is of BLOCK_O outputs and 128 addends."""
+    """One tile of a weight times rows, as fp4_kernel; a scale is of BLOCK_O outputs and 128 addends.
+
+    ALL_RUNS: this program computes all runs of its addends, steps_a_split steps each, and adds them up.
+    """
     COLUMNS: tl.constexpr = N // 2 if GATED else N
     tile, column = place_of_program(tl.cdiv(num_outputs, COLUMNS), TOGETHER)
     group, first, stop, source = _rows_of_tile(tile, experts, firsts, stops, sources, num_rows, ROUTED, GATHERED,
@@ -204,7 +207,9 @@ def fp8_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources,
         outputs = _outputs(column * COLUMNS, num_outputs, N, GATED)
         split = tl.program_id(2)
         start = split * steps_a_split
-        stop_step = tl.minimum(start + steps_a_split, num_addends // 128)
+        stop_step = num_addends // 128
+        if not ALL_RUNS:
+            stop_step = tl.minimum(start + steps_a_split, stop_step)
         k = tl.arange(0, 128)
         at_x = x + source[None, :] * stride_xn + (0 if ROUTED else group * stride_xg) + k[:, None]
         at_a = x_scales + source * stride_an + (0 if ROUTED else group * stride_ag)
@@ -216,6 +221,7 @@ def fp8_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources,
         else:
             at_s += (outputs // BLOCK_O) * stride_so
         acc = tl.zeros((N, M), tl.float32)
+        total = tl.zeros((N, M), tl.float32)
         for step in tl.range(start, stop_step, num_stages=STAGES):
             c = tl.load(at_c + step * 128).to(tl.float8e4nv, bitcast=True)
             a = tl.load(at_x + step * 128).to(tl.float8e4nv, bitcast=True)
@@ -228,6 +234,13 @@ def fp8_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources,
             else:
                 factor = tl.load(at_a + step)[None, :] * s[:, None]
             acc = tl.fma(product, tl.broadcast_to(factor, (N, M)), acc)
+            if ALL_RUNS:  # noqa: SIM102 - the compiler must not see the other condition where this one is false
+                # The end of a run: what _sum_kernel does with the runs of several programs, in its order.
+                if (step + 1) % steps_a_split == 0:
+                    total = tl.where(step < steps_a_split, acc, total + acc)
+                    acc = tl.zeros((N, M), tl.float32)
+        if ALL_RUNS:
+            acc = total
         if GATED:
             acc = _gated(acc, out, limit, N, M)
         _store_tile(out, acc, group, first, stop, column * COLUMNS, num_outputs, split, stride_on, stride_og, stride_os,

@@ -59,8 +59,8 @@ def check_record(record: Record, record_bytes_max: int, registered_bytes: int | 
         raise InvalidRequest(f"a payload must have 1 to {record_bytes_max} bytes, has {nbytes}")
     if registered_bytes is not None and nbytes != registered_bytes and not _has_draft_state(record, registered_bytes):
         raise InvalidRequest(
-            f"a {record.kind.name.lower()} of fingerprint {record.fingerprint.hex()[:16]} has {registered_bytes} bytes"
-            f" by its registered layout, this payload has {nbytes}"
+            f"a {record.kind.name.lower()} of fingerprint {record.fingerprint.hex()[:16]} has {registered_bytes}"
+            f" bytes by its registered layout, but this payload has {nbytes}"
         )
     if not 0 <= record.position < 1 << 32:
         raise InvalidRequest(f"position must fit 32 bits, is {record.position}")
@@ -138,7 +138,7 @@ def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record]
     entry = index.entry(txn, *parent)
     if entry is not None:
         if entry.quarantined:
-            return _no_parent("its parent is quarantined; put that again first")
+            return _no_parent("its parent is quarantined; put the parent again first")
         out.anchors.add(parent)
         return None
     if parent in out.refused:

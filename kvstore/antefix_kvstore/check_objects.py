@@ -60,7 +60,7 @@ async def _check(bucket: Bucket, report: FsckReport, progress: Progress | None) 
     for done, each in enumerate(listed):
         ref = SegmentRef.of_name(each.name, each.nbytes)
         if ref is None:
-            report.note("name", f"{each.name} is no segment's name; it is left alone")
+            report.note("name", f"{each.name} is not a segment's name; the object is left alone")
             continue
         await _check_segment(bucket, ref, each, report, found)
         missing = next((tile for tile in tiles if tile.covers(ref.created_ms) and ref.id not in tiles[tile]), None)

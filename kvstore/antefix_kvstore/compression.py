@@ -46,7 +46,7 @@ class Judgement:
         verdict = "compressed" if self.compress else "stored as they are"
         decoded, disk = self.codec_bytes_per_s / 1e9, self.disk_bytes_per_s / 1e9
         return (
-            f"{verdict}: coded they are {self.ratio:.2f} times smaller and decoded at {decoded:.2f} GB/s,"
+            f"{verdict}: compression makes them {self.ratio:.2f} times smaller, they decode at {decoded:.2f} GB/s, and"
             f" the disk reads {disk:.2f} GB/s"
         )
 
@@ -109,7 +109,7 @@ class Compression:
         try:
             return self._measure_disk()
         except OSError as err:
-            log.warning("the disk cannot be measured (%s), taking %g bytes/s", err, DISK_BYTES_PER_S)
+            log.warning("the disk's speed cannot be measured (%s); %g bytes/s are assumed", err, DISK_BYTES_PER_S)
             return DISK_BYTES_PER_S
 
     def _sample(self, layout: Layout, payload: Buffer, coded: bytes | None) -> None:

@@ -35,7 +35,9 @@ def open_source(text: str, *, key_file: str = "") -> Contents:
     if _is_address(text):
         return ServedContents(RemoteStore(text))
     if not Path(text).is_dir():
-        raise ConfigError(f"{text} is not a directory; a store that is served is named by its address, host:port")
+        raise ConfigError(
+            f"{text} is not a directory; to name a store that a service has open, give the service's address, host:port"
+        )
     decrypt = KeyRing.from_master_file(Path(key_file)).decrypt if key_file else None
     return StoreContents(Path(text), decrypt=decrypt)
 
@@ -54,7 +56,10 @@ def open_target(
         return ObjectTarget(text, keys=KeyRing.from_master_file(Path(key_file)) if key_file else None, ttl_s=ttl_s)
     if not _is_address(text):
         if not makes and not Path(text).is_dir():
-            raise ConfigError(f"{text} is not a directory; a store that is served is named by its address, host:port")
+            raise ConfigError(
+                f"{text} is not a directory; to name a store that a service has open, give the service's address,"
+                " host:port"
+            )
         config = KvStoreConfig(dir=text, scrub_bytes_per_s=0, encrypt_key_file=key_file)
         if budget_bytes:
             config = dataclasses.replace(config, budget_bytes=budget_bytes)

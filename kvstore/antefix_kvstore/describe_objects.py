@@ -130,9 +130,12 @@ def _lines(report: ObjectReport) -> Iterator[str]:
         f" {shown_size(report.segment_bytes)}; each reader's index takes {shown_size(report.index_bytes)}"
     )
     if report.num_twice:
-        yield f"{report.num_twice} records were uploaded more than once; the older copies go by their time to live"
+        yield (
+            f"{report.num_twice} records were uploaded more than once; the older copies are deleted when their time"
+            " to live is over"
+        )
     if report.num_expired_segments:
-        yield f"{report.num_expired_segments} segments are past their time and wait to be deleted"
+        yield f"{report.num_expired_segments} segments are past their time to live and wait to be deleted"
     if report.num_unreadable:
         yield f"{report.num_unreadable} segments have no sound footer: antefix fsck {report.url} --repair"
     if report.holdings:

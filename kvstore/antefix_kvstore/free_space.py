@@ -79,8 +79,8 @@ def fit_to_disk(config: KvStoreConfig, *, statvfs: Callable[[Path], os.statvfs_r
     if can_hold >= config.budget_bytes:
         return config
     log.warning(
-        "the file system of %s can hold %d bytes of the store's budget of %d, with %d left free for others: "
-        "it takes %d bytes; set --budget-bytes, or give it a larger disk",
+        "the file system of %s can hold only %d bytes of the store's budget of %d, with %d left free for others. The"
+        " store takes at most %d bytes; set a lower --budget-bytes, or use a larger disk",
         *(config.dir, can_hold, config.budget_bytes, free.margin_bytes, can_hold),
     )
     segment_bytes = config.segment_bytes if config.segment_bytes <= can_hold // 4 else 0

@@ -72,7 +72,10 @@ def put_aside_misplaced(directory: Path) -> None:
     """
     segments = directory / SEGMENT_DIR
     if segments.is_symlink() and not segments.exists():
-        raise ConfigError(f"{segments} is a link to nothing: mount what it leads to, or remove it for an empty store")
+        raise ConfigError(
+            f"{segments} is a link to a path that does not exist: mount that path, or remove the link to start with"
+            " an empty store"
+        )
     for name in (STORE_FILE, CLEAN_FILE, RESERVE_FILE, GONE_FILE, USAGE_LOG_FILE):
         put_aside(directory / name)
     for name in (SEGMENT_DIR, INDEX_DIR, REBUILT_DIR, DISCARDED_DIR):
@@ -94,7 +97,7 @@ def lock_directory(directory: Path) -> DirectoryLock:
         return DirectoryLock(directory, LOCK_FILE)
     except BlockingIOError as err:
         raise ConfigError(
-            f"the store in {directory} is open in another process, which keeps it; stop that, or name another directory"
+            f"the store in {directory} is open in another process: stop that process, or name another directory"
         ) from err
     except OSError as err:
         raise _unusable(directory, err) from err

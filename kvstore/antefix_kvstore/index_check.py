@@ -87,7 +87,7 @@ def _total_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
     if index.num_quarantined(txn) != derived.num_quarantined:
         yield "it counts quarantined records wrongly"
     if index.num_apart(txn) != derived.num_apart:
-        yield "it counts records apart from their parents wrongly"
+        yield "it counts records without a parent wrongly"
 
 
 def _name_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
@@ -104,7 +104,7 @@ def _name_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
             if key[:1] == letter.upper()
         }
         if {number: name for name, number in to_id.items()} != names or len(to_id) != len(names):
-            yield "its names and ids do not lead to each other"
+            yield "its names and ids do not match"
         last = int.from_bytes(rows.get(b"#" + letters[0].upper(), b""), "little")
         if any(len(number) != 4 or int.from_bytes(number, "little") > last for number in names):
             yield "it gave out an id that it does not know of"
@@ -113,7 +113,7 @@ def _name_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
     for number, positions in derived.first_positions.items():
         row = rows.get(b"F" + number.to_bytes(4, "little"), b"")
         if len(row) != HASH_BYTES + 4 or positions != {int.from_bytes(row[HASH_BYTES:], "little")}:
-            yield "a first block does not end where one of its fingerprint does"
+            yield "a first block ends at another position than the first blocks of its fingerprint"
 
 
 def _plan_faults(index: Index, txn: Any) -> Iterator[str]:

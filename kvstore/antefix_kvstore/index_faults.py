@@ -58,4 +58,4 @@ def told(directory: Path, tell: Callable[[str], object]) -> Iterator[None]:
         if isinstance(err, _LIMITS) or (isinstance(err, lmdb.Error | OSError) and is_full(err, directory)):
             raise
         tell(str(err))
-        raise IndexDamaged(f"the store's index is damaged and being made again: {err}") from err
+        raise IndexDamaged(f"the store's index is damaged and is being rebuilt: {err}") from err

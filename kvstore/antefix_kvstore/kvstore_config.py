@@ -32,62 +32,67 @@ BUDGET_BYTES_MIN = MIB
 class KvStoreConfig(ObjectUploadConfig):
     """All sizes are hard limits. The defaults suit one machine."""
 
-    dir: str = setting("antefix-store", "directory of the store; created if it is missing or empty")
+    dir: str = setting(
+        "antefix-store", "directory of the store; a new store is made if the directory is missing or empty"
+    )
     address: str = setting("127.0.0.1:0", "host:port, [IPv6]:port or unix:PATH to listen on; port 0: a free one")
     credentials: str = credentials_setting()
     budget_bytes: int = setting(64 * GIB, "disk space that segments and index may take together", unit="bytes")
     free_bytes_min: int = setting(
-        0, "what is left free on the store's file system; 0: a sixteenth of it, at most 256 MiB", unit="bytes"
+        0, "bytes to leave free on the store's file system; 0: a sixteenth of it, at most 256 MiB", unit="bytes"
     )
     segment_bytes: int = setting(
         0, "size at which a segment is closed; 0 means budget / 32, at most 256 MiB", unit="bytes"
     )
     tenant_quota_bytes: int = setting(0, "disk space that one tenant may take; 0 for no limit", unit="bytes")
     quotas: tuple[str, ...] = setting(
-        (), "exceptions from that, as tenant=size, separated by commas; names take secret_file, or digest:HEX=size"
+        (),
+        "quotas of single tenants that differ from tenant_quota_bytes, as tenant=size, separated by commas;"
+        " names of tenants need secret_file, else write digest:HEX=size",
     )
     secret_file: str = setting(
         "",
-        "file with the deployment's secret: without TLS it shows who belongs to the deployment; and to know tenants by"
-        " name in quotas and keys_file",
+        "file with the deployment's secret; without TLS, callers prove with it that they belong to the deployment."
+        " quotas and keys_file need it to know tenants by name",
         guards=True,
     )
     block_ttl_s: float = setting(72 * 3600.0, "how long a block stays after its last use; 0 for ever", unit="s")
-    checkpoint_ttl_s: float = setting(6 * 3600.0, "the same for checkpoints on disk", unit="s")
+    checkpoint_ttl_s: float = setting(
+        6 * 3600.0, "how long a checkpoint on disk stays after its last use; 0 for ever", unit="s"
+    )
     handoff_ttl_s: float = setting(300.0, "how long a handoff waits in memory for its decode worker", unit="s")
     handoff_bytes_max: int = setting(1 * GIB, "memory that handoffs may take", unit="bytes")
     compression: str = setting(
-        "auto", "off, zstd (keep where it is smaller) or auto (measure disk and codec, then choose)"
+        "auto", "compression of payloads: off, zstd (kept where smaller) or auto (measure disk and codec, then choose)"
     )
     keys_file: str = setting(
         "", "JSON file of tenants' 256-bit keys; when given, everything stored is encrypted", guards=True
     )
     encrypt_key_file: str = setting(
         "",
-        "file with one key (64 hex digits) that each tenant's is made of: everything stored is encrypted",
+        "file with one key (64 hex digits) from which each tenant's key is derived; everything stored is then"
+        " encrypted",
         guards=True,
     )
     usage_log_dir: str = setting(
-        "", "log which blocks were stored and read here, to reconcile the bill with; empty: none"
+        "", "directory of the log of blocks that were stored and read here, to check bills against; empty: none"
     )
-    events_redis: str = setting("", "redis:// URL that routers read the store's events from; empty: they ask the store")
+    events_redis: str = setting("", "redis:// URL where routers read the store's events; empty: routers ask the store")
     events_name: str = setting(
-        "", "what routers call this store, their store_address; empty: the address it listens on"
+        "", "address by which routers know this store (their store_address); empty: the address that it listens on"
     )
     events_key_file: str = setting(
         "",
-        "file with the key that signs events in Redis (`antefix secret events-key`), where there is no secret_file",
+        "file with the key that signs events in Redis (`antefix secret events-key`), if there is no secret_file",
         guards=True,
     )
-    lease_redis: str = setting(
-        "", "redis:// URL where this store says that it is there, for workers and routers that look for stores in it"
-    )
-    name: str = setting("", "what all processes call this store, in receipts and metrics; lease_redis needs it")
+    lease_redis: str = setting("", "redis:// URL where this store keeps a lease, by which workers and routers find it")
+    name: str = setting("", "name of this store for all processes, in receipts and metrics; lease_redis needs a name")
     advertise: str = setting("", "host, or host:port, at which others reach this store; empty: the address above")
     redis_password_file: str = redis_password_setting()
     redis_ca_file: str = redis_ca_setting()
     durable: bool = setting(True, "sync before acknowledging a put; off trades the newest blocks for speed")
-    batch_bytes_max: int = setting(64 * MIB, "payload bytes that one group commit takes", unit="bytes")
+    batch_bytes_max: int = setting(64 * MIB, "most payload bytes in one group commit", unit="bytes")
     queue_bytes_max: int = setting(
         256 * MIB, "payload bytes that may wait for the writer before puts are refused", unit="bytes"
     )
@@ -122,7 +127,7 @@ class KvStoreConfig(ObjectUploadConfig):
         check_url(self.events_redis)
         require(
             not self.events_redis or bool(self.events_key_file or self.secret_file),
-            "--events-redis needs --events-key-file (or --secret-file): routers believe no event that is not signed",
+            "--events-redis needs --events-key-file (or --secret-file): routers trust only signed events",
         )
         if self.lease_redis:
             check_redis_url(self.lease_redis, "lease_redis")
@@ -130,7 +135,7 @@ class KvStoreConfig(ObjectUploadConfig):
             require(is_named, f"--lease-redis needs --name: lower-case letters, digits, dots, dashes; is {self.name!r}")
             require(
                 bool(self.events_key_file or self.secret_file),
-                "--lease-redis needs --events-key-file (or --secret-file): nobody believes a lease that is not signed",
+                "--lease-redis needs --events-key-file (or --secret-file): only signed leases are trusted",
             )
         require(self.grace_s >= 0, f"grace_s must not be negative, is {self.grace_s}")
         check_object_upload(self)

@@ -17,7 +17,7 @@ from antefix_kvstore.storage_engine import StorageEngine
 
 _RECORDS = "antefix_store_records"
 _EVICTED = "antefix_store_evicted_records"
-_EVICTED_HELP = "Records that were dropped, by why: space (for others), expired, or asked (a call)."
+_EVICTED_HELP = "Records that were dropped, by reason: space (for others), expired, or asked (by a call)."
 _CORRUPT = "antefix_store_quarantined_records"
 _CORRUPT_HELP = (
     "Records that failed a check and are misses now: corrupt, forged (no seal of this deployment) or unusable (right"
@@ -51,7 +51,9 @@ STATS: Final[Table] = {
         kind=Kind.GAUGE,
     ),
     "quarantined": Shown(
-        name="antefix_store_quarantine_records", help="Quarantined records that are still there.", kind=Kind.GAUGE
+        name="antefix_store_quarantine_records",
+        help="Quarantined records that are still in the store.",
+        kind=Kind.GAUGE,
     ),
     "evictions": Shown(name=_EVICTED, help=_EVICTED_HELP, labels=(("cause", "space"),)),
     "expirations": Shown(name=_EVICTED, help=_EVICTED_HELP, labels=(("cause", "expired"),)),
@@ -63,7 +65,7 @@ STATS: Final[Table] = {
     "bytes_written": Shown(name="antefix_store_written_bytes", help="Bytes appended to segments by puts."),
     "refused": Shown(name="antefix_store_refused_records", help="Records that a put did not store."),
     "impossible_writes": Shown(
-        name="antefix_store_impossible_writes", help="Writes that no state of the store could take."
+        name="antefix_store_impossible_writes", help="Writes that the store could never take, whatever its state."
     ),
     "compacted_bytes": Shown(name="antefix_store_compacted_bytes", help="Bytes that compaction copied."),
     "syncs": Shown(name="antefix_store_syncs", help="Syncs of segments for puts."),
@@ -76,17 +78,19 @@ ENGINE: Final[Table] = {
     ),
     "unusable": Shown(name=_CORRUPT, help=_CORRUPT_HELP, labels=(("cause", "unusable"),)),
     "heals": Shown(
-        name="antefix_store_heals", help="Times that the index was made again because the store's files were harmed."
+        name="antefix_store_heals", help="Times that the index was rebuilt because the store's files were damaged."
     ),
     "asked": Shown(name=_EVICTED, help=_EVICTED_HELP, labels=(("cause", "asked"),)),
 }
 # Fields of `space.SpaceCounters` that StatsResponse does not have.
 SPACE: Final[Table] = {
-    "dropped_segments": Shown(name="antefix_store_dropped_segments", help="Segments that were given back to the disk."),
+    "dropped_segments": Shown(
+        name="antefix_store_dropped_segments", help="Segments whose space was given back to the disk."
+    ),
 }
 # Fields of `scrubber.ScrubCounters`.
 SCRUBBER: Final[Table] = {
-    "passes": Shown(name="antefix_store_scrub_passes", help="Passes over all records."),
+    "passes": Shown(name="antefix_store_scrub_passes", help="Passes of the scrubber over all records."),
     "records": Shown(name="antefix_store_scrubbed_records", help="Records that the scrubber read."),
     "bytes": Shown(name="antefix_store_scrubbed_bytes", help="Bytes that the scrubber read."),
     "corrupt": Shown(name="antefix_store_scrub_corrupt_records", help="Corrupt records that the scrubber found."),
@@ -105,26 +109,37 @@ def store_metrics(engine: StorageEngine, scrubber: Scrubber, writer: GroupCommit
     yield gauge(_RECORDS, "Records on disk.", {kind: counted.records for kind, counted in kinds.items()}, ("kind",))
     yield gauge(
         "antefix_store_stored_bytes",
-        "Bytes of records on disk, with headers, as compressed.",
+        "Bytes of records on disk, with headers, after compression.",
         {kind: counted.stored_bytes for kind, counted in kinds.items()},
         ("kind",),
     )
     yield gauge(
         "antefix_store_payload_bytes",
-        "Payload bytes of records on disk, as they are read.",
+        "Payload bytes of records on disk, before compression.",
         {kind: counted.payload_bytes for kind, counted in kinds.items()},
         ("kind",),
     )
-    yield gauge("antefix_store_stopped", "1 while nothing is stored.", {(): float(bool(stats.texts["stopped"]))})
+    yield gauge(
+        "antefix_store_stopped",
+        "1 while the store accepts no records, because its disk is full.",
+        {(): float(bool(stats.texts["stopped"]))},
+    )
     yield gauge(
         "antefix_store_queued_bytes", "Bytes of puts that wait for the writer.", {(): float(writer.queued_bytes)}
     )
     yield counter(
         "antefix_store_log_lost_lines",
-        "Lines of the log of hits that could not be written.",
+        "Lines of the store's log of hits that could not be written.",
         {(): float(engine.num_log_lines_lost)},
     )
     yield from engine.writer.sync_s.collect()
+    cache = engine.reader.page_cache
+    yield counter(
+        "antefix_store_page_cache_samples",
+        "Blocks that look-ups sampled, by whether the page cache of this host had them.",
+        {("yes",): float(cache.num_cached), ("no",): float(cache.num_sampled - cache.num_cached)},
+        ("cached",),
+    )
 
 
 def memory_metrics(pool: MemoryRecords, num_streams: int) -> Iterable[Metric]:

@@ -21,38 +21,49 @@ class ObjectUploadConfig:
     bucket."""
 
     object_store: str = setting(
-        "", "object store behind this one: s3://BUCKET/PREFIX, gs://, az:// or file:///PATH; empty: none"
+        "", "object store behind this store: s3://BUCKET/PREFIX, gs://, az:// or file:///PATH; empty: none"
     )
     object_upload: tuple[str, ...] = setting(
         ("reused", "pinned", "evicting"),
-        "what is uploaded: what was reused, what is pinned, what is about to be evicted, or all; separated by commas",
+        "which records are uploaded: reused, pinned, evicting (about to be evicted) or all; separated by commas",
     )
     object_reused_after_s: float = setting(
-        30.0, "a read counts as reuse when the record had been stored for so long", unit="s"
+        30.0, "how long a record must have been stored before a read of it counts as reuse", unit="s"
     )
     object_upload_bytes_per_s: int = setting(64 << 20, "how fast uploads may go, on average", unit="bytes")
     object_segment_bytes: int = setting(32 << 20, "payload bytes that are uploaded as one object", unit="bytes")
     object_wait_s: float = setting(
-        10.0, "how long what is to be uploaded waits for more, so that an object is full", unit="s"
+        10.0, "how long records that are to be uploaded wait for others, so that an object is full", unit="s"
     )
     object_budget_bytes: int = setting(
-        0, "what the whole tier may take: the oldest goes first; 0 for no limit", unit="bytes"
+        0, "most bytes in the whole object tier; above that the oldest are deleted first; 0 for no limit", unit="bytes"
     )
     object_tenant_quota_bytes: int = setting(
-        0, "what one tenant may take of the tier: its own oldest goes first; 0 for no limit", unit="bytes"
+        0,
+        "most bytes of one tenant in the object tier; above that the tenant's oldest are deleted first; 0 for no limit",
+        unit="bytes",
     )
-    object_quotas: tuple[str, ...] = setting((), "exceptions from that, in the form of quotas")
+    object_quotas: tuple[str, ...] = setting(
+        (), "quotas of single tenants that differ from object_tenant_quota_bytes, written as in quotas"
+    )
     object_block_ttl_s: float = setting(
-        14 * _DAY_S, "how long a block stays in the tier after its upload; reuse uploads it again; 0 for ever", unit="s"
+        14 * _DAY_S,
+        "how long a block stays in the object tier after its upload; reuse uploads the block again; 0 for ever",
+        unit="s",
     )
-    object_checkpoint_ttl_s: float = setting(_DAY_S, "the same for checkpoints", unit="s")
+    object_checkpoint_ttl_s: float = setting(
+        _DAY_S, "how long a checkpoint stays in the object tier after its upload; 0 for ever", unit="s"
+    )
     object_encrypt_key_file: str = setting(
         "",
-        "file with one key (64 hex digits) that each tenant's is made of: everything in the tier is encrypted",
+        "file with one key (64 hex digits) from which each tenant's key is derived; everything in the object tier is"
+        " then encrypted",
         guards=True,
     )
     object_keys_file: str = setting(
-        "", "JSON file of tenants' 256-bit keys for the tier; a tenant without one is not uploaded", guards=True
+        "",
+        "JSON file of tenants' 256-bit keys for the object tier; records of a tenant without a key are not uploaded",
+        guards=True,
     )
 
     @property

@@ -26,9 +26,9 @@ def register_fingerprint(
     known = txn.fingerprint(fingerprint)
     if known is not None and known.block_tokens and block_tokens not in (0, known.block_tokens):
         raise FingerprintMismatch(
-            f"a block has {block_tokens} tokens, and {known.block_tokens} where KV of this name is stored:"
-            " nothing of it is used; give the worker the model and block size of the others, or a"
-            " --namespace of its own"
+            f"this worker's blocks have {block_tokens} tokens, but the KV stored under its fingerprint has blocks of"
+            f" {known.block_tokens}: the worker can use none of it. Give the worker the same model and block size as"
+            " the others, or a --namespace of its own"
         )
     txn.set_fingerprint(fingerprint, block_tokens or (known.block_tokens if known else 0))
     if statement:

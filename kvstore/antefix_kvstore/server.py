@@ -134,7 +134,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> AsyncGenerator[bytes, None]:
         kind, hashes = kind_of(request.kind), split_hashes(request.hashes)
         if len(hashes) > HASHES_MAX or request.first > len(hashes):
-            raise InvalidRequest(f"at most {HASHES_MAX} hashes a stream, `first` among them")
+            raise InvalidRequest(f"at most {HASHES_MAX} hashes per stream, `first` included")
         if kind in MEMORY_KINDS:
             return self._from_memory(kind, request, hashes)
         rows = _granted_rows()

@@ -104,7 +104,9 @@ class Space:
         stopped = "" if free.has_room(nbytes) else f"the file system has no more than {free.nbytes} bytes free"
         if bool(stopped) != bool(self.stopped):
             if stopped:
-                log.warning("nothing is stored now: %s, and %d are for others", stopped, free.margin_bytes)
+                log.warning(
+                    "nothing is stored now: %s, and %d bytes must stay free for others", stopped, free.margin_bytes
+                )
             else:
                 log.warning("the file system has room again: the store stores again")
         self.stopped = stopped

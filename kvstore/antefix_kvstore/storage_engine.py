@@ -189,7 +189,8 @@ class StorageEngine:
 
     def held(self, chain: Sequence[bytes], *, fingerprint: bytes, owners: Collection[bytes] | None = None) -> Held:
         with self._telling():
-            return self.index.held(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
+            held = self.index.held(chain, fingerprint=fingerprint, now_ms=self.clock_ms(), owners=owners)
+            return self.reader.page_cache.sampled(held, chain)
 
     def owned(self, names: Iterable[RecordName], owners: Collection[bytes]) -> list[RecordName]:
         """Those of the records that these owners have stored."""
@@ -388,7 +389,7 @@ class StorageEngine:
                 # Reads still work. The next put, or the next call, finds room or reports why not.
                 if not is_full(err, self.index.directory):
                     raise
-                log.debug("no room to tidy up: %s", err)
+                log.debug("there is no room to delete expired records and compact segments: %s", err)
 
     def _tidy(self) -> None:
         self.space.follow_disk()
@@ -407,7 +408,7 @@ class StorageEngine:
         if not self._store.lock.is_of_the_present:
             self.note_damage("its directory is gone or was replaced")
         if self._damage:
-            raise IndexDamaged(f"the store was harmed, {self._damage}; it stores again once it has healed")
+            raise IndexDamaged(f"the store was harmed: {self._damage}; it accepts records again after the repair")
 
     def note_damage(self, what: str) -> None:
         """Note damage in the index. It will be rebuilt from the segments soon."""

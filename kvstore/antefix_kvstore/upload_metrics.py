@@ -12,28 +12,37 @@ from antefix.telemetry.shown import Shown, Table, families, gauge
 from antefix_kvstore.object_upload import ObjectUploader
 
 _DELETED = "antefix_object_deleted_segments"
-_DELETED_HELP = "Segments that this service deleted, by why: expired, budget or quota."
+_DELETED_HELP = "Segments that this service deleted, by reason: expired, budget or quota."
 
 # Fields of `object_upload.UploadCounters`.
 UPLOADS: Final[Table] = {
-    "num_uploaded": Shown(name="antefix_object_uploaded_records", help="Records that went up to the object tier."),
+    "num_uploaded": Shown(
+        name="antefix_object_uploaded_records", help="Records that were uploaded to the object tier."
+    ),
     "bytes_uploaded": Shown(
-        name="antefix_object_uploaded_payload_bytes", help="Payload bytes of records that went up to the object tier."
+        name="antefix_object_uploaded_payload_bytes",
+        help="Payload bytes of records that were uploaded to the object tier.",
     ),
     "num_left": Shown(
-        name="antefix_object_left_records", help="Records that were chosen and could not be read, or have no key there."
+        name="antefix_object_left_records",
+        help="Records chosen for upload that could not be read, or whose tenant has no key for the object tier.",
     ),
     "num_forgotten": Shown(
         name="antefix_object_forgotten_names", help="Names dropped from the upload queue because they waited too long."
     ),
-    "num_failures": Shown(name="antefix_object_failures", help="Uploads and passes that failed; they are tried again."),
-    "num_passes": Shown(name="antefix_object_passes", help="Passes for budget, times to live and the index."),
+    "num_failures": Shown(
+        name="antefix_object_failures",
+        help="Uploads and passes over the object tier that failed; they are tried again.",
+    ),
+    "num_passes": Shown(
+        name="antefix_object_passes", help="Passes over the object tier that keep its budget, times to live and index."
+    ),
 }
 # Fields of `object_writer.ObjectWriteCounters`.
 WRITES: Final[Table] = {
     "num_records": Shown(name="antefix_object_written_records", help="Records in objects that were written."),
     "num_segments": Shown(name="antefix_object_written_segments", help="Segments that were written."),
-    "bytes_written": Shown(name="antefix_object_written_bytes", help="What they take."),
+    "bytes_written": Shown(name="antefix_object_written_bytes", help="Bytes of the segments that were written."),
 }
 # Fields of `janitor.JanitorCounters`.
 JANITOR: Final[Table] = {
@@ -41,7 +50,7 @@ JANITOR: Final[Table] = {
     "num_over_budget": Shown(name=_DELETED, help=_DELETED_HELP, labels=(("cause", "budget"),)),
     "num_over_quota": Shown(name=_DELETED, help=_DELETED_HELP, labels=(("cause", "quota"),)),
     "num_drafts": Shown(name="antefix_object_deleted_drafts", help="Half-finished uploads that were deleted."),
-    "num_tiles": Shown(name="antefix_object_written_tiles", help="Tiles of the tier's index that were written."),
+    "num_tiles": Shown(name="antefix_object_written_tiles", help="Tiles of the object tier's index that were written."),
 }
 
 
@@ -53,7 +62,7 @@ def upload_metrics(uploader: ObjectUploader) -> Iterable[Metric]:
     yield gauge("antefix_object_waiting_names", "Records that wait to be uploaded.", {(): uploader.num_waiting})
     yield gauge(
         "antefix_object_tier_bytes",
-        "What the tier takes, as this service knows it.",
+        "Bytes that the object tier takes, as far as this service knows.",
         {(): sum(uploader.catalog.bytes_by_tenant().values())},
     )
     yield from catalog_metrics(uploader.catalog)

@@ -25,24 +25,25 @@ PREFETCH: Final[Table] = {
     ),
     "num_blocks_wanted": Shown(
         name="antefix_prefill_waited_blocks",
-        help="Stored blocks of prompts that waited for a second or more; should be in memory at their turn.",
+        help="Stored blocks of prompts that waited for a second or more. They should be in memory at the prompt's"
+        " turn.",
     ),
     "num_blocks_found": Shown(
         name="antefix_prefill_waited_blocks_found",
-        help="Stored blocks of such prompts that were in memory at their turn.",
+        help="Stored blocks of prompts that waited for a second or more, and that were in memory at the prompt's turn.",
     ),
     "num_skipped": Shown(
         name="antefix_prefill_unprefetched_prompts",
-        help="Prompts that waited, for which there was no room or nothing worth loading.",
+        help="Prompts that waited without prefetching, for lack of room or because nothing was worth loading.",
     ),
 }
 
 
 def queue_metrics(queue: PrefillQueue, rates: Rates, prefetch: PrefetchCounters) -> Iterable[Metric]:
-    yield gauge("antefix_prefill_running_prompts", "Prompts at work.", {(): float(queue.num_running)})
-    yield gauge("antefix_prefill_waiting_prompts", "Prompts behind them.", {(): float(queue.num_waiting)})
+    yield gauge("antefix_prefill_running_prompts", "Prompts that are being computed.", {(): float(queue.num_running)})
+    yield gauge("antefix_prefill_waiting_prompts", "Prompts that wait for their turn.", {(): float(queue.num_waiting)})
     yield gauge(
-        "antefix_prefill_speed", "Tokens that prefill computes in a second.", {(): float(rates.prefill_tokens_per_s)}
+        "antefix_prefill_speed", "Tokens that prefill computes per second.", {(): float(rates.prefill_tokens_per_s)}
     )
     yield from families(PREFETCH, prefetch)
     yield from queue.wait_s.collect()

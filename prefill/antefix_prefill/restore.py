@@ -388,7 +388,8 @@ async def _read_into_pool(
 
 async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report: RestoreReport) -> int:
     """How many of the landed blocks are usable, from the first on. The store is told of an unusable one."""
-    unusable = await engine.compute.run(_fill, engine, landed)
+    # One job, because each job waits for the running work.
+    unusable = await engine.compute.run(engine.pool.fill, landed)
     if unusable:
         index = landed.index(unusable[0])
         report.store_errors += 1
@@ -396,15 +397,6 @@ async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report:
         await engine.store.reject(RecordKind.BLOCK, names[index : index + 1])
         landed = landed[:index]
     return len(landed)
-
-
-def _fill(engine: Engine, landed: list[int]) -> list[int]:
-    """Fill the rows before the first unusable one, and return the unusable rows. Runs in the compute thread as one job,
-    because each job waits for the running work."""
-    unusable = engine.pool.unusable(landed)
-    if good := landed[: landed.index(unusable[0])] if unusable else landed:
-        engine.pool.note_filled(good)
-    return unusable
 
 
 async def _read_stretch(

@@ -31,15 +31,20 @@ from antefix_prefill.worker.serving import WorkerConfig, secure_worker, serve_wo
 class PrefillConfig(WorkerConfig):
     """Settings of a prefill worker."""
 
-    num_running_max: int = setting(2, "prompts at work at once")
-    num_short_max: int = setting(4, "prompts at work besides, of which at most one chunk is left to compute")
-    num_waiting_max: int = setting(64, "prompts waiting; more are refused with a retry hint")
+    num_running_max: int = setting(2, "most prompts that are computed at once")
+    num_short_max: int = setting(
+        4, "further prompts that may be computed at once, if each has at most one chunk left to compute"
+    )
+    num_waiting_max: int = setting(64, "most prompts that wait; further ones are refused with a retry hint")
 
     def __post_init__(self) -> None:
         # Not super().__post_init__(): a slotted dataclass is a new class, and `__class__` would be the old one.
         WorkerConfig.__post_init__(self)
-        require(self.num_running_max > 0 and self.num_waiting_max > 0, "num_running_max and num_waiting_max start at 1")
-        require(self.num_short_max >= 0, "num_short_max starts at 0")
+        require(
+            self.num_running_max > 0 and self.num_waiting_max > 0,
+            "num_running_max and num_waiting_max must be at least 1",
+        )
+        require(self.num_short_max >= 0, "num_short_max must be at least 0")
 
 
 class PrefillServicer(prefill_pb2_grpc.PrefillServiceServicer):

@@ -48,10 +48,16 @@ _PIECE_TOKENS: Final = 256
 class RetryConfig:
     """Settings of the answers that are kept for retries of requests with an `Idempotency-Key`."""
 
-    unattended_s: float = setting(600.0, "how long an answer is made on after its client left; 0: not at all", unit="s")
-    unattended_max: int = setting(64, "answers that are made on without a client at once; more are cancelled")
-    kept_answers_bytes: int = setting(64 << 20, "memory for finished answers; the oldest go first", unit="bytes")
-    kept_answers_s: float = setting(86400.0, "how long a finished answer is kept", unit="s")
+    unattended_s: float = setting(
+        600.0, "how long an answer is still generated after its client disconnected; 0: not at all", unit="s"
+    )
+    unattended_max: int = setting(
+        64, "most answers that are generated without a client at once; further ones are cancelled"
+    )
+    kept_answers_bytes: int = setting(
+        64 << 20, "memory for finished answers that a retry may get; the oldest are dropped first", unit="bytes"
+    )
+    kept_answers_s: float = setting(86400.0, "how long a finished answer is kept for a retry", unit="s")
 
     def __post_init__(self) -> None:
         for name in ("unattended_s", "unattended_max", "kept_answers_bytes", "kept_answers_s"):

@@ -56,30 +56,40 @@ class ContextTooLong(InvalidRequest):
 class BillingConfig(RetryConfig):
     """Settings of a router's bill."""
 
-    ledger_dir: str = setting("", "directory of the usage ledger; without one nothing is billed")
-    ratecards: tuple[str, ...] = setting((), "rate card files (TOML), separated by commas; without one all is free")
+    ledger_dir: str = setting("", "directory of the usage ledger; without a ledger nothing is billed")
+    ratecards: tuple[str, ...] = setting(
+        (), "rate card files (TOML), separated by commas; without a rate card all requests are free"
+    )
     tenants_file: str = setting("", "TOML file with tenants' limits and API keys", guards=True)
     api_keys_file: str = setting(
         "",
-        "file with API keys, made by `antefix keys`; with neither of the two callers need no key",
+        "file with API keys, made by `antefix keys`; without this file and tenants_file, callers need no key",
         guards=True,
     )
     keys_redis: str = setting("", "Redis URL through which changes of API keys reach all routers", guards=True)
     redis_password_file: str = redis_password_setting()
     redis_ca_file: str = redis_ca_setting()
     bill_redis: str = setting(
-        "", "Redis URL through which routers share request ids, limits and receipts; empty: each is alone", guards=True
+        "",
+        "Redis URL through which routers share request ids, limits and receipts; empty: this router shares nothing",
+        guards=True,
     )
-    bill_keep_s: float = setting(7 * 86400.0, "how long routers know one another's requests through it", unit="s")
+    bill_keep_s: float = setting(
+        7 * 86400.0, "how long requests of one router stay in that Redis for the others", unit="s"
+    )
     bill_alone: str = setting(
         "refuse",
-        "requests with a client's id while Redis is out: refuse, or serve (what two routers charge goes back later)",
+        "what to do with requests that have a client's id while Redis is out: refuse them, or serve them (if two"
+        " routers charge a request, one charge is credited later)",
         choices=("refuse", "serve"),
     )
-    peer_ledgers: tuple[str, ...] = setting((), "ledger directories of other routers on this host, to answer for them")
+    peer_ledgers: tuple[str, ...] = setting(
+        (), "ledger directories of other routers on this host, whose requests this router answers questions about too"
+    )
     anchors: tuple[str, ...] = setting(
         (),
-        "where the ledger's signed head goes: files elsewhere, file:// directories, or object stores (s3://, gs://, az://)",
+        "where to write the ledger's signed head: files on another disk, file:// directories, or object stores"
+        " (s3://, gs://, az://)",
     )
     anchor_s: float = setting(60.0, "how often", unit="s")
     receipt_key_file: str = setting("", "Ed25519 key that signs receipts, made if missing (default: in ledger_dir)")

@@ -41,7 +41,7 @@ class GrammarCheck:
         checked.
         """
         if len(grammar.encode()) > GRAMMAR_BYTES_MAX:
-            raise UnusableGrammar(f"the grammar takes {GRAMMAR_BYTES_MAX} bytes")
+            raise UnusableGrammar(f"a grammar takes at most {GRAMMAR_BYTES_MAX} bytes")
         name = hashlib.blake2b(grammar.encode(), digest_size=16).digest()
         fault = self._known.get(name)
         if fault is None:
@@ -82,7 +82,7 @@ class GrammarCheck:
         if answer.endswith(b"\n"):
             return str(json.loads(answer))
         await self.close()
-        return f"it takes more than {grammar_child.CPU_S_MAX} s, or too much memory, to make ready"
+        return f"the output format takes more than {grammar_child.CPU_S_MAX} s, or too much memory, to compile"
 
     async def _start(self) -> asyncio.subprocess.Process:
         process = await asyncio.create_subprocess_exec(

@@ -66,7 +66,7 @@ class KeyChanges:
                 await self.look()
             except Exception:
                 # A bug here must not silently leave revoked keys in force.
-                log.exception("API keys could not be looked at")
+                log.exception("the API keys could not be read")
             await asyncio.sleep(LOOK_S)
 
     def _look_at_file(self) -> None:

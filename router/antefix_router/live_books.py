@@ -112,7 +112,7 @@ class LiveBooks:
             await self._begin()
         except Exception:
             log.exception(
-                "rate cards that changed while this router was down could not be noted; the next start does it"
+                "rate cards that changed while this router was down could not be recorded; the next start records them"
             )
         while True:
             is_asked = self._asked.is_set()
@@ -120,7 +120,7 @@ class LiveBooks:
             try:
                 await self.look(is_asked=is_asked)
             except Exception:
-                log.exception("tenants and rate cards could not be looked at")
+                log.exception("tenants and rate cards could not be read")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_S):
                     await self._asked.wait()
@@ -137,7 +137,7 @@ class LiveBooks:
             await self._reload()
         except (AntefixError, OSError) as err:
             self.num_refused += 1
-            log.error("nothing was changed, what held still holds: %s", err)  # noqa: TRY400 - a fault of the file's
+            log.error("nothing was changed; the tenants and rate cards in force stay in force: %s", err)  # noqa: TRY400 - a fault of the file's
 
     async def _reload(self) -> None:
         """Raises:  ConfigError: a file is faulty, or a card would change existing prices without asking for a
@@ -211,7 +211,7 @@ class LiveBooks:
         front.keys.open_as = "" if is_open_to_all(tenants, needed=bool(self._config.api_keys_file)) else None
 
     async def _record(self, digest: dict[str, str]) -> None:
-        log.info("tenants and rate cards were read again and hold: %s", ", ".join(sorted(digest)) or "none")
+        log.info("tenants and rate cards were read again and are in force: %s", ", ".join(sorted(digest)) or "none")
         await self._note(ChangeKind.TENANTS, [self._config.tenants_file], digest)
         await self._note(ChangeKind.RATE_CARDS, list(self._config.ratecards), digest)
 
@@ -267,7 +267,7 @@ class LiveBooks:
                 log.error("%s", err)  # noqa: TRY400 - a fault of the file's
                 await asyncio.to_thread(path.rename, path.with_suffix(".refused"))
             except AntefixError as err:
-                log.warning("adjustments in %s wait: %s", path, err)
+                log.warning("adjustments in %s are not in the ledger yet: %s", path, err)
 
     def _look_at_files(self) -> tuple[object, ...]:
         return tuple(_state_of(path) for path in self._paths)

@@ -58,14 +58,14 @@ PREFILLING: Final[Table] = {
     ),
     "overhead_s": Shown(
         name="antefix_router_prefill_overhead_seconds",
-        help="Of a call to an idle prefill worker, measured.",
+        help="Measured overhead of a call to an idle prefill worker.",
         kind=Kind.GAUGE,
     ),
 }
-_RETRIES, _RETRIES_HELP = "antefix_router_retries", "Requests that came again under an id."
+_RETRIES, _RETRIES_HELP = "antefix_router_retries", "Requests that came again under the same id."
 # `AnswerCounters`, which RouterStatus has too.
 ANSWERS: Final[Table] = {
-    "running": Shown(name="antefix_answers_running", help="Answers that retries may join.", kind=Kind.GAUGE),
+    "running": Shown(name="antefix_answers_running", help="Running answers that retries may join.", kind=Kind.GAUGE),
     "unattended": Shown(
         name="antefix_answers_unattended", help="Running answers that have no client.", kind=Kind.GAUGE
     ),
@@ -73,7 +73,7 @@ ANSWERS: Final[Table] = {
         name="antefix_answers_unattended_limit", help="Most running answers that may have no client.", kind=Kind.GAUGE
     ),
     "kept": Shown(name="antefix_answers_kept", help="Finished answers kept for a retry.", kind=Kind.GAUGE),
-    "kept_bytes": Shown(name="antefix_answers_kept_bytes", help="What they take.", kind=Kind.GAUGE),
+    "kept_bytes": Shown(name="antefix_answers_kept_bytes", help="Bytes that kept answers take.", kind=Kind.GAUGE),
     "kept_bytes_max": Shown(
         name="antefix_answers_kept_limit_bytes", help="Bytes that kept answers may take.", kind=Kind.GAUGE
     ),
@@ -83,14 +83,15 @@ ANSWERS: Final[Table] = {
 }
 # `usage_commit.CommitCounters`.
 COMMITS: Final[Table] = {
-    "batches": Shown(name="antefix_ledger_batches", help="Writes of the ledger, with one sync each."),
+    "batches": Shown(name="antefix_ledger_batches", help="Writes to the ledger, with one sync each."),
     "entries": Shown(name="antefix_ledger_entries", help="Ledger entries written, two per request."),
 }
 _SHARED, _SHARED_HELP = (
     "antefix_shared_bill_requests",
     (
-        "Requests of the routers' common bill: claimed, elsewhere (another router ran it), taken_over (from one that"
-        " died), told, unshared (Redis was out; told later), refused (Redis was out), credited (charged twice)."
+        "Requests of the routers' shared bill: claimed, elsewhere (another router ran the request), taken_over (from"
+        " a router that died), told (to Redis), unshared (Redis was out; told later), refused (Redis was out),"
+        " credited (charged twice)."
     ),
 )
 # `shared_bill.SharedCounters`.
@@ -100,9 +101,9 @@ SHARED: Final[Table] = {
 }
 # `antefix.events.follower.FollowCounters`: of workers' memory, and of the store's events where they are followed.
 FOLLOW: Final[Table] = {
-    "num_events": Shown(name="antefix_router_events", help="Events that were taken in.", key="source"),
+    "num_events": Shown(name="antefix_router_events", help="Events that were processed.", key="source"),
     "num_gaps": Shown(name="antefix_router_event_gaps", help="Gaps in the numbers of events.", key="source"),
-    "num_snapshots": Shown(name="antefix_router_snapshots", help="Snapshots that were taken in.", key="source"),
+    "num_snapshots": Shown(name="antefix_router_snapshots", help="Snapshots that were processed.", key="source"),
 }
 
 
@@ -124,7 +125,7 @@ def accounts_metrics(accounts: Accounts) -> Iterable[Metric]:
         yield from writer.ledger.sync_s.collect()
         yield gauge(
             "antefix_ledger_reserve_bytes",
-            "What may still be written when the disk is full.",
+            "Bytes that the ledger can still write when the disk is full.",
             {(): float(writer.ledger.reserve_bytes)},
         )
     if (anchoring := accounts.anchoring) is not None:
@@ -139,18 +140,22 @@ def accounts_metrics(accounts: Accounts) -> Iterable[Metric]:
 def reload_metrics(books: LiveBooks) -> Iterable[Metric]:
     """Of tenants and rate cards."""
     found = {("taken",): float(books.num_changes), ("refused",): float(books.num_refused)}
-    help_text = "Times that tenants and rate cards were read again: taken, or refused as a whole."
+    help_text = "Times that tenants and rate cards were read again, by outcome: taken, or refused as a whole."
     yield counter("antefix_bill_reloads", help_text, found, ("outcome",))
 
 
 def shared_bill_metrics(shared: SharedBill) -> Iterable[Metric]:
     """What is told to other routers through Redis."""
     yield from families(SHARED, shared.counters)
-    yield gauge("antefix_shared_bill_out", "1 while Redis cannot be relied on for it.", {(): float(shared.is_out)})
-    yield gauge("antefix_shared_bill_untold", "Records that it is yet to be told of.", {(): float(shared.num_untold)})
+    yield gauge("antefix_shared_bill_out", "1 while the shared bill cannot rely on Redis.", {(): float(shared.is_out)})
+    yield gauge(
+        "antefix_shared_bill_untold",
+        "Records of the shared bill that Redis does not have yet.",
+        {(): float(shared.num_untold)},
+    )
     yield counter(
         "antefix_shared_bill_alone_reservations",
-        "Requests held against one router's own counts of limits, because Redis was out.",
+        "Requests that were limited by this router's own counts alone, because Redis was out.",
         {(): float(shared.quotas.num_alone)},
     )
 
@@ -182,25 +187,25 @@ def placement_metrics(groups: Sequence[Workers], policy: str, knows_memory: Call
     )
     yield gauge(
         "antefix_worker_answer_seconds",
-        "Its usual time to answer a health check.",
-        {key: worker.pulse.rtt_s for key, worker in where.items() if worker.pulse is not None},
+        "The worker's usual time to answer a health check.",
+        {key: worker.pulse.rtt_s for key, worker in where.items() if worker.pulse is not None and worker.pulse.rtt_s},
         labels,
     )
     yield gauge(
         "antefix_worker_placed_requests",
-        "Requests of this router that run there.",
+        "Requests of this router that run at the worker.",
         {key: float(worker.num_requests) for key, worker in where.items()},
         labels,
     )
     yield gauge(
         "antefix_worker_placed_tokens",
-        "Tokens of work in them.",
+        "Tokens of work in this router's requests at the worker.",
         {key: float(worker.num_tokens) for key, worker in where.items()},
         labels,
     )
     yield gauge(
         "antefix_worker_memory_known",
-        "1 where the router knows what the worker last said of its memory.",
+        "1 if the router knows what the worker last said of its memory.",
         {key: float(knows_memory(worker.address)) for key, worker in where.items()},
         labels,
     )
@@ -237,7 +242,7 @@ def finding_metrics(found: FoundWorkers) -> Iterable[Metric]:
     """Workers that are found by DNS names or leases in Redis."""
     yield counter(
         "antefix_router_failed_lookups",
-        "Looks for workers by name or lease that failed; those that were known stay.",
+        "Failed look-ups of workers by name or lease; the workers that were known stay known.",
         {(role.value,): float(number) for role, number in found.num_failed.items()},
         ("role",),
     )
@@ -257,7 +262,7 @@ def hedge_metrics(budget: HedgeBudget) -> Iterable[Metric]:
     )
     yield counter(
         "antefix_router_denied_hedges",
-        "Those that waited on: more would have been too many.",
+        "Late requests that were not sent again, because too many had been.",
         {(): float(budget.num_denied)},
     )
 
@@ -319,10 +324,12 @@ def key_metrics(keys: KeyRegister, changes: KeyChanges | None) -> Iterable[Metri
         ("reason",),
     )
     if changes is not None:
-        yield gauge("antefix_api_keys_number", "Of the book of keys in force.", {(): float(keys.number)})
+        yield gauge(
+            "antefix_api_keys_number", "Number of the book of API keys that is in force.", {(): float(keys.number)}
+        )
         yield counter(
             "antefix_api_keys_errors",
-            "Times that keys could not be read or were not believed; those known before stay in force.",
+            "Times that API keys could not be read or were not trusted; those known before stay in force.",
             {(source,): float(number) for source, number in changes.num_errors.items()},
             ("source",),
         )
@@ -366,4 +373,6 @@ def http_metrics(measures: HttpMeasures, ignored: IgnoredFields, faults: HttpFau
     others = sum(ignored.counts.values()) - sum(shown.values())
     rows = {(name,): float(number) for name, number in shown.items() if name != IgnoredFields.OTHERS}
     rows[(IgnoredFields.OTHERS,)] = float(others + shown.get(IgnoredFields.OTHERS, 0))
-    yield counter("antefix_http_ignored_fields", "How often each such field came.", rows, ("field",))
+    yield counter(
+        "antefix_http_ignored_fields", "How often each field that changes nothing here came.", rows, ("field",)
+    )

@@ -29,12 +29,14 @@ class RequestMeasures:
             return Counter(name, help_text, labels, registry=None)
 
         self._records = counter("antefix_ledger_records", "Requests that ended, by how.", "status", "plan")
-        self._failed = counter("antefix_failed_requests", "Requests that we ended, by the error's class.", "error")
+        self._failed = counter(
+            "antefix_failed_requests", "Requests that Antefix ended with an error, by the error's class.", "error"
+        )
         self._prompt = counter("antefix_prompt_tokens", "Prompt tokens of requests that were worked on.", "plan")
         self._hit = counter("antefix_hit_tokens", "Prompt tokens that were not computed.", "tier", "plan")
         self._miss = counter(
             "antefix_miss_tokens",
-            "Prompt tokens that were computed, by why the first of them missed.",
+            "Prompt tokens that were computed, by the reason why the first of them missed.",
             "reason",
             "plan",
         )
@@ -43,9 +45,13 @@ class RequestMeasures:
         )
         self._written = counter("antefix_written_tokens", "Tokens newly stored, of prompts and outputs.", "part")
         self._output = counter("antefix_output_tokens", "Output tokens that clients were given.")
-        self._reasoning = counter("antefix_reasoning_tokens", "Those of them that were reasoning.")
+        self._reasoning = counter("antefix_reasoning_tokens", "Output tokens of reasoning that clients were given.")
         self._charged = counter("antefix_charged_money", "What requests were charged.", "currency")
-        self._saved = counter("antefix_saved_money", "What their hits would have cost more as misses.", "currency")
+        self._saved = counter(
+            "antefix_saved_money",
+            "What requests would have been charged more if their hits had been misses.",
+            "currency",
+        )
         self._tenant_tokens = counter(
             "antefix_tenant_tokens",
             f"Tokens of the {NUM_TENANTS_MAX} largest tenants and the others.",
@@ -53,16 +59,21 @@ class RequestMeasures:
             "part",
         )
         self._tenant_charged = counter(
-            "antefix_tenant_charged_money", "What those tenants were charged.", "tenant", "currency"
+            "antefix_tenant_charged_money",
+            "What the largest tenants and the others were charged.",
+            "tenant",
+            "currency",
         )
         self._first_token_s = histogram(
-            "antefix_time_to_first_token_seconds", "From the request to its first token.", ("plan",), buckets=SECONDS
+            "antefix_time_to_first_token_seconds", "Time from a request to its first token.", ("plan",), buckets=SECONDS
         )
         self._request_s = histogram(
-            "antefix_request_seconds", "From the request to its end.", ("status",), buckets=SECONDS
+            "antefix_request_seconds", "Time from a request to its end.", ("status",), buckets=SECONDS
         )
         self._between_tokens_s = histogram(
-            "antefix_between_tokens_seconds", "Between two tokens of an output, as they come.", buckets=SHORT_SECONDS
+            "antefix_between_tokens_seconds",
+            "Time between two tokens of an output, as they arrive.",
+            buckets=SHORT_SECONDS,
         )
         self._tenants = TopNames(NUM_TENANTS_MAX, self._drop)
         self._all = (

@@ -38,43 +38,54 @@ class RouterConfig(GatewayConfig):
     kv_format: str = same_setting(WorkerSettings, "kv_format")
     namespace: str = same_setting(WorkerSettings, "namespace")
     bounded_windows: int = same_setting(WorkerSettings, "bounded_windows")
-    arithmetic: str = setting("", "what the workers compute, as `antefix doctor` names it; empty: they are asked")
+    arithmetic: str = setting(
+        "", "arithmetic of the workers, by the name that `antefix doctor` prints; empty: the router asks the workers"
+    )
     secret_file: str = setting("", "file with the deployment's secret, which block hashes are keyed with", guards=True)
     store_address: str = setting("", "host:port of the kvstore service")
-    store_dir: str = setting("", "the store's directory, when it is on this host: lookups need no call")
+    store_dir: str = setting("", "the store's directory, if the store is on this host; look-ups then need no call")
     stores: tuple[str, ...] = same_setting(StoresConfig, "stores")
     near_stores: tuple[str, ...] = same_setting(StoresConfig, "near_stores")
     object_store: str = same_setting(StoresConfig, "object_store")
     object_encrypt_key_file: str = same_setting(StoresConfig, "object_encrypt_key_file")
     object_keys_file: str = same_setting(StoresConfig, "object_keys_file")
     prefill_tokens_min: int = setting(
-        -1, "an uncached rest of at most this is left to decode; -1: measured speeds decide", unit="tokens"
+        -1,
+        "a prompt with at most this many tokens left to compute is left to the decode worker; -1: measured"
+        " speeds decide",
+        unit="tokens",
     )
     ttft_s_max: float = setting(
-        600.0, "refuse, with a retry hint, what would wait longer for its first token", unit="s"
+        600.0, "refuse a request, with a retry hint, if it would wait longer than this for its first token", unit="s"
     )
     wait_s_max: float = setting(
-        2.0, "refuse at once, with a retry hint, a tenant that would wait longer in a long queue; 0: any", unit="s"
+        2.0,
+        "when the queue is long, refuse a tenant's request at once, with a retry hint, if it would wait longer"
+        " than this; 0: no limit",
+        unit="s",
     )
-    store_events: bool = setting(False, "follow the store's events instead of asking it at every request")
+    store_events: bool = setting(False, "follow the store's events instead of asking the store at every request")
     store_events_bytes: int = setting(
         BYTES_MAX,
-        "memory for the names that stores' events tell, in equal parts; a store that has more is asked for prompts that"
-        " are not known whole",
+        "memory for block names from stores' events, in equal parts per store; if a store has more names than fit,"
+        " it is asked about prompts that are not known whole",
         unit="bytes",
     )
-    events_redis: str = setting("", "redis:// URL that workers and store tell events to; empty: each of them is asked")
+    events_redis: str = setting(
+        "", "redis:// URL where workers and stores publish events; empty: the router asks each of them"
+    )
     policy: str = setting("least_work", "placement: least_work, or round_robin to measure it against")
     compute_weight: float = setting(
-        COMPUTE_WEIGHT, "least_work without a store: waiting that computing a token again is worth, in tokens"
+        COMPUTE_WEIGHT,
+        "least_work without a store: how long to wait in a queue, in tokens, to save computing one token again",
     )
     prefill: tuple[str, ...] = setting(
         (),
-        "addresses of prefill workers, separated by commas; dns:HOST:PORT stands for one at each address of the name, a"
-        " redis:// URL for all that say there that they are there (--lease-redis of workers)",
+        "addresses of prefill workers, separated by commas. dns:HOST:PORT stands for a worker at each address of"
+        " that name. A redis:// URL stands for all workers that have a lease there (their --lease-redis)",
     )
-    decode: tuple[str, ...] = setting((), "the same of decode workers")
-    leases: bool = setting(False, "start without workers: they register themselves")
+    decode: tuple[str, ...] = setting((), "addresses of decode workers, in the form of those of prefill workers")
+    leases: bool = setting(False, "start without workers, which register themselves later")
     metrics_address: str = metrics_setting()
     log_level: str = log_level_setting()
     log_format: str = log_format_setting()
@@ -102,4 +113,7 @@ class RouterConfig(GatewayConfig):
             check_redis_url(self.keys_redis, "keys_redis")
         require(self.policy in POLICIES, f"policy must be one of {', '.join(POLICIES)}, is {self.policy!r}")
         require(self.compute_weight >= 0, f"compute_weight must not be negative, is {self.compute_weight}")
-        require(bool(self.decode) or self.leases, "--decode or --leases is needed: workers named, or that register")
+        require(
+            bool(self.decode) or self.leases,
+            "--decode or --leases is needed: name workers, or let workers register themselves",
+        )

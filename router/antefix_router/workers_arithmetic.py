@@ -58,7 +58,7 @@ async def learn(workers: Sequence[Worker]) -> str:
     is_told = False
     while not (said := await _ask(workers)):
         if not is_told:
-            log.warning("no worker has said yet what it computes; names cannot be made before")
+            log.warning("no worker has said yet which arithmetic it computes; blocks cannot be named before")
             is_told = True
         await asyncio.sleep(_RETRY_S)
     return agreed(said)

@@ -154,7 +154,7 @@ def cluster_text(simulation: ClusterSimulation) -> str:
     if simulation.engines:
         where = "any block" if simulation.engines == "full" else "where window state was left"
         workers = (
-            f"{simulation.num_prefill} workers that are not ours, each with its own memory, which continue at {where}"
+            f"{simulation.num_prefill} workers of other engines, each with its own memory, which continue at {where}"
         )
     heading = (
         f"{simulation.trace}: {simulation.num_requests} requests, {simulation.prompt_tokens / 1e6:.1f}M prompt tokens, "

@@ -229,7 +229,7 @@ async def test_a_start_with_a_card_from_before_priced_records_is_refused(tmp_pat
         path = tmp_path / "cards.toml"
         path.write_text(text)
         front = make_front(Script(), ledger=tmp_path / "ledger", cards=load_cards([path]))
-        with pytest.raises(ConfigError, match="of its records are priced since"):
+        with pytest.raises(ConfigError, match="records since then are priced already"):
             LiveBooks(Files("", (str(path),)), front)
         await front.accounts.close()
     # What holds from later on is taken, and noted.

@@ -89,7 +89,7 @@ def test_a_card_that_makes_no_sense_is_refused(tmp_path, old, new, complaint):
 def test_two_cards_for_one_model_and_moment_are_refused(tmp_path):
     path = tmp_path / "cards.toml"
     path.write_text(CARD + CARD.replace("v1", "v2"))
-    with pytest.raises(ConfigError, match="at one time"):
+    with pytest.raises(ConfigError, match="from the same time"):
         load_cards([path])
 
 

@@ -18,6 +18,7 @@ from antefix.record import Record, RecordKind
 from antefix.secret import Keyring
 from antefix.store.remote_store import RemoteStore
 from antefix.store_files.hit_log import StoreLog
+from antefix.store_files.page_cache import PageCache
 from antefix.v1 import kvstore_pb2, prefill_pb2, prefill_pb2_grpc
 from antefix.window_pool import StoreMemoryPool
 from antefix_console.cli import main
@@ -100,6 +101,17 @@ def test_a_stored_prefix_with_its_checkpoint_is_resumed(deployed, capsys):
     assert place["payload_bytes"] == deployed.identity.layout(KVFormat.FP8).block_bytes
     assert place["expires_s"] > 3600
     assert answer["blocks"][7]["checkpoint"] and not answer["blocks"][6]["checkpoint"]
+
+
+def test_it_tells_what_the_page_cache_has(deployed, capsys, monkeypatch):
+    def resident(self, entries):
+        return {(entry.segment, entry.offset): entry.position <= 3 * SIZE for entry in entries}
+
+    monkeypatch.setattr(PageCache, "_resident", resident)
+    deployed.put(8)
+    answer = deployed.explain(capsys)
+    assert [block["cached"] for block in answer["blocks"]] == [True] * 3 + [False] * 5 + [None] * 2
+    assert "3 of 8 in this host's page cache now" in deployed.explain(capsys, as_json=False)
 
 
 def test_without_a_checkpoint_near_the_end_window_state_is_what_is_missing(deployed, capsys):

@@ -98,7 +98,7 @@ def test_what_v41_stores_is_said_though_it_does_not_load(tmp_path: Path, capsys:
     (tmp_path / "config.json").write_text(json.dumps(V41))
     (tmp_path / "model.safetensors").write_bytes(bytes(3 << 20))
     code, found = check(capsys, tmp_path)
-    assert code == 1 and not found["loads"] and "known and not computed" in found["reason"]
+    assert code == 1 and not found["loads"] and "cannot run model_type deepseek_v41" in found["reason"]
     known = found["known"]
     assert (known["token"], known["block"], known["block_tokens"]) == (890, 113_920, 128)
     assert known["layers"] == {"window": 2, "full": 4, "reindex": 4, "reuse": 30}

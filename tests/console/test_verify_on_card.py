@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,12 +15,15 @@ from antefix.layout import KVFormat
 from antefix.model import WindowState
 from antefix.worker_settings import WorkerSettings
 from antefix_console.commands import verify as command
-from antefix_console.verify.card import against_cpu, typical_difference
+from antefix_console.verify import card
+from antefix_console.verify.card import against_cpu, rounds_inputs, typical_difference
 from antefix_console.verify.compare import RunOutcome, compare
-from antefix_console.verify.models import random_subject
+from antefix_console.verify.models import load_subject, random_subject
 from antefix_console.verify.paired_runs import WorkerPair
 from antefix_console.verify.suite import Backend
+from antefix_console.verify.verdict import Cases, Report
 from antefix_prefill.worker.compute_thread import ComputeThread
+from tests.model import released_checkpoint
 
 
 def test_one_wild_token_is_told_apart_from_many_wrong_ones() -> None:
@@ -36,8 +41,66 @@ def test_one_wild_token_is_told_apart_from_many_wrong_ones() -> None:
 def test_a_device_that_computes_the_same_is_identical() -> None:
     subject = random_subject("pro", KVFormat.FP8)
     workers = WorkerPair(subject, ComputeThread("test"), 16)
-    assert against_cpu(workers, np.arange(40, dtype=np.uint32)).identical
+    (found,) = against_cpu(workers, np.arange(40, dtype=np.uint32), 0.05)
+    assert found.difference.identical and found.bound == 0.05 and not found.problem
     workers.compute.close()
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    return load_subject(released_checkpoint.write("flash", tmp_path_factory.mktemp("released")), KVFormat.FP8)
+
+
+def _last_bits(model):
+    move = 1 + 2.0**-12 * torch.randn(model.model.embed_tokens.weight.shape, generator=torch.Generator().manual_seed(1))
+    model.model.embed_tokens.weight.mul_(move)
+
+
+def _nibbles(model):
+    codes = model.model.layers[1].mlp.experts.down_proj.codes
+    codes.copy_(codes << 4 | codes >> 4)
+
+
+def _shared_expert(model):
+    model.model.layers[-1].mlp.shared_experts.down_proj.codes.view(torch.uint8).zero_()
+
+
+@pytest.mark.parametrize(
+    ("change", "plain", "rounded"),
+    [
+        (_last_bits, "within_bounds", "within_bounds"),
+        (_nibbles, "failed", "failed"),
+        # What changes less than rounding does is found without rounding.
+        (_shared_expert, "failed", "within_bounds"),
+    ],
+)
+def test_rounded_inputs_may_differ_as_far_as_one_step_leads(released, change, plain, rounded) -> None:
+    model = copy.deepcopy(released.model)
+    with torch.no_grad():
+        change(model)
+    subject = replace(released, model=model, alone=lambda: replace(released, model=copy.deepcopy(released.model)))
+    workers = WorkerPair(subject, ComputeThread("test"), 64)
+    tokens = np.random.default_rng(0).integers(0, 64, 64).astype(np.uint32)
+    rows = against_cpu(workers, tokens, 0.05)
+    workers.compute.close()
+    report = Report()
+    for row in rows:
+        Cases(report=report, subject="q", kv_format="fp8").add(
+            "card against CPU", row.what, len(tokens), row.difference, bound=row.bound, problem=row.problem
+        )
+    found = report.by_plan["card against CPU"]
+    assert getattr(found["cold, inputs not rounded"], plain) == 1
+    assert getattr(found["cold"], rounded) == 1
+    assert "one BF16 step" in rows[1].difference.where and rows[1].bound > 0.05
+    assert rounds_inputs(model) and rounds_inputs(released.model)
+
+
+def test_a_model_that_rounding_drowns_shows_nothing(released, monkeypatch) -> None:
+    monkeypatch.setattr(card, "_BF16_STEP", 0.9)
+    workers = WorkerPair(replace(released, model=copy.deepcopy(released.model)), ComputeThread("test"), 64)
+    _, found = against_cpu(workers, np.arange(32, dtype=np.uint32), 0.05)
+    workers.compute.close()
+    assert "nothing is shown" in found.problem
 
 
 def test_tails_and_infinite_gates_are_compared() -> None:

@@ -14,7 +14,8 @@ import torch
 
 from antefix.layout import KVFormat
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from antefix_console.cli import main
 from antefix_console.commands.verify import read_text
 from antefix_console.verify.models import random_subject

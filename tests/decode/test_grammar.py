@@ -90,7 +90,7 @@ async def test_a_grammar_that_takes_too_long_holds_up_nobody(vocabulary, monkeyp
         ended.append(text)
 
     monkeypatch.setattr(vocabulary, "matcher", slow)
-    with pytest.raises(InvalidRequest, match="make ready"):
+    with pytest.raises(InvalidRequest, match="compile"):
         await Grammars(vocabulary).matcher(WORD)
     assert not ended
     go.set()

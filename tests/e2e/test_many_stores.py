@@ -37,7 +37,7 @@ async def test_answers_survive_the_loss_of_stores_and_the_bill_agrees_with_all_l
     assert len(records) == len(asked)
     for record in records:
         assert sum(tiers_of_text(record.hit_tiers).values()) == record.hit_store_tokens
-        assert all(tier.split(":")[0] in ("disk", "peer") for tier in tiers_of_text(record.hit_tiers))
+        assert all(tier.split(":")[0] in ("page_cache", "disk", "peer") for tier in tiers_of_text(record.hit_tiers))
     logs = [config.usage_log_dir_of(number) for number in range(3)]
     verdict = verify_all([config.ledger_dir], store_log=logs, anchors={})
     assert verdict.ok, verdict.to_json()

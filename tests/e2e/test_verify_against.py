@@ -35,7 +35,7 @@ async def test_workers_are_compared_through_a_router_and_straight(deploy, capsys
         code, said = await against(capsys, decode, other.address)
         report = json.loads(said.out)
         assert code == 1 and not report["ok"]
-        assert any("names KV otherwise" in text and other.address in text for text in report["failures"])
+        assert any("gives KV other names" in text and other.address in text for text in report["failures"])
         assert any("output token" in text for text in report["failures"])
 
         # One worker is no comparison, and an address where nobody is says so.

@@ -51,7 +51,7 @@ async def test_a_prompt_that_is_somewhere_is_explained(asked, tmp_path):
     assert f"896 of 928 prompt tokens would be hits (97%), at {where}." in text
     assert "begin at token 896: first_seen" in text
     (row,) = [line.split() for line in text.splitlines() if line.startswith(where)]
-    assert row == [where, "serves", "as", "it", "tells", "896", "896", "896", "0", "0", "0", "0"]
+    assert row == [where, "serves", "from", "its", "events", "896", "896", "896", "0", "0", "0", "0"]
 
 
 async def test_a_prompt_that_nobody_has_is_explained(asked):
@@ -80,7 +80,7 @@ async def test_workers_are_told_with_what_they_hold_and_lost(asked):
     await door.heard()
     text = await ask(workers=True)
     (row,) = [line.split() for line in text.splitlines() if line.startswith(where)]
-    assert row[1:5] == ["serves", "as", "it", "tells"]
+    assert row[1:5] == ["serves", "from", "its", "events"]
     assert row[-3:] == ["896", "0", "896"]
 
 

@@ -281,7 +281,40 @@ async def test_a_killed_worker_is_replaced_and_taken_again_when_it_is_back(fleet
     assert {record.status for record in door.records} == {Status.STOP}
 
 
-async def test_with_no_worker_left_the_client_is_told(fleet, two):
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_waits_for_a_worker_that_answers_again(fleet, two, stream):
+    door = await fleet(*two)
+    for worker in two:
+        await worker.stop()
+    asked = asyncio.create_task(door.chat("x", stream=stream))
+    await until(lambda: not any(each.is_up for each in door.router.engines.engines) and not asked.done())
+    await two[1].start()
+    assert "w0" in (await asked).text
+    assert [(record.status, record.worker) for record in door.records] == [(Status.STOP, two[1].address)]
+
+
+async def test_only_a_worker_with_the_model_is_waited_for(fleet):
+    gone, other = Standin(), Standin(name="another-model")
+    door = await fleet(gone, other)
+    await gone.stop()
+    asked = asyncio.create_task(door.chat("x"))
+    await until(lambda: not door.engine(gone).is_up)
+    await gone.start()
+    assert (await asked).headers["antefix-worker"] == gone.address
+    assert not other.requests
+
+
+@pytest.mark.parametrize("status", [429, 502])
+async def test_nobody_waits_for_workers_that_answer_and_fail(fleet, two, status):
+    door = await fleet(*two)
+    for worker in two:
+        worker.status = status
+    await door.chat("x", expect=429 if status == 429 else 503)
+    assert [len(worker.requests) for worker in two] == [1, 1]
+
+
+async def test_with_no_worker_left_the_client_is_told(fleet, two, monkeypatch):
+    monkeypatch.setattr("antefix_router.placement.moves.LAST_PATIENCE_S", 0.3)
     door = await fleet(*two)
     for worker in two:
         await worker.stop()

@@ -159,7 +159,7 @@ def test_a_cache_that_was_cropped_stores_what_is_left(llama, store):
 
 def test_save_refuses_what_it_cannot_vouch_for(llama, store):
     cache = cache_of(llama, store)
-    with pytest.raises(InvalidRequest, match="how another cache was cut is not known"):
+    with pytest.raises(InvalidRequest, match="the chunks of another cache are not known"):
         cache.save(cold(llama, 2), PROMPT)
     with pytest.raises(InvalidRequest, match="other tokens"):
         cache.save(cache.prefill(llama, PROMPT), [1, *PROMPT])

@@ -15,19 +15,21 @@ from antefix_engines.sglang.settings import HiCacheSettings
 from antefix_engines.vllm.tier_settings import TierSettings
 from tests.foreign_engines import vllm_stand_in
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "ENGINES.md").read_text()
-SOURCES = Path(__file__).parents[2] / "engines"
+ROOT = Path(__file__).parents[2]
+DOCUMENT = (ROOT / "docs" / "ENGINES.md").read_text()
+README = (ROOT / "README.md").read_text()
+SOURCES = ROOT / "engines"
 
 
-def blocks_of(language=""):
+def blocks_of(language="", document=DOCUMENT):
     """Between fences; what comes after each second one is prose."""
-    pieces = [piece.partition("\n") for piece in DOCUMENT.split("```")[1::2]]
+    pieces = [piece.partition("\n") for piece in document.split("```")[1::2]]
     return [text for first, _, text in pieces if first == language]
 
 
-def json_behind(flag):
+def json_behind(flag, document=DOCUMENT):
     """The JSON that stands behind a flag in a command, quoted as for a shell."""
-    (found,) = [block for block in blocks_of() if flag in block]
+    (found,) = [block for block in blocks_of(document=document) if flag in block]
     return json.loads(re.search(rf"{flag} '(\{{.*?\}})'", found, re.DOTALL)[1])
 
 
@@ -37,14 +39,18 @@ def defines(module, name):
     return any(isinstance(node, ast.ClassDef) and node.name == name for node in tree.body)
 
 
-def test_vllms_configuration_is_taken():
-    told = json_behind("--kv-transfer-config")
+@pytest.mark.parametrize("document", [DOCUMENT, README], ids=["ENGINES", "README"])
+def test_vllms_configuration_is_taken(document):
+    told = json_behind("--kv-transfer-config", document)
     extra = told["kv_connector_extra_config"]
     (tier,) = extra["secondary_tiers"]
     assert told["kv_connector"] == "OffloadingConnector"
     assert defines(extra["spec_module_path"], extra["spec_name"]) and defines(tier["module_path"], tier["type"])
     settings = TierSettings.from_mapping({name: tier[name] for name in tier if name not in ("type", "module_path")})
     assert settings.is_local and settings.weights_revision
+
+
+def test_vllms_configuration_with_a_service_is_taken():
     remote = re.search(r'With (`"address".*?`) instead of `directory`', DOCUMENT)[1].strip("`")
     assert not TierSettings.from_mapping(json.loads("{" + remote + "}")).is_local
 

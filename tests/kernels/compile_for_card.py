@@ -1,6 +1,6 @@
 """Compiles every kernel that a worker launches for Hopper, on a machine without a card, and says which do not compile.
 
-    python -m tests.kernels.compile_for_card [--cases NAME ...] [--jobs N] [--out FILE]
+    python -m tests.kernels.compile_for_card [--cases NAME ...] [--jobs N] [--threads N] [--out FILE]
 
 The model's own code runs in V4-Flash's and V4-Pro's widths on tensors without numbers (`pretended_card`), so kernels
 come in the types, tiles and constants that they have there. On a machine with a card the same fills Triton's cache:
@@ -12,12 +12,14 @@ A program of its own: in a test's process Triton's interpreter has taken the ker
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -139,15 +141,21 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def compile_case(name: str) -> dict[str, Any]:
+def compile_case(name: str, threads: int = 1) -> dict[str, Any]:
     torch.__future__.set_swap_module_params_on_conversion(False)
     began = time.perf_counter()
-    with pretended_card() as found:
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(pretended_card())
+        if threads > 1:
+            # The case's code goes on while kernels compile.
+            pool = stack.enter_context(ThreadPoolExecutor(threads))
+            stack.enter_context(triton.AsyncCompileMode(pool, ignore_errors=True))
         try:
             CASES[name]()
         except Exception as err:
             # What was compiled before it is told all the same.
             found.failures.append((f"case {name}", why(err)))
+        found.finish()
     return {"case": name, "seconds": time.perf_counter() - began, "triton": triton.__version__, **_told(found)}
 
 
@@ -156,10 +164,11 @@ def _told(found: Compiled) -> dict[str, Any]:
     return {"kernels": kernels, "failures": found.failures}
 
 
-def _apart(name: str) -> dict[str, Any]:
+def _apart(name: str, threads: int) -> dict[str, Any]:
     """The same in a process of its own."""
     run = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compile_for_card", "--cases", name, "--out", "-"],
+        [sys.executable, "-m", "tests.kernels.compile_for_card", "--cases", name, "--threads", str(threads),
+         "--out", "-"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     lines = run.stdout.strip().splitlines()
@@ -169,31 +178,47 @@ def _apart(name: str) -> dict[str, Any]:
     return found
 
 
+def _run_all(names: list[str], jobs: int, threads: int) -> Iterator[dict[str, Any]]:
+    """Each case's result when it is there."""
+    if jobs == 1:
+        yield from (compile_case(name, threads) for name in names)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in as_completed([pool.submit(_apart, name, threads) for name in names]):
+            yield future.result()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--jobs", type=int, default=1, help="cases at once, each in a process of its own")
+    parser.add_argument("--threads", type=int, help="that compile, of each case (default: the processors by --jobs)")
     parser.add_argument("--out", help="a JSON file; -: to standard output, alone")
     args = parser.parse_args()
-    if args.jobs > 1:
-        with ThreadPoolExecutor(args.jobs) as pool:
-            told = list(pool.map(_apart, args.cases))
-    else:
-        told = [compile_case(name) for name in args.cases]
+    jobs = min(args.jobs, len(args.cases))
+    threads = args.threads or max(1, (os.cpu_count() or 1) // jobs)
+    told = []
+    for case in _run_all(args.cases, jobs, threads):
+        told.append(case)
+        if args.out != "-":
+            _print(case)
+        if args.out not in (None, "-"):
+            Path(args.out).write_text(json.dumps(told, indent=1) + "\n")
     if args.out == "-":
         print(json.dumps(told))
         return 0
-    if args.out:
-        Path(args.out).write_text(json.dumps(told, indent=1) + "\n")
-    for case in told:
-        forms = sum(kernel["forms"] for kernel in case["kernels"].values())
-        print(
-            f"{case['case']}: {len(case['kernels'])} kernels in {forms} forms, {case['seconds']:.0f} s,"
-            f" {len(case['failures'])} failures"
-        )
-        for name, reason in case["failures"]:
-            print(f"  {name}\n{reason}")
     return 1 if any(case["failures"] for case in told) else 0
+
+
+def _print(case: dict[str, Any]) -> None:
+    forms = sum(kernel["forms"] for kernel in case["kernels"].values())
+    print(
+        f"{case['case']}: {len(case['kernels'])} kernels in {forms} forms, {case['seconds']:.0f} s,"
+        f" {len(case['failures'])} failures",
+        flush=True,
+    )
+    for name, reason in case["failures"]:
+        print(f"  {name}\n{reason}", flush=True)
 
 
 if __name__ == "__main__":

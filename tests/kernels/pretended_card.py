@@ -19,19 +19,39 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from triton.backends.compiler import GPUTarget
+from triton.runtime._async_compile import FutureKernel
 from triton.runtime.jit import JITFunction
 
 
 @dataclass(slots=True)
 class Compiled:
     """By kernel: how often it was asked for, in how many forms it was compiled, and in what time; its newest form, as
-    Triton returns it.  failures: kernel, and why."""
+    Triton returns it.  failures: kernel, and why.  pending: kernels that other threads still compile."""
 
     asked: dict[str, int] = field(default_factory=dict)
     forms: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     failures: list[tuple[str, str]] = field(default_factory=list)
     newest: dict[str, Any] = field(default_factory=dict)
+    pending: list[tuple[str, Any]] = field(default_factory=list)
+    _seen: dict[str, list[Any]] = field(default_factory=dict)
+
+    def add(self, name: str, made: Any, seconds: float) -> None:
+        """Count a compiled kernel, if it is a new form."""
+        self.newest[name] = made
+        if made not in self._seen.setdefault(name, []):
+            self._seen[name].append(made)
+            self.forms[name] = len(self._seen[name])
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def finish(self) -> None:
+        """Wait for the kernels that other threads compile."""
+        for name, future in self.pending:
+            try:
+                self.add(name, future.result(), 0.0)
+            except Exception as err:
+                self.failures.append((name, why(err)))
+        self.pending.clear()
 
 
 class _Driver:
@@ -54,7 +74,6 @@ class _Driver:
 def pretended_card() -> Iterator[Compiled]:
     """While this lasts, tensors made on "cuda" are such, and launches compile."""
     found = Compiled()
-    seen: dict[str, set[int]] = {}
     plain = JITFunction.run
 
     def run(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
@@ -66,11 +85,11 @@ def pretended_card() -> Iterator[Compiled]:
         except Exception as err:
             found.failures.append((name, why(err)))
             return None
-        found.newest[name] = made
-        if id(made) not in seen.setdefault(name, set()):
-            seen[name].add(id(made))
-            found.forms[name] = len(seen[name])
-            found.seconds[name] = found.seconds.get(name, 0.0) + time.perf_counter() - began
+        if isinstance(made, FutureKernel):
+            if all(made is not other for _, other in found.pending):
+                found.pending.append((name, made))
+        else:
+            found.add(name, made, time.perf_counter() - began)
         return made
 
     with contextlib.ExitStack() as stack:

@@ -78,6 +78,22 @@ def test_products(draw, form, n, k, o):
     close(product(x, weight), round_on_cpu(x).double() @ values(weight)[0].T, bound(draw.device))
 
 
+@pytest.mark.parametrize("form", FORMS[:2])
+def test_one_program_adds_up_runs_as_several_do(draw, form, monkeypatch):
+    """To the bit, the sign of a zero included; runs of unequal length stay apart."""
+    for k, is_joined in ((2048, True), (1152, False)):
+        weight, x = draw_weight(draw, form, 1, 24, k), normal(draw, 18, k)
+        weight.codes[:, 3], weight.codes[:, 4] = 0, weight.codes[:, 5]
+        x[1] = 0
+        assert packed_linear.num_splits(weight) > 1
+        apart = product(x, weight, torch.bfloat16)
+        monkeypatch.setattr(packed_fp8, "_PROGRAMS_OF_ALL_RUNS", 1)
+        assert packed_fp8.takes_all_runs(weight, 1) == is_joined
+        joined = product(x, weight, torch.bfloat16)
+        monkeypatch.undo()
+        assert torch.equal(joined.view(torch.int16), apart.view(torch.int16))
+
+
 def test_scales_of_the_whole_range_are_taken(draw):
     weight, x = draw_weight(draw, "fp4", 1, 24, 256), normal(draw, 4, 256)
     scales = torch.randint(0, 129, weight.scales.shape, generator=draw, device=draw.device).to(torch.uint8)

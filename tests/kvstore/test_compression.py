@@ -96,7 +96,7 @@ def test_a_disk_that_cannot_be_measured_does_not_stop_a_put(open_engine: OpenEng
 
 def test_a_judgement_is_said_in_words() -> None:
     told = str(judge(ratio=1.5, codec_bytes_per_s=8e9, disk_bytes_per_s=5e8))
-    assert told.startswith("compressed: coded they are 1.50 times smaller") and "0.50 GB/s" in told
+    assert told.startswith("compressed: compression makes them 1.50 times smaller") and "0.50 GB/s" in told
     assert str(judge(ratio=1.0, codec_bytes_per_s=8e9, disk_bytes_per_s=5e8)).startswith("stored as they are: ")
 
 
@@ -125,7 +125,7 @@ def test_a_checkpoint_may_hold_more_than_its_layout_names(open_engine: OpenEngin
 def test_a_block_of_another_size_under_a_known_name_is_refused_with_both_sizes(open_engine: OpenEngine) -> None:
     engine = open_engine(compression="zstd")
     engine.register(FINGERPRINT, BLOCK, {})
-    with pytest.raises(FingerprintMismatch, match=rf"{2 * BLOCK} tokens, and {BLOCK} where KV of this name"):
+    with pytest.raises(FingerprintMismatch, match=rf"blocks have {2 * BLOCK} tokens, but the KV .* blocks of {BLOCK}:"):
         engine.register(FINGERPRINT, 2 * BLOCK, {})
     # Who does not say takes nothing back.
     engine.register(FINGERPRINT, 0, {})

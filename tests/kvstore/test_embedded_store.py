@@ -196,7 +196,7 @@ async def test_a_put_that_is_refused_does_not_fail_its_neighbours(open_engine: C
     engine.register(FINGERPRINT, BLOCK, {RecordKind.BLOCK: THREE_HUNDRED})
     writer = GroupCommitter(engine)
     good = asyncio.wrap_future(writer.submit(PROMPT.blocks(2)))
-    with pytest.raises(InvalidRequest, match="has 300 bytes by its registered layout, this payload has 299"):
+    with pytest.raises(InvalidRequest, match="has 300 bytes by its registered layout, but this payload has 299"):
         writer.submit([PROMPT.block(2, payload=bytes(299))])
     assert (await good).num_stored == 2
     writer.stop()

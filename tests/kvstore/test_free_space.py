@@ -45,7 +45,7 @@ def test_a_budget_that_the_disk_cannot_hold_is_lowered_and_said(tmp_path, caplog
     fitted = fit_to_disk(config, statvfs=disk.statvfs)
     # A sixteenth of the file system stays free.
     assert fitted.budget_bytes == (100 - 64) * MIB and fitted.segment_bytes == 0
-    assert "set --budget-bytes" in caplog.text and str(fitted.budget_bytes) in caplog.text
+    assert "set a lower --budget-bytes" in caplog.text and str(fitted.budget_bytes) in caplog.text
     caplog.clear()
     fits = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=36 * MIB)
     assert fit_to_disk(fits, statvfs=disk.statvfs) is fits and not caplog.text

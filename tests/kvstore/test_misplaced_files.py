@@ -100,7 +100,7 @@ def test_a_link_whose_disk_is_not_mounted_is_no_empty_store(open_engine, tmp_pat
     segments.symlink_to(elsewhere)
     open_engine().close()
     elsewhere.rename(tmp_path / "unmounted")
-    with pytest.raises(ConfigError, match="link to nothing"):
+    with pytest.raises(ConfigError, match="link to a path that does not exist"):
         open_engine()
 
 

@@ -87,7 +87,7 @@ def test_offloaded_layers_are_spread_and_bounded(directory: Path) -> None:
     model = load_model(directory)
     size = per_layer(model)
     assert offloaded_layers(model, 3 * size, torch.float32) == (0, 1, 3)
-    with pytest.raises(ConfigError, match="which the card keeps to fetch into"):
+    with pytest.raises(ConfigError, match="the card needs as many bytes"):
         offloaded_layers(model, 2 * size, torch.float32)
     with pytest.raises(ConfigError, match="all experts take"):
         offloaded_layers(model, 5 * size + 1, torch.float32)

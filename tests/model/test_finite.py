@@ -7,7 +7,8 @@ import torch
 from antefix.errors import BlockCorrupt
 from antefix.layout import KVFormat
 from antefix.model import WindowState
-from antefix.model.finite import MAGNITUDE_MAX, are_numbers, is_usable, unusable_rows
+from antefix.model.card_pool import CardPool
+from antefix.model.finite import MAGNITUDE_MAX, are_numbers, is_usable, unusable_on_card, unusable_rows
 from antefix.model.pool import BlockPool
 from antefix.model.quant import pack, unpack, width_of
 from tests.model.test_block_pool import layout as layout_in
@@ -65,6 +66,30 @@ def test_only_the_row_that_has_it_is_named(layout):
         landing[:] = row.tobytes()
     assert pool.unusable(ids) == [2]
     assert pool.unusable([6, 1, 5]) == [] and pool.unusable([]) == []
+
+
+def test_a_card_finds_the_same_rows():
+    layout = layout_in(KVFormat.FP8)
+    rows = np.repeat(rows_of(layout, 1), 4 * layout.block_bytes, axis=0)
+    at = np.arange(layout.block_bytes)
+    for number, byte in enumerate((0x7F, 0xFF, 0x80, 0xD7)):
+        rows[number * len(at) + at, at] = byte
+    found = unusable_on_card(torch.from_numpy(rows), torch.arange(len(rows)), layout)
+    assert found is not None and np.array_equal(found.numpy(), unusable_rows(rows, layout))
+    assert 0 < found.sum() < len(found)
+
+
+def test_a_card_pool_takes_in_rows_up_to_the_first_bad_one():
+    layout = layout_in(KVFormat.FP8)
+    pool, rows = CardPool(layout, 5, "cpu"), rows_of(layout)
+    assert pool.fill([]) == []
+    for row, landing in zip(rows, pool.landing([4, 1, 3, 0]), strict=True):
+        landing[:] = row.tobytes()
+    assert pool.fill([4, 1, 3, 0]) == []
+    assert np.array_equal(pool.rows[[4, 1, 3, 0]].numpy(), rows)
+    pool.landing([3])[0][:] = b"\xff" * layout.block_bytes
+    assert pool.fill([4, 3, 0]) == [3]
+    assert pool.unusable([0, 3, 1]) == [3]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 2 * MAGNITUDE_MAX])

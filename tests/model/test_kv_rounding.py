@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose
 
 from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind, entry_record, key_record
 from antefix.model.quant import (
@@ -131,7 +132,7 @@ def test_keys_are_the_nearest_codes_of_the_rotated_values(dim: int) -> None:
     rows = nasty_rows(dim, 24, dim)
     rotated = hadamard(torch.from_numpy(rows)).numpy()
     for row, turned in zip(rows, rotated, strict=True):
-        np.testing.assert_allclose(turned, hadamard_by_definition(row), rtol=1e-5, atol=1e-5 * np.abs(row).max())
+        assert_allclose(turned, hadamard_by_definition(row), rtol=1e-5, atol=1e-5 * np.abs(row).max())
     packed = pack_keys(torch.from_numpy(rows), plan)
     for turned, record in zip(rotated, packed.numpy(), strict=True):
         assert record.tobytes() == key_by_search(turned)

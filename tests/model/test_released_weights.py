@@ -268,7 +268,7 @@ SCALE = torch.ones(1, 1)
         ({"layers.1.attn.wq_a.weight": torch.ones(128, 128, dtype=torch.int16)}, "has type I16; only floating point"),
         ({"layers.2.ffn.experts.1.w1.weight": SCALE.to(torch.int8)}, r"w1.weight has shape \[1, 1\]"),
         ({"layers.0.ffn.gate.tid2eid": torch.ones(64, 2)}, "has type F32; a table of experts has I64 or I32"),
-        ({"model.layers.1.attn.wq_a.scale": SCALE}, "are one and the same"),
+        ({"model.layers.1.attn.wq_a.scale": SCALE}, "are two names of one weight"),
         ({"mtp.0.attn.unheard_of": SCALE}, "unexpected tensor mtp.0.attn.unheard_of"),
         ({"mtp.0.attn.indexer.wq_b.weight": SCALE}, "unexpected tensor mtp.0.attn.indexer.wq_b.weight"),
         ({"layers.1.engram.embed.weight": SCALE}, "unexpected tensor layers.1.engram.embed.weight"),
@@ -336,7 +336,7 @@ def test_a_file_that_is_cut_short_is_named_before_anything_is_read(copied: Path)
         with pytest.raises(ModelError, match=f"cannot read .*{file.name}"):
             load_model(copied)
     file.write_bytes(data + b"\0")
-    with pytest.raises(ModelError, match=f"{file.name}: it has {len(data) + 1} bytes, its header speaks of"):
+    with pytest.raises(ModelError, match=f"{file.name}: it has {len(data) + 1} bytes, but its header describes"):
         load_model(copied)
 
 

@@ -12,10 +12,10 @@ from antefix.objects.bucket import Bucket, ObjectGone
 NUM_OBJECTS = 1203
 
 
-async def keeps_what_any_bucket_must(bucket: Bucket) -> None:
+async def keeps_what_any_bucket_must(bucket: Bucket, *, num_objects: int = NUM_OBJECTS) -> None:
     """Of an empty bucket, which it leaves empty and closes."""
     assert await bucket.list_objects("segments/") == []
-    names = [f"segments/{number:05d}" for number in range(NUM_OBJECTS)]
+    names = [f"segments/{number:05d}" for number in range(num_objects)]
     await asyncio.gather(*(bucket.put(name, [name.encode(), b"!"]) for name in names))
     assert [each.name for each in await bucket.list_objects("segments/")] == names
     assert [each.name for each in await bucket.list_objects("segments/", after=names[4], num_max=3)] == names[5:8]

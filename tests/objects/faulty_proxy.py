@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
@@ -38,13 +38,18 @@ class Harm:
 
 
 @asynccontextmanager
-async def faulty_proxy(server_url: str, harm: Harm) -> AsyncIterator[str]:
-    """The proxy's URL. One request per connection, so that a harm hits one request."""
+async def faulty_proxy(
+    server_url: str, harm: Harm, *, rewrite: Callable[[bytes], bytes] = lambda request: request
+) -> AsyncIterator[str]:
+    """The proxy's URL. One request per connection, so that a harm hits one request.
+
+    rewrite: changes each request on its way to the server.
+    """
     host, _, port = server_url.removeprefix("http://").partition(":")
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError, asyncio.IncompleteReadError, OSError):
-            request = await _message(reader)
+            request = rewrite(await _message(reader))
             await _answer(request, writer)
         writer.close()
 

@@ -47,10 +47,10 @@ def environment(endpoint: str) -> dict[str, str]:
 
 
 @contextmanager
-def s3_server(directory: Path, *, pids: list[int] | None = None) -> Iterator[str]:
+def s3_server(directory: Path, *, pids: list[int] | None = None, anybody: bool = False) -> Iterator[str]:
     """The server's URL; a bucket is there. Skips where `make test-s3` did not say where the server is.
 
-    pids: gets the server's.
+    pids: gets the server's.  anybody: whether requests without a signature may do everything.
     """
     home = os.environ.get("ANTEFIX_S3", "")
     if not home:
@@ -58,8 +58,9 @@ def s3_server(directory: Path, *, pids: list[int] | None = None) -> Iterator[str
     names = ("master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc")
     ports = free_ports(len(names) + 2)
     identity = {"name": "antefix", "credentials": [{"accessKey": KEY_ID, "secretKey": KEY}], "actions": ["Admin"]}
-    (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    (directory / "data").mkdir()
+    others = [{"name": "anonymous", "actions": ["Admin", "Read", "Write", "List"]}] if anybody else []
+    (directory / "s3.json").write_text(json.dumps({"identities": [identity, *others]}))
+    (directory / "data").mkdir(exist_ok=True)
     command = [
         f"{home}/bin/weed",
         "server",
@@ -104,7 +105,10 @@ def s3_server(directory: Path, *, pids: list[int] | None = None) -> Iterator[str
 
 def make_bucket(python: str, url: str) -> None:
     """With the client that people know, in the environment of the server; waits until the server answers."""
-    script = f"import boto3; boto3.client('s3').create_bucket(Bucket={BUCKET!r})"
+    script = (
+        "import boto3; client = boto3.client('s3'); there = [b['Name'] for b in client.list_buckets()['Buckets']];"
+        f" {BUCKET!r} in there or client.create_bucket(Bucket={BUCKET!r})"
+    )
     until_s = time.monotonic() + _START_S
     while True:
         made = subprocess.run([python, "-c", script], env={**os.environ, **environment(url)}, capture_output=True)

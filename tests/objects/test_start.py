@@ -14,7 +14,8 @@ from antefix.objects.bucket import open_bucket
 from antefix.objects.object_tier import ObjectTier
 from antefix.store import many_stores, standing
 from antefix.store.many_stores import ManyStores
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt
 from tests.objects.small_tier import upload, url_of
 from tests.redis_servers import until

@@ -14,7 +14,8 @@ from antefix.errors import ConfigError, Unavailable
 from antefix.record import RecordKind
 from antefix.store.many_stores import ManyStores
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from antefix_kvstore.embedded_store import EmbeddedStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.object_upload import ObjectUploader
@@ -222,7 +223,7 @@ async def test_hits_come_back_when_the_disk_is_wiped_while_it_is_used(tmp_path: 
         ({"object_store": "http://bucket"}, "an object store is"),
         ({"object_store": "file://relative/path"}, "three slashes"),
         ({"object_store": "s3:///prefix"}, "names no bucket"),
-        ({"object_store": "s3://key:secret@bucket/x"}, "credentials are in the environment"),
+        ({"object_store": "s3://key:secret@bucket/x"}, "credentials as environment variables"),
         ({"object_upload": ("some",)}, "object_upload takes"),
         ({"object_quotas": ("acme",)}, "tenant=size"),
         ({"object_block_ttl_s": -1.0}, "must not be negative"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from antefix.errors import NotFinite, StepFailed
 from antefix.model.finite import unusable_rows
@@ -42,7 +43,7 @@ async def test_one_request_computes_again_and_puts_right_bytes_in_their_place(
         reader = make_engine(kv_format=kv_format)
         again = await logits_of(reader, make_prompt(reader, TOKENS))
         # 1. The answer is a cold run's, to the bit, and the store was told once.
-        np.testing.assert_array_equal(again.logits, cold.logits)
+        assert_array_equal(again.logits, cold.logits)
         if store.rejected:
             assert store.rejected == [name] and reader.counters.by_kind == {"BlockUnusable": 1}
         # 2. What is stored is what it was, so the next request hits all of it.
@@ -59,7 +60,7 @@ async def test_unusable_blocks_never_stand_under_a_name_in_memory(make_engine, m
     reader = make_engine()
     for _ in range(2):
         again = await logits_of(reader, make_prompt(reader, TOKENS))
-        np.testing.assert_array_equal(again.logits, cold.logits)
+        assert_array_equal(again.logits, cold.logits)
     assert len(store.rejected) == 1
 
 

@@ -60,7 +60,7 @@ def test_a_certificate_says_role_name_and_hosts_and_its_key_is_private(tmp_path)
     assert sorted(path.name for path in (tmp_path / "p1").iterdir()) == ["ca.crt", "grant.pub", "tls.crt", "tls.key"]
     issue(tmp_path / "ca", tmp_path / "r1", Role.ROUTER, "r1")
     assert (tmp_path / "r1" / "grant.key").exists()
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         make_ca(tmp_path / "ca")
     with pytest.raises(ConfigError, match="lower-case"):
         issue(tmp_path / "ca", tmp_path / "x", Role.PREFILL, "../p1")
@@ -201,7 +201,7 @@ def test_a_service_that_checks_grants_needs_keys_for_it(tmp_path, keyring):
     issue(tmp_path / "ca", tmp_path / "r", Role.ROUTER, "r")
     ProcessSecurity(Role.ROUTER, files=CredentialFiles(tmp_path / "r"), keyring=keyring)
     (tmp_path / "r" / "grant.key").unlink()
-    with pytest.raises(ConfigError, match=r"no grant\.key that this router could sign"):
+    with pytest.raises(ConfigError, match=r"no grant\.key for this router to sign"):
         ProcessSecurity(Role.ROUTER, files=CredentialFiles(tmp_path / "r"), keyring=keyring)
 
 

@@ -82,7 +82,7 @@ def test_a_store_without_a_secret_is_fine():
 def test_a_worker_that_is_gone_is_named_after_its_lease_ran_out():
     gone = asked(Role.DECODE, about=None, error="nobody there", lost_s_ago=30.0)
     (finding,) = [each for each in findings_of([ROUTER, STORE, gone]) if each.check == "decode decode:1"]
-    assert finding.status == "fail" and finding.detail == "the router lost it 30 s ago; nobody there"
+    assert finding.status == "fail" and finding.detail == "the router lost this service 30 s ago; nobody there"
 
 
 def test_a_router_that_is_not_there_is_all_that_is_said():

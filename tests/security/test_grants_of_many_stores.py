@@ -11,7 +11,8 @@ from antefix.security import grants
 from antefix.store.many_stores import ManyStores
 from antefix.store.remote_store import RemoteStore
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from antefix.v1 import kvstore_pb2
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.server import KvStoreServicer, register

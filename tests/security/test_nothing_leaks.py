@@ -315,7 +315,7 @@ def test_a_trace_has_places_and_kinds_and_no_values(form):
     assert "canary" not in written
     for expected in ("internal error 12", "what we say ourselves", "builtins.KeyError", "raise_all", "never retrieved"):
         assert expected in written
-    assert "ended by a mistake" in written
+    assert "ended by a bug" in written
 
 
 def test_what_the_system_says_of_a_file_is_told():

@@ -150,7 +150,7 @@ def test_the_simulator_knows_v41(tmp_path):
         ({"compress_ratios": "2"}, "compress_ratios must be a list"),
         ({"kv_source_layer_ids": [8, 2, 14, 20]}, "kv_source_layer_ids must name layers in ascending order"),
         ({"kv_source_layer_ids": [2, 8, 14, 40]}, "kv_source_layer_ids must name layers"),
-        ({"kv_source_layer_ids": [2, 8, 14]}, "layer 20 reads a cache of ratio 1, and the KV source before it"),
+        ({"kv_source_layer_ids": [2, 8, 14]}, "layer 20 reads a cache of ratio 1, but the KV source before it"),
         ({"kv_source_layer_ids": [8, 14, 20]}, "layer 2 reads a cache of ratio 2"),
         ({"index_source_layer_ids": [2, 8, 14]}, "must have all of kv_source_layer_ids"),
         ({"index_source_layer_ids": [0, 2, 8, 14, 20]}, "layer 0 has compress ratio 0 and cannot be a source"),
@@ -178,7 +178,7 @@ def test_loading_is_refused_and_says_what_there_is(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "model.safetensors").write_bytes(b"")
     for refused in (load_model, identify):
-        with pytest.raises((ModelError, InvalidRequest), match=r"known and not computed here: its layout, .*Engram"):
+        with pytest.raises((ModelError, InvalidRequest), match=r"cannot run model_type deepseek_v41.*Layout, .*Engram"):
             refused(tmp_path)
 
 

@@ -91,7 +91,7 @@ async def test_nobody_listening_is_unavailable():
 async def test_a_call_to_another_roles_address_says_so():
     server = await start(RuntimeError())
     stub = window_pb2_grpc.WindowServiceStub(rpc.channel(server.address))
-    with pytest.raises(errors.Unavailable, match="another role's"), rpc.rpc_errors():
+    with pytest.raises(errors.Unavailable, match="belongs to another role"), rpc.rpc_errors():
         await stub.WindowStatus(window_pb2.WindowStatusRequest(), timeout=60)
     await server.drain(0)
 

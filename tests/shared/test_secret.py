@@ -101,7 +101,7 @@ def test_of_two_who_make_a_secret_at_once_one_is_taken(tmp_path, monkeypatch):
 
 
 def test_an_empty_secret_says_what_to_do(tmp_path):
-    with pytest.raises(ConfigError, match=r"is empty: put its backup there"):
+    with pytest.raises(ConfigError, match=r"is empty: restore it from a backup"):
         from_text(tmp_path, "\n")
 
 

@@ -143,7 +143,7 @@ def test_the_text_says_what_binds_what_more_gives_and_what_it_rests_on(
     for said in (
         "prefill workers",
         "object store",
-        "what binds is",
+        "the limit is",
         "one more gives",
         "rates.json (a card",
         "lower bound",

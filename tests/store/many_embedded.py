@@ -13,7 +13,8 @@ from antefix.record import Held, Record, RecordKind
 from antefix.store.local_copies import LocalCopies
 from antefix.store.many_stores import ManyStores
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from antefix_kvstore.embedded_store import EmbeddedStore
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Prompt, owner

@@ -9,7 +9,8 @@ from antefix.redis_access import RedisAccess
 from antefix.store.found_stores import FoundStores
 from antefix.store.open_store import StoresConfig, check_stores, open_stores, store_addresses, store_sources
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from tests.kvstore.small_store import FINGERPRINT
 from tests.store.many_embedded import PROMPT, rack_of
 
@@ -120,7 +121,7 @@ def test_settings_that_find_stores():
     assert [each.name for each in store_addresses(config)] == ["a"]
     for text, told in [
         ("dns:stores", "host:port"),
-        ("redis://h:1/0", "in clear"),
+        ("redis://h:1/0", "unencrypted"),
         ("redis://u:p@127.0.0.1/0", "password"),
     ]:
         with pytest.raises(ConfigError, match=told):

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from numpy.testing import assert_array_equal
 
 from antefix.errors import Unavailable
 from antefix.store.breaker import Breaker
@@ -124,12 +125,12 @@ async def test_rows_that_a_late_read_may_write_are_taken_until_it_is_over(make_e
     with monkeypatch.context() as patch:
         patch.setattr(store, "get_blocks", hangs)
         hot = await run_prompt(reader, make_prompt(reader, tokens))
-        np.testing.assert_array_equal(hot.logits, cold.logits)
+        assert_array_equal(hot.logits, cold.logits)
         # What comes late lands where nobody computes.
         for row in landed:
             row[:] = b"\xff" * row.nbytes
         again = await run_prompt(reader, make_prompt(reader, tokens))
-        np.testing.assert_array_equal(again.logits, cold.logits)
+        assert_array_equal(again.logits, cold.logits)
     for computed in (hot, again):
         reader.blocks.release(computed.sequence.block_table)
     assert reader.blocks.num_available < reader.pool.num_blocks

@@ -11,7 +11,7 @@ from antefix.store.local_store import LocalStore
 from antefix.store.many_stores import ManyStores
 from antefix.store.open_store import StoreAddress, check_stores, open_stores, store_addresses
 from antefix.store.remote_store import RemoteStore
-from antefix.store.tier import TierKind
+from antefix.tier_kind import TierKind
 
 
 @dataclass
@@ -50,7 +50,7 @@ def test_a_store_that_is_not_named_so_is_refused_with_the_form(text: str) -> Non
         (Settings(store_address="h:1", stores=("a=h:1",)), "not both"),
         (Settings(stores=("a=h:1", "b=h:2"), store_dir="/data"), "@DIRECTORY"),
         (Settings(stores=("a=h:1", "a=h:2")), "name of its own"),
-        (Settings(stores=("a=h:1", "b=h:2"), near_stores=("c",)), "c is none of --stores"),
+        (Settings(stores=("a=h:1", "b=h:2"), near_stores=("c",)), "c is not a name in --stores"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: Settings, told: str) -> None:
@@ -69,7 +69,8 @@ async def test_those_with_a_directory_are_written_to_and_one_store_stays_as_it_w
         ("c", True),
         ("a", False),
     ]
-    assert [tier.kind for tier in many.tiers] == [TierKind.DISK, TierKind.DISK, TierKind.PEER]
+    files = [TierKind.PAGE_CACHE, TierKind.PAGE_CACHE]
+    assert [tier.kind for tier in many.tiers] == [TierKind.DISK, TierKind.DISK, TierKind.PEER, *files]
     named = open_stores(store_addresses(Settings(stores=("a=h:1", "b=h:2"))), near=("b",))
     assert isinstance(named, ManyStores)
     assert [member.tier.name for member in named.members.near] == ["b"]

@@ -6,7 +6,8 @@ import pytest
 
 from antefix.errors import BlockCorrupt, Overloaded, PermissionDenied, Unavailable
 from antefix.store.standing import ASK_S, ASK_S_MAX, NUM_LATE_MAX, SHUNNED_S, SHUNNED_S_MAX, Standing
-from antefix.store.tier import Tier, TierKind, TierSpeed
+from antefix.store.tier import Tier, TierSpeed
+from antefix.tier_kind import TierKind
 from tests.kvstore.small_store import Clock
 
 pytestmark = pytest.mark.impatient

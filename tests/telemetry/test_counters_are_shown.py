@@ -124,6 +124,8 @@ COUNTED = {
     "num_corrupt": "antefix_window_pool_corrupt_records",
     "num_failed": "antefix_security_failed_reloads",
     "num_lost": "antefix_store_log_lost_lines",
+    "num_cached": "antefix_store_page_cache_samples",
+    "num_sampled": "antefix_store_page_cache_samples",
     "num_unnamed": "antefix_fleet_unnamed_blocks",
     "num_evicted": "antefix_pool_evicted_blocks",
     "num_too_large": "antefix_worker_too_large_requests",

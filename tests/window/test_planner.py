@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from antefix.errors import InternalError
 from antefix.linear_law import LinearLaw
-from antefix.store.tier import TierKind, TierSpeed
+from antefix.store.tier import TierSpeed
+from antefix.tier_kind import TierKind
 from antefix.window import Plan, PlanKind, Rates, RestorePlanner, Sizes, StoredPrefix
 from antefix.window.rates import RatePriors
 

@@ -49,7 +49,7 @@ def enable(model: Model) -> bool:
     wrong = sorted({name for (name, whole), (_, part) in pairs if not torch.equal(_same_rows(whole, part), part)})
     _refused = bool(wrong)
     if _refused:
-        log.warning("compiled kernels stay off: %s would have other bits than torch's", ", ".join(wrong))
+        log.warning("compiled kernels stay off: the bits of %s would differ from torch's", ", ".join(wrong))
     switch.use(not _refused)
     _give_back()
     return not _refused

@@ -21,7 +21,7 @@ _ABOUT_STORE = "how near the store is to its disk, and how far from its peers"
 
 
 def add_parser(subparsers: Any) -> None:
-    bench = subparsers.add_parser("bench", help="measure next to the machine's limits and next to peers")
+    bench = subparsers.add_parser("bench", help="compare storage with the machine's limits and with peers")
     which = bench.add_subparsers(dest="bench", required=True, metavar="store|tier")
     store = which.add_parser(
         "store",
@@ -85,7 +85,10 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--long", action="store_true", help="add a 1M-token prefix and a store of a million blocks")
     parser.add_argument(
-        "--record", type=Path, metavar="FILE", help="also write the figures there, with commit, date, machine and load"
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="also write the figures to this file, with commit, date, machine and load",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
 

@@ -38,7 +38,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "directory",
         type=Path,
         metavar="CA_DIR",
-        help="directory of the CA; keep it with the person who issues, on no host of a service",
+        help="directory of the CA; keep it with the person who issues certificates, not on a service's host",
     )
     init.add_argument(
         "--days", type=int, default=CA_DAYS, help=f"days until the CA's certificate expires (default: {CA_DAYS})"
@@ -84,11 +84,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="FILE",
         help="file with the deployment's secret; sign again when the secret changes",
     )
-    granted.add_argument("--out", type=Path, required=True, metavar="DIR", help="the engine's --credentials")
+    granted.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="directory that the engine takes as --credentials"
+    )
     granted.add_argument("--days", type=int, default=DAYS, help=f"days until it expires (default: {DAYS})")
     show = actions.add_parser(
         "show",
-        help="what certificates say, and how long they hold",
+        help="show what certificates say, and how long they are valid",
         epilog="example: antefix certs show credentials/p1 --json",
     )
     show.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a certificate, or a --credentials directory")

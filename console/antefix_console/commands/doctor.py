@@ -46,8 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, default=0, metavar="N", help="number of torch threads, as a worker would have"
     )
     parser.add_argument("--device", default="", help="device to probe too (default: a card, if there is one)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="as workers have it")
-    parser.add_argument("--reproducible", action="store_true", help="reproducible mode on a card, as workers have it")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="precision of weights to probe with, as the workers have it",
+    )
+    parser.add_argument(
+        "--reproducible", action="store_true", help="probe the reproducible mode on a card, as the workers have it"
+    )
     parser.add_argument(
         "--store",
         metavar="HOST:PORT",
@@ -61,8 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--deployment",
         metavar="ROUTER",
-        help="check a deployment over several hosts instead of this machine, from its router's HOST:PORT: is each"
-        " service reached, how long do certificates last, do clocks, names, secrets and versions agree",
+        help="check a deployment over several hosts instead of this machine, starting at its router's HOST:PORT:"
+        " whether each service answers, how long certificates last, and whether clocks, names, secrets and"
+        " versions agree",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -249,10 +257,10 @@ def _store(address: str) -> list[Finding]:
             await store.close()
 
     stats = asyncio.run(ask())
-    writes = Finding(check="store writes", status="ok", detail="none that could never be stored")
+    writes = Finding(check="store writes", status="ok", detail="there were no writes that could never be stored")
     if stats.impossible_writes:
         detail = f"{stats.impossible_writes} could never be stored; the last: {stats.impossible_write}"
-        advice = "these callers are served without the cache: mend what is named"
+        advice = "these callers are served without the cache: correct what the message names"
         writes = Finding(check="store writes", status="fail", detail=detail, advice=advice)
     space = (
         f"{stats.used_bytes / 1e6:.0f} of {stats.limit_bytes / 1e6:.0f} MB used, {stats.free_bytes / 1e6:.0f} MB free"
@@ -274,7 +282,7 @@ def _router(address: str) -> list[Finding]:
     """Whether the KV that a router's requests compute is stored. Raises:  Unavailable: it does not answer."""
     counters = asyncio.run(_status_of(address)).counters
     if not counters.unstored:
-        return [Finding(check="requests stored", status="ok", detail="all that were computed")]
+        return [Finding(check="requests stored", status="ok", detail="all KV that requests computed was stored")]
     detail = f"{counters.unstored} could not all be stored; the last: {counters.unstored_reason}"
     advice = "usage records name the requests: write_error"
     return [Finding(check="requests stored", status="warn", detail=detail, advice=advice)]

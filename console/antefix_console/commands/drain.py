@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bytes-max",
         default="",
         metavar="SIZE",
-        help="move at most so many bytes, pinned and last used records first (default: all)",
+        help="most bytes to move, pinned and last used records first (default: all)",
     )
     add_copy_arguments(parser)
 

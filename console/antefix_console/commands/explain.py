@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the stores' directories, if not in --data-dir",
     )
     parser.add_argument(
-        "--object-store", default="", metavar="URL", help="the object store behind them, if there is one"
+        "--object-store", default="", metavar="URL", help="the object store behind the stores, if there is one"
     )
     parser.add_argument("--secret-file", type=Path, help="file with the deployment's secret, if not in --data-dir")
     parser.add_argument(
@@ -90,7 +90,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arithmetic",
         metavar="NAME",
-        help="what the workers compute, as `antefix doctor` names it (default: what the last `antefix up` found)",
+        help="arithmetic of the workers, by the name that `antefix doctor` prints (default: what the last `antefix"
+        " up` found)",
     )
     parser.add_argument(
         "--tenant", default="", help="tenant whose prompt it is (default: no tenant, as without API keys)"
@@ -273,7 +274,9 @@ def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]
     for directory in args.also_model:
         identity = identify(directory)
         if identity.geometry.block_size != mine.identity.geometry.block_size:
-            raise InvalidRequest(f"--also-model {directory}: its blocks have another size, so its KV cannot be meant")
+            raise InvalidRequest(
+                f"--also-model {directory}: its blocks have another size, so its KV cannot be the one you look for"
+            )
         yield replace(mine, identity=identity), f"model {directory}"
 
 

@@ -19,9 +19,9 @@ from antefix_console.commands.prompt_text import given_text, read_text
 from antefix_console.explain.text import FLEET_ADVICE
 
 _KNOWLEDGE = {
-    "events": "as it tells",
-    "behind": "it tells, but not all was heard",
-    "guess": "guessed: it tells nothing",
+    "events": "from its events",
+    "behind": "from its events, some missed",
+    "guess": "guessed: it publishes no events",
 }
 
 
@@ -87,12 +87,12 @@ def _workers(status: Sequence[EngineStatus]) -> Iterator[str]:
 def _lines(found: ExplainedRequest) -> Iterator[str]:
     chosen = next(each for each in found.candidates if each.engine.worker == found.chosen)
     if not found.prompt_tokens:
-        yield f"No worker could say what the prompt's tokens are: {found.chosen} would get it, by load alone."
+        yield f"No worker could tokenize the prompt, so {found.chosen} would get it, by load alone."
         return
     share = chosen.hit_tokens / found.prompt_tokens
     yield f"{chosen.hit_tokens} of {found.prompt_tokens} prompt tokens would be hits ({share:.0%}), at {found.chosen}."
     if found.miss_reason is not MissReason.NONE:
-        yield f"The first that miss begin at token {found.first_missed_token}: {found.miss_reason}."
+        yield f"The first tokens that miss begin at token {found.first_missed_token}: {found.miss_reason}."
     yield ""
     media = [medium for medium, _ in max((each.media for each in found.candidates), key=len, default=())]
     head = ("worker", "state", "cache", "hits", "has", *(f"in {medium}" for medium in media), "running", "to compute")
@@ -100,9 +100,10 @@ def _lines(found: ExplainedRequest) -> Iterator[str]:
     if any(each.leading_tokens > each.hit_tokens for each in found.candidates):
         yield ""
         yield (
-            "Where a worker has more than hits, its window layers have nothing to continue with further on, or the last"
+            "Where `has` exceeds `hits`, a worker's window layers lack the state to continue further on, or only the"
+            " last"
         )
-        yield "token would be left: engines compute that, with its block."
+        yield "token would be left, which engines compute together with its block."
     if found.miss_reason is not MissReason.NONE:
         yield ""
         yield f"What to do: {FLEET_ADVICE[found.miss_reason]}"

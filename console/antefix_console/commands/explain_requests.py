@@ -58,7 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExc
     parser.add_argument(
         "--against",
         metavar="FILE|ID",
-        help="another request, as a JSON file or by its id: shows where the two prompts part, and which line did it",
+        help="another request, as a JSON file or by its id: shows where the two prompts part, and which line makes"
+        " the difference",
     )
     parser.add_argument(
         "--api", choices=APIS, default="chat", help="API whose format the JSON files have (default: chat)"
@@ -89,7 +90,7 @@ class GivenPrompt:
     def lines(self) -> Iterator[str]:
         named = [f"{name} {value}" for name, value in self.facts.items() if value]
         if named:
-            yield f"As the door renders it: {len(self.source.tokens)} tokens; {'; '.join(named)}."
+            yield f"As the router renders the request: {len(self.source.tokens)} tokens; {'; '.join(named)}."
             yield ""
 
 

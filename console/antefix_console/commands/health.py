@@ -56,5 +56,5 @@ async def _ask(args: argparse.Namespace) -> str:
     except InvalidRequest:
         raise
     except AntefixError as err:
-        return f"nobody says that it serves: {err}"
+        return f"nothing there says that it serves: {err}"
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status))

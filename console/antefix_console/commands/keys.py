@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     create.add_argument("--note", default="", help="label that lists show for the key")
     _add_making(create)
 
-    follow = _command(commands, "rotate", "make a key that takes another one's place", "3f9c01ab --overlap 24h")
+    follow = _command(commands, "rotate", "make a key that replaces another one", "3f9c01ab --overlap 24h")
     follow.add_argument("id", help="id of the key to replace")
     follow.add_argument(
         "--overlap", default="24h", metavar="TIME", help="how long the old key stays valid (default: 24h)"
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     end.set_defaults(output=None)
     _add_file(end)
 
-    show = _command(commands, "list", "keys, without what is secret of them", "--tenant acme")
+    show = _command(commands, "list", "list keys, without their secret part", "--tenant acme")
     show.add_argument("--tenant", help="only this tenant's")
     _add_file(show)
 

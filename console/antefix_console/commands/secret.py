@@ -35,14 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The subcommands of `antefix secret`."""
     commands = parser.add_subparsers(dest="secret_command", required=True)
     _command(commands, "create", "make the file, if it is not there", "antefix-data/secret")
-    _command(commands, "show", "which generations it has, and which one is written with", "antefix-data/secret")
+    _command(
+        commands, "show", "show the generations, and which one new records are written with", "antefix-data/secret"
+    )
     add = _command(commands, "rotate", "write with a new secret, and continue reading with the old ones", "secret")
     add.add_argument(
         "--stage",
         action="store_true",
         help="only read with the new secret for now: give the file to all roles, then rotate again without --stage",
     )
-    drop = _command(commands, "drop", "stop reading with a generation: what it named is a miss then", "secret 1")
+    drop = _command(commands, "drop", "stop reading with a generation, so that its records become misses", "secret 1")
     drop.add_argument("generation", type=int, help="number of the generation, as `antefix secret show` prints it")
     _command(
         commands,
@@ -101,7 +103,7 @@ def dropped(generations: Generations, number: int) -> Generations:
     """Raises:  InvalidRequest: no generation has that number, or it is the current one, which new KV is written
     under."""
     if number == generations[0][0]:
-        raise InvalidRequest(f"generation {number} is written with: rotate first")
+        raise InvalidRequest(f"records are written with generation {number}: rotate first")
     rest = [each for each in generations if each[0] != number]
     if len(rest) == len(generations):
         raise InvalidRequest(f"there is no generation {number}")

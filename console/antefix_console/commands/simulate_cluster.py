@@ -41,9 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fleet.add_argument(
         "--engines",
         choices=[each.value for each in EngineHits],
-        help="workers that are not ours, with neither store nor planner: full continues after any block"
-        " in memory, window"
-        " only where the strategy left window state there",
+        help="workers of other engines, with neither store nor planner: full continues after any block in memory,"
+        " window only where the strategy left window state there",
     )
     fleet.add_argument(
         "--policy", action="append", metavar="NAME", help=f"{', '.join(ALL_POLICIES)}, or all (default all; may repeat)"

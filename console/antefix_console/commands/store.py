@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all of them, in any order: host:port, a directory that no service has open, s3://..., or as roles have"
         " them in --stores: NAME=ADDRESS, dns:HOST:PORT, redis://... (its window pool as well)",
     )
-    purge.add_argument("--tenant", required=True, help="whose; or digest:HEX")
+    purge.add_argument("--tenant", required=True, help="tenant whose records are dropped; or digest:HEX")
     purge.add_argument("--user", default="", help="purge only this user of the tenant")
     purge.add_argument("--secret-file", help="file with the deployment's secret, which names the tenant in stores")
     purge.add_argument("--json", action="store_true", help="print one JSON object")

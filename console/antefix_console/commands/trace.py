@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     example = "example: antefix trace import --format openai-jsonl requests.jsonl --output trace.jsonl.gz"
     command = commands.add_parser("import", help="a log, or the ledger, as a trace", description=text, epilog=example)
     command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="logs, plain or .gz; a ledger's directory")
-    command.add_argument("--format", required=True, choices=[*LOG_FORMATS, _LEDGER], help="what wrote them")
+    command.add_argument("--format", required=True, choices=[*LOG_FORMATS, _LEDGER], help="format of the logs")
     command.add_argument(
         "--output", type=Path, default=Path("trace.jsonl.gz"), metavar="FILE", help="the trace to write"
     )

@@ -44,9 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=GRACE_S,
         metavar="S",
-        help=f"how long running requests may take when it stops (default: {GRACE_S:g})",
+        help=f"how long running requests may take when the deployment stops (default: {GRACE_S:g})",
     )
-    parser.add_argument("--log-level", choices=LEVELS, default="info", help="the least that is logged (default: info)")
+    parser.add_argument(
+        "--log-level", choices=LEVELS, default="info", help="lowest level that is logged (default: info)"
+    )
     parser.add_argument(
         "--log-format", choices=FORMATS, default="text", help="format of all roles' logs (default: text)"
     )
@@ -267,7 +269,7 @@ async def warn_of_pool(address: str, config: RedisConfig | None = None) -> None:
     try:
         await pool.check()
     except Unavailable as err:
-        _tell(f"warning: {err}; checkpoints go to disk until it does")
+        _tell(f"warning: {err}; checkpoints go to disk until the window pool answers")
     finally:
         await pool.close()
 

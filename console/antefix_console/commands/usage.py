@@ -86,15 +86,21 @@ def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     by_default = ",".join(report.GROUPS_BY_DEFAULT)
-    parser.add_argument("--by", default=by_default, help=f"comma-separated, of {', '.join(report.GROUPS)}")
+    parser.add_argument(
+        "--by", default=by_default, help=f"what to group by, comma-separated, of {', '.join(report.GROUPS)}"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--ratecards", type=Path, nargs="*", metavar="FILE", help="rate cards, for the column missed: what misses cost"
+        "--ratecards",
+        type=Path,
+        nargs="*",
+        metavar="FILE",
+        help="rate cards, to add the column missed: what misses cost",
     )
     parser.add_argument(
         "--savings",
         action="store_true",
-        help="say instead what a longer time to live and a larger store would have saved at most",
+        help="report instead how much a longer time to live and a larger store would have saved at most",
     )
     parser.add_argument(
         "--plot", type=Path, help="also draw tokens, money and misses by reason over time (SVG, PNG or PDF)"
@@ -232,13 +238,14 @@ _COMMANDS = {
         run_restore,
     ),
     "compact-log": _Command(
-        "make the stores' logs small: what no billed hit needs goes",
+        "shrink the stores' logs: drop the lines that no billed hit needs",
         f"{_LEDGER} --store-log antefix-data/usage-log --before 2026-01-01",
         add_compact_arguments,
         run_compact,
     ),
     "rotate-key": _Command(
-        "make a new receipt key; receipts of the keys before it stay good, and routers take it at a SIGHUP",
+        "make a new receipt key; receipts signed with earlier keys stay valid, and routers load the new key at a"
+        " SIGHUP",
         _KEY,
         add_rotate_arguments,
         run_rotate,

@@ -28,9 +28,13 @@ _BY_HAND = (AdjustmentKind.CREDIT, AdjustmentKind.CORRECTION, AdjustmentKind.DIS
 def add_adjust_arguments(parser: argparse.ArgumentParser) -> None:
     add_ledgers(parser)
     parser.add_argument("--kind", choices=[kind.value for kind in _BY_HAND], default=AdjustmentKind.CREDIT.value)
-    parser.add_argument("--amount", required=True, help="what it adds to the bill, such as --amount=-1.25 for a credit")
+    parser.add_argument(
+        "--amount",
+        required=True,
+        help="amount that the adjustment adds to the bill, such as --amount=-1.25 for a credit",
+    )
     parser.add_argument("--reason", required=True, help="reason, which the customer can read")
-    parser.add_argument("--request-id", help="the request it is about; else --tenant")
+    parser.add_argument("--request-id", help="request that the adjustment is about; without one, give --tenant")
     parser.add_argument(
         "--tenant", help="tenant whose bill it is; with --request-id only where two tenants have that id"
     )
@@ -54,13 +58,15 @@ def add_rerate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reason", default="priced again by another rate card", help="reason, which the customer can read"
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what it would change, and change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="say what would change, and change nothing")
     _add_common(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reference", default="", help="reference, such as a ticket's number")
-    parser.add_argument("--author", default="", help="who decides it (default: the user that calls)")
+    parser.add_argument(
+        "--author", default="", help="who decides the adjustment (default: the user who runs this command)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

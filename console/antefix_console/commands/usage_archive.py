@@ -39,7 +39,7 @@ def run_archive(args: argparse.Namespace) -> int:
 
 def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     add_ledgers(parser)
-    parser.add_argument("--before", required=True, help="entries from before this date or time (UTC) may go")
+    parser.add_argument("--before", required=True, help="prune entries from before this date or time (UTC)")
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--archive", default="", metavar="PLACE", help=f"where archived entries are kept: {_PLACE}")
     where.add_argument(
@@ -52,9 +52,9 @@ def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
         "--push-state",
         type=Path,
         metavar="DIR",
-        help="state directory of `antefix usage push`; what is not sent yet stays",
+        help="state directory of `antefix usage push`; entries that are not sent yet are kept",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would go, and change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="say which entries would go, and change nothing")
     parser.add_argument("--json", action="store_true", help="print the summaries as JSON")
 
 

@@ -36,8 +36,10 @@ PUSH: Final[Table] = {
 
 def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     add_ledgers(parser)
-    parser.add_argument("--config", type=Path, required=True, help="where to send it (TOML, docs/BILLING.md)")
-    parser.add_argument("--state", type=Path, required=True, help="directory of cursors and dead letters")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="file that says where to send usage (TOML, docs/BILLING.md)"
+    )
+    parser.add_argument("--state", type=Path, required=True, help="directory that keeps cursors and dead letters")
     parser.add_argument("--once", action="store_true", help="send what is there now, and end")
     parser.add_argument("--retry-dead", action="store_true", help="send dead letters again first")
     parser.add_argument("--metrics-address", default="", help="host:port of metrics, on loopback (default: none)")
@@ -107,7 +109,7 @@ def push_metrics(pushers: list[Pusher]) -> Iterable[Metric]:
     by_name = {(each.config.name,): each for each in pushers}
     label = ("sink",)
     backlog = {name: float(each.backlog()) for name, each in by_name.items()}
-    yield gauge("antefix_push_backlog_entries", "Ledger entries behind what was sent.", backlog, label)
+    yield gauge("antefix_push_backlog_entries", "Ledger entries that are not sent yet.", backlog, label)
     for field, shown in PUSH.items():
         counts = {name: float(getattr(each.counters, field)) for name, each in by_name.items()}
         yield counter(shown.name, shown.help, counts, label)

@@ -26,7 +26,8 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[SOURCE:]SEQUENCE:HASH",
-        help="a head that an earlier run reported and that must still be there; of several ledgers with its source",
+        help="head of a ledger that an earlier run reported, and that must still be there; with several ledgers, put"
+        " the source before it",
     )
     parser.add_argument(
         "--anchors",

@@ -25,7 +25,8 @@ from antefix.store.local_store import LocalStore
 from antefix.store.object_access import check_object_store
 from antefix.store.remote_store import RemoteStore
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
+from antefix.tier_kind import TierKind
 from antefix.worker_settings import WorkerSettings
 from antefix_console import shipped
 from antefix_console.deployment import Deployment, DeploymentConfig
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--long",
         action="store_true",
-        help="longer prompts, every plan in both formats, for minutes; prints its progress",
+        help="verify longer prompts, and every plan in both formats; takes minutes, and prints the progress",
     )
     add_flags(
         parser.add_argument_group("as the workers have them"),
@@ -58,9 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("device", "kernels", "tensor_parallel_size"),
     )
     parser.add_argument(
-        "--fast", action="store_true", help="on a card: the faster kernels, whose hits are equal within bounds only"
+        "--fast",
+        action="store_true",
+        help="on a card, use the faster kernels, whose hits equal cold runs only within bounds",
     )
-    parser.add_argument("--plans", nargs="*", choices=PLANS, help="which random models (default: all)")
+    parser.add_argument("--plans", nargs="*", choices=PLANS, help="which random models to verify (default: all)")
     parser.add_argument(
         "--drawn", type=int, metavar="N", help="number of models with random shapes (default: 2; with --long 40)"
     )
@@ -71,26 +74,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against",
         nargs="+",
         metavar="HOST:PORT",
-        help="instead: ask workers of a running deployment the same prompts and compare their answers; addresses of at"
-        " least two workers, or of a router, which stands for all of its workers",
+        help="instead, ask workers of a running deployment the same prompts and compare their answers; addresses of"
+        " at least two workers, or of a router, which stands for all of its workers",
     )
     parser.add_argument(
-        "--engine", choices=CHECKS, help="instead: another engine over the store, its cold runs against restored ones"
+        "--engine",
+        choices=CHECKS,
+        help="instead, verify another engine over the store: its restored runs against its cold runs",
     )
     parser.add_argument(
         "--stores",
         type=int,
         default=1,
         metavar="N",
-        help="over so many store services, each with some of the blocks: one on this host's disk, the others as other"
-        " hosts' (default 1)",
+        help="spread the blocks over so many store services: one on this host's disk, the others as if on other hosts"
+        " (default 1)",
     )
     parser.add_argument(
         "--object-store",
         default="",
         metavar="URL",
-        help="some of the blocks in an object store, such as s3://BUCKET/PREFIX or file:///PATH; what is put there is"
-        " deleted at the end",
+        help="put some of the blocks into an object store, such as s3://BUCKET/PREFIX or file:///PATH; these objects"
+        " are deleted at the end",
     )
     parser.add_argument("--data-dir", type=Path, help="where the scratch store goes (default: a temporary directory)")
 
@@ -205,7 +210,10 @@ async def _stores(scratch: Path, num_stores: int, object_store: str) -> AsyncIte
             opened = RemoteStore(process.address) if number else LocalStore(directory, process.address)
             kind = TierKind.PEER if number else TierKind.DISK
             tier = Tier(f"store-{number}", kind, opened)
-            members.append(Member(tier=tier, store=opened, address=process.address, near=not number))
+            page_cache = None if number else tier.in_page_cache()
+            members.append(
+                Member(tier=tier, store=opened, address=process.address, near=not number, page_cache=page_cache)
+            )
         store = SpreadStores(members, object_store) if num_stores > 1 or object_store else members[0].store
         try:
             yield store

@@ -18,7 +18,7 @@ from antefix.window import parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--router", metavar="HOST:PORT", help="ask all workers that this router knows")
+    parser.add_argument("--router", metavar="HOST:PORT", help="ask all workers that the router at this address knows")
     parser.add_argument(
         "--worker", metavar="HOST:PORT", action="append", default=[], help="ask this worker; may be repeated"
     )

@@ -170,4 +170,5 @@ def _block(block: BlockEvidence, block_size: int) -> dict[str, Any]:
         "checkpoint": None if block.checkpoint is None else asdict(block.checkpoint),
         "checkpoint_lost": block.checkpoint_lost,
         "store": block.store,
+        "cached": block.cached,
     }

@@ -45,6 +45,7 @@ class BlockEvidence:
     checkpoint: the window state after the block, if it is stored and readable.
     checkpoint_lost: why a checkpoint in the index cannot be used; "" if there is none, or it can be used.
     store: which of several stores has the block.
+    cached: whether this host's page cache had the block, by samples; None: not stored, or not known.
     """
 
     index: int
@@ -55,6 +56,7 @@ class BlockEvidence:
     checkpoint_lost: str = ""
     detail: str = ""
     store: str = ""
+    cached: bool | None = None
 
     @property
     def state(self) -> str:
@@ -115,6 +117,8 @@ def _in_store(
     """One store's evidence of each block, and the blocks that it has under other fingerprints."""
     reader = StoreReader(directory)
     try:
+        # Before the check reads all blocks.
+        cached = reader.held(names.hashes, fingerprint=names.fingerprint).cached
         broken = _check(reader, names) if check else {}
         now_ms = wall_ms()
         with reader.index.txn() as txn:
@@ -123,7 +127,13 @@ def _in_store(
             blocks = [_block(reader, txn, number, names, known, broken, now_ms) for number in range(len(names.hashes))]
     finally:
         reader.close()
-    return blocks, elsewhere
+    return [_with_cached(block, cached) for block in blocks], elsewhere
+
+
+def _with_cached(block: BlockEvidence, cached: Sequence[tuple[int, int]] | None) -> BlockEvidence:
+    if cached is None or block.reason is not MissReason.NONE:
+        return block
+    return replace(block, cached=any(start <= block.index < stop for start, stop in cached))
 
 
 def _most_telling(rows: Sequence[BlockEvidence], named: Sequence[str]) -> BlockEvidence:
@@ -190,7 +200,7 @@ def _block(
     elif not entry.live(now_ms):
         reason, detail = (
             MissReason.EXPIRED,
-            f"not used for its {entry.ttl_s} s; the space is taken back when it is needed",
+            f"unused for longer than its time to live, {entry.ttl_s} s; the space is reclaimed when needed",
         )
     checkpoint, lost = _checkpoint(index, txn, name, names, now_ms)
     return BlockEvidence(
@@ -207,11 +217,11 @@ def _block(
 def _missing(directory: Path, number: int, name: bytes, known: frozenset[bytes]) -> BlockEvidence:
     reason = remembered(directory, name)
     if reason is not MissReason.FIRST_SEEN:
-        detail = "the store remembers that it let it go"
+        detail = "the store remembers that it dropped the block"
     elif name in known:
-        reason, detail = MissReason.EVICTED, "the store's log has it, the index does not"
+        reason, detail = MissReason.EVICTED, "the store's log has the block, but the index does not"
     else:
-        reason, detail = MissReason.FIRST_SEEN, "never stored" if known else "never stored, or gone for long"
+        reason, detail = MissReason.FIRST_SEEN, "never stored" if known else "never stored, or dropped long ago"
     return BlockEvidence(index=number, hash=name, reason=reason, detail=detail)
 
 

@@ -13,8 +13,8 @@ from antefix_console.explain.block_evidence import BlockEvidence
 
 ADVICE: Final = {
     MissReason.BELOW_MINIMUM: "nothing is wrong: the prompt is too short to be cached.",
-    MissReason.FIRST_SEEN: "nothing is wrong if this text is new. Else compare tenant, user, secret and the very text:"
-    " one token that differs changes every block after it. --also-tenant NAME looks for it elsewhere.",
+    MissReason.FIRST_SEEN: "nothing is wrong if this text is new. Else compare tenant, user, secret and the exact"
+    " text: one token that differs changes every block after it. --also-tenant NAME looks for the text elsewhere.",
     MissReason.EVICTED: "the store was too small for how long this was unused: raise its budget, or pin the prefix.",
     MissReason.EXPIRED: "it was unused for longer than its time to live: raise block_ttl_s, or pin the prefix.",
     MissReason.CORRUPT: "the disk returned other bytes than were written: look at the disk; `antefix fsck` checks the"
@@ -25,24 +25,24 @@ ADVICE: Final = {
     " processors, libraries and settings of one kind, or keep their prompts apart; `antefix doctor` shows what a"
     " machine has.",
     MissReason.UNREACHABLE: "an earlier block is missing; see the first one.",
-    MissReason.WINDOW_MISSING: "the KV is stored, but resuming needs window state, and without any here this way is the"
-    " fastest. If prompts often leave here, strategy `auto` leaves a checkpoint after the first; `antefix window` tells"
-    " which.",
+    MissReason.WINDOW_MISSING: "the KV is stored, but resuming needs window state, and without a checkpoint here this"
+    " plan is the fastest. If prompts often part here, strategy `auto` stores a checkpoint after the first of them;"
+    " `antefix window` shows the strategy.",
     MissReason.STORE_UNAVAILABLE: "the worker got no answer from the store: see whether it runs, and the worker's log.",
-    MissReason.LOST_HIT: "the worker dropped it without saying so, its events are late, or it read another prompt than"
-    ' the router: docs/FLEET.md, "Lost hits".',
-    MissReason.OTHER_WORKER: "the worker that had it had too much to do; --compute-weight says what waiting for it is"
-    " worth.",
+    MissReason.LOST_HIT: "the worker dropped the KV without saying so, its events are late, or it read another prompt"
+    ' than the router: docs/FLEET.md, "Lost hits".',
+    MissReason.OTHER_WORKER: "the worker that had the KV had too much to do; --compute-weight says how long to wait for"
+    " such a worker.",
     MissReason.UNKNOWN: "a newer process gave this reason: read it with that process's version.",
 }
 # For workers that are other engines, some reasons mean something else.
 FLEET_ADVICE: Final = {
     **ADVICE,
-    MissReason.FIRST_SEEN: "nothing is wrong if this text is new. Else compare the very text: one token that differs"
+    MissReason.FIRST_SEEN: "nothing is wrong if this text is new. Else compare the exact text: one token that differs"
     " changes every block after it. What a worker dropped long ago, or before the router knew it, counts as new too.",
     MissReason.EVICTED: "the worker's cache was too small for how long this was unused: give it more memory, a slower"
     " medium behind it, or the fleet more workers.",
-    MissReason.UNKNOWN: "no worker could say what the prompt's tokens are, so nothing is known of it: see whether the"
+    MissReason.UNKNOWN: "no worker could tokenize the prompt, so nothing is known of its blocks: see whether the"
     " workers answer at /tokenize.",
 }
 
@@ -123,6 +123,8 @@ def _group(state: str, blocks: list[BlockEvidence], size: int) -> Iterator[str]:
     if stores := sorted({block.store for block in blocks if block.store}):
         line += f", from {', '.join(stores)}"
     yield line
+    if known := [block.cached for block in blocks if block.cached is not None]:
+        yield f"               {sum(known)} of {len(known)} in this host's page cache now, by samples"
     if blocks[0].detail:
         yield f"               {blocks[0].detail}"
 

@@ -126,7 +126,7 @@ def _compare_names(first: Peer, other: Peer, cases: Cases) -> None:
     problem = ""
     if first.fingerprint != other.fingerprint:
         problem = (
-            f"{other.label} names KV otherwise than {first.label}: they share nothing;"
+            f"{other.label} gives KV other names than {first.label}, so they share nothing;"
             f" {other.arithmetic or 'not said'} ({other.setup}) and {first.arithmetic or 'not said'} ({first.setup})"
         )
     elif first.arithmetic != other.arithmetic:

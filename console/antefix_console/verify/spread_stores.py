@@ -20,8 +20,9 @@ from antefix.record import MEMORY_KINDS, PutResult, Record, RecordKind
 from antefix.store.many_stores import ManyStores
 from antefix.store.read_tiers import PrefixRead
 from antefix.store.store_members import Member
-from antefix.store.tier import Tier, TierKind
+from antefix.store.tier import Tier
 from antefix.store_files import codec
+from antefix.tier_kind import TierKind
 
 # A failed run may leave objects below this folder in the bucket.
 _FOLDER: Final = "antefix-verify"
@@ -58,7 +59,7 @@ class SpreadStores(ManyStores):
         parts: dict[int, list[Record]] = {}
         for record in records:
             if record.kind not in MEMORY_KINDS:
-                home = int.from_bytes(record.hash[:4], "little") % len(self.tiers)
+                home = int.from_bytes(record.hash[:4], "little") % len(self.members.tiers)
                 parts.setdefault(home, []).append(replace(record, parent_elsewhere=True))
         for home, part in parts.items():
             stores = self.members.stores

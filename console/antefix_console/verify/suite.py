@@ -68,7 +68,7 @@ SHAPE_BOUND = {"float32": 1e-3, "float64": 1e-9, "fp8": 0.334}
 BOUNDED_BOUND = 2.0
 # Card against CPU: the largest logit difference of each token, median over tokens. Float16 in attention and other
 # orders of sums round a few values the other way. Rarely this selects another expert or entry; then that token's logits
-# differ by any amount.
+# differ by any amount. Models whose products round their inputs have a bound of their own (`card.against_cpu`).
 CPU_BOUND = {"float32": 1e-3, "float64": 1e-9, "fp8": 5e-2}
 # Output of a conversation where whole blocks of output are not needed.
 SHORT_OUTPUT_TOKENS = 8
@@ -345,8 +345,10 @@ class Suite:
 
     def _against_cpu(self, document: Tokens) -> None:
         self._tell("card against CPU")
-        bound = CPU_BOUND[self._subject.kv_format.value]
-        self._cases.add("card against CPU", "cold", len(document), against_cpu(self._workers, document), bound=bound)
+        for each in against_cpu(self._workers, document, CPU_BOUND[self._subject.kv_format.value]):
+            self._cases.add(
+                "card against CPU", each.what, len(document), each.difference, bound=each.bound, problem=each.problem
+            )
 
     async def _positions(self, num_tokens: int) -> AsyncIterator[int]:
         """A block boundary, its neighbours, and random positions."""

@@ -45,7 +45,9 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
         rest = dict(params)
         revision, namespace = rest.pop("weights_revision", ""), rest.pop("namespace", "default")
         if not revision:
-            raise ConfigError("adapter_params: weights_revision is missing, such as the checkpoint's commit")
+            raise ConfigError(
+                "adapter_params: weights_revision is missing; give the checkpoint's revision, such as its commit"
+            )
         self.store: Final = EngineStore.open(StoreSettings.from_mapping(rest))
         fingerprint = Fingerprint(
             weights_revision=str(revision),

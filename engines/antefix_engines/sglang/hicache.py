@@ -159,7 +159,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
 
     def clear(self) -> None:
         """Does nothing: other processes share the store, which has its own budget and lifetimes (docs/ENGINES.md)."""
-        log.warning("SGLang asked to clear its storage; Antefix's store is shared, and keeps what it has")
+        log.warning("SGLang asked to clear its storage; Antefix's store is shared, so nothing is deleted")
 
     def get_stats(self) -> None:
         """None: SGLang makes its own gauges of transfers, and our metrics are `antefix_engine_*`."""

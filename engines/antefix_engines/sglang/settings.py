@@ -45,7 +45,7 @@ class HiCacheSettings:
             raise ConfigError("extra config: interface_v1 must be 1, so that SGLang says which pages come before")
         if not values.get("weights_revision"):
             raise ConfigError(
-                "extra config: weights_revision is missing: the checkpoint's revision, such as its commit, or"
+                "extra config: weights_revision is missing; give the checkpoint's revision, such as its commit, or"
                 f" {FROM_FILES!r} to hash the files of the model's folder"
             )
         store = StoreSettings.from_mapping(rest)

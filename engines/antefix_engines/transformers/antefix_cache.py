@@ -188,7 +188,7 @@ class AntefixCache:
         """
         if not isinstance(cache, WatchedCache):
             raise InvalidRequest(
-                "save takes caches that restore or prefill made: how another cache was cut is not known"
+                "save takes only caches that restore or prefill made: the chunks of another cache are not known"
             )
         tokens = self._tokens(ids)
         served = self._of(self._model)

@@ -145,12 +145,15 @@ class ComputeThread:
         self._sizes = PieceSizes()
         self.wait_s = histogram(
             "antefix_compute_wait_seconds",
-            "How long work waited for the compute thread: small jobs, and chunks of prompts.",
+            "How long small jobs and chunks of prompts waited for the compute thread.",
             ("work",),
             buckets=SHORT_SECONDS,
         )
         self.busy_s = histogram(
-            "antefix_compute_seconds", "How long the compute thread took for it.", ("work",), buckets=SHORT_SECONDS
+            "antefix_compute_seconds",
+            "How long small jobs and chunks of prompts took on the compute thread.",
+            ("work",),
+            buckets=SHORT_SECONDS,
         )
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -358,7 +361,7 @@ def _run(jobs: list[_Job]) -> None:
         try:
             results = together[0].function([each.piece for each in together])
         except Exception:
-            log.exception("a call of %d prompts' pieces failed; each runs alone", len(jobs))
+            log.exception("a call for chunks of %d prompts failed; each chunk now runs alone", len(jobs))
         else:
             for job, result in zip(jobs, results, strict=True):
                 job.settle(result)

@@ -70,15 +70,19 @@ class EngineConfig(WorkerSettings):
     threads: int = setting(0, "torch threads; 0: as many as cores may be used here")
     arithmetic: str = setting(
         "",
-        "take KV of this arithmetic for one's own, as `antefix doctor` names it; where it is not this worker's, nothing"
-        " is stored; empty: this worker's own",
+        "arithmetic whose KV this worker uses as its own, by the name that `antefix doctor` prints. A worker that"
+        " computes another arithmetic stores nothing. Empty: the worker's own",
     )
-    arithmetic_cache: str = setting("", "directory that keeps what was measured at start, for the next start")
+    arithmetic_cache: str = setting(
+        "", "directory that keeps the measurements made at start, so that the next start can use them"
+    )
     pool_bytes: int = setting(1 << 30, "memory for the block pool", unit="bytes")
     rank_timeout_s: float = setting(
-        300.0, "of several ranks, the longest that one waits for another before the worker ends", unit="s"
+        300.0, "longest time that one rank waits for another before the worker ends; only with several ranks", unit="s"
     )
-    prefill_chunk: int = setting(512, "prefill runs in chunks that end at multiples of this", unit="tokens")
+    prefill_chunk: int = setting(
+        512, "most tokens that prefill computes at once; chunks end at multiples of this", unit="tokens"
+    )
 
     def __post_init__(self) -> None:
         # Not super().__post_init__(): a slotted dataclass is a new class, and `__class__` would be the old one.
@@ -306,7 +310,7 @@ def _build_engine(
     borrows = fingerprint.arithmetic != measured.name
     if borrows:
         log.warning(
-            "this worker computes %s and takes KV of %s for its own: it stores nothing",
+            "this worker computes %s but uses KV of %s (--arithmetic), so it stores nothing",
             measured.name,
             config.arithmetic,
         )
@@ -390,9 +394,12 @@ def _measure(model: Model, config: EngineConfig, ranks: RankProcesses | None, *,
         ranks.check_measured(measured)
     log.info("arithmetic %s on %s", measured.name, measured.setup)
     for text in measured.failed:
-        log.warning("not exact here: %s (see `antefix doctor`); with --reproducible true hits are all the same", text)
+        log.warning(
+            "some hits are not exact on this machine: %s (see `antefix doctor`); with --reproducible true all hits are",
+            text,
+        )
     if measured.unproved:
-        log.info("not proved here: %s", "; ".join(measured.unproved))
+        log.info("not proved to be exact on this machine: %s", "; ".join(measured.unproved))
     return measured
 
 

@@ -22,7 +22,7 @@ def device_of(rank: int, size: int, device: str) -> str:
     if torch.device(device).type != "cuda":
         return device
     if torch.device(device).index is not None:
-        raise ConfigError(f"--tensor-parallel-size {size} takes as many cards: --device cuda, not {device}")
+        raise ConfigError(f"--tensor-parallel-size {size} uses as many cards: give --device cuda, not {device}")
     if torch.cuda.device_count() < size:
         raise ConfigError(f"--tensor-parallel-size {size} needs as many cards; {torch.cuda.device_count()} are visible")
     return f"cuda:{rank}"

@@ -28,7 +28,9 @@ STORE: Final[Table] = {
         help="Records that the store refused, by its reason.",
         key="reason",
     ),
-    "short_reads": Shown(name="antefix_worker_short_reads", help="Reads that gave fewer blocks than were promised."),
+    "short_reads": Shown(
+        name="antefix_worker_short_reads", help="Reads that returned fewer blocks than the look-up had promised."
+    ),
     "pool_refused": Shown(
         name="antefix_worker_pool_refused_checkpoints", help="Checkpoints that the window pool did not take."
     ),
@@ -52,30 +54,40 @@ COPIES: Final[Table] = {
     "num_over_budget": Shown(
         name="antefix_worker_local_copies_over_budget", help="Records not copied, because the budget was used up."
     ),
-    "num_failed": Shown(name="antefix_worker_local_copies_failed", help="Copies that a store did not give or take."),
+    "num_failed": Shown(
+        name="antefix_worker_local_copies_failed",
+        help="Copies that failed because a store did not give or take the record.",
+    ),
 }
 # Metrics of the fields of `antefix.window.planner.KindRecord`, by plan.
 PLANS: Final[Table] = {
-    "num_plans": Shown(name="antefix_plans", help="Restores that were planned, by the cheapest way."),
-    "num_outcomes": Shown(name="antefix_plan_outcomes", help="Restores that were carried out."),
+    "num_plans": Shown(
+        name="antefix_plans", help="Restores that were planned, by the plan that was predicted fastest."
+    ),
+    "num_outcomes": Shown(name="antefix_plan_outcomes", help="Planned restores that were carried out, by plan."),
     "predicted_s": Shown(
         name="antefix_plan_predicted_seconds", help="Predicted time of the restores that were carried out."
     ),
     "actual_s": Shown(
-        name="antefix_plan_actual_seconds", help="Actual time of those restores, until the prompt was computed."
+        name="antefix_plan_actual_seconds",
+        help="Actual time of the restores that were carried out, until the prompt was computed.",
     ),
     "mean_error": Shown(
-        name="antefix_plan_mean_error_ratio", help="Fading mean of |actual - predicted| / predicted.", kind=Kind.GAUGE
+        name="antefix_plan_mean_error_ratio",
+        help="Mean of |actual - predicted| / predicted over restores, in which older ones count less.",
+        kind=Kind.GAUGE,
     ),
     "stated_error": Shown(
-        name="antefix_plan_stated_error_ratio", help="The error that later predictions state.", kind=Kind.GAUGE
+        name="antefix_plan_stated_error_ratio",
+        help="Relative error that the planner states for its next predictions.",
+        kind=Kind.GAUGE,
     ),
 }
 # Metrics of the fields of `antefix.events.kv_publisher.KvPublisherCounters`.
 KV_EVENTS: Final[Table] = {
-    "num_batches": Shown(name="antefix_worker_kv_event_batches", help="Messages of KV events that were told."),
-    "num_events": Shown(name="antefix_worker_kv_events", help="KV events in the messages that were told."),
-    "num_replays": Shown(name="antefix_worker_kv_event_replays", help="How often a reader asked for KV events again."),
+    "num_batches": Shown(name="antefix_worker_kv_event_batches", help="Messages of KV events that were published."),
+    "num_events": Shown(name="antefix_worker_kv_events", help="KV events in the messages that were published."),
+    "num_replays": Shown(name="antefix_worker_kv_event_replays", help="Times that a reader asked for KV events again."),
 }
 
 
@@ -93,14 +105,22 @@ def worker_metrics(engine: Engine) -> Iterable[Metric]:
     yield from engine.compute.busy_s.collect()
     yield counter(
         "antefix_compute_joined_chunks",
-        "Chunks of prompts that ran in the call of another prompt's.",
+        "Chunks of prompts that shared a call of the model with another prompt's chunk.",
         {(): float(engine.compute.num_joined)},
     )
     blocks = engine.blocks
     yield gauge("antefix_pool_blocks", "Blocks of the worker's pool.", {(): float(engine.pool.num_blocks)})
-    yield gauge("antefix_pool_resident_blocks", "Finished blocks in it.", {(): float(blocks.num_resident)})
-    yield gauge("antefix_pool_available_blocks", "Free or idle ones.", {(): float(blocks.num_available)})
-    yield counter("antefix_pool_evicted_blocks", "Idle blocks that went for others.", {(): float(blocks.num_evicted)})
+    yield gauge(
+        "antefix_pool_resident_blocks", "Finished blocks in the worker's pool.", {(): float(blocks.num_resident)}
+    )
+    yield gauge(
+        "antefix_pool_available_blocks", "Free or idle blocks in the worker's pool.", {(): float(blocks.num_available)}
+    )
+    yield counter(
+        "antefix_pool_evicted_blocks",
+        "Idle blocks that were dropped to make room for others.",
+        {(): float(blocks.num_evicted)},
+    )
     yield counter(
         "antefix_worker_too_large_requests",
         "Requests that could never fit this worker's pool.",
@@ -110,14 +130,16 @@ def worker_metrics(engine: Engine) -> Iterable[Metric]:
     yield from _of_offload(engine)
     seals = engine.seals.num_broken + getattr(engine.store, "num_broken_seals", 0)
     yield counter(
-        "antefix_worker_broken_seals", "Records that were read and not sealed by this deployment.", {(): float(seals)}
+        "antefix_worker_broken_seals",
+        "Records that were read and had no valid seal of this deployment.",
+        {(): float(seals)},
     )
     breaker = getattr(engine.store, "breaker", None)
     if breaker is not None:
         yield from breaker_metrics(breaker)
     yield gauge(
         "antefix_worker_checkpoint_bytes",
-        "Checkpoints in the store, as the strategy's budget counts them.",
+        "Bytes of checkpoints in the store, as the strategy's budget counts them.",
         {(): float(engine.budget.state.used_bytes)},
     )
     if engine.kv_events is not None:
@@ -131,10 +153,14 @@ def worker_metrics(engine: Engine) -> Iterable[Metric]:
         )
         yield counter(
             "antefix_window_pool_forged_records",
-            "Of these the ones that nobody with the deployment's secret sealed.",
+            "Checkpoints in Redis without a valid seal of this deployment.",
             {(): float(pool.num_forged)},
         )
-        yield gauge("antefix_window_pool_limit_bytes", "What Redis may use.", {(): float(pool.bytes_max)})
+        yield gauge(
+            "antefix_window_pool_limit_bytes",
+            "Redis memory that the window pool may take.",
+            {(): float(pool.bytes_max)},
+        )
 
 
 def _of_ranks(engine: Engine) -> Iterable[Metric]:
@@ -148,7 +174,7 @@ def _of_ranks(engine: Engine) -> Iterable[Metric]:
     times = {("exchange",): ranks.time.exchange_s, ("all",): ranks.time.call_s}
     yield counter(
         "antefix_worker_rank_seconds",
-        "Of the model's calls (on a card a sample of them): all their time, and that in which ranks exchange numbers.",
+        "Time of the model's calls (on a card, of a sample of them), and the time in which ranks exchange numbers.",
         times,
         ("part",),
     )
@@ -161,7 +187,7 @@ def _of_offload(engine: Engine) -> Iterable[Metric]:
     layers = {("fetched",): float(offload.num_fetched), ("awaited",): float(offload.num_waits)}
     yield counter(
         "antefix_worker_offloaded_layers",
-        "Layers whose experts were fetched from host memory, and of these the uses that had to wait for it.",
+        "Layers whose experts were fetched from host memory, and layers that had to wait for that.",
         layers,
         ("what",),
     )
@@ -182,7 +208,7 @@ def _tier_metrics(engine: Engine) -> Iterable[Metric]:
     tiers = {(tier.label,): tier for tier in store.tiers}
     yield gauge(
         "antefix_tier_latency_seconds",
-        "Predicted time of a read of nothing.",
+        "Predicted time of a read of zero bytes.",
         {name: tier.speed.latency_s for name, tier in tiers.items()},
         ("tier",),
     )
@@ -194,13 +220,13 @@ def _tier_metrics(engine: Engine) -> Iterable[Metric]:
     )
     yield counter(
         "antefix_tier_failures",
-        "How often a tier did not answer, or not in time; each became a miss or a read elsewhere.",
+        "Times that a tier did not answer, or not in time; each became a miss or a read from another tier.",
         {name: float(tier.num_failures) for name, tier in tiers.items()},
         ("tier",),
     )
     yield counter(
         "antefix_tier_late_answers",
-        "How often a tier was given up before it answered; three in a row leave it alone for a moment.",
+        "Times that a reader stopped waiting for a tier; after three in a row the tier is left alone for a moment.",
         {name: float(tier.standing.num_late) for name, tier in tiers.items()},
         ("tier",),
     )

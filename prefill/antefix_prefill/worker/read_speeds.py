@@ -17,18 +17,38 @@ def near_stores(store: Store) -> list[str]:
 
 
 def read_speeds(engine: Engine, names: Collection[str]) -> dict[str, ReadSpeed]:
-    """Speeds by name: of the stores in `names`, near stores, and tiers that are not stores. Empty for one store."""
+    """Speeds by name: of the stores in `names`, near stores, and tiers that are not stores. Empty for one store.
+
+    Of a store whose files are read here also by the labels of its page cache and its disk. Its name alone then stands
+    for a read of which it is not known how much is in the page cache: the share of the last minute is assumed.
+    """
     store = engine.store
     if not isinstance(store, ManyStores):
         return {}
     members, token_bytes = store.members, engine.layout.block_bytes / engine.block_size
-    return {
+    speeds = {
         tier.name: _speed(tier.speed, token_bytes)
         for number, tier in enumerate(members.tiers)
         if tier.name in names or members.is_near(number) or number >= len(members.stores)
     }
+    for member in members.stores:
+        if member.page_cache is not None and member.tier.name in speeds:
+            cache, disk = member.page_cache, member.tier
+            speeds[cache.label], speeds[disk.label] = _speed(cache.speed, token_bytes), speeds[disk.name]
+            read_bytes = cache.speed.recent_bytes + disk.speed.recent_bytes
+            share = cache.speed.recent_bytes / read_bytes if read_bytes else 0.0
+            speeds[disk.name] = _mixed(speeds[cache.label], speeds[disk.label], share)
+    return speeds
 
 
 def _speed(speed: TierSpeed, token_bytes: float) -> ReadSpeed:
     latency_s, seconds_per_byte = speed.coefficients
     return ReadSpeed(latency_s=latency_s, seconds_per_token=seconds_per_byte * token_bytes)
+
+
+def _mixed(first: ReadSpeed, second: ReadSpeed, share: float) -> ReadSpeed:
+    """share: of bytes that come at the first speed."""
+    return ReadSpeed(
+        latency_s=share * first.latency_s + (1 - share) * second.latency_s,
+        seconds_per_token=share * first.seconds_per_token + (1 - share) * second.seconds_per_token,
+    )

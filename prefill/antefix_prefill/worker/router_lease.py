@@ -112,7 +112,7 @@ class WorkerLease:
                     known = True
                 except AntefixError as err:
                     if known:
-                        log.warning("router %s does not know us: %s", router, err)
+                        log.warning("router %s did not accept this worker's registration: %s", router, err)
                     known = False
                 await asyncio.sleep(_RENEW_S)
 
@@ -121,7 +121,7 @@ class WorkerLease:
             try:
                 await self._register(router_pb2_grpc.RouterServiceStub(channel))
             except AntefixError as err:
-                log.info("router %s was not told that we leave: %s", router, err)
+                log.info("router %s could not be told that this worker leaves: %s", router, err)
 
     async def _register(self, stub: router_pb2_grpc.RouterServiceStub) -> None:
         registration = Registration(

@@ -64,7 +64,9 @@ class WorkerConfig(EngineConfig):
     advertise: str = setting("", "host, or host:port, at which routers reach this worker; empty: the address above")
     credentials: str = credentials_setting()
     store_address: str = setting("", "host:port of the kvstore service")
-    store_dir: str = setting("", "the store's directory, when it is on this host: payloads are read without a call")
+    store_dir: str = setting(
+        "", "the store's directory, if the store is on this host; payloads are then read from its files, without a call"
+    )
     stores: tuple[str, ...] = same_setting(StoresConfig, "stores")
     near_stores: tuple[str, ...] = same_setting(StoresConfig, "near_stores")
     local_copies_bytes: int = same_setting(StoresConfig, "local_copies_bytes")
@@ -73,17 +75,24 @@ class WorkerConfig(EngineConfig):
     object_encrypt_key_file: str = same_setting(StoresConfig, "object_encrypt_key_file")
     object_keys_file: str = same_setting(StoresConfig, "object_keys_file")
     routers: tuple[str, ...] = setting(
-        (), "routers to register with, separated by commas; dns:HOST:PORT: one at each address of that name"
+        (),
+        "routers to register with, separated by commas; dns:HOST:PORT stands for a router at each address of that name",
     )
-    lease_redis: str = setting("", "redis:// URL in which routers find this worker by a lease; empty: not")
-    events_redis: str = setting("", "redis:// URL that routers read memory events from; empty: they ask the worker")
+    lease_redis: str = setting(
+        "", "redis:// URL where this worker keeps a lease, by which routers find it; empty: none"
+    )
+    events_redis: str = setting(
+        "", "redis:// URL where routers read this worker's memory events; empty: routers ask the worker"
+    )
     kv_events: str = setting(
-        "", "tcp:// or ipc:// address to tell vLLM's KV events on, with token ids; loopback or CURVE; empty: none"
+        "",
+        "tcp:// or ipc:// address on which KV events are published in vLLM's format, with token ids; a loopback"
+        " address, or encrypted with CURVE; empty: none",
     )
-    kv_events_replay: str = setting("", "address on which the last KV events are given again")
+    kv_events_replay: str = setting("", "address on which readers can ask for the last KV events again")
     kv_events_topic: str = setting("", "topic of KV events")
-    kv_events_key_file: str = setting("", "CURVE key that KV events are encrypted with, made if missing")
-    kv_events_clients: tuple[str, ...] = setting((), "CURVE public keys (Z85) of who may read KV events")
+    kv_events_key_file: str = setting("", "file with the CURVE key that KV events are encrypted with, made if missing")
+    kv_events_clients: tuple[str, ...] = setting((), "CURVE public keys (Z85) of the clients that may read KV events")
     grace_s: float = grace_setting()
     metrics_address: str = metrics_setting()
     log_level: str = log_level_setting()

@@ -27,7 +27,7 @@ def quoted(text: str) -> str:
 def json_rule(schema: Any) -> str:
     """A grammar rule for a JSON value that satisfies a prepared schema."""
     if schema is False:
-        raise UnusableSchema("no value keeps to it")
+        raise UnusableSchema("no value satisfies the schema")
     return "%json " + json.dumps({**({} if schema is True else schema), "x-guidance": _WRITTEN}, ensure_ascii=False)
 
 

@@ -140,7 +140,7 @@ def _argument_rules(name: str, schema: dict[str, Any], whole: _Whole) -> Iterato
             properties[each] = schema.get("additionalProperties", True)
     known = {each: kinds for each, part in properties.items() if (kinds := _kinds(part, whole)) is not None}
     if missing := [each for each in required if each not in known]:
-        raise UnusableSchema(f"nothing can be the required {missing[0]!r}")
+        raise UnusableSchema(f"no value can be the required {missing[0]!r}")
     if len(required) > schema.get("maxProperties", len(required)):
         raise UnusableSchema("'maxProperties' is less than what is required")
     if whole.strict and len(known) > schema.get("maxProperties", len(known)):

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from antefix.errors import InvalidRequest
 from antefix_router.chat.answer_grammar import json_grammar
 from antefix_router.chat.chat_formats import OutputParser, PlainParser
@@ -21,6 +23,11 @@ from antefix_router.chat.messages import (
     plain_of,
 )
 
+_NO_TOOLS: Final = (
+    "this model cannot call tools, because its chat format is plain: send none, or start the router with a --model "
+    "whose format has them, or with --chat-format deepseek-v4"
+)
+
 
 class PlainFormat:
     """The format described above."""
@@ -31,13 +38,13 @@ class PlainFormat:
 
     def render(self, conversation: Conversation) -> list[Piece]:
         if conversation.tools:
-            raise InvalidRequest("this model cannot call tools")
+            raise InvalidRequest(_NO_TOOLS)
         pieces: list[Piece] = [Special(text="<|bos|>")]
         last = len(conversation.messages) - 1
         is_head = True
         for index, message in enumerate(conversation.messages):
             if message.role is ChatRole.TOOL or message.tool_calls:
-                raise InvalidRequest("this model cannot call tools")
+                raise InvalidRequest(_NO_TOOLS)
             is_head &= message.role is ChatRole.SYSTEM
             if message.role is ChatRole.ASSISTANT:
                 pieces += _aside(conversation, is_last=index == last and conversation.continue_last)

@@ -69,12 +69,12 @@ def prepared(schema: Any, *, strict: bool) -> Any:
     try:
         nbytes = len(json.dumps(schema))
     except RecursionError as err:
-        raise UnusableSchema("it is nested too deep") from err
+        raise UnusableSchema("the schema is nested too deep") from err
     if nbytes > SCHEMA_BYTES_MAX:
-        raise UnusableSchema(f"a schema takes {SCHEMA_BYTES_MAX} bytes")
+        raise UnusableSchema(f"a schema takes at most {SCHEMA_BYTES_MAX} bytes")
     made = _prepared(schema, strict, 0)
     if not _Ends(made).ends(made):
-        raise UnusableSchema("no value of it has an end: it asks for itself, or for what cannot be")
+        raise UnusableSchema("no finite value satisfies the schema: it requires itself, or something impossible")
     return made
 
 
@@ -94,7 +94,7 @@ class _Ends:
         """
         self._num_steps += 1
         if self._num_steps > _STEPS_MAX:
-            raise UnusableSchema("it refers to itself in too many ways")
+            raise UnusableSchema("the schema refers to itself in too many ways")
         if isinstance(schema, bool):
             return schema
         if "$ref" in schema and not self._reference_ends(schema["$ref"], within):
@@ -133,7 +133,7 @@ class _Ends:
 
 def _prepared(schema: Any, strict: bool, depth: int) -> Any:
     if depth > DEPTH_MAX // 2:
-        raise UnusableSchema(f"a schema may be nested {DEPTH_MAX // 2} deep")
+        raise UnusableSchema(f"a schema may be nested at most {DEPTH_MAX // 2} levels deep")
     if isinstance(schema, bool):
         return schema
     if not isinstance(schema, dict):
@@ -188,7 +188,7 @@ def _check_values(schema: dict[str, Any], strict: bool) -> None:
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise UnusableSchema(f"{name!r} is too large a number")
     if not str(schema.get("$ref", "#")).startswith("#"):
-        raise UnusableSchema(f"'$ref' may refer into the schema only, not to {schema['$ref']!r}")
+        raise UnusableSchema(f"'$ref' may refer only to a place in the same schema, not to {schema['$ref']!r}")
 
 
 class Resolver:
@@ -202,7 +202,7 @@ class Resolver:
         """Raises:  UnusableSchema: the schema refers to itself or branches without end."""
         self._num_steps += 1
         if self._num_steps > _STEPS_MAX or depth > _REFERENCES_MAX:
-            raise UnusableSchema("it refers to itself in too many ways")
+            raise UnusableSchema("the schema refers to itself in too many ways")
 
     def resolved(self, schema: Any, depth: int = 0) -> Any:
         """The schema with its own reference and its `allOf` resolved; nested ones stay."""
@@ -225,7 +225,7 @@ def _pointed(reference: str, root: Mapping[str, Any]) -> Any:
     for name in reference.removeprefix("#").split("/")[1:]:
         name = name.replace("~1", "/").replace("~0", "~")
         if not isinstance(found, dict) or name not in found:
-            raise UnusableSchema(f"'$ref' refers to {reference!r}, which is not there")
+            raise UnusableSchema(f"'$ref' refers to {reference!r}, which the schema does not have")
         found = found[name]
     return found
 
@@ -248,7 +248,7 @@ def merged(first: Any, second: Any) -> Any:
         elif name == "type":
             made[name] = [each for each in types_of(first) if each in types_of(second)]
         else:
-            raise UnusableSchema(f"{name!r} is said twice of the same value, which cannot be enforced")
+            raise UnusableSchema(f"{name!r} applies twice to the same value, which cannot be enforced")
     return made
 
 

@@ -51,7 +51,7 @@ def _answer(work: Callable[[], str]) -> dict[str, str]:
     except TEMPLATE_FAILS as err:
         return {"error": f"{str(err) or type(err).__name__:.300}"[:300]}
     if len(text) > TEXT_CHARACTERS_MAX:
-        return {"error": f"the text has {len(text)} characters, at most {TEXT_CHARACTERS_MAX} may be"}
+        return {"error": f"the text has {len(text)} characters; at most {TEXT_CHARACTERS_MAX} are allowed"}
     return {"text": text}
 
 

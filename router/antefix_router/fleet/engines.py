@@ -16,6 +16,7 @@ from antefix.end_tasks import end_tasks
 from antefix.errors import AntefixError
 from antefix.events.kv_sockets import CurveKey, check_public_key, guard_client
 from antefix.events.kv_subscriber import KvSubscriber
+from antefix.pulse import Pulse
 from antefix_router.fleet.engine_index import EngineIndex, GoneBlocks
 from antefix_router.fleet.fleet_config import EnginePlace, FleetConfig
 from antefix_router.fleet.fleet_names import FleetNames
@@ -105,6 +106,8 @@ class Engines:
                     client=engine,
                     seed=seed_of(place.address),
                     draining=True,
+                    # `_look` asks, because one address may have several ranks.
+                    pulse=Pulse(place.address, engine.door.check_health, every_s=config.health_s),
                 )
             )
 
@@ -172,6 +175,9 @@ class Engines:
                 log.warning("worker %s: %s", engines[0].place.address, err)
         for engine in engines:
             engine.models = found
+            worker = self._workers.find(engine.place.address)
+            if worker is not None and worker.pulse is not None:
+                worker.pulse.heard(reachable=is_up)
             if is_up != engine.is_up:
                 self._turn(engine, is_up)
             if not is_up:

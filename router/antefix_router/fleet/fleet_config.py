@@ -50,31 +50,39 @@ class FleetConfig(GatewayConfig):
     worker's host.
     """
 
-    address: str = setting("127.0.0.1:0", "host:port or unix:PATH of what operators call; port 0: a free one")
+    address: str = setting("127.0.0.1:0", "host:port or unix:PATH that operators' commands call; port 0: a free one")
     credentials: str = credentials_setting()
     workers: tuple[str, ...] = setting((), "URLs of workers' OpenAI doors, separated by commas")
-    ranks: int = setting(1, "data-parallel ranks of each worker; KV events of rank N come on a port N higher")
-    events: tuple[str, ...] = setting((), "where workers tell KV events: a port, or an address for each worker")
-    replay: tuple[str, ...] = setting((), "where they tell them again: a port, or an address for each worker")
-    events_topic: str = setting("", "beginning of the topics to read; empty: all")
-    events_keys: tuple[str, ...] = setting((), "workers' CURVE public keys, where their events are encrypted")
-    events_key_file: str = setting("", "this router's own CURVE key, made if missing")
+    ranks: int = setting(1, "data-parallel ranks of each worker; rank N publishes KV events on a port that is N higher")
+    events: tuple[str, ...] = setting(
+        (), "where workers publish KV events: one port for all, or an address for each worker"
+    )
+    replay: tuple[str, ...] = setting(
+        (), "where workers replay KV events: one port for all, or an address for each worker"
+    )
+    events_topic: str = setting("", "beginning of the topics of KV events to read; empty: all topics")
+    events_keys: tuple[str, ...] = setting((), "workers' CURVE public keys, if their KV events are encrypted")
+    events_key_file: str = setting("", "file with this router's own CURVE key, made if missing")
     plain_network: bool = setting(
-        False, "reach workers on other hosts without encryption: vLLM's and SGLang's KV events know none"
+        False, "reach workers on other hosts without encryption; vLLM and SGLang cannot encrypt KV events"
     )
-    worker_key_file: str = setting("", "file with the API key that workers want")
-    secret_file: str = setting("", "file with the secret that names are keyed with, made if missing", guards=True)
-    block_size: int = setting(16, "of workers that tell no KV events", unit="tokens")
-    directory_blocks: int = setting(1 << 22, "blocks to remember who holds; about 100 bytes each")
-    share_caches: bool = setting(False, "let tenants hit each other's prefixes: send workers no cache_salt")
-    worker_requests_max: int = setting(256, "requests at one worker at once; what finds all full is refused")
+    worker_key_file: str = setting("", "file with the API key that workers require")
+    secret_file: str = setting(
+        "", "file with the secret that names of blocks are keyed with, made if missing", guards=True
+    )
+    block_size: int = setting(16, "block size of workers that publish no KV events", unit="tokens")
+    directory_blocks: int = setting(1 << 22, "most blocks whose workers the router remembers; about 100 bytes each")
+    share_caches: bool = setting(False, "let tenants hit each other's prefixes, by sending workers no cache_salt")
+    worker_requests_max: int = setting(
+        256, "most requests at one worker at once; a request that finds all workers full is refused"
+    )
     ttft_s_max: float = setting(
-        600.0, "refuse, with a retry hint, what would wait longer for its first token", unit="s"
+        600.0, "refuse a request, with a retry hint, if it would wait longer than this for its first token", unit="s"
     )
-    health_s: float = setting(2.0, "how often workers are asked whether they live", unit="s")
+    health_s: float = setting(2.0, "time between health checks of each worker", unit="s")
     policy: str = setting("least_work", "placement: least_work, or round_robin to measure it against")
     compute_weight: float = setting(
-        COMPUTE_WEIGHT, "least_work: waiting that computing a token again is worth, in tokens"
+        COMPUTE_WEIGHT, "least_work: how long to wait in a queue, in tokens, to save computing one token again"
     )
     metrics_address: str = metrics_setting()
     log_level: str = log_level_setting()
@@ -131,8 +139,8 @@ class FleetConfig(GatewayConfig):
 
 
 _IN_THE_CLEAR: Final = (
-    "{} is on another host and not encrypted, and prompts go over it; where that network is yours alone, say"
-    " --plain-network true"
+    "{} is on another host, and the connection, which carries prompts, is not encrypted. If that network is yours"
+    " alone, say --plain-network true"
 )
 
 

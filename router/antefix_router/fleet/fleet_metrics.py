@@ -27,15 +27,15 @@ PASSING: Final[Table] = {
 _TOKENS, _TOKENS_HELP = (
     "antefix_fleet_hit_tokens",
     (
-        "Prompt tokens by worker: expected to hit by the router (expected), hit as the worker says (reported), the"
-        " first without the second (lost), the second without the first (found)."
+        "Prompt tokens by worker: hits that the router expected (expected), hits that the worker reported"
+        " (reported), expected but not reported hits (lost), reported but not expected hits (found)."
     ),
 )
 # Names for `engines.HitCounters`, per worker.
 HITS: Final[Table] = {
-    "num_answers": Shown(name="antefix_fleet_answers", help="Whole answers, by worker.", key="worker"),
+    "num_answers": Shown(name="antefix_fleet_answers", help="Complete answers, by worker.", key="worker"),
     "num_unreported": Shown(
-        name="antefix_fleet_unreported_answers", help="Answers whose worker did not tell its hits.", key="worker"
+        name="antefix_fleet_unreported_answers", help="Answers whose worker did not report its hits.", key="worker"
     ),
     "num_other_prompts": Shown(
         name="antefix_fleet_prompt_mismatches",
@@ -49,10 +49,12 @@ HITS: Final[Table] = {
 }
 # Names for `kv_subscriber.KvFollowCounters`, per worker.
 EVENTS: Final[Table] = {
-    "num_batches": Shown(name="antefix_fleet_event_batches", help="Messages of KV events taken in.", key="worker"),
-    "num_events": Shown(name="antefix_fleet_events", help="KV events taken in.", key="worker"),
+    "num_batches": Shown(
+        name="antefix_fleet_event_batches", help="Messages of KV events that were processed.", key="worker"
+    ),
+    "num_events": Shown(name="antefix_fleet_events", help="KV events that were processed.", key="worker"),
     "num_unread": Shown(name="antefix_fleet_unread_events", help="KV events that could not be used.", key="worker"),
-    "num_gaps": Shown(name="antefix_fleet_event_gaps", help="Gaps in the numbers of messages.", key="worker"),
+    "num_gaps": Shown(name="antefix_fleet_event_gaps", help="Gaps in the numbers of KV event messages.", key="worker"),
     "num_replays": Shown(
         name="antefix_fleet_event_replays",
         help="Times that the router asked a worker to repeat messages.",
@@ -63,7 +65,7 @@ EVENTS: Final[Table] = {
     ),
     "num_forgotten": Shown(
         name="antefix_fleet_forgotten_workers",
-        help="How often the router forgot everything that it knew of the worker.",
+        help="Times that the router forgot all that it knew of the worker's cache.",
         key="worker",
     ),
 }
@@ -76,15 +78,15 @@ def fleet_metrics(engines: Engines, passing: PassingCounters) -> Iterable[Metric
     following = {name: each.subscriber.counters for name, each in by_worker.items() if each.subscriber is not None}
     yield from families(EVENTS, _by_field(following, EVENTS))
     rows = {name: float(each.is_up) for name, each in by_worker.items()}
-    yield gauge(
-        "antefix_fleet_worker_up", "1 for a worker that answered when it was asked last.", _keyed(rows), _WORKER
-    )
+    yield gauge("antefix_fleet_worker_up", "1 for a worker that answered its last health check.", _keyed(rows), _WORKER)
     rows = {name: float(len(each.index)) for name, each in by_worker.items()}
-    yield gauge("antefix_fleet_worker_blocks", "Blocks that it said it holds.", _keyed(rows), _WORKER)
+    yield gauge(
+        "antefix_fleet_worker_blocks", "Blocks that the worker holds, by its own events.", _keyed(rows), _WORKER
+    )
     rows = {name: float(each.index.num_unnamed) for name, each in by_worker.items()}
     yield counter(
         "antefix_fleet_unnamed_blocks",
-        "Blocks that could not be named: they depend on pictures, or on a parent that is not known.",
+        "Blocks that could not be named, because they depend on pictures or on an unknown parent.",
         _keyed(rows),
         _WORKER,
     )

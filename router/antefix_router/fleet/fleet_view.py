@@ -13,7 +13,7 @@ from antefix_router.page.activity import Activity
 from antefix_router.page.view import prefix_rows, request_rows, tenant_rows
 from antefix_router.placement.workers import Worker
 
-_NO_STORE: Final = "these workers have no store of ours; each has its own cache"
+_NO_STORE: Final = "these workers have no Antefix store; each has its own cache"
 
 
 class FleetView:

@@ -1,5 +1,6 @@
 """Runs requests on the engines of a fleet: places each request, passes it on, and tries another worker if one fails
-before the client has received anything. The worker makes the answer; this module only counts and compares.
+before the client has received anything. If all have failed, it waits for one that answers again. The worker makes
+the answer; this module only counts and compares.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import numpy as np
 from antefix.errors import AntefixError, InternalError, Overloaded, Unavailable
 from antefix.prompt_marks import marks_of
 from antefix.telemetry import span
+from antefix_router.fleet.engines import engine_of
 from antefix_router.fleet.fleet_placing import FleetPlacing, Placed
 from antefix_router.fleet.passed_call import PassedGeneration
 from antefix_router.generation import Generation, OutputPiece
 from antefix_router.naming import NamedPrompt
+from antefix_router.placement.moves import Moves
 from antefix_router.placement.workers import LoadPart, WorkerRole, Workers
 
 log = logging.getLogger("antefix.fleet")
@@ -55,19 +58,20 @@ class Passing:
             self._placing.counters.num_unnamed += 1
         for prompt in list(prompts.values())[:1]:
             self._on_named(prompt)
-        tried: set[str] = set()
+        moves = Moves(self._workers, lambda worker: engine_of(worker).serves(generation.call.model))
         failed: AntefixError | None = None
         while True:
             # 2. Place.
-            with span("place", role="foreign", attempt=len(tried) + 1) as placing:
+            with span("place", role="foreign", attempt=len(moves.tried) + 1) as placing:
                 try:
-                    placed = self._placing.place(generation.call, prompts, self._session(generation), frozenset(tried))
+                    tried = frozenset(moves.tried)
+                    placed = self._placing.place(generation.call, prompts, self._session(generation), tried)
                 except (Unavailable, Overloaded) as err:
                     # The last worker's error says more than that none is left.
                     raise failed or err from err
                 placing.set(worker=placed.worker.address)
             self._workers.num_placed["again" if tried else "first"] += 1
-            tried.add(placed.worker.address)
+            moves.note(placed.worker)
             self._note(generation, placed, prompts)
             # 3. Pass the request on, and the answer back.
             try:
@@ -77,9 +81,10 @@ class Passing:
                         yield piece
                 break
             except (Unavailable, InternalError, Overloaded) as err:
-                if generation.has_given or not self._workers.has_another(tried):
+                request_id = f"request {generation.request.request_id}"
+                if generation.has_given or not await moves.may_go_on(err, request_id, _left_s(ends)):
                     raise
-                log.warning("request %s moves to another worker: %s", generation.request.request_id, err)
+                log.warning("%s moves to another worker: %s", request_id, err)
                 failed = err
         # 4. Compare the expected hit with the reported one.
         self._compare(generation, placed)

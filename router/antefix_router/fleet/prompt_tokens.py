@@ -60,7 +60,9 @@ class PromptTokens:
                         # A worker that cannot render a request may still be able to answer it. If not, its own error
                         # says why.
                         return None
-                    log.warning("worker %s has no /tokenize: it is asked no more", engine.place.address)
+                    log.warning(
+                        "worker %s has no /tokenize: the router asks it for tokens no more", engine.place.address
+                    )
                     self._without.add(engine.place.url)
                 except AntefixError as err:
                     log.warning("worker %s did not tokenize a prompt: %s", engine.place.address, err)

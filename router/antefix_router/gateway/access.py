@@ -46,7 +46,10 @@ class HttpMeasures:
             "antefix_http_requests", "HTTP requests, by address and status.", ("path", "status"), registry=None
         )
         self._seconds = histogram(
-            "antefix_http_request_seconds", "From an HTTP request to its answer's end.", ("path",), buckets=SECONDS
+            "antefix_http_request_seconds",
+            "Time from an HTTP request to the end of its answer.",
+            ("path",),
+            buckets=SECONDS,
         )
 
     def count(self, path: str, status: int, seconds: float) -> None:
@@ -55,7 +58,9 @@ class HttpMeasures:
         self._seconds.labels(path).observe(seconds)
 
     def metrics(self) -> Iterable[Metric]:
-        yield gauge("antefix_http_running_requests", "HTTP requests at work.", {(): float(self.num_running)})
+        yield gauge(
+            "antefix_http_running_requests", "HTTP requests that are being answered.", {(): float(self.num_running)}
+        )
         yield from self._requests.collect()
         yield from self._seconds.collect()
 

@@ -249,7 +249,7 @@ class MessageList:
         for index, unseen in self._unseen:
             if index == newest:
                 raise unsupported(
-                    unseen.path, f": this model reads text only, and this {unseen.what} is to be answered"
+                    unseen.path, f": this model reads text only, and the newest message asks about this {unseen.what}"
                 )
             notes.leave_out(unseen.path, unseen.what)
         return tuple(self.messages)

@@ -399,7 +399,10 @@ class Gateway(Door):
         except UnusableSchema as err:
             raise wrong_schema(names.answer, err) from err
         if conversation.continue_last:
-            raise InvalidRequest("an answer that was begun cannot be held to a form: leave its beginning out")
+            raise InvalidRequest(
+                "an answer that continues an assistant's message cannot be held to an output format: leave that"
+                " message out"
+            )
         try:
             await self.front.grammars.check(grammar)
         except UnusableGrammar as err:

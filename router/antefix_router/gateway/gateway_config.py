@@ -21,35 +21,45 @@ class GatewayConfig(BillingConfig):
     http_body_bytes_max: int = setting(32 << 20, "larger request bodies are refused", unit="bytes")
     http_body_timeout_s: float = setting(60.0, "longest a request's body may take to arrive", unit="s")
     http_head_timeout_s: float = setting(10.0, "longest a request's head may take to arrive", unit="s")
-    http_unread_timeout_s: float = setting(120.0, "longest a client may read nothing of what waits for it", unit="s")
+    http_unread_timeout_s: float = setting(120.0, "longest time that a client may leave its answer unread", unit="s")
     http_connections_max: int = setting(
-        0, "connections at once; an idle one makes room for a new one; 0: three quarters of the open files allowed"
+        0, "most connections at once; a new one replaces an idle one; 0: three quarters of the limit of open files"
     )
     http_connections_per_address: int = setting(
-        0, "connections of one address, trusted proxies apart; 0: half of http_connections_max"
+        0, "most connections of one address, except trusted proxies; 0: half of http_connections_max"
     )
-    http_requests_max: int = setting(512, "HTTP requests at once; more are refused with a retry hint")
+    http_requests_max: int = setting(512, "most HTTP requests at once; further ones are refused with a retry hint")
     http_timeout_s: float = setting(600.0, "longest a request may take", unit="s")
-    http_keep_alive_s: float = setting(4.0, "how often a stream tells its client that it is alive", unit="s")
-    http_usage_details: bool = setting(False, "tell in every answer's usage what the cache did, also unasked")
+    http_keep_alive_s: float = setting(
+        4.0, "time between a stream's messages that only say that the stream is alive", unit="s"
+    )
+    http_usage_details: bool = setting(
+        False, "report in every answer's usage what the cache did, even if the client did not ask"
+    )
     http_trusted_proxies: tuple[str, ...] = setting(
-        (), "proxies that are believed on who a client is: addresses, networks (10.0.0.0/8) or unix; none: nobody"
+        (), "proxies that are trusted to name the client: addresses, networks (10.0.0.0/8) or unix; empty: none"
     )
-    http_client_header: str = setting("", "the header in which they say it, such as x-forwarded-for or forwarded")
+    http_client_header: str = setting(
+        "", "header in which a trusted proxy names the client, such as x-forwarded-for or forwarded"
+    )
     http_cors_origins: tuple[str, ...] = setting(
-        (), "web pages whose scripts may call, as https://host[:port], or * for all; none: no page's"
+        (), "origins of web pages whose scripts may call the API, as https://host[:port], or * for all; empty: none"
     )
-    http_max_tokens: int = setting(4096, "output limit of requests that name none", unit="tokens")
+    http_max_tokens: int = setting(4096, "most output tokens of a request that names no limit", unit="tokens")
     model_names: tuple[str, ...] = setting((), "further names that clients may use for the model")
     model_aliases: str = setting(
-        "", "file (TOML) of names that clients may use, with modes (deploy/model_aliases.toml)"
+        "", "TOML file of further model names that clients may use, with modes (deploy/model_aliases.toml)"
     )
-    unknown_models: str = setting("serve", "what requests for another model get: serve (this one) or refuse")
+    unknown_models: str = setting(
+        "serve", "what to do with a request for another model: serve (with this model) or refuse"
+    )
     prefix_rules: str = setting(
-        "", "file (TOML) of lines to move behind the stable prefix (deploy/prefix_rules.toml), or off"
+        "", "TOML file of rules for lines that are moved behind the stable prefix (deploy/prefix_rules.toml), or off"
     )
     chat_format: str = setting(
-        "auto", "how conversations are written: auto, plain, deepseek-v4, deepseek-v4-0731 or template"
+        "auto",
+        "format in which conversations are written for the model: auto, plain, deepseek-v4, deepseek-v4-0731 or"
+        " template",
     )
 
     grace_s: float = grace_setting()

@@ -44,7 +44,7 @@ class Knobs:
     def sampling(self, tokenizer: Tokenizer, *, max_tokens_default: int, grammar: str = "") -> Sampling:
         """Raises:  WrongSetting, WrongField: a setting is out of range."""
         if len(self.stop) > STOPS_MAX:
-            raise WrongField(f"stop takes {STOPS_MAX} sequences", param="stop", code="invalid_value")
+            raise WrongField(f"stop takes at most {STOPS_MAX} sequences", param="stop", code="invalid_value")
         # Several outputs are ranked by their log probabilities, so they are needed even if the client did not ask for
         # them.
         num_top = 0 if self.num_top_logprobs is None and self.best_of > self.n else self.num_top_logprobs

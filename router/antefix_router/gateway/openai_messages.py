@@ -146,7 +146,7 @@ _UNSUPPORTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "function_call": (lambda value: value in ("auto", "none"), "use tool_choice"),
     "modalities": (lambda value: value == ["text"], "text only"),
     # If this field were ignored, the caller would share a cache that it wants to keep separate.
-    "cache_salt": (_is_empty, "use `user`: it has a cache of its own"),
+    "cache_salt": (_is_empty, "use `user`: each user has a cache of its own"),
 }
 
 

@@ -146,7 +146,7 @@ _OPERATIONS: Final[dict[str, tuple[str, str, str, bool]]] = {
     "/v1/messages": ("Anthropic messages", "MessagesRequest", "Message", True),
     "/v1/messages/count_tokens": ("Tokens of a prompt", "CountTokensRequest", "TokenCount", False),
     "/v1/models": ("The model and its further names", "", "Models", False),
-    "/v1/models/{name}": ("One of them", "", "Model", False),
+    "/v1/models/{name}": ("One model", "", "Model", False),
     "/v1/usage/receipts/{request_id}": ("A request's signed receipt", "", "Receipt", False),
     "/v1/usage": ("What a tenant used, by time and group", "", "UsagePage", False),
     "/v1/organization/usage/completions": ("The same, where OpenAI's clients look for it", "", "UsagePage", False),
@@ -207,7 +207,7 @@ def _operation(path: str) -> Schema:
     }
     if path in _READINESS:
         unready = {"application/json": {"schema": _ref("Unready")}}
-        responses["503"] = {"description": "It would not; `reason` says why", "content": unready}
+        responses["503"] = {"description": "A request would not be served; `reason` says why", "content": unready}
     operation: Schema = {"summary": summary, "responses": responses}
     if request:
         operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": _ref(request)}}}

@@ -63,7 +63,7 @@ ERRORS: Final = {
     "409": "The Idempotency-Key is in use, or was used for another request",
     "413": "The body is too large",
     "429": "A limit is reached; `retry-after` says when to try again",
-    "500": "A bug of ours; the id in the message is in the log",
-    "503": "Nobody can answer it now",
-    "504": "It took longer than it may",
+    "500": "A bug in Antefix; the id in the message is in the log",
+    "503": "No worker can answer the request now",
+    "504": "The request took longer than the time limit",
 }

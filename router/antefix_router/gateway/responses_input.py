@@ -69,7 +69,9 @@ class _Reader:
     def _referred(self, item: Fields) -> Fields:
         name = item.text("id")
         if name not in self._by_id:
-            raise unsupported(item.name_of("id"), f": {name[:80]!r} is not in this input, and nothing is kept here")
+            raise unsupported(
+                item.name_of("id"), f": {name[:80]!r} is not in this input, and earlier requests are not kept here"
+            )
         return item.inside(self._by_id[name], item.where)
 
     def _message(self, item: Fields) -> tuple[Message, Content]:

@@ -48,7 +48,7 @@ class _StrictBuffer(ReceiveBuffer):
         line = super().maybe_extract_next_line()
         is_good = _CHUNK_HEAD.fullmatch(line) if line is not None else len(self) <= _CHUNK_HEAD_BYTES_MAX
         if not is_good:
-            raise h11.LocalProtocolError("a chunk begins with its size alone")
+            raise h11.LocalProtocolError("a chunk must begin with its size and nothing else")
         return line
 
 
@@ -57,10 +57,10 @@ def _fault_of(head: bytes) -> str:
     if _BAD_BYTES.search(head):
         return "a line must end in CRLF, and hold no NUL"
     if _FOLDED.search(head):
-        return "a header must stand in one line"
+        return "a header must be on one line"
     framing = [(name.lower(), value.lower()) for name, value in _FRAMING.findall(head)]
     if len(framing) > 1:
-        return "a body's length is said once: by content-length or by chunks"
+        return "a body's length must be given once: by content-length or by chunks"
     for name, value in framing:
         if name == b"content-length":
             is_good = _LENGTH.fullmatch(value) is not None

@@ -144,7 +144,7 @@ class Leases:
         """Remove a worker that is no longer found. If it also has a lease, it stays until the lease ends."""
         self.found.discard((role, address))
         if (role, address) not in self._leases:
-            self._leave(role, address, "is found no more")
+            self._leave(role, address, "is no longer found")
 
     def expire(self, now: float) -> None:
         """End the leases that have expired."""

@@ -1,15 +1,16 @@
 """The cost of loading a stored prefix on a worker, from the worker's measured read speed per store. Pure.
 
 A worker reports with its answers how fast it read from each store (`antefix.located.ReadSpeed`). It reads a store on
-its own host faster than a remote one, so otherwise equal workers differ by where a prompt's blocks are. If loading
-would be slower than computing, the tokens count as computed, because the worker then plans a cold run.
+its own host faster than a remote one, and blocks in its host's page cache faster than others, so otherwise equal
+workers differ by where a prompt's blocks are. If loading would be slower than computing, the tokens count as computed,
+because the worker then plans a cold run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from antefix.located import ReadSpeed
+from antefix.located import ReadSpeed, speed_of
 from antefix_router.placement.work import FETCH_WEIGHT, Work
 
 
@@ -23,7 +24,8 @@ def loading_tokens(work: Work, resident_tokens: int, speeds: Mapping[str, ReadSp
         num_loaded, left = max(0, num_tokens - left), max(0, left - num_tokens)
         num_loaded = min(num_loaded, stored)
         if num_loaded:
-            loading += _loading(num_loaded, [speeds[name] for name in stores if name in speeds], tokens_per_s)
+            known = [speed for name in stores if (speed := speed_of(name, speeds)) is not None]
+            loading += _loading(num_loaded, known, tokens_per_s)
     return loading
 
 

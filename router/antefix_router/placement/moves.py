@@ -1,4 +1,5 @@
-"""The workers on which one output of a request was tried, and whether it may move to another.
+"""The workers on which one output of a request was tried, and whether it may move to another. Used for our decode
+workers, and for a fleet's workers.
 
 If every worker has failed the output, it waits for one that answers again. A worker may be stopped, cut off or
 restarted for a few seconds, and would then be available again.
@@ -9,26 +10,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Final
 
 from antefix.errors import AntefixError, Unavailable
-from antefix.pulse import EVERY_S, LAST_PATIENCE_S
+from antefix.pulse import LAST_PATIENCE_S
 from antefix_router.placement.workers import NUM_MOVES_MAX, Worker, Workers
 
 log = logging.getLogger("antefix.router")
 
 # The interval at which it is checked which workers answer.
 _LOOK_S: Final = 0.05
-# A call fails at once when a process dies. The pulse, which asks every EVERY_S, notices it within this time.
-_NOTICED_S: Final = 2 * EVERY_S
+# A call fails at once when a process dies. The pulse notices it within this many of its intervals.
+_NUM_NOTICED: Final = 2
 
 
 class Moves:
     """The moves of one output.  tried: the addresses that must not get it again."""
 
-    def __init__(self, workers: Workers) -> None:
+    def __init__(self, workers: Workers, fits: Callable[[Worker], bool] = lambda worker: True) -> None:
+        """fits: whether the output may go to this worker at all."""
         self.tried: set[str] = set()
         self._workers = workers
+        self._fits = fits
         # The workers that had the output, and how often each had begun to answer by then.
         self._had: dict[str, tuple[Worker, int]] = {}
         self._waits_until: float | None = None
@@ -48,14 +52,14 @@ class Moves:
         now = time.monotonic()
         if self._waits_until is None:
             self._waits_until = now + LAST_PATIENCE_S
-        if self._workers.has_another(self.tried):
+        if self._workers.has_another(self.tried, self._fits):
             return True
-        is_asked = any(worker.pulse is not None for worker, _ in self._had.values())
-        if not isinstance(err, Unavailable) or not is_asked or self._num_back >= NUM_MOVES_MAX:
+        asked_every_s = [worker.pulse.every_s for worker, _ in self._had.values() if worker.pulse is not None]
+        if not isinstance(err, Unavailable) or not asked_every_s or self._num_back >= NUM_MOVES_MAX:
             return False
         log.warning("%s waits for a worker that answers again: %s", what, err)
-        until, noticed = min(self._waits_until, now + timeout_s), now + _NOTICED_S
-        while not self._take_back() and not self._workers.has_another(self.tried):
+        until, noticed = min(self._waits_until, now + timeout_s), now + _NUM_NOTICED * max(asked_every_s)
+        while not self._take_back() and not self._workers.has_another(self.tried, self._fits):
             now = time.monotonic()
             if now >= until or (now >= noticed and not self._is_any_away()):
                 return False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -52,7 +52,8 @@ class Worker:
 
     arithmetic, setup: the arithmetic and the set-up that the worker reported; empty before its report.
     name: the name in the certificate of the expected process; empty: any process of its role.
-    pulse: whether the worker answers pings, while health checks run (`antefix_router.health`).
+    pulse: whether the worker answers, while it is asked (`antefix_router.health`, and `fleet.engines` for workers that
+    are not ours).
     probed_at: when a request was last placed there, by the router's clock.
     speeds: its last reported read speed for each store or tier, by name.
     """
@@ -161,11 +162,13 @@ class Workers:
     def find(self, address: str) -> Worker | None:
         return next((worker for worker in self.workers if worker.address == address), None)
 
-    def has_another(self, tried: Collection[str]) -> bool:
-        """Whether a request tried at these addresses may move to another worker. A worker that failed may have left
-        since.
+    def has_another(self, tried: Collection[str], fits: Callable[[Worker], bool] = lambda worker: True) -> bool:
+        """Whether a request tried at these addresses may move to another worker that fits. A worker that failed may
+        have left since.
         """
-        return len(tried) < NUM_MOVES_MAX and any(worker.address not in tried for worker in self.workers)
+        return len(tried) < NUM_MOVES_MAX and any(
+            worker.address not in tried and fits(worker) for worker in self.workers
+        )
 
     def may_help(self, late: Worker, tried: Collection[str]) -> bool:
         """Whether a late worker's request can move: another worker answers and has no more work."""

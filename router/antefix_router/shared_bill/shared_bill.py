@@ -131,7 +131,7 @@ class SharedBill:
             if self._epoch:
                 await self._tell_backlog()
         except AntefixError as err:
-            log.warning("what Redis was not told of the bill is told at the next start: %s", err)
+            log.warning("the next start tells Redis what it was not told of the shared bill: %s", err)
         await self.quotas.close()
         await self._exchange.close()
 
@@ -178,7 +178,7 @@ class SharedBill:
         if not self._serves_alone:
             self.counters.refused += 1
             raise Unavailable(
-                "whether another router has this request cannot be told, because Redis is out: try again, or send it"
+                "Redis is out, so nobody can tell whether another router has this request: try again, or send it"
                 " without an id"
             ) from err
         self.counters.unshared += 1
@@ -235,7 +235,7 @@ class SharedBill:
             # The adjustment has its own id, so the ledger takes it only once.
             await self._writer.adjust(_too_much(settled, changed[1]))
             self.counters.credited += 1
-            log.warning("request %s was charged by two routers; %s goes back", record.request_id, changed[1])
+            log.warning("request %s was charged by two routers; %s is credited", record.request_id, changed[1])
         self.counters.told += 1
         self._again.discard(settled.sequence)
         self._pending.untold.pop(settled.sequence, None)
@@ -281,7 +281,7 @@ class SharedBill:
         ledger = self._writer.ledger
         after = 0 if was_empty else await self._exchange.cursor(self.me.source)
         if self._epoch:
-            log.warning("Redis lost what it knew of the bill; it is told again")
+            log.warning("Redis lost the shared bill; this router writes its part again")
         since_s = time.time() - self._keep_s
         if not after:
             after = await asyncio.to_thread(sequence_before, ledger.directory, since_s)
@@ -316,13 +316,13 @@ class SharedBill:
         if self.is_out:
             raise NotReady("Redis did not answer just now")
         if await self._exchange.epoch_now() != self._epoch:
-            raise NotReady("Redis lost what it knew, which it is told again")
+            raise NotReady("Redis lost the shared bill, and this router writes its part again")
         if self._waits_for and time.monotonic() - self._waiting_since < _READY_WAIT_S:
             for source in list(self._waits_for):
                 if await self._exchange.is_ready(source, self._epoch):
                     self._waits_for.discard(source)
             if self._waits_for:
-                raise NotReady("Redis lost what it knew, which other routers tell it again")
+                raise NotReady("Redis lost the shared bill, and other routers write their parts again")
         self._waits_for.clear()
 
     def _note_failure(self, err: AntefixError) -> None:

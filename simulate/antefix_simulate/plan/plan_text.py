@@ -22,8 +22,8 @@ def plan_text(plan: Plan, sources: Sequence[str]) -> str:
         for need in plan.needs
     ]
     money = (
-        f"${plan.dollars_per_month:,.0f} per month, ${plan.dollars_per_million_tokens:.4g} per million tokens; "
-        f"what binds is {plan.binds}, {plan.bound_share:.0%} of the cost"
+        f"${plan.dollars_per_month:,.0f} per month, ${plan.dollars_per_million_tokens:.4g} per million tokens; the"
+        f" limit is {plan.binds}, {plan.bound_share:.0%} of the cost"
     )
     rests = "\n".join(f"  - {line}" for line in (*sources, *ASSUMPTIONS))
     return f"{heading}\n{text_table(head, rows)}\n{money}\nIt rests on:\n{rests}"

@@ -20,7 +20,8 @@ _WORKERS_MAX: Final = 10_000_000
 _QUANTILE: Final = 0.95
 
 ASSUMPTIONS: Final = (
-    "more load is more people like those of the trace, who share nothing with each other: the hit rate stays",
+    "more load means more people like those of the trace, who share nothing with each other, so the hit rate stays"
+    " the same",
     "machines are sized for the busiest part of the trace (of 24), and bought for the whole month",
     "a worker's speed grows with nothing: cards that its weights need beyond one hold memory and add no speed",
     "speeds of a file with fewer layers are divided by the layers that are missing",
