@@ -81,7 +81,9 @@ class ProcessSecurity:
         elif self._keyring is not None:
             log.info("no TLS (--credentials): only loopback and Unix sockets; services prove that they have the secret")
         else:
-            log.warning("no TLS and no secret: only loopback and Unix sockets, where every process may call")
+            log.warning(
+                "no TLS and no secret: only loopback and Unix sockets, where every process of this host may call"
+            )
 
     def granter(self) -> Granter | None:
         """Signs grants, with grant.key or, without one, with the secret."""

@@ -208,7 +208,7 @@ class _Reading:
 def _decode(want: Wanted, head: bytes, body: memoryview, seed: int, decrypt: Decrypt | None) -> None:
     """Raises:  BlockCorrupt, ValueError: the stored bytes cannot be decoded to a payload."""
     if want.entry.flags & _ENCRYPTED:
-        assert decrypt is not None, "what cannot be decrypted is not read"
+        assert decrypt is not None, "an encrypted record is read only with its key"
         body = memoryview(decrypt(unpack_record_header(head, seed), body))
     parts = want.into
     into = parts[0] if len(parts) == 1 else memoryview(bytearray(want.entry.payload_bytes))

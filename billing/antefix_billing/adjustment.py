@@ -73,7 +73,7 @@ class Adjustment:
             raise InvalidRequest(f"an adjustment's amount has at most {DECIMALS_MAX} decimals, is {self.amount}")
         for name in ("adjustment_id", "reason", "reference", "author", "request_id", "of_event"):
             if len(getattr(self, name)) > TEXT_CHARACTERS_MAX:
-                raise InvalidRequest(f"an adjustment's {name} takes {TEXT_CHARACTERS_MAX} characters")
+                raise InvalidRequest(f"an adjustment's {name} takes at most {TEXT_CHARACTERS_MAX} characters")
 
     @property
     def key(self) -> str:

@@ -144,16 +144,25 @@ class UsageRecord(Usage):
             if getattr(self, name) < 0:
                 raise InternalError(f"usage of {self.request_id}: {name} is {getattr(self, name)}")
         rules = (
-            (self.cache_write_1h_tokens <= self.cache_write_tokens, "what is kept for an hour was written"),
-            (self.cache_write_tokens <= self.cache_miss_tokens, "written prompt tokens are part of the miss"),
-            (self.reasoning_tokens <= self.output_tokens, "reasoning tokens are part of the output"),
-            (bool(self.last_hit_hash) == self.is_proved_hit, "a proved hit has a last block's hash, nothing else has"),
-            (self._tiers_add_up(), "tiers are named with tokens that add up to the hit in stores"),
-            (self.finished_us >= self.started_us, "it cannot end before it starts"),
-            (self.price >= 0 and self.saved >= 0 and self.paid_before >= 0, "money is not negative"),
-            (self.is_charged or self.price == 0, "what we broke is charged only where output was given"),
-            (self.attempt > 1 or self.paid_before == 0, "nothing was paid before the first attempt"),
-            (self.attempt >= 1 and bool(self.request_id), "it needs a request id and an attempt from 1 on"),
+            (
+                self.cache_write_1h_tokens <= self.cache_write_tokens,
+                "tokens kept for an hour must be part of the written ones",
+            ),
+            (
+                self.cache_write_tokens <= self.cache_miss_tokens,
+                "written prompt tokens must be part of the missed ones",
+            ),
+            (self.reasoning_tokens <= self.output_tokens, "reasoning tokens must be part of the output"),
+            (
+                bool(self.last_hit_hash) == self.is_proved_hit,
+                "a proved hit, and nothing else, must have the hash of its last block",
+            ),
+            (self._tiers_add_up(), "the tokens of the named tiers must add up to the hit in stores"),
+            (self.finished_us >= self.started_us, "a request cannot end before it starts"),
+            (self.price >= 0 and self.saved >= 0 and self.paid_before >= 0, "money must not be negative"),
+            (self.is_charged or self.price == 0, "a request that Antefix failed is charged only if output was given"),
+            (self.attempt > 1 or self.paid_before == 0, "nothing can have been paid before the first attempt"),
+            (self.attempt >= 1 and bool(self.request_id), "a record needs a request id and an attempt from 1 on"),
         )
         for holds, rule in rules:
             if not holds:

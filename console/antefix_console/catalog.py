@@ -246,7 +246,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "drain": Command(
         load=_drain,
-        help="move records from a store that leaves to the stores that stay",
+        help="move records from a store that is taken out of service to the stores that stay",
         example="antefix drain /data/a --to host-b:7010 host-c:7010",
     ),
     "simulate": Command(

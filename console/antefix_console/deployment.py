@@ -32,6 +32,7 @@ from antefix.secret import Keyring, create_secret_file
 from antefix.security import own_credentials
 from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
+from antefix.security.listening import parse_address
 from antefix.worker_settings import NAMING, WorkerSettings
 
 # In the data directory: workers' measurements at their starts, and the name of the last workers' arithmetic.
@@ -113,6 +114,12 @@ class DeploymentConfig(WorkerSettings):
             require(ttl_s is None or ttl_s >= 0, f"{name} must not be negative, is {ttl_s}")
         require(self.num_stores > 0, f"num_stores must be at least 1, is {self.num_stores}")
         require(self.num_routers > 0, f"num_routers must be at least 1, is {self.num_routers}")
+        # The router would refuse them too, once all workers have started.
+        for flag, address in (("--address", self.router_address), ("--http-address", self.http_address)):
+            try:
+                parse_address(address or "127.0.0.1:0")
+            except ConfigError as err:
+                raise ConfigError(f"{flag}: {err}") from err
 
     @property
     def store_dir(self) -> Path:
@@ -402,8 +409,8 @@ class Deployment:
         self.processes.append(started)
         line = await self._first_line(started, said_before)
         if not line:
-            await process.wait()
-            raise ConfigError(f"{role} did not start: {_log_tail(log_path, said_before)}")
+            status = await process.wait()
+            raise ConfigError(f"{role} did not start (it ended with {status}): {_log_tail(log_path, said_before)}")
         ready = json.loads(line)
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         started.metrics_address = str(ready.get("metrics_address", ""))

@@ -271,7 +271,8 @@ async def _load_checkpoint(
         data = await _read_checkpoint(engine, prompt, block, known, report)
     if data is not None:
         try:
-            return WindowState.from_bytes(engine.layout, block * engine.block_size, data, engine.device)
+            position, streams = block * engine.block_size, engine.num_stream_values
+            return WindowState.from_bytes(engine.layout, position, data, engine.device, num_stream_values=streams)
         except BlockCorrupt as err:
             engine.counters.note(err)
             report.store_errors += 1

@@ -109,7 +109,11 @@ class Accounts:
         ledger.progress.clear()
         if crashed:
             num_charged = sum(record.is_charged for record in crashed)
-            log.warning("%d requests were cut off by the last stop; %d had output", len(crashed), num_charged)
+            log.warning(
+                "%d requests were cut off when the router last stopped; %d of them had output",
+                len(crashed),
+                num_charged,
+            )
         now = datetime.now(UTC)
         after = sequence_before(ledger.directory, LimitWindow.MONTH.start(now).timestamp())
         self.quotas.restore((item.record for item in read_settled(ledger.directory, after=after)), now)

@@ -88,8 +88,8 @@ class BillingConfig(RetryConfig):
     )
     anchors: tuple[str, ...] = setting(
         (),
-        "where to write the ledger's signed head: files on another disk, file:// directories, or object stores"
-        " (s3://, gs://, az://)",
+        "where to write the ledger's signed head: files outside the ledger's directory, file:// directories, or"
+        " object stores (s3://, gs://, az://)",
     )
     anchor_s: float = setting(60.0, "how often", unit="s")
     receipt_key_file: str = setting("", "Ed25519 key that signs receipts, made if missing (default: in ledger_dir)")

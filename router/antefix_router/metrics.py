@@ -102,7 +102,7 @@ SHARED: Final[Table] = {
 # `antefix.events.follower.FollowCounters`: of workers' memory, and of the store's events where they are followed.
 FOLLOW: Final[Table] = {
     "num_events": Shown(name="antefix_router_events", help="Events that were processed.", key="source"),
-    "num_gaps": Shown(name="antefix_router_event_gaps", help="Gaps in the numbers of events.", key="source"),
+    "num_gaps": Shown(name="antefix_router_event_gaps", help="Gaps in the sequence numbers of events.", key="source"),
     "num_snapshots": Shown(name="antefix_router_snapshots", help="Snapshots that were processed.", key="source"),
 }
 
@@ -276,8 +276,8 @@ def router_metrics(prefilling: PrefillingCounters, memory: MemoryFeed, store: St
     feeds = {"memory": memory.dropped, "store": store.dropped}
     yield counter(
         "antefix_router_dropped_events",
-        "Entries in Redis that were not believed: forged (not signed by this deployment), replayed (told before, or too"
-        " old), malformed.",
+        "Entries in Redis that were not trusted: forged (not signed by this deployment), replayed (told before, or"
+        " too old), malformed.",
         {(name, why.value): float(dropped.get(why, 0)) for name, dropped in feeds.items() for why in DropReason},
         ("source", "reason"),
     )
@@ -288,7 +288,8 @@ def store_names_metrics(feeds: Iterable[StoreFeed]) -> Iterable[Metric]:
     feeds = list(feeds)
     yield gauge(
         "antefix_router_store_names",
-        "Blocks and checkpoints that stores' events told of: held, or left out, for which the store is asked.",
+        "Blocks and checkpoints in stores' events: held in the router's memory, or left out, so that the store is"
+        " asked.",
         {
             ("held",): float(sum(len(feed) for feed in feeds)),
             ("left_out",): float(sum(feed.num_left_out for feed in feeds)),

@@ -25,7 +25,7 @@ def test_no_more_is_hit_than_the_prompt_has():
         ({"finished_us": 0}, "before it starts"),
         ({"output_tokens": -1}, "output_tokens"),
         ({"price": Decimal("-0.1")}, "negative"),
-        ({"status": Status.FAILED, "output_tokens": 0, "reasoning_tokens": 0}, "only where output was given"),
+        ({"status": Status.FAILED, "output_tokens": 0, "reasoning_tokens": 0}, "only if output was given"),
         ({"paid_before": Decimal(1)}, "first attempt"),
         ({"attempt": 0}, "attempt"),
         ({"request_id": ""}, "request id"),

@@ -100,7 +100,7 @@ def test_a_model_that_rounding_drowns_shows_nothing(released, monkeypatch) -> No
     workers = WorkerPair(replace(released, model=copy.deepcopy(released.model)), ComputeThread("test"), 64)
     _, found = against_cpu(workers, np.arange(32, dtype=np.uint32), 0.05)
     workers.compute.close()
-    assert "nothing is shown" in found.problem
+    assert "nothing is proved" in found.problem
 
 
 def test_tails_and_infinite_gates_are_compared() -> None:

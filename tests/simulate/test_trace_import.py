@@ -253,7 +253,7 @@ def test_rows_that_are_no_requests_are_counted(tmp_path: Path, capsys: pytest.Ca
     assert len(_import(tmp_path, "openai-jsonl", path).requests) == 1
     told = capsys.readouterr().err
     assert "1 rows without a prompt" in told
-    assert "1 lines that are no JSON" in told
+    assert "1 lines that are not JSON" in told
 
 
 @pytest.mark.parametrize("log_format", [*MAKERS, "vllm", "claude-code"])

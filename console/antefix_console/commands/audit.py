@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TIME",
-        help="ask again after this time, such as 30s, 5m or 1h; may be repeated",
+        help="test whether prompts still hit after this time, such as 30s, 5m or 1h; may be repeated",
     )
     parser.add_argument(
         "--promised-lifetime", metavar="TIME", help="time to live that the cache promises, instead of the provider's"

@@ -69,7 +69,7 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", choices=("flash", "pro"), default="flash", help="model whose block sizes are used (default: flash)"
     )
-    parser.add_argument("--dir", type=Path, help="where to write about 4 GB; a temporary directory by default")
+    parser.add_argument("--dir", type=Path, help="directory to write about 4 GB to; a temporary one by default")
     parser.add_argument(
         "--blocks",
         type=int,

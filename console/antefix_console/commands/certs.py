@@ -67,7 +67,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="HOST",
         help="host name or IP address of the process; may be repeated",
     )
-    made.add_argument("--days", type=int, default=DAYS, help=f"days until it expires (default: {DAYS})")
+    made.add_argument("--days", type=int, default=DAYS, help=f"days until the certificate expires (default: {DAYS})")
     granted = actions.add_parser(
         "grant",
         help="sign an engine's grant for one tenant, next to its certificate",
@@ -87,7 +87,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     granted.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="directory that the engine takes as --credentials"
     )
-    granted.add_argument("--days", type=int, default=DAYS, help=f"days until it expires (default: {DAYS})")
+    granted.add_argument("--days", type=int, default=DAYS, help=f"days until the grant expires (default: {DAYS})")
     show = actions.add_parser(
         "show",
         help="show what certificates say, and how long they are valid",

@@ -24,10 +24,10 @@ _ROUNDS_MAX = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="STORE", help="store to empty: host:port, or its directory on this host")
     parser.add_argument(
-        "source", metavar="STORE", help="the store that leaves: host:port, or its directory on this host"
+        "--to", nargs="+", required=True, metavar="STORE", help="host:port of the stores that take the records"
     )
-    parser.add_argument("--to", nargs="+", required=True, metavar="STORE", help="host:port of the stores that stay")
     parser.add_argument(
         "--bytes-max",
         default="",

@@ -14,7 +14,9 @@ def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url", required=True, help="URL of the endpoint with its version, such as http://127.0.0.1:8000/v1"
     )
-    parser.add_argument("--api", choices=sorted(DIALECTS), default="chat", help="which API it speaks (default: chat)")
+    parser.add_argument(
+        "--api", choices=sorted(DIALECTS), default="chat", help="API that the endpoint speaks (default: chat)"
+    )
     parser.add_argument(
         "--model", default="", help="model, as the endpoint names it (default: the first that it lists)"
     )

@@ -28,7 +28,9 @@ _KNOWLEDGE = {
 def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExclusiveGroup) -> None:
     """prompt: the group of flags that name a prompt."""
     prompt.add_argument(
-        "--workers", action="store_true", help="with --fleet: show what is known of its workers, without a prompt"
+        "--workers",
+        action="store_true",
+        help="with --fleet, show what the router knows of its workers, without a prompt",
     )
     parser.add_argument(
         "--fleet", metavar="HOST:PORT", help="gRPC address of a router in front of other engines' workers"

@@ -65,13 +65,18 @@ def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExc
         "--api", choices=APIS, default="chat", help="API whose format the JSON files have (default: chat)"
     )
     parser.add_argument(
-        "--chat-format", help="how the router writes conversations (default: as the last `antefix up` did, or auto)"
+        "--chat-format",
+        help="format in which the router writes conversations (default: as the last `antefix up` did, or auto)",
     )
     parser.add_argument(
-        "--model-aliases", metavar="FILE", help="model aliases, as the router has them (default: as above)"
+        "--model-aliases",
+        metavar="FILE",
+        help="model aliases, as the router has them (default: those of the last `antefix up`)",
     )
     parser.add_argument(
-        "--prefix-rules", metavar="FILE", help="prefix rules, as the router has them (default: as above)"
+        "--prefix-rules",
+        metavar="FILE",
+        help="prefix rules, as the router has them (default: those of the last `antefix up`)",
     )
     parser.add_argument(
         "--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, where they are not in --data-dir"

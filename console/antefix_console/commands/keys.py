@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     create.add_argument(
         "--scopes",
         default=",".join(sorted(USUAL_SCOPES)),
-        help=f"what it may do, of {', '.join(Scope)}, separated by commas (default: %(default)s)",
+        help=f"what the key may do, of {', '.join(Scope)}, separated by commas (default: %(default)s)",
     )
     create.add_argument("--note", default="", help="label that lists show for the key")
     _add_making(create)

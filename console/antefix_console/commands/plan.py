@@ -36,12 +36,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--spread-s", type=float, default=3600.0, help="seconds over which conversations of a claude-code trace start"
     )
     parser.add_argument("--model", default="v4-flash", help="v4-flash, v4-pro, v4.1-flash or a model directory")
-    parser.add_argument("--gpu", default="h200", help="a file of deploy/sites without .toml, or a path: what is bought")
+    parser.add_argument(
+        "--gpu", default="h200", help="hardware to buy: a file of deploy/sites, named without .toml, or a path"
+    )
     parser.add_argument("--retention", default="72h", metavar="TIME", help="how long unused KV is kept, such as 72h")
     parser.add_argument(
         "--local-retention",
         metavar="TIME",
-        help="how long KV stays on disks; the rest of the retention is in an object store",
+        help="how long KV stays on disks; for the rest of the retention KV stays in an object store",
     )
     parser.add_argument(
         "--ttft-p90",
@@ -60,10 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rates",
         type=Path,
         metavar="FILE",
-        help="file with rates by benchmarks.weights_on_card (default: the one of an H200)",
+        help="file of a model's rates that benchmarks.weights_on_card measured (default: on an H200)",
     )
     parser.add_argument(
-        "--store-rates", type=Path, metavar="FILE", help="file with rates by `antefix bench store --json`"
+        "--store-rates",
+        type=Path,
+        metavar="FILE",
+        help="file of a store's rates that `antefix bench store --json` measured",
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="plot machines and dollars up to 1e12 tokens per day, as .svg or .png"

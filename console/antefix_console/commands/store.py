@@ -63,8 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "stores",
         nargs="+",
         metavar="STORE",
-        help="all of them, in any order: host:port, a directory that no service has open, s3://..., or as roles have"
-        " them in --stores: NAME=ADDRESS, dns:HOST:PORT, redis://... (its window pool as well)",
+        help="all stores to purge, in any order: host:port, a directory that no service has open, s3://..., or as"
+        " roles have them in --stores: NAME=ADDRESS, dns:HOST:PORT, redis://... (its window pool as well)",
     )
     purge.add_argument("--tenant", required=True, help="tenant whose records are dropped; or digest:HEX")
     purge.add_argument("--user", default="", help="purge only this user of the tenant")

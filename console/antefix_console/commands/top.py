@@ -32,11 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--url", default="http://127.0.0.1:8000", help="URL of the router's HTTP door (default http://127.0.0.1:8000)"
     )
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="file with an API key that has the scope admin")
-    parser.add_argument("--every-s", type=float, default=2.0, metavar="N", help="seconds between two looks (default 2)")
     parser.add_argument(
-        "--once", action="store_true", help="print one picture and end; the default where there is no terminal"
+        "--every-s", type=float, default=2.0, metavar="N", help="seconds between two refreshes (default 2)"
     )
-    parser.add_argument("--json", action="store_true", help="print one look as JSON and end")
+    parser.add_argument(
+        "--once", action="store_true", help="print the screen once, and end; the default where there is no terminal"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures once as JSON, and end")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -84,13 +84,17 @@ def _add_store_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encrypt",
         action="store_true",
-        help="encrypt what is stored, with a key per tenant made of DATA_DIR/store.key (default: off)",
+        help="encrypt what is stored, with a key per tenant that is derived from DATA_DIR/store.key (default: off)",
     )
 
 
 def _add_router_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", default="127.0.0.1:0", help="where the router listens (default: a free port)")
-    parser.add_argument("--http-address", default="127.0.0.1:0", help="where the HTTP API listens; empty for none")
+    parser.add_argument(
+        "--address", default="127.0.0.1:0", help="address at which the router listens (default: a free port)"
+    )
+    parser.add_argument(
+        "--http-address", default="127.0.0.1:0", help="address at which the HTTP API listens; empty for none"
+    )
     parser.add_argument(
         "--num-routers",
         type=int,
@@ -106,7 +110,8 @@ def _add_router_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat-format",
         choices=("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template"),
         default="auto",
-        help="how conversations are written for the model; deepseek-v4 has tools and thinking (default: auto)",
+        help="format in which conversations are written for the model; deepseek-v4 has tools and thinking (default:"
+        " auto)",
     )
     parser.add_argument(
         "--model-aliases",
@@ -118,7 +123,8 @@ def _add_router_arguments(parser: argparse.ArgumentParser) -> None:
         "--prefix-rules",
         default="",
         metavar="FILE",
-        help="lines of system text to move behind the stable prefix (deploy/prefix_rules.toml), or off",
+        help="file of rules for lines of system text that are moved behind the stable prefix"
+        " (deploy/prefix_rules.toml), or off",
     )
 
 

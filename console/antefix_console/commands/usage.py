@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
-    parser.add_argument("--json", action="store_true", help="say on standard error as JSON how many were written")
+    parser.add_argument(
+        "--json", action="store_true", help="print on standard error, as JSON, how many records were written"
+    )
     parser.add_argument("--format", choices=[kind.value for kind in ExportFormat], default="cloudevents")
     parser.add_argument("--output", type=Path, help="file to write (default: standard output; parquet needs a file)")
 

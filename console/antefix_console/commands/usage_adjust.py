@@ -33,7 +33,7 @@ def add_adjust_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="amount that the adjustment adds to the bill, such as --amount=-1.25 for a credit",
     )
-    parser.add_argument("--reason", required=True, help="reason, which the customer can read")
+    parser.add_argument("--reason", required=True, help="reason of the adjustment, which the customer can read")
     parser.add_argument("--request-id", help="request that the adjustment is about; without one, give --tenant")
     parser.add_argument(
         "--tenant", help="tenant whose bill it is; with --request-id only where two tenants have that id"
@@ -56,7 +56,9 @@ def add_rerate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", help="rerate only this model's records")
     parser.add_argument(
-        "--reason", default="priced again by another rate card", help="reason, which the customer can read"
+        "--reason",
+        default="priced again by another rate card",
+        help="reason of the adjustments, which the customer can read",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would change, and change nothing")
     _add_common(parser)

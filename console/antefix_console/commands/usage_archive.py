@@ -90,7 +90,7 @@ def add_restore_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--from", dest="place", required=True, metavar="PLACE", help=_PLACE)
     parser.add_argument(
-        "--to", type=Path, required=True, metavar="DIR", help="an empty directory, for the whole ledger"
+        "--to", type=Path, required=True, metavar="DIR", help="empty directory to write the whole ledger to"
     )
     parser.add_argument("--json", action="store_true", help=_JSON)
 

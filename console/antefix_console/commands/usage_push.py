@@ -40,10 +40,12 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", type=Path, required=True, help="file that says where to send usage (TOML, docs/BILLING.md)"
     )
     parser.add_argument("--state", type=Path, required=True, help="directory that keeps cursors and dead letters")
-    parser.add_argument("--once", action="store_true", help="send what is there now, and end")
+    parser.add_argument("--once", action="store_true", help="send the entries that are there now, and end")
     parser.add_argument("--retry-dead", action="store_true", help="send dead letters again first")
-    parser.add_argument("--metrics-address", default="", help="host:port of metrics, on loopback (default: none)")
-    parser.add_argument("--json", action="store_true", help="say at the end as JSON what was sent, and the cursors")
+    parser.add_argument(
+        "--metrics-address", default="", help="host:port that serves metrics, on loopback (default: none)"
+    )
+    parser.add_argument("--json", action="store_true", help="print at the end, as JSON, what was sent, and the cursors")
 
 
 def run_push(args: argparse.Namespace) -> int:

@@ -97,7 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put some of the blocks into an object store, such as s3://BUCKET/PREFIX or file:///PATH; these objects"
         " are deleted at the end",
     )
-    parser.add_argument("--data-dir", type=Path, help="where the scratch store goes (default: a temporary directory)")
+    parser.add_argument("--data-dir", type=Path, help="directory of the scratch store (default: a temporary one)")
 
 
 def run(args: argparse.Namespace) -> int:

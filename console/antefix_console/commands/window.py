@@ -22,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--worker", metavar="HOST:PORT", action="append", default=[], help="ask this worker; may be repeated"
     )
-    parser.add_argument("--strategy", help="full, periodic(TOKENS), boundary, auto or zero, from the next request on")
+    parser.add_argument(
+        "--strategy", help="strategy to use from the next request on: full, periodic(TOKENS), boundary, auto or zero"
+    )
     parser.add_argument("--plans", type=int, default=0, metavar="N", help="show the newest N restores of each worker")
     parser.add_argument(
         "--data-dir",

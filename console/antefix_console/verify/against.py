@@ -149,7 +149,7 @@ async def _ask(
         prefilled = await PrefillClient(peer.address).prefill(request, timeout_s=_TIMEOUT_S)
         handoff, restored, target = prefilled.handoff, prefilled.restore, decode
         if not handoff:
-            raise AntefixError(f"{peer.label} could not leave a handoff: its store took none")
+            raise AntefixError(f"{peer.label} could not leave a handoff: its store did not take the handoff")
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []
     answer = DecodeClient(target.address).decode(request, sampling, handoff=handoff, emitted=(), timeout_s=_TIMEOUT_S)

@@ -69,7 +69,9 @@ def _as_it_is(pair: _Pair, bound: float) -> AgainstCpu:
         what="cold",
         difference=replace(difference, where=told),
         bound=max(bound, moved),
-        problem="" if moved <= unrelated / 2 else f"rounding makes this model's logits noise, nothing is shown: {told}",
+        problem=""
+        if moved <= unrelated / 2
+        else f"rounding turns this model's logits into noise, so nothing is proved: {told}",
     )
 
 

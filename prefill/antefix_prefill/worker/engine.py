@@ -155,6 +155,11 @@ class Engine:
         return self.model.layout
 
     @property
+    def num_stream_values(self) -> int:
+        """Values of one token's streams, M * D."""
+        return self.model.config.hc_mult * self.model.config.hidden_size
+
+    @property
     def rates(self) -> Rates:
         return self.planner.rates
 

@@ -43,7 +43,7 @@ def json_rows(path: Path, ignored: Ignored) -> Iterator[dict[str, Any]]:
             try:
                 yield from _rows_of(parse_json(line, path.name), ignored)
             except InvalidRequest:
-                ignored.count("lines that are no JSON")
+                ignored.count("lines that are not JSON")
 
 
 def text_lines(path: Path) -> Iterator[str]:
