@@ -17,7 +17,7 @@ Stub = TypeVar("Stub")
 class ServiceClient(Generic[Stub]):
     """A connection to one service at `address`, host:port.
 
-    It connects when first used, reconnects after the service restarts, and may be used on one event loop only.
+    The client connects when first used, reconnects after the service restarts, and may be used on one event loop only.
     """
 
     # Who must answer; None where several roles serve it.

@@ -2,7 +2,8 @@
 
     kvstore -> prefill, decode -> router      each role is told the addresses of those before it
 
-A role prints its address to stdout once it serves. Its stdin is a pipe from us, so it ends when we end, in any way.
+A role prints its address to stdout once it serves. A role's stdin is a pipe from us, so it ends when we end, in any
+way.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ class Deployment:
             create_secret_file(key)
         if key.exists():
             # Also if encryption is not requested any more: else stored data would be unreadable, and new data written
-            # in clear.
+            # unencrypted.
             flags += ["--encrypt-key-file", str(key)]
         flags += _given("--budget-bytes", config.store_bytes)
         flags += self._object_flags()
@@ -294,8 +295,8 @@ class Deployment:
     async def start_router(self, address: str = "127.0.0.1:0", *, http_address: str | None = None) -> RoleProcess:
         """Start a router over the workers that are alive now. http_address None: the deployment's.
 
-        It takes the first ledger that no living router has. After a crash this is the dead router's, whose open bills
-        it closes.
+        The router takes the first ledger that no living router has. After a crash this is the dead router's, whose
+        open bills it closes.
         """
         taken = {process.ledger_dir for process in self.processes if process.alive}
         ledger_dir = next(path for n in itertools.count() if (path := self.config.ledger_dir_of(n)) not in taken)

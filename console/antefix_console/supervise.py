@@ -23,7 +23,7 @@ NUM_DEATHS_MAX: Final = 7
 
 
 class GaveUp(AntefixError):
-    """A role died too often in a row. Its log says what the operator must repair."""
+    """A role died too often in a row. The role's log says what the operator must repair."""
 
 
 @dataclass(slots=True)

@@ -29,7 +29,7 @@ class Adopted:
 
 
 async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff | None:
-    """The handoff. None: there is none (any more), or it belongs to another prompt."""
+    """The handoff. None: there is no handoff, or it belongs to another prompt."""
     if not name:
         return None
     try:

@@ -123,7 +123,9 @@ class OpenMeterSink:
 
 
 class LagoSink:
-    """Sends one event per item. Its properties are the counts; `precise_total_amount_cents` is the exact price."""
+    """Sends one event per item. The event's properties are the counts; `precise_total_amount_cents` is the exact
+    price.
+    """
 
     num_a_batch = 100
 

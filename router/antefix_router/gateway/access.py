@@ -1,7 +1,7 @@
 """Wraps every HTTP request: adds its id to the answer and to log lines, its trace, its line in the access log, and its
 counts.
 
-This module does not read or log bodies. The request's path is chosen by the client, so it is logged encoded and cut.
+Access logging does not read or log bodies. The request's path is chosen by the client, so it is logged encoded and cut.
 """
 
 from __future__ import annotations
