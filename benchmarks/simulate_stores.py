@@ -42,24 +42,34 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", nargs="+", default=["chat", "agents"], choices=("chat", "agents"))
     parser.add_argument("--scene", nargs="+", default=list(SCENES), choices=list(SCENES))
+    parser.add_argument("--set-up", nargs="+", default=list(SET_UPS), choices=SET_UPS)
     parser.add_argument("--memory", default="4G", help="memory for KV per worker")
     parser.add_argument("--store-bytes", default="8G", help="per store")
     parser.add_argument("--object-bytes", default="4T")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--add", action="store_true", help="keep what the file has of other traces")
+    parser.add_argument("--add", action="store_true", help="keep what the file has of other traces, scenes and set-ups")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     if args.add and args.json and args.json.exists():
-        rows = [row for row in json.loads(args.json.read_text())["rows"] if row["trace"] not in args.trace]
+        rows = [row for row in json.loads(args.json.read_text())["rows"] if not _is_asked_for(args, row)]
     for name, trace in traces().items():
         for scene in [each for each in args.scene if name in args.trace]:
-            for set_up in SET_UPS:
+            for set_up in args.set_up:
                 begun = time.process_time()
                 rows.append({"trace": name, "scene": scene, "set_up": set_up, **run(args, name, trace, scene, set_up)})
                 sys.stderr.write(f"{name}, {scene}, {set_up}: {time.process_time() - begun:.0f} s\n")
                 if args.json:
-                    write(args.json, {"rows": rows}, "numpy")
+                    write(args.json, {"rows": sorted(rows, key=_place_of)}, "numpy")
     return 0
+
+
+def _is_asked_for(args: argparse.Namespace, row: dict[str, Any]) -> bool:
+    return row["trace"] in args.trace and row["scene"] in args.scene and row["set_up"] in args.set_up
+
+
+def _place_of(row: dict[str, Any]) -> tuple[bool, bool, int]:
+    """Of a row in the table: chat before agents, racks before fleets."""
+    return row["trace"] == "agents", row["scene"] == "fleet", SET_UPS.index(row["set_up"])
 
 
 def run(args: argparse.Namespace, name: str, trace: Trace, scene: str, set_up: str) -> dict[str, Any]:

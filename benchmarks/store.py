@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
 from benchmarks import run_record, store_clients, store_upkeep
 from benchmarks.fio_limits import READERS, WRITERS, fio_rate, has_fio
+from benchmarks.spread import over_neighbours, with_spread
 from benchmarks.store_limits import DIRECT_READERS, WARM_READERS, direct_read, drop_cache, raw_write, seconds, warm_read
 from benchmarks.store_payloads import blocks, layout_of
 from benchmarks.store_peers import MODULES, PEERS
@@ -48,8 +50,10 @@ BLOCK_TOKENS = 128
 BATCH_BLOCKS = 128
 # A remote restore of this many blocks takes as long as the noise of a shared machine lasts.
 REMOTE_BLOCKS = 512
-WARM_ROUNDS = 3
-CLIENT_ROUNDS = 3
+WARM_ROUNDS = 6
+CLIENT_ROUNDS = 5
+IN_TURN_BLOCKS = 512
+IN_TURN_ROUNDS = 12
 FINGERPRINT = b"F" * 32
 MIB = 1 << 20
 Array = Any
@@ -73,6 +77,10 @@ class Found:
 
     def note_rate(self, name: str, bytes_per_s: float) -> None:
         self.values.setdefault(name, []).append(bytes_per_s)
+
+
+def word_sum(row: memoryview) -> int:
+    return int(np.frombuffer(row, np.uint64, len(row) // 8).sum())
 
 
 def chain(num_blocks: int, salt: int = 0) -> Chain:
@@ -172,6 +180,8 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
             depth, count = WARM_READERS[-1]
             checked_s = warm_read(place / "raw.bin", into, depth=depth, num_blocks=count, check=xxhash.xxh3_128_digest)
             found.note(f"checked_{depth}x{count}", checked_s)
+            # What any check would cost that looks at each byte once, in one call per block: the sum of all words.
+            found.note("summed", warm_read(place / "raw.bin", into, depth=depth, num_blocks=count, check=word_sum))
         for peer in peers:
             peer.ask("warm")
             found.note(f"warm_{peer.name}", peer.ask("warm"))
@@ -243,17 +253,40 @@ def restore_long(directory: Path, payloads: Array) -> dict[str, float]:
     }
 
 
+def put_next_to_fio(directory: Path, payloads: Array, writer: str, rounds: int) -> dict[str, float]:
+    """Durable puts and fio's `writer`, in short rounds in turn: a disk that other machines share has slow seconds."""
+    tell(f"durable puts next to {writer}, {rounds} short rounds in turn")
+    place = directory / "in-turn"
+    place.mkdir()
+    engine = StorageEngine(config_of(place / "store"))
+    puts: list[float] = []
+    limits = [fio_rate(place, writer, payloads.nbytes)]
+    for number in range(rounds):
+        wanted = records(chain(len(payloads), salt=1 + (number << 20)), payloads)
+        puts.append(payloads.nbytes / seconds(functools.partial(put_all, engine, wanted)))
+        limits.append(fio_rate(place, writer, payloads.nbytes))
+    engine.close()
+    shutil.rmtree(place)
+    out = with_spread("put_over_fio", over_neighbours(puts, limits))
+    # How much the disk itself varies: each round of fio over the round before.
+    return out | with_spread("fio_over_fio", [later / earlier for earlier, later in pairwise(limits)])
+
+
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def ratio(values: dict[str, list[float]], ours: str, *limits: str) -> float:
-    """Median over rounds of ours over the limit, which is the one of the `limits` with the best median."""
+def ratios(values: dict[str, list[float]], ours: str, *limits: str) -> list[float]:
+    """For each round, ours over the limit, which is the one of the `limits` with the best median."""
     limit = values[max(limits, key=lambda name: statistics.median(values[name]))]
     num_rounds = len(limit)
     ours_by_round = np.array_split(np.array(values[ours]), num_rounds)
     if len(values[ours]) < num_rounds:
         ours_by_round = [np.array([statistics.median(values[ours])])] * num_rounds
-    return statistics.median(float(np.median(o)) / b for o, b in zip(ours_by_round, limit, strict=True))
+    return [float(np.median(o)) / b for o, b in zip(ours_by_round, limit, strict=True)]
+
+
+def ratio(values: dict[str, list[float]], ours: str, *limits: str) -> float:
+    return statistics.median(ratios(values, ours, *limits))
 
 
 def report(values: dict[str, list[float]]) -> dict[str, float]:
@@ -262,16 +295,15 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
     out = {f"{name}_gb_per_s": statistics.median(found) / 1e9 for name, found in values.items()}
     out["restore_ratio"] = ratio(values, "restore", *direct)
     out["put_ratio"] = ratio(values, "put", "raw_write")
-    writers, readers = ([name for name in values if name.startswith(f"fio_{kind}")] for kind in ("write", "read"))
-    if writers and readers:
-        out["put_over_fio"] = ratio(values, "put", *writers)
+    if readers := [name for name in values if name.startswith("fio_read")]:
         # Of any kind: the best reader may be one of Python's.
-        out["restore_over_best_reader"] = ratio(values, "restore", *readers, *direct)
-    out["warm_ratio"] = ratio(values, "warm", *pread)
+        out |= with_spread("restore_over_best_reader", ratios(values, "restore", *readers, *direct))
+    out |= with_spread("warm_ratio", ratios(values, "warm", *pread))
     out["warm_over_one_thread"] = ratio(values, "warm", "pread_1x1")
     checked = [name for name in values if name.startswith("checked_2")]
-    out["warm_over_checked"] = ratio(values, "warm", *checked)
-    out["checked_ratio"] = ratio(values, checked[0], *pread)
+    out |= with_spread("warm_over_checked", ratios(values, "warm", *checked))
+    out |= with_spread("checked_ratio", ratios(values, checked[0], *pread))
+    out |= with_spread("summed_ratio", ratios(values, "summed", *pread))
     out["remote_ratio"] = ratio(values, "remote", "bare_stream")
     out["remote_over_best_bare"] = ratio(values, "remote", "bare_stream", "bare_blocking_stream")
     out["lean_ratio"] = ratio(values, "lean_stream", "bare_stream")
@@ -338,12 +370,16 @@ def measure(
         lambda place, source: [Peer(args.peers, peer, place / peer, source, payloads.shape) for peer in peers],
     )
     coded_ratio = measure_coded(directory, layout, payloads, found)
+    in_turn: dict[str, float] = {}
+    if writers := [name for name in found.values if name in WRITERS]:
+        best = max(writers, key=lambda name: statistics.median(found.values[name]))
+        in_turn = put_next_to_fio(directory, payloads[:IN_TURN_BLOCKS], best, IN_TURN_ROUNDS)
     tell("remote restore")
     part = payloads[:REMOTE_BLOCKS]
     names = chain(len(part))
     remote = measure_remote(directory, names, records(names, part), part, 3 * args.repeats)
     found.values |= remote.rates
-    out = report(found.values) | {"coded_ratio": coded_ratio}
+    out = report(found.values) | in_turn | {"coded_ratio": coded_ratio}
     out |= {f"{name}_cpu_us_per_mib": statistics.median(used) for name, used in remote.cpu_us.items()}
     tell("many clients at once")
     clients = store_clients.measure(1.0, max(args.repeats, CLIENT_ROUNDS), directory, tell)

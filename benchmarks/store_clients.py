@@ -39,6 +39,7 @@ from antefix.record import Record, RecordKind
 from antefix.store.allocator import keep_large_buffers
 from antefix.store.remote_store import RemoteStore
 from benchmarks.run_record import write
+from benchmarks.spread import with_spread
 
 BLOCK_BYTES, BLOCK_TOKENS = 449_792, 128
 GET_BLOCKS, PUT_BLOCKS, LOOKUP_BLOCKS = 32, 16, 1024
@@ -48,7 +49,7 @@ NUM_READERS = 4
 # One client alone must not find in the processor's cache what eight find in memory: all of them restore all prefixes in
 # turn, into pools as large as those are together.
 NUM_PREFIXES = max(NUM_CLIENTS)
-NUM_TRIES = 20
+NUM_TRIES, TRY_AGAIN_S = 20, 0.5
 KINDS = ("get", "put", "lookup")
 
 
@@ -80,6 +81,8 @@ class Client:
                 await self.store.put(self._records(self._names))
                 if await self._get(self._number):
                     break
+            # On a busy machine the store may not be heard for a while after it did not answer in time.
+            await asyncio.sleep(TRY_AGAIN_S)
         assert np.array_equal(self._pool[self._number], self._payloads)
 
     def _records(self, names: Chain) -> list[Record]:
@@ -184,15 +187,24 @@ def served(directory: Path) -> Iterator[str]:
 
 
 def one_round(clients: Clients, seconds: float) -> dict[str, float]:
-    found: dict[str, float] = {}
+    """One value of each figure. Each number of clients works twice, 1, 4, 8, 8, 4, 1, so that a machine that becomes
+    slower during the round slows all of them alike."""
+    found: dict[str, float] = {"failed_calls": 0.0}
+
+    def work(kinds: Sequence[str]) -> list[dict[str, float]]:
+        answers = clients.work(kinds, seconds / 2)
+        found["failed_calls"] += sum(each["failed"] for each in answers)
+        return answers
+
     for kind in KINDS:
         unit = "calls_per_s" if kind == "lookup" else "bytes_per_s"
-        for num in NUM_CLIENTS:
-            answers = clients.work([kind] * num, seconds)
-            found[f"{kind}_{num}_{unit}"] = sum(each[unit] for each in answers)
-            found["failed_calls"] = found.get("failed_calls", 0.0) + sum(each["failed"] for each in answers)
+        for num in (*NUM_CLIENTS, *reversed(NUM_CLIENTS)):
+            answers = work([kind] * num)
+            name = f"{kind}_{num}_{unit}"
+            found[name] = found.get(name, 0.0) + sum(each[unit] for each in answers) / 2
             if num == 1:
-                found[f"{kind}_alone_p50_ms"] = answers[0]["p50_s"] * 1e3
+                name = f"{kind}_alone_p50_ms"
+                found[name] = found.get(name, 0.0) + answers[0]["p50_s"] * 1e3 / 2
     for kind in ("put", "lookup"):
         answers = clients.work([kind] + ["get"] * NUM_READERS, seconds)
         found[f"{kind}_next_to_gets_p50_ms"] = answers[0]["p50_s"] * 1e3
@@ -202,20 +214,17 @@ def one_round(clients: Clients, seconds: float) -> dict[str, float]:
 
 
 def ratios(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The ratios that have a goal, as medians of each round's ratio."""
+    """The ratios that have a goal, as medians of each round's ratio, with their spread."""
 
-    def median(ours: str, limit: str, times: float = 1.0) -> float:
-        return statistics.median(each[ours] / each[limit] * times for each in rounds)
+    def of(name: str, ours: str, limit: str, times: float = 1.0) -> dict[str, float]:
+        return with_spread(name, [each[ours] / each[limit] * times for each in rounds])
 
-    found = {
-        f"{kind}_{num}_over_1": median(f"{kind}_{num}_{unit}", f"{kind}_1_{unit}")
-        for kind, unit in (("get", "bytes_per_s"), ("put", "bytes_per_s"), ("lookup", "calls_per_s"))
-        for num in NUM_CLIENTS[1:]
-    }
-    share = NUM_READERS + 1
-    found["put_over_fair_share"] = median("put_next_to_gets_bytes_per_s", "put_1_bytes_per_s", share)
-    found["gets_next_to_put_over_gets"] = median("gets_next_to_put_bytes_per_s", "get_4_bytes_per_s")
-    return found
+    found: dict[str, float] = {}
+    for kind, unit in (("get", "bytes_per_s"), ("put", "bytes_per_s"), ("lookup", "calls_per_s")):
+        for num in NUM_CLIENTS[1:]:
+            found |= of(f"{kind}_{num}_over_1", f"{kind}_{num}_{unit}", f"{kind}_1_{unit}")
+    found |= of("put_over_fair_share", "put_next_to_gets_bytes_per_s", "put_1_bytes_per_s", NUM_READERS + 1)
+    return found | of("gets_next_to_put_over_gets", "gets_next_to_put_bytes_per_s", "get_4_bytes_per_s")
 
 
 def measure(seconds: float, repeats: int, directory: Path | None, tell: Callable[[str], object]) -> dict[str, Any]:
@@ -227,13 +236,20 @@ def measure(seconds: float, repeats: int, directory: Path | None, tell: Callable
             rounds.append(one_round(clients, seconds))
             tell(f"clients: round {number + 1} of {repeats}")
         clients.end()
-    medians = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    medians: dict[str, float] = {}
+    for name in rounds[0]:
+        medians |= with_spread(name, [each[name] for each in rounds])
     return {"seconds": seconds, "repeats": repeats, **medians, "ratios": ratios(rounds)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1.0, help="seconds of each of the 11 measurements of a round")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="seconds of each of the 11 measurements of a round, most of them in two halves",
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dir", type=Path, help="where to write about 6 GB; a temporary directory by default")
     parser.add_argument("--json", type=Path, help="also write the JSON here")

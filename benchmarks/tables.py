@@ -206,6 +206,8 @@ _LIMITS = (
     ("warm restore over the best preadv", "warm_ratio", 2, "0.85 or more"),
     ("warm restore over preadv and XXH3 with nothing else", "warm_over_checked", 2, "1 at most"),
     ("preadv and XXH3 with nothing else over the best preadv", "checked_ratio", 2, "its bound"),
+    ("preadv and the sum of all words over the best preadv", "summed_ratio", 2, "any check's bound"),
+    ("fio's best durable writer over itself a moment before", "fio_over_fio", 2, "how much the disk varies"),
     *_SCALE,
     ("eviction and compaction over put, blocks of 448 KiB", "upkeep_large_over_put", 2, "0.5 or more"),
     ("the same, small blocks", "upkeep_small_over_put", 2, "0.5 or more"),
@@ -223,11 +225,13 @@ _LIMITS = (
 
 
 def _against(record: Any, wanted: Iterable[tuple[str, str, int, str]]) -> Iterable[Row]:
-    """The record's value for this row."""
-    yield "", "figure", "wanted"
-    for name, key, digits, limit in wanted:
-        if key in record:
-            yield name, f"{record[key]:.{digits}f}", limit
+    """The record's figures next to what is wanted; with the spread of their rounds, where the record has it."""
+    shown = [row for row in wanted if row[1] in record]
+    has_spread = any(f"{key}_low" in record for _, key, _, _ in shown)
+    yield "", "figure", *(("half of the rounds lie in",) if has_spread else ()), "wanted"
+    for name, key, digits, limit in shown:
+        spread = [f"{record[f'{key}_{end}']:.{digits}f}" for end in ("low", "high") if f"{key}_{end}" in record]
+        yield name, f"{record[key]:.{digits}f}", *((" to ".join(spread),) if has_spread else ()), limit
 
 
 @table("store_limits.json", "kvstore/antefix_kvstore", "antefix/store_files", "antefix/store", "antefix/block.py")

@@ -50,6 +50,15 @@ def parent_names(rows: Array) -> list[bytes]:
     return names
 
 
+def follow_parents(rows: Array) -> Array:
+    """Which rows come directly after the block that they depend on. Most rows do.  Shapes:  [N] bool."""
+    is_block = rows["kind"] == RecordKind.BLOCK
+    names = np.where(is_block, rows["parent"], rows["hash"])
+    follows = np.zeros(len(rows), bool)
+    follows[1:] = is_block[:-1] & (names[1:] == rows["hash"][:-1])
+    return follows
+
+
 def hang_together(
     rows: Array, parents: Sequence[bytes], known_prefix: Mapping[bytes, int], *, takes_apart: bool
 ) -> Forest:
@@ -60,9 +69,13 @@ def hang_together(
     """
     is_block = rows["kind"] == RecordKind.BLOCK
     is_first = (rows["flags"] & _FIRST) != 0
-    numbers = np.flatnonzero(is_block).tolist()
-    row_of = dict(zip(rows["hash"][is_block].tolist(), numbers, strict=True))
-    parent = np.fromiter((row_of.get(name, -1) for name in parents), np.int64, len(rows))
+    follows = follow_parents(rows)
+    parent = np.where(follows, np.arange(len(rows)) - 1, -1)
+    others = np.flatnonzero(~follows & ~is_first).tolist()
+    if others:
+        numbers = np.flatnonzero(is_block).tolist()
+        row_of = dict(zip(rows["hash"][is_block].tolist(), numbers, strict=True))
+        parent[others] = [row_of.get(parents[at], -1) for at in others]
     parent[is_first] = -1
     above = np.zeros(len(rows), np.int64)
     known_parent = np.zeros(len(rows), bool)

@@ -18,7 +18,7 @@ from antefix.record import RecordKind
 from antefix.store_files.index import DATA_FILE, TABLE_OF_KIND, Index
 from antefix.store_files.record_format import HASH_BYTES, IndexEntry, RecordFlag, pack_entry, unpack_entry
 from antefix_kvstore.eviction import EvictionPolicy
-from antefix_kvstore.forest_rows import Forest, hang_together, parent_names
+from antefix_kvstore.forest_rows import Forest, follow_parents, hang_together, parent_names
 from antefix_kvstore.header_rows import extents_of, owner_key, short_entries
 from antefix_kvstore.index_sums import sums_by
 from antefix_kvstore.index_writer import IndexTxn
@@ -85,8 +85,9 @@ class BulkIndex:
         if not len(rows):
             return rows
         parents = parent_names(rows)
-        blocks = set(rows["hash"][rows["kind"] == RecordKind.BLOCK].tolist())
-        known = self.entries(RecordKind.BLOCK, {*parents} - blocks)
+        outside = {parents[at] for at in np.flatnonzero(~follow_parents(rows)).tolist()}
+        outside.difference_update(rows["hash"][rows["kind"] == RecordKind.BLOCK].tolist())
+        known = self.entries(RecordKind.BLOCK, outside)
         prefixes = {name: entry.prefix_bytes for name, entry in known}
         forest = hang_together(rows, parents, prefixes, takes_apart=takes_apart)
         self._write(rows, forest)

@@ -96,7 +96,9 @@ class KvStoreConfig(ObjectUploadConfig):
     queue_bytes_max: int = setting(
         256 * MIB, "payload bytes that may wait for the writer before puts are refused", unit="bytes"
     )
-    compact_bytes_per_s: int = setting(32 * MIB, "how fast background compaction may copy", unit="bytes")
+    compact_bytes_per_s: int = setting(
+        32 * MIB, "how fast background compaction may copy; half as fast while payloads are read", unit="bytes"
+    )
     scrub_bytes_per_s: int = setting(8 * MIB, "how fast the scrubber may read; 0 turns it off", unit="bytes")
 
     grace_s: float = grace_setting()

@@ -114,6 +114,8 @@ class StorageEngine:
         self.on_wanted: Callable[[str, Sequence[RecordName]], None] = lambda _policy, _names: None
         # Damage that a read or write found in the index, kept until it is rebuilt; and why the last rebuild failed.
         self._damage = self._unhealed = ""
+        # `counters.bytes_read` when background compaction last ran.
+        self._bytes_read_before = 0
         self.events = EventLog(self.index)
         self.index.on_change = self._publish
         self.space = Space(
@@ -400,7 +402,18 @@ class StorageEngine:
             # Touches and expiry need space before they free any, and compaction copies before it deletes.
             return
         self.space.reserve.hold()
-        self.space.compactor.compact_step(HALF_DEAD, round(self.config.compact_bytes_per_s * MAINTAIN_S))
+        self.compact_in_background()
+
+    def compact_in_background(self, gain_min: float = HALF_DEAD) -> int | None:
+        """One step of background compaction, at the allowed rate; at half of it if payloads were read since the last
+        step, so that reads are hardly slowed.
+
+        gain_min: as for `Compactor.compact_step`. Returns the bytes copied; None if no segment pays.
+        """
+        with self._lock:
+            before, self._bytes_read_before = self._bytes_read_before, self.counters.bytes_read
+            seconds = MAINTAIN_S if self._bytes_read_before == before else MAINTAIN_S / 2
+            return self.space.compactor.compact_step(gain_min, round(self.config.compact_bytes_per_s * seconds))
 
     def _check_directory(self) -> None:
         """Raises:  IndexDamaged: the files in our directory are not ours (another writer's, perhaps), or are

@@ -111,6 +111,22 @@ def test_a_torn_header_before_the_cut_does_not_hide_the_next_batch(open_engine: 
     assert scanned == [*PROMPT.hashes[:2], *other.hashes]
 
 
+@pytest.mark.parametrize("at", [0, 8, 100, 164, 165, 168, 228, 200, 240])
+def test_a_scan_of_many_records_of_one_size_leaves_out_only_the_damaged_one(
+    open_engine: OpenEngine, tmp_path: Path, at: int
+) -> None:
+    engine = open_engine()
+    prompt = Prompt([7] * BLOCK * 40, payload_bytes=100)
+    engine.put(prompt.blocks())
+    engine.abandon()
+    path = segment_files(tmp_path / "store")[0]
+    raw = bytearray(path.read_bytes())
+    raw[raw.find(prompt.hashes[29] + prompt.hashes[28]) - 32 + at] ^= 1
+    path.write_bytes(raw)
+    scanned = [header.hash for header in engine.segments.scan(1, check_payloads=False)]
+    assert scanned == [*prompt.hashes[:29], *prompt.hashes[30:]]
+
+
 @pytest.mark.parametrize("step", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_every_flipped_byte_of_a_segment_is_a_miss_or_harmless(
     open_engine: OpenEngine, tmp_path: Path, step: int

@@ -133,6 +133,21 @@ def test_half_dead_segments_are_compacted_a_step_at_a_time(open_engine: OpenEngi
     assert all(prompt.check(engine) == 3 for prompt in prompts[2::3])
 
 
+def test_background_compaction_copies_half_as_much_while_payloads_are_read(
+    open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = open_engine(compact_bytes_per_s=1_000_000)
+    engine.put(PROMPT.blocks())
+    steps: list[int] = []
+    monkeypatch.setattr(engine.space.compactor, "compact_step", lambda _gain_min, nbytes: steps.append(nbytes))
+    engine.maintain()
+    outcome = engine.reader.read(RecordKind.BLOCK, PROMPT.hashes[0], fingerprint=FINGERPRINT)[1]
+    engine.settle(RecordKind.BLOCK, PROMPT.hashes[:1], outcome, num_missed=0)
+    engine.maintain()
+    engine.maintain()
+    assert steps == [250_000, 125_000, 250_000]
+
+
 class CountingDisk(Disk):
     def __init__(self) -> None:
         self.num_syncs = self.num_names = 0

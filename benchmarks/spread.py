@@ -1,0 +1,26 @@
+"""The median of repeated measurements, and how far they lie apart.
+
+On a machine whose disk and processor are shared, a single figure says little: one slow minute decides it. So figures
+that are compared are measured in short rounds, in turn, and a ratio is the median of the rounds' ratios.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def with_spread(name: str, values: Sequence[float]) -> dict[str, float]:
+    """The median as `name`. A quarter of the values is below `name`_low, and a quarter above `name`_high."""
+    low, high = np.quantile(values, (0.25, 0.75)).tolist()
+    return {name: statistics.median(values), f"{name}_low": low, f"{name}_high": high}
+
+
+def over_neighbours(ours: Sequence[float], limits: Sequence[float]) -> list[float]:
+    """Each of ours over the mean of the limits measured just before and just after it.
+
+    Shapes:  ours [N], limits [N + 1], measured in turn, beginning with a limit.
+    """
+    return [2 * each / (limits[at] + limits[at + 1]) for at, each in enumerate(ours)]
