@@ -47,8 +47,10 @@ class ServiceClient(Generic[Stub]):
         raise NotImplementedError
 
     def _stream(self, call: Call) -> Call:
-        """The call, which `close` ends. A channel's own `close` overlooks a stream that nobody reads at that moment (with
-        grpcio 1.78 on Python 3.12, its reader then waits for ever).
+        """Note a call that `close` ends.
+
+        A channel's own `close` overlooks a stream that nobody reads at that moment: with grpcio 1.78 on Python 3.12,
+        its reader would then wait for ever.
         """
         self._streams.add(call)
         return call
