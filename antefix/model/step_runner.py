@@ -55,7 +55,7 @@ BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _BLOCKS_MIN = 64
 # A starting worker records graphs for at most this long; a recording that has begun is finished.
 PREPARE_S = 20.0
-# Most graphs that are kept; a graph holds little memory but its own record of launches.
+# Most graphs that are kept, the latest used ones; a graph holds little memory but its own record of launches.
 _GRAPHS_MAX = 64
 # Fewest rows, and fewest sequences (the dummy included), of a graph for several tokens per sequence.
 _ROWS_MIN = 16
@@ -247,11 +247,13 @@ class StepRunner:
         if not self._may_record(model):
             return None
         graphs = self._graphs.setdefault(pool, {})
-        found = graphs.get(shape)
+        # The graph used last stands last, so the first one was not used for longest.
+        found = graphs.pop(shape, None)
         if found is not None and found.generation == seats.generation:
+            graphs[shape] = found
             return found
-        if len(graphs) >= _GRAPHS_MAX and shape not in graphs:
-            graphs.clear()
+        if len(graphs) >= _GRAPHS_MAX:
+            del graphs[next(iter(graphs))]
         # A graph that is recorded again needs no warm-up. Over ranks there must be none: each rank moves its seats at
         # its own time, so the others would not take part in a trial step.
         made = self._record(model, seats, shape, step, is_warm=found is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -162,3 +163,20 @@ def test_a_bucket_holds_its_call_and_a_row_of_nobody() -> None:
         assert bucket.sequences > live
         assert bucket.blocks >= blocks
         assert bucket == chunk_bucket(bucket)
+
+
+def test_a_recording_more_than_fits_drops_the_one_not_used_for_longest(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(torch.device("cpu"))
+    pool, runner = CardPool(model.layout, 1, "cpu"), StepRunner(reproducible=True, graphs=True, chunks=True)
+    seats, made = runner.seats(model), []
+
+    def record(_: StepRunner, __: Model, seats: Seats, shape: ChunkShape, ___: Any, *, is_warm: bool) -> Any:
+        made.append((shape.rows, is_warm))
+        return mock.Mock(generation=seats.generation)
+
+    monkeypatch.setattr(StepRunner, "_may_record", lambda *_: True)
+    monkeypatch.setattr(StepRunner, "_record", record)
+    monkeypatch.setattr(step_runner, "_GRAPHS_MAX", 2)
+    for rows in (16, 32, 16, 64, 16, 32):
+        runner._recorded_chunk(model, pool, seats, ChunkShape(rows, 2, 1))
+    assert made == [(16, False), (32, False), (64, False), (32, False)]
