@@ -6,8 +6,8 @@ service.
 
     from antefix import RouterClient, Sampling
 
-Names are loaded when they are first used, so `import antefix` alone needs neither gRPC nor torch. This package also
-holds the code that the services share. It imports none of the services.
+Names are loaded when they are first used, so `import antefix` alone needs neither gRPC nor torch. The package
+`antefix` also holds the code that the services share. The package `antefix` imports none of the services.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Names of cached things: fingerprints and keyed, chained block hashes (docs/FORMAT.md, "Names").
 
 Two requests share KV exactly when they share fingerprint, tenant key and every token up to and including the
-block. Nothing here is random or depends on a process: the golden test pins the bytes. Never sees tensors.
+block. No part of a name is random or depends on a process: the golden test pins the bytes. Never sees tensors.
 """
 
 from __future__ import annotations
@@ -152,7 +152,8 @@ def hash_kind_of(statement: bytes) -> HashKind:
 
 
 def differing_fields(one: bytes, other: bytes) -> tuple[str, ...]:
-    """The names of the fields in which two statements differ, in order. Both must have this version of names."""
+    """The names of the fields in which two statements differ, in order. The two statements must have this version of
+    names."""
     mine, theirs = json.loads(one), json.loads(other)
     return tuple(sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)))
 
@@ -167,7 +168,7 @@ def arithmetic_of(device: str, dtype: str, *, reproducible: bool = False) -> str
     """The name of a set-up's arithmetic, on which KV's bits depend, such as "cpu-float32" or "cuda-bfloat16".
 
     device: torch's name, such as "cuda:1".
-    reproducible: the setting of that name. It changes nothing on a CPU. On a card the name becomes
+    reproducible: the setting of that name. `reproducible` changes nothing on a CPU. On a card the name becomes
     "cuda-bfloat16-reproducible", because KV from the faster kernels agrees within bounds only: a hit on such KV would
     not equal a cold run to the bit.
     """

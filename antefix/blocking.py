@@ -4,8 +4,9 @@
         for message in router.generate("Once", Sampling(max_tokens=20)):
             print(message.text, end="")
 
-Each client runs its own event loop in its own thread. So it also works inside a running event loop, but it blocks that
-loop until the call returns. Several threads may use one client. `close`, or leaving `with`, ends the thread.
+Each client runs its own event loop in its own thread. So a blocking client also works inside a running event loop, but
+it blocks that loop until the call returns. Several threads may use one client. `close`, or leaving `with`, ends the
+thread.
 """
 
 from __future__ import annotations

@@ -102,7 +102,7 @@ class Table:
         return Table(self.take(name), f"{self.where}: {name}") if self.has(name) else None
 
     def children(self, name: str) -> list[Table]:
-        """The tables of the array [[name]]. Their error messages number them from 1 on."""
+        """The tables of the array [[name]]. The tables' error messages number them from 1 on."""
         value = self.take(name, [])
         if not isinstance(value, list):
             raise self.wrong(name, f"tables, each under [[{name}]]", value)

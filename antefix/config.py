@@ -41,7 +41,8 @@ def setting(
 
 
 def same_setting(config_type: type[Any], name: str) -> Any:
-    """A field copied from another service's settings, with its default and help. Both services need the same value."""
+    """A field copied from another service's settings, with its default and help. The two services need the same
+    value."""
     (field,) = (each for each in _fields(config_type) if each.name == name)
     return dataclasses.field(default=field.default, metadata=field.metadata)
 

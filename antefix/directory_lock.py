@@ -39,7 +39,9 @@ class DirectoryLock:
 
     @property
     def is_of_the_present(self) -> bool:
-        """Whether the locked directory is still the one at its path. False: it was renamed, deleted or replaced."""
+        """Whether the locked directory is still the one at its path. False: the directory was renamed, deleted or
+        replaced.
+        """
         try:
             return self.is_held and os.path.samestat(os.fstat(self._fds[0]), self._directory.stat())
         except OSError:

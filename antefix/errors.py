@@ -109,7 +109,7 @@ class NotFinite(Unavailable):
 
 
 class StepFailed(Unavailable):
-    """The model failed for this request only. Nothing of the request is stored. The caller tries
+    """The model failed for this request only. After this error, nothing of the request is stored. The caller tries
     another replica once.
     """
 

@@ -1,4 +1,4 @@
-"""One request for an output, as it passes from the HTTP or gRPC API to the workers. It is made
+"""One request for an output, as it passes from the HTTP or gRPC API to the workers. The request is made
 once and never changed.
 """
 

@@ -1,7 +1,7 @@
 """Grammars that an output has to follow: the engine (llguidance), its limits, and a model's vocabulary for it.
 
 A grammar is text in the engine's Lark dialect, with JSON schemas in it. The router makes grammars from requests, and
-decode workers apply them. Both use the same limits, so decode can apply every grammar that the router accepts.
+decode workers apply them. Both services use the same limits, so decode can apply every grammar that the router accepts.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Vocabulary:
         self.engine = llguidance.LLTokenizer(words, n_vocab=len(tokens), eos_token=ends)  # type: ignore[arg-type]
 
     def matcher(self, grammar: str) -> llguidance.LLMatcher:
-        """A matcher at the start of the grammar. Its `is_error` says whether the grammar is usable.
+        """A matcher at the start of the grammar. The matcher's `is_error` says whether the grammar is usable.
 
         Building it may take long, so callers must not build it on an event loop.
         """

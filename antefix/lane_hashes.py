@@ -1,9 +1,10 @@
 """Block hashes of hash kind 3: all blocks' tokens are hashed at once and their digests chained (docs/FORMAT.md).
 
 One call per block would cost more than hashing its 128 tokens. So a prompt takes a few dozen calls in all; each call
-processes one 16-byte piece of every block. Both parts are standard MACs under keys of the tenant: AES-CMAC (NIST SP
-800-38B) of each block's tokens, and encrypted CBC-MAC (ISO/IEC 9797-1, algorithm 2) of the digests so far. Anyone with
-a key can make two names equal; docs/FORMAT.md ("Names") says who has keys, and why no unkeyed hash is used.
+processes one 16-byte piece of every block. The block hash and the hash of the chain are standard MACs under keys of
+the tenant: AES-CMAC (NIST SP 800-38B) of each block's tokens, and encrypted CBC-MAC (ISO/IEC 9797-1, algorithm 2) of
+the digests so far. Anyone with a key can make two names equal; docs/FORMAT.md ("Names") says who has keys, and why no
+unkeyed hash is used.
 """
 
 from __future__ import annotations

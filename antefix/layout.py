@@ -192,8 +192,8 @@ class KVGeometry:
         """For each layer, how many of the last tokens before a block's end affect the window state there.
 
         A layer's own state is its last n_win window entries and, in a CSA layer, the m overlap rows of its last group.
-        Its output also feeds the layers above, where each query sees the n_win - 1 tokens before its own. Global KV
-        adds nothing, because a replay reads it from the store. Replays are planned and run by this bound, which is
+        A layer's output also feeds the layers above, where each query sees the n_win - 1 tokens before its own. Global
+        KV adds nothing, because a replay reads it from the store. Replays are planned and run by this bound, which is
         derived only here. The bound is sharp, counting also window entries that are stored but never read again
         (tests/model traces and measures it).
         """

@@ -1,8 +1,8 @@
 """Which store probably has which part of a prompt's chain. A router sends it with the call, so the worker need not ask.
 
-It is a hint and may be stale. A block that is not where the hint says is read elsewhere or computed; a block that is
-stored where the hint does not say is computed again. The worker still asks the stores that the hint does not name, and
-its own stores, whose answers are newer.
+The message is a hint and may be stale. A block that is not where the hint says is read elsewhere or computed; a block
+that is stored where the hint does not say is computed again. The worker still asks the stores that the hint does not
+name, and its own stores, whose answers are newer.
 """
 
 from __future__ import annotations

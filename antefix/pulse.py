@@ -59,7 +59,8 @@ class Pulse:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """name: the peer's name in messages.  ask: asks the peer, and returns when it has answered. An AntefixError
-        from `ask` means that the peer cannot be reached. That is not silence, because gRPC reports it to all callers.
+        from `ask` means that the peer cannot be reached. Such an error is not silence, because gRPC reports it to all
+        callers.
         """
         self.name = name
         self.rtt_s = 0.0

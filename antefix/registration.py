@@ -1,4 +1,5 @@
-"""Registration of workers: only a process with the deployment's secret may register. It proves that without sending it.
+"""Registration of workers: only a process with the deployment's secret may register. A process proves that without
+sending it.
 
 Applications call the router on the same port. An application that could register its own address as a worker would
 receive other tenants' prompts.

@@ -5,7 +5,7 @@ protobuf, or breaks a limit, becomes an `Unreadable`, which the interceptor refu
 gRPC would answer UNKNOWN and log a traceback.
 
 A service that calls another one checks the answer in the same way (`answered`). Most fields of answers have no limit in
-the proto. Then numbers must be finite, and lists no longer than any service makes.
+the proto. For fields without a limit, numbers must be finite, and lists no longer than any service makes.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import os
 import resource
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from antefix.security.credentials import Credentials
 from antefix.security.guard import Guard, admitted
 from antefix.security.identity import Role
 from antefix.security.idle_connections import watch_connections
-from antefix.security.listening import UNIX, check_calling, join_address, parse_address
+from antefix.security.listening import UNIX, bare_host, check_calling, join_address, parse_address
 from antefix.security.own_credentials import credentials_for
 from antefix.security.process_security import OPEN, ProcessSecurity
 from antefix.telemetry.context import incoming
@@ -423,7 +424,22 @@ def private_files() -> Any:
 
 
 def _port_error(address: str) -> errors.ConfigError:
-    return errors.ConfigError(f"cannot listen on {address}: the port is in use or not permitted; choose another, or 0")
+    why = _not_this_host(address) or "the port is in use or not permitted; choose another, or 0"
+    return errors.ConfigError(f"cannot listen on {address}: {why}")
+
+
+def _not_this_host(address: str) -> str:
+    """Why the address's host cannot be listened on, whatever the port; empty: it can."""
+    host, _ = parse_address(address)
+    if host.startswith(UNIX):
+        return ""
+    try:
+        family, kind, _, _, where = socket.getaddrinfo(bare_host(host), 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(where)
+    except OSError as err:
+        return f"{host} is no address of this host ({err.strerror})"
+    return ""
 
 
 async def run_until_signal(

@@ -1,4 +1,6 @@
-"""How the next token is chosen: the settings of one request, checked. What they do is vLLM's (docs/HTTP_API.md)."""
+"""How the next token is chosen: the settings of one request, checked. The settings mean what vLLM's settings of the
+same name mean (docs/HTTP_API.md).
+"""
 
 from __future__ import annotations
 

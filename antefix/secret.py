@@ -1,4 +1,4 @@
-"""The deployment's secrets, by generation, and the keys derived from them. They are never logged and never sent.
+"""The deployment's secrets, by generation, and the keys derived from them. The secrets are never logged and never sent.
 
 New records are named and sealed with the first secret. Older secrets find the records that were written with them
 (docs/FORMAT.md, "Names").

@@ -1,7 +1,7 @@
 """Text to token ids and back: a Hugging Face tokenizer directory, or plain bytes for the small model.
 
-Both decode their own tokens exactly: decode(encode(text)) equals text. So an answer that a client sends again can hit
-the cache. Never sees tensors.
+Both kinds of tokenizer decode their own tokens exactly: decode(encode(text)) equals text. So an answer that a client
+sends again can hit the cache. Never sees tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from antefix.tokenizer_files import NUM_BYTES, check_tokenizer_file, eos_ids_of,
 
 
 class Tokenizer(Protocol):
-    """What the services need of a tokenizer."""
+    """The interface of a tokenizer, as the services use it."""
 
     eos_ids: frozenset[int]
     # Tokens that are not text, such as turn markers and padding. Markup that is part of the text is not among them.
@@ -39,14 +39,14 @@ class Tokenizer(Protocol):
         """The text of ids; special tokens are written out."""
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for. They may be only part of a character."""
+        """The bytes that one token stands for. The bytes may be only part of a character."""
 
     def stream(self) -> TextStream:
         """A new decoder that returns text as tokens arrive."""
 
 
 class TextStream(Protocol):
-    """Turns tokens into text piece by piece. It holds back the bytes of an unfinished character."""
+    """Turns tokens into text piece by piece. The decoder holds back the bytes of an unfinished character."""
 
     def push(self, ids: Sequence[int]) -> str: ...
 
@@ -176,8 +176,8 @@ _CUTTERS = {"Sequence", "Split", "ByteLevel", "Digits"}
 
 
 def _keeps_all(spec: dict[str, Any]) -> bool:
-    """Whether the tokenizer drops and changes no character. Then no token stands for more characters than its own
-    length.
+    """Whether the tokenizer drops and changes no character. If it does, no token stands for more characters than its
+    own length.
     """
 
     def parts(part: Any) -> Iterator[dict[str, Any]]:

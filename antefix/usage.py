@@ -1,7 +1,7 @@
 """What one request used: one form of its counts for the bill, prices, metrics and clients' answers.
 
-It is converted only where it leaves the process: `antefix.wire` (protobuf), `antefix_billing.providers` (OpenAI's and
-Anthropic's JSON) and `antefix_billing.usage_record` (the ledger's bytes).
+The usage is converted only where it leaves the process: `antefix.wire` (protobuf), `antefix_billing.providers`
+(OpenAI's and Anthropic's JSON) and `antefix_billing.usage_record` (the ledger's bytes).
 """
 
 from __future__ import annotations

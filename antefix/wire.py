@@ -1,4 +1,4 @@
-"""Converts between Antefix's value types and protobuf messages. Only servers and clients use it."""
+"""Converts between Antefix's value types and protobuf messages. Only servers and clients use this module."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
 Routers, store, decode workers and the pusher are the real processes with a small random model. Redis is a real server
 that loses all its data at each kill. Receivers are local stand-ins for billing systems that keep events by their ids.
 `bill_failures.py` causes the failures: kills of each role, steps of the host's clock, reloads, and changes of the
-price. Clients send each request again, to any router, until they have its answer. Some send a request again although
-they have its answer, and some first disconnect in the middle.
+price. Clients send each request again, to any router, until they have its answer. Some clients send a request again
+although they have its answer, and some first disconnect in the middle.
 
 At the end three records must agree, to the token and the last decimal: the usage that clients were told, the ledgers
 with their adjustments, and the events of each receiver. Every hit must be in the store's log, every anchor in its

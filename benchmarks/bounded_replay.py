@@ -4,9 +4,9 @@
 
 The benchmark runs a document of the model's kind of text cold. At each resume point it rebuilds window state by
 replaying k windows, where tokens before the replay's start are not visible, and compares the next tokens' logits with
-the cold run's. It reports for each k the largest and median logit error relative to the largest logit, the KL
-divergence of the next-token distributions, and how often the likeliest token differs. The last k is at least as long as
-an exact replay, so its error must be 0.
+the cold run's. The benchmark reports for each k the largest and median logit error relative to the largest logit, the
+KL divergence of the next-token distributions, and how often the likeliest token differs. The last k is at least as
+long as an exact replay, so its error must be 0.
 """
 
 from __future__ import annotations

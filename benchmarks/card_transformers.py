@@ -2,9 +2,10 @@
 
     python -m benchmarks.card_transformers --lengths 1024 2048 4096 8192 --out results
 
-Both implementations run a CSA and an HCA layer of V4-Flash's width in bfloat16 with random weights. They run a whole
-prompt at once, without a cache, and compute the last token's logits. transformers uses eager attention, because it has
-no other. Times are medians after a warm-up. Where one of them runs out of memory, the report says so for that length.
+Both implementations run a CSA and an HCA layer of V4-Flash's width in bfloat16 with random weights. The
+implementations run a whole prompt at once, without a cache, and compute the last token's logits. transformers uses
+eager attention, because it has no other. Times are medians after a warm-up. If an implementation runs out of memory,
+the report says so for that length.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ One run measures all ways in turn, repeatedly, over loopback. Each server is a s
 
     grpc       a bare stream of 1 MiB chunks: the least that a Python gRPC server can do
     grpc_2     the same bytes in two halves, each over a connection of its own
-    socket     the file of the payloads over a TCP socket: sendfile in clear, a buffer at a time over TLS
+    socket     the file of the payloads over a TCP socket: sendfile without TLS, a buffer at a time over TLS
     socket_2   the same bytes in two halves, each over a connection of its own
     flight     Arrow Flight: one table of 1 MiB binary rows
     restore    the store's own restore of the same bytes, every block verified; by 1, 4 and 8 readers

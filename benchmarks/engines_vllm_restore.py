@@ -2,10 +2,10 @@
 
     .engines/vllm/bin/python benchmarks/engines_vllm_restore.py [--model plain] [--tokens 540] [--json FILE]
 
-There is one process per tier. Both run at the same time, so that other work on the machine delays both equally. Each
-computes and stores a prompt of a small random V4 or plain model. Then it clears vLLM's own caches and sends the prompt
-again, --runs times. It prints medians of the whole request's seconds, and of its loads' seconds by vLLM's own metric.
-With --tokens 540 a V4 load has 2 blocks and a window.
+The benchmark starts one process per tier. The processes run at the same time, so that other work on the machine delays
+both equally. Each computes and stores a prompt of a small random V4 or plain model. Then it clears vLLM's own caches
+and sends the prompt again, --runs times. The benchmark prints medians of the whole request's seconds, and of its loads'
+seconds by vLLM's own metric. With --tokens 540 a V4 load has 2 blocks and a window.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     .engines/vllm/bin/python benchmarks/engines_vllm_tiers.py DIRECTORY [--tokens 16384] [--runs 5]
 
 Rows have the layout of vLLM's planner for Flash (tests/foreign_engines/vllm_flash_plan.json) and hold random bytes. No
-model runs. The benchmark gives the same jobs to the two tier classes that vLLM loads. It prints one JSON object with
-bytes on disk, and seconds to store, to restore from the page cache and to restore from the disk. These are medians of
---runs.
+model runs. The benchmark gives the same jobs to the two tier classes that vLLM loads. The benchmark prints one JSON
+object with bytes on disk, and seconds to store, to restore from the page cache and to restore from the disk. These are
+medians of --runs.
 """
 
 from __future__ import annotations

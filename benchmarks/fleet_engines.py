@@ -3,8 +3,8 @@
     PYTHONPATH=. python benchmarks/fleet_engines.py --json benchmarks/results/fleet_engines.json
 
 vLLM runs in a separate environment (`make test-engines`), on a CPU, with a random model of two layers. The benchmark
-measures hits and placement. Its times are those of a small model on a shared machine. Both policies get conversations
-of the same shape but with different text, so that neither hits KV that the other left.
+measures hits and placement. The measured times are those of a small model on a shared machine. Both placement policies
+get conversations of the same shape but with different text, so that neither hits KV that the other left.
 """
 
 from __future__ import annotations

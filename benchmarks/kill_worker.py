@@ -3,7 +3,7 @@
     python benchmarks/kill_worker.py --json benchmarks/results/kill_worker.json
 
 Simulates the chat trace under least_work, with and without the shared store. In one run a worker dies for good at
-300 s, and in the other no worker dies. Both runs are compared over the same five minutes.
+300 s, and in the other no worker dies. The two runs are compared over the same five minutes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Would SQLite (WAL, synchronous=FULL) keep the ledger as fast as our own files? Both run in turn, in one run.
+"""Would SQLite (WAL, synchronous=FULL) keep the ledger as fast as our own files? SQLite and our ledger run in turn, in
+one run.
 
     python -m benchmarks.ledger_sqlite [--directory DIR] [--records N] [--runs N] [--save]
 

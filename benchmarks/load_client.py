@@ -1,7 +1,7 @@
 """An HTTP client that uses very little CPU, because a benchmark's clients run on the same two cores as the service.
 
-It sends one POST per connection at a time, over keep-alive connections. Measured: it takes 0.1 ms of processor time per
-request, and a full HTTP library (httpx2) takes 1.0 ms.
+The client sends one POST per connection at a time, over keep-alive connections. Measured: it takes 0.1 ms of processor
+time per request, and a full HTTP library (httpx2) takes 1.0 ms.
 """
 
 from __future__ import annotations

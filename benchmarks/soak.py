@@ -7,8 +7,8 @@ The deployment has one router, two prefill and two decode workers that register 
 play conversations of an agents' trace at once, with one token for each of its 64-token hashes. Some requests are sent
 several times at once, and some are cancelled. Every answer is compared with a run of the bare model. One worker of each
 role is killed (kill -9) at random times and restarted; the others keep running. The benchmark samples the memory,
-descriptors and threads of these others, and the disk space of the store, the bill and the logs. It fits a line to the
-last half of each. "grew" names the samples that are not flat (benchmarks/soak_samples.py).
+descriptors and threads of these others, and the disk space of the store, the bill and the logs. The benchmark fits a
+line to the last half of each. "grew" names the samples that are not flat (benchmarks/soak_samples.py).
 """
 
 from __future__ import annotations

@@ -125,8 +125,9 @@ class FilePerBlock:
 class LMCacheDisk:
     """LMCache's local disk backend, called directly: a file a chunk, written by 4 threads, read by 4 into its own pool.
 
-    It syncs nothing and checks nothing; a sync of the file system follows each batch. Its index lives in memory, so it
-    is not opened again for cold reads. Values are put and returned in its memory objects, without a copy to the caller.
+    LMCache's local disk backend syncs nothing and checks nothing; a sync of the file system follows each batch. The
+    backend's index lives in memory, so it is not opened again for cold reads. Values are put and returned in its
+    memory objects, without a copy to the caller.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -151,7 +152,7 @@ class LMCacheDisk:
         self.key = lambda name: CacheEngineKey("model", 1, 0, int.from_bytes(name, "big"), torch.uint8)
 
     def close(self) -> None:
-        """What it has on disk is lost with the process: nothing to close, nothing to open again."""
+        """The process's end loses what is on disk: nothing to close, nothing to open again."""
 
     def put(self, batch: list[tuple[bytes, memoryview]]) -> None:
         left = threading.Semaphore(0)

@@ -3,7 +3,8 @@
     python -m benchmarks.store_ratio [--model DIR] [--text FILE] [--tokens N] [--json]
 
 The benchmark prefills a text, takes the blocks from the pool as they would be stored, and compresses them as the store
-does. It reports the ratio per part, and for comparison that of V4-Flash-shaped blocks packed from Gaussian vectors.
+does. The benchmark reports the ratio per part, and for comparison that of V4-Flash-shaped blocks packed from Gaussian
+vectors.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How near is a remote restore to a bare gRPC stream of 1 MiB chunks? Both on loopback, each from its own process.
+"""How near is a remote restore to a bare gRPC stream of 1 MiB chunks? The restore and the stream run on loopback, each
+from its own process.
 
 Between the two the benchmark measures a ladder of streams. Each rung adds one thing that a restore must do: read each
 chunk from the page cache, checksum it, copy it into the caller's buffer. No restore can be faster than the last rung.

@@ -1,8 +1,8 @@
 """What do traces cost? Sends requests in turn to two deployments: one sends every span, and the other sends none.
 
-Both run at the same time on the same machine, and each request goes to both, in an order that changes. The figure is
-the ratio of medians: of a whole request's time, of its time to first token, and of the processor time that all roles of
-a deployment spent per request. The collector runs in this process, which is not counted.
+The two deployments run at the same time on the same machine, and each request goes to both, in an order that changes.
+The figure is the ratio of medians: of a whole request's time, of its time to first token, and of the processor time
+that all roles of a deployment spent per request. The collector runs in this process, which is not counted.
 
     python benchmarks/tracing_cost.py --requests 200 --json benchmarks/results/tracing_cost.json
 """

@@ -3,8 +3,8 @@
     python -m benchmarks.ttft_tiers --s3 .s3 --json benchmarks/results/ttft_tiers.json
 
 The benchmark runs a whole deployment with two store services, an object tier in a real S3 server (SeaweedFS from
-`--s3`, which `make test-s3` makes) and a real model on this machine's cores. It sends each document cold once, and then
-with another question of 40 tokens in each of these states:
+`--s3`, which `make test-s3` makes) and a real model on this machine's cores. The benchmark sends each document cold
+once, and then with another question of 40 tokens in each of these states:
 
 memory      the same worker again
 disk        the worker started again, its own store's files dropped from the page cache
@@ -301,7 +301,7 @@ async def waiting(args: argparse.Namespace, url: str, directory: Path, rng: np.r
 
 
 async def _start_again(deployment: Deployment) -> None:
-    """The workers, with nothing in memory."""
+    """Restart all workers, so that nothing is in their memory."""
     for process in [each for each in deployment.processes if each.role in ("prefill", "decode")]:
         await deployment.kill(process)
         await deployment.restart(process)

@@ -4,7 +4,7 @@ A figure that was measured has a record: a file of benchmarks/results with commi
 reader finds the record's name next to the figure:
 
 - In README.md and docs/*.md the paragraph, list item or table names a file of benchmarks/results, or a page of
-  docs/results. This does not apply to figures that were not measured: settings, and sizes that a format implies.
+  docs/results. The rule does not apply to figures that were not measured: settings, and sizes that a format implies.
 - In docs/results/*.md the section names a file of benchmarks/results, or says "No record:" and how to measure again.
 
 `make lint` runs it. `--unrecorded` lists the sections that say "No record:", whose figures must be measured again.

@@ -2,7 +2,8 @@
 
     python docs/check_words.py
 
-`make lint` runs it. It does not check code itself: a variable may have any name. WORDS has a replacement for each word.
+`make lint` runs it. The check does not check code itself: a variable may have any name. WORDS has a replacement for
+each word.
 """
 
 from __future__ import annotations
@@ -29,6 +30,13 @@ WORDS = {
     r"forenoon|overmuch|oftentimes|meantimes": "the plain word",
     r"hangs? on": "depend on",
     r"(go|goes|going|gone|went) on": "continue",
+    r"hitherto|heretofore|henceforth|hereafter|thereafter|forthwith|afresh|unto|insofar|inasmuch": "the plain word",
+    r"aforesaid|aforementioned|notwithstanding|whatsoever|howsoever|thrice|twofold|betwixt|amidst": "the plain word",
+    r"hand(s|ed|ing)? on": "pass on",
+    r"(go|goes|went) round": "take turns, repeat, ...",
+    r"in clear": "without TLS, unencrypted",
+    r"for want of": "because there is no",
+    r"in lieu|save for|ought to|shall|comes of": "instead, except, must, ...",
 }
 # Units that are counted, and what they are counted per: "8 bytes per token", not "8 bytes a token".
 _COUNTED = (

@@ -117,7 +117,9 @@ def _waits(member: Any) -> bool:
 
 
 class _Bare(str):
-    """An annotation shown without quotes. It is a string if the source has `from __future__ import annotations`."""
+    """An annotation shown without quotes. The annotation is a string if the source has `from __future__ import
+    annotations`.
+    """
 
     def __repr__(self) -> str:
         return str(self)

@@ -1,4 +1,5 @@
-"""Adapts the documents for `mkdocs build` (mkdocs.yml). They are written for readers of the repository, so these hooks:
+"""Adapts the documents for `mkdocs build` (mkdocs.yml). The documents are written for readers of the repository, so
+these hooks:
 
 - add README.md, CONTRIBUTING.md and CHANGELOG.md, which lie outside docs/, as pages, with README.md as the first page;
 - copy every other file outside docs/ that a page links to, and replace a link to a folder with the folder's name;

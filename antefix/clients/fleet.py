@@ -47,7 +47,9 @@ class CandidateEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainedRequest:
-    """What would happen to a request now. prompt_tokens: 0 where no worker could say.  chosen: who would get it."""
+    """The router's prediction for a request that came now. prompt_tokens: 0 where no worker could say.  chosen: who
+    would get it.
+    """
 
     model: str
     prompt_tokens: int

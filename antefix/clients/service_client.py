@@ -19,7 +19,7 @@ Call = TypeVar("Call", bound=grpc.aio.Call)
 class ServiceClient(Generic[Stub]):
     """A connection to one service at `address`, host:port.
 
-    It connects when first used, reconnects after the service restarts, and may be used on one event loop only.
+    The client connects when first used, reconnects after the service restarts, and may be used on one event loop only.
     """
 
     # Who must answer; None where several roles serve it.

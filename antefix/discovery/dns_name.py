@@ -1,7 +1,7 @@
 """A DNS name that stands for several services, such as a headless Kubernetes service: each address is one of them.
 
 Name servers may give some of many addresses per answer, and an answer may come late or not at all. So an address counts
-until it has been absent for a while; a service that is really gone is left alone by its callers long before.
+until it has been absent for a while; a service that is really gone is not called any more long before that.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class DnsName:
         return frozenset(self._found(address) for address in self._seen)
 
     async def close(self) -> None:
-        """Nothing is open between two questions."""
+        """No connection stays open between two look-ups."""
 
     def _found(self, address: str) -> Found:
         host = f"[{address}]" if ":" in address else address

@@ -24,7 +24,7 @@ def without_finders(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def called_names(texts: Iterable[str]) -> tuple[str, ...]:
-    """host:port of all that is named: addresses, and DNS names. What leases will tell is not known yet."""
+    """host:port of all that is named: addresses, and DNS names. Services found by leases are not known yet."""
     return tuple(text.removeprefix(PREFIX) for text in texts if not text.startswith(_LEASES))
 
 

@@ -62,7 +62,7 @@ class Following:
             self._changed(known)
 
     def start(self) -> None:
-        """Look again and again from now on. Needs a running event loop."""
+        """Start to repeat the look-up. Needs a running event loop."""
         if self._task is None:
             self._task = asyncio.create_task(self._run())
 

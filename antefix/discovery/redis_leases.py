@@ -168,7 +168,7 @@ class LeaseReader:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What a Redis that is away raises. Here, because its client takes a part of a service's start."""
+    """What a Redis that is away raises. Imported here, because its client takes a part of a service's start."""
     from redis.exceptions import RedisClusterException, RedisError
 
     return (RedisError, RedisClusterException, OSError, TimeoutError)

@@ -1,4 +1,4 @@
-"""Follows one source's numbered events: a snapshot, then every change. It notices missed events and recovers.
+"""Follows one source's numbered events: a snapshot, then every change. The follower notices missed events and recovers.
 
 There are two transports. A direct stream carries everything, and continues at its cursor after a break. With Redis, all
 readers share one stream of changes and heartbeats, and get only snapshots from the source itself.
@@ -68,7 +68,7 @@ class Follower(ABC, Generic[E]):
 
     @abstractmethod
     def learn(self, events: Sequence[E]) -> bool:
-        """Apply events to the index. False: they do not fit into the index."""
+        """Apply events to the index. False: the events do not fit into the index."""
 
     def is_intact(self) -> bool:
         """Whether nothing else has removed entries from the index."""

@@ -18,6 +18,7 @@ from zmq.auth.asyncio import AsyncioAuthenticator
 from antefix.errors import ConfigError
 from antefix.private_file import create_private
 from antefix.security.listening import is_loopback
+from antefix.whole_number import whole_number
 
 _KEY_CHARACTERS: Final = 40
 
@@ -67,7 +68,7 @@ def check_endpoint(name: str, endpoint: str, *, is_encrypted: bool) -> None:
     """Raises:  ConfigError: it is not an address of ZeroMQ, or outsiders could read token ids there."""
     scheme, _, rest = endpoint.partition("://")
     port = rest.rpartition(":")[2]
-    if scheme not in ("tcp", "ipc") or not rest or (scheme == "tcp" and not (port.isdigit() and int(port) < 65536)):
+    if scheme not in ("tcp", "ipc") or not rest or (scheme == "tcp" and whole_number(port, 65535) is None):
         raise ConfigError(f"{name} must be tcp://HOST:PORT or ipc://PATH, is {endpoint!r}")
     if not is_encrypted and not is_local(endpoint):
         raise ConfigError(

@@ -1,5 +1,5 @@
-"""Follows one engine's KV events (`kv_events`) in order. It requests a replay of missed messages, and clears its index
-if that fails.
+"""Follows one engine's KV events (`kv_events`) in order. The subscriber requests a replay of missed messages, and
+clears its index if that fails.
 
 Failures, and how they are handled:
     a gap in the numbers        the missing messages are requested from the replay address; without one, or if the
@@ -118,7 +118,7 @@ class KvSubscriber:
             await asyncio.sleep(_RETRY_S)
 
     def forget(self) -> None:
-        """Clear the index, because the engine is gone. Its next message starts a new index."""
+        """Clear the index, because the engine is gone. The engine's next message starts a new index."""
         self._forget()
         self._lose()
 

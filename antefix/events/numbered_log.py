@@ -147,7 +147,7 @@ class NumberedLog(Generic[E]):
 
 
 def snapshot_batches(cursor: Cursor, pieces: Iterable[Sequence[E]]) -> Iterator[Batch[E]]:
-    """The batches of a snapshot that belongs to `cursor`. Its events describe the present state.
+    """The batches of a snapshot that belongs to `cursor`. The snapshot's events describe the present state.
     Reads `pieces` lazily.
     """
     coming = iter(pieces)

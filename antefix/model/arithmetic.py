@@ -11,9 +11,9 @@ is part of every name of KV. Set-ups that compute the same bits share KV; betwee
     cuda-bfloat16-reproducible-...-x2       a model over two cards: a card's share may be summed in other parts
 
 The probe also checks what exactness needs: a row's results must be the same whether the input is computed whole or in
-pieces, and with one thread as with all. It takes at most TIME_S_MAX seconds, and reports the checks that failed
-(`failed`) and those that it could not make (`unproved`). It never sees tokens or stores. Inputs are made from integers,
-so that they are the same on every machine.
+pieces, and with one thread as with all. The probe takes at most TIME_S_MAX seconds, and reports the checks that failed
+(`failed`) and those that it could not make (`unproved`). The probe never sees tokens or stores. Inputs are made from
+integers, so that they are the same on every machine.
 
 Shapes:  K = addends, O = columns, R = rows of a pair.
 """
@@ -190,8 +190,8 @@ def _matrices(model: Model) -> set[tuple[int, int]]:
 
 
 def _packed_products(model: Model) -> Iterator[Step]:
-    """Products with packed weights, once per form and shape. Their bits put into the name how weights are packed and
-    whether inputs are rounded."""
+    """Products with packed weights, once per form and shape. The products' bits put into the name how weights are
+    packed and whether inputs are rounded."""
     found: set[tuple[PackedForm, int, int]] = set()
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear | PackedStack) and not name.startswith("mtp."):

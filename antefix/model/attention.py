@@ -24,7 +24,7 @@ from antefix.model.ranks import Ranks
 
 
 class CSACompressor(Compressor):
-    """CSA's main compressor. It holds the indexer too, as the checkpoints' tensor names do."""
+    """CSA's main compressor. The attention module holds the indexer too, as the checkpoints' tensor names do."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config, LayerKind.CSA, config.geometry.head_dim)

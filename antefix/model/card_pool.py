@@ -1,4 +1,5 @@
-"""A block pool for the kernels, which read and write its packed rows directly. It keeps no decoded copies of them.
+"""A block pool for the kernels, which read and write its packed rows directly. The pool keeps no decoded copies of
+them.
 
 Payloads enter and leave through pinned host memory (`antefix.model.host_rows`).
 

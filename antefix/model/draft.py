@@ -1,7 +1,8 @@
 """Drafts one token ahead with the checkpoint's own draft layer (`mtp.0`), a window-only layer over the main streams.
 
 At position p the layer takes the main model's streams h_p and the token that follows, t_{p+1}, and predicts t_{p+2}.
-Its window KV at p depends on that pair alone, so a prompt's draft state is filled without running its attention.
+The draft layer's window KV at p depends on that pair alone, so a prompt's draft state is filled without running its
+attention.
 
 The draft is only a guess: the main model runs the drafted token behind the chosen one, and the drafted token is kept
 only if the request's sampler chooses it too (`antefix_decode.step`). So a draft state affects speed, never an answer.
@@ -145,7 +146,7 @@ def follow(model: Model, window: WindowState, tokens: Tensor, streams: Tensor, o
 
 
 def _streams(model: Model, state: DraftState) -> Tensor:
-    """The waiting streams [M, D]. A state that was read from bytes has them as one flat row."""
+    """The waiting streams [M, D]. A state that was read from bytes holds the waiting streams as one flat row."""
     return cast(Tensor, state.streams).view(model.config.hc_mult, model.config.hidden_size)
 
 

@@ -4,7 +4,7 @@ A checksum proves that bytes are the ones that were written, not that sensible v
 checked where it enters a worker, in packed form. A code or scale that means no number, or a number beyond the limit,
 shows in the largest byte of its field, so nothing need be decoded. KV that a worker stores is checked in the same way.
 
-Input is rows of global KV [N, block_bytes] uint8. This module does not know where they come from.
+Input is rows of global KV [N, block_bytes] uint8. The check does not know where they come from.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def are_numbers(values: npt.NDArray[np.float32]) -> bool:
 
 
 def _unusable_records(records: Bytes, part: Part, layout: BlockLayout) -> Flags:
-    """The same [N] for records [N, num_rows, record bytes] of one part."""
+    """Whether each record of one part is unusable [N]. records: [N, num_rows, record bytes]."""
     bad = np.zeros(len(records), np.bool_)
     for field in part.record.fields:
         items, mask, largest = _bound(field, part, layout)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def upload(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """A copy of the array on the device. The host does not wait until it is made."""
+    """A copy of the array on the device. The host does not wait for the copy."""
     host = torch.from_numpy(array)
     if device.type != "cuda":
         return host.to(device)

@@ -1,7 +1,8 @@
 """Decides which tensor of a checkpoint goes where in a model, by names, types and shapes; it reads no tensor.
 
-A plan is made from the files' headers and a model without memory. It decides which modules stay packed (those whose
-weights are stored as FP8 or FP4), and divides the load into copies, each from a file's bytes to a range of one tensor.
+A plan is made from the files' headers and a model without memory. The plan decides which modules stay packed (those
+whose weights are stored as FP8 or FP4), and divides the load into copies, each from a file's bytes to a range of one
+tensor.
 """
 
 from __future__ import annotations

@@ -38,8 +38,9 @@ class DecoderLayer(nn.Module):
 
 
 class DraftLayer(DecoderLayer):
-    """Parameters of the layer that predicts one token further ahead, `mtp.0` in checkpoints. It is window-only and
-    never hash-routed. Its output head is a mixing and a norm of its own, then the main model's `lm_head`.
+    """Parameters of the layer that predicts one token further ahead, `mtp.0` in checkpoints. The draft layer is
+    window-only and never hash-routed. The draft layer's output head is a mixing and a norm of its own, then the main
+    model's `lm_head`.
     """
 
     def __init__(self, config: ModelConfig) -> None:

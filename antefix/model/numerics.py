@@ -17,8 +17,8 @@ numbers of threads. On a CPU two things break that, and both are handled here an
                 one thread.
 `antefix.model.arithmetic` tests all of this on the machine where it runs, for the shapes of the loaded model.
 
-On a card, libraries choose kernels by shape as well. There `antefix_kernels.linear` and `antefix_kernels.tokens` are
-used instead (`has_kernels`); they compute a row in the same way whatever else is computed.
+On a card, libraries choose kernels by shape as well. So the model uses the kernels of `antefix_kernels.linear` and
+`antefix_kernels.tokens` there (`has_kernels`), which compute a row in the same way whatever else is computed.
 
 Shapes:  N = rows, K = input width, O = output width, R = rows of one pair.
 """
@@ -154,8 +154,8 @@ class _Prepared:
 
 
 def _prepared(weight: Tensor) -> _Prepared:
-    """The prepared matrix, kept with the weights, because preparing costs more than a small product. It is prepared
-    again if the weights were changed or moved."""
+    """The prepared matrix, kept with the weights, because preparing costs more than a small product. The matrix is
+    prepared again if the weights were changed or moved."""
     if weight.is_inference():
         return _prepare(weight, (0, 0, COLUMN_TILE))
     kept: _Prepared | None = getattr(weight, "_antefix_prepared", None)

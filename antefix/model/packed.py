@@ -1,4 +1,5 @@
-"""Weights in their released form: FP8 or FP4 codes with a scale per block. They stay packed and are decoded by tile.
+"""Weights in their released form: FP8 or FP4 codes with a scale per block. Packed weights stay packed and are decoded
+by tile.
 
 Inputs of packed products are rounded to FP8, as in the released code: in groups of 128 addends, each with the smallest
 power of two that keeps its largest value within the code's range. The grouped output projection is the exception: the

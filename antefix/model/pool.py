@@ -94,7 +94,7 @@ class BlockPool:
         return self._views(block_ids) if self._host is None else self._host.landing(block_ids)
 
     def payloads(self, block_ids: Iterable[int]) -> list[memoryview]:
-        """The blocks' payloads in host memory. They stay valid until the blocks are written again."""
+        """The blocks' payloads in host memory. The payloads stay valid until the blocks are written again."""
         return self._views(block_ids) if self._host is None else self._host.fetch(block_ids)
 
     def unusable(self, block_ids: Iterable[int]) -> list[int]:
@@ -142,7 +142,7 @@ class BlockPool:
         self.decode_rows(block_ids)
 
     def decode_rows(self, block_ids: list[int]) -> None:
-        """These rows have new payloads: update their decoded copies."""
+        """The named rows have new payloads: update their decoded copies."""
         if self.layout.kv_format is not KVFormat.FP8:
             return
         ids = torch.as_tensor(block_ids, dtype=torch.long, device=self.rows.device)
@@ -203,7 +203,7 @@ class BlockPool:
 def _fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> Tensor:
     """Zeros that take no memory until they are written (on a CPU): fresh pages of the system, which are zero already.
 
-    They are mapped directly, not allocated through glibc: `antefix up` has glibc keep large freed memory, and when
+    The pages are mapped directly, not allocated through glibc: `antefix up` has glibc keep large freed memory, and when
     glibc returns kept memory as zeros it clears it first. That made 400 MB of an unused pool resident.
     """
     if torch.device(device).type != "cpu":

@@ -5,7 +5,7 @@ BF16. Indexer keys and queries: Hadamard rotation times d^-1/2, then FP4 E2M1 in
 A scale is the smallest power of two that keeps its group's largest value within the code's range, stored as its
 biased exponent (UE8M0). Rounding is to nearest, ties to even. docs/FORMAT.md has the tables.
 
-Rounded values stay the same when they are packed again: unpack(pack(x)) packs to records of the same values. Their
+Rounded values stay the same when they are packed again: unpack(pack(x)) packs to records of the same values. The packed
 bytes may differ once: if rounding brings a group's largest value down to exactly half the range, the group is packed
 again with half the scale and doubled codes.
 

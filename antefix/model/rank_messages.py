@@ -1,7 +1,7 @@
 """The messages that rank 0 sends to the other ranks: the next call, and the pool and sequences that it uses.
 
-Rank 0 numbers pools, window states and calls. It sends a window state's bytes once, with the first call that uses the
-state; after that every rank advances its own copy. Of block tables it sends the new entries only: tables only grow.
+Rank 0 numbers pools, window states and calls. Rank 0 sends a window state's bytes once, with the first call that uses
+the state; after that every rank advances its own copy. Of block tables it sends the new entries only: tables only grow.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ class Ranks:
     def merge(self, x: Tensor, is_mine: Tensor) -> Tensor:
         """x [N, C], of which each row belongs to one rank: returns all rows, on every rank. is_mine: [N, 1].
 
-        The other ranks' rows are set to -0.0. Adding -0.0 to any number, -0.0 included, leaves its bits. So this sum
+        The rows of other ranks are set to -0.0. Adding -0.0 to any number, -0.0 included, leaves its bits. So this sum
         only picks the rows, in any order. Unlike a gather, which would have to count rows, it never waits for the card.
         """
         x = torch.where(is_mine, x, -0.0)

@@ -199,8 +199,8 @@ def run_tokens(
     write_global_kv: bool = True,
     ops: Ops = _TORCH_OPS,
 ) -> Ran:
-    """`forward` without its last step: the caller then says how many of each sequence's tokens are kept. The others are
-    treated as if they had never run. Raises as `forward`."""
+    """`forward` without its last step: the caller then says how many of each sequence's tokens are kept. The other
+    tokens are treated as if they had never run. Raises as `forward`."""
     # 1. Check everything before anything is written.
     items, given = _plan(model, pool, batch)
     lead = model.lead
@@ -318,7 +318,7 @@ def _run_parted(
     *,
     write: bool,
 ) -> Tensor | None:
-    """The layers on several threads, each with its rows: streams [N, M, D]. None: one thread must run them."""
+    """The layers on several threads, each with its rows: streams [N, M, D]. None: the layers must run on one thread."""
     parts = parts_of(model, len(tokens), threads)
     if len(parts) == 1:
         return None
@@ -482,7 +482,7 @@ class LayerPass:
         item.pending.append(close)
 
     def _group_rope(self, item: Item, first: int, num_groups: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at each group's first token. They are the same for all layers of a kind."""
+        """cos and sin at each group's first token. The values are the same for all layers of a kind."""
         kind = self.attention.kind
         if kind not in item.group_ropes:
             ratio = self.model.config.geometry.ratio(self.index)

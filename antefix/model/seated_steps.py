@@ -144,7 +144,7 @@ class SeatedSteps:
         self._keep(None)
 
     def keep(self, which: collections.abc.Sequence[int]) -> None:
-        """`keep_all` for some of the sequences."""
+        """As `keep_all`, but for some of the sequences only."""
         wanted = np.zeros(self._num, np.int32)
         wanted[list(which)] = 1
         self._keep(upload(wanted, self._seat.device))

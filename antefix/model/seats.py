@@ -1,8 +1,8 @@
 """Window states of decoding sequences on a card: one array per kind of state, indexed by seat.
 
 A decode step reads and writes the states of its whole batch by seat number, in one launch per layer. A sequence gets a
-seat in its first such step. It keeps the seat until it is dropped, or until its tensors are asked for (by a prefill
-chunk or a replay), which moves the state out of the seat. Copying a state does not move it out.
+seat in its first such step. The sequence keeps the seat until it is dropped, or until its tensors are asked for (by a
+prefill chunk or a replay), which moves the state out of the seat. Copying a state does not move it out.
 
     rings      [L, seats * 2 * n_win, R] uint8    a seat's window records, twice: position p lies in rows p mod n_win
                                                   and n_win + p mod n_win, so any window is one run of rows

@@ -223,7 +223,7 @@ class Steps:
             self._moves[s].append((overlap, end))
 
     def _group_rope(self, layer: int, closing: list[int], ratio: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at each closing group's first token. They are the same for all layers of a kind."""
+        """cos and sin at each closing group's first token. The values are the same for all layers of a kind."""
         kind = self._geometry.layers[layer]
         if kind not in self._ropes:
             self._ropes[kind] = self._model.rope(kind, self._position[closing] + 1 - ratio)

@@ -4,8 +4,8 @@ Needs no decoded copies: use it with a CardPool. Attention reads FP16, so its ou
 about 1e-3. Stored records agree except for values that another order of sums moves across a rounding border.
 
 A query's bits depend on which kernel it uses and on how its entries are split among programs; both follow from the
-number of queries. With `reproducible` all queries use one kernel, unsplit. That is slower for few queries, but gives
-the same bits however a prompt is cut.
+number of queries. With `reproducible` all queries use one kernel, unsplit. The single kernel is slower for few
+queries, but gives the same bits however a prompt is cut.
 
 Shapes:  as in antefix.model.ops; B = blocks of the sequence.
 """

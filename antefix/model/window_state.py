@@ -232,9 +232,17 @@ class WindowState:
 
     @classmethod
     def from_bytes(
-        cls, layout: BlockLayout, position: int, data: bytes | memoryview, device: str | torch.device = "cpu"
+        cls,
+        layout: BlockLayout,
+        position: int,
+        data: bytes | memoryview,
+        device: str | torch.device = "cpu",
+        *,
+        num_stream_values: int = 0,
     ) -> WindowState:
         """The state that `to_bytes` wrote at `position`.
+
+        num_stream_values: M * D of the model, the number of values in a draft state's streams; 0 allows any number.
 
         Raises:  BlockCorrupt: the number of bytes is not that of a state at this position, with or without a draft
             state. BlockUnusable: it holds NaN, infinity or numbers beyond the limit (`finite.py`).
@@ -242,7 +250,7 @@ class WindowState:
         state = cls(layout, position, device)
         nbytes = state_bytes(layout, position)
         more = len(data) - nbytes - DraftState.fixed_bytes(layout)
-        if len(data) != nbytes and (more <= 0 or more % 4):
+        if len(data) != nbytes and (more <= 0 or more % 4 or more != 4 * (num_stream_values or more // 4)):
             raise BlockCorrupt(f"window state at position {position} has {nbytes} bytes, not {len(data)}")
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         num_layers, window = layout.geometry.num_layers, layout.geometry.window

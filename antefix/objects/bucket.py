@@ -37,7 +37,7 @@ class Bucket(Protocol):
         """The URL as it was given, to show to people."""
 
     async def put(self, name: str, parts: Sequence[Buffer]) -> None:
-        """Write an object with these bytes, atomically. It replaces an object of the same name."""
+        """Write an object with these bytes, atomically. The new object replaces an object of the same name."""
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         """Bytes [start, stop) of an object; fewer where it ends before.  Raises:  ObjectGone."""

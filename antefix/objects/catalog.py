@@ -1,6 +1,7 @@
-"""This process's index of the object tier: where each record is. Loaded from tiles, and updated from footers.
+"""Where each record of the object tier is, as this process knows it. Loaded from tiles, and updated from footers.
 
-It may lag the bucket by a moment. A new record is found after the next refresh; a read of a deleted record is a miss.
+The index may lag the bucket by a moment. A new record is found after the next refresh; a read of a deleted record is a
+miss.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _EXPIRED_KEPT_MS: Final = 6 * 3_600_000
 class Catalog:
     """Used from one event loop; `find` and `lose` from any thread.
 
-    num_unreadable: segments without a sound footer. Their records cannot be found until a repair.
+    num_unreadable: segments without a sound footer. The records of such segments cannot be found until a repair.
     """
 
     def __init__(self, bucket: Bucket, *, clock_ms: Callable[[], int] = wall_ms) -> None:
@@ -210,7 +211,8 @@ class Catalog:
             return []
 
     async def _drop_before_oldest(self) -> None:
-        """Forget segments older than the oldest one in the bucket. They were deleted, because the oldest go first."""
+        """Forget segments older than the oldest one in the bucket. The forgotten segments were deleted, because the
+        oldest go first."""
         page = await self.bucket.list_objects(SEGMENTS, num_max=1)
         oldest = SegmentRef.of_name(page[0].name, 0) if page else None
         if page and oldest is None:

@@ -27,7 +27,7 @@ _RETRY_S: Final = 5.0
 
 
 class ObjectTier:
-    """Used from one event loop. What it holds is known from `catalog`, a moment late."""
+    """Used from one event loop. The content of the object tier is known from `catalog`, a moment late."""
 
     def __init__(
         self,

@@ -55,7 +55,7 @@ class ObjectWriter:
         return keys is None or owner_row(record.version, record.tenant) in keys
 
     async def write(self, records: Sequence[Record]) -> int:
-        """Write all of these, neighbours together, whatever is there already. Returns the bytes that it took.
+        """Write all of these, neighbours together, whatever is there already. Returns the number of bytes written.
 
         Raises:  Unavailable: not all of them were written.
         """

@@ -1,4 +1,4 @@
-"""A directory with a process's credentials. Its files are read again whenever they change.
+"""A directory with a process's credentials. The files are read again whenever they change.
 
     tls.crt, tls.key, ca.crt    certificate, key, and trusted CAs, with the names that cert-manager and SPIFFE use
     identities.toml             identities of other certificates (`identity_file.py`)

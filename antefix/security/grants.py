@@ -125,11 +125,12 @@ class Granter:
         return self.sign(Grant(owners=tuple(owners), prompt=prompt, expires_ms=expires_ms))
 
     def grant_for(self, keyring: Keyring, tenant: str, tokens: TokenArray, *, ttl_s: float) -> bytes:
-        """A signed grant for a tenant's prompt. It covers records named under any of the deployment's secrets."""
+        """A signed grant for a tenant's prompt. The grant covers records named under any of the deployment's
+        secrets."""
         return self.grant(owners_of(keyring, tenant), prompt_root(keyring, tokens), ttl_s=ttl_s)
 
     def lasting_grant(self, keyring: Keyring, tenant: str, *, ttl_s: float) -> bytes:
-        """A grant for an engine that keeps its KV in the store. It names no prompt, so no worker accepts it."""
+        """A grant for an engine that keeps its KV in the store. The grant names no prompt, so no worker accepts it."""
         return self.grant(owners_of(keyring, tenant), keyring.proof(b"no-prompt"), ttl_s=ttl_s)
 
 
@@ -137,7 +138,7 @@ class GrantCheck:
     """Checks grants against the public keys of the processes that may sign them."""
 
     def __init__(self, keys: Callable[[], Sequence[Ed25519PublicKey]]) -> None:
-        """keys: returns the public keys, at each check. It must return the same object while they do not change."""
+        """keys: returns the public keys, at each check. `keys` must return the same object while they do not change."""
         self._keys = keys
         self._known_with: Sequence[Ed25519PublicKey] = ()
         self._known: OrderedDict[bytes, Grant] = OrderedDict()

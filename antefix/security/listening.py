@@ -7,6 +7,7 @@ import socket
 from typing import Final
 
 from antefix.errors import ConfigError
+from antefix.whole_number import whole_number
 
 UNIX: Final = "unix:"
 _WILDCARDS: Final = ("0.0.0.0", "::", "*")
@@ -22,7 +23,8 @@ def parse_address(address: str) -> tuple[str, int]:
             raise ConfigError("unix: needs a path after it, such as unix:/run/antefix/router.sock")
         return address, 0
     host, _, port = address.rpartition(":")
-    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+    number = whole_number(port, 65535)
+    if not host or number is None:
         raise ConfigError(f"address must be host:port, [IPv6]:port or unix:PATH, is {address!r:.200}")
     if ":" in host and not (host.startswith("[") and host.endswith("]")):
         raise ConfigError(f"address {address!r:.200}: put an IPv6 address into brackets, as in [::1]:7000")
@@ -31,9 +33,15 @@ def parse_address(address: str) -> tuple[str, int]:
             ipaddress.IPv6Address(host[1:-1].partition("%")[0])
         except ValueError as err:
             raise ConfigError(f"address {address!r:.200}: {err!s:.200}") from err
+    elif host.rpartition(".")[2].isdigit() or host.lower().startswith("0x"):
+        # 127.1, 0177.0.0.1 and 2130706433: what they mean differs between resolvers.
+        try:
+            ipaddress.IPv4Address(host)
+        except ValueError as err:
+            raise ConfigError(f"address {address!r:.200}: {err!s:.200}") from err
     elif any(character.isspace() or character in "/@?#[]" for character in host):
         raise ConfigError(f"address must be host:port, [IPv6]:port or unix:PATH, is {address!r:.200}")
-    return host, int(port)
+    return host, number
 
 
 def join_address(host: str, port: int) -> str:

@@ -44,18 +44,18 @@ class Store(Protocol):
         """
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
-        """One verified payload. None: it was never stored, was evicted, or is corrupt."""
+        """One verified payload. None: the payload was never stored, was evicted, or is corrupt."""
 
     async def put(self, records: Sequence[Record]) -> PutResult:
-        """Store records in order. They are durable when this returns, except handoffs, which are kept in memory.
+        """Store records in order. The records are durable when this returns, except handoffs, which are kept in memory.
 
         A block whose parent is not stored is refused: the store stays prefix-closed.
         """
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
         """Tell the store that the caller found the content of these records unusable, although their checksums are
-        right. They are misses until they are put again. Never raises: if the call does not reach the store, the store
-        returns the records again and the caller rejects them again.
+        right. The reported records are misses until they are put again. Never raises: if the call does not reach the
+        store, the store returns the records again and the caller rejects them again.
         """
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:

@@ -1,8 +1,8 @@
 """Several stores as one store: writes go to the nearest, reads come from any, nearest first. Knows hashes and bytes.
 
-It keeps the promises of `antefix.store.api.Store`, with one exception: its look-ups rely on the stores' events, which
-arrive a moment late, and on the stores that answered in time. So a read may miss a block that a look-up promised. A
-store that fails is not asked for a moment. A call fails only if no store answers.
+The combined store keeps the promises of `antefix.store.api.Store`, with one exception: its look-ups rely on the
+stores' events, which arrive a moment late, and on the stores that answered in time. So a read may miss a block that a
+look-up promised. A store that fails is not asked for a moment. A call fails only if no store answers.
 """
 
 from __future__ import annotations
@@ -217,7 +217,8 @@ class ManyStores:
     # --- writing -------------------------------------------------------------------------------------------------
 
     async def put(self, records: Sequence[Record]) -> PutResult:
-        """Write records to the nearest store that accepts them. Their parent records may be in another store.
+        """Write records to the nearest store that accepts them. The parents of the written records may be in another
+        store.
 
         Raises:  Unavailable: no store accepts the records.
         """

@@ -155,7 +155,7 @@ def store_sources(config: FindsStores, keys: EventKeys) -> list[Source]:
 
 
 def open_store(where: StoreAddress | str, *, seals: Seals | None = None) -> LocalStore | RemoteStore:
-    """A client of a store service. It connects when first used, and reconnects after the service came back.
+    """A client of a store service. The client connects when first used, and reconnects after the service came back.
 
     where: a StoreAddress, or "host:port" alone to reach everything over gRPC.  seals: checks the deployment's seals;
     if given, only sealed records are accepted. Every worker must give it.

@@ -227,7 +227,7 @@ def _v2_fields(record: Record) -> dict[str, Any]:
 
 
 class RecordAssembler:
-    """Joins the pieces of a put into records. It holds one record at a time.
+    """Joins the pieces of a put into records. The joiner holds one record at a time.
 
     A record that arrives in one piece, as blocks do, is not copied: its payload is a view of the message.
     """

@@ -1,7 +1,7 @@
 """Assigns the pieces of a prefix to tiers: each piece, in order, to the tier predicted to finish it first. No I/O.
 
-This prefers near tiers, which are faster, until so many pieces wait for a near tier that a farther tier would finish
-sooner. `read_tiers` uses it at the start, and again for the pieces that a tier failed to deliver.
+This order prefers near tiers, which are faster, until so many pieces wait for a near tier that a farther tier would
+finish sooner. `read_tiers` uses it at the start, and again for the pieces that a tier failed to deliver.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Piece:
         return self.stop - self.start
 
     def after(self, num_good: int, *, without: frozenset[int], late: frozenset[int] = frozenset()) -> Piece:
-        """The rest of the piece after `num_good` blocks have arrived, with the tiers that may read it now."""
+        """What is left of the piece after `num_good` blocks have arrived, with the tiers that may read it now."""
         holders, late = self.holders - without - late, (self.late | late) - without
         if not holders:
             holders, late = late, frozenset()

@@ -260,8 +260,8 @@ class RemoteStore:
             await self._tell(kvstore_pb2.TouchRequest(unusable=[name_to_wire((kind, name)) for name in hashes]))
 
     async def tell_forged(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
-        """Tell the store to quarantine records without a valid seal. It has no secret to check seals, so it would keep
-        them.
+        """Tell the store to quarantine records without a valid seal. The store has no secret to check seals, so it
+        would keep them.
 
         Not delayed: the store would otherwise refuse the good records put next, because it already has these names.
         """

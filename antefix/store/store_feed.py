@@ -99,8 +99,8 @@ class StoreFeed(Follower[BlockEvent]):
         return Held.of_flags(flags, checkpoints)
 
     def trim(self) -> None:
-        """Drop names until the feed holds no more than its share of the room. It drops any names: the feed does not
-        know which ones are worth more.
+        """Drop names until the feed holds no more than its share of the room. The feed drops any names: the feed does
+        not know which ones are worth more.
         """
         for names in (self._checkpoints, self._blocks):
             while names and len(self) > self._room.share:

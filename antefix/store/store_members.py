@@ -1,4 +1,6 @@
-"""The stores and tiers behind `ManyStores`. It asks all of them at once, with a time limit, skipping failed ones."""
+"""The stores and tiers behind `ManyStores`. `ManyStores` asks all of them at once, with a time limit, skipping failed
+ones.
+"""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class Tier:
         return self.standing.is_shunned
 
     def failed(self, err: Exception) -> None:
-        """Note an error of the tier. Only a tier that did not answer, or not in time, is left alone for a moment.
+        """Note an error of the tier. Only a tier that did not answer, or not in time, is not used for a moment.
 
         A refusal to one tenant or a broken record says nothing about the tier's other records.
         """

@@ -189,7 +189,7 @@ def read_plan(coded: Buffer) -> tuple[PlanePlan, int]:
 
 
 def _interned(parts: tuple[PlanePart, ...]) -> PlanePlan:
-    """The one plan object per thread and layout. Its derived tables cost more than decoding a small payload."""
+    """The one plan object per thread and layout. The plan's derived tables cost more than decoding a small payload."""
     plans: dict[tuple[PlanePart, ...], PlanePlan] = _local.__dict__.setdefault("plans", {})
     if parts not in plans and len(plans) >= 64:
         plans.clear()

@@ -31,7 +31,7 @@ _CODES: Final = {1: MissReason.EVICTED, 2: MissReason.EXPIRED}
 
 
 class GoneWriter:
-    """Writes the file, for the engine. It never raises, because a failed write only loses an explanation."""
+    """Writes the file, for the engine. The writer never raises, because a failed write only loses an explanation."""
 
     def __init__(self, directory: Path, budget_bytes: int) -> None:
         num_slots = max(_NUM_SLOTS_MIN, min(_NUM_SLOTS_MAX, budget_bytes // _BUDGET_BYTES_A_SLOT))

@@ -48,7 +48,8 @@ class StoreEvent:
 class StoreLog:
     """Writes the log, in the one process that writes the store. Methods may be called from any thread.
 
-    A line that cannot be written is lost. This costs the evidence of a hit, but no read or write of the store fails.
+    A line that cannot be written is lost. A lost line costs the evidence of a hit, but no read or write of the store
+    fails.
     """
 
     def __init__(self, directory: Path, *, file_bytes: int = FILE_BYTES) -> None:

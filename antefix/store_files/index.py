@@ -168,7 +168,7 @@ class Index:
         return None if value is None else unpack_entry(value, block_hash)
 
     def entries(self, txn: Any, kind: RecordKind, hashes: Sequence[bytes]) -> Iterator[IndexEntry | None]:
-        """The entries of several records, as by `entry`. It reads many keys per call, in a third of the time."""
+        """The entries of several records, as by `entry`. The call reads many keys per call, in a third of the time."""
         with txn.cursor(db=self.db[TABLE_OF_KIND[kind]]) as cursor:
             for first in range(0, len(hashes), _GROUP_KEYS):
                 part = hashes[first : first + _GROUP_KEYS]

@@ -233,7 +233,7 @@ class PageFile:
         return None
 
     def find_all(self, state: _State, root: Tree, keys: Sequence[bytes]) -> list[bytes | None]:
-        """As `find`, for many keys. It walks down the tree without a call per page, in a third less time."""
+        """As `find`, for many keys. The look-up walks down the tree without a call per page, in a third less time."""
         if root.page == _NO_ROOT:
             return [None] * len(keys)
         known, below, nbytes = state.branches, range(root.depth - 1), self.page_bytes
@@ -270,7 +270,7 @@ class PageFile:
 class PageTxn:
     """Reads like a transaction of `lmdb`. Each call reads one committed state; after two commits, the newest one.
 
-    So several calls may see different states, in order. They never see an uncommitted state.
+    So several calls may see different states, in order. The calls never see an uncommitted state.
     """
 
     def __init__(self, file: PageFile) -> None:

@@ -1,9 +1,9 @@
 """Reads many raw blocks (neither compressed nor encrypted), and checks all their headers at once.
 
-It makes every check of `read_runs`, but over arrays. For a block of V4-Flash in the page cache, Python's work between
-two system calls costs as much as the checksum, because the other threads wait for it. The blocks pass or fail as a
-whole. If a check fails, or if a record is compressed, encrypted or of version 1, `read_runs` reads the records one by
-one and says what is wrong.
+The reader makes every check of `read_runs`, but over arrays. For a block of V4-Flash in the page cache, Python's work
+between two system calls costs as much as the checksum, because the other threads wait for it. The blocks pass or fail
+as a whole. If a check fails, or if a record is compressed, encrypted or of version 1, `read_runs` reads the records
+one by one and says what is wrong.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ class PlainReads:
         """Read waiting runs until none is left; other threads do the same. Returns False if a run cannot be read. The
         data may only be used after `is_right` has checked all of it.
 
-        Nothing else happens between two preadv calls: the copied data pushes everything else out of the core's caches,
-        and hashing releases the interpreter's lock, for which other threads wait.
+        The reader does nothing else between two preadv calls: the copied data pushes everything else out of
+        the core's caches, and hashing releases the interpreter's lock, for which other threads wait.
         """
         preadv, digest, checksums, seals = os.preadv, xxhash.xxh3_128_digest, wanted.checksums, self._seals
         while waiting:

@@ -108,7 +108,7 @@ class RunReader:
     def copy(self, segment: int, offset: int, into: memoryview, *, wait: bool = True) -> bool:
         """Read a stretch of a segment as it is, without looking at its records.
 
-        Returns whether all of it could be read.  Raises:  BlockingIOError: as in `read`.
+        Returns whether all bytes could be read.  Raises:  BlockingIOError: as in `read`.
         """
         try:
             file = self.files.borrow(segment)

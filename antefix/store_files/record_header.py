@@ -1,7 +1,7 @@
 """A record's header: packing, reading, and the checks that a reader makes of one. Knows bytes, never files.
 
-New records have version 2. Records of version 1 are read, and compaction copies them unchanged. Both headers have 256
-bytes, with hash and fingerprint at the same offsets. docs/FORMAT.md has the tables.
+New records have version 2. Records of version 1 are read, and compaction copies them unchanged. Headers of both
+versions have 256 bytes, with hash and fingerprint at the same offsets. docs/FORMAT.md has the tables.
 """
 
 from __future__ import annotations
@@ -309,7 +309,7 @@ def plain_record(
 
 
 def _places_of(raw: bytes, seed: int, kind: int, block_hash: bytes, fingerprint: bytes) -> _Places | None:
-    """Where a sound header has its fields; None where it is damaged, or another record's."""
+    """The offsets of a sound header's fields; None if the header is damaged or belongs to another record."""
     places = _PLACES.get(raw[:8])
     is_its = (
         places is not None

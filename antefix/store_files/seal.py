@@ -147,7 +147,7 @@ def signed_part(record: Record, generation: int | None = None) -> bytes:
 def record_of(sealed: bytes, payload: Buffer) -> Record | None:
     """The record that a header's sealed part and its payload make, to store it elsewhere as it is; None: of version 1.
 
-    Its seal is not checked here: its reader will.
+    The record's seal is not checked here: its reader will.
     """
     if len(sealed) != SEALED_BYTES or sealed == bytes(SEALED_BYTES):
         return None

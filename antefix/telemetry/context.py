@@ -1,7 +1,7 @@
 """Which request the code that runs now works for: its id and its W3C trace context, on every log line and every call.
 
-Both travel between processes in gRPC's metadata (`outgoing`, `incoming`), and within one in context variables, which
-each task has of its own.
+The id and the trace context travel between processes in gRPC's metadata (`outgoing`, `incoming`), and within one in
+context variables, which each task has of its own.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def trace_id() -> str:
 
 
 def traceparent() -> str:
-    """The trace context to hand on: the innermost span's, or the caller's where nothing is traced here; "" for none."""
+    """The trace context to pass on: the innermost span's, or the caller's where nothing is traced here; "" for none."""
     from antefix.telemetry import tracing
 
     return tracing.current_traceparent() or _parent.get()
 
 
 def callers_traceparent() -> str:
-    """What the caller of the call that is being served handed on; "" for none."""
+    """What the caller of the call that is being served passed on; "" for none."""
     return _parent.get()
 
 
@@ -74,7 +74,7 @@ def outgoing() -> tuple[tuple[str, str], ...] | None:
 
 
 def incoming(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
-    """Take over what a caller handed on; the task that serves the call keeps it to its end."""
+    """Take over what a caller passed on; the task that serves the call keeps it to its end."""
     _request.set("")
     _parent.set("")
     for key, value in metadata or ():

@@ -1,6 +1,6 @@
 """Log lines: one an event, readable or JSON, with the request's and the trace's id. Repeated ones are held back.
 
-Nothing here, and nothing that is logged anywhere, may hold text of prompts or answers.
+No log line, from here or elsewhere, may hold text of prompts or answers.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class RepeatFilter(logging.Filter):
 
 
 class _Formatter(logging.Formatter):
-    """Both forms': a trace says where and what kind of error, and the message of an error of ours alone.
+    """Used by both forms: a stack trace gives places and the kind of error, and a message only of our own errors.
 
     A KeyError, a UnicodeDecodeError or a library's own hold the value that they are about: text of a request, or a key.
     """
@@ -189,7 +189,7 @@ def tell_of_crashes() -> None:
 
 
 class _Handler(logging.StreamHandler[IO[str]]):
-    """Ours, to be told from others."""
+    """Antefix's own log handler: a class of its own, so that it can be told from other handlers."""
 
 
 def set_up_logs(level: str = "info", form: str = "text", stream: IO[str] | None = None) -> None:

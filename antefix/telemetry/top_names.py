@@ -2,7 +2,7 @@
 
 Each value of a label is a series in every scraper, so there may be so many and no more. Which names are shown changes
 slowly: a name takes another's place when it was used twice as much lately. A name that lost its place ends as a series,
-and what comes of it later counts among the rest; sums over increases stay right.
+and its later uses count among the rest; sums over increases stay right.
 """
 
 from __future__ import annotations

@@ -187,8 +187,8 @@ class RestorePlanner:
         return self._stated(PlanKind.COLD, 0, 0, "", 0, 0, 0, num_tokens, seconds)
 
     def _checkpoint(self, stored: StoredPrefix, usable: int) -> Plan | None:
-        """The fastest plan with a checkpoint. That is not always the last checkpoint: an earlier one may be in a faster
-        tier, or loading may be slow.
+        """The fastest plan with a checkpoint. The fastest checkpoint is not always the last checkpoint: an earlier one
+        may be in a faster tier, or loading may be slow.
         """
         groups: dict[tuple[str, bool], list[int]] = {}
         for block, tier in stored.checkpoints.items():

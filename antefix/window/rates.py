@@ -17,8 +17,8 @@ from antefix.linear_law import MEMORY, SECONDS_MIN, Law, LinearLaw
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatePriors:
-    """The speeds assumed before anything was measured. They are pessimistic for loads, so that the first hits are only
-    taken where they are clearly faster.
+    """The speeds assumed before anything was measured. The assumed speeds are pessimistic for loads, so that the first
+    hits are only taken where they are clearly faster.
     """
 
     prefill_tokens_per_s: float = 2_000.0

@@ -15,6 +15,7 @@ from antefix.byte_size import parse_byte_size
 from antefix.config import require
 from antefix.errors import ConfigError
 from antefix.layout import KVGeometry
+from antefix.whole_number import whole_number
 from antefix.window.auto import Auto
 from antefix.window.fixed import Boundary, Full, Periodic, Zero
 from antefix.window.marks import Strategy, Tier
@@ -33,8 +34,8 @@ def parse(text: str) -> Strategy:
     plain: dict[str, Strategy] = {"full": Full(), "boundary": Boundary(), "auto": Auto(), "zero": Zero()}
     if name in plain and not args:
         return plain[name]
-    if name == "periodic" and args.isdecimal():
-        return Periodic(int(args))
+    if name == "periodic" and (every := whole_number(args)) is not None:
+        return Periodic(every)
     if name == "auto":
         return _parse_auto(text, args)
     raise _unknown(text)

@@ -27,7 +27,9 @@ class WindowPool(Protocol):
     """Checkpoints by block hash. Any method may raise Unavailable, which the caller counts and treats as a miss."""
 
     async def put(self, record: Record) -> bool:
-        """Keep a checkpoint for `record.ttl_s`. False: no room, or the pool is known to be down; put it elsewhere."""
+        """Keep a checkpoint for `record.ttl_s`. False: the pool has no room, or is known to be down, so the caller
+        stores the checkpoint elsewhere.
+        """
 
     async def nearest(self, names: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Found | None:
         """The first of `names` that the pool has, with its payload: for these sizes a look-up costs as much as a load.

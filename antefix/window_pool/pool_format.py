@@ -1,6 +1,6 @@
 """A checkpoint as one Redis value: a record header of version 2 (docs/FORMAT.md), then the raw payload.
 
-The header is that of a pooled checkpoint outside any segment: segment, offset and the checksum's seed are 0. It
+The header is that of a pooled checkpoint outside any segment: segment, offset and the checksum's seed are 0. The header
 contains fingerprint and hash, so a value under the wrong key is detected like a damaged one. Anyone with the Redis
 password can write values with right checksums, but not with a valid seal.
 """

@@ -88,7 +88,8 @@ class RedisWindowPool:
         return None
 
     async def _get(self, name: bytes, key: str, fingerprint: bytes, tenant: bytes) -> bytes | None:
-        """One checkpoint's payload. None: it is gone, or it is damaged or forged; then it is counted and deleted."""
+        """One checkpoint's payload. None: the checkpoint is gone, damaged or forged; if it is damaged or forged, it is
+        counted and deleted."""
         value = await self._ask(self._redis.get(key))
         if value is None:
             return None
@@ -150,7 +151,7 @@ class RedisWindowPool:
         return time.monotonic() < self._down_until_s
 
     async def _ask(self, call: Awaitable[T]) -> T:
-        """Raises:  Unavailable: the server failed or took too long; it is left alone for a while."""
+        """Raises:  Unavailable: the server failed or took too long; it is not asked for a while."""
         try:
             # The client's own timeouts are per socket operation: a trickling server would pass them for minutes.
             async with asyncio.timeout(4 * self._timeout_s):

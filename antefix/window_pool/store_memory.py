@@ -15,7 +15,7 @@ _NAMES_AT_ONCE = 8
 
 
 class StoreMemoryPool:
-    """A pool reached through the worker's store client. It does not close the client."""
+    """A pool reached through the worker's store client. This pool does not close the client."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""The rate cards by which a ledger's records were last priced. They are kept next to the ledger.
+"""The rate cards by which a ledger's records were last priced. The cards are kept next to the ledger.
 
 When a router starts, it compares its rate cards with these. A running router accepts changed cards only if they leave
 the prices of existing records as they are. The same rule holds for a start.

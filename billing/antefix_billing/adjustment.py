@@ -1,8 +1,8 @@
 """Adjustments change a bill after its records were written: credits, corrections, disputes, re-ratings.
 
-The ledger never rewrites a record. An adjustment is an entry of the ledger like a record, chained and durable. Its
-`amount` is added to what the request or the tenant was charged; a credit is negative. Writing a second adjustment with
-the same id changes nothing.
+The ledger never rewrites a record. An adjustment is an entry of the ledger like a record, chained and durable. The
+adjustment's `amount` is added to what the request or the tenant was charged; a credit is negative. Writing a second
+adjustment with the same id changes nothing.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class Adjustment:
 
     @property
     def key(self) -> str:
-        """The name by which the ledger finds this adjustment. It cannot equal a request's key: it begins with a control
-        character, and request ids have none.
+        """The name by which the ledger finds this adjustment. The name cannot equal a request's key: it begins with a
+        control character, and request ids have none.
         """
         return f"\x00adjustment:{self.adjustment_id}"
 

@@ -27,7 +27,8 @@ _NUM_A_FILE: Final = 1000
 
 
 def adjust(directory: Path, adjustments: Sequence[Adjustment]) -> None:
-    """Write adjustments into the ledger, through its router if one is running. They are durable when this returns.
+    """Write adjustments into the ledger, through its router if one is running. The adjustments are durable when this
+    returns.
 
     Raises:  Unavailable: the router does not process them.  ConfigError: the ledger cannot be written.
     """

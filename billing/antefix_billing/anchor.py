@@ -1,6 +1,6 @@
 """Anchors: signed copies of the ledger's head (its last entry), kept outside the ledger.
 
-They reveal a ledger that was cut, replaced or rewritten. The ledger's hash chain shows that nothing inside it was
+Anchors reveal a ledger that was cut, replaced or rewritten. The ledger's hash chain shows that nothing inside it was
 changed. Only a copy kept elsewhere can show that the ledger's end was cut off, that an older copy was put back, or that
 the whole ledger was written again: the anchored entry is then missing or different.
 

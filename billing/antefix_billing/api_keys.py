@@ -1,8 +1,8 @@
 """API keys: which tenant has which key, what each key may do, and until when. Pure. A plaintext key exists only where
 it is created.
 
-A key is `afx-<id>-<48 hex digits>`. Its id names it in lists and logs. Of the key itself only the SHA-256 is kept: 192
-random bits cannot be guessed, so a slower hash would add nothing.
+A key is `afx-<id>-<48 hex digits>`. The key's id names it in lists and logs. Of the key itself only the SHA-256 is
+kept: 192 random bits cannot be guessed, so a slower hash would add nothing.
 
 The book of keys is JSON:
 

@@ -231,8 +231,8 @@ def _key_and_time(entry: Entry) -> tuple[str, int]:
 
 
 def _old_enough(segments: Sequence[_Segment], before_us: int) -> list[_Segment]:
-    """The oldest segments that may be pruned. The last segment is never among them, because the router still
-    writes it.
+    """The oldest segments that may be pruned. The last segment may never be pruned, because the router still writes
+    it.
     """
     chosen = []
     for segment in segments[:-1]:

@@ -1,4 +1,4 @@
-"""Shrinks the stores' logs: drops the lines that no billed hit needs. What `verify` reports stays the same.
+"""Shrinks the stores' logs: drops the lines that no billed hit needs. The result of `verify` stays the same.
 
 Of each old file it keeps three kinds of lines: when each block was first stored; reads of a block during a request
 that, by the ledgers, hit that block; and the lines around a moment when a clock was set back. Files keep their names
@@ -95,7 +95,7 @@ def _first_stored(paths: Iterable[Path]) -> dict[str, int]:
 
 
 def _kept(events: Iterator[StoreEvent], needed: _NeededReads, first_stored: dict[str, int]) -> Iterator[str]:
-    """The lines of one file that are kept. Some of them list fewer blocks than before."""
+    """The lines of one file that are kept. Some kept lines list fewer blocks than before."""
     previous = ""
     previous_us = after_step_us = 0
     is_previous_kept = True

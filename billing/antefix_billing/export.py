@@ -2,7 +2,8 @@
 time.
 
 CloudEvents 1.0 in JSON: (source, id) is unique, so a receiver that gets an event twice may drop the second (OpenMeter
-does). `subject` is the tenant. There is one event type; meters group events by model, status and other fields.
+does). `subject` is the tenant. Exported usage has one event type; meters group events by model, status and other
+fields.
 """
 
 from __future__ import annotations

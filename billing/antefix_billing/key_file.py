@@ -38,7 +38,8 @@ def create_book(path: str | Path) -> KeyBook:
 
 @contextlib.contextmanager
 def changing(path: str | Path) -> Iterator[None]:
-    """A lock held while the book is changed. It is a file next to the book, because the book's own file is replaced.
+    """A lock held while the book is changed. The lock is a file next to the book, because the book's own file is
+    replaced.
 
     Raises:  ConfigError: the directory cannot be written.
     """

@@ -275,7 +275,7 @@ def prepare_directory(directory: Path) -> None:
 
 
 def take_lock(directory: Path) -> DirectoryLock:
-    """Take the writer's lock. It is released when it is closed or when the process dies.
+    """Take the writer's lock. The lock is released when it is closed or when the process dies.
 
     Raises:  ConfigError: another process holds the lock.
     """

@@ -41,7 +41,7 @@ FLAG_BATCH_START: Final = 1
 
 
 class LedgerCorrupt(AntefixError):
-    """The ledger was damaged or edited. Nothing is truncated; the operator restores it from a copy."""
+    """The ledger was damaged or edited. A damaged ledger is not truncated; the operator restores it from a copy."""
 
 
 class EntryKind(IntEnum):

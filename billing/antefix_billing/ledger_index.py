@@ -1,4 +1,4 @@
-"""The index of sealed segments: request id -> segment, offset. It is derived from the segments and can always be
+"""The index of sealed segments: request id -> segment, offset. The index is derived from the segments and can always be
 rebuilt.
 
 One durable transaction updates the index when a segment is sealed, and also records the last entry covered. The entries

@@ -1,10 +1,10 @@
 """The mark: a small file that names the last acknowledged entry of the ledger.
 
-It distinguishes a ledger that lost acknowledged entries at its end from one whose last write was merely incomplete. The
-mark has 64 bytes and lies next to the segments. It is overwritten after each batch has been synced and before the batch
-is acknowledged. The mark itself is not synced: it survives the end of the process, and after a power cut it may be
-older than the ledger's end but never newer. So everything up to the mark was durable once. If any of it is missing,
-data was lost.
+The mark distinguishes a ledger that lost acknowledged entries at its end from one whose last write was merely
+incomplete. The mark has 64 bytes and lies next to the segments. The mark is overwritten after each batch has been
+synced and before the batch is acknowledged. The mark itself is not synced: it survives the end of the process, and
+after a power cut it may be older than the ledger's end but never newer. So everything up to the mark was durable once.
+If any of it is missing, data was lost.
 
     offset  size  mark
     0       4     magic "AFLM"

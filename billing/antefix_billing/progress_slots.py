@@ -2,9 +2,9 @@
 
 The file lies next to the ledger and has one 256-byte slot per running request. The slot is overwritten before each
 piece of output is handed out, and freed when the request is settled. A write is one `pwrite` within one page, without a
-sync, and takes some microseconds. It survives the end of the process, however it ends. The whole file is synced once a
-second, so a power cut costs the operator at most the last second's output. When the router starts after a crash, it
-closes each open request in the ledger with the counts of its slot.
+sync, and takes some microseconds. The written progress survives the end of the process, however it ends. The whole
+file is synced once a second, so a power cut costs the operator at most the last second's output. When the router
+starts after a crash, it closes each open request in the ledger with the counts of its slot.
 
     offset  size  slot
     0       4     magic "AFPG"

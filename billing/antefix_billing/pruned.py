@@ -3,8 +3,8 @@
     pruned-000000012345.json    in the ledger's directory and in the archive; named by the last entry that was pruned
 
 Each summary states which entries it replaces, the hashes before the first and after the last of them (so that the chain
-continues), the names and BLAKE2b hashes of the files that held them, and sums by month, tenant, model and currency. It
-is signed with the receipt key. With the files at hand, all of it can be recomputed.
+continues), the names and BLAKE2b hashes of the files that held them, and sums by month, tenant, model and currency.
+The summary is signed with the receipt key. With the files at hand, all of it can be recomputed.
 """
 
 from __future__ import annotations

@@ -65,8 +65,8 @@ class Signer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Signer:
-        """Read a key file. Its first line is the private key, 32 bytes as hex. Each other line is "was PUBLIC_KEY", an
-        earlier public key.
+        """Read a key file. The key file's first line is the private key, 32 bytes as hex. Each other line is "was
+        PUBLIC_KEY", an earlier public key.
 
         Raises:  ConfigError: the file cannot be read or has another format.
         """

@@ -48,8 +48,8 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenEntry:
-    """A request that was admitted. It is written before the first token goes out, so that a crash leaves a record of
-    it.
+    """A request that was admitted. The opening record is written before the first token goes out, so that a crash
+    leaves a record of it.
 
     request_digest: keyed hash of prompt and sampling, hex; a retry must have the same.  started_us: Unix microseconds.
     """
@@ -81,7 +81,7 @@ class OpenEntry:
         return _canonical(values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. This is called for every request, so it avoids the deep copies of `asdict`."""
+        """Plain JSON values. `to_dict` is called for every request, so it avoids the deep copies of `asdict`."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
@@ -281,8 +281,8 @@ def event_id(key: str, attempt: int) -> str:
 
 
 def request_key(tenant: str, request_id: str) -> str:
-    """The name of a request within the ledger. It includes the tenant, because ids come from callers and two tenants
-    may choose the same one.
+    """The name of a request within the ledger. The key includes the tenant, because ids come from callers and two
+    tenants may choose the same one.
     """
     return f"{_quoted(tenant)}:{request_id}" if tenant else request_id
 

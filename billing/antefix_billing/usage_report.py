@@ -127,8 +127,8 @@ _REMEDIES: Final = {MissReason.EXPIRED: "a longer time to live", MissReason.EVIC
 def remedies(records: Iterable[UsageRecord], cards: RateCards | None) -> list[dict[str, str | int]]:
     """What a longer time to live and a larger store would have saved at most, by currency.
 
-    This is an upper bound: it counts all tokens from the first miss on, although later misses of the prompt may have
-    other reasons.
+    The estimate is an upper bound: it counts all tokens from the first miss on, although later misses of the prompt
+    may have other reasons.
     """
     sums: dict[tuple[MissReason, str], tuple[int, int, Decimal]] = {}
     for record in records:

@@ -2,7 +2,8 @@
 
     kvstore -> prefill, decode -> router      each role is told the addresses of those before it
 
-A role prints its address to stdout once it serves. Its stdin is a pipe from us, so it ends when we end, in any way.
+A role prints its address to stdout once it serves. A role's stdin is a pipe from us, so it ends when we end, in any
+way.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from antefix.secret import Keyring, create_secret_file
 from antefix.security import own_credentials
 from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
+from antefix.security.listening import parse_address
 from antefix.worker_settings import NAMING, WorkerSettings
 
 # In the data directory: workers' measurements at their starts, and the name of the last workers' arithmetic.
@@ -113,6 +115,12 @@ class DeploymentConfig(WorkerSettings):
             require(ttl_s is None or ttl_s >= 0, f"{name} must not be negative, is {ttl_s}")
         require(self.num_stores > 0, f"num_stores must be at least 1, is {self.num_stores}")
         require(self.num_routers > 0, f"num_routers must be at least 1, is {self.num_routers}")
+        # The router would refuse them too, once all workers have started.
+        for flag, address in (("--address", self.router_address), ("--http-address", self.http_address)):
+            try:
+                parse_address(address or "127.0.0.1:0")
+            except ConfigError as err:
+                raise ConfigError(f"{flag}: {err}") from err
 
     @property
     def store_dir(self) -> Path:
@@ -237,7 +245,7 @@ class Deployment:
             create_secret_file(key)
         if key.exists():
             # Also if encryption is not requested any more: else stored data would be unreadable, and new data written
-            # in clear.
+            # unencrypted.
             flags += ["--encrypt-key-file", str(key)]
         flags += _given("--budget-bytes", config.store_bytes)
         flags += self._object_flags()
@@ -287,8 +295,8 @@ class Deployment:
     async def start_router(self, address: str = "127.0.0.1:0", *, http_address: str | None = None) -> RoleProcess:
         """Start a router over the workers that are alive now. http_address None: the deployment's.
 
-        It takes the first ledger that no living router has. After a crash this is the dead router's, whose open bills
-        it closes.
+        The router takes the first ledger that no living router has. After a crash this is the dead router's, whose
+        open bills it closes.
         """
         taken = {process.ledger_dir for process in self.processes if process.alive}
         ledger_dir = next(path for n in itertools.count() if (path := self.config.ledger_dir_of(n)) not in taken)
@@ -402,8 +410,8 @@ class Deployment:
         self.processes.append(started)
         line = await self._first_line(started, said_before)
         if not line:
-            await process.wait()
-            raise ConfigError(f"{role} did not start: {_log_tail(log_path, said_before)}")
+            status = await process.wait()
+            raise ConfigError(f"{role} did not start (it ended with {status}): {_log_tail(log_path, said_before)}")
         ready = json.loads(line)
         started.address, started.http_address = str(ready["address"]), str(ready.get("http_address", ""))
         started.metrics_address = str(ready.get("metrics_address", ""))

@@ -60,7 +60,7 @@ async def _ask_all(router: str) -> list[Asked]:
 
 
 async def _ask_lost(worker: LostWorker) -> Asked:
-    """Ask a worker that the router has lost. It may answer us although the router cannot reach it."""
+    """Ask a worker that the router has lost. The worker may answer us although the router cannot reach it."""
     return replace(await _ask(Role(worker.role), worker.address), lost_s_ago=worker.seconds_ago)
 
 

@@ -55,7 +55,7 @@ def hear_signals(args: list[str]) -> None:
     SIGHUP ends no service: a closed terminal, or an operator who wants a reload, must not stop a deployment. Routers
     read tenants and rate cards again on SIGHUP. Certificates, keys and secrets are read again when their files change.
 
-    A process inherits blocked and ignored signals from its parent. They are unblocked here: otherwise a stop would not
+    A process inherits blocked and ignored signals from its parent. Both are unblocked here: otherwise a stop would not
     arrive, and the way in which a role ended would not be known.
 
     As PID 1 of a container, a process drops signals that have no handler. A stop that comes during imports must not be

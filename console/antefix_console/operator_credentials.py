@@ -55,7 +55,7 @@ def hold_grant(address: str, tenant: str, tokens: TokenArray) -> None:
 def tls_for_url(url: str, *, shows_key: bool) -> ssl.SSLContext | None:
     """What a command checks an https:// door with: the CAs of the operator's directory, where there is one.
 
-    Raises:  ConfigError: a key would cross a network in clear.
+    Raises:  ConfigError: a key would cross a network unencrypted.
     """
     from antefix.security.listening import check_calling
     from antefix.security.own_credentials import credentials_for

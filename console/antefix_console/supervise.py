@@ -23,7 +23,7 @@ NUM_DEATHS_MAX: Final = 7
 
 
 class GaveUp(AntefixError):
-    """A role died too often in a row. Its log says what the operator must repair."""
+    """A role died too often in a row. The role's log says what the operator must repair."""
 
 
 @dataclass(slots=True)
@@ -84,7 +84,8 @@ class Supervisor:
                 try:
                     process = await self._deployment.restart(process)
                 except AntefixError as err:
-                    why, lived_s = f"did not start: {err}", 0.0
+                    # Errors of a start begin with the role's name already.
+                    why, lived_s = f"did not start: {err}".replace(f": {process.role} did not start", "", 1), 0.0
                 else:
                     break
             self.num_restarts += 1

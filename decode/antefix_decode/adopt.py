@@ -29,7 +29,7 @@ class Adopted:
 
 
 async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff | None:
-    """The handoff. None: there is none (any more), or it belongs to another prompt."""
+    """The handoff. None: there is no handoff, or it belongs to another prompt."""
     if not name:
         return None
     try:
@@ -65,7 +65,10 @@ async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | N
         if len(table) < num_blocks:
             engine.blocks.release(table)
             return None
-        window = WindowState.from_bytes(engine.layout, prompt.num_tokens, handoff.window, engine.device)
+        position, streams = prompt.num_tokens, engine.num_stream_values
+        window = WindowState.from_bytes(
+            engine.layout, position, handoff.window, engine.device, num_stream_values=streams
+        )
         if prompt.num_tokens % engine.block_size:
             table.extend(engine.blocks.allocate(1))
             await _put_back_row(engine, table[-1], handoff.partial_row)

@@ -1,6 +1,7 @@
 """Chooses the next tokens of a whole batch on the device that holds the logits: only token ids are copied back.
 
-It takes the same steps, in the same order and arithmetic, as `token_choice.Sampler` takes for one sequence on the host:
+The chooser takes the same steps, in the same order and arithmetic, as `token_choice.Sampler` takes for one sequence on
+the host:
 
     grammar -> penalties -> greedy, or temperature -> min_p -> top_k -> top_p -> draw; and log probabilities
 

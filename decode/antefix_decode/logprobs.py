@@ -1,6 +1,7 @@
 """Log probabilities of an output's tokens. Pure: equal logits give equal numbers, so a hit gives a cold run's numbers.
 
-They are the model's own probabilities: the softmax over the unchanged logits, before temperature and top_p.
+Log probabilities are the model's own probabilities: the softmax over the unchanged logits, before temperature and
+top_p.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def _likeliest(logits: npt.NDArray[np.float32], num_top: int) -> npt.NDArray[np.
 
 
 class Logprobs:
-    """Log probabilities of one output. Those of tokens that may not be shown yet wait here. If the request wants none,
-    there are none."""
+    """Log probabilities of one output. Log probabilities of tokens that may not be shown yet wait here. If the request
+    wants none, there are none."""
 
     def __init__(self, num_top: int | None = None) -> None:
         self._num_top = num_top

@@ -20,7 +20,7 @@ Logits = npt.NDArray[np.float32]
 
 
 class Penalties:
-    """The penalties of one output. They cost nothing if no setting asks for them."""
+    """The penalties of one output. Penalties cost nothing if no setting asks for them."""
 
     def __init__(
         self,

@@ -84,8 +84,8 @@ class StepShares:
 
     def repaid_s(self, step: list[R], computing: Collection[str]) -> float | None:
         """How much of the time that other tenants' chunks took a step gives back to tenants that have only steps.
-        None: there is no such tenant. It is `own * others' shares / their shares`, minus the time of other tenants'
-        sequences in the step.
+        None: there is no such tenant. That time is `own * others' shares / their shares`, minus the time of other
+        tenants' sequences in the step.
         """
         shares = {place.tenant: place.share for place in self._places}
         alone = [each for each in step if each.place.tenant not in computing]

@@ -9,8 +9,8 @@ Shared by all engines:
     `v4_entries.compare`          compares two engines' stored entries of one V4 prompt; `v4_runs` makes these entries.
 
 A new engine describes its KV as an `EngineLayout`, puts that into an `antefix.block.Fingerprint` as its geometry, and
-gives both to `EngineStore.kv`. It names blocks by tokens (`KvOfModel.chain`), or by keys that the engine makes
-(`KvOfModel.hash_of`, with `hash_kind=HashKind.ENGINE_KEY` in the fingerprint). `Fingerprint.group` and `.shard` are for
-engines that have several cache groups, or divide one over ranks. Only the module of an engine imports that engine's
-package, so that no engine needs the packages of another.
+gives both to `EngineStore.kv`. `EngineStore.kv` names blocks by tokens (`KvOfModel.chain`), or by keys that the engine
+makes (`KvOfModel.hash_of`, with `hash_kind=HashKind.ENGINE_KEY` in the fingerprint). `Fingerprint.group` and `.shard`
+are for engines that have several cache groups, or divide one over ranks. Only the module of an engine imports that
+engine's package, so that no engine needs the packages of another.
 """

@@ -19,7 +19,7 @@ from antefix_engines.v4_entries import StoredV4, of_antefix, of_transformers
 
 
 def antefix_entries(model_dir: Path, tokens: Sequence[int], kv_format: KVFormat) -> StoredV4:
-    """Run whole blocks of a prompt on Antefix's model. Its pool rows and state bytes are what workers store."""
+    """Run whole blocks of a prompt on Antefix's model. The run's pool rows and state bytes are what workers store."""
     model = load_model(model_dir, kv_format=kv_format)
     size = model.layout.block_size
     num_blocks = _whole_blocks(tokens, size)

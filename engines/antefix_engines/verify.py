@@ -1,8 +1,8 @@
 """Runs `antefix verify --engine NAME`: compares an engine's own cold runs with its restored ones, and plants faults.
 
-An engine's checks are a function `findings` in the module that `CHECKS` names. It takes a `CheckRequest` and yields a
-`Finding` for each check as it is done. A planted fault ("a group of zeros") is a check as well, which passes if the
-comparison detected the fault. So a comparison that cannot fail is reported as a failure.
+An engine's checks are a function `findings` in the module that `CHECKS` names. The function takes a `CheckRequest` and
+yields a `Finding` for each check as it is done. A planted fault ("a group of zeros") is a check as well, which passes
+if the comparison detected the fault. So a comparison that cannot fail is reported as a failure.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Triton kernels of DeepSeek-V4's cache path and of a layer's per-token computations. They take plain tensors and
-integers, and import nothing of Antefix.
+"""Triton kernels of DeepSeek-V4's cache path and of a layer's per-token computations. The kernels take plain tensors
+and integers, and import nothing of Antefix.
 
     number_formats.py             byte layout of packed entries and keys
     torch_reference.py            PyTorch oracles, float64-capable

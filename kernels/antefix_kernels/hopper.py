@@ -15,5 +15,6 @@ _GLUON = os.environ.get("ANTEFIX_GLUON") != "0" and importlib.util.find_spec("tr
 
 
 def available(x: torch.Tensor) -> bool:
-    """Whether they run on x's device. They contain Hopper's own instructions, so they need compute capability 9.0."""
+    """Whether the kernels for Hopper run on x's device. They contain Hopper's own instructions, so they need compute
+    capability 9.0."""
     return _GLUON and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)

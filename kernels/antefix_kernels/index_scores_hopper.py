@@ -1,8 +1,8 @@
 """Index scores for Hopper in Gluon: keys are decoded straight to the registers that the tensor cores read them from.
 
 A key's 16 words of eight FP4 codes are loaded by the four threads that hold its row of the product, four words each,
-and stay there: nothing passes through shared memory but the queries. Decode: one query a program, keys stream by.
-Prefill: two groups of warps keep 128 keys each and queries stream by, brought by a third.
+and stay there: nothing passes through shared memory but the queries. In decode each program has one query, and the
+keys stream by. Prefill: two groups of warps keep 128 keys each and queries stream by, brought by a third.
 
 The same functions as indexer.py's kernels, for V4's indexer alone (64 heads at most, 128 dims, 68-byte keys at
 multiples of 4) on compute capability 9.0; everything else takes the plain kernels, and Triton's interpreter does too.
@@ -193,7 +193,7 @@ def _write(s, start, length, scores, maxima, N: gl.constexpr, GROUP: gl.constexp
 @gluon.jit
 def decode_kernel(codes, weights, records, block_table, lens, scores, maxima, heads, stride_p, stride_b, stride_s,
                   stride_m, ENTRIES: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
-    """One query against its share of its sequence's keys: indexer.py's _decode_kernel.
+    """Scores one query against its share of its sequence's keys, as indexer.py's _decode_kernel does.
 
     Four programs share a multiprocessor and fill each other's waits, so each goes in order: a half's words are asked
     for again as soon as they are decoded, and come while both halves are multiplied and weighed.

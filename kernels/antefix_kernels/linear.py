@@ -1,8 +1,8 @@
 """Matrix products whose rows do not depend on one another: the same tile and the same order of sums for any row count.
 
 Libraries choose a product's algorithm by its shape, so a token's numbers would depend on how many tokens are computed
-next to it. Here a tile's shape depends on the weight alone, a sum runs over K in steps of fixed size, and is never
-split. Three products share one kernel: plain, block-diagonal (groups side by side), and routed (rows to experts).
+next to it. In this module a tile's shape depends on the weight alone, a sum runs over K in steps of fixed size, and is
+never split. Three products share one kernel: plain, block-diagonal (groups side by side), and routed (rows to experts).
 
 Shapes:  N = rows, K = addends, O = outputs, G = groups, E = experts, R = routed rows (a row for each token and pick).
 """

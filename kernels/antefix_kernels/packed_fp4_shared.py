@@ -1,8 +1,8 @@
 """A candidate for products with FP4 weights: 128 addends in one sum of the tensor cores, where packed_fp8 takes 32.
 
-There each sum of 32 addends is multiplied by its scale, which takes about as long as the tensor cores do. Here codes
-get their group's scale before they enter: an E2M1 number times a power of two is an E4M3 number too, as long as the
-scales of 128 addends lie within a factor of 2^11. So a sum is that of FP8 weights,
+In packed_fp8, each sum of 32 addends is multiplied by its scale, which takes about as long as the tensor cores do.
+In this candidate, codes get their group's scale before they enter: an E2M1 number times a power of two is an E4M3
+number too, as long as the scales of 128 addends lie within a factor of 2^11. So a sum is that of FP8 weights,
     total = fma(sum of 128 addends, scale of the inputs * least scale of the weights, total),
 in another order than packed_fp8's: other bits, other names of KV. No worker takes it; benchmarks/packed_products.py
 measures it.

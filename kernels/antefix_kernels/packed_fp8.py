@@ -11,7 +11,7 @@ The order of a sum, which decides its bits, is the same for every number of rows
                    part = fma(sum, scale of the weights, part); then total = fma(part, scale of the inputs, total)
     few outputs    the addends are split into runs, whose number depends on the weight alone; the runs' float32 sums
                    are added up from left to right
-So a row's bits depend neither on the other rows nor on their number. They differ from those of packed_linear, which
+So a row's bits depend neither on the other rows nor on their number. The bits differ from those of packed_linear, which
 multiplies in BF16. A worker measures what its card computes, and names of KV depend on it.
 
 Shapes:  N = rows, K = addends, O = outputs, B = bytes of a weight's row (K, or K / 2 for FP4), G = groups, E = experts,

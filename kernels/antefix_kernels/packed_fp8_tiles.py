@@ -142,8 +142,8 @@ def fp4_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources,
                STAGES: tl.constexpr):  # fmt: skip
     """One tile of a weight times rows. codes and scales come as words, of 4 and of 4 or (WIDE) 8 bytes.
 
-    BULK: codes is a tensor descriptor [E, O, words], by which Hopper's copy engine loads tiles. It stores them in an
-    order that registers are filled from without conflicts of banks.
+    BULK: codes is a tensor descriptor [E, O, words], by which Hopper's copy engine loads tiles. The copy engine stores
+    them in an order that registers are filled from without conflicts of banks.
 
     GATED: half of the tile's outputs are gates and the other half the values that they gate. num_outputs counts gates,
     and the activation of the two is stored.

@@ -104,8 +104,8 @@ def _offsets(n, slot, compressed, first, stride_p, window_offset, SELECTED: gl.c
 
 @gluon.jit
 def _placed(group, begin, PART: gl.constexpr):
-    """The entries of the list that a loader takes of PLACED tiles, PLACED * ROWS of them, some past the list's end. Its
-    first entry then comes again in their place: every address and value stays valid."""
+    """The entries of the list that a loader takes of PLACED tiles, PLACED * ROWS of them, some past the list's end.
+    The list's first entry then comes again in their place: every address and value stays valid."""
     i = gl.arange(0, PLACED * ROWS, gl.BlockedLayout([1], [32], [4], [0]))
     return (begin + group * PLACED + i // ROWS) * N + PART * ROWS + i % ROWS
 

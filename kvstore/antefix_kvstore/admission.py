@@ -74,8 +74,8 @@ def check_record(record: Record, record_bytes_max: int, registered_bytes: int | 
 
 
 def _has_draft_state(record: Record, registered_bytes: int) -> bool:
-    """Whether the payload is longer than its layout because a draft layer's state follows. That state is numbers of
-    four bytes each; whether their values make sense is checked by those who read the checkpoint."""
+    """Whether the payload is longer than its layout because a draft layer's state follows. The draft state is numbers
+    of four bytes each; whether their values make sense is checked by those who read the checkpoint."""
     more = memoryview(record.payload).nbytes - registered_bytes
     return record.kind is RecordKind.CHECKPOINT and more > 0 and more % 4 == 0
 

@@ -205,7 +205,7 @@ class Compactor:
         return copied
 
     def _live(self, headers: Sequence[RecordHeader]) -> list[RecordHeader]:
-        """Those of the records that the index still names."""
+        """The records that the index still names."""
         with self._index.txn() as txn:
             entries = [
                 (header, self._index.entry(txn, header.kind, header.hash))

@@ -1,5 +1,5 @@
 """Disk space set aside for the moment when the disk is full: LMDB copies pages before it frees any, so evicting records
-needs space too. The reserve is a file. It is deleted when an eviction runs out of space, and made again later.
+needs space too. The reserve is a file, which is deleted when an eviction runs out of space, and made again later.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ _READ_THREADS: Final = 4
 class EmbeddedStore:
     """A store directory, open for writing in this process. Close it, or use it in `async with`.
 
-    It neither makes nor checks seals: any process that can write the directory is trusted.
+    The store neither makes nor checks seals: any process that can write the directory is trusted.
 
     Calls run in threads and wait for the disk there. Make them from one event loop only. `engine` is the same store for
     callers without an event loop. `BlockingStore(antefix_kvstore.open(...))` has the same calls without `await`.
@@ -170,8 +170,8 @@ class EmbeddedStore:
             await self._in_thread(lambda: self.engine.note_use((), (), unusable=names))
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
-        """Register a fingerprint's payload layout. Its payloads may then be compressed, and payloads of other sizes are
-        refused."""
+        """Register a fingerprint's payload layout. The fingerprint's payloads may then be compressed, and payloads of
+        other sizes are refused."""
         plans = {
             RecordKind.BLOCK: codec.plan_of_block(layout),
             RecordKind.CHECKPOINT: codec.plan_of_checkpoint(layout),

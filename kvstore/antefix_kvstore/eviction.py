@@ -133,7 +133,7 @@ class Forest(Generic[Name]):
         self.nbytes += nbytes
 
     def touch(self, name: Name, now_ms: int) -> None:
-        """Note a use. It is a use of all ancestors too, and is counted for each when it becomes a leaf."""
+        """Note a use. A use of a leaf is a use of all ancestors too, and is counted for each when it becomes a leaf."""
         node = self._nodes[name]
         rank = self.policy.rank_ms(used_ms=now_ms, cost_s=node.cost_s, nbytes=node.nbytes)
         node.rank_ms = max(node.rank_ms, rank)

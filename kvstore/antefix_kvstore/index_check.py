@@ -1,8 +1,8 @@
 """Checks after a crash, when no checksum covers the whole index, whether the index is consistent.
 
-Its structure is checked first (`index_structure`), then each entry by its own checksum. All other tables follow from
-the entries, so they are derived again (`index_sums`) and compared. Keys are compared as sums of their hashes, so memory
-does not grow with the index.
+The index's structure is checked first (`index_structure`), then each entry by its own checksum. All other tables
+follow from the entries, so they are derived again (`index_sums`) and compared. Keys are compared as sums of their
+hashes, so memory does not grow with the index.
 """
 
 from __future__ import annotations

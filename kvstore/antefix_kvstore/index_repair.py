@@ -70,7 +70,7 @@ def open_index(directory: Path, config: KvStoreConfig, segments: Segments, disk:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Delete what an interrupted rebuild left behind."""
+    """Delete the files that an interrupted rebuild left behind."""
     for leftover in (REBUILT_DIR, DISCARDED_DIR):
         shutil.rmtree(directory / leftover, ignore_errors=True)
 
@@ -145,8 +145,8 @@ def index_headers(index: Index, headers: Iterable[RecordHeader]) -> int:
 def ends_of(headers: Iterable[RecordHeader]) -> dict[int, int]:
     """For each segment, the offset at which its last record ends.
 
-    This is the exact end, not the start of the next batch. A torn record's header may lie in between; if a new batch
-    overwrote only its payload, a scan would trust that header and skip the new batch's beginning.
+    The offset is the exact end, not the start of the next batch. A torn record's header may lie in between; if a new
+    batch overwrote only its payload, a scan would trust that header and skip the new batch's beginning.
     """
     ends: dict[int, int] = {}
     for header in headers:

@@ -29,7 +29,7 @@ def pin_records(txn: IndexTxn, names: Iterable[RecordName], until_ms: int, *, ow
 
 
 def owned_records(txn: IndexTxn, names: Iterable[RecordName], owner: bytes | None) -> list[RecordName]:
-    """Those of the records that are stored and belong to the owner.  owner: as for `pin_records`."""
+    """The records that are stored and belong to the owner.  owner: as for `pin_records`."""
     found = []
     for name in names:
         entry = txn.get(name)

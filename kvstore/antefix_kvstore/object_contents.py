@@ -95,7 +95,9 @@ async def _opened(url: str, keys: KeyRing | None) -> ObjectTier:
 
 
 async def statements_of(catalog: Catalog, refs: Sequence[SegmentRef]) -> dict[bytes, bytes]:
-    """The statements about fingerprints, by digest. They are between a segment's last record and its footer."""
+    """The statements about fingerprints, by digest. The statements are between a segment's last record and its
+    footer.
+    """
     said: dict[bytes, bytes] = {}
 
     async def read(ref: SegmentRef) -> list[bytes]:

@@ -109,7 +109,7 @@ class _Window:
 
 
 class VerifiedBatch:
-    """Payloads that are read, decoded and verified here. Their pieces follow each other without gaps."""
+    """Payloads that are read, decoded and verified here. The payloads' pieces follow each other without gaps."""
 
     verified: ClassVar[bool] = True
 

@@ -1,8 +1,8 @@
 """Opens a store after a clean close or a crash: identity, lock, index checked or rebuilt, segment tails cut.
 
-After a crash the index may be older than the segments. It is never newer in a way that matters, because records are
-durable before the index names them. So whole records behind the indexed end of a segment are indexed, and the rest is
-cut off. A segment of which the index names no record is dropped. An index that is lost, damaged or inconsistent with
+After a crash the index may be older than the segments. The index is never newer in a way that matters, because records
+are durable before the index names them. So whole records behind the indexed end of a segment are indexed, and the rest
+is cut off. A segment of which the index names no record is dropped. An index that is lost, damaged or inconsistent with
 the files is rebuilt from the headers. docs/FORMAT.md lists the cases one by one.
 """
 

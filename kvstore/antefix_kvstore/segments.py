@@ -164,7 +164,8 @@ class Segments:
         self.sync_name()
 
     def sync_name(self) -> None:
-        """Make the active segment's directory entry durable. This must happen before anything refers to the segment."""
+        """Make the active segment's directory entry durable. The sync must happen before anything refers to the
+        segment."""
         if self._is_new:
             self.disk.sync_directory(self.directory)
             self._is_new = False
@@ -184,7 +185,7 @@ class Segments:
             self._truncate(end)
 
     def roll(self, created_ms: int) -> None:
-        """Start a new segment. Its directory entry is durable after the next sync."""
+        """Start a new segment. The new segment's directory entry is durable after the next sync."""
         number = self._next
         self._next += 1
         fd = self.disk.create(self.path(number))
@@ -216,7 +217,8 @@ class Segments:
             self.disk.close(fd)
 
     def drop(self, number: int) -> None:
-        """Delete a segment that nothing refers to. Its space is freed by `let_go`, or when this object is closed."""
+        """Delete a segment that nothing refers to. The segment's space is freed by `let_go`, or when this object is
+        closed."""
         if number == self.active:
             self._close_active()
         # Closing a deleted file's last descriptor blocks until all its pages and extents are freed.

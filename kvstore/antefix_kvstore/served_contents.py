@@ -57,7 +57,7 @@ class ServedContents:
         return self._stretches
 
     def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
-        """As `StoreContents.records`; the caller must hold a grant for the stretch's owner."""
+        """Works as `StoreContents.records`, but the caller must hold a grant for the stretch's owner."""
         kept = dict(zip(stretch.names, zip(stretch.ttls_s, stretch.costs_ms, strict=True), strict=True))
         for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
             names = [name for each, name in wanted if each is kind]

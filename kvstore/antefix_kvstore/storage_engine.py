@@ -195,7 +195,7 @@ class StorageEngine:
             return self.reader.page_cache.sampled(held, chain)
 
     def owned(self, names: Iterable[RecordName], owners: Collection[bytes]) -> list[RecordName]:
-        """Those of the records that these owners have stored."""
+        """The records that these owners have stored."""
         with self.index.txn() as txn:
             ids = self.index.owner_ids(txn, owners) or frozenset()
             entries = [(name, self.index.entry(txn, *name)) for name in names]
@@ -424,7 +424,7 @@ class StorageEngine:
             raise IndexDamaged(f"the store was harmed: {self._damage}; it accepts records again after the repair")
 
     def note_damage(self, what: str) -> None:
-        """Note damage in the index. It will be rebuilt from the segments soon."""
+        """Note damage in the index. The index will be rebuilt from the segments soon."""
         self._damage = self._damage or what
 
     def _telling(self) -> AbstractContextManager[None]:

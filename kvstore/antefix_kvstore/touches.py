@@ -1,4 +1,6 @@
-"""Uses of records that are not in the index yet. They are kept in memory, so noting a use never waits for a commit."""
+"""Uses of records that are not in the index yet. The uses are kept in memory, so noting a use never waits for a
+commit.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class Chosen:
 
 
 def stored_before(engine: StorageEngine, names: Iterable[RecordName], before_ms: int) -> list[RecordName]:
-    """Those of the records that were stored before `before_ms`."""
+    """The records that were stored before `before_ms`."""
     found = []
     with engine.index.txn() as txn:
         entries = [(name, engine.index.entry(txn, *name)) for name in names if name[0] in _KINDS]
@@ -110,7 +110,9 @@ def choose(
 
 
 def _lacking(catalog: Catalog, names: Iterable[RecordName], alive_ms: Mapping[RecordKind, int]) -> Iterator[RecordName]:
-    """The records that the tier lacks. One search for all, since most records that are named repeatedly are there."""
+    """The records that the tier lacks. All names of a kind are looked up in one search, because the tier has most
+    records that are named repeatedly.
+    """
     by_kind: dict[RecordKind, list[bytes]] = {}
     for kind, hash in names:
         by_kind.setdefault(kind, []).append(hash)

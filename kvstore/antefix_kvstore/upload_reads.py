@@ -42,7 +42,7 @@ def read_records(
     fingerprint: bytes,
     allocate: Callable[[int], memoryview],
 ) -> Iterator[Record]:
-    """Those of the records that can be read.  allocate: returns memory for a payload of the given size."""
+    """The records that can be read.  allocate: returns memory for a payload of the given size."""
     left = list(hashes)
     while left:
         located = engine.reader.locate(kind, left, fingerprint=fingerprint)

@@ -2,9 +2,10 @@
 
     python -m models.training.baselines --corpus .corpus --size 7715650 --out baselines.json
 
-The n-gram model interpolates orders 0 to k by Witten and Bell's rule; the best k up to 7 is taken. It keeps the most
-frequent (context, byte) pairs of all orders that fit `--size`, pairs and contexts at ENTRY_BYTES each: a hash and a
-count. What a context loses by that goes to the order below, so that pruning does not make it too sure of itself.
+The n-gram model interpolates orders 0 to k by Witten and Bell's rule; the best k up to 7 is taken. The n-gram model
+keeps the most frequent (context, byte) pairs of all orders that fit `--size`, pairs and contexts at ENTRY_BYTES each:
+a hash and a count. The weight that a context loses by pruning goes to the order below, so that pruning does not make
+it too sure of itself.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ ENTRY_BYTES = 6
 class Order:
     """The kept pairs of one order, sorted; each context's sum of kept counts, and what it leaves to the order below.
 
-    The latter is Witten and Bell's number of different followers, and the counts of pairs that were not kept.
+    The share of the order below is Witten and Bell's number of different followers, and the counts of pairs that were
+    not kept.
     """
 
     pairs: Keys

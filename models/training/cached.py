@@ -1,6 +1,7 @@
 """A model behind its real cache: prefill in chunks, stop anywhere, continue from there as often as wanted.
 
-This is the serving path (block pool, window state, rounding as stored), so what is measured with it holds for serving.
+The model uses the serving path (block pool, window state, rounding as stored), so what is measured with it holds for
+serving.
 """
 
 from __future__ import annotations

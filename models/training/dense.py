@@ -1,8 +1,9 @@
 """The whole-sequence forward for training: batched, differentiable, without a cache.
 
 The same function as the runner's prefill from an empty cache, computed in one go: window attention by bands, compressed
-entries behind masks (dense_attention.py), every expert for every token. It reads a flat dict of parameters with
-transformers' names. Rounding is straight-through: forward sees the released FP8 and FP4 values, backward the identity.
+entries behind masks (dense_attention.py), every expert for every token. The forward pass reads a flat dict of
+parameters with transformers' names. Rounding is straight-through: forward sees the released FP8 and FP4 values,
+backward the identity.
 
 Legend:  B = sequences, T = tokens (a multiple of n_win and of both ratios), D = hidden size, N = streams (hc_mult),
          M = B * T, E = experts, R = queries on which the indexer is trained.

@@ -1,7 +1,7 @@
 """Training and test sequences that need long range: facts planted in text, asked for later, and repeated passages.
 
-Everything is made of bytes and the special tokens of `antefix_tokenizer.json`. A sequence carries a weight class a
-token: 0 (unpredictable: a planted value, random noise), 1 (text), 2 (an answer, which only memory can give).
+Everything is made of bytes and the special tokens of `antefix_tokenizer.json`. Each token of a sequence has a weight
+class: 0 (unpredictable: a planted value, random noise), 1 (text), 2 (an answer, which only memory can give).
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ def _log_uniform(rng: np.random.Generator, low: int, high: int) -> int:
 
 
 def add_fact(sequence: Sequence, fact: Fact) -> None:
-    """Plant a fact on a line of its own. Its key and value are unpredictable, so they weigh nothing."""
+    """Plant a fact on a line of its own. The fact's key and value are unpredictable, so they weigh nothing."""
     sequence.add("\n", TEXT)
     sequence.add(fact.planted + fact.value, NOISE)
     sequence.add(".\n", TEXT)

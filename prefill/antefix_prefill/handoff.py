@@ -30,7 +30,8 @@ _MAGIC = b"AFH2"
 class Handoff:
     """What a decode worker needs in addition to the finished blocks. logits: [vocab_size] float32.
 
-    prompt: `Chain.digest` of the tokens that the handoff was made from. It must not be used for any other prompt.
+    prompt: `Chain.digest` of the tokens that the handoff was made from. The handoff must not be used for any other
+    prompt.
     """
 
     position: int

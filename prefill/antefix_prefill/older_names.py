@@ -1,7 +1,7 @@
 """Finds the part of a prompt that is stored under an older secret, while the deployment's secrets rotate.
 
-It is read by its older names and stored again under the present ones, like any block that the store has lost. So KV
-that is used moves to the new names, and KV that is not used expires by its time to live.
+The part is read by its older names and stored again under the present ones, like any block that the store has lost. So
+KV that is used moves to the new names, and KV that is not used expires by its time to live.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Loads what a prompt will need into memory while the prompt waits for its turn.
 
-It reads what the planner would read now: blocks and the checkpoint. Loaded blocks are idle, so running prompts may take
-their places; the checkpoint is kept with the prompt. If there is no room for everything, it loads the beginning. It
-computes nothing. What it fails to load is loaded or computed when the prompt's turn comes.
+Prefetching reads what the planner would read now: blocks and the checkpoint. Loaded blocks are idle, so running
+prompts may take their places; the checkpoint is kept with the prompt. If there is no room for everything, it loads the
+beginning. It computes nothing. A part that could not be loaded in time is loaded or computed when the prompt's turn
+comes.
 """
 
 from __future__ import annotations

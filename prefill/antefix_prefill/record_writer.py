@@ -1,7 +1,7 @@
 """Writes a request's records to the store and the window pool while the request computes on.
 
-The cache may cost speed, never an answer: a failed write is counted and not raised. It ends this request's writing to
-the store, because the following records would lack their parent.
+The cache may cost speed, never an answer: a failed write is counted and not raised. A failed write ends this request's
+writing to the store, because the following records would lack their parent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Restores a prompt's prefix: finds what is stored, chooses the cheapest plan, loads it, rebuilds window state.
 
 If something turns out to be missing (a block that was evicted meanwhile, a corrupt checkpoint, a dead store), the known
-prefix becomes shorter and a new plan is made. So the worst case is a cold run. It never raises an error of the store.
+prefix becomes shorter and a new plan is made. So the worst case is a cold run. Restoring never raises an error of the
+store.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Restored:
 
 @dataclass(slots=True)
 class _Known:
-    """What is believed to be stored. It shrinks whenever something turns out to be missing.
+    """What is believed to be stored. The known prefix shrinks whenever something turns out to be missing.
 
     checkpoints: the tier of each, by boundary.  pooled: window state that the pool has already given, by boundary.
     block_tiers: for several stores, as `LookupResult.tiers`.
@@ -96,7 +97,7 @@ class _Known:
 
     @property
     def own_checkpoints(self) -> tuple[int, ...]:
-        """Checkpoints under the present names. The others have to be written again."""
+        """Checkpoints under the present names. The other checkpoints have to be written again."""
         older = self.older.checkpoints if self.older else frozenset()
         return tuple(sorted(self.checkpoints.keys() - older))
 
@@ -104,7 +105,7 @@ class _Known:
 async def has_short_rest(engine: Engine, prompt: Prompt) -> bool:
     """Whether at most one chunk of the prompt is neither in memory nor in the store, and the pool has room for all.
 
-    This takes one look-up in addition to `restore`'s own, so it is for prompts that would otherwise wait.
+    The check takes one look-up in addition to `restore`'s own, so it is for prompts that would otherwise wait.
     """
     if engine.blocks.num_available * engine.block_size < prompt.num_tokens:
         return False
@@ -271,7 +272,8 @@ async def _load_checkpoint(
         data = await _read_checkpoint(engine, prompt, block, known, report)
     if data is not None:
         try:
-            return WindowState.from_bytes(engine.layout, block * engine.block_size, data, engine.device)
+            position, streams = block * engine.block_size, engine.num_stream_values
+            return WindowState.from_bytes(engine.layout, position, data, engine.device, num_stream_values=streams)
         except BlockCorrupt as err:
             engine.counters.note(err)
             report.store_errors += 1
@@ -420,8 +422,8 @@ async def _read_stretch(
 async def _replay(engine: Engine, prompt: Prompt, plan: Plan, table: list[int], report: RestoreReport) -> Sequence:
     """Rebuild window state from stored global KV (docs/WINDOW_STATE.md, "The restore planner"); writes no global KV.
 
-    A bounded replay does not attend to tokens before its start, so its window state is approximate. It is allowed only
-    in a namespace whose fingerprint says so, so that KV computed from it cannot be taken for exact.
+    A bounded replay does not attend to tokens before its start, so its window state is approximate. Such a replay is
+    allowed only in a namespace whose fingerprint says so, so that KV computed from it cannot be taken for exact.
     """
     start = plan.replay_from_block * engine.block_size
     stop = plan.resume_block * engine.block_size

@@ -1,4 +1,6 @@
-"""Why a prompt's first missing block missed, as far as the store can tell. It explains a bill and decides nothing."""
+"""Why a prompt's first missing block missed, as far as the store can tell. The answer explains a bill and decides
+nothing.
+"""
 
 from __future__ import annotations
 

@@ -66,7 +66,8 @@ log = logging.getLogger("antefix_router")
 class Router:
     """All parts of a router behind its gRPC and HTTP calls. Call `learn` first, then `start`, and `close` at the end.
 
-    fingerprint: part of every block's name. It changes if the workers turn out to compute with another arithmetic.
+    fingerprint: part of every block's name. The fingerprint changes if the workers turn out to compute with another
+    arithmetic.
     """
 
     def __init__(

@@ -17,7 +17,7 @@ from antefix_router.open_bill import Bill, Served
 
 
 class BillRecords:
-    """Builds the entries of one router. These records have no price yet."""
+    """Builds the entries of one router. New records have no price yet."""
 
     def __init__(self, source_name: str, keyring: Keyring) -> None:
         self._source_name = source_name

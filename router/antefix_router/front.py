@@ -288,8 +288,8 @@ def open_front(
 
 
 def open_books(config: BillingConfig, keyring: Keyring) -> tuple[Accounts, TenantBook, KeyRegister, Signer | None]:
-    """Open the accounts, tenants, keys and signer that the settings name. They do not depend on a model.  Raises: as
-    `open_front`.
+    """Open the accounts, tenants, keys and signer that the settings name. The accounts do not depend on a model.
+    Raises: as `open_front`.
     """
     has_keys = bool(config.api_keys_file)
     tenants = load_tenants(config.tenants_file, has_other_keys=has_keys) if config.tenants_file else TenantBook()

@@ -1,8 +1,8 @@
 """Follows the workers' health. A draining worker gets no new work, a worker that died has lost its memory, and the
 router does not wait for a worker that gives no sign of life.
 
-Each worker has a health watch and a pulse (grpc.health.v1). They guide placement, and end the wait for a worker that
-hangs. Whether a call fails is known only by calling.
+Each worker has a health watch and a pulse (grpc.health.v1). Health watches and pulses guide placement, and end the
+wait for a worker that hangs. Whether a call fails is known only by calling.
 """
 
 from __future__ import annotations

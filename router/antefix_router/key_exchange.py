@@ -16,6 +16,7 @@ from redis.exceptions import RedisClusterException, RedisError
 from antefix.errors import ConfigError, Conflict, Unavailable
 from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
+from antefix.whole_number import whole_number
 from antefix_billing.api_keys import KeyBook, from_json, to_json
 
 _KEY: Final = "antefix:api-keys"
@@ -49,8 +50,8 @@ class KeyExchange:
 
         Raises:  Unavailable: Redis does not answer.  ForgedKeys: the value was not written by this deployment.
         """
-        number = await self._ask(self._redis.hget(_KEY, "number"))
-        if number is None or not number.isdigit() or int(number) <= newer_than:
+        number = whole_number(await self._ask(self._redis.hget(_KEY, "number")))
+        if number is None or number <= newer_than:
             return None
         found = await self._ask(self._redis.hmget(_KEY, ["book", "mac"]))
         text, mac = (each or b"" for each in found)

@@ -1,5 +1,5 @@
-"""Refuses requests whose wait for the first token would be too long. It decides by the head, before the body is read
-and before there is a bill.
+"""Refuses requests whose wait for the first token would be too long. Load shedding decides by the head, before the
+body is read and before there is a bill.
 
     wait = a tenant's waiting requests / its share among waiting tenants / first tokens per second measured under a
     queue

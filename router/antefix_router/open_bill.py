@@ -92,7 +92,7 @@ class Bill:
 
     @property
     def record(self) -> UsageRecord:
-        """The request's record. It exists after the output has ended."""
+        """The request's record. The record exists after the output has ended."""
         assert self.settled is not None
         return self.settled.record
 

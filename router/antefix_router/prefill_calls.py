@@ -196,7 +196,7 @@ class PrefillCalls:
         return True
 
     async def _has_waited_alone(self, attempt: _Attempt, late: Worker, task: asyncio.Task[Prefilled]) -> bool:
-        """Continue to wait for the only worker. False: it is so late that decode would be faster."""
+        """Continue to wait for the only worker. False: the answer is so late that decode would be faster."""
         if not late.backlog.tokens_per_s:
             return True  # the prediction is only a guess
         done, _ = await asyncio.wait({task}, timeout=(_ALONE_FACTOR - 1) * attempt.predicted_s)

@@ -1,4 +1,4 @@
-"""Detects that a client's prompts begin with text that changes each time. This is only a warning in the bill.
+"""Detects that a client's prompts begin with text that changes each time. The detection is only a warning in the bill.
 
 A prefix cache hits up to the first token that differs. A client that puts a time, an id or a checksum at the head of
 its prompts computes the whole prompt again each time. So the heads of each client's last prompts are kept. If a new

@@ -1,8 +1,8 @@
-"""The arithmetic with which the workers compute. It is part of every block's name, so a router learns it from the
-workers, and all of them must have the same.
+"""The arithmetic with which the workers compute. The arithmetic is part of every block's name, so a router learns it
+from the workers, and all of them must have the same.
 
-This does not decide what may be hit: workers name KV by the arithmetic that they measured. A router with another
-arithmetic would only look up the wrong names.
+The router's copy does not decide what may be hit: workers name KV by the arithmetic that they measured. A router with
+another arithmetic would only look up the wrong names.
 """
 
 from __future__ import annotations

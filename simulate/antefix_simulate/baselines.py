@@ -1,7 +1,7 @@
 """Placement rules of other routers, from their documents, to compare with ours. Our router does not offer them.
 
-They get the same information as ours: the same directory, and the same clock for finished work. Ties are broken at
-random.
+The baselines get the same information as ours: the same directory, and the same clock for finished work. Ties are
+broken at random.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 byte?
 
 One prompt of P tokens was prefilled cold, and the strategy wrote its checkpoints. After `age_s` a second prompt comes.
-It continues from the end (the next turn), or differs from some position inside on (another question, another document).
-Checkpoints that have expired by then are gone. The real strategies decide what was written, the real planner decides
-how to restore, and the model machine tells how long this takes.
+The second prompt continues from the end (the next turn), or differs from some position inside on (another question,
+another document). Checkpoints that have expired by then are gone. The real strategies decide what was written, the
+real planner decides how to restore, and the model machine tells how long this takes.
 """
 
 from __future__ import annotations

@@ -22,7 +22,8 @@ class StrategyResult:
     saved.
     ideal_token_hit_rate: share of tokens in the longest prefix that any earlier request had, in whole units, without
     the
-        last token: a store of unlimited size with window state at every boundary.  It does not depend on the strategy.
+        last token: a store of unlimited size with window state at every boundary.  The ideal does not depend on the
+        strategy.
     share_of_ideal, work_share_of_ideal: token_hit_rate and work_hit_rate divided by ideal_token_hit_rate.
     checkpoints_per_request: checkpoints written per request, to disk or pool.
     bytes_kept: on disk at the end, blocks and checkpoints that have not expired.  *_max: the most at any time.

@@ -1,8 +1,9 @@
 """Replays one trace under one strategy: each request is looked up, planned, run on the model machine, and stored.
 
-A request ends before the next one arrives: the next one finds all that it wrote, and nothing waits in a queue. This
-favours all strategies equally; another simulation (`cluster`) has queues and many workers. Outputs are not stored,
-because traces do not name their tokens; so hits on outputs are missing, also from the ideal.
+A request ends before the next one arrives: the next one finds all that it wrote, and nothing waits in a queue.
+Replaying one request at a time favours all strategies equally; another simulation (`cluster`) has queues and many
+workers. Outputs are not stored, because traces do not name their tokens; so hits on outputs are missing, also from the
+ideal.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from antefix.errors import Unavailable
+from antefix.errors import ConfigError, Unavailable
 from antefix_console import deployment
 from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
 
@@ -78,3 +78,9 @@ async def test_a_role_that_starts_in_time_is_not_told_of(tmp_path):
     starting.process.stdout.feed_data(b'{"ready": true}\n')
     assert await made._first_line(starting, 0) == b'{"ready": true}\n'
     assert told == []
+
+
+@pytest.mark.parametrize(("name", "flag"), [("router_address", "--address"), ("http_address", "--http-address")])
+def test_a_malformed_address_is_named_before_anything_starts(tmp_path, name, flag):
+    with pytest.raises(ConfigError, match=f"^{flag}: address '127.1:0'"):
+        DeploymentConfig(model=tmp_path, data_dir=tmp_path, **{name: "127.1:0"})

@@ -89,7 +89,13 @@ async def test_what_dies_is_started_again_at_its_address_with_growing_pauses():
 async def test_a_start_that_fails_counts_and_is_tried_again():
     supervisor, _, clock, told, task = await supervised(1, ConfigError("port in use"), ConfigError("port in use"), None)
     assert supervisor.num_restarts == 1 and clock.slept == [0.5, 1.0, 2.0]
-    assert any("port in use" in line for line in told)
+    assert any("decode did not start: port in use" in line for line in told)
+    task.cancel()
+
+
+async def test_a_start_that_was_killed_says_so_once():
+    _, _, _, told, task = await supervised(1, ConfigError("decode did not start (it ended with -9): measuring"), None)
+    assert any(line.startswith("decode did not start (it ended with -9): measuring; it is") for line in told)
     task.cancel()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -97,9 +98,14 @@ def test_an_unprivileged_user(data_dir):
         running.check_answers()
 
 
-def test_small_shared_memory(data_dir):
+def test_small_shared_memory():
     needs_root("unshare")
-    with up(Place(data_dir=data_dir, shell="mount -t tmpfs -o size=64k tmpfs /dev/shm")) as running:
+    small = "mount -t tmpfs -o size=64k tmpfs /dev/shm"
+    # Tests' files lie in /dev/shm, where this mount would hide the data directory.
+    with (
+        tempfile.TemporaryDirectory(dir="/var/tmp") as name,
+        up(Place(data_dir=Path(name) / "data", shell=small)) as running,
+    ):
         running.check_answers()
 
 

@@ -52,14 +52,6 @@ class _Turn:
     def when(self) -> float:
         return self._when
 
-    def run(self, loop: asyncio.BaseEventLoop) -> None:
-        try:
-            self._context.run(self._callback, *self._args)
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException as err:
-            loop.call_exception_handler({"message": "in a callback", "exception": err})
-
 
 def _nothing() -> None:
     """Of a turn that was cancelled."""
@@ -90,7 +82,9 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         return turn
 
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
-        return self.call_at(self.now_s + delay, callback, *args, context=context)
+        turn = _Turn(callback, args, context, when := self.now_s + delay)
+        heapq.heappush(self._later, (when, next(self._numbers), turn))
+        return turn
 
     def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Any = None) -> Any:
         turn = _Turn(callback, args, context, when)
@@ -114,7 +108,12 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         for _ in range(len(turns)):
             turn = turns.popleft()
             if not turn.is_cancelled:
-                turn.run(self)
+                try:
+                    turn._context.run(turn._callback, *turn._args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as err:
+                    self.call_exception_handler({"message": "in a callback", "exception": err})
 
     def _process_events(self, events: list[Any]) -> None:
         """There are none."""

@@ -108,7 +108,8 @@ class World:
         self.feed = StoreFeed(self.watch, fingerprint=FINGERPRINT)
         for address in ADDRESSES:
             self.workers[address] = Worker(self.store, self.names, random.Random(rng.random()), self.handoffs)
-        self.asking: set[asyncio.Future[None]] = set()
+        # In order: a set has them by their addresses, and the same seed would not give the same history.
+        self.asking: dict[asyncio.Future[None], None] = {}
         self.open_router()
 
     @property
@@ -233,7 +234,7 @@ class World:
         for _ in range(4):
             self.counts["requests"] += 1
             asking = asyncio.ensure_future(self._ask(name, request))
-            self.asking.add(asking)
+            self.asking[asking] = None
             try:
                 async with asyncio.timeout(patience_s):
                     await asking
@@ -249,7 +250,7 @@ class World:
                 self.told.errors[type(err).__name__] += 1
                 await asyncio.sleep(self.rng.uniform(0.1, 2.0))
             finally:
-                self.asking.discard(asking)
+                self.asking.pop(asking, None)
 
     async def _ask(self, name: str, request: GenerationRequest) -> None:
         accounts = self.accounts

@@ -83,7 +83,7 @@ def test_nothing_readable_crosses_and_hits_cross_hosts(hosts, tmp_path):
     tap = hosts.start_on("switch", sys.executable, str(ROOT / "tests" / "hosts" / "capture.py"), str(captured))
     try:
         assert tap.stdout.readline() == "ready\n"
-        # 1. A control: what is sent in clear is seen.
+        # 1. A control: unencrypted bytes are seen.
         listener = hosts.start_on("decode2", sys.executable, "-c", LISTEN)
         assert listener.stdout.readline() == "ready\n"
         hosts.on(
@@ -198,7 +198,7 @@ with socket.create_server(("0.0.0.0", 9999)) as server:
     connection.recv(4096)
 """
 
-# A gRPC client without a certificate, then in clear: neither gets as far as a call.
+# A gRPC client without a certificate, then one without TLS: neither gets as far as a call.
 STRANGER = """
 import sys, grpc
 address = sys.argv[1]

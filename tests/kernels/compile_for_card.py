@@ -147,7 +147,7 @@ def compile_case(name: str, threads: int = 1) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(pretended_card())
         if threads > 1:
-            # The case's code goes on while kernels compile.
+            # The case's code continues while kernels compile.
             pool = stack.enter_context(ThreadPoolExecutor(threads))
             stack.enter_context(triton.AsyncCompileMode(pool, ignore_errors=True))
         try:

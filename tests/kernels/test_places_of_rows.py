@@ -54,7 +54,7 @@ def says_unfused(call: ast.Call, module: str) -> bool:
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     if "enable_fp_fusion" in given:
         return isinstance(given["enable_fp_fusion"], ast.Constant) and given["enable_fp_fusion"].value is False
-    # Handed on in a dictionary.
+    # Passed on in a dictionary.
     return None in given and '"enable_fp_fusion": False' in module
 
 

@@ -139,7 +139,7 @@ def test_a_call_waits_for_nothing_and_launches_as_much_for_one_as_for_many(launc
 
 
 def test_seats_are_taken_before_a_recording_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seats that move for want of room would leave a recording with memory that nobody writes any more."""
+    """Seats that move to get more room would leave a recording with memory that nobody writes any more."""
     model = build(torch.device("cpu"))
     pool, runner = CardPool(model.layout, 1, "cpu"), StepRunner(reproducible=True, graphs=True, chunks=True)
     batch = [(Sequence([0], WindowState.zeros(model.layout, 0)), np.zeros(1, "<u4")) for _ in range(9)]

@@ -191,6 +191,13 @@ def test_a_state_is_read_back_with_or_without_its_draft(model: Model, directory:
     for damaged in (data[:-1], data + b"\0", data[: len(short.to_bytes()) + 8], bytes(begins_later)):
         with pytest.raises(BlockCorrupt):
             WindowState.from_bytes(model.layout, 40, damaged)
+    # A whole number of values, but not those of this model's streams: the next step could not use them.
+    num_values = model.config.hc_mult * model.config.hidden_size
+    assert WindowState.from_bytes(model.layout, 40, data, num_stream_values=num_values).to_bytes() == data
+    WindowState.from_bytes(model.layout, 40, data[: len(short.to_bytes())], num_stream_values=num_values)
+    for other in (data[:-4], data + bytes(4), data + data[-4 * num_values :]):
+        with pytest.raises(BlockCorrupt):
+            WindowState.from_bytes(model.layout, 40, other, num_stream_values=num_values)
 
 
 def test_a_state_that_fell_behind_is_not_stored(model: Model) -> None:

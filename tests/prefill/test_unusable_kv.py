@@ -6,6 +6,7 @@ from numpy.testing import assert_array_equal
 
 from antefix.errors import NotFinite, StepFailed
 from antefix.model.finite import unusable_rows
+from antefix.model.window_state import DraftState
 from antefix.record import RecordKind
 from antefix_decode.adopt import adopt, take_handoff
 from antefix_prefill.leave_handoff import leave_handoff
@@ -83,6 +84,19 @@ async def test_what_a_model_computes_that_is_no_number_is_not_stored(make_engine
     assert engine.blocks.num_available == engine.pool.num_blocks
     # Mended, the same worker computes all of it.
     await logits_of(engine, make_prompt(engine, TOKENS))
+
+
+async def test_a_checkpoint_with_a_draft_state_of_another_model_is_a_miss(make_engine, make_prompt, store):
+    writer = make_engine()
+    cold = await logits_of(writer, make_prompt(writer, TOKENS))
+    names = [name for name in store.records if name[0] is RecordKind.CHECKPOINT]
+    for name in names:
+        # A draft state of one value, where a step of this model needs M * D.
+        store.records[name] += bytes(DraftState.fixed_bytes(writer.layout) + 4)
+    reader = make_engine()
+    again = await logits_of(reader, make_prompt(reader, TOKENS))
+    np.testing.assert_array_equal(again.logits, cold.logits)
+    assert names and reader.counters.by_kind == {"BlockCorrupt": len(store.rejected)} and store.rejected
 
 
 async def test_a_handoff_is_not_believed_either(make_engine, make_prompt, store):

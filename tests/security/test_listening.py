@@ -44,11 +44,22 @@ def test_what_others_reach_needs_tls_and_the_error_says_what_to_do(address):
         "a b:1",
         "unix:",
         "h:²",
+        "127.1:0",
+        "0177.0.0.1:0",
+        "2130706433:0",
+        "0x7f000001:0",
+        "256.0.0.1:0",
     ],
 )
 def test_what_is_no_address_is_refused(address):
     with pytest.raises(ConfigError):
         parse_address(address)
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "[2001:db8::1]", "no.such.host.invalid"])
+def test_an_address_of_another_host_is_not_called_a_port_in_use(host):
+    assert f"{host} is no address of this host" in str(rpc._port_error(f"{host}:0"))
+    assert "the port is in use or not permitted" in str(rpc._port_error("127.0.0.1:1"))
 
 
 def test_an_address_is_taken_apart():

@@ -94,7 +94,7 @@ async def test_a_deployment_over_tls(deployment, authority, monkeypatch, capsys,
     assert {f"{role} {each['address']}" for role, each in said.items()} < set(findings)
     assert {each["status"] for each in findings.values()} == {"ok"}
     assert "certificate for 90 days" in findings[f"kvstore {said['kvstore']['address']}"]["detail"]
-    # `top` believes the operator's CA, and shows its key to nobody in clear.
+    # `top` believes the operator's CA, and never sends its key unencrypted.
     door = said["router"]["http_address"]
     for url, problem in ((f"https://{door}", "asks for an API key"), (f"http://{door}", "no router answers")):
         assert await asyncio.to_thread(main, ["top", "--url", url, "--json"]) != 0

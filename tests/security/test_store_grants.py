@@ -320,7 +320,7 @@ def test_a_grant_is_for_one_prompt_under_whichever_secret():
 
 
 async def test_raw_calls_that_make_no_sense_are_refused_too(authority, server):
-    """A record of version 1 names its tenant in clear; no grant is for such a name."""
+    """A record of version 1 names its tenant in plain text; no grant is for such a name."""
     with_grant(authority, ALICE)
     old = Prompt([5] * BLOCK, version=1).block(0, tenant=b"alice")
     store = RemoteStore(server.address, credentials=authority.credentials("prefill", "stolen"))

@@ -1,4 +1,4 @@
-"""Turns go round by tenant and by work, whatever one of them asks for."""
+"""Places go in turn by tenant and by work, whatever a single tenant asks for."""
 
 import asyncio
 import contextlib

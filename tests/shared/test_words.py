@@ -22,6 +22,9 @@ from docs import check_words
         ("The index is made anew.", True),
         ("Whoever reads it checks it.", True),
         ("4 GiB a card", True),
+        ("The caller hands on its id.", True),
+        ("It is refused for want of room.", True),
+        ("It passes on its id.", False),
     ],
 )
 def test_a_stumbling_word_is_refused_and_others_are_not(text: str, is_refused: bool) -> None:

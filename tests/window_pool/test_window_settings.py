@@ -1,4 +1,4 @@
-"""Settings of window state: what contradicts itself is refused before anything starts, and `up` hands on the rest."""
+"""Settings of window state: contradictory ones are refused before anything starts, and `up` passes on all others."""
 
 from __future__ import annotations
 

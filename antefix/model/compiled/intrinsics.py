@@ -1,6 +1,7 @@
 """What Numba lacks for kernels over torch's memory: pointers, fused multiply-adds, access to the bits of floats.
 
-Nothing here allows the compiler to fuse, reorder or approximate operations: the source alone decides a kernel's bits.
+This code does not allow the compiler to fuse, reorder or approximate operations: the source alone decides a kernel's
+bits.
 """
 
 from __future__ import annotations

@@ -92,7 +92,8 @@ class _Kept:
 def plans_of(model: Model) -> list[LayerPlan] | None:
     """Each layer's plan, kept with the model until a weight changes. None: these kernels cannot run this model.
 
-    Each step compares every weight's version and address. It does not notice that a module was replaced by another.
+    Each step compares every weight's version and address. The comparison does not notice that a module was replaced by
+    another.
     """
     kept: _Kept | None = getattr(model, "_antefix_plans", None)
     if kept is None:

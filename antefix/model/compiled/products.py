@@ -1,7 +1,8 @@
 """Products of a few rows, in MKL's order of addition but without the padding rows of its tiles.
 
 MKL adds in one chain of fused multiply-adds per element, but only if there is at least a whole tile of rows
-(`numerics`). For one row that is sixteen times the arithmetic. Here the chain is written out, over transposed weights.
+(`numerics`). For one row that is sixteen times the arithmetic. In these kernels, the chain is written out, over
+transposed weights.
 
 Shapes:  N = rows, K = addends, O = columns.
 """

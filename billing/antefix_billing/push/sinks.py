@@ -19,10 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from antefix.errors import ConfigError
+from antefix.whole_number import whole_number
 from antefix_billing.push.delivery import Delivery
 from antefix_billing.push.push_config import SinkConfig
 
 _TIMEOUT_S: Final = 20.0
+_RETRY_AFTER_S_MAX: Final = 24 * 3600
 _EXTRA: Final = "pip install 'antefix[push]'"
 
 
@@ -121,7 +123,9 @@ class OpenMeterSink:
 
 
 class LagoSink:
-    """Sends one event per item. Its properties are the counts; `precise_total_amount_cents` is the exact price."""
+    """Sends one event per item. The event's properties are the counts; `precise_total_amount_cents` is the exact
+    price.
+    """
 
     num_a_batch = 100
 
@@ -216,4 +220,4 @@ def _failure(status: int | None, message: str, retry_after: str | None) -> Rejec
     # 401, 403 and 404 are the operator's to mend (a key, a missing meter). The event itself is not at fault.
     if status is not None and 400 <= status < 500 and status not in (401, 403, 404, 408, 409, 425, 429):
         return Rejected(message)
-    return TryLater(message, float(retry_after) if retry_after and retry_after.isdigit() else 0.0)
+    return TryLater(message, float(whole_number(retry_after, _RETRY_AFTER_S_MAX) or 0))

@@ -1,6 +1,6 @@
 """Sends all requests of an audit, at a bounded rate and within a budget, and checks each answer's token counts.
 
-These checks need no statistics: a count that is wrong once is wrong.
+Checks of single answers need no statistics: a count that is wrong once is wrong.
 """
 
 from __future__ import annotations

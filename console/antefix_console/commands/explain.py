@@ -221,7 +221,8 @@ class Whose:
         return self.names_under(self.fingerprint.statement, tokens, keyring, differs)
 
     def names_under(self, statement: bytes, tokens: Tokens, keyring: Keyring, differs: str) -> NamedChain:
-        """The same tenant's names for these tokens under another stated fingerprint with blocks of the same size."""
+        """The names of these tokens for the same tenant under another stated fingerprint with blocks of the same
+        size."""
         digest = digest_of(statement)
         chain = chain_of(
             tokens,

@@ -26,7 +26,7 @@ from antefix_router.key_exchange import KeyExchange
 DEFAULT_FILE: Final = Path("antefix-data/api-keys.json")
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
-# A command's change to the key book. Returns the new key in clear (empty if it made none) and the new book.
+# A command's change to the key book. Returns the new key in plain text (empty if it made none) and the new book.
 Change = Callable[[KeyBook], tuple[str, KeyBook]]
 
 

@@ -81,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rotated(generations: Generations, *, stage: bool = False) -> Generations:
-    """Add a new secret. It becomes the current one; with `stage` it is used for reading only, until the next rotation
-    makes it the current one.
+    """Add a new secret. The new secret becomes the current one; with `stage` it is used for reading only, until the
+    next rotation makes it the current one.
 
     Raises:  InvalidRequest: a secret is staged already, or generation numbers are used up.
     """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from antefix.byte_size import parse_byte_size
 from antefix.errors import InvalidRequest
+from antefix.whole_number import whole_number
 from antefix.window import Sizes, Strategy, parse
 from antefix_console.progress_line import ProgressLine
 from antefix_simulate.baselines import ALL_POLICIES
@@ -243,20 +244,20 @@ def _policies(names: list[str]) -> list[str]:
 
 
 def _workers(text: str) -> tuple[int, int]:
-    parts = text.split(":")
-    if len(parts) != 2 or not all(part.isdigit() and 1 <= int(part) <= WORKERS_MAX for part in parts):
+    numbers = [whole_number(part, WORKERS_MAX) or 0 for part in text.split(":")]
+    if len(numbers) != 2 or not all(numbers):
         raise InvalidRequest(f"--workers must be P:D with 1 to {WORKERS_MAX} each, is {text!r}")
-    return int(parts[0]), int(parts[1])
+    return numbers[0], numbers[1]
 
 
 def _engines(args: argparse.Namespace) -> tuple[int, int]:
     """Numbers of workers where each engine does both prefill and decode."""
     text: str = args.workers
-    if not text.isdigit() or not 1 <= int(text) <= WORKERS_MAX:
+    if not (number := whole_number(text, WORKERS_MAX)):
         raise InvalidRequest(f"--workers of --engines must be a number from 1 to {WORKERS_MAX}, is {text!r}")
     if args.store_bytes or args.pool_bytes:
         raise InvalidRequest("--engines have no store of ours: leave --store-bytes and --pool-bytes out")
-    return int(text), int(text)
+    return number, number
 
 
 def _kill(text: str) -> tuple[float, float]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from antefix.errors import ConfigError
+from antefix.whole_number import whole_number
 from antefix_billing.anchor import read_anchors
 from antefix_billing.ledger_files import ledgers_of, source_of
 from antefix_billing.reconcile import verify_all
@@ -83,7 +84,8 @@ def _public_key(text: str) -> bytes:
 def _anchor(text: str, ledgers: Sequence[Path]) -> tuple[bytes, tuple[int, str]]:
     """(source, (sequence, hash)). Raises:  ConfigError: the text has another form, or names none of these ledgers."""
     *source, sequence, hash = text.lower().split(":") if text.count(":") in (1, 2) else ("", "", "")
-    if not sequence.isdigit() or len(hash) != 64:
+    number = whole_number(sequence)
+    if number is None or len(hash) != 64:
         raise ConfigError(f"--anchor must be SEQUENCE:HASH or SOURCE:SEQUENCE:HASH, is {text!r}")
     if not source and len(ledgers) > 1:
         raise ConfigError("with several ledgers --anchor needs the source: SOURCE:SEQUENCE:HASH")
@@ -91,4 +93,4 @@ def _anchor(text: str, ledgers: Sequence[Path]) -> tuple[bytes, tuple[int, str]]
     name = source[0] if source else next(iter(known))
     if name not in known:
         raise ConfigError(f"--anchor names ledger {name}, which is not among these")
-    return known[name], (int(sequence), hash)
+    return known[name], (number, hash)

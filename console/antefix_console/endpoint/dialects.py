@@ -107,7 +107,7 @@ class Completions:
 
 
 class Messages:
-    """Anthropic's messages. Their `input_tokens` excludes tokens read from the cache or written to it."""
+    """Anthropic's messages. Anthropic's `input_tokens` excludes tokens read from the cache or written to it."""
 
     path = "/messages"
 

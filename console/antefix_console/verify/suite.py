@@ -80,7 +80,7 @@ LARGE_BLOCK = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """What is verified: a device, and the worker settings `kernels` and so on."""
+    """The subject of verification: a device, and the worker settings `kernels` and so on."""
 
     device: str = "cpu"
     kernels: str = "auto"

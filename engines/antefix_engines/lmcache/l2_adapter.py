@@ -1,9 +1,9 @@
 """The class that LMCache's plug-in adapter loads: its L2 interface over Antefix's store.
 
-LMCache names an object by a hash of its tokens, model, rank, object group and cache_salt. It tells neither which object
-precedes another nor how an object is laid out. So each object is stored as one record, as it is. The record's name also
-includes the revision of the weights, which LMCache's name lacks. Calls return at once; a few threads do the work, and
-an event fd signals when it is done.
+LMCache names an object by a hash of its tokens, model, rank, object group and cache_salt. LMCache tells neither which
+object precedes another nor how an object is laid out. So each object is stored as one record, as it is. The record's
+name also includes the revision of the weights, which LMCache's name lacks. Calls return at once; a few threads do the
+work, and an event fd signals when it is done.
 """
 
 from __future__ import annotations

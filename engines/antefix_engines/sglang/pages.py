@@ -1,8 +1,8 @@
 """Pages in the memory of SGLang's host pools, as buffers that a store reads into and writes from without a copy.
 
-A pool tells where its pages are: `get_page_buffer_meta(indices)` returns pointers and sizes. There is one pointer per
-page if a page is contiguous (layout page_first), and several if it is in pieces (layer_first: one per layer). A page in
-pieces needs one copy. A pool without memory (V4's anchor) has empty pages.
+A pool tells where its pages are: `get_page_buffer_meta(indices)` returns pointers and sizes. The pool has one pointer
+per page if a page is contiguous (layout page_first), and several if it is in pieces (layer_first: one per layer). A
+page in pieces needs one copy. A pool without memory (V4's anchor) has empty pages.
 """
 
 from __future__ import annotations

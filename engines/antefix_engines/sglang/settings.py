@@ -1,4 +1,4 @@
-"""This tier's settings in `--hicache-storage-backend-extra-config`, and what SGLang tells of the present process."""
+"""The tier's settings in `--hicache-storage-backend-extra-config`, and what SGLang tells of the present process."""
 
 from __future__ import annotations
 

@@ -256,8 +256,8 @@ class AntefixCache:
     def _probe(self, model: Any) -> tuple[CachePayloads, str]:
         """Find out what the model's cache keeps, and which bits it computes, by running one block.
 
-        This is the only way that works for every model. On a card bits may differ from run to run, so there they are
-        not part of names.
+        Running a block is the only way that works for every model. On a card bits may differ from run to run, so there
+        they are not part of names.
         """
         _check_mode(model)
         if getattr(model.config, "is_encoder_decoder", False):

@@ -1,4 +1,6 @@
-"""A transformers cache as payloads of blocks and checkpoints, and back. Knows tensors and bytes, never stores."""
+"""A transformers cache as payloads of blocks and checkpoints, and back. This module knows tensors and bytes, never
+stores.
+"""
 
 from __future__ import annotations
 
@@ -69,8 +71,8 @@ class CachePayloads:
             rows.fill(layer, mine, states, num_blocks * self.layout.block_size)
 
     def bits_of(self, cache: WatchedCache) -> str:
-        """A digest of the first block in a cache. Its last bits depend on the hardware and software that computed
-        it."""
+        """A digest of the first block in a cache. The digest's last bits depend on the hardware and software that
+        computed it."""
         state = hashlib.blake2b(self.block(cache, 0), digest_size=5)
         state.update(self.checkpoint(cache, 0, self.layout.block_size) or b"")
         return state.hexdigest()

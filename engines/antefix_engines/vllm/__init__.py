@@ -1,6 +1,6 @@
 """Antefix as a disk tier of vLLM: `AntefixTier`, which vLLM loads by its configuration (docs/ENGINES.md).
 
-vLLM copies finished blocks of its KV cache into *rows* of host memory, one row per block of one cache group. It asks
+vLLM copies finished blocks of its KV cache into *rows* of host memory, one row per block of one cache group. vLLM asks
 its tiers to store rows by key, and to load them again. The modules, those without vLLM imports first:
 
     shape       what vLLM tells a tier about the cache: groups, rows, ranks.

@@ -2,7 +2,7 @@
 
 One process computes prompts cold, stores them, and runs them again to hit vLLM's own cache. After it has ended, another
 process restores them: the whole prompt, a fork inside it, five prompts at once, and for V4 a prompt that ends at the
-end of a block. Tokens and log probabilities must equal the cold run's in all digits of a float. Where vLLM's own hits
+end of a block. Tokens and log probabilities must equal the cold run's in all digits of a float. If vLLM's own hits
 differ from its cold runs (MLA on a CPU, the uncached parts of several prompts in one batch), they must equal those of
 its own hit. Then bits in the store are flipped, which must give a miss, and one kind of KV is zeroed on restore, which
 must be detected.
@@ -172,7 +172,8 @@ def _planted(model: CheckModel, fault: str, own: Answers, restored: dict[str, An
 
 
 def _missed(model: CheckModel, own: Answers, restored: dict[str, Any]) -> Finding:
-    """Nothing after the first block may be hit. The rest is computed, from token 0 or from the end of that block."""
+    """Nothing after the first block may be hit. The uncached tokens are computed, from token 0 or from the end of that
+    block."""
     answer = restored["answers"][0]
     is_hit = answer["num_cached"] > model.hit_tokens
     told = f"{answer['num_cached']} tokens were hit, of which the block up to {2 * model.hit_tokens} is damaged"

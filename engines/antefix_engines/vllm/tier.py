@@ -1,6 +1,7 @@
 """`AntefixTier`: the class that vLLM loads by `secondary_tiers`, written for vLLM 0.32 and 0.33.
 
-All methods run in vLLM's scheduler. They never block, except that `drain_jobs` and `shutdown` wait for our own threads.
+All methods run in vLLM's scheduler. The methods never block, except that `drain_jobs` and `shutdown` wait for our own
+threads.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rows of a V4 cache as our blocks and checkpoints.
 
 A row of the blocks' group is a BLOCK, chained to the block before it. The rows of all other groups that end in one
-block's tail form one CHECKPOINT of that block. It is stored when its last row has come, because vLLM stores rows as it
-computes.
+block's tail form one CHECKPOINT of that block. The checkpoint is stored when its last row has come, because vLLM
+stores rows as it computes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Stores rows as they are, for models other than V4 and for unknown layouts: plain, MLA, sliding windows, Mamba.
 
-Each row of each group is a BLOCK under its group's fingerprint. Nothing is assumed about its bytes except the ranks'
-cells. A row depends on the row before it if that is stored; otherwise it begins a chain, since windows and states may
-begin anywhere.
+Each row of each group is a BLOCK under its group's fingerprint. The tier assumes nothing about the row's bytes except
+the ranks' cells. A row depends on the row before it if that is stored; otherwise it begins a chain, since windows and
+states may begin anywhere.
 """
 
 from __future__ import annotations

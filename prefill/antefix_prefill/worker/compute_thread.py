@@ -154,7 +154,7 @@ class ComputeThread:
         )
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a small job. It waits only for the running work and for small jobs that came before it."""
+        """Run a small job. The job waits only for the running work and for small jobs that came before it."""
         job = _Job(lambda: function(*args, **kwargs), Future())
         return cast(T, await self._submit(job))
 

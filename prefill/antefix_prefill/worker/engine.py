@@ -101,8 +101,8 @@ class Engine:
     """The parts that a worker works with. The event loop owns `blocks`; only the compute thread calls the model.
 
     strategy: may be replaced while running; the new one applies from the next request on.
-    bounded_windows: windows of approximate replays that the namespace allows. Its `fingerprint` says so as well:
-        every block that it reads or writes is named as approximate, whether it is or not.
+    bounded_windows: windows of approximate replays that the namespace allows. The engine's `fingerprint` says so as
+        well: every block that it reads or writes is named as approximate, whether it is or not.
     align_tokens: 1; in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
     ops: the cache path's operations, of the same kind as the pool.
     arithmetic: what was measured here; its name is in the names of the KV that this worker treats as its own.
@@ -153,6 +153,11 @@ class Engine:
     @property
     def layout(self) -> BlockLayout:
         return self.model.layout
+
+    @property
+    def num_stream_values(self) -> int:
+        """Values of one token's streams, M * D."""
+        return self.model.config.hc_mult * self.model.config.hidden_size
 
     @property
     def rates(self) -> Rates:

@@ -120,7 +120,9 @@ def _read(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
 
 
 def _may_carry_on(inbox: queue.Queue[Any]) -> bool:
-    """Whether rank 0 says to continue after a call that failed here. It says nothing if the call did not fail there."""
+    """Whether rank 0 says to continue after a call that failed here. Rank 0 says nothing if the call did not fail
+    there.
+    """
     try:
         return bool(inbox.get(timeout=END_S / 2) == CARRY_ON)
     except queue.Empty:

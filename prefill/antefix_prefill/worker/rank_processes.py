@@ -242,7 +242,8 @@ class RankProcesses:
         return True
 
     def _broken(self, err: BaseException) -> None:
-        """A call failed here that was sent to the other ranks. They wait for this rank, or are ahead of it."""
+        """A call failed here that was sent to the other ranks. The other ranks wait for this rank, or are ahead of
+        it."""
         # If a rank died, its reason arrives within a moment; until then only its absence is known.
         time.sleep(0.5)
         self._lose(f"a call over {self.ranks.size} ranks failed on rank 0: {type(err).__name__}: {err}")

@@ -88,7 +88,8 @@ class ResidentBlocks:
         return block_ids
 
     def publish(self, name: bytes, block_id: int) -> bool:
-        """Declare this block finished and exact. False: another block has the name already; this one stays private."""
+        """Declare this block finished and exact. False: another block has the name already, so this one stays
+        private."""
         if name in self._by_hash:
             return False
         self._by_hash[name] = block_id

@@ -6,8 +6,8 @@ is found by all tokens before it and by the message that the client was given. T
 drops the least recently used answers.
 
 Many clients of OpenAI's chat API cannot store reasoning and send an answer back without it. If the format keeps
-reasoning, such an answer would have other tokens and miss from there on. So it is looked up without its reasoning, and
-put back with it.
+reasoning, such an answer would have other tokens and miss from there on. So an answer is looked up without its
+reasoning, and put back with it.
 """
 
 from __future__ import annotations
@@ -135,8 +135,8 @@ def prefix_state(tenant: str, tokens: Sequence[int]) -> hashlib.blake2b:
 
 
 def aside_name(prefix: hashlib.blake2b) -> bytes:
-    """The name of the request-dependent text (`Aside`) after this prefix. Its length mark is longer than any part of an
-    answer, so it cannot equal an answer's name.
+    """The name of the request-dependent text (`Aside`) after this prefix. The name's length mark is longer than any
+    part of an answer, so it cannot equal an answer's name.
     """
     state = prefix.copy()
     state.update(b"\xff" * 8 + b"aside")
@@ -159,7 +159,7 @@ def answer_name(prefix: hashlib.blake2b, message: Message) -> bytes:
 
 
 def _canonical(arguments: str) -> str:
-    """The same text for all spellings of the same JSON. Text that is not JSON stays as it is."""
+    """Returns the same text for all spellings of the same JSON. Text that is not JSON stays as it is."""
     try:
         return json.dumps(json.loads(arguments, parse_float=_number), sort_keys=True)
     except (ValueError, RecursionError):

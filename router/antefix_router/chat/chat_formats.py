@@ -19,7 +19,7 @@ class OutputParser(Protocol):
 
 class ChatFormat(Protocol):
     """One model family's chat format. As far as the format allows, the rendering of a longer conversation begins with
-    the rendering of the shorter one. This makes the next turn hit.
+    the rendering of the shorter one. The common beginning makes the next turn hit.
     """
 
     name: str

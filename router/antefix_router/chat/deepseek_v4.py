@@ -2,8 +2,8 @@
 
     BOS [effort] system [tools] (USER text ASSISTANT think-tag answer [calls] EOS)*
 
-The checkpoint of July 31st (DeepSeek-V4-Flash-0731) has other prompts for the efforts. Its format is otherwise the
-same.
+The checkpoint of July 31st (DeepSeek-V4-Flash-0731) has other prompts for the efforts. The format of that checkpoint
+is otherwise the same.
 
 Non-thinking answers follow `</think>`, thinking ones `<think>`. Reasoning of earlier turns is left out, unless there
 are tools: then the model has to see why it made its calls. Tool results go into the next user turn, in the order of the

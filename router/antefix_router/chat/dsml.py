@@ -179,7 +179,7 @@ class DeepSeekV4Parser:
         return False
 
     def _next_tag(self) -> re.Match[str] | None:
-        """The next complete tag. It is removed from the held text together with everything before it."""
+        """The next complete tag. The tag is removed from the held text together with everything before it."""
         tag = _TAG.search(self._waiting)
         if tag is not None:
             self._waiting = self._waiting[tag.end() :]

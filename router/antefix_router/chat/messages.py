@@ -36,7 +36,8 @@ class ToolCall:
 class TextBreakpoint:
     """A client's cache breakpoint: everything before it is to be kept for `ttl_s`.
 
-    offset: characters of the text before it. None: it is at the end of the message, tools or other part that has it.
+    offset: characters of the text before it. None: the breakpoint is at the end of the message, tools or other part
+    that has it.
     """
 
     ttl_s: float
@@ -174,7 +175,8 @@ class Delta:
 
 
 def plain_of(message: Message) -> Plain:
-    """A turn's content with the name of its speaker. It leaves out breakpoints at the turn's end: see `end_of`."""
+    """A turn's content with the name of its speaker. The content leaves out breakpoints at the turn's end: see
+    `end_of`."""
     said_by = f"{message.name}: " if message.name else ""
     inside = tuple(
         TextBreakpoint(ttl_s=each.ttl_s, offset=len(said_by) + each.offset)

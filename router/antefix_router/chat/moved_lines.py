@@ -1,11 +1,11 @@
 """Moves changing lines of the system text to a later place, because no prefix can be hit beyond the first change. Pure.
 
-Some clients begin their system text with a line about themselves: a version, a checksum, a billing account. The line
-differs in every session or every request, and everything after it would miss. A table of rules recognises these lines.
-No text is dropped. A line that changes with the session moves to the beginning of the first user message. A line that
-changes with the request moves to the end of the last user message (`messages.Aside`). Both places come after system
-text and tools. The prompt is the text with the lines moved, for hits and misses alike. Operators can add rules in a
-file (deploy/prefix_rules.toml).
+For example, some clients begin their system text with a line about themselves: a version, a checksum, a billing
+account. The line differs in every session or every request, and everything after it would miss. A table of rules
+recognises these lines. No text is dropped. A line that changes with the session moves to the beginning of the first
+user message. A line that changes with the request moves to the end of the last user message (`messages.Aside`). The
+old and the new place come after system text and tools. The prompt is the text with the lines moved, for hits and
+misses alike. Operators can add rules in a file (deploy/prefix_rules.toml).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LINE_CHARACTERS_MAX: Final = 2000
 
 
 class Changes(StrEnum):
-    """How often a line changes. This decides where it is moved."""
+    """How often a line changes. The kind of change decides where the line is moved."""
 
     SESSION = "session"
     REQUEST = "request"

@@ -1,5 +1,5 @@
-"""A model's own chat template (Jinja), as found in Hugging Face model directories. It runs in a sandbox, because it was
-downloaded.
+"""A model's own chat template (Jinja), as found in Hugging Face model directories. The template runs in a sandbox,
+because it was downloaded.
 
 Inside message contents, a private mark is inserted into everything that looks like a special token. The rendered text
 is cut at the marks before it is tokenized. So no message can pretend to be another speaker.

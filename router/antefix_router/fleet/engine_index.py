@@ -217,7 +217,8 @@ class EngineIndex:
 
 
 def _number(hash_: Hash) -> int:
-    """The engine's hash as 64 bits. This takes half the memory, and a collision only costs a wrong guess."""
+    """The engine's hash as 64 bits. The shorter hash takes half the memory, and a collision only costs a wrong
+    guess."""
     return hash_ if isinstance(hash_, int) else hash(hash_)
 
 

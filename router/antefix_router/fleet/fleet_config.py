@@ -19,6 +19,7 @@ from antefix.telemetry.settings import (
     trace_share_setting,
     traces_setting,
 )
+from antefix.whole_number import whole_number
 from antefix_router.gateway.gateway_config import GatewayConfig
 from antefix_router.placement.policy import COMPUTE_WEIGHT, POLICIES
 
@@ -169,7 +170,7 @@ def _endpoint(name: str, values: tuple[str, ...], index: int, host: str, num_wor
     if value.isdigit():
         value = f"tcp://[{host}]:{value}" if ":" in host else f"tcp://{host}:{value}"
     port = value.rpartition(":")[2]
-    fits = value.startswith("ipc://") or (value.startswith("tcp://") and port.isdigit() and 0 < int(port) < 65536)
+    fits = value.startswith("ipc://") or (value.startswith("tcp://") and bool(whole_number(port, 65535)))
     require(not value or fits, f"--{name} takes a port, tcp://HOST:PORT or ipc://PATH, not {value!r}")
     return value
 

@@ -51,7 +51,7 @@ PATHS: Final = (CHAT, COMPLETIONS)
 
 
 class FleetDoor(Door):
-    """One router's door to a fleet. It admits and identifies callers as the door of our own workers does."""
+    """One router's door to a fleet. The door admits and identifies callers as the door of our own workers does."""
 
     def __init__(self, front: BilledFront, config: FleetConfig, engines: Engines, tokens: PromptTokens) -> None:
         super().__init__(front, config, Encoding(), num_tokens_max=_TOKEN_IDS_MAX)
@@ -154,7 +154,7 @@ class FleetDoor(Door):
         return 0
 
     def _salt(self, caller: HttpCaller, asked: Any) -> str:
-        """The engine's cache salt, which separates the prefixes of tenants. It includes the client's own salt."""
+        """The engine's cache salt, which separates the prefixes of tenants. The salt includes the client's own salt."""
         if asked is not None and not (isinstance(asked, str) and asked):
             raise wrong_value("cache_salt", " must be a text that is not empty")
         if not caller.tenant or self._fleet.share_caches:
@@ -266,6 +266,6 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:
-    """The part of the body that is the same in equal requests. It leaves out how the answer is delivered."""
+    """The part of the body that is the same in equal requests. The part leaves out how the answer is delivered."""
     said = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -186,6 +186,7 @@ class FleetPlacing:
             yield landed
 
     def computed(self, placed: Placed, prompt: NamedPrompt | None) -> None:
-        """The worker holds the prompt now. This is not noted for a worker with events, because its events report it."""
+        """The worker holds the prompt now. The placement is not noted for a worker with events, because its events
+        report it."""
         if prompt is not None:
             self._directory.guess(placed.worker.address, prompt.keys)

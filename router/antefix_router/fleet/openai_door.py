@@ -14,6 +14,7 @@ from typing import Any, Final
 import httpx
 
 from antefix.errors import DeadlineExceeded, Overloaded, Unavailable
+from antefix.whole_number import whole_number
 from antefix_router.fleet.fleet_config import EnginePlace
 from antefix_router.gateway.http_errors import PassedError
 
@@ -25,6 +26,7 @@ _ASK_S: Final = 5.0
 _IDLE_S: Final = 4.0
 _ERROR_BYTES_MAX: Final = 64 << 10
 _EVENT_BYTES_MAX: Final = 16 << 20
+_RETRY_AFTER_S_MAX: Final = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,8 +152,8 @@ class OpenAIDoor:
         text = raw.decode(errors="replace")
         who = f"{self.place.address} answered {status}: {text[:200]}"
         if status in (429, 503):
-            retry = response.headers.get("retry-after", "")
-            raise Overloaded(who, retry_after_s=float(retry) if retry.isdigit() else 1.0)
+            retry = whole_number(response.headers.get("retry-after"), _RETRY_AFTER_S_MAX)
+            raise Overloaded(who, retry_after_s=1.0 if retry is None else float(retry))
         if status >= 500 or status in (401, 403):
             # If a worker refuses our credentials, our client cannot mend that.
             raise Unavailable(who)

@@ -113,7 +113,7 @@ class PassedGeneration(Generation):
     does not count tokens.
 
     answer: a complete answer that is not a stream.  events: events of a stream that are ready for the client.
-    last: the event with the usage that the client asked for. It goes out after the record is written.
+    last: the event with the usage that the client asked for. The last event goes out after the record is written.
     """
 
     call: PassedCall = field(kw_only=True)

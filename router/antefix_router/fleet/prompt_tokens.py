@@ -41,7 +41,7 @@ class PromptTokens:
         self._without: set[str] = set()
 
     async def of(self, path: str, body: Mapping[str, Any], model: str) -> Tokens | None:
-        """The prompt's tokens. None: no worker could tell; the worker that gets the request will accept or
+        """The prompt's tokens. None: no worker could count the tokens; the worker that gets the request will accept or
         refuse it.
         """
         prompt = body.get("prompt") if path == COMPLETIONS else None

@@ -1,7 +1,7 @@
 """Wraps every HTTP request: adds its id to the answer and to log lines, its trace, its line in the access log, and its
 counts.
 
-This module does not read or log bodies. The request's path is chosen by the client, so it is logged encoded and cut.
+Access logging does not read or log bodies. The request's path is chosen by the client, so it is logged encoded and cut.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from antefix.telemetry.exposition import SECONDS, histogram
 from antefix.telemetry.logs import ACCESS
 from antefix.telemetry.shown import gauge
 from antefix.telemetry.tracing import serving
+from antefix.whole_number import whole_number
 from antefix_router.front import REQUEST_ID_BYTES_MAX
 
 log = logging.getLogger(ACCESS)
@@ -129,7 +130,7 @@ def _log(scope: Scope, headers: Headers, answer: _Answer, seconds: float) -> Non
     extra: dict[str, str | float] = {
         "status": answer.status,
         "duration_ms": round(1000 * seconds, 1),
-        "request_bytes": int(length) if (length := headers.get("content-length", "")).isdigit() else 0,
+        "request_bytes": whole_number(headers.get("content-length")) or 0,
         "response_bytes": answer.num_bytes,
     }
     if client := (scope.get("client") or ("",))[0]:

@@ -10,7 +10,7 @@ from antefix_router.chat.strict import keeps_to
 
 
 class Calls:
-    """strict: schemas of the tools whose calls must satisfy them. Such a call is held until it is complete
+    """strict: schemas of the tools whose calls must satisfy them. A strict tool's call is held until it is complete
     and valid.
     """
 

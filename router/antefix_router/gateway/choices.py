@@ -13,7 +13,7 @@ from antefix_router.open_bill import Bill
 
 class Choices:
     """All outputs of one admitted request. If fewer are shown than made, those with the largest sum of log
-    probabilities are shown, which is vLLM's ranking. They are known when all outputs have ended.
+    probabilities are shown, which is vLLM's ranking. The choices to show are known when all outputs have ended.
     """
 
     def __init__(self, front: Front, bill: Bill, outputs: Sequence[Output], *, num_shown: int) -> None:

@@ -61,8 +61,8 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
 
 
 async def _prompt(gateway: Gateway, prompt: Any, tenant: str, *, echo: bool) -> tuple[str, list[int]]:
-    """The prompt as text and as tokens. Here the caller writes directly for the model, so special tokens in the text
-    count as such.
+    """The prompt as text and as tokens. In this API the caller writes directly for the model, so special tokens in the
+    text count as such.
     """
     tokenizer = gateway.front.tokenizer
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):

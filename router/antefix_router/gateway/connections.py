@@ -51,7 +51,7 @@ class Connection(Protocol):
     address: str
 
     def drop(self) -> None:
-        """Close it now. It is idle, or never began a request."""
+        """Close it now. The connection is idle, or never began a request."""
 
 
 class Connections:
@@ -87,7 +87,7 @@ class Connections:
         return self._by_address.total()
 
     def enter(self, connection: Connection) -> bool:
-        """Enter a new connection. False: there is no room for it, and it is not counted."""
+        """Enter a new connection. False: there is no room for the connection, and it is not counted."""
         address = connection.address
         if self._is_full(address) and not self._make_room(connection):
             self.num_refused += 1

@@ -2,8 +2,8 @@
 model cannot see. Pure.
 
 Clients resend the whole history, so a part that is refused once would be refused in every later turn. Only the newest
-user message is answered, so an image is refused only there. Elsewhere a short placeholder replaces it, the same in
-every turn.
+user message is answered, so an image is refused only there. In earlier messages a short placeholder replaces each
+image, the same in every turn.
 """
 
 from __future__ import annotations

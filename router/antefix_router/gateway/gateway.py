@@ -62,7 +62,7 @@ _BETA_HEADERS = ("anthropic-beta", "openai-beta")
 class HttpCaller(Caller):
     """has_key: the client named the id, so it may ask for the answer again.
 
-    wants_details: the usage shall report what the cache did.
+    wants_details: whether the usage reports what the cache did.
     """
 
     has_key: bool = False
@@ -217,7 +217,7 @@ class Gateway(Door):
         return Signatures(self.front.accounts.keyring, tenant)
 
     def choose_effort(self, wish: Wish, model: NamedModel, default: Effort, notes: Notes) -> Effort:
-        """How the model shall think: as the request says, else as the model's name says, else the default.
+        """How the model should think: as the request says, else as the model's name says, else the default.
 
         A model that cannot think answers without thinking. The fields that asked for it are reported as ignored.
         """

@@ -63,7 +63,7 @@ class LogprobWriter:
         return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
 
     def _key(self, token: int) -> str:
-        """Here tokens are keys of an object, so the keys of two partial characters must differ."""
+        """In this API tokens are keys of an object, so the keys of two partial characters must differ."""
         raw = self._tokenizer.token_bytes(token)
         try:
             return raw.decode()

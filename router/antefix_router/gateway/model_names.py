@@ -1,4 +1,4 @@
-"""The names that clients may use for the model. There is only one model, so a name says only what the client
+"""The names that clients may use for the model. A deployment has only one model, so a name says only what the client
 expects.
 """
 

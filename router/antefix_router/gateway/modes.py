@@ -1,4 +1,4 @@
-"""Reads how much the model shall think, from all the fields that clients use for it, as one effort. Pure.
+"""Reads how much the model should think, from all the fields that clients use for it, as one effort. Pure.
 
 Some fields switch thinking on or off (`thinking`, `enable_thinking`), some give an amount (`reasoning_effort`,
 budgets), some do both. If any field says off, thinking is off. Otherwise the strongest named effort counts. If thinking

@@ -1,5 +1,5 @@
-"""Records what was not used as the client sent it. It is named in the answer's headers, counted, and logged once per
-field.
+"""Records what was not used as the client sent it. Such a field is named in the answer's headers, counted, and logged
+once per field.
 """
 
 from __future__ import annotations

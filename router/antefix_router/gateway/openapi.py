@@ -1,8 +1,8 @@
 """The OpenAPI 3.1 document of the HTTP server, served at /openapi.json: addresses, the fields that are read, answers
 and errors.
 
-It covers the routes that the server has. Unnamed fields are ignored (docs/HTTP_API.md), so the objects allow further
-properties. `fields.py` and `antefix.sampling` check the values of fields.
+The document covers the routes that the server has. Unnamed fields are ignored (docs/HTTP_API.md), so the objects allow
+further properties. `fields.py` and `antefix.sampling` check the values of fields.
 """
 
 from __future__ import annotations

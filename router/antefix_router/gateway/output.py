@@ -248,7 +248,7 @@ def _num_begun(text: str, stop: str) -> int:
 
 
 def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """The token sequences of the stop texts, for the decode worker. It ends the output there without a round trip, and
-    stores it.
+    """The token sequences of the stop texts, for the decode worker. The worker ends the output there without a round
+    trip, and stores it.
     """
     return tuple(tuple(tokenizer.encode_plain(text)) for text in stop)

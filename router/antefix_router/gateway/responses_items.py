@@ -43,7 +43,7 @@ class Items:
         return [*events, {"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": logprobs}]
 
     def _new_logprobs(self) -> list[dict[str, Any]]:
-        """Log probabilities of the message's text. This API has no place for those of reasoning."""
+        """Log probabilities of the message's text. The Responses API has no place for those of reasoning."""
         return [self._output.logprobs.full(each) for each in self._output.new_logprobs() if not each.is_reasoning]
 
     def finish(self, *, is_shown: bool = True) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """Checks that the strings of a JSON value are valid text. Pure.
 
 JSON can contain half of a surrogate pair, escaped or as three bytes. Such a string cannot be shown to a model, hashed,
-or put into a record. So it is refused when a request arrives, with the name of the field.
+or put into a record. So text with half a pair is refused when a request arrives, with the name of the field.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def path_of_no_text(value: Any) -> str | None:
 
 
 def as_text(value: Any) -> Any:
-    """A JSON value with U+FFFD in place of invalid text. It is used for the model's output, which cannot be refused."""
+    """A JSON value with U+FFFD in place of invalid text. The replacement is used for the model's output, which cannot
+    be refused."""
     if isinstance(value, str):
         return _REPLACED.sub("\ufffd", value)
     if isinstance(value, dict):

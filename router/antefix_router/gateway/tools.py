@@ -136,8 +136,8 @@ class _Reader:
 
 
 def grouped_name(group: str, name: str) -> str:
-    """The model's name for a function of a group. It depends only on the two names, so that every turn has the same
-    text.
+    """The model's name for a function of a group. The name depends only on the two names, so that every turn has the
+    same text.
     """
     if not group:
         return name

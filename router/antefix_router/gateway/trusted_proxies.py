@@ -95,7 +95,7 @@ def _network(text: str) -> Network:
 
 
 def _address(hop: str, *, is_forwarded: bool) -> str | None:
-    """The address of a hop. None: it names no address, so the entries before it cannot be trusted either."""
+    """The address of a hop. None: the entry names no address, so the entries before it cannot be trusted either."""
     if is_forwarded:
         found = _FOR.search(hop)
         hop = found[1] if found else ""

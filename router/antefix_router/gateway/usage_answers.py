@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from antefix.errors import AntefixError, InvalidRequest, PermissionDenied, Unavailable
+from antefix.whole_number import whole_number
 from antefix_billing.adjustment import Adjusted
 from antefix_billing.api_keys import Scope
 from antefix_billing.ledger_files import Settled, read_billed, sequence_before
@@ -113,6 +114,7 @@ def _number(request: Request, name: str, default: int) -> int:
     text = request.query_params.get(name)
     if text is None:
         return default
-    if not (text.isascii() and text.isdigit() and int(text[:20]) < _LATEST_S):
+    number = whole_number(text, _LATEST_S - 1)
+    if number is None:
         raise InvalidRequest(f"{name} must be a whole number, is {text[:40]!r}")
-    return int(text)
+    return number

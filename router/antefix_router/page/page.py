@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from antefix.errors import AntefixError
+from antefix.whole_number import whole_number
 from antefix_router.gateway.http_errors import Provider, error_response
 
 _FILES: Final = {
@@ -58,4 +59,5 @@ def page_routes(view: PageView, check: Callable[[Request], object]) -> list[Rout
 
 
 def _seconds(text: str) -> int:
-    return min(max(int(text), 60), _SECONDS_MAX) if text.isascii() and text.isdigit() else 3600
+    seconds = whole_number(text, _SECONDS_MAX)
+    return 3600 if seconds is None else max(seconds, 60)

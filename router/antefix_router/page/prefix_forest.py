@@ -81,7 +81,7 @@ class PrefixForest:
             waiting += run.children.values()
 
     def _cut(self, run: Run, num_first: int) -> None:
-        """Split the run. It keeps its first blocks; the rest becomes its only child for now."""
+        """Split the run. The split node keeps its first blocks; the rest becomes its only child for now."""
         rest = Run(run.hashes[num_first:], run, run.children, run.num_prompts, set(run.tenants), run.used_at)
         for child in rest.children.values():
             child.parent = rest

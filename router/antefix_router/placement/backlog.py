@@ -67,7 +67,7 @@ class Backlog:
         )
 
     def pending_tokens(self, now: float) -> float:
-        """The remaining work. It is read for every worker at every placement, so this allocates no objects."""
+        """The remaining work. The backlog is read for every worker at every placement, so this allocates no objects."""
         if not self._waiting:
             return 0.0
         done = max(0.0, now - self._head_since) * self.tokens_per_s

@@ -1,8 +1,8 @@
 """Which worker holds which blocks in memory, as far as events and this router's own placements tell.
 
 The directory only guides placement: a worker that has lost a block reads it from the store. A block is identified by 64
-bits of its hash (a collision only costs a wrong guess). Its holders are the bits of one number, stored once for all
-blocks with the same holders. A block takes about 100 bytes, whatever the number of its holders.
+bits of its hash (a collision only costs a wrong guess). The block's holders are the bits of one number, stored once
+for all blocks with the same holders. A block takes about 100 bytes, whatever the number of its holders.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SETS_MAX = 1 << 16
 
 class Directory:
     """Bounded: two generations, each with half of the blocks. Using a block moves it to the young generation; when that
-    is full, the old one is dropped. This is close to least recently used, without a cost per block.
+    is full, the old one is dropped. The effect is close to least recently used, without a cost per block.
     """
 
     def __init__(self, num_blocks_max: int = 1 << 20) -> None:
@@ -96,7 +96,7 @@ class Directory:
         return self._serials[address]
 
     def doubt(self, address: str) -> None:
-        """The worker's events are no longer up to date. Its known blocks are kept as guesses, and `guess`
+        """The worker's events are no longer up to date. The worker's known blocks are kept as guesses, and `guess`
         counts again.
         """
         self._telling.discard(address)

@@ -1,7 +1,7 @@
 """The cost of loading a stored prefix on a worker, from the worker's measured read speed per store. Pure.
 
-A worker reports with its answers how fast it read from each store (`antefix.located.ReadSpeed`). It reads a store on
-its own host faster than a remote one, and blocks in its host's page cache faster than others, so otherwise equal
+A worker reports with its answers how fast it read from each store (`antefix.located.ReadSpeed`). A worker reads a store
+on its own host faster than a remote one, and blocks in its host's page cache faster than others, so otherwise equal
 workers differ by where a prompt's blocks are. If loading would be slower than computing, the tokens count as computed,
 because the worker then plans a cold run.
 """

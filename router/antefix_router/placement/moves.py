@@ -44,7 +44,8 @@ class Moves:
         self._had[worker.address] = (worker, worker.num_returns)
 
     async def may_go_on(self, err: AntefixError, what: str, timeout_s: float = LAST_PATIENCE_S) -> bool:
-        """Whether there is a worker to move to after this error. It may be one that failed earlier and answers again.
+        """Whether there is a worker to move to after this error. The worker may be one that failed earlier and answers
+        again.
 
         Waits for such a worker until `LAST_PATIENCE_S` after the output's first failure, and no longer than
         `timeout_s`.  what: names the waiting output in the log.

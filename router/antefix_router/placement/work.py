@@ -76,10 +76,10 @@ class Loads:
 
 
 class Policy(Protocol):
-    """A placement policy. It may keep state, such as a counter or a random generator."""
+    """A placement policy. A policy may keep state, such as a counter or a random generator."""
 
     def choose(self, work: Work, loads: Loads) -> int:
-        """The row of the chosen worker. There is at least one row, and at least one that may be chosen."""
+        """The row of the chosen worker. The caller guarantees at least one row, and at least one that may be chosen."""
 
 
 def seed_of(address: str) -> int:

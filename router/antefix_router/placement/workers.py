@@ -1,8 +1,8 @@
 """The workers that a router knows, and the load that it has placed on each.
 
-Load counts only the router's own requests. It is added when a request is placed, and subtracted when that part of the
-request ends in any way. Nothing else may change it: a health check that reset a worker's load would send all requests
-to that worker.
+Load counts only the router's own requests. A request's load is added when a request is placed, and subtracted when
+that part of the request ends in any way. Nothing else may change it: a health check that reset a worker's load would
+send all requests to that worker.
 """
 
 from __future__ import annotations
@@ -250,7 +250,7 @@ class Workers:
     def _loading(
         self, workers: Sequence[Worker], work: Work, resident_tokens: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64] | None:
-        """None: it is not known which of several stores holds what, or no worker has reported read speeds."""
+        """None: the router does not know which store holds what, or no worker has reported read speeds."""
         if not work.places or not any(worker.speeds for worker in workers):
             return None
         rate = self.tokens_per_s()

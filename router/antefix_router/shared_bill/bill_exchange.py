@@ -25,6 +25,7 @@ from redis.exceptions import RedisClusterException, RedisError
 from antefix.errors import Conflict, Unavailable
 from antefix.redis_access import RedisAccess
 from antefix.secret import Keyring
+from antefix.whole_number import whole_number
 from antefix_billing.request_account import RequestAccount, RunningAt
 
 PREFIX: Final = "antefix:bill:"
@@ -102,7 +103,7 @@ class BillExchange:
 
     async def cursor(self, source: str) -> int:
         found = await self.ask(self._redis.get(f"{PREFIX}cursor:{source}"))
-        return int(found) if found and found.isdigit() else 0
+        return whole_number(found) or 0
 
     async def set_cursor(self, source: str, sequence: int) -> None:
         await self.ask(self._redis.set(f"{PREFIX}cursor:{source}", sequence))

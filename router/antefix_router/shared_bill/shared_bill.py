@@ -42,7 +42,7 @@ _TOLD_AT_ONCE: Final = 64
 
 
 class NotReady(Unavailable):
-    """What Redis has about a request cannot be relied on yet, so Redis was not asked."""
+    """Redis is not asked, because its data about requests cannot be relied on yet."""
 
 
 @dataclass(slots=True)

@@ -168,7 +168,8 @@ class SharedQuotas:
             raise limit_error(what, limits, limit, now, used=int(passed.get("used", 0)), needs=reservation.tokens)
 
     def others(self, tenant: str) -> dict[tuple[LimitWindow, LimitPassed], int]:
-        """The other routers' counts at the last reservation for this tenant, in windows that are still running."""
+        """The other routers' counts at the last reservation for this tenant, in windows that are still
+        running."""
         now, found = datetime.now(UTC), {}
         for name, counts in self._others.get(tenant, {}).items():
             window = LimitWindow(name)
@@ -178,8 +179,8 @@ class SharedQuotas:
         return found
 
     def changed(self, tenant: str) -> None:
-        """The tenant's counts differ from those in Redis. They are written at once or, if that fails, with a later
-        beat.
+        """The tenant's counts differ from those in Redis. The counts are written at once or, if that fails, with a
+        later beat.
         """
         self._changed.add(tenant)
         if self._telling is None or self._telling.done():

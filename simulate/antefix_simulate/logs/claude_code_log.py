@@ -1,7 +1,7 @@
 """Claude Code's sessions (`~/.claude/projects/*/*.jsonl`), and the published traces of such sessions.
 
 A session's lines form a tree by `parentUuid`. An assistant message, which may take several lines, is one call, and its
-prompt is everything above it. The system prompt and the tools are not in the file. Their number of tokens follows from
+prompt is everything above it. The system prompt and the tools are not in the file. The length of both follows from
 the call's count of input tokens; sessions with the same client, folder and kind of agent have the same system prompt
 and tools.
 """

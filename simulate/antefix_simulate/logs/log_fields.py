@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from antefix.whole_number import whole_number
+
 _TIMES: Final = (
     *("startTime", "start_time", "timestamp", "@timestamp", "created_at", "createdAt", "created", "time", "ts", "date"),
     *("request_time", "requested_at", "started_at"),
@@ -59,8 +61,8 @@ def usage_in(*rows: Any) -> LoggedUsage:
 
 def count(value: Any) -> int | None:
     """A number of tokens; None if the value is not one."""
-    if isinstance(value, str) and value.isdigit():
-        value = int(value[:20])
+    if isinstance(value, str):
+        value = whole_number(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return int(value) if 0 <= value < _TOKENS_MAX else None
