@@ -82,7 +82,7 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
             share=request.share,
         )
         num_tokens, num_left = len(request.tokens) + len(emitted), sampling.max_tokens - len(emitted)
-        call = self._stub.Decode(message, timeout=timeout_s, metadata=outgoing())
+        call = self._stream(self._stub.Decode(message, timeout=timeout_s, metadata=outgoing()))
         try:
             with rpc.rpc_errors():
                 async for answer in call:

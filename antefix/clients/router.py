@@ -89,7 +89,7 @@ class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
             request.text = prompt
         else:
             request.tokens.CopyFrom(tokens_to_wire(prompt))
-        call = self._stub.Generate(request, timeout=timeout_s, metadata=outgoing())
+        call = self._stream(self._stub.Generate(request, timeout=timeout_s, metadata=outgoing()))
         try:
             with rpc.rpc_errors():
                 async for message in call:

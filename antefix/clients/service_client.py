@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import TracebackType
 from typing import ClassVar, Generic, Self, TypeVar
+from weakref import WeakSet
 
 import grpc
 
@@ -12,6 +13,7 @@ from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
 
 Stub = TypeVar("Stub")
+Call = TypeVar("Call", bound=grpc.aio.Call)
 
 
 class ServiceClient(Generic[Stub]):
@@ -32,6 +34,7 @@ class ServiceClient(Generic[Stub]):
         self._credentials = credentials
         self._channel: grpc.aio.Channel | None = None
         self._connected: Stub | None = None
+        self._streams: WeakSet[grpc.aio.Call] = WeakSet()
 
     @property
     def _stub(self) -> Stub:
@@ -43,9 +46,20 @@ class ServiceClient(Generic[Stub]):
     def _make_stub(self, channel: grpc.aio.Channel) -> Stub:
         raise NotImplementedError
 
+    def _stream(self, call: Call) -> Call:
+        """Note a call that `close` ends.
+
+        A channel's own `close` overlooks a stream that nobody reads at that moment: with grpcio 1.78 on Python 3.12,
+        its reader would then wait for ever.
+        """
+        self._streams.add(call)
+        return call
+
     async def close(self) -> None:
         """End running calls and close the connection. The client may be used again; it then reconnects."""
         channel, self._channel, self._connected = self._channel, None, None
+        for call in list(self._streams):
+            call.cancel()
         if channel is not None:
             await channel.close()
 

@@ -24,6 +24,7 @@ from antefix.model.row_threads import Meeting, run_each
 from antefix.model.steps import TokenRows
 
 if TYPE_CHECKING:
+    from antefix.model.compiled.layers import LayerRows
     from antefix.model.runner import Item, LayerPass
 
 
@@ -40,12 +41,20 @@ class _Layer:
 class PartedLayers:
     """One forward pass over items that run more than one token each.
 
-    layers: the attention of each layer.  parts: the rows of each thread.
+    layers: the attention of each layer.  compiles: whether a layer's computations of each token alone may run compiled.
     """
 
     def __init__(
-        self, model: Model, layers: Sequence[LayerPass], items: Sequence[Item], tokens: Tensor, positions: Tensor
+        self,
+        model: Model,
+        layers: Sequence[LayerPass],
+        items: Sequence[Item],
+        tokens: Tensor,
+        positions: Tensor,
+        *,
+        compiles: bool,
     ) -> None:
+        self._compiles = compiles
         self._model, self._items, self._tokens, self._positions = model, items, tokens, positions
         self._num_tokens = items[-1].stop
         self._attention = layers
@@ -53,7 +62,8 @@ class PartedLayers:
             item.prepare()
 
     def run(self, parts: Sequence[slice]) -> Tensor | None:
-        """Streams [N, M, D] after the last layer. None: the threads were busy, and nothing has run."""
+        """Streams [N, M, D] after the last layer; rows of padding may be missing.  parts: the rows of each thread.
+        None: the threads were busy, and nothing has run."""
         layers = [_Layer(each, [None] * len(parts), [None] * len(self._items)) for each in self._attention]
         for layer in layers:
             layer.jobs = self._jobs(layer)
@@ -63,25 +73,40 @@ class PartedLayers:
 
     def _run_part(self, layers: Sequence[_Layer], number: int, part: slice, meeting: Meeting) -> Tensor:
         model, positions = self._model, self._positions[part]
-        ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
         tokens = self._tokens[part]
         live = tokens[: max(self._num_tokens - part.start, 0)]
+        if (compiled := self._compiled(live, positions[: len(live)])) is not None:
+            mine = slice(part.start, part.start + len(live))
+            return compiled.run(lambda layer, _, rows: self._meet(layers[layer], rows, mine, number, meeting))
+        ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
         streams: Tensor = model.model.embed_tokens(tokens).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
         for shared, module in zip(layers, model.model.layers, strict=True):
             layer = cast(DecoderLayer, module)
             x, post, comb = layer.attn_hc(streams)
             rope = ropes[layer.self_attn.kind]
             rows = shared.attention.rows(layer.input_layernorm(x), positions, rope)
-            shared.rows[number] = rows
-            meeting.wait()
-            for job in shared.jobs[number :: len(shared.rows)]:
-                job()
-            meeting.wait()
-            output = layer.self_attn.output(self._attend(shared, rows, part), *rope)
+            output = layer.self_attn.output(self._meet(shared, rows, part, number, meeting), *rope)
             streams = expand(streams, output, post, comb)
             x, post, comb = layer.ffn_hc(streams)
             streams = expand(streams, layer.mlp(layer.post_attention_layernorm(x), live), post, comb)
         return streams
+
+    def _compiled(self, tokens: Tensor, positions: Tensor) -> LayerRows | None:
+        """The part's rows as compiled calls, if this model's layers can run so."""
+        if not self._compiles:
+            return None
+        from antefix.model.compiled.layers import layer_rows
+
+        return layer_rows(self._model, tokens, positions)
+
+    def _meet(self, layer: _Layer, rows: TokenRows, part: slice, number: int, meeting: Meeting) -> Tensor:
+        """Give the part's rows to the other threads, run a share of the jobs, then attention of the part's rows."""
+        layer.rows[number] = rows
+        meeting.wait()
+        for job in layer.jobs[number :: len(layer.rows)]:
+            job()
+        meeting.wait()
+        return self._attend(layer, rows, part)
 
     def _jobs(self, layer: _Layer) -> list[Callable[[], None]]:
         """Jobs that need all threads' rows of an item; they may run in any order."""

@@ -40,6 +40,7 @@ from antefix.model.steps import Steps, TokenRows, steps_of
 from antefix.model.window_state import CompressorState, Sequence, WindowState
 
 if TYPE_CHECKING:
+    from antefix.model.compiled.layers import AttendRows
     from antefix.model.seated_chunks import PendingChunk
     from antefix.model.seated_steps import SeatedSteps
     from antefix.model.step_runner import StepRunner
@@ -247,15 +248,26 @@ def _run_items(
     def attend(layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return LayerPass(model, pool, layer, attention, ops, write, steps).run(x, positions, rope, split)
 
+    def attend_rows(layer: int, attention: Attention, rows: TokenRows) -> Tensor:
+        together = steps.attend(layer, attention, rows.at(split.rows)) if isinstance(steps, Steps) else None
+        if together is not None and not split.longer:
+            return together
+        return LayerPass(model, pool, layer, attention, ops, write, steps).across(rows, split, together)
+
     found: Tensor | None = None
     if not single:
         found = _run_parted(model, pool, items, tokens, positions, ops, threads, write=write)
-    elif isinstance(steps, Steps) and len(single) == len(items):
-        found = _run_steps(model, steps, tokens, positions)
-    streams = run_layers(model, tokens, positions, num_tokens, attend) if found is None else found
+    if found is None and _compiles_layers(model, ops):
+        found = _run_compiled(model, tokens[:num_tokens], positions[:num_tokens], attend_rows)
+    last = [item.stop - 1 for item in items]
     # 3. Window states advance only when tokens are kept, so that a failed call can be repeated.
-    hidden = model.model.norm(model.model.hc_head(streams))
-    wanted = hidden[:num_tokens] if logits == "all" else hidden[[item.stop - 1 for item in items]]
+    if found is None:
+        streams = run_layers(model, tokens, positions, num_tokens, attend)
+        hidden = model.model.norm(model.model.hc_head(streams))
+        wanted = hidden[:num_tokens] if logits == "all" else hidden[last]
+    else:
+        streams = found
+        wanted = model.model.norm(model.model.hc_head(streams[:num_tokens] if logits == "all" else streams[last]))
     return Ran(linear(wanted, model.lm_head.weight), streams[:num_tokens], items, steps)
 
 
@@ -297,14 +309,17 @@ def _steps(
     return runner.steps(model, pool, sequences, tokens[[item.start for item in single]], write=write)
 
 
-def _run_steps(model: Model, steps: Steps, tokens: Tensor, positions: Tensor) -> Tensor | None:
-    """The layers for one token per sequence, as a few compiled calls: streams [N, M, D]. None: not possible here."""
-    if not steps.is_compiled:
-        return None
-    from antefix.model.compiled.layers import few_rows
+def _compiles_layers(model: Model, ops: Ops) -> bool:
+    """Whether a layer's computations of each token alone may run compiled. Other `ops` round window KV themselves."""
+    return type(ops) is TorchOps and is_compiled(model.lm_head.weight)
 
-    rows = few_rows(model, tokens, positions)
-    return None if rows is None else rows.run(steps.attend)
+
+def _run_compiled(model: Model, tokens: Tensor, positions: Tensor, attend: AttendRows) -> Tensor | None:
+    """The layers as a few compiled calls each: streams [N, M, D]. None: not possible for this model."""
+    from antefix.model.compiled.layers import layer_rows
+
+    rows = layer_rows(model, tokens, positions)
+    return None if rows is None else rows.run(attend)
 
 
 def _run_parted(
@@ -326,7 +341,8 @@ def _run_parted(
         LayerPass(model, pool, index, cast(DecoderLayer, layer).self_attn, ops, write, None)
         for index, layer in enumerate(model.model.layers)
     ]
-    return PartedLayers(model, layers, items, tokens, positions).run(parts)
+    compiles = _compiles_layers(model, ops)
+    return PartedLayers(model, layers, items, tokens, positions, compiles=compiles).run(parts)
 
 
 class _Split:
@@ -358,7 +374,7 @@ class LayerPass:
 
     def run(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], split: _Split) -> Tensor:
         """From x [N, D], normed, to the attention block's output [N, D]."""
-        attention = self.attention
+        attention, at = self.attention, split.rows
         # 1. Per-token computations, for the whole batch at once.
         rows = self.rows(x, positions, rope)
         # 2. Attention across tokens: for sequences with one token all together, for the others one by one.
@@ -366,16 +382,22 @@ class LayerPass:
         if only is not None and only.stop - only.start == len(rows.q) and not isinstance(self.ops, TorchOps):
             # A chunk of one prompt on a card: nothing is put together, so nothing is copied.
             return attention.output(self.attend_item(only, rows), *rope)
-        attended = torch.zeros_like(rows.q)
-        at = split.rows
+        together: Tensor | None = None
         if self.steps is not None and not isinstance(self.steps, Steps):
-            attended[at] = self.steps.attend(self.index, attention, x[at], (rope[0][at], rope[1][at]))
+            together = self.steps.attend(self.index, attention, x[at], (rope[0][at], rope[1][at]))
         elif self.steps is not None:
-            attended[at] = self.steps.attend(self.index, attention, rows.at(at))
+            together = self.steps.attend(self.index, attention, rows.at(at))
+        # 3. Project back.
+        return attention.output(self.across(rows, split, together), *rope)
+
+    def across(self, rows: TokenRows, split: _Split, together: Tensor | None) -> Tensor:
+        """Attention before its output projection [N, H, C].  together: that of the sequences with one token."""
+        attended = torch.zeros_like(rows.q)
+        if together is not None:
+            attended[split.rows] = together
         for item in split.longer:
             attended[item.rows] = self.attend_item(item, rows.at(item.rows))
-        # 3. Project back.
-        return attention.output(attended, *rope)
+        return attended
 
     def attend_item(self, item: Item, rows: TokenRows) -> Tensor:
         """Attention of an item's tokens [T, H, C], by their rows; completes the groups that they end."""

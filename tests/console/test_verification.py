@@ -20,8 +20,11 @@ from antefix_console.verify.stores import MemoryStore
 from antefix_console.verify.suite import Coverage, Suite
 from antefix_console.verify.verdict import Case, Report
 from antefix_prefill.worker.compute_thread import ComputeThread
+from tests.small_worker_model import small_worker_model
 
 ROOT = Path(__file__).parents[2]
+# Stands for the directory of `small_worker_model`, which is written when a test needs it.
+SMALL_MODEL = "small"
 STRATEGIES = ("full", "boundary", "auto", "zero", "periodic(40)")
 SMALL = Coverage(num_blocks=5, num_output_blocks=2, num_forks=1, num_handoffs=3, bounded_windows=(1,), every_pair=False)
 
@@ -152,14 +155,17 @@ def test_the_stated_bounds_are_finite():
     assert float("inf") > suite_module.BOUNDED_BOUND
 
 
-# Without a planted fault nothing is found: all of it where minutes do not matter, else one plan, a drawn model and the
-# shipped one, which have every kind of row. Each other plan is verified in test_random_replays and the tests above.
+# Without a planted fault nothing is found: all of it where minutes do not matter, else one plan, a drawn model and a
+# small one, which have every kind of row. The shipped model is verified above, other plans in test_random_replays too.
 @pytest.mark.timeout(900)
 @pytest.mark.services
 @pytest.mark.parametrize(
-    "flags", [("--plans", "pro", "--drawn", "1"), pytest.param((), marks=pytest.mark.long)], ids=["one plan", "all"]
+    "flags",
+    [("--plans", "pro", "--drawn", "1", "--model", SMALL_MODEL), pytest.param((), marks=pytest.mark.long)],
+    ids=["one plan", "all"],
 )
 def test_the_command_verifies_through_a_real_store_service(flags):
+    flags = [str(small_worker_model()) if flag is SMALL_MODEL else flag for flag in flags]
     done = subprocess.run(
         [sys.executable, "-m", "antefix_console", "verify", "--json", "--seed", "1", *flags],
         cwd=ROOT,

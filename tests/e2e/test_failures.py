@@ -49,16 +49,16 @@ async def test_decode_workers_killed_in_mid_stream_are_replaced_without_gap_or_r
 
 
 async def test_a_dead_store_costs_speed_never_an_answer_and_is_used_again_when_it_is_back(
-    deploy, ask, prompt, reference
+    deploy, ask, prompt, small_model, small_reference
 ):
-    async with deploy() as deployment:
+    async with deploy(model=small_model) as deployment:
         await ask(deployment, prompt)
         old = deployment.one("kvstore")
         await deployment.kill(old)
         longer = np.concatenate((prompt, prompt[:50]))
         async with asyncio.timeout(300):
             output, _ = await ask(deployment, longer)
-        assert output == reference.generate(longer, 24)
+        assert output == small_reference.generate(longer, 24)
 
         flags = ["--dir", str(deployment.config.store_dir), "--address", old.address]
         await deployment.start_role("kvstore", flags)
@@ -74,7 +74,7 @@ async def test_a_dead_store_costs_speed_never_an_answer_and_is_used_again_when_i
         other = np.roll(prompt, 100)
         output, last = await ask(deployment, other)
         assert last.usage.prompt_tokens == 1000
-        assert output == reference.generate(other, 24)
+        assert output == small_reference.generate(other, 24)
 
 
 @pytest.mark.long
@@ -86,8 +86,8 @@ async def test_another_formats_blocks_are_misses(deploy, ask, prompt):
         assert (last.usage.cache_hit_tokens, last.restore.plan) == (0, "cold")
 
 
-async def test_a_damaged_segment_is_a_miss_and_the_answer_stays(deploy, ask, prompt, reference):
-    async with deploy() as deployment:
+async def test_a_damaged_segment_is_a_miss_and_the_answer_stays(deploy, ask, prompt, small_model, small_reference):
+    async with deploy(model=small_model) as deployment:
         await ask(deployment, prompt)
     segments = [path for path in deployment.config.store_dir.rglob("*") if path.is_file() and "seg" in path.name]
     assert segments
@@ -97,10 +97,10 @@ async def test_a_damaged_segment_is_a_miss_and_the_answer_stays(deploy, ask, pro
         for offset in rng.integers(len(data) // 8, len(data), 200):
             data[offset] ^= 0x55
         path.write_bytes(data)
-    async with deploy() as deployment:
+    async with deploy(model=small_model) as deployment:
         output, last = await ask(deployment, np.concatenate((prompt, prompt[:20])))
         assert last.usage.cache_hit_tokens < 960
-    assert output == reference.generate(np.concatenate((prompt, prompt[:20])), 24)
+    assert output == small_reference.generate(np.concatenate((prompt, prompt[:20])), 24)
 
 
 async def test_roles_end_when_the_process_that_started_them_is_killed(tmp_path, make_config):

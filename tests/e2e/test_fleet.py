@@ -257,12 +257,14 @@ async def test_an_agent_like_load_with_kills_and_cancels_has_no_wrong_answer_and
         assert all((w.num_requests, w.num_tokens_queued) == (0, 0) for w in status.workers)
 
 
-async def test_a_router_that_follows_the_stores_events_hits_and_outlives_the_store(deploy, prompt, reference):
-    async with deploy(extra_flags={"router": ("--store-events", "true")}) as deployment:
+async def test_a_router_that_follows_the_stores_events_hits_and_outlives_the_store(
+    deploy, prompt, small_model, small_reference
+):
+    async with deploy(model=small_model, extra_flags={"router": ("--store-events", "true")}) as deployment:
         await ask(deployment.router, prompt)
         longer = np.concatenate((prompt, prompt[:70]))
         output, last = await ask(deployment.router, longer)
-        assert output == reference.generate(longer, 24) and last.usage.cache_hit_tokens == 960
+        assert output == small_reference.generate(longer, 24) and last.usage.cache_hit_tokens == 960
         await deployment.kill(deployment.one("kvstore"))
         other = np.flip(prompt)
-        assert (await asyncio.wait_for(ask(deployment.router, other), 300))[0] == reference.generate(other, 24)
+        assert (await asyncio.wait_for(ask(deployment.router, other), 300))[0] == small_reference.generate(other, 24)

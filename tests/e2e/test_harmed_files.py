@@ -32,13 +32,15 @@ def delete_all(store):
     "harm",
     [cut_index, *(pytest.param(harm, marks=pytest.mark.long) for harm in (zero_index, cut_segments, delete_all))],
 )
-async def test_routers_and_workers_outlive_their_stores_files(deploy, ask, document, reference, harm):
+async def test_routers_and_workers_outlive_their_stores_files(
+    deploy, ask, document, small_model, small_reference, harm
+):
     prompts = [np.concatenate((document[:900], document[start : start + 40])) for start in (0, 100, 200)]
-    async with deploy() as deployment:
-        assert (await ask(deployment, prompts[0]))[0] == reference.generate(prompts[0], 24)
+    async with deploy(model=small_model) as deployment:
+        assert (await ask(deployment, prompts[0]))[0] == small_reference.generate(prompts[0], 24)
         harm(deployment.config.store_dir)
         for prompt in prompts:
-            assert (await ask(deployment, prompt))[0] == reference.generate(prompt, 24)
+            assert (await ask(deployment, prompt))[0] == small_reference.generate(prompt, 24)
         dead = [process.role for process in deployment.processes if process.process.returncode is not None]
         # The owner of an index that was cut may die of its map; anyone who supervises it starts it again.
         assert set(dead) <= ({"kvstore"} if harm is cut_index else set())

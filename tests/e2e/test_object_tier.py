@@ -25,12 +25,14 @@ async def until_reached(call):
             await asyncio.sleep(0.5)
 
 
-async def test_hits_come_back_when_every_disk_is_wiped(deploy, ask, document, reference, tmp_path):
+async def test_hits_come_back_when_every_disk_is_wiped(deploy, ask, document, small_model, small_reference, tmp_path):
     url = f"file://{tmp_path}/bucket"
-    async with deploy(object_store=url, num_decode=1, extra_flags={"kvstore": UPLOADS}) as deployment:
+    async with deploy(
+        model=small_model, object_store=url, num_decode=1, extra_flags={"kvstore": UPLOADS}
+    ) as deployment:
         prompt = document[:1900]
         output, first = await ask(deployment, prompt)
-        assert output == reference.generate(prompt, 24)
+        assert output == small_reference.generate(prompt, 24)
         catalog = Catalog(open_bucket(url))
         async with asyncio.timeout(60):
             while catalog.num_records < 1900 // 128:
@@ -46,7 +48,7 @@ async def test_hits_come_back_when_every_disk_is_wiped(deploy, ask, document, re
                     await deployment.kill(process)
                     await deployment.restart(process)
                 output, last = await until_reached(lambda: ask(deployment, longer))
-                assert output == reference.generate(longer, 24)
+                assert output == small_reference.generate(longer, 24)
                 records = [item.record for item in read_settled(deployment.config.ledger_dir)]
                 if "object:file" in tiers_of_text(records[-1].hit_tiers):
                     break

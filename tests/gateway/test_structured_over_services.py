@@ -1,12 +1,10 @@
 """Real processes and the shipped model: forced calls, all settings at once, several outputs, hits, a worker's end."""
 
-import dataclasses
 import json
 
 import jsonschema
 import pytest
 
-from antefix.clients import RouterClient
 from antefix.sampling import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_console.deployment import Deployment, DeploymentConfig
@@ -107,25 +105,22 @@ async def test_forced_output_is_the_same_cold_as_a_hit_and_continued_after_a_wor
     assert records[3].output_tokens == records[2].output_tokens
 
 
-async def test_several_outputs_share_one_prefill(config):
-    config = dataclasses.replace(config, extra_flags={**config.extra_flags, "router": ()})
+async def test_several_outputs_share_one_prefill(running):
     prompt = "Twelve drummers drumming, eleven pipers piping. " * 8
     settings = {"model": MODEL, "prompt": prompt, "max_tokens": 30, "temperature": 1.0, "seed": 7}
-    async with Deployment(config) as deployment:
-        url = "http://" + deployment.one("router").http_address
-        router = RouterClient(deployment.one("router").address)
-        async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="-", max_retries=0) as client:
-            several = await client.completions.create(**settings, n=3)
-            counters = (await router.status()).counters
-            single = [await client.completions.create(**{**settings, "seed": 7 + number}) for number in range(3)]
-        texts, usage = ["", "", ""], None
-        sampling = Sampling(max_tokens=30, temperature=1.0, seed=7)
-        async for message in router.generate(prompt, sampling, num_samples=3):
-            texts[message.sample] += message.text
-            usage = message.usage or usage
-        records = [item.record for item in read_settled(deployment.config.ledger_dir)]
+    before = (await running.router.status()).counters
+    async with openai.AsyncOpenAI(base_url=running.url + "/v1", api_key="-", max_retries=0) as client:
+        several = await client.completions.create(**settings, n=3)
+        counters = (await running.router.status()).counters
+        single = [await client.completions.create(**{**settings, "seed": 7 + number}) for number in range(3)]
+    texts, usage = ["", "", ""], None
+    sampling = Sampling(max_tokens=30, temperature=1.0, seed=7)
+    async for message in running.router.generate(prompt, sampling, num_samples=3):
+        texts[message.sample] += message.text
+        usage = message.usage or usage
+    records = [item.record for item in running.settled()]
     assert [choice.text for choice in several.choices] == [each.choices[0].text for each in single] == texts
-    assert (counters.led, counters.straight) == (1, 0)
+    assert (counters.led - before.led, counters.straight - before.straight) == (1, 0)
     assert several.usage.prompt_tokens == len(prompt) == usage.prompt_tokens
     assert several.usage.completion_tokens == sum(each.usage.completion_tokens for each in single)
     assert len(records) == 5 and records[0].prompt_tokens == len(prompt)

@@ -108,7 +108,7 @@ def test_another_result_in_one_layer_switches_all_of_them_off(monkeypatch: pytes
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleType(name))
     monkeypatch.setattr(check, "_compare", compare)
-    monkeypatch.setattr(check, "_compare_together", lambda model: iter(()))
+    monkeypatch.setattr(check, "_compare_together", lambda *_: iter(()))
     assert not check.enable(model) and not switch.is_on()
     # For good: what a process computes must not depend on the models that it loads later.
     monkeypatch.setattr(check, "_compare", lambda model, on, num_rows=5: iter([("x", torch.ones(num_rows))]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ import torch
 
 from antefix.errors import InternalError
 from antefix.model import BlockPool, Model, Sequence, WindowState, forward, row_threads
+from antefix.model.compiled import check, switch
+from antefix.model.parted_layers import PartedLayers
 from antefix.model.row_threads import Meeting, parts_of, run_each
 from tests.model.random_models import make
 
@@ -52,6 +55,27 @@ def test_rows_of_several_threads_have_the_bits_of_one(name: str, monkeypatch: py
     monkeypatch.setattr("antefix.model.parted_layers.run_each", lambda works: ran.append(len(works)) or run_each(works))
     assert left_behind(model, 2) == left_behind(model, 3) == expected
     assert ran == [2, 2, 3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="Numba is not installed")
+def test_compiled_layers_on_several_threads_have_the_bits_of_torch_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make("plain")
+    expected = left_behind(model, 1)
+    monkeypatch.setattr(check, "_refused", False)
+    found, compiled = [], PartedLayers._compiled
+
+    def seen(self: PartedLayers, tokens: torch.Tensor, positions: torch.Tensor) -> object:
+        found.append(compiled(self, tokens, positions))
+        return found[-1]
+
+    monkeypatch.setattr(PartedLayers, "_compiled", seen)
+    try:
+        assert check.enable(model)
+        assert left_behind(model, 2) == left_behind(model, 3) == expected
+    finally:
+        switch.use(False)
+    assert len(found) == 2 * (2 + 3) and None not in found
 
 
 def test_parts_are_whole_tiles_that_cover_all_rows() -> None:

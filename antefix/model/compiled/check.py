@@ -42,7 +42,8 @@ def enable(model: Model) -> bool:
         plain = list(_compare(model, False))
         compiled = list(_compare(model, True))
         few = list(_compare(model, True, _FEW))
-        together = list(_compare_together(model))
+        # With few rows the products of the experts have a row or two each, with many they have whole tiles.
+        together = [pair for num in (_FEW, _TOKENS) for pair in _compare_together(model, num)]
         switch.use(was_on)
     pairs = [*zip(plain, compiled, strict=True), *zip(plain, few, strict=True), *together]
     wrong = sorted({name for (name, whole), (_, part) in pairs if not torch.equal(_same_rows(whole, part), part)})
@@ -96,17 +97,17 @@ def _compare(model: Model, on: bool, num_rows: int = _ROWS) -> Iterator[tuple[st
             yield "streams", expand(streams, output, post, comb)[:num_tokens]
 
 
-def _compare_together(model: Model) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
+def _compare_together(model: Model, num: int) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
     """Pairs of named results of a layer of each kind: computed call by call, and by `layers` in three calls."""
-    from antefix.model.compiled.layers import few_rows
+    from antefix.model.compiled.layers import layer_rows
 
     config, random = model.config, torch.Generator().manual_seed(2)
-    tokens, positions = torch.arange(_FEW) % config.vocab_size, torch.arange(_FEW) * 37
-    rows = few_rows(model, tokens, positions)
+    tokens, positions = torch.arange(num) % config.vocab_size, torch.arange(num) * 37
+    rows = layer_rows(model, tokens, positions)
     if rows is None:
         return
-    streams = torch.randn(_FEW, config.hc_mult, config.hidden_size, generator=random) * 2
-    attended = torch.randn(_FEW, config.num_heads, config.geometry.head_dim, generator=random)
+    streams = torch.randn(num, config.hc_mult, config.hidden_size, generator=random) * 2
+    attended = torch.randn(num, config.num_heads, config.geometry.head_dim, generator=random)
     for plan in {(p.layer.self_attn.kind, p.layer.mlp.gate.hash_routed): p for p in rows.plans}.values():
         layer = plan.layer
         angles = model.rope(layer.self_attn.kind, positions)

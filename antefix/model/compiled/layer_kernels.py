@@ -1,4 +1,4 @@
-"""Computes a layer, except its attention across tokens, in three calls, for few rows. Each call runs other kernels.
+"""Computes a layer, except its attention across tokens, in three calls of any number of rows; they run other kernels.
 
 A layer's weights and sizes are passed as one array of addresses and numbers (`Field`), which `layers` makes.
 Exponentials are computed by MKL's `vmsExp`, called at its address; torch calls the same function. float32, contiguous.

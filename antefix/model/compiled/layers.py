@@ -1,9 +1,9 @@
-"""Decode steps in which a layer is three compiled calls, with attention between the first and the second.
+"""Layers as three compiled calls each, with attention between the first and the second: decode steps and prefills.
 
 For models whose weights are all plain, small matrices held by this process, if MKL's exponential can be called at its
 address. The bits are those of `layer_loop.run_layers` and `runner`, which define the computation.
 
-Shapes:  N = rows, one token of each sequence; M = streams, D = hidden size, H = heads, C = head dim, E = experts.
+Shapes:  N = rows, a token each; M = streams, D = hidden size, H = heads, C = head dim, E = experts.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ from antefix.model.numerics import SUM_TILE, matrices_of, softplus
 from antefix.model.packed import PackedMatrix
 from antefix.model.steps import TokenRows
 
-# For more rows than this, MKL's products are faster than compiled chains of multiply-adds.
-ROWS_MAX = 8
 _Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
-class AttendStep(Protocol):
+class AttendRows(Protocol):
     """Computes a layer's attention before its output projection: [N, H, C]."""
 
     def __call__(self, layer: int, attention: Attention, rows: TokenRows) -> Tensor: ...
@@ -72,12 +70,12 @@ def exponential_address() -> int:
         return 0
 
 
-def few_rows(model: Model, tokens_N: Tensor, positions_N: Tensor) -> FewRows | None:
+def layer_rows(model: Model, tokens_N: Tensor, positions_N: Tensor) -> LayerRows | None:
     """The runner for these rows; None where the layers must be run call by call."""
-    if len(tokens_N) > ROWS_MAX or model.ranks is not None or model.offload is not None:
+    if model.ranks is not None or model.offload is not None:
         return None
     plans = plans_of(model)
-    return None if plans is None else FewRows(model, plans, tokens_N, positions_N)
+    return None if plans is None else LayerRows(model, plans, tokens_N, positions_N)
 
 
 @dataclass(slots=True)
@@ -230,7 +228,7 @@ class _Maker:
                 self._matrix(start + number, matrix)
 
 
-class FewRows:
+class LayerRows:
     """Runs the layers over N rows of one token each. All layers use the same buffers."""
 
     def __init__(self, model: Model, plans: list[LayerPlan], tokens_N: Tensor, positions_N: Tensor) -> None:
@@ -245,7 +243,7 @@ class FewRows:
         self._x, self._normed = new(num, config.hidden_size), new(num, config.hidden_size)
         self._work = new(num * max(plan.work_size for plan in plans) + 2 * config.num_experts)
 
-    def run(self, attend: AttendStep) -> Tensor:
+    def run(self, attend: AttendRows) -> Tensor:
         """Run all layers. Returns the streams [N, M, D] after the last one."""
         model = self._model
         ropes = {kind: model.rope(kind, self._positions) for kind in set(model.config.geometry.layers)}

@@ -1,4 +1,4 @@
-"""Products of a few rows, in MKL's order of addition but without the padding rows of its tiles.
+"""Products, in MKL's order of addition but without the padding rows of its tiles.
 
 MKL adds in one chain of fused multiply-adds per element, but only if there is at least a whole tile of rows
 (`numerics`). For one row that is sixteen times the arithmetic. In these kernels, the chain is written out, over
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from antefix.model.compiled import row_tiles as tiles
 from antefix.model.compiled.intrinsics import f32, floats, fma, kernel, plain
+from antefix.model.compiled.row_tiles import LANES, ROWS_MAX
 
 # Weights are kept a second time, transposed, so this is done for small matrices only: up to 4 MiB.
 _NUMBERS_MAX = 1 << 20
@@ -39,10 +41,78 @@ def _chain(made: Any, row: Any, weights: int, O: int) -> None:  # noqa: E741
             made[c] = fma(a0, w0[c], made[c])
 
 
+@plain
+def _wide(out: int, step: int, x: int, K: int, weights: int, O: int, num: int, many: int, adds: int) -> None:  # noqa: E741
+    """Two vectors of columns of at most `tiles.ROWS_MAX` rows."""
+    if num == 6:
+        tiles.tile_6(out, step, x, K, weights, O, many, adds)
+    elif num == 5:
+        tiles.tile_5(out, step, x, K, weights, O, many, adds)
+    elif num == 4:
+        tiles.tile_4(out, step, x, K, weights, O, many, adds)
+    elif num == 3:
+        tiles.tile_3(out, step, x, K, weights, O, many, adds)
+    elif num == 2:
+        tiles.tile_2(out, step, x, K, weights, O, many, adds)
+    else:
+        tiles.tile_1(out, step, x, K, weights, O, many, adds)
+
+
+@plain
+def _narrow(out: int, step: int, x: int, K: int, weights: int, O: int, num: int, many: int, adds: int) -> None:  # noqa: E741
+    """One vector of columns of at most `tiles.ROWS_MAX` rows."""
+    if num == 6:
+        tiles.narrow_6(out, step, x, K, weights, O, many, adds)
+    elif num == 5:
+        tiles.narrow_5(out, step, x, K, weights, O, many, adds)
+    elif num == 4:
+        tiles.narrow_4(out, step, x, K, weights, O, many, adds)
+    elif num == 3:
+        tiles.narrow_3(out, step, x, K, weights, O, many, adds)
+    elif num == 2:
+        tiles.narrow_2(out, step, x, K, weights, O, many, adds)
+    else:
+        tiles.narrow_1(out, step, x, K, weights, O, many, adds)
+
+
+@plain
+def _columns(out: int, step: int, x: int, K: int, weights: int, O: int, num: int, many: int, adds: int) -> None:  # noqa: E741
+    """The columns beyond whole vectors."""
+    for n in range(num):
+        row = floats(x, n * K, many)
+        for c in range(O // LANES * LANES, O):
+            total = f32(0)
+            for k in range(many):
+                total = fma(row[k], floats(weights, k * O + c, 1)[0], total)
+            made = floats(out, n * step + c, 1)
+            made[0] = made[0] + total if adds else total
+
+
+@plain
+def _sums(out: int, step: int, x: int, K: int, weights: int, O: int, num: int, many: int, adds: int) -> None:  # noqa: E741
+    """out [N, O] becomes, or is increased by, `many` addends of each row of x times weights [many, O]."""
+    whole = O // (2 * LANES) * 2 * LANES
+    # Rows inside, so that the columns' weights are still in the cache for the next rows.
+    for c in range(0, whole, 2 * LANES):
+        for n in range(0, num, ROWS_MAX):
+            _wide(out + 4 * (n * step + c), step, x + 4 * n * K, K, weights + 4 * c, O, min(num - n, ROWS_MAX), many,
+                  adds)  # fmt: skip
+    if O - whole >= LANES:
+        for n in range(0, num, ROWS_MAX):
+            _narrow(out + 4 * (n * step + whole), step, x + 4 * n * K, K, weights + 4 * whole, O,
+                    min(num - n, ROWS_MAX), many, adds)  # fmt: skip
+    if O % LANES:
+        _columns(out, step, x, K, weights, O, num, many, adds)
+
+
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
 def multiply_rows(out: int, x: int, weights: int, num: int, K: int, O: int, step: int, tile: int) -> None:  # noqa: E741
     """out [N, O], with rows `step` numbers apart: x [N, K] times weights [K, O]. Sums are cut into parts of `tile`
     addends, which are added up in order."""
+    if num > 1:
+        for start in range(0, K, tile):
+            _sums(out, step, x + 4 * start, K, weights + 4 * start * O, O, num, min(tile, K - start), start)
+        return
     piece = np.empty(O, np.float32)
     for start in range(0, K, tile):
         many = min(tile, K - start)
