@@ -206,7 +206,7 @@ _LIMITS = (
     ("warm restore over the best preadv", "warm_ratio", 2, "0.85 or more"),
     ("warm restore over preadv and XXH3 with nothing else", "warm_over_checked", 2, "1 at most"),
     ("preadv and XXH3 with nothing else over the best preadv", "checked_ratio", 2, "its bound"),
-    ("preadv and the sum of all words over the best preadv", "summed_ratio", 2, "any check's bound"),
+    ("preadv and the sum of all words over the best preadv", "summed_ratio", 2, "for comparison"),
     ("fio's best durable writer over itself a moment before", "fio_over_fio", 2, "how much the disk varies"),
     *_SCALE,
     ("eviction and compaction over put, blocks of 448 KiB", "upkeep_large_over_put", 2, "0.5 or more"),
