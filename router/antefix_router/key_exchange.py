@@ -50,8 +50,10 @@ class KeyExchange:
 
         Raises:  Unavailable: Redis does not answer.  ForgedKeys: the value was not written by this deployment.
         """
-        number = whole_number(await self._ask(self._redis.hget(_KEY, "number")))
-        if number is None or number <= newer_than:
+        written = await self._ask(self._redis.hget(_KEY, "number"))
+        number = whole_number(written)
+        # A number that no router wrote hides no book: the signed number decides.
+        if written is None or (number is not None and number <= newer_than):
             return None
         found = await self._ask(self._redis.hmget(_KEY, ["book", "mac"]))
         text, mac = (each or b"" for each in found)

@@ -96,7 +96,7 @@ async def test_a_store_that_is_gone_costs_an_engine_its_blocks_and_nothing_else(
         ({"stores": "a=h:1,b=h:2"}, "secret_file"),
         ({"stores": "a=h:1,a=h:2", "secret_file": "s"}, "name of its own"),
         ({"stores": ["h:1"], "secret_file": "s"}, "NAME=ADDRESS"),
-        ({"stores": "a=h:1", "near_stores": "b", "secret_file": "s"}, "b is none of"),
+        ({"stores": "a=h:1", "near_stores": "b", "secret_file": "s"}, "b is not a name in"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused_with_what_to_do(given, what):

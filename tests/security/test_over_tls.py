@@ -93,7 +93,7 @@ async def test_a_deployment_over_tls(deployment, authority, monkeypatch, capsys,
     findings = {each["check"]: each for each in json.loads(capsys.readouterr().out)["findings"]}
     assert {f"{role} {each['address']}" for role, each in said.items()} < set(findings)
     assert {each["status"] for each in findings.values()} == {"ok"}
-    assert "certificate for 90 days" in findings[f"kvstore {said['kvstore']['address']}"]["detail"]
+    assert "certificate valid for 90 days" in findings[f"kvstore {said['kvstore']['address']}"]["detail"]
     # `top` believes the operator's CA, and never sends its key unencrypted.
     door = said["router"]["http_address"]
     for url, problem in ((f"https://{door}", "asks for an API key"), (f"http://{door}", "no router answers")):

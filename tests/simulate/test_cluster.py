@@ -260,7 +260,7 @@ def test_every_request_to_engines_ends_once(chat, policy):
 def test_the_command_takes_engines(capsys):
     _cli("--workers", "4", "--engines", "full", "--policy", "least_work")
     out = capsys.readouterr().out
-    assert "4 workers that are not ours" in out
+    assert "4 workers of other engines" in out
 
 
 @pytest.mark.parametrize(
