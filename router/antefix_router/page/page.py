@@ -59,5 +59,5 @@ def page_routes(view: PageView, check: Callable[[Request], object]) -> list[Rout
 
 
 def _seconds(text: str) -> int:
-    seconds = whole_number(text, _SECONDS_MAX)
-    return 3600 if seconds is None else max(seconds, 60)
+    seconds = whole_number(text)
+    return 3600 if seconds is None else min(max(seconds, 60), _SECONDS_MAX)
