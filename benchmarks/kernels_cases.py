@@ -248,7 +248,7 @@ def _attend_picked(
     out: Tensor,
     size: int,
 ) -> None:
-    """For decode: packed records. For prefill: records are decoded once within the timing; picks are entry indices."""
+    """Decode reads packed records. In prefill the call first decodes all records once, and picks are entry indices."""
     if len(q) == len(window.records):
         attention.sparse_attention(q, records, picks, counts, window, per_head, out)
         return
