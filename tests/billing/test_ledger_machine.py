@@ -1,4 +1,4 @@
-"""A random life of a ledger against a dict: appends, repeats, rotation, crashes that tear the tail, lost indexes."""
+"""A ledger against a dict over random operations: appends, repeats, rotation, crashes with a torn end, lost indexes."""
 
 import random
 import shutil
@@ -55,7 +55,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(seed=st.integers(0, 1 << 30))
     def crash_with_a_torn_tail(self, seed):
-        """What was never acknowledged lies half written behind what was."""
+        """After the acknowledged entries lies a half-written entry that was never acknowledged."""
         self.ledger.close()
         last = segments_of(self.directory)[-1]
         rng = random.Random(seed)
