@@ -1,4 +1,4 @@
-"""A worker's KV events on real sockets: numbered, replayed, and readable only by who may."""
+"""A worker's KV events on real sockets: numbered, replayed, and readable only with the right key."""
 
 import asyncio
 import stat
@@ -16,12 +16,12 @@ from antefix.events.kv_sockets import CurveKey, guard_client, is_local
 pytestmark = pytest.mark.slow
 
 LOCAL = "tcp://127.0.0.1:0"
-# Subscribing takes a round trip behind the handshake; nothing says when it has arrived.
+# A subscription takes a round trip after the handshake, and nothing reports its arrival.
 SUBSCRIBED_S = 0.2
 
 
 class Reader:
-    """A subscriber that knows the documented frames and nothing of ours."""
+    """A subscriber that uses the documented frames and none of our code."""
 
     def __init__(self, publisher, guard=lambda socket: None, *, topic=b""):
         self.context = zmq.asyncio.Context()
@@ -65,7 +65,7 @@ class Reader:
 
 @pytest.fixture
 async def tell():
-    """tell(**settings) -> a started publisher; read(publisher) -> a subscriber that hears it."""
+    """tell(**settings) -> a started publisher; read(publisher) -> a subscriber to that publisher."""
     opened = []
 
     def start(**settings):

@@ -1,4 +1,4 @@
-"""Living and being ready are two things: ready means that a request would be served."""
+"""Liveness and readiness differ: a ready router would serve a request."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""What tenants are told of their usage: GET /v1/usage, receipts by the id they were given, limits, retention."""
+"""What tenants can learn about their usage: GET /v1/usage, receipts by request id, limits, retention."""
 
 import json
 import time

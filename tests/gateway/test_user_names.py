@@ -1,4 +1,4 @@
-"""The part of a user's name that stays isolates; the session in it is a routing hint."""
+"""The stable part of a user's name isolates users. The session in the name is a routing hint."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_sessions_of_one_user_have_one_name(names):
         "",
         "ann",
         "ann@example.org",
-        "guest_session_" + ONE,  # everybody's: without a session it would be one user
+        "guest_session_" + ONE,  # all guests share this name, so without the session they would be one user
         json.dumps({"session_id": ONE}),
         json.dumps({"session_id": ONE, "device_id": "", "account_uuid": None}),
         json.dumps({"device_id": HASH}),
