@@ -99,7 +99,7 @@ class World:
         self.disk = PowerLossDisk()
         self.store = SimStore(self.network)
         self.ttl_s = rng.choice([0.0, 0.0, 72 * 3600.0])
-        # True: a fault damaged the whole store, so no acknowledged record is promised any more.
+        # True: a fault may have hurt any record, so no acknowledged record is promised any more.
         self.may_lose_store = False
         self.names = PromptNames(fingerprint=FINGERPRINT, keyring=KEYRING, block_size=BLOCK)
         self.workers: dict[str, Worker] = {}

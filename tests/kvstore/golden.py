@@ -1,6 +1,6 @@
 """Makes the golden store of the present format version: `python -m tests.kvstore.golden` writes it next to the others.
 
-Run it once for each new version and never again: what it makes must open for ever.
+Run it only once for each new version, because its stores must open for ever.
 """
 
 from __future__ import annotations
