@@ -108,7 +108,7 @@ def test_the_limit_follows_a_neighbour_that_grows_slowly(tmp_path):
 
 @pytest.mark.parametrize("but", [0, 16 << 10, MIB // 2, MIB])
 def test_hits_are_answered_at_every_fill_level_and_over_restarts(disk, but):
-    """A store, its log and a neighbour share 24 MiB of file system, which the neighbour fills up to `but` free bytes."""
+    """A store, its log and a neighbour share a disk of 24 MiB, which the neighbour fills up to `but` free bytes."""
     config = fit_to_disk(KvStoreConfig(dir=str(disk / "store"), usage_log_dir=str(disk / "log"), budget_bytes=64 << 30))
     engine = StorageEngine(config)
     writer = GroupCommitter(engine)

@@ -1,4 +1,4 @@
-"""Operators see plans with prediction and outcome, and switch strategies while requests run."""
+"""Operators see the predictions and outcomes of plans, and switch strategies while requests run."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Files of a model directory that are not what they should be: one line names the file, and nothing is loaded."""
+"""With a wrong file in a model directory, one line names the file, and nothing is loaded."""
 
 import json
 import time

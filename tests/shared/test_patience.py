@@ -1,4 +1,4 @@
-"""Tests wait longer for their peers than services do, in this process and in those that they start."""
+"""Tests wait longer for peers than services do, in this process and in processes that tests start."""
 
 import importlib
 import subprocess

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.step --profile` counts of a profile."""
+"""`python -m benchmarks.step --profile` counts a profile's calls correctly."""
 
 from benchmarks.step import counts
 

@@ -1,4 +1,4 @@
-"""What a router tells of where a prompt's blocks are: its parts, what is added, its wire, and that nobody is asked."""
+"""A router's message about where a prompt's blocks are: its parts, additions, wire format, and saved calls."""
 
 import asyncio
 
@@ -98,7 +98,7 @@ async def test_stores_that_the_router_spoke_for_are_not_asked(tmp_path):
         assert await rack.num_restored() == 40
         kind = RecordKind.CHECKPOINT
         assert await rack.many.get(kind, PROMPT.hashes[39], fingerprint=FINGERPRINT, tenant=OWNER)
-        # Only the near one, which costs no call.
+        # Only the near store is asked, which costs no call.
         assert {name: store.num_asked for name, store in rack.stores.items()} == {"a": 1, "b": 0, "c": 0}
 
 
@@ -107,7 +107,7 @@ async def test_a_stale_word_costs_a_shorter_prefix_and_no_wrong_byte(tmp_path):
         await rack.fill("b", 0, 20)
         tell(Located(chain=PROMPT.hashes, fingerprint=FINGERPRINT, held={"b": Held(spans=((0, 40),)), "c": Held()}))
         assert await rack.num_restored() == 20
-        # What has come since, where nobody said so, is found by the next that asks.
+        # Blocks that arrived since and that the router did not name are found by the next request that asks the stores.
         await rack.fill("c", 20, 40)
         assert await rack.num_restored() == 20
         tell(None)
@@ -144,7 +144,7 @@ async def test_stores_come_and_go_while_others_are_read(tmp_path):
         reading = asyncio.create_task(rack.num_restored())
         await asyncio.sleep(0.1)
         rack.many.change([first, third])
-        # A read that has begun ends with the stores that it began with.
+        # A read uses the stores with which it began until its end.
         assert await reading == 30
         assert await rack.num_restored() == 10
 
