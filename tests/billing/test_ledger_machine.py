@@ -55,7 +55,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(seed=st.integers(0, 1 << 30))
     def crash_with_a_torn_tail(self, seed):
-        """After the acknowledged entries lies a half-written entry that was never acknowledged."""
+        """What was never acknowledged lies half written behind what was."""
         self.ledger.close()
         last = segments_of(self.directory)[-1]
         rng = random.Random(seed)

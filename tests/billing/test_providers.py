@@ -77,7 +77,7 @@ def test_anthropics_formula_bills_each_token_once(r):
 
 @given(records())
 def test_a_library_that_normalises_between_rules_keeps_the_sum(r):
-    """Gateways turn Anthropic's exclusive fields into OpenAI's inclusive ones. The prompt's sum stays the same."""
+    """What gateways do: Anthropic's exclusive fields into OpenAI's inclusive ones; the prompt is the same."""
     usage, chat = messages_usage(r), chat_usage(r)
     inclusive = sum(usage[name] for name in ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens"))
     assert inclusive == chat["prompt_tokens"] == responses_usage(r)["input_tokens"]

@@ -81,7 +81,7 @@ def test_logits_are_what_vllm_makes_of_them(logits, prompt, output, values):
 @pytest.mark.slow
 @given(logits=logits_of, prompt=tokens, output=tokens, values=settings)
 def test_tokens_are_drawn_as_often_as_vllm_draws_them(logits, prompt, output, values):
-    """Random numbers cover the unit interval in equal steps. Each token is drawn as often as its probability says."""
+    """The whole unit interval of draws, in steps: each token gets the share that is its probability."""
     sampling = Sampling(max_tokens=20, seed=0, **values)
     penalties = Penalties(sampling, stop_ids=EOS, prompt=prompt, emitted=output)
     sampler = Sampler(sampling, penalties)

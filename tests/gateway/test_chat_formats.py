@@ -188,7 +188,7 @@ def test_plain_refuses_tools():
 @pytest.mark.parametrize("chat_format", [PlainFormat(), DeepSeekV4Format()])
 @given(data=st.data())
 def test_a_longer_conversation_begins_with_the_shorter_ones_rendering(chat_format, data):
-    """The prompt and answer of one turn are the beginning of the next turn's prompt."""
+    """Turn to turn: prompt and answer of one turn are the beginning of the next turn's prompt."""
     tokenizer, memory = ByteTokenizer(SPECIAL), AnswerMemory()
     messages = [system(data.draw(st.text(max_size=20)))]
     for _ in range(3):
@@ -349,7 +349,7 @@ VALUES = st.recursive(
     cuts=st.sets(st.integers(0, 300), max_size=20),
 )
 def test_v4_calls_come_back_as_they_were_rendered(arguments, cuts):
-    """The parser reads what the next turn renders: a call is rendered, parsed and rendered again unchanged."""
+    """What the parser reads is what the next turn's rendering writes: rendered, read and rendered again is the same."""
     call = ToolCall(id="1", name="get", arguments=json.dumps(arguments, ensure_ascii=False))
     rendered = v4(user("a"), assistant("Let me look.", tool_calls=(call, call)))
     answer = rendered.partition("</think>")[2].partition("<｜end▁of▁sentence｜>")[0]

@@ -26,7 +26,7 @@ MIB = 1 << 20
 
 
 class StoreMachine(RuleBasedStateMachine):
-    """`model` holds the names that must be stored: acknowledged ones that no operation was allowed to remove."""
+    """`model` holds what must be there: names that were acknowledged and that nothing was allowed to take."""
 
     budget_bytes = 4 * MIB
 
@@ -101,7 +101,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule()
     def lose_the_index(self) -> None:
-        """A rebuild may bring back evicted records that are still in a segment, but may lose no record."""
+        """A rebuild may bring back what was evicted but lies in a segment still; it may lose nothing."""
         self.engine.abandon()
         shutil.rmtree(self.directory / "store" / "index")
         self.open()

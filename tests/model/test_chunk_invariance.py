@@ -107,7 +107,7 @@ def test_token_by_token_equals_one_go(checkpoint: Checkpoint, prompt: Prompt, pl
 def test_other_sequences_in_the_batch_change_nothing(
     checkpoint: Checkpoint, prompt: Prompt, plan: str, num_threads: int, data: st.DataObject
 ) -> None:
-    """Sequences of different lengths share steps in which some prefill and some decode. Each must end as if alone."""
+    """Sequences of different ages share steps: some prefill, some decode; each must end as if alone."""
     model = model_of(checkpoint(plan))
     torch.set_num_threads(num_threads)
     size = model.config.geometry.block_size

@@ -91,10 +91,7 @@ def start_state(case: Case, start: int, *, cut: bool, garbage: bool) -> WindowSt
 def test_it_gives_the_bits_of_running_every_token(
     case: Callable[[str, KVFormat], Case], plan: str, kv_format: KVFormat, data: st.DataObject
 ) -> None:
-    """A replay starts at any token at least a block before and is cut anywhere.
-
-    It may be exact or not, bounded or not.
-    """
+    """From any token a block or more before, cut anywhere: long enough to be exact or not, bounded or not."""
     one = case(plan, kv_format)
     stop = data.draw(st.integers(1, len(one.table)), label="blocks") * one.block_size
     start = data.draw(st.integers(0, stop - one.block_size), label="start")

@@ -120,7 +120,7 @@ async def test_a_long_name_hits_after_a_restart_of_store_and_worker(worker, serv
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(one=st.tuples(names, names), other=st.tuples(names, names))
 def test_any_names_that_the_door_takes_are_stored_found_again_and_apart(tmp_path_factory, one, other):
-    """Each owner's blocks as workers put them are read from the store's files after a restart."""
+    """What workers put for each, through the store's files and a restart of it."""
     assume(one != other)
     keyring, tokens = Keyring(OLD), list(range(BLOCK * 2))
     engine = StorageEngine(KvStoreConfig(dir=str(tmp_path_factory.mktemp("names") / "store"), budget_bytes=4 << 20))

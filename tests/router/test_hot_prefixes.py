@@ -130,10 +130,7 @@ def test_sessions_belong_to_tenants_and_roles_and_are_bounded():
     )
 )
 def test_what_the_store_does_not_have_is_never_promised_whatever_workers_say(steps):
-    """put, drop: changes of the store.  compute, evict: events of a worker's memory.
-
-    guess: the router's placements.
-    """
+    """put, drop: the store's. compute, evict: a worker's memory, told by events. guess: the router's own placements."""
     prompt = NAMES.prompt("t", HOT)
     directory, memories = Directory(), [Memory() for _ in ADDRESSES]
     followers = [MemoryFollower(directory, address) for address in ADDRESSES]

@@ -128,7 +128,7 @@ async def _through_the_store(directory, url, tenant):
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["tenant", "user", "session", "request_id"]), st.text(st.characters(), min_size=1, max_size=700))
 def test_the_door_takes_a_name_or_refuses_it_by_what_it_is_called(field, text):
-    """Any text gives either an answer or an InvalidRequest."""
+    """Never anything but an answer or an InvalidRequest, whatever the text is."""
     front = make_front(Script(), ledger=None)
     limit = REQUEST_ID_BYTES_MAX if field == "request_id" else TENANT_BYTES_MAX
     fits = is_text(text) and len(text.encode()) <= limit

@@ -74,7 +74,7 @@ def test_a_full_ring_forgets_the_oldest_and_asks_for_a_snapshot():
     )
 )
 def test_a_feed_in_step_knows_exactly_what_is_there_whatever_was_lost(steps):
-    """lose: the next events are lost.  forget: the router drops the worker, as after a failed call."""
+    """lose: the next events never arrive.  forget: the router drops the worker by itself, as when a call failed."""
     memory = Memory()
     feed, directory = told(memory)
     position = memory.log.cursor

@@ -63,7 +63,7 @@ def test_what_is_received_is_what_was_sent_up_to_the_first_bad_payload(sizes: li
 @settings(max_examples=20, deadline=None)
 @given(sizes=SIZES)
 def test_messages_are_the_bytes_that_protobuf_would_make(sizes: list[int]) -> None:
-    """Any gRPC client can read the messages, and each carries at most 1 MiB of payload."""
+    """Any gRPC client can read them, and they carry at most 1 MiB of payload."""
     for raw in sent(payloads_of(sizes), len(sizes)):
         message = kvstore_pb2.GetResponse.FromString(raw)
         assert message.SerializeToString() == raw
