@@ -285,7 +285,7 @@ def test_what_is_no_file_of_the_ledgers_is_put_aside(directory, kind):
 
 @pytest.mark.parametrize("kind", MISPLACED)
 @pytest.mark.parametrize("which", [0, 2, -1])
-def test_a_segment_that_is_none_is_told(directory, kind, which):
+def test_a_file_that_is_no_segment_is_reported(directory, kind, which):
     (directory / MARK_FILE).unlink()
     put(path := segments_of(directory)[which], kind)
     crash(directory)

@@ -333,7 +333,7 @@ def test_a_worker_that_does_not_answer_is_told(deployed, capsys):
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "", '{"a": 1}', '["x"]', "[-1]"])
-def test_a_tokens_file_that_is_none_is_refused(deployed, capsys, text):
+def test_an_invalid_tokens_file_is_refused(deployed, capsys, text):
     (deployed.directory / "tokens.json").write_text(text)
     argv = ["explain", "--data-dir", str(deployed.directory), "--tokens-file", str(deployed.directory / "tokens.json")]
     assert main(argv) == 2

@@ -155,7 +155,7 @@ async def test_what_was_missed_is_given_again(tell, read):
     assert publisher.counters.num_replays == 1
 
 
-async def test_a_request_that_is_none_is_passed_over(tell, read):
+async def test_an_invalid_request_is_ignored(tell, read):
     publisher = tell()
     tell_chain(publisher, b"a")
     await asyncio.sleep(0)
@@ -219,7 +219,7 @@ def test_token_ids_do_not_leave_the_host_in_the_clear(endpoint):
 @pytest.mark.parametrize(
     "endpoint", ["", "http://x", "tcp://", "tcp://127.0.0.1", "tcp://127.0.0.1:port", "tcp://127.0.0.1:70000"]
 )
-def test_an_address_that_is_none_is_refused(endpoint):
+def test_an_invalid_address_is_refused(endpoint):
     with pytest.raises(ConfigError):
         KvPublisherConfig(endpoint=endpoint or "x")
 

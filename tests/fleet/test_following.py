@@ -141,7 +141,7 @@ async def test_what_cannot_be_read_ends_what_is_known(followed):
     await door.heard(lambda: leading("another " + LONG) > 100)
 
 
-async def test_frames_that_are_none_are_passed_over(followed):
+async def test_invalid_frames_are_ignored(followed):
     door, worker, following, leading = followed
     for frames in ([b"one"], [b"t", b"short", b""], [b"t", bytes(8), b"", b"more"]):
         worker.publisher.pub.send_multipart(frames)

@@ -69,7 +69,7 @@ async def test_a_streams_last_usage_says_it_where_the_client_wants_it(path):
         assert plain.headers["x-request-id"] != asked.headers["x-request-id"]
 
 
-async def test_the_setting_says_it_to_all():
+async def test_the_setting_gives_usage_details_to_all_callers():
     front = make_front(Script(), ledger=None)
     async with serving(front, http_usage_details=True) as url, httpx2.AsyncClient(base_url=url) as client:
         answer = await client.post("/v1/completions", json={"model": "m", "prompt": "a", "max_tokens": 5})

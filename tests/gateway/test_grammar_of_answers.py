@@ -150,7 +150,7 @@ EITHER = FORMAT.grammar(
         (EITHER, "hello", False),
     ],
 )
-def test_what_may_be_said(grammar, text, expected):
+def test_which_texts_a_grammar_accepts(grammar, text, expected):
     assert accepts(grammar, text) is expected
 
 

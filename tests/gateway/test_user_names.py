@@ -66,7 +66,7 @@ def test_different_users_stay_apart():
     assert len({split_user(name).user for name in names}) == len(names)
 
 
-def test_a_session_that_is_no_hint_is_none():
+def test_a_session_too_long_for_a_hint_is_ignored():
     assert split_user(claude("s" * 513)).session == "" and split_user(claude("s" * 512)).session
 
 

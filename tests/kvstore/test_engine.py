@@ -185,7 +185,7 @@ def test_a_store_where_none_can_be_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0, 1e300])
-def test_times_that_are_none_are_refused(open_engine: OpenEngine, number: float) -> None:
+def test_invalid_times_are_refused(open_engine: OpenEngine, number: float) -> None:
     engine = open_engine()
     with pytest.raises(InvalidRequest, match="cost_s"):
         engine.put([PROMPT.block(0, cost_s=number)])

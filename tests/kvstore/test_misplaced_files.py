@@ -80,7 +80,7 @@ def test_a_reader_in_another_process_does_not_wait(open_engine, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_segment_that_is_none_costs_its_records_alone(open_engine, kind):
+def test_a_file_that_is_no_segment_loses_only_its_own_records(open_engine, kind):
     engine, lost = open_engine(), Prompt([1] * BLOCK * 3)
     engine.put(lost.blocks())
     engine.close()

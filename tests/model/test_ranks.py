@@ -191,7 +191,7 @@ def test_on_cards_the_number_of_ranks_is_part_of_the_names(root: Path) -> None:
         check_arithmetic(two.name.replace("-x2", "-x0"))
 
 
-def test_ranks_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_invalid_ranks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rank 2 is not one of 2"):
         Ranks(rank=2, size=2)
     with pytest.raises(ConfigError, match=r"torch.distributed to be initialised"):

@@ -158,7 +158,7 @@ async def test_a_segment_that_came_late_by_its_hosts_clock_is_in_its_tile(tmp_pa
     await fresh.close()
 
 
-async def test_tiles_without_anything_that_lives_go(tmp_path: Path) -> None:
+async def test_tiles_without_living_records_are_deleted(tmp_path: Path) -> None:
     clock = Clock()
     host = Host(tmp_path, clock)
     await host.write(PROMPT.blocks(5))

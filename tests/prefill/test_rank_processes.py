@@ -206,6 +206,6 @@ def test_too_few_cards_are_refused_before_anything_starts(device: str, said: str
         RankProcesses(17, device=device)
 
 
-def test_a_number_of_ranks_that_is_none_is_refused() -> None:
+def test_an_invalid_number_of_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size must be 1 to 64, is 0"):
         EngineConfig(model="m", secret_file="s", tensor_parallel_size=0)

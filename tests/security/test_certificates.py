@@ -246,7 +246,7 @@ async def test_files_of_cert_manager_and_spiffe_work_unchanged(authority, serve,
     assert await status_of(server.address, stranger) is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_a_certificate_for_two_identities_is_for_none(authority, serve, tmp_path):
+async def test_a_certificate_for_two_identities_is_refused(authority, serve, tmp_path):
     sans = ["spiffe://antefix.internal/prefill/p1", "r1.router.antefix.internal"]
     both = Credentials(Role.ROUTER, files=CredentialFiles(foreign(tmp_path / "both", authority.ca, sans)))
     server = await serve(authority.security("kvstore"))

@@ -104,7 +104,7 @@ async def call_health(channel):
 
 
 @pytest.mark.parametrize("address", ["10.0.0.5:7001", "[2001:db8::1]:7001", "8.8.8.8:1"])
-def test_nobody_elsewhere_is_called_in_clear(address, keyring):
+def test_no_other_host_is_called_unencrypted(address, keyring):
     """Otherwise a key, a proof or a prompt would cross the network unencrypted."""
     for shown in (None, Credentials(Role.PREFILL, keyring=keyring), Credentials.of_application(api_key="k")):
         with pytest.raises(ConfigError, match="with TLS only"):

@@ -382,7 +382,7 @@ def test_a_password_file_that_others_may_read_stops_the_start(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "no certificate"])
-def test_a_ca_file_that_is_none_stops_the_start(text, tmp_path):
+def test_a_wrong_ca_file_stops_the_start(text, tmp_path):
     path = tmp_path / "ca.crt"
     path.write_text(text)
     for ca_file in (path, tmp_path / "missing"):

@@ -201,7 +201,7 @@ def signed(authority, **changes):
 
 
 @pytest.mark.parametrize("position", [0, 3, 12, 20, 49, 55, -1])
-async def test_a_changed_grant_is_none(authority, thief, position):
+async def test_a_changed_grant_is_refused(authority, thief, position):
     grant = bytearray(signed(authority))
     grant[position] ^= 1
     grants.hold(bytes(grant))

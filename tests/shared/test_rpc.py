@@ -141,7 +141,7 @@ async def test_a_port_in_use_is_a_clear_error():
 
 
 @pytest.mark.slow
-async def test_a_port_takes_so_many_connections_and_none_that_says_nothing(monkeypatch):
+async def test_a_port_limits_connections_and_closes_silent_ones(monkeypatch):
     """Runs twice, with options that are smaller and faster than the real ones."""
     monkeypatch.setattr(rpc, "_connections_limit", lambda: ("grpc.max_allowed_incoming_connections", 3))
     monkeypatch.setattr(rpc, "SERVER_OPTIONS", (*rpc.SERVER_OPTIONS, ("grpc.server_handshake_timeout_ms", 300)))

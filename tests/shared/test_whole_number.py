@@ -19,7 +19,7 @@ NO_NUMBERS = ("9" * 5000, "0" * 5000 + "1", "²", "٣", "", "+1", "-1", "1 1", "
 
 
 @pytest.mark.parametrize("text", NO_NUMBERS)
-def test_what_is_no_number_is_none(text):
+def test_a_text_that_is_no_number_gives_none(text):
     assert whole_number(text, 10) is None
     assert whole_number(text.encode(), 10) is None
 

@@ -349,7 +349,7 @@ def test_the_object_store_s_bill_follows_from_requests_bytes_and_time(chat):
 
 
 @pytest.mark.parametrize("text", ["put", "put=x", "put=-1", "get=nan", "month=inf", "weight=1"])
-def test_prices_of_an_object_store_that_are_none_are_refused(text):
+def test_invalid_prices_of_an_object_store_are_refused(text):
     with pytest.raises(InvalidRequest):
         ObjectPrices.parse(text)
 

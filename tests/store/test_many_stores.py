@@ -187,7 +187,7 @@ async def test_questions_that_are_late_together_are_one_reason_to_leave_a_store_
         assert not rack.members[1].tier.is_shunned
 
 
-async def test_a_stale_word_is_a_miss(tmp_path: Path) -> None:
+async def test_a_stale_report_is_a_miss(tmp_path: Path) -> None:
     async with rack_of(tmp_path) as rack:
         await rack.fill("a", 0, 12)
         await rack.fill("b", 12, 40)

@@ -52,7 +52,7 @@ def test_a_dashboard_is_as_it_is_generated(name):
     assert (DEPLOY / "grafana" / f"{name}.json").read_text() == generator().text_of(name)
 
 
-def test_a_name_that_is_none_is_found_out():
+def test_an_unknown_metric_name_is_found():
     assert unknown("rate(antefix_hit_tokens_total[5m]) / antefix_no_such_thing_total") == {
         "antefix_no_such_thing_total"
     }

@@ -145,7 +145,7 @@ def test_a_value_names_what_it_is():
 
 
 @pytest.mark.parametrize("address", ["", "redis", "localhost:6379", "http://x", "tape"])
-def test_an_address_that_is_none_is_refused(address):
+def test_an_invalid_address_is_refused(address):
     with pytest.raises(ConfigError):
         check_address(address)
 

@@ -46,7 +46,7 @@ async def names_left(redis) -> set[int]:
 @pytest.mark.parametrize(
     "owner, num_gone, left", [(TENANT, 4, {4, 5}), (USER, 2, {0, 1, 4, 5}), (STRANGER, 2, {0, 1, 2, 3})]
 )
-async def test_an_owners_go_and_nobody_elses(pool, redis, monkeypatch, owner, num_gone, left):
+async def test_an_owners_checkpoints_are_purged_and_no_others(pool, redis, monkeypatch, owner, num_gone, left):
     # Enough keys for several rounds of the cursor.
     monkeypatch.setattr(redis_pool, "_PURGED_AT_ONCE", 2)
     assert len(owner) == OWNER_BYTES
