@@ -7,8 +7,8 @@ affect the times only through how evenly experts are picked. Everything else run
 restore, chunks, writes. Before each restore the benchmark drops the store's files from the page cache and makes a new
 worker with an empty pool. That worker first computes a question of the same length, so that its CUDA graph is recorded.
 Kernels are compiled before the first timing. Times of restores are medians of `--repeats` runs, and times of cold
-prompts are medians of `--cold-repeats` runs. `--parts` selects what is measured. With `--parts restored
---cold-repeats 1`, 64K and 256K tokens take about 100 s.
+prompts are medians of `--cold-repeats` runs. `--parts` selects what is measured. For 64K and 256K tokens,
+`--parts restored --cold-repeats 1` takes about 100 s.
 """
 
 from __future__ import annotations

@@ -5,9 +5,9 @@
 check     compares a small model's calls of several tokens per sequence, launched together and as CUDA graphs, with each
           sequence alone: bit by bit in reproducible mode, by relative error otherwise.
 times     measures milliseconds until the likeliest ids are on the host, at V4-Flash's width with weights drawn on the
-          card: 100 tokens after 65,536, four prefills of 100 tokens, 32 sequences with one drafted token each, and a
-          mixed call. Each runs sequence by sequence, launched together, and as graphs. The times are divided by the
-          floor of `benchmarks.decode_on_card`.
+          card: 100 tokens after 65,536; four prefills of 100 tokens; 32 sequences with one drafted token each; and one
+          call with 300 tokens of a sequence and one token of 31 others. Each runs sequence by sequence, launched
+          together, and as graphs. The times are divided by the floor of `benchmarks.decode_on_card`.
 
 If a part fails, it prints the reason, and the next part runs. rests_on_card.json is written after every row. The
 program needs a CUDA card. `--toy` runs the code anywhere, in Triton's interpreter if necessary, and measures nothing.

@@ -1,4 +1,4 @@
-"""The median of repeated measurements, and how far they lie apart.
+"""The median of repeated measurements, and their spread.
 
 On a machine whose disk and processor are shared, a single figure says little, because one slow minute decides it. So
 figures that are compared are measured in turn, in short rounds. A ratio is the median of the rounds' ratios.

@@ -1,4 +1,4 @@
-"""What the disk, the page cache and gRPC give without a store: the limits that benchmarks/store.py compares with."""
+"""Measures the disk, the page cache and gRPC without a store. benchmarks/store.py compares with these limits."""
 
 from __future__ import annotations
 

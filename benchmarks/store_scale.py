@@ -1,4 +1,4 @@
-"""What does the store cost besides its payloads: look-ups, index, opening?"""
+"""What does a store cost apart from its payloads? Measures look-ups, the index and opening."""
 
 from __future__ import annotations
 

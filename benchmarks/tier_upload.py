@@ -1,5 +1,5 @@
-"""What uploads cost restores, for `benchmarks.tier`: a store's process uploads, and this one reads its files, as a
-worker on the store's host does.
+"""Measures how much uploads slow down restores, for `benchmarks.tier`. A store's process uploads while this process
+reads the store's files, as a worker on the store's host does.
 
 Turns of some seconds with uploads alternate with turns without. The figure is the median ratio of neighbouring turns,
 so that a slowdown of the whole machine does not count. The process uploads its blocks repeatedly at a service's default

@@ -55,7 +55,7 @@ from benchmarks.run_record import write
 
 ROOT: Final = Path(__file__).parents[1]
 QUESTION_TOKENS: Final = 40
-# As the bill names them: the object tier is told apart by its URL's scheme.
+# By tier: how its label in the bill begins. An object tier's label continues with its URL's scheme.
 TIERS: Final = {
     "memory": "memory",
     "disk": "disk:",

@@ -90,7 +90,7 @@ def test_an_unprivileged_user(data_dir):
     for parent in data_dir.parents[:3]:
         parent.chmod(0o755)
     wrap = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs")
-    # As they would run it: a Python below /root is another one to them, or none.
+    # Run Python as that user, who may find another Python or none if this one is below /root.
     probe = [*wrap, sys.executable, "-P", "-c", "import antefix_console.commands.up"]
     if subprocess.run(probe, capture_output=True, check=False, env=child_environment()).returncode:
         pytest.skip("other users can read neither this Python nor the checkout")

@@ -147,7 +147,7 @@ async def test_a_head_that_trickles_is_cut_off():
         ((reader, writer),) = await opened(url, 1, b"POST /v1/chat/completions HTTP/1.1\r\n")
         is_cut_off = False
         try:
-            # Eighty times the limit.
+            # The client sends for up to eighty times the limit.
             for number in range(600):
                 writer.write(b"x-%d: y\r\n" % number)
                 await writer.drain()

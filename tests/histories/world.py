@@ -142,7 +142,7 @@ class World:
         self.router_is_up = True
         self.prefill, self.decode = prefill, decode
         directory, sessions = Directory(), Sessions()
-        # Without its watch of gRPC's health, and swept by us.
+        # These leases do not watch gRPC's health, and this class removes expired ones.
         self.leases = Leases(prefill, decode, directory, fingerprint=FINGERPRINT)
         for address in self.workers:
             self.renew(address)

@@ -155,8 +155,8 @@ def test_forward_with_the_kernels_agrees_with_torch(device):
     model = build(device)
     want, rows, state = run(model, BlockPool(model.layout, 8, device), TorchOps())
     got, packed, packed_state = run(model, CardPool(model.layout, 8, device), TritonOps(model.layout))
-    # A value tipped over a rounding border may change what the indexer picks or where a token is routed, and then that
-    # token's logits; most tokens are hardly touched by that.
+    # A value that crosses a rounding border may change the indexer's picks or a token's experts, and then that token's
+    # logits. Most tokens hardly change.
     assert float(((got - want).norm(dim=1) / want.norm(dim=1)).median()) < 5e-2
     assert (rows == packed).float().mean() > 0.95
     same = np.frombuffer(state, np.uint8) == np.frombuffer(packed_state, np.uint8)

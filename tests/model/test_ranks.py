@@ -172,7 +172,8 @@ def test_shares_make_up_the_whole(tmp_path: Path, release: str) -> None:
         else:
             num_split += 1
             assert torch.equal(torch.cat(pieces), tensor.view(torch.uint8))
-    # Of four layers wq_b and wo_a, sinks, and both stacks of experts: codes and scales.
+    # In each of four layers these are split: codes and scales of wq_b and wo_a, sinks, and codes and scales of both
+    # stacks of experts.
     assert num_split == 4 * (4 + 1 + 4)
 
 

@@ -109,8 +109,8 @@ def test_the_fp8_format_equals_transformers_with_released_rounding(
     want = rounding_transformers(checkpoint(plan), tokens)
     rounded, plain = (run(checkpoint(plan), tokens, kv_format) for kv_format in (KVFormat.FP8, KVFormat.FLOAT32))
     error = (rounded - want).abs().amax(-1) / want.abs().max()
-    # A float32 difference of 1e-7 may tip a value over a rounding border, and a tipped indexer key may pick another
-    # entry: from such a token on logits differ visibly. Up to there they agree to float32's precision.
+    # A float32 difference of 1e-7 may move a value across a rounding border, and a changed indexer key may pick another
+    # entry. From such a token on logits differ visibly. Before that token they agree to float32's precision.
     assert error[: length // 3].max() < 1e-5
     assert (error < 1e-5).float().mean() > 0.6
     # Without rounding no logits would agree.

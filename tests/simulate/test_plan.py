@@ -101,7 +101,7 @@ def test_the_bound_on_first_tokens_holds_in_a_simulated_queue() -> None:
             free[index] = max(free[index], now) + float(seconds)
             took.append(free[index] - now)
         assert float(np.quantile(took, 0.9)) <= bound
-        # And it is no empty promise.
+        # The bound is not far above the simulated time.
         assert bound < 5 * float(np.quantile(took, 0.9))
 
 
