@@ -119,7 +119,7 @@ class Campaign:
             await asyncio.sleep(self.rng.uniform(0.0, self.args.pause_s))
 
     async def _ask(self, prompt: Tokens) -> float | None:
-        """Send a request. Returns the time when it was answered, or None if it was not."""
+        """Send a request. Returns the time of the answer, or None if there was no answer."""
         output: list[int] = []
         try:
             # Make a new client each time, because an operator's client does not survive a restart of the router.

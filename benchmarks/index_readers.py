@@ -7,9 +7,9 @@ pages   `antefix.store_files.index_pages`: pread of LMDB's pages
 child   LMDB in a separate process, asked over a pipe: if the file is truncated, only the child dies
 owner   the store's service, asked over gRPC (look-ups only: the service has no call that says where blocks lie)
 
-Look-ups are of a fully stored prompt of 1M tokens. Places are the file positions of its 7,813 blocks, which a restore
-needs before it reads segments. Each figure is the minimum of all rounds, so that other load on the machine counts
-little. In `busy` the owner commits 100 times per second at the same time.
+Look-ups are of a fully stored prompt of 1M tokens. Places are the file positions of the prompt's 7,813 blocks, which
+a restore needs before it reads segments. Each figure is the minimum of all rounds, so that other load on the machine
+counts little. In `busy` the owner commits 100 times per second at the same time.
 """
 
 from __future__ import annotations

@@ -100,7 +100,7 @@ def _many(near: EmbeddedStore, other: EmbeddedStore) -> ManyStores:
 
 
 def _hashes(num_blocks: int, tokens: int = 0) -> list[bytes]:
-    """Block hashes of a prompt that consists only of the token `tokens`, so each number gives a different prompt."""
+    """Block hashes of a prompt that repeats the token `tokens`, so that each token gives a different prompt."""
     prompt = [tokens] * (num_blocks * BLOCK_TOKENS)
     return chain_of(prompt, fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS).hashes
 

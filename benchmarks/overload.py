@@ -139,7 +139,9 @@ def key_of(tenant: str) -> dict[str, str]:
 
 
 async def rates(door: Door, args: argparse.Namespace) -> dict[str, Any]:
-    """The peak of closed-loop clients, the highest rate with p99 within --p99-factor of the idle median, overload."""
+    """Measure the peak of closed-loop clients, the highest rate whose p99 is within --p99-factor of the idle median,
+    and overload.
+    """
     idle = await door.in_turn(args.seconds / 4)
     bound_s = args.p99_factor * float(np.quantile(idle.latencies_s, 0.5))
     peak = await door.in_turn(args.seconds, num_clients=16)

@@ -43,7 +43,7 @@ def _cards() -> str:
 
 
 def write(file: Path, record: dict[str, Any], *packages: str) -> None:
-    """Write a file with the run's figures and with what `about` returns."""
+    """Write a file with the run's figures, and with the facts about the run that `about` returns."""
     file.write_text(json.dumps({**about(*packages), **record}, indent=1) + "\n")
 
 

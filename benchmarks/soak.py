@@ -228,7 +228,7 @@ class Soak:
         return {"store": config.store_dir, "ledger": config.ledger_dir, "logs": config.data_dir / "logs"}
 
     async def report(self) -> dict[str, Any]:
-        """The result so far, also written to --out."""
+        """The result so far, which is also written to --out."""
         tally, status = self.tally, await self.client.status()
         counters = status.counters
         num_routed = counters.led + counters.straight

@@ -133,7 +133,7 @@ def num_threads(pid: int) -> int:
 
 
 def thread_names(pid: int) -> Counter[str]:
-    """The number of threads per name. The numbers at the end of names are left out."""
+    """The number of threads per name. Names are taken without the numbers at their ends."""
     names: Counter[str] = Counter()
     for path in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):

@@ -120,7 +120,7 @@ async def _stream_in_turn(
             await run()
             took_s, cpu_s = time.perf_counter() - start, _cpu_s(server) + time.process_time() - before_s
             assert name not in ("lean_stream", "remote") or np.array_equal(into, payloads)
-            # The first round fills buffers.
+            # The first round fills buffers, so it does not count.
             if number:
                 found.rates.setdefault(name, []).append(payloads.nbytes / took_s)
                 found.cpu_us.setdefault(name, []).append(cpu_s / (payloads.nbytes / MIB) * 1e6)

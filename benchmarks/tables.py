@@ -16,7 +16,7 @@ MakeRows = Callable[[Any], Iterable[Row]]
 
 @dataclass(frozen=True)
 class Table:
-    """rows: the head, then the body.  measures: files and folders, from the repository's root."""
+    """rows: the head, then the body.  measures: the measured code's files and folders, from the repository's root."""
 
     rows: MakeRows
     measures: tuple[str, ...]

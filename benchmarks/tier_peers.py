@@ -3,8 +3,9 @@ For each line on stdin the process reads all of its bytes once, and prints the s
 
 boto3    reads the ranges that our tier reads, with as many threads as our tier has reads in flight
 LMCache  its S3 connector. Only the path of an object is changed: the connector puts the bucket into the host's name,
-         which does not work with a server whose address is a number. The connector has put its objects there itself,
-         one per chunk of 128 tokens. They are read by `batched_get`, as LMCache's cache engine does
+         which does not work with a server whose address is a number. The connector has put its objects into the
+         bucket itself, one per chunk of 128 tokens. The benchmark reads the objects with `batched_get`, as LMCache's
+         cache engine does
 """
 
 from __future__ import annotations

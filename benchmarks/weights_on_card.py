@@ -226,7 +226,7 @@ def measure_model(num_layers: int, context: int, top: dict[str, float]) -> dict[
 
 
 def dense_weights(model: Model) -> float:
-    """How many weights every token is multiplied with."""
+    """The number of weights with which every token is multiplied."""
     count = 0
     for module in model.modules():
         if isinstance(module, PackedLinear):
