@@ -88,7 +88,7 @@ class Failures:
                 await self.deployment.restart(victim)
                 return
             except AntefixError as err:
-                # Somebody has its port, or the machine is too busy.
+                # Another process uses the role's port, or the machine is too busy.
                 self.counts[f"{victim.role} starts that failed"] += 1
                 sys.stderr.write(f"{victim.role}: {err}\n")
                 await asyncio.sleep(1)
@@ -127,7 +127,7 @@ class Failures:
             self.counts["pusher states lost"] += 1
 
     async def reload(self) -> None:
-        """Give all routers a file with other limits; sometimes one that they must refuse."""
+        """Give all routers a file with other limits; sometimes a file that they must refuse."""
         path = self.directory / "tenants.toml"
         if self.chance.random() < 0.3:
             path.write_text('keys = "none"\n[[tenant]]\nname = 7\n')
@@ -159,7 +159,7 @@ class Failures:
 
 
 def write_clock(directory: Path, clock_s: int) -> None:
-    """An existing file is written in place, because processes have it mapped; they never see a half-written value."""
+    """Write the shift. An existing file is written in place, because processes map it. They never see half a value."""
     path = directory / "clock"
     with path.open("r+b" if path.exists() else "wb") as file:
         file.write(struct.pack("<q", clock_s * 1_000_000))

@@ -139,7 +139,7 @@ class Clients:
 
 
 class Amounts(dict[Any, tuple[Decimal, int]]):
-    """Cost and tokens of the events that a receiver gets. Only these are kept: whole events would fill memory."""
+    """Cost and tokens of the events that a receiver gets. Whole events are not kept, because they would fill memory."""
 
     def setdefault(self, id: Any, event: Any = None) -> Any:
         if id not in self:

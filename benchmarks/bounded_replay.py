@@ -2,11 +2,11 @@
 
     python benchmarks/bounded_replay.py --tokens 4096 --points 24 --out bounded.json
 
-The benchmark runs a document of the model's kind of text cold. At each resume point it rebuilds window state by
-replaying k windows, where tokens before the replay's start are not visible, and compares the next tokens' logits with
-the cold run's. The benchmark reports for each k the largest and median logit error relative to the largest logit, the
-KL divergence of the next-token distributions, and how often the likeliest token differs. The last k is at least as
-long as an exact replay, so its error must be 0.
+The benchmark runs a document cold, with the kind of text that the model was trained on. At each resume point it
+rebuilds window state by replaying k windows, where tokens before the replay's start are not visible, and compares the
+next tokens' logits with the cold run's. The benchmark reports for each k the largest and median logit error relative to
+the largest logit, the KL divergence of the next-token distributions, and how often the likeliest token differs. The
+last k is at least as long as an exact replay, so its error must be 0.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def measure(model: Model, tokens: np.ndarray, num_points: int) -> list[dict[str,
 def look_ahead(
     model: Model, pool: BlockPool, table: list[int], window: WindowState, tokens: np.ndarray
 ) -> torch.Tensor:
-    """Logits [NEXT_TOKENS, V] float64 of the next tokens; it does not change the global KV of the cold run."""
+    """Logits [NEXT_TOKENS, V] float64 of the next tokens. The call does not change the global KV of the cold run."""
     sequence = Sequence(table, window)
     part = tokens[window.position : window.position + NEXT_TOKENS]
     return forward(model, pool, [(sequence, part)], logits="all", write_global_kv=False).double()

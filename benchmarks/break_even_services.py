@@ -94,7 +94,7 @@ class Sample:
 
 
 class Measurement:
-    """All deployments at once; every prompt goes to each of them in turn, starting with another one each time."""
+    """Measures all deployments at once. Each prompt goes to every deployment in turn, with a different one first."""
 
     def __init__(self, args: argparse.Namespace, scratch: Path) -> None:
         self._rng = np.random.default_rng(args.seed)

@@ -5,9 +5,10 @@
 The model has V4-Flash's width, as many layers as fit on the card, bfloat16 and random weights. The weights' values
 affect the times only through how evenly experts are picked. Everything else runs as in workers: store service,
 restore, chunks, writes. Before each restore the benchmark drops the store's files from the page cache and makes a new
-worker with an empty pool, which has served a rest of this length before, so its graph is recorded. Kernels are compiled
-before the first timing. Times of restores are medians of `--repeats`, those of cold prompts of `--cold-repeats`.
-`--parts` leaves parts out: 64K and 256K tokens take about 100 s with `--parts restored --cold-repeats 1`.
+worker with an empty pool. That worker first computes a question of the same length, so that its CUDA graph is recorded.
+Kernels are compiled before the first timing. Times of restores are medians of `--repeats` runs, and times of cold
+prompts are medians of `--cold-repeats` runs. `--parts` selects what is measured. For 64K and 256K tokens,
+`--parts restored --cold-repeats 1` takes about 100 s.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class Bench:
         return seconds
 
     async def decode_ms(self, tokens: Any, *, reproducible: bool) -> float:
-        """One token after another behind a restored prompt, median."""
+        """Median milliseconds per token when tokens are decoded one after the other after a restored prompt."""
         engine = self.worker(self.store, len(tokens), PlanKind.CHECKPOINT, reproducible=reproducible)
         computed, _ = await self.prompt(engine, tokens)
         spans = []
@@ -192,7 +193,7 @@ class Bench:
         }
 
     async def restored(self, document: Any, kind: PlanKind) -> dict[str, Any]:
-        """Run the document with another question, restored from disk."""
+        """Restore the document from disk and compute another question after it."""
         drop_cache(self.directory / "segments")
         store = TimedStore(self.store)
         question = np.concatenate((document, self.tokens(QUESTION_TOKENS)))
@@ -223,7 +224,7 @@ class Bench:
 
 
 def _record_rest(engine: Engine, num_tokens: int) -> None:
-    """Compute a question behind so many tokens, as a worker has that served such a hit before."""
+    """Compute a question after `num_tokens` tokens once, as a worker has done that served such a hit before."""
     size = engine.block_size
     table = engine.pool.allocate(-(-(num_tokens + QUESTION_TOKENS) // size))
     sequence = Sequence(table, WindowState.zeros(engine.layout, num_tokens, engine.device))

@@ -2,9 +2,10 @@
 
     python benchmarks/copy_weight.py --workers 8 64 --json benchmarks/results/copy_weight.json
 
-The weight penalises computing blocks that another worker already holds. Each row is least_work with another weight, or
-a baseline, over a fleet whose workers have only their own memory. Each runs on the whole trace, and on its first and
-second half separately, so that a weight chosen on one half can be checked on the other.
+The weight penalises computing blocks that another worker already holds. Each row is the policy least_work with
+a different weight, or a baseline policy, over a fleet whose workers have only their own memory. Each policy runs on the
+whole trace, and on its first and second half separately, so that a weight chosen on one half can be checked on the
+other.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
     python -m benchmarks.cpu_peers --tokens 256 --prefill 256 --repeats 3        # a minute, to see that it runs
     python -m benchmarks.cpu_peers --clock cpu --threads 1                       # processor time, on a busy machine
 
-The model is antefix-tiny in float32; ours uses FP8 KV. The variants take turns, and the figures are medians of wall
-time. The medians are wrong on a busy machine, where two threads that share one core wait for each other. Our variant
-uses as many threads as a worker's step (`antefix.model.step_threads`). A decode step computes one token of each
-sequence. All sequences have prompts of the same length.
+The model is antefix-tiny in float32. Antefix's variant uses FP8 KV. The variants take turns, and the figures are
+medians of wall time. The medians are wrong on a busy machine, where two threads that share one core wait for each
+other. Our variant uses as many threads as a worker's step (`antefix.model.step_threads`). A decode step computes one
+token of each sequence. All sequences have prompts of the same length.
 """
 
 from __future__ import annotations

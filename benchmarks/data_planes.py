@@ -136,7 +136,7 @@ server.serve()
 
 @contextlib.contextmanager
 def served(*command: str) -> Iterator[tuple[str, int]]:
-    """The first line that a child process prints, and the child's process id."""
+    """Run a child process. Gives the first line that the child prints, and the child's process id."""
     child = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert child.stdout is not None
     try:
@@ -311,7 +311,7 @@ def open_store(address: str, credentials: Path | None) -> RemoteStore:
 
 
 def in_turn(ways: dict[str, Way], repeats: int, console: Console) -> dict[str, dict[str, list[float]]]:
-    """For each way, one figure per round."""
+    """Measure all ways of transfer in turn. Returns one figure per way and round."""
     rates: dict[str, list[float]] = {}
     used: dict[str, list[float]] = {}
     for number in range(repeats + 1):

@@ -244,7 +244,10 @@ def routed(bandwidth: float, replay_ms: Callable[..., float], *, quick: bool) ->
 
 
 class tiles:
-    """Within this context, products of few rows use this tile. None: the tiles for many rows. skips: see `linear`."""
+    """A context in which products of few rows use this tile. None selects the tiles for many rows.
+
+    skips: see `linear`.
+    """
 
     def __init__(self, plain: tuple[int, ...] | None, routed: tuple[int, ...] | None, skips: bool) -> None:
         self.plain, self.routed, self.skips = plain, routed, skips

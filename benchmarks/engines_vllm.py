@@ -43,7 +43,8 @@ SERVER_S: Final = 600.0
 class Tier:
     """transfer: vLLM's `kv_transfer_config`.  retention: vLLM's `prefix_cache_retention_interval`.
 
-    sizes: returns the bytes on disk, (of blocks, of windows).  damage: flips bytes, and returns how many.
+    sizes: returns the bytes on disk as (bytes of blocks, bytes of windows).
+    damage: flips bytes, and returns how many it flipped.
     serving: a context that runs a server that the tier needs while vLLM runs.
     """
 
@@ -93,7 +94,7 @@ def files(directory: Path, retention: int) -> Tier:
         return blocks, sum(every.values()) - blocks
 
     def damage() -> int:
-        """Flip a byte in the middle of each block's first page of entries; a file does not say where its block ends."""
+        """Flip a byte in the middle of each block's first page of entries. A file does not say where its block ends."""
         paths = found(f"_g{BLOCKS}")
         for path in paths:
             flip_byte(path, 20_000)
@@ -109,7 +110,7 @@ def files(directory: Path, retention: int) -> Tier:
 
 
 def lmcache(directory: Path) -> Tier:
-    """LMCache's server, which stores in its own files; nothing says which of these files hold windows."""
+    """LMCache's server, which stores in its own files. Nothing says which of these files hold windows."""
     directory.mkdir()
     port = free_port()
     where = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
@@ -198,7 +199,7 @@ def measure(tier: Tier, scratch: Path, seed: int, num_tokens: int) -> dict[str, 
     num_damaged = tier.damage()
     with tier.serving():
         damaged = run_process({"llm": llm, "steps": [run_step("whole", prompts["whole"], is_stored=False)]})
-    # vLLM batches the uncached ends of several prompts differently from whole prompts; its bits depend on the batch.
+    # vLLM batches the uncached ends of several prompts differently from whole prompts, and the batch affects its bits.
     cold[STREAMS] = cold[f"{STREAMS}, own cache"]
     stored_tokens = sum(len(each) // 256 * 256 for name in ("whole", STREAMS) for each in prompts[name])
     report: dict[str, Any] = {
@@ -225,7 +226,7 @@ def measure(tier: Tier, scratch: Path, seed: int, num_tokens: int) -> dict[str, 
 
 
 def flash() -> dict[str, Any]:
-    """Bytes that each tier stores for V4-Flash, by vLLM's planner, before compression and file headers."""
+    """Bytes that each tier stores for V4-Flash according to vLLM's planner, before compression and file headers."""
     plan = json.loads(PLAN.read_text())
     from antefix_engines.vllm.v4_pages import V4Pages
     from tests.foreign_engines.vllm_stand_in import shape_of

@@ -4,8 +4,8 @@
 
 The benchmark starts one process per tier. The processes run at the same time, so that other work on the machine delays
 both equally. Each computes and stores a prompt of a small random V4 or plain model. Then it clears vLLM's own caches
-and sends the prompt again, --runs times. The benchmark prints medians of the whole request's seconds, and of its loads'
-seconds by vLLM's own metric. With --tokens 540 a V4 load has 2 blocks and a window.
+and sends the prompt again, --runs times. The benchmark prints the median seconds of a whole request, and the median
+seconds of the request's loads according to vLLM's own metric. With --tokens 540 a V4 load has 2 blocks and a window.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 
 Rows have the layout of vLLM's planner for Flash (tests/foreign_engines/vllm_flash_plan.json) and hold random bytes. No
 model runs. The benchmark gives the same jobs to the two tier classes that vLLM loads. The benchmark prints one JSON
-object with bytes on disk, and seconds to store, to restore from the page cache and to restore from the disk. These are
-medians of --runs.
+object with the bytes on disk, and the seconds to store, to restore from the page cache and to restore from the disk.
+The seconds are medians of --runs runs.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The faults of `faults.py`. Each fault begins, lasts for a time, and is undone. Nothing else intervenes by hand."""
+"""The faults of `faults.py`. Each fault begins, lasts for a time, and is undone. The deployment recovers by itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.fault_links import LinkedDeployment
 
 Fault = Callable[[LinkedDeployment, random.Random], contextlib.AbstractAsyncContextManager[None]]
 
-# How long a lasting fault lasts: longer than a hang may delay a request, so that requests meet the fault.
+# Duration of a lasting fault. It is longer than a hang may delay a request, so that requests meet the fault.
 LASTS_S = 6.0
 
 
@@ -27,7 +27,7 @@ def one_of(deployment: LinkedDeployment, role: str, rng: random.Random) -> RoleP
 
 
 def kill(role: str) -> Fault:
-    """kill -9; the supervisor starts it again."""
+    """Kill the role's process with kill -9. The supervisor starts the process again."""
 
     @contextlib.asynccontextmanager
     async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
@@ -38,7 +38,7 @@ def kill(role: str) -> Fault:
 
 
 def stop(role: str) -> Fault:
-    """SIGSTOP, then SIGCONT."""
+    """Stop the role's process with SIGSTOP, and let it continue with SIGCONT."""
 
     @contextlib.asynccontextmanager
     async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
@@ -144,7 +144,7 @@ async def few_descriptors(deployment: LinkedDeployment, rng: random.Random) -> A
 
 @contextlib.asynccontextmanager
 async def full_disk(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
-    """Another process fills the data directory's file system. Runs only if that is small (--small-disk)."""
+    """Another process fills the data directory's file system. Runs only if that file system is small (--small-disk)."""
     path = deployment.config.data_dir / "filler"
     with path.open("wb") as file, contextlib.suppress(OSError):
         while True:

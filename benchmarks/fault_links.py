@@ -14,7 +14,7 @@ _PIECE = 65536
 
 
 class Link:
-    """A proxy in front of one role. delay_s: delay of each piece, both ways.  is_cut: no data and no close passes."""
+    """A proxy in front of one role. delay_s: delay of each piece, both ways.  is_cut: neither data nor closes pass."""
 
     def __init__(self) -> None:
         self.delay_s = 0.0

@@ -3,14 +3,14 @@
     python -m benchmarks.faults --rounds 1 --seed 1 --json benchmarks/results/faults.json
     python -m benchmarks.faults --only 'stop' --rounds 3         # faults whose name has this
     python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: disks, mounts, clocks
-    python -m benchmarks.faults --clients 16 --pause-s 0         # under all the load that two cores take
+    python -m benchmarks.faults --clients 16 --pause-s 0         # under as much load as two cores can take
 
 The benchmark runs one supervised deployment, as `antefix up` does, with the roles behind proxies. Clients play
 conversations that continue, and repeat earlier prompts. Faults happen one after the other. --seed fixes their order and
 all prompts. Each answer is compared with a run of the bare model, without store and without faults. A request without
 an answer must get a clear error. A fault's recovery is the time from the fault's beginning until a request that was
-sent after it is answered. Compare it with the time of an undisturbed request. At the end the ledger must have one
-record for each request, in which hit tokens plus miss tokens equal the prompt.
+sent after the beginning is answered. Compare this time with that of an undisturbed request. At the end the ledger must
+have one record for each request, in which hit tokens plus miss tokens equal the prompt.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
 FAKETIME = "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1"
 Tokens = npt.NDArray[np.uint32]
-# Longer than the longest wait that the design allows.
+# This limit is longer than the longest wait that the design allows.
 STUCK_S = 60.0
 RECOVERY_S_MAX = 120.0
 SETTLE_S = 1.0
@@ -119,7 +119,7 @@ class Campaign:
             await asyncio.sleep(self.rng.uniform(0.0, self.args.pause_s))
 
     async def _ask(self, prompt: Tokens) -> float | None:
-        """Send a request. Returns the time when it was answered, or None if it was not."""
+        """Send a request. Returns the time of the answer, or None if there was no answer."""
         output: list[int] = []
         try:
             # Make a new client each time, because an operator's client does not survive a restart of the router.
@@ -154,7 +154,7 @@ class Campaign:
 
 
 def conversations(rng: random.Random) -> Iterator[Tokens]:
-    """Prompts that share prefixes, continue, and repeat: parts of a text behind a few system prompts."""
+    """Prompts that share prefixes, continue, and repeat: parts of a text after one of a few system prompts."""
     text = np.frombuffer((ROOT / "LICENSE").read_bytes(), np.uint8).astype(np.uint32)
     asked: list[Tokens] = []
     while True:

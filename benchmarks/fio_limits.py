@@ -32,9 +32,10 @@ def has_fio() -> bool:
 
 
 def fio_rate(directory: Path, name: str, nbytes: int) -> float:
-    """Bytes per second of one job of WRITERS or READERS over a file of `nbytes`. The file stays for the readers.
+    """Bytes per second of one job of WRITERS or READERS over a file of `nbytes`. The file is kept for the readers'
+    jobs.
 
-    Raises:  RuntimeError: fio failed; the message is its own.
+    Raises:  RuntimeError: fio failed; the message is fio's own.
     """
     writes = name in WRITERS
     command = [

@@ -1,4 +1,4 @@
-"""How far does the fleet simulator go? A thousand workers and a hundred million blocks, in time and memory.
+"""How large a fleet can the simulator handle? Measures time and memory for 1,000 workers and 100 million blocks.
 
     python benchmarks/fleet.py --workers 1000 --blocks 100_000_000 --json benchmarks/results/fleet.json
 
@@ -26,7 +26,7 @@ from benchmarks.run_record import write
 
 UNIT_TOKENS = 2048
 DOCUMENT_TOKENS = 200_000
-# The share of its capacity that the fleet uses, if a worker prefills 18,000 tokens per second.
+# The share of the fleet's capacity that is used, if a worker prefills 18,000 tokens per second.
 BUSY = 0.6
 
 

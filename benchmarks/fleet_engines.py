@@ -4,7 +4,7 @@
 
 vLLM runs in a separate environment (`make test-engines`), on a CPU, with a random model of two layers. The benchmark
 measures hits and placement. The measured times are those of a small model on a shared machine. Both placement policies
-get conversations of the same shape but with different text, so that neither hits KV that the other left.
+get conversations of the same shape but with different text, so that neither hits KV that the other one left.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _WORDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyRun:
-    """One policy's run. Token counts are as the workers reported them; expected: the hits that the router predicted."""
+    """One policy's run. The workers reported the token counts. expected_tokens: the hits that the router predicted."""
 
     policy: str
     num_requests: int

@@ -1,11 +1,11 @@
-"""What does the HTTP gateway add to a request, against the router's own gRPC?
+"""How much time does the HTTP gateway add to a request, compared with the router's own gRPC?
 
     python benchmarks/gateway.py [--seconds S] [--model models/antefix-tiny]
 
 One router process runs without workers; stand-ins return every answer at once. So the benchmark measures only the
 router's own work: reading the request, rendering, tokenizing, the bill (durable, in a ledger) and the answer. Clients
 are bare sockets and a bare gRPC stub, so no client library is measured. Prints one JSON object. Latency is the median
-of one caller.
+latency when there is only one caller.
 """
 
 from __future__ import annotations

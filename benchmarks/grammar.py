@@ -42,7 +42,7 @@ SCHEMA = {
 
 
 class MadeUpTokenizer(ByteTokenizer):
-    """Bytes, and words of two to eight letters, half of them after a space."""
+    """A vocabulary of bytes, and of words of two to eight letters, half of which begin with a space."""
 
     def __init__(self, vocab_size: int) -> None:
         super().__init__({"<|end|>": 256})

@@ -1,4 +1,4 @@
-"""How many simulated histories pass all checks? Tries seeds for a given time; prints failing seeds, to replay them.
+"""How many simulated histories pass all checks? Tries seeds for a given time, and prints failing seeds.
 
     python -m benchmarks.histories --minutes 10 --seed 1000 --json histories.json
     python -m benchmarks.histories --only 1234

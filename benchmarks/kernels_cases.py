@@ -91,7 +91,7 @@ def _eager_pack(kind: str, kv: Tensor, gate: Tensor, bias: Tensor, norm: pack.No
 
 
 def pack_cases(tokens: int, name: str) -> Iterator[Case]:
-    """Compress a whole chunk of `tokens` tokens of one layer; projections in float32 as released."""
+    """Compress a whole chunk of `tokens` tokens of one layer. Projections are in float32, as in the released code."""
     for kind, dim, m in (("pack_csa", DIM, 4), ("pack_keys", INDEX_DIM, 4), ("pack_hca", DIM, 128)):
         width = dim if kind == "pack_hca" else 2 * dim
         groups = tokens // m
@@ -248,7 +248,7 @@ def _attend_picked(
     out: Tensor,
     size: int,
 ) -> None:
-    """For decode: packed records. For prefill: records are decoded once within the timing; picks are entry indices."""
+    """Decode reads packed records. In prefill the call first decodes all records once, and picks are entry indices."""
     if len(q) == len(window.records):
         attention.sparse_attention(q, records, picks, counts, window, per_head, out)
         return
@@ -275,7 +275,7 @@ def _attend_all(
 
 
 def sparse_cases(context: int, name: str, model: str, sequences: int, queries: int) -> Iterator[Case]:
-    """Attention to picked entries and window, for decode (one query per sequence) or one sequence's prefill chunk."""
+    """Attention to picked entries and the window, for decode (one query per sequence) or a sequence's prefill chunk."""
     heads, k = MODELS[model]
     total, size = sequences * queries, context // 4
     q, window, per_head = _attention_operands(total, heads, sequences)

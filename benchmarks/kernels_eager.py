@@ -79,7 +79,7 @@ def attend(q: Tensor, kv: Tensor, sinks: Tensor, cos: Tensor, sin: Tensor, scale
 def sparse_attention(
     records: Tensor, slots: Tensor, ring: Tensor, q: Tensor, sinks: Tensor, cos: Tensor, sin: Tensor, scale: float
 ) -> Tensor:
-    """records [P, E, R], slots [T, K], ring [S, W, R] with one query a sequence or one sequence."""
+    """records [P, E, R], slots [T, K], ring [S, W, R]: one query per sequence, or one sequence with all queries."""
     per_block = records.shape[1]
     picked = records[slots // per_block, slots % per_block]
     both = torch.cat([picked, ring.expand(q.shape[0], -1, -1)], dim=1)
@@ -89,13 +89,16 @@ def sparse_attention(
 def hca_attention(
     records: Tensor, table: Tensor, ring: Tensor, q: Tensor, sinks: Tensor, cos: Tensor, sin: Tensor, scale: float
 ) -> Tensor:
-    """All entries of each query's own sequence: table [T, B]."""
+    """Attend to all entries of each query's own sequence: table [T, B]."""
     both = torch.cat([records[table].flatten(1, 2), ring.expand(q.shape[0], -1, -1)], dim=1)
     return attend(q, decode_entries(both, q.shape[2], 2 * cos.shape[1]), sinks, cos, sin, scale)
 
 
 def index_topk(records: Tensor, table: Tensor, q: Tensor, weights: Tensor, levels: Tensor, k: int) -> Tensor:
-    """All keys of S sequences: table [S, B], q [S, Q, H, d] bfloat16, weights [S, Q, H] float32; [S, Q, k] indices."""
+    """Score all keys of S sequences: table [S, B], q [S, Q, H, d] bfloat16, weights [S, Q, H] float32.
+
+    Returns indices [S, Q, k].
+    """
     keys = decode_keys(records[table].flatten(1, 2), q.shape[3], levels)
     logits = torch.matmul(q.flatten(1, 2), keys.transpose(1, 2)).relu_().unflatten(1, q.shape[1:3])
     scores = torch.matmul(weights.bfloat16().unsqueeze(2), logits).squeeze(2)

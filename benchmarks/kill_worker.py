@@ -25,7 +25,7 @@ from benchmarks.run_record import write
 
 NUM_WORKERS = 8
 KILL_S = 300.0
-# About 60% busy.
+# With this speed-up the workers are about 60% busy.
 SPEEDUPS = {True: 3.2, False: 2.7}
 
 

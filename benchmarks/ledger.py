@@ -2,8 +2,8 @@
 
     python benchmarks/ledger.py [--directory DIR] [--records N]
 
-Each request is one OPEN and one SETTLE entry, as in the router. "concurrent": how many requests wait at once; group
-commit lets them share an fdatasync. Prints one JSON object with medians of --runs.
+Each request is one OPEN and one SETTLE entry, as in the router. "concurrent" is the number of requests that wait at
+once. Group commit lets these requests share an fdatasync. Prints one JSON object with medians of --runs.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     python -m benchmarks.long_prompts --small --out benchmarks/results/long_prompts_small.json  # ten minutes, idle
     python -m benchmarks.long_prompts --small --prompts 4 --tokens 3000                         # to see that it runs
 
---small uses a random model of three small layers, with a tenth of the computation. All services are the same as with
-antefix-tiny.
+--small uses a random model of three small layers, which needs a tenth of the computation of antefix-tiny. The services
+are the same.
 
 The benchmark runs a whole deployment with default settings, except that the router accepts any wait. Each prompt has
 `--tokens` different tokens, so nothing hits. All prompts are sent at once, and each must be answered to its end. The

@@ -4,8 +4,8 @@
 
 one      an embedded store, asked directly
 behind   the same store behind `ManyStores`, next to a second store that is empty
-halves   two stores that hold half of the prompt each, alternating every 256 blocks; where they alternate, a store has a
-         block without the block's parent
+halves   two stores that hold half of the prompt each, alternating every 256 blocks; where they alternate, a store holds
+         a block but not the block's parent
 
 Look-ups are of a prompt of `--prompt` blocks, in processor time. Restores are of `--blocks` blocks from the page cache,
 in wall time. Each figure is the minimum of all rounds, so that other load counts little. A ratio above 1 means that
@@ -35,7 +35,7 @@ from antefix_kvstore.kvstore_config import KvStoreConfig
 from benchmarks.run_record import write
 
 FINGERPRINT = b"F" * 32
-# V4-Flash: FP8 global KV of a block.
+# Bytes of a block's FP8 global KV in V4-Flash.
 BLOCK_BYTES = 449_824
 BLOCK_TOKENS = 128
 TURN = 256
@@ -100,7 +100,7 @@ def _many(near: EmbeddedStore, other: EmbeddedStore) -> ManyStores:
 
 
 def _hashes(num_blocks: int, tokens: int = 0) -> list[bytes]:
-    """Block hashes of a prompt that consists only of the token `tokens`, so each number gives a different prompt."""
+    """Block hashes of a prompt that repeats the token `tokens`, so that each token gives a different prompt."""
     prompt = [tokens] * (num_blocks * BLOCK_TOKENS)
     return chain_of(prompt, fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS).hashes
 
@@ -149,7 +149,7 @@ def _restore(store: Any, hashes: list[bytes], into: list[memoryview]) -> Callabl
 async def _least(
     ways: dict[str, Callable[[], Awaitable[None]]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, float]:
-    """The least seconds of each call by this clock; the calls take turns."""
+    """The minimum seconds of each call by this clock. The calls take turns."""
     least = dict.fromkeys(ways, float("inf"))
     for _ in range(rounds):
         for name, way in ways.items():

@@ -4,7 +4,7 @@ linearly, and no limit of a message, queue or index may be reached.
     python benchmarks/million.py --tokens 1000000 --json benchmarks/results/million.json
 
 The benchmark starts all roles with a small random model that has V4's kinds of layers. The benchmark sends shorter
-prompts and then the long one cold. Then it hits prefixes of the long prompt. Before each hit it restarts all
+prompts and then the long prompt, all cold. Then it hits prefixes of the long prompt. Before each hit it restarts all
 processes, so that nothing is in memory. The benchmark prints the time to the first token of each request with its
 parts, the peak memory of each role, and the bytes on disk. The client measures the times.
 """
@@ -33,7 +33,7 @@ from benchmarks.run_record import write
 
 ROOT = Path(__file__).parents[1]
 QUESTION_TOKENS = 40
-# The first request of a process pays for torch's one-time set-up.
+# The first request of a process includes torch's one-time set-up.
 WARM_UP_TOKENS = 300
 OUTPUT_TOKENS = 4
 # One layer of each kind is small enough for two cores. m is 16, not 4, so there are a quarter as many indexer keys.
@@ -68,7 +68,7 @@ CONFIG: dict[str, Any] = {
 
 
 def make_model(directory: Path) -> Path:
-    """A random model with the shipped one's tokenizer."""
+    """A random model with the tokenizer of the model that is shipped."""
     model = init_weights(Model(ModelConfig.from_dict(CONFIG), kv_format=KVFormat.FP8), seed=1)
     save_model(model, directory, config=CONFIG)
     shipped = ROOT / "models" / "antefix-tiny"

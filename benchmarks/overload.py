@@ -4,10 +4,11 @@
     python -m benchmarks.overload --only rates --seconds 60
 
     rates     the highest rate with bounded p99, 2 and 10 times that, and the first rate again: goodput, p99, refused
-    idle      10,000 connections that send nothing, together with short requests
-    readers   64 long streams, half of whose readers do not read, together with short requests
+    idle      10,000 connections that send nothing, with short requests at the same time
+    readers   64 long streams, half of whose clients do not read, with short requests at the same time
     long      a prompt of --long-tokens among short ones: the short ones' p99 with and without it
-    tenants   a greedy tenant (32 at once) and a modest one (1 at a time): the modest one's p99 with and without greedy
+    tenants   a greedy tenant (32 requests at once) and a modest one (1 at a time): the modest one's p99 with and
+              without the greedy tenant
 
 Only ratios within one run are meaningful; absolute figures need an idle machine. Requests are short HTTP completions.
 """
@@ -40,7 +41,7 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
 TEXT = (ROOT / "LICENSE").read_text()
 KEYS = {"greedy": "greedy-key", "modest": "modest-key"}
-# A later answer does not count, because the client has left by then.
+# An answer after this time does not count, because the client has left by then.
 PATIENCE_S = 30.0
 # Two tenants with equal shares get half of each worker: 2 times the time alone. Three processes share two cores, and a
 # request waits once per worker for the call that is running, so up to 3 times counts as an equal share.
@@ -138,7 +139,9 @@ def key_of(tenant: str) -> dict[str, str]:
 
 
 async def rates(door: Door, args: argparse.Namespace) -> dict[str, Any]:
-    """The peak of closed-loop clients, the highest rate with p99 within --p99-factor of the idle median, overload."""
+    """Measure the peak of closed-loop clients, the highest rate whose p99 is within --p99-factor of the idle median,
+    and overload.
+    """
     idle = await door.in_turn(args.seconds / 4)
     bound_s = args.p99_factor * float(np.quantile(idle.latencies_s, 0.5))
     peak = await door.in_turn(args.seconds, num_clients=16)
@@ -293,7 +296,7 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
-    """What is wanted of each part, what was measured, and whether that is met."""
+    """For each part: the goal, the measured figure, and whether the figure meets the goal."""
     rows: list[tuple[str, Any, str, bool]] = []
     if part := found.get("rates"):
         for factor in (2, 10):

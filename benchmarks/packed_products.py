@@ -2,16 +2,19 @@
 
     python -m benchmarks.packed_products --out results [--steps compile check products layers model]
 
-compile   compiles all kernels of the other steps with several processes at once, so that the card idles less.
-check     V4-Flash's shapes against the decoded weight in float64, rows alone against rows among others, gates with and
-          without their activation, to the bit.
-products  milliseconds by number of tokens and tile, over the floor: packed bytes at copy bandwidth, or operations at
-          the BF16 matrix rate. Of experts those that are picked count. All tiles must give the same bits. Next to them
-          `antefix_kernels.packed_linear`, which multiplies in BF16.
-candidates  FP4 experts with 128 addends in one sum (`antefix_kernels.packed_fp4_shared`) next to those in use: right,
-          and how fast; and products of one input in one launch (wq_a with wkv, shared w1 with w3) next to two.
-layers    what a layer computes for each token alone, as one CUDA graph, with and without FP8 tensor cores.
-model     steps of a model of --layers layers with and without them, as benchmarks/weights_on_card.py takes them.
+compile   compiles all kernels of the other steps in several processes at once, so that the card is idle for less time.
+check     compares products of V4-Flash's shapes with the decoded weight in float64. Rows computed alone must have the
+          same bits as rows among others, and so must gates with and without their activation.
+products  measures milliseconds by number of tokens and tile, divided by the floor: packed bytes at copy bandwidth, or
+          operations at the BF16 matrix rate. Only picked experts count. All tiles must give the same bits. The table
+          also has `antefix_kernels.packed_linear`, which multiplies in BF16.
+candidates  compares FP4 experts with 128 addends in one sum (`antefix_kernels.packed_fp4_shared`) with the experts in
+          use: errors and speed. Compares two products of one input in one launch (wq_a with wkv, shared w1 with w3)
+          with the same products in two launches.
+layers    measures the part of a layer that computes each token alone, as one CUDA graph, with and without FP8 tensor
+          cores.
+model     measures steps of a model of --layers layers with and without FP8 tensor cores, in the same way as
+          benchmarks/weights_on_card.py.
 
 Every step runs, even if another step fails. Needs a Hopper card. Writes packed_products.json after each step.
 """
@@ -46,14 +49,14 @@ from benchmarks.weights_on_card import copies, draw_weight, measure_model
 STEPS = ("compile", "check", "products", "candidates", "layers", "model")
 PRODUCTS = (("wq_a", 1024, 4096), ("wq_b", 32768, 1024), ("wkv", 512, 4096), ("wo_b", 4096, 8192),
             ("shared w1", 2048, 4096), ("shared w2", 4096, 2048))  # fmt: skip
-# wo_a's groups, which are multiplied in BF16.
+# The groups of wo_a, which are multiplied in BF16.
 GROUPED = ("wo_a", 8, 1024, 4096)
-# Outputs, rows, warps, stages of the candidate's tiles.
+# The candidate's tiles: outputs, rows, warps, stages.
 SHARED_TILES = tuple(
     Tile(outputs=n, rows=m, warps=w, stages=s)
     for n, m, w, s in ((128, 16, 4, 3), (64, 64, 4, 3), (128, 64, 4, 3), (128, 128, 8, 3), (64, 128, 4, 3))
 )
-# Two products of one input, and both in one.
+# Pairs of products with the same input, each pair also merged into one product.
 MERGED = (("wq_a with wkv", (1024, 512), 4096), ("shared w1 with w3", (2048, 2048), 4096))
 NUM_EXPERTS, NUM_PICKED, HIDDEN, INNER, LIMIT = 256, 6, 4096, 2048, 10.0
 TOKENS = (1, 32, 128, 2048, 8192)
@@ -83,7 +86,7 @@ def fp4_tiles(num_tokens: int) -> list[Tile]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """run(tile): the calls to time, of operands that lie apart.  before: the same by packed_linear, if it can."""
+    """run(tile): the calls to time, each on different operands.  before: the same products by packed_linear."""
 
     name: str
     num_tokens: int
@@ -130,7 +133,7 @@ def _routed(name: str, num_tokens: int, weight: Weight) -> Case:
     is_gated = name != "w2"
     outputs, addends = weight.codes.shape[1], weight.num_addends
     torch.manual_seed(num_tokens)
-    # Few experts fit the cache, so each call picks others.
+    # The cache holds few experts, so each call picks different ones and reads them from memory.
     sets = [
         torch.rand(num_tokens, NUM_EXPERTS, device="cuda").argsort(1)[:, :NUM_PICKED].contiguous()
         for _ in range(8 if num_tokens <= 8 else 1)
@@ -215,7 +218,7 @@ def check() -> list[str]:
             for start, stop in ((0, 1), (5, 38), (7, 39), (100, 356), (299, 300)):
                 if not torch.equal(product(x[start:stop]), whole[start:stop]):
                     wrong.append(f"{name} {outputs}x{addends}: rows {start} to {stop} differ alone")
-            # So many rows that a program adds up all runs itself.
+            # With this many rows, one program adds up all runs itself.
             many = product(x.repeat(13, 1)).view(13, *whole.shape)
             if not torch.equal(many, whole.expand_as(many)):
                 wrong.append(f"{name} {outputs}x{addends}: rows differ among 5,200")
@@ -228,7 +231,7 @@ def check_routed(name: str) -> list[str]:
     weight = draw_weight(FORMS[name], 8, 512, 1024)
     values = torch.stack([decode_weight(c, s, weight.block) for c, s in zip(weight.codes, weight.scales, strict=True)])
     x = torch.randn(200, 1024, device="cuda").bfloat16()
-    # The last expert gets no row.
+    # No row picks the last expert.
     picks = torch.rand(200, 7, device="cuda").argsort(1)[:, :3]
     picks[60:70] = torch.tensor([2, 3, 4], device="cuda")
 
@@ -312,7 +315,7 @@ def measure_candidates(top: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def _shared(name: str, num_tokens: int, weight: Weight) -> Callable[[Tile], list[Callable[[], torch.Tensor]]]:
-    """Calls of the candidate, of the inputs and picks of `_routed` with the same seed."""
+    """Calls of the candidate. The inputs and picks are those of `_routed`, because the seed is the same."""
     is_gated = name != "w2"
     torch.manual_seed(num_tokens)
     sets = [torch.rand(num_tokens, NUM_EXPERTS, device="cuda").argsort(1)[:, :NUM_PICKED].contiguous()]
@@ -353,7 +356,7 @@ def measure_merged() -> list[dict[str, Any]]:
 
 
 def measure_grouped(top: dict[str, float]) -> list[dict[str, Any]]:
-    """wo_a by packed_linear, over its own tiles."""
+    """Measure wo_a by packed_linear with each of its tiles."""
     name, groups, outputs, addends = GROUPED
     form = FORMS["fp8"].plain_inputs()
     weights = [draw_weight(form, groups, outputs, addends) for _ in range(copies(groups * outputs * addends))]

@@ -1,4 +1,4 @@
-"""How long placing a long prompt takes, from tokens to worker, and what the directory costs in bytes and time.
+"""How long does it take to place a long prompt, from tokens to worker? What does the directory cost in bytes and time?
 
     python benchmarks/placement.py --json benchmarks/results/placement.json
 
@@ -94,13 +94,13 @@ def load(worker: Worker, rng: random.Random) -> None:
 
 
 def fill(num_blocks: int, addresses: list[str]) -> tuple[Directory, dict[str, float]]:
-    """A directory of `num_blocks` blocks in chains of 500, each held by one to three workers; and the time taken."""
+    """A directory of `num_blocks` blocks in chains of 500, each held by one to three workers; and its fill time."""
     rng = random.Random(0)
     chains = [[rng.getrandbits(64) for _ in range(500)] for _ in range(num_blocks // 500)]
     holders = [rng.sample(addresses, rng.choice((1, 1, 2, 3))) for _ in chains]
     events = sum(len(chain) * len(held) for chain, held in zip(chains, holders, strict=True))
     gc.collect()
-    # Time first, bytes in a second directory: tracing slows every allocation.
+    # Bytes are measured in a second directory, because tracing memory slows every allocation.
     directory = Directory(num_blocks_max=4 * num_blocks)
     start, cpu = time.perf_counter(), time.thread_time()
     for chain, held in zip(chains, holders, strict=True):
@@ -123,7 +123,7 @@ def fill(num_blocks: int, addresses: list[str]) -> tuple[Directory, dict[str, fl
 
 
 def bytes_of(num_blocks: int, addresses: list[str]) -> tuple[float, float]:
-    """Keys, table and holder sets, a block, and a block and holder."""
+    """Bytes of keys, table and holder sets: per block, and per pair of block and holder."""
     rng = random.Random(1)
     gc.collect()
     tracemalloc.start()
@@ -146,7 +146,7 @@ def decisions(
     directory: Directory,
     conversations: list[np.ndarray],
 ) -> list[tuple[float, float]]:
-    """Turns of growing conversations: each a few hundred tokens longer than the one before."""
+    """Times of placing the turns of growing conversations. Each turn is 300 tokens longer than the one before."""
     taken = []
     for number in range(args.decisions):
         turn, which = divmod(number, len(conversations))

@@ -33,16 +33,17 @@ from antefix_simulate.trace import Trace, load
 from benchmarks.run_record import write
 
 TRACES = Path(__file__).parents[2] / "shared" / "traces"
-# Half of the agents' requests come in this time.
+# Half of the agents' requests arrive within this time.
 AGENTS_S = 4500.0
-# Of each copy of the chat trace, where a large fleet gets several: a fifth, so that all scenes take minutes.
+# A large fleet gets several copies of the chat trace. This many requests of each copy, a fifth of all, run in minutes.
 COPIED_REQUESTS = {"chat": 2_500}
-# Busy on average. Agents come and go and wait for their own answers, so eight workers' hands are full at less: at 56%
-# the median request waits, and no speed-up brings them near to 88%.
+# The share of time that a worker is busy on average. Agents come and go and wait for their own answers, so eight
+# workers are saturated at a lower share: at 56% the median request waits, and no speed-up brings the workers near to
+# 88%.
 LOADS = {"chat": {"moderate": 0.60, "saturated": 0.88}, "agents": {"moderate": 0.40, "saturated": 0.56}}
-# A panel shows at least so many points of hit rate.
+# A panel spans at least this many percentage points of hit rate.
 HIT_POINTS_MIN = 1.0
-# Where to begin looking for the speed-up, by trace and store.
+# Where the search for the speed-up begins, by trace and by whether there is a shared store.
 SPEEDUPS = {("chat", True): 3.2, ("chat", False): 2.7, ("agents", True): 18.0, ("agents", False): 10.0}
 
 
@@ -70,7 +71,7 @@ def run(name: str, trace: Trace, policy: str, workers: int, speedup: float, *, s
 
 
 def speedup_for(name: str, trace: Trace, busy: float, start: float, *, shared_store: bool) -> float:
-    """The speed-up at which eight workers are so busy under least_work, to a hundredth or so."""
+    """The speed-up at which eight workers under least_work are busy for this share of the time, within about 0.01."""
     speedup = start
     for _ in range(5):
         found = run(name, trace, "least_work", 8, speedup, shared_store=shared_store).utilisation
@@ -123,7 +124,7 @@ def table(found: list[dict[str, Any]]) -> str:
 
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
-    """p90 of each policy over its own hit rate, a panel a scene."""
+    """Plot each policy's p90 against its hit rate, with one panel per scene."""
     pyplot = load_pyplot()
     columns = 4
     rows = -(-len(found) // columns)

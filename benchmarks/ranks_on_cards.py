@@ -3,17 +3,21 @@
     R="python -m benchmarks.ranks_on_cards --tensor-parallel-size 2 --out $OUT"; export PYTHONUNBUFFERED=1
     $R --steps verify;  $R --steps model;  $R --steps restore --lengths 16384 65536 262144;  $R --steps services
 
-verify    `antefix verify` over 1, 2, 4 ... ranks: hits equal cold runs, and a prompt over ranks against one.
-model     memory per card; decode steps of 1, 32 and 128 sequences behind `--context` tokens; prefill chunks behind 16K
-          to 256K tokens; of each the tokens per second, the floor, and the share of time in exchanges of ranks.
-restore   time to first token of prefixes of `--lengths` tokens: cold, as a worker runs them, and from disk, whose page
-          cache is dropped before; over the floors of computing and of reading.
-services  `antefix up` over a directory of `--service-layers` layers: prefill over all ranks, decode over all and then
-          over one, which share a store. A hit must be answered as a cold start of the same pair answers.
+verify    runs `antefix verify` over 1, 2, 4 ... ranks: hits must equal cold runs. It also compares a prompt over
+          several ranks with the same prompt over one.
+model     measures memory per card, decode steps of 1, 32 and 128 sequences after `--context` tokens, and prefill chunks
+          after 16K to 256K tokens. Each row has tokens per second, the floor, and the share of time that ranks spend
+          in exchanges.
+restore   measures the time to first token of prefixes of `--lengths` tokens, cold as a worker runs them, and from disk
+          with the page cache dropped before. The times are divided by the floors of computing and of reading.
+services  runs `antefix up` with a model of `--service-layers` layers: prefill over all ranks, decode first over all
+          ranks and then over one, with the same store. A hit must be answered as a cold start with the same ranks
+          answers.
 
 Each step writes to ranks_on_cards.STEP.json after every row, so that an interrupted run keeps its finished rows.
 `--toy` runs everything at small widths, with `--device cpu` over gloo, to test the code. Its figures mean nothing.
-A floor is what a card must read or compute of its share: packed bytes at copy bandwidth, operations at BF16's rate.
+A floor is the time in which a card can read its share of packed bytes at copy bandwidth, or compute its share of
+operations at the BF16 rate, whichever is longer.
 """
 
 from __future__ import annotations
@@ -112,12 +116,15 @@ class Share:
                 dense += module.codes.numel()
             elif isinstance(module, nn.Linear):
                 dense += module.weight.numel()
-        # Of a token's picks a card has its part; a byte of FP4 codes is two numbers, and 16 of 17 bytes are codes.
+        # A card computes only its share of a token's picks. A byte of FP4 codes is two numbers, and 16 of 17
+        # bytes are codes.
         self._active = dense + self._num_picked * self._own_experts / self._num_experts * self._expert * 32 / 17
 
     def floor_s(self, num_tokens: int, *, context: int, num_sequences: int = 1) -> float:
-        """Of one forward pass over so many new tokens in each of so many sequences, attention and index scores
-        included. A card attends with its share of the heads, and scores all index keys."""
+        """Floor of a forward pass over `num_tokens` new tokens in each sequence, with attention and index scores.
+
+        A card attends with its share of the heads, and scores all index keys.
+        """
         count = num_tokens * num_sequences
         picked = self._own_experts * (1 - (1 - self._num_picked / self._num_experts) ** count)
         config = replace(self._config, num_heads=self._config.num_heads // self._size)
@@ -127,7 +134,7 @@ class Share:
         return max(nbytes / self._top["copy_bytes_per_s"], operations / self._top["bf16_flops_per_s"])
 
     def cold_floor_s(self, num_tokens: int, chunk: int) -> float:
-        """Of a whole prompt in chunks."""
+        """Floor of a whole prompt that is computed in chunks."""
         return sum(self.floor_s(min(chunk, num_tokens - at), context=at) for at in range(0, num_tokens, chunk))
 
 
@@ -165,7 +172,7 @@ def memory(args: argparse.Namespace) -> float:
 
 
 def timed(model: Model, call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds, and the share of them in exchanges between ranks, which is 0 if this call was not sampled."""
+    """Seconds of the call, and their share in exchanges between ranks. The share is 0 if this call was not sampled."""
     meter = model.ranks.time if model.ranks is not None else None
     before = (meter.exchange_s, meter.call_s) if meter else (0.0, 0.0)
     synchronize(model.device.type)
@@ -261,7 +268,7 @@ async def measure_restore(args: argparse.Namespace, found: Found) -> None:
             disk = direct_read_rate(deployment.config.store_dir)
             found.add("disk_gb_per_s", disk / 1e9)
             bench = Bench(subject, store, deployment.config.store_dir, args)
-            # Compiles what is compiled.
+            # This run compiles all kernels.
             warm = await bench.compute_only(bench.tokens(2 * args.chunk + 100), reproducible=False)
             found.add("warm_s", warm)
             for length in args.lengths:
@@ -307,7 +314,7 @@ async def measure_services(args: argparse.Namespace, found: Found) -> None:
         shared |= {"dtype": "float32" if args.toy else "bfloat16", "reproducible": args.device == "cuda"}
         prompt = np.random.default_rng(5).integers(3, 60, args.service_tokens).astype(np.uint32)
         longer = np.concatenate((prompt, prompt[:200]))
-        # 1. Decode over all ranks too. Its arithmetic is what the other start reads by.
+        # 1. Decode over all ranks too. The second start needs the arithmetic of this one, to read its store.
         where = DeploymentConfig(data_dir=Path(scratch) / "one", **shared)
         started = time.perf_counter()
         async with Deployment(where) as deployment:
@@ -317,13 +324,14 @@ async def measure_services(args: argparse.Namespace, found: Found) -> None:
             for tokens, what in ((prompt, "cold"), (longer, "hit")):
                 row = await _ask(deployment, tokens, f"prefill {size}, decode {size}, {what}")
                 found.add("services", row, to_list=True)
-        # 2. Decode over one rank, over what is stored: a hit from disk. On cards it stores nothing.
+        # 2. Decode over one rank with the same store, so the request is a hit from disk. On cards this rank stores
+        # nothing.
         decode = ("--tensor-parallel-size", "1", "--arithmetic", arithmetic)
         where = DeploymentConfig(data_dir=Path(scratch) / "one", extra_flags={"decode": decode}, **shared)
         async with Deployment(where) as deployment:
             row = await _ask(deployment, longer, f"prefill {size}, decode 1, hit from disk")
             found.add("services", row, to_list=True)
-        # 3. What a deployment with an empty store answers, decoding over one rank.
+        # 3. Decode over one rank with an empty store, for the answer of a cold run.
         where = DeploymentConfig(data_dir=Path(scratch) / "two", extra_flags={"decode": decode}, **shared)
         async with Deployment(where) as deployment:
             row = await _ask(deployment, longer, f"prefill {size}, decode 1, cold")

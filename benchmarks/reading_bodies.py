@@ -1,6 +1,6 @@
 """What does reading a request's body cost, and would msgspec read it faster?
 
-    python benchmarks/reading_bodies.py        (pip install msgspec, which is no dependency)
+    python benchmarks/reading_bodies.py        (needs `pip install msgspec`, which is not a dependency of Antefix)
 
 The body is that of an agent: 27 KB of system text, 20 tools, a history of 60 turns with tool calls. Figures are
 microseconds per body, the best of several rounds; lower is better. "fields" is the router's work after parsing: it

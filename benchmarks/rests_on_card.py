@@ -2,11 +2,12 @@
 
     python -m benchmarks.rests_on_card --parts check times --layers WCHC --out results
 
-check     a small model's calls of several tokens per sequence, launched together and as CUDA graphs, against each
-          sequence alone: bits in reproducible mode, relative errors else.
-times     V4-Flash's width, weights drawn on the card: milliseconds until the likeliest ids are on the host, of 100
-          tokens behind 65,536, of four such rests, of 32 sequences with a drafted token each, and of a mixed call;
-          sequence by sequence, launched together and as graphs, over the floor of `benchmarks.decode_on_card`.
+check     compares a small model's calls of several tokens per sequence, launched together and as CUDA graphs, with each
+          sequence alone: bit by bit in reproducible mode, by relative error otherwise.
+times     measures milliseconds until the likeliest ids are on the host, at V4-Flash's width with weights drawn on the
+          card: 100 tokens after 65,536; four prefills of 100 tokens; 32 sequences with one drafted token each; and one
+          call with 300 tokens of a sequence and one token of 31 others. Each runs sequence by sequence, launched
+          together, and as graphs. The times are divided by the floor of `benchmarks.decode_on_card`.
 
 If a part fails, it prints the reason, and the next part runs. rests_on_card.json is written after every row. The
 program needs a CUDA card. `--toy` runs the code anywhere, in Triton's interpreter if necessary, and measures nothing.
@@ -35,13 +36,13 @@ WAYS: dict[str, dict[str, bool]] = {
     "alone": {}, "together": {"batched": True, "chunks": True},
     "graphs": {"batched": True, "chunks": True, "graphs": True},
 }  # fmt: skip
-# Tokens behind which each sequence is, and new tokens of each.
+# The number of earlier tokens of each sequence, and each sequence's number of new tokens.
 CASES = ((65536, (100,)), (4096, (100,) * 4), (4096, (2,) * 32), (4096, (300, *(1,) * 31)))
 REPEATS = 6
 
 
 def several(model: Model, way: str, *, reproducible: bool, lengths: tuple[int, ...], calls: int) -> dict[str, Any]:
-    """Logits of each call, states and rows of the pool, of sequences behind so many tokens."""
+    """Logits of each call, final states and rows of the pool. lengths: earlier tokens of each sequence."""
     random = np.random.default_rng(1)
     size, most = model.config.geometry.block_size, 24 if len(lengths) > 2 else 4
     ops = TritonOps(model.layout, reproducible=reproducible, **WAYS[way])

@@ -21,7 +21,7 @@ def use_of(process: RoleProcess) -> dict[str, float]:
 
 
 def use_by_role(deployment: Deployment) -> dict[str, dict[str, float]]:
-    """The use of each process by role; the name of a role's second process ends in a number."""
+    """The use of each process by role. The name of a role's second process ends in a number."""
     by_role: dict[str, dict[str, float]] = {}
     for process in deployment.processes:
         name = process.role

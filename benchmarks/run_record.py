@@ -16,8 +16,8 @@ from typing import Any
 def about(*packages: str) -> dict[str, Any]:
     """Call this when the measurement ends, because it records the machine's load of the last minutes.
 
-    packages: whose versions the figures depend on. Where there is no repository, as on a machine that got a copy of the
-    files, COMMIT in the environment names the commit.
+    packages: the packages whose versions affect the figures. On a machine that has a copy of the files but no
+    repository, the environment variable COMMIT names the commit.
     """
     call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(call, capture_output=True, text=True, check=False).stdout.strip() or os.environ.get(
@@ -43,7 +43,7 @@ def _cards() -> str:
 
 
 def write(file: Path, record: dict[str, Any], *packages: str) -> None:
-    """Write a file with `about` this run and the run's figures."""
+    """Write a file with the run's figures, and with the facts about the run that `about` returns."""
     file.write_text(json.dumps({**about(*packages), **record}, indent=1) + "\n")
 
 

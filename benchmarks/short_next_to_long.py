@@ -4,7 +4,7 @@
 
 A worker has a prompt of `--hit` tokens in memory. The benchmark times this prompt with `--new` more tokens, alone and
 while `--num-long` cold prompts are computed. "one queue" is an earlier design, which ran chunks and small jobs in order
-of arrival. Figures are wall seconds, the medians of the best round. A ratio is the time divided by the time alone;
+of arrival. Figures are wall seconds: the median of the best round. A ratio is the time divided by the time alone;
 lower is better. The model runs in this process, with a store in memory and without a prefill worker's admission queue.
 """
 

@@ -5,7 +5,7 @@
 A rack has 8 prefill workers and 8 stores, one per host; a fleet has 64 of each and gets eight copies of the trace, each
 with prompts of its own. Every scene is run with
 
-one store     one store that all hosts share, as large as all stores together: the result of perfect sharing
+one store     one store that all hosts share, as large as all stores together, which gives the result of perfect sharing
 stores alone  one store per host, without an object tier
 object tier   the same stores with an object tier behind them
 
@@ -68,7 +68,7 @@ def _is_asked_for(args: argparse.Namespace, row: dict[str, Any]) -> bool:
 
 
 def _place_of(row: dict[str, Any]) -> tuple[bool, bool, int]:
-    """Of a row in the table: chat before agents, racks before fleets."""
+    """The sort key of a row in the table: chat before agents, racks before fleets."""
     return row["trace"] == "agents", row["scene"] == "fleet", SET_UPS.index(row["set_up"])
 
 

@@ -32,7 +32,7 @@ STRATEGIES = ("auto", "boundary", "periodic(2048)", "periodic(8192)", "full", "z
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A trace and the bounded store sizes that matter for it: from a tenth of what it writes up to nearly all."""
+    """A trace and bounded store sizes for it, from a tenth of the bytes that it writes up to nearly all."""
 
     label: str
     file: str
@@ -57,7 +57,7 @@ class Job:
 
 
 def carry_out(job: Job) -> Simulation:
-    """One trace, one store size, all strategies."""
+    """Simulate one trace with one store size under all strategies."""
     sizes = model_sizes(job.model)
     trace = load(job.directory / job.source.file, job.source.trace_format, block_size=sizes.block_size)
     setup = ReplaySetup(
@@ -95,7 +95,7 @@ def jobs(directory: Path, *, model: str, quick: bool) -> list[Job]:
 
 
 def write(simulations: Sequence[Simulation], out: Path, label: str) -> None:
-    """One JSON with everything, one plot of the endless store, one over the store sizes."""
+    """Write one JSON file with all results, a plot of the endless store, and a plot over the store sizes."""
     (out / f"{label}.json").write_text(json.dumps([s.as_dict() for s in simulations], indent=1))
     replayed = [s for s in simulations if "no replay" not in s.trace]
     plot([s for s in replayed if s.store_bytes is None], out / f"{label}_endless.svg")

@@ -1,14 +1,15 @@
 """Do real processes stay correct, fast and small for hours, while workers are killed and clients disconnect?
 
     python benchmarks/soak.py --minutes 60 --trace ../shared/traces/claude_code_80.jsonl.gz --out soak.json
-    python benchmarks/soak.py --minutes 60 --ttl-divisor 10 ...      # what is kept for hours is kept for minutes
+    python benchmarks/soak.py --minutes 60 --ttl-divisor 10 ...      # records live for a tenth of their usual time
 
 The deployment has one router, two prefill and two decode workers that register by lease, and one store. Several clients
 play conversations of an agents' trace at once, with one token for each of its 64-token hashes. Some requests are sent
 several times at once, and some are cancelled. Every answer is compared with a run of the bare model. One worker of each
 role is killed (kill -9) at random times and restarted; the others keep running. The benchmark samples the memory,
-descriptors and threads of these others, and the disk space of the store, the bill and the logs. The benchmark fits a
-line to the last half of each. "grew" names the samples that are not flat (benchmarks/soak_samples.py).
+descriptors and threads of the processes that keep running, and the disk space of the store, the bill and the logs. The
+benchmark fits a line to the last half of each series. "grew" names the series that are not flat
+(benchmarks/soak_samples.py).
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
 Tokens = npt.NDArray[np.uint32]
 
-# A system prompt that all conversations share, and the length beyond which the model on two cores is no soak.
+# Tokens of the system prompt that all conversations share, and of the longest prompt. Two cores need too long for more.
 SYSTEM_TOKENS, PROMPT_TOKENS_MAX = 192, 4000
 STUCK_S = 180.0
 SAMPLE_S, SAVE_S = 10.0, 60.0
 RESTART_S = 3.0
-# The store's defaults.
+# The store's default times to live.
 TTLS_S = {"block": 72 * 3600.0, "checkpoint": 6 * 3600.0, "handoff": 300.0}
 
 
@@ -93,7 +94,7 @@ class Soak:
         return self.started + 60 * self.args.minutes
 
     async def start(self) -> None:
-        """A store, a router that is told of no workers, and workers that register with it."""
+        """Start a store, a router that knows no workers, and workers that register with the router."""
         config = self.deployment.config
         (config.data_dir / "logs").mkdir(parents=True)
         secret = config.data_dir / "secret"
@@ -127,7 +128,7 @@ class Soak:
         return await self.deployment.start_role(role, [*self.shared(), *flags])
 
     async def run(self) -> None:
-        """Play until the time is over, then wait for what still runs."""
+        """Play until the time is over, then wait for the requests that still run."""
         helpers = [asyncio.create_task(each()) for each in (self.sample, self.kill, self.save)]
         conversations = playable(self.args.trace, self.rng)
         try:
@@ -214,7 +215,7 @@ class Soak:
     async def save(self) -> None:
         while True:
             await asyncio.sleep(SAVE_S)
-            # On a busy machine a router may take longer to say how it is than it is given.
+            # On a busy machine a router may take longer to report its status than the time limit allows.
             with contextlib.suppress(AntefixError):
                 await self.report()
 
@@ -227,7 +228,7 @@ class Soak:
         return {"store": config.store_dir, "ledger": config.ledger_dir, "logs": config.data_dir / "logs"}
 
     async def report(self) -> dict[str, Any]:
-        """The result so far, also written to --out."""
+        """The result so far, which is also written to --out."""
         tally, status = self.tally, await self.client.status()
         counters = status.counters
         num_routed = counters.led + counters.straight

@@ -1,8 +1,8 @@
 """Samples what processes and directories use during a soak, and fits a line to the last half to see if it grows.
 
-Flat: over the last half the line rises by no more than is allowed (a fiftieth of memory and disk, one descriptor, one
-thread), or by no more than the scatter of the samples explains (three standard errors). The first half is the warm-up:
-pools of threads, caches and a store's budget fill up in it.
+A series is flat if over the last half the line rises by no more than is allowed (a fiftieth of memory and disk, one
+descriptor, one thread), or by no more than the scatter of the samples explains (three standard errors). The first half
+is the warm-up, in which pools of threads, caches and a store's budget fill up.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-# What may grow over the last half: a share of its middle, and so many in any case.
+# The allowed growth over the last half is the larger of two: a share of the median, and a fixed number.
 _ALLOWED_SHARE = {"memory_mb": 0.02, "disk_mb": 0.02}
-# One thread more makes a line rise by 1.5 where it comes in the middle, by less elsewhere.
+# One more thread makes the line rise by 1.5 if it appears in the middle of the half, and by less otherwise.
 _ALLOWED = {"memory_mb": 1.0, "disk_mb": 0.1, "files": 1.5, "threads": 1.5}
 _ERRORS_MAX = 3.0
 
@@ -41,12 +41,15 @@ class Growth:
 
 
 def allowed_rise(kind: str, middle: float) -> float:
-    """Over the last half, of samples whose median is `middle`."""
+    """The rise that is allowed over the last half, for samples whose median there is `middle`."""
     return max(_ALLOWED[kind], _ALLOWED_SHARE.get(kind, 0.0) * middle)
 
 
 def growth(kind: str, times_s: Sequence[float], values: Sequence[float]) -> Growth:
-    """kind: "memory_mb", "disk_mb", "files" or "threads".  times_s, values: [N], N > 0, times rising."""
+    """Fit a line to the last half.
+
+    kind: "memory_mb", "disk_mb", "files" or "threads".  times_s, values: [N], N > 0; times rise.
+    """
     times, found = np.array(times_s, float), np.array(values, float)
     half = times >= (times[0] + times[-1]) / 2
     x, y = times[half] - times[half].mean(), found[half]
@@ -72,7 +75,7 @@ class Samples:
 
     times_s: list[float] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
-    # Of the first sample and of the last: how many threads have which name. gRPC and Python's pools name theirs.
+    # The number of threads per name, in the first sample and in the last. gRPC and Python's pools name their threads.
     threads_first: Counter[str] = field(default_factory=Counter)
     threads_last: Counter[str] = field(default_factory=Counter)
 
@@ -130,7 +133,7 @@ def num_threads(pid: int) -> int:
 
 
 def thread_names(pid: int) -> Counter[str]:
-    """How many threads have which name, without their numbers."""
+    """The number of threads per name. Names are taken without the numbers at their ends."""
     names: Counter[str] = Counter()
     for path in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""The median of repeated measurements, and how far they lie apart.
+"""The median of repeated measurements, and their spread.
 
-On a machine whose disk and processor are shared, a single figure says little: one slow minute decides it. So figures
-that are compared are measured in short rounds, in turn, and a ratio is the median of the rounds' ratios.
+On a machine whose disk and processor are shared, a single figure says little, because one slow minute decides it. So
+figures that are compared are measured in turn, in short rounds. A ratio is the median of the rounds' ratios.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def with_spread(name: str, values: Sequence[float]) -> dict[str, float]:
 
 
 def over_neighbours(ours: Sequence[float], limits: Sequence[float]) -> list[float]:
-    """Each of ours over the mean of the limits measured just before and just after it.
+    """Each of our figures divided by the mean of the limits that were measured just before and just after the figure.
 
     Shapes:  ours [N], limits [N + 1], measured in turn, beginning with a limit.
     """

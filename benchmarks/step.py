@@ -37,7 +37,7 @@ CHUNK = 1024
 
 
 class OneByOne(TorchOps):
-    """The same step, sequence by sequence."""
+    """Operations that run a step sequence by sequence."""
 
     steps_together = False
 
@@ -86,7 +86,7 @@ def measure(model: Model, num_tokens: int, num_sequences: int, num_steps: int, n
             tokens = random.integers(0, model.config.vocab_size, (num_sequences, num_new)).astype(np.uint32)
             seconds[name].append(step_s(model, pool, way, sequences, tokens))
     switch.use(compiled)
-    # The first step of each way finds nothing in caches.
+    # The first step of each variant is left out, because the processor's caches are cold.
     return {"sequences": num_sequences} | {name: statistics.median(took[1:]) for name, took in seconds.items()}
 
 
@@ -108,7 +108,7 @@ def profile(model: Model, num_tokens: int, num_sequences: int) -> str:
     return f"{found}\n{counts({each.key: each.count for each in averages})}"
 
 
-# What of a profile launches a kernel, and what waits for the card or would do so on one.
+# Names in a profile of calls that launch a kernel, and of calls that wait for the card or would wait on a card.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
          "aten::_local_scalar_dense", "aten::nonzero")  # fmt: skip
@@ -140,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model = load_model(args.model, device=args.device, kv_format=KVFormat.FP8)
-    # As in a worker that has measured it.
+    # A worker sets this after it has measured that threads are free.
     model.threads_are_free = True
     if args.kernels == "auto":
         enable(model)

@@ -48,7 +48,7 @@ from benchmarks.store_scale import memory_kib, reset_peak_memory, scale_figures
 
 BLOCK_TOKENS = 128
 BATCH_BLOCKS = 128
-# A remote restore of this many blocks takes as long as the noise of a shared machine lasts.
+# A remote restore of this many blocks takes about as long as a short disturbance on a shared machine lasts.
 REMOTE_BLOCKS = 512
 WARM_ROUNDS = 6
 CLIENT_ROUNDS = 5
@@ -60,7 +60,7 @@ Array = Any
 
 
 def tell(what: str) -> None:
-    """Progress, next to the result."""
+    """Print progress to stderr; the result goes to stdout."""
     sys.stderr.write(f"bench store: {what}\n")
     sys.stderr.flush()
 
@@ -136,7 +136,7 @@ class Peer:
 
 
 def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Callable[[Path, Path], list[Peer]]) -> Found:
-    """Bytes per second by name, as many numbers of each as are measured in all repeats."""
+    """Measure the disk, the page cache, the store and the peers. Returns all measured bytes per second, by name."""
     names = chain(len(payloads))
     into = np.zeros_like(payloads)
     views = [row.data for row in into]
@@ -160,7 +160,7 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
             found.note_rate(name, fio_rate(place, name, payloads.nbytes))
         for peer in peers:
             found.note(f"put_{peer.name}", peer.ask("put"))
-        # 2. Cold reads, ours after each raw reader: the best of those is the limit.
+        # 2. Cold reads. Ours runs after each raw reader; the best raw reader is the limit.
         for depth, mib in DIRECT_READERS:
             drop_cache(place)
             found.note(f"direct_{depth}x{mib}mib", direct_read(place / "raw.bin", depth=depth, piece_bytes=mib * MIB))
@@ -171,7 +171,7 @@ def measure_disk(directory: Path, payloads: Array, repeats: int, peers_of: Calla
         assert np.array_equal(into, payloads)
         for peer in peers:
             found.note(f"restore_{peer.name}", peer.ask("cold"))
-        # 3. Warm reads, in turn as well.
+        # 3. Warm reads, also in turn.
         warm_read(place / "raw.bin", into, depth=2, num_blocks=1)
         for _ in range(WARM_ROUNDS):
             for depth, count in WARM_READERS:
@@ -254,7 +254,7 @@ def restore_long(directory: Path, payloads: Array) -> dict[str, float]:
 
 
 def put_next_to_fio(directory: Path, payloads: Array, writer: str, rounds: int) -> dict[str, float]:
-    """Durable puts and fio's `writer`, in short rounds in turn: a disk that other machines share has slow seconds."""
+    """Durable puts and fio's `writer` in turn. Rounds are short, because a disk that is shared has slow seconds."""
     tell(f"durable puts next to {writer}, {rounds} short rounds in turn")
     place = directory / "in-turn"
     place.mkdir()
@@ -268,7 +268,7 @@ def put_next_to_fio(directory: Path, payloads: Array, writer: str, rounds: int) 
     engine.close()
     shutil.rmtree(place)
     out = with_spread("put_over_fio", over_neighbours(puts, limits))
-    # How much the disk itself varies: each round of fio over the round before.
+    # The ratio of each round of fio to the round before shows how much the disk itself varies.
     return out | with_spread("fio_over_fio", [later / earlier for earlier, later in pairwise(limits)])
 
 
@@ -276,7 +276,7 @@ def put_next_to_fio(directory: Path, payloads: Array, writer: str, rounds: int) 
 
 
 def ratios(values: dict[str, list[float]], ours: str, *limits: str) -> list[float]:
-    """For each round, ours over the limit, which is the one of the `limits` with the best median."""
+    """For each round, our figure divided by the limit. The limit is the one of `limits` with the best median."""
     limit = values[max(limits, key=lambda name: statistics.median(values[name]))]
     num_rounds = len(limit)
     ours_by_round = np.array_split(np.array(values[ours]), num_rounds)
@@ -296,7 +296,7 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
     out["restore_ratio"] = ratio(values, "restore", *direct)
     out["put_ratio"] = ratio(values, "put", "raw_write")
     if readers := [name for name in values if name.startswith("fio_read")]:
-        # Of any kind: the best reader may be one of Python's.
+        # The best reader may be fio or one of Python's readers.
         out |= with_spread("restore_over_best_reader", ratios(values, "restore", *readers, *direct))
     out |= with_spread("warm_ratio", ratios(values, "warm", *pread))
     out["warm_over_one_thread"] = ratio(values, "warm", "pread_1x1")
@@ -314,7 +314,7 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
         if f"put_{name}" in values:
             for kind in ("put", "restore", "warm"):
                 out[f"{kind}_over_{name}"] = ratio(values, kind, f"{kind}_{name}")
-            # What a store without any cost of its own could reach.
+            # The ratio that a store without any overhead would reach.
             out[f"disk_restore_over_{name}"] = ratio(values, best_direct, f"restore_{name}")
             out[f"disk_put_over_{name}"] = ratio(values, "raw_write", f"put_{name}")
     return out

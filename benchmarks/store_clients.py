@@ -1,14 +1,15 @@
 """Does a store's service keep its throughput with more clients, and does each kind of call get its fair share?
 
-Every client is a process of its own, so that no client waits for another one's interpreter. In turn, and repeated:
+Every client is a separate process, so that no client waits for another one's interpreter. The benchmark measures these
+in turn, repeatedly:
 
     get, put, lookup        by 1, 4 and 8 clients at once: total throughput must not fall
-    put next to four gets   at least a fair share: a fifth of what a put gets alone
+    put next to four gets   must get at least a fair share: a fifth of the throughput of a put alone
     lookup next to four gets, and alone: the median time of a call
 
-A get restores one of eight prefixes of 32 blocks of V4-Flash's size (115 MB in all, as a worker's pool is larger than a
-cache), a put writes 16 new ones durably, a look-up names 128K tokens.
-Bytes per second and calls per second: higher is better; milliseconds: lower is better. A ratio is the median of each
+A get restores one of eight prefixes of 32 blocks of V4-Flash's size. The prefixes are 115 MB in all, which exceeds the
+processor's cache, as a worker's pool does. A put writes 16 new blocks durably. A look-up names 128K tokens. Higher is
+better for bytes per second and calls per second; lower is better for milliseconds. A ratio is the median of each
 round's ratio.
 
     python -m benchmarks.store_clients --seconds 1 --repeats 5 --json benchmarks/results/store_clients.json
@@ -46,8 +47,8 @@ GET_BLOCKS, PUT_BLOCKS, LOOKUP_BLOCKS = 32, 16, 1024
 FINGERPRINT = b"F" * 32
 NUM_CLIENTS = (1, 4, 8)
 NUM_READERS = 4
-# One client alone must not find in the processor's cache what eight find in memory: all of them restore all prefixes in
-# turn, into pools as large as those are together.
+# One client alone must not read from the processor's cache if eight clients read from memory. So every client restores
+# all prefixes in turn, into a pool as large as all prefixes together.
 NUM_PREFIXES = max(NUM_CLIENTS)
 NUM_TRIES, TRY_AGAIN_S = 20, 0.5
 KINDS = ("get", "put", "lookup")
@@ -66,7 +67,7 @@ class Client:
         self.store = RemoteStore(address)
         rng = np.random.default_rng(number)
         self._payloads = rng.integers(0, 256, (GET_BLOCKS, BLOCK_BYTES), np.uint8)
-        # Touched now, not while the clock runs.
+        # The pages are touched now, so that this does not happen while the clock runs.
         self._pool = np.full((NUM_PREFIXES, GET_BLOCKS, BLOCK_BYTES), 1, np.uint8)
         self._prefixes = [names_of(each, GET_BLOCKS) for each in range(NUM_PREFIXES)]
         self._number, self._num_got = number, 0
@@ -81,7 +82,7 @@ class Client:
                 await self.store.put(self._records(self._names))
                 if await self._get(self._number):
                     break
-            # On a busy machine the store may not be heard for a while after it did not answer in time.
+            # On a busy machine the store may miss a time limit. The client then does not ask the store for a while.
             await asyncio.sleep(TRY_AGAIN_S)
         assert np.array_equal(self._pool[self._number], self._payloads)
 
@@ -145,7 +146,7 @@ async def serve_client(address: str, number: int) -> None:
 
 
 class Clients:
-    """The client processes, told what to do all at once."""
+    """The client processes, which all get their orders at the same time."""
 
     def __init__(self, address: str, num: int) -> None:
         call = [sys.executable, "-m", "benchmarks.store_clients", "--client", address]
@@ -156,7 +157,7 @@ class Clients:
             assert process.stdout.readline().strip() == "ready"
 
     def work(self, kinds: Sequence[str], seconds: float) -> list[dict[str, float]]:
-        """Each of the first clients makes calls of the kind that is given for it."""
+        """The first clients work for this time: client i makes calls of kind `kinds[i]`."""
         working = self._processes[: len(kinds)]
         until = time.time() + seconds
         for process, kind in zip(working, kinds, strict=True):
@@ -174,7 +175,7 @@ class Clients:
 
 @contextlib.contextmanager
 def served(directory: Path) -> Iterator[str]:
-    """The address of a store in a process of its own."""
+    """The address of a store in a separate process."""
     flags = ["--dir", str(directory), "--address", "127.0.0.1:0", "--budget-bytes", "6G", "--compression", "off"]
     command = [sys.executable, "-m", "antefix_console", "serve", "kvstore", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -1,4 +1,4 @@
-"""What the disk, the page cache and gRPC give without a store: the limits that benchmarks/store.py compares with."""
+"""Measures the disk, the page cache and gRPC without a store. benchmarks/store.py compares with these limits."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 MIB = 1 << 20
-# Threads or requests in flight, and MiB per request.
+# Pairs of requests in flight, one thread each, and MiB per request.
 DIRECT_READERS = ((1, 4), (4, 1), (16, 1), (16, 4))
-# Threads, and blocks per call. With one thread for each core, and calls as large as the store's own runs.
+# Pairs of threads and blocks per call. The last has a thread per core, and calls as large as the store's own.
 WARM_READERS = ((1, 1), (2, 1), (2, 9))
 Array = Any
 
@@ -27,7 +27,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def raw_write(path: Path, payloads: Array, batch_blocks: int) -> float:
-    """Sequential write of a new file and one fdatasync a batch, as much a batch as the store's."""
+    """Seconds to write a new file sequentially, with one fdatasync per batch. Batches are as large as the store's."""
 
     def write() -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
@@ -40,7 +40,7 @@ def raw_write(path: Path, payloads: Array, batch_blocks: int) -> float:
 
 
 def direct_read(path: Path, *, depth: int, piece_bytes: int) -> float:
-    """Seconds to read a file past the page cache, `depth` pieces in flight."""
+    """Seconds to read a file with direct I/O, which bypasses the page cache, with `depth` pieces in flight."""
     local = threading.local()
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)
 
@@ -59,12 +59,12 @@ def direct_read(path: Path, *, depth: int, piece_bytes: int) -> float:
 def warm_read(
     path: Path, into: Array, *, depth: int, num_blocks: int, check: Callable[[Array], object] | None = None
 ) -> float:
-    """Seconds of preadv from the page cache into the same warm buffers, `num_blocks` a call.
+    """Seconds of preadv from the page cache into the same warm buffers, with `num_blocks` blocks per call.
 
-    As little Python as there can be: what is read where is worked out before the clock starts, and each thread takes
+    The clock covers as little Python as possible: all reads are planned before the clock starts, and each thread takes
     the next read from one queue.
 
-    check: called with each block; a checksum is what no reader that verifies can do without.
+    check: called with each block, such as a checksum, which every reader that verifies must compute.
     """
     fd = os.open(path, os.O_RDONLY)
     views = [row.data for row in into]
@@ -97,7 +97,7 @@ def warm_read(
 
 
 def drop_cache(directory: Path) -> None:
-    """Have the kernel forget the files' pages, so that a read goes to the disk."""
+    """Tell the kernel to drop the files' pages from its cache, so that a read goes to the disk."""
     os.sync()
     for path in directory.rglob("*"):
         if path.is_file():

@@ -12,7 +12,7 @@ from antefix.model import quant
 # DeepSeek-V4-Flash: 2 window layers, then CSA and HCA in turn; V4-Pro: 2 HCA layers, then CSA and HCA in turn.
 FLASH_LAYERS = (LayerKind.WINDOW,) * 2 + tuple(LayerKind.HCA if i % 2 else LayerKind.CSA for i in range(41))
 PRO_LAYERS = (LayerKind.HCA,) * 2 + tuple(LayerKind.HCA if i % 2 else LayerKind.CSA for i in range(59))
-# How many different blocks are packed; the others repeat them, with their own first bytes.
+# The number of different blocks that are packed. Further blocks repeat these, each with different first bytes.
 NUM_PACKED = 8
 
 
@@ -31,11 +31,11 @@ def layout_of(model: str) -> BlockLayout:
 
 
 def pack_block(layout: BlockLayout, generator: torch.Generator) -> npt.NDArray[np.uint8]:
-    """One block's payload, part by part as the model writes it."""
+    """One block's payload, packed part by part as the model does."""
     payload = np.empty(layout.block_bytes, np.uint8)
     for part in layout.parts:
         width = quant.width_of(part, layout)
-        # Channels differ in scale, as those of trained models do.
+        # Channels differ in scale, as in trained models.
         scale = torch.exp(0.5 * torch.randn(width, generator=generator))
         vectors = scale * torch.randn(part.num_rows, width, generator=generator)
         records = quant.pack(part.kind, vectors, layout)

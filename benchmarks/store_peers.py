@@ -1,7 +1,7 @@
 """Peers of the store, driven over stdin by benchmarks/store.py and run by their own Python (`make bench-peers`).
 
 Each line holds one JSON command, and each answer is one JSON line. Payloads come from a file that both sides map. The
-timings cover the library's work to make values durable, and to bring them into the caller's buffers.
+timings cover the library's work to make values durable, and to read them into the caller's buffers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from benchmarks.store_limits import drop_cache
 
 
 class LmdbValues:
-    """Values in LMDB, one transaction a batch; its commit syncs."""
+    """Values in LMDB, with one transaction per batch. The commit syncs."""
 
     def __init__(self, directory: Path) -> None:
         import lmdb
@@ -43,7 +43,7 @@ class LmdbValues:
 
 
 class RocksDB:
-    """RocksDB with large values in blob files, WAL synced once a batch."""
+    """RocksDB with large values in blob files. The WAL is synced once per batch."""
 
     def __init__(self, directory: Path) -> None:
         import rocksdict
@@ -74,7 +74,10 @@ class RocksDB:
 
 
 class DiskCache:
-    """diskcache (SQLite index, file a value); its files are not synced, so a sync of the file system follows."""
+    """diskcache: a SQLite index, and one file per value.
+
+    It does not sync its files, so a sync of the file system follows.
+    """
 
     def __init__(self, directory: Path) -> None:
         import diskcache
@@ -96,14 +99,14 @@ class DiskCache:
 
 
 class FilePerBlock:
-    """A file a block, synced each: what LMCache's and SGLang's disk tiers do, made durable."""
+    """One file per block, each synced. LMCache's and SGLang's disk tiers do the same, but do not sync."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         directory.mkdir(exist_ok=True)
 
     def close(self) -> None:
-        """Nothing is kept open."""
+        """Does nothing, because no file stays open."""
 
     def put(self, batch: list[tuple[bytes, memoryview]]) -> None:
         for key, value in batch:
@@ -123,11 +126,11 @@ class FilePerBlock:
 
 
 class LMCacheDisk:
-    """LMCache's local disk backend, called directly: a file a chunk, written by 4 threads, read by 4 into its own pool.
+    """LMCache's local disk backend, called directly: one file per chunk, with 4 threads that write and 4 that read.
 
-    LMCache's local disk backend syncs nothing and checks nothing; a sync of the file system follows each batch. The
-    backend's index lives in memory, so it is not opened again for cold reads. Values are put and returned in its
-    memory objects, without a copy to the caller.
+    The backend syncs nothing and checks nothing, so a sync of the file system follows each batch. The backend's index
+    is only in memory, so the backend is not opened again for cold reads. Values are put and returned in the backend's
+    own memory objects, without a copy to the caller.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -152,7 +155,7 @@ class LMCacheDisk:
         self.key = lambda name: CacheEngineKey("model", 1, 0, int.from_bytes(name, "big"), torch.uint8)
 
     def close(self) -> None:
-        """The process's end loses what is on disk: nothing to close, nothing to open again."""
+        """Does nothing. The index is lost when the process ends, so the files cannot be opened again."""
 
     def put(self, batch: list[tuple[bytes, memoryview]]) -> None:
         left = threading.Semaphore(0)
@@ -171,7 +174,7 @@ class LMCacheDisk:
 
     def get(self, keys: list[bytes], into: list[np.ndarray]) -> None:
         found = self.disk.batched_get_blocking([self.key(name) for name in keys])
-        # Only the last is copied, to be compared: callers use the objects themselves.
+        # Only the last value is copied, to be compared. Callers of LMCache use the memory objects themselves.
         into[-1][:] = np.frombuffer(found[-1].byte_array, np.uint8)
         for held in found:
             held.ref_count_down()
@@ -184,9 +187,9 @@ PEERS = {
     "diskcache": DiskCache,
     "file_a_block": FilePerBlock,
 }
-# What each needs beyond the standard library.
+# The module that each peer needs and that is not in the standard library.
 MODULES = {"lmdb_values": "lmdb", "rocksdb": "rocksdict", "lmcache_disk": "lmcache", "diskcache": "diskcache"}
-# What forgets its index when it is closed is not opened again.
+# Peers that lose their index when they are closed, so they are not opened again.
 FORGETFUL = ("lmcache_disk",)
 
 
@@ -205,7 +208,8 @@ def main(name: str, directory: Path, payloads: Path, num_blocks: int, block_byte
                 peer.put(batch[first : first + step])
         else:
             if command["do"] == "cold":
-                # Pages that are mapped, and what a library caches itself, stay unless it is opened again.
+                # Mapped pages, and values that a library caches itself, stay in memory unless the library is opened
+                # again.
                 if name not in FORGETFUL:
                     peer.close()
                 drop_cache(directory)
@@ -218,7 +222,7 @@ def main(name: str, directory: Path, payloads: Path, num_blocks: int, block_byte
         into[-1] = 0
         sys.stdout.write(json.dumps({"s": elapsed_s, "right": right}) + "\n")
         sys.stdout.flush()
-    # Threads of a peer must not keep the process.
+    # A peer's threads must not keep the process alive.
     sys.stdout.flush()
     os._exit(0)
 

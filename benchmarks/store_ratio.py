@@ -3,8 +3,8 @@
     python -m benchmarks.store_ratio [--model DIR] [--text FILE] [--tokens N] [--json]
 
 The benchmark prefills a text, takes the blocks from the pool as they would be stored, and compresses them as the store
-does. The benchmark reports the ratio per part, and for comparison that of V4-Flash-shaped blocks packed from Gaussian
-vectors.
+does. The benchmark reports the ratio per part. For comparison it also reports the ratio of blocks with V4-Flash's
+shapes that are packed from Gaussian vectors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def part_plan(layout: BlockLayout, kinds: Iterable[PartKind]) -> tuple[codec.PlanePlan, np.ndarray]:
-    """The plan of only those parts, and which bytes of a payload they are."""
+    """The codec's plan for parts of these kinds only, and a mask of their bytes in a payload."""
     parts, wanted = [], np.zeros(layout.block_bytes, bool)
     for part in layout.parts:
         if part.kind in kinds:
@@ -41,7 +41,7 @@ def part_plan(layout: BlockLayout, kinds: Iterable[PartKind]) -> tuple[codec.Pla
 
 
 def speeds(row: np.ndarray, plan: codec.PlanePlan) -> dict[str, float]:
-    """One core's best of 20: a shared machine only ever adds to it."""
+    """The codec's speed on one core. The best of 20 runs counts, because other load can only make a run slower."""
     into = memoryview(bytearray(row.nbytes))
     encode_s, decode_s = [], []
     for _ in range(20):
@@ -58,7 +58,7 @@ def speeds(row: np.ndarray, plan: codec.PlanePlan) -> dict[str, float]:
 
 
 def ratios(layout: BlockLayout, payloads: np.ndarray) -> dict[str, float]:
-    """Bytes over coded bytes, all blocks together, and the codec's speed on one core."""
+    """Bytes divided by coded bytes, over all blocks, and the codec's speed on one core."""
     out = {}
     groups = {
         "block": tuple(PartKind),
@@ -72,7 +72,7 @@ def ratios(layout: BlockLayout, payloads: np.ndarray) -> dict[str, float]:
         nbytes = sum(row.nbytes for row in rows)
         coded_bytes = sum(row.nbytes if c is None else len(c) for row, c in zip(rows, coded, strict=True))
         out[f"{name}_ratio"] = nbytes / coded_bytes
-        # Small blocks give zstd little to learn from; all of them together show what the rows allow.
+        # zstd learns little from a small block. All blocks coded together show the ratio that the rows allow.
         together = codec.encode(np.concatenate(rows).data, codec.PlanePlan(parts=plan.parts * len(rows)))
         out[f"{name}_ratio_together"] = nbytes / (nbytes if together is None else len(together))
         if name == "block":
@@ -86,7 +86,7 @@ def checkpoint_ratio(layout: BlockLayout, checkpoint: bytes) -> float:
 
 
 def model_blocks(model_dir: Path, text: bytes, num_tokens: int) -> tuple[BlockLayout, np.ndarray, bytes]:
-    """Prefill bytes as tokens (the shipped model is byte-level); the pool's blocks, and the checkpoint at the end."""
+    """Prefill bytes as tokens (the shipped model is byte-level). Returns the pool's blocks and the final checkpoint."""
     torch.set_num_threads(1)
     model = load_model(model_dir, kv_format=KVFormat.FP8)
     size = model.layout.geometry.block_size

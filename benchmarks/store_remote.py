@@ -32,8 +32,8 @@ from antefix.store.remote_store import RemoteStore
 MIB = 1 << 20
 Array = Any
 
-# As little as a Python server can do. Stream: one chunk, made once; it reads nothing, checks nothing, and its client
-# keeps nothing. Read: the file that is named, chunk by chunk.
+# A server that does as little as a Python server can. Stream sends one chunk repeatedly: the server reads and checks
+# nothing, and the client keeps nothing. Read sends the requested file, chunk by chunk.
 BARE_SERVER = """
 import asyncio, grpc, os
 from antefix.store.allocator import keep_large_buffers
@@ -60,7 +60,7 @@ asyncio.run(main())
 
 @dataclass
 class RemoteFound:
-    """By name, a number per round: bytes per second, and microseconds of CPU per MiB of both processes together."""
+    """Figures per round, by name: bytes per second, and CPU microseconds of both processes together per MiB."""
 
     rates: dict[str, list[float]] = field(default_factory=dict)
     cpu_us: dict[str, list[float]] = field(default_factory=dict)
@@ -120,7 +120,7 @@ async def _stream_in_turn(
             await run()
             took_s, cpu_s = time.perf_counter() - start, _cpu_s(server) + time.process_time() - before_s
             assert name not in ("lean_stream", "remote") or np.array_equal(into, payloads)
-            # The first round fills buffers.
+            # The first round fills buffers, so it does not count.
             if number:
                 found.rates.setdefault(name, []).append(payloads.nbytes / took_s)
                 found.cpu_us.setdefault(name, []).append(cpu_s / (payloads.nbytes / MIB) * 1e6)
@@ -130,7 +130,7 @@ async def _stream_in_turn(
 
 
 class _Ladder:
-    """Streams from the bare server. The bare ones leave out the last, partial MiB, in their favour."""
+    """Streams from the bare server. The bare streams leave out the last, partial MiB, which favours them."""
 
     def __init__(self, port: int, pid: int, plain: Path, into: Array) -> None:
         self.pid = pid
@@ -147,7 +147,7 @@ class _Ladder:
 
     @property
     def rungs(self) -> dict[str, Callable[[], Awaitable[None]]]:
-        """In the order in which they are climbed."""
+        """The rungs, in the order in which each adds work to the one before."""
         return {
             "bare_stream": self._drop_aio,
             "bare_blocking_stream": lambda: asyncio.to_thread(self._drop, "Stream", self._num_chunks),
@@ -183,7 +183,7 @@ class _Ladder:
 
 
 def _cpu_s(pid: int) -> float:
-    """What all threads of another process have run; the kernel counts it in nanoseconds."""
+    """CPU seconds of all threads of another process. The kernel counts them in nanoseconds."""
     nanoseconds = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):

@@ -3,10 +3,10 @@
     python -m benchmarks.store_returns --json benchmarks/results/store_returns.json
 
 back    store b is killed, is away for `--away` seconds while requests continue, and is started again on its directory
-joins   store c, which has prompts of its own, says in Redis that it is there, and was never heard of before
+joins   store c, which has prompts of its own and was unknown until now, announces itself in Redis
 
-`--readers` readers look up and restore whole prompts of one store all the time. Times start at the
-moment when the service reports that it serves. seconds_to_90: the time after which at least 90% of the restores that
+`--readers` readers continuously look up and restore whole prompts of one store. Times start at the moment when the
+service reports that it serves. seconds_to_90: the time after which at least 90% of the restores that
 began in each quarter of a second were hits; the limit is 1 s. A hit must return the whole prompt with the right bytes.
 """
 
@@ -73,7 +73,7 @@ def main() -> int:
 
 @dataclasses.dataclass(slots=True)
 class _Load:
-    """Restores of one store's prompts, again and again: when each began, and whether all of it came."""
+    """Repeated restores of one store's prompts. began: when each restore began, and whether it was complete."""
 
     stores: ManyStores
     chains: Sequence[Sequence[bytes]]
@@ -97,7 +97,7 @@ class _Load:
                 self.num_wrong += sum(wrong)
             self.began.append((started, num_good == size))
             self.longest_s = max(self.longest_s, time.monotonic() - started)
-            # A request does more than to be looked up.
+            # A real request has other work to do between look-ups.
             await asyncio.sleep(rng.uniform(0.005, 0.02))
 
     @property
@@ -105,13 +105,13 @@ class _Load:
         return sum(hit for _, hit in self.began)
 
     def seconds_to_90(self, since: float) -> float:
-        """From which window on all have it."""
+        """Seconds from `since` until the share of hits is at least 0.9 in every later window."""
         shares = self.shares(since)
         bad = [number for number, share in enumerate(shares) if not math.isnan(share) and share < 0.9]
         return (bad[-1] + 1) * WINDOW_S if bad else 0.0
 
     def shares(self, since: float) -> list[float]:
-        """Hits among what began in each window; on a busy machine in some nothing begins, which says nothing."""
+        """The share of hits among the restores that began in each window. NaN: no restore began in the window."""
         ends = max((at for at, _ in self.began), default=since)
         windows: list[list[bool]] = [[] for _ in range(max(1, math.ceil((ends - since) / WINDOW_S)))]
         for at, hit in self.began:
@@ -239,7 +239,7 @@ async def _back(args: argparse.Namespace, rack: _Rack, addresses: dict[str, str]
 
 async def _joins(args: argparse.Namespace, rack: _Rack, addresses: dict[str, str], number: int) -> tuple[_Load, float]:
     name, chains = f"c{number}", _chains(args, 1000 + number)
-    # It has its prompts from before.
+    # The store already holds its prompts when it joins.
     await rack.fill(await rack.start(name), chains)
     await rack.kill(name)
     sources = store_sources(Settings(stores=(rack._redis_url,)), EventKeys.of(rack.keyring))

@@ -1,4 +1,4 @@
-"""What does the store cost besides its payloads: look-ups, index, opening?"""
+"""What does a store cost apart from its payloads? Measures look-ups, the index and opening."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ engine.abandon()
 
 
 def memory_kib(field: str) -> int:
-    """VmRSS or VmHWM, its peak. getrusage is not used here, because its peak is inherited from the process that
-    started this one."""
+    """This process' VmRSS, or its peak VmHWM. getrusage is not used, because its peak is inherited from the process
+    that started this one."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1])
 
@@ -51,7 +51,7 @@ def reset_peak_memory() -> None:
 
 
 def scale_figures(directory: Path, *, num_blocks: int) -> dict[str, float]:
-    """Figures of a store of `num_blocks` small blocks in chains of 7,813, a 1M-token prompt each, with a checkpoint."""
+    """Figures of a store of `num_blocks` small blocks. Each chain of 7,813 is a 1M-token prompt with a checkpoint."""
     config = KvStoreConfig(dir=str(directory / "scale"), budget_bytes=8 << 30, compression="off", scrub_bytes_per_s=0)
     engine = StorageEngine(config)
     num_prompts = max(1, num_blocks // PROMPT_BLOCKS)
@@ -89,9 +89,9 @@ def small_prompt(number: int) -> list[Record]:
 
 
 def _lookups(engine: StorageEngine, num_prompts: int) -> dict[str, float]:
-    """Medians over prompts: from tokens to the answer, and the store's part of it."""
+    """Median times of a look-up, over prompts: from tokens to the answer, and the store's part of that time."""
     whole, store, floor = [], [], []
-    # BLAKE2b alone, over as many bytes: each block takes six compressions of 128 bytes, the key's among them.
+    # BLAKE2b alone over as many bytes. A block takes six compressions of 128 bytes, including the one for the key.
     hashed_bytes = bytes(PROMPT_BLOCKS * 6 * 128)
     for number in range(min(num_prompts, 20)):
         tokens = _tokens(number)
@@ -115,7 +115,7 @@ def _lookups(engine: StorageEngine, num_prompts: int) -> dict[str, float]:
 def _opening(directory: Path) -> dict[str, float]:
     """Seconds and memory to open: after a clean close, after a crash, and without an index."""
     found: dict[str, list[list[float]]] = {}
-    # Each way several times, in turn: a single slow second of the machine must not decide.
+    # Each state is measured several times, in turn, so that a slow second of the machine does not decide.
     for state in ("clean", "crashed", "without_index") * OPENINGS:
         if state == "without_index":
             shutil.rmtree(directory / "index")

@@ -27,22 +27,22 @@ from benchmarks.spread import over_neighbours, with_spread
 
 FINGERPRINT = b"F" * 32
 BLOCK_TOKENS = 128
-# Short ones, four in a put: so a segment holds many, and what dies is spread over all segments.
+# Conversations are short, four per put. So a segment holds many, and dead records are spread over all segments.
 TALK_BLOCKS = 4
 PUT_TALKS = 4
 # Conversations used again per put.
 USED_AGAIN = 8
-# V4-Flash's blocks are this large, and a smaller model's.
+# Bytes of a block of V4-Flash, and of a smaller model.
 LARGE, SMALL = 448 << 10, 64 << 10
 RESTORED_BLOCKS = 128
 RESTORE_S = 0.75
 HALF_DEAD_BYTES = 128 << 20
-# Somewhat less dead than the background takes, so that there is something to copy in every round.
+# Compact segments with fewer dead bytes than the background requires, so that every round has bytes to copy.
 GAIN_MIN = 1 / 8
 
 
 def talk(number: int, payload: bytes, num_blocks: int = TALK_BLOCKS) -> list[Record]:
-    """A conversation that nothing else begins like."""
+    """A conversation that shares no prefix with any other."""
     tokens = np.arange(num_blocks * BLOCK_TOKENS, dtype=np.uint32) + np.uint32(number << 8)
     chain = chain_of(tokens, fingerprint_digest=FINGERPRINT, key=b"k" * 32, block_size=BLOCK_TOKENS)
     return [
@@ -65,7 +65,10 @@ def _engine(directory: Path, budget_bytes: int) -> StorageEngine:
 
 
 def churn(directory: Path, block_bytes: int, budget_bytes: int, rounds: int) -> dict[str, float]:
-    """Rates of puts with room and without, in turn. Each round writes a quarter of the budget, after it was filled."""
+    """Rates of puts into a roomy and a full store, in turn.
+
+    After the budget is full, each round writes a quarter of it.
+    """
     engines = {"roomy": _engine(directory / "roomy", 64 << 30), "full": _engine(directory / "full", budget_bytes)}
     rng, payload = random.Random(1), os.urandom(block_bytes)
     leaves: list[RecordName] = []
@@ -97,7 +100,7 @@ def churn(directory: Path, block_bytes: int, budget_bytes: int, rounds: int) -> 
 
 
 def restores(directory: Path, block_bytes: int, rounds: int) -> dict[str, float]:
-    """The speed of warm restores while background compaction copies, over their speed alone."""
+    """The speed of warm restores while background compaction copies, divided by their speed alone."""
     engine = _engine(directory / "restored", 4 << 30)
     payload = os.urandom(block_bytes)
     kept = talk(0, payload, RESTORED_BLOCKS)
@@ -131,7 +134,7 @@ def restores(directory: Path, block_bytes: int, rounds: int) -> dict[str, float]
 
 
 def _half_kill(engine: StorageEngine, payload: bytes, first: int) -> None:
-    """Leave segments of which every second conversation is dead."""
+    """Write segments in which every second conversation is dead."""
     num_talks = HALF_DEAD_BYTES // (TALK_BLOCKS * len(payload))
     written = [talk(first + number, payload) for number in range(num_talks)]
     for records in written:
@@ -142,7 +145,7 @@ def _half_kill(engine: StorageEngine, payload: bytes, first: int) -> None:
 
 @contextlib.contextmanager
 def _compacting(engine: StorageEngine) -> Iterator[None]:
-    """Compaction at the background's rate, in a thread of its own as the service has it."""
+    """Run compaction at the background's rate in a separate thread, as the service does."""
     stop = threading.Event()
 
     def run() -> None:
@@ -160,7 +163,7 @@ def _compacting(engine: StorageEngine) -> Iterator[None]:
 
 
 def measure(directory: Path, rounds: int) -> dict[str, float]:
-    """By size of a block."""
+    """All figures, for large and for small blocks."""
     out: dict[str, float] = {}
     for name, block_bytes in (("large", LARGE), ("small", SMALL)):
         place = directory / f"upkeep-{name}"

@@ -16,14 +16,14 @@ MakeRows = Callable[[Any], Iterable[Row]]
 
 @dataclass(frozen=True)
 class Table:
-    """rows: the head, then the body.  measures: files and folders, from the repository's root."""
+    """rows: the head, then the body.  measures: the measured code's files and folders, from the repository's root."""
 
     rows: MakeRows
     measures: tuple[str, ...]
 
 
 TABLES: dict[tuple[str, str], Table] = {}
-# Records that documents name without a table of ours: what they measure.
+# Records that documents name but no table shows, and the code that each record measures.
 NAMED: dict[str, tuple[str, ...]] = {
     "break_even_services.json": ("router", "prefill", "decode", "kvstore", "simulate/antefix_simulate"),
     "grants.json": ("antefix/security",),
@@ -46,7 +46,10 @@ def table(file: str, *measures: str) -> Callable[[MakeRows], MakeRows]:
 
 
 def measured() -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each record that a table shows, and the code that it measures; a table of several names them with `+` between."""
+    """Each record that a table shows, and the code that the record measures.
+
+    A table may join several records with `+`.
+    """
     for (files, _), each in TABLES.items():
         for file in files.split("+"):
             yield file, each.measures
@@ -190,7 +193,7 @@ def overload(record: Any) -> Iterable[Row]:
         )
 
 
-# What is measured, the record's key, digits, what is wanted.
+# Each row: the figure's name, its key in the record, its digits, and its goal.
 _SCALE = (
     ("naming 1M tokens and looking them up, ms", "lookup_ms", 1, "3 or less"),
     ("of it the store's own part, ms", "lookup_store_ms", 1, ""),
@@ -225,7 +228,7 @@ _LIMITS = (
 
 
 def _against(record: Any, wanted: Iterable[tuple[str, str, int, str]]) -> Iterable[Row]:
-    """The record's figures next to what is wanted; with the spread of their rounds, where the record has it."""
+    """The record's figures next to their goals, with the spread of the rounds if the record has it."""
     shown = [row for row in wanted if row[1] in record]
     has_spread = any(f"{key}_low" in record for _, key, _, _ in shown)
     yield "", "figure", *(("half of the rounds lie in",) if has_spread else ()), "wanted"

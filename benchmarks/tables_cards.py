@@ -32,7 +32,7 @@ _FEW_ROWS = {
 
 
 def _ms(value: float) -> str:
-    """Three digits, or all before the point."""
+    """Milliseconds with three digits, or with all digits before the point."""
     return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
@@ -110,7 +110,7 @@ def candidate_products(record: Any) -> Iterable[Row]:
 @table("prefill_on_card.json", *KERNELS, "antefix/model")
 def prefill_behind(record: Any) -> Iterable[Row]:
     yield "tokens behind a chunk of 8,192", "seconds", "tokens/s (higher is better)", *_FLOOR
-    # A chunk behind the longest context lies within it.
+    # The last chunk of the longest context lies within that context.
     longest = max(row["context"] for row in record["prefill"])
     for row in record["prefill"]:
         behind = row["context"] - (row["chunk"] if row["context"] == longest else 0)

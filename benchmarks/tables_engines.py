@@ -1,4 +1,4 @@
-"""Tables of other engines over the store, and of a fleet; benchmarks/tables.py says how tables are made."""
+"""Tables of other engines that use the store, and of a fleet; benchmarks/tables.py says how tables are made."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def _clients(record: Any) -> str:
 
 @table("+".join(_CAMPAIGN), "tests/histories", "tests/fuzz/targets.py", "benchmarks/fault_kinds.py", *ROLES)
 def campaign(records: Any) -> Iterable[Row]:
-    """Of everything that ran: what was checked, the counts that have to be 0, recoveries, inputs."""
+    """All runs with faults: the number of checks, the counts that must be 0, the recovery times, the inputs."""
     sums, soak, fuzz = (records[name] for name in ("histories.json", "soak_short_ttls.json", "fuzz.json"))
     sums, done, real = sums["sums"], soak["requests"], [records[name] for name in _REAL]
     whats = ("also disks and clocks", "read-only mounts", "links, kills, files")
@@ -69,7 +69,7 @@ def recoveries(records: Any) -> Iterable[Row]:
 
 @table("soak_short_ttls.json", *ROLES)
 def an_hour_with_short_ttls(record: Any) -> Iterable[Row]:
-    """Judged by the rule of today: `benchmarks/soak_samples.py`."""
+    """Whether each series is flat, by the present rule of `benchmarks/soak_samples.py`."""
     yield "", "at first", "half-way", "at the end", "rise in the last half (0 is wanted)", "allowed", "flat"
     for role, kinds in record["growth"].items():
         for kind, found in kinds.items():
@@ -79,12 +79,12 @@ def an_hour_with_short_ttls(record: Any) -> Iterable[Row]:
             allowed = max(found["allowed"], allowed_rise(kind, found["half"]))
             figures = (f"{found[key] or 0:.3g}" for key in ("first", "half", "last", "rise"))
             is_flat = found["flat"] or found["rise"] <= allowed
-            # A budget that is hard bounds what a slope only guesses.
+            # A hard budget proves a bound, whereas a slope only suggests one.
             is_below = role == "files of store" and found["last"] <= _STORE_MB
             yield f"{role}: {said}", *figures, f"{allowed:.3g}", "yes" if is_flat else _BELOW if is_below else "no"
 
 
-# What that soak was started with: --store-bytes 6M.
+# The soak was started with --store-bytes 6M.
 _STORE_MB = 6 * 1.048576
 _BELOW = "no, below its budget"
 

@@ -1,4 +1,4 @@
-"""Tables of hits, stores, the door and the bill; benchmarks/tables.py says how tables are made."""
+"""Tables of hits, stores, the HTTP API and the bill; benchmarks/tables.py says how tables are made."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ ENDLESS = 1500
 
 
 class Worker:
-    """num_answers: by tenant."""
+    """One decode worker. num_answers: the number of answers to each tenant."""
 
     def __init__(self) -> None:
         self.engine: Engine = engines.build(
@@ -54,7 +54,7 @@ class Worker:
         self._rng = np.random.default_rng(1)
 
     async def ask(self, tenant: str, num_tokens: int = OUTPUT_TOKENS) -> float:
-        """Processor seconds of this process until the output's end."""
+        """Send one request. Returns this process' processor seconds until the output's end."""
         begun = time.process_time()
         compute_for(tenant)
         async with self.scheduler.place(tenant) as place:
@@ -88,7 +88,10 @@ class Worker:
 
 
 async def stretch(worker: Worker, num_requests: int, greedy_tokens: int | None) -> list[float]:
-    """The modest tenant's times next to a greedy one; None: alone."""
+    """Times of the modest tenant's requests next to a greedy tenant's.
+
+    greedy_tokens: None leaves the modest one alone.
+    """
     num = NUM_GREEDY if greedy_tokens else 0
     greedy = [asyncio.create_task(worker.keep_asking(greedy_tokens or 0)) for _ in range(num)]
     while greedy and worker.scheduler.num_placed < NUM_GREEDY:  # noqa: ASYNC110 - of other tasks

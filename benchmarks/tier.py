@@ -2,15 +2,17 @@
 
     python -m benchmarks.tier --json benchmarks/results/tier.json        (or: antefix bench tier --json)
 
-restore   a prefix of `--blocks` blocks of V4-Flash: through the tier (sealed, checked), by bare ranged reads of the
-          same bytes with the same client, by boto3 with as many threads, and by LMCache's S3 connector (chunks of the
-          same size, of its own). range_ratio: bare seconds / tier seconds; speed_against_*: above 1 the tier is faster
-tiers     the same prefix at 16K, 64K and 256K tokens from the store's directory and from the tier: what a time to
-          first token has in it before the rest of the prompt is computed
-upload    restores from a store's directory while its process uploads at its rate, against the same without, in turns of
-          some seconds: cost is how much longer they take, at most 0.05 is meant. The S3 server is then at the lowest
-          priority, since a real one is on another machine; cost_with_server is the same with it at the usual one
-index     bytes per block, and look-up time of a 128K and a 1M-token prompt, of drawn keys: nothing of it is in a bucket
+restore   reads a prefix of `--blocks` blocks of V4-Flash through the tier (sealed, checked), by bare ranged reads of
+          the same bytes with the same client, by boto3 with as many threads, and by LMCache's S3 connector (its own
+          chunks, of the same size). range_ratio is bare seconds / tier seconds. speed_against_*: above 1 the tier is
+          faster
+tiers     reads the same prefix at 16K, 64K and 256K tokens from the store's directory and from the tier: the part of a
+          time to first token before the rest of the prompt is computed
+upload    restores from a store's directory while the store's process uploads at its rate, and while it does not, in
+          turns of some seconds. cost is how much longer restores take with uploads; the goal is 0.05 or less. The S3
+          server then has the lowest priority, because a real server is on another machine. cost_with_server is the
+          same with the server at the usual priority
+index     bytes per block, and look-up time of a 128K and a 1M-token prompt, with random keys that are in no bucket
 
 Without --object-store the benchmark starts SeaweedFS from `--s3` (`make test-s3` makes .s3) and uses it. LMCache
 comes from `--lmcache` (`make bench-peers` makes .venv-peers). `peers` says why a peer could not be measured.
@@ -125,7 +127,7 @@ async def _measure(args: argparse.Namespace, url: str, servers: Sequence[int]) -
         }
         await tier.close()
         await writer.catalog.bucket.close()
-        # Another process has it from now on.
+        # From now on another process opens the store.
         await store.close()
         figures["upload"] = await asyncio.to_thread(
             upload_cost, args, store_config(Path(directory), num_blocks, url), hashes, into, servers
@@ -275,7 +277,7 @@ def _free_bytes() -> int:
 
 
 async def _in_turns(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Each once to warm up, then in turns; every other round the other way round."""
+    """Run each way once to warm up, then all ways in turn. Every second round has the reverse order."""
     for way in ways.values():
         await way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}

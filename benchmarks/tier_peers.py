@@ -1,10 +1,11 @@
-"""Other clients of the same S3 server, for `benchmarks.tier`. Each runs in a process of its own environment. For each
-line on stdin the process reads all of its bytes once, and prints how long that took.
+"""Other clients of the same S3 server, for `benchmarks.tier`. Each runs in a process with its own Python environment.
+For each line on stdin the process reads all of its bytes once, and prints the seconds.
 
-boto3    the ranges that our tier reads, with as many threads as our tier has reads in flight
-LMCache  its S3 connector, unchanged but for the path of an object: it puts the bucket into the host's name, which a
-         server at an address without a name cannot tell apart. Its objects are chunks of 128 tokens, one each, that the
-         connector has put there itself; they are read by `batched_get`, as its cache engine does
+boto3    reads the ranges that our tier reads, with as many threads as our tier has reads in flight
+LMCache  its S3 connector. Only the path of an object is changed: the connector puts the bucket into the host's name,
+         which does not work with a server whose address is a number. The connector has put its objects into the
+         bucket itself, one per chunk of 128 tokens. The benchmark reads the objects with `batched_get`, as LMCache's
+         cache engine does
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ asyncio.run(main())
 
 
 class Peer:
-    """One of them.  problem: why it cannot be measured; empty: it can.  nbytes: that it reads each time."""
+    """One peer.  problem: why the peer cannot be measured, or empty.  nbytes: the bytes that each read returns."""
 
     def __init__(self, name: str, python: Path, script: str, asked: Sequence[Any]) -> None:
         self.name = name
@@ -100,7 +101,7 @@ class Peer:
             self.problem = f"there is no {python}"
             return
         command = [str(python), "-c", script]
-        # A file: a pipe that nobody reads would stop it when it is full.
+        # A file, because a full pipe that nobody reads would block the process.
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (the process writes to it)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
@@ -141,14 +142,17 @@ class Peer:
 
 
 def boto3_peer(home: Path, url: str, ranges: Sequence[tuple[str, int, int]], num_in_flight: int) -> Peer:
-    """home: the environment that has it.  ranges: names below the URL, first byte and the one behind the last."""
+    """home: the environment that has boto3.  ranges: (name below the URL, first byte, end byte), end not included."""
     bucket, _, prefix = url.removeprefix("s3://").partition("/")
     asked = [bucket, f"{prefix}/" if prefix else "", list(ranges), num_in_flight]
     return Peer("boto3", home / "bin" / "python", _BOTO3, asked)
 
 
 def lmcache_peer(home: Path, url: str, endpoint: str, num_blocks: int, block_bytes: int) -> Peer:
-    """Puts its objects first, which are blocks of whole pages: its allocator gives nothing else."""
+    """Puts its own objects first.
+
+    An object is a block of whole pages, because LMCache's allocator needs whole pages.
+    """
     bucket, _, _ = url.removeprefix("s3://").partition("/")
     asked = [bucket, endpoint.removeprefix("http://"), num_blocks, -(-block_bytes // 4096) * 4096 // 128]
     return Peer("lmcache", home / "bin" / "python", _LMCACHE, asked)

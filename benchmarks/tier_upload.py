@@ -1,9 +1,9 @@
-"""What uploads cost restores, for `benchmarks.tier`: a store's process uploads, and this one reads its files, as a
-worker on the store's host does.
+"""Measures how much uploads slow down restores, for `benchmarks.tier`. A store's process uploads while this process
+reads the store's files, as a worker on the store's host does.
 
 Turns of some seconds with uploads alternate with turns without. The figure is the median ratio of neighbouring turns,
-so that a slowdown of the whole machine does not count. The process uploads its blocks repeatedly, even if the tier has
-them, at a service's default rate.
+so that a slowdown of the whole machine does not count. The process uploads its blocks repeatedly at a service's default
+rate, even if the tier already has them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from antefix_kvstore.storage_engine import StorageEngine
 from antefix_kvstore.upload_choice import Chosen
 
 FINGERPRINT: Final = b"F" * 32
-# V4-Flash: FP8 global KV of a block.
+# Bytes of a block's FP8 global KV in V4-Flash.
 BLOCK_BYTES: Final = 449_824
-# Blocks of one restore: 32K tokens.
+# The number of blocks per restore: 32K tokens.
 NUM_RESTORED: Final = 256
 
 
@@ -55,9 +55,9 @@ def upload_cost(
     into: Sequence[memoryview],
     servers: Sequence[int],
 ) -> dict[str, Any]:
-    """Restores of a prefix, by turns; the store must not be open anywhere else.
+    """Restore a prefix in turns with and without uploads. The store must not be open anywhere else.
 
-    servers: processes of this machine that take the uploads.
+    servers: ids of the S3 server's processes on this machine, which receive the uploads.
     """
     reader, child = StoreReader(Path(config.dir)), _Child(config, hashes[-1])
     hashes, into = hashes[:NUM_RESTORED], into[:NUM_RESTORED]
@@ -82,7 +82,7 @@ def upload_cost(
             "cost_with_server": round(statistics.median(with_server.costs), 3),
             "restore_mb_per_s": round(NUM_RESTORED * BLOCK_BYTES / alone.restore_s / 1e6, 1),
             "uploaded_mb_per_s": round(alone.uploaded / alone.upload_s / 1e6, 1),
-            # However busy the machine is; the server's own is not in it.
+            # Processor time hardly depends on other load. The S3 server's own time is not included.
             "cpu_s_per_gb": round(1e9 * alone.cpu_s / max(alone.uploaded, 1), 2),
             "limit_mb_per_s": round(config.object_upload_bytes_per_s / 1e6, 1),
         }
@@ -93,9 +93,10 @@ def upload_cost(
 
 @dataclass
 class _Turns:
-    """costs: of each pair of turns.  uploaded: bytes, in upload_s, with cpu_s of processor time.
+    """costs: how much longer restores took with uploads, for each pair of turns.
 
-    restore_s: of the last turn without uploads.
+    uploaded: bytes uploaded in `upload_s` seconds, with `cpu_s` seconds of processor time.
+    restore_s: seconds per restore in the last turn without uploads.
     """
 
     costs: list[float]
@@ -109,7 +110,7 @@ def _in_turns(restores: Callable[[], float], child: _Child, num_pairs: int) -> _
     turns = _Turns([])
     for number in range(num_pairs):
         found = {}
-        # Which of the two comes first, by turns.
+        # The turn with uploads comes first in every second pair.
         for uploads in (number % 2 == 0, number % 2 == 1):
             before, cpu_before_s = child.uploaded(uploads)
             started = time.perf_counter()
@@ -136,7 +137,7 @@ class _Child:
         self._ask(json.dumps([asdict(config), last.hex()]))
 
     def uploaded(self, goes_on: bool) -> tuple[int, float]:
-        """Bytes, and seconds of processor time, so far.  goes_on: whether it uploads from now on."""
+        """Bytes uploaded so far, and seconds of processor time.  goes_on: whether the process uploads from now on."""
         nbytes, cpu_s = self._ask("on" if goes_on else "off").split()
         return int(nbytes), float(cpu_s)
 
@@ -151,12 +152,12 @@ class _Child:
 
 
 def main() -> None:
-    """The process that uploads: answers each line with the bytes and the processor time that it has taken so far."""
+    """The process that uploads. It answers each line with its uploaded bytes and its processor time so far."""
     settings, last = json.loads(sys.stdin.readline())
     lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
     engine = StorageEngine(KvStoreConfig(**{**settings, **lists}))
     uploader, goes_on = ObjectUploader(engine), threading.Event()
-    # Nothing is there, whatever is: so it never ends.
+    # The catalog finds no block, so the uploader never runs out of blocks to upload.
     uploader.writer.catalog.find = lambda kind, names, alive_ms=None: [None] * len(names)  # type: ignore[method-assign]
     read = uploader._read
 
@@ -165,7 +166,7 @@ def main() -> None:
         uploader.note("all", [(RecordKind.BLOCK, bytes.fromhex(last))])
         return read(chosen)
 
-    # One uploader for all turns: what its start costs is no part of an upload.
+    # All turns use one uploader, so that the cost of its start is not measured.
     uploader._read = read_in_turn  # type: ignore[method-assign]
     uploader.start()
     counters = uploader.writer.counters

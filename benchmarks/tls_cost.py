@@ -1,12 +1,13 @@
 """What does TLS cost at the HTTP API, and for a hit's time to first token? Plain and TLS run in turn, in one run.
 
-    door    a router whose answers are there at once (as in benchmarks/gateway.py): requests per second of 16 kept
-            connections, of 16 that connect for each request, the median time of one caller, and processor time
+    door    a router whose stand-in workers answer at once (as in benchmarks/gateway.py): requests per second of 16
+            callers that keep their connections, and of 16 that connect for each request; the median time of one
+            caller; and processor time
     ttft    all roles as processes, asked over HTTP: the time to the first token of prompts whose prefix is in the
-            store, not in the workers' memory, and which they read over the network
+            store but not in the workers' memory, so the workers read the prefix over the network
 
-With TLS every role has a certificate of its own, mutual between services. A ratio is the median of each round's ratio
-of TLS to plain. Requests per second: higher is better; milliseconds: lower is better.
+With TLS every role has its own certificate, and services check each other's. A ratio is the median of each round's
+ratio of TLS to plain. Higher is better for requests per second; lower is better for milliseconds.
 
     python benchmarks/tls_cost.py --repeats 5 --json benchmarks/results/tls_cost.json
 """
@@ -41,7 +42,7 @@ MODEL = ROOT / "models" / "antefix-tiny"
 SIDES = ("plain", "tls")
 ROLES = ("kvstore", "router", "prefill", "decode")
 NUM_CALLERS = 16
-# More prefixes than the workers' memory holds: each is gone from it when its turn comes again.
+# The workers' memory cannot hold all prefixes, so a prefix is no longer in memory when its turn comes again.
 NUM_PREFIXES, PREFIX_CHARS, POOL_BYTES = 4, 8192, "10M"
 
 
@@ -70,7 +71,7 @@ class Certificates:
 
 @dataclass
 class Side:
-    """With TLS or without: where its door is, and whose processor time counts."""
+    """The services with TLS or without it.  address: of the HTTP API.  pids: processes whose processor time counts."""
 
     address: str
     pids: list[int]
@@ -88,7 +89,7 @@ class Side:
 
 
 async def started(stack: contextlib.AsyncExitStack, *command: str) -> tuple[dict[str, str], int]:
-    """The line that a child says when it is ready, and its process id."""
+    """Start a child process. Returns the line that the child prints when it is ready, and its process id."""
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, *command),
         stdin=asyncio.subprocess.PIPE,
@@ -181,7 +182,7 @@ async def deployments(directory: Path, certificates: Certificates) -> AsyncItera
 
 
 async def deployed(stack: contextlib.AsyncExitStack, place: Path, certificates: Certificates | None) -> Side:
-    """One of each role; workers reach the store over the network alone."""
+    """Start one process per role. The workers can reach the store only over the network."""
     pids: list[int] = []
     secret = ("--model", str(MODEL), "--secret-file", str(create_secret_file(place / "secret")))
 
@@ -221,7 +222,7 @@ def asking(prompt: str, **more: object) -> dict[str, object]:
 
 
 async def first_token(side: Side, prompt: str) -> float:
-    """Seconds until the first piece of text, the connection being there already."""
+    """Seconds until the first piece of text arrives. The connection is opened before the clock starts."""
     client = await side.client(asking(prompt, stream=True))
     before = time.perf_counter()
     client.writer.write(client.request)
@@ -237,7 +238,7 @@ async def first_token(side: Side, prompt: str) -> float:
 
 
 async def tier_of(side: Side, prompt: str) -> str:
-    """Where the prompt's prefix was, as the answer says."""
+    """The tier that held the prompt's prefix, according to the answer's header."""
     client = await side.client(asking(prompt))
     client.writer.write(client.request)
     head = (await client.reader.readuntil(b"\r\n\r\n")).decode().lower()
@@ -246,7 +247,7 @@ async def tier_of(side: Side, prompt: str) -> str:
 
 
 async def measure_ttft(side: Side, number: int, prefixes: list[str]) -> None:
-    """Each prefix once, with a question of its own."""
+    """Send each prefix once, followed by a new question."""
     for prefix in prefixes:
         used_s = side.cpu_s()
         side.note("ttft_ms", 1e3 * await first_token(side, f"{prefix} question {number}?"))
@@ -273,7 +274,7 @@ async def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 for side in in_turn(sides, number):
                     await measure_ttft(side, number, prefixes)
                 if number == 0:
-                    # The prefixes were computed, which is no hit.
+                    # The first round computed the prefixes, so its requests were not hits.
                     for side in sides.values():
                         side.found.clear()
                 console.print(f"[dim]first tokens: round {number} of {args.repeats}[/dim]")

@@ -35,9 +35,10 @@ STRETCHES = (0, 2_048, 4_096, 8_192, 16_384, 32_768, 65_536)
 
 
 def leaves(trace: Trace) -> str:
-    """A table: stretches of new tokens by what lay before them and by length; leaves a stretch, and where it is left.
+    """A table of stretches of new tokens, by ground and length: how many, and where later requests diverge inside them.
 
-    Ground: new (as `auto` calls it), or behind an end, or behind a fork that the trace saw there for the first time.
+    A stretch's ground is "new" (as `auto` defines it), "behind an end" of an earlier request, or "behind a fork" that
+    the trace had not seen before.
     """
     owner: dict[int, int] = {}
     spans: list[tuple[int, int]] = []
@@ -80,7 +81,7 @@ def _kind(start: int, end: int, forked: bool, unit_tokens: int) -> tuple[str, in
 
 
 def uses(trace: Trace) -> str:
-    """A table: `auto`'s checkpoints by reason, share ever resumed from, and the ages of all uses."""
+    """A table of `auto`'s checkpoints by reason: the share that was ever used, and the ages of all uses."""
     setup = ReplaySetup(
         sizes=model_sizes("v4-flash"), machine=Machine(), card=RATE_CARDS["v4-flash"], limits=StoreLimits(), replay=True
     )
@@ -93,7 +94,7 @@ def uses(trace: Trace) -> str:
 
 
 def cue(path: Path) -> str:
-    """A table: tokens beyond the last 64-token block of a prompt, and how often the next turn missed that block."""
+    """A table by number of tokens after a prompt's last 64-token block: how often the next turn missed that block."""
     total: Counter[str] = Counter()
     missed: Counter[str] = Counter()
     with gzip.open(path, "rt", encoding="utf-8") as lines:
@@ -108,7 +109,8 @@ def cue(path: Path) -> str:
                     beyond = tokens % 64
                     label = str(beyond) if beyond < 4 else "4 to 63"
                     total[label] += 1
-                    # One block early and no more: a request that leaves far before the end says nothing about it.
+                    # Count only requests that miss just the last block. A request that diverges far before says nothing
+                    # about it.
                     hit = call["hash_ids"][:whole]
                     missed[label] += hit[: whole - 1] == ids[: whole - 1] and hit[-1:] != ids[whole - 1 : whole]
                 previous = (call["hash_ids"], call["in"])

@@ -1,8 +1,8 @@
 """What do traces cost? Sends requests in turn to two deployments: one sends every span, and the other sends none.
 
 The two deployments run at the same time on the same machine, and each request goes to both, in an order that changes.
-The figure is the ratio of medians: of a whole request's time, of its time to first token, and of the processor time
-that all roles of a deployment spent per request. The collector runs in this process, which is not counted.
+The figures are ratios of medians: of a whole request's time, of its time to first token, and of the processor time that
+all roles of a deployment spent per request. The collector runs in this process, whose processor time is not counted.
 
     python benchmarks/tracing_cost.py --requests 200 --json benchmarks/results/tracing_cost.json
 """
@@ -33,7 +33,7 @@ NUM_WARM = 10
 
 @dataclass
 class Side:
-    """One deployment and what its requests took, in seconds."""
+    """One deployment and the times of its requests, in seconds."""
 
     deployment: Deployment
     whole_s: list[float] = field(default_factory=list)

@@ -1,8 +1,8 @@
 """How much sooner does the first token come on a hit, and how far is a hit from its floor?
 
-Starts all roles, asks cold and hit at several lengths, and prints JSON and a table. Times are the client's.
-The floor of a hit: reading its bytes at this disk's bandwidth (direct reads of the very store, measured in this run)
-plus computing what no cache can hold (the uncached tokens, at the rate the same worker shows on a cold run).
+Starts all roles, sends prompts of several lengths cold and as hits, and prints JSON and a table. The client measures
+the times. The floor of a hit is the sum of two times: reading the hit's bytes at this disk's bandwidth (measured in
+this run with direct reads), and computing the uncached tokens (at the rate of the same worker's cold run).
 
     python benchmarks/ttft.py --lengths 2048 8192 16384 --repeats 5
 """
@@ -105,7 +105,7 @@ def summarise(length, cold, warm, disk, read_rate) -> dict[str, object]:
 
 
 def direct_read_rate(store_dir: Path) -> float:
-    """Bytes per second of direct 1 MiB reads of a fresh file next to the store: its disk, without the page cache."""
+    """Bytes per second of direct 1 MiB reads, without the page cache, of a new file on the store's disk."""
     path, nbytes = store_dir / "probe.tmp", 64 << 20
     path.write_bytes(os.urandom(nbytes))
     descriptor = os.open(path, os.O_RDONLY)
@@ -126,7 +126,7 @@ def direct_read_rate(store_dir: Path) -> float:
 
 
 def sizes(model: Path) -> dict[str, float]:
-    """Bytes by the formula, for comparison with the bytes that the store counted."""
+    """Sizes in bytes by the layout's formulas, for comparison with the bytes that the store counted."""
     layout = BlockLayout(geometry=identify(model, revision="sizes").geometry, kv_format=KVFormat.FP8)
     return {
         "global_kv_bytes_per_token": layout.bytes_per_token,

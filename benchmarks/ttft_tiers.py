@@ -6,20 +6,20 @@ The benchmark runs a whole deployment with two store services, an object tier in
 `--s3`, which `make test-s3` makes) and a real model on this machine's cores. The benchmark sends each document cold
 once, and then with another question of 40 tokens in each of these states:
 
-memory      the same worker again
-disk        the worker started again, its own store's files dropped from the page cache
-page_cache  the worker started again, its own store's files in the page cache
-peer        the worker's own store is empty, another store service has all
-object      both stores are empty, the bucket has all
+memory      the same worker gets the document again
+disk        the worker was restarted, and its own store's files were dropped from the page cache
+page_cache  the worker was restarted, and its own store's files are in the page cache
+peer        the worker's own store is empty, and another store service has the whole document
+object      both stores are empty, and the bucket has the whole document
 
 A long document takes minutes to compute. With `--keep DIR`, `--parts cold` computes it in steps of `--cold-step` tokens
-and begins no step after `--limit-s` seconds. The same command again continues; it says when it is done. Then
+and begins no step after `--limit-s` seconds. Repeat the command to continue, until it says that it is done. Then
 `--parts tiers --keep DIR --add` measures the hits. The seconds of a cold run are the sum of its steps.
 
 Seconds are the client's time to the first token, medians of `--repeats`. `share` is the part of the document that came
 from this tier, according to the bill (the goal is 1). For `waiting`, one worker computes long prompts while prompts
-with a stored prefix wait behind them. It is the share of prefix tokens that were in memory when the prompt's turn came,
-of prompts that waited for a second or more (the goal is 0.9).
+with a stored prefix wait behind them. The figure is the share of prefix tokens that were in memory when the prompt's
+turn came, over prompts that waited for a second or more (the goal is 0.9).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from benchmarks.run_record import write
 
 ROOT: Final = Path(__file__).parents[1]
 QUESTION_TOKENS: Final = 40
-# As the bill names them: the object tier is told apart by its URL's scheme.
+# By tier: how its label in the bill begins. An object tier's label continues with its URL's scheme.
 TIERS: Final = {
     "memory": "memory",
     "disk": "disk:",
@@ -63,18 +63,18 @@ TIERS: Final = {
     "peer": "peer:",
     "object": "object:",
 }
-# No copies, or what other hosts have would be on this one's disk at the fourth read.
+# Workers keep no local copies. Otherwise blocks of another host would be on this host's disk at the fourth read.
 WORKER: Final = ("--local-copies-bytes", "0")
-# All goes up at once: what is measured is reading.
+# All blocks are uploaded at once, because only reading is measured.
 STORE: Final = ("--object-upload", "all", "--object-wait-s", "0", "--object-upload-bytes-per-s", "1G")
-# Nothing goes straight to a decode worker, whatever has been measured so far; nothing is refused for taking long.
+# No prompt goes straight to a decode worker, whatever the router has measured. No prompt is refused as too slow.
 ROUTER: Final = ("--prefill-tokens-min", "0", "--ttft-s-max", "3600")
 NUM_WAITING: Final = 6
 WAITING_TOKENS: Final = 4_096
 BUSY_TOKENS: Final = 8_192
-# More than a chunk, and more than routers leave to decode workers: they wait for a place as any other prompt does.
+# These prompts are longer than a chunk and too long for decode workers, so they wait for a place like any prompt.
 WAITING_REST: Final = 1_500
-# A cold prompt of 256K tokens takes minutes, on a busy machine many of them.
+# A cold prompt of 256K tokens takes minutes, and on a busy machine many minutes.
 ANSWER_S: Final = 3600.0
 Document = npt.NDArray[np.uint32]
 
@@ -132,7 +132,7 @@ async def _measure(args: argparse.Namespace, url: str, scratch: Path) -> dict[st
     if "cold" in args.parts:
         await Tiers(args, f"{url}/tiers", args.keep / "tiers", rng).compute()
     if "tiers" in args.parts:
-        # What is kept stays as it is, because the directories change places.
+        # Work on a copy of the kept directory, because the run swaps the stores' directories.
         if args.keep and (args.keep / "tiers").exists():
             shutil.copytree(args.keep / "tiers", scratch / "tiers")
         report["tiers"] = await Tiers(args, f"{url}/tiers", scratch / "tiers", rng).measure()
@@ -147,7 +147,7 @@ def config_of(args: argparse.Namespace, url: str, directory: Path) -> Deployment
         data_dir=directory,
         num_stores=2,
         object_store=url,
-        # All cores for prefill: what decodes does nothing meanwhile.
+        # Prefill may use all cores, because the decode worker is idle meanwhile.
         extra_flags={
             "kvstore": STORE,
             "prefill": (*WORKER, "--threads", str(usable_cores())),
@@ -158,7 +158,10 @@ def config_of(args: argparse.Namespace, url: str, directory: Path) -> Deployment
 
 
 class Tiers:
-    """Cold, and from each tier in turn: what a tier is to give is taken from the nearer ones."""
+    """Measures cold runs and hits from each tier in turn.
+
+    Before a tier is measured, the nearer tiers lose the document.
+    """
 
     def __init__(self, args: argparse.Namespace, url: str, directory: Path, rng: np.random.Generator) -> None:
         self._config = config_of(args, url, directory)
@@ -168,7 +171,7 @@ class Tiers:
         self._step: int = args.cold_step
         self._limit_s: float = args.limit_s
         self._ends_s = math.inf
-        # The same in every run.
+        # The documents are the same in every run.
         self._documents = [drawn(np.random.default_rng((args.seed, length)), length) for length in args.lengths]
         self._rows: list[dict[str, Any]] = [{"tokens": length} for length in args.lengths]
         # For each length, the seconds of each step of its cold run.
@@ -185,7 +188,10 @@ class Tiers:
             await _until_uploaded(self._url, blocks)
 
     async def _cold(self, deployment: Deployment, document: Document) -> float | None:
-        """Seconds to compute the document, together with those of earlier runs; None: the time did not suffice."""
+        """Seconds to compute the document, including those of earlier runs.
+
+        None: the time limit ended the run first.
+        """
         while (start := self._done(document)[0]) < len(document):
             if time.monotonic() > self._ends_s:
                 _say(f"{len(document)} tokens: {start} are computed; the same command again continues")
@@ -216,7 +222,7 @@ class Tiers:
                 if row["cold_s"] is None:
                     raise SystemExit("compute the document first: --parts cold")
                 row["cold_steps"] = len(self._kept()[str(len(document))])
-                # Of a kept document, nothing is in memory yet.
+                # A kept document is not in memory yet.
                 await self._ask(deployment, document)
             await _until_uploaded(self._url, sum(map(len, self._documents)) // 128)
             for _ in range(self._repeats):
@@ -231,7 +237,7 @@ class Tiers:
                 await self._warm_up(deployment)
                 _load_to_page_cache(own)
                 await self._hits(deployment, "page_cache")
-        # The worker's own store changes places with the other one's directory, which is empty.
+        # The worker's own store swaps its directory with the other store, which is empty.
         swapped = own.with_name("swapped")
         own.rename(swapped), other.rename(own), swapped.rename(other)
         await self._after_a_start("peer")
@@ -263,7 +269,7 @@ class Tiers:
             await _answered(deployment, drawn(self._rng, 1500))
 
     async def _ask(self, deployment: Deployment, document: Document) -> tuple[float, dict[str, int]]:
-        """Seconds to the first token, and tokens by the tier that the bill names."""
+        """Seconds to the first token, and the number of tokens from each tier according to the bill."""
         seconds = await _answered(deployment, np.concatenate((document, drawn(self._rng, QUESTION_TOKENS))))
         records = [item.record for item in read_settled(self._config.ledger_dir)]
         last = records[-1]
@@ -271,17 +277,17 @@ class Tiers:
 
 
 async def waiting(args: argparse.Namespace, url: str, directory: Path, rng: np.random.Generator) -> dict[str, Any]:
-    """Prompts with stored prefixes behind two long ones, on one prefill worker that has nothing in memory."""
+    """Prompts with stored prefixes wait behind long prompts, on one prefill worker that has nothing in memory."""
     config = config_of(args, url, directory)
     documents = [drawn(rng, WAITING_TOKENS) for _ in range(NUM_WAITING)]
     async with Deployment(config) as deployment:
         for document in documents:
             await _answered(deployment, document)
-        # The decode worker as well: what it has in memory it would continue with by itself.
+        # The decode worker restarts too, because otherwise it would continue by itself from blocks in its memory.
         await _start_again(deployment)
         await _answered(deployment, drawn(rng, 1500))
         _drop_from_page_cache(config.store_dir)
-        # Two of them at work at a time, and all are one tenant's.
+        # The worker runs two of these prompts at a time. All belong to one tenant.
         busy = [asyncio.create_task(_answered(deployment, drawn(rng, BUSY_TOKENS))) for _ in range(3)]
         await asyncio.sleep(1.0)
         asked = [np.concatenate((document, drawn(rng, WAITING_REST))) for document in documents]

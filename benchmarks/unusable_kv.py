@@ -2,8 +2,9 @@
 
     python -m benchmarks.unusable_kv --json benchmarks/results/unusable_kv.json
 
-Layers of V4's shapes (head 512, indexer 128, ratios 4 and 128) on one thread: CPU time to look at blocks that have
-landed (`BlockPool.unusable`) and to decode them (`note_filled`), which every restore does. Least of all rounds.
+Layers have V4's shapes (head 512, indexer 128, ratios 4 and 128) and run on one thread. The figures are the CPU times
+to check restored blocks (`BlockPool.unusable`) and to decode them (`note_filled`), which every restore does. Each
+figure is the minimum of all rounds.
 """
 
 from __future__ import annotations

@@ -2,14 +2,15 @@
 
     python -m benchmarks.weights_on_card --steps check products model load --layers 36 --out results
 
-check     compares every product with the decoded weight in float64, and rows alone with rows among others, to the bit.
-          If this step fails, no other step runs. If a later step fails, the next one still runs.
-products  milliseconds of V4-Flash's products by number of tokens, over the floor: packed bytes at copy bandwidth, or
-          operations at the BF16 matrix rate, whichever is longer. Of experts those that are picked count.
-model     V4-Flash's width with `--layers` layers, in the released formats, drawn on the card: memory, decode steps of
-          1, 32 and 128 sequences at `--context` tokens, prefill of 2,048-token chunks, each over its floor.
-load      a directory of `--load-layers` such layers, written and read back: GB/s cold and from the page cache, and the
-          disk's own rate.
+check     compares every product with the decoded weight in float64. Rows computed alone must have the same bits as rows
+          among others. If this step fails, no other step runs. If a later step fails, the next one still runs.
+products  measures milliseconds of V4-Flash's products by number of tokens, divided by the floor: packed bytes at copy
+          bandwidth, or operations at the BF16 matrix rate, whichever is longer. Only picked experts count.
+model     measures a model of V4-Flash's width with `--layers` layers in the released formats, drawn on the card:
+          memory, decode steps of 1, 32 and 128 sequences at `--context` tokens, and prefill of 2,048-token chunks. Each
+          time is divided by its floor.
+load      writes a directory of `--load-layers` such layers and reads it back: GB/s cold and from the page cache, and
+          the disk's own rate.
 
 Needs a CUDA card. Writes weights_on_card.json. Over several cards: benchmarks/ranks_on_cards.py.
 """
@@ -48,7 +49,7 @@ from benchmarks.kernels import ceilings, replay_ms
 from benchmarks.store_peers import drop_cache
 from benchmarks.ttft import direct_read_rate
 
-# V4-Flash's: name, outputs, addends; and how often a layer has them.
+# V4-Flash's products: name, outputs, addends.
 PRODUCTS = (
     ("wq_a", 1024, 4096),
     ("wq_b", 32768, 1024),
@@ -86,7 +87,7 @@ def check() -> list[str]:
             error = float((whole.double() - want).norm() / want.norm())
             if not error < 4e-3:
                 wrong.append(f"{name} {outputs}x{addends}: relative error {error:.1e}")
-            # Few rows, more and many take other tiles.
+            # The tile depends on the number of rows, so these ranges use different tiles.
             for start, stop in ((0, 1), (5, 38), (7, 39), (100, 356), (299, 300)):
                 alone = packed_linear.multiply(inputs[start:stop].unsqueeze(1), weight)[:, 0]
                 if not torch.equal(alone, whole[start:stop]):
@@ -115,7 +116,7 @@ def check_routed(name: str, form: PackedForm) -> list[str]:
     error = float((whole.double() - want).norm() / want.norm())
     if not error < 4e-3:
         wrong.append(f"{name} routed: relative error {error:.1e}")
-    # The whole has 75 rows an expert, these 15 and 3.
+    # All rows together are 75 rows per expert; these ranges are 15 and 3 rows per expert.
     for start, stop in ((50, 90), (3, 11)):
         if not torch.equal(run(slice(start, stop)), whole[start:stop]):
             wrong.append(f"{name} routed: rows {start} to {stop} differ alone")
@@ -149,12 +150,12 @@ def products(top: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def copies(nbytes: int) -> int:
-    """As many operands as exceed the card's 50 MB cache twice, so that they are read from memory."""
+    """The number of operands that are twice as large as the card's 50 MB cache, so that they are read from memory."""
     return max(1, min(32, (100 << 20) // nbytes))
 
 
 def row(name: str, tokens: int, ms: float, nbytes: float, flops: float, top: dict[str, float]) -> dict[str, Any]:
-    # Copies read and write: reading alone has the same rate on this card.
+    # A copy reads and writes. On this card, reads alone run at the same rate.
     bytes_ms, flops_ms = (nbytes / top["copy_bytes_per_s"] * 1e3, flops / top["bf16_flops_per_s"] * 1e3)
     floor = max(bytes_ms, flops_ms)
     found = {
@@ -183,7 +184,7 @@ def measure_model(num_layers: int, context: int, top: dict[str, float]) -> dict[
     num_blocks = context // size + 4 * CHUNK // size + 2 * 128 + 8
     pool, ops = make_backend("auto", model.layout, num_blocks, "cuda")
     found["card_gib"] = torch.cuda.memory_allocated() / 2**30
-    # What a token's products read and do, but for experts.
+    # Bytes that all products except the experts' read, and weights that a token is multiplied with.
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in model.state_dict().items()}
     expert = sum(nbytes for name, nbytes in sizes.items() if ".mlp.experts." in name) / NUM_EXPERTS
     dense = sum(nbytes for name, nbytes in sizes.items() if ".mlp.experts." not in name) - sizes[EMBEDDING]
@@ -217,7 +218,7 @@ def measure_model(num_layers: int, context: int, top: dict[str, float]) -> dict[
     tokens = np.random.default_rng(0).integers(0, 129280, CHUNK).astype("<u4")
     times = [timed(lambda: forward(model, pool, [(sequence, tokens)], ops=ops)) for _ in range(4)]
     step = statistics.median(times[1:])
-    # The median is of the chunks behind 2,048, 4,096 and 6,144 tokens.
+    # The median is over the chunks that follow 2,048, 4,096 and 6,144 tokens.
     floor = floor_s(held, 2 * active * CHUNK, context=2 * CHUNK, num_tokens=CHUNK)
     found["prefill"] = {"chunk": CHUNK, "chunk_s": step, "tokens_per_s": CHUNK / step, "floor_s": floor}
     print(json.dumps(found["prefill"]), flush=True)
@@ -225,7 +226,7 @@ def measure_model(num_layers: int, context: int, top: dict[str, float]) -> dict[
 
 
 def dense_weights(model: Model) -> float:
-    """How many weights every token is multiplied with."""
+    """The number of weights with which every token is multiplied."""
     count = 0
     for module in model.modules():
         if isinstance(module, PackedLinear):
@@ -267,7 +268,7 @@ def measure_load(num_layers: int) -> dict[str, Any]:
 
 
 def write(model: Model, directory: Path, *, toy: bool = False) -> int:
-    """As a release: one file a layer, and one for the rest. Returns the bytes of all tensors."""
+    """Write the model like a release: one file per layer, and one for the rest. Returns the bytes of all tensors."""
     (directory / "config.json").write_text(json.dumps(config_of(model.config.num_layers, toy=toy)))
     shards: dict[str, dict[str, torch.Tensor]] = {}
     weight_map: dict[str, str] = {}

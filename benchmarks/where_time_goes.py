@@ -1,8 +1,8 @@
 """Which steps make up a hit's time to first token, and how much of it is unavoidable (the "floor")?
 
-Starts all roles with traces sent to a collector in this process, asks cold and hit at several lengths, and adds up the
-spans of each part until the first token is sent. A span's time does not include the spans inside it. The floor is that
-of `benchmarks/ttft.py`. --cost measures the time of one span, with traces on and off.
+Starts all roles and sends their traces to a collector in this process. Sends prompts of several lengths cold and as
+hits, and adds up the spans of each part until the first token is sent. A span's time does not include the spans inside
+it. The floor is that of `benchmarks/ttft.py`. --cost measures the time of one span, with traces on and off.
 
     python benchmarks/where_time_goes.py --lengths 2048 8192 16384 --repeats 5
     python benchmarks/where_time_goes.py --cost
@@ -48,7 +48,7 @@ async def ask(deployment: Deployment, prompt: np.ndarray) -> tuple[str, float]:
 
 
 def hops(spans: list[Received], trace_id: str) -> dict[str, float]:
-    """Seconds of each part until the first token is out, each without the parts inside it."""
+    """Seconds of each part until the first token is sent. A part's time does not include the parts inside it."""
     own = [each for each in spans if each.trace_id == trace_id]
     (first,) = [each for each in own if each.name == "first token"]
     until = first.started_s + first.seconds
@@ -91,7 +91,7 @@ async def measure(args: argparse.Namespace, console: Console) -> list[dict[str, 
 def summarise(
     length: int, found: dict[str, list[tuple[str, float]]], spans: list[Received], read_rate: float
 ) -> dict[str, Any]:
-    """floor_s: the bytes at the disk's rate, and what no cache holds at the rate of a cold run."""
+    """One row of the result.  floor_s: reading the bytes at the disk's rate, plus computing the uncached tokens."""
     row: dict[str, Any] = {"tokens": length, "disk_bytes_per_s": read_rate, "ttft_s": {}, "hops_s": {}, "floor_s": {}}
     cold_s = statistics.median(hops(spans, trace_id)["prefill: prefill chunk"] for trace_id, _ in found["cold"])
     for kind, asked in found.items():

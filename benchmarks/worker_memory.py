@@ -2,8 +2,9 @@
 
     python -m benchmarks.worker_memory --out benchmarks/results/worker_memory.json      # a minute on two idle cores
 
-A whole deployment with its default settings, as `antefix up` starts it. Memory is PSS: pages that processes share are
-divided between them; RSS, which counts such pages for each, is told as well. A worker's limit is 450 MB.
+The benchmark runs a whole deployment with default settings, as `antefix up` starts it. Memory is PSS, in which pages
+that processes share are divided between them. The result also has RSS, which counts shared pages for each process. A
+worker's limit is 450 MB.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from benchmarks import run_record
 from benchmarks.role_use import use_by_role
 
 ROOT = Path(__file__).parents[1]
-# What continues behind an answer, such as storing it, has ended by then.
+# Work that continues after an answer, such as storing the answer, has ended after this time.
 SETTLE_S = 5.0
 
 

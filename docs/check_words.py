@@ -2,7 +2,7 @@
 
     python docs/check_words.py
 
-`make lint` runs it. The check does not check code itself: a variable may have any name. WORDS has a replacement for
+`make lint` runs it. Code itself is not checked: a variable may have any name. WORDS has a replacement for
 each word.
 """
 

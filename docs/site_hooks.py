@@ -36,7 +36,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """The page with its links changed for the site."""
+    """The page's Markdown, with links changed for the site."""
     source = page.file.src_uri
     linked = _LINK.sub(lambda found: _site_link(source, found[1], found[2]), markdown)
     pieces = _CODE.split(linked)

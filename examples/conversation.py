@@ -22,7 +22,7 @@ async def main(address: str) -> None:
             history = np.concatenate((history, turn))
             print(f"\nQ: {question}\nA:", end="", flush=True)
             async for message in router.generate(history, Sampling(max_tokens=100), tenant="example"):
-                # Tokens, not text: what the model said is resent exactly, so the next turn hits it.
+                # The example resends tokens, not text. So the model's answer is unchanged, and the next turn hits it.
                 history = np.concatenate((history, message.tokens))
                 print(message.text, end="", flush=True)
             usage = message.usage

@@ -1,4 +1,4 @@
-"""One prompt through a running router, streamed, and what it cost.
+"""Sends one prompt to a running router, and prints the streamed answer and the request's usage.
 
 antefix up --address 127.0.0.1:7000 &
 python examples/generate.py 127.0.0.1:7000 'def fibonacci(n):'

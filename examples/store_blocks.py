@@ -8,7 +8,7 @@ from antefix import BlockingStore, Record, RecordKind, chain_of
 MODEL, SECRET, BLOCK_SIZE = b"my model, version 1".ljust(32), b"the key of my block names", 128
 
 with BlockingStore(antefix_kvstore.open(sys.argv[1], budget_bytes="1G")) as store:
-    # A block is named by its tokens and all before them: anyone who has the same prompt finds it again.
+    # A block's name depends on its tokens and all tokens before them, so an equal prompt finds the block again.
     chain = chain_of(range(1000), fingerprint_digest=MODEL, key=SECRET, block_size=BLOCK_SIZE)
     named = [(chain.hashes[i], chain.parent(i), (i + 1) * BLOCK_SIZE, bytes([i]) * 4096) for i in range(len(chain))]
     records = [

@@ -1,4 +1,4 @@
-"""Your transformers model with Antefix's store: `generate` computes only the end of a prompt that it ran before.
+"""Runs your transformers model with Antefix's store. `generate` computes only the part of a prompt that is not stored.
 
 pip install 'antefix[transformers]'
 python examples/transformers_cache.py MODEL DIRECTORY 'a long prompt'

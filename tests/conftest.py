@@ -48,15 +48,15 @@ if os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > 4 <
 # examples.
 TEST_SEED = os.environ.get("TEST_SEED", "")
 
-# An example's 200 ms say nothing about the code on a machine that others use as well. All runs draw the same examples:
-# more of them would find nothing more. A test that says how many has as many.
+# hypothesis's limit of 200 ms per example says nothing about the code on a machine that others use too. All runs draw
+# the same examples, so more of them would find nothing new. A test may set its own number of examples.
 settings.register_profile("antefix", deadline=None, derandomize=not TEST_SEED, max_examples=25)
-# A run with the long tests looks further each time.
+# A run with the long tests draws new examples each time.
 settings.register_profile("long", settings.get_profile("antefix"), derandomize=False, max_examples=200)
 
 
-# Nothing that is imported and collected becomes garbage, and each pass would look through all of it: a quarter of the
-# collection's time, and 0.1 s per pass afterwards.
+# Imported and collected objects never become garbage, but each pass of the garbage collector would look at all of them.
+# That takes a quarter of the collection's time, and 0.1 s per pass afterwards.
 gc.disable()
 
 
@@ -115,19 +115,19 @@ PROCESS_FIXTURES = {
     "plots",
 }
 PROCESS_FOLDERS = {"e2e", "wheel"}
-# Nothing in them is for `make test-fast`, which does not import them either.
+# `make test-fast` runs no test of these folders and does not import them.
 NOT_FAST_FOLDERS = PROCESS_FOLDERS | {"environments", "hosts", "page"}
 
-# Asks `uname` once per process, no matter who wants to know first.
+# `platform` runs `uname` once per process. Call it here, so that no test is blamed for that process.
 platform.processor()
 
-# This numpy's tests' helpers run `lscpu` when they are imported, as transformers does in the middle of a test.
+# numpy's test helpers run `lscpu` when they are imported, and transformers imports them in the middle of a test.
 if version("numpy").startswith("2.1."):
     import numpy.testing  # noqa: F401
 
 
 def compiles(item):
-    """On a card Triton runs an assembler for each kernel that it has not compiled before."""
+    """Whether the test may start Triton's assembler, which runs on a card for each kernel that is not compiled yet."""
     return HAS_CARD and (item.get_closest_marker("gpu") is not None or item.path.parent.name == "kernels")
 
 
@@ -135,13 +135,14 @@ def _refuse(*_, **__):
     raise RuntimeError("this test starts a process: mark it with @pytest.mark.services")
 
 
-# Each HTTP client reads the authorities that it trusts, the system's 140 in 40 ms. Tests talk to this host alone.
+# Each HTTP client would load the system's 140 trusted authorities, which takes 40 ms. Tests only talk to this host.
 NO_AUTHORITY = Path(__file__).with_name("no_authority.pem")
-# What is not in `make test-fast`. There nothing computes for a second on an idle machine, nor for five on a busy one.
+# Markers of tests that `make test-fast` leaves out. Its tests take under 1 s on an idle machine, under 5 s on a busy
+# one.
 NOT_FAST = ("slow", "services", "long", "gpu", "browser", "hosts", "engines", "upgrade")
 FAST_TEST_S = 5.0
 
-# What takes seconds takes minutes on a busy machine: a deployment's start, or two seconds of work next to 40 processes.
+# On a busy machine, work of seconds takes minutes: a deployment's start, or two seconds of work next to 40 processes.
 SLOW_TIMEOUT_S = 900
 
 
@@ -189,7 +190,10 @@ def pytest_runtest_call(item):
 
 
 def check_fast(item, used_s):
-    """used_s: its processor time, not the clock's. A busy machine doubles it, so only `make test-fast` fails here."""
+    """Fail a test that is too slow.  used_s: processor time.
+
+    A busy machine doubles it, so only `make test-fast` fails.
+    """
     if used_s > FAST_TEST_S and not any(item.get_closest_marker(marker) for marker in NOT_FAST):
         warnings.warn(
             f"{item.nodeid} took {used_s:.1f} s of processor time: make it cheaper, or mark it with @pytest.mark.slow",
@@ -200,7 +204,7 @@ def check_fast(item, used_s):
 
 @pytest.fixture
 def plots():
-    """For a test that draws: where matplotlib has never run, it asks a process for the machine's fonts."""
+    """For a test that plots. In its first run on a machine, matplotlib starts a process to list the fonts."""
     pytest.importorskip("matplotlib")
 
 

@@ -124,7 +124,7 @@ def load(kv_format, path=None):
 
 
 def build(model, store, *, strategy, num_blocks, prefill_chunk, priors=None, path=None):
-    """An engine over a loaded model. By default any hit beats cold: a test decides the plan by what it stores."""
+    """An engine over a loaded model. By default any hit is cheaper than cold, so stored records decide the plan."""
     identity = identify(path or small_worker_model(), revision="test")
     kv_format = model.layout.kv_format
     pool = BlockPool(model.layout, num_blocks)

@@ -1,4 +1,4 @@
-"""Refuses what makes the host wait for a card, on a machine without one."""
+"""Finds operations that would make the host wait for a card, on a machine without a card."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What asks a card for numbers, or sends it some, and so waits for it.
+# Operations that read numbers from a card or send numbers to it, and so wait for it.
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "_unique2", "lift_fresh",
          "bincount", "equal", "item"}  # fmt: skip
 
 
 class Watched(TorchDispatchMode):
-    """Counts torch's operations, views aside, and refuses those that wait for a card.
+    """Counts torch's operations except views, and refuses those that would wait for a card.
 
-    uploads: whether arrays of the host may go up, as they do by `antefix.model.host_rows.upload`, without waiting.
+    uploads: whether host arrays may be uploaded, as `antefix.model.host_rows.upload` does without waiting.
     """
 
     def __init__(self, *, uploads: bool = False) -> None:

@@ -10,16 +10,16 @@ import pytest
 
 
 class OnDemand:
-    """Stands for a package. A test that touches it is skipped where the package is missing."""
+    """Stands for a package. A test that uses it is skipped if the package is missing."""
 
-    # Processor time of all imports so far: the fast run's limit leaves it out.
+    # Processor time of all imports so far, which the fast run's limit does not count.
     spent_s = 0.0
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute.startswith("_"):  # pytest looks at what a test file holds
+        if attribute.startswith("_"):  # pytest inspects every object in a test file
             raise AttributeError(attribute)
         before_s = time.process_time()
         package = pytest.importorskip(self._name)

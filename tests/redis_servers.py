@@ -1,8 +1,8 @@
-"""Real Redis servers for tests, of one's own or shared. Where Redis is not installed, tests are skipped and say so.
+"""Real Redis servers for tests, shared or of one test's own. If Redis is not installed, tests are skipped.
 
 redis          one server for the whole run, empty at each test's start, for tests that leave it running
 start_redis    starts servers of the test's own, which it may kill and start again
-start_cluster  the same, as a cluster
+start_cluster  starts a cluster in the same way
 """
 
 import asyncio
@@ -17,12 +17,12 @@ import pytest
 
 
 def free_port():
-    """Below those that outgoing connections are given, so that it stays free while a server is down.
+    """A free port below those of outgoing connections, so that it stays free while its server is down.
 
-    Its cluster bus, 10,000 above, is free as well.
+    The port of its cluster bus, 10,000 higher, is free too.
     """
     while True:
-        # Of the system: tests draw the same numbers in every run, and runs next to each other would want the same port.
+        # SystemRandom, because seeded tests would draw the same port in several runs at once.
         port = random.SystemRandom().randrange(10_000, 22_000)
         with socket.socket() as probe, socket.socket() as bus, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -31,7 +31,7 @@ def free_port():
 
 
 class RedisServer:
-    """One server process. `kill` ends it as a crash would; `start` brings an empty one up on the same port."""
+    """One server process. `kill` ends it like a crash. `start` starts an empty one on the same port."""
 
     def __init__(self, directory, *flags):
         self.binary = shutil.which("redis-server")
@@ -47,7 +47,7 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}/0"
 
     def start(self):
-        """Where somebody else took the port before the first start did, on another one."""
+        """Start the server. If another process takes the port before the first start, another port is used."""
         for _ in range(5):
             if self._run():
                 self._has_run = True
@@ -57,13 +57,13 @@ class RedisServer:
         raise RuntimeError("redis-server ended at once, five times")
 
     def _run(self):
-        """False: it ended, most likely because it did not get the port."""
+        """Start the process. False: it ended, most likely because its port was taken."""
         self.process = subprocess.Popen(
             [self.binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self.directory,
              "--appendonly", "no", *self.flags],
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        # Another test's server may answer there.
+        # Another test's server may answer at this port.
         itself = f"process_id:{self.process.pid}\r"
         wait_for(
             lambda: self.process.poll() is not None or itself in self.ask("INFO server"),
@@ -72,7 +72,7 @@ class RedisServer:
         return self.process.poll() is None
 
     def ask(self, command):
-        """The beginning of its answer to one command without arguments that have spaces; "" while it is away."""
+        """The beginning of the answer to a command, or "" while the server is down. Arguments must have no spaces."""
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=5) as sock:
             sock.sendall(command.encode() + b"\r\n")
             return sock.recv(4096).decode(errors="replace").strip()
@@ -138,7 +138,7 @@ def start_cluster(tmp_path):
 
 
 class SharedRedisServer:
-    """A server that other tests use as well: it can be asked, and not be ended."""
+    """A server that other tests also use, so a test can send commands to it but not end it."""
 
     def __init__(self, server):
         self.url, self.ask = server.url, server.ask
@@ -158,7 +158,7 @@ def redis(shared_redis):
 
 
 async def until(condition, seconds=15):
-    """Wait for what other tasks bring about."""
+    """Wait until other tasks have made the condition true."""
     for _ in range(50 * seconds):
         if condition():
             return

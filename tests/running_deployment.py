@@ -30,7 +30,7 @@ class RunningDeployment:
         self.router = router
         before = self._settled()
         self._num_before = len(before)
-        # Where the ledger's export continues behind what others did.
+        # The position in the ledger's export after other tests' records.
         self.cursor = before[-1].sequence if before else 0
 
     @property
@@ -68,7 +68,7 @@ def _deployment_of_all(tmp_path_factory):
             extra_flags={"kvstore": ("--budget-bytes", "256M"), "prefill": SMALL_POOL, "decode": SMALL_POOL},
         )
     )
-    # In a loop of its own, which outlives each test's.
+    # The deployment has its own event loop, which outlives each test's loop.
     thread = LoopThread()
 
     async def start():

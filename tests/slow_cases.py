@@ -11,7 +11,7 @@ class SlowTest(UserWarning):
 
 
 def slow_but(fast: Iterable[Any], cases: Iterable[Any]) -> list[Any]:
-    """Marks the cases that are not in `fast` as slow.  Raises:  ValueError: a fast one is no case."""
+    """Marks the cases that are not in `fast` as slow.  Raises:  ValueError: `fast` has a value that is not a case."""
     fast, cases = list(fast), list(cases)
     if unknown := [case for case in fast if case not in cases]:
         raise ValueError(f"no such case: {unknown}")

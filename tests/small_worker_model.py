@@ -1,6 +1,6 @@
 """A model that workers in tests serve: random, with every kind of layer, at a quarter of the shipped model's cost.
 
-Blocks, window and tokenizer are the shipped model's, so anyone who counts tokens counts the same.
+Blocks, window and tokenizer are the shipped model's, so tests count the same tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LAYERS = (0, 2, 3)
 
 @functools.cache
 def small_worker_model() -> Path:
-    """Its directory, written once a process."""
+    """The model's directory, which is written once per process."""
     from models.training.parameters import initial_parameters, save_parameters
 
     shipped = json.loads((SHIPPED / "config.json").read_text())

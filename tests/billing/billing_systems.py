@@ -11,8 +11,8 @@ from urllib.parse import parse_qs
 class BillingSystem:
     """OpenMeter, Lago, Stripe and a webhook at one address.
 
-    taken: events by id, the first one stays.  num_calls: bodies that came.  answers: statuses to answer the next calls
-    with, after the body was taken (lost answers: 500) or instead of it (4xx).
+    taken: events by id; of two with the same id the first one is kept.  num_calls: the number of bodies received.
+    answers: statuses of the next answers. With 500 the events are taken (a lost answer), with 4xx they are not.
     """
 
     def __init__(self):

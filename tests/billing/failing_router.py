@@ -1,6 +1,7 @@
 """A router process with a real ledger and scripted workers that fail on purpose. Run by test_bill_under_failure.
 
-The script keeps its own store log as the store does: prefixes are stored once, and a hit is a read of its last block.
+The workers write a store log as the store does: a prefix is stored once, and a hit is logged as a read of the prefix's
+last block.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ class Servicer(router_pb2_grpc.RouterServiceServicer):
 
 
 async def main(directory: Path, ledger: Path, redis_url: str = "") -> None:
-    """redis_url: what it shares its bill through with other routers of this directory."""
+    """redis_url: the Redis through which this directory's routers share their bill."""
     accounts = Accounts(
         Ledger(ledger, segment_bytes=1 << 20),
         served=Served(model="antefix-tiny", revision="test", fingerprint=FINGERPRINT.hex()),

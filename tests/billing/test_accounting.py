@@ -1,4 +1,4 @@
-"""One record for each admitted request, whatever ends it; with scripted workers and a real ledger."""
+"""Each admitted request has one record, whatever ends it. Workers are scripted, and the ledger is real."""
 
 import asyncio
 import contextlib
@@ -70,7 +70,7 @@ async def test_a_request_is_open_before_its_first_token_and_settled_at_its_end(t
 
 
 def price_of(hit, miss, output):
-    """By deploy/ratecards/example.toml."""
+    """The price according to deploy/ratecards/example.toml."""
     return (Decimal("0.01") * hit + Decimal("0.10") * miss + Decimal("0.40") * output) / 10**6
 
 
@@ -80,7 +80,7 @@ async def _read(outputs, num_tokens):
 
 
 async def crash_after(open_front, num_tokens, *, held=False, **settings):
-    """A request that the router's end cuts off when its client has so many tokens; then the router starts again."""
+    """The router ends in mid-request, when the client has `num_tokens` tokens. Then the router starts again."""
     hold = None if num_tokens else asyncio.Event()
     front = open_front(Script(hit=64, hold=hold), cards=CARDS, **settings)
     bill = await front.admit(request_of())
@@ -90,7 +90,7 @@ async def crash_after(open_front, num_tokens, *, held=False, **settings):
     async with asyncio.timeout(60):
         while not (reading.done() if num_tokens else front.accounts.ledger.unsettled()):  # noqa: ASYNC110 - threads
             await asyncio.sleep(0.01)
-    front.accounts.ledger.close()  # as kill -9 leaves it: open, never settled
+    front.accounts.ledger.close()  # as after kill -9: the request is open and was never settled
     reading.cancel()
     await asyncio.gather(reading, return_exceptions=True)
     return open_front(Script(hit=64), cards=CARDS, **settings)
@@ -188,7 +188,7 @@ async def test_a_repeat_gives_the_same_answer_is_not_charged_and_is_bounded(tmp_
     with pytest.raises(Overloaded):
         await ask(front, "r", sampling=sampling)
     assert len(records(tmp_path)) == 1
-    # The seed that the router draws depends on the id alone, so that a repeat samples the same tokens.
+    # The router's seed depends only on the request's id, so that a repeat samples the same tokens.
     assert len({request.sampling.seed for request in script.requests}) == 1
     assert script.requests[0].sampling.seed is not None
     await ask(front, "other", sampling=sampling)

@@ -1,4 +1,4 @@
-"""What clients count, what Prometheus is shown and what the ledger says are the same, to the token, whatever fails."""
+"""Clients, Prometheus and the ledger count the same tokens, exactly, whatever fails."""
 
 import asyncio
 import collections
@@ -30,7 +30,7 @@ KINDS = ("whole", "stream", "retried", "refused", "broken")
 
 
 class Workers:
-    """A prompt says in its first bytes what becomes of it: `kind:hit:written:` and so on."""
+    """Scripted workers. A prompt's first bytes say how to answer it: `kind:memory hit:store hit:written:output:`."""
 
     async def run(self, generation, timeout_s):
         request, sample = generation.request, generation.samples[0]
@@ -70,12 +70,12 @@ def prompt_of(chance, number):
 
 
 async def ask(client, kind, prompt, number):
-    """What the client counts of one request, from what it sent and what it was given."""
+    """Send one request. Returns the client's counts, from what it sent and what it received."""
     body = {"model": "antefix-tiny", "prompt": prompt, "max_tokens": 50, "temperature": 0}
     headers = {"antefix-usage-details": "true"}
     if kind == "retried":
         headers["idempotency-key"] = f"key-{number}"
-        # The second one joins the first, or gets its answer: it costs nothing.
+        # The second request joins the first one, or gets the first one's answer, so it costs nothing.
         await client.post("/v1/completions", json=body, headers=headers)
     if kind in ("stream", "broken"):
         return await stream(client, body, headers, is_broken=kind == "broken")
@@ -83,7 +83,7 @@ async def ask(client, kind, prompt, number):
     assert answer.headers["x-request-id"]
     if kind == "refused":
         assert answer.status_code == 503
-        # It failed before its prefill had answered: what it asked for is recorded, and costs nothing.
+        # The request failed before prefill answered. Its prompt is recorded and costs nothing.
         return collections.Counter(failed=1, prompt=len(prompt))
     assert answer.status_code == 200, answer.text
     return counts_of(answer.json()["usage"])
@@ -100,7 +100,7 @@ async def stream(client, body, headers, *, is_broken):
                 given += sum(len(choice["text"]) for choice in event.get("choices", ()))
     if is_broken:
         assert error is not None and usage is None
-        # It was begun, so the prompt counts; each letter that came is a token.
+        # The answer had begun, so the prompt counts. Each received letter is one token.
         return collections.Counter(failed=1, prompt=len(body["prompt"]), output=given)
     assert given == usage["completion_tokens"]
     return counts_of(usage)
@@ -149,7 +149,7 @@ def scrape(address):
 
 
 def shown(found, name, **labels):
-    """The sum over all other labels."""
+    """The metric's value, summed over all labels that are not given."""
     return sum(value for key, value in found.items() if key[0] == name and set(labels.items()) <= set(key[1:]))
 
 
@@ -179,13 +179,13 @@ async def test_clients_metrics_and_ledger_agree_after_many_requests(tmp_path, nu
         server.close()
     records = [item.record for item in read_settled(tmp_path / "ledger")]
 
-    # 1. Each request has one record, which the client that sent it counted too.
+    # 1. Each request has one record, and its client counted it too.
     assert len(records) == num_requests == clients["done"] + clients["failed"]
     assert clients["failed"] == num_requests * 2 // len(KINDS)
-    # 2. The ledger says what the clients counted.
+    # 2. The ledger agrees with the clients' counts.
     of_clients = {name: number for name, number in clients.items() if number}
     assert of_clients == {name: number for name, number in ledgers(records).items() if number}
-    # 3. Prometheus is shown what the ledger says, failed requests included.
+    # 3. The metrics for Prometheus agree with the ledger, including failed requests.
     total = collections.Counter()
     for record in records:
         for name, number in record.to_dict().items():

@@ -1,4 +1,4 @@
-"""Heads kept elsewhere show what a chain alone cannot: a cut end, an older copy, a rewritten or another ledger."""
+"""Anchors reveal what a hash chain alone cannot: a cut end, an older copy, a rewritten ledger, a different ledger."""
 
 import json
 import shutil

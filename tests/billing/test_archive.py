@@ -1,4 +1,4 @@
-"""A ledger's old segments go to an archive, a signed summary stands in their place, and nothing stops meanwhile."""
+"""Old segments of a ledger move to an archive, and a signed summary replaces them, while the router runs."""
 
 import json
 from argparse import ArgumentParser
@@ -164,18 +164,18 @@ def test_harm_to_summary_and_archive_is_told(ledger, tmp_path, signer):
             [ledger.directory], store_log=None, anchors={}, public_keys=[signer.public_key], archive=str(place)
         )
 
-    # 1. Sums that were edited: the signature, and the archive.
+    # 1. Edited sums: the signature reveals them, and so does the archive.
     edited = json.loads(kept)
     edited["totals"][0]["price"] = "0.01"
     path.write_text(json.dumps(edited))
     ((_, each),) = verdict().ledgers
     assert each.pruned.unsigned == 1 and "other sums" in each.pruned.faults[0] and not verdict().ok
-    # 2. A summary that is gone.
+    # 2. A missing summary.
     path.unlink()
     assert not verdict().ok
     path.write_text(kept)
     assert verdict().ok
-    # 3. A file of the archive that is harmed, and one that is gone.
+    # 3. A damaged file of the archive, and a missing one.
     first = next(place.rglob("usage-*.ledger"))
     flip(first)
     assert "is not the file" in verdict().ledgers[0][1].pruned.faults[0]

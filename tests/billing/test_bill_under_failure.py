@@ -1,4 +1,4 @@
-"""Requests that fail, are cancelled, retried and cut off by kill -9: the ledger says what clients saw, to the token."""
+"""Requests fail, are cancelled, retried, and cut off by kill -9. The ledger agrees exactly with what clients saw."""
 
 import asyncio
 import json
@@ -55,7 +55,7 @@ class World:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             cwd=Path(__file__).parents[2],
-            # For `tests`; the packages themselves are where they are for us.
+            # The process needs the root for `tests`. It finds the packages where this process finds them.
             env={**os.environ, "PYTHONPATH": os.pathsep.join((str(Path(__file__).parents[2]), *sys.path))},
         )
         line = await self.process.stdout.readline()
@@ -76,7 +76,7 @@ class World:
         await self.process.wait()
 
     async def ask(self, number):
-        """One request until its usage is known, or it is given up by cancelling."""
+        """Repeat one request until its usage is known, or cancel it."""
         request_id, tenant = f"q{number}", f"t{number % 5}"
         group = self.chance.randrange(NUM_GROUPS)
         length = 64 * self.chance.randint(0, 6) + self.chance.randint(1, 63)
@@ -127,12 +127,12 @@ async def live(directory, num_requests, seed, kill_every_s):
 
 
 def check(world, directory, num_requests):
-    """Every number that must agree, and how many of each there were."""
+    """Check all numbers that must agree. Returns counts of what happened."""
     by_request = {}
     for item in read_settled(directory / "ledger"):
         by_request.setdefault((item.record.tenant, item.record.request_id), []).append(item.record)
     assert set(world.seen) | set(world.cancelled) == {(f"t{n % 5}", f"q{n}") for n in range(num_requests)}
-    # 1. What each client saw is what its one charged record says; all sums follow.
+    # 1. Each client's usage equals that of its one charged record.
     for key, usage in world.seen.items():
         (charged,) = [record for record in by_request[key] if record.is_final]
         assert charged.status is Status.STOP
@@ -143,22 +143,22 @@ def check(world, directory, num_requests):
             charged.cache_miss_tokens,
             charged.output_tokens,
         )
-    # 2. A cancelled request is charged at least for what its client had, and for its own prompt.
+    # 2. A cancelled request is charged for its prompt, and for at least the tokens that its client received.
     for key, (length, num_received) in world.cancelled.items():
         given = [record for record in by_request.get(key, []) if record.status is Status.CANCELLED]
         assert len(given) <= 1
         if given and num_received:
             assert given[0].output_tokens >= num_received and given[0].prompt_tokens == length
-    # 3. What we broke costs what its client was given: at least what arrived, and nothing where nothing was given.
+    # 3. A request that Antefix broke costs at least the tokens that arrived, and nothing if none was sent.
     records = [record for group in by_request.values() for record in group]
     assert all(record.price == 0 for record in records if not record.is_charged)
     assert set(by_request) <= set(world.seen) | set(world.cancelled)
     num_broken_received = sum(check_broken(received, by_request[key]) for key, received in world.broken.items())
-    # 4. In all its attempts together a request costs what the most expensive of them would: nothing is paid for twice.
+    # 4. All attempts of a request together cost as much as the most expensive attempt: nothing is paid for twice.
     for group in by_request.values():
         whole = [priced(replace(record, paid_before=0), CARDS).price for record in group if record.is_charged]
         assert sum(record.price for record in group) == max(whole, default=0)
-    # 5. Chain, duplicates, and the store's own log.
+    # 5. The ledger's chain, duplicates, and the store's log.
     verdict = verify(directory / "ledger", store_log=directory / "store-log")
     assert verdict.ok and verdict.open_requests == 0, verdict.to_json()
     seen = world.seen.values()
@@ -187,9 +187,9 @@ def check(world, directory, num_requests):
 
 
 def check_broken(received, group):
-    """Each stream that broke off is an attempt with at least its tokens, or belongs to the record that stands.
+    """Each broken stream matches a record of a failed attempt with at least its tokens, or the final record.
 
-    Returns the tokens received in those of attempts that broke off.
+    Returns the tokens received in the streams that match failed attempts.
     """
     ours = iter([record.output_tokens for record in group if record.status.is_ours])
     final = max((record.output_tokens for record in group if record.is_final), default=0)

@@ -1,4 +1,4 @@
-"""A store's log is made small, and every billed hit is as supported as it was before."""
+"""Compacting a store's log makes the log small, and every billed hit stays as supported as before."""
 
 import os
 import random
@@ -22,7 +22,7 @@ def block(number):
 
 
 def write_log(directory, name, lines):
-    """(seconds, kind, blocks) each; the file ended long ago."""
+    """Write a log file that ended long ago.  lines: (seconds, kind, blocks) each."""
     directory.mkdir(exist_ok=True)
     path = directory / f"store-{name:017d}.log"
     text = "".join(f"{NOW_US + int(s * SECOND_US)} {kind} {','.join(map(block, names))}\n" for s, kind, names in lines)
@@ -33,7 +33,7 @@ def write_log(directory, name, lines):
 
 
 def write_ledger(directory, hits):
-    """(seconds, block, is from the store) each."""
+    """Write a ledger.  hits: (seconds, block, whether the hit is from the store) each."""
     ledger = Ledger(directory)
     for index, (at, number, is_stored) in enumerate(hits):
         start = NOW_US + int(at * SECOND_US)
@@ -63,7 +63,7 @@ def test_what_no_hit_needs_goes_and_the_rest_stays(tmp_path):
 
 @pytest.mark.parametrize("seed", range(12))
 def test_the_verdict_is_the_same_as_before(tmp_path, seed):
-    """Of any log and any ledger, supported or not, with clocks that are set back."""
+    """For any log and any ledger, for supported and unsupported hits, and with clocks that are set back."""
     chance = random.Random(seed)
     for name in range(1, 4):
         now, lines = 0.0, []

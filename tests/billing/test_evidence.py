@@ -1,4 +1,4 @@
-"""The evidence of a hit outlives its makers: the reader, the store's service, both."""
+"""The evidence of a hit survives if the reader, the store's service, or both die."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_what_was_committed_and_not_logged_at_a_crash_is_logged_at_the_next_star
     engine = StorageEngine(config)
     engine.put(PROMPT.blocks(2))
     with monkeypatch.context() as patch:
-        # The process ends between the commit and the log's line.
+        # The process ends after the commit and before the log line.
         patch.setattr(engine._usage_log, "stored", lambda hashes: None)
         engine.put(PROMPT.blocks())
     engine.abandon()

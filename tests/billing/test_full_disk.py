@@ -1,4 +1,4 @@
-"""A disk that others fill: the ledger has space of its own, over restarts and from one segment to the next."""
+"""Others fill the disk. The ledger has reserved space, which it keeps over restarts and from segment to segment."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def test_a_full_disk_does_not_stop_the_ledger(disk):
     fill(disk / "ballast")
     assert free_bytes(disk) < 4096 and ledger.reserve_bytes >= 1 << 20
     settle(ledger, range(5, 300))
-    # More at a time than ever before.
+    # This batch is larger than any before.
     for number in range(300, 400):
         ledger.progress.mark(f"r{number}", Usage(output_tokens=number))
     ledger.close()
-    # A restart finds it as it was, and continues.
+    # A restart finds the ledger unchanged, and continues it.
     ledger = Ledger(disk / "ledger")
     assert ledger.reserve_bytes > 500_000
     settle(ledger, range(400, 500))

@@ -1,4 +1,4 @@
-"""Files of a ledger that were harmed: its index is made again, and nothing acknowledged goes without a word."""
+"""Damaged ledger files: the index is rebuilt, and no acknowledged entry is lost without an error."""
 
 import os
 import random
@@ -40,7 +40,7 @@ def index_file(directory):
 
 
 def crash(directory):
-    """As after a crash: nothing says that the index was closed in order."""
+    """Make the ledger look as after a crash: the mark that the index was closed cleanly is missing."""
     (directory / "index" / "CLEAN").unlink(missing_ok=True)
 
 
@@ -69,7 +69,7 @@ def holds_all(ledger):
     assert [entry.request_id for entry in ledger.unsettled()] == ["open"]
     for number in range(COUNT):
         assert ledger.find(f"acme:r{number}").record.request_id == f"r{number}"
-        # What is settled is not charged again.
+        # Settled requests are not charged again.
         assert ledger.append([record(f"r{number}", output_tokens=99)])[0].record.output_tokens != 99
 
 
@@ -102,7 +102,7 @@ def test_an_index_that_is_harmed_while_in_use_is_made_again(directory, harm):
 
 
 def test_every_bit_of_the_index_may_flip(directory):
-    """After a crash: rows carry checksums of their own, LMDB's structure is examined."""
+    """After a crash a flipped bit is found, because rows carry checksums and LMDB's structure is examined."""
     crash(directory)
     original, rng = index_file(directory).read_bytes(), random.Random(5)
     for at in rng.sample(range(len(original)), 40):
@@ -144,7 +144,7 @@ def test_missing_segments_are_told(directory, gone, index):
     with pytest.raises(LedgerCorrupt, match=r"missing|does not continue|acknowledged"):
         Ledger(directory, segment_bytes=SEGMENT)
     assert not verify(directory).ok
-    # Nothing was begun in their place.
+    # No new segment replaces the missing ones.
     assert segments_of(directory) == [path for path in paths if path not in chosen]
 
 
@@ -285,12 +285,12 @@ def test_what_is_no_file_of_the_ledgers_is_put_aside(directory, kind):
 
 @pytest.mark.parametrize("kind", MISPLACED)
 @pytest.mark.parametrize("which", [0, 2, -1])
-def test_a_segment_that_is_none_is_told(directory, kind, which):
+def test_a_file_that_is_no_segment_is_reported(directory, kind, which):
     (directory / MARK_FILE).unlink()
     put(path := segments_of(directory)[which], kind)
     crash(directory)
     assert not verify(directory).chain_ok
     if kind == "of no end" and which != -1:
-        return  # what is sealed is read where it is asked for, and by `verify`
+        return  # a sealed segment is read only on demand and by `verify`
     with pytest.raises(LedgerCorrupt, match=path.name):
         Ledger(directory, segment_bytes=SEGMENT).close()

@@ -1,4 +1,4 @@
-"""The ledger file: what is acknowledged stays, once; what is torn goes; what is edited shows."""
+"""The ledger file: acknowledged entries stay and stand once, a torn end is removed, and edits are detected."""
 
 import pytest
 
@@ -95,7 +95,7 @@ def test_open_entries_survive_rotation_and_reopen_until_settled(directory):
 
 
 def never_acknowledged(directory):
-    """As if the process had ended before it noted how far it had answered."""
+    """Make the ledger look as if the process had ended before it noted how far it had acknowledged."""
     (directory / MARK_FILE).unlink()
 
 

@@ -1,4 +1,4 @@
-"""The ledger's format, for ever: a golden ledger stays readable, and docs/BILLING.md says the same as the code."""
+"""The ledger's format is permanent: a golden ledger stays readable, and docs/BILLING.md agrees with the code."""
 
 import re
 import shutil

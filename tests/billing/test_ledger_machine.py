@@ -1,4 +1,4 @@
-"""A random life of a ledger against a dict: appends, repeats, rotation, crashes that tear the tail, lost indexes."""
+"""A ledger against a dict over random operations: appends, repeats, rotation, crashes with a torn end, lost indexes."""
 
 import random
 import shutil

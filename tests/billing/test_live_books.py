@@ -1,4 +1,4 @@
-"""Tenants and rate cards change while a router runs; what was priced stays as it was written."""
+"""Tenants and rate cards change while a router runs. Records that are already priced do not change."""
 
 import asyncio
 import json
@@ -119,7 +119,7 @@ async def test_a_card_from_before_priced_records_is_refused_and_one_from_now_on_
     cards.write_text(FIRST + card_text("second", early, miss="3.00"))
     await books.look()
     assert books.num_refused == 1 and front.accounts.cards.quote("antefix-tiny", datetime.now(UTC)).version == "first"
-    # So is a card of before that says something else now, or is gone.
+    # A card that already applied is also refused if it has changed or is missing.
     for text in (FIRST.replace('"1.00"', '"3.00"'), card_text("other", datetime(2020, 1, 1, tzinfo=UTC))):
         cards.write_text(text)
         await books.look()
@@ -204,7 +204,7 @@ def test_an_adjustment_of_a_ledger_without_a_router_is_written_at_once(tmp_path)
 
 
 def started(tmp_path, cards, ledger="ledger"):
-    """The books of a router that starts with these cards, over the ledger that is there."""
+    """The books of a router that starts with these cards and the existing ledger."""
     path = tmp_path / "cards.toml"
     path.write_text(cards)
     front = make_front(Script(hit=64), ledger=tmp_path / ledger, cards=load_cards([path]))
@@ -232,7 +232,7 @@ async def test_a_start_with_a_card_from_before_priced_records_is_refused(tmp_pat
         with pytest.raises(ConfigError, match="records since then are priced already"):
             LiveBooks(Files("", (str(path),)), front)
         await front.accounts.close()
-    # What holds from later on is taken, and noted.
+    # A card that applies from a later time is accepted, and the change is noted.
     await ran(tmp_path, FIRST + card_text("second", datetime.now(UTC) + timedelta(hours=1), miss="3.00"), "s")
     assert [change.kind for change in changes(tmp_path)] == ["rate_cards"]
 
@@ -271,7 +271,7 @@ async def test_records_that_the_new_cards_priced_before_a_crash_are_no_reason_to
     cards = tmp_path / "cards.toml"
     await books._begin()
     await ask(front, "r")
-    # Requests go by whole seconds.
+    # A request's card is chosen by the whole second.
     soon = datetime.now(UTC).replace(microsecond=0) + timedelta(seconds=1)
     cards.write_text(FIRST + card_text("second", soon, miss="3.00"))
     kept = (tmp_path / "ledger" / "ratecards.json").read_text()

@@ -1,4 +1,4 @@
-"""How far running requests are: outlives the process, names nobody else's request, takes no more room than needed."""
+"""Progress of running requests outlives the process, never names another request, and uses only the space needed."""
 
 import os
 import subprocess

@@ -17,7 +17,7 @@ from tests.billing.usage_records import record
 
 
 def chain(*blocks):
-    """Block hashes that name everything up to their end."""
+    """Block hashes; each names all tokens up to its block's end."""
     hashes, last = [], b""
     for block in blocks:
         last = hashlib.blake2b(last + bytes([block]), digest_size=32).digest()

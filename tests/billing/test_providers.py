@@ -1,4 +1,4 @@
-"""The usual cost formulas, applied to our fields: each token is billed once, whichever provider's rule is used."""
+"""The usual cost formulas applied to our usage fields: each token is billed once under every provider's rule."""
 
 from fractions import Fraction
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from antefix_billing.providers import chat_usage, messages_usage, responses_usage
 from tests.billing.usage_records import record
 
-# Prices as they might be; the writes of Anthropic's rule cost 1.25 of an input token.
+# Plausible prices. Under Anthropic's rule a written token costs 1.25 times an input token.
 HIT, MISS, OUT = Fraction(3, 100), Fraction(7, 10), Fraction(11, 10)
 
 
@@ -44,7 +44,7 @@ def test_openais_formula_bills_each_token_once(r):
     cost = MISS * (usage["prompt_tokens"] - cached) + HIT * cached + OUT * usage["completion_tokens"]
     assert cost == right(r)
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    # Reasoning is shown within the output; a formula that adds it on top of completion_tokens is wrong everywhere.
+    # Reasoning tokens are part of completion_tokens. A formula that adds them on top is wrong for every provider.
     assert usage["completion_tokens_details"]["reasoning_tokens"] <= usage["completion_tokens"]
 
 
@@ -55,7 +55,7 @@ def test_the_responses_formula_bills_each_token_once(r):
     written = usage["input_tokens_details"]["cache_write_tokens"]
     plain = MISS * (usage["input_tokens"] - cached) + HIT * cached + OUT * usage["output_tokens"]
     assert plain == right(r)
-    # Models that bill writes apart take them out of the uncached rest, as they do with cached ones.
+    # Models that bill written tokens separately subtract them from the uncached tokens, as with cached tokens.
     apart = MISS * (usage["input_tokens"] - cached - written) + HIT * cached + MISS * Fraction(5, 4) * written
     assert apart + OUT * usage["output_tokens"] == right(r, write=MISS * Fraction(5, 4))
 

@@ -1,4 +1,4 @@
-"""Usage reaches a billing system once, whatever breaks: stable ids, cursors on disk, dead letters for the rest."""
+"""Usage reaches a billing system once, whatever breaks: by stable ids, cursors on disk, and dead letters."""
 
 import base64
 import hashlib
@@ -78,7 +78,7 @@ def test_each_record_is_taken_once_though_answers_are_lost_and_the_pusher_starts
     assert pusher.counters.failed >= 1 and (pusher.backlog(), pusher.num_dead) == (0, 0)
     num = 10 if kind == "stripe" else 5
     assert len(system.taken) == num
-    # A crash after sending and before noting: all of it again.
+    # After a crash between sending and noting, all events are sent again.
     (tmp_path / "state" / f"{kind}.json").unlink()
     assert pusher_of(kind, system, ledger).push() and len(system.taken) == num
     calls = system.num_calls

@@ -51,7 +51,7 @@ def test_a_new_window_starts_at_zero(window, later):
     quotas = book(window=window, tokens=100)
     old = quotas.reserve("acme", tokens=100, money=Decimal(0), now=NOW)
     quotas.reserve("acme", tokens=100, money=Decimal(0), now=NOW + later)
-    quotas.settle(old, tokens=0, money=Decimal(0))  # counts where it was admitted, not here
+    quotas.settle(old, tokens=0, money=Decimal(0))  # counts in its own window, not in this one
     assert quotas.used("acme", window, NOW + later)[0] == 100
 
 

@@ -34,7 +34,7 @@ def at(text):
         ("deepseek-v4-flash", "2026-07-01T02:00", "deepseek-v4-flash/2026-04-26", "0.0028", "0.14", "0.28"),
         ("deepseek-v4-flash", "2026-08-16T15:59:59", "deepseek-v4-flash/2026-04-26", "0.0028", "0.14", "0.28"),
         ("deepseek-v4-flash", "2026-08-16T16:00", "deepseek-v4-flash/2026-08-16", "0.007", "0.22", "0.66"),
-        # A Saturday: peak every day in August, on workdays only from September 10 on.
+        # This day is a Saturday. Peak prices apply every day in August, but only on workdays from September 10 on.
         ("deepseek-v4-flash", "2026-08-22T02:00", "deepseek-v4-flash/2026-08-16/peak", "0.014", "0.44", "1.32"),
         ("deepseek-flash", "2026-09-12T02:00", "deepseek-flash/2026-09-10", "0.003", "0.15", "0.60"),
         ("deepseek-flash", "2026-09-11T02:00", "deepseek-flash/2026-09-10/peak", "0.006", "0.30", "1.20"),

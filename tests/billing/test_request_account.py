@@ -1,4 +1,4 @@
-"""What routers know of one request together: claims, take-overs, and what goes back where two of them charged it."""
+"""The account of one request that routers share: claims, take-overs, and the credit if two routers charged it."""
 
 from decimal import Decimal
 
@@ -47,7 +47,7 @@ def test_two_charges_of_one_request_cost_what_the_dearer_does():
 def test_after_redis_lost_its_memory_a_credit_is_not_given_twice():
     _, credit = settle(settle(RequestAccount(), settled("0.30"))[0], settled("0.25", source="antefix/2"))
     assert credit == Decimal("0.25")
-    # Told again in the other order: the second one's ledger already gave its own back.
+    # The charges arrive again in reverse order. The second router's ledger has already given its credit.
     account, again = settle(RequestAccount(), settled("0.25", source="antefix/2"), credited=credit)
     account, other = settle(account, settled("0.30"))
     assert (again, other, account.paid) == (credit, 0, Decimal("0.30"))

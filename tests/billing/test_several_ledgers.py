@@ -1,4 +1,4 @@
-"""Several routers, a ledger each: one deployment's usage is the sum of them, and none may charge what another did."""
+"""Several routers, one ledger each: a deployment's usage is their sum, and no request is charged by two routers."""
 
 import json
 import shutil

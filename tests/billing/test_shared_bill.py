@@ -1,4 +1,4 @@
-"""Several routers, one bill: ids, limits and receipts through a real Redis, which may die and lose all it knew."""
+"""Several routers share one bill: ids, limits and receipts in a real Redis, which may die and lose all its data."""
 
 import asyncio
 import contextlib
@@ -66,7 +66,7 @@ async def ask(front, request_id="r", **settings):
 
 
 def billed(tmp_path, *names):
-    """(requests that were charged, all money after adjustments) of these ledgers."""
+    """(number of charged requests, total money after adjustments) of these ledgers."""
     items = [item for name in names for item in read_billed(tmp_path / name)]
     money = sum(
         (item.adjustment.amount if isinstance(item, Adjusted) else item.record.price for item in items), Decimal(0)
@@ -114,7 +114,7 @@ async def test_a_router_that_died_is_taken_over_and_what_both_charged_goes_back(
     bill = await one.admit(request_of())
     outputs = one.run(bill, 10.0)
     await anext(outputs)
-    # As kill -9 leaves it: no beat, nothing settled.
+    # As after kill -9: the router sends no heartbeat and settles nothing.
     one.accounts.shared._task.cancel()
     one.accounts.ledger.close()
     redis.ask(f"DEL antefix:bill:router:{one.accounts.writer.source_name}")
@@ -134,7 +134,7 @@ async def test_a_redis_that_lost_all_is_told_again_before_a_named_request_runs(t
     redis.kill()
     with pytest.raises(Unavailable, match="Redis"):
         await ask(two)
-    # Without a name of its client's a request cannot be anywhere else.
+    # A request without a client's idempotency key cannot also run at another router.
     await ask(two, "")
     await asyncio.to_thread(redis.start)
     await until(lambda: not one.accounts.shared.is_out and not two.accounts.shared.is_out)
@@ -148,7 +148,7 @@ async def test_a_redis_that_lost_all_is_told_again_before_a_named_request_runs(t
 
 
 async def test_what_is_told_again_goes_on_after_a_failure(start_redis, routers, monkeypatch):
-    """Where it began again, a busy Redis would never be told all of it."""
+    """The router continues where it failed. If it began again each time, a busy Redis would never get all requests."""
     redis = await asyncio.to_thread(start_redis)
     one = await routers("one", redis)
     for number in range(8):
@@ -207,7 +207,7 @@ async def test_requests_at_once_are_counted_over_all_routers_and_a_dead_one_hold
     one = await routers("one", redis, Script(hold=hold), tenants=tenants)
     two = await routers("two", redis, tenants=tenants)
     running = asyncio.create_task(ask(one))
-    # Its reservation stands in Redis.
+    # The request's reservation is in Redis.
     await until(lambda: "acme" in one.accounts.shared.quotas._others)
     with pytest.raises((QuotaExceeded, Overloaded)):
         await ask(two, "other")

@@ -1,4 +1,4 @@
-"""Each billed hit must name a block that the store says it stored before, and read then."""
+"""Each billed hit must name a block that the store's log shows as stored before and as read at that time."""
 
 import json
 import time
@@ -97,7 +97,7 @@ OTHER = [CHAIN[0], *(bytes([number]) * 32 for number in range(101, 120))]
 
 
 def asked(name, chain, *, hit=0, blocks=10, output=0, at_us=0, **changes):
-    """A request over so many blocks of 64 tokens, of which `hit` were in the worker's memory."""
+    """The record of a request over `blocks` blocks of 64 tokens, of which `hit` were in the worker's memory."""
     fields = {
         "last_hit_hash": chain[hit - 1].hex() if hit else "",
         "prompt_marks": marks_of(chain[:blocks]),
@@ -111,7 +111,7 @@ def asked(name, chain, *, hit=0, blocks=10, output=0, at_us=0, **changes):
 
 @pytest.mark.parametrize("hit", range(1, 11))
 def test_a_memory_hit_of_what_no_store_took_is_supported_by_who_computed_it(settle, log, hit):
-    """The store was harmed, full or down: its log says nothing of blocks that workers had all the same."""
+    """The store was damaged, full or down, so its log does not name blocks that workers computed and kept in memory."""
     log.stored([])
     again = asked("again", CHAIN, hit=hit, at_us=MINUTE_US)
     assert settle(asked("first", CHAIN), again).ok
@@ -161,7 +161,7 @@ HOUR_US = 60 * MINUTE_US
 
 
 def logged(directory, *lines):
-    """A store's log: (time_us, kind) of HASH, or of another block where the kind ends in "!"."""
+    """Write a store's log.  lines: (time_us, kind) each, about HASH, or about another block if the kind ends in "!"."""
     directory.mkdir()
     other = "cd" * 32
     text = "".join(f"{us} {kind.strip('!')} {other if kind.endswith('!') else HASH.hex()}\n" for us, kind in lines)

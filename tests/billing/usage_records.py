@@ -1,4 +1,4 @@
-"""Records for the tests of the bill: made from a few numbers, always valid."""
+"""Makes valid usage records from a few numbers, for the tests of the bill."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The lowest and the newest of everything that pyproject.toml allows, and the fast tests on each: `make test-bounds`.
+"""Runs the fast tests on the lowest and the newest versions that pyproject.toml allows: `make test-bounds`.
 
-Each environment lies in .bounds/ (ignored by git): what uv resolved for it stands next to it as NAME.txt. Tests run in
-a copy of the tracked files, because a build writes antefix/v1 into the tree that it builds.
+Each environment lies in .bounds/ (ignored by git). NAME.txt next to it lists the versions that uv resolved. Tests run
+in a copy of the tracked files, because a build writes antefix/v1 into the tree that it builds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BOUNDS = ROOT / ".bounds"
 ENDS = {"lowest": "lowest-direct", "newest": "highest"}
-# What a deployment can install: their bounds are tried. Engines bring environments of their own.
+# Extras that a deployment can install. Their bounds are tried. Engines have environments of their own.
 EXTRAS = ("worker", "fleet", "client", "parquet", "otel", "plots", "s3")
 # Tools of development: any version that fits will do, because no user installs them.
 NOT_TRIED = {"antefix", "grpcio-tools"}
@@ -52,7 +52,7 @@ def install(version: str, end: str) -> Path:
     wanted = BOUNDS / f"{environment.name}.in"
     wanted.write_text("\n".join(requirements()) + "\n")
     uv("venv", "--quiet", "--clear", "--python", version, environment)
-    # 1. What is tried at this end, together with tools that fit it.
+    # 1. The dependencies at this end of their bounds, and tools that fit them.
     uv("pip", "compile", "--quiet", "--resolution", ENDS[end], "--python", python, "--output-file", pins, wanted)
     uv("pip", "install", "--quiet", "--python", python, "--requirement", pins)
     # 2. The package itself: its build generates antefix/v1 with the pinned compiler.
@@ -71,7 +71,7 @@ def run_tests(environment: Path, arguments: Sequence[str]) -> int:
 
 
 def requirements() -> list[str]:
-    """Bounds as pyproject.toml states them; tools of development at the versions of constraints.txt."""
+    """Dependencies with pyproject.toml's bounds, and development tools at the versions of constraints.txt."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     tried = [*project["dependencies"], *(line for extra in EXTRAS if extra in extras for line in extras[extra])]
@@ -89,7 +89,7 @@ def name_of(requirement: str) -> str:
 
 
 def copy_of_the_tree(name: str) -> Path:
-    """Tracked and new files alone."""
+    """Copy the tree's tracked and new files, and no ignored ones."""
     tree = BOUNDS / f"tree-{name}"
     shutil.rmtree(tree, ignore_errors=True)
     listed = subprocess.run(

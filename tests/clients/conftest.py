@@ -1,4 +1,4 @@
-"""A door, a home and a picture for each session."""
+"""Fixtures for each session: the HTTP door, a home directory and a picture."""
 
 import base64
 
@@ -6,12 +6,12 @@ import pytest
 
 from tests.clients.door import open_door
 
-# One pixel: a program that reads a picture looks whether it is one.
+# A valid picture of one pixel, because programs check that a picture is valid.
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
 def pytest_collection_modifyitems(config, items):
-    """Real programs take minutes: they run where they are asked for."""
+    """Skip real programs unless they are asked for, because they take minutes."""
     if "clients" in (config.option.markexpr or "").replace("not clients", ""):
         return
     for item in items:

@@ -12,7 +12,7 @@ from tests.clients.scripted_model import BLOCK_SIZE, answer_of
 
 
 def hits_and_full_blocks(door: Door) -> tuple[list[int], list[int]]:
-    """By turn: the tokens that hit, and the whole blocks of the prompt and the answer before (0 for the first turn)."""
+    """By turn: hit tokens, and tokens in whole blocks of the previous prompt and answer (0 for the first turn)."""
     turns = [door.generation_of(each) for each in door.turns()]
     full = [0]
     for before in turns[:-1]:

@@ -1,4 +1,4 @@
-"""The real gateway over a scripted model, with a record of each request and of what it was answered with."""
+"""The real gateway over a scripted model, with a record of each request and its answer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Exchange:
 
 @dataclass(slots=True)
 class Door:
-    """url: where it listens.  exchanges: all requests so far, the oldest first."""
+    """A gateway that is listening.  url: its address.  exchanges: all requests so far, the oldest first."""
 
     url: str
     script: CachingScript
@@ -40,7 +40,7 @@ class Door:
     exchanges: list[Exchange]
 
     def generation_of(self, exchange: Exchange) -> Any:
-        """What the workers made of it."""
+        """The generation that the workers ran for this request."""
         named = exchange.answered.get("request-id") or exchange.answered["x-request-id"]
         return next(each for each in self.script.generations if each.request.request_id == named)
 
@@ -48,7 +48,7 @@ class Door:
         return self.generation_of(exchange).restore.hit_tokens
 
     def turns(self) -> list[Exchange]:
-        """Those that asked for an answer with tools: the conversation itself, not titles and the like."""
+        """The requests with tools. They are the conversation itself, without requests for titles and the like."""
         return [each for each in self.exchanges if isinstance(each.body, dict) and each.body.get("tools")]
 
     def records(self) -> list[Any]:
@@ -56,7 +56,7 @@ class Door:
 
 
 class _Recorder:
-    """ASGI around the gateway's application."""
+    """ASGI middleware around the gateway's application that records requests and answers."""
 
     def __init__(self, inner: Any, exchanges: list[Exchange]) -> None:
         self._inner, self._exchanges = inner, exchanges

@@ -1,4 +1,4 @@
-"""Starting the installed programs: in a home of their own, with no network but 127.0.0.1."""
+"""Starts the installed programs, each in its own home directory, with no network except 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ needs_programs = pytest.mark.skipif(
     reason="the programs are not installed: run tests/clients/install.sh, then `make test-clients`",
 )
 
-# Whatever a program wants elsewhere, it finds a closed door at once, and must live with that.
+# A program's connection to any other host is refused at once, and the program must cope with that.
 _NOWHERE = "http://127.0.0.1:9"
 _OFFLINE = {
     **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"), _NOWHERE),
@@ -32,14 +32,14 @@ _OFFLINE = {
 
 @dataclass(slots=True)
 class Ended:
-    """status: the exit status.  out, err: what it wrote."""
+    """A program that has ended.  status: the exit status.  out, err: the program's output."""
 
     status: int
     out: str
     err: str
 
     def events(self) -> list[dict[str, Any]]:
-        """Its lines of JSON."""
+        """The lines of JSON in the program's output."""
         return [json.loads(line) for line in self.out.splitlines() if line.startswith("{")]
 
     @property
@@ -49,12 +49,12 @@ class Ended:
 
 @dataclass(slots=True)
 class Running:
-    """A program at work."""
+    """A program that is running."""
 
     process: asyncio.subprocess.Process
 
     async def interrupt(self) -> Ended:
-        """As Ctrl-C does it."""
+        """Send SIGINT, as Ctrl-C does."""
         self.process.send_signal(signal.SIGINT)
         return await self.ended()
 
@@ -136,7 +136,7 @@ def opencode(url: str, home: Path, folder: Path) -> Program:
         "limit": {"context": 1_000_000, "output": 32_000},
         "modalities": {"input": ["text", "image"], "output": ["text"]},
     }
-    # A name with "claude" in it has opencode send Anthropic's fields in OpenAI's API.
+    # If a model's name contains "claude", opencode sends Anthropic's fields in OpenAI's API.
     config = {
         "autoupdate": False,
         "share": "disabled",

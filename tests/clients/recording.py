@@ -1,7 +1,8 @@
-"""Real requests as files: their shape kept, what they say made up and short. Replayed by test_recorded.py.
+"""Writes real requests to files that keep their shape, with made-up short texts. test_recorded.py replays them.
 
-Kept: keys, types, numbers, what we wrote ourselves (directives, answers, results of our tools), names that the door
-reads. Made up: every longer text, every id of a machine, a person or a session. Of tools of one shape, one is kept.
+A file keeps keys, types, numbers, texts that we wrote (directives, answers, results of our tools), and names that the
+door reads. Every longer text and every id of a machine, a person or a session is replaced by a made-up one. Of several
+tools with the same shape, one is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tests.clients.door import Door, Exchange
 RECORDED = Path(__file__).parent / "recorded"
 SIGNATURES = Signatures(Keyring(b"0" * 16), "")  # as tests/gateway/scripted.py has them
 
-# The headers that say what became of the request; what the cache did is in others.
+# The headers that say what was done with the request. Other headers say what the cache did.
 TOLD = tuple(f"antefix-{name}" for name in ("ignored", "left-out", "moved", "restored-thinking", "foreign-thinking"))
 _LONGEST = 48
 _OURS = re.compile(
@@ -28,7 +29,7 @@ _OURS = re.compile(
 )
 _KEPT_TEXTS = re.compile(r"^(?:data:image/|iVBORw0KGgo|x-anthropic-billing-header:|claude-|gpt-|[a-z_]+_20\d{6}$)")
 _HEX = re.compile(r"\b[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\b|\b[0-9a-f]{32,64}\b")
-# Made by each connection, or secret.
+# Headers that differ by connection are left out, and secret ones are replaced.
 _LEFT_OUT_HEADERS = ("host", "content-length", "connection", "accept-encoding", "transfer-encoding")
 _SECRET_HEADERS = ("authorization", "x-api-key")
 _WORDS = [
@@ -52,7 +53,7 @@ _WORDS = [
 
 
 def record(name: str, door: Door, **folders: Path) -> None:
-    """Write what the door was sent in this session, where RECORD_CLIENTS is set (`make record-clients`)."""
+    """Write the requests that the door got in this session, if RECORD_CLIENTS is set (`make record-clients`)."""
     if "RECORD_CLIENTS" not in os.environ:
         return
     maker = _Synthetic(folders)
@@ -63,7 +64,7 @@ def record(name: str, door: Door, **folders: Path) -> None:
     recorded = {
         "client": turns[0].headers.get("user-agent", ""),
         "path": turns[0].path,
-        # Of the whole requests, before they were cut: docs/CLIENTS.md quotes them.
+        # These counts are of the whole requests, before texts were cut. docs/CLIENTS.md quotes them.
         "prompt_tokens": [len(door.generation_of(each).request.tokens) for each in turns],
         "hit_tokens": [door.hit_of(each) for each in turns],
         "headers": maker.headers(turns[0]),
@@ -81,7 +82,7 @@ def record(name: str, door: Door, **folders: Path) -> None:
 
 
 class _Synthetic:
-    """One session's texts, each always made up alike."""
+    """Replaces a session's texts. The same text always gets the same replacement."""
 
     def __init__(self, folders: dict[str, Path]) -> None:
         self._folders = folders
@@ -97,7 +98,7 @@ class _Synthetic:
     def _value(self, value: Any, key: str) -> Any:
         if isinstance(value, dict):
             made = {name: self._value(each, name) for name, each in value.items()}
-            # Made again where it is replayed, as the door would sign and seal it then.
+            # The replay makes these values again, as the door would sign and seal them at that time.
             if value.get("type") == "thinking" and value.get("signature"):
                 made["signature"] = "(signed)"
             if value.get("encrypted_content"):
@@ -122,7 +123,7 @@ class _Synthetic:
 
 
 def _is_json(text: str) -> bool:
-    """Arguments and ids come as the text of JSON; both are ours or made up already."""
+    """Whether a text is short JSON, such as arguments or ids. Such texts are ours, or were already replaced."""
     return text.startswith(("{", "[{")) and len(text) < 400
 
 
@@ -137,12 +138,12 @@ def _words_for(text: str) -> str:
 
 
 def _names_in(body: dict[str, Any]) -> set[str]:
-    """What is called in a conversation."""
+    """The names of the tools that a conversation calls."""
     return set(re.findall(r'"(?:tool_)?name": "([^"]*)"', json.dumps(body.get("messages") or body.get("input"))))
 
 
 def _one_of_each_shape(tools: list[dict[str, Any]], called: set[str]) -> list[dict[str, Any]]:
-    """The tools that are called, and one for each set of fields."""
+    """The tools that are called, and one tool for each set of fields."""
     kept, shapes = [], set()
     for tool in tools:
         inner = tool.get("function", tool)
@@ -154,7 +155,7 @@ def _one_of_each_shape(tools: list[dict[str, Any]], called: set[str]) -> list[di
 
 
 def replayed(value: Any) -> Any:
-    """A recorded body as its client would send it today: with thinking signed and sealed by this door."""
+    """A recorded body as its client would send it now, with thinking signed and sealed by this door."""
     if isinstance(value, list):
         return [replayed(each) for each in value]
     if not isinstance(value, dict):

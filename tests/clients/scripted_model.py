@@ -1,8 +1,8 @@
-"""A made-up model for real programs: it does what the user's text tells it to, by the tools that the program offers.
+"""A scripted model for real programs: it follows directives in the user's text and calls the program's own tools.
 
-A user writes `[[task]]` and directives, `[[run: echo hi]] [[read: /tmp/a.png]] [[result]]`: one answer each, in that
-order. Answers are in DeepSeek-V4's format, with thinking where the prompt asks for it. Hits are counted by a real rule,
-over the very tokens: whole blocks that an earlier request of the same cache tenant has left.
+A user's text has `[[task]]` and directives such as `[[run: echo hi]] [[read: /tmp/a.png]] [[result]]`. Each directive
+gives one answer, in that order. Answers are in DeepSeek-V4's format, with thinking if the prompt asks for it. Hits are
+counted over the real tokens by the real rule: whole blocks that an earlier request of the same cache tenant left.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _USER, _ASSISTANT = "<｜User｜>", "<｜Assistant｜>"
 _DIRECTIVE = re.compile(r"\[\[(run|read|call|say|result):? ?(.*?)\]\]", re.DOTALL)
 _RESULT = re.compile(r"<tool_result>(.*?)</tool_result>", re.DOTALL)
 _SCHEMAS = re.compile(r"### Available Tool Schemas\n\n(.*?)\n\nYou MUST strictly", re.DOTALL)
-# What the programs call the tool that runs a command, the one that reads a file, and their parameters.
+# The programs' names for the tool that runs a command, for the tool that reads a file, and for their parameters.
 _RUNS = ("Bash", "bash", "exec_command", "shell_command", "shell", "run")
 _READS = ("Read", "read", "view_image", "look")
 _COMMANDS = ("command", "cmd")
@@ -31,13 +31,13 @@ _PATHS = ("file_path", "filePath", "path")
 
 
 def answer(prompt: str) -> str:
-    """What the model says after this prompt."""
+    """The model's answer to this prompt."""
     thinks = prompt.endswith("<think>")
     thought = "Let me see.</think>" if thinks else ""
     tools = _tools_of(prompt)
     directives, num_done = _asked(prompt)
     if not tools or not directives:
-        # Programs ask for titles, suggestions and the like on the side.
+        # Programs also send requests for titles, suggestions and the like.
         return f"{thought}A talk"
     kind, value = directives[min(num_done, len(directives) - 1)]
     if kind == "say":
@@ -47,7 +47,7 @@ def answer(prompt: str) -> str:
         return f"{thought}It said: {' '.join(results[-1].split())}"
     if kind == "call":
         name, _, arguments = value.partition(" ")
-        # A task within a task is written with round brackets.
+        # Round brackets stand for the square brackets of a task within a task.
         inner = json.loads(arguments.replace("((", "[[").replace("))", "]]"))
         return f"{thought}I look.{_call(name, inner)}"
     name, schema = _tool_for(tools, _RUNS if kind == "run" else _READS)
@@ -61,10 +61,10 @@ def _tools_of(prompt: str) -> dict[str, dict[str, Any]]:
 
 
 def _asked(prompt: str) -> tuple[list[tuple[str, str]], int]:
-    """The directives of the newest user turn that has some, and how many answers it has had."""
+    """The directives of the newest user turn that has any, and the number of answers to that turn so far."""
     turns = prompt.split(_USER)[1:]
     for num_later, turn in enumerate(reversed(turns)):
-        # Where an answer was cancelled, two tasks may stand in one turn.
+        # After a cancelled answer, one turn may hold two tasks.
         said = _RESULT.sub("", turn.split(_ASSISTANT)[0]).rpartition("[[task]]")[2]
         if found := _DIRECTIVE.findall(said):
             return found, num_later
@@ -77,7 +77,7 @@ def _tool_for(tools: dict[str, Any], names: tuple[str, ...]) -> tuple[str, dict[
 
 
 def _arguments(schema: dict[str, Any], value: str) -> dict[str, Any]:
-    """The value where it belongs, and something for whatever else is required."""
+    """Arguments with the value in the right parameter, and with some value for each other required parameter."""
     properties = schema.get("properties", {})
     place = next(name for name in (*_COMMANDS, *_PATHS) if name in properties)
     arguments: dict[str, Any] = {}
@@ -103,13 +103,13 @@ def _call(name: str, arguments: dict[str, Any]) -> str:
 
 @dataclass
 class CachingScript(Script):
-    """A script whose requests hit what was stored before them, block by block, as the services' do."""
+    """A script whose requests hit earlier requests' blocks, as with the real services."""
 
     stored: set[bytes] = field(default_factory=set)
 
     @property
     def texts(self) -> list[str]:
-        """The prompts, as text."""
+        """All prompts so far, as text."""
         return [text_of(request.tokens) for request in self.requests]
 
     @property
@@ -125,7 +125,7 @@ class CachingScript(Script):
         tenant = request.cache_tenant
         blocks = list(_block_names(tenant, request.tokens))
         num_held = sum(1 for _ in itertools.takewhile(self.stored.__contains__, blocks))
-        # The last token is always computed: its logits are what is wanted.
+        # The last token is always computed, because its logits are needed.
         self.hit = min(num_held, (len(request.tokens) - 1) // BLOCK_SIZE) * BLOCK_SIZE
         try:
             async for tokens in super().run(generation, timeout_s):

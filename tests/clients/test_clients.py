@@ -1,4 +1,4 @@
-"""Clients close, work in `async with`, answer status in values, and have a blocking form."""
+"""Clients can be closed and used in `async with`, return status as plain values, and have a blocking form."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ TEXTS = ["Once", " there", " was"]
 
 
 class Router(router_pb2_grpc.RouterServiceServicer):
-    """Says three texts, then waits for ever where it is asked to: `ended` is set when such a call ends."""
+    """Sends three texts, then waits for ever if the request asks for that. `ended` is set when such a call ends."""
 
     def __init__(self) -> None:
         self.ended = threading.Event()
@@ -90,7 +90,7 @@ def register(router: Router, server: Any) -> None:
 
 @pytest.fixture
 async def served() -> AsyncIterator[tuple[Router, str]]:
-    """A service on the test's own loop."""
+    """A service on the test's own event loop."""
     router = Router()
     server = await rpc.start_server("127.0.0.1:0", lambda target: register(router, target), [router_pb2.DESCRIPTOR])
     yield router, server.address
@@ -99,7 +99,7 @@ async def served() -> AsyncIterator[tuple[Router, str]]:
 
 @pytest.fixture
 def elsewhere() -> Iterator[tuple[Router, str]]:
-    """The same in a thread of its own, for calls that block."""
+    """The same service in a separate thread, for calls that block."""
     ready: list[tuple[Router, str]] = []
     started, stop = threading.Event(), threading.Event()
 

@@ -1,7 +1,8 @@
-"""Real programs hold real sessions at the door: each turn is answered, tools run, and each prompt hits to the last full
-block of the answer before it, over several turns, a picture, a resumed session and one that was cancelled.
+"""Real programs hold real sessions at the door: turns are answered, tools run, and prompts hit all earlier blocks.
 
-The model is a script (tests/clients/scripted_model.py): the small model says nothing that an agent could use.
+Each prompt hits up to the last full block of the previous answer, over several turns, with a picture, in a resumed
+session, and after a cancelled answer. The model is a script (tests/clients/scripted_model.py), because the small
+model's text is of no use to an agent.
 """
 
 import asyncio
@@ -19,7 +20,7 @@ LOOK = "[[task]] Look around. [[run: echo got-$((6*7))]] [[read: {picture}]] [[r
 AGAIN = "[[task]] And again. [[run: echo got-$((7*7))]] [[result]]"
 SLOW = "[[task]] Take your time. [[say: " + "slow " * 400 + "]]"
 
-# name: how it is made; what a new session is given, a resumed one, and how it asks for a picture.
+# By name: what makes the program, the arguments of a new session, and those of a resumed one.
 AGENTS = {
     "claude_code": (programs.claude_code, ["--"], ["--continue", "--"]),
     "codex": (
@@ -41,12 +42,12 @@ async def test_an_agents_session(name, door, home, folder, picture):
     ended = await program.run(*resumed, AGAIN)
     assert ended.status == 0 and "got-49" in ended.out and "got-49" in door.script.last_answer, ended.last
     assert [each.status for each in door.turns()] == [200] * 5
-    # Each prompt hits to the last full block of the answer before it, no matter who was asked for titles in between.
+    # Each prompt hits up to the last full block of the previous answer, whatever requests for titles came in between.
     hits, full = hits_and_full_blocks(door)
     assert hits[1:] == full[1:] and all(full[1:])
     record(name, door, home=home, folder=folder)
 
-    # Cancelled in the middle of an answer: the work stops, and the session continues.
+    # Cancel an answer in the middle: its work stops, and the session can continue.
     door.script.pause_s = 0.01
     num_requests = len(door.script.requests)
     running = await program.start(*resumed, SLOW)
@@ -62,7 +63,10 @@ async def test_an_agents_session(name, door, home, folder, picture):
 
 
 async def test_a_tool_that_claude_code_finds_is_shown_where_it_was_found(door, home, folder):
-    """It adds the tool to its list, in the order of names: written there, all behind it would miss."""
+    """Claude Code inserts a found tool into its sorted list.
+
+    If the prompt showed it there, all later text would miss.
+    """
     find = '[[task]] [[run: echo got-$((6*7))]] [[call: ToolSearch {"query":"select:NotebookEdit"}]]'
     program = programs.claude_code(door.url, home, folder)
     ended = await program.run("--", f"{find} [[run: echo got-$((7*7))]] [[result]]")
@@ -86,7 +90,7 @@ async def test_the_ai_sdk(provider, door, home, picture):
     record(f"ai_sdk_{provider.replace('-', '_')}", door, home=home)
 
 
-# Those that have a place for a picture in a tool's result look at one.
+# By client: whether a tool's result can hold a picture. Those clients look at one.
 PYTHON_CLIENTS = {
     "openai_chat": False,
     "openai_chat_streamed": False,
@@ -134,7 +138,7 @@ async def test_a_streaming_client_that_leaves_stops_the_work(door, home):
 
 
 async def test_a_new_claude_code_session_hits_the_one_before(door, home, folder):
-    """It begins with a line that changes, and names its session in the user's id: neither parts the two."""
+    """A session begins with a line that changes, and the user's id names the session. Neither prevents the hit."""
     program = programs.claude_code(door.url, home, folder)
     for task in ("One", "Another"):
         ended = await program.run("--", f"[[task]] {task}. [[say: Done.]]")

@@ -1,4 +1,4 @@
-"""`import antefix` gives what a user imports, cheaply, and typed."""
+"""`import antefix` offers the public names, is cheap, and is typed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""What real programs sent, replayed: each request is answered, and hits to the last full block of the answer before.
+"""Replays real programs' requests: each is answered, and hits up to the last full block of the previous answer.
 
-Recorded by `make record-clients`, made up and cut by recording.py. The door's answers are those that were resent.
+`make record-clients` recorded the requests, and recording.py replaced and cut their texts. The door gives the answers
+that the programs sent back.
 """
 
 import json
@@ -21,7 +22,7 @@ def test_every_program_is_recorded():
 
 
 def session(path):
-    """Strict tools have their grammar tried out in a process of its own."""
+    """A recorded session. Strict tools start a process, which tries out their grammars."""
     marks = [pytest.mark.services] if '"strict": true' in path.read_text() else []
     return pytest.param(path, id=path.stem, marks=marks)
 
@@ -44,7 +45,7 @@ async def test_a_recorded_session(path, door):
 
 
 def _without_tools(told: dict[str, str]) -> dict[str, str]:
-    """Most tools are not in the recording, so the others have other numbers."""
+    """The headers without numbers of tools, which differ because most tools are not in the recording."""
     lists = {
         name: [each for each in value.split(", ") if not each.startswith("tools[")]
         for name, value in told.items()

@@ -24,9 +24,9 @@ class SimulatedTime:
 class CachingScript(Script):
     """Hits end at whole blocks that the same tenant and user sent before.
 
-    lifetime_s: a prefix is gone so long after its last use.
-    shares: which part of (tenant, user) keeps callers apart; a fault where it is not all of it.
-    claims_tokens: hit tokens beyond what was sent: a wrong hit.  changes_answers: a hit gives another text.
+    lifetime_s: time from a prefix's last use until it is dropped.
+    shares: the part of (tenant, user) by which callers are isolated. Less than both is a fault.
+    claims_tokens: hit tokens reported beyond the real ones, a fault.  changes_answers: a hit gives a different text.
     """
 
     time: SimulatedTime = field(default_factory=SimulatedTime)

@@ -1,7 +1,7 @@
 """Faults that `antefix verify` must find: each is planted in the code of model, window, store or workers.
 
-Each mutation says which of the short form's subjects shows it, by which strategies and parts, and what the report must
-say. docs/VERIFY.md lists them.
+Each mutation names the subject of the short form that reveals the fault, with which strategies and parts, and the text
+that the report must have. docs/VERIFY.md lists the mutations.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SET_UPS = "set-ups"
 
 @dataclass(frozen=True, slots=True)
 class Mutation:
-    """plan: a fixed model, or SET_UPS for other processes.  place: what one of the failures must say (a pattern)."""
+    """plan: a fixed model, or SET_UPS for other processes.  place: a pattern that one of the failures must match."""
 
     plant: Callable[[Patch], None]
     plan: str
@@ -95,7 +95,7 @@ def arithmetic_left_out_of_names(patch: Patch) -> None:
     right = ModelIdentity.fingerprint
 
     def fingerprint(self: ModelIdentity, *args: Any, arithmetic: str = "", **kwargs: Any) -> Any:
-        # The device and the precision are left, as they were before bits were measured.
+        # Only the device and the precision stay in the name, as before the bits of results were measured.
         plain = re.sub(r"(-[0-9a-f]{10}){2}", "", arithmetic)
         return right(self, *args, arithmetic=plain, **kwargs)
 
@@ -131,7 +131,7 @@ def lookup_ignores_the_fingerprint(patch: Patch) -> None:
 
 
 def reader_ignores_the_fingerprint(patch: Patch) -> None:
-    """Both where it looks a record up and where it checks its header: either alone would stop it."""
+    """The reader ignores it in the look-up and in the header's check. Either check alone would catch the fault."""
 
     def locate(self: StoreReader, kind: Any, hashes: Any, *, fingerprint: bytes, tenant: bytes = b"") -> Located:
         located = Located(kind, fingerprint, [], False, tenant)

@@ -1,4 +1,4 @@
-"""An audit of our own door finds each planted fault, and without one it claims nothing."""
+"""An audit of our own door finds each planted fault, and reports nothing if there is no fault."""
 
 import contextlib
 import dataclasses
@@ -104,7 +104,7 @@ async def test_each_planted_fault_is_found(tmp_path, probe, script, setup, finds
     report = await audited(tmp_path, CachingScript(**script), plan=plan, **setup)
     found = says(report, Verdict.VIOLATION)
     assert any(finds in each for each in found), report.as_markdown()
-    # Nothing else is claimed, but what follows from the fault itself.
+    # The audit reports nothing else, except consequences of the fault itself.
     assert len(found) <= 2, found
 
 

@@ -1,4 +1,4 @@
-"""Arguments that no command means are a wrong call: exit code 2 and one line, whichever command it is."""
+"""Wrong arguments give exit code 2 and one line of error, for every command."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""`antefix bench`: what it refuses, and that its smallest run measures everything."""
+"""`antefix bench`: which arguments it refuses, and that its smallest run measures everything."""
 
 from __future__ import annotations
 

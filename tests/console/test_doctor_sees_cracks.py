@@ -1,4 +1,4 @@
-"""What `antefix doctor` says of set-ups and models on which a hit would not be what a cold run gives."""
+"""`antefix doctor` warns about set-ups and models with which a hit would differ from a cold run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Ask = Callable[..., list[dict[str, Any]]]
 
 @pytest.fixture
 def ask(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ask]:
-    """Findings about a model of a fixed plan, whose config may be changed."""
+    """Doctor's findings about a fixed model, whose config may be changed."""
     before = torch.get_num_threads()
     monkeypatch.setattr(doctor, "_PROBE_BYTES", 1 << 20)
 

@@ -1,4 +1,4 @@
-"""Every command that a document shows is one that the command line, make or the repository has."""
+"""Every command in a document exists: in the command line, in the Makefile or in the repository."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 DOCUMENTS += sorted((ROOT / "examples").rglob("*.md"))
 TARGETS = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-# What ends a command in a line of a shell, and what stands for something that the reader puts there.
+# Text after a command in a shell line, or `...`, which stands for the reader's own arguments.
 END = re.compile(r"\s(?:#|\||>|&&|;|&(?=\s|$)|<<|2>).*$|\s\.\.\.$|\s\.\.\.(?=\s)")
 FOLDERS = ("examples/", "deploy/", "docs/", "tests/", "benchmarks/", "models/")
 
 
 def lines() -> Iterator[tuple[str, str]]:
-    """Document and command, with continued lines joined."""
+    """(document, line) of each line of a shell block, with continued lines joined."""
     for document in DOCUMENTS:
         blocks = re.findall(r"^```(?:sh|bash|console|)\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
         for block in blocks:
@@ -40,7 +40,7 @@ def commands(program: str) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("document", "line"), commands("antefix"))
 def test_the_command_line_takes_what_is_documented(document: str, line: str) -> None:
-    # A choice of one is meant by `a|b`, and what may be left out stands in brackets.
+    # `a|b` means a choice of one, and brackets hold optional parts.
     text = re.sub(r"\[[^\]]*\]", "", re.sub(r"([\w-]+)(\|[\w-]+)+", r"\1", line))
     argv = shlex.split(text)[1:]
     parser, _ = cli.parser_of(argv)

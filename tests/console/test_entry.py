@@ -1,4 +1,4 @@
-"""How a command of its own process begins and ends."""
+"""How a command that runs in its own process begins and ends."""
 
 import subprocess
 import sys
@@ -29,7 +29,10 @@ sys.exit(code)
 @pytest.mark.services
 @pytest.mark.parametrize(("how", "code", "said"), [("return", 3, "left"), ("raise", 4, "found by Python")])
 def test_a_command_ends_with_its_code_and_all_that_it_had_to_say(how, code, said):
-    """Whether the system takes the process apart or Python does. Collections pass over what was imported."""
+    """Whether the operating system or Python frees the process's memory.
+
+    The garbage collector skips imported objects.
+    """
     command = [sys.executable, "-c", PROGRAM, how]
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), check=False)
     assert done.returncode == code, done.stderr

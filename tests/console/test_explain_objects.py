@@ -1,4 +1,4 @@
-"""`antefix explain --object-store` says which blocks the object tier has, next to what the stores have."""
+"""`antefix explain --object-store` says which blocks the object tier has and which the stores have."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""`antefix explain` of requests: rendered by the door's code, from the ledger, and against one another."""
+"""`antefix explain` of requests: rendered by the door's code, read from the ledger, and compared with each other."""
 
 import asyncio
 import json
@@ -38,7 +38,7 @@ IDENTITY = identify(MODEL)
 
 @pytest.fixture
 def data_dir(tmp_path):
-    """As `antefix up` leaves it: an empty store, a secret, the settings of the door."""
+    """The directory that `antefix up` leaves: an empty store, a secret, and the door's settings."""
     create_secret_file(tmp_path / "secret")
     (tmp_path / DOOR_FILE).write_text(json.dumps({"chat_format": "deepseek-v4", "prefix_rules": ""}))
     StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20)).close()
@@ -84,7 +84,7 @@ def test_the_dry_run_is_the_prompt_that_the_door_runs(api):
         prompt = dry(each, api)
         assert prompt.tokens.tolist() == request.tokens.tolist()
         assert (prompt.user, prompt.session) == (request.caller.user, request.caller.session)
-        # The pieces are all of it, in order: what is said of a token is said of the right one.
+        # The spans cover the whole prompt in order, so each token is explained by its own span.
         assert [span.start for span in prompt.spans] == [0, *(span.end for span in prompt.spans)][:-1]
         assert prompt.spans[-1].end == len(prompt.tokens)
 
@@ -95,7 +95,7 @@ def written(tmp_path, name, body):
 
 
 PARTINGS = {
-    # what is changed in the second request, by its path, and where the explanation must say that they part
+    # (path that is changed in the second request, its new value, path where the explanation must say that they differ)
     "system text": (("messages", 0, "content", 0, "text"), "Be brief!", "messages[0].content[0].text"),
     "a tool": (("tools", 0, "function", "description"), "Reads a lot.", "tools[0].function.description"),
     "a question": (("messages", 1, "content", 0, "text"), "Read b.txt", "messages[1].content[0].text"),
@@ -159,7 +159,7 @@ def test_the_line_is_counted_and_shown(tmp_path, explain, capsys, data_dir):
     assert same["parts"] is False
     longer = written(tmp_path, "longer.json", [*bodies[0]["messages"], {"role": "assistant", "content": "x"}, HI])
     answer = explain("--messages", files[0], "--against", longer)
-    # The opening of the answer is the format's, and the same; the answer is what continues.
+    # The format writes the same opening in both prompts. They differ only where the answer's own text begins.
     assert answer["first"] is None or answer["first"]["path"] == ""
 
 
@@ -188,7 +188,7 @@ def test_what_the_door_refuses_is_refused_in_its_words(tmp_path, explain, conten
 
 @pytest.fixture
 def ledger(data_dir):
-    """Three turns of ann's, one of ben's, and one from before there were block hashes."""
+    """A ledger with three turns of ann, one of ben, and one from a version without block hashes."""
     keyring = Keyring.from_file(data_dir / "secret")
     digest = IDENTITY.fingerprint(KVFormat.FP8, namespace="default", exactness="exact", arithmetic=CPU_FLOAT32).digest
     question = {"role": "user", "content": "What is in the file? " * 40}
@@ -233,7 +233,7 @@ def test_a_request_of_the_ledger_says_what_it_hit_and_where_it_parts(ledger, exp
 
 
 def test_requests_are_compared_without_their_text(ledger, explain, tmp_path):
-    # 510 characters of the system text are alike, and what the format writes before it.
+    # The first 510 characters of the system text are equal, and so is the format's text before them.
     first, second = (dry(ledger[name], "chat").tokens for name in ("one", "two"))
     token = int(np.flatnonzero(first[: len(second)] != second[: len(first)])[0])
     by_id = explain("--request-id", "one", "--against", "two")["parting"]

@@ -1,4 +1,4 @@
-"""`antefix explain` says of every block what became of it, and why the rest misses, from files alone."""
+"""`antefix explain` reads only files and says of every block what happened to it, and why later blocks miss."""
 
 import asyncio
 import contextlib
@@ -32,12 +32,13 @@ TOKENS = np.random.default_rng(41).integers(0, 256, 10 * SIZE + 7).astype(np.uin
 
 
 class Deployed:
-    """What `antefix up` leaves in its directory: a secret, a store with some of the prompt, the store's log."""
+    """The directory that `antefix up` leaves: a secret, a store with a part of the prompt, and the store's log."""
 
     def __init__(self, directory):
         self.directory = directory
         self.identity = identify(MODEL)
-        # Always the same names: what the store remembers of two blocks may lie in one slot.
+        # The secret is fixed, so that block names are the same in each run. Two names may share a slot of the store's
+        # memory.
         (directory / "secret").write_text("5a" * 32 + "\n")
         self.keyring = Keyring.from_file(directory / "secret")
         self.now_ms = [time.time_ns() // 1_000_000]
@@ -332,7 +333,7 @@ def test_a_worker_that_does_not_answer_is_told(deployed, capsys):
 
 
 @pytest.mark.parametrize("text", ["[1, 2", "", '{"a": 1}', '["x"]', "[-1]"])
-def test_a_tokens_file_that_is_none_is_refused(deployed, capsys, text):
+def test_an_invalid_tokens_file_is_refused(deployed, capsys, text):
     (deployed.directory / "tokens.json").write_text(text)
     argv = ["explain", "--data-dir", str(deployed.directory), "--tokens-file", str(deployed.directory / "tokens.json")]
     assert main(argv) == 2

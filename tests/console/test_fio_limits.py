@@ -1,4 +1,4 @@
-"""What fio says of the disk, as the store's benchmark reads it."""
+"""The store's benchmark reads fio's results correctly."""
 
 from __future__ import annotations
 

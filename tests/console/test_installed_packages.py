@@ -1,4 +1,4 @@
-"""Doctor sees a package that is older than what works, no matter who put it there."""
+"""Doctor reports a package that is too old to work, no matter who installed it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_each_bound_of_the_project_is_read() -> None:
 
 
 def test_protos_are_compiled_for_the_oldest_runtime_that_is_allowed() -> None:
-    """A compiler's output refuses an older runtime at import: the build's compiler decides the lower bound."""
+    """The compiler's output refuses an older runtime at import, so the build's compiler decides the lower bound."""
     (compiler,) = (line for line in PROJECT["build-system"]["requires"] if line.startswith("grpcio-tools"))
     pinned = compiler.partition("==")[2]
     bounds = {each.name: each.at_least for each in requirements(PROJECT["project"]["dependencies"])}

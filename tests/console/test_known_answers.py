@@ -1,4 +1,4 @@
-"""The answers that `antefix verify` compares with are transformers' own. Run as a program, this writes the file."""
+"""The answers that `antefix verify` compares with come from transformers. Run as a program, this file writes them."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ async def test_requests_are_sent_at_their_times_whether_or_not_answers_are_there
     sent = await replay(planned, ask, concurrency_max=8)
     assert [each.planned for each in sent] == planned
     assert asked[2] - asked[0] < 0.3 + 2.0 and all(each.late_s >= 0 for each in sent)
-    # One at a time: the third one waits for two answers, and is told as late.
+    # With one request at a time, the third waits for two answers and is reported as late.
     sent = await replay(planned, ask, concurrency_max=1)
     assert sent[2].late_s > 0.3
 

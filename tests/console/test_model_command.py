@@ -1,4 +1,4 @@
-"""`antefix model check`: what it says of directories, and that it reads no weights."""
+"""`antefix model check`: what it reports about model directories, and that it reads no weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def check(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, 
 
 @pytest.mark.slow
 def test_the_released_flash_is_described_from_its_headers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As large as the real one: its tensors are holes in the files. The sums are those that its index publishes."""
+    """The model is as large as the real one, because its tensors are holes in sparse files.
+
+    The real index has these sums.
+    """
     path = released.write_sparse(released.FULL_FLASH, tmp_path)
     code, found = check(capsys, path)
     assert code == 1
@@ -89,7 +92,7 @@ def test_a_share_of_the_weights_is_what_a_rank_takes(tmp_path: Path, capsys: pyt
     held = sum(tensor.numel() * tensor.element_size() for tensor in share.state_dict().values())
     assert code == 0 and found["num_ranks"] == 4
     assert found["memory_bytes"]["float32"] == held < alone["memory_bytes"]["float32"]
-    # On a CPU all ranks take it from one memory.
+    # On a CPU all ranks share one memory.
     assert found["places"][0]["needed_bytes"] == 4 * (held + (1 << 20))
     assert main(["model", "check", str(path), "--tensor-parallel-size", "65"]) == 2
 
@@ -106,7 +109,7 @@ def test_what_v41_stores_is_said_though_it_does_not_load(tmp_path: Path, capsys:
     assert known["file_bytes"] == 3 << 20
     assert main(["model", "check", str(tmp_path)]) == 1
     assert "890 B a token" in capsys.readouterr().out
-    # A config that only says that it is one has no sizes to tell.
+    # A config that has only the model type gives no sizes.
     (tmp_path / "config.json").write_text(json.dumps(V41 | {"text_config": {}}))
     assert "known" not in check(capsys, tmp_path)[1]
 

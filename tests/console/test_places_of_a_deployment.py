@@ -1,4 +1,4 @@
-"""What `antefix up` makes of the place where it runs: logs, temporary files, cores."""
+"""How `antefix up` adapts to the place where it runs: logs, temporary files, cores."""
 
 import asyncio
 import tempfile

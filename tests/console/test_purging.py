@@ -1,4 +1,4 @@
-"""A purge reaches all stores and the object tier in one command: those that are named, and those that are found."""
+"""One purge command reaches all stores, named or found in Redis, and the object tier."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_one_command_purges_every_tier_in_whatever_order_it_names_them(
     assert main(command) == 0
     said = json.loads(capsys.readouterr().out)
     assert said == {"purged": {stores[0]: 8, stores[1]: 8, url: 5}, "failed": {}}
-    # The tier comes last, whatever was said first.
+    # The object tier is purged last, whatever the order of the flags.
     assert list(said["purged"])[-1] == url
     assert main(command) == 0
     assert sum(json.loads(capsys.readouterr().out)["purged"].values()) == 0
@@ -62,7 +62,7 @@ def test_one_command_purges_every_tier_in_whatever_order_it_names_them(
 def test_the_same_command_purges_the_window_pool_in_redis(
     redis, tmp_path: Path, secret: Path, owner: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the tenant alone; a second time it finds nothing."""
+    """The purge removes only this tenant's records. A second purge finds none."""
     others = Keyring.from_file(secret).owner("other")
 
     async def fill_pool() -> None:
@@ -134,7 +134,7 @@ async def test_stores_are_named_as_roles_name_them_and_found_as_they_find_them(
     keyring = Keyring.from_file(secret)
     found = ["host-a:7010", "host-b:7010"]
     url = "s3://kv-cache/prod"
-    # Redis may be a window pool as well as where stores are found: after the stores, before the tier.
+    # A Redis that names stores may also be a window pool. It is purged after the stores and before the object tier.
     redis = "redis://127.0.0.1:6379/0"
     assert await stores_of([url, redis], keyring) == [*found, redis, url]
     assert await stores_of(["dns:stores:7010", "host-a:7010"], None) == found

@@ -1,4 +1,4 @@
-"""The benchmark of workers over several cards runs: at small widths, on a CPU."""
+"""The benchmark of workers over several cards also runs at small widths on a CPU."""
 
 import json
 import subprocess

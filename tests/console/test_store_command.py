@@ -1,4 +1,4 @@
-"""`antefix store` and `antefix drain`: what they print, what they return, and that running them again continues."""
+"""`antefix store` and `antefix drain`: their output, their exit codes, and that running them again continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A role that dies is started again at its place, with pauses; what dies again and again is given up, loudly."""
+"""A role that dies is restarted after a pause. A role that keeps dying is given up with an error."""
 
 import asyncio
 import io
@@ -33,7 +33,7 @@ class Clock:
 
 
 class Process:
-    """Lives for so many seconds of the clock."""
+    """A process that lives for `lives_s` seconds of the test's clock."""
 
     def __init__(self, clock, lives_s, pid):
         self.clock, self.lives_s, self.pid = clock, lives_s, pid
@@ -46,7 +46,7 @@ class Process:
 
 
 class Fleet:
-    """A deployment of one role whose lives are given; an error stands for a start that fails."""
+    """A deployment of one role.  lives: seconds that each process lives; an exception is a start that fails."""
 
     def __init__(self, clock, *lives):
         self.clock, self.lives = clock, list(lives)
@@ -144,7 +144,7 @@ def test_signals_that_were_blocked_or_ignored_before_us_are_heard():
 
 @pytest.mark.services
 def test_orphans_are_reaped_and_own_children_left_to_their_own():
-    """In a process of its own, which adopts orphans as PID 1 does (prctl PR_SET_CHILD_SUBREAPER)."""
+    """Runs in a separate process, which adopts orphans as PID 1 does (prctl PR_SET_CHILD_SUBREAPER)."""
     script = """
 import ctypes, os, time
 from antefix_console.orphans import reap
@@ -178,7 +178,7 @@ def test_without_children_there_is_nothing_to_reap(monkeypatch):
     def no_child(*_):
         raise ChildProcessError
 
-    # This process may have children that other tests wait for.
+    # The test's own process may have children that other tests wait for.
     monkeypatch.setattr(os, "waitid", no_child)
     with pytest.raises(ChildProcessError):
         reap(())

@@ -1,4 +1,4 @@
-"""What commands say on a terminal: messages without class names, no invisible characters, progress that goes away."""
+"""Output on a terminal: messages without class names, no invisible characters, and progress lines that disappear."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_inspect_shows_tenant_and_user_apart(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
 ) -> None:
     engine = StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20))
-    # Records of version 1 have their tenant's name; later ones a digest, which `--tenant` finds the name of.
+    # Records of version 1 have the tenant's name. Later records have a digest of the name that `--tenant` gives.
     for number, whose in enumerate((join_tenant("acme", "ann"), join_tenant("acme", ""), "")):
         block = Prompt([number] * BLOCK).block(0, tenant=whose.encode(), version=1, fingerprint=bytes([number]) * 32)
         engine.put([block])
@@ -81,7 +81,7 @@ def test_a_table_keeps_columns_whole_and_shows_what_is_invisible() -> None:
     assert len(lines) == 3
     assert lines[1].startswith("a\\x1fb  [bold]") and lines[1].endswith("   1")
     assert "y" * 300 in lines[2]
-    # Two characters of two columns each.
+    # The text has two characters, each two columns wide.
     assert len(lines[2]) + 2 == len(lines[1])
     assert visible("a\u200bb\u202ec\nd") == "a\\u200bb\\u202ec\\nd"
 

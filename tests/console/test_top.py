@@ -1,4 +1,4 @@
-"""`antefix top` shows what the page has, sorted and filtered by keys, and nothing that a terminal would obey."""
+"""`antefix top` shows the page's data, sorted and filtered by keys, and never sends a terminal control characters."""
 
 import io
 import json
@@ -132,7 +132,7 @@ def test_no_router_is_told_in_one_line(capsys):
 
 @pytest.mark.services
 def test_in_a_terminal_it_watches_and_q_ends_it(tmp_path):
-    """A real terminal, and a server that gives the same data each time."""
+    """Runs in a real terminal, with a server that gives the same data each time."""
     served = tmp_path / "served" / "ui"
     served.mkdir(parents=True)
     (served / "data").write_text(json.dumps(DATA))

@@ -67,7 +67,7 @@ def test_the_shipped_models_hits_are_bit_identical():
 
 @pytest.mark.slow
 def test_a_replay_that_is_one_block_short_is_caught(monkeypatch):
-    """The proof can fail: HCA first, so nothing but the window carries what the block before held."""
+    """The proof can fail. The first layer is HCA, so only the window carries the previous block's content."""
     subject = random_subject("pro", KVFormat.FLOAT32)
     plain = RestorePlanner._replay
 
@@ -155,8 +155,9 @@ def test_the_stated_bounds_are_finite():
     assert float("inf") > suite_module.BOUNDED_BOUND
 
 
-# Without a planted fault nothing is found: all of it where minutes do not matter, else one plan, a drawn model and a
-# small one, which have every kind of row. The shipped model is verified above, other plans in test_random_replays too.
+# Without a planted fault, verification finds nothing. The long run verifies everything. The short run verifies one
+# plan, a drawn model and a small one, which have every kind of row. test_random_replays and the tests above verify
+# each other plan.
 @pytest.mark.timeout(900)
 @pytest.mark.services
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""`--against`: workers that answer alike, one that names KV otherwise, one that computes otherwise under one name."""
+"""`--against`: equal workers, a worker with other names for KV, and a worker that computes otherwise under one name."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def test_workers_are_compared_cold_and_by_each_others_kv(monkeypatch: pyte
     changed.model.lm_head.weight.mul_(1 + 1e-6)
     other_format = random_subject("odd-ratios", KVFormat.FLOAT32)
     async with worker(subject, store) as one, worker(subject, store) as two:
-        # 1. Two that are alike, named by their router.
+        # 1. Two equal workers, which their router names.
         async with router(one, two) as front:
             report = Report()
             said = await compare_workers([front], report, seed=5)
@@ -92,22 +92,22 @@ async def test_workers_are_compared_cold_and_by_each_others_kv(monkeypatch: pyte
         plans = report.by_plan["against"]
         assert plans["fingerprint"].cases == 1
         assert plans["decode, cold"].cases == 3
-        # Of the first worker's KV something was hit, and the answers were the same.
+        # The second worker hit the first worker's KV, and the answers were the same.
         assert plans["decode, replay"].bit_identical >= 2
         assert "do not prove" in said[1] and len(said) == 2
-        # 2. One that has the same names and other last bits.
+        # 2. A worker with the same names whose results differ in the last bits.
         async with worker(changed, store) as three:
             report = Report()
             await compare_workers([one, three], report, seed=5)
         assert report.by_plan["against"]["fingerprint"].failed == 0
         assert report.total.failed > 0
         assert all(three in text and "output token" in text for text in report.failures)
-        # 3. One that names KV otherwise.
+        # 3. A worker that gives KV other names.
         async with worker(other_format, store) as four:
             report = Report()
             await compare_workers([one, four], report, seed=5)
         assert any("gives KV other names" in text and four in text for text in report.failures)
-        # 4. What is no comparison.
+        # 4. A comparison needs two workers.
         with pytest.raises(InvalidRequest, match="needs two workers"):
             await compare_workers([one, one], Report(), seed=5)
     with pytest.raises(AntefixError, match="neither a worker nor a router"):

@@ -1,6 +1,6 @@
 """The short form of `antefix verify` finds every planted fault, and says where.
 
-Without one it finds nothing: test_verification.py runs all of it with the same seed.
+Without a planted fault it finds nothing: test_verification.py runs the whole short form with the same seed.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def answers() -> list[list[SetupSaid]]:
-    """What a process with another path of the library says; asked once."""
+    """The answers of a process that uses another path of the math library. The process is asked once."""
     return asyncio.run(setups._ask(OTHER_PATH))
 
 
 def run_as(mutation: Mutation, scratch: Path, report: Report) -> None:
-    """That part of the short form that shows the mutation."""
+    """Run the part of the short form that reveals the mutation."""
     if mutation.plan == SET_UPS:
         asyncio.run(check_setups((OTHER_PATH,), report))
         return
 
     async def verify() -> None:
-        # Made after the fault is planted, as all that a process holds would be.
+        # Everything is made after the fault is planted, as in a process that has the fault from its start.
         index = list(PLANS).index(mutation.plan)
         chosen = Selection(model=None, is_long=False, device="cpu", plans=tuple(PLANS), seed=SEED, num_drawn=0)
         subject, coverage = [*chosen.subjects()][index]

@@ -1,4 +1,4 @@
-"""What verification says of a card: the typical token counts, and what may differ is bounded by how it was computed."""
+"""Verification on a card: the typical token counts, and how a result was computed bounds its allowed difference."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _shared_expert(model):
     [
         (_last_bits, "within_bounds", "within_bounds"),
         (_nibbles, "failed", "failed"),
-        # What changes less than rounding does is found without rounding.
+        # A change that is smaller than rounding is found only when inputs are not rounded.
         (_shared_expert, "failed", "within_bounds"),
     ],
 )
@@ -106,7 +106,7 @@ def test_a_model_that_rounding_drowns_shows_nothing(released, monkeypatch) -> No
 def test_tails_and_infinite_gates_are_compared() -> None:
     layout = random_subject("pro", KVFormat.FP8).model.layout
     one, two = (WindowState.zeros(layout, 3) for _ in range(2))
-    # Gates before the first group are -inf on both sides, which is no difference.
+    # Gates before the first group are -inf on both sides, so they do not differ.
     two.main[1].tail[0, 0, 0] = 0.5
     one.main[1].tail[0, 0, 0] = 0.5 + 2**-20
     rows, logits = torch.zeros(1, layout.block_bytes, dtype=torch.uint8), np.ones(4, np.float32)

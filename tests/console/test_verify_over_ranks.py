@@ -1,4 +1,4 @@
-"""`antefix verify` over ranks: every part of it, and a fault of theirs that it must see."""
+"""`antefix verify` over ranks: all its parts, and a fault in the ranks that it must find."""
 
 import asyncio
 
@@ -55,6 +55,6 @@ def test_a_share_that_is_cut_from_a_whole_is_what_a_load_would_give() -> None:
     parts = [make_share(Ranks(rank=rank, size=2), "cpu", **settings).state_dict() for rank in range(2)]
     split = [name for name, tensor in whole.items() if parts[0][name].shape != tensor.shape]
     assert all(torch.equal(torch.cat([part[name] for part in parts]), whole[name]) for name in split)
-    # Of three layers wq_b, wo_a, sinks and both stacks of experts.
+    # In each of three layers wq_b, wo_a, sinks and both stacks of experts are split.
     assert len(split) == 3 * 5
     assert np.array_equal(sorted(parts[1]), sorted(whole))

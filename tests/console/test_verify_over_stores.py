@@ -1,6 +1,4 @@
-"""`antefix verify --stores N --object-store URL`: hits whose blocks come from several tiers at once, and a tier that
-gives something else.
-"""
+"""`antefix verify --stores N --object-store URL`: hits with blocks from several tiers, and a tier with wrong bytes."""
 
 from __future__ import annotations
 
@@ -55,7 +53,7 @@ async def verified(stores: SpreadStores, strategies: tuple[str, ...]) -> Report:
     report = Report()
     subject = random_subject("odd-ratios", KVFormat.FP8)
     for tier in stores.tiers:
-        # However busy this machine is.
+        # The tier counts as reachable for 60 s, even if this machine is busy.
         tier.standing.answered(60.0)
     await Suite(subject, stores, SMALL, report, lambda _: None).run(strategies, ("conversations", "names"))
     return report
@@ -70,7 +68,7 @@ def test_hits_of_blocks_from_all_tiers_are_bit_identical(tmp_path: Path) -> None
             assert "from object:file" in read_text(stores)
 
     asyncio.run(run())
-    # What was put into the bucket is gone.
+    # All objects that were put into the bucket are removed.
     assert not [path for path in (tmp_path / "bucket").rglob("*") if path.is_file()]
 
 
@@ -84,7 +82,7 @@ def test_a_tier_that_gives_other_bytes_is_found(tmp_path: Path, label: str) -> N
             async def changed(hashes, into, **names):
                 num_good = await get_blocks(hashes, into, **names)
                 for view in into[:num_good]:
-                    # Behind all checks, as a fault of our own between the read and its buffer.
+                    # The bytes change after all checks, as by a bug of ours between the read and the buffer.
                     view[:8] = bytes(8)
                 return num_good
 

@@ -1,4 +1,4 @@
-"""Tokens that are chosen for a whole batch where its logits are, against each sequence's own sampler on the host."""
+"""Tokens chosen for a whole batch on the logits' device equal those of each sequence's own sampler on the host."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 
 class Pattern:
-    """A grammar that lets every third token come."""
+    """A grammar that allows every third token."""
 
     is_over = False
 
@@ -74,7 +74,7 @@ def test_the_batch_gets_the_tokens_of_each_sampler(kind: str) -> None:
             logits = np.round(logits)
         elif kind == "sure":
             logits *= 30
-        # Copies of what is repeated: penalties of earlier steps must show.
+        # Tokens 5 and 60 are likely and so repeat, which makes penalties of earlier steps change the choice.
         logits[:, [5, 60]] += 2
         want = [mine.choose(row, step) for (mine, _), row in zip(pairs, logits, strict=True)]
         given = torch.from_numpy(logits)

@@ -1,4 +1,4 @@
-"""Grammars at a decode worker: made ready aside, followed, continued, and none of them anybody else's trouble."""
+"""Grammars in a decode worker: compiled in the background, followed, continued, and no burden for other requests."""
 
 import asyncio
 import threading
@@ -81,7 +81,7 @@ async def test_what_is_no_grammar_is_refused(vocabulary, wrong):
 
 
 async def test_a_grammar_that_takes_too_long_holds_up_nobody(vocabulary, monkeypatch):
-    """The loop continues meanwhile, and the request is refused at the deadline."""
+    """The event loop continues meanwhile, and the request is refused at the deadline."""
     monkeypatch.setattr(grammars, "READY_S_MAX", 0.2)
     go, ended = threading.Event(), []
 
@@ -142,5 +142,5 @@ async def test_a_model_without_an_end_token_still_ends():
 
 async def test_ids_beyond_the_tokenizers_are_never_chosen(vocabulary):
     matcher = await Grammars(vocabulary).matcher("start: /(?s:.*)/")
-    # 257 and 260 end the text; 262 and 263 are numbers that the model has and nobody uses.
+    # Tokens 257 and 260 end the text. The model has tokens 262 and 263, but nothing uses them.
     assert {token for token in allowed(matcher) if token >= 256} == {257, 260}

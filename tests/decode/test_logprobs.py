@@ -1,4 +1,4 @@
-"""Log probabilities: the softmax's own numbers, the likeliest first, none shown before its token."""
+"""Log probabilities equal the softmax, come in falling order, and are never shown before their token."""
 
 import numpy as np
 import torch

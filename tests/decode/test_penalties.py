@@ -1,4 +1,4 @@
-"""Each setting against a plain implementation of what vLLM documents, written here from its description."""
+"""Each setting agrees with a plain implementation here, written from vLLM's documentation."""
 
 import math
 from dataclasses import replace
@@ -35,7 +35,7 @@ settings = st.fixed_dictionaries(
 
 
 def processed(logits, sampling, prompt, output):
-    """Token by token: min_tokens, bias, repetition, frequency, presence. No code of the implementation's."""
+    """The reference, token by token: min_tokens, bias, repetition, frequency, presence. Uses no code under test."""
     found = []
     for token, value in enumerate(float(x) for x in logits):
         if len(output) < sampling.min_tokens and token in EOS | set(sampling.stop_token_ids):
@@ -50,7 +50,7 @@ def processed(logits, sampling, prompt, output):
 
 
 def distribution(values, sampling):
-    """Probabilities after temperature, min_p, top_k and top_p, as vLLM's native sampler has them."""
+    """Probabilities after temperature, min_p, top_k and top_p, as in vLLM's native sampler."""
     scaled = [value / sampling.temperature for value in values]
     weights = [math.exp(value - max(scaled)) for value in scaled]
     weights = [weight if weight >= sampling.min_p * max(weights) else 0.0 for weight in weights]
@@ -58,7 +58,8 @@ def distribution(values, sampling):
         least = sorted(weights)[-sampling.top_k]
         weights = [weight if weight >= least else 0.0 for weight in weights]
     total = sum(weights)
-    # From the least likely up: gone while all up to it are no more than 1 - top_p, but never the likeliest.
+    # From the least likely token up, drop tokens while their sum is at most 1 - top_p. The likeliest token always
+    # stays.
     order = sorted(range(len(weights)), key=lambda token: (weights[token], -token))
     below = 0.0
     for token in order[:-1]:
@@ -99,7 +100,7 @@ def test_tokens_are_drawn_as_often_as_vllm_draws_them(logits, prompt, output, va
 
 
 def _is_on_an_edge(values, sampling):
-    """Whether a hair more or less of a limit keeps other tokens: then rounding decides."""
+    """Whether a tiny change of a limit keeps other tokens. Then rounding decides which tokens are kept."""
     kept = set()
     for factor in (1 - 1e-9, 1.0, 1 + 1e-9):
         limits = replace(sampling, top_p=min(1.0, sampling.top_p * factor), min_p=min(1.0, sampling.min_p * factor))

@@ -1,4 +1,4 @@
-"""Sampling: greedy with lowest-index ties, nucleus, the same numbers anywhere for a seed."""
+"""Sampling: greedy with the lowest index of equal logits, nucleus, and the same random numbers anywhere for a seed."""
 
 import numpy as np
 import pytest

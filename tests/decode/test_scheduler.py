@@ -1,4 +1,4 @@
-"""Continuous batching: what others do never changes an output, and nobody waits for a slow reader."""
+"""Continuous batching: other requests never change an output, and no request waits for another one's slow reader."""
 
 import asyncio
 
@@ -75,7 +75,7 @@ async def test_a_batch_gives_what_each_gives_alone(make_engine, make_prompt):
 
 @pytest.mark.slow
 async def test_tokens_chosen_where_the_logits_are_are_the_same(make_engine, make_prompt, monkeypatch):
-    """As on a card whose steps share their launches; and a sequence whose grammar fails ends alone."""
+    """Tokens are chosen as on a card with shared launches. A sequence whose grammar fails ends without the others."""
 
     async def outputs(engine):
         scheduler = Scheduler(engine, 8)
@@ -156,7 +156,7 @@ async def test_log_probabilities_of_a_hit_are_those_of_a_cold_run(make_engine, m
 
 @pytest.mark.slow
 async def test_a_reader_that_stops_reading_stops_only_itself(make_engine, make_prompt, monkeypatch):
-    # As the real bound, in fewer steps.
+    # The bound is smaller than the real one, so that the test needs fewer steps.
     monkeypatch.setattr("antefix_decode.scheduler.NUM_UNREAD_MAX", NUM_UNREAD)
     engine = make_engine()
     scheduler = Scheduler(engine, 8)
@@ -268,7 +268,7 @@ async def test_a_step_that_fails_for_one_runs_for_the_others(make_engine, make_p
     scheduler.join(bad)
     good = asyncio.create_task(generate(engine, scheduler, make_prompt(engine, PROMPTS[1]), 12))
     async with asyncio.timeout(150):
-        # One that can be tried elsewhere, and nothing of what torch said.
+        # The error says that another worker may be tried, and does not quote torch.
         with pytest.raises(Unavailable, match="a step of the model failed; the worker's log has it"):
             await finish(scheduler, bad, shown)
         assert await good == alone
@@ -316,7 +316,7 @@ DIGITS = 'start: /([0-9]{1,3}, ){12}/ "end"\n'
 
 
 async def served(servicer, tokens, sampling, handoff=b"", emitted=()):
-    """What the worker's own call gives: (tokens, finish reason, the restore's hit)."""
+    """The result of the worker's own call: (tokens, finish reason, hit tokens of the restore)."""
     request = decode_pb2.DecodeRequest(
         prompt=tokens_to_wire(np.concatenate((tokens, np.array(emitted, np.uint32)))),
         sampling=sampling_to_wire(sampling),
@@ -347,7 +347,7 @@ def servicer_of(engine, **settings):
     ids=str,
 )
 async def test_a_hit_and_a_continued_output_are_a_cold_runs(make_engine, store, settings):
-    """With all settings at once: cold, from the store on another worker, and from the middle on a third."""
+    """All settings are on. Runs cold, from the store on another worker, and from the middle on a third worker."""
     sampling = Sampling(max_tokens=24, **{**KNOBS, **settings})
     tokens = PROMPTS[2].astype(np.uint32)
     first, second, third = (servicer_of(make_engine("zero")) for _ in range(3))
@@ -376,7 +376,7 @@ async def test_a_grammar_that_fails_ends_its_own_sequence_alone(make_engine):
         await asyncio.sleep(0)
     for running in servicer.scheduler._running:
         if running.sampler._constraint is not None:
-            running.sampler._constraint._matcher.consume_token(0)  # its matcher is broken from here on
+            running.sampler._constraint._matcher.consume_token(0)  # from here on its matcher is broken
     assert (await good)[0] == alone
     await asyncio.gather(failing, return_exceptions=True)
     assert servicer.scheduler.num_running == 0
@@ -385,7 +385,10 @@ async def test_a_grammar_that_fails_ends_its_own_sequence_alone(make_engine):
 
 @pytest.mark.slow
 async def test_what_a_request_needs_is_loaded_while_it_waits_for_a_place(make_engine):
-    """The only place is taken; by its turn the stored prefix is in memory, and its answer is a cold run's."""
+    """The only place is taken. When the request's turn comes, its stored prefix is in memory.
+
+    Its answer equals a cold run.
+    """
     sampling, tokens = Sampling(max_tokens=4, ignore_eos=True), PROMPTS[2].astype(np.uint32)
     first, second = servicer_of(make_engine("zero")), servicer_of(make_engine("zero"), num_running_max=1)
     cold = await served(first, tokens, sampling)

@@ -1,4 +1,4 @@
-"""Drafting changes nothing but speed: outputs, stored bytes and hits are those without it."""
+"""Drafting changes only the speed: outputs, stored bytes and hits are the same as without drafting."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def generate(engine, prompt, sampling):
 
 
 def guess(right: list[int], position_of_prompt_end: int, pattern: list[bool]):
-    """A drafter that is right where the pattern says so, and wrong elsewhere."""
+    """A drafter that guesses right if the pattern is True, and wrong otherwise."""
 
     def draft(model, windows, next_tokens, ops):
         found = []
@@ -130,7 +130,7 @@ async def test_outputs_and_what_is_stored_are_those_without_drafting(make_engine
     blocks = {key for key in plain.store.records if key[0] is RecordKind.BLOCK}
     assert {key for key in drafting.store.records if key[0] is RecordKind.BLOCK} == blocks
     for key, payload in plain.store.records.items():
-        # Checkpoints hold a draft state behind everything else.
+        # With drafting, a checkpoint's last part is the draft state.
         assert drafting.store.records[key][: len(payload)] == payload
     assert drafting.blocks.num_available == drafting.pool.num_blocks
 
@@ -148,7 +148,7 @@ async def test_its_own_drafts_change_nothing(make_engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("writes", [False, True])
 async def test_hits_are_the_same_with_and_without_drafting(make_engine, writes):
-    """What a worker of one kind stored is hit by one of the other, with the logits of a cold run."""
+    """A worker with drafting hits what one without drafting stored, and the reverse, with a cold run's logits."""
     store = MemoryStore()
     writer, reader = make_engine(drafts=writes, store=store), make_engine(drafts=not writes, store=store)
     longer = np.concatenate((PROMPT, PROMPT[:40]))
@@ -176,7 +176,7 @@ async def test_a_draft_state_comes_with_the_checkpoint(make_engine):
 
 
 class GivenUniforms(Sampler):
-    """The same sampler, with the random numbers of two positions given."""
+    """A sampler that uses given random numbers at two positions."""
 
     def __init__(self, sampling, uniforms):
         super().__init__(sampling)
@@ -188,14 +188,14 @@ class GivenUniforms(Sampler):
 
 def test_the_rule_of_acceptance_gives_the_distribution_of_sampling_one_by_one():
     """All pairs of 16 x 16 random numbers, whatever is drafted: counts are exactly p(first) * p(second | first)."""
-    eighths = np.array([[1, 4, 3], [2, 2, 4], [5, 1, 2], [1, 6, 1]])  # of what follows the prompt, token 0, 1 and 2
+    eighths = np.array([[1, 4, 3], [2, 2, 4], [5, 1, 2], [1, 6, 1]])  # after the prompt, token 0, 1 and 2
     logits = np.log(eighths / 8).astype(np.float32)
     grid = (np.arange(16) + 0.5) / 16
     for drafted in range(3):
         counts: Counter[tuple[int, int]] = Counter()
         for uniforms in itertools.product(grid, grid):
             sampler = GivenUniforms(Sampling(max_tokens=2, temperature=1.0, seed=0), uniforms)
-            # What a step does: the main model has run the drafted token, and has logits of what would follow it.
+            # As in a step: the main model has run the drafted token, and has the logits of the token after it.
             first = sampler.choose(logits[0], 0)
             behind = logits[1 + drafted] if drafted == first else logits[1 + first]
             counts[first, sampler.choose(behind, 1)] += 1

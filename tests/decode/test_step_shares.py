@@ -1,4 +1,4 @@
-"""Which sequences a step takes: no tenant is slower than on its share of the worker, and nobody's share lies idle."""
+"""Which sequences a step takes: no tenant is slower than with its share of the worker, and no share is left idle."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ def sequences(shares, tenant, number, share=1):
 
 
 def learned(fixed):
-    """Shares that have seen steps of a worker whose fixed part is so many sequences'."""
+    """Shares that have learned a worker's step times.  fixed: a step's fixed part, as a number of sequences."""
     shares, step_s = StepShares(), law(fixed)
     for number in itertools.islice(itertools.cycle((1, 8, 32)), 60):
         shares.observe(number, step_s(number))
@@ -52,7 +52,7 @@ def test_every_tenant_gets_what_it_would_have_alone_on_its_share(counts, fixed):
 
 def test_a_step_is_as_long_as_shares_allow_and_no_shorter():
     sizes = step_sizes({"greedy": 32, "modest": 1}, {"greedy": 1, "modest": 1}, law(16))
-    # A step of 18 takes twice one of the modest tenant's own.
+    # A step of 18 sequences takes twice as long as a step of the modest tenant alone.
     assert sizes == {"greedy": 17, "modest": 1}
     assert step_sizes({"greedy": 32}, {"greedy": 1}, law(16)) == {"greedy": 32}
 
@@ -60,7 +60,7 @@ def test_a_step_is_as_long_as_shares_allow_and_no_shorter():
 def test_shares_are_kept_by_weight():
     sizes = step_sizes({"large": 32, "small": 32}, {"large": 3, "small": 1}, law(4))
     assert sizes["large"] == 32
-    # A step of 44 takes 4/3 of one of the large tenant's own.
+    # A step of 44 sequences takes 4/3 as long as a step of the large tenant alone.
     assert sizes["small"] == 12
     both = step_sizes({"large": 64, "small": 64, "one": 1}, {"large": 3, "small": 1, "one": 1}, law(16))
     assert both["large"] == 3 * both["small"]
@@ -87,13 +87,13 @@ def test_a_request_that_is_loading_waits_for_a_short_step_and_one_that_left_for_
     shares = learned(fixed=4)
     greedy = sequences(shares, "greedy", 32)
     shares.enter(place := Place(tenant="modest"))
-    assert len(shares.choose(greedy)) == 6  # as long as two steps of one sequence
+    assert len(shares.choose(greedy)) == 6  # a step of 6 sequences takes as long as two steps of one sequence
     shares.leave(place)
     assert len(shares.choose(greedy)) == 32
 
 
 def test_a_reader_that_sleeps_wants_nothing():
-    """Its sequence is not among those that can run: others have the worker to themselves."""
+    """The sequences of a sleeping reader cannot run, so the others have the whole worker."""
     shares = learned(fixed=4)
     sequences(shares, "sleeps", 32)
     greedy = sequences(shares, "greedy", 32)
@@ -101,8 +101,10 @@ def test_a_reader_that_sleeps_wants_nothing():
 
 
 def outputs_s(shares, step_s, others, num_outputs=20, chunk_s=0.0):
-    """How long outputs of five tokens take that a modest tenant asks for in turn, on a worker's own clock.  chunk_s: of
-    the greedy tenant's chunks, of which one always waits."""
+    """Seconds on a simulated worker's clock of each output of five tokens that a modest tenant asks for in turn.
+
+    chunk_s: seconds of a prefill chunk of the greedy tenant, which always has one waiting; 0: it has none.
+    """
     clock, took, computing, owed_s = 0.0, [], {"greedy"} if chunk_s else set(), 0.0
     for _ in range(num_outputs):
         (mine,) = sequences(shares, "modest", 1)
@@ -131,7 +133,7 @@ def test_next_to_long_streams_short_outputs_take_at_most_twice_as_long():
 
 
 def test_next_to_a_tenant_with_streams_and_prompts_outputs_take_about_twice_as_long():
-    """Over many of them: a chunk more or less falls into each."""
+    """This holds for the sum of many outputs, because one chunk more or less may fall into each output."""
     for fixed, chunk_s in itertools.product((4, 16, 64), (0.02, 0.2)):
         step_s = law(fixed)
         alone = sum(outputs_s(learned(fixed), step_s, [], 200))
@@ -141,7 +143,7 @@ def test_next_to_a_tenant_with_streams_and_prompts_outputs_take_about_twice_as_l
 
 
 def test_steps_give_back_some_of_the_time_whatever_they_take():
-    """Or chunks would wait for ever where each sequence costs as much as a step."""
+    """Otherwise chunks would wait for ever if a step's time were proportional to its sequences."""
     shares = learned(fixed=0)
     greedy, modest = sequences(shares, "greedy", 1), sequences(shares, "modest", 1)
     assert shares.repaid_s(greedy + modest, {"greedy"}) > 0.4 * EACH_S
@@ -155,5 +157,5 @@ def test_a_share_of_three_is_worth_three_tenants():
     greedy = sequences(shares, "greedy", 64)
     (mine,) = sequences(shares, "modest", 1, share=3)
     step = shares.choose([*greedy, mine])
-    # 4/3 of a step of its own, instead of 2.
+    # A step takes at most 4/3 as long as a step of its own, instead of twice as long.
     assert step_s(len(step)) <= step_s(1) * 4 / 3 + 1e-9

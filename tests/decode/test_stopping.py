@@ -1,4 +1,4 @@
-"""Stopping: end tokens, stop sequences never shown, nothing held back for ever, continuation equals one run."""
+"""Stopping: end tokens, stop sequences that are never shown, no text held back for ever, equal continued outputs."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +21,7 @@ def run(tokens, sampling, emitted=()):
 
 
 def expected(tokens, stop, max_tokens):
-    """By definition: scan the output for the first end."""
+    """The reference: scan the output for the first end."""
     for length in range(1, len(tokens) + 1):
         seen = tuple(tokens[:length])
         for sequence in stop:
@@ -38,7 +38,7 @@ def test_what_is_shown_is_the_output_up_to_its_first_end(tokens, stop, max_token
     whole, reason = expected(tokens, stop, max_tokens)
     assert stopper.finish_reason == reason
     if whole is not None:
-        # A token that was shown before a longer stop sequence completed would be a leak: it must be a prefix.
+        # No token of a longer stop sequence may be shown before it is complete, so the shown tokens must be a prefix.
         assert shown == whole[: len(shown)] and len(shown) == len(whole)
 
 

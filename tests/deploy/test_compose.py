@@ -1,6 +1,6 @@
-"""The compose file as it stands, with the images of test_images.py: up, a request, a hit, down. `make test-compose`.
+"""The compose file, unchanged, with the images of test_images.py: up, a request, a hit, down. `make test-compose`.
 
-As root, for a network namespace of its own: the containers share the host's network, whose ports others may have.
+Runs as root in a new network namespace, because the containers share the host's network, whose ports may be in use.
 COMPOSE: the program, "podman-compose" or "docker compose".
 """
 
@@ -30,8 +30,8 @@ pytestmark = [pytest.mark.images, pytest.mark.services, pytest.mark.timeout(2400
 
 
 def inside(*command: str, check: bool = True, timeout_s: float = 1200.0) -> str:
-    """What the command says, run in the namespace."""
-    # Not `ip netns exec`: that mounts another /sys, and the containers' runtime would find no cgroups there.
+    """Run a command in the namespace and return its output."""
+    # `ip netns exec` would mount another /sys, in which the containers' runtime would find no cgroups.
     whole = ["nsenter", f"--net=/var/run/netns/{NAMESPACE}", *command]
     environment = os.environ | {"STORE_BYTES": "256M", "POOL_BYTES": "64M"}
     ran = subprocess.run(whole, capture_output=True, text=True, check=False, env=environment, timeout=timeout_s)
@@ -80,7 +80,7 @@ def ask() -> dict[str, Any]:
 
 
 def test_the_compose_file_comes_up_answers_and_hits(running: None) -> None:
-    # 1. All roles start in any order, find each other, and say that they are ready.
+    # 1. All roles start in any order, find each other, and report that they are ready.
     ends = time.monotonic() + PATIENCE_S
     while "200" not in inside(
         "curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "http://127.0.0.1:8000/readyz", check=False
@@ -92,7 +92,7 @@ def test_the_compose_file_comes_up_answers_and_hits(running: None) -> None:
     assert first["choices"][0]["text"] == second["choices"][0]["text"]
     cached = [each["usage"]["prompt_tokens_details"]["cached_tokens"] for each in (first, second)]
     assert cached[0] == 0 and cached[1] >= 128
-    # 3. The health checks of the file say what is so.
+    # 3. The file's health checks report the true state.
     for role in OURS:
         probe = services("compose.yaml")[role]["healthcheck"]["test"]
         assert "SERVING" in compose("exec", "-T", role, *probe[1:])

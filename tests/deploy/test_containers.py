@@ -1,4 +1,4 @@
-"""Each target of the Containerfile starts its role, as nobody, from pinned and hashed packages; so do the units."""
+"""Each target of the Containerfile, and each systemd unit, starts its role as nobody from pinned, hashed packages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TEXT = (CONTAINERS / "Containerfile").read_text().replace("\\\n", " ")
 
 
 def stages() -> dict[str, list[str]]:
-    """Instructions by target."""
+    """The Containerfile's instructions by target."""
     found: dict[str, list[str]] = {}
     name = ""
     for line in TEXT.splitlines():
@@ -91,7 +91,7 @@ def test_the_pins_keep_to_the_projects_bounds() -> None:
 
 
 def services(*names: str) -> dict[str, Any]:
-    """Of compose files, with the defaults of their variables; later files add to earlier ones."""
+    """The services of compose files, with the defaults of variables. Later files add to earlier ones."""
     merged: dict[str, Any] = {}
     for name in names:
         text = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", (CONTAINERS / name).read_text())
@@ -161,7 +161,7 @@ def test_systemd_takes_the_units(role: str, tmp_path: Path) -> None:
     if shutil.which("systemd-analyze") is None:
         pytest.skip("systemd-analyze is not here")
     unit = (UNITS / f"antefix-{role}.service").read_text()
-    # It looks for the program; nothing else is changed.
+    # Only the program's path is changed, because systemd-analyze checks that the program exists.
     copy = tmp_path / f"antefix-{role}.service"
     copy.write_text(unit.replace("/opt/antefix/bin/antefix", "/bin/true"))
     done = subprocess.run(["systemd-analyze", "verify", copy], capture_output=True, text=True, check=False)

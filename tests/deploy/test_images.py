@@ -2,8 +2,8 @@
 
 The base image is a Debian of debootstrap's, so no registry is asked. Images run as containers do: as PID 1 and nobody,
 on a read-only root. TARGETS="kvstore router prefill decode" builds more than the two without torch.
-VOLUMES: what a build needs besides of its host, such as certificates of a mirror: "/etc/pip.conf:/etc/pip.conf:ro ...".
-TORCH_BACKEND: where uv takes torch from ("cpu"); set to nothing, it is torch as uv's and pip's own settings find it.
+VOLUMES: files of the host that a build also needs, such as a mirror's certificates: "/etc/pip.conf:/etc/pip.conf:ro".
+TORCH_BACKEND: where uv takes torch from ("cpu"). If it is empty, uv's and pip's own settings decide.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def base() -> str:
 
 @pytest.fixture(scope="module")
 def context(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The commit's files; for workers with pins of the base's Python, as docs/CONTAINERS.md says."""
+    """The commit's files. For workers they include pins for the base's Python, as docs/CONTAINERS.md says."""
     tree = checkout("HEAD", tmp_path_factory.mktemp("images") / "context")
     if {"worker", "prefill", "decode"} & set(TARGETS):
         pins = ("pip", "compile", "--quiet", "pyproject.toml", "--extra", "worker", "--constraint", "constraints.txt")
@@ -69,7 +69,7 @@ def context(base: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def python_of(image: str) -> str:
-    """The version of its Python, such as 3.11."""
+    """The version of the image's Python, such as 3.11."""
     container = done("buildah", "from", image)
     try:
         (found,) = Path(done("buildah", "mount", container)).glob("usr/bin/python3.[0-9]*[0-9]")
@@ -80,7 +80,7 @@ def python_of(image: str) -> str:
 
 @pytest.fixture(params=TARGETS)
 def image(request: pytest.FixtureRequest, base: str, context: Path) -> Iterator[tuple[str, Path]]:
-    """A target, and its files as they are mounted."""
+    """A target, and its image's mounted file system."""
     target = request.param
     build = ["buildah", "bud", "--isolation", "chroot", "--network", "host", "--format", "docker", "--layers"]
     build += [option for volume in VOLUMES for option in ("--volume", volume)]
@@ -118,7 +118,7 @@ def test_an_image_serves_as_nobody_on_a_read_only_root_and_ends_when_told(image:
             assert {int(status[name], 16) for name in ("CapEff", "CapBnd")} == {0} and status["NoNewPrivs"] == "1"
             inside = ("nsenter", "--target", child, "--mount", "--net", "--root", "--wd")
             health = ("/opt/antefix/bin/antefix", "health", f"127.0.0.1:{PORTS[role]}", "--role", role)
-            # A router without workers is there, and is not ready.
+            # A router without workers is alive but not ready.
             said = done(*inside, *health, check=role != "router")
             assert "SERVING" in said
             assert "Read-only" in done(*inside, "sh", "-c", "touch /etc/antefix/x 2>&1; true")
@@ -129,7 +129,7 @@ def test_an_image_serves_as_nobody_on_a_read_only_root_and_ends_when_told(image:
 
 
 def serve(role: str, root: Path) -> list[str]:
-    """The role's command, with what it needs to start."""
+    """The role's command with all flags that it needs to start."""
     address = f"127.0.0.1:{PORTS[role]}"
     if role == "kvstore":
         return ["antefix", "serve", "kvstore", "--dir", "/data/store", "--address", address]

@@ -1,4 +1,4 @@
-"""The manifests say what the roles' own parsers take, and let in whom the table of calls lets in."""
+"""The manifests use flags that the roles' parsers accept, and allow the calls that the access table allows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from antefix_console.catalog import ROLES
 ROOT = Path(__file__).parents[2]
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 FILES = sorted(path for path in KUBERNETES.rglob("*.yaml") if path.name != "kustomization.yaml")
-# Flags of Redis and the object store come by patches of the example.
+# The example's patches add the flags of Redis and the object store.
 PATCHES = {path.name: path for path in (KUBERNETES / "overlays" / "example").glob("*.yaml")}
 NAMES = {"store": "kvstore", "prefill": "prefill", "decode": "decode", "router": "router"}
 
@@ -46,7 +46,7 @@ def container(name: str) -> dict[str, Any]:
 
 
 def settings(argv: list[str]) -> Any:
-    """What the role makes of its flags, with what Kubernetes puts in for $(NAME)."""
+    """The settings that the role reads from its flags, with Kubernetes' values for $(NAME)."""
     argv = [re.sub(r"\$\(POD_IP\)", "10.1.2.3", each) for each in argv]
     assert not any("$(" in each for each in argv)
     parser, _ = cli.parser_of(argv)
@@ -56,7 +56,7 @@ def settings(argv: list[str]) -> Any:
 
 
 def patched(name: str) -> list[str]:
-    """A workload's arguments with those that the example adds."""
+    """A workload's arguments, including those that the example adds."""
     patches = {"store": "object-store.yaml", "router": "redis-router.yaml"}.get(name, "redis.yaml")
     rows = yaml.safe_load(PATCHES[patches].read_text())
     return [*container(name)["args"], *(row["value"] for row in rows if row["path"].endswith("/args/-"))]
@@ -73,7 +73,7 @@ def test_flags_are_taken_by_the_roles_own_parser(name: str) -> None:
     config = settings(args)
     assert config.credentials == "/etc/antefix/credentials"
     if name in ("prefill", "decode", "router"):
-        # Names of headless services, which are there: pods behind them may be added, replaced and taken away.
+        # The names are those of existing headless services, whose pods may be added, replaced and removed.
         headless = {each["metadata"]["name"] for each in of_kind("Service") if each["spec"].get("clusterIP") == "None"}
         named = [*config.stores, *getattr(config, "routers", ())]
         assert {each.split(":")[1] for each in named if each.startswith("dns:")} <= headless
@@ -165,7 +165,7 @@ def test_certificates_carry_the_roles() -> None:
             assert identity is not None
             hosts = each["spec"]["dnsNames"]
             assert any(named_identity(host) == identity for host in hosts)
-            # What clients check that do not know the process's name yet.
+            # Clients that do not know the process's name yet check this name.
             assert identity[0] is Role.METRICS or role_host(identity[0]) in hosts
             found[each["spec"]["secretName"]] = identity[0]
     for name, role in NAMES.items():
@@ -173,7 +173,7 @@ def test_certificates_carry_the_roles() -> None:
 
 
 def test_each_pod_is_scraped_by_one_monitor_as_who_it_is() -> None:
-    """Its labels, its port, the name in its certificate; and the network lets the scraper in."""
+    """The monitor has the pod's labels, port and certificate name, and the network policy admits the scraper."""
     (scraper,) = [
         each for each in of_kind("Certificate") if each["spec"]["secretName"] == "antefix-metrics-credentials"
     ]
@@ -196,7 +196,7 @@ def test_each_pod_is_scraped_by_one_monitor_as_who_it_is() -> None:
         assert {each["name"] for each in secrets} == {"antefix-metrics-credentials"}
         let_in = [rule for rule in policies[f"antefix-{name}"]["ingress"] if {"port": port} in _ports(rule)]
         assert let_in, name
-    # A ServiceMonitor selects Services: workers have none, and a router would be scraped once for each of its two.
+    # A ServiceMonitor selects Services. Workers have no Service, and a router has two and would be scraped twice.
     assert not of_kind("ServiceMonitor")
     fronts = [each["spec"]["selector"]["app.kubernetes.io/name"] for each in of_kind("Service")]
     assert "antefix-prefill" not in fronts and "antefix-decode" not in fronts and fronts.count("antefix-router") == 2

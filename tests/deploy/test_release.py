@@ -1,4 +1,4 @@
-"""A release is a commit whose changelog says what is in it."""
+"""A release is a commit whose changelog lists its changes."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_tag_is_on_the_commit_that_has_the_date_and_only_that_is_released(tmp_
     git("config", "user.email", "me@example.org")
     git("add", ".")
     git("commit", "--quiet", "--message", "First")
-    # 1. Without a tag there is no release, and with changes there is no tag.
+    # 1. Without a tag there is no release. With uncommitted changes there is no tag.
     assert release() == (
         2,
         "release: CHANGELOG.md says that 0.2.0 is unreleased: make release-tag puts the date there\n",
@@ -87,14 +87,14 @@ def test_a_tag_is_on_the_commit_that_has_the_date_and_only_that_is_released(tmp_
     log.write_text(log.read_text() + "\n")
     assert release("--tag") == (2, "release: there are changes that are not committed\n")
     git("checkout", "--quiet", "CHANGELOG.md")
-    # 2. The tag is on the commit with the date, and says what changed.
+    # 2. The tag is on the commit that sets the date, and lists the changes.
     assert release("--tag") == (0, "")
     assert re.search(r"^## 0\.2\.0 \(\d{4}-\d\d-\d\d\)$", log.read_text(), re.MULTILINE)
     assert git("rev-parse", "v0.2.0^{commit}") == git("rev-parse", "HEAD") and not git("status", "--porcelain")
     assert "### Added" in git("tag", "--list", "--format=%(contents)", "v0.2.0")
     code, said = release("--tag")
     assert code == 2 and "v0.2.0 is there already" in said
-    # 3. What comes after it is not that release.
+    # 3. A later commit is not that release.
     git("commit", "--quiet", "--allow-empty", "--message", "More")
     code, said = release()
     assert code == 2 and "no tag v0.2.0" in said

@@ -1,4 +1,4 @@
-"""Services that come, go and move: what DNS and Redis say of them, late, in part or not at all."""
+"""Services start, stop and move. DNS and Redis report these changes late, in part or not at all."""
 
 import asyncio
 import json
@@ -17,7 +17,7 @@ HASH = "antefix:services:{kvstore}"
 
 
 class Names:
-    """A name server that gives what it is told to."""
+    """A name server that returns the addresses that a test sets."""
 
     def __init__(self, *addresses):
         self.addresses, self.now, self.fails = list(addresses), 0.0, False
@@ -115,7 +115,7 @@ async def test_a_service_that_died_is_gone_after_its_lease_and_old_words_bring_i
     assert len(await reader.find()) == 1
     now[0] = LEASE_TTL_S + 1
     assert not await reader.find()
-    # The field of the dead was dropped, and a copy of it that comes back is known.
+    # The dead service's field was dropped, and a copy of it that comes back is recognised.
     assert not await client.hgetall(HASH)
     await client.hset(HASH, "a", old)
     assert not await reader.find()
@@ -161,7 +161,7 @@ async def test_leases_go_on_when_redis_comes_back(start_redis, monkeypatch):
         await following.look()
         assert following.num_failed and len(following.known) == 1
         server.start()
-        # It came back empty, and is told again.
+        # Redis came back empty, so the service registers again.
         await until(reader, {"a"})
     await following.close()
 

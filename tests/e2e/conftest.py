@@ -43,7 +43,7 @@ def reference():
 
 @pytest.fixture(scope="session")
 def small_model():
-    """For tests that ask much and depend on no timing: it decodes a token in a fraction of the shipped model's time."""
+    """For tests with many requests and no timing: a model that decodes much faster than the shipped one."""
     return small_worker_model()
 
 
@@ -54,7 +54,7 @@ def small_reference(small_model):
 
 @pytest.fixture
 def ask():
-    """One request: its output tokens and its last message."""
+    """Send one request. Returns its output tokens and its last message."""
 
     async def ask(deployment, prompt, max_tokens=24, **options):
         sampling = options.pop("sampling", None) or Sampling(max_tokens=max_tokens)

@@ -1,4 +1,4 @@
-"""Workers that compute otherwise: what one wrote the other misses, and says why; in one deployment they are refused."""
+"""Workers with different arithmetic miss each other's blocks and say why, and one deployment refuses them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ async def test_another_set_up_misses_and_says_why(deploy, document, ask, monkeyp
     async with deploy() as deployment:
         second = (data_dir / ARITHMETIC_FILE).read_text().strip()
         assert second != first
-        # What is stored is of no use here, and neither side is told that it is.
+        # The stored blocks are of no use here, and neither `explain` nor the worker claims otherwise.
         tokens = data_dir / "tokens.json"
         tokens.write_text(json.dumps([int(token) for token in prompt]))
         explain = ["explain", "--data-dir", str(data_dir), "--tokens-file", str(tokens)]
@@ -46,7 +46,7 @@ async def test_workers_that_cannot_share_are_never_started_together(deploy):
     with pytest.raises(ConfigError, match="arithmetic differs") as caught:
         async with deploy(extra_flags={"decode": ("--pool-bytes", "64M", "--dtype", "bfloat16")}):
             pass
-    # Who, what and where, of both.
+    # The error names both workers, their addresses and their arithmetic.
     one = r"prefill worker .* computes cpu-float32-\w+-\w+ \(.*threads.*\)"
     assert re.search(one + r", decode worker .* computes cpu-bfloat16", str(caught.value))
 
@@ -55,10 +55,11 @@ async def test_a_worker_may_read_what_another_arithmetic_wrote_and_stores_nothin
     name = probe(load_model(MODEL)).name
     flags = ("--pool-bytes", "64M", "--dtype", "bfloat16", "--arithmetic", name)
     async with deploy(extra_flags={"decode": flags}) as deployment:
-        # Four blocks and all but four tokens of a fifth, which the answer would fill.
+        # The prompt has four blocks and all but four tokens of a fifth, which the answer would fill.
         prompt = document[:316]
         output, last = await ask(deployment, prompt, sampling=Sampling(max_tokens=12, ignore_eos=True))
-        # The prompt's blocks are the prefill worker's; the answer's would be another's, so there are none.
+        # The prefill worker stored the prompt's blocks. The decode worker, with another arithmetic, stored none of the
+        # answer.
         _, last = await ask(deployment, np.concatenate((prompt, output)), max_tokens=2)
         assert last.usage.cache_hit_tokens == 256
         capsys.readouterr()

@@ -1,7 +1,7 @@
 """Strategy `auto` while the store and the workers are killed by SIGKILL at its writes: a hit equals a cold run, always.
 
-Prompts are long enough for all that `auto` leaves: ends, forks, marks near the start and the end of new ground, and a
-little after an unforeseen fork.
+Prompts are long enough for all checkpoints of `auto`: at ends, at forks, near the start and the end of new ground, and
+shortly after an unforeseen fork.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ def stored_bytes(deployment):
 
 
 async def killed_after(deployment, victim, grown_bytes):
-    """kill -9 as soon as the store's files have grown by so much: in the middle of a prompt's writes."""
+    """Kill -9 once the store's files have grown by this much, which is in the middle of a prompt's writes."""
     goal = stored_bytes(deployment) + grown_bytes
     for _ in range(60_000):
         if stored_bytes(deployment) >= goal:
@@ -37,7 +37,7 @@ async def killed_after(deployment, victim, grown_bytes):
 
 @dataclass
 class Seen:
-    """How prompts were restored: plans taken, and hits of those that were not cold."""
+    """How prompts were restored: their plans, and the hit tokens of those that were not cold."""
 
     plans: list = field(default_factory=list)
     hits: list = field(default_factory=list)
@@ -45,7 +45,7 @@ class Seen:
 
 @pytest.fixture
 def answer(reference):
-    """One request, held against a run from scratch."""
+    """Send one request and compare its answer with a run without any cache."""
     seen = Seen()
 
     async def answer(deployment, prompt):
@@ -72,15 +72,16 @@ async def test_with_auto_hits_equal_cold_runs_while_store_and_workers_are_killed
         await asyncio.gather(killed_after(deployment, store, 300_000), answer(deployment, document))
         flags = ["--dir", str(deployment.config.store_dir), "--address", store.address]
         store = await deployment.start_role("kvstore", flags)
-        # 2. What it kept is hit, and the rest computed.
+        # 2. The blocks that survived are hit, and the rest is computed.
         turn = np.concatenate((document, TEXT[:700]))
         last = await answer(deployment, turn)
         assert 0 < last.usage.cache_hit_tokens < len(document)
-        # 3. A fork inside the document while the prefill worker is killed: answered by another, or without one.
+        # 3. A prompt forks inside the document while the prefill worker is killed. It is answered without that worker.
         fork = np.concatenate((document[:5_000], TEXT[300:4_900]))
         await asyncio.gather(killed_after(deployment, deployment.one("prefill"), 50_000), answer(deployment, fork))
         await deployment.start_worker("prefill")
-        # 4. One decode worker goes in mid-stream; the other continues from what is stored and what was sent.
+        # 4. One decode worker is killed in mid-stream. The other continues from stored blocks and the tokens already
+        # sent.
         output, victim = [], None
         async for message in deployment.router.generate(turn, Sampling(max_tokens=80, ignore_eos=True)):
             output += [int(token) for token in message.tokens]
@@ -93,14 +94,14 @@ async def test_with_auto_hits_equal_cold_runs_while_store_and_workers_are_killed
         whole = await asyncio.to_thread(reference.generate, turn, 80)
         assert whole and output[: len(whole)] == whole
         await deployment.start_worker("decode")
-        # 5. The store dies under hits that read it, and comes back.
+        # 5. The store dies while a hit reads from it, and comes back.
         again = np.concatenate((fork, TEXT[100:300]))
         asked = asyncio.create_task(answer(deployment, again))
         await asyncio.sleep(0.02)
         await deployment.kill(store)
         await asked
         await deployment.start_role("kvstore", flags)
-        # 6. After all that: the next turn, the fork's sibling, and a leave where no checkpoint is.
+        # 6. After all that: the next turn, another fork at the same place, and a fork where no checkpoint is.
         for prompt in (
             np.concatenate((turn, TEXT[700:900])),
             np.concatenate((document[:5_000], TEXT[1_000:2_000])),

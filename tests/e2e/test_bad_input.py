@@ -1,4 +1,4 @@
-"""Bad input: a clear error, nothing lost, nothing hanging."""
+"""Bad input gives a clear error. Nothing is lost and nothing hangs."""
 
 import asyncio
 import json
@@ -74,7 +74,7 @@ def secret(tmp_path):
 def change_tensor(model_dir, change):
     path = model_dir / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
-    # Checkpoints spell this one as DeepSeek or as transformers do.
+    # Checkpoints spell this field either as DeepSeek does or as transformers does.
     name = min(name for name in tensors if name.endswith(("attn.wq_a.weight", "q_a_proj.weight")))
     change(tensors, name)
     safetensors.torch.save_file(tensors, path)
@@ -83,7 +83,7 @@ def change_tensor(model_dir, change):
 
 @pytest.fixture
 def run_here(capsys, monkeypatch):
-    """The command without a process of its own, which would import for seconds: its exit code and standard error."""
+    """Run the command in this process, because a new one imports for seconds. Returns exit code and standard error."""
     monkeypatch.setattr(cli, "set_up_logs", lambda *_: None)
 
     def run(*args):

@@ -1,4 +1,4 @@
-"""Processes that die, disks that lie: the answer stays the same, the cache costs speed only."""
+"""Processes die and disks return wrong bytes. The answers stay the same, and only speed is lost."""
 
 import asyncio
 import json
@@ -19,14 +19,14 @@ def prompt(document):
 
 
 async def kill_the_busy_one(deployment):
-    """Of the decode workers, the one that answers."""
+    """Kill the decode worker that is answering."""
     workers = (await deployment.router.status()).workers
     busy = next(worker for worker in workers if worker.role == "decode" and worker.num_requests)
     await deployment.kill(next(process for process in deployment.processes if process.address == busy.address))
 
 
 async def test_decode_workers_killed_in_mid_stream_are_replaced_without_gap_or_repeat(deploy, ask, prompt, reference):
-    """One deployment for two kills, of a greedy answer's worker and of a sampled one's: its start costs more."""
+    """Two kills in one deployment, because a start is expensive: a greedy answer's worker, and a sampled one's."""
     async with deploy(num_decode=3) as deployment:
         output, killed = [], False
         async for message in deployment.router.generate(prompt, Sampling(max_tokens=60, ignore_eos=True)):
@@ -69,7 +69,7 @@ async def test_a_dead_store_costs_speed_never_an_answer_and_is_used_again_when_i
         _, again = await ask(deployment, np.concatenate((fresh, prompt[:9])))
         assert again.usage.cache_hit_tokens > 0
 
-        # And without its prefill worker.
+        # Prompts are also answered without the prefill worker.
         await deployment.kill(deployment.one("prefill"))
         other = np.roll(prompt, 100)
         output, last = await ask(deployment, other)

@@ -1,4 +1,4 @@
-"""Workers and routers that come, drain, go and come back, as real processes: no wrong answer and no lost one."""
+"""Real workers and routers join, drain, leave and come back. No answer is wrong, and none is lost."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ def prompt(document):
 
 
 class Fleet:
-    """A store, routers that nobody told of workers, and workers that register with them."""
+    """A store, routers whose settings name no workers, and workers that register with the routers."""
 
     def __init__(self, config):
         self.deployment = Deployment(config)
@@ -106,7 +106,7 @@ async def ask(client, prompt, max_tokens=24, **options):
 
 
 async def test_equal_prompts_at_once_are_computed_once_and_only_workers_may_register(deploy, prompt, reference):
-    """One deployment for both: its start costs more."""
+    """Both rules in one deployment, because a start is expensive."""
     async with deploy() as deployment:
         await until(memory_known(deployment.router))
         results = await asyncio.gather(
@@ -133,7 +133,7 @@ async def test_a_worker_that_drains_ends_what_it_has_and_gets_nothing_new(deploy
                 drained = next(p for p in deployment.processes if p.address == busy.address)
                 drained.process.send_signal(signal.SIGTERM)
         assert len(output) == 100
-        # It ended by itself, after its last token, not by force.
+        # The worker ended by itself after its last token, and was not killed.
         assert await asyncio.wait_for(drained.process.wait(), 150) == 0
         assert b"moves to another" not in deployment.one("router").log_path.read_bytes()
         again, _ = await ask(deployment.router, prompt)
@@ -154,14 +154,14 @@ async def test_workers_join_and_leave_two_routers_by_lease(fleet, prompt, refere
         assert (await ask(first, prompt))[0] == expected
         output, last = await ask(second, prompt)
         assert output == expected and last.usage.cache_hit_tokens > 0
-        # One more joins; the first is killed, and forgotten when its lease is over.
+        # Another worker joins. The first one is killed, and forgotten when its lease ends.
         other = await one.worker("decode", (first, second))
         await until(known(first, prefill, decode, other))
         await one.deployment.kill(decode)
         assert (await ask(second, prompt))[0] == expected
         for client in (first, second):
             await until(known(client, prefill, other))
-        # One that is stopped says so.
+        # A worker that is stopped tells the routers.
         prefill.process.send_signal(signal.SIGTERM)
         await until(known(first, other), seconds=5)
         assert (await ask(first, prompt))[0] == expected
@@ -173,7 +173,7 @@ async def nobody_else_may_register(deployment):
         intruder = router_pb2.RegisterWorkerRequest(
             address="127.0.0.1:6666", role="decode", fingerprint=(await client.status()).fingerprint, ttl_s=6
         )
-        # This process shows the deployment's secret as an operator; a stranger shows nothing.
+        # This process proves the deployment's secret as an operator. A stranger has no proof.
         with pytest.raises((PermissionDenied, Unauthenticated)), rpc.rpc_errors():
             await router_pb2_grpc.RouterServiceStub(channel).RegisterWorker(intruder, timeout=60)
     assert len((await client.status()).workers) == 2
@@ -191,7 +191,7 @@ async def test_routers_share_what_they_know_through_redis_and_outlive_it(fleet, 
             await until(memory_known(client))
         expected = reference.generate(prompt, 24)
         assert (await ask(first, prompt))[0] == expected
-        # The one that placed nothing hears of it as well.
+        # The router that did not place the request hears of the blocks too.
         await until(told_of_events(second))
         redis.kill()
         longer = np.concatenate((prompt, prompt[:200]))
@@ -227,7 +227,7 @@ async def test_a_router_that_was_killed_knows_its_workers_again(fleet, prompt, r
 async def test_an_agent_like_load_with_kills_and_cancels_has_no_wrong_answer_and_no_stuck_request(
     deploy, document, reference
 ):
-    """Conversations that grow, over 2 prefill and 2 decode workers, while decode and prefill workers are killed."""
+    """Growing conversations over 2 prefill and 2 decode workers, while workers of both roles are killed."""
     rng = random.Random(5)
     async with deploy(num_prefill=2, num_decode=2) as deployment:
         wrong, num_done, num_cancelled = [], 0, 0

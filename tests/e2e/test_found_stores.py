@@ -1,4 +1,4 @@
-"""Store services that register in Redis are found by all who look, in any order of starts, wherever they move."""
+"""Store services that register in Redis are found by every process that looks, in any order of starts and moves."""
 
 import asyncio
 import dataclasses
@@ -28,7 +28,7 @@ class Settings(StoresConfig):
 
 @pytest.fixture
 async def serve(tmp_path, redis):
-    """`serve(name)`: a store process of that name, which says in Redis that it is there."""
+    """`serve(name)`: starts a store process with that name, which registers itself in Redis."""
     started = []
 
     async def serve(name):
@@ -83,24 +83,24 @@ def found(stores):
 
 
 async def test_stores_that_start_later_die_and_move_are_found_and_used(stores, serve):
-    # 1. Nothing is there yet, and nothing fails for it.
+    # 1. There is no store yet, and that causes no failure.
     assert found(stores) == {}
     first = await serve("a")
     await until(lambda: "a" in found(stores))
     assert (await stores.put([PROMPT.block(number) for number in range(2)])).num_stored == 2
-    # 2. Another one comes.
+    # 2. Another store registers.
     second = await serve("b")
     await until(lambda: set(found(stores)) == {"a", "b"})
-    # 3. The first one dies without a word and comes back elsewhere, with what it had.
+    # 3. The first store dies without leaving and comes back at another address with its records.
     before = found(stores)["a"]
     first.send_signal(signal.SIGKILL)
     await first.wait()
     await serve("a")
     await until(lambda: found(stores).get("a", before) != before)
     async with asyncio.timeout(300):
-        # Its connection may not be there yet.
+        # The connection to the new address may not be open yet.
         while (await stores.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks != 2:  # noqa: ASYNC110
             await asyncio.sleep(0.05)
-    # 4. One that leaves takes itself out.
+    # 4. A store that stops removes its registration.
     second.send_signal(signal.SIGTERM)
     await until(lambda: set(found(stores)) == {"a"})

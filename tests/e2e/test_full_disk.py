@@ -1,4 +1,4 @@
-"""Store, ledger and logs of real processes on one small file system that somebody else fills."""
+"""Store, ledger and logs of real processes on one small file system that another process fills."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tests.small_disk import fill, free_bytes, small_disk
 MIB = 1 << 20
 
 
-# Bytes that are free. The last is a disk that takes nothing more.
+# Free bytes. 0 is a disk that takes no more bytes.
 LEVELS = [(MIB, 0), pytest.param((4 * MIB, MIB, 256 << 10, 16 << 10, 0), marks=pytest.mark.long)]
-# An answer may begin with the end token, and would then say nothing.
+# `ignore_eos`, because an answer that begins with the end token would be empty.
 SAMPLING = Sampling(max_tokens=12, ignore_eos=True)
 
 
@@ -29,11 +29,11 @@ async def test_hits_are_answered_and_billed_at_every_fill_level(tmp_path, ask, d
         flags = {"prefill": SMALL_POOL, "decode": SMALL_POOL}
         config = DeploymentConfig(model=small_model, data_dir=disk / "data", extra_flags=flags)
         async with Deployment(config) as deployment:
-            # The default budget is 64 GiB; it takes what there is.
+            # The default budget is 64 GiB. Here the store takes the smaller space that the disk has.
             store = RemoteStore(deployment.one("kvstore").address)
             assert (await store.stats()).budget_bytes < 24 * MIB
             first, _ = await ask(deployment, document, sampling=SAMPLING)
-            # Another answer each time, since a prompt that is computed twice is stored once.
+            # Each level also gets a new prompt, because a known prompt writes no blocks.
             for number, but in enumerate(levels):
                 fill(disk / f"ballast{number}", but=but)
                 again, last = await ask(deployment, document, sampling=SAMPLING)
@@ -42,7 +42,7 @@ async def test_hits_are_answered_and_billed_at_every_fill_level(tmp_path, ask, d
                 fresh, _ = await ask(deployment, other, sampling=SAMPLING)
                 assert fresh
             assert free_bytes(disk) < MIB and (await store.stats()).stopped
-            # Space comes back without a restart.
+            # After space becomes free, the store writes again without a restart.
             for number in range(len(levels)):
                 (disk / f"ballast{number}").unlink(missing_ok=True)
             async with asyncio.timeout(60):

@@ -1,4 +1,4 @@
-"""Processes that are stopped, not dead: no connection closes, and nobody waits for them for long."""
+"""Processes are stopped but not dead, so no connection closes. Nobody waits long for them."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from antefix_billing.ledger_files import read_settled
 
 pytestmark = [pytest.mark.services, pytest.mark.impatient]
 
-# Twenty times what a hang may cost. Where nobody looks for signs of life each of these takes 61 to 92 s.
+# Twenty times the delay that a hang may cause. Without checks for signs of life, each of these takes 61 to 92 s.
 BOUND_S = 45.0
 
 
@@ -30,9 +30,9 @@ def stopped(*processes):
 
 
 async def test_stopped_processes_cost_little_and_answers_and_bills_stay(deploy, ask, document, reference):
-    """One deployment for each role in turn: its start costs more than the rest."""
+    """All roles in turn in one deployment, because its start costs more than the rest of the test."""
     async with deploy(num_decode=2) as deployment:
-        # Speeds are measured.
+        # This request lets the router measure speeds.
         await ask(deployment, np.flip(document[:900]))
         num_asked = 1
         for role, start in (("prefill", 800), ("kvstore", 1100)):
@@ -51,7 +51,7 @@ async def test_stopped_processes_cost_little_and_answers_and_bills_stay(deploy, 
             with pytest.raises(Unavailable, match="does not answer"):
                 await ask(deployment, document[:300])
             assert time.monotonic() - begun < BOUND_S + 10
-        # Back again, they are used again.
+        # Workers that answer again are used again.
         output, _ = await ask(deployment, document[:300])
         assert output == reference.generate(document[:300], 24)
         num_asked += 3

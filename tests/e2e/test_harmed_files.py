@@ -1,4 +1,4 @@
-"""Files of a running store are cut, overwritten or deleted: no other process dies of it, and every answer is right."""
+"""A running store's files are cut, overwritten or deleted. No other process dies, and every answer is right."""
 
 import os
 import shutil
@@ -42,5 +42,5 @@ async def test_routers_and_workers_outlive_their_stores_files(
         for prompt in prompts:
             assert (await ask(deployment, prompt))[0] == small_reference.generate(prompt, 24)
         dead = [process.role for process in deployment.processes if process.process.returncode is not None]
-        # The owner of an index that was cut may die of its map; anyone who supervises it starts it again.
+        # The store may die when its mapped index is cut. Its supervisor would then restart it.
         assert set(dead) <= ({"kvstore"} if harm is cut_index else set())

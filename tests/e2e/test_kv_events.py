@@ -1,4 +1,4 @@
-"""Both directions at once: a deployment of ours tells KV events, and a fleet's router places requests on it by them."""
+"""Both directions at once: our deployment sends KV events, and a fleet router places requests on it by these events."""
 
 import asyncio
 import shutil
@@ -18,10 +18,11 @@ from antefix_router.gateway.app import serve_door
 
 
 async def test_a_fleets_router_places_requests_on_our_workers_by_their_events(deploy, document, tmp_path, monkeypatch):
-    # Paths of Unix sockets are short.
+    # The path must be short, because paths of Unix sockets are limited.
     sockets = Path(tempfile.mkdtemp(prefix="kv"))
     events, replay = f"ipc://{sockets}/events", f"ipc://{sockets}/replay"
-    # As an operator of `antefix up` gives them: to the decode worker, which has every prompt that it answers.
+    # The flags as an operator gives them to `antefix up`, for the decode worker, which holds all prompts that it
+    # answers.
     monkeypatch.setenv("ANTEFIX_DECODE_KV_EVENTS", events)
     monkeypatch.setenv("ANTEFIX_DECODE_KV_EVENTS_REPLAY", replay)
     try:

@@ -34,18 +34,18 @@ async def test_workers_are_found_by_leases_as_they_come_die_and_leave(
             prompt = document[start : start + 300]
             assert (await ask(deployment, prompt))[0] == small_reference.generate(prompt, 24)
 
-        # 1. Nobody told the router who there is.
+        # 1. The router's settings name no workers.
         first, prefill = deployment.one("decode"), deployment.one("prefill")
         await until(are(first))
         await answers(0)
         assert await known(WorkerRole.PREFILL) == {prefill.address}
-        # 2. Another one comes; the first one dies without a word, and its lease runs out.
+        # 2. Another worker comes. The first one dies without leaving, and its lease expires.
         second = await deployment.start_worker("decode")
         await until(are(first, second))
         await deployment.kill(first)
         await answers(300)
         await until(are(second))
-        # 3. One that is told to stop takes itself out, and its successor has the work.
+        # 3. A worker that is told to stop removes its lease, and its successor gets the work.
         third = await deployment.start_worker("decode")
         await until(are(second, third))
         second.process.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The main job over four real processes: hits from memory and disk that change no token, billed as they were."""
+"""The main job over four real processes: hits from memory and disk change no token and are billed correctly."""
 
 import asyncio
 
@@ -24,14 +24,15 @@ async def test_hits_from_memory_from_the_answer_and_from_disk_equal_cold_runs(de
         output, last = await ask(deployment, first)
         assert count(last) == (0, "cold")
         asked.append((first, output))
-        # 2,558 tokens: the answer's first ones fill a block.
+        # The prompt has 2,558 tokens, so the answer's first two tokens fill a block.
         second = np.concatenate((document, document[:52], QUESTIONS[1][:6]))
         output, last = await ask(deployment, second)
         assert last.usage.cache_hit_tokens >= 2432  # all full blocks of the shared 2,500 tokens, or one less
         asked.append((second, output))
         third = np.concatenate((second, np.array(output, np.uint32), QUESTIONS[2]))
         output, last = await ask(deployment, third)
-        # The second turn ran 2,558 prompt and 23 output tokens: 40 full blocks of 64, the last with the answer's.
+        # The second turn ran 2,558 prompt and 23 output tokens: 40 full blocks of 64, the last of which has answer
+        # tokens.
         assert count(last) == (2560, "checkpoint")
         asked.append((third, output))
     async with deploy() as deployment:
@@ -44,7 +45,7 @@ async def test_hits_from_memory_from_the_answer_and_from_disk_equal_cold_runs(de
 
 
 async def test_without_checkpoints_a_hit_is_replayed_and_equal(deploy, ask, document, reference):
-    # 2,500 tokens, of which a replay runs 448: cheaper than cold by any speed that the planner can believe.
+    # Of 2,500 tokens a replay runs 448, which the planner finds cheaper than a cold run at any plausible speed.
     async with deploy(strategy="zero") as deployment:
         await ask(deployment, document)
         prompt = np.concatenate((document, QUESTIONS[1]))
@@ -74,7 +75,7 @@ async def test_concurrent_requests_get_their_own_answers(deploy, ask, document, 
 
 
 async def idle(deployment):
-    """No request is counted anywhere once all have ended."""
+    """Check that no role counts a running request once all have ended."""
     for _ in range(1200):
         status = await deployment.router.status()
         if all(worker.num_requests == 0 and worker.num_tokens_queued == 0 for worker in status.workers):

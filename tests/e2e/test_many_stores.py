@@ -1,4 +1,4 @@
-"""Three stores of one deployment: answers are a cold run's whichever store goes, and the bill names the tiers."""
+"""Three stores in one deployment: answers equal a cold run whichever store is lost, and the bill names the tiers."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ async def test_answers_survive_the_loss_of_stores_and_the_bill_agrees_with_all_l
             return last.usage
 
         await check(document[:1000])
-        # A conversation moves between workers, whose stores each get a part.
+        # A conversation moves between workers, so each worker's store gets a part of it.
         for length in (1300, 1600, 1900):
             usage = await check(document[:length])
             assert usage.cache_hit_tokens >= (length - 300) // 128 * 128

@@ -1,4 +1,4 @@
-"""Every role of a real deployment shows its metrics, and a second one on its data leaves its logs alone."""
+"""Every role of a real deployment shows metrics, and a second deployment on the same data leaves its logs alone."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ OPEN_METRICS = "application/openmetrics-text; version=1.0.0"
 ROLES = {"kvstore", "prefill", "decode", "router"}
 
 
-# Shown by a deployment that has what they count: a fleet's router, certificates, a file of keys, Redis.
+# Metrics that only other deployments show: those with a fleet router, certificates, a file of keys, or Redis.
 ELSEWHERE = ("antefix_fleet_", "antefix_security_certificate_", "antefix_security_failed_reloads", "antefix_api_keys_")
 ELSEWHERE += ("antefix_window_pool_forged_", "antefix_router_dropped_events")
 
@@ -34,7 +34,7 @@ def sum_of(families, name):
 
 
 def names_wanted():
-    """Of all dashboards and alerts."""
+    """The names of all metrics in dashboards and alerts."""
     text = "".join(path.read_text() for path in (DEPLOY / "alerts.yml", *(DEPLOY / "grafana").glob("*.json")))
     return set(re.findall(r"\bantefix_[a-z_]+", text))
 
@@ -47,10 +47,10 @@ async def test_every_role_shows_what_it_counts_and_a_second_deployment_is_refuse
         for process in deployment.processes:
             found[process.role] = list(prometheus_text(await asyncio.to_thread(fetch, process.metrics_address)))
             opened = list(open_metrics(await asyncio.to_thread(fetch, process.metrics_address, OPEN_METRICS)))
-            # The same metrics in both forms; OpenMetrics names counters without their ending.
+            # Both formats have the same metrics. OpenMetrics names counters without their ending.
             assert {family.name for family in opened} == {family.name for family in found[process.role]}
         assert set(found) == ROLES
-        # 1. What clients were told is what is shown.
+        # 1. The metrics agree with the usage that clients were told.
         assert sum_of(found["router"], "antefix_prompt_tokens_total") == 1000
         assert sum_of(found["router"], "antefix_hit_tokens_total") == last.usage.cache_hit_tokens > 0
         assert sum_of(found["router"], "antefix_output_tokens_total") == 2 * len(output)
@@ -58,14 +58,14 @@ async def test_every_role_shows_what_it_counts_and_a_second_deployment_is_refuse
         assert sum_of(found["kvstore"], "antefix_store_put_records_total") >= 7
         assert sum_of(found["kvstore"], "antefix_store_sync_seconds_count") >= 1
         assert sum_of(found["decode"], "antefix_decode_tokens_total") >= 6
-        # 2. Dashboards and alerts ask for nothing that is not there.
+        # 2. Dashboards and alerts name only metrics that exist.
         shown = {family.name for families in found.values() for family in families}
         endings = ("_total", "_bucket", "_sum", "_count", "")
         missing = {name for name in names_wanted() if not any(name.removesuffix(end) in shown for end in endings)}
         assert not {name for name in missing if not name.startswith(ELSEWHERE)}
         # 3. Series are bounded: no label has a value from a prompt or a hash.
         assert all(len(family.samples) < 500 for families in found.values() for family in families)
-        # 4. Prometheus finds the roles by the file.
+        # 4. The targets file for Prometheus names all roles.
         targets = json.loads((deployment.config.data_dir / METRICS_TARGETS_FILE).read_text())
         assert {each["labels"]["role"]: each["targets"][0] for each in targets} == {
             process.role: process.metrics_address for process in deployment.processes

@@ -1,4 +1,4 @@
-"""Backup, restore, drain and a new disk, step by step as docs/STORES.md has them, while the stores are used."""
+"""Backup, restore, drain and a new disk, by the steps of docs/STORES.md, while the stores are in use."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ PROMPT = Prompt(list(range(48 * 8)), payload_bytes=4096)
 
 
 async def antefix(tmp_path, *args):
-    """The command as an operator types it: what it said, which must be that all went well."""
+    """Run a command as an operator types it. Returns its output; the command must succeed."""
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "antefix_console", *args, "--secret-file", "secret", "--json",
         cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
@@ -57,7 +57,7 @@ async def restores(stores, num_blocks):
 async def test_a_backup_of_a_served_store_is_restored_into_another_and_served_itself(services, tmp_path):
     (_, a), (_, b) = services["a"], services["b"]
     await put(a, range(30))
-    # Backup: once from its files, and again from its address, with what came in between.
+    # Backup: first from the store's files, then from its address, which adds the records written in between.
     assert (await antefix(tmp_path, "store", "copy", "a", "backup"))["num_copied"] == 30
     await put(a, range(30, 40))
     more = await antefix(tmp_path, "store", "copy", a, "backup", "--bytes-per-s", "10M")
@@ -84,7 +84,7 @@ async def test_a_disk_is_replaced_while_requests_go_on(services, tmp_path):
     stop = asyncio.Event()
 
     async def ask_on(stores):
-        """What is not answered in time is a miss; what comes is right, and nothing is an error."""
+        """Read from the stores. A late answer is a miss, every returned block is right, and no call fails."""
         while not stop.is_set():
             await num_restored(stores)
             await asyncio.sleep(0.02)
@@ -93,17 +93,17 @@ async def test_a_disk_is_replaced_while_requests_go_on(services, tmp_path):
     # 1. A worker that was restarted writes to the new disk.
     assert not (await after.put([PROMPT.block(block, parent_elsewhere=True) for block in range(40, 44)])).refused
     assert await num_in(addresses["c"]) == 4
-    # 2. What only the old disk has goes to the new one. The rest is on others already.
+    # 2. Records that only the old disk has move to the new one. Other stores already hold the rest.
     drained = await antefix(tmp_path, "drain", addresses["a"], "--to", addresses["c"])
     assert drained["num_missing"] == 0 and await num_in(addresses["c"]) == 36
-    # 3. The old store stops. Nobody misses anything for it.
+    # 3. The old store stops, and nothing misses because of that.
     services["a"][0].send_signal(signal.SIGTERM)
     await services["a"][0].wait()
     for stores in (before, after):
         await restores(stores, 44)
     stop.set()
     await asyncio.gather(*asking)
-    # 4. Workers no longer name it.
+    # 4. The workers' settings no longer name the old store.
     last = worker("c", names="bc")
     await restores(last, 44)
     for stores in (before, after, last):

@@ -1,4 +1,4 @@
-"""NaN through a whole deployment: what is stored is a quarantined miss, what is computed fails its request alone."""
+"""NaN in a whole deployment: stored NaN is quarantined and a miss; computed NaN fails only its own request."""
 
 import asyncio
 import shutil
@@ -22,7 +22,7 @@ from tests.small_worker_model import small_worker_model
 
 pytestmark = pytest.mark.services
 BLOCK = 64
-# Padding, which no output has.
+# The padding token, which never appears in an output.
 POISON = 261
 PROMPTS = [np.random.default_rng(seed).integers(32, 250, 460).astype(np.uint32) for seed in (2, 3)]
 OTHER = np.random.default_rng(4).integers(32, 250, 200).astype(np.uint32)
@@ -34,7 +34,7 @@ async def output_of(deployment, prompt, sampling):
 
 
 def put_nan(directory, fingerprint, kind, tokens):
-    """In the place of the last record of a kind, sealed as a worker of the deployment would."""
+    """Replace the last record of a kind with NaN, sealed as by a worker of the deployment."""
     keyring = Keyring.from_file(directory / "secret")
     prompt = PromptNames(fingerprint=fingerprint, keyring=keyring, block_size=BLOCK).prompt("", tokens)
     engine = StorageEngine(KvStoreConfig(dir=str(directory / "store"), budget_bytes=256 << 20))
@@ -64,7 +64,7 @@ async def test_stored_nan_is_a_quarantined_miss_and_neighbours_go_on(deploy):
             fingerprint = (await client.status()).fingerprint
     for kind, prompt in zip((RecordKind.BLOCK, RecordKind.CHECKPOINT), PROMPTS, strict=True):
         put_nan(deployment.config.data_dir, fingerprint, kind, prompt)
-    # Other processes, which have nothing of it in memory.
+    # New processes, which have no block of the prompt in memory.
     async with deploy(**config) as deployment:
         neighbour = asyncio.create_task(output_of(deployment, OTHER, LONG))
         for _ in range(2):
@@ -82,7 +82,7 @@ async def metrics_of(process):
 
 @pytest.fixture
 def poisoned_model(tmp_path):
-    """Computes NaN for one token, as a broken card or a broken checkpoint would."""
+    """A model that computes NaN for one token, as a broken card or checkpoint would."""
     directory = tmp_path / "model"
     shutil.copytree(small_worker_model(), directory)
     tensors = load_file(directory / "model.safetensors")
@@ -99,7 +99,7 @@ async def test_computed_nan_fails_its_request_alone_and_is_not_stored(deploy, po
         right = await output_of(deployment, bad[:300], Sampling(max_tokens=10))
         alone = await output_of(deployment, OTHER, LONG)
         neighbour = asyncio.create_task(output_of(deployment, OTHER, LONG))
-        # 1. A clear word, at both doors, and none of torch's.
+        # 1. Both APIs give a clear error that does not quote torch.
         with pytest.raises(Unavailable, match=r"NaN or infinity|a step of the model failed"):
             await output_of(deployment, bad, Sampling(max_tokens=10))
         async with httpx2.AsyncClient(base_url=f"http://{deployment.one('router').http_address}") as door:
@@ -109,7 +109,7 @@ async def test_computed_nan_fails_its_request_alone_and_is_not_stored(deploy, po
         assert answer.status_code == 503
         message = answer.json()["error"]["message"]
         assert "NaN or infinity" in message or "a step of the model failed" in message
-        # 2. Nobody else is hurt, and what is stored is right.
+        # 2. No other request is affected, and all stored blocks are right.
         assert await neighbour == alone
         assert await output_of(deployment, bad[:300], Sampling(max_tokens=10)) == right
         assert all(process.alive for process in deployment.processes)

@@ -1,4 +1,4 @@
-"""All disks of a deployment are wiped while it runs: answers stay right, and hits come back from the object tier."""
+"""All disks of a running deployment are wiped: answers stay right, and hits come from the object tier."""
 
 import asyncio
 import shutil
@@ -17,7 +17,7 @@ UPLOADS = ("--budget-bytes", "256M", "--object-upload", "all", "--object-wait-s"
 
 
 async def until_reached(call):
-    """The router finds workers that were started again within a moment."""
+    """Repeat the call until the router has found the restarted workers, which takes a moment."""
     while True:
         try:
             return await call()
@@ -39,7 +39,7 @@ async def test_hits_come_back_when_every_disk_is_wiped(deploy, ask, document, sm
                 await asyncio.sleep(0.1)
                 await catalog.refresh()
         longer = np.concatenate((prompt, document[:100]))
-        # Each time with nothing on disk or in memory. On a busy machine the first look at the tier may come too late.
+        # Disk and memory are empty each time. On a busy machine the tier's first answer may come too late.
         async with asyncio.timeout(480):
             while True:
                 for path in deployment.config.store_dir.iterdir():

@@ -1,4 +1,4 @@
-"""The example that watches a deployment comes up, is loaded, and takes everything down again."""
+"""The observability example starts, gets load, and stops all that it started."""
 
 import os
 import subprocess

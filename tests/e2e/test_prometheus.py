@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a deployment, and its promtool checks what it is given: `make test-prometheus`."""
+"""A real Prometheus scrapes a deployment, and promtool checks the metrics: `make test-prometheus`."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ def promtool(*args, **options):
 
 
 def query(address, expression):
-    """The value of an expression with one sample."""
+    """The value of an expression that has one sample."""
     url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
     with urllib.request.urlopen(url, timeout=10) as answer:
         found = json.load(answer)["data"]["result"]

@@ -1,4 +1,4 @@
-"""Workers over two processes each, as `antefix up --tensor-parallel-size 2` starts them."""
+"""Workers of two processes each, as `antefix up --tensor-parallel-size 2` starts them."""
 
 import asyncio
 import os
@@ -26,7 +26,7 @@ async def test_a_deployment_over_ranks_hits_and_outlives_one_that_dies(deploy, a
         first, _ = await ask(deployment, prompt, max_tokens=12)
         second, last = await ask(deployment, longer, max_tokens=12)
         assert last.usage.cache_hit_tokens >= 640
-        # A rank dies: the worker ends at once and says why, and requests continue without it.
+        # If a rank dies, its worker ends at once and says why, and requests continue without the worker.
         prefill = deployment.one("prefill")
         (other,) = children_of(prefill.process.pid)
         os.kill(other, signal.SIGKILL)
@@ -34,7 +34,7 @@ async def test_a_deployment_over_ranks_hits_and_outlives_one_that_dies(deploy, a
             assert await prefill.process.wait() == EXIT_LOST
         assert f"rank 1 (pid {other}) died with status -9; this worker ends" in prefill.log_path.read_text()
         third, _ = await ask(deployment, document[100:600], max_tokens=12)
-        # The decode worker is stopped like any other, and takes its rank with it.
+        # The decode worker is stopped normally, and its rank ends with it.
         (other,) = children_of(deployment.one("decode").process.pid)
     assert not is_there(other)
     assert first == reference.generate(prompt, 12)

@@ -1,4 +1,4 @@
-"""A checkpoint in the released format, served with drafting by real processes: the model's own answers, and hits."""
+"""Real processes serve a checkpoint in the released format with drafting: the answers are the model's own, and hit."""
 
 import json
 import shutil
@@ -27,5 +27,5 @@ async def test_a_released_checkpoint_is_served_with_drafting(deploy, ask, tmp_pa
         second, last = await ask(deployment, longer, max_tokens=12)
     assert first == reference.generate(prompt, 12)
     assert second == reference.generate(longer, 12)
-    # Two blocks of 128 tokens, and the checkpoint behind them with its draft state.
+    # Two blocks of 128 tokens, and the checkpoint after them, which includes the draft state.
     assert (last.usage.cache_hit_tokens, last.usage.restore_plan) == (256, "checkpoint")

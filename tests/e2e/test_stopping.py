@@ -1,4 +1,4 @@
-"""Stopping `antefix up` while a request runs: it says what it waits for, how that ends, and whether it killed."""
+"""Stopping `antefix up` while a request runs: it says what it waits for, how the wait ended, and what it killed."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ async def test_a_stream_that_outlives_the_grace_period_ends_properly_and_its_rec
     )
     try:
         ready = json.loads(await asyncio.wait_for(process.stdout.readline(), 300))
-        # Its likeliest continuation is more of the same, without an end.
+        # The likeliest continuation of this prompt repeats it and never ends.
         body = {"model": MODEL.name, "prompt": "a b " * 50, "max_tokens": 30_000, "temperature": 0, "stream": True}
         lines = []
         url = f"http://{ready['http_address']}/v1/completions"
@@ -58,8 +58,8 @@ async def test_a_stream_that_outlives_the_grace_period_ends_properly_and_its_rec
 
 
 async def _deaf(tmp_path):
-    """A role that does not hear SIGTERM; SIGINT ends it."""
-    # SIGINT as by default: a shell that runs us in the background would have it ignored.
+    """A role that ignores SIGTERM, and that SIGINT ends."""
+    # SIGINT gets its default handler, because a shell that runs this test in the background makes children ignore it.
     program = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
         "signal.signal(signal.SIGINT, signal.SIG_DFL); print(flush=True); time.sleep(60)"

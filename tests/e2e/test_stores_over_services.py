@@ -1,4 +1,4 @@
-"""Three real store services: one dies while a prefix is read from it, and what is read often elsewhere comes home."""
+"""Three real store services: one dies during a read, and blocks that are often read elsewhere are copied home."""
 
 import asyncio
 import contextlib
@@ -20,15 +20,15 @@ from antefix.store.remote_store import RemoteStore
 from tests.kvstore.small_store import FINGERPRINT, Prompt, owner
 
 pytestmark = pytest.mark.services
-# 40 blocks of 1 MiB: pieces of 16 MiB, so a store that dies has given some and not others.
+# 40 blocks of 1 MiB are read in pieces of 16 MiB, so a store that dies has sent some pieces and not others.
 BLOCK_BYTES = 1 << 20
 PROMPT = Prompt(list(range(40 * 8)), payload_bytes=BLOCK_BYTES)
 
 
 @pytest.fixture
 async def services(tmp_path, monkeypatch):
-    """Processes and addresses by name, and what every call shows."""
-    # A busy machine's stores are late, which is a miss and not what is meant here.
+    """Processes and addresses by name, and the credentials of every call."""
+    # Long time limits, because a late answer on a busy machine would be a miss, which is not the subject of this test.
     monkeypatch.setattr(standing, "ASK_S", 10.0)
     monkeypatch.setattr(standing, "ASK_S_MAX", 10.0)
     keyring = Keyring.from_file(create_secret_file(tmp_path / "secret"))
@@ -97,7 +97,7 @@ async def test_a_store_that_dies_in_mid_stream_loses_nothing_that_another_has(se
     await asyncio.sleep(0.01)
     services["b"][0].send_signal(signal.SIGKILL)
     assert (await reading).num_good == 40
-    # And again, while it is gone.
+    # Read again while the store is down.
     read = await _restored(stores)
     assert read.num_good == 40 and {each.tier for each in read.reads} == {"peer:c"}
     await stores.close()
@@ -114,7 +114,7 @@ async def test_a_prefix_that_was_read_three_times_elsewhere_is_near_at_the_fourt
     async with RemoteStore(services["a"][1]) as near:
         held = await near.held(PROMPT.hashes, fingerprint=FINGERPRINT, tenant=owner(""))
     assert held.spans == ((0, 24),) and copies.counters.bytes_copied == 24 * BLOCK_BYTES
-    # Without the other host: what was copied is here.
+    # Without the other host, the copied blocks are on this host.
     services["b"][0].send_signal(signal.SIGKILL)
     read = await _restored(stores)
     assert {each.tier: each.num_blocks for each in read.reads} == {"peer:a": 24}
@@ -122,7 +122,7 @@ async def test_a_prefix_that_was_read_three_times_elsewhere_is_near_at_the_fourt
 
 
 async def test_a_store_that_was_away_is_read_as_soon_as_it_is_back(services, tmp_path, monkeypatch):
-    """Its pause would last for an hour: that it answers again is noticed by its connection."""
+    """The store's pause would last an hour, but its connection shows that it answers again."""
     monkeypatch.setattr(standing, "SHUNNED_S", 3600.0)
     monkeypatch.setattr(standing, "SHUNNED_S_MAX", 3600.0)
     await _fill(services, "b", range(40))

@@ -22,20 +22,20 @@ async def test_a_request_is_one_trace_from_its_client_to_the_store(deploy):
                     headers = {"traceparent": f"00-{TRACE_ID[:-1]}{number}-{PARENT_ID}-01"}
                     answer = await client.post("/v1/completions", json=body, headers=headers, timeout=120)
                     assert answer.status_code == 200, answer.text
-        # The roles send what is left when they stop.
+        # The roles send their remaining spans when they stop.
     cold = [span for span in receiver.spans if span.trace_id == f"{TRACE_ID[:-1]}0"]
     hit = [span for span in receiver.spans if span.trace_id == f"{TRACE_ID[:-1]}1"]
-    # 1. Every part of a request has a span, in the process that did it.
+    # 1. Every part of a request has a span, from the process that did the part.
     assert {span.name for span in cold} >= COLD | {"http", "Prefill", "Decode", "Put"}
     assert {span.name for span in hit} >= {"http", "look-up", "plan", "restore", "first token", "decode", "settle"}
     services = {"antefix-router", "antefix-prefill", "antefix-decode", "antefix-kvstore"}
     assert {span.service for span in cold} == services
-    # 2. All of them hang together, under the client's own span.
+    # 2. All spans form one tree under the client's own span.
     known = {span.span_id for span in cold}
     (root,) = [span for span in cold if span.name == "http"]
     assert root.parent_id == PARENT_ID and root.attributes["status"] == 200
     assert all(span.parent_id in known for span in cold if span is not root)
-    # 3. The restore plan is told of.
+    # 3. A span names the restore plan.
     (restored,) = [span for span in cold if span.name == "restore"]
     assert restored.attributes["plan"] == "cold" and restored.attributes["miss_reason"] == "first_seen"
     (again,) = [span for span in hit if span.name == "restore"]
@@ -44,5 +44,5 @@ async def test_a_request_is_one_trace_from_its_client_to_the_store(deploy):
     assert replayed.attributes["num_tokens"] == again.attributes["replayed_tokens"] > 0
     (steps,) = [span for span in cold if span.name == "decode steps"]
     assert steps.attributes["num_steps"] == 79 and steps.attributes["num_running"] == 1
-    # 4. Nothing in a trace is text of a prompt.
+    # 4. A trace has no text of a prompt.
     assert not [span for span in receiver.spans if any("to be" in str(each) for each in span.attributes.values())]

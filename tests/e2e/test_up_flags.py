@@ -25,7 +25,7 @@ async def test_up_takes_a_chat_format_and_model_aliases(tmp_path):
         modes = {"deepseek-chat": "off", "deepseek-reasoner": "high", "claude-opus-4-8": "high"}
         async with httpx2.AsyncClient(base_url=f"http://{ready['http_address']}", timeout=60) as client:
             for name, mode in modes.items():
-                # The small model's own format has no tools and no thinking.
+                # The small model's own chat format has no tools and no thinking.
                 answer = await client.post("/v1/chat/completions", json={"model": name, **body})
                 assert answer.status_code == 200, answer.text
                 assert answer.headers["antefix-mode"] == mode and answer.headers["antefix-model"] == "antefix-tiny"

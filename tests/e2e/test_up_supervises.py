@@ -1,4 +1,4 @@
-"""`antefix up` as operators run it: what dies comes back, what hangs up changes nothing, what is to stop stops."""
+"""`antefix up` as operators run it: dead roles are restarted, SIGHUP changes nothing, and a stop stops everything."""
 
 import asyncio
 import contextlib
@@ -83,7 +83,7 @@ async def test_a_stop_while_starting_is_a_stop(tmp_path):
         process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(200):
             assert await process.wait() == 0
-        # Ten times what it takes; all roles up would take longer on a busy machine, and say so on stdout.
+        # Ten times the usual time. Starting all roles would take longer on a busy machine, and would print "ready".
         assert time.monotonic() - begun < 50
         assert b"ready" not in await process.stdout.read()
 
@@ -91,11 +91,11 @@ async def test_a_stop_while_starting_is_a_stop(tmp_path):
 @needs_pid_namespace
 async def test_as_pid_1_an_early_stop_counts(tmp_path):
     async with up(*IN_A_PID_NAMESPACE, *command(tmp_path / "data")) as process, asyncio.timeout(300):
-        # As soon as it hears signals: that is while it imports.
+        # Send the signal as soon as the process handles signals, which is while it still imports.
         while not (found := children(process.pid)) or not hears_sigterm(found[0]):  # noqa: ASYNC110 - of another process
             await asyncio.sleep(0.005)
         os.kill(found[0], signal.SIGTERM)
-        # What shells give for a stop; 0 where its own loop runs already.
+        # The exit code that shells use for SIGTERM; 0 if the program's own loop is already running.
         assert await process.wait() in (0, 128 + signal.SIGTERM)
         assert b"ready" not in await process.stdout.read()
 
@@ -105,7 +105,7 @@ async def test_as_pid_1_orphans_are_reaped_and_a_stop_is_a_clean_end(tmp_path):
     async with up(*IN_A_PID_NAMESPACE, *command(tmp_path / "data")) as process, asyncio.timeout(600):
         await line_with(process.stdout, '"ready"')
         (pid_1,) = children(process.pid)
-        # An orphan: its parent, in the namespace, ends before it.
+        # Make an orphan: its parent, in the namespace, ends first.
         orphan = await asyncio.create_subprocess_exec(
             *("nsenter", "--target", str(pid_1), "--pid", "sh", "-c", "(sleep 0.3 &) ; exit 0")
         )
@@ -113,12 +113,12 @@ async def test_as_pid_1_orphans_are_reaped_and_a_stop_is_a_clean_end(tmp_path):
         while "(zombie)" in states(pid_1) or "Name:\tsleep\n" in states(pid_1):  # noqa: ASYNC110 - of other processes
             await asyncio.sleep(0.2)
         os.kill(pid_1, signal.SIGTERM)
-        # `unshare` passes on how PID 1 ended.
+        # `unshare` ends with PID 1's exit code.
         assert await process.wait() == 0
 
 
 def hears_sigterm(pid):
-    """Whether it has a handler: without one, the kernel drops what is sent to PID 1."""
+    """Whether the process handles SIGTERM. Without a handler, the kernel drops signals to PID 1."""
     caught = Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0]
     return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
 

@@ -1,4 +1,4 @@
-"""`antefix verify --against`: workers of a running deployment give the same answers, or it says which does not."""
+"""`antefix verify --against`: a deployment's workers give equal answers, or the command names one that differs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ async def test_workers_are_compared_through_a_router_and_straight(deploy, capsys
         (row,) = report["rows"]
         assert row["strategy"] == "against"
         assert set(row["plans"]) >= {"fingerprint", "prefill, cold"}
-        # The prefill worker hit what the decode worker had stored, in more than one way or another.
+        # The prefill worker hit blocks that the decode worker had stored, by one plan or another.
         assert len(row["plans"]) > 2 or row["plans"]["prefill, cold"]["cases"] > 3
 
-        # A worker of another format names KV otherwise, and answers otherwise.
+        # A worker with another format has other names for KV and gives other answers.
         deployment.config.extra_flags["decode"] += ("--kv-format", "float32")
         other = await deployment.start_worker("decode")
         code, said = await against(capsys, decode, other.address)
@@ -38,7 +38,7 @@ async def test_workers_are_compared_through_a_router_and_straight(deploy, capsys
         assert any("gives KV other names" in text and other.address in text for text in report["failures"])
         assert any("output token" in text for text in report["failures"])
 
-        # One worker is no comparison, and an address where nobody is says so.
+        # One worker cannot be compared, and an address where nothing listens gives an error.
         code, said = await against(capsys, decode)
         assert code == 2 and "needs two workers" in said.err
         code, said = await against(capsys, decode, "127.0.0.1:1")

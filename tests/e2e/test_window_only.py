@@ -1,4 +1,4 @@
-"""A model of window-only layers: nothing of a prefix but its last windows counts, and hits still equal cold runs."""
+"""A model of window-only layers: only a prefix's last windows matter, and hits still equal cold runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Window state over real processes: the pool between workers, its loss, bounded namespaces, a switch of strategy."""
+"""Window state over real processes: a pool shared by workers, its loss, bounded namespaces, a switch of strategy."""
 
 import asyncio
 import subprocess
@@ -57,7 +57,7 @@ async def test_a_turn_resumes_from_the_stores_memory_and_strategies_switch(tmp_p
             await WindowClient(deployment.one(role).address).set_strategy("boundary")
         await ask(deployment, next_turn(answer))
         assert await num_checkpoints_on_disk(deployment) >= 1
-        # A short rest is prefilled by decode itself, so the plans are spread over both.
+        # The decode worker itself prefills a short rest of a prompt, so both roles report plans.
         statuses = [
             await WindowClient(deployment.one(r).address).status(num_plans_max=9) for r in ("prefill", "decode")
         ]
@@ -77,7 +77,7 @@ async def test_a_redis_that_dies_costs_no_answer(tmp_path, start_redis):
         again, restore = await ask(deployment, turn)
         assert restore.plan in ("replay", "cold")
         assert again == pooled
-        assert await num_checkpoints_on_disk(deployment) >= 1  # what the pool did not take
+        assert await num_checkpoints_on_disk(deployment) >= 1  # checkpoints that the pool did not take
 
 
 async def test_a_bounded_namespace_replays_one_window_and_an_exact_one_finds_nothing_of_it(tmp_path):

@@ -1,4 +1,4 @@
-"""`antefix up` in a place as some operator has it: other mounts, limits, users and variables. Asked twice, stopped."""
+"""Runs `antefix up` under other mounts, limits, users and variables, sends two requests, and stops it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from tests.child_environment import child_environment
 from tests.gateway.scripted import MODEL
 
 START_S = 240
-# Past two blocks, so that the second time hits.
+# The prompt is longer than two blocks, so that the second request hits.
 PROMPT = "The canary sings at midnight, and the fox answers from the hill. " * 8
 
 
 @dataclass(kw_only=True)
 class Place:
-    """shell: run first, as root in a mount namespace of its own where there is one, `$DATA` being the data directory.
+    """Where `antefix up` runs.
 
-    wrap: what the command is run by.  unset: variables that are taken out.
+    shell: commands to run first, as root in a new mount namespace. `$DATA` is the data directory.
+    wrap: the command line that runs `antefix up`.  unset: environment variables to remove.
     """
 
     data_dir: Path
@@ -41,7 +42,7 @@ class Place:
     cwd: Path | None = None
 
     def command(self) -> list[str]:
-        # -P: as installed, a folder in the working directory shadows nothing.
+        # -P: folders in the working directory shadow no package, as with an installed command.
         flags = ("--model", str(MODEL), "--http-address", "127.0.0.1:0", "--json", *self.flags)
         up = [*self.wrap, sys.executable, "-P", "-m", "antefix_console", "up", *flags]
         if not self.shell:
@@ -58,7 +59,7 @@ class Place:
 
 @dataclass(kw_only=True)
 class Running:
-    """ready: what `up --json` said."""
+    """A running deployment.  ready: the output of `up --json`."""
 
     ready: dict[str, Any]
     data_dir: Path
@@ -68,9 +69,9 @@ class Running:
         return f"http://{self.ready['http_address']}"
 
     def ask(self) -> tuple[str, int]:
-        """The answer, and how many tokens of the prompt were hits."""
+        """Send the prompt. Returns the answer and the number of hit tokens."""
         body = {"model": MODEL.name, "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
-        # Not through a proxy of the environment.
+        # The request must not use a proxy from the environment.
         with httpx2.Client(timeout=120, trust_env=False) as client:
             answer = client.post(f"{self.url}/v1/completions", json=body)
         assert answer.status_code == 200, answer.text
@@ -89,7 +90,7 @@ class Running:
 
 @contextlib.contextmanager
 def up(place: Place) -> Iterator[Running]:
-    """A deployment that runs, and that stops with code 0 and without a traceback."""
+    """Run a deployment. It must stop with code 0 and without a traceback."""
     err_path = place.data_dir.parent / "stderr.txt"
     with err_path.open("wb") as err:
         process = subprocess.Popen(
@@ -113,7 +114,7 @@ def up(place: Place) -> Iterator[Running]:
 
 
 def refused(place: Place) -> str:
-    """What `up` says that does not start: one line behind what it tells of its start."""
+    """The error of an `up` that does not start: one line after its messages about starting."""
     where = {"env": place.environment(), "cwd": place.cwd or "/"}
     process = subprocess.run(place.command(), capture_output=True, timeout=START_S, check=False, **where)
     told = process.stderr.decode(errors="replace")
@@ -123,7 +124,7 @@ def refused(place: Place) -> str:
 
 
 def needs_root(*programs: str) -> None:
-    """Skips the test, saying what it lacks."""
+    """Skip the test if this is not root or a program is missing."""
     if os.geteuid() != 0:
         pytest.skip("needs root, to mount and to become other users")
     for program in programs:

@@ -1,4 +1,4 @@
-"""Antefix answers and hits wherever operators run it, or says in one line what it lacks: `make test-environments`."""
+"""Antefix answers and hits in all these environments, or says in one line what is missing: `make test-environments`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_an_unprivileged_user(data_dir):
     for parent in data_dir.parents[:3]:
         parent.chmod(0o755)
     wrap = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--no-new-privs")
-    # As they would run it: a Python below /root is another one to them, or none.
+    # Run Python as that user, who may find another Python or none if this one is below /root.
     probe = [*wrap, sys.executable, "-P", "-c", "import antefix_console.commands.up"]
     if subprocess.run(probe, capture_output=True, check=False, env=child_environment()).returncode:
         pytest.skip("other users can read neither this Python nor the checkout")
@@ -122,7 +122,7 @@ def test_too_little_address_space_is_said(data_dir):
 
 @contextlib.contextmanager
 def cpu_group(quota_us: int):
-    """The directory of a control group with this quota per 100 ms, of either version."""
+    """The directory of a control group, of version 1 or 2, with this CPU quota per 100 ms."""
     root = Path("/sys/fs/cgroup")
     v2 = (root / "cgroup.controllers").exists()
     group = (root if v2 else root / "cpu") / f"antefix-test-{os.getpid()}"

@@ -1,4 +1,4 @@
-"""The two sources of events behind real services, with the followers that routers use, told and asked alike."""
+"""The two sources of events behind real services, and the routers' followers, with the same interface for both."""
 
 import contextlib
 
@@ -22,7 +22,7 @@ EVENT_KEYS = EventKeys.of(Keyring(b"e" * 32))
 
 
 class Source:
-    """Holds the first blocks of CHAIN. history: how many, by event; all that a follower may ever say of an event."""
+    """Holds the first blocks of CHAIN.  history: by event, the number of held blocks, which a follower must report."""
 
     def __init__(self):
         self.num_held = 0
@@ -33,7 +33,7 @@ class Source:
         self.history[self.log.cursor] = self.num_held
 
     async def hold(self, count):
-        """Blocks come or go, one event each, until there are `count`."""
+        """Add or remove blocks, one event each, until `count` are held."""
         while self.num_held != count:
             step = 1 if count > self.num_held else -1
             await self.change(self.num_held + step)
@@ -50,13 +50,13 @@ class Source:
             self.publisher = None
 
     async def snapshot(self):
-        """As the service reads it."""
+        """The snapshot as the service reads it."""
         for piece in self.snapshot_now():
             yield piece
 
 
 class MemorySource(Source):
-    """A worker's memory."""
+    """A source that is a worker's memory."""
 
     stream_of = staticmethod(memory_stream)
 
@@ -99,7 +99,7 @@ class MemorySource(Source):
 
 
 class MemoryRouter:
-    """What a router knows of the worker. watch: instead of the worker's own stream."""
+    """A router's knowledge of the worker.  watch: replaces the worker's own stream."""
 
     def __init__(self, source, redis_url, watch):
         self.source, self.directory = source, Directory()
@@ -119,7 +119,7 @@ class MemoryRouter:
 
 
 class StoreSource(Source):
-    """A store."""
+    """A source that is a store."""
 
     stream_of = staticmethod(store_stream)
 
@@ -164,7 +164,7 @@ class StoreSource(Source):
 
 
 class StoreRouter:
-    """What a router knows of the store. watch: instead of the store's own stream."""
+    """A router's knowledge of the store.  watch: replaces the store's own stream."""
 
     def __init__(self, source, redis_url, watch):
         self.feed = self.follower = StoreFeed(
@@ -182,7 +182,7 @@ class StoreRouter:
 
 
 def is_right(source, router):
-    """Whether a router that says it is in step says what the source had at that event, whenever it is asked."""
+    """Whether the router knows the source's content at its present event, if the router says that it is in step."""
     follower = router.follower
     return not follower.in_step or router.num_known() == source.history[follower._cursor]
 
@@ -197,7 +197,7 @@ def is_level(source, router):
 
 @contextlib.contextmanager
 def cut_off(router):
-    """What Redis gives does not reach the router."""
+    """Within this context, Redis' entries do not reach the router."""
     reader = router.feed._reader
     take, reader._take = reader._take, lambda name, batch: None
     try:

@@ -1,4 +1,4 @@
-"""A follower of numbered events is in step with their source, or knows that it is not: the same for both sources."""
+"""A follower of numbered events is in step with the source or knows that it is not. Both kinds of source are tested."""
 
 import asyncio
 import contextlib
@@ -55,11 +55,11 @@ def counted(router):
     return counters.num_snapshots, counters.num_gaps
 
 
-# By hand: what comes, and in which order, is the test's.
+# Tests in which the test itself decides which events come, and in which order.
 
 
 async def by_hand(source):
-    """A router that is level and follows nothing by itself."""
+    """A router that is level with the source and follows no stream by itself."""
     router = source.router()
     if isinstance(source, MemorySource):
         router.feed._watch = lambda *_: _nothing()
@@ -80,7 +80,7 @@ async def test_whatever_is_lost_a_follower_in_step_is_right(source):
     for _ in range(30):
         await source.hold(rng.randrange(10))
         if rng.random() < 0.4:
-            # Events that never arrive show at the next ones, or when the source says where it stands.
+            # Lost events are noticed at the next event, or when the source sends its present number.
             cursor, num_lost = source.log.cursor, num_lost + 1
         batch = source.log.since(cursor)
         while batch is not None and follower.apply(batch) and batch.cursor != source.log.cursor:
@@ -142,7 +142,7 @@ async def test_a_slow_reader_that_the_ring_has_gone_over_gets_a_snapshot_in_its_
         assert router.follower.apply(await anext(batches))
         num_snapshots = router.follower.counters.num_snapshots
         await source.hold(3)
-        # Within the ring: no snapshot.
+        # The missing events are still in the source's ring, so no snapshot is needed.
         while not is_level(source, router):
             assert router.follower.apply(await anext(batches))
         assert router.follower.counters.num_snapshots == num_snapshots
@@ -183,7 +183,7 @@ async def test_a_direct_stream_follows_changes_and_another_epoch(source, started
 
 
 async def test_a_stream_that_breaks_without_loss_is_in_step_again_at_once(source, started):
-    """Though nothing new happens: the source says where it stands."""
+    """The router recovers without a new event, because the source sends its present number."""
     streams = []
 
     async def breaking(cursor):
@@ -282,7 +282,7 @@ async def test_words_of_a_former_life_count_no_more(source, started, redis):
 
 
 async def test_another_process_with_the_deployments_key_does_not_speak_for_the_source(source, started, redis):
-    """It can read all that is in Redis, and sign as any process of the deployment does; the epoch is not there."""
+    """The other process can read all of Redis and sign with the deployment's key. The secret epoch is not in Redis."""
     await source.publish(redis.url)
     router = started(redis.url)
     await source.hold(6)
@@ -313,7 +313,7 @@ async def test_what_redis_tells_again_counts_once(source, started, redis):
     await source.hold(9)
     await source.hold(3)
     await level(source, router)
-    # As when a stream is read again from further back.
+    # Read the stream again from an earlier entry.
     router.feed._reader._last = dict.fromkeys(router.feed._reader._last, "0-0")
     await source.hold(4)
     await level(source, router)
@@ -355,7 +355,7 @@ async def test_what_ends_in_the_moment_of_news_does_end(source, started, redis, 
 
 
 def paused(source, *, before_end):
-    """The source's stream, whose snapshot waits at its beginning, or when all but its end was given."""
+    """The source's stream. Its snapshot pauses at the beginning or, with `before_end`, just before its end."""
     reached, go = asyncio.Event(), asyncio.Event()
 
     async def watch(cursor):
@@ -384,11 +384,11 @@ async def test_events_that_come_while_a_snapshot_is_taken_are_applied_on_top(sou
     waiting = router.follower._waiting
     await until(lambda: waiting and waiting[-1].cursor.number == source.log.cursor.number)
     go.set()
-    # Never in step with what is not so, from the very moment on in which the snapshot is whole.
+    # From the moment when the snapshot is complete, the router is never in step with wrong contents.
     while not router.follower.in_step:  # noqa: ASYNC110
         await asyncio.sleep(0)
     assert is_level(source, router)
-    # An event told before the router has its place in Redis is a gap: it costs one more snapshot, and nothing else.
+    # An event sent before the router has its place in Redis is a gap, which costs only one more snapshot.
     assert counted(router) in ((1, 0), (2, 1))
 
 

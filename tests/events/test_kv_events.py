@@ -1,4 +1,4 @@
-"""KV events in the format of vLLM and SGLang: what we write, and what of theirs we read."""
+"""KV events in the format of vLLM and SGLang: the events that we write, and those of theirs that we read."""
 
 import msgspec
 import pytest
@@ -52,7 +52,7 @@ def test_what_is_written_has_the_documented_form():
                 "parent_block_hash": b"a" * 32,
                 "token_ids": [1, 2, 3, 4],
                 "block_size": 2,
-                # Readers of the format want these three also where they say nothing.
+                # Readers of the format expect these three fields even if they are empty.
                 "lora_id": None,
                 "medium": "GPU",
                 "lora_name": None,
@@ -153,7 +153,7 @@ def test_no_bytes_break_the_reader(payload):
 def test_no_value_in_place_of_a_field_breaks_the_reader(value):
     for name in ("block_hashes", "parent_block_hash", "token_ids", "block_size", "extra_keys", "group_idx"):
         batch = decode_batch(PACK([1.0, [stored(**{name: value}), stored()]]))
-        # Read or counted, and the event behind it is read.
+        # The event is either read or counted, and the event after it is read.
         assert 1 <= len(batch.events) == 2 - batch.num_unread
 
 

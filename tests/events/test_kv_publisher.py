@@ -1,4 +1,4 @@
-"""A worker's KV events on real sockets: numbered, replayed, and readable only by who may."""
+"""A worker's KV events on real sockets: numbered, replayed, and readable only with the right key."""
 
 import asyncio
 import stat
@@ -16,12 +16,12 @@ from antefix.events.kv_sockets import CurveKey, guard_client, is_local
 pytestmark = pytest.mark.slow
 
 LOCAL = "tcp://127.0.0.1:0"
-# Subscribing takes a round trip behind the handshake; nothing says when it has arrived.
+# A subscription takes a round trip after the handshake, and nothing reports its arrival.
 SUBSCRIBED_S = 0.2
 
 
 class Reader:
-    """A subscriber that knows the documented frames and nothing of ours."""
+    """A subscriber that uses the documented frames and none of our code."""
 
     def __init__(self, publisher, guard=lambda socket: None, *, topic=b""):
         self.context = zmq.asyncio.Context()
@@ -65,7 +65,7 @@ class Reader:
 
 @pytest.fixture
 async def tell():
-    """tell(**settings) -> a started publisher; read(publisher) -> a subscriber that hears it."""
+    """tell(**settings) -> a started publisher; read(publisher) -> a subscriber to that publisher."""
     opened = []
 
     def start(**settings):
@@ -155,7 +155,7 @@ async def test_what_was_missed_is_given_again(tell, read):
     assert publisher.counters.num_replays == 1
 
 
-async def test_a_request_that_is_none_is_passed_over(tell, read):
+async def test_an_invalid_request_is_ignored(tell, read):
     publisher = tell()
     tell_chain(publisher, b"a")
     await asyncio.sleep(0)
@@ -219,7 +219,7 @@ def test_token_ids_do_not_leave_the_host_in_the_clear(endpoint):
 @pytest.mark.parametrize(
     "endpoint", ["", "http://x", "tcp://", "tcp://127.0.0.1", "tcp://127.0.0.1:port", "tcp://127.0.0.1:70000"]
 )
-def test_an_address_that_is_none_is_refused(endpoint):
+def test_an_invalid_address_is_refused(endpoint):
     with pytest.raises(ConfigError):
         KvPublisherConfig(endpoint=endpoint or "x")
 

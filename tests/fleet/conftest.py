@@ -1,4 +1,4 @@
-"""Stand-in workers behind a real fleet's router: real HTTP, real ZeroMQ, in one process."""
+"""Stand-in workers behind a real fleet router, with real HTTP and real ZeroMQ, in one process."""
 
 import asyncio
 import contextlib
@@ -40,7 +40,7 @@ class Fleet:
         return following is None or (following.in_step and (following._next or 0) == worker.publisher.number)
 
     async def heard(self, condition=None, timeout_s=60.0):
-        """Until the router has what all workers said, and the condition holds."""
+        """Wait until the router has received all workers' events, and the condition holds."""
         ends = time.monotonic() + timeout_s
         while True:
             told = all(self.is_told(worker) for worker in self.workers if worker.publisher is not None)
@@ -50,12 +50,12 @@ class Fleet:
             await asyncio.sleep(0.01)
 
     async def heard_down(self, worker, timeout_s=60.0):
-        """Until the router has noticed that the worker is gone."""
+        """Wait until the router has noticed that the worker is down."""
         ends = time.monotonic() + timeout_s
         while self.engine(worker).is_up or self.engine(worker).tells:
             assert time.monotonic() < ends, "the router did not notice"
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.15)  # its health is looked at once more
+        await asyncio.sleep(0.15)  # the router checks the worker's health once more
 
     @property
     def records(self):
@@ -67,7 +67,7 @@ class Fleet:
 @pytest.fixture
 async def fleet(tmp_path, monkeypatch):
     """fleet(*workers, **settings) -> a started Fleet."""
-    # Router and workers share one loop: on a busy machine it is late for all of them, and none of them is down.
+    # Router and workers share one event loop. On a busy machine it is late for all, so lateness must not count as down.
     monkeypatch.setattr("antefix_router.fleet.openai_door._ASK_S", 60.0)
     async with contextlib.AsyncExitStack() as stack:
 

@@ -1,6 +1,6 @@
-"""A worker that is not ours, small enough for a test: an OpenAI door, a prefix cache of blocks, and vLLM's KV events.
+"""A small stand-in for another engine's worker: an OpenAI API, a prefix cache of blocks, and vLLM's KV events.
 
-Its tokens are bytes, its blocks' hashes SHA-256 chains, its events plain maps: nothing of it is made by our own code.
+Its tokens are bytes, its block hashes are SHA-256 chains, and its events are plain maps. It uses none of our code.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TEMPLATE = {"system": "S", "user": "U", "assistant": "A", "tool": "T"}
 
 
 class Publisher:
-    """As vLLM's: numbered messages, the last ones given again. Events may be lost on their way."""
+    """Publishes like vLLM: numbered messages, of which the last ones can be replayed. Tests can lose events."""
 
     def __init__(self, events="tcp://127.0.0.1:0", replay="tcp://127.0.0.1:0"):
         self.context = zmq.Context()
@@ -71,9 +71,9 @@ class Publisher:
 
 @dataclass
 class Standin:
-    """One worker. capacity: blocks that its cache holds.  status: of its next answers, where it is no 200.
+    """One worker.  capacity: blocks that its cache holds.  status: the HTTP status of its next answers.
 
-    breaks_after: pieces of a stream after which the connection is cut.  tells_hits: it reports cached tokens.
+    breaks_after: pieces of a stream after which the connection is cut.  tells_hits: whether it reports cached tokens.
     forgets_silently: drops its cache before the next answer, without an event.
     """
 
@@ -159,7 +159,7 @@ class Standin:
         return found
 
     def use(self, tokens, salt="", lora=None):
-        """Cached tokens of a prompt, which is in the cache afterwards; tells what came and went."""
+        """Put a prompt into the cache and send the events. Returns the number of its tokens that were cached before."""
         names = self.hashes(tokens, salt + (lora or ""))
         if self.forgets_silently:
             self.cache.clear()

@@ -1,4 +1,4 @@
-"""What is known of one engine after its events: names, media, groups, and what a hit may end behind."""
+"""The index of one engine after its events: names, media, groups, and the blocks where a hit may end."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ TOKENS = list(range(100, 140))
 
 
 class Known:
-    """An index, and what the directory says through it."""
+    """An index, and the directory that it fills."""
 
     def __init__(self, **options):
         self.directory = Directory()
@@ -111,7 +111,7 @@ def test_full_groups_must_all_hold_a_block(known):
 def test_a_hit_ends_where_a_window_group_has_what_it_needs(known):
     known.tell(stored(0, 6, group_idx=0, kv_cache_spec_kind="full_attention"))
     assert known.usable() == 6
-    # Of the window's group only the ends of blocks 2 and 4 are cached; there are more tokens than blocks.
+    # The window's group caches only the ends of blocks 2 and 4, so its event has more tokens than blocks.
     window = stored(0, 5, group_idx=1, kv_cache_spec_kind="sliding_window", kv_cache_spec_sliding_window=SIZE)
     window.block_hashes = [window.block_hashes[1], window.block_hashes[3]]
     known.tell(window)
@@ -128,7 +128,7 @@ def test_a_window_group_may_speak_first(known):
 
 
 def test_a_groups_smaller_blocks_are_no_prefix_of_their_own(known):
-    """As in DeepSeek-V4's layout: blocks of 8 in the full group, of 4 in the window's."""
+    """As in DeepSeek-V4's layout, the full group has blocks of 8 and the window's group blocks of 4."""
     known.tell(stored(0, 4, size=8, group_idx=2, kv_cache_spec_kind="full_attention"))
     window = stored(4, 8, size=4, group_idx=0, kv_cache_spec_kind="sliding_window_mla")
     known.tell(window)
@@ -171,7 +171,7 @@ def test_what_is_forgotten_is_forgotten_in_every_medium(known):
     known.index.confirm()
     known.index.forget()
     assert (known.leading(), known.leading(medium="GPU"), known.leading(medium="CPU")) == (0, 0, 0)
-    # It still tells itself what it has: the router's own placements are no news.
+    # The engine still sends events, so the router's own placements are not taken as new blocks.
     known.directory.guess("a", known.keys())
     assert known.leading() == 0
     known.index.doubt()

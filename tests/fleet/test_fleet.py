@@ -1,4 +1,4 @@
-"""A router in front of workers that are not ours: where requests go, what comes back, what is billed."""
+"""A router in front of other engines' workers: where requests go, what comes back, what is billed."""
 
 import asyncio
 import hashlib
@@ -235,7 +235,7 @@ async def test_an_adapters_prefixes_are_its_own(fleet):
 async def test_ranks_are_named_to_the_worker(fleet):
     worker = Standin(with_events=False)
     door = await fleet(worker, ranks=2)
-    # Where nothing decides each new prompt falls to one of two: so many fall to one once in a long life.
+    # Without other reasons a new prompt goes to a random rank. That all 20 go to one is practically impossible.
     for number in range(20):
         await door.chat(f"{number} {LONG}")
     ranks = {headers["x-data-parallel-rank"] for headers, _ in worker.requests}
@@ -357,7 +357,7 @@ async def test_an_error_inside_a_stream_is_one(fleet, two, monkeypatch):
     (record,) = door.records
     assert (record.status, record.output_tokens) == (Status.FAILED, 1)
     two[0].fails_after = two[1].fails_after = 0
-    # Before anything was given another worker is tried, and fails as well.
+    # No output was sent yet, so the other worker is tried, which fails too.
     await door.chat("hello", stream=True, expect=503)
     assert sum(len(worker.requests) for worker in two) == 3
 
@@ -446,7 +446,7 @@ async def test_what_another_worker_has_and_this_one_has_not_is_said(fleet, two):
     door = await fleet(*two)
     first = await door.chat(LONG)
     await door.heard()
-    # The worker that has it is busy with so much that computing it again is sooner done.
+    # The worker that has the prefix is so busy that computing the prefix elsewhere is faster.
     (holder,) = [each for each in door.router.workers.workers if each.address == first.headers["antefix-worker"]]
     with door.router.workers.load(holder, 1_000_000):
         second = await door.chat(LONG)

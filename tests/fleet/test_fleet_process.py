@@ -1,4 +1,4 @@
-"""`antefix serve fleet` as its users start it: a process, two workers, a request, the bill, a proper end."""
+"""`antefix serve fleet` as users start it: a process with two workers serves a request, bills it, and ends cleanly."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ async def test_a_fleet_is_served_from_the_command_line(tmp_path):
         async with httpx.AsyncClient(base_url=f"http://{started['http_address']}", timeout=30) as client:
             body = {"model": MODEL, "messages": [{"role": "user", "content": LONG}], "max_tokens": 2, "seed": 1}
             first = await client.post("/v1/chat/completions", json=body)
-            # The worker tells what it holds a moment later.
+            # The worker sends its events a moment later.
             async with asyncio.timeout(120):
                 while True:
                     second = await client.post("/v1/chat/completions", json=body)

@@ -1,4 +1,4 @@
-"""Following a worker's events over real sockets: what is missed is made good or forgotten, never believed."""
+"""Following a worker's events over real sockets: missed events are replayed, or the worker's blocks are forgotten."""
 
 import pytest
 
@@ -9,7 +9,7 @@ LONG = "Some text that is longer than a few blocks of sixteen. " * 4
 
 @pytest.fixture
 async def followed(fleet):
-    """A fleet of one; (fleet, worker, its subscriber, leading(text) by the directory)."""
+    """(fleet, worker, subscriber, leading) of a fleet of one worker. leading(text): the directory's leading blocks."""
     worker = Standin()
     door = await fleet(worker)
     engine = door.engine(worker)
@@ -102,7 +102,7 @@ async def test_an_engine_that_begins_again_is_forgotten(followed):
 
 
 async def test_an_engine_that_begins_again_and_has_said_as_much_is_noticed(followed):
-    """Its numbers continue as if nothing had happened; only what they number is another."""
+    """The new engine's event numbers continue the old ones, although its blocks are different."""
     door, worker, _, leading = followed
     for text in (LONG, "another " + LONG):
         say(worker, text)
@@ -141,7 +141,7 @@ async def test_what_cannot_be_read_ends_what_is_known(followed):
     await door.heard(lambda: leading("another " + LONG) > 100)
 
 
-async def test_frames_that_are_none_are_passed_over(followed):
+async def test_invalid_frames_are_ignored(followed):
     door, worker, following, leading = followed
     for frames in ([b"one"], [b"t", b"short", b""], [b"t", bytes(8), b"", b"more"]):
         worker.publisher.pub.send_multipart(frames)

@@ -1,4 +1,4 @@
-"""Our workers' KV events, followed by our own fleet's router: in the clear and encrypted."""
+"""Our own fleet router follows our workers' KV events, unencrypted and encrypted."""
 
 import asyncio
 
@@ -58,7 +58,7 @@ async def test_our_workers_are_followed_too(tmp_path, is_encrypted):
     last = tell("", range(3))
     following = asyncio.create_task(subscriber.run())
     try:
-        # What was told before it came is replayed.
+        # Events from before the router's start are replayed.
         await until(lambda: leading() == 3)
         tell("", range(3, 5), last)
         tell("whose", range(2))

@@ -1,4 +1,4 @@
-"""Tests that run an engine in an environment of its own wait until they are asked for."""
+"""Skips tests that run an engine in its own environment unless they are asked for."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""What of LMCache the L2 adapter touches, small. Names and signatures are LMCache 0.5.6's: `test_lmcache_adapter.py`
-compares them with LMCache itself in the environment that `make test-engines` makes.
+"""A small stand-in for the parts of LMCache that the L2 adapter uses. Names and signatures are LMCache 0.5.6's:
+`test_lmcache_adapter.py` compares them with LMCache itself in the environment that `make test-engines` makes.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ _MODULES = {
 
 @contextlib.contextmanager
 def stand_in():
-    """`lmcache` is importable meanwhile; what was imported over it is forgotten."""
+    """Within this context `lmcache` is importable. Modules that were imported on top of it are dropped afterwards."""
     before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "lmcache"}
     for name in ("lmcache", "lmcache.v1", "lmcache.v1.distributed", "lmcache.v1.distributed.l2_adapters", *_MODULES):
         sys.modules[name] = types.ModuleType(name)

@@ -1,8 +1,8 @@
-"""Write down what Antefix's tier uses of a vLLM wheel's interface: python record_vllm_interface.py WHEEL...
+"""Records the parts of vLLM wheels' interface that Antefix's tier uses: python record_vllm_interface.py WHEEL...
 
-Reads the wheel's source, runs nothing of it. The result, vllm_interface.json, holds the names alone: classes, methods
-with their parameters, fields, members. `test_vllm_interface.py` compares the tier and the stand-in of the other tests
-with it.
+The script reads the wheel's source and runs none of it. The result, vllm_interface.json, holds only names: classes,
+methods with their parameters, fields, members. `test_vllm_interface.py` compares the tier and the other tests' stand-in
+with this file.
 """
 
 import ast

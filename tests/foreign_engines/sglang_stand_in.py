@@ -1,4 +1,4 @@
-"""What of SGLang the HiCache tier touches, small: its storage interface, and host pools in the layouts that it has.
+"""A small stand-in for the parts of SGLang that the HiCache tier uses: its storage interface and its host pools.
 
 The names, fields and signatures are SGLang 0.5.23's. `test_sglang_hicache.py` compares them with SGLang itself,
 and runs its tests over SGLang's own classes too, in the environment that `make test-engines` makes.
@@ -141,7 +141,7 @@ STORAGE = (
 
 
 class LogicalHostPool:
-    """V4's anchor: page slots without memory."""
+    """V4's anchor pool, which has page slots but no memory."""
 
     kv_buffer = None
 
@@ -189,7 +189,7 @@ class DeepSeekV4PagedHostPool:
 
 
 def get_storage_hash_str(key, prior_hash=None, page_size=None):
-    """Not SGLang's hash, but of its kind: a chain of SHA-256 over pages, in hex."""
+    """A chain of SHA-256 over pages in hex, which is of the same kind as SGLang's hash but not equal to it."""
     hashes = []
     for start in range(0, len(key) - page_size + 1, page_size):
         page = ",".join(map(str, key[start : start + page_size]))
@@ -200,7 +200,10 @@ def get_storage_hash_str(key, prior_hash=None, page_size=None):
 
 @contextlib.contextmanager
 def stand_in():
-    """`sglang.srt.mem_cache.hicache_storage` is importable meanwhile; what was imported over it is forgotten after."""
+    """Within this context SGLang's storage module is importable.
+
+    Modules imported on top of it are dropped afterwards.
+    """
     before = dict(sys.modules)
     names = ("sglang", "sglang.srt", "sglang.srt.mem_cache", "sglang.srt.mem_cache.hicache_storage")
     for name in names:

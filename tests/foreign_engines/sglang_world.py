@@ -1,4 +1,4 @@
-"""SGLang's classes as the tests use them: the small stand-in, or SGLang itself where ANTEFIX_SGLANG_REAL is set."""
+"""SGLang's classes for the tests: the small stand-in, or SGLang itself if ANTEFIX_SGLANG_REAL is set."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from types import SimpleNamespace
 from unittest import mock
 
 IS_REAL = bool(os.environ.get("ANTEFIX_SGLANG_REAL"))
-# What SGLang imports for images, and this needs none of; the wheels next to PyTorch for CPUs do not load.
+# SGLang imports these modules for images. The tests do not need them, and their wheels do not load with PyTorch for
+# CPUs.
 _IMAGES = ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.io")
 
 
 def _real():
     import transformers
 
-    # transformers asks whether torchvision is there; it must have asked before something stands in for it.
+    # transformers checks whether torchvision is installed. It must check before a stand-in replaces torchvision.
     assert transformers.AutoProcessor
     for name in _IMAGES:
         module = mock.MagicMock(name=name)
@@ -33,7 +34,7 @@ def _real():
 
 @contextlib.contextmanager
 def world():
-    """storage: the module of the interface.  pools: of host pools.  factory: None in the stand-in."""
+    """storage: the interface's module.  pools: the module of host pools.  factory: None in the stand-in."""
     if IS_REAL:
         storage, pools, factory, hashes = _real()
         hicache = importlib.import_module("antefix_engines.sglang.hicache")

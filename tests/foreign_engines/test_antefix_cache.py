@@ -1,4 +1,4 @@
-"""AntefixCache: what is stored under which name, what `save` takes, and what happens when the store cannot help."""
+"""AntefixCache: which names blocks have, what `save` accepts, and what happens if the store fails."""
 
 import dataclasses
 import hashlib
@@ -106,7 +106,7 @@ def test_short_prompts_restore_nothing_and_work(llama, store, prompt):
 
 @pytest.mark.parametrize("name", ["llama", "mistral", pytest.param("deepseek_v4", marks=pytest.mark.slow)])
 def test_generated_tokens_are_not_stored(name, store):
-    """They came one by one, so their last bits are other ones than those of a cold prompt."""
+    """Tokens were generated one by one, so the last bits of their KV differ from those of a cold prompt."""
     model = small_model(name)
     cache = cache_of(model, store)
     past = cache.prefill(model, PROMPT)
@@ -220,7 +220,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_another_model_or_set_up_hits_nothing(store, change):
-    """In the same object, after the cache was made: nothing is known once and for ever."""
+    """The model object changes after the cache was made, so the cache must not remember its identity."""
     model = small_model("llama")
     cache = cache_of(model, store)
     cache.prefill(model, PROMPT)
@@ -311,7 +311,7 @@ def test_a_block_that_v4s_groups_do_not_fill_is_refused(v4, store):
 
 
 def test_checkpoints_may_be_fewer(v4, store):
-    """Every third boundary and a prompt's last one can be restored; blocks are all there."""
+    """Only every third boundary and a prompt's last one have a checkpoint. All blocks are stored."""
     cache = cache_of(v4, store, checkpoint_every=3)
     cache.prefill(v4, PROMPT)
     reports = [cache.restore(PROMPT[: n * BLOCK_SIZE + 1]).report for n in range(6)]
@@ -414,7 +414,7 @@ def test_a_new_process_restores_the_same_bits(v4, tmp_path):
 
 @pytest.fixture
 def service(tmp_path, request):
-    """A kvstore service in a process of its own, and how an engine reaches it."""
+    """A kvstore service in a separate process, and the settings with which an engine reaches it."""
     data = tmp_path / "served"
     (data / "logs").mkdir(parents=True)
     secret = str(create_secret_file(data / "secret"))
@@ -445,7 +445,7 @@ def service(tmp_path, request):
 @pytest.mark.services
 @pytest.mark.parametrize("service", ["open", "secret", "files", "tls"], indirect=True)
 def test_a_kvstore_service_serves_many_threads(llama, service):
-    """Open, with the deployment's secret, with its files on the same host, and with certificates."""
+    """The service is open, has a secret, is read through its files on the same host, or uses certificates."""
     prompts = [[(token + 11 * turn) % 300 for token in PROMPT] for turn in range(4)]
     expected = [next_logits(llama, cold(llama, 5, prompt), 5 * BLOCK_SIZE, prompt) for prompt in prompts]
     barrier = threading.Barrier(4)

@@ -1,4 +1,4 @@
-"""An engine over three store services: it writes to the near one, reads what others have, and outlives them."""
+"""An engine over three store services writes to the near one, reads from all, and survives their loss."""
 
 import asyncio
 import contextlib
@@ -20,7 +20,7 @@ from tests.foreign_engines.test_engine_store import BLOCK, LAYOUT, fingerprint, 
 
 @pytest.fixture
 async def services(tmp_path):
-    """`services[name]`: address and the function that ends it."""
+    """`services[name]`: the service's address, and the function that stops it."""
     secret = create_secret_file(tmp_path / "secret")
     async with contextlib.AsyncExitStack() as stack:
         running = {}
@@ -82,7 +82,7 @@ async def test_a_store_that_is_gone_costs_an_engine_its_blocks_and_nothing_else(
         with EngineStore.open(settings(services, tmp_path, "b")) as engine:
             kv = engine.kv(fingerprint(), LAYOUT)
             assert kv.lookup(chain.hashes).num_blocks == 0
-            # Another store takes what the near one cannot.
+            # Another store takes the records that the near one cannot take.
             assert kv.put(records) == 6
             assert kv.lookup(chain.hashes).num_blocks == 3
 

@@ -1,4 +1,4 @@
-"""What all engines share: layouts as names, records of any shape in a real store, errors as misses."""
+"""The code that all engines share: layouts as names, records of any shape in a real store, errors as misses."""
 
 import dataclasses
 import random
@@ -97,7 +97,7 @@ def test_names_by_an_engines_own_keys(store):
 
 
 def test_the_names_of_engines_keys_stay_what_they_are():
-    """A golden value: anyone who changes it makes every stored block of every engine a miss."""
+    """A golden value. A change of it makes every stored block of every engine a miss."""
     keyring = Keyring(b"sixteen bytes or more")
     with EngineStore(BlockingStore(Dead()), keyring) as store:
         kv = store.kv(fingerprint(hash_kind=HashKind.ENGINE_KEY), LAYOUT)
@@ -106,7 +106,7 @@ def test_the_names_of_engines_keys_stay_what_they_are():
 
 
 class Dead:
-    """A store that nobody reaches."""
+    """A store that cannot be reached."""
 
     def __getattr__(self, name):
         async def call(*_, **__):

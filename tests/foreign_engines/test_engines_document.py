@@ -1,4 +1,4 @@
-"""docs/ENGINES.md: what it tells people to copy is what the code takes."""
+"""The examples in docs/ENGINES.md work with the code."""
 
 import ast
 import dataclasses
@@ -22,13 +22,13 @@ SOURCES = ROOT / "engines"
 
 
 def blocks_of(language="", document=DOCUMENT):
-    """Between fences; what comes after each second one is prose."""
+    """The document's code blocks, which lie between pairs of fences."""
     pieces = [piece.partition("\n") for piece in document.split("```")[1::2]]
     return [text for first, _, text in pieces if first == language]
 
 
 def json_behind(flag, document=DOCUMENT):
-    """The JSON that stands behind a flag in a command, quoted as for a shell."""
+    """The JSON after a flag in a command, quoted for a shell."""
     (found,) = [block for block in blocks_of(document=document) if flag in block]
     return json.loads(re.search(rf"{flag} '(\{{.*?\}})'", found, re.DOTALL)[1])
 
@@ -58,7 +58,7 @@ def test_vllms_configuration_with_a_service_is_taken():
 def test_sglangs_configuration_is_taken():
     told = json_behind("--hicache-storage-backend-extra-config")
     assert defines(told["module_path"], told["class_name"])
-    # SGLang takes this one out before it hands over the rest.
+    # SGLang removes this field before it passes on the rest.
     assert told.pop("hicache_storage_pass_prefix_keys") is True
     settings = HiCacheSettings.of(SimpleNamespace(extra_config=told, model_name="model", tp_size=1, pp_size=1))
     assert settings.store.address and settings.weights_revision

@@ -1,4 +1,4 @@
-"""vLLM itself and a fleet's router: its decoder, its publisher, and two of its workers. `make test-engines`."""
+"""A fleet router with vLLM itself: vLLM's event decoder, its publisher, and two of its workers. `make test-engines`."""
 
 import asyncio
 import json
@@ -75,7 +75,7 @@ def test_vllms_decoder_reads_what_we_write():
 
 
 class Publisher:
-    """vLLM's, in its own process."""
+    """vLLM's publisher in a separate process."""
 
     def __init__(self, directory, *, buffer_steps=10_000):
         self.events, self.replay = f"ipc://{directory}/events", f"ipc://{directory}/replay"
@@ -162,7 +162,7 @@ async def test_what_vllm_told_before_us_is_replayed_and_so_is_what_was_lost(foll
     assert subscriber.counters.num_forgotten == 0
     publisher.tell(lose=True)
     publisher.tell(remove=[9])
-    # Nothing follows it: the quiet shows it.
+    # No later event reveals the loss, so silence must reveal it.
     await until(lambda: leading() == 9)
 
 
@@ -216,7 +216,7 @@ async def test_agents_hit_more_than_with_round_robin(workers, tmp_path):
     assert ours.num_requests == theirs.num_requests
     assert min(ours.requests_by_worker) > 0
     assert ours.hit_rate > theirs.hit_rate + 0.05
-    # Nothing was evicted here, so what the events promised is what hit.
+    # No block was evicted, so the hits equal those that the events promised.
     assert ours.lost_tokens <= 0.01 * ours.expected_tokens
 
 

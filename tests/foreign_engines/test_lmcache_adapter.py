@@ -1,4 +1,4 @@
-"""AntefixL2Adapter by LMCache's contract, over a small stand-in; `make test-engines` runs it over LMCache itself."""
+"""AntefixL2Adapter keeps LMCache's contract. Runs over a stand-in; `make test-engines` runs it over LMCache itself."""
 
 import importlib
 import inspect
@@ -42,7 +42,7 @@ def params(tmp_path, **other):
 
 
 def opened(lmcache, tmp_path, **other):
-    """As LMCache's own plug-in loader makes it."""
+    """An adapter made as LMCache's own plug-in loader makes it."""
     if lmcache.plugin is None:
         return lmcache.adapter.AntefixL2Adapter(params(tmp_path, **other))
     config = lmcache.plugin.PluginL2AdapterConfig(
@@ -192,7 +192,7 @@ def test_a_dead_store_answers_and_says_so(lmcache, adapter):
 
 
 def test_a_task_that_fails_is_answered(lmcache, adapter):
-    """LMCache would wait for ever."""
+    """A failed task must still be answered, because LMCache would wait for ever."""
     assert load(adapter, keys_of(lmcache, 2), objects_of(1)) == [False, False]
     assert not store(adapter, keys_of(lmcache, 1), [SimpleNamespace()]).is_successful()
 

@@ -1,4 +1,4 @@
-"""The kernels by which the shim runs vLLM's V4 on processors for which vLLM has none."""
+"""The shim's kernels, which run vLLM's V4 on processors for which vLLM has no kernels."""
 
 import importlib.util
 from pathlib import Path
@@ -76,7 +76,7 @@ def test_attention_sees_its_slots_alone_and_the_sink(kernels, draw):
 
 
 def test_groups_are_weighted_sums_of_their_tokens_and_of_the_group_before(kernels, draw):
-    """CSA: a group of 4 tokens in the second series, the one before it in the first."""
+    """In CSA an entry uses a group of 4 tokens in its second series, and the group before it in its first."""
     cache = torch.zeros(4, 4, 2 * 256)
     kv, score = torch.randn(8, 256, generator=draw), torch.randn(8, 256, generator=draw)
     ape = torch.randn(4, 256, generator=draw)

@@ -1,6 +1,6 @@
 """The tiers of SGLang and LMCache over these engines' own classes, on a CPU: `make test-engines`. No model runs.
 
-The contract tests run once more, in the environment that has the engines, where they take the real classes.
+The contract tests run again in the environment that has the engines, where they use the real classes.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""AntefixHiCache by SGLang's contract, over a small stand-in; `make test-engines` runs the same over SGLang itself."""
+"""AntefixHiCache keeps SGLang's contract. Runs over a stand-in; `make test-engines` runs it over SGLang itself."""
 
 import dataclasses
 import inspect
@@ -46,7 +46,7 @@ def config_of(sglang, directory, **other):
 
 
 class Rig:
-    """A backend with V4's pools: a logical anchor, C4 and C128 of all pages, SWA and a state of trailing pages."""
+    """A backend with V4's pools: a logical anchor, C4 and C128 for all pages, SWA and a state for trailing pages."""
 
     ITEM_BYTES: ClassVar = {"deepseek_v4_c4": 512, "deepseek_v4_c128": 64, "swa": 320, "deepseek_v4_c4_state": 96}
     TRAILING = ("swa", "deepseek_v4_c4_state")
@@ -82,7 +82,7 @@ class Rig:
         return self.sglang.storage.HiCacheStorageExtraInfo(prefix_keys=prefix)
 
     def write(self, keys, start, width=2):
-        """As SGLang backs a span up: sidecars first, those of a window for its last pages only, then the anchor."""
+        """Back up a span as SGLang does: the sidecars first (windows only for the last pages), then the anchor."""
         prefix, span = list(keys[:start]), list(keys[start:])
         full = [self.transfer(name, span, start) for name in self.pools if name not in self.TRAILING]
         width = min(width, len(span))
@@ -93,7 +93,7 @@ class Rig:
 
     def write_anchor(self, span, start, prefix):
         if type(self.backend).__name__ == "HiCacheFile":
-            # It has no calls of version 1: SGLang hands it the pages themselves.
+            # The backend has no calls of version 1, so SGLang gives it the pages themselves.
             return self.backend.batch_set(span, [torch.empty(0, dtype=torch.uint8)] * len(span))
         indices = torch.arange(start * PAGE, (start + len(span)) * PAGE)
         return all(self.backend.batch_set_v1(span, indices, self.info(prefix)))
@@ -148,7 +148,7 @@ def test_page_first_is_read_and_written_in_place(rig):
 
 
 def test_every_boundary_that_can_be_restored_is_named(sglang, rig):
-    """Windows were written at 4, 5 and 9 pages: prefixes of other lengths have blocks and no window."""
+    """Windows were written at 4, 5 and 9 pages. Prefixes of other lengths have blocks but no window."""
     keys = keys_of(sglang, range(12 * PAGE))
     rig.write(keys[:4], 0, width=1)
     rig.write(keys[:5], 4, width=1)
@@ -183,7 +183,7 @@ def test_a_pool_that_lacks_a_page_makes_the_prefix_shorter(sglang, rig):
 
 
 def test_salts_are_kept_apart(sglang, rig):
-    """SGLang begins a salted prompt's chain with a digest of cache_salt; its keys stand for it."""
+    """SGLang's keys include the salt, because a salted prompt's chain begins with a digest of cache_salt."""
     keys, salted = (keys_of(sglang, range(4 * PAGE), salt) for salt in (None, "a" * 64))
     rig.write(keys, 0)
     assert rig.query(salted).kv_hit_pages == 0 and rig.query(keys).kv_hit_pages == 4
@@ -223,7 +223,10 @@ def test_ranks_share_what_is_equal_and_keep_apart_what_is_not(sglang):
 
 
 def test_what_sglang_does_not_say_is_not_guessed(sglang, rig, caplog):
-    """Without the keys before a page, its place is not known, and it is not stored; the log says what to set."""
+    """Without the keys before it, a page's position is unknown, so the page is not stored.
+
+    The log names the setting.
+    """
     keys = keys_of(sglang, range(4 * PAGE))
     indices = torch.arange(4 * PAGE)
     assert rig.backend.batch_set_v1(keys, indices, rig.info(None)) == [False] * 4
@@ -326,7 +329,7 @@ def test_a_store_that_dies_is_a_miss(sglang, tmp_path):
 
 
 def steps(seed):
-    """Spans that prompts of a small tree write and ask for."""
+    """Spans that the prompts of a small tree write and ask for."""
     draw = random.Random(seed)
     prompts = [[(branch if page >= cut else 0) * 1000 + page * PAGE + i for page in range(10) for i in range(PAGE)]
                for branch in range(3) for cut in (2, 5)]  # fmt: skip
@@ -336,7 +339,7 @@ def steps(seed):
 
 
 def expected(written, keys, pools, width):
-    """By SGLang's rules, from what was written: the reference is a dict."""
+    """The reference: hits by SGLang's rules, from a dict of the written pages."""
     return [
         end
         for end in range(1, len(keys) + 1)
@@ -393,7 +396,7 @@ def test_the_stand_in_has_sglangs_signatures(sglang):
 @real_only
 @pytest.mark.parametrize("seed", range(3))
 def test_any_history_answers_as_sglangs_file_tier(sglang, tmp_path, seed):
-    """The same calls to SGLang's own file storage: equal answers and equal pages."""
+    """The same calls to SGLang's own file storage give equal answers and equal pages."""
     ours = Rig(sglang, tmp_path / "data")
     file = sglang.storage.HiCacheFile(config_of(sglang, tmp_path / "unused"), str(tmp_path / "files"))
     theirs = Rig(sglang, tmp_path / "unused", backend=file)
@@ -419,7 +422,7 @@ def test_any_history_answers_as_sglangs_file_tier(sglang, tmp_path, seed):
 
 @real_only
 def test_sglang_loads_it_and_its_failure_injector_makes_misses(sglang, tmp_path, monkeypatch):
-    """By the factory, as `--hicache-storage-backend dynamic` does; a third of the calls fail."""
+    """SGLang's factory loads the backend, as with `--hicache-storage-backend dynamic`. A third of the calls fail."""
     monkeypatch.setenv("SGLANG_TEST_HICACHE_BACKEND_RANDOM_FAILURE", "0.3")
     config = config_of(sglang, tmp_path / "data")
     backend = sglang.factory.create_backend("dynamic", config, None)

@@ -1,4 +1,4 @@
-"""`antefix verify --engine transformers`: cold equals restored, and a fault that is planted is seen."""
+"""`antefix verify --engine transformers`: restored answers equal cold ones, and a planted fault is found."""
 
 import json
 
@@ -100,7 +100,7 @@ def test_the_command_says_what_it_found(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_checkpoint_of_ones_own_is_checked(tmp_path):
-    """`--model`: whatever transformers loads."""
+    """`--model` accepts any model that transformers loads."""
     small_model("qwen3", seed=1).save_pretrained(tmp_path / "mine")
     request = CheckRequest(scratch=tmp_path / "scratch", seed=1, model=tmp_path / "mine")
     found = list(findings_of("transformers")(request))

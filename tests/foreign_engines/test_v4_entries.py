@@ -1,4 +1,4 @@
-"""One V4 checkpoint and prompt by Antefix's model and by transformers: what they store is compared entry by entry."""
+"""Antefix's model and transformers run one V4 checkpoint and prompt, and their stored entries are compared."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def test_unrounded_entries_differ_by_the_order_of_sums_alone(stored):
 
 
 def test_fp8_entries_are_transformers_numbers_rounded(stored):
-    """Where nothing below is rounded, the first layer, they are so to 1 in 100 numbers; above, rounding adds up."""
+    """In the first layer, below which nothing is rounded, all but 1 in 100 numbers agree. Above, rounding adds up."""
     found = compare(stored["fp8"], stored["transformers"])
     assert all(each.is_explained for each in found)
     first = next(each for each in found if each.layer == 0)

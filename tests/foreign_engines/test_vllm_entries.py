@@ -1,4 +1,4 @@
-"""vLLM's payloads as entries that other engines' are compared with."""
+"""Entries are read from vLLM's payloads, to compare them with other engines' entries."""
 
 import numpy as np
 import pytest

@@ -1,5 +1,5 @@
-"""What a store may do to vLLM while prompts run: it fills up, evicts, is slow, is shared, or goes. Each is a
-recomputation, never an error, and what is told as restored is right.
+"""While vLLM runs prompts, the store fills up, evicts, is slow, is shared, or dies. Each leads to a recomputation,
+never to an error, and rows that are reported as restored are right.
 """
 
 import threading
@@ -42,7 +42,7 @@ def start(vllm, tmp_path):
 
 
 def check_restored(engine, tokens, end):
-    """Restore, and compare the entries of every row that was told as restored. Returns how many there were."""
+    """Restore, and compare every row that was reported as restored. Returns the number of those rows."""
     context = engine.request(tokens)
     rows, result = engine.restore(tokens, end, context)
     good = set(result.successful_keys or ())
@@ -59,13 +59,13 @@ def check_restored(engine, tokens, end):
 
 @pytest.mark.slow
 def test_prompts_that_push_each_other_out_while_they_are_restored(start):
-    """One thread of the store writes and evicts; whatever is read meanwhile is right or missing."""
+    """One thread of the store writes and evicts. Rows that are read meanwhile are right or missing."""
     engine = start(budget_bytes="16M")
     for tokens in PROMPTS[:6]:
         engine.store(tokens)
     found = [engine.num_hit(tokens) for tokens in PROMPTS[:6]]
     contexts = [engine.request(tokens) for tokens in PROMPTS]
-    # Jobs that wait in line: each is written while the restores below read.
+    # These jobs wait in a queue, and are written while the restores below read.
     for tokens, context in zip(PROMPTS[6:], contexts[6:], strict=True):
         engine.submit_store(context, tokens, engine.rows_of(tokens))
     restored = [check_restored(engine, tokens, 512) for tokens in PROMPTS[:6]]
@@ -86,7 +86,7 @@ def test_a_full_disk_stores_nothing_and_still_restores(start, tmp_path):
             if hit := engine.num_hit(tokens):
                 assert check_restored(engine, tokens, hit)
         (path / "filler").unlink()
-        # There is room again: what is computed from now on is kept.
+        # There is room again, so rows that are computed from now on are stored.
         deadline = time.monotonic() + 60
         while not all(result.success for result in engine.store(PROMPTS[20])) and time.monotonic() < deadline:
             time.sleep(0.2)
@@ -138,13 +138,13 @@ def test_a_store_that_answers_too_late_is_a_miss(start, monkeypatch):
     for name in ("lookup", "get_blocks", "get", "put"):
         monkeypatch.setattr(type(engine.tier._store._store), name, late)
     assert engine.restore(PROMPTS[0], 512, context)[1].successful_keys is None
-    # vLLM asks for the request's keys again, and is told that there is nothing.
+    # vLLM asks for the request's keys again and gets a miss.
     assert engine.ask(context, key_of(PROMPTS[0], 3, 256)) is LookupResult.MISS
     assert not any(result.success for result in engine.store(PROMPTS[1]))
     counters = engine.tier._store.counters
     assert counters.by_kind["DeadlineExceeded"] == counters.errors > 0
     monkeypatch.undo()
-    # Nothing that failed is believed to be stored.
+    # Rows whose put failed are not taken as stored.
     assert all(result.success for result in engine.store(PROMPTS[1])) and engine.num_hit(PROMPTS[1]) == 512
 
 
@@ -180,13 +180,13 @@ def test_two_engines_fill_and_read_one_service_at_once(start, served, tmp_path):
     for thread in threads:
         thread.join(120)
     assert not failures
-    # Each reads what the other one stored.
+    # Each engine reads rows that the other one stored.
     assert [engines[0].num_hit(tokens) for tokens in own[1]] == [512] * 3
     assert check_restored(engines[1], own[0][0], 512)
 
 
 def test_a_service_that_restarts_in_the_middle_of_prompts(start, served, tmp_path):
-    """Stopped between look-up and load of one prompt, and while others are stored; no call raises."""
+    """The service stops between a prompt's look-up and its load, while other prompts are stored. No call raises."""
     loop, service = served
     engine = start(address=service.address, secret_file=str(tmp_path / "served" / "secret"))
     engine.store(PROMPTS[0])
@@ -204,5 +204,5 @@ def test_a_service_that_restarts_in_the_middle_of_prompts(start, served, tmp_pat
     while engine.num_hit(PROMPTS[0]) != 512 and time.monotonic() < deadline:
         time.sleep(0.2)
     assert check_restored(engine, PROMPTS[0], 512)
-    # Its rows may have come in between: they are stored when they are computed again.
+    # The stop may have lost this prompt's rows. They are stored when they are computed again.
     assert all(result.success for result in engine.store(PROMPTS[1])) and engine.num_hit(PROMPTS[1]) == 512

@@ -1,4 +1,4 @@
-"""V4-Flash as vLLM's own planner lays it out (`vllm_cpu/plan_flash.py`): how much of it is stored."""
+"""V4-Flash in the layout of vLLM's own planner (`vllm_cpu/plan_flash.py`): how many bytes are stored."""
 
 import itertools
 import json
@@ -27,7 +27,7 @@ def test_a_window_takes_at_most_0_17_of_what_vllm_hands_over(pages):
 def test_a_token_takes_at_most_1_05_of_its_useful_bytes(pages):
     useful = next(row["used_bytes"] for row in PLAN["groups"] if not row["num_window_rows"])
     assert useful == pages.block_bytes == 985_664
-    # With its header, before compression.
+    # Bytes include the header and are not compressed.
     assert (pages.block_bytes + 256) / useful <= 1.05
 
 

@@ -1,6 +1,4 @@
-"""The tier against the interfaces of two vLLM wheels, as `record_vllm_interface.py` wrote them down, and so the
-stand-in.
-"""
+"""The tier and the stand-in agree with the interfaces of two vLLM wheels, which `record_vllm_interface.py` recorded."""
 
 import dataclasses
 import inspect
@@ -13,7 +11,7 @@ from antefix_engines.vllm.aligned import POSITIONS
 from tests.foreign_engines import vllm_stand_in
 
 RECORD = json.loads(Path(__file__).with_name("vllm_interface.json").read_text())
-# What the tier reads of vLLM's configuration, by class.
+# The fields of vLLM's configuration that the tier reads, by class.
 READ = {
     "OffloadingConfig": ("groups", "worker_kv_bytes_per_block", "model", "cache", "parallel", "kv_cache_layout"),
     "OffloadingGroupConfig": ("group_id", "tokens_per_block", "layer_names"),
@@ -50,7 +48,7 @@ def test_every_method_that_vllm_asks_for_is_there_and_takes_what_it_passes(vllm,
         assert name in vars(tier), name
     for name, parameters in base["methods"].items():
         if name in vars(tier) and name != "__init__":
-            # vLLM passes these by place.
+            # vLLM passes these arguments by position.
             mine = list(inspect.signature(getattr(tier, name)).parameters)
             assert len(mine) == len(parameters) or mine == parameters[1:], name
 

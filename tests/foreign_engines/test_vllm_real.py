@@ -1,4 +1,4 @@
-"""vLLM itself over the tier: `make test-engines`. On a CPU, with the shim of `vllm_cpu/`; all models are random."""
+"""vLLM itself with the tier, on a CPU with the shim of `vllm_cpu/`: `make test-engines`. All models are random."""
 
 import json
 import shlex
@@ -45,9 +45,9 @@ def test_verify_finds_every_hit_equal_and_every_planted_fault(tmp_path):
 
 
 def test_one_checkpoint_in_three_engines_is_stored_alike(tmp_path):
-    """Entry by entry: rounding explains what differs; another layout, order or rotation would not be explained.
+    """Compares entries. Rounding explains the differences, and could not explain another layout, order or rotation.
 
-    In the uppermost window differences have gone through all layers, and through the choice of experts.
+    The top layer's window has the largest differences, which have gone through all layers and the choice of experts.
     """
     report = tmp_path / "report.json"
     command = [
@@ -65,7 +65,7 @@ def test_one_checkpoint_in_three_engines_is_stored_alike(tmp_path):
     for name, groups in found.items():
         unexplained = {(each["layer"], each["group"]) for each in groups if not each["is_explained"]}
         assert unexplained <= {(4, "window")}, name
-        # Of numbers in another order, one in a hundred would be equal.
+        # If the order differed, only one in a hundred numbers would be equal.
         shares = {(each["layer"], each["group"]): each["share_rounded"] for each in groups}
         assert shares[0, "window"] > 0.7 and shares[4, "window"] > 0.1, name
         assert shares[2, "csa_main"] > 0.2 and shares[3, "hca_main"] > 0.2, name

@@ -1,4 +1,4 @@
-"""The tier over a kvstore service, which several hosts share, and which may stop."""
+"""The tier over a kvstore service that several hosts share and that may stop."""
 
 import time
 
@@ -81,7 +81,7 @@ def test_a_service_that_stops_is_a_miss_and_is_used_again_when_it_is_back(start,
     assert engine.num_hit(PROMPT) == 0
     assert not any(each.success for each in engine.store(list(range(5000, 5600))))
     loop.run(service.start())
-    # The connection is tried again after a pause, of up to seconds.
+    # gRPC tries the connection again after a pause of up to some seconds.
     deadline = time.monotonic() + 60
     while engine.num_hit(PROMPT) != 512 and time.monotonic() < deadline:
         time.sleep(0.2)

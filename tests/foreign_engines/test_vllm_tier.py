@@ -1,4 +1,4 @@
-"""The tier under a stand-in of vLLM: what is stored, what comes back, and every way in which the store may fail."""
+"""The tier under a stand-in for vLLM: what is stored, what is restored, and every way in which the store may fail."""
 
 import shutil
 import threading
@@ -35,7 +35,7 @@ def vllm():
 
 @pytest.fixture
 def start(vllm, tmp_path):
-    """Starts engines over one store, one after the other."""
+    """start(...): starts an engine over the test's store; engines run one after the other."""
     started = []
 
     def start(config=None, *, is_aligned=True, windows=None, **settings):
@@ -62,7 +62,7 @@ def pages_of(engine):
 
 
 def parts_of(engine, row, group):
-    """The used bytes of a row by kind, and of CSA's states the live series too."""
+    """The used bytes of a row, by kind. CSA's states also have an entry for the live series."""
     found = {}
     for run in pages_of(engine).runs[group]:
         found[run.kind] = run.used(row)
@@ -155,11 +155,11 @@ def test_rows_that_no_hit_needs_may_be_missing(start):
 
 
 def test_a_prompt_that_ends_where_its_block_ends_hits_the_block_before(start):
-    """vLLM would load 1,023 tokens and compute the last from states that compact windows lack."""
+    """vLLM would load 1,023 tokens and compute the last one from states that compact windows do not have."""
     engine = start()
     engine.store(PROMPT)
     assert engine.num_hit(PROMPT[:1024]) == 768
-    # Rows that were restored lie in vLLM's own memory, where no tier is asked.
+    # Restored rows are in vLLM's own memory, so vLLM does not ask the tier.
     engine.manager.primary |= dict.fromkeys(key_of(PROMPT, *row) for row in engine.rows_of(PROMPT[:1024]))
     assert engine.num_hit(PROMPT[:1024]) == 768
     assert engine.num_hit([*PROMPT[:1024], 1, 2, 3, 4]) == 1024
@@ -370,7 +370,7 @@ def test_shutdown_lets_go_of_vllms_memory_and_raises_nothing(start, monkeypatch,
     own = engine.tier._store._store
     if not closes:
         monkeypatch.setattr(type(own), "close", lambda self: 1 / 0)
-    # Fails with BufferError while anything of ours still holds a part of the memory.
+    # This raises BufferError if our code still holds a part of the memory.
     engine.manager.shutdown()
     monkeypatch.undo()
     own.close()
@@ -485,7 +485,7 @@ def test_a_model_with_sliding_windows_hits_where_its_window_is(start, tells_wind
 
 
 def test_a_row_without_the_row_before_it_begins_a_chain(start):
-    """vLLM has the beginning in its own cache, and this store never saw it."""
+    """vLLM has the prompt's beginning in its own cache, but the store never got it."""
     engine = start(plain_config(), windows={0: 0})
     tokens = list(range(100))
     context, rows = engine.request(tokens), engine.rows_of(tokens)

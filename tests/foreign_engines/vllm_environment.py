@@ -9,7 +9,7 @@ PYTHON = Path(os.environ.get("ANTEFIX_VLLM_PYTHON", REPO / ".engines" / "vllm" /
 
 
 def missing():
-    """Why vLLM cannot run here; empty: it can."""
+    """Why vLLM cannot run here, or an empty string if it can."""
     if not PYTHON.is_file():
         return f"no vLLM in {PYTHON}: `make test-engines` installs it"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
@@ -19,7 +19,7 @@ def missing():
 
 
 def environment():
-    """Variables for a process of vLLM's Python: the shim, then this checkout."""
+    """Environment variables for vLLM's Python. Its path has the shim first and then this checkout."""
     roots = ("billing", "console", "decode", "engines", "kernels", "kvstore", "prefill", "router", "simulate")
     paths = [SHIM, REPO, *(REPO / root for root in roots)]
     return {**os.environ, "PYTHONPATH": ":".join(map(str, paths)), "OMP_NUM_THREADS": "2"}

@@ -1,4 +1,4 @@
-"""vLLM's own publisher of KV events, told by lines of JSON what to tell; run by vLLM's Python.
+"""vLLM's own publisher of KV events, run by vLLM's Python. Lines of JSON say which events to publish.
 
 {"store": [first, last]}   blocks of a chain whose tokens count up    {"remove": [block, ...]}    {"clear": true}
 {"lose": bool}             what follows does not go out               Each line is answered with "ok".
@@ -43,7 +43,7 @@ print("ok", flush=True)
 for line in sys.stdin:
     order = json.loads(line)
     if "lose" in order:
-        # What was told before must be on its way first.
+        # Earlier events must be sent first.
         publisher._event_queue.join()
         loses = order["lose"]
     else:

@@ -1,5 +1,5 @@
-"""vLLM's side of the tier, without vLLM: the classes that the tier is written against, and an engine that moves rows as
-vLLM's offloading scheduler does. `test_vllm_interface.py` holds the classes against two wheels' interfaces.
+"""vLLM's side of the tier, without vLLM: the classes that the tier uses, and an engine that moves rows as vLLM's
+offloading scheduler does. `test_vllm_interface.py` compares the classes with two wheels' interfaces.
 
     with stand_in() as vllm: ...     `antefix_engines.vllm.tier` and `.spec`, imported on top of the stand-in
     Engine(...)                      host memory, a manager and a tier; `store` and `restore` prompts of random rows
@@ -122,7 +122,7 @@ class OffloadingConnectorStats:
 
 
 class Manager:
-    """The primary tier as a dict, and one tier behind it."""
+    """The primary tier as a dict, with one secondary tier."""
 
     def __init__(self, tier, view):
         self.tier = tier
@@ -130,7 +130,7 @@ class Manager:
         self.primary = {}
 
     def shutdown(self):
-        """Raises BufferError while anybody still has a part of the memory, as vLLM's does."""
+        """Raises BufferError if a part of the memory is still held, as in vLLM."""
         self.tier.shutdown()
         self.view.release()
 
@@ -188,7 +188,7 @@ def _modules():
 
 @contextlib.contextmanager
 def stand_in():
-    """Modules of ours that import vLLM, imported on top of the stand-in; then everything is as before."""
+    """Our modules that import vLLM, imported on top of the stand-in. Afterwards all imports are restored."""
     ours = ("antefix_engines.vllm.tier", "antefix_engines.vllm.spec")
     before = {name: sys.modules.pop(name) for name in list(sys.modules) if name in ours or name.split(".")[0] == "vllm"}
     for name, contents in _modules().items():
@@ -234,12 +234,12 @@ TINY_V4 = (
     Group(id=5, num_tokens=8, layers=("model.layers.3.attn.compressor.state_cache",)),
 )
 TINY_V4_ROW = 93888
-# How many rows before its end a hit needs of each group; 0: all of them.
+# The number of rows before its end that a hit needs, by group; 0 means all rows.
 V4_WINDOWS = {0: 2, 1: 2, 2: 2, 3: 0, 4: 2, 5: 16}
 
 
 def config_of(groups=TINY_V4, *, row_bytes=TINY_V4_ROW, num_chunks=256, tells_windows=False, events=False, **other):
-    """An `OffloadingConfig`. other: fields of its parts, by name."""
+    """An `OffloadingConfig`.  other: values of fields of its parts, by name."""
     parallel = {
         "rank": 0,
         "world_size": 1,
@@ -275,8 +275,8 @@ def config_of(groups=TINY_V4, *, row_bytes=TINY_V4_ROW, num_chunks=256, tells_wi
 
 
 class Engine:
-    """What vLLM does around a tier: prompts are lists of tokens, a row's bytes follow from its prompt, group and
-    place.
+    """Does what vLLM does around a tier. A prompt is a list of tokens, and a row's bytes follow from its prompt, group
+    and position.
     """
 
     def __init__(self, modules, settings, config=None, *, is_aligned=True, windows=None):
@@ -301,7 +301,7 @@ class Engine:
         self.close()
 
     def request(self, tokens):
-        """A context that knows the ends of all its keys, as vLLM's does."""
+        """A request's context that knows the ends of all its keys, as in vLLM."""
         self._num_requests += 1
         context = ReqContext(f"request-{self._num_requests}")
         for group in self.config.groups:
@@ -312,7 +312,7 @@ class Engine:
         return context
 
     def rows_of(self, tokens, *, ends=None):
-        """(group, end) of all rows that vLLM stores: of windows those that a hit at one of `ends` needs."""
+        """(group, end) of all rows that vLLM stores. Of windows, only rows that a hit at one of `ends` needs."""
         full = next(group for group in self.config.groups if not self.windows[group.group_id])
         boundaries = ends if ends is not None else range(full.tokens_per_block, len(tokens) + 1, full.tokens_per_block)
         rows = []
@@ -325,7 +325,7 @@ class Engine:
         return sorted(set(rows), key=lambda row: (row[1], row[0]))
 
     def fill(self, tokens, rows, *, ranks=None):
-        """Put rows into host memory. Returns keys and chunks."""
+        """Put rows into host memory. Returns their keys and chunks."""
         chunks = [self._chunk() for _ in rows]
         for (group, end), chunk in zip(rows, chunks, strict=True):
             self.memory[chunk] = 0
@@ -342,7 +342,7 @@ class Engine:
         return self._num_jobs
 
     def store(self, tokens, *, ends=None, num_jobs=1, **how):
-        """All rows of a prompt, in jobs as vLLM's steps make them. Returns the results."""
+        """Store all rows of a prompt, in jobs as vLLM's steps make them. Returns the results."""
         context, rows = self.request(tokens), self.rows_of(tokens, ends=ends)
         size = -(-len(rows) // num_jobs)
         jobs = [self.submit_store(context, tokens, rows[at : at + size], **how) for at in range(0, len(rows), size)]
@@ -355,7 +355,7 @@ class Engine:
         return self.results.pop(job_id)
 
     def ask(self, context, key):
-        """The verdict, stepping until there is one."""
+        """Ask for a key, and run steps until there is an answer."""
         for _ in range(2000):
             found = self.manager.lookup(key, context)
             self.tier.on_schedule_end(None)
@@ -365,12 +365,12 @@ class Engine:
         raise AssertionError("no verdict")
 
     def num_hit(self, tokens, context=None):
-        """How many tokens vLLM would load, by its rules: a prefix of full rows, then runs of window rows from the
-        end.
+        """The number of tokens that vLLM would load by its rules: a prefix of full rows, then runs of window rows from
+        the end.
         """
         context = context or self.request(tokens)
         for key in context._offload_key_positions:
-            # As in vLLM, the first step asks for all of them.
+            # As in vLLM, the first step asks for all keys.
             self.manager.lookup(key, context)
         most = len(tokens) - 1
         full = [group for group in self.config.groups if not self.windows[group.group_id]]
@@ -400,7 +400,7 @@ class Engine:
         return 0
 
     def restore(self, tokens, end, context=None):
-        """Load what a hit at `end` needs into rows of other bytes. Returns ({(group, end): row}, result)."""
+        """Load the rows that a hit at `end` needs over rows with other bytes. Returns ({(group, end): row}, result)."""
         context = context or self.request(tokens)
         rows = self.rows_of(tokens[:end], ends=[end])
         keys = [key_of(tokens, *row) for row in rows]
@@ -422,18 +422,18 @@ class Engine:
 
 
 def key_of(tokens, group, end):
-    """vLLM's: a hash of all tokens up to the row's end, and the group."""
+    """A row's key as in vLLM: a hash of all tokens up to the row's end, and the group."""
     return hashlib.sha256(np.array(tokens[:end], "<u4").tobytes()).digest() + group.to_bytes(4, "big")
 
 
 def row_bytes(tokens, group, end, width, seed=0):
-    """A row's bytes: random, and its own."""
+    """A row's bytes, which are random and differ from row to row."""
     name = hashlib.sha256(key_of(tokens, group, end) + bytes([seed])).digest()
     return np.random.default_rng(list(name[:8])).integers(0, 256, width, np.uint8)
 
 
 def shape_of(plan, **other):
-    """A `Shape` of a plan by vLLM's planner (`vllm_cpu/plan_flash.py`)."""
+    """The `Shape` of a plan that vLLM's planner made (`vllm_cpu/plan_flash.py`)."""
     groups = tuple(
         Group(
             id=row["id"],

@@ -1,4 +1,4 @@
-"""Workers of vLLM on this machine: a random model of two layers, an OpenAI door each, KV events on Unix sockets."""
+"""vLLM workers on this machine: a random model of two layers, an OpenAI API each, and KV events on Unix sockets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.foreign_engines.vllm_environment import PYTHON
 
 MODEL_NAME = "tiny"
-# vLLM's attention on CPUs takes multiples of 32.
+# vLLM's attention on CPUs needs multiples of 32.
 BLOCK_SIZE = 32
 _START_S = 600
 _TEMPLATE = (
@@ -25,7 +25,7 @@ _TEMPLATE = (
 
 
 def missing():
-    """Why vLLM cannot run here; empty: it can."""
+    """Why vLLM cannot run here, or an empty string if it can."""
     return "" if PYTHON.is_file() else f"no vLLM in {PYTHON}: `make test-engines` installs it"
 
 
@@ -73,7 +73,7 @@ def make_model(directory):
 
 
 class VllmWorker:
-    """One worker. `start`, then `wait` until it serves. Its log is in the directory."""
+    """One worker. Call `start`, then `wait` until it serves. Its log is in the directory."""
 
     def __init__(self, directory: Path, number: int) -> None:
         self._directory = directory
@@ -126,12 +126,12 @@ class VllmWorker:
                 env=environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Its engine is a process of its own: the whole group is ended.
+                # The engine is a separate process, so the whole process group is ended.
                 start_new_session=True,
             )
 
     def wait(self) -> None:
-        """Raises:  RuntimeError: it ended, or took too long."""
+        """Wait until the worker serves.  Raises:  RuntimeError: the worker ended or took too long."""
         ends = time.monotonic() + _START_S
         while time.monotonic() < ends:
             if self._process is None or self._process.poll() is not None:

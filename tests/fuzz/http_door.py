@@ -1,10 +1,10 @@
-"""The HTTP door under schemathesis, by the document that it publishes: `make fuzz`, or
+"""Fuzzes the HTTP API with schemathesis, by the OpenAPI document that it publishes: `make fuzz`, or
 
     python -m tests.fuzz.http_door --seconds 600
 
-Answers must have a status, a type and a form that the document names, and never be a bug of ours. The workers behind
-the door are a script. Requests that the document allows may be refused, and some that it does not name are harmless,
-so neither is held against the door.
+Answers must have a status, a type and a form that the document names, and never be an internal error. The workers are a
+script. Requests that the document allows may be refused, and some that it does not name are harmless, so neither counts
+as a fault.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.fuzz.run import note
 from tests.gateway.scripted import Script, make_front, serving
 
 CHECKS = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-# The scripted router keeps no ledger, so these say 503.
+# The scripted router has no ledger, so these paths answer 503.
 RUN = "from schemathesis.cli import schemathesis; schemathesis()"
 LEFT_OUT = "/v1/usage/.*"
 
@@ -55,7 +55,7 @@ async def fuzz(seconds: int, kept: Path) -> int:
 
 
 def cases_of(told: str) -> int:
-    """From its summary: `Test cases: 1,234 generated`, or the like."""
+    """The number of cases in a summary such as `Test cases: 1,234 generated`."""
     found = re.search(r"([\d,]+) generated", told)
     return int(found[1].replace(",", "")) if found else 0
 

@@ -1,7 +1,8 @@
 """Fuzz the readers of outside bytes: `make fuzz`, or `python -m tests.fuzz.run [TARGET ...] --seconds 600`.
 
-Coverage-guided by atheris. What a run finds is kept, so the next one continues: DIR/TARGET has the inputs, DIR/crashes
-what broke a rule, DIR/hours.json how long each target ran in all. Ends with 1 where something broke.
+atheris guides the fuzzing by coverage. A run keeps its results, and the next run continues: DIR/TARGET has the inputs,
+DIR/crashes the inputs that broke a rule, and DIR/hours.json the total time of each target. The exit code is 1 if an
+input broke a rule.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 from benchmarks.run_record import write
 
 HERE = Path(__file__).parent
-# An input that takes longer is a finding: readers are bounded in time.
+# An input that takes longer is a finding, because readers must end in bounded time.
 INPUT_SECONDS_MAX = 10
 MEMORY_MB_MAX = 3000
 INPUT_BYTES_MAX = 4096
@@ -49,14 +50,14 @@ def main() -> int:
 
 
 def summary(targets: dict[str, dict[str, float]]) -> dict[str, object]:
-    """All that the kept directory knows, by target and together."""
+    """Totals of the kept directory, by target and for all targets."""
     hours = sum(each["seconds"] for each in targets.values()) / 3600
     totals = {name: sum(each[name] for each in targets.values()) for name in ("executions", "crashes")}
     return {"hours": round(hours, 2), **totals, "targets": targets}
 
 
 def fuzz(name: str, seconds: float, kept: Path) -> int:
-    """Run a target for so long, through any crashes. Returns how many inputs broke a rule."""
+    """Run a target for this time, and continue after crashes. Returns the number of inputs that broke a rule."""
     found = 0
     begin = time.monotonic()
     crashes = kept / "crashes"
@@ -79,7 +80,7 @@ def fuzz(name: str, seconds: float, kept: Path) -> int:
 
 
 def effort_of(text: str) -> tuple[float, int]:
-    """Seconds and inputs, without the start: as libFuzzer says at its end, or of a run that broke by its last line."""
+    """Seconds and inputs without the start, from libFuzzer's summary, or from the last line if the run crashed."""
     if done := re.search(r"Done (\d+) runs in (\d+) second", text):
         return float(done[2]), int(done[1])
     progress = re.findall(r"^#(\d+)\s.*exec/s: (\d+)", text, re.MULTILINE)
@@ -99,13 +100,13 @@ def note(path: Path, name: str, seconds: float, executions: int, crashed: bool) 
 
 
 def fuzz_here(name: str, seconds: float, kept: Path) -> int:
-    """In this process, which libFuzzer ends."""
+    """Fuzz in this process, which libFuzzer ends."""
     import atheris
 
     with atheris.instrument_imports(include=["antefix", "antefix_billing", "antefix_router", "antefix_simulate"]):
         from tests.fuzz.targets import TARGETS
 
-        # What it imports late would count as the first input's time, and be seen by no instrument.
+        # Import everything now. A late import would count as the first input's time and would not be instrumented.
         with contextlib.suppress(Exception):
             TARGETS[name](b"\0{}")
     corpus = kept / name

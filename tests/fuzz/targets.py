@@ -1,6 +1,6 @@
-"""What reads bytes from outside, one function each: it may refuse them by an error of ours, and do nothing else.
+"""The readers of outside bytes, one function each. A reader may refuse bytes with an error of ours, and nothing else.
 
-Where a checksum guards a format, the target makes it right: what a fuzzer cannot guess, somebody with the file can.
+If a checksum guards a format, the target corrects it, because an attacker with the file can do what a fuzzer cannot.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ MESSAGES = [
 
 
 def target(read: Target) -> Target:
-    """Registers a reader under its name. Errors of ours are what it is for; an InternalError is a bug."""
+    """Registers a reader under its name. The reader may raise our errors, but an InternalError is a bug."""
 
     @functools.wraps(read)
     def guarded(data: bytes) -> None:
@@ -137,7 +137,7 @@ def redis_events(data: bytes) -> None:
     try:
         _unpack(fields)
     except (KeyError, ValueError):
-        return  # as its caller takes it: no event of ours
+        return  # the caller treats this as an entry that is not one of our events
 
 
 @target

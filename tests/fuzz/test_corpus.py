@@ -1,4 +1,4 @@
-"""What fuzzing found, and small changes of it, on every run; `make fuzz` looks for more."""
+"""Every run tries the inputs that fuzzing found, and small changes of them; `make fuzz` looks for more."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from tests.fuzz.targets import TARGETS, target
 
 CORPUS = Path(__file__).parent / "corpus"
 NUM_CHANGES = 20
-# Those that ask a door, or import torch.
+# Targets that send requests to an HTTP API, or import torch.
 SLOW = {"http_bodies", "settings_files", "model_configs"}
 
 
@@ -23,7 +23,7 @@ def inputs(name):
 
 
 def changed(data, draw):
-    """One of what fuzzers do: cut, flip, repeat, insert."""
+    """One change that fuzzers make: cut, flip, repeat or insert."""
     at = draw.randrange(len(data) + 1)
     some = bytes(draw.choices((0, 1, 0x7F, 0x80, 0xFF, 0x30, 0x22, 0x5B), k=draw.randint(1, 4)))
     return draw.choice(

@@ -1,4 +1,4 @@
-"""A door with scripted workers, and the bodies that agents send to it."""
+"""A gateway with scripted workers, and the bodies that agents send to it."""
 
 import copy
 import json
@@ -10,7 +10,7 @@ CHAT_URL, RESPONSES_URL, MESSAGES_URL = "/v1/chat/completions", "/v1/responses",
 
 
 class Door:
-    """A gateway with scripted workers, and what they were asked."""
+    """A gateway with scripted workers, and the requests that they got."""
 
     def __init__(self, client, script, ledger):
         self.client, self.script, self._ledger = client, script, ledger
@@ -24,7 +24,7 @@ class Door:
         return answer
 
     async def refused(self, address, body):
-        """(param, code) as OpenAI's shape has them; Anthropic's has param only."""
+        """(param, code) of a refusal in OpenAI's shape. Anthropic's shape has only param."""
         answer = await self.post(address, body)
         assert answer.status_code == 400, answer.text
         error = answer.json()["error"]
@@ -33,7 +33,7 @@ class Door:
 
     @property
     def prompt(self):
-        """The last one, as text."""
+        """The last prompt, as text."""
         return bytes(t for t in self.script.prompts[-1] if t < 256).decode(errors="replace")
 
     @property

@@ -1,4 +1,4 @@
-"""Requests as agents send them, each with all levels that its API has. Synthetic; the shapes are the clients' own."""
+"""Synthetic requests in the shapes that agents send, each with all levels of nesting that its API has."""
 
 EPHEMERAL = {"type": "ephemeral", "ttl": "5m"}
 SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
@@ -100,7 +100,7 @@ BODIES = {
     "/v1/messages": MESSAGES,
     "/v1/messages/count_tokens": MESSAGES,
 }
-# Objects that are content, not fields: whatever they hold is the model's to read.
+# Objects that are content, not fields. The model reads whatever they hold.
 CONTENT = ("parameters", "input_schema", "properties", "input")
 
 

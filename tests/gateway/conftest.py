@@ -1,4 +1,4 @@
-"""Fixtures that several files here share."""
+"""Fixtures that several files of this folder share."""
 
 import httpx2
 import pytest

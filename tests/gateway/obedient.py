@@ -1,4 +1,4 @@
-"""Workers that draw at random what a request's grammar and settings allow: for schemas that no script can follow."""
+"""Workers that draw random tokens as a request's grammar and settings allow, for schemas beyond any script."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.gateway.scripted import MODEL
 
 VOCAB_SIZE = 264
 TOKENIZER = load_tokenizer(MODEL)
-# What ends things is likelier, so that texts and lists do not continue for ever; some patterns need a letter.
+# Closing characters are likelier, so that texts and lists end. Some patterns need a letter.
 CLOSERS = [ord(char) for char in '"]}<ab'] + sorted(TOKENIZER.eos_ids)
 
 
@@ -29,7 +29,7 @@ _TAGS = [list(tag.encode()) for tag in ("</｜DSML｜parameter>", "</think>")]
 
 
 def random_logits(seed: int, before: Sequence[int]) -> np.ndarray:
-    """For what comes after these tokens; a closing tag that was begun tends to be continued."""
+    """Random logits for the token after these. A closing tag that was begun is usually continued."""
     noise = np.random.default_rng((seed, len(before))).normal(size=VOCAB_SIZE).astype(np.float32)
     logits = noise.copy()
     logits[CLOSERS] += 3.0
@@ -42,7 +42,7 @@ def random_logits(seed: int, before: Sequence[int]) -> np.ndarray:
 
 
 def walk(matcher: Matcher, seed: int, num_max: int = 4000) -> list[int]:
-    """A random way through a grammar, to its end."""
+    """Random tokens that a grammar allows, up to its end."""
     tokens: list[int] = []
     while not matcher.is_over:
         token = int(np.argmax(matcher.mask(random_logits(seed, tokens))))
@@ -60,7 +60,7 @@ def text_of(tokens: Sequence[int]) -> str:
 
 @dataclass
 class Obedient:
-    """A router's workers."""
+    """Workers of a router that draw random allowed tokens."""
 
     seed: int = 0
     generations: list = field(default_factory=list)
@@ -72,7 +72,8 @@ class Obedient:
         num_tokens = len(generation.tokens)
         generation.restore = RestoreReport(plan="cold", miss_tokens=num_tokens)
         for index, sample in enumerate(generation.samples):
-            # As random as the request says, never greedy: greedy random logits are no more likely to end.
+            # The draw follows the request's settings and is never greedy, because greedy choices of random logits may
+            # never end.
             sampling = replace(generation.sampling(index), num_top_logprobs=None)
             grammar = sampling.grammar
             constraint = await self._grammars.matcher(grammar) if grammar else None

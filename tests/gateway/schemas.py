@@ -1,4 +1,4 @@
-"""Small JSON schemas at random, of what can be enforced."""
+"""Random small JSON schemas that a grammar can enforce."""
 
 from hypothesis import strategies as st
 
@@ -75,5 +75,5 @@ def schemas():
 
 
 def rooted(schema):
-    """With what its references refer to."""
+    """The schema with the definitions that its references name."""
     return {**schema, "$defs": {"leaf": {"type": "string", "maxLength": 2, "description": "dropped"}}}

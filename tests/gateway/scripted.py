@@ -1,4 +1,7 @@
-"""A router whose workers are a script: real HTTP, real bill, made-up tokens. For what the small model never says."""
+"""A router with scripted workers: real HTTP, a real bill, made-up tokens.
+
+Scripts give texts that the small model cannot.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +37,10 @@ MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 
 @dataclass
 class Script:
-    """Answers each request with `say(prompt text)`, byte by byte; `hit` tokens of each prompt count as hits.
+    """Answers each request with `say(prompt text)`, byte by byte. `hit` tokens of each prompt count as hits.
 
-    hold: waits before the first token until it is set.  fail_after: raises `error` after so many tokens."""
+    hold: the first token waits until this event is set.  fail_after: the number of tokens before `error` is raised.
+    """
 
     say: Callable[[str], str] = lambda prompt: "yes"
     hit: int = 0
@@ -50,7 +54,7 @@ class Script:
     num_cancelled: int = 0
 
     async def run(self, generation, timeout_s):
-        """One output after the other, where several were asked for; those after the first end in their number."""
+        """Give the outputs one after the other, if the request asks for several. Later outputs end in their number."""
         request = generation.request
         self.requests.append(request)
         self.generations.append(generation)
@@ -89,7 +93,7 @@ class Script:
 
 
 def script_logprob(token: int, num_top: int) -> TokenLogprob:
-    """Made up, and different for each token; the likeliest is the token itself."""
+    """A made-up log probability, different for each token. The likeliest token is the given one."""
     top = tuple(((token + index) % 256, -token / 1024 - index) for index in range(num_top))
     return TokenLogprob(logprob=-token / 1024, top=top)
 

@@ -1,4 +1,4 @@
-"""Around each HTTP request: an id in every answer, its line in the log, what the cache did, and never its text."""
+"""Each HTTP answer has an id, and each request a log line with what the cache did, but never the request's text."""
 
 import asyncio
 import io
@@ -28,7 +28,7 @@ BODIES = {
 
 @pytest.fixture
 def logged():
-    """Everything that is logged, as JSON lines, down to debug."""
+    """All log lines, from level debug up, as JSON."""
     out, root = io.StringIO(), logging.getLogger()
     handlers, level = root.handlers[:], root.level
     set_up_logs("debug", "json", out)
@@ -69,7 +69,7 @@ async def test_a_streams_last_usage_says_it_where_the_client_wants_it(path):
         assert plain.headers["x-request-id"] != asked.headers["x-request-id"]
 
 
-async def test_the_setting_says_it_to_all():
+async def test_the_setting_gives_usage_details_to_all_callers():
     front = make_front(Script(), ledger=None)
     async with serving(front, http_usage_details=True) as url, httpx2.AsyncClient(base_url=url) as client:
         answer = await client.post("/v1/completions", json={"model": "m", "prompt": "a", "max_tokens": 5})
@@ -127,7 +127,7 @@ async def test_no_line_holds_a_prompt_or_an_answer(path, stream, logged):
         script.error, script.fail_after = RuntimeError("ours"), 2
         await client.post(path, json=body)
     text = logged()
-    # The name of an ignored field is told, its value is not; here the client has put the same into both.
+    # The log names an ignored field but not its value. Here the client has put the same text into both.
     names = [line for line in text.splitlines() if "ignored and counted" in line]
     assert all(CANARY not in line or line in names for line in text.splitlines()) and secret not in text
     lines = access_lines(text)

@@ -1,7 +1,7 @@
 """Whole sessions in the shapes of the agents that people run: a tool call, a picture, late system text, a resumed turn.
 
-Synthetic requests with the fields that those clients send. Each must be answered, with what it was given in the prompt,
-and each prompt must begin with the one before it and its answer, token for token: that is what hits.
+The requests are synthetic and have the fields that those clients send. Each must be answered, and its prompt must hold
+all that the request has. Each prompt must begin with the previous prompt and answer, token for token, so that it hits.
 """
 
 import json
@@ -22,7 +22,7 @@ INPUT = {"command": "ls | head\n"}
 
 
 class Session:
-    """What an agent keeps between its requests."""
+    """An agent's session: the state that it keeps between requests."""
 
     def __init__(self, client, script):
         self._client, self._script = client, script
@@ -64,7 +64,7 @@ async def open_session():
 
 
 def blocks_of(events):
-    """An Anthropic stream's content, put together as clients do it."""
+    """The content of an Anthropic stream, put together as clients do."""
     blocks = {}
     for event in events:
         if event["type"] == "content_block_start":
@@ -125,12 +125,12 @@ async def test_claude_code(open_session):
     assert [block["type"] for block in first] == ["thinking", "text", "tool_use"] and first[2]["input"] == INPUT
     assert session.left_out == "tools[2] (web_search_20250305)" and "Mode: default." in session.prompt
     assert {"anthropic-beta", "tools[0].eager_input_streaming", "system[1].cache_control.scope"} <= {*session.ignored}
-    del messages[0]["content"][1]["cache_control"]  # they move on from turn to turn
+    del messages[0]["content"][1]["cache_control"]  # clients move the mark from turn to turn
     result = {"type": "tool_result", "tool_use_id": first[2]["id"], "content": [image], "is_error": False, **mark}
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": [result]}]
     second = await send()
     assert second[1]["text"] == "Done." and "[image: not shown" in session.prompt
-    # Resumed later: the picture is still there, and so is everything else.
+    # The session is resumed later. The picture and all other content are still in the prompt.
     messages += [{"role": "assistant", "content": second}, {"role": "user", "content": "and now?"}]
     await send()
     assert "messages[3].content[0].content[0] (image)" in session.left_out
@@ -178,7 +178,7 @@ async def test_codex(open_session):
     assert json.loads(call["arguments"]) == INPUT and session.left_out == "tools[1] (custom), tools[3] (web_search)"
     picture = [{"type": "input_image", "image_url": f"data:image/png;base64,{PIXEL}"}]
     items += [
-        # It keeps no ids, no states, and of reasoning only what is sealed.
+        # The client keeps no ids and no states, and only the sealed part of reasoning.
         {"type": "reasoning", "summary": [], "encrypted_content": reasoning["encrypted_content"]},
         {
             "type": "message",
@@ -192,7 +192,7 @@ async def test_codex(open_session):
     items += [
         {"type": "reasoning", "summary": [], "encrypted_content": reasoning["encrypted_content"]},
         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Done."}]},
-        # Resumed in another sandbox.
+        # The session is resumed in another sandbox.
         {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Sandbox: none."}]},
         {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "And now?"}]},
     ]
@@ -245,7 +245,7 @@ async def test_opencode(open_session):
 
 
 async def test_a_sdk_that_speaks_anthropic(open_session):
-    """It keeps thinking only with its signature, and sends its own fields with tools."""
+    """The SDK keeps thinking only if it has a signature, and sends its own fields with tools."""
     session = await open_session("bash")
     body = {
         "model": "antefix-tiny",

@@ -1,4 +1,4 @@
-"""Whatever JSON comes, it is answered or clearly refused: never an internal error, never a request left running."""
+"""Any JSON body is answered or clearly refused. No body causes an internal error or a request that never ends."""
 
 import copy
 import json
@@ -123,7 +123,7 @@ async def front():
 
 @pytest.fixture
 async def client(front):
-    """One server for all examples of a test: to start one takes longer than to ask it."""
+    """One server for all examples of a test, because starting a server takes longer than a request."""
     async with (
         serving(front, chat_format="deepseek-v4") as url,
         httpx2.AsyncClient(base_url=url, timeout=30) as client,
@@ -154,7 +154,7 @@ async def test_numbers_that_nothing_holds_are_refused_by_name(field):
     front = make_front(Script(), ledger=None)
     async with serving(front) as url, httpx2.AsyncClient() as client:
         numbers = ("1" + "0" * 400, "-1" + "0" * 400, "1e400", "NaN", "18446744073709551616")
-        # A bias is cut to -100 to 100, as large as it is.
+        # A bias of any size is limited to the range from -100 to 100.
         for number in numbers[: 4 if field == "logit_bias" else 5]:
             number = f'{{"1":{number}}}' if field == "logit_bias" else number
             body = f'{{"model":"antefix-tiny","prompt":"x","{field}":{number}}}'

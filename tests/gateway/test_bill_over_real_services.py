@@ -1,5 +1,5 @@
-"""Thousands of requests over real processes, any of which is killed at any time: the ledger says what clients were
-told, and the store's own log supports it. `ANTEFIX_TEST_REQUESTS` says how many."""
+"""Thousands of requests over real processes, any of which may be killed at any time. The ledger agrees with what
+clients were told, and the store's log supports it. `ANTEFIX_TEST_REQUESTS` sets the number of requests."""
 
 import asyncio
 import contextlib
@@ -156,7 +156,7 @@ def check(world, num_requests):
         by_request[item.record.tenant, item.record.request_id].append(item.record)
     records = [record for group in by_request.values() for record in group]
     assert set(world.seen) | set(world.cancelled) == {(f"t{n % 3}", f"q{n}") for n in range(num_requests)}
-    # 1. What each client was told, and received, is what its one ended record says.
+    # 1. Each client's usage and received tokens agree with its one ended record.
     for key, (usage, num_received) in world.seen.items():
         (ended,) = [record for record in by_request[key] if record.is_final]
         told = (usage.prompt_tokens, usage.cache_hit_tokens, usage.cache_miss_tokens, usage.output_tokens)
@@ -167,12 +167,12 @@ def check(world, num_requests):
             ended.output_tokens,
         )
         assert num_received == ended.output_tokens
-    # 2. A cancelled one has at most one ended record, of at least what its client had.
+    # 2. A cancelled request has at most one ended record, with at least the tokens that its client received.
     for key, (length, num_received) in world.cancelled.items():
         final = [record for record in by_request[key] if record.is_final]
         assert len(final) <= 1
         assert not final or (final[0].output_tokens >= num_received and final[0].prompt_tokens == length)
-    # 3. What broke off costs what was given of it, and all attempts together what the most expensive would.
+    # 3. A broken answer costs the tokens that were sent. All attempts together cost as much as the most expensive one.
     assert all(record.price == 0 for record in records if not record.is_charged)
     for group in by_request.values():
         whole = [priced(replace(record, paid_before=0), CARDS).price for record in group if record.is_charged]

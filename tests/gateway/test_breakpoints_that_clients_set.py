@@ -1,4 +1,4 @@
-"""`cache_control` is a breakpoint wherever it stands."""
+"""`cache_control` sets a breakpoint in every place where clients may write it."""
 
 import pytest
 

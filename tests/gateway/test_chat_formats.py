@@ -1,4 +1,4 @@
-"""How conversations are written. The expected texts are those that the model's own description gives."""
+"""How conversations are rendered. The expected texts come from the model's own description."""
 
 import json
 
@@ -194,7 +194,7 @@ def test_a_longer_conversation_begins_with_the_shorter_ones_rendering(chat_forma
     for _ in range(3):
         messages.append(user(data.draw(st.text(max_size=20))))
         prompt = render_tokens(chat_format.render(Conversation(messages=tuple(messages))), tokenizer, memory, tenant="")
-        # Any bytes, whole characters or not: what the client is told is all that it can send back.
+        # The answer may be any bytes, even parts of characters. A client can only send back the text that it was given.
         answer = data.draw(st.lists(st.integers(0, 255), max_size=20))
         said = assistant(tokenizer.decode(answer))
         memory.put(prompt.tokens, said, answer, tenant="")
@@ -215,7 +215,7 @@ def test_what_users_say_is_never_a_special_token(text, name):
 def test_an_answer_is_remembered_for_its_own_prompt_and_tenant_only():
     tokenizer, memory = ByteTokenizer(SPECIAL), AnswerMemory()
     prompt = render_tokens(PlainFormat().render(Conversation(messages=(user("a"),))), tokenizer, memory, tenant="t")
-    broken = [0xC3]  # half a character: reads as U+FFFD, which is three bytes
+    broken = [0xC3]  # half a character, which is decoded as U+FFFD and encoded again as three bytes
     memory.put(prompt.tokens, assistant("\ufffd"), broken, tenant="t")
 
     def again(first, tenant):
@@ -230,7 +230,7 @@ def test_the_memory_is_bounded():
     for number in range(100):
         memory.put([number], assistant("x"), [1] * 436, tenant="")
     assert len(memory._answers) == 2
-    # An answer is more than its tokens: short ones must not be kept by the million.
+    # An answer takes more memory than its tokens, so the memory must not keep millions of short ones.
     for number in range(1000):
         memory.put([number], assistant("y"), [1], tenant="")
     assert len(memory._answers) == 15
@@ -294,7 +294,7 @@ CONTENT_ANSWER = ANSWER.split("</think>")[1]
 
 
 def said_in(deltas):
-    """(reasoning, content, calls); a call is [name, arguments so far, is it whole]."""
+    """(reasoning, content, calls) of deltas. A call is [name, arguments so far, whether it is complete]."""
     calls = {}
     for delta in deltas:
         if delta.call is not None:
@@ -319,7 +319,7 @@ def test_v4_answers_are_read_alike_however_they_are_cut(cuts):
 
 @pytest.mark.parametrize("end", range(len(ANSWER) + 1))
 def test_an_answer_cut_off_anywhere_shows_no_markup(end):
-    """As max_tokens does it, at each place."""
+    """The answer is cut off at each place, as max_tokens may do."""
     reasoning, content, calls = read(ANSWER[:end], range(end), in_reasoning=True)
     assert "thinking about it".startswith(reasoning) or reasoning == "thinking about it" + ANSWER[17:end]
     assert "Let me look.".startswith(content.removesuffix("\n").removesuffix("\n"))
@@ -452,7 +452,7 @@ def test_a_templates_prompt_has_breakpoints_and_does_not_depend_on_them(tmp_path
     assert marked.tokens == render(TEMPLATE).tokens
     texts = [(tokenizer.decode(marked.tokens[:at])[-3:], ttl_s) for at, ttl_s in marked.breakpoints]
     assert texts == [(">cd", 1.0), ("def", 3.0)]
-    # A template that does more with the text than write it: no breakpoints, and the same prompt.
+    # If a template changes the text that it writes, there are no breakpoints, and the prompt stays the same.
     for body in (
         "{{ m.content | length }}",
         "{{ m.content[:2] }}",

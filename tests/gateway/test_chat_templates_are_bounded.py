@@ -1,4 +1,4 @@
-"""A chat template is somebody else's program: it may loop for ever or fill memory, and nobody waits for it."""
+"""A chat template is a foreign program. It may loop for ever or fill memory, and must not delay other requests."""
 
 import pytest
 

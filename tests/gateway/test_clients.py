@@ -105,7 +105,7 @@ async def test_openai_chat_with_reasoning_and_tools(serve, ledger):
         second = await client.chat.completions.create(model=MODEL, messages=messages, tools=tools)
         assert second.choices[0].message.content == "Sunny in Bern."
         assert second.choices[0].finish_reason == "stop"
-    # The second prompt begins with the first one and its answer, token for token: that is what hits.
+    # The second prompt begins with the first prompt and its answer, token for token, so it hits them.
     so_far = script.prompts[0] + list(agent_script().say("").encode())
     assert script.prompts[1][: len(so_far)] == so_far
     usage, record = first.usage, records(ledger)[0]
@@ -422,7 +422,7 @@ async def test_a_client_that_leaves_stops_the_work(serve, ledger, stream):
         await until(lambda: records(ledger))
     (record,) = records(ledger)
     assert script.num_cancelled == 1
-    # What is not given before it is whole was not given.
+    # A call is sent only when it is complete, so a cut-off call was not sent.
     assert record.status is Status.CANCELLED and (
         0 < record.output_tokens < 1000 if stream else not record.output_tokens
     )
@@ -449,7 +449,7 @@ async def test_a_client_that_leaves_before_the_first_token_stops_the_work_and_pa
 
 @pytest.mark.slow
 async def test_a_slow_client_does_not_stop_others(serve):
-    """It reads nothing of an answer that fits into no buffer on the way: its own output waits, and only that."""
+    """A client reads nothing of an answer that is larger than all buffers. Only that client's own output waits."""
     num_tokens = 30_000
     script = Script(say=lambda prompt: "x" * (num_tokens if "long" in prompt else 20))
     async with serve(script) as url:
@@ -469,7 +469,7 @@ async def test_a_slow_client_does_not_stop_others(serve):
             for _ in range(5):
                 answer = await client.chat.completions.create(model=MODEL, messages=ASK)
                 assert answer.usage.completion_tokens == 20
-            # Held up by its own client, for as long as that does not read.
+            # This output waits for its own client until that client reads.
             while (num := script.generations[0].num_emitted) < num_tokens:
                 await asyncio.sleep(0.5)
                 if script.generations[0].num_emitted == num:

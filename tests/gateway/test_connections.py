@@ -1,4 +1,4 @@
-"""Connections are limited before anything is read: who says nothing makes room, who says half is closed."""
+"""Connections are limited before anything is read. Silent ones make room for others; half-sent requests are closed."""
 
 import asyncio
 import contextlib
@@ -147,7 +147,7 @@ async def test_a_head_that_trickles_is_cut_off():
         ((reader, writer),) = await opened(url, 1, b"POST /v1/chat/completions HTTP/1.1\r\n")
         is_cut_off = False
         try:
-            # Eighty times the limit.
+            # The client sends for up to eighty times the limit.
             for number in range(600):
                 writer.write(b"x-%d: y\r\n" % number)
                 await writer.drain()
@@ -161,7 +161,7 @@ async def test_a_head_that_trickles_is_cut_off():
 
 
 async def test_a_second_request_on_a_connection_has_its_own_time():
-    """Neither the first answer nor the pause behind it counts; a second head that does not end does."""
+    """The limit covers neither the first answer nor the pause after it, but it covers an unfinished second head."""
     async with door(http_head_timeout_s=0.2) as url:
         ((reader, writer),) = await opened(url, 1)
         head = b"GET /v1/models HTTP/1.1\r\nhost: x\r\n"
@@ -194,7 +194,7 @@ def test_the_settings_are_checked():
 
 
 async def unread(url, num):
-    """A connection that asks for so many answers and takes as little of them as the kernel lets."""
+    """A connection that requests `num` answers and reads none, with the smallest buffer that the kernel allows."""
     host, port = url.removeprefix("http://").split(":")
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -210,7 +210,7 @@ async def test_a_client_that_reads_nothing_is_let_go_and_its_request_with_it(mon
     monkeypatch.setattr(app, "Connections", lambda **options: made.append(real(**options)) or made[-1])
     async with door(http_unread_timeout_s=0.3) as url:
         before = asyncio.all_tasks()
-        # Some 20 MB, of which the kernel keeps a few for a reader.
+        # The answers are about 20 MB, and the kernel buffers a few MB of them for the reader.
         sock = await unread(url, 400)
         while not made[0].num_unread:  # noqa: ASYNC110 - of another task
             await asyncio.sleep(0.05)
@@ -221,7 +221,7 @@ async def test_a_client_that_reads_nothing_is_let_go_and_its_request_with_it(mon
 
 
 class Buffer:
-    """A transport that says how much waits for its reader, and a loop whose timers a test runs."""
+    """A transport with given numbers of unread bytes, and an event loop whose timers the test runs."""
 
     def __init__(self, *sizes):
         self.sizes, self.timers, self.is_aborted = list(sizes), [], False

@@ -1,4 +1,4 @@
-"""The end of the grace period: what still runs ends with an error in its API's shape, and its record says so."""
+"""At the end of the grace period, running requests end with an error in their API's shape, and their records say so."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ async def until(holds):
 
 @contextlib.asynccontextmanager
 async def asking(tmp_path, path, *, stream, key="", **script):
-    """A request in the middle of its answer: (its front, its gateway, its answer to be)."""
+    """A request in the middle of its answer: (front, gateway, the task of its answer)."""
     running = Script(say=lambda prompt: "x" * 40, pause_s=0.5, **script)
     front = make_front(running, ledger=tmp_path / "ledger", retries=RetryConfig())
     http = await start_http(front, GatewayConfig(http_address="127.0.0.1:0"))
@@ -58,7 +58,7 @@ async def test_a_stream_that_outlives_the_grace_period_ends_with_an_error_event(
         front.accounts.retries.drain()
         stopping = asyncio.create_task(http.stop())
         await asyncio.sleep(0.1)
-        # Draining does not touch it; the end of the grace period does.
+        # Draining does not stop the request, but the end of the grace period does.
         assert not asked.done()
         front.accounts.ending.end()
         answer = await asked

@@ -1,4 +1,4 @@
-"""Whatever a grammar lets through keeps to the schema it was made from, read by the format's own parser."""
+"""Any text that a grammar allows fits the schema from which it was made, as read by the format's own parser."""
 
 import asyncio
 import json
@@ -30,13 +30,13 @@ def vocabulary():
 
 
 def write(grammar, seed):
-    """A random answer."""
+    """A random answer that the grammar allows."""
     matcher = asyncio.run(Grammars(vocabulary()).matcher(grammar))
     return text_of(walk(matcher, seed))
 
 
 def accepts(grammar, text):
-    """Whether this may be the answer; None: it may be its beginning."""
+    """Whether the grammar accepts this answer. None: the text may be the beginning of one."""
     matcher = vocabulary().matcher(grammar)
     assert not matcher.is_error(), matcher.get_error()
     for byte in text.encode():
@@ -50,7 +50,7 @@ def asking(tools=(), **settings):
 
 
 def read(conversation, text):
-    """The calls of an answer that is nothing but calls: (name, arguments)."""
+    """(name, arguments) of each call in an answer that has only calls."""
     parser, calls = FORMAT.parser(conversation), Calls({})
     for delta in parser.push(text) + parser.finish():
         assert delta.call is not None, delta
@@ -150,7 +150,7 @@ EITHER = FORMAT.grammar(
         (EITHER, "hello", False),
     ],
 )
-def test_what_may_be_said(grammar, text, expected):
+def test_which_texts_a_grammar_accepts(grammar, text, expected):
     assert accepts(grammar, text) is expected
 
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_enforced_is_refused_with_the_tools_number(schema):
 
 
 def test_what_no_one_was_promised_is_dropped_where_it_cannot_be_enforced():
-    """As programs write schemas for tools that are not strict: the rest of them still holds."""
+    """Programs write such schemas for tools that are not strict. The enforceable rest of a schema still holds."""
     schema = {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "type": "object",

@@ -1,4 +1,7 @@
-"""Fields that no API has, hints and beta headers: answered, named in a header, and counted."""
+"""Requests with unknown fields, hints and beta headers are answered.
+
+A header names these fields, and they are counted.
+"""
 
 import json
 import logging
@@ -123,7 +126,7 @@ def test_ignored_fields_are_counted_and_logged_once_within_bounds(caplog):
             for index in range(500):
                 notes.ignore(f"messages[{index}].colour")
             notes.close()
-    # Told of once a request, whichever message has it, and logged once for all.
+    # Each request's header names the field once, for all its messages. The log names it once for all requests.
     assert notes.headers() == {"antefix-ignored": "messages[0].colour"}
     assert counter.counts == {"messages[].colour": 3} and counter.num_requests == 3
     assert len(caplog.records) == 1
@@ -133,7 +136,7 @@ def test_ignored_fields_are_counted_and_logged_once_within_bounds(caplog):
         notes.close()
     assert len(counter.counts) == IgnoredFields.NUM_NAMES_MAX + 1 and counter.counts[IgnoredFields.OTHERS] == 1001
     notes = Notes(counter)
-    notes.ignore("what the prompt\r\nsaid")  # no field's name: counted, and not told
+    notes.ignore("what the prompt\r\nsaid")  # this is not a field's name, so it is counted but not shown
     notes.close()
     assert counter.counts[IgnoredFields.OTHERS] == 1002 and not any("prompt" in name for name in counter.counts)
     assert all("\n" not in record.getMessage() for record in caplog.records)

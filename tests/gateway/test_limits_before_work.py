@@ -1,4 +1,4 @@
-"""What a head says is refused before a body is read; what a body holds is refused before it is parsed or encoded."""
+"""A bad head is refused before the body is read. A bad body is refused before it is parsed or encoded."""
 
 import asyncio
 import hashlib
@@ -25,7 +25,7 @@ CHAT = "/v1/chat/completions"
 
 
 async def slow(url, num, *, path=CHAT, key="", length=500):
-    """Connections that have sent a head and one byte of a body."""
+    """`num` connections that have sent a head and one byte of a body."""
     host, port = url.removeprefix("http://").split(":")
     more = f"authorization: Bearer {key}\r\n" if key else ""
     pairs = [await asyncio.open_connection(host, int(port)) for _ in range(num)]
@@ -118,7 +118,7 @@ async def test_a_prompt_that_must_be_over_the_quota_is_not_encoded():
 
 
 async def test_a_paid_answer_is_given_again_without_quota(tmp_path):
-    """The second time nothing is left, and nothing is needed."""
+    """No quota is left for the second request, and it needs none."""
     book = tenants(acme=TenantLimits(limits=(Limit(window=LimitWindow.DAY, tokens=60),), requests=1))
     front = make_front(Script(), ledger=tmp_path / "ledger", tenants=book)
     async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=100) as client:

@@ -1,4 +1,4 @@
-"""Log probabilities through the real `openai` package: every token of the shown text once, streamed or whole."""
+"""Log probabilities through the real `openai` package: each token of the shown text appears once, streamed or not."""
 
 import pytest
 
@@ -32,13 +32,13 @@ async def test_chat_tells_each_token_once_streamed_or_whole(client):
     async for chunk in await client.chat.completions.create(**settings, stream=True):
         found = chunk.choices[0].logprobs
         streamed += found.content if found else []
-        # A chunk's numbers never run ahead of its text.
+        # A chunk never has log probabilities of text that is not sent yet.
         assert len(bytes_of(streamed)) <= len(TEXT.encode())
     assert streamed == whole and bytes_of(whole) == TEXT.encode()
     first = script_logprob(ord("G"), 2)
     assert (whole[0].token, whole[0].logprob) == ("G", first.logprob)
     assert [(ord(top.token), top.logprob) for top in whole[0].top_logprobs] == list(first.top)
-    # Half a character is no text, but it has bytes.
+    # A token of half a character has no text, but it has bytes.
     assert whole[2].token == "�" and whole[2].bytes == ["ü".encode()[0]]
 
 
@@ -71,7 +71,7 @@ async def test_reasoning_has_its_own_list(tmp_path):
     logprobs = answer.choices[0].logprobs
     assert bytes_of(logprobs.content) == b"Sunny."
     reasoning = b"".join(bytes(entry["bytes"]) for entry in logprobs.reasoning_content)
-    # The tag that ends it is a token of the reasoning, as it is for the bill.
+    # The tag that ends the reasoning counts as one of its tokens, as in the bill.
     assert reasoning == b"Hm.</think>"
     assert answer.usage.completion_tokens_details.reasoning_tokens == len(reasoning)
 

@@ -1,4 +1,4 @@
-"""A prompt that takes long to encode holds up nobody else, keeps its own order, and may be given up."""
+"""A prompt that takes long to encode delays no other request, stays in order, and can be cancelled."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LONG = "long " * CHARACTERS_MIN
 
 
 class HeldTokenizer:
-    """The front's own, but long texts wait until they are let go, as if they were much longer."""
+    """The front's tokenizer. Long texts wait until the test lets them continue, as if they were much longer."""
 
     def __init__(self, inner):
         self._inner = inner
@@ -93,7 +93,7 @@ async def test_a_long_conversation_has_the_tokens_it_would_have_on_the_loop(held
             "/v1/chat/completions", json={"model": MODEL, "messages": messages, "reasoning_effort": "none"}
         )
         assert answer.json()["choices"][0]["message"]["content"] == "yes"
-    # The answer is found again by all tokens before it, so both prompts agree up to where the second continues.
+    # The answer is found by all tokens before it, so the second prompt begins with the first prompt and its answer.
     first, second = script.prompts
     assert second[: len(first) + 3] == first + list(b"yes")
 

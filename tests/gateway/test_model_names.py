@@ -1,4 +1,4 @@
-"""Which names clients may use for the one model, and how a name carries a mode."""
+"""Which names clients may use for the one model, and how a name selects a thinking mode."""
 
 from pathlib import Path
 
@@ -61,7 +61,7 @@ async def test_the_shipped_aliases_name_modes(client):
     ):
         answer = await ask(client, name)
         assert (answer.status_code, answer.headers["antefix-mode"]) == (200, mode), name
-    # What a request says itself counts for more.
+    # A mode in the request itself overrides the name's mode.
     assert (await ask(client, "deepseek-chat", reasoning_effort="max")).headers["antefix-mode"] == "max"
     assert (await ask(client, "deepseek-reasoner", thinking={"type": "disabled"})).headers["antefix-mode"] == "off"
     unknown = await ask(client, "llama")

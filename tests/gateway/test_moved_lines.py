@@ -1,4 +1,7 @@
-"""Lines that change stand behind what stays: other sessions hit text and tools, later turns the former answer."""
+"""Changing lines move behind the stable text.
+
+So other sessions hit text and tools, and later turns hit earlier answers.
+"""
 
 import dataclasses
 import json
@@ -104,7 +107,7 @@ def test_every_format_writes_the_line_behind_all_that_stays(name, line):
 @pytest.mark.parametrize("chat_format", ["deepseek-v4", "plain"])
 @pytest.mark.parametrize("line", [BY_SESSION, BY_REQUEST])
 async def test_turns_go_on_from_the_former_answer_whatever_the_line_says(chat_format, line):
-    """A line of the request stays where it was said, so that its answer hits; the next one is said at the next end."""
+    """An earlier request's line stays in its place, so that its answer hits. A new line goes to the new end."""
     script = Script(say=lambda prompt: "Yes.")
     has_tools = chat_format == "deepseek-v4"
     messages, headers = [], []
@@ -175,7 +178,7 @@ async def test_a_retry_with_its_id_is_the_same_request():
 def test_the_shipped_example_loads_and_comes_before_the_shipped_rules(tmp_path):
     rules = load_rules(str(ROOT / "deploy" / "prefix_rules.toml"))
     assert [rule.name for rule in rules] == ["proxy-trace", *(rule.name for rule in SHIPPED)]
-    # The rules that it only shows are good ones too.
+    # The rules that the file shows as comments are also valid.
     text = (ROOT / "deploy" / "prefix_rules.toml").read_text()
     shown = text[text.index("# [[rule]]") :].replace("# ", "")
     (tmp_path / "rules.toml").write_text(f"shipped = false\n{shown}")

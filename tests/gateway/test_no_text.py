@@ -1,4 +1,4 @@
-"""What is no text (half of a surrogate pair) is refused by the name of its field, wherever it is."""
+"""A string that is not valid text (half of a surrogate pair) is refused with its field's name, in every field."""
 
 import copy
 import json
@@ -64,13 +64,13 @@ async def test_every_string_of_every_api_is_named(encode):
                 assert name in answer.json()["error"]["message"]
             answer = await client.post(api, content=encode({**body, WRONG: 1}))
             assert answer.status_code == 400 and "name of a field" in answer.text
-            # A whole pair is a character.
+            # A complete surrogate pair is a character.
             whole = await client.post(api, content=json.dumps({**body, "user": "\U0001f600"}).encode())
             assert whole.status_code == 200, whole.text
 
 
 async def test_text_inside_text_is_no_reason_to_fail():
-    """Arguments of an old call are JSON in a string; the escape in them is text until somebody reads it."""
+    """Arguments of an earlier call are JSON in a string. An escape inside them is plain text, and must not fail."""
     messages = [
         {"role": "user", "content": "hi"},
         {

@@ -1,4 +1,4 @@
-"""Living and being ready are two things: ready means that a request would be served."""
+"""Liveness and readiness differ: a ready router would serve a request."""
 
 import asyncio
 
@@ -47,7 +47,7 @@ def test_a_router_needs_a_decode_worker_that_answers(answers, reason):
     assert why_unready(front.accounts, decoders(*answers)) == reason
 
 
-def test_one_that_drains_is_none():
+def test_a_draining_worker_does_not_make_the_router_ready():
     workers = decoders(True)
     workers.workers[0].draining = True
     assert "answers" in why_unready(make_front(Script(), ledger=None).accounts, workers)

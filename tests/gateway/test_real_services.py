@@ -1,4 +1,4 @@
-"""Real processes, real clients: conversations that hit, a bill that the store supports, a router that is killed."""
+"""Real processes and real clients: conversations hit, the store's log supports the bill, and a router is killed."""
 
 import asyncio
 import dataclasses
@@ -57,7 +57,7 @@ def settled(deployment):
 
 
 async def verified(deployment):
-    """The verdict; readers on this host tell the store what they used a moment later."""
+    """The verdict on the ledger. Waits a moment, because readers on this host report their reads to the store later."""
     config = deployment.config
     for _ in range(600):
         verdict = verify(config.ledger_dir, store_log=config.usage_log_dir)
@@ -68,7 +68,10 @@ async def verified(deployment):
 
 
 async def openai_turns(deployment, num_turns, about=""):
-    """(prompt, answer, hit) of each turn; the whole conversation is sent again each time. about: makes it another."""
+    """(prompt, answer, hit) of each turn. Each turn resends the whole conversation.
+
+    about: a text that makes it unique.
+    """
     turns = []
     async with openai.AsyncOpenAI(base_url=url_of(deployment) + "/v1", api_key="-", max_retries=0) as client:
         messages = [{"role": "system", "content": f"{about} You are brief. " * 20}]
@@ -114,7 +117,7 @@ async def test_a_resent_conversation_hits_to_the_last_full_block(running, turns_
 
 
 async def test_log_probabilities_of_a_hit_are_those_of_the_cold_run(running):
-    """Through all services, to the last digit; gRPC's callers get the same numbers."""
+    """They are equal through all services, to the last digit, and callers over gRPC get the same numbers."""
     prompt = "Twelve drummers drumming, eleven pipers piping. " * 8 + "What comes next?"
     settings = {"model": MODEL, "prompt": prompt, "max_tokens": 24, "temperature": 0.7, "seed": 3, "logprobs": 5}
     async with openai.AsyncOpenAI(base_url=running.url + "/v1", api_key="-", max_retries=0) as client:
@@ -130,7 +133,7 @@ async def test_log_probabilities_of_a_hit_are_those_of_the_cold_run(running):
 async def test_billed_hits_are_supported_by_the_stores_log_across_restarts(deploy, capsys):
     async with deploy as deployment:
         await openai_turns(deployment, 2)
-        # Workers restart: their memory is gone, so the next hits are read from the store.
+        # Workers restart and lose their memory, so the next hits are read from the store.
         for role in ("prefill", "decode"):
             await deployment.kill(deployment.one(role))
             await deployment.start_worker(role)
@@ -148,7 +151,7 @@ async def test_billed_hits_are_supported_by_the_stores_log_across_restarts(deplo
     )
     out, _ = await process.communicate()
     assert process.returncode == 0 and json.loads(out)["unsupported_hits"] == 0
-    # A hit that the store never heard of shows.
+    # A billed hit that the store's log does not have is reported.
     for path in log.iterdir():
         path.unlink()
     assert not verify(ledger, store_log=log).ok
@@ -159,7 +162,7 @@ async def test_a_killed_router_bills_what_its_client_was_given_and_a_retry_the_r
     headers = {"Idempotency-Key": "once"}
 
     async def ask(deployment, num_chunks=None):
-        """The text of a stream, or of so many chunks of it and then the router's end."""
+        """The text of a stream. With `num_chunks`, only of that many chunks, after which the router is killed."""
         text = ""
         async with openai.AsyncOpenAI(base_url=url_of(deployment) + "/v1", api_key="-", max_retries=0) as client:
             stream = await client.completions.create(**settings, extra_headers=headers, stream=True)
@@ -181,7 +184,7 @@ async def test_a_killed_router_bills_what_its_client_was_given_and_a_retry_the_r
         whole = settled(deployment)[-1].record
         assert whole.status in (Status.STOP, Status.LENGTH) and whole.output_tokens >= crashed.output_tokens
         assert (whole.attempt, whole.paid_before) == (2, crashed.price) and whole.price < whole.paid
-        # The prompt was stored by then: it is a hit now, and was paid for as a miss before.
+        # The prompt was stored before the kill. It was paid for as a miss, and now it is a hit.
         full = priced(dataclasses.replace(whole, paid_before=0), load_cards([DEPLOY / "example.toml"])).price
         assert whole.paid == max(crashed.price, full)
         verdict = await verified(deployment)
@@ -189,7 +192,10 @@ async def test_a_killed_router_bills_what_its_client_was_given_and_a_retry_the_r
 
 
 async def test_a_cache_breakpoint_leaves_a_checkpoint_where_the_strategy_would_not(running):
-    """The client marks the end of its long system text; another question behind it resumes there, without a replay."""
+    """The client marks the end of its long system text.
+
+    A new question after that text resumes there without a replay.
+    """
     system = [{"type": "text", "text": "The rules are these. " * 30, "cache_control": {"type": "ephemeral"}}]
     marked = len("<" + system[0]["text"]) // BLOCK * BLOCK
 
@@ -210,13 +216,13 @@ async def test_a_cache_breakpoint_leaves_a_checkpoint_where_the_strategy_would_n
         unmarked = [await ask(client, f"{number} pears? ", plain) for number in range(2)]
     records = [item.record for item in running.settled()]
     assert hits == [0, marked] and records[1].restore_plan == "checkpoint"
-    # Without the mark the same prefix is stored, but its window state is not: it is replayed, or computed again.
+    # Without the mark the prefix's blocks are stored but no window state, so the prefix is replayed or computed again.
     assert unmarked[0] == 0 and records[3].restore_plan != "checkpoint"
 
 
 @pytest.mark.services
 async def test_a_decode_worker_that_dies_in_mid_answer_leaves_one_record(config):
-    """The answer continues elsewhere; the client is told, and charged, what it was given."""
+    """Another worker continues the answer. The client's usage and charge are those of the tokens that it received."""
     async with Deployment(dataclasses.replace(config, num_decode=2)) as deployment:
         async with openai.AsyncOpenAI(base_url=url_of(deployment) + "/v1", api_key="-", max_retries=0) as client:
             settings = {"prompt": "def f(x):\n" * 30, "max_tokens": 300, "temperature": 1.0, "seed": 5}
@@ -230,7 +236,8 @@ async def test_a_decode_worker_that_dies_in_mid_answer_leaves_one_record(config)
                 usage = chunk.usage or usage
                 num_chunks += 1
                 if num_chunks == 20:
-                    # The placement prefers the one that has the prompt in memory, which served the first request.
+                    # The router places the request on the worker that has the prompt in memory, which served the first
+                    # request.
                     await deployment.kill(deployment.one("decode"))
         first, second = [item.record for item in settled(deployment)]
     assert text == whole.choices[0].text

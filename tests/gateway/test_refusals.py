@@ -1,4 +1,4 @@
-"""What a refusal costs while there is more to do than can be done: a head, an answer, and nothing else."""
+"""Under overload a refusal costs only the reading of a head and a short answer."""
 
 import asyncio
 import json
@@ -10,13 +10,16 @@ from antefix.errors import Overloaded
 from antefix_router.gateway import bodies
 from tests.gateway.scripted import Script, make_front, serving
 
-# Calls of Python functions for one refused request, in the server and this file's client: some 620, of which h11 and
-# the server's framework have most. What is parsed, encoded or admitted adds hundreds.
+# The limit on calls of Python functions per refused request, in the server and this file's client. About 620 are
+# measured, most of them in h11 and the server's framework. Parsing, encoding or admitting a request adds hundreds.
 CALLS_MAX = 1300
 
 
 class Door:
-    """A front whose shedding can be told to refuse. num_parsed, num_admitted: requests that got so far."""
+    """A front that a test can tell to refuse requests.
+
+    num_parsed, num_admitted: requests that were parsed, admitted.
+    """
 
     def __init__(self, monkeypatch):
         self.front = make_front(Script(), ledger=None)
@@ -42,7 +45,7 @@ class Door:
 
 
 class Client:
-    """One connection."""
+    """A client with one connection."""
 
     def __init__(self, reader, writer):
         self._reader, self._writer = reader, writer
@@ -53,7 +56,7 @@ class Client:
         return cls(*await asyncio.open_connection(host, int(port)))
 
     async def ask(self, text="hi"):
-        """Status and headers. Raises where the connection was closed."""
+        """Send a request. Returns status and headers; raises if the connection was closed."""
         body = json.dumps({"model": "antefix-tiny", "prompt": text, "max_tokens": 2}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
         self._writer.write(head.encode() + body)

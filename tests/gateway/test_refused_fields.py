@@ -1,4 +1,4 @@
-"""What would change the answer is refused by its name."""
+"""Unsupported fields that would change the answer are refused by name."""
 
 import pytest
 

@@ -1,5 +1,5 @@
-"""What real clients do to an answer before they send it back: they drop its reasoning, rewrite its calls, and send
-pictures as JSON. The next prompt continues from the very tokens all the same, and no picture's data is in it."""
+"""Real clients change an answer before they send it back: they drop its reasoning, rewrite its calls, and send pictures
+as JSON. The next prompt still continues from the answer's own tokens, and has no picture's data."""
 
 import json
 import time
@@ -14,7 +14,7 @@ from tests.gateway.scripted import Script, make_front, serving
 
 MODEL = "antefix-tiny"
 SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}, "days": {}, "more": {}}}
-# As no client writes it: a number with a point, keys out of order, an accent that some escape.
+# Clients rewrite these arguments: a number with a point, unsorted keys, and an accent that some clients escape.
 CALL = (
     '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="weather">\n'
     '<｜DSML｜parameter name="days" string="false">2.0</｜DSML｜parameter>\n'
@@ -26,7 +26,7 @@ PNG = "iVBORw0KGgo" + "Ab3/" * 20
 
 
 class Talk:
-    """Two requests in chat: the second with what the client made of the first's answer."""
+    """Two chat requests. The second has the first one's answer as the client changed it."""
 
     def __init__(self, client, script):
         self._client, self._script = client, script
@@ -45,7 +45,7 @@ class Talk:
         return await self.chat(asked, said, {"role": "tool", "tool_call_id": call["id"], "content": "dry"}, **more)
 
     def goes_on(self):
-        """Whether the last prompt begins with the one before it and its answer, token for token."""
+        """Whether the last prompt begins with the previous prompt and its answer, token for token."""
         so_far = self._script.prompts[-2] + self._script.generations[-2].samples[0].emitted
         return self._script.prompts[-1][: len(so_far)] == so_far
 
@@ -128,7 +128,7 @@ def test_an_answer_without_reasoning_is_itself_before_it_is_one_with():
     memory.put([7], said(""), [1], tenant="")
     memory.put([7], said("why"), [2], tenant="")
     assert found("").tokens == [1] and not found("").is_restored and found("why").tokens == [2]
-    # Dropped with their names, oldest first: nothing is left of them.
+    # The oldest answers are dropped together with their names, so that nothing remains of them.
     for number in range(100):
         memory.put([number, 0], said("so"), [3], tenant="")
     assert found("") is None and found("why") is None
@@ -228,7 +228,7 @@ async def test_a_deferred_tool_is_shown_where_it_was_found(talk):
     at_first, search = tools_of("Bash", "Write"), tools_of("ToolSearch")
     await ask([], [*at_first, *search])
     head = talk.prompt.removesuffix("<｜Assistant｜></think>")
-    # Found, it stands in the middle of the list; and it may have stood there from the beginning.
+    # Clients put a found tool into the middle of the list. It may also have been there from the beginning.
     deferred = tools_of("Notebook", defer_loading=True)
     await ask([], [*at_first[:1], *deferred, *at_first[1:], *search])
     assert talk.prompt.startswith(head) and "about Notebook" not in talk.prompt
@@ -237,7 +237,7 @@ async def test_a_deferred_tool_is_shown_where_it_was_found(talk):
     result = talk.prompt.partition("<tool_result>")[2].partition("</tool_result>")[0]
     shown, nothing, _ = result.removeprefix("[tool: Notebook]\n").partition("[tool: Nothing]")
     assert json.loads(shown)["description"] == "about Notebook" and nothing
-    # Who cannot search is shown all there are.
+    # A client without a search tool gets all tools in its prompt.
     answer = await ask([], [*at_first, *deferred])
     assert "about Notebook" in talk.prompt and answer.headers["antefix-ignored"] == "tools[2].defer_loading"
 

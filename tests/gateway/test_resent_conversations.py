@@ -1,7 +1,7 @@
 """Agents resend everything, every turn: over real services, in DeepSeek-V4's format, each turn hits what came before.
 
-The small model calls no tools, so calls stand in the history as a client would send them back; its own answers, cut off
-wherever they were, are resent as the clients give them.
+The small model calls no tools, so the history has calls as a client would send them back. The model's own answers, even
+cut-off ones, are resent as the clients give them.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ async def url(tmp_path):
 
 
 async def openai_turns(url, name, *, effort, tools):
-    """Content in parts, calls with their results in between, answers as the client dumps them."""
+    """Turns with content in parts, calls and their results in between, and answers as the client dumps them."""
     turns = []
     messages = [{"role": "system", "content": [{"type": "text", "text": text} for text in (name, *SYSTEM)]}]
     settings = {"tools": [{"type": "function", "function": TOOL}]} if tools else {}
@@ -100,7 +100,7 @@ async def anthropic_turns(url, name, *, effort, tools, billing=None):
 
 
 async def responses_turns(url, name, *, effort, tools):
-    """As agents with `store: false` send it: reasoning items, calls and messages are resent as they came."""
+    """Turns of an agent with `store: false`, which resends reasoning items, calls and messages as they came."""
     turns, items = [], []
     settings = {"tools": [{"type": "function", **TOOL}]} if tools else {}
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=0) as client:
@@ -133,7 +133,7 @@ async def responses_turns(url, name, *, effort, tools):
 
 
 async def claude_code_turns(url, name, *, effort, tools):
-    """A first line that changes with every request; another session in `user_id` changes nothing either."""
+    """Turns whose first line changes with every request, and whose `user_id` names other sessions."""
     number = itertools.count()
 
     def billing():
@@ -148,11 +148,11 @@ async def claude_code_turns(url, name, *, effort, tools):
 async def test_each_turn_hits_to_the_last_full_block_that_the_format_keeps(url, turns_of):
     for effort, tools in (("none", False), ("none", True), ("high", True)):
         check_hits(await turns_of(url, f"{effort} {tools} ", effort=effort, tools=tools), effort, tools)
-    # Without tools the format drops the reasoning of earlier turns: what is kept ends before the tag that opens it.
+    # Without tools the format drops the reasoning of earlier turns, so the kept prefix ends before the opening tag.
     turns = await turns_of(url, "dropped ", effort="high", tools=False)
     for before, turn in itertools.pairwise(turns):
         kept = before.prompt - len("think>")
-        # The prompt's end has a checkpoint; where the tag crosses a block's boundary, the one before it may have none.
+        # The prompt's end has a checkpoint. If the tag crosses a block boundary, the boundary before may have none.
         assert turn.hit <= kept // BLOCK * BLOCK
         if kept // BLOCK == (before.prompt - 1) // BLOCK:
             assert turn.hit == kept // BLOCK * BLOCK, turns
@@ -161,7 +161,7 @@ async def test_each_turn_hits_to_the_last_full_block_that_the_format_keeps(url, 
 async def test_so_do_reasoning_items_and_requests_whose_first_line_changes(url, tmp_path, capsys):
     for turns_of in (responses_turns, claude_code_turns):
         check_hits(await turns_of(url, turns_of.__name__, effort="high", tools=True), turns_of)
-    # Another session has another line: it hits system text and tools, and another account nothing.
+    # Another session has another first line, and hits system text and tools. Another account hits nothing.
     hits = []
     async with anthropic.AsyncAnthropic(base_url=url, api_key="-", max_retries=0) as client:
         for session, account in enumerate("aab"):
@@ -184,7 +184,7 @@ async def test_so_do_reasoning_items_and_requests_whose_first_line_changes(url, 
         assert await asyncio.to_thread(main, flags) == 0
         return json.loads(capsys.readouterr().out)
 
-    # What was asked last is explained by its body and by its id, and is found to be the same prompt.
+    # The last request is explained by its body and by its id, and both give the same prompt.
     (tmp_path / "body.json").write_text(json.dumps(body))
     asked = ("--messages", str(tmp_path / "body.json"), "--api", "anthropic")
     usage = answer.usage

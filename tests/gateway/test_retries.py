@@ -1,4 +1,4 @@
-"""A client that timed out and asks again under the same Idempotency-Key, over the real gateway and a real ledger."""
+"""A client times out and repeats a request with the same Idempotency-Key, with the real gateway and a real ledger."""
 
 import asyncio
 import contextlib
@@ -71,7 +71,7 @@ async def leave(asking):
 
 
 def text_of(path, answer):
-    """Of a whole answer, or of a stream's body."""
+    """The text of a whole answer, or of a stream's body."""
     if answer.headers["content-type"].startswith("text/event-stream"):
         events = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
         if path == "/v1/chat/completions":
@@ -118,7 +118,7 @@ async def test_an_answer_that_ended_without_its_client_is_kept_and_only_then_pai
         await leave(first)
         await until(lambda: records(ledger))
         (left,) = records(ledger)
-        # Nothing of a whole answer was given, so none of its output is billed.
+        # A whole answer was not sent at all, so none of its output is billed.
         assert (left.status, left.output_tokens) == (Status.CANCELLED, 0)
         answer = await ask(client, path, stream=stream)
         assert text_of(path, answer) == TEXT
@@ -207,7 +207,7 @@ async def test_a_key_belongs_to_one_prompt_and_one_user(tmp_path):
         for changes in ({"user": "eve"}, {"user": "ada", "prompt": "b"}, {"user": "ada", "max_tokens": 9}):
             refused = await ask(client, "/v1/completions", **changes)
             assert refused.status_code == 400 and "another request" in refused.text
-        # Log probabilities are no part of a running answer that was not asked for them.
+        # A running answer whose request did not ask for log probabilities has none.
         assert (await ask(client, "/v1/completions", user="ada", logprobs=1)).status_code == 409
         script.hold.set()
         assert (await first).status_code == 200
@@ -229,7 +229,7 @@ async def test_a_failure_reaches_all_clients_of_an_answer_and_is_tried_again(tmp
 
 
 async def test_a_slow_reader_holds_up_no_other_reader_and_no_more_than_its_share(tmp_path):
-    """Without any client an answer runs on; with one, it is never much ahead of it."""
+    """An answer without a client continues to its end. An answer with a client is never far ahead of the client."""
     script = Script(say=lambda prompt: "x" * 2000)
     front = make_front(script, ledger=tmp_path / "ledger")
 

@@ -1,4 +1,4 @@
-"""What a conversation's history is shown as: reasoning, refusals, late system text, pictures and documents."""
+"""How a conversation's history is rendered: reasoning, refusals, late system text, pictures and documents."""
 
 import pytest
 
@@ -154,7 +154,7 @@ HISTORIES = [
         "messages[2].content[0]",
         "image",
     ),
-    # Where an API has no place for a tool's picture, clients send it behind the result.
+    # If an API has no place for a tool's picture, clients send the picture after the result.
     (
         CHAT_URL,
         chat(

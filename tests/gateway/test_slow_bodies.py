@@ -1,4 +1,4 @@
-"""Who sends a body too slowly is answered, and makes room for others."""
+"""A client that sends a body too slowly gets an answer and is closed, which makes room for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls, thinking and cut-off answers as the real clients see them, and what they send back of them."""
+"""Calls, thinking and cut-off answers as the real clients see them and send them back."""
 
 import json
 
@@ -50,7 +50,7 @@ async def to_anthropic(url):
 
 
 def goes_on(script):
-    """Whether the second prompt begins with the first one and its answer, token for token: that is what hits."""
+    """Whether the second prompt begins with the first prompt and its answer, token for token, so that it hits them."""
     so_far = script.prompts[0] + list(script.generations[0].samples[0].emitted)
     return script.prompts[1][: len(so_far)] == so_far
 
@@ -97,7 +97,7 @@ async def test_responses_stream_arguments_as_they_come(script, to_openai):
     assert len(pieces) > 500 and done == ["".join(pieces)] and json.loads(done[0]) == ARGUMENTS
     reasoning, message, call = final.output
     assert (message.content[0].text, call.name, call.status) == ("I write.", "write", "completed")
-    # As agents send it back that keep no reasoning but what is sealed.
+    # The answer as sent back by agents that keep only sealed reasoning.
     sealed = {"type": "reasoning", "summary": [], "encrypted_content": reasoning.encrypted_content}
     assert "I should" not in reasoning.encrypted_content
     rest = [item.model_dump(exclude_none=True) for item in (message, call)]
@@ -121,7 +121,7 @@ async def test_messages_stream_arguments_as_they_come_and_sign_thinking(script, 
                 pieces.append(event.delta.partial_json)
         final = await stream.get_final_message()
     assert len(pieces) > 500 and json.loads("".join(pieces)) == ARGUMENTS
-    # The signature is the last that is said of the thinking block.
+    # The signature is the last event of the thinking block.
     begins = kinds.index("signature_delta")
     assert kinds[begins : begins + 3] == ["signature_delta", "signature", "content_block_stop"]
     assert kinds.count("signature_delta") == 1
@@ -196,13 +196,13 @@ async def test_a_call_that_max_tokens_cuts_shows_no_markup_and_is_no_call(url, s
             assert answer.status_code == 200 and "DSML" not in answer.text and "｜" not in answer.text
             assert '"length"' in answer.text or '"max_tokens"' in answer.text or '"incomplete"' in answer.text
             if not stream:
-                # Half of a call must not be carried out.
+                # A client must not run half of a call.
                 assert "tool_use" not in answer.text and '"tool_calls"' not in answer.text
                 assert "function_call" not in answer.text
 
 
 async def test_a_cut_off_call_is_told_of_as_far_as_it_came(to_openai):
-    """As OpenAI does it: arguments that are no JSON, and a reason that says why."""
+    """As with OpenAI, the arguments are incomplete JSON, and the finish reason says why."""
     stream = await to_openai.chat.completions.create(
         model=MODEL, messages=ASK, tools=CHAT_TOOLS, stream=True, max_tokens=200
     )

@@ -1,4 +1,4 @@
-"""The real clients ask for forms, forced calls and several outputs; the workers draw at random what they may."""
+"""Real clients ask for response formats, forced calls and several outputs. The workers draw random allowed tokens."""
 
 import json
 from typing import Literal
@@ -13,7 +13,7 @@ from tests.on_demand import agents, anthropic, openai
 
 pydantic = pytest.importorskip("pydantic")
 
-# Grammars are tried out by a process.
+# A separate process tries out grammars.
 pytestmark = pytest.mark.services
 MODEL = "antefix-tiny"
 ASK = [{"role": "user", "content": "How is Bern?"}]
@@ -183,7 +183,7 @@ async def test_forced_calls_over_anthropics_api(front):
 
 
 async def test_strict_tools_keep_to_their_schemas_where_the_model_chooses(front):
-    """A random text hardly ever begins a block of calls: the grammar is what is looked at."""
+    """A random text hardly ever begins a block of calls, so the test checks the grammar itself."""
     tools = [{"type": "function", "function": {**WEATHER, "strict": True}}]
     async with serving(front, **V4) as url, openai_client(url) as client:
         answer = await client.chat.completions.create(
@@ -211,7 +211,7 @@ async def test_the_agents_framework_gets_its_calls_and_its_type(front, workers):
                 output_type=Forecast,
                 model_settings=agents.ModelSettings(tool_choice="required", parallel_tool_calls=False),
             )
-            # The framework lets the model choose again after a call, and an answer is held to the type.
+            # The framework lets the model choose again after a call, and its answer must fit the type.
             result = await agents.Runner.run(agent, "How is Bern?", max_turns=30)
             assert isinstance(result.final_output, Forecast)
     assert asked and all(days in (1, 2, 3) and isinstance(exact, bool) for days, exact in asked)
@@ -285,7 +285,7 @@ async def test_several_outputs_share_one_prompt_and_are_told_apart(front, tmp_pa
         single = [await client.chat.completions.create(**{**asking, "n": 1, "seed": seed}) for seed in (5, 6, 7)]
     texts = [choice.message.content for choice in whole.choices]
     assert [choice.index for choice in whole.choices] == [0, 1, 2] and len(set(texts)) == 3
-    # As vLLM seeds them: each output is what one request with the next seed would give.
+    # Seeds are as in vLLM: each output equals that of a single request with the next seed.
     assert texts == [each.choices[0].message.content for each in single]
     assert all(len(choice.logprobs.content) > 0 for choice in whole.choices)
     for index, choices in streamed.items():
@@ -305,7 +305,7 @@ async def test_the_best_of_several_are_shown_and_all_are_counted(front):
         async for chunk in await client.completions.create(**asking, n=2, best_of=4, stream=True):
             for choice in chunk.choices:
                 streamed[choice.index] = streamed.get(choice.index, "") + choice.text
-    # These workers say of each token that its log probability is minus its id.
+    # These workers report minus the token's id as its log probability.
     ranked = sorted((choice.text for choice in every.choices), key=lambda text: sum(text.encode()))
     assert [choice.text for choice in best.choices] == ranked[:2] == [streamed[0], streamed[1]]
     assert best.usage == every.usage and best.choices[0].logprobs is None
@@ -376,7 +376,7 @@ async def test_a_retry_is_given_several_outputs_again_and_they_are_billed_once(f
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_stop_text_ends_one_of_several_outputs_alone(tmp_path, stream):
-    """The first output says nothing of it; the second ends in its number, which is the stop text."""
+    """The first output does not have the stop text. The second ends in its number, which is the stop text."""
     front = make_front(Script(say=lambda prompt: "abc"), ledger=tmp_path / "ledger")
     asking = {"model": MODEL, "prompt": "x", "max_tokens": 20, "n": 3, "stop": "1"}
     texts, reasons = ["", "", ""], [None] * 3

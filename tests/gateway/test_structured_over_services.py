@@ -1,4 +1,4 @@
-"""Real processes and the shipped model: forced calls, all settings at once, several outputs, hits, a worker's end."""
+"""Real processes and the shipped model: forced calls, all settings at once, several outputs, hits, a killed worker."""
 
 import json
 
@@ -13,7 +13,7 @@ from tests.on_demand import openai
 
 MODEL = "antefix-tiny"
 BLOCK = 64
-# 30 s of one core, most of it starting processes.
+# These tests take 30 s of one core, most of it for starting processes.
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 SMALL_POOL = ("--pool-bytes", "64M")
 TOOL = {
@@ -91,7 +91,8 @@ async def test_forced_output_is_the_same_cold_as_a_hit_and_continued_after_a_wor
                 text += "".join(choice.text for choice in chunk.choices)
                 num_chunks += 1
                 if num_chunks == 20:
-                    # The placement prefers the one that has the prompt in memory, which served the request before.
+                    # The router places the request on the worker that has the prompt in memory, which served the
+                    # previous request.
                     await deployment.kill(deployment.one("decode"))
         records = [item.record for item in read_settled(deployment.config.ledger_dir)]
     (call,), (again,) = cold.choices[0].message.tool_calls, hit.choices[0].message.tool_calls

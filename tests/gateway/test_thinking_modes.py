@@ -1,4 +1,4 @@
-"""Every way to ask for thinking is off, high or max."""
+"""Every way to ask for thinking selects one of the modes off, high and max."""
 
 import json
 
@@ -41,7 +41,8 @@ MODES = [
 
 @pytest.mark.parametrize(("wish", "mode"), MODES, ids=lambda value: json.dumps(value)[:60])
 async def test_every_way_to_ask_for_thinking_is_off_high_or_max(door, wish, mode):
-    anthropic_mode = mode if wish and wish != {"reasoning_effort": "auto"} else OFF  # off until it is asked for
+    # off unless the request asks for it
+    anthropic_mode = mode if wish and wish != {"reasoning_effort": "auto"} else OFF
     for address, body, right in (
         (CHAT_URL, chat(user("hi"), **wish), mode),
         (RESPONSES_URL, {"model": MODEL, "input": "hi", **wish}, mode),

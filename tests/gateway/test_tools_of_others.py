@@ -1,4 +1,4 @@
-"""Tools that nobody here runs are left out and named; groups of functions are called by their own names."""
+"""Tools that only their provider runs are left out and named in a header. Grouped functions keep their own names."""
 
 import json
 
@@ -69,7 +69,7 @@ async def test_groups_of_functions_are_flattened_and_called_by_their_own_names(d
     assert (call["name"], call["namespace"], call["arguments"]) == ("spawn", "agents", "{}")
     back = {"type": "function_call_output", "call_id": call["call_id"], "output": "ok"}
     await door.ok(RESPONSES_URL, {"model": MODEL, "input": [user("hi"), *output, back], "tools": [NAMESPACE]})
-    # What was said comes back token for token, so the next prompt continues from it.
+    # The answer comes back token for token, so the next prompt continues from it.
     so_far = door.script.prompts[0] + list(door.script.say("").encode())
     assert door.script.prompts[1][: len(so_far)] == so_far
 

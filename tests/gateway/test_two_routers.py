@@ -1,4 +1,4 @@
-"""Two live routers of one deployment: a ledger each, one key for receipts, one bill."""
+"""Two live routers of one deployment have a ledger each, and share one key for receipts and one bill."""
 
 import json
 import urllib.request
@@ -57,14 +57,15 @@ async def test_each_router_keeps_its_own_ledger_and_a_new_one_takes_over_a_dead_
     async with Deployment(config) as deployment:
         first, second = [process for process in deployment.processes if process.role == "router"]
         answers = [await ask(router, number) for number, router in enumerate((first, second, first, second))]
-        # What one router's client had computed, the other's hits.
+        # A prompt that was computed for one router's client is a hit for the other router's client.
         assert [bool(answer.usage.prompt_tokens_details.cached_tokens) for answer in answers] == [False] + [True] * 3
-        # Anyone who asks for a receipt checks it with the same published key.
+        # The receipts of both routers are checked with the same published key.
         keys = {get(router, "/v1/usage/public_key")["public_key"] for router in (first, second)}
         assert len(keys) == 1
         receipt = get(second, "/v1/usage/receipts/q1")
         assert check_receipt(receipt, bytes.fromhex(keys.pop())).ok
-        # The same key at the other router is the same request: one charge, and its receipt from either.
+        # The same idempotency key at the other router is the same request: it is charged once, and both give its
+        # receipt.
         again = await ask(second, 0)
         assert again.choices[0].text == answers[0].choices[0].text
         assert get(second, "/v1/usage/receipts/q0")["payload"] == get(first, "/v1/usage/receipts/q0")["payload"]
@@ -72,7 +73,8 @@ async def test_each_router_keeps_its_own_ledger_and_a_new_one_takes_over_a_dead_
             get(second, f"/v1/usage/receipts/{answers[0].id}")["payload"]
             == get(first, "/v1/usage/receipts/q0")["payload"]
         )
-        # The second dies in the middle of an answer; its successor takes its ledger and closes what was open.
+        # The second router dies in the middle of an answer. Its successor takes over its ledger and closes open
+        # requests.
         async with client_of(second) as client:
             stream = await client.completions.create(**request(4, max_tokens=1000, stream=True))
             await anext(aiter(stream))

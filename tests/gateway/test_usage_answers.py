@@ -1,4 +1,4 @@
-"""What tenants are told of their usage: GET /v1/usage, receipts by the id they were given, limits, retention."""
+"""What tenants can learn about their usage: GET /v1/usage, receipts by request id, limits, retention."""
 
 import json
 import time
@@ -115,7 +115,7 @@ async def test_pages_go_on_where_the_one_before_ended(door):
     [{"bucket_width": "2d"}, {"limit": "0"}, {"limit": "32"}, {"start_time": "x"}, {"start_time": "9" * 30},
      {"group_by": "price"}, {"shape": "xml"}, {"start_time": "100", "end_time": "50"}, {"page": "-1"}],
 )  # fmt: skip
-async def test_a_parameter_that_is_none_is_named(door, params):
+async def test_an_invalid_parameter_is_named(door, params):
     answer = await door.get("/v1/usage", params=params, headers=ACME)
     assert answer.status_code == 400 and next(iter(params)).split("_")[0] in answer.json()["error"]["message"]
 

@@ -1,4 +1,4 @@
-"""The part of a user's name that stays isolates; the session in it is a routing hint."""
+"""The stable part of a user's name isolates users. The session in the name is a routing hint."""
 
 import json
 
@@ -44,7 +44,7 @@ def test_sessions_of_one_user_have_one_name(names):
         "",
         "ann",
         "ann@example.org",
-        "guest_session_" + ONE,  # everybody's: without a session it would be one user
+        "guest_session_" + ONE,  # all guests share this name, so without the session they would be one user
         json.dumps({"session_id": ONE}),
         json.dumps({"session_id": ONE, "device_id": "", "account_uuid": None}),
         json.dumps({"device_id": HASH}),
@@ -66,7 +66,7 @@ def test_different_users_stay_apart():
     assert len({split_user(name).user for name in names}) == len(names)
 
 
-def test_a_session_that_is_no_hint_is_none():
+def test_a_session_too_long_for_a_hint_is_ignored():
     assert split_user(claude("s" * 513)).session == "" and split_user(claude("s" * 512)).session
 
 

@@ -1,4 +1,4 @@
-"""What a stream's client sees while its prompt is computed: a head, signs of life, and errors in its API's shape."""
+"""While its prompt is computed, a stream's client gets a head, signs of life, and errors in its API's shape."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ def stream(client, path):
 async def test_a_head_and_signs_of_life_come_before_the_first_token(path):
     script = Script(say=lambda prompt: TEXT, hold=asyncio.Event())
     async with door(script) as client, stream(client, path) as answer:
-        # The prompt is computed for as long as we like, and the head is here.
+        # The head arrives although the prompt is still being computed.
         assert not script.generations[0].samples[0].emitted
         assert (answer.status_code, answer.headers["x-accel-buffering"]) == (200, "no")
         lines, body = answer.aiter_lines(), []
@@ -57,7 +57,7 @@ async def test_a_head_and_signs_of_life_come_before_the_first_token(path):
 
 
 async def test_signs_of_life_do_not_disturb_the_real_clients():
-    """Pings before, between and after what they wait for; every token takes longer than one."""
+    """Pings come before, between and after the tokens, because every token takes longer than a ping's interval."""
 
     def script():
         return Script(say=lambda prompt: TEXT, pause_s=0.06)

@@ -8,7 +8,7 @@ BLOCK = 64
 
 @dataclasses.dataclass
 class Turn:
-    """In tokens."""
+    """One turn: numbers of tokens of its prompt, its answer and its hit."""
 
     prompt: int
     answer: int
@@ -17,9 +17,10 @@ class Turn:
 
 def check_hits(turns, *what):
     for before, turn in itertools.pairwise(turns):
-        # The last token of an answer that was cut off is chosen, not run: its KV is the next turn's to compute.
+        # The last token of a cut-off answer was chosen but not run, so the next turn computes its KV.
         kept = before.prompt + before.answer
         full = {(kept - 1) // BLOCK * BLOCK, kept // BLOCK * BLOCK}
-        # A prompt that ends at a boundary has its checkpoint one block earlier, where it can be resumed itself.
+        # A prompt that ends at a boundary has its checkpoint one block earlier, so that the same prompt can also resume
+        # there.
         full |= {before.prompt - BLOCK} & {end - BLOCK for end in full if end == before.prompt}
         assert turn.hit in full, (*what, turns)

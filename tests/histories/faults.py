@@ -29,7 +29,7 @@ KINDS = (
 
 
 class Faults:
-    """Of one world. A fault that hurts what was acknowledged takes it from what is promised."""
+    """The faults of one world. Records that a fault damages are no longer promised to be in the store."""
 
     def __init__(self, world: World, rng: random.Random) -> None:
         self.world = world
@@ -106,8 +106,8 @@ class Faults:
             self._give_up(int(path.stem), at)
 
     def _give_up(self, segment: int, at: int) -> None:
-        """The record with this byte is not promised any more, nor what depends on it: a rebuilt index has no
-        orphans."""
+        """The record with this byte is no longer promised, nor the records that depend on it, because a rebuilt index
+        has no orphans."""
         if self.world.store.engine is None:
             self.world.may_lose_store = True
             return
@@ -135,7 +135,7 @@ class Faults:
         self.world.may_lose_store |= 0 < self.world.ttl_s < step_s
 
     async def _router_dies(self) -> None:
-        """The ledger is left as it is, perhaps with a torn end; running requests are closed by the next router."""
+        """The router dies. Its ledger stays, perhaps with a torn end, and the next router closes running requests."""
         if not self.world.router_is_up:
             return
         self.world.router_is_up = False

@@ -19,9 +19,9 @@ from tests.histories.world import World
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """error: what did not hold; empty where all did.  trace: digest of everything that was counted and told.
+    """error: the invariant that did not hold, or empty.  trace: digest of all counts and of all that clients were told.
 
-    recovery_s: by fault, from its end to the next whole answer to any client, in simulated time.
+    recovery_s: by fault, the simulated time from its end to the next complete answer to any client.
     """
 
     seed: int
@@ -39,18 +39,18 @@ def run_history(seed: int) -> Outcome:
     """The same seed gives the same outcome."""
     rng = random.Random(seed)
     loop = SimulatedLoop(rng)
-    # Disabling empties the caches of all loggers, so a caller with many histories does it once, for all of them.
+    # Disabling logs empties the caches of all loggers, so a caller disables them once for all histories.
     was_disabled = logging.root.manager.disable
     if was_disabled < logging.CRITICAL:
         logging.disable(logging.CRITICAL)
     memory = Path("/dev/shm")
-    # A sixth of the time. What a history leaves in cycles is collected when it has ended.
+    # Collecting garbage would take a sixth of the time, so a history's cycles are collected only after its end.
     was_collecting = gc.isenabled()
     gc.disable()
     try:
         with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name, simulated(loop, rng):
             asyncio.set_event_loop(loop)
-            # Of a router that died: its tasks have nobody to tell.
+            # These errors are of a dead router's tasks, whose caller no longer exists.
             loop.set_exception_handler(lambda *_: None)
             world = World(Path(name), loop, rng)
             error = ""

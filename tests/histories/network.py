@@ -15,9 +15,9 @@ HANG_S = 12.0
 
 
 class Network:
-    """Each call draws its fate. cut: peers that nobody reaches.  hanging: peers that do not answer.
+    """Draws at random what happens to each call.  cut: peers that cannot be reached.  hanging: peers without answers.
 
-    loss: share of messages that are lost; half of them answers, so that what was asked for has been done.
+    loss: the share of messages that are lost. Half of these are answers, so the call was carried out.
     """
 
     def __init__(self, rng: random.Random, counts: Counter[str]) -> None:
@@ -29,7 +29,10 @@ class Network:
         self.delay_s = 0.002
 
     async def way(self, peer: str, after_s: float = 0.0) -> None:
-        """One way to a peer or back, after so long.  Raises:  Unavailable, DeadlineExceeded: it did not arrive."""
+        """Send one message to a peer or back, after this time.
+
+        Raises:  Unavailable, DeadlineExceeded: it did not arrive.
+        """
         self.counts["messages"] += 1
         await asyncio.sleep(after_s + self._rng.expovariate(1 / self.delay_s))
         if peer in self.hanging:
@@ -42,7 +45,10 @@ class Network:
             raise Unavailable(f"the connection to {peer} broke")
 
     async def call(self, peer: str, do: Callable[[], T]) -> T:
-        """Ask a peer.  Raises:  as `way`, perhaps after it was done; and what doing it raised."""
+        """Call a peer.
+
+        Raises:  the errors of `way`, perhaps after the call was carried out; and the errors of `do`.
+        """
         self.counts["calls"] += 1
         await self.way(peer)
         answer = do()

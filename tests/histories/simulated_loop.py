@@ -1,8 +1,8 @@
 """An event loop with simulated time and without threads, so that the same seed gives the same history.
 
-`async-solipsism` simulates time as well, but has no executors, which ledger and store work in. Here what is given to an
-executor runs in the loop, after a delay that the seed draws; so does every call over the simulated network. When
-nothing is left to do but wait for ever, the history is stuck, and says so.
+`async-solipsism` also simulates time, but it has no executors, which ledger and store need. Here an executor's jobs run
+in the loop after a delay that the seed draws, and so does every call over the simulated network. If all tasks wait for
+ever, the loop raises `Stuck`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Stuck(Exception):
 
 
 class _Turn:
-    """What asyncio's Handle and TimerHandle do, without what is for debugging."""
+    """A callback to run, like asyncio's Handle and TimerHandle, but without their support for debugging."""
 
     __slots__ = ("_args", "_callback", "_context", "_when", "is_cancelled")
 
@@ -43,7 +43,7 @@ class _Turn:
 
     def cancel(self) -> None:
         self.is_cancelled = True
-        # What it would have run is often a cycle that leads back here.
+        # The callback often refers back to this object, so dropping it breaks a cycle.
         self._callback, self._args = _nothing, ()
 
     def cancelled(self) -> bool:
@@ -54,18 +54,18 @@ class _Turn:
 
 
 def _nothing() -> None:
-    """Of a turn that was cancelled."""
+    """The callback of a turn that was cancelled."""
 
 
 class SimulatedLoop(asyncio.BaseEventLoop):
-    """rng: draws how long what runs in executors takes.  wall_step_s: how far the wall clock has been moved."""
+    """rng: draws the times of executors' jobs.  wall_step_s: how far the wall clock has been moved."""
 
     def __init__(self, rng: random.Random) -> None:
         super().__init__()
         self.now_s = 0.0
         self.wall_step_s = 0.0
         self._rng = rng
-        # What runs next, in order; and what runs later: when, which came first of those, and what.
+        # The turns that run next, in order; and later turns as (time, order of arrival, turn).
         self._turns: collections.deque[_Turn] = collections.deque()
         self._later: list[tuple[float, int, _Turn]] = []
         self._numbers = itertools.count()
@@ -92,7 +92,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
         return turn
 
     def _run_once(self) -> None:
-        """Waits by moving the clock to the next timer; one that was cancelled moves nothing. Nobody asks a selector."""
+        """Run one round. Waiting moves the clock to the next timer that was not cancelled. There is no selector."""
         turns, later = self._turns, self._later
         while later and later[0][2].is_cancelled:
             heapq.heappop(later)
@@ -104,7 +104,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
             turn = heapq.heappop(later)[2]
             if not turn.is_cancelled:
                 turns.append(turn)
-        # What these add has its turn next time.
+        # Turns that these add run in the next round.
         for _ in range(len(turns)):
             turn = turns.popleft()
             if not turn.is_cancelled:
@@ -116,10 +116,10 @@ class SimulatedLoop(asyncio.BaseEventLoop):
                     self.call_exception_handler({"message": "in a callback", "exception": err})
 
     def _process_events(self, events: list[Any]) -> None:
-        """There are none."""
+        """Does nothing, because there are no events of a selector."""
 
     def _write_to_self(self) -> None:
-        """Nobody else is there to wake us."""
+        """Does nothing, because no other thread wakes the loop."""
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: Any, context: Any = None) -> asyncio.Handle:
         return self.call_soon(callback, *args, context=context)
@@ -142,7 +142,7 @@ class SimulatedLoop(asyncio.BaseEventLoop):
 
 
 class InlineExecutor:
-    """Runs what it is given at once, in the calling thread: an order that threads could have taken."""
+    """Runs each job at once in the calling thread, which is one order that threads could also take."""
 
     def submit(self, func: Callable[..., Any], *args: Any) -> Future[Any]:
         done: Future[Any] = Future()
@@ -153,7 +153,7 @@ class InlineExecutor:
         return done
 
     def shutdown(self) -> None:
-        """Nothing runs."""
+        """Does nothing, because no job is running."""
 
 
 def _no_allocation(*_: object) -> None:
@@ -162,7 +162,7 @@ def _no_allocation(*_: object) -> None:
 
 @contextlib.contextmanager
 def simulated(loop: SimulatedLoop, rng: random.Random) -> Iterator[None]:
-    """Clocks and secrets are the loop's and the seed's in here."""
+    """Within this context the clocks are the loop's, and secrets come from the seed."""
     with contextlib.ExitStack() as stack:
         for name, value in (
             ("monotonic", loop.time),
@@ -171,7 +171,8 @@ def simulated(loop: SimulatedLoop, rng: random.Random) -> Iterator[None]:
             ("time_ns", lambda: int(loop.wall_s() * 1e9)),
         ):
             stack.enter_context(mock.patch.object(time, name, value))
-        # Space ahead of time is of no use here, and in memory it costs as much as all the rest.
+        # Reserving space ahead has no use here. In a file system in memory it would take as much time as all other
+        # work.
         for module in ("ledger_reserve", "progress_slots"):
             stack.enter_context(mock.patch(f"antefix_billing.{module}.allocate", _no_allocation))
         for name, drawn in (

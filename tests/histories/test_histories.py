@@ -1,4 +1,4 @@
-"""Seeded histories of the whole deployment in one process, with faults: what was promised holds after each of them.
+"""Seeded histories of the whole deployment in one process, with faults. All promises hold after each history.
 
 The long run is `python -m benchmarks.histories --minutes 10`; a seed that fails there fails here.
 """
@@ -36,7 +36,7 @@ def test_a_seed_replays_exactly():
 
 
 def test_a_seed_replays_exactly_whatever_addresses_objects_have():
-    """In seed 43 a router dies with several requests; ended in the order of a set, each run gave another history."""
+    """In seed 43 a router dies with several requests. When a set gave the order of their ends, each run differed."""
     first = run_history(43)
     moved = [object() for _ in range(3043)]
     assert first.counts["faults"] >= 1

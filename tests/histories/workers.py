@@ -1,4 +1,4 @@
-"""Workers without a model: what they compute follows from names alone, so every byte and token can be checked."""
+"""Workers without a model. Their bytes and tokens depend only on names, so each can be checked."""
 
 from __future__ import annotations
 
@@ -37,14 +37,15 @@ def token_of(tokens: Sequence[int], number: int) -> int:
 
 
 class WrongBytes(AssertionError):
-    """The store returned bytes that nobody put."""
+    """The store returned bytes that were never put."""
 
 
 class SimStore:
     """The store as routers and workers call it over the simulated network.
 
-    acknowledged: hashes that a put has answered for.  parents: of all that was ever put.  rotten: whose bytes a fault
-    changed on disk. A put of one that is there is answered without a look at its bytes, so it is not promised again.
+    acknowledged: hashes whose put was answered.  parents: the parent of each hash that was ever put.
+    rotten: hashes whose bytes a fault changed on disk. The store answers a put of a record that it holds without
+    reading the record's bytes, so such a put promises nothing about a rotten record.
     """
 
     def __init__(self, network: Network) -> None:
@@ -61,7 +62,7 @@ class SimStore:
 
     def with_descendants(self, hashes: set[bytes]) -> set[bytes]:
         found = set(hashes)
-        # A child is put after its parent, and dicts keep their order.
+        # Dicts keep their order, and a child is put after its parent.
         for child, parent in self.parents.items():
             if parent in found:
                 found.add(child)
@@ -74,7 +75,7 @@ class SimStore:
         return await self.network.call("store", lambda: self._open().held(chain, fingerprint=fingerprint))
 
     async def read(self, hashes: Sequence[bytes]) -> int:
-        """How many leading blocks could be read.  Raises:  WrongBytes."""
+        """The number of leading blocks that could be read.  Raises:  WrongBytes."""
         into = [memoryview(bytearray(PAYLOAD_BYTES)) for _ in hashes]
 
         def read() -> int:
@@ -100,7 +101,7 @@ class SimStore:
 
 
 class Worker:
-    """What prefill and decode do alike. handoffs: where all of them leave theirs, in the store's memory."""
+    """The common part of prefill and decode workers.  handoffs: all workers' handoffs in the store's memory."""
 
     def __init__(self, store: SimStore, names: PromptNames, rng: random.Random, handoffs: set[bytes]) -> None:
         self.store = store
@@ -160,7 +161,7 @@ class Worker:
 
 
 class SimPrefill(PrefillClient):
-    """A prefill worker as the router reaches it."""
+    """The router's client of a simulated prefill worker."""
 
     def __init__(self, address: str, worker: Worker, network: Network) -> None:
         self.address, self.worker, self.network = address, worker, network
@@ -180,7 +181,7 @@ class SimPrefill(PrefillClient):
 
 
 class SimDecode(DecodeClient):
-    """A decode worker as the router reaches it."""
+    """The router's client of a simulated decode worker."""
 
     def __init__(self, address: str, worker: Worker, network: Network) -> None:
         self.address, self.worker, self.network = address, worker, network
@@ -204,14 +205,14 @@ class SimDecode(DecodeClient):
             followed = request.followed_by(emitted)
             restore = await worker.compute(worker.names.prompt(request.cache_tenant, followed))
             if emitted:
-                restore = None  # the prompt's was reported by who began
+                restore = None  # the worker that began the answer reported the prompt's restore
         worker.handoffs.discard(handoff)
         number = len(emitted)
         while number < sampling.max_tokens:
             count = min(worker.rng.randint(1, 5), sampling.max_tokens - number)
             tokens = np.array([token_of(request.tokens, number + i) for i in range(count)], np.uint32)
             number += count
-            # What it takes and the way back in one: whether the worker lived until it was sent shows in either.
+            # One delay covers the computation and the way back. Afterwards the worker must still be alive.
             await self.network.way(self.address, after_s=0.01 * count)
             worker.check_alive()
             reason = "length" if number == sampling.max_tokens else ""

@@ -63,7 +63,7 @@ T = TypeVar("T")
 KEYRING = Keyring(b"simulated secret")
 NUM_REQUESTS = 11
 NUM_FAULTS = 7
-# Of simulated time, after the last client and fault: watchers catch up, leases are renewed, hangs end.
+# Simulated seconds after the last client and fault, in which watchers catch up, leases are renewed, and hangs end.
 QUIET_S, QUIET_AFTER_HANG_S = 8.0, 18.0
 LEASE_S = 6.0
 ROLES = (WorkerRole.PREFILL, WorkerRole.DECODE)
@@ -73,7 +73,7 @@ CLIENT_S = 300.0
 
 @dataclass(slots=True)
 class Told:
-    """What clients were told: by request id, how it ended and the ledger's entry that says so."""
+    """What clients were told: by request id, how the request ended, and the ledger entry that says so."""
 
     answers: dict[str, list[int]] = field(default_factory=dict)
     prompts: dict[str, np.ndarray] = field(default_factory=dict)
@@ -83,14 +83,14 @@ class Told:
 
 
 class World:
-    """Everything of one history. counts: operations, faults and checks."""
+    """All objects of one history.  counts: operations, faults and checks."""
 
     def __init__(self, directory: Path, loop: SimulatedLoop, rng: random.Random) -> None:
         self.directory = directory
         self.loop = loop
         self.rng = rng
         self.counts: Counter[str] = Counter()
-        # By fault: when it was over.  When answers came.
+        # (fault, time of its end), and the times of answers.
         self.over: list[tuple[str, float]] = []
         self.answered_s: list[float] = []
         self.told = Told()
@@ -99,7 +99,7 @@ class World:
         self.disk = PowerLossDisk()
         self.store = SimStore(self.network)
         self.ttl_s = rng.choice([0.0, 0.0, 72 * 3600.0])
-        # Nothing that was acknowledged is promised any more: what it was took no note of hurt all of it.
+        # True: a fault may have hurt any record, so no acknowledged record is promised any more.
         self.may_lose_store = False
         self.names = PromptNames(fingerprint=FINGERPRINT, keyring=KEYRING, block_size=BLOCK)
         self.workers: dict[str, Worker] = {}
@@ -108,13 +108,13 @@ class World:
         self.feed = StoreFeed(self.watch, fingerprint=FINGERPRINT)
         for address in ADDRESSES:
             self.workers[address] = Worker(self.store, self.names, random.Random(rng.random()), self.handoffs)
-        # In order: a set has them by their addresses, and the same seed would not give the same history.
+        # A dict keeps the order. A set's order depends on addresses, so a seed would not always give the same history.
         self.asking: dict[asyncio.Future[None], None] = {}
         self.open_router()
 
     @property
     def recovery_s(self) -> dict[str, list[float]]:
-        """By fault: from its end to the next whole answer, where one came."""
+        """By fault, seconds from its end to the next complete answer, if there was one."""
         found: dict[str, list[float]] = {}
         for kind, over_s in self.over:
             later = [at_s - over_s for at_s in self.answered_s if at_s >= over_s]
@@ -142,7 +142,7 @@ class World:
         self.router_is_up = True
         self.prefill, self.decode = prefill, decode
         directory, sessions = Directory(), Sessions()
-        # Without its watch of gRPC's health, and swept by us.
+        # These leases do not watch gRPC's health, and this class removes expired ones.
         self.leases = Leases(prefill, decode, directory, fingerprint=FINGERPRINT)
         for address in self.workers:
             self.renew(address)
@@ -166,7 +166,7 @@ class World:
         )
 
     def renew(self, address: str) -> None:
-        """A worker tells the router of itself, which then reaches it by the simulated network."""
+        """Register a worker with the router, which then reaches the worker over the simulated network."""
         worker, role = self.workers[address], ROLES[address not in ADDRESSES[:2]]
         self.leases.renew(role, address, instance=worker.instance, fingerprint=FINGERPRINT, ttl_s=LEASE_S)
         known = (self.prefill if role is WorkerRole.PREFILL else self.decode).find(address)
@@ -227,7 +227,7 @@ class World:
         return requests
 
     async def client(self, request: GenerationRequest, at_s: float, patience_s: float) -> None:
-        """Asks, and again where it was told that it may, with the same id."""
+        """Send a request, and send it again with the same id if the error allows that."""
         await asyncio.sleep(at_s)
         name = request.caller.request_id
         self.told.prompts[name], self.told.wanted[name] = request.tokens, request.sampling.max_tokens
@@ -240,7 +240,7 @@ class World:
                     await asking
                 return
             except asyncio.CancelledError:
-                # Not we: the router went away, and the connection with it.
+                # This task was not cancelled. The router died, and the connection with it.
                 self.told.errors["router died"] += 1
                 await asyncio.sleep(self.rng.uniform(0.1, 2.0))
             except TimeoutError:
@@ -299,7 +299,7 @@ class World:
 
 
 async def _unless(gone: asyncio.Event, coming: Awaitable[T]) -> T | None:
-    """What comes, or None when the other end has gone before."""
+    """The result of `coming`, or None if the other end is gone before."""
     tasks = [asyncio.ensure_future(coming), asyncio.ensure_future(gone.wait())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

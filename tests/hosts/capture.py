@@ -1,4 +1,4 @@
-"""Writes every frame that crosses the switch into a file, until it is ended. Run inside the switch's namespace."""
+"""Writes every frame that crosses the switch into a file, until the process ends. Runs in the switch's namespace."""
 
 import socket
 import sys

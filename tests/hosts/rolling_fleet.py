@@ -1,7 +1,8 @@
-"""A fleet in network namespaces, a host per role, found by DNS names alone: roles come, go, die and change version.
+"""A fleet in network namespaces, one host per process, found only by DNS names. Roles join, leave, die and are
+upgraded.
 
-Every host has a name of its own and one of its role, which all hosts of that role share (`prefill.fleet.test`). Names
-are in /etc/netns/HOST/hosts, which is changed in place, so that running processes see it as they see a name server.
+Every host has its own name and its role's name, which all hosts of that role share (`prefill.fleet.test`). Names are in
+/etc/netns/HOST/hosts. That file is changed in place, so that running processes see the change as with a name server.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def environment_of(tree: Path) -> dict[str, str]:
 
 @dataclass(slots=True)
 class Host:
-    """One namespace with one process of a role. name: such as prefill-2."""
+    """One namespace with one process of a role.  name: for example prefill-2."""
 
     name: str
     number: int
@@ -70,7 +71,7 @@ class RollingFleet:
     # --- the network ---------------------------------------------------------------------------------------------
 
     def lay(self) -> None:
-        """The switch, the client's host, and the deployment's secrets."""
+        """Make the switch, the client's host, and the deployment's secrets."""
         make("ip", "netns", "add", f"{PREFIX}switch")
         self._on_switch("ip", "link", "add", "br0", "type", "bridge")
         self._on_switch("ip", "link", "set", "br0", "up")
@@ -110,7 +111,7 @@ class RollingFleet:
         make("ip", "netns", "exec", f"{PREFIX}switch", *command)
 
     def _tell_names(self, *, without: str = "") -> None:
-        """Every host knows all that are there, by their own name and by their role's."""
+        """Tell every host the names of all hosts, and the names of their roles."""
         there = [host for host in self.hosts.values() if host.name != without]
         lines = [f"{host.address} {host.name}.fleet.test {host.role}.fleet.test\n" for host in there]
         for name in (*self.hosts, "client"):
@@ -123,7 +124,7 @@ class RollingFleet:
         return [f"{host.name}.fleet.test:{HTTP_PORT}" for host in self.hosts.values() if host.role == "router"]
 
     def add(self, name: str, tree: Path) -> Host:
-        """A new host with a role, told to nobody before it serves."""
+        """Add a host with a role. Its name is published only when it serves."""
         self.num_hosts += 1
         host = self.hosts[name] = Host(name=name, number=self.num_hosts, tree=tree)
         self._plug(name, host.number)
@@ -136,7 +137,7 @@ class RollingFleet:
         return host
 
     def start(self, name: str, tree: Path | None = None) -> None:
-        """Start its process, of this version from now on, and wait until it says that it serves."""
+        """Start the host's process with this version, and wait until it serves."""
         host = self.hosts[name]
         host.tree = tree or host.tree
         self.num_started += 1
@@ -157,7 +158,7 @@ class RollingFleet:
             raise AssertionError(f"{name} did not start: {host.log.read_text(errors='replace')[-3000:]}")
 
     def stop(self, name: str, *, kill: bool = False) -> None:
-        """As a supervisor does: asks, and waits until it has drained."""
+        """Stop the process as a supervisor does: signal it, and wait until it has drained."""
         host = self.hosts[name]
         assert host.process is not None
         host.process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
@@ -165,8 +166,10 @@ class RollingFleet:
         assert kill or status == 0, f"{name} ended with {status}: {host.log.read_text(errors='replace')[-3000:]}"
 
     def replace(self, name: str, tree: Path) -> None:
-        """By another version. A worker's successor serves on a host of its own before its predecessor goes; stores and
-        routers have what they keep on their host, so they go first."""
+        """Replace a process by another version. A worker's successor serves on a new host before the old worker stops.
+
+        Stores and routers keep their data on their host, so the old process stops first.
+        """
         if name.startswith(("prefill", "decode")):
             self.add(f"{name}-next", tree)
             self.remove(name)
@@ -175,14 +178,14 @@ class RollingFleet:
             self.start(name, tree)
 
     def remove(self, name: str) -> None:
-        """Take a host away for good: its name first, as a name server does, then its process."""
+        """Remove a host: first its name, as a name server does, then its process."""
         self._tell_names(without=name)
         self.stop(name)
         host = self.hosts.pop(name)
         make("ip", "netns", "delete", host.namespace)
 
     def drain_store(self, name: str, *to: str) -> None:
-        """Move what is worth keeping to the stores that stay, as an operator does before one goes."""
+        """Move a store's useful records to the stores that stay, as an operator does before removing a store."""
         certificate = self.directory / "credentials" / "operator"
         if not certificate.exists():
             self._antefix("certs", "issue", "operator", "me", "--ca", self.directory / "ca", "--out", certificate)
@@ -233,12 +236,12 @@ class RollingFleet:
 
 @dataclass(slots=True)
 class Client:
-    """Conversations that continue on a host of their own (`tests/hosts/talking.py`)."""
+    """Continuing conversations, which run on their own host (`tests/hosts/talking.py`)."""
 
     process: subprocess.Popen[str]
 
     def tell(self, **command: object) -> dict[str, Any]:
-        """What it says of itself then: rounds, failed, wrong, cached, sent."""
+        """Send a command. Returns the client's state: rounds, failed, wrong, cached, sent."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
@@ -247,7 +250,7 @@ class Client:
         return dict(json.loads(line))
 
     def until(self, holds: Callable[[dict[str, Any]], bool], what: str, *, within_s: float = START_S) -> dict[str, Any]:
-        """Raises where a request fails, or where it takes for ever."""
+        """Wait until the condition holds. Raises if a request fails or the time runs out."""
         end = time.monotonic() + within_s
         while True:
             said = self.tell()

@@ -1,6 +1,6 @@
-"""Conversations over HTTPS, from a host of their own: python -m tests.hosts.talking --ca FILE --key FILE DOOR...
+"""Runs conversations over HTTPS on its own host: python -m tests.hosts.talking --ca FILE --key FILE DOOR...
 
-Reads commands as lines of JSON, and answers each with what happened so far.
+Reads commands as lines of JSON, and answers each with its state so far.
     {}  nothing
     {"doors": [...]}  others from now on
     {"breaks": true}  a door may die in a request: ask another one

@@ -1,8 +1,8 @@
-"""A fleet is upgraded, grown, shrunk and killed in under load: no request fails, no token differs, hits stay.
+"""A fleet under load is upgraded, grows, shrinks, and loses processes: no request fails, no token differs, hits stay.
 
-Network namespaces, TLS between all, every role found by a DNS name with several addresses. The version before is a
-commit or tag: `make test-hosts PREVIOUS=v0.2.0`; by default the commit before this one. The whole takes half an hour:
-`PARTS=upgrade,decode,kills` leaves parts out, and `UPGRADE=decode-1` upgrades only these roles.
+Hosts are network namespaces with TLS between all, and every role has a DNS name with several addresses. The previous
+version is a commit or tag: `make test-hosts PREVIOUS=v0.2.0`; by default it is the commit before this one. The whole
+test takes half an hour. `PARTS=upgrade,decode,kills` selects parts, and `UPGRADE=decode-1` upgrades only these roles.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_roles_are_upgraded_grown_shrunk_and_killed_under_load(fleet: RollingFleet, previous: Path) -> None:
-    # 1. The version before alone. What it answers, and how much of it hits, is expected from now on.
+    # 1. The previous version alone. Its answers and hits are the expected ones from now on.
     for name in ORDER:
         fleet.add(name, previous)
     client = fleet.client()
     try:
         warm(client)
-        # 2. One role after the other becomes this version.
+        # 2. One role after the other is upgraded to this version.
         for name in UPGRADE if "upgrade" in PARTS else ():
             fleet.replace(name, ROOT)
             warm(client)
-        # 3. Each role grows by one, and its first one leaves.
+        # 3. Each role gets one more process, and its first process leaves.
         for role in (each for each in PARTS if each in ROLES):
             grow_and_shrink(fleet, client, role)
-        # 4. Kills all over, each role started again as a supervisor does.
+        # 4. Processes of all roles are killed and restarted as by a supervisor.
         if "kills" in PARTS:
             client.tell(breaks=True)
             storm(fleet, client)
@@ -77,7 +77,7 @@ def test_roles_are_upgraded_grown_shrunk_and_killed_under_load(fleet: RollingFle
         client.close()
     assert not said["failed"] and not said["wrong"]
     print(f"{len(said['sent'])} requests, {said['again']} asked again in the storm")
-    # 5. The bill: whole, and nothing twice.
+    # 5. The bill is complete, and nothing is billed twice.
     for host in fleet.hosts.values():
         if host.role == "router":
             fleet.stop(host.name)
@@ -85,7 +85,7 @@ def test_roles_are_upgraded_grown_shrunk_and_killed_under_load(fleet: RollingFle
 
 
 def warm(client: Client) -> None:
-    """Until every turn was asked twice more, and the last time was a hit but for a block at most."""
+    """Wait until every turn was sent twice more, and the last time all but one block at most was a hit."""
     begun = client.tell()["rounds"]
     client.until(
         lambda said: said["rounds"] >= begun + 4 and len(said["cached"]) == 4 and min(said["cached"].values()) > 500,
@@ -106,7 +106,7 @@ def grow_and_shrink(fleet: RollingFleet, client: Client, role: str) -> None:
 
 
 def storm(fleet: RollingFleet, client: Client) -> None:
-    """Kills of any role while conversations continue. A request that a door lost or could not place is asked again."""
+    """Kill processes of any role while conversations continue. A lost or refused request is sent again."""
     draw = random.Random(7)
     for _ in range(NUM_KILLS):
         name = draw.choice(sorted(fleet.hosts))
@@ -118,7 +118,7 @@ def storm(fleet: RollingFleet, client: Client) -> None:
 
 
 def check_bill(fleet: RollingFleet, sent: list[str], *, num_again: int) -> None:
-    """num_again: requests that were asked again as a router died. Without a shared bill, two may have ended one."""
+    """num_again: requests sent again because a router died. Without a shared bill, two routers may have ended one."""
     variables, run = environment_of(ROOT), [sys.executable, "-m", "antefix_console", "usage"]
 
     def usage(*command: str) -> str:

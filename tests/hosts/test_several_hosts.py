@@ -1,6 +1,6 @@
 """Six hosts with TLS between them, as network namespaces of one machine: `make test-hosts`, as root.
 
-examples/several_hosts.sh makes them; here conversations run while links are cut, and everything that crosses is read.
+examples/several_hosts.sh makes the hosts. Conversations run while links are cut, and all frames between hosts are read.
 """
 
 import json
@@ -83,7 +83,7 @@ def test_nothing_readable_crosses_and_hits_cross_hosts(hosts, tmp_path):
     tap = hosts.start_on("switch", sys.executable, str(ROOT / "tests" / "hosts" / "capture.py"), str(captured))
     try:
         assert tap.stdout.readline() == "ready\n"
-        # 1. A control: unencrypted bytes are seen.
+        # 1. A control: the capture does see unencrypted bytes.
         listener = hosts.start_on("decode2", sys.executable, "-c", LISTEN)
         assert listener.stdout.readline() == "ready\n"
         hosts.on(
@@ -133,7 +133,7 @@ def test_a_cut_link_costs_no_answer(hosts, host):
             hosts.ask(f"{TEXT} Turn {turn} without {host}.")
     finally:
         hosts.run("heal", hosts.directory, host)
-    # Healed, it hits again.
+    # After the link is restored, the conversation hits again.
     within(60, lambda: hosts.ask(TEXT)[1] > 1000)
     assert hosts.ask(TEXT)[0] == expected
 
@@ -163,7 +163,7 @@ def test_doctor_checks_the_deployment_from_any_host(hosts):
     checks = {each["check"]: each["status"] for each in found["findings"]}
     assert found["ok"] and set(checks.values()) == {"ok"}
     assert len([check for check in checks if ":700" in check]) == len(HOSTS)
-    # A host that cannot be reached is named.
+    # The error names the host that cannot be reached.
     hosts.run("cut", hosts.directory, "decode2")
     try:
         found = json.loads(hosts.on("client", *command, check=False).stdout)
@@ -198,7 +198,7 @@ with socket.create_server(("0.0.0.0", 9999)) as server:
     connection.recv(4096)
 """
 
-# A gRPC client without a certificate, then one without TLS: neither gets as far as a call.
+# Neither a gRPC client without a certificate nor one without TLS can make a call.
 STRANGER = """
 import sys, grpc
 address = sys.argv[1]

@@ -3,10 +3,10 @@
     python -m tests.kernels.compile_for_card [--cases NAME ...] [--jobs N] [--threads N] [--out FILE]
 
 The model's own code runs in V4-Flash's and V4-Pro's widths on tensors without numbers (`pretended_card`), so kernels
-come in the types, tiles and constants that they have there. On a machine with a card the same fills Triton's cache:
-what is launched later is compiled already. Exit status 1 where anything fails.
+have the types, tiles and constants of a real card. On a machine with a card the program fills Triton's cache, so that
+later launches find their kernels compiled. The exit status is 1 if a kernel fails.
 
-A program of its own: in a test's process Triton's interpreter has taken the kernels' place.
+This is a separate program, because in a test's process Triton's interpreter replaces the kernels.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _placed(model: Model, dtype: Callable[[str, torch.Tensor], torch.dtype]) -> 
 
 
 class _Alone(Ranks):
-    """A rank that exchanges nothing: shapes alone count here."""
+    """A rank that exchanges nothing, because only shapes matter here."""
 
     def merge(self, x: torch.Tensor, is_mine: torch.Tensor) -> torch.Tensor:
         return torch.where(is_mine, x, -0.0)
@@ -91,7 +91,7 @@ class _Alone(Ranks):
 
 
 def serve(model: Model, *, reproducible: bool, chunks: tuple[int, ...], steps: tuple[int, ...]) -> None:
-    """A prompt in chunks, sequence by sequence; then steps of so many sequences in shared launches."""
+    """Run a prompt in chunks, sequence by sequence, and then steps of several sequences in shared launches."""
     alone = TritonOps(model.layout, reproducible=reproducible)
     pool = CardPool(model.layout, BLOCKS, model.device, takes_payloads=False)
     table = list(range(BLOCKS))
@@ -108,7 +108,7 @@ def serve(model: Model, *, reproducible: bool, chunks: tuple[int, ...], steps: t
 
 
 def candidates() -> None:
-    """Kernels that no worker takes yet, as benchmarks/packed_products.py runs them."""
+    """Run the kernels that no worker uses yet, as benchmarks/packed_products.py does."""
     form = drawn_flash.FORMS["fp4"]
     for outputs, addends, is_gated in ((4096, 4096, True), (4096, 2048, False)):
         shape = torch.Size((256, outputs, addends))
@@ -147,13 +147,13 @@ def compile_case(name: str, threads: int = 1) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(pretended_card())
         if threads > 1:
-            # The case's code continues while kernels compile.
+            # The case's code continues while other threads compile kernels.
             pool = stack.enter_context(ThreadPoolExecutor(threads))
             stack.enter_context(triton.AsyncCompileMode(pool, ignore_errors=True))
         try:
             CASES[name]()
         except Exception as err:
-            # What was compiled before it is told all the same.
+            # The result includes the kernels that were compiled before the failure.
             found.failures.append((f"case {name}", why(err)))
         found.finish()
     return {"case": name, "seconds": time.perf_counter() - began, "triton": triton.__version__, **_told(found)}
@@ -165,7 +165,7 @@ def _told(found: Compiled) -> dict[str, Any]:
 
 
 def _apart(name: str, threads: int) -> dict[str, Any]:
-    """The same in a process of its own."""
+    """Run a case in a separate process."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.kernels.compile_for_card", "--cases", name, "--threads", str(threads),
          "--out", "-"],
@@ -179,7 +179,7 @@ def _apart(name: str, threads: int) -> dict[str, Any]:
 
 
 def _run_all(names: list[str], jobs: int, threads: int) -> Iterator[dict[str, Any]]:
-    """Each case's result when it is there."""
+    """Yield each case's result as soon as it is ready."""
     if jobs == 1:
         yield from (compile_case(name, threads) for name in names)
         return

@@ -1,6 +1,6 @@
-"""Compiles the FP4 product for Hopper, on any machine, and prints what its conversion to FP8 codes works on.
+"""Compiles the FP4 product for Hopper, on any machine, and prints the layout on which its conversion to FP8 works.
 
-A program of its own: in a test's process Triton's interpreter has taken the kernels' place.
+This is a separate program, because in a test's process Triton's interpreter replaces the kernels.
 """
 
 import re

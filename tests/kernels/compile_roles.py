@@ -1,12 +1,13 @@
-"""Compiles decode attention's kernel of roles for Hopper, on any machine, and says of its PTX what orders its roles.
+"""Compiles decode attention's kernel with roles for Hopper, on any machine, and reports what orders the roles in PTX.
 
     python -m tests.kernels.compile_roles [--ptx FILE]
 
-Prints JSON: `arrivals`, of each arrival at an mbarrier its source line and whether all the role's threads met right
-before it; `pairs`, of each pair of accesses that racecheck named, what orders them (of Triton 3.6, which cards run:
-later ones give waits other lines); `states`, the same of the byte that tells warps which role they have.
+Prints JSON. `arrivals` has, for each arrival at an mbarrier, its source line and whether all the role's threads met
+just before. `pairs` has, for each pair of accesses that racecheck named, the instructions that order them (only with
+Triton 3.6, which cards run, because later versions give waits other lines). `states` is about the byte that tells a
+warp its role: whether barriers order its writes and reads.
 
-A program of its own: in a test's process Triton's interpreter has taken the kernels' place.
+This is a separate program, because in a test's process Triton's interpreter replaces the kernels.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from antefix_kernels import operands
 from antefix_kernels.decode_attention import sparse_attention
 from tests.kernels.pretended_card import pretended_card
 
-# Of each pair: the write, the arrival behind it, the wait before the read, and the read; as they stand in the source,
-# the first line that holds the text from the function on.
+# For each pair: the first access, the arrival after it, the wait before the second access, and that access. Each is
+# (function, text), and means the function's first source line that has the text.
 PAIRS = {
     "shrinks, written and then read": (
         ("_scorer", "shrinks.index(buffer).store(shrink)"), ("_scorer", "mbarrier.arrive(ready.index(buffer)"),
@@ -46,8 +47,10 @@ _SHARED = re.compile(r"\b(ld|st|atom|red)\.shared|\b(stmatrix|ldmatrix)\b")
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One instruction that orders, or reads or writes shared memory, or a label. line: of the Gluon source, 0 where it
-    is of another file."""
+    """A label, or an instruction that orders, reads or writes shared memory.
+
+    line: its line in the Gluon source, or 0 if it comes from another file.
+    """
 
     line: int
     kind: str
@@ -84,8 +87,10 @@ def line_of(function: str, text: str) -> int:
 
 
 def arrivals(events: list[Event]) -> list[dict[str, object]]:
-    """Whether the last instruction before each arrival is a meeting of the role's threads: then all that any of them
-    did before it, on whatever way it came here, is done."""
+    """Whether the last instruction before each arrival is a meeting of the role's threads.
+
+    If so, all earlier work of each thread is done, whichever way the thread came here.
+    """
     return [
         {"line": event.line, "all_met": events[n - 1].kind == "meet"}
         for n, event in enumerate(events) if event.kind == "arrive"
@@ -93,7 +98,7 @@ def arrivals(events: list[Event]) -> list[dict[str, object]]:
 
 
 def chain(events: list[Event], pair: tuple[tuple[str, str], ...]) -> list[str]:
-    """What stands between the first access and the arrival, and between the wait and the second access."""
+    """Kinds of the first access, the instruction before the arrival, the arrival, the wait, and the second access."""
     first, arrival, wait, second = (line_of(*each) for each in pair)
     at = next(n for n, e in enumerate(events) if e.line == first and e.kind in ("write", "read"))
     arrive = next(n for n in range(at, len(events)) if events[n].kind == "arrive" and events[n].line == arrival)
@@ -101,16 +106,15 @@ def chain(events: list[Event], pair: tuple[tuple[str, str], ...]) -> list[str]:
     behind = (n for n in range(waited, len(events)) if events[n].line == second)
     then = next((n for n in behind if events[n].kind in ("write", "read")), None)
     if then is None:
-        # The loop's end may stand before its head.
+        # In PTX the loop's end may come before its head.
         then = next(n for n, e in enumerate(events) if e.line == second and e.kind in ("write", "read"))
     return [events[at].kind, events[arrive - 1].kind, events[arrive].kind, events[waited].kind, events[then].kind]
 
 
 def states(events: list[Event]) -> dict[str, bool]:
-    """Of the byte that tells a warp its role: whether it is read only behind a meeting of all warps that is behind the
-    writes."""
+    """Whether all warps meet after the bytes with the warps' roles are written and before they are read."""
     reads = [n for n, e in enumerate(events) if "ld.shared.b8" in e.text]
-    # Constants, a byte for each warp.
+    # The writes store constants, one byte per warp.
     constants = re.compile(r"global_smem\+\d+\], (\{\d+, \d+\}|\d+);")
     writes = [n for n, e in enumerate(events) if e.kind == "write" and constants.search(e.text)]
     return {

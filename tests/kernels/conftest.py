@@ -1,4 +1,4 @@
-"""Kernel tests run compiled where there is a card, in Triton's interpreter elsewhere, and not at all without Triton."""
+"""Kernel tests run compiled on a card, in Triton's interpreter without a card, and are skipped without Triton."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ def device() -> torch.device:
 
 @pytest.fixture
 def draw(device: torch.device) -> torch.Generator:
-    """Inputs of each test's own, the same in every run; TEST_SEED gives others (tests/conftest.py)."""
+    """A generator of each test's inputs, the same in every run. TEST_SEED gives other inputs (tests/conftest.py)."""
     return torch.Generator(device=device).manual_seed(int(torch.randint(2**31, ())))

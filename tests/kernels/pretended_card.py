@@ -1,8 +1,7 @@
-"""A Hopper card that is none: tensors that say they lie on one and hold no numbers, and kernels that are compiled for
-it with Triton's own assembler and never run.
+"""A pretended Hopper card: tensors say that they are on it and hold no numbers, and kernels are compiled but never run.
 
-So the model's own code chooses kernels, tiles and types as it would there, on any machine with x86-64 and Linux. What
-would wait for a number of the card fails, as there is none.
+Triton's own assembler compiles the kernels. So the model's own code chooses kernels, tiles and types as on a real card,
+on any machine with x86-64 and Linux. Code that waits for a number from the card fails, because there are no numbers.
 """
 
 from __future__ import annotations
@@ -25,8 +24,10 @@ from triton.runtime.jit import JITFunction
 
 @dataclass(slots=True)
 class Compiled:
-    """By kernel: how often it was asked for, in how many forms it was compiled, and in what time; its newest form, as
-    Triton returns it.  failures: kernel, and why.  pending: kernels that other threads still compile."""
+    """The compiled kernels, by name: number of launches, number of compiled forms, seconds, and the newest form.
+
+    newest: as Triton returns it.  failures: (kernel, reason).  pending: kernels that other threads still compile.
+    """
 
     asked: dict[str, int] = field(default_factory=dict)
     forms: dict[str, int] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class Compiled:
 
 
 class _Driver:
-    """What Triton asks of a driver before it launches."""
+    """A driver with the methods that Triton calls before a launch."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -72,7 +73,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def pretended_card() -> Iterator[Compiled]:
-    """While this lasts, tensors made on "cuda" are such, and launches compile."""
+    """Within this context, tensors made on "cuda" hold no numbers, and launches only compile."""
     found = Compiled()
     plain = JITFunction.run
 
@@ -101,7 +102,7 @@ def pretended_card() -> Iterator[Compiled]:
             (torch.cuda, "get_device_capability", lambda *_: (9, 0)),
             (FakeTensor, "data_ptr", lambda x: x.storage_offset() * x.element_size()),
             (FakeTensor, "pin_memory", lambda x, *_: torch.empty(x.shape, dtype=x.dtype)),
-            # Torch without CUDA has no guard for a device of its kind, which these would take.
+            # These functions would need a device guard for CUDA, which torch without CUDA does not have.
             (FakeTensor, "__getitem__", _part_of),
             (FakeTensor, "contiguous", _contiguous),
             (FakeTensor, "__setitem__", lambda *_: None),
@@ -114,14 +115,14 @@ def pretended_card() -> Iterator[Compiled]:
 
 
 def why(err: BaseException) -> str:
-    """The error, and where it comes from outside of libraries."""
+    """The error, and the place outside of libraries where it was raised."""
     frames = [each for each in traceback.extract_tb(err.__traceback__) if "site-packages" not in each.filename]
     places = [f"  {each.filename}:{each.lineno} {each.line}" for each in frames[-6:]]
     return "\n".join([*places, f"  {type(err).__name__}: {str(err)[:1500]}"])
 
 
 def _empty(data: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> torch.Tensor:
-    """`torch.tensor`, of numbers that nobody knows."""
+    """In place of `torch.tensor`: a tensor without numbers."""
     known = np.asarray(data)
     return torch.empty(known.shape, dtype=dtype or torch.from_numpy(known.reshape(-1)[:0]).dtype, device=device)
 
@@ -144,7 +145,7 @@ def _contiguous(x: torch.Tensor) -> torch.Tensor:
 
 
 def _part_of(x: torch.Tensor, index: Any) -> torch.Tensor:
-    """x[index], by operations."""
+    """x[index], computed by tensor operations."""
     index = index if isinstance(index, tuple) else (index,)
     for place, each in enumerate(index):
         if each is Ellipsis:

@@ -1,9 +1,9 @@
-"""One rank of a small model over several, with the kernels in Triton's interpreter: runs the same calls in every way
-and prints a digest of each way's logits, states and pool.
+"""One rank of a small model over several ranks, with the kernels in Triton's interpreter. The program runs the same
+calls in every way and prints a digest of each way's logits, states and pool.
 
     python -m tests.kernels.ranks_program RANK SIZE DIRECTORY
 
-A process of its own per rank: the interpreter has one state per process.
+Each rank is a separate process, because the interpreter has one state per process.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ WAYS: dict[str, dict[str, bool]] = {
     "together": {"batched": True, "chunks": True},
     "graphs-over-ranks": {"batched": True, "chunks": True, "graphs": True, "over_ranks": True},
 }
-# New tokens of each sequence, call by call.
+# The number of new tokens of each sequence, by call.
 CALLS = ((4, 0), (0, 3), (1, 1), (3, 1))
 
 
 def build(ranks: Ranks) -> Model:
-    """The same weights on every rank, then each one's share."""
+    """Draw the same weights on every rank, then keep the rank's share."""
     model = init_weights(Model(ModelConfig.from_dict(CONFIG | WIDER), kv_format=KVFormat.FP8), seed=3)
     for name, weight in model.named_parameters():
         if "norm" not in name:

@@ -1,4 +1,4 @@
-"""Stands in for CUDA graphs where there is no card: what a replay computes lands in the memory of what was recorded."""
+"""Stands in for CUDA graphs without a card: a replay writes its results into the memory that the recording returned."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from antefix.model.step_runner import StepRunner
 def captured(
     _: StepRunner, __: Model, step: Callable[[], Any], *, is_warm: bool
 ) -> tuple[Callable[[], None], tuple[Any, Any]]:
-    """In place of `StepRunner._captured`. A card runs a step once before it is recorded, unless it is warm; recording
-    itself computes nothing."""
+    """In place of `StepRunner._captured`.
+
+    A card runs a step once before it records the step, unless the step is warm. Recording itself computes nothing.
+    """
     del is_warm
     made = step()
     for each in made[1]:
@@ -21,7 +23,7 @@ def captured(
 
     def replay() -> None:
         again, rows = step()
-        # On a card what keeps the tokens reads the memory of what was recorded, too.
+        # On a card the code that keeps tokens also reads the recording's memory.
         vars(made[0]).update(vars(again))
         for into, each in zip(made[1], rows, strict=True):
             into.copy_(each)

@@ -1,11 +1,11 @@
-"""Launches the kernels of workers once or twice in V4-Flash's shapes, few rows of each: for compute-sanitizer.
+"""Launches workers' kernels once or twice in V4-Flash's shapes, with few rows each, for compute-sanitizer.
 
     compute-sanitizer --tool racecheck --error-exitcode 9 python -m tests.kernels.run_for_sanitizer [--parts ...]
 
 steps    a prompt, steps of 8 and 40 sequences in shared launches, and short prefills, over three layers of V4-Flash's
          width with 8 experts; `--reproducible` as well where that is asked for
 packed   products with FP8 and FP4 weights, routed and not
-No pytest, no files. Prints each part's end; a part that fails does not stop the next.
+Uses no pytest and no files. Prints each part's end. A part that fails does not stop the next one.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def steps(*, reproducible: bool) -> None:
     alone = TritonOps(model.layout, reproducible=reproducible)
     together = TritonOps(model.layout, reproducible=reproducible, batched=True, chunks=True)
     for count in (8, 40):
-        # Lists of some tiles: kernels with roles split none, and kernels without roles split theirs.
+        # Lists of a few tiles. Kernels with roles split no list, and kernels without roles split theirs.
         pool, sequences = follow(model, alone, 1200, count, 64)
         for tokens in (1, 3):
             batch = [(each, np.ones(tokens, np.uint32)) for each in sequences[: 512 // tokens]]

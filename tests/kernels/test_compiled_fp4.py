@@ -1,4 +1,4 @@
-"""What the interpreter cannot see: how the compiler arranges the FP4 product for Hopper. No card is needed."""
+"""How the compiler arranges the FP4 product for Hopper, which the interpreter cannot show. No card is needed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 @pytest.mark.long
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="Triton brings its assembler for x86-64")
 def test_a_word_of_codes_is_four_bytes_of_one_row(tmp_path):
-    """Triton 3.6 moved the broadcast behind the conversion, which then packed four rows' bytes into a word."""
+    """Triton 3.6 moved the broadcast after the conversion, which then packed the bytes of four rows into one word."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
@@ -28,5 +28,5 @@ def test_a_word_of_codes_is_four_bytes_of_one_row(tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr[-2000:]
-    # Rows, words of a group, bytes of a word.
+    # Dims: rows, words of a group, bytes of a word.
     assert set(run.stdout.split()) == {"128x4x4"}

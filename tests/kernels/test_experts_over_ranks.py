@@ -1,4 +1,4 @@
-"""Routed kernels over a rank's own experts: what ranks merge is, to the bit, what one has alone."""
+"""Routed kernels over a rank's own experts: the ranks' merged result has the bits of one rank alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.model import released_checkpoint as released
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Merging(Ranks):
-    """Adds what this rank gives to what the ranks before it gave: for the last one, that is what all would have."""
+    """Adds this rank's result to those of the earlier ranks. For the last rank, the sum is the merged result."""
 
     given: list[Tensor]
 
@@ -57,7 +57,7 @@ def test_merged_rows_are_those_of_one_rank(
     generator = torch.Generator().manual_seed(4)
     x = torch.randn(5, width, generator=generator).to(device)
     weights = torch.rand(5, 2, generator=generator).to(device)
-    # Nobody picks the last expert, and one token picks none of the second rank's.
+    # No token picks the last expert, and one token picks no expert of the second rank.
     picks = torch.tensor([[0, 1], [0, 2], [1, 2], [0, 2], [1, 2]], device=device)
     with torch.inference_mode():
         want = make(directory, device, None)._on_card(x, picks, weights)
@@ -66,7 +66,7 @@ def test_merged_rows_are_those_of_one_rank(
             share = make(directory, device, Merging(rank=rank, size=size, given=given))
             assert len(share.experts.gate_up_proj) == 4 // size
             got = share._on_card(x, picks, weights)
-        # Each row has one owner: of the others' addends none is another number than -0.0.
+        # Each row has one owner. All addends of the other ranks are -0.0.
         others = torch.stack([torch.signbit(each) & (each == 0) for each in given])
         assert (others.all(2).sum(0) == size - 1).all()
         assert torch.equal(got, want)

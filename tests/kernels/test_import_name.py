@@ -1,4 +1,4 @@
-"""transformers looks for a package called `kernels`: our folder of that name on the path must not confuse it."""
+"""transformers looks for a package called `kernels`. Our folder of that name on the path must not confuse it."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from antefix_kernels.number_formats import EntryFormat
 
 
 class Case:
-    """A random layer: a pool with poisoned gaps, tables into it, a window ring, queries, and its values decoded."""
+    """A random layer: a pool with poisoned gaps, tables into it, a window ring, queries, and the decoded values."""
 
     def __init__(self, draw, *, sequences, queries, heads, dims, blocks, entries, ring):
         self.device, self.sequences, self.queries = draw.device, sequences, queries
@@ -63,7 +63,7 @@ class Case:
         return reference.read_entries(records, self.fmt.head_dim, self.rope_dim)
 
     def want(self, picked: torch.Tensor) -> torch.Tensor:
-        """The oracle over entries `picked` [T, N] bool of each query's sequence, and its window."""
+        """The oracle's output over the window and the entries `picked` [T, N] bool of each query's sequence."""
         sequence = torch.arange(self.q.shape[0], device=self.device) // self.queries
         compressed = self.values(self.pool[self.table.long()].flatten(1, 2))[sequence]
         window = self.values(self.ring)[sequence]
@@ -85,7 +85,7 @@ SHAPES = {
     "odd": {"heads": 5, "dims": (112, 16), "blocks": 5, "entries": 7, "ring": 19},
     "small": {"heads": 33, "dims": (32, 8), "blocks": 9, "entries": 8, "ring": 16},
 }
-# Outputs are BF16: two of its half units in the last place.
+# Outputs are BF16. The bound is two half units in BF16's last place.
 TOLERANCE = 5e-3
 
 
@@ -150,7 +150,7 @@ def test_float32_outputs_are_not_rounded(splits, device, draw):
     case.out = case.out.float()
     out = case.out[..., : case.fmt.head_dim]
     attention.hca_attention(case.q, case.pool, case.table, case.lens, 72, case.window, case.heads, out, splits=splits)
-    # What is left is the FP16 of probabilities.
+    # The remaining error comes from probabilities in FP16.
     assert case.error(case.want(torch.arange(72, device=device) < case.lens.unsqueeze(1))) < 1e-3
 
 

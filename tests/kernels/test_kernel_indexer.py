@@ -65,7 +65,8 @@ def test_scores_equal_the_oracle_on_visible_entries(
         want = reference.index_scores(rounded, weights[rows].double() * 0.25, keys[s])
         for row, length in enumerate(lens[s].tolist()):
             got = scored.scores[s * queries + row, :length].double()
-            # Norm against the sum of magnitudes: weights of both signs cancel, and what cancels keeps its rounding.
+            # The error is compared with the sum of magnitudes. Weights of both signs cancel, but their rounding errors
+            # do not.
             scale = reference.index_scores(rounded, weights[rows].double().abs() * 0.25, keys[s])[row, :length].norm()
             assert float((got - want[row, :length]).norm()) <= 1e-6 * float(scale)
             tops = torch.nn.functional.pad(got, (0, -length % group), value=float("-inf")).view(-1, group).amax(1)
@@ -73,7 +74,7 @@ def test_scores_equal_the_oracle_on_visible_entries(
 
 
 def scored_from(scores: torch.Tensor, group: int, lens: torch.Tensor) -> indexer.IndexScores:
-    """What index_scores would have left: maxima over visible scores, poison beyond them."""
+    """The result that index_scores would give: maxima over visible scores, and poison after them."""
     seen = torch.arange(scores.shape[1], device=scores.device) < lens.unsqueeze(1)
     maxima = scores.masked_fill(~seen, float("-inf")).unflatten(1, (-1, group)).amax(2)
     groups_seen = torch.arange(maxima.shape[1], device=scores.device) * group < lens.unsqueeze(1)
@@ -87,10 +88,11 @@ def scored_from(scores: torch.Tensor, group: int, lens: torch.Tensor) -> indexer
 def kinds_of_scores(rows: int, size: int, draw: torch.Generator) -> dict[str, torch.Tensor]:
     smooth = torch.randn(rows, size, generator=draw, device=draw.device)
     few = torch.randint(-2, 3, (rows, size), generator=draw, device=draw.device).float()
-    zeros = torch.where(smooth > 1.5, smooth, 0.0) * torch.where(few > 0, 1.0, -1.0)  # zeros of both signs tie
+    zeros = torch.where(smooth > 1.5, smooth, 0.0) * torch.where(few > 0, 1.0, -1.0)  # zeros of both signs are equal
     cluster = torch.sort(smooth, dim=1, descending=True).values
     wide = smooth * torch.exp2(few * 60)
-    # One outlier far above numbers that differ in their last bits: halving values finds nothing between those.
+    # One outlier far above numbers that differ only in their last bits, which halving the range of values cannot
+    # separate.
     close = 1 + torch.randint(0, 99, (rows, size), generator=draw, device=draw.device) * 2.0**-23
     close[:, size // 3] = 1e30
     equal = torch.ones_like(smooth) * -3

@@ -1,4 +1,4 @@
-"""Packing kernels against float64 oracles: bytes where rounding alone is at stake, relative norm elsewhere."""
+"""Packing kernels against float64 oracles: equal bytes if only rounding matters, else a bound on the relative norm."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_rounding_equals_the_oracle_to_the_byte(head_dim, rope_dim, device, draw
     fmt = EntryFormat(head_dim=head_dim, rope_dim=rope_dim)
     x = torch.randn(37, head_dim, generator=draw, device=device)
     x *= torch.exp2(torch.randint(-20, 12, (37, 1), generator=draw, device=device).float())
-    # Ties, subnormal codes, the saturation point, the floor of a scale, signed zeros.
+    # Values with ties, subnormal codes, the saturation point, the floor of a scale, and signed zeros.
     x[0], x[1] = 0.0, -0.0
     x[2, ::2] = 448.0
     x[3, :8] = torch.tensor([448.0, 17.0, 19.0, -17.0, 2**-9, 1.5 * 2**-9, 2.5 * 2**-9, -(2**-10)], device=device)
@@ -72,7 +72,7 @@ def test_window_pack_norms_turns_and_rounds(head_dim, rope_dim, dtype, device, d
     kept = slots >= 0
     got = pool.reshape(-1, fmt.nbytes)[slots[kept].long()]
     want = reference.pack_entries(finish(rows.double(), norm), rope_dim)[kept]
-    # float32 against float64 moves a value across a rounding boundary now and then, nothing more.
+    # The only difference: float32 sometimes rounds a value to the other side of a boundary than float64.
     assert (got != want).float().mean() < 0.01
     assert rel_error(*(reference.read_entries(r, head_dim, rope_dim) for r in (got, want))) < 5e-3
 
@@ -107,7 +107,7 @@ def test_csa_groups_overlap_the_group_before(keys, dim, rope_dim, m, device, dra
     bias = torch.randn(m, 2 * dim, generator=draw, device=device)
     first = torch.arange(groups, dtype=torch.int32, device=device) * m
     prior = first - m
-    prior[0], prior[3] = -1, -2  # a sequence's very first group, and one whose predecessor is overlap state
+    prior[0], prior[3] = -1, -2  # a sequence's first group, and a group whose predecessor is in the overlap state
     state_kv = torch.randn(2, m, dim, generator=draw, device=device)
     state_gate = torch.randn(2, m, dim, generator=draw, device=device)
     state_kv[0], state_gate[0] = float("nan"), float("-inf")
@@ -135,7 +135,7 @@ def test_csa_groups_overlap_the_group_before(keys, dim, rope_dim, m, device, dra
         want = reference.pack_entries(x, rope_dim)
         values = [reference.read_entries(r, dim, rope_dim) for r in (got, want)]
     assert (got != want).float().mean() < 0.01
-    # A key's code that crosses a boundary moves by up to a third of its value; an entry's by a sixteenth.
+    # A key's value that crosses a rounding boundary moves by up to a third of itself, an entry's by a sixteenth.
     assert rel_error(*values) < (3e-2 if keys else 5e-3)
 
 

@@ -1,4 +1,4 @@
-"""Products with packed weights: against the decoded weight in float64, and a row the same whatever else is computed."""
+"""Products with packed weights agree with the decoded weight in float64, and a row's bits depend on no other row."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ BOUND = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
 def draw_weight(draw, form, *shape):
-    """Any codes but NaN, any scales of a sensible range."""
+    """A random weight with any codes except NaN, and scales of a plausible range."""
     form = FORMS[form]
     codes = torch.randint(0, 256, form.code_shape(torch.Size(shape)), generator=draw, device=draw.device)
     codes = codes.to(torch.uint8)
@@ -47,7 +47,7 @@ def close(got, want, bound):
 
 
 def same(got, want):
-    """To the bit on a card. The interpreter multiplies by a library that minds where a row lies."""
+    """Whether bits are equal on a card. In the interpreter, a library's products depend slightly on a row's place."""
     assert torch.equal(got, want) if got.device.type == "cuda" else torch.allclose(got, want, 1e-2, 1e-4)
 
 
@@ -56,7 +56,7 @@ def normal(draw, *shape, dtype=torch.float32):
 
 
 def unsplit(x):
-    """Even columns before odd ones, undone."""
+    """Restore the order of columns, which has the even ones before the odd ones."""
     half = x.shape[-1] // 2
     return torch.stack((x[..., :half], x[..., half:]), -1).flatten(-2)
 
@@ -83,7 +83,7 @@ def test_inputs_are_rounded_as_on_a_cpu(draw, dtype, width):
     assert torch.equal(packed_linear.prepare_inputs(wide, rounds=True, is_fp4=False), round_on_cpu(wide))
 
 
-# The last one's addends are split.
+# The last shape's addends are split.
 SHAPES = [(torch.float32, 1, 32, 8), (torch.bfloat16, 40, 160, 70), (torch.float32, 3, 1056, 20)]
 
 
@@ -142,7 +142,7 @@ def test_operands_that_do_not_fit_are_refused(draw):
 @pytest.mark.slow
 @pytest.mark.parametrize("release", ["flash", "base"])
 def test_a_packed_layer_takes_the_kernels_on_a_card(tmp_path, monkeypatch, release):
-    """The model's own wiring: in the interpreter, by saying that the CPU has kernels."""
+    """Tests the model's own wiring in the interpreter, by pretending that the CPU has kernels."""
     from antefix.layout import KVFormat
     from antefix.model import load_model, moe, numerics
     from tests.model import released_checkpoint as released
@@ -160,5 +160,5 @@ def test_a_packed_layer_takes_the_kernels_on_a_card(tmp_path, monkeypatch, relea
     with torch.no_grad():
         got = layer.mlp(x, tokens), numerics.grouped_linear(heads, layer.self_attn.o_a_proj.weight)
     for one, other in zip(got, want, strict=True):
-        # A sum in another order may tip an input over a step of its rounding.
+        # A sum in another order may round an input to the next step.
         close(one.cpu(), other.double(), 2e-2)

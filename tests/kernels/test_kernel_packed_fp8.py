@@ -1,4 +1,4 @@
-"""Products on FP8 tensor cores: against the decoded weight in float64, and a row the same whatever else is computed."""
+"""Products on FP8 tensor cores agree with the decoded weight in float64, and a row's bits depend on no other row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.kernels.test_kernel_packed import E8M0, close, draw_weight, normal, s
 from tests.slow_cases import slow_but
 
 FORMS = ("fp8", "fp8 float32", "fp4")
-# The interpreter multiplies in float32; the tensor cores keep fewer bits of a sum of 32 to 128 addends.
+# The interpreter multiplies in float32. Tensor cores keep fewer bits of a sum of 32 to 128 addends.
 EXACT, ON_CARD = 1e-6, 1e-3
 TILES = (Tile(outputs=16, rows=32, warps=4, stages=3), Tile(outputs=128, rows=64, warps=8, stages=3))
 
@@ -32,11 +32,11 @@ def product(x, weight, dtype=torch.float32, tile=None):
 
 
 def scaled(inputs, *, is_fp4):
-    """What prepared inputs stand for, in the order of addends."""
+    """The values of prepared inputs, in the order of addends."""
     wide = inputs.codes.float().unflatten(1, (-1, 128)) * inputs.scales.unsqueeze(2)
     if not is_fp4:
         return wide.flatten(1)
-    # Each 32 have the even ones first; scales make up for a factor of codes and of weights' scales.
+    # In each group of 32 the even addends come first. Scales include a factor for the codes and the weights' scales.
     return (wide / packed_fp8._FP4_FACTOR).unflatten(2, (4, 2, 16)).mT.flatten(1)
 
 
@@ -66,8 +66,8 @@ def test_no_rows_are_no_rows(draw):
         assert product(normal(draw, 0, 128), weight).shape == (0, 24)
 
 
-# One row; outputs that are no multiple of a tile and blocks that are none of a step; addends that are cut into runs,
-# the last of which is shorter.
+# Rows, addends, outputs: one row; outputs that are no multiple of a tile, and blocks that are no multiple of a step;
+# addends that are cut into runs of which the last is shorter.
 SHAPES = [(1, 128, 40), (37, 384, 70), (3, 1152, 20)]
 
 
@@ -80,7 +80,7 @@ def test_products(draw, form, n, k, o):
 
 @pytest.mark.parametrize("form", FORMS[:2])
 def test_one_program_adds_up_runs_as_several_do(draw, form, monkeypatch):
-    """To the bit, the sign of a zero included; runs of unequal length stay apart."""
+    """All bits are equal, including the sign of a zero. Runs of unequal length are not joined."""
     for k, is_joined in ((2048, True), (1152, False)):
         weight, x = draw_weight(draw, form, 1, 24, k), normal(draw, 18, k)
         weight.codes[:, 3], weight.codes[:, 4] = 0, weight.codes[:, 5]
@@ -123,7 +123,7 @@ def test_groups_are_multiplied_apart(draw):
     close(packed_fp8.multiply(inputs, weight, torch.float32), want, bound(draw.device))
 
 
-# Experts without a row; one row; all rows on one expert.
+# Cases: experts without a row, one row, all rows on one expert.
 ROUTINGS = [([[0, 2]], 4), ([[1]] * 70, 3), ([[0, 3], [1, 3], [0, 1]] * 3, 5)]
 
 
@@ -156,7 +156,7 @@ def test_gates_are_those_of_two_kernels(draw, form, dtype):
 
 @pytest.mark.slow
 def test_other_ranks_rows_are_left_alone(draw):
-    """Picks of the number behind the last expert are somebody else's."""
+    """A pick whose number is one after the last expert belongs to another rank."""
     weight, x = draw_weight(draw, "fp4", 2, 24, 128), normal(draw, 3, 128)
     experts = torch.tensor([[0, 2], [1, 2], [2, 2]], device=draw.device)
     routing = linear.route(experts, 3, tile=packed_fp8.routed_tile(weight, 6, x.device))
@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused(draw):
 @pytest.mark.slow
 @pytest.mark.parametrize("is_fp4", [False, True])
 def test_the_model_takes_them_where_they_are_switched_on(draw, monkeypatch, is_fp4):
-    """Rounded inputs of BF16 models; others are multiplied in BF16 as before."""
+    """The kernels take rounded inputs of BF16 models. Other inputs are multiplied in BF16."""
     form = PackedForm(is_fp4=is_fp4, block=(1, 32) if is_fp4 else (128, 128), scale_dtype=E8M0)
     weight = draw_weight(draw, "fp4" if is_fp4 else "fp8", 2, 128, 128)
     matrix = PackedMatrix(weight.codes[0], weight.scales[0], weight.block)

@@ -1,4 +1,4 @@
-"""Which experts are picked, and picks sorted by expert, in one launch each, against torch."""
+"""Picking experts, and sorting picks by expert, take one launch each and agree with torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_the_picks_and_weights_of_the_router(device, draw, monkeypatch, num_toke
         router.tid2eid.copy_(torch.rand(64, num_experts, generator=draw, device=device).argsort(1)[:, :num_picked])
     else:
         router.e_score_correction_bias.normal_(generator=draw)
-        # Equal ones go to the lowest id.
+        # Of equal scores the lowest id is picked.
         x[0] = 0
         router.e_score_correction_bias[: num_experts // 2 + 1] = 9.0
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_the_picks_and_weights_of_the_router(device, draw, monkeypatch, num_toke
 )
 def test_sorted_picks(device, draw, monkeypatch, num_tokens, num_experts, num_picked, tile):
     picks = torch.rand(num_tokens, num_experts, generator=draw, device=device).argsort(1)[:, :num_picked]
-    # Most go to one of them.
+    # Most picks go to one expert.
     picks[num_tokens // 3 :, 0] = num_experts - 1
     monkeypatch.setattr(expert_routing, "ENABLED", True)
     got = linear.route(picks, num_experts, tile=tile)

@@ -1,4 +1,4 @@
-"""Per-token kernels: against plain torch, and to the bit the same whatever else is computed."""
+"""Per-token kernels agree with plain torch, and a token's bits depend on no other token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def close(got, want, bound):
 
 
 def same(got, want):
-    """To the bit on a card. The interpreter multiplies by a library that minds where a row lies."""
+    """Whether bits are equal on a card. In the interpreter, a library's products depend slightly on a row's place."""
     assert torch.equal(got, want) if got.device.type == "cuda" else torch.allclose(got, want, 1e-2, 1e-4)
 
 

@@ -1,4 +1,4 @@
-"""What orders the roles of decode attention on Hopper, in the instructions that Triton makes. No card is needed."""
+"""Triton's instructions order the roles of decode attention on Hopper correctly. No card is needed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-# An access by any thread of a role, all its threads meet, one arrives; another role waits for that and then reads or
-# writes.
+# Any thread of a role accesses memory, all the role's threads meet, and one arrives. Another role waits for the arrival
+# and then reads or writes.
 ORDERED = {
     "shrinks, written and then read": ["write", "meet", "arrive", "wait", "read"],
     "shrinks, read and then written again": ["read", "meet", "arrive", "wait", "write"],
@@ -38,7 +38,7 @@ def test_all_threads_of_a_role_meet_before_one_arrives(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout)
-    # Scorer: ready, empty, done twice. Summer: asked, empty. Loaders: full, each.
+    # The scorer arrives at ready and empty, and twice at done; the summer at asked and empty; each loader at full.
     assert len(found["arrivals"]) == 8
     assert all(arrival["all_met"] for arrival in found["arrivals"])
     if "pairs" in found:

@@ -1,4 +1,4 @@
-"""The candidate for FP4 products: against the decoded weight in float64, and rows alone against rows among others."""
+"""The candidate for FP4 products agrees with the decoded weight in float64, and a row's bits depend on no other row."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(x, weight, picks, **settings):
 @pytest.mark.parametrize("addends", [128, 256])
 def test_scales_of_a_block_enter_the_codes(draw, addends):
     weight, x = draw_weight(draw, "fp4", 3, 48, addends), normal(draw, 7, addends)
-    # As far apart as may be, and zeros, which no power of two moves.
+    # Scales as far apart as allowed, and zeros, which no power of two changes.
     scales = weight.scales.view(torch.uint8)
     scales.copy_(torch.randint(116, 128, scales.shape, generator=draw, device=scales.device))
     weight.codes.view(torch.uint8)[:, ::3, ::2] = 0x88
@@ -46,7 +46,7 @@ def test_scales_too_far_apart_are_not_taken(draw):
     weight = draw_weight(draw, "fp4", 1, 16, 256)
     scales = weight.scales.view(torch.uint8)
     scales.fill_(120)
-    # In different blocks of 128 addends they may be.
+    # Scales may be further apart in different blocks of 128 addends.
     scales[0, 3, 0] = 105
     assert not packed_fp4_shared.takes(weight)
     scales[0, 3, :4] = 105

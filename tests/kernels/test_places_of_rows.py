@@ -1,7 +1,7 @@
-"""A row's bits must not depend on its place: how kernels are launched, what runs between them, and on a card all of it.
+"""A row's bits must not depend on its place. Tests how kernels are launched, what runs between them, and whole steps.
 
-With multiplications and additions fused as the compiler likes, `a * b - c * d` is rounded in two ways in one kernel, by
-where a row lies in its tile (seen on an H200 with Triton 3.6: queries of three heads of 24 dims).
+If the compiler may fuse multiplications and additions, one kernel rounds `a * b - c * d` in two ways, depending on a
+row's place in its tile (seen on an H200 with Triton 3.6, for queries of three heads of 24 dims).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from antefix_kernels import gather, index_queries, index_scores, linear, pack, p
 from tests.model.random_models import SMALL, C, H
 from tests.model.step_traces import first_difference, trace
 
-# Of these reproducible mode runs none: they read packed records for few queries, in parts.
+# Reproducible mode runs none of these kernels, which read packed records in parts for few queries.
 OF_DEFAULT_MODE_ALONE = {"_attend_kernel", "attend_kernel", "_decode_kernel", "decode_kernel", "prefill_kernel",
                          "_merge_kernel"}  # fmt: skip
-# Sums, and products, of several numbers: what a library does in an order that depends on the shape.
+# Sums and products of several numbers, which a library computes in an order that depends on the shape.
 REDUCTIONS = {
     "mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "mv", "dot", "einsum", "convolution", "sum", "mean", "prod",
     "var", "std", "norm", "linalg_vector_norm", "logsumexp", "_softmax", "_log_softmax", "cumsum", "cumprod",
@@ -43,7 +43,7 @@ REDUCTIONS = {
 
 
 def launches(path: Path) -> Iterator[tuple[str, ast.Call]]:
-    """`kernel[grid](...)` in a module, by the kernel's name."""
+    """(kernel's name, call) of each launch `kernel[grid](...)` in a module."""
     for node in ast.walk(ast.parse(path.read_text())):
         match node:
             case ast.Call(func=ast.Subscript(value=ast.Name(id=name))) if name.endswith("kernel"):
@@ -54,7 +54,7 @@ def says_unfused(call: ast.Call, module: str) -> bool:
     given = {keyword.arg: keyword.value for keyword in call.keywords}
     if "enable_fp_fusion" in given:
         return isinstance(given["enable_fp_fusion"], ast.Constant) and given["enable_fp_fusion"].value is False
-    # Passed on in a dictionary.
+    # The setting is passed in a dictionary.
     return None in given and '"enable_fp_fusion": False' in module
 
 
@@ -70,7 +70,7 @@ def test_no_kernel_of_reproducible_mode_lets_the_compiler_fuse_as_it_likes() -> 
 
 
 class Between(TorchDispatchMode):
-    """Notes reductions of floats that run as PyTorch's own operations."""
+    """Records reductions of floats that run as PyTorch's own operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,10 @@ class Between(TorchDispatchMode):
 
 @pytest.fixture
 def as_on_a_card(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
-    """Per-token steps run as kernels, here in the interpreter; 256 queries would take their time in it."""
+    """Per-token steps run as kernels in the interpreter.
+
+    Fewer queries are required, because 256 would take too long.
+    """
     if device.type != "cpu":
         pytest.skip("on a card the other tests of this file run the real thing")
     for module in (numerics, norms_rope, mhc, moe):
@@ -106,7 +109,7 @@ def small(**changes: Any) -> Model:
 
 
 class NotRun:
-    """In place of a kernel whose numbers nobody asks for: the interpreter takes its time."""
+    """Replaces a kernel whose results are not needed, because the interpreter is slow."""
 
     def __getitem__(self, grid: object) -> Callable[..., None]:
         return lambda *args, **kwargs: None
@@ -115,7 +118,7 @@ class NotRun:
 @pytest.mark.slow
 @pytest.mark.usefixtures("as_on_a_card")
 def test_between_kernels_nothing_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    # All but the one that gives indices.
+    # Replace all kernels except the one that gives indices.
     for module in (gather, index_queries, index_scores, linear, pack, prefill_attention, tokens):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, NotRun())
@@ -160,7 +163,7 @@ def test_the_probe_of_a_card_runs_every_step_of_a_token() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 @pytest.mark.parametrize("number", range(12))
 def test_every_step_on_a_card_gives_a_token_the_same_bits_however_its_prompt_is_cut(number: int) -> None:
-    # Number 1 is where fused rounding was found.
+    # Number 1 is the model with which fused rounding was found.
     seed = 323964681 if number < 2 else int(torch.randint(1 << 30, ()))
     subject = drawn_subject(seed, number, device="cuda", fp8_only=True)
     if not uses_triton("auto", subject.model.layout, "cuda"):

@@ -1,4 +1,4 @@
-"""Short prefills, drafted tokens and decode steps in the same launches, against each sequence alone."""
+"""Short prefills, drafted tokens and decode steps in shared launches give the results of each sequence alone."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from tests.kernels.test_triton_ops import build
 from tests.no_waiting import Watched
 
 LENGTHS = (3, 9)
-# New tokens of each sequence in each call, and how many of them are kept.
+# For each call and sequence: the number of new tokens, and how many of them are kept.
 CALLS: tuple[tuple[tuple[int, int], ...], ...] = (((3, 3), (1, 1)), ((2, 1), (6, 6)))
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    # In the interpreter 256 queries would take their time, and so would a line of 8,832 records.
+    # In the interpreter 256 queries would take too long, and so would a line of 8,832 records.
     monkeypatch.setattr(triton_ops, "REPRODUCIBLE_QUERIES_MIN", 16)
     monkeypatch.setattr(step_runner, "TOKENS_MAX", 16)
     monkeypatch.setattr(seated_chunks, "TOKENS_MAX", 16)
@@ -64,7 +64,7 @@ def outcome(model: Model, ops: TritonOps) -> tuple[list[torch.Tensor], list[byte
 
 @functools.cache
 def alone(device: torch.device) -> Any:
-    """Each sequence by itself."""
+    """The results of each sequence alone."""
     model = build(device)
     return outcome(model, TritonOps(model.layout, reproducible=True))
 
@@ -139,7 +139,7 @@ def test_a_call_waits_for_nothing_and_launches_as_much_for_one_as_for_many(launc
 
 
 def test_seats_are_taken_before_a_recording_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seats that move to get more room would leave a recording with memory that nobody writes any more."""
+    """If seats moved to get more room after that, a recording would use memory that is no longer written."""
     model = build(torch.device("cpu"))
     pool, runner = CardPool(model.layout, 1, "cpu"), StepRunner(reproducible=True, graphs=True, chunks=True)
     batch = [(Sequence([0], WindowState.zeros(model.layout, 0)), np.zeros(1, "<u4")) for _ in range(9)]

@@ -1,4 +1,4 @@
-"""Decode steps of many sequences on a card, by seat, against the same steps of each sequence alone."""
+"""Decode steps of many sequences on a card, with seats, give the results of each sequence alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LENGTHS = (1, 5, 8)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    # In the interpreter 256 queries would take their time.
+    # In the interpreter 256 queries would take too long.
     monkeypatch.setattr(triton_ops, "REPRODUCIBLE_QUERIES_MIN", 16)
 
 
@@ -72,7 +72,7 @@ def outcome(
 )
 def test_reproducible_steps_have_the_bits_of_each_sequence_alone(device, longer, num_steps, monkeypatch):
     if longer:
-        # As sequences whose entries do not fit the memory for decoded ones together.
+        # As with sequences whose decoded entries together exceed the memory for them.
         monkeypatch.setattr(seated_steps, "_DECODED_BYTES_MAX", 1)
     model = build(device)
     alone = outcome(model, TritonOps(model.layout, reproducible=True), num_steps=num_steps, longer=longer)
@@ -85,7 +85,7 @@ def test_reproducible_steps_have_the_bits_of_each_sequence_alone(device, longer,
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each kernel is launched; none of them runs, and per-token steps are kernels, as on a card."""
+    """Counts launches by kernel. No kernel runs, and per-token steps are kernels, as on a card."""
     found: Counter[str] = Counter()
 
     def launch(executor: Any, *args: Any, **kwargs: Any) -> None:
@@ -132,14 +132,14 @@ def test_a_state_comes_out_of_its_seat_as_it_went_in():
     numbers = seats.take(states)
     assert sorted(numbers) == list(range(1, 10))
     assert seats.generation == 1
-    # Copies and bytes leave a state where it is; who asks for its tensors moves it out.
+    # Copying a state or getting its bytes leaves it in its seat. Access to its tensors moves it out.
     assert [state.to_bytes() for state in states] == want
     assert [state.clone().to_bytes() for state in states] == want
     assert seats.take(states) == numbers
     assert states[3].window.shape[0] == layout.geometry.num_layers
     assert states[3].seat is None
     assert states[3].to_bytes() == want[3]
-    # Its seat, and that of a state that nobody holds any longer, are free again.
+    # The seat of that state, and the seat of a deleted state, are free again.
     del state, states[5]
     more = [WindowState.zeros(layout, 0), WindowState.zeros(layout, 0)]
     assert sorted(seats.take(more)) == sorted((numbers[3], numbers[5]))

@@ -1,4 +1,4 @@
-"""Batched steps, short prefills and recorded steps of a model over several ranks, against one process alone."""
+"""Batched steps, short prefills and recorded steps over several ranks give the results of one process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="runs in the interpreter, over gloo")
 @pytest.mark.parametrize("size", [2, 4])
 def test_any_number_of_ranks_runs_each_way_with_the_same_bits(tmp_path: Path, size: int) -> None:
-    """Reproducible mode: alone, in shared launches and replayed, on every rank."""
+    """In reproducible mode, steps alone, in shared launches and replayed have equal bits on every rank."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     processes = [
@@ -42,5 +42,5 @@ def test_any_number_of_ranks_runs_each_way_with_the_same_bits(tmp_path: Path, si
             process.kill()
     assert [way for way, _, _ in told[0]] == ["alone", "together", "graphs-over-ranks"]
     assert len({digest for each in told for _, digest, _ in each}) == 1
-    # Calls that were replayed: all of the last way's.
+    # All calls of the last way were replayed.
     assert {each[2][2] for each in told} == {"4"}

@@ -1,4 +1,4 @@
-"""The model's forward pass with the kernels against the same pass in torch: in the interpreter, and on a card."""
+"""The model's forward pass with the kernels agrees with the same pass in torch, in the interpreter and on a card."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ CONFIG = {
     "num_hash_layers": 1,
 }
 TOKENS = np.random.default_rng(0).integers(0, 64, 14).astype("<u4")
-# Chunks on both sides of the border between the decode and prefill kernels, and single tokens.
+# Chunks on both sides of the limit between decode and prefill kernels, and single tokens.
 CUTS = [10, 12, 13]
 
 
@@ -87,7 +87,7 @@ class Compared:
     def __init__(self, pool: BlockPool, reproducible: bool = False) -> None:
         self.plain, self.kernels = TorchOps(), TritonOps(pool.layout, reproducible=reproducible)
         self.card = CardPool(pool.layout, pool.num_blocks, pool.rows.device)
-        self.card.rows = pool.rows  # never restored into: its host rows belong to others
+        self.card.rows = pool.rows  # this pool's host rows belong to another pool, and it is never restored into
         self.checked: dict[str, int] = {}
 
     def on_card(self, entries: Entries | None) -> Entries | None:
@@ -107,7 +107,7 @@ class Compared:
         got = self.card.records(to.part).clone()
         self.plain.compress_and_pack(compressor, rows, overlap, cos, sin, to, first)
         got, want = (unpack(to.part.kind, r, to.pool.layout) for r in (got, to.pool.records(to.part)))
-        # FP4 steps are up to a third of a value, FP8's a sixteenth; few values are tipped over a rounding border.
+        # FP4's steps are up to a third of a value, FP8's a sixteenth. Few values cross a rounding border.
         self.close(to.part.kind, got, want, 5e-2 if to.part.kind is PartKind.INDEXER_KEYS else 1e-2)
 
     def indexer_topk(self, q, weights, keys, visible, k):
@@ -115,7 +115,7 @@ class Compared:
         got = self.kernels.indexer_topk(q, weights, self.on_card(keys), visible, k)
         assert got.dtype == want.dtype
         assert ((got >= 0) == (want >= 0)).all()
-        # Scores whose sums differ in the last bits may change places.
+        # Scores whose sums differ in the last bits may change their order.
         assert (got == want).float().mean() > 0.95
         self.checked["indexer_topk"] = self.checked.get("indexer_topk", 0) + 1
         return want
@@ -134,7 +134,7 @@ class Compared:
 @pytest.mark.slow
 @pytest.mark.parametrize("reproducible", [False, True])
 def test_every_step_agrees_with_torch(device, monkeypatch, reproducible):
-    # In the interpreter 256 queries would take their time.
+    # In the interpreter 256 queries would take too long.
     monkeypatch.setattr(triton_ops, "REPRODUCIBLE_QUERIES_MIN", 16)
     model = build(device)
     pool = BlockPool(model.layout, 8, device)
@@ -155,12 +155,12 @@ def test_forward_with_the_kernels_agrees_with_torch(device):
     model = build(device)
     want, rows, state = run(model, BlockPool(model.layout, 8, device), TorchOps())
     got, packed, packed_state = run(model, CardPool(model.layout, 8, device), TritonOps(model.layout))
-    # A value tipped over a rounding border may change what the indexer picks or where a token is routed, and then that
-    # token's logits; most tokens are hardly touched by that.
+    # A value that crosses a rounding border may change the indexer's picks or a token's experts, and then that token's
+    # logits. Most tokens hardly change.
     assert float(((got - want).norm(dim=1) / want.norm(dim=1)).median()) < 5e-2
     assert (rows == packed).float().mean() > 0.95
     same = np.frombuffer(state, np.uint8) == np.frombuffer(packed_state, np.uint8)
-    # On a card 0.947 was seen.
+    # On a card, 0.947 was measured.
     assert same[: model.layout.window_bytes].mean() > 0.9
 
 
@@ -178,7 +178,7 @@ def test_per_token_kernels_give_the_models_logits(device, monkeypatch):
         monkeypatch.setattr(module, "has_kernels", always)
     got, rows_by_kernels, _ = run(model, BlockPool(model.layout, 8, device), TorchOps())
     assert asked
-    # Other orders of sums; a rounding that tips over may move a token's logits.
+    # Sums have another order, so a value that crosses a rounding border may change a token's logits.
     assert float(((got - want).norm(dim=1) / want.norm(dim=1)).median()) < 2e-2
     assert (rows == rows_by_kernels).float().mean() > 0.95
 
@@ -214,7 +214,7 @@ def test_on_a_card_bits_do_not_depend_on_cuts_or_on_the_batch(dtype):
 
 @pytest.mark.slow
 def test_a_cut_window_is_not_attended_to(device):
-    """A bounded replay starts at a block's border with the tokens before it out of sight."""
+    """A bounded replay starts at a block boundary, and the tokens before it are not visible."""
     model = build(device)
     pool = BlockPool(model.layout, 8, device)
     run(model, pool, TorchOps())
@@ -242,7 +242,7 @@ def test_choosing_kernels():
     assert not uses_triton("auto", fp8, "cpu")
     assert not uses_triton("auto", floats, "cuda")
     assert not uses_triton("torch", fp8, "cuda")
-    # Three keys of 17 bytes leave the next layer's entries at an odd address.
+    # With three keys of 17 bytes, the next layer's entries begin at an odd address.
     odd = {**CONFIG, "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 6}}
     odd_layout = BlockLayout(geometry=ModelConfig.from_dict(odd).geometry, kv_format=KVFormat.FP8)
     assert not uses_triton("auto", odd_layout, "cuda")

@@ -1,7 +1,7 @@
-"""A process that uses a store and kills itself at a chosen step. Run by test_crash: one process, many seeds, by fork.
+"""A process that uses a store and kills itself at a chosen step. test_crash runs it once, and it forks for each seed.
 
 Steps are the file operations of kvstore.disk and both sides of every index commit, so a kill can fall between any two
-of them, and inside a write. What was acknowledged goes to a log before the next call, as a caller would know it.
+of them, and inside a write. Acknowledged records go to a log before the next call, as a caller would know them.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class StepCounter:
 
 
 class FatalDisk(Disk):
-    """Every operation is a step before and after; a write is one in its middle as well."""
+    """Each operation has a step before and a step after it. A write also has a step in its middle."""
 
     def __init__(self, counter: StepCounter) -> None:
         self.counter = counter
@@ -84,7 +84,7 @@ class FatalDisk(Disk):
 
 
 def live(directory: Path, seed: int, fatal: int) -> None:
-    """Open, put, evict, compact; dies at step `fatal` at the latest by SIGKILL."""
+    """Open, put, evict and compact. The process dies by SIGKILL at step `fatal` at the latest."""
     rng = random.Random(seed)
     counter = StepCounter(fatal)
     commit = IndexTxn.__exit__
@@ -120,13 +120,13 @@ def live(directory: Path, seed: int, fatal: int) -> None:
 
 
 def survives(directory: Path) -> str | None:
-    """Open what the kills left and check it; returns what is wrong, or None."""
+    """Open the store that the kills left, and check it. Returns the error, or None."""
     engine = StorageEngine(
         KvStoreConfig(dir=str(directory / "store"), budget_bytes=BUDGET_BYTES, segment_bytes=SEGMENT_BYTES)
     )
     log = directory / "acknowledged"
     facts = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    # An eviction may have taken anything put before it.
+    # The eviction may have removed any record that was put before it.
     last_evict = max((i for i, fact in enumerate(facts) if "evict" in fact), default=-1)
     expected = dict.fromkeys(range(len(PROMPTS)), 0)
     for fact in facts[last_evict + 1 :]:
@@ -166,7 +166,7 @@ def in_child(work: object, *args: object) -> int:
 
 
 def main(first_seed: int, num_seeds: int) -> int:
-    """Prints one JSON object: how many kills there were, and which seeds failed."""
+    """Run the seeds. Prints one JSON object with the number of kills and the seeds that failed."""
     kills, failed = 0, []
     for seed in range(first_seed, first_seed + num_seeds):
         rng = random.Random(seed)

@@ -1,6 +1,6 @@
 """Makes the golden store of the present format version: `python -m tests.kvstore.golden` writes it next to the others.
 
-Run it once for each new version and never again: what it makes must open for ever.
+Run it only once for each new version, because its stores must open for ever.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.kvstore.small_store import BLOCK, Prompt
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 KEYS = {"acme": "11" * 32}
-# Of version 2: what names its owner, and seals its records.
+# For version 2: the secret that names owners and seals records.
 SECRET = bytes(range(32))
 KEYRING = Keyring(SECRET, generation=3)
 PLAN = PlanePlan(parts=(PlanePart(num_rows=32, fields=((48, 1), (32, 2))),))

@@ -1,9 +1,9 @@
-"""A disk that loses power: what was written but not synced may be there, be torn, or be gone.
+"""A disk that loses power: bytes that were written but not synced may survive, be torn, or be lost.
 
-The files on the real disk are what a process sees (the page cache). Next to them `PowerLossDisk` keeps what is durable:
-the content of each file as of its last sync, the names as of the last sync of their directory, and the writes since.
+The files on the real disk are what a process sees (the page cache). `PowerLossDisk` also keeps the durable state: each
+file's content at its last sync, the names at the last sync of their directory, and the writes since then.
 `lose_power` rewrites the directory: of each file's unsynced writes any subset survives, sector by sector, and of the
-unsynced names any subset is undone. Sectors are 512 bytes: the device writes one whole or not at all.
+unsynced names any subset is undone. A sector has 512 bytes, and the device writes a sector whole or not at all.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SECTOR = 512
 
 @dataclass
 class _File:
-    """synced: durable content.  writes: (offset, bytes) since; a truncation is (size, None)."""
+    """synced: the durable content.  writes: (offset, bytes) of each later write; a truncation is (size, None)."""
 
     synced: bytes = b""
     writes: list[tuple[int, bytes | None]] = field(default_factory=list)
@@ -28,7 +28,7 @@ class _File:
 
 
 class PowerLossDisk(Disk):
-    """The real disk, remembering what a power loss could undo."""
+    """The real disk, which also records what a power loss could undo."""
 
     def __init__(self) -> None:
         self.files: dict[Path, _File] = {}
@@ -43,7 +43,7 @@ class PowerLossDisk(Disk):
 
     def open(self, path: Path) -> int:
         fd = super().open(path)
-        # What an earlier life left is durable: that life ended in a power loss or a clean close.
+        # Files of an earlier process are durable, because it ended by a power loss or a clean close.
         self.files.setdefault(path, _File(synced=path.read_bytes(), named=True))
         self._paths[fd] = path
         return fd
@@ -79,12 +79,12 @@ class PowerLossDisk(Disk):
         super().unlink(path)
 
     def lose_power(self, rng: random.Random) -> None:
-        """Make the directory what the next boot may find."""
+        """Change the directory to a state that the next boot may find."""
         for path, file in self._unlinked.items():
             if file.named and rng.random() < 0.5:
                 path.write_bytes(_survivor(file, rng))
         for path, file in self.files.items():
-            # A file whose name was never synced may be gone, with whatever is in it.
+            # A file whose name was never synced may be lost with its content.
             if file.named or rng.random() < 0.5:
                 path.write_bytes(_survivor(file, rng))
             else:
@@ -92,7 +92,7 @@ class PowerLossDisk(Disk):
 
 
 def _survivor(file: _File, rng: random.Random) -> bytes:
-    """The durable content with any subset of the unsynced sectors; a sector never written reads as zeros or garbage."""
+    """The durable content plus any subset of unsynced sectors. Sectors never written read as zeros or garbage."""
     content = bytearray(file.synced)
     for offset, written in file.writes:
         if written is None:

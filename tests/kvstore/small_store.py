@@ -1,4 +1,4 @@
-"""Small stores with payloads of a few hundred bytes, so that a store's whole life takes milliseconds."""
+"""Small stores with payloads of a few hundred bytes, so that a test of a whole store takes milliseconds."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ BLOCK = 8
 
 
 def owner(name: str) -> bytes:
-    """Stands for a tenant where no secret is needed: short names of their own, without a user."""
+    """An owner for tests without a secret, made from a short tenant name, without a user."""
     return name.encode().ljust(OWNER_BYTES, b"\0")
 
 
 class Prompt:
-    """A chain with one payload per block.  version: of the records that it makes."""
+    """A chain with one payload per block.  version: the format version of its records."""
 
     def __init__(
         self, tokens: list[int], *, payload_bytes: int = 300, fingerprint: bytes = FINGERPRINT, version: int = 2
@@ -28,7 +28,7 @@ class Prompt:
             fingerprint_digest=fingerprint,
             key=b"k" * 32,
             block_size=BLOCK,
-            # As in the golden stores.
+            # The golden stores have the same payloads.
             kind=HashKind.CHAINED_BLAKE2B,
         )
         self.hashes = self.chain.hashes
@@ -64,7 +64,10 @@ class Prompt:
         return [memoryview(bytearray(self.payload_bytes)) for _ in range(n)]
 
     def check(self, engine: StorageEngine) -> int:
-        """Read all that the store promises of this prompt; every byte must be right. Returns the number of blocks."""
+        """Read all blocks of this prompt that the look-up reports. Every byte must be right.
+
+        Returns the number of blocks.
+        """
         found = engine.lookup(self.hashes, fingerprint=self.fingerprint)
         into = self.buffers(found.num_blocks)
         outcome = engine.read_blocks(self.hashes[: found.num_blocks], into, fingerprint=self.fingerprint)

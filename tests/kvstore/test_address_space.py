@@ -1,4 +1,4 @@
-"""Under `ulimit -v` the index takes a part of the address space that is left, or says that it does not fit."""
+"""Under `ulimit -v` the index uses a part of the free address space, or reports that it does not fit."""
 
 import subprocess
 import sys

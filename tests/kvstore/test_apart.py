@@ -1,4 +1,4 @@
-"""Records whose parents are in another store: they are stored apart, found, kept, rebuilt and taken like any other."""
+"""Records whose parents are in another store are stored, found, kept, rebuilt and evicted like any other."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def test_any_order_of_coming_and_going_leaves_a_sound_store(tmp_path: Path, seed
             there |= set(range(start, stop))
         elif chance.random() < 0.5:
             engine.evict([(RecordKind.BLOCK, PROMPT.hashes[start])])
-            # With all that depends on it, of which it may not be told: what is left must still be readable.
+            # The eviction also removes dependent records, perhaps without naming them. The remaining ones must be
+            # readable.
             there = {index for index in there if _is_held(engine, index)}
             assert start not in there
         else:
@@ -142,6 +143,6 @@ def test_what_stood_apart_hangs_on_its_parent_when_it_is_healed(engine: StorageE
     engine.quarantine((RecordKind.BLOCK, PROMPT.hashes[10]), judge=False)
     put(engine, 10, 11)
     engine.space.evict(1)
-    # The parent is no leaf any more, so its child went first.
+    # The parent is no longer a leaf, so its child is evicted first.
     assert held(engine).spans == ((9, 10),)
     sound(engine)

@@ -1,4 +1,4 @@
-"""The budget is hard, eviction keeps the store prefix-closed, a full disk refuses writes and continues reading."""
+"""The budget is hard. Eviction keeps the store prefix-closed. With a full disk, puts are refused and reads work."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_twenty_times_the_budget_ends_inside_it(open_engine: OpenEngine, tmp_pat
 
 
 def soak(engine: StorageEngine, clock: Clock, *, written_bytes: int) -> None:
-    """Growing conversations, until so much has been written; the directory is measured after every put."""
+    """Put growing conversations until `written_bytes` are written. The directory is measured after every put."""
     rng = random.Random(5)
     written = 0
     conversations = [[n] * BLOCK for n in range(12)]
@@ -138,7 +138,7 @@ def test_a_full_disk_refuses_writes_and_goes_on_reading(tmp_path: Path) -> None:
     assert set(result.refused) == set(second.hashes)
     assert all("full" in str(reason) for reason in result.refused.values())
     assert (first.check(engine), second.check(engine)) == (3, 0)
-    # Space comes back without a restart.
+    # After space becomes free, the store writes again without a restart.
     disk.room_bytes = 1 << 40
     assert engine.put(second.blocks()).num_stored == 3
     assert second.check(engine) == 3

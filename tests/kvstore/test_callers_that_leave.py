@@ -1,4 +1,4 @@
-"""A caller that goes away while its put waits or is committed takes nobody with it: the writer continues."""
+"""A caller that is cancelled while its put waits or is committed harms no other put, and the writer continues."""
 
 import threading
 

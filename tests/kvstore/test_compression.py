@@ -20,7 +20,7 @@ PLAN = PlanePlan(parts=(PlanePart(num_rows=64, fields=((96, 1), (64, 2))),))
 
 
 class Bells(Prompt):
-    """Payloads with the narrow histograms of rounded KV."""
+    """Payloads whose bytes have narrow histograms, like rounded KV."""
 
     def __init__(self, tokens: list[int]) -> None:
         super().__init__(tokens, payload_bytes=PLAN.payload_bytes)
@@ -72,7 +72,7 @@ def test_off_stores_raw(open_engine: OpenEngine) -> None:
 
 
 def test_auto_follows_what_the_reader_is_short_of() -> None:
-    """A disk slower than the codec wants fewer bytes, a faster one wants no codec."""
+    """With a disk that is slower than the codec, blocks are compressed. With a faster disk, they are not."""
     prompt = Bells([1] * BLOCK * 8)
     for disk_bytes_per_s, compresses in ((1e4, True), (1e13, False)):
         compression = Compression("auto", lambda speed=disk_bytes_per_s: speed)
@@ -101,13 +101,13 @@ def test_a_judgement_is_said_in_words() -> None:
 
 
 def test_judgement_at_the_break_even_point() -> None:
-    # At ratio 1.25 a coded byte saves a fifth of the read; the codec may cost just that.
+    # At ratio 1.25 compression saves a fifth of the read time, so the codec may take at most that time.
     assert judge(ratio=1.25, codec_bytes_per_s=5.1e9, disk_bytes_per_s=1e9).compress
     assert not judge(ratio=1.25, codec_bytes_per_s=4.9e9, disk_bytes_per_s=1e9).compress
 
 
 def test_a_checkpoint_may_hold_more_than_its_layout_names(open_engine: OpenEngine) -> None:
-    """The state of a layer that drafts lies behind; a shorter checkpoint, or a block of another size, is a mistake."""
+    """A draft layer's state may follow. A shorter checkpoint, or a block of another size, is an error."""
     engine = open_engine(compression="zstd")
     engine.register(FINGERPRINT, BLOCK, {RecordKind.BLOCK: PLAN, RecordKind.CHECKPOINT: PLAN})
     prompt = Bells([1] * BLOCK)
@@ -127,7 +127,7 @@ def test_a_block_of_another_size_under_a_known_name_is_refused_with_both_sizes(o
     engine.register(FINGERPRINT, BLOCK, {})
     with pytest.raises(FingerprintMismatch, match=rf"blocks have {2 * BLOCK} tokens, but the KV .* blocks of {BLOCK}:"):
         engine.register(FINGERPRINT, 2 * BLOCK, {})
-    # Who does not say takes nothing back.
+    # A registration without a block size leaves the registered size unchanged.
     engine.register(FINGERPRINT, 0, {})
     with engine.index.txn() as txn:
         assert engine.index.block_tokens(txn, FINGERPRINT) == BLOCK

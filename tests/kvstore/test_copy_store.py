@@ -1,4 +1,4 @@
-"""Copies of stores: all of it, verified, resumed where they broke off, and what several targets have is not sent."""
+"""Copies of stores are complete, verified, and resumed after a break. Records that a target holds are not sent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.kvstore.test_compression import PLAN
 
 pytestmark = pytest.mark.asyncio
 ALL = CopyLimits()
-# Three conversations that part: the second leaves the first after 5 blocks.
+# Three conversations that diverge. The second leaves the first after 5 blocks.
 LONG = Prompt(list(range(BLOCK * 12)))
 FORK = Prompt([*range(BLOCK * 5), *range(900, 900 + BLOCK * 4)])
 OTHER = Prompt(list(range(500, 500 + BLOCK * 6)))
@@ -34,7 +34,7 @@ def fill(directory: Path, **settings: object) -> None:
     engine = engine_of(directory, **settings)
     engine.register(FINGERPRINT, BLOCK, {})
     engine.put([*LONG.blocks(), LONG.checkpoint(11, ttl_s=50.0), *FORK.blocks(), *OTHER.blocks(), OTHER.checkpoint(2)])
-    # What depends on another store's blocks.
+    # Records that depend on another store's blocks.
     engine.put([Prompt(list(range(700, 700 + BLOCK * 9))).block(7, parent_elsewhere=True)])
     engine.pin([(RecordKind.BLOCK, OTHER.hashes[-1])], 600.0)
     engine.close()
@@ -82,7 +82,7 @@ async def test_a_copy_is_made_while_the_store_is_open(tmp_path: Path) -> None:
 
 
 class Breaking:
-    """A target that goes away after some puts."""
+    """A target that becomes unavailable after some puts."""
 
     def __init__(self, target: DirectoryTarget, num_puts: int) -> None:
         self._target = target
@@ -137,7 +137,7 @@ async def test_a_drain_moves_what_is_worth_most_within_its_bytes(tmp_path: Path)
     report = await copy(tmp_path / "a", target_of(tmp_path / "b"), limits=limits)
     assert report.num_left
     engine = engine_of(tmp_path / "b")
-    # It is pinned.
+    # The record is pinned.
     assert OTHER.check(engine) == 6
     engine.close()
 
@@ -221,7 +221,7 @@ async def test_a_source_that_is_neither_directory_nor_address_is_refused_with_wh
 
 
 async def test_a_store_that_is_written_to_meanwhile_is_drained_by_going_round(tmp_path: Path) -> None:
-    """What comes while a round runs is moved by the next one, and the last round finds nothing new."""
+    """Records that arrive during a round are moved by the next round. The last round finds no new records."""
     fill(tmp_path / "a")
     engine = engine_of(tmp_path / "a")
     coming = [Prompt(list(range(start, start + BLOCK * 3))) for start in range(2000, 2400, 100)]

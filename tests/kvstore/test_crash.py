@@ -1,4 +1,4 @@
-"""kill -9 at any step of put, evict, compact and open: no acknowledged block lost, no wrong byte, no manual step."""
+"""Kill -9 at any step of put, evict, compact and open loses no acknowledged block, and needs no manual repair."""
 
 from __future__ import annotations
 

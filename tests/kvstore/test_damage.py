@@ -1,4 +1,4 @@
-"""Damage to the files: a miss or harmless, counted, healed by putting again; never a wrong byte, never a crash."""
+"""Damaged files cause a miss at most, which is counted and healed by a new put, but no wrong byte and no crash."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_torn_payload_is_a_miss_and_heals(open_engine: OpenEngine, tmp_path: Pat
     path = segment_files(tmp_path / "store")[0]
     offset = path.read_bytes().find(PROMPT.payload(3))
     flip(path, offset + 50)
-    # 1. The lookup cannot know yet, the read does: blocks before the torn one are right.
+    # 1. The look-up does not see the damage, but the read does. Blocks before the torn one are right.
     assert PROMPT.check(engine) == 3
     assert engine.counters.corrupt == 1
-    # 2. From now on it is a miss, and what follows it cannot be reached either.
+    # 2. From now on the torn block is a miss, and so are the blocks after it.
     assert engine.lookup(PROMPT.hashes, fingerprint=FINGERPRINT).num_blocks == 3
-    # 3. Putting it again brings all of them back.
+    # 3. Putting the block again makes all of them hits.
     result = engine.put(PROMPT.blocks())
     assert (result.num_stored, result.num_existing) == (1, 5)
     assert PROMPT.check(engine) == 6
@@ -61,7 +61,7 @@ def test_quarantine_survives_reopening(open_engine: OpenEngine, tmp_path: Path) 
 
 
 def test_a_record_in_the_wrong_place_is_caught(open_engine: OpenEngine, tmp_path: Path) -> None:
-    """Two payloads of one size change places, headers and checksums with them."""
+    """Two records of one size are swapped, with their headers and checksums."""
     engine = open_engine()
     engine.put(PROMPT.blocks())
     path = segment_files(tmp_path / "store")[0]
@@ -90,12 +90,12 @@ def test_a_truncated_segment_loses_only_its_tail(open_engine: OpenEngine, tmp_pa
 
 
 def test_a_torn_header_before_the_cut_does_not_hide_the_next_batch(open_engine: OpenEngine, tmp_path: Path) -> None:
-    """Found by simulated power loss: the next batch lay over the torn payload, and a scan stepped over both."""
+    """Simulated power loss found this case: the next batch overwrote the torn payload, and a scan skipped both."""
     engine = open_engine()
     engine.put(PROMPT.blocks(1))
     engine.abandon()
     path = segment_files(tmp_path / "store")[0]
-    # A batch of two, of which the second was torn off after its header and some of its payload.
+    # A batch of two records. The second was cut off after its header and a part of its payload.
     engine = open_engine()
     engine.put([PROMPT.block(i, payload=PROMPT.payload(i) * 30) for i in (1, 2)])
     engine.abandon()
@@ -106,7 +106,7 @@ def test_a_torn_header_before_the_cut_does_not_hide_the_next_batch(open_engine: 
     engine = open_engine()
     other = Prompt([5] * BLOCK * 3, payload_bytes=100)
     engine.put(other.blocks())
-    # Compaction and repair find records by such a scan.
+    # Compaction and repair find records with such a scan.
     scanned = [header.hash for header in engine.segments.scan(1, check_payloads=False)]
     assert scanned == [*PROMPT.hashes[:2], *other.hashes]
 
@@ -142,7 +142,7 @@ def test_every_flipped_byte_of_a_segment_is_a_miss_or_harmless(
         assert [bytes(b) for b in into[:num_good]] == [PROMPT.payload(i) for i in range(num_good)]
         checkpoint, _ = engine.reader.read(RecordKind.CHECKPOINT, PROMPT.hashes[1], fingerprint=FINGERPRINT)
         assert checkpoint in (None, PROMPT.payload(1, RecordKind.CHECKPOINT))
-        # Each byte of a record counts, and no other: what follows a record is padding.
+        # Every byte of a record matters. The bytes after a record are padding and do not matter.
         spoiled = raw[offset : offset + 1] != b"\0" and offset >= 4096
         assert (num_good < 3 or checkpoint is None) or not spoiled
         flip(path, offset)
@@ -152,7 +152,7 @@ def test_every_flipped_byte_of_a_segment_is_a_miss_or_harmless(
 @pytest.mark.parametrize("state", ["clean", "crashed"])
 @pytest.mark.parametrize("target", ["STORE", "LOCK", "CLEAN", "segments"])
 def test_a_store_with_a_flipped_byte_opens(tmp_path: Path, state: str, target: str) -> None:
-    """Every 61st byte of segments, all of the rest; the long run takes them all."""
+    """Flips every 61st byte of segments, and every byte of other files. The long run flips every byte."""
     flip_and_open(tmp_path, state, target, step=61)
 
 
@@ -191,7 +191,7 @@ def flip_and_open(tmp_path: Path, state: str, target: str, *, step: int) -> None
 def test_an_index_that_a_crash_left_is_used_and_not_rebuilt(
     open_engine: OpenEngine, clock: Clock, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What examines it must know every state that a healthy index can be in."""
+    """The check of an index must accept every state of a healthy index."""
     rng = random.Random(3)
     prompts = [Prompt([n] * BLOCK + list(range(BLOCK * 8)), payload_bytes=9_000, version=1 + n % 2) for n in range(40)]
     for life in range(12):
@@ -217,7 +217,7 @@ def test_an_index_that_a_crash_left_is_used_and_not_rebuilt(
 @pytest.mark.slow
 @pytest.mark.parametrize("state", ["clean", "crashed"])
 def test_flipped_bytes_of_the_index_never_return_wrong_data(tmp_path: Path, state: str) -> None:
-    """Every 397th byte here; the long run takes them all."""
+    """Flips every 397th byte. The long run flips every byte."""
     flip_index(tmp_path, state, step=397)
 
 
@@ -232,7 +232,7 @@ def test_every_flipped_byte_of_the_index_never_returns_wrong_data(tmp_path: Path
 def test_every_table_of_an_index_is_compared_with_its_entries(
     open_engine: OpenEngine, tmp_path: Path, table: str
 ) -> None:
-    """LMDB finds nothing wrong with a changed value: what a crash left is rebuilt, and fsck says so."""
+    """LMDB does not notice a changed value. After a crash the index is rebuilt, and fsck reports the change."""
     engine = open_engine()
     engine.put([*PROMPT.blocks(3), PROMPT.checkpoint(1)])
     with engine.index.env.begin(write=True) as txn, txn.cursor(db=engine.index.db[table]) as cursor:
@@ -264,6 +264,6 @@ def flip_index(tmp_path: Path, state: str, *, step: int) -> None:
         shutil.copytree(saved, directory)
         flip(data, offset)
         engine = StorageEngine(config)
-        # The segments are whole, so nothing is lost: the index is used as it is, or rebuilt.
+        # The segments are intact, so no record is lost. The index is used as it is, or rebuilt.
         assert PROMPT.check(engine) == 3, offset
         engine.abandon()

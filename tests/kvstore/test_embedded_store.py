@@ -1,4 +1,4 @@
-"""The embedded store is a `Store`: what a service's clients promise, in this process; `put` keeps to layouts."""
+"""The embedded store is a `Store` in this process. It keeps the promises of a service's clients, and checks layouts."""
 
 from __future__ import annotations
 
@@ -140,13 +140,13 @@ def test_reads_run_in_the_thread_that_asks_and_closing_waits_for_them(
 
 
 def test_a_store_closes_while_python_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pool of threads takes work then."""
+    """While Python ends, no thread pool accepts work."""
     store = ReadingHere(antefix_kvstore.open(tmp_path / "store"))
     store.put(PROMPT.blocks())
     with monkeypatch.context() as ending:
         ending.setattr("concurrent.futures.thread._shutdown", True)
         store.close()
-    # The mark of a clean end: the next opening need not examine the index.
+    # The mark of a clean end, with which the next opening need not examine the index.
     assert (tmp_path / "store" / CLEAN_FILE).exists()
     with BlockingStore(antefix_kvstore.open(tmp_path / "store")) as again:
         assert again.lookup(PROMPT.hashes, fingerprint=FINGERPRINT).num_blocks == 6
@@ -185,7 +185,7 @@ async def test_a_payload_that_does_not_fit_its_layout_is_refused(tmp_path: Path,
         assert (await store.put([good, checkpoint])).num_stored == 2
         other = Prompt(list(range(BLOCK)), fingerprint=b"G" * 32)
         assert (await store.put(other.blocks())).num_stored == 1, "another fingerprint has no layout"
-    # The layout is remembered with the store.
+    # The layout is kept in the store.
     async with antefix_kvstore.open(tmp_path / "store") as store:
         with pytest.raises(InvalidRequest, match=message):
             await store.put([wrong])

@@ -63,7 +63,7 @@ def test_a_checkpoint_without_its_block_is_refused(open_engine: OpenEngine) -> N
 
 
 def test_a_middle_put_first_of_all_is_dropped_when_the_beginning_comes(open_engine: OpenEngine) -> None:
-    """A worker whose store was wiped continues in mid-chain: the store cannot know yet where chains begin."""
+    """A worker whose store was wiped continues in mid-chain. The store does not know yet where chains begin."""
     engine = open_engine()
     engine.put([PROMPT.block(5)])
     engine.put(PROMPT.blocks(3))
@@ -78,7 +78,7 @@ def test_another_fingerprint_is_a_miss(open_engine: OpenEngine) -> None:
     other = b"G" * 32
     assert engine.lookup(PROMPT.hashes, fingerprint=other).num_blocks == 0
     assert engine.read(RecordKind.BLOCK, PROMPT.hashes[0], fingerprint=other) is None
-    # The same with a fingerprint that the store does know.
+    # The result is the same with a fingerprint that the store knows.
     engine.put(Prompt([7] * BLOCK, fingerprint=other).blocks())
     assert engine.read(RecordKind.BLOCK, PROMPT.hashes[0], fingerprint=other) is None
 
@@ -151,7 +151,7 @@ def test_expired_leaves_are_misses_and_their_ancestors_follow(open_engine: OpenE
     assert PROMPT.check(engine) == 20
     clock.advance(95)
     engine.maintain()
-    # Reading at 11 s moved the time of the whole path.
+    # The read at 11 s renewed the last use of the whole prefix.
     assert PROMPT.check(engine) == 20
     clock.advance(101)
     engine.maintain()
@@ -172,7 +172,7 @@ def test_a_new_stores_directory_is_its_owners_alone(tmp_path: Path, made_before:
     directory = tmp_path / "store"
     if made_before:
         directory.mkdir()
-        directory.chmod(0o750)  # anyone who made it has decided
+        directory.chmod(0o750)  # the user who made the directory chose its mode
     StorageEngine(KvStoreConfig(dir=str(directory), budget_bytes=64 << 20)).close()
     assert directory.stat().st_mode & 0o777 == (0o750 if made_before else 0o700)
 
@@ -185,7 +185,7 @@ def test_a_store_where_none_can_be_says_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0, 1e300])
-def test_times_that_are_none_are_refused(open_engine: OpenEngine, number: float) -> None:
+def test_invalid_times_are_refused(open_engine: OpenEngine, number: float) -> None:
     engine = open_engine()
     with pytest.raises(InvalidRequest, match="cost_s"):
         engine.put([PROMPT.block(0, cost_s=number)])
@@ -206,7 +206,7 @@ def test_a_directory_may_have_any_name(tmp_path: Path, name: bytes) -> None:
 
 @pytest.mark.parametrize("num_others", [0, 1, 40])
 def test_few_checkpoints_are_found_as_many_are(open_engine: OpenEngine, num_others: int) -> None:
-    # With few the table is walked over; with many each block of the chain is asked for.
+    # With few checkpoints the table is scanned. With many, each block of the chain is looked up.
     engine = open_engine(budget_bytes=16 << 20)
     prompt, twin = Prompt(list(range(BLOCK * 96))), Prompt(list(range(BLOCK * 96)), fingerprint=b"G" * 32)
     engine.put([*prompt.blocks(), prompt.checkpoint(3), prompt.checkpoint(95)])
@@ -214,7 +214,7 @@ def test_few_checkpoints_are_found_as_many_are(open_engine: OpenEngine, num_othe
     for number in range(num_others):
         other = Prompt([1000 + number] * BLOCK)
         engine.put([*other.blocks(), other.checkpoint(0)])
-    # An entry in the long form.
+    # A pinned entry has the long form.
     assert engine.pin([(RecordKind.CHECKPOINT, prompt.hashes[3])], 60.0) == 1
     assert engine.lookup(prompt.hashes, fingerprint=FINGERPRINT).checkpoints == (4, 96)
     assert engine.lookup(prompt.hashes[:95], fingerprint=FINGERPRINT).checkpoints == (4,)

@@ -1,4 +1,4 @@
-"""Events: who starts from a snapshot and follows the numbers knows what is stored, whatever happens meanwhile."""
+"""Events: a follower that starts from a snapshot and follows the numbers always knows what is stored."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OpenEngine = Callable[..., StorageEngine]
 
 
 class Follower:
-    """Keeps what events say is stored."""
+    """Keeps the set of records that are stored according to events."""
 
     def __init__(self) -> None:
         self.known: set[tuple[RecordKind, bytes]] = set()
@@ -53,7 +53,7 @@ def test_following_from_a_snapshot_tells_what_is_stored(open_engine: OpenEngine,
     follower = Follower()
     engine.put(prompts[0].blocks())
     pieces = engine.snapshot()
-    # What is stored after the snapshot was taken is not in it, although it is read only now.
+    # Records stored after the snapshot was taken are not in it, although the snapshot is read only now.
     engine.put(prompts[1].blocks())
     for piece in pieces:
         cursor = piece.cursor

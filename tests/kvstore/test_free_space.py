@@ -1,4 +1,4 @@
-"""A store leaves some of its file system to others: a budget that fits at the start, puts that stop in time."""
+"""A store leaves a part of its file system free: its budget fits at the start, and puts stop in time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAYLOAD = 20_011
 
 
 class Disk:
-    """A file system as statvfs tells of it."""
+    """A file system as statvfs reports it."""
 
     def __init__(self, free: int, total: int = 1024 * MIB) -> None:
         self.free, self.total = free, total
@@ -73,7 +73,7 @@ def test_puts_stop_before_the_disk_is_full_and_go_on_when_it_is_not(tmp_path, ca
     for number in (2, 3):
         reasons = {refusal.text for refusal in engine.put(prompt(number).blocks()).refused.values()}
         assert any("bytes free" in reason for reason in reasons)
-    # What is there is served, and nothing of it is given up.
+    # Stored records are served, and none of them is evicted.
     engine.maintain()
     assert (prompt(1).check(engine), prompt(2).check(engine)) == (3, 0)
     stats = collect(engine)
@@ -88,7 +88,7 @@ def test_puts_stop_before_the_disk_is_full_and_go_on_when_it_is_not(tmp_path, ca
 
 
 def test_the_limit_follows_a_neighbour_that_grows_slowly(tmp_path):
-    """As a ledger does: old records make room for new ones, and the margin stays."""
+    """The neighbour grows like a ledger. The store evicts old records for new ones, and the margin stays free."""
     disk = Disk(free=30 * MIB, total=32 * MIB)
     free = FreeSpace(tmp_path, statvfs=disk.statvfs)
     engine = StorageEngine(
@@ -108,7 +108,7 @@ def test_the_limit_follows_a_neighbour_that_grows_slowly(tmp_path):
 
 @pytest.mark.parametrize("but", [0, 16 << 10, MIB // 2, MIB])
 def test_hits_are_answered_at_every_fill_level_and_over_restarts(disk, but):
-    """A store, its log and a neighbour on one file system of 24 MiB, which the neighbour fills up to some bytes."""
+    """A store, its log and a neighbour share a disk of 24 MiB, which the neighbour fills up to `but` free bytes."""
     config = fit_to_disk(KvStoreConfig(dir=str(disk / "store"), usage_log_dir=str(disk / "log"), budget_bytes=64 << 30))
     engine = StorageEngine(config)
     writer = GroupCommitter(engine)

@@ -46,7 +46,7 @@ def test_a_golden_store_opens(tmp_path: Path, version: int, index: str, variant:
     assert engine.read(RecordKind.CHECKPOINT, RAW.hashes[4], fingerprint=RAW.fingerprint) == RAW.payload(
         4, RecordKind.CHECKPOINT
     )
-    # Who has the secret takes what it seals, as it was read: decoded and decrypted. Version 1 has no seals.
+    # With the secret, the seals of the decoded, decrypted records are right. Version 1 has no seals.
     ring = KeyRing.from_file(keys, Owners(KEYRING)) if variant else None
     reader = StoreReader(store, decrypt=ring.decrypt if ring else None, seals=Seals(KEYRING), clock_ms=engine.clock_ms)
     for prompt, count in ((RAW, 5), (CODED, 3)):

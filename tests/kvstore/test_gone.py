@@ -1,4 +1,4 @@
-"""What became of a block that is not stored any more: remembered as long as there is room, never made up."""
+"""The store remembers why a block is no longer stored, as long as there is room, and never gives a wrong reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_evicted_expired_and_never_seen_are_told_apart(open_engine: OpenEngine, 
     engine.put(kept.blocks())
     assert fates(engine, old) == [MissReason.NONE] * 3
     clock.advance(60)
-    # Past its time and still in the index: a miss already. Its ancestors go when they are leaves.
+    # The block has expired but is still in the index. It is already a miss. Its ancestors expire once they are leaves.
     assert fates(engine, old)[2] is MissReason.EXPIRED
     engine.maintain()
     assert fates(engine, old) == [MissReason.EXPIRED] * 3
@@ -88,7 +88,7 @@ def test_its_room_is_bounded_and_a_taken_slot_forgets_the_old_name(tmp_path: Pat
     known = [remembered(tmp_path, name) for name in names]
     assert set(known) == {MissReason.EVICTED, MissReason.FIRST_SEEN}
     assert (tmp_path / GONE_FILE).stat().st_size == writer.nbytes == 256 * SLOT_BYTES
-    # Under another budget every name has another slot: it begins again instead of answering wrongly.
+    # With another budget every name has another slot, so the file starts empty instead of giving wrong answers.
     GoneWriter(tmp_path, 1 << 30).note(b"z" * 32, MissReason.EXPIRED)
     assert (
         remembered(tmp_path, names[-1]) is MissReason.FIRST_SEEN

@@ -1,5 +1,4 @@
-"""Whatever happens to an open store's files, its owner continues: with what the segments hold, or with an empty
-store."""
+"""Whatever happens to an open store's files, its owner continues with the segments' records or an empty store."""
 
 import asyncio
 import os
@@ -109,7 +108,7 @@ def test_an_open_store_heals_by_itself(engine, config, harm, caplog):
     engine.maintain()
     assert engine.counters.heals == 1 and "was harmed" in caplog.text
     assert num_found(engine) == (0 if harm in LOSING else len(PROMPT.hashes))
-    # It stores again, what was lost as well, and a restart finds all of it.
+    # The store accepts puts again, also of lost records, and a restart finds all of them.
     assert engine.put(PROMPT.blocks()).num_stored == (len(PROMPT.hashes) if harm in LOSING else 0)
     assert engine.put(MORE.blocks()).num_stored == len(MORE.hashes)
     engine.maintain()
@@ -131,7 +130,7 @@ def test_a_store_that_was_harmed_while_closed_opens(engine, config, harm):
 
 @pytest.mark.parametrize("harm", KEEPING + LOSING)
 async def test_a_reader_of_another_process_survives_and_finds_what_healed(engine, config, harm):
-    """It reads by pages, as one in another process does: here the owner's map must not be shared with it."""
+    """The reader reads pages, as in another process, because here it must not share the owner's map."""
     reader = LocalStore(config.dir, "127.0.0.1:1")
     apart = reader._open_reader
     from antefix.store_files import index
@@ -202,7 +201,7 @@ def test_a_writer_whose_directory_another_one_took_stores_nothing_there(engine, 
     with pytest.raises(Unavailable):
         engine.put(PROMPT.blocks())
     assert num_found(other, MORE) == len(MORE.hashes) and num_found(other) == 0
-    # And continues when that one has ended.
+    # The store continues when the other process has ended.
     other.close()
     engine.maintain()
     assert num_found(engine, MORE) == len(MORE.hashes)

@@ -1,4 +1,4 @@
-"""What a crash left of an index is examined, many pages at a time: what is sound passes, what is damaged does not."""
+"""After a crash the index is examined, many pages at a time. A sound index passes, and a damaged one does not."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_another_walk_of_the_file_refuses_is_refused(index: Path, tmp_path:
     rng = random.Random(5)
     num_refused = 0
     for _ in range(40):
-        # Where structure stands: headers, pointers and the nodes next to them.
+        # Offsets of a page's structure: headers, pointers, and the nodes next to them.
         page = rng.randrange(len(data) // 4096)
         at = page * 4096 + rng.choice((rng.randrange(64), rng.randrange(4096)))
         harmed = tmp_path / "harmed"
@@ -71,7 +71,7 @@ def test_every_bit_of_an_entry_counts(index: Path, tmp_path: Path) -> None:
     data = (index / "data.mdb").read_bytes()
     block_hash = Prompt([7] * BLOCK * 40, payload_bytes=64).hashes[11]
     begin = data.find(block_hash)
-    # Every page that has it: the newest one counts, older ones are free.
+    # Change the value in every page that has it. The newest page is in use, and older ones are free.
     places = [at for at in range(begin, len(data) - 32) if data[at : at + 32] == block_hash]
     for bit in range(0, 8 * (32 + 84), 41):
         harmed = bytearray(data)

@@ -1,4 +1,4 @@
-"""An index is made again from the segments, in whatever order the records lie there, in bounded memory."""
+"""An index is rebuilt from the segments in bounded memory, whatever the order of their records."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROMPTS = [Prompt([number] * BLOCK * 12, payload_bytes=64) for number in range(6
 
 
 def shuffled(engine: StorageEngine, seed: int) -> None:
-    """Move records to new segments in any order, as compactions may in time; the old ones stay as dead copies."""
+    """Move records to new segments in random order, as compactions may do. The old records stay as dead copies."""
     rng = random.Random(seed)
     headers = [
         header

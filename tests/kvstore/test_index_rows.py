@@ -1,4 +1,4 @@
-"""What a rebuild works out for many records at once is what is worked out for each alone."""
+"""A rebuild computes the same for many records at once as for each record alone."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_short_entries_are_those_of_one_entry_alone(wide: bool) -> None:
     entries = []
     for _ in range(80):
         fields = {name: rng.randrange(1 << width) for name, width in bits.items()}
-        # One field too large, or a right one.
+        # In half of the entries one field is too large for the short form.
         if wide and rng.random() < 0.5:
             name = rng.choice([name for name in bits if name not in ("codec", "flags")])
             fields[name] = 1 << bits[name]
@@ -100,7 +100,7 @@ def test_ranks_are_those_of_one_record_alone() -> None:
 
 
 def one_by_one(headers: list[RecordHeader], known: dict[bytes, int], takes_apart: bool) -> dict[int, tuple[bool, int]]:
-    """What stands, by following each parent: row to (apart, prefix bytes)."""
+    """The reference, which follows each parent: valid rows to (whether it stands apart, prefix bytes)."""
     row_of = {h.hash: number for number, h in enumerate(headers) if h.kind is RecordKind.BLOCK}
     found: dict[int, tuple[bool, int]] = {}
     for apart in (False, True) if takes_apart else (False,):
@@ -124,7 +124,7 @@ def one_by_one(headers: list[RecordHeader], known: dict[bytes, int], takes_apart
 
 
 def _is_topmost(headers: list[RecordHeader], row_of: dict[bytes, int], found: object, number: int) -> bool:
-    """No record above it may stand apart."""
+    """Whether no record above this one may stand apart."""
     while True:
         header = headers[number]
         parent = header.parent if header.kind is RecordKind.BLOCK else header.hash
@@ -156,7 +156,7 @@ def test_a_forest_is_what_following_each_parent_gives(seed: int, takes_apart: bo
     expected = one_by_one(headers, known, takes_apart)
     assert np.flatnonzero(forest.stands).tolist() == sorted(expected)
     assert {n: (bool(forest.apart[n]), int(forest.prefix_bytes[n])) for n in expected} == expected
-    # Parents count all that depends on them, but what stands apart.
+    # A parent counts all records that depend on it, except those that stand apart.
     children = [0] * len(headers)
     row_of = {h.hash: number for number, h in enumerate(headers) if h.kind is RecordKind.BLOCK}
     for number, (apart, _) in expected.items():

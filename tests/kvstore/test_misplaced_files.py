@@ -1,5 +1,5 @@
-"""Something else under a store's own names: a FIFO, a directory, a link in a circle, a device without an end. The owner
-puts it aside and continues; a reader takes it for a file that is not there. Neither waits."""
+"""Other things have a store's file names: a FIFO, a directory, a link to itself, an endless device. The owner moves
+them away and continues. A reader treats them as missing files. Neither waits."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ KINDS = {
     "link to nothing": lambda path: path.symlink_to("nowhere/at/all"),
     "device": lambda path: path.symlink_to("/dev/zero"),
 }
-# By which no record is lost. The segments themselves are in the last two tests.
+# Replacing these files loses no record. The last two tests replace segments.
 NAMES = ("STORE", "LOCK", "CLEAN", "RESERVE", "GONE", "USAGE_LOG", "index", "index.new", "index.old")
 
 
@@ -80,7 +80,7 @@ def test_a_reader_in_another_process_does_not_wait(open_engine, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_segment_that_is_none_costs_its_records_alone(open_engine, kind):
+def test_a_file_that_is_no_segment_loses_only_its_own_records(open_engine, kind):
     engine, lost = open_engine(), Prompt([1] * BLOCK * 3)
     engine.put(lost.blocks())
     engine.close()

@@ -1,4 +1,4 @@
-"""Many blocks checked in one go: never another answer than record by record."""
+"""Checking many blocks at once gives the same answer as checking record by record."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def prompt(payload_bytes: int) -> Prompt:
 def both_ways(
     monkeypatch: pytest.MonkeyPatch, reader: StoreReader, of: Prompt, *, fingerprint: bytes = FINGERPRINT
 ) -> tuple[ReadOutcome, bool]:
-    """What a read finds, which is the same either way; and whether it was taken as a whole."""
+    """Read both ways, which must agree. Returns the outcome, and whether the blocks were checked at once."""
     whole: list[bool] = []
     is_right = PlainReads.is_right
 
@@ -65,7 +65,7 @@ def test_whole_prompts_are_taken_as_a_whole_whatever_their_padding(
     payload_bytes: int, open_engine: OpenEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, of = open_engine(), prompt(payload_bytes)
-    # In several batches, so that there are gaps between runs.
+    # Several batches, so that there are gaps between runs of records.
     for first in (0, 5, 6):
         engine.put(of.blocks()[first : first + 6])
     outcome, whole = both_ways(monkeypatch, engine.reader, of)
@@ -101,18 +101,18 @@ def test_what_is_not_there_or_not_plain_is_read_one_by_one(
     engine, of = open_engine(), prompt(40)
     blocks = of.blocks()
     engine.put([*blocks[:10], dataclasses.replace(blocks[10], ttl_s=5.0)])
-    # 1. The last one is missing.
+    # 1. The last block is missing.
     assert both_ways(monkeypatch, engine.reader, of)[0].num_good == 11
-    # 2. One has expired.
+    # 2. One block has expired.
     clock.advance(6)
     assert both_ways(monkeypatch, engine.reader, of)[0].num_good == 10
-    # 3. Another model's are not these.
+    # 3. Another model's fingerprint finds none of the blocks.
     assert both_ways(monkeypatch, engine.reader, of, fingerprint=b"G" * 32)[0].num_good == 0
-    # 4. Pinned ones have another form in the index.
+    # 4. Pinned blocks have another form in the index.
     engine.put(blocks[10:])
     assert engine.pin([(RecordKind.BLOCK, of.hashes[4])], 60) == 1
     assert both_ways(monkeypatch, engine.reader, of) == (ReadOutcome(NUM, NUM * 40), True)
-    # 5. A quarantined one ends it.
+    # 5. A quarantined block ends the prefix.
     engine.quarantine((RecordKind.BLOCK, of.hashes[9]), judge=False)
     assert both_ways(monkeypatch, engine.reader, of)[0].num_good == 9
 

@@ -1,4 +1,4 @@
-"""Power loss at any moment, with any earlier state of the index: nothing acknowledged is lost, no byte is wrong."""
+"""A power loss at any moment, with any earlier index, loses no acknowledged record and makes no byte wrong."""
 
 from __future__ import annotations
 
@@ -53,13 +53,14 @@ class DyingDisk(PowerLossDisk):
 
 
 def life(directory: Path, rng: random.Random, acknowledged: dict[int, int], indexes: list[Path]) -> None:
-    """Use the store until power is lost; then leave what a boot might find, with the index or an earlier one."""
+    """Use the store until power is lost. Leave files that a boot might find, with the present or an earlier index."""
     disk = DyingDisk(rng.randrange(1, 40))
     config = KvStoreConfig(dir=str(directory / "store"), budget_bytes=4 << 20, segment_bytes=64 << 10)
     engine = None
     try:
         engine = StorageEngine(config, disk=disk)
-        # Bounded: once everything is stored, a put writes nothing and the disk never gets to its last operation.
+        # The loop is bounded. Once everything is stored, puts write nothing, and the disk never reaches its fatal
+        # operation.
         for _ in range(60):
             number, count = rng.randrange(len(PROMPTS)), rng.randrange(1, 9)
             result = engine.put([*PROMPTS[number].blocks(count), PROMPTS[number].checkpoint(count - 1)])
@@ -68,7 +69,7 @@ def life(directory: Path, rng: random.Random, acknowledged: dict[int, int], inde
             if rng.random() < 0.3:
                 engine.space.compactor.compact_one(0.0)
             if rng.random() < 0.5:
-                # LMDB syncs itself; but an older index must do too, as when a backup of it is put back.
+                # LMDB syncs itself, but an older index must also work, as after an index is restored from a backup.
                 saved = directory / f"index-{len(indexes)}"
                 saved.mkdir()
                 engine.index.env.copy(str(saved))
@@ -125,7 +126,7 @@ def test_what_opening_indexes_is_durable_with_its_name(tmp_path: Path, has_index
     config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20, segment_bytes=64 << 10)
     engine = StorageEngine(config, disk=disk)
     engine.put(PROMPTS[0].blocks(2))
-    # A process that ends between writing to a new segment and syncing it.
+    # The process ends after it wrote to a new segment and before it synced the segment.
     engine.segments.roll(engine.clock_ms())
     engine.segments.append(engine._drafter.drafts(PROMPTS[0].blocks(4)[2:], set()), engine.clock_ms())
     path = engine.segments.path(max(engine.segments.sizes))
@@ -135,6 +136,6 @@ def test_what_opening_indexes_is_durable_with_its_name(tmp_path: Path, has_index
         shutil.rmtree(tmp_path / "store" / "index")
     engine = StorageEngine(config, disk=disk)
     assert PROMPTS[0].check(engine) == 4
-    # What was cut off behind its last record may come back.
+    # Bytes that were cut off after the last record may come back.
     assert disk.files[path].named and all(content is None for _, content in disk.files[path].writes)
     engine.close()

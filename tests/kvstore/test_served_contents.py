@@ -1,4 +1,4 @@
-"""A copy from a store that is served has what a copy from its files has, and continues where it broke off."""
+"""A copy from a served store equals a copy from its files, and resumes after a break."""
 
 import asyncio
 import dataclasses
@@ -24,7 +24,7 @@ from tests.kvstore.test_copy_store import LONG, NUM_RECORDS, OTHER, Breaking, en
 
 @pytest.fixture
 async def served(tmp_path):
-    """The address of a store that holds what `fill` puts; and its servicer, for tests that change it."""
+    """The address of a store with the records of `fill`, and its servicer, for tests that change it."""
     fill(tmp_path / "a")
     config = KvStoreConfig(dir=str(tmp_path / "a"), budget_bytes=8 << 20, scrub_bytes_per_s=0)
     servicer = KvStoreServicer(StorageEngine(config))
@@ -35,7 +35,7 @@ async def served(tmp_path):
 
 
 async def copy(address, target, **limits):
-    """In a thread, as a command does: reading from a service blocks."""
+    """Copy in a thread, as a command does, because reading from a service blocks."""
 
     def run():
         with ServedContents(RemoteStore(address)) as contents:
@@ -93,7 +93,7 @@ async def test_what_went_meanwhile_is_left_out_and_the_rest_comes(served, tmp_pa
             return asyncio.run(copy_store(contents, [target], CopyLimits()))
 
     report = await asyncio.to_thread(run)
-    # Blocks 2 to 5, and the checkpoint behind block 2.
+    # Blocks 2 to 5, and the checkpoint after block 2.
     assert report.num_copied == NUM_RECORDS - 5 and not report.complete
     await target.close()
 

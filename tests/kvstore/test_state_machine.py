@@ -1,4 +1,4 @@
-"""The store against a dict: in any order of puts, crashes and evictions, no wrong byte and no lost block."""
+"""The store against a dict: puts, crashes and evictions in any order cause no wrong byte and no lost block."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt
 
 # Prompts that share prefixes of different lengths, so that chains fork.
-# Records of both versions, on shared prefixes too.
+# Records have both versions, also on shared prefixes.
 PROMPTS = [
     Prompt([min(i, fork) if i >= fork else 0 for i in range(BLOCK * 6)], version=1 + fork % 2)
     for fork in (0, 9, 17, 30, 48)
@@ -79,7 +79,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.clock.advance(1)
         self.engine.space.evict(nbytes)
         left = {name for name in self.model if self.engine.read(*name, fingerprint=FINGERPRINT) is not None}
-        # Leaf-first: what is left has all its ancestors.
+        # Eviction is leaf-first, so all remaining records have all their ancestors.
         for prompt in PROMPTS:
             present = [(RecordKind.BLOCK, h) in left for h in prompt.hashes]
             assert present == sorted(present, reverse=True)

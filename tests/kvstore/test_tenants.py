@@ -1,4 +1,4 @@
-"""Tenants: quotas, pins, encryption with a key each."""
+"""Tenants: quotas, pins, and encryption with one key per tenant."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEYRING = Keyring(b"s" * 32, generation=2, older={1: b"o" * 32})
 
 @pytest.fixture(params=[2, 1], ids=["version 2", "version 1"])
 def version(request: pytest.FixtureRequest) -> int:
-    """Of the records: what was stored under names is kept and limited as what is stored under digests."""
+    """The records' version. Records under tenant names are kept and limited like records under digests."""
     return request.param
 
 
@@ -106,7 +106,7 @@ def test_a_tenant_cannot_pin_or_evict_anothers(open_engine: OpenEngine, version:
     names = [(RecordKind.BLOCK, h) for h in prompt.hashes]
     assert engine.pin(names, 60, owner=row("b", version)) == 0
     assert engine.evict(names, owner=row("b", version)) == 0
-    # A name that has the bytes of a digest is another's.
+    # A tenant whose name has the bytes of a digest is a different tenant.
     assert engine.pin(names, 60, owner=owner_row(3 - version, row("a", version)[1:])) == 0
     assert engine.pin(names, 60, owner=row("a", version)) == 2
     assert engine.evict(names, owner=row("a", version)) == 2

@@ -1,4 +1,4 @@
-"""Payload streams take turns on the event loop, and stand back for look-ups."""
+"""Payload streams take turns on the event loop, and let look-ups go first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from antefix_kvstore.turns import Turns
 
 
 class Passes:
-    """Counts passes of the event loop, and in which of them turns were taken."""
+    """Counts passes of the event loop, and notes the passes in which turns were taken."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -42,7 +42,7 @@ async def test_one_turn_per_pass_and_the_longest_waiting_first() -> None:
     await asyncio.gather(*(passes.stream(turns, name, 5) for name in "abcd"))
     gaps = passes.stop()
     assert min(gaps) >= 1
-    # The first one asks again before the others ask at all, and so is through first.
+    # The first stream asks again before the others ask at all, so it ends first.
     assert "".join(name for _, name in passes.taken) == "a" + "abcd" * 4 + "bcd"
 
 
@@ -77,7 +77,7 @@ async def test_streams_go_on_after_the_call(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("num_passes", range(4))
 async def test_streams_that_end_while_they_wait_hold_up_nobody(num_passes: int) -> None:
-    """Whether their turn had been given to them already or not."""
+    """Others continue, whether or not the stream had already been given its turn."""
     turns = Turns()
     await turns.take()
     waiting = [asyncio.create_task(turns.take()) for _ in range(4)]

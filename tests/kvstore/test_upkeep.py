@@ -206,11 +206,11 @@ def test_what_fits_no_segment_is_copied_in_parts(open_engine: OpenEngine, tmp_pa
     assert len(before) > 2
     headers = [header for number in sorted(before) for header in engine.segments.scan(number, check_payloads=False)]
     copied = engine.space.compactor.copy(headers)
-    # 1. All of it moved, each part into a segment that it fits.
+    # 1. All records are copied, each part into a segment that has room for it.
     assert copied == sum(header.extent_bytes for header in headers)
     assert max(engine.segments.sizes.values()) <= 64 << 10
     assert all(prompt.check(engine) == 3 for prompt in prompts)
-    # 2. What was left behind is gone, and nobody has it open.
+    # 2. The old segments are deleted, and no process has them open.
     engine.close()
     assert not before & {int(path.stem) for path in (tmp_path / "store" / "segments").iterdir()} - {max(before)}
     opened = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]

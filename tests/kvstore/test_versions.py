@@ -1,4 +1,4 @@
-"""A store of version 1 in which version 2 is written: both are found, moved, checked, and expire as they should."""
+"""Records of version 2 are written to a store of version 1. Both are found, moved, checked, and expire correctly."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def v1_store(tmp_path: Path) -> Path:
 
 
 def versions(engine: StorageEngine) -> list[tuple[int, int]]:
-    """Of each segment that has records, and of its records: the sum over all."""
+    """(segment's version, record's version) of each record in the store."""
     found = []
     for number in sorted(engine.segments.sizes):
         head = engine.segments.read(number, 0, 4096)
@@ -154,7 +154,7 @@ async def test_a_caller_is_sent_plain_what_it_can_check(tmp_path: Path, record_f
 
 
 async def test_a_caller_of_version_1_puts_pins_and_evicts_by_name(tmp_path: Path) -> None:
-    """Its messages as they were: a name, and neither owner nor seal."""
+    """The caller's messages have version 1: a tenant name, and neither owner nor seal."""
     engine = StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=4 << 20))
     servicer = KvStoreServicer(engine)
     server = await rpc.start_server("127.0.0.1:0", lambda target: register(servicer, target), [kvstore_pb2.DESCRIPTOR])
@@ -213,7 +213,7 @@ def test_inspect_names_whom_it_can(open_engine: OpenEngine, tmp_path: Path) -> N
 
 
 def test_statements_and_footers_are_stepped_over(open_engine: OpenEngine, tmp_path: Path) -> None:
-    """A later build may put them into segments of this version: nothing is lost before or behind them."""
+    """A later build may put these into segments of this version. No record before or after them is lost."""
     engine = open_engine()
     engine.put(NEW.blocks(2))
     for kind in (RecordKind.STATEMENT, RecordKind.FOOTER):

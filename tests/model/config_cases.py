@@ -1,4 +1,4 @@
-"""A tiny base config, what transformers and Antefix make of a variation of it, and random RoPE parameters."""
+"""A tiny base config, the judgements of transformers and Antefix on its variations, and random RoPE parameters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _GONE = object()
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """theirs, ours: why it was refused, or "".  notes: what we say at load.  error: relative, of the logits of both."""
+    """theirs, ours: why each refused the config, or "".  notes: our notes at load.
+
+    error: relative, between both logits.
+    """
 
     theirs: str
     ours: str
@@ -38,11 +41,11 @@ class Outcome:
 
 
 def judge(config: dict[str, Any]) -> Outcome:
-    """Both on one config.json and the same float64 weights. Anything but a ModelError of ours passes through."""
+    """Run both on one config.json and the same float64 weights. Errors of ours other than ModelError are raised."""
     weights, want, theirs = None, None, ""
     try:
         weights, want = their_logits(config)
-    # Whatever transformers raises is its refusal.
+    # Any exception of transformers counts as its refusal.
     except Exception as err:
         theirs = f"{type(err).__name__}: {err}"
     try:

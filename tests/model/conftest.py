@@ -17,7 +17,8 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 W, C, H = "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1}
-# 16 indexer heads: with few, ReLU makes index scores of exactly zero tie, and transformers breaks ties by length.
+# 16 indexer heads, because with few heads ReLU gives many scores of exactly zero, and transformers breaks such ties by
+# length.
 SMALL: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 32, "moe_intermediate_size": 24, "num_attention_heads": 4, "head_dim": 32,
     "q_lora_rank": 24, "num_experts_per_tok": 2, "n_routed_experts": 4, "sliding_window": 8, "o_groups": 2,
@@ -41,14 +42,14 @@ PLANS: dict[str, dict[str, Any]] = {
     },
     # No window-only layer, HCA groups that are no multiple of CSA's, sigmoid scores.
     "coprime_ratios": {"layer_types": [C, H], "rates": (4, 6), "scoring_func": "sigmoid", "num_hash_layers": 2},
-    # CSA's groups are longer than the window: of what a replay must run, the overlap reaches furthest.
+    # CSA's groups are longer than the window, so the overlap determines how far back a replay must start.
     "wide_overlap": {"layer_types": [H, C, C, W], "rates": (12, 6), "sliding_window": 3},
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tests that vary the number of threads set it themselves; this puts it back."""
+    """Run with one thread. Tests that vary the number of threads set it, and this fixture restores it."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,7 +57,7 @@ def one_thread() -> Iterator[None]:
 
 
 def build_oracle(plan: str, seed: int = 1) -> Any:
-    """transformers' model of a plan in float32; every weight, bias, sink and table is random and matters."""
+    """transformers' model of a plan in float32. Every weight, bias, sink and table is random and affects the result."""
     return copy.deepcopy(_oracle(plan, seed))
 
 
@@ -92,7 +93,7 @@ def _oracle(plan: str, seed: int) -> Any:
 
 
 class _Float64Torch:
-    """torch, with float64 under the name of float32."""
+    """A torch module in which float32 is float64."""
 
     float32 = float = torch.float64
 
@@ -102,7 +103,7 @@ class _Float64Torch:
 
 @contextlib.contextmanager
 def lifted() -> Iterator[None]:
-    """transformers computes norms, RoPE and softmaxes in float32 even in a float64 model; here it does not."""
+    """Within this context transformers computes norms, RoPE and softmaxes in float64, not in float32 as usual."""
     modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
     plain_float = torch.Tensor.float
     with pytest.MonkeyPatch.context() as patch:
@@ -114,7 +115,7 @@ def lifted() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The directory of a plan's checkpoint, as save_pretrained writes it; made once."""
+    """The directory of a plan's checkpoint, which save_pretrained writes once."""
     made: dict[str, Path] = {}
 
     def make(plan: str) -> Path:
@@ -128,7 +129,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture(scope="session")
 def oracle_logits() -> Callable[[str, np.ndarray, torch.dtype], torch.Tensor]:
-    """transformers' logits [T, V] of a whole prompt; in float64 without its float32 islands."""
+    """transformers' logits [T, V] of a whole prompt. In float64 no part is computed in float32."""
 
     def run(plan: str, tokens: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
         model = build_oracle(plan).to(dtype)

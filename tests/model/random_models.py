@@ -1,4 +1,4 @@
-"""Small models of shapes that are known to be awkward for a library of products, and runs of them."""
+"""Small models with shapes that are difficult for libraries of matrix products, and runs of these models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {
     "partial_rotary_factor": 0.25, "num_hash_layers": 1, "max_position_embeddings": 4096, "hc_sinkhorn_iters": 3,
     "sliding_window": 8, "layer_types": [W, C, H], "num_hidden_layers": 3, "compress_rates": {C: 4, H: 16},
 }  # fmt: skip
-# Where bits were once seen to depend on a row's place: addends that are no multiple of 16 with 5 to 7 or 9 to 11
+# Shapes with which bits once depended on a row's place: addends that are no multiple of 16 with 5 to 7 or 9 to 11
 # columns; three streams; few heads, one head, one stream; and a vocabulary that is too wide to be padded.
 AWKWARD: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -39,7 +39,7 @@ AWKWARD: dict[str, dict[str, Any]] = {
 
 
 def make(name: str, *, kv_format: KVFormat = KVFormat.FP8, seed: int = 1) -> Model:
-    """Every weight matters; the same ones each time."""
+    """A model with the same random weights each time, all of which affect the result."""
     model = Model(ModelConfig.from_dict(SMALL | AWKWARD[name]), kv_format=kv_format).requires_grad_(False).eval()
     generator = torch.Generator().manual_seed(seed)
     for label, weight in model.named_parameters():
@@ -56,7 +56,7 @@ def make(name: str, *, kv_format: KVFormat = KVFormat.FP8, seed: int = 1) -> Mod
 
 
 def bits(model: Model, cuts: Many[int] = (), *, num_tokens: int = 70, others: int = 0) -> str:
-    """A digest of one sequence's logits and window state, whose tokens are fed in pieces behind `others` sequences."""
+    """A digest of one sequence's logits and window state. Its tokens come in pieces, after `others` other sequences."""
     size = model.config.geometry.block_size
     num_blocks = -(-num_tokens // size)
     pool = BlockPool(model.layout, num_blocks * (others + 1))
@@ -72,7 +72,7 @@ def bits(model: Model, cuts: Many[int] = (), *, num_tokens: int = 70, others: in
 
 
 def run_all(model: Model) -> None:
-    """Prefill, chunks, decode in a batch, and a replay."""
+    """Run a prefill, chunks, decode steps in a batch, and a replay."""
     bits(model, (21, 34, 35), num_tokens=36, others=1)
     size = model.config.geometry.block_size
     pool = BlockPool(model.layout, 4)

@@ -1,4 +1,4 @@
-"""A model over several ranks in one process: each other rank is a thread. Exchanges go through gloo all the same."""
+"""A model over several ranks in one process, in which each further rank is a thread. Exchanges still use gloo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from antefix.model.ranks import Ranks
 
 @contextlib.contextmanager
 def over_ranks(size: int, load: Callable[[Ranks], Model]) -> Iterator[tuple[Model, list[Follower]]]:
-    """Rank 0's share of a model, which leads; `load` makes each rank's. Errors of the other ranks are raised here."""
+    """Rank 0's share of a model. Rank 0 leads; `load` makes each rank's share; other ranks' errors are raised here."""
     store = dist.HashStore()
     inboxes: list[queue.Queue[list[Message] | None]] = [queue.Queue() for _ in range(size - 1)]
     followers: list[Follower] = []

@@ -1,4 +1,4 @@
-"""Writes small checkpoints in exactly the format of DeepSeek-V4's releases, quantised by code of its own.
+"""Writes small checkpoints in exactly the format of DeepSeek-V4's releases, with its own code for quantising.
 
 flash       FP8 E4M3 with UE8M0 scales over 128x128, FP4 experts with UE8M0 scales over 32, one MTP layer
 base        experts in FP8 too, float32 scales
@@ -44,7 +44,7 @@ RELEASES: dict[str, dict[str, Any]] = {
     "dspark": FLASH | DSPARK,
     "pro": FLASH | {"compress_ratios": [128, 128, 4, 128, 4, 0]},
 }
-# The configs of the released Flash and Pro as far as shapes depend on them; the rest is as above.
+# The fields of the released Flash and Pro configs that decide shapes. Other fields are as above.
 FULL_FLASH = FLASH | {
     "head_dim": 512, "hidden_size": 4096, "index_head_dim": 128, "index_n_heads": 64, "index_topk": 512,
     "hc_sinkhorn_iters": 20, "max_position_embeddings": 1048576, "moe_intermediate_size": 2048, "n_routed_experts": 256,
@@ -65,7 +65,7 @@ _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def write(release: str, directory: Path, *, num_shards: int = 3, seed: int = 1, **changes: Any) -> Path:
-    """The directory of a release; `changes` go into its config. The same bytes for the same arguments."""
+    """Write the directory of a release. `changes` go into its config. The same arguments give the same bytes."""
     config = RELEASES[release] | changes
     tensors = draw(config, seed=seed)
     directory.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def write(release: str, directory: Path, *, num_shards: int = 3, seed: int = 1, 
 
 
 def write_sparse(config: dict[str, Any], directory: Path, *, num_shards: int = 46) -> Path:
-    """A directory of any size: real headers, and tensors that are holes in the files."""
+    """Write a directory of any size, with real headers, and tensors that are holes in sparse files."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     tensors = draw(config, pen=_Ruler(config))
@@ -106,7 +106,7 @@ def write_sparse(config: dict[str, Any], directory: Path, *, num_shards: int = 4
 
 
 def draw(config: dict[str, Any], *, seed: int = 1, pen: _Pen | None = None) -> dict[str, Tensor]:
-    """Every tensor under its released name; each matters."""
+    """Every tensor under its released name. Each tensor affects the result."""
     pen = pen or _Pen(config, torch.Generator().manual_seed(seed))
     hidden, streams = config["hidden_size"], config["hc_mult"]
     pen.bfloat16("embed.weight", config["vocab_size"], hidden)
@@ -276,7 +276,7 @@ class _Ruler(_Pen):
 
 
 def to_fp8(x: Tensor, *, float_scales: bool = False, block: int = 128) -> tuple[Tensor, Tensor]:
-    """Codes and scales over blocks, incomplete ones at the edges included."""
+    """Codes and scales over blocks, including incomplete blocks at the edges."""
     rows, columns = -(-x.shape[0] // block), -(-x.shape[1] // block)
     codes, scales = torch.empty(x.shape, dtype=torch.float8_e4m3fn), torch.empty(rows, columns)
     for i in range(rows):
@@ -289,7 +289,7 @@ def to_fp8(x: Tensor, *, float_scales: bool = False, block: int = 128) -> tuple[
 
 
 def to_fp4(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes two a byte in an int8, the even column in the low nibble; scales over 32 columns."""
+    """Codes and scales. An int8 holds two codes, with the even column in the low nibble. A scale covers 32 columns."""
     groups = x.unflatten(1, (-1, 32))
     scales = 2.0 ** torch.ceil(torch.log2(groups.abs().amax(2) / 6))
     values = (groups / scales.unsqueeze(2)).flatten(1)

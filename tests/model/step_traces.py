@@ -1,4 +1,4 @@
-"""What each step of a forward pass gave each token of one sequence, so that two runs show where they part first.
+"""Traces of each step's result for each token of one sequence, which show the first step where two runs differ.
 
 A trace maps (place in the pass, name of the step) to the rows of all tokens, by their position.
 """
@@ -22,7 +22,7 @@ Trace = dict[str, dict[int, Tensor]]
 
 
 class Tracer:
-    """Notes steps by name, in the order in which a forward pass runs them; `start` is the piece's first position."""
+    """Records steps by name, in the order in which a forward pass runs them. `start` is the piece's first position."""
 
     def __init__(self) -> None:
         self.steps: Trace = {}
@@ -30,7 +30,7 @@ class Tracer:
         self._undo: list[Callable[[], object]] = []
 
     def note(self, name: str, rows: Tensor, dim: int = 0) -> None:
-        """Rows of the piece's tokens lie along `dim`; rows beyond them are padding."""
+        """Record a step. The rows of the piece's tokens lie along `dim`; further rows are padding."""
         kept = self.steps.setdefault(name, {})
         for offset, row in enumerate(rows.movedim(dim, 0)[: self.count].detach().cpu().unbind(0)):
             kept[self.start + offset] = row
@@ -90,7 +90,7 @@ class Tracer:
 
 
 class TracedOps:
-    """Runs the steps that touch cached KV, and notes what they gave."""
+    """Runs the steps that use cached KV, and records their results."""
 
     steps_together = False
     step_runner = None
@@ -125,7 +125,7 @@ class TracedOps:
 
 def trace(model: Model, tokens: np.ndarray, cuts: Many[int], *, kernels: str = "auto", reproducible: bool = True,
           backend: tuple[BlockPool, Ops] | None = None) -> Trace:  # fmt: skip
-    """One sequence's tokens in pieces that end at `cuts`."""
+    """The trace of one sequence whose tokens run in pieces that end at `cuts`."""
     num_blocks = -(-len(tokens) // model.config.geometry.block_size)
     pool, ops = backend or make_backend(kernels, model.layout, num_blocks, model.device, reproducible=reproducible)
     sequence = Sequence(pool.allocate(num_blocks), WindowState.zeros(model.layout, 0, model.device))
@@ -143,7 +143,7 @@ def trace(model: Model, tokens: np.ndarray, cuts: Many[int], *, kernels: str = "
 
 
 def first_difference(one: Trace, other: Trace) -> str:
-    """The first step, in the order of the pass, that gave a token other bits; "" if none did."""
+    """The first step, in the order of the pass, that gave a token different bits, or ""."""
     for name, rows in one.items():
         assert rows.keys() == other[name].keys(), name
         if places := [at for at, row in rows.items() if not torch.equal(row, other[name][at])]:

@@ -1,4 +1,4 @@
-"""The probe: equal names where and only where cold runs have equal bits, and no claim that was not measured."""
+"""The probe's names are equal exactly if cold runs have equal bits, and the probe claims only what it measured."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from antefix.model.setup import Setup, setup_of
 from tests.model.random_models import make
 
 ROOT = Path(__file__).parents[2]
-# One process each: what MKL and PyTorch read from the environment counts from the first product on.
+# Each set-up has its own process, because MKL and PyTorch read the environment only before the first product.
 SETUPS: dict[str, tuple[dict[str, str], tuple[int, ...]]] = {
     "plain": ({}, (1, 2, 3, 4)),
     "another library path": ({"MKL_CBWR": "COMPATIBLE"}, (1, 2)),
@@ -42,7 +42,7 @@ for threads in map(int, sys.argv[1:]):
 
 @pytest.fixture(scope="module")
 def measured() -> dict[tuple[str, int], list[list[str]]]:
-    """By set-up and threads: each model's name of the arithmetic, and the bits of a cold run."""
+    """By set-up and threads: for each model the arithmetic's name and the bits of a cold run."""
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("MKL_", "ATEN_"))}
     plain |= {"PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path)), "OMP_WAIT_POLICY": "PASSIVE"}
     running = {}
@@ -78,7 +78,7 @@ def test_another_rounding_is_another_name() -> None:
     assert probe(model).name == name
     check_arithmetic(name)
     with pytest.MonkeyPatch.context() as patch:
-        # One bit of one function.
+        # Change one bit of one function's results.
         patch.setattr(numerics, "silu", lambda x: torch.nextafter(x * numerics.sigmoid(x), torch.tensor(9e9)))
         assert probe(model).name.split("-")[2] == name.split("-")[2]
         assert probe(model).name != name
@@ -101,7 +101,7 @@ def test_weights_that_are_padded_after_they_were_transposed_are_seen(monkeypatch
 
 
 def test_columns_that_threads_divide_between_them_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four streams need 24 columns: three threads take eight each, and the kernel for eight has another order."""
+    """Four streams need 24 columns. Three threads take eight each, and the kernel for eight sums in another order."""
     monkeypatch.setattr(numerics, "COLUMN_TILE", 8)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
@@ -132,7 +132,7 @@ def test_bits_that_depend_on_threads_are_part_of_the_name(monkeypatch: pytest.Mo
 
 
 def test_pairs_that_differ_from_single_products_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decode steps of many sequences are pairs, a chunk of one sequence is single products: both must be one chain."""
+    """Decode steps of many sequences use pairs, and a chunk of one uses single products. Both must sum in one order."""
     plain = numerics.multiply_each
     monkeypatch.setattr(numerics, "multiply_each", lambda a, b: plain(a, b) * (1 + 1e-6))
     measured = probe(make("plain"))
@@ -155,13 +155,13 @@ def test_a_cache_saves_time_and_claims_nothing(tmp_path: Path, monkeypatch: pyte
     again = probe(model, cache_dir=cache)
     assert (first.is_cached, again.is_cached) == (False, True)
     assert (again.name, again.num_proved) == (first.name, first.num_proved)
-    # Another set-up, model or thread count does not find it.
+    # Another set-up, model or number of threads does not find this cache entry.
     setup = setup_of(model.device)
     for other in (Setup(processor="other", libraries=setup.libraries, threads=1),
                   Setup(processor=setup.processor, libraries="other", threads=1)):  # fmt: skip
         assert not probe(model, cache_dir=cache, setup=other).is_cached
     assert not probe(make("three streams"), cache_dir=cache).is_cached
-    # The same file where other bits come out: it is not believed, and what is measured is said.
+    # If this machine computes other bits, the file is not believed, and the new measurement is reported.
     monkeypatch.setattr(numerics, "sigmoid", lambda x: torch.nextafter(1 / (1 + torch.exp(-x)), torch.tensor(2.0)))
     changed = probe(model, cache_dir=cache)
     assert not changed.is_cached
@@ -175,7 +175,7 @@ def test_a_damaged_cache_is_as_if_there_were_none(damage: str, tmp_path: Path) -
     (file,) = tmp_path.glob("*.json")
     text = file.read_text()
     if damage == "claim":
-        # It says that everything was proved, as a hand or another version might have written it.
+        # The file claims that everything was proved, as a user or another version might have written it.
         data = json.loads(text)
         data["arithmetic"] |= {"num_proved": 99, "unproved": []}
         damage = json.dumps(data)
@@ -191,7 +191,7 @@ def test_a_directory_that_cannot_be_written_costs_time_only(tmp_path: Path) -> N
 
 
 def test_a_cards_kind_driver_and_kernels_are_part_of_its_name() -> None:
-    """A processor stands for the card: its products run, and the rest of the name is the card's."""
+    """A CPU stands in for the card and runs its products. The rest of the name is the card's."""
     model = make("plain")
     card = "H200 9.0, driver 1, CUDA 13, Triton 3"
     setups = [Setup(processor="", libraries="", threads=1, card=text) for text in (card, card.replace("r 1", "r 2"))]

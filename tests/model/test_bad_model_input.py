@@ -1,4 +1,4 @@
-"""Whatever is wrong with a checkpoint or a request: a clear error that names it, and nothing half done."""
+"""Any fault in a checkpoint or a request gives a clear error that names it, and leaves nothing half done."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_quantised_weights_are_refused(directory: Path) -> None:
 
 
 def test_experts_may_come_as_one_stack(directory: Path) -> None:
-    """Under module names, as the shipped model has them."""
+    """The stack has module names, as in the shipped model."""
     before = load_model(directory).state_dict()
     names = [name for name in before if name.endswith((".experts.gate_up_proj", ".experts.down_proj"))]
 
@@ -216,7 +216,7 @@ def test_the_revision_names_config_and_weights(directory: Path) -> None:
 def test_another_choice_of_shards_is_another_revision(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = sharded(checkpoint, tmp_path / "sharded")
     shards = sorted(path.glob("*.safetensors"))
-    # The same tensors with other values, next to the ones that the index names; then the index names those.
+    # A second file has the same tensors with other values. First the index names the first file, then the second.
     save_file({name: tensor + 1 for name, tensor in load_file(shards[0]).items()}, path / "other.safetensors")
     first, weights = identify(path).weights_revision, load_model(path).state_dict()
     index = path / "model.safetensors.index.json"

@@ -121,7 +121,7 @@ def test_a_pool_needs_a_block() -> None:
 
 
 def test_one_block_of_one_entry_is_decoded_whatever_its_row_is_aligned_to() -> None:
-    """Its row has an odd number of bytes: 48 of the entry, 9 of the key."""
+    """The row has an odd number of bytes: 48 of the entry and 9 of the key."""
     geometry = KVGeometry(
         layers=(LayerKind.CSA,), head_dim=32, rope_dim=8, indexer_dim=16, csa_ratio=8, hca_ratio=4, window=8
     )

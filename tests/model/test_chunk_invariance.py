@@ -1,6 +1,6 @@
 """On a CPU, how a prompt is cut into calls and what else is in the batch never changes a bit.
 
-Compared to the bit: logits of every token, the pool's bytes and the window state's bytes.
+The tests compare the logits of every token, the pool's bytes and the window state's bytes, to the bit.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ Checkpoint = Callable[[str], Path]
 Prompt = Callable[..., np.ndarray]
 PLANS = ("flash", "pro", "small_ratios", "odd_ratios", "coprime_ratios")
 FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
-# Two threads on one plan; the others' two threads are many ways to ask the same.
+# Two threads run on one plan only, because on the other plans they would test the same.
 THREADS = [
     *((plan, 1) for plan in PLANS),
     (PLANS[0], 2),
     *(pytest.param(plan, 2, marks=pytest.mark.long) for plan in PLANS[1:]),
 ]
-# Nothing here changes a model, so that examples and tests share them.
+# Examples and tests share models, because no test changes a model.
 model_of = functools.cache(load_model)
 # Fixtures are immutable (a directory, a function), so that examples may share them.
 CONFIG = settings(deadline=None, max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class Run:
-    """One sequence with a pool of its own, and everything it computed."""
+    """One sequence with its own pool, and all its results."""
 
     def __init__(self, model: Model, num_tokens: int) -> None:
         self.model = model

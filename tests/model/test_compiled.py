@@ -1,4 +1,4 @@
-"""A CPU's compiled kernels: the very bits of torch's operations, or none of them."""
+"""A CPU's compiled kernels give the exact bits of torch's operations, or none of them is used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from antefix.model.numerics import linear
 from antefix.model.ops import TorchOps
 from tests.model.random_models import AWKWARD, make
 
-# Compiling takes some ten seconds of processor time where nothing is kept from an earlier run.
+# Compiling takes about ten seconds of processor time if no earlier run left compiled code.
 needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="Numba is not installed")
 
 
@@ -32,7 +32,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def left_behind(model: Model) -> list[bytes]:
-    """Prompts in pieces of many sizes, then mixed steps: all logits, window states and the pool."""
+    """Run prompts in pieces of many sizes, then mixed steps. Returns all logits, window states and the pool."""
     random = np.random.default_rng(2)
     size = model.config.geometry.block_size
     pool = BlockPool(model.layout, 4 * (400 // size + 1))
@@ -45,7 +45,7 @@ def left_behind(model: Model) -> list[bytes]:
     for sequence, pieces in zip(sequences, ((1, 5), (40, 9, 30), (150, 1, 3), (8, 90)), strict=True):
         left += [forward(model, pool, [(sequence, draw(count))], ops=TorchOps()) for count in pieces]
     for number in range(24):
-        # Of some steps one sequence stays out, and of some it runs three tokens.
+        # In some steps one sequence takes no part, and in some it runs three tokens.
         batch = [
             (sequence, draw(3 if (number + i) % 7 == 0 else 1))
             for i, sequence in enumerate(sequences)
@@ -66,7 +66,7 @@ def test_steps_and_pieces_leave_the_bits_that_torch_leaves(name: str, kv_format:
     assert check.enable(model) and switch.is_on()
     from antefix.model.compiled.layers import plans_of
 
-    # Steps take three calls per layer, but for the model that scores experts in another way.
+    # Steps take three calls per layer, except for the model that scores experts in another way.
     assert (plans_of(model) is None) == (name == "three heads")
     assert left_behind(model) == expected
 
@@ -88,7 +88,7 @@ def test_weights_that_changed_are_seen_by_the_next_step() -> None:
 @needs_numba
 @pytest.mark.slow
 def test_two_threads_that_step_at_once_leave_what_one_leaves() -> None:
-    """Kernels run without Python's lock, so nothing that they read may be given back before they end."""
+    """Kernels run without Python's lock, so no memory that they read may be freed before they end."""
     model = make("plain")
     assert check.enable(model)
     expected = left_behind(model)
@@ -103,14 +103,14 @@ def test_another_result_in_one_layer_switches_all_of_them_off(monkeypatch: pytes
     def compare(model: Model, on: bool, num_rows: int = 5) -> Iterator[tuple[str, torch.Tensor]]:
         del model
         yield "queries", torch.ones(num_rows, 4)
-        # Of the compiled ones, one number is the next float.
+        # The compiled kernels' numbers are the next larger float.
         yield "experts", torch.full((num_rows, 4), 1.0 + on * 2.0**-23)
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: ModuleType(name))
     monkeypatch.setattr(check, "_compare", compare)
     monkeypatch.setattr(check, "_compare_together", lambda *_: iter(()))
     assert not check.enable(model) and not switch.is_on()
-    # For good: what a process computes must not depend on the models that it loads later.
+    # The kernels stay off, because a process' results must not depend on models that it loads later.
     monkeypatch.setattr(check, "_compare", lambda model, on, num_rows=5: iter([("x", torch.ones(num_rows))]))
     assert not check.enable(model)
 

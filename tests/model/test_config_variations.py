@@ -1,4 +1,4 @@
-"""Whatever a config.json says: our logits are transformers', or its field is refused by name, or a note says more."""
+"""For any config.json our logits equal transformers', or we refuse a field by name, or a note says why they differ."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def check(config: dict[str, Any], names: tuple[str, ...]) -> Outcome:
-    """The law of this file."""
+    """Check this file's rule for one config."""
     outcome = judge(config)
     if outcome.ours:
         assert any(name in outcome.ours for name in names), f"refused without its name: {outcome.ours}: {config}"
@@ -44,7 +44,7 @@ def check(config: dict[str, Any], names: tuple[str, ...]) -> Outcome:
     return outcome
 
 
-# Of DeepseekV4Config, and what older or foreign configs have.
+# Fields of DeepseekV4Config, and of older or foreign configs.
 FIELDS = [
     "vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "q_lora_rank", "num_experts_per_tok", "n_routed_experts",
@@ -59,7 +59,7 @@ FIELDS = [
 ]  # fmt: skip
 
 
-# Of each kind one: nothing, zero, another size, a truth value, a word. And the rest of them.
+# One value of each kind: null, zero, another size, a boolean, a word. The long run adds more.
 VALUES = [(None, 0, 2, True, "relu"), pytest.param((-1, 0.0, 0.5, False, []), marks=pytest.mark.long)]
 
 
@@ -68,14 +68,14 @@ VALUES = [(None, 0, 2, True, "relu"), pytest.param((-1, 0.0, 0.5, False, []), ma
 @pytest.mark.parametrize("field", FIELDS)
 def test_no_field_changes_transformers_logits_unseen(field: str, values: tuple[Any, ...]) -> None:
     for value in values:
-        # Names of what a value makes impossible elsewhere stand for the field itself.
+        # The refusal may also name another field that this value makes impossible.
         check(BASE | {field: value}, (field, "n_routed_experts", "num_attention_heads", "head_dim", "RoPE"))
 
 
 @pytest.mark.slow
 def test_no_rope_changes_transformers_logits_unseen() -> None:
     outcomes = [check(random_rope(seed), ROPE_NAMES) for seed in range(80)]
-    # It would mean little if nearly all were refused by either side.
+    # The test would prove little if one side refused nearly all configs.
     assert sum(not o.theirs and not o.ours and not o.notes for o in outcomes) >= 10
     assert any(o.notes for o in outcomes) and any(o.ours and not o.theirs for o in outcomes)
 
@@ -130,7 +130,7 @@ def test_what_makes_sense_is_computed_as_transformers_does(name: str) -> None:
     assert outcome.error is not None and outcome.error < AGREE
 
 
-# What transformers runs and we refuse, and why: docs/MODEL_CONFIGS.md. The name must be in the message.
+# Configs that transformers runs and we refuse. docs/MODEL_CONFIGS.md gives the reasons. The message must have the name.
 REFUSED: dict[str, dict[str, Any]] = {
     "hidden_act": {"hidden_act": "relu"},
     "mlp_bias": {"mlp_bias": True},
@@ -165,7 +165,8 @@ def test_what_transformers_runs_and_we_refuse_names_the_field(name: str) -> None
         ModelConfig.from_dict(BASE | REFUSED[name])
 
 
-# What is said at load, and the same config with what is said written out: ours must equal transformers' of that.
+# Notes at load, each with a config that states the note's meaning explicitly. Our logits must equal transformers' of
+# that config.
 NOTED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "rope_parameters.compress gives no attention_factor": (
         nested(STRETCHED),

@@ -1,4 +1,4 @@
-"""The layer that predicts a token further: its logits, and its state however the tokens before came about."""
+"""The layer that predicts one token further: its logits, and its state however the earlier tokens were computed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def model(directory: Path) -> Model:
 
 
 class Run:
-    """One sequence that is drafted for."""
+    """One sequence with a draft state."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -53,7 +53,7 @@ class Run:
         self.sequence = Sequence(self.pool.allocate(2), WindowState.zeros(model.layout, 0))
 
     def take(self, tokens: np.ndarray, keep: int | None = None) -> torch.Tensor:
-        """Run tokens, keep some of them, and follow; the logits of all."""
+        """Run tokens, keep some of them, and update the draft state. Returns the logits of all tokens."""
         ran = run_tokens(self.model, self.pool, [(self.sequence, tokens)], logits="all")
         count = len(tokens) if keep is None else keep
         ran.keep(0, count)
@@ -66,7 +66,7 @@ class Run:
 
 
 def oracle_of_draft_layer(directory: Path, where: Path) -> Callable[[torch.Tensor, np.ndarray], torch.Tensor]:
-    """transformers' model of one layer whose weights are the draft layer's, fed with streams in place of embeddings."""
+    """transformers' model of one layer with the draft layer's weights. Its inputs are streams instead of embeddings."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     tensors: dict[str, torch.Tensor] = {}
@@ -120,7 +120,7 @@ def test_drafted_logits_are_those_of_the_reference(directory: Path, tmp_path: Pa
     whole = Run(model)
     ran = run_tokens(model, whole.pool, [(whole.sequence, TOKENS)])
     want = oracle_of_draft_layer(directory, tmp_path / "layer")(ran.streams[:-1], TOKENS[1:])
-    # One at a time from the start, then behind a chunk that is longer than the window.
+    # One token at a time from the start, then after a chunk that is longer than the window.
     for position in range(12):
         run.take(TOKENS[position : position + 1])
         got = run.draft_after(int(TOKENS[position + 1]))
@@ -143,7 +143,7 @@ def test_a_draft_state_does_not_depend_on_cuts(model: Model, cuts: tuple[int, ..
 
 @pytest.mark.slow
 def test_tokens_that_are_not_kept_leave_no_trace(model: Model) -> None:
-    """Drafted wrongly at places in and at the end of groups: window state, draft state and pool."""
+    """Wrong drafts inside groups and at their ends change neither window state, draft state nor pool."""
     plain, drafted = Run(model), Run(model)
     for run in (plain, drafted):
         run.take(TOKENS[:60])
@@ -191,7 +191,7 @@ def test_a_state_is_read_back_with_or_without_its_draft(model: Model, directory:
     for damaged in (data[:-1], data + b"\0", data[: len(short.to_bytes()) + 8], bytes(begins_later)):
         with pytest.raises(BlockCorrupt):
             WindowState.from_bytes(model.layout, 40, damaged)
-    # A whole number of values, but not those of this model's streams: the next step could not use them.
+    # The bytes are a whole number of values, but not this model's number, so the next step could not use them.
     num_values = model.config.hc_mult * model.config.hidden_size
     assert WindowState.from_bytes(model.layout, 40, data, num_stream_values=num_values).to_bytes() == data
     WindowState.from_bytes(model.layout, 40, data[: len(short.to_bytes())], num_stream_values=num_values)
@@ -206,7 +206,7 @@ def test_a_state_that_fell_behind_is_not_stored(model: Model) -> None:
     forward(model, run.pool, [(run.sequence, TOKENS[40:43])])
     assert not can_draft(model, run.sequence.window)
     assert len(run.sequence.window.to_bytes()) == state_bytes(model.layout, 43)
-    # What follows begins a new one.
+    # The next tokens begin a new draft state.
     run.take(TOKENS[43:45])
     assert can_draft(model, run.sequence.window)
     assert run.sequence.window.draft is not None

@@ -1,6 +1,7 @@
-"""Exact replay: what later tokens read of window state is exact after as many tokens as the bound says, not one fewer.
+"""Exact replay: the window state that later tokens read is exact after the bound's number of tokens, and not after
+fewer.
 
-The bound is L * (n_win - 1); where CSA's groups are longer than n_win - 1, its overlap may reach further back
+The bound is L * (n_win - 1). If CSA's groups are longer than n_win - 1, their overlap may reach further back
 (tests/shared/test_replay_reach.py).
 """
 
@@ -19,19 +20,19 @@ from tests.slow_cases import slow_but
 
 Checkpoint = Callable[[str], Path]
 Prompt = Callable[..., np.ndarray]
-# Where no group of CSA is longer than n_win - 1.
+# Plans in which no CSA group is longer than n_win - 1.
 NARROW = ("flash", "pro", "small_ratios", "odd_ratios", "coprime_ratios")
 PLANS = (*NARROW, "wide_overlap")
 
 
 def replayed_error(model: Model, tokens: np.ndarray, start: int, end: int) -> float:
-    """Relative error of the logits after `end`, with window state replayed from `start` on garbage."""
+    """Relative error of the logits after `end`. Window state is replayed from `start`, with garbage before it."""
     size = model.config.geometry.block_size
     pool = BlockPool(model.layout, -(-len(tokens) // size))
     cold = Sequence(pool.allocate(pool.num_blocks), WindowState.zeros(model.layout, 0))
     forward(model, pool, [(cold, tokens[:end])])
     replayed = Sequence(cold.block_table, WindowState.zeros(model.layout, start))
-    # Garbage where the window would be: exactness may not lean on zeros.
+    # Garbage takes the window's place, because exactness must not depend on zeros.
     replayed.window.window.copy_(torch.randn(replayed.window.window.shape, generator=torch.Generator().manual_seed(0)))
     before = pool.rows.clone()
     forward(model, pool, [(replayed, tokens[start:end])], write_global_kv=False)
@@ -46,7 +47,7 @@ def test_the_bound_is_enough_and_sharp(checkpoint: Checkpoint, prompt: Prompt, p
     model = load_model(checkpoint(plan), dtype=torch.float64, kv_format=KVFormat.FLOAT64)
     geometry = model.config.geometry
     bound = geometry.num_layers * (geometry.window - 1)
-    # The stored state has one token more: the oldest slot of each window, which is never read.
+    # The stored state has one more token in the oldest slot of each window, which is never read.
     assert geometry.replay_reach[0] == bound + 1
     start = geometry.block_size
     tokens = prompt(start + bound + 6)
@@ -81,7 +82,7 @@ def test_replay_of_whole_blocks_gives_the_cold_runs_bits_and_writes_nothing(
 
 
 def test_a_normal_run_over_the_same_span_would_have_written(checkpoint: Checkpoint, prompt: Prompt) -> None:
-    """The check above can fail: with writing on, an inexact start does change stored bytes."""
+    """The check above can fail: if the replay writes, an inexact start changes stored bytes."""
     model = load_model(checkpoint("pro"))
     size = model.config.geometry.block_size
     tokens = prompt(4 * size)

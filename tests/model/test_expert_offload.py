@@ -1,4 +1,4 @@
-"""Experts in host memory, fetched a layer ahead: the same bits, in any order of use, and room on the card."""
+"""Experts in host memory are fetched one layer ahead: equal bits in any order of use, and more room on the card."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def results(model: Model) -> list[torch.Tensor]:
     pool = BlockPool(model.layout, 4)
     sequence = Sequence(pool.allocate(2), WindowState.zeros(model.layout, 0))
     found = [forward(model, pool, [(sequence, part)], logits="all") for part in (TOKENS[:100], TOKENS[100:128])]
-    # A replay leaves the top layers' experts out.
+    # A replay does not run the top layers' experts.
     again = Sequence(sequence.block_table, WindowState.zeros(model.layout, 0))
     replay(model, pool, again, TOKENS[:128], stop=128)
     return [*found, *(forward(model, pool, [(each, TOKENS[128:129])]) for each in (sequence, again))]
@@ -52,7 +52,7 @@ def test_offloaded_experts_compute_the_same_bits(directory: Path, num_layers: in
     assert all(torch.equal(one, two) for one, two in zip(results(whole), results(model), strict=True))
     offload = of(model)
     assert offload.num_fetched > num_layers
-    # Passes go through the layers in order, so only what a replay left out was waited for.
+    # Passes use the layers in order, so they wait only for experts that a replay left out.
     assert offload.num_waits <= 2
 
 

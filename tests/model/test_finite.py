@@ -1,4 +1,4 @@
-"""What is no number in stored KV is found in packed form, wherever it lies, and nothing else is."""
+"""NaN and infinity in stored KV are found in packed form in every place, and no other value is reported."""
 
 import numpy as np
 import pytest
@@ -36,9 +36,10 @@ def test_what_a_model_computes_passes(layout, scale):
 
 
 def test_every_byte_of_a_row_is_looked_at_by_what_it_means(layout):
-    """Against decoding: a byte that makes any value of the row no number, or beyond the limit, is found, and no other.
+    """Compares with decoding: exactly those bytes are found that make a value of the row not finite or beyond the
+    limit.
 
-    Scales may be refused a little before the values that they make, never after.
+    A scale may be refused slightly before its values reach the limit, but never after.
     """
     rows = rows_of(layout, 1)
     for at in range(layout.block_bytes):

@@ -1,4 +1,7 @@
-"""Host memory next to a pool on a card: payloads come and go whole, nothing else moves. The rows lie on a CPU here."""
+"""Host memory next to a card's pool: whole payloads move in both directions, and nothing else.
+
+Rows here are on a CPU.
+"""
 
 from __future__ import annotations
 

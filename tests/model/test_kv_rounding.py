@@ -1,4 +1,4 @@
-"""Records hold what the released kernels' rounding gives, checked code by code against a search over all codes."""
+"""Records have the released kernels' rounding. Each code is compared with a search over all codes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def layout(head_dim: int = 512, rope_dim: int = 64, indexer_dim: int = 128) -> B
 
 
 def e4m3_value(code: int) -> float:
-    """FP8 E4M3FN by its definition: bias 7, no infinities, 0x7F and 0xFF are NaN."""
+    """The value of an FP8 E4M3FN code by definition: bias 7, no infinities, 0x7F and 0xFF are NaN."""
     sign, exponent, mantissa = (-1.0 if code & 0x80 else 1.0), (code >> 3) & 15, code & 7
     if exponent == 15 and mantissa == 7:
         return math.nan
@@ -45,7 +45,7 @@ def e4m3_value(code: int) -> float:
 
 
 def e2m1_value(code: int) -> float:
-    """FP4 E2M1 by its definition: bias 1, no infinities, no NaN."""
+    """The value of an FP4 E2M1 code by definition: bias 1, no infinities, no NaN."""
     sign, exponent, mantissa = (-1.0 if code & 8 else 1.0), (code >> 1) & 3, code & 1
     return sign * (mantissa / 2 if exponent == 0 else (1 + mantissa / 2) * 2.0 ** (exponent - 1))
 
@@ -55,7 +55,7 @@ E2M1 = [e2m1_value(code) for code in range(8)]
 
 
 def nearest_code(value: float, table: list[float], sign_bit: int) -> int:
-    """The code of the nearest magnitude; of two equally near ones the even code; the sign is kept on zeros."""
+    """The code of the nearest magnitude, or the even code of two equally near ones. Zeros keep their sign."""
     magnitude = abs(value)
     finite = [code for code, entry in enumerate(table) if not math.isnan(entry)]
     code = min(finite, key=lambda c: (abs(table[c] - magnitude), c & 1))
@@ -63,7 +63,7 @@ def nearest_code(value: float, table: list[float], sign_bit: int) -> int:
 
 
 def scale_exponent(group: np.ndarray, floor: float, largest_code: float) -> int:
-    """e of the scale 2^e = 2^ceil(log2(amax / largest code)), the quotient taken in float32 as the kernels take it."""
+    """e of the scale 2^e = 2^ceil(log2(amax / largest code)). The quotient is in float32, as in the kernels."""
     amax = max(np.abs(group).max(), np.float32(floor))
     fraction, exponent = math.frexp(float(np.float32(amax) * np.float32(1 / largest_code)))
     return exponent - 1 if fraction == 0.5 else exponent
@@ -87,7 +87,7 @@ def entry_by_search(x: np.ndarray, plan: BlockLayout) -> bytes:
 
 
 def hadamard_by_definition(x: np.ndarray) -> np.ndarray:
-    """Entry (i, j) of Sylvester's matrix is -1 to the number of bits that i and j share."""
+    """Entry (i, j) of Sylvester's matrix is -1 to the power of the number of bits that i and j share."""
     dim = len(x)
     signs = np.array([[(-1.0) ** (i & j).bit_count() for j in range(dim)] for i in range(dim)])
     return signs @ x.astype(np.float64) / math.sqrt(dim)

@@ -1,4 +1,4 @@
-"""A million tokens of context: memory grows with the blocks alone, and a hit there is still exact."""
+"""With a million tokens of context, memory grows only with the blocks, and a hit is still exact."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_a_chunk_after_a_million_tokens_needs_little_memory_and_keeps_its_bits(
     model = load_model(tmp_path)
     size = model.config.geometry.block_size
     num_blocks = 1_000_000 // size
-    # Real records, repeated: what is in them does not matter, that they are all read does.
+    # Real records are repeated. Their contents do not matter, but all of them must be read.
     pool = BlockPool(model.layout, num_blocks + 4)
     seed = Sequence(pool.allocate(64), WindowState.zeros(model.layout, 0))
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Antefix's logits equal transformers' logits: whole prompts, prompts cut anywhere, decode token by token."""
+"""Antefix's logits equal transformers' for whole prompts, prompts cut anywhere, and decoding token by token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""On a card the model computes what it computes on a CPU, up to the order of sums, with the same record layout."""
+"""On a card the model computes the same as on a CPU, except for the order of sums, with the same record layout."""
 
 from __future__ import annotations
 

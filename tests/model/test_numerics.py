@@ -1,4 +1,4 @@
-"""The building blocks: right values, bits that do not depend on neighbours, and gradients where training needs them."""
+"""The numeric functions have right values, bits that do not depend on other rows, and gradients that training needs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_pairs_product_does_not_depend_on_the_pairs_beside_it(
     width: int, out: int, start: int, num: int, num_threads: int
 ) -> None:
     torch.set_num_threads(num_threads)
-    # Laid out as attention has them: entries, transposed.
+    # The layout is attention's: transposed entries.
     a, b = normal(40, 4, width), normal(40, out, width, seed=1).transpose(1, 2)
     whole = multiply_each(a, b)
     assert torch.equal(multiply_each(a[start : start + num], b[start : start + num]), whole[start : start + num])

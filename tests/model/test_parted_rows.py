@@ -1,4 +1,4 @@
-"""Prefills whose rows several threads share: the very bits of one thread, and errors that reach the caller."""
+"""Prefills whose rows several threads share give the exact bits of one thread, and errors reach the caller."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def left_behind(model: Model, num_threads: int) -> list[bytes]:
-    """Three sequences in two calls, the second behind what the first left; all logits, states and the pool."""
+    """Run three sequences in two calls. Returns all logits, states and the pool."""
     torch.set_num_threads(num_threads)
     model.threads_are_free = True
     random = np.random.default_rng(3)
@@ -80,7 +80,7 @@ def test_compiled_layers_on_several_threads_have_the_bits_of_torch_on_one(monkey
 
 def test_parts_are_whole_tiles_that_cover_all_rows() -> None:
     model = make("plain")
-    assert parts_of(model, 160, 2) == [slice(0, 160)]  # Nobody has found that bits do not depend on threads.
+    assert parts_of(model, 160, 2) == [slice(0, 160)]  # It was not measured that bits do not depend on threads.
     model.threads_are_free = True
     assert parts_of(model, 160, 3) == [slice(0, 48), slice(48, 96), slice(96, 160)]
     assert parts_of(model, 16, 3) == [slice(0, 16)]

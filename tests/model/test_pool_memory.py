@@ -1,4 +1,4 @@
-"""A pool that nobody has used takes no memory, under the settings that workers are started with."""
+"""An unused pool takes no memory, with the settings with which workers start."""
 
 from __future__ import annotations
 

@@ -22,12 +22,12 @@ PRODUCTS = {
     "vdot", "inner", "ger", "outer", "einsum", "tensordot", "convolution", "mkldnn_linear", "_scaled_mm",
     "_addmm_activation", "_scaled_dot_product_attention",
 }  # fmt: skip
-# Sums that threads may share between them by columns.
+# Sums whose columns several threads may divide between them.
 SUMS = {"sum", "mean", "prod", "var", "std"}
 
 
 class Seen(TorchDispatchMode):
-    """Notes every product's shape, and what breaks the rules."""
+    """Records every product's shape, and every product that breaks the rules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ def test_every_product_of_a_forward_pass_is_a_sanctioned_one(name: str, kv_forma
     with Seen() as seen:
         run_all(model)
     assert not seen.faults
-    # Not only where it comes from: the probe has run every tile of it.
+    # The probe must also have run every tile of these products.
     with torch.inference_mode(), Seen() as probed:
         for step in steps_of(model):
             step.run(numbers((min(step.shape[0], 16), *step.shape[1:]), 0, step.dtype), 0)

@@ -1,4 +1,4 @@
-"""A model over two and four ranks computes what one computes, to the bit; rank 0 alone reads KV from a store."""
+"""A model over two and four ranks has the bits of one rank. Only rank 0 reads KV from a store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from antefix.model_dir import identify
 from tests.model import released_checkpoint as released
 from tests.model.rank_threads import over_ranks
 
-# Shapes of which four ranks each get whole FP8 blocks.
+# Shapes with which each of four ranks gets whole FP8 blocks.
 WIDE = {
     "head_dim": 128, "o_groups": 4, "n_routed_experts": 8, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0],
 }  # fmt: skip
@@ -30,7 +30,7 @@ TOKENS = np.random.default_rng(2).integers(0, 64, 150).astype("<u4")
 
 
 def digests(model: Model) -> dict[str, str]:
-    """Of a cold run, its KV, hits on it by checkpoint and by replay, and steps of several sequences."""
+    """Digests of a cold run, its KV, hits on it by checkpoint and by replay, and steps of several sequences."""
     layout = model.layout
     pool, _ = make_backend("torch", layout, 8, "cpu", lead=model.lead)
 
@@ -42,7 +42,7 @@ def digests(model: Model) -> dict[str, str]:
     second = forward(model, pool, [(sequence, TOKENS[100:128])], logits="all")
     checkpoint, block = sequence.window.to_bytes(), bytes(pool.payloads(sequence.block_table[:1])[0])
     cold = forward(model, pool, [(sequence, TOKENS[128:])], logits="all")
-    # What a store holds is rank 0's to read: it lands in its pool alone.
+    # Only rank 0 reads from a store, so the block lands only in rank 0's pool.
     again = begin()
     pool.landing(again.block_table[:1])[0][:] = block
     pool.note_filled(again.block_table[:1])
@@ -52,7 +52,7 @@ def digests(model: Model) -> dict[str, str]:
     replay(model, pool, replayed, TOKENS[:70], stop=128)
     replay(model, pool, replayed, TOKENS[70:128], stop=128)
     rebuilt = replayed.window.to_bytes()
-    # A second sequence of another length joins; of its two tokens one is kept.
+    # A second sequence of another length joins, and one of its two tokens is kept.
     other = begin()
     forward(model, pool, [(other, TOKENS[:9])])
     ran = run_tokens(model, pool, [(sequence, TOKENS[:1]), (other, TOKENS[1:3]), (again, TOKENS[:1])], logits="all")
@@ -91,7 +91,7 @@ def test_any_number_of_ranks_computes_the_same_bits(root: Path, size: int) -> No
     directory, alone, want = flash(root)
     with over_ranks(size, lambda ranks: load_model(directory, ranks=ranks)) as (model, _):
         assert digests(model) == want
-        # Three divide nothing of this model, so each has all of it.
+        # No part of this model can be divided by three, so each of three ranks holds the whole model.
         assert (held(model) < held(alone)) == (size != 3)
     assert want["hit"] == want["cold"]
     assert want["replay"] == want["checkpoint"]
@@ -172,7 +172,8 @@ def test_shares_make_up_the_whole(tmp_path: Path, release: str) -> None:
         else:
             num_split += 1
             assert torch.equal(torch.cat(pieces), tensor.view(torch.uint8))
-    # Of four layers wq_b and wo_a, sinks, and both stacks of experts: codes and scales.
+    # In each of four layers these are split: codes and scales of wq_b and wo_a, sinks, and codes and scales of both
+    # stacks of experts.
     assert num_split == 4 * (4 + 1 + 4)
 
 
@@ -191,7 +192,7 @@ def test_on_cards_the_number_of_ranks_is_part_of_the_names(root: Path) -> None:
         check_arithmetic(two.name.replace("-x2", "-x0"))
 
 
-def test_ranks_that_are_none_are_refused(tmp_path: Path) -> None:
+def test_invalid_ranks_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="rank 2 is not one of 2"):
         Ranks(rank=2, size=2)
     with pytest.raises(ConfigError, match=r"torch.distributed to be initialised"):

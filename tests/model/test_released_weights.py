@@ -1,4 +1,4 @@
-"""Checkpoints as DeepSeek releases them: what is loaded, how it is computed, and what is refused."""
+"""Checkpoints in DeepSeek's released format: what is loaded, how it is computed, and what is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Release = Callable[[str], Path]
 
 @pytest.fixture(scope="session")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
-    """A release's directory; written once."""
+    """A release's directory, which is written once."""
     made: dict[str, Path] = {}
 
     def make(name: str) -> Path:
@@ -97,7 +97,7 @@ def test_a_release_computes_what_transformers_dequantised_load_computes(release:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["flash", "base"])
 def test_inputs_are_rounded_where_the_released_code_rounds_them(release: Release, name: str) -> None:
-    """The oracle with its inputs rounded by hand, product by product; experts' weights stay behind the last product."""
+    """In the oracle each product's inputs are rounded by hand. Experts' weights are applied after the last product."""
     oracle = dequantised_oracle(release(name))
     rounded = ("self_attn.q_a_proj", "self_attn.q_b_proj", "self_attn.kv_proj", "self_attn.o_b_proj",
                "indexer.q_b_proj", "shared_experts.gate_proj", "shared_experts.up_proj",
@@ -113,14 +113,14 @@ def test_inputs_are_rounded_where_the_released_code_rounds_them(release: Release
     tokens = tokens_of(40)
     want = oracle_logits(oracle, tokens)
     model = load_model(release(name), dtype=torch.float64, kv_format=KVFormat.FLOAT64)
-    # Rounding is a step function: where one input lies at a step, float64's last bit may decide.
+    # Rounding is a step function. If an input lies at a step, float64's last bit may decide.
     assert_close(run(model, tokens, []), want, 1e-9)
     plain = load_model(release(name), dtype=torch.float64, kv_format=KVFormat.FLOAT64, rounds_inputs=False)
     assert float((run(plain, tokens, []) - want).norm() / want.norm()) > 1e-3
 
 
 def by_hand(x: torch.Tensor) -> torch.Tensor:
-    """act_quant of the released code, group by group; all widths here are multiples of 128."""
+    """act_quant of the released code, group by group. All widths here are multiples of 128."""
     groups = x.float().unflatten(-1, (-1, 128))
     scale = 2.0 ** torch.ceil(torch.log2(groups.abs().amax(-1, keepdim=True).clamp(min=1e-4) / 448))
     return ((groups / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale).flatten(-2).to(x.dtype)
@@ -145,7 +145,7 @@ FORMS = {
 
 
 def matrix(form: PackedForm, rows: int, addends: int) -> tuple[PackedMatrix, torch.Tensor]:
-    """A packed matrix and its values, by the writer's code."""
+    """A packed matrix, and its values according to the writer's code."""
     drawn = torch.randn(rows, addends, generator=torch.Generator().manual_seed(rows + addends))
     if form.is_fp4:
         codes, scales = released.to_fp4(drawn)
@@ -186,7 +186,7 @@ def test_every_code_has_its_value() -> None:
     fp8 = PackedMatrix(codes.view(torch.float8_e4m3fn).view(1, 256), torch.ones(1, 2), (128, 128))
     want = codes.view(torch.float8_e4m3fn).float()
     assert torch.equal(fp8.decode(0, 1, torch.float32)[0].nan_to_num(7.5), want.nan_to_num(7.5))
-    # The scales' ends: 2^-127, which float32 has as a subnormal number only, and 2^127.
+    # The smallest and largest scale: 2^-127, which is a subnormal number in float32, and 2^127.
     ends = torch.tensor([[0, 254]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
     fp4 = PackedMatrix(torch.full((1, 32), 0x42, dtype=torch.uint8), ends, (1, 32))
     assert fp4.decode(0, 1, torch.float64)[0, [0, 1, 32, 33]].tolist() == [
@@ -200,14 +200,14 @@ def test_weights_stay_packed_in_memory(release: Release) -> None:
     plan = plan_model(release("flash"))[1]
     held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     assert plan.nbytes < stored
-    # BF16 tensors become float32 in a float32 model; all packed ones, most of the bytes of a real model, stay.
+    # In a float32 model BF16 tensors become float32. Packed tensors, most of a real model's bytes, stay packed.
     packed = [tensor for name, tensor in model.state_dict().items() if name.endswith(".codes")]
     assert {tensor.dtype for tensor in packed} == {torch.uint8, torch.float8_e4m3fn}
     assert held <= 2 * plan.nbytes
 
 
 def test_float32_tensors_keep_their_bits_in_a_bfloat16_model(release: Release) -> None:
-    """Sinks, hyper-connections, position biases, routing biases: as released, and as transformers keeps them."""
+    """Sinks, hyper-connections, position biases and routing biases stay as released, as in transformers."""
     wide, narrow = load_model(release("flash")), load_model(release("flash"), dtype=torch.bfloat16)
     kept = [name for name, tensor in narrow.state_dict().items() if tensor.dtype is torch.float32]
     kept = [name for name in kept if not name.endswith(".scales")]
@@ -306,7 +306,7 @@ def test_experts_whose_products_are_packed_in_two_ways_are_refused(copied: Path)
 
 
 def test_some_linears_may_come_dequantised(copied: Path) -> None:
-    """transformers and vLLM take a checkpoint whose config says fp8 and some of whose weights are not packed."""
+    """transformers and vLLM accept a checkpoint whose config says fp8 although some weights are not packed."""
     name, before = "layers.1.attn.wq_a", run(load_model(copied, rounds_inputs=False), tokens_of(20), [])
 
     def change(tensors: dict[str, torch.Tensor]) -> None:

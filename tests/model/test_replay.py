@@ -1,4 +1,4 @@
-"""A replay runs only what window state depends on: every bit is as if every token had been run, nothing is written."""
+"""A replay runs only what window state depends on. The bits equal those of running every token; nothing is written."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FORMATS = (KVFormat.FP8, KVFormat.FLOAT32)
 
 
 class ReadingOps(TorchOps):
-    """The only operation that writes a pool is an error."""
+    """Operations in which writing to a pool is an error."""
 
     def compress_and_pack(self, *_: object) -> None:
         raise AssertionError("a replay wrote global KV")
@@ -60,7 +60,7 @@ def case(checkpoint: Checkpoint) -> Callable[[str, KVFormat], Case]:
 
 def build(model: Model) -> Case:
     geometry = model.layout.geometry
-    # One block more than twice a replay, so that most replays start inside the document.
+    # The document is one block longer than two replays, so that most replays start inside it.
     num_blocks = 2 * geometry.replay_tokens // geometry.block_size + 1
     tokens = np.random.default_rng(7).integers(0, model.config.vocab_size, num_blocks * geometry.block_size)
     pool = BlockPool(model.layout, num_blocks)
@@ -125,7 +125,7 @@ def test_at_every_boundary_it_gives_the_cold_runs_bits(
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_one_token_less_is_not_enough(case: Callable[[str, KVFormat], Case], plan: str) -> None:
-    """The cone is sharp: without its first token some state differs."""
+    """The set of needed tokens is minimal: without its first token some state differs."""
     one = case(plan, KVFormat.FLOAT32)
     stop = len(one.table) * one.block_size
     start = needed_from(one.model.layout.geometry, 0, stop) + 1

@@ -1,6 +1,6 @@
 """The FP8 format end to end: transformers, told to round where the released code rounds, gives the same logits.
 
-The oracle shares nothing with Antefix: transformers' layers and caches, and a rounding written here in numpy.
+The oracle shares no code with Antefix: it has transformers' layers and caches, and a rounding in numpy in this file.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ Prompt = Callable[[int], np.ndarray]
 E4M3 = np.array(
     [m / 8 * 2.0**-6 for m in range(8)] + [(1 + m / 8) * 2.0 ** (e - 7) for e in range(1, 16) for m in range(8)]
 )
-E4M3 = E4M3[:-1]  # the last one would be NaN
+E4M3 = E4M3[:-1]  # the last code would be NaN
 E2M1 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 
 
 def round_groups(x: np.ndarray, size: int, codes: np.ndarray, floor: float) -> np.ndarray:
-    """Every group of `size` to its nearest codes, under the smallest power-of-two scale that holds it."""
+    """Round every group of `size` to its nearest codes, with the smallest power-of-two scale that fits the group."""
     out = np.empty_like(x)
     for start in range(0, x.shape[-1], size):
         group = x[..., start : start + size].astype(np.float64)
@@ -109,11 +109,11 @@ def test_the_fp8_format_equals_transformers_with_released_rounding(
     want = rounding_transformers(checkpoint(plan), tokens)
     rounded, plain = (run(checkpoint(plan), tokens, kv_format) for kv_format in (KVFormat.FP8, KVFormat.FLOAT32))
     error = (rounded - want).abs().amax(-1) / want.abs().max()
-    # A float32 difference of 1e-7 may tip a value over a rounding border, and a tipped indexer key may pick another
-    # entry: from such a token on logits differ visibly. Up to there they agree to float32's precision.
+    # A float32 difference of 1e-7 may move a value across a rounding border, and a changed indexer key may pick another
+    # entry. From such a token on logits differ visibly. Before that token they agree to float32's precision.
     assert error[: length // 3].max() < 1e-5
     assert (error < 1e-5).float().mean() > 0.6
-    # Without rounding nothing would agree.
+    # Without rounding no logits would agree.
     assert ((plain - want).abs().amax(-1) / want.abs().max() > 1e-4).float().mean() > 0.9
 
 

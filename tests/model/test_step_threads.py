@@ -1,4 +1,4 @@
-"""Steps of small operations take one thread, wherever nobody's bits depend on it."""
+"""Steps of small operations use one thread, if no bits depend on the number of threads."""
 
 from __future__ import annotations
 

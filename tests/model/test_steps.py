@@ -1,4 +1,4 @@
-"""Decode steps of many sequences at once: the very bits of each sequence alone, in all that it leaves."""
+"""Decode steps of many sequences at once give the exact bits of each sequence alone, in all their results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LENGTHS = (1, 2, 7, 8, 9, 15, 40, 63, 65, 90)
 
 
 class OneByOne(TorchOps):
-    """Each sequence by itself, in absolutely aligned tiles."""
+    """Operations that run each sequence alone, in absolutely aligned tiles."""
 
     steps_together = False
 
@@ -33,7 +33,10 @@ def outcome(
     lengths: Many[int] = LENGTHS,
     longer: bool = False,
 ) -> list[bytes]:
-    """Sequences of many lengths, prefilled alone, then run together: what every step and every sequence leaves."""
+    """Prefill sequences of many lengths alone, then run them together.
+
+    Returns the results of all steps and sequences.
+    """
     size = model.config.geometry.block_size
     random = np.random.default_rng(5)
 
@@ -41,11 +44,11 @@ def outcome(
         return random.integers(0, model.config.vocab_size, num_tokens).astype("<u4")
 
     sequences, lengths = [], [*lengths, 70] if longer else list(lengths)
-    # Blocks in no order, so that nothing lies side by side.
+    # Blocks are shuffled, so that a sequence's blocks are not neighbours.
     needed = [-(-(length + cut * size + 2 * num_steps) // size) for length in lengths]
     pool = BlockPool(model.layout, sum(needed) + 1)
     ids = [int(block) for block in random.permutation(pool.allocate(pool.num_blocks))]
-    # Any finite numbers that others left.
+    # Free rows hold finite numbers that other sequences left.
     pool.rows.fill_(100)
     pool.note_filled(ids)
     for number, length in enumerate(lengths):
@@ -77,7 +80,7 @@ def same(model: Model, **how: Any) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "odd everywhere"])
 def test_two_steps_of_a_few_have_the_bits_of_each_alone(name: str) -> None:
-    """What the tests below look at in full, in a tenth of the time: one sequence fills a block."""
+    """A short form of the tests below, in a tenth of the time. One sequence fills a block."""
     same(make(name), num_steps=2, lengths=(1, 15, 40))
 
 

@@ -1,4 +1,7 @@
-"""The indexer keeps each query's best visible entries; ties go to the lowest index, whatever else was scored."""
+"""The indexer keeps each query's best visible entries.
+
+Of equal scores the lowest index wins, whatever else is scored.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +45,7 @@ def test_the_best_visible_entries_lowest_index_first(
 def test_the_choice_does_not_depend_on_how_many_entries_were_scored(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(3)
     scores = torch.randn(40, 3000, generator=generator).to(dtype)
-    # A third of the scores tie at zero, as ReLU makes them.
+    # A third of the scores are zero, as ReLU makes them, and so are equal.
     scores[scores < -0.4] = 0.0
     counts = torch.linspace(0, 900, 40).long()
     scores[torch.arange(3000) >= counts[:, None]] = -INFINITY

@@ -1,4 +1,4 @@
-"""Window state and the unfinished block can leave and come back at any position, and nothing notices."""
+"""Window state and the unfinished block can be saved and restored at any position without changing a result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def start(model: Model, num_blocks: int) -> tuple[BlockPool, Sequence]:
 
 
 def moved(model: Model, pool: BlockPool, sequence: Sequence) -> tuple[BlockPool, Sequence]:
-    """The sequence in a fresh pool, in other rows, by way of bytes alone."""
+    """The sequence moved through bytes only to other rows of a new pool."""
     rows = [bytes(pool.payloads([block])[0]) for block in sequence.block_table]
     state = sequence.window.to_bytes()
     other = BlockPool(model.layout, 2 * len(rows) + 1)

@@ -1,4 +1,4 @@
-"""What the tier needs of any bucket, whatever server it is in."""
+"""The behaviour that the object tier needs of any bucket, on any server."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import pytest
 
 from antefix.objects.bucket import Bucket, ObjectGone
 
-# More than one page of a list has.
+# More objects than one page of a listing has.
 NUM_OBJECTS = 1203
 
 
 async def keeps_what_any_bucket_must(bucket: Bucket, *, num_objects: int = NUM_OBJECTS) -> None:
-    """Of an empty bucket, which it leaves empty and closes."""
+    """Check an empty bucket, which is empty again and closed afterwards."""
     assert await bucket.list_objects("segments/") == []
     names = [f"segments/{number:05d}" for number in range(num_objects)]
     await asyncio.gather(*(bucket.put(name, [name.encode(), b"!"]) for name in names))

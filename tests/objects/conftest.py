@@ -1,4 +1,4 @@
-"""A real S3 server for all tests that ask for one, and a place of its own in it for each of them."""
+"""A real S3 server for all tests that use one, with a separate place for each test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ At = Callable[[str], None]
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Its endpoint. Skips where `make test-s3` did not say where the server is."""
+    """The server's endpoint. Skips the test if `make test-s3` did not set the server's path."""
     pytest.importorskip("obstore")
     with s3_server(tmp_path_factory.mktemp("s3")) as endpoint:
         yield endpoint
@@ -23,7 +23,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def at(monkeypatch: pytest.MonkeyPatch) -> At:
-    """Sets which endpoint clients that are opened from now on talk to."""
+    """Sets the endpoint for clients that are opened from now on."""
 
     def use(endpoint: str) -> None:
         for name, value in environment(endpoint).items():

@@ -1,4 +1,4 @@
-"""A proxy in front of an S3 server that does harm to some of the answers, from a seed."""
+"""A proxy in front of an S3 server that damages some of the answers. A seed decides which."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SLOW_DOWN = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce 
 
 @dataclass
 class Harm:
-    """share: of requests.  kinds: which harms are drawn from.  done: how many of each there were."""
+    """share: of requests whose answers are damaged.  kinds: of damage to draw from.  done: the count of each kind."""
 
     share: float = 0.0
     kinds: Sequence[str] = HARMS
@@ -41,7 +41,7 @@ class Harm:
 async def faulty_proxy(
     server_url: str, harm: Harm, *, rewrite: Callable[[bytes], bytes] = lambda request: request
 ) -> AsyncIterator[str]:
-    """The proxy's URL. One request per connection, so that a harm hits one request.
+    """The proxy's URL. A connection carries one request, so that each fault affects one request.
 
     rewrite: changes each request on its way to the server.
     """
@@ -86,7 +86,7 @@ async def faulty_proxy(
 
 
 async def _message(reader: asyncio.StreamReader) -> bytes:
-    """A request with its body, and without what would keep the connection."""
+    """A request with its body, without headers that would keep the connection open."""
     head = await reader.readuntil(b"\r\n\r\n")
     lines = head[:-4].split(b"\r\n")
     kept = [line for line in lines if not line.lower().startswith(b"connection:")]

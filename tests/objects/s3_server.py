@@ -1,4 +1,7 @@
-"""A real S3 server process (SeaweedFS), on free ports below 10000: one above takes another one for gRPC, by itself."""
+"""A real S3 server process (SeaweedFS) on free ports below 10000.
+
+With a higher port it would choose its own gRPC port.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,16 @@ import pytest
 
 KEY_ID, KEY = "antefix", "antefix-secret"
 BUCKET = "antefix-test"
-# Not the server's own defaults, which it takes for further doors.
+# These are not the server's default ports, which it uses for its other services.
 _PORTS = range(9510, 9900)
 _START_S = 180.0
 
 
 def free_ports(count: int) -> list[int]:
-    """Neighbours, and the one above them is free as well: another server may have its own next to a single free one."""
+    """`count` neighbouring free ports.
+
+    The next port is free too, because another server may use a lone port's neighbour.
+    """
     found: list[int] = []
     for port in _PORTS:
         with closing(socket.socket()) as probe:
@@ -37,7 +43,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def environment(endpoint: str) -> dict[str, str]:
-    """What any S3 client reads."""
+    """Environment variables that every S3 client reads."""
     return {
         "AWS_ACCESS_KEY_ID": KEY_ID,
         "AWS_SECRET_ACCESS_KEY": KEY,
@@ -48,9 +54,9 @@ def environment(endpoint: str) -> dict[str, str]:
 
 @contextmanager
 def s3_server(directory: Path, *, pids: list[int] | None = None, anybody: bool = False) -> Iterator[str]:
-    """The server's URL; a bucket is there. Skips where `make test-s3` did not say where the server is.
+    """The URL of a server with a bucket. Skips the test if `make test-s3` did not set the server's path.
 
-    pids: gets the server's.  anybody: whether requests without a signature may do everything.
+    pids: the server's process ids are added to this list.  anybody: whether unsigned requests may do everything.
     """
     home = os.environ.get("ANTEFIX_S3", "")
     if not home:
@@ -104,7 +110,7 @@ def s3_server(directory: Path, *, pids: list[int] | None = None, anybody: bool =
 
 
 def make_bucket(python: str, url: str) -> None:
-    """With the client that people know, in the environment of the server; waits until the server answers."""
+    """Make the bucket with a well-known client, in the server's environment. Waits until the server answers."""
     script = (
         "import boto3; client = boto3.client('s3'); there = [b['Name'] for b in client.list_buckets()['Buckets']];"
         f" {BUCKET!r} in there or client.create_bucket(Bucket={BUCKET!r})"

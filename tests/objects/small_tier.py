@@ -1,4 +1,4 @@
-"""Object tiers of small records in a directory: a whole life of one takes milliseconds."""
+"""Object tiers of small records in a directory, so that a test of a whole tier takes milliseconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def url_of(directory: Path) -> str:
 async def upload(
     url: str, records: Sequence[Record], *, clock_ms: Callable[[], int] = wall_ms, **settings: object
 ) -> ObjectWriter:
-    """One host's upload."""
+    """Upload records as one host does."""
     settings = {"ttl_s": dict.fromkeys(RecordKind, DAY_S), "segment_bytes": 4096, **settings}
     writer = ObjectWriter(Catalog(open_bucket(url), clock_ms=clock_ms), ObjectSettings(**settings))  # type: ignore[arg-type]
     await writer.catalog.refresh()
@@ -33,12 +33,12 @@ async def upload(
 
 
 def tier_of(url: str, **settings: object) -> ObjectTier:
-    """What a host sees that has nothing yet."""
+    """The tier as a new host sees it."""
     return ObjectTier(open_bucket(url), **settings)  # type: ignore[arg-type]
 
 
 async def num_restored(tier: ObjectTier, prompt: Prompt) -> int:
-    """Leading blocks that come; every byte of them is right."""
+    """The number of leading blocks that are restored. Every byte of them must be right."""
     into = prompt.buffers()
     num_good = await tier.get_blocks(prompt.hashes, into, fingerprint=FINGERPRINT, tenant=OWNER)
     assert [bytes(each) for each in into[:num_good]] == [prompt.payload(number) for number in range(num_good)]

@@ -1,4 +1,4 @@
-"""The object tier in Azure's Blob Storage, as Azurite, Microsoft's emulator of it, serves it (`make test-azure`)."""
+"""The object tier in Azure Blob Storage, served by Microsoft's emulator Azurite (`make test-azure`)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.objects.small_tier import OWNER, num_restored, tier_of, upload
 pytestmark = [pytest.mark.s3, pytest.mark.services]
 PROMPT = Prompt(list(range(BLOCK * 60)), payload_bytes=60_000)
 CONTAINER: Final = "antefix"
-# Of the emulator, published by Microsoft.
+# The emulator's key, which Microsoft has published.
 ACCOUNT: Final = "devstoreaccount1"
 KEY: Final = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 VERSION: Final = "2021-08-06"
@@ -63,7 +63,7 @@ def url(server: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def _make_container(port: int) -> None:
-    """With the emulator's shared key; waits until it answers."""
+    """Make a container with the emulator's shared key. Waits until the emulator answers."""
     until_s = time.monotonic() + START_S
     while True:
         try:

@@ -1,5 +1,5 @@
-"""Anchors and archived ledgers in a real S3 server: what is there is told from what is not, and a store that fails
-costs neither entries nor segments."""
+"""Anchors and archived ledgers in a real S3 server: missing objects are noticed, and a server that fails costs neither
+entries nor segments."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_a_store_that_fails_costs_no_segment_and_the_next_anchor_comes(
                 prune, ledger.directory, before_us=NOW_US * 2, place=url, signer=signer, now_us=NOW_US
             )
     assert next(read_entries(ledger.directory))[1].sequence == 1
-    # Answers that are harmed now and then: the library asks again, and what is read back is what was written.
+    # Some answers are damaged. The library repeats those requests, and reads return the written bytes.
     async with faulty_proxy(server, Harm(share=0.2, kinds=("500", "reset", "slow-down", "delay"))) as proxy:
         at(proxy)
         await asyncio.to_thread(anchoring.anchor)

@@ -1,8 +1,8 @@
 """The object tier through the client of Google Cloud Storage. The server behind it is not Google's.
 
-The client speaks GCS's XML interface, which is S3's in the calls that the tier makes. So a proxy hands its requests to
-the S3 server: it takes off the empty token and writes names with plain slashes. This tests our use of the client, its
-URLs, ranges, lists and errors. It does not test Google's service or its sign-in.
+The client uses GCS's XML interface, which equals S3's in the calls that the tier makes. So a proxy passes the client's
+requests to the S3 server: it removes the empty token and writes names with plain slashes. This tests our use of the
+client, its URLs, ranges, lists and errors. It does not test Google's service or its sign-in.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ async def bucket(open_server: str, harm: Harm, monkeypatch: pytest.MonkeyPatch) 
 
 
 async def test_a_bucket_keeps_what_any_bucket_must(bucket: str) -> None:
-    # Few, because each passes the proxy on a connection of its own, and all are sent at once.
+    # Few objects, because all requests are sent at once, and each has its own connection to the proxy.
     await keeps_what_any_bucket_must(open_bucket(f"{bucket}/any"), num_objects=40)
 
 
@@ -72,7 +72,7 @@ async def test_another_host_reads_what_was_uploaded_and_no_harm_makes_a_byte_wro
     payload = await tier.get(RecordKind.CHECKPOINT, PROMPT.hashes[30], fingerprint=FINGERPRINT, tenant=OWNER)
     assert payload == PROMPT.payload(30, RecordKind.CHECKPOINT)
     harm.share = 0.3
-    # Every byte that comes is checked; how many come depends on what was harmed.
+    # Every returned byte is checked. Their number depends on which answers were damaged.
     for _ in range(3):
         await num_restored(tier, PROMPT)
     assert harm.done

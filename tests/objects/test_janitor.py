@@ -1,4 +1,4 @@
-"""What keeps the object tier to its limits, and its index: tiles follow from the segments, and none of it is needed."""
+"""The janitor keeps the object tier within its limits, and makes its index. Segments work even without the index."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PROMPT = Prompt(list(range(BLOCK * 40)))
 
 
 class Host:
-    """One of several hosts over a bucket, on a clock that they share."""
+    """One of several hosts that share a bucket and a clock."""
 
     def __init__(self, directory: Path, clock: Clock, **limits: object) -> None:
         self.catalog = Catalog(open_bucket(url_of(directory)), clock_ms=clock)
@@ -85,7 +85,7 @@ async def test_over_its_budget_the_tier_loses_its_oldest(tmp_path: Path) -> None
     await keeper.janitor.tidy()
     assert keeper.janitor.counters.num_over_budget == 4
     assert len(names(tmp_path, "segments")) == 4
-    # The other host learns it from the bucket, without a read that fails.
+    # The other host learns of the deletions from the bucket, before any read fails.
     await host.catalog.refresh()
     assert [ref.nbytes for ref in host.catalog.segments()] == sizes[4:]
 
@@ -121,7 +121,7 @@ async def test_tiles_are_written_merged_and_enough_to_find_everything(tmp_path: 
     fresh = tier_of(url_of(tmp_path), clock_ms=clock)
     assert await num_restored(fresh, PROMPT) == 40
     await fresh.close()
-    # And none of it is needed.
+    # The tier works even without the index.
     for path in (tmp_path / "index").iterdir():
         path.unlink()
     without = tier_of(url_of(tmp_path), clock_ms=clock)
@@ -149,7 +149,7 @@ async def test_a_segment_that_came_late_by_its_hosts_clock_is_in_its_tile(tmp_pa
     host, late = Host(tmp_path, clock), Host(tmp_path, slow)
     await host.write(PROMPT.blocks(20))
     clock.advance((TILE_MS + GRACE_MS) / 1000 - 1)
-    # Seen by nobody yet, and named by a clock that is behind.
+    # A new segment that no host has seen yet, with a name from a clock that is behind.
     await late.writer.write([PROMPT.block(number) for number in range(20, 40)])
     clock.advance(2)
     await host.janitor.tidy()
@@ -158,7 +158,7 @@ async def test_a_segment_that_came_late_by_its_hosts_clock_is_in_its_tile(tmp_pa
     await fresh.close()
 
 
-async def test_tiles_without_anything_that_lives_go(tmp_path: Path) -> None:
+async def test_tiles_without_living_records_are_deleted(tmp_path: Path) -> None:
     clock = Clock()
     host = Host(tmp_path, clock)
     await host.write(PROMPT.blocks(5))
@@ -201,7 +201,7 @@ async def test_a_tile_is_read_as_it_was_written_and_no_flipped_byte_passes(num_r
 
 
 async def test_two_records_with_one_key_are_both_found() -> None:
-    """Copies in two segments, of which one has expired."""
+    """The record has copies in two segments, of which one has expired."""
     old = SegmentRef(created_ms=5, expires_ms=9, kind=RecordKind.BLOCK, tenant=b"t" * 16, id=b"o" * 16, nbytes=99)
     new = SegmentRef(created_ms=6, expires_ms=0, kind=RecordKind.BLOCK, tenant=b"t" * 16, id=b"n" * 16, nbytes=99)
     record = PlacedRecord(hash=PROMPT.hashes[0], offset=4096, extent_bytes=8)

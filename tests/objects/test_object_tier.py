@@ -1,4 +1,4 @@
-"""The object tier over a directory: what one host uploads, any other finds and reads, verified."""
+"""The object tier over a directory: every host finds, reads and verifies what another host uploads."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ async def test_a_flipped_byte_is_never_returned(tmp_path: Path, at: int, seals: 
     raw[at] ^= 1
     path.write_bytes(raw)
     tier = tier_of(url_of(tmp_path), seals=seals)
-    # In a record's header or payload the first block goes; in the trailer or the footer the segment is not found.
+    # Damage in a record's header or payload loses the first block. Damage in the trailer or footer hides the segment.
     assert await num_restored(tier, PROMPT) == (0 if at != 100 else 40)
-    # Damaged, not forged.
+    # The bytes count as damaged, not as forged.
     assert seals is None or seals.num_broken == 0
     await tier.close()
 
@@ -88,7 +88,7 @@ async def test_two_hosts_that_upload_the_same_cost_space_only(tmp_path: Path) ->
     await asyncio.gather(upload(url_of(tmp_path), PROMPT.blocks()), upload(url_of(tmp_path), PROMPT.blocks(20)))
     tier = tier_of(url_of(tmp_path))
     assert await num_restored(tier, PROMPT) == 40
-    # The copy that a read chose goes: the other one is read in its place.
+    # If the copy that reads choose is deleted, the other copy is read.
     place = tier.catalog.find(RecordKind.BLOCK, PROMPT.hashes[:1])[0]
     assert place is not None
     (tmp_path / place.segment.name).unlink()
@@ -157,7 +157,7 @@ async def test_records_past_their_time_are_misses(tmp_path: Path) -> None:
 
 
 class Failing:
-    """A bucket that answers nothing."""
+    """A bucket whose calls all fail."""
 
     url = "file:///nowhere"
 

@@ -1,4 +1,4 @@
-"""The object tier against a real S3 server, well and harmed: no wrong byte, nothing stuck, bounded memory."""
+"""The object tier with a real S3 server, intact and with faults: no wrong byte, no call that hangs, bounded memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_any_host_finds_and_reads_what_was_uploaded(url: str) -> None:
 
 
 async def read_under_harm(tier: ObjectTier, num_reads: int) -> tuple[int, int]:
-    """How many reads gave all of it, and how many failed as a reader takes for a miss. Wrong bytes fail the test."""
+    """The number of complete reads, and of reads that failed and count as a miss. Wrong bytes fail the test."""
     whole = failed = 0
     for number in range(num_reads):
         try:
@@ -60,7 +60,7 @@ async def test_under_each_harm_no_byte_is_wrong_and_nothing_is_stuck(kind: str, 
         harm.share = 0.3
         whole, _ = await read_under_harm(tier, 12)
         assert harm.done[kind] >= 5
-        # Most of them are mended by asking again.
+        # Repeating the request repairs most of the faults.
         assert whole >= 3
         harm.share = 0.0
         assert await num_restored(tier, PROMPT) == NUM_BLOCKS

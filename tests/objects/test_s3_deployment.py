@@ -1,4 +1,7 @@
-"""A whole deployment over a real S3 server: its disks are wiped, hits come from the bucket, and a purge reaches it."""
+"""A whole deployment with a real S3 server: after its disks are wiped, hits come from the bucket.
+
+A purge reaches it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ POOL = ("--pool-bytes", "64M")
 
 
 async def ask(deployment: Deployment, prompt: np.ndarray) -> list[int]:
-    """Its output. The router finds workers that were started again within a moment."""
+    """The output of a request, which is repeated until the router has found the restarted workers."""
     async with asyncio.timeout(300):
         while True:
             try:
@@ -52,7 +55,7 @@ async def until_uploaded(url: str, num_blocks: int) -> None:
 
 
 async def wipe_disks(deployment: Deployment) -> None:
-    """Of the store, with all that runs but the router: nothing is in memory either."""
+    """Wipe the store's disk, and restart everything except the router, so that nothing is in memory either."""
     for path in deployment.config.store_dir.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for process in [each for each in deployment.processes if each.role != "router"]:
@@ -81,11 +84,11 @@ async def test_hits_come_from_s3_when_every_disk_is_wiped_and_a_purge_empties_it
         prompt = DOCUMENT[:NUM_TOKENS]
         longer = np.concatenate((prompt, DOCUMENT[:100]))
         async with Deployment(config) as deployment:
-            # 1. Cold, and uploaded.
+            # 1. The prompt is computed cold, and uploaded.
             assert await ask(deployment, prompt) == reference.generate(prompt, 8)
             await until_uploaded(url, NUM_TOKENS // 128)
-            # 2. Nothing on disk or in memory: the first request is a hit from the bucket, for its index was loaded
-            #    before the worker said that it is ready. On a busy machine what was read may still come too late.
+            # 2. Disk and memory are empty. The first request is a hit from the bucket, whose index was loaded before
+            #    the worker reported ready. On a busy machine the read may still be too late.
             for _ in range(3):
                 await wipe_disks(deployment)
                 assert await ask(deployment, longer) == reference.generate(longer, 8)
@@ -93,7 +96,7 @@ async def test_hits_come_from_s3_when_every_disk_is_wiped_and_a_purge_empties_it
                 if "object:s3" in tiers_of_text(last.hit_tiers):
                     break
             assert tiers_of_text(last.hit_tiers)["object:s3"] > NUM_TOKENS // 2
-            # 3. One command takes all of a tenant from the store and from the bucket.
+            # 3. One command removes a tenant's records from the store and from the bucket.
             purge = ["store", "purge", url, deployment.one("kvstore").address, "--tenant", last.tenant]
             args = [*purge, "--secret-file", str(config.data_dir / "secret"), "--json"]
             assert await asyncio.to_thread(main, args) == 0

@@ -1,4 +1,4 @@
-"""What S3 signs: an object's digest goes along wherever the network could change the object on its way."""
+"""Signatures for S3 include an object's digest, if the network could change the object on its way."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What serves is ready when the tier's index is loaded: the first request finds what is there, and a bucket that does
-not answer holds nobody up for long.
+"""A service is ready when the object tier's index is loaded, so the first request finds its blocks. A bucket without
+answers delays the start only briefly.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def stores_over(bucket) -> ManyStores:
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """A bucket whose first listing takes longer than any question may."""
+    """A bucket whose first listing takes longer than any call may."""
     monkeypatch.setattr(standing, "ASK_S", 0.02)
     monkeypatch.setattr(standing, "ASK_S_MAX", 0.02)
     bucket = open_bucket(url_of(tmp_path))
@@ -46,7 +46,7 @@ def slow(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 
 async def num_stored(stores: ManyStores) -> int:
-    # However busy this machine is, a look in memory is in time.
+    # A look-up in memory is in time even if this machine is busy.
     stores.tiers[0].standing.answered(60.0)
     return (await stores.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks
 

@@ -1,4 +1,4 @@
-"""Operators' tools over an object tier: inspect, fsck and its repair, copies both ways, purge."""
+"""Operators' tools for an object tier: inspect, fsck with repair, copies in both directions, purge."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_fsck_finds_a_flipped_byte_and_saves_the_rest(
     asyncio.run(upload(url_of(tmp_path), PROMPT.blocks(), segment_bytes=1 << 20))
     (path,) = (tmp_path / "segments").iterdir()
     flip(path, at)
-    # A byte of a header's padding means nothing.
+    # A changed byte of a header's padding has no effect.
     sound = at == 100
     assert run_json(capsys, "fsck", url_of(tmp_path), code=0 if sound else 1)["sound"] is sound
     report = run_json(capsys, "fsck", url_of(tmp_path), "--repair")

@@ -1,4 +1,4 @@
-"""What a store uploads by itself: by policy, once, at a bounded rate; and what a host without a disk gets back."""
+"""A store uploads records by policy, once, at a bounded rate, and a host without its disk gets them back."""
 
 from __future__ import annotations
 

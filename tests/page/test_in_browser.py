@@ -1,4 +1,4 @@
-"""The page in a real Chromium, by `make test-page`: both widths and schemes, empty and under load, by keyboard."""
+"""The page in a real Chromium (`make test-page`): two widths, two colour schemes, empty, under load, by keyboard."""
 
 import asyncio
 import dataclasses
@@ -29,7 +29,7 @@ def config(tmp_path):
 
 
 async def pages(browser, url, **options):
-    """One page per width and scheme, with what its console said."""
+    """One page per width and colour scheme, with its console's messages."""
     for width in WIDTHS:
         for scheme in ("light", "dark"):
             context = await browser.new_context(
@@ -54,7 +54,7 @@ async def test_empty_and_under_load_at_both_widths(config, tmp_path):
     async with Deployment(config) as deployment, playwright.async_playwright() as driver:
         url = f"http://{deployment.one('router').http_address}"
         browser = await driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        # 1. Empty: each part says that there is nothing, and nothing fails.
+        # 1. Empty: each part of the page says that it is empty, and nothing fails.
         async for page, width, scheme, said in pages(browser, f"{url}/ui"):
             await page.wait_for_selector("#all:not([hidden])")
             assert "No request has ended" in await page.inner_text("#t-requests")
@@ -71,7 +71,7 @@ async def test_empty_and_under_load_at_both_widths(config, tmp_path):
             assert await page.evaluate("document.documentElement.scrollWidth") <= width
             assert "canary" not in await page.content()
             assert await contrasts(page) == [], (width, scheme)
-            # 3. By keyboard alone: to the first request, open it, read why it missed, close it.
+            # 3. By keyboard only: go to the first request, open it, read why it missed, close it.
             await page.locator("#t-requests button").first.focus()
             await page.keyboard.press("Enter")
             one = page.locator("#one")
@@ -80,7 +80,7 @@ async def test_empty_and_under_load_at_both_widths(config, tmp_path):
             assert await page.evaluate("document.activeElement.id") == "one"
             await page.locator("#t-requests button[aria-expanded=true]").press("Enter")
             assert await one.is_hidden()
-            # 4. What a screen reader gets: every picture and control has a name, tables have heads.
+            # 4. For screen readers every picture and control has a name, and tables have heads.
             assert await page.evaluate(UNNAMED) == []
             assert said == [], (width, scheme, said)
             await page.screenshot(path=tmp_path / f"page-{width}-{scheme}.png", full_page=True)

@@ -1,7 +1,7 @@
 """Raises time limits for peers in tests: on a busy machine answers are late, and a late answer becomes a miss.
 
-Python imports this file in every process that a test starts, for its folder is in their PYTHONPATH; tests/conftest.py
-does the same in the test's own process. Tests of these very limits are marked `impatient`.
+Python imports this file in every process that a test starts, because its folder is on their PYTHONPATH.
+tests/conftest.py does the same in the test's own process. Tests of these limits are marked `impatient`.
 """
 
 import importlib.abc
@@ -9,7 +9,7 @@ import importlib.machinery
 import sys
 
 PATIENCE_S = 120.0
-# By module: constants, and defaults of a class's parameters.
+# By module: names of constants, and of class parameters with a default.
 LIMITS = {
     "antefix.pulse": ("LIMIT_S_MAX", "Pulse.silent_s"),
     "antefix.store.breaker": ("Breaker.slack_s",),
@@ -21,14 +21,14 @@ LIMITS = {
 
 
 def limits_of(module):
-    """(dictionary, key) of each."""
+    """(dictionary, key) of each limit in a module."""
     for limit in LIMITS[module.__name__]:
         owner, _, name = limit.rpartition(".")
         yield (getattr(module, owner).__init__.__kwdefaults__ if owner else vars(module)), name
 
 
 class PatientModules(importlib.abc.MetaPathFinder):
-    """Each of them is changed as it is imported; none is imported for that."""
+    """An import finder that changes these modules when they are imported. It imports none of them itself."""
 
     def find_spec(self, name, path, target=None):
         if name not in LIMITS:
@@ -46,6 +46,6 @@ class PatientModules(importlib.abc.MetaPathFinder):
         return spec
 
 
-# Where tests/conftest.py imports it, the modules are changed test by test.
+# If tests/conftest.py imports this file, it changes the modules for each test itself.
 if __name__ == "sitecustomize":
     sys.meta_path.insert(0, PatientModules())

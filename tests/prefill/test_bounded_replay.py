@@ -1,4 +1,4 @@
-"""Bounded replay: approximate, opted in, and never seen by a namespace that is exact."""
+"""Bounded replay is approximate and opt-in, and exact namespaces never see its results."""
 
 import dataclasses
 
@@ -55,7 +55,7 @@ async def test_it_is_approximate_and_more_windows_come_closer(make_bounded, make
         other = make_bounded(windows)
         hit = await answer(other, make_prompt(other, LONGER))
         errors.append(float(np.abs(hit.logits - cold).max() / np.abs(cold).max()))
-    # 7 windows are as many tokens as an exact replay of the shipped model's 7 layers runs.
+    # 7 windows have as many tokens as an exact replay of the shipped model's 7 layers.
     assert errors[0] > errors[2] == 0.0 and errors[0] >= errors[1]
 
 
@@ -91,7 +91,7 @@ def block(chain, index, fingerprint, payload):
 
 
 def test_a_record_copied_under_an_exact_name_is_not_served(make_bounded, make_engine, make_prompt, disk):
-    """The attack: an approximate record put under the exact chain's hashes. Its fingerprint still says what it is."""
+    """The attack: an approximate record is put under the exact chain's hashes. Its fingerprint still reveals it."""
     exact, bounded = make_engine("zero"), make_bounded(1)
     exact_chain, bounded_chain = (make_prompt(engine, DOCUMENT).chain for engine in (exact, bounded))
     payload = bytes(range(256)) * (exact.layout.block_bytes // 256 + 1)
@@ -106,7 +106,7 @@ def test_a_record_copied_under_an_exact_name_is_not_served(make_bounded, make_en
 
 
 def test_bytes_copied_over_an_exact_record_are_not_served(make_bounded, make_engine, make_prompt, disk, tmp_path):
-    """The attack on the files: the approximate record's bytes overwrite the exact one's, header and all."""
+    """The attack: in the file, the approximate record's bytes overwrite the exact record, including the header."""
     exact, bounded = make_engine("zero"), make_bounded(1)
     exact_chain, bounded_chain = (make_prompt(engine, DOCUMENT).chain for engine in (exact, bounded))
     size = exact.layout.block_bytes
@@ -124,7 +124,7 @@ def test_bytes_copied_over_an_exact_record_are_not_served(make_bounded, make_eng
 
 
 async def test_an_exact_engine_refuses_a_bounded_plan(make_engine, make_prompt, monkeypatch):
-    """Should a planner ever ask for one, the worker stops: it would be stored under an exact name."""
+    """If a planner ever asks for a bounded plan, the worker stops. Otherwise the result would get an exact name."""
     engine = make_engine("zero")
     await answer(engine, make_prompt(engine, DOCUMENT))
     other = make_engine("zero")

@@ -1,4 +1,4 @@
-"""A request that is cancelled, at whatever it waits for just then, gives every block of the pool back."""
+"""A request that is cancelled frees all its blocks of the pool, whatever it was waiting for."""
 
 import asyncio
 import itertools
@@ -10,13 +10,13 @@ from antefix_decode.adopt import adopt, take_handoff
 from antefix_prefill.leave_handoff import leave_handoff
 from antefix_prefill.run_prompt import run_prompt
 
-# Six blocks of 64 and a rest; the stored prefix is the first three.
+# The prompt has six blocks of 64 tokens and a rest. The first three blocks are stored.
 TOKENS = np.random.default_rng(8).integers(0, 256, 6 * 64 + 20)
 STORED = TOKENS[: 3 * 64 + 5]
 
 
 class Cancelled:
-    """Stands in for an engine's store and compute thread: call number `at` is where the request is cancelled."""
+    """Stands in for an engine's store and compute thread. The request is cancelled at call number `at`."""
 
     def __init__(self, inner, count, at):
         self._inner, self._count, self._at = inner, count, at
@@ -36,7 +36,7 @@ class Cancelled:
 
 
 async def ends_at(engine, work, at):
-    """Run `work`, cancelled at its call number `at`; whether it came to its end before that."""
+    """Run `work` and cancel it at its call number `at`. Returns whether it ended before that call."""
     count = itertools.count()
     plain = engine.store, engine.compute
     engine.store, engine.compute = Cancelled(engine.store, count, at), Cancelled(engine.compute, count, at)

@@ -1,4 +1,4 @@
-"""The strategy's budget: what the store counts, and what this worker left since it was asked."""
+"""The strategy's budget counts the store's checkpoints, and those that this worker left since it asked the store."""
 
 import asyncio
 
@@ -76,7 +76,7 @@ async def test_a_store_that_does_not_answer_leaves_the_old_number(monkeypatch):
 
 
 def test_a_full_budget_ends_sparse_checkpoints(make_engine, make_prompt):
-    """8,192 tokens of new ground: `auto` leaves sparse checkpoints there, unless the store's count is at the limit."""
+    """On 8,192 tokens of new ground `auto` leaves sparse checkpoints, unless the store's count is at the limit."""
     limit = 1 << 40
     marks = {}
     for used_bytes in (0, limit - 1, limit):

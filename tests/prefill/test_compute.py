@@ -1,4 +1,4 @@
-"""Cancelling a request never leaves work running on memory that was given back."""
+"""Cancelling a request never leaves work running on memory that was freed."""
 
 import asyncio
 import threading
@@ -26,7 +26,7 @@ async def test_cancellation_waits_for_the_work_in_hand():
 
     task = asyncio.create_task(thread.run(work))
     await asyncio.to_thread(running.wait, 10)
-    for _ in range(3):  # a second and third cancellation must not get through either
+    for _ in range(3):  # a second and a third cancellation must not interrupt the work either
         task.cancel()
         await asyncio.sleep(0)
     assert not task.done()
@@ -46,7 +46,7 @@ async def test_an_error_of_the_work_reaches_the_caller():
 
 
 async def order_of(submissions):
-    """In which order a busy thread takes what was submitted meanwhile: (name, remaining or None, began)."""
+    """The order in which a busy thread runs jobs that were submitted meanwhile: (name, remaining or None, began)."""
     thread, let_go, taken = ComputeThread("test"), threading.Event(), []
     busy = asyncio.create_task(thread.run(let_go.wait))
     await asyncio.sleep(0)
@@ -105,7 +105,7 @@ async def test_a_short_prompt_does_not_wait_for_a_long_one(make_engine, make_pro
 
 
 async def test_tenants_take_turns_by_the_time_their_chunks_took():
-    """A greedy tenant's many short prompts, each of them shorter than the modest one's, do not go before it."""
+    """A greedy tenant's many short prompts do not all run before the modest tenant's longer prompt."""
     thread, let_go, taken = ComputeThread("test"), threading.Event(), []
 
     def work(name):
@@ -148,7 +148,7 @@ async def test_waits_for_the_thread_are_counted_by_kind_of_work():
 
 
 async def together(pieces, function):
-    """What waits for a busy thread: (name, tokens) each, and what every caller gets."""
+    """Run pieces that wait together for a busy thread.  pieces: (name, tokens) each. Returns every caller's result."""
     thread, let_go = ComputeThread("test"), threading.Event()
     busy = asyncio.create_task(thread.run(let_go.wait))
     await asyncio.sleep(0)
@@ -198,7 +198,7 @@ async def test_where_a_call_fails_each_piece_runs_alone():
 
 
 async def pieces_of_tenants(pieces):
-    """Calls of the model, as (tenant, tokens) each, for pieces that wait for a busy thread."""
+    """The model's calls for pieces that wait together for a busy thread. A call is a list of (tenant, tokens)."""
     thread, let_go, calls = ComputeThread("test"), threading.Event(), []
 
     def run(group):
@@ -221,7 +221,7 @@ async def pieces_of_tenants(pieces):
 
 async def test_where_tenants_share_the_thread_a_call_is_no_longer_than_a_share_allows():
     calls = await pieces_of_tenants([("greedy", 1, 20)] * 12 + [("modest", 1, 20)])
-    # Two tenants: a call may be twice as long as its first piece, and the second one is the other tenant's.
+    # With two tenants a call may be twice as long as its first piece, and its second piece is the other tenant's.
     assert max(len(call) for call in calls) == 2
     assert {tenant for tenant, _ in calls[0]} == {"greedy", "modest"}
 
@@ -237,8 +237,8 @@ async def test_a_larger_share_lets_fewer_others_into_its_calls():
 
 
 async def steps_and_chunks(stepping, chunk_tenants, monkeypatch, num_steps=8):
-    """The order in which a thread ran decode steps, submitted one after the other, and chunks that wait: s and c."""
-    # However late the loop comes with its next step: the thread waits for it.
+    """The order in which a thread ran decode steps ("s"), submitted one by one, and waiting chunks ("c")."""
+    # The thread waits for the next step, even if the event loop is late.
     monkeypatch.setattr("antefix_prefill.worker.compute_thread.STEP_COMES_S", 60.0)
     thread, let_go, order = ComputeThread("test"), threading.Event(), []
 
@@ -268,7 +268,8 @@ async def steps_and_chunks(stepping, chunk_tenants, monkeypatch, num_steps=8):
 
 async def test_others_chunks_leave_a_tenant_that_only_decodes_as_much_time_as_they_take(monkeypatch):
     order = await steps_and_chunks({"greedy", "modest"}, ["greedy"] * 3, monkeypatch)
-    # Whatever the first of them does: between two there are as many steps as take as long, which are two or three.
+    # Between two chunks the steps take as long as a chunk, which are two or three steps. The first chunk does not
+    # count.
     between = order.strip("s").split("c")[1:-1]
     assert all(len(steps) >= 2 for steps in between), order
     assert order.count("c") == 3 and order.count("s") == 8

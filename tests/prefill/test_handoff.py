@@ -1,4 +1,4 @@
-"""A handoff's bytes come back as they went in, and anything else is refused."""
+"""A handoff's bytes come back unchanged, and all other bytes are refused."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ async def test_a_handoff_is_taken_for_its_own_prompt_alone(make_engine, make_pro
     prompt = make_prompt(engine, tokens)
     name = await leave_handoff(engine, await run_prompt(engine, prompt))
     assert (await take_handoff(engine, prompt, name)).position == 150
-    # The same length, and another token: in a block, in the rest behind the last one, or another tenant's.
+    # A prompt of equal length with another token, in a block or in the rest after the last block, or of another tenant.
     for place in (3, 149):
         other = tokens.copy()
         other[place] += 1

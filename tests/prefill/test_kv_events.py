@@ -1,4 +1,4 @@
-"""What a real engine tells of its pool while it prefills: each block with its tokens, its parent and whose it is."""
+"""Events of a real engine's pool during prefill: each block with its tokens, its parent and its owner."""
 
 import asyncio
 
@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture
 async def telling(model):
-    """An engine whose pool holds six blocks, and a reader of what it tells."""
+    """An engine whose pool holds six blocks, and a reader of its events."""
     engine = build(model, MemoryStore(), strategy="zero", num_blocks=6, prefill_chunk=128)
     config = PrefillConfig(**SETTINGS, kv_events="tcp://127.0.0.1:0", kv_events_replay="tcp://127.0.0.1:0")
     async with telling_kv_events(config, engine):

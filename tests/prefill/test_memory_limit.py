@@ -1,4 +1,4 @@
-"""A pool that its control group has no memory for is told of at the start: later the system only kills."""
+"""A pool that exceeds its control group's memory is reported at the start. Later the system would only kill."""
 
 import logging
 

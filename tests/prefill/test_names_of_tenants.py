@@ -1,4 +1,4 @@
-"""Tenants through workers and a real store service: any name, secrets that rotate, records that are forged."""
+"""Tenants with workers and a real store service: any name, rotating secrets, and forged records."""
 
 import dataclasses
 import itertools
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.slow
 TOKENS = np.random.default_rng(5).integers(0, 256, 400)
 WHOLE = 384
 OLD, NEW = b"o" * 32, b"n" * 32
-# Whatever the door takes: up to 512 bytes of Unicode without control characters.
+# All names that the HTTP API accepts: up to 512 bytes of Unicode without control characters.
 names = st.text(st.characters(exclude_categories=("Cs",)), max_size=512).filter(
     lambda text: len(text.encode()) <= 512 and not CONTROL.search(text)
 )
@@ -43,7 +43,7 @@ NAMES = [(LONGEST, LONGEST), ("a" * 45, ""), ("", "u" * 150), ("", "")]
 
 
 class Service:
-    """A served store that can be restarted."""
+    """A store service that a test can restart."""
 
     def __init__(self, directory, **settings):
         self.config = KvStoreConfig(dir=str(directory), budget_bytes=64 << 20, **settings)
@@ -73,7 +73,7 @@ async def service(tmp_path):
 
 @pytest.fixture(params=["local", "remote"])
 async def worker(request, service, make_engine):
-    """Makes a worker that has just started: nothing in memory, and the secrets that it is given."""
+    """Makes a new worker with empty memory and the given secrets."""
     stores = []
 
     def make(keyring=None, *, strategy="boundary", **changes):
@@ -152,7 +152,7 @@ async def test_secrets_rotate_and_hits_go_on(worker, service):
     rotated = await run(worker(both), "acme")
     assert (rotated.report.hit_tokens, rotated.report.plan) == (WHOLE, "checkpoint")
     assert np.array_equal(rotated.logits, cold.logits)
-    # What was used has moved over: the old secret is not needed any more, and its records drain.
+    # Used records were written again under the new secret. The old secret is no longer needed, and its records expire.
     assert await hit(worker(after), "acme") == WHOLE
     with service.engine.index.txn() as txn:
         owners = set(service.engine.index.owners(txn).values())
@@ -182,7 +182,7 @@ async def test_an_older_record_that_is_gone_meanwhile_makes_the_hit_shorter(work
 
 
 async def test_a_forged_block_is_computed_again_and_replaced(worker, service):
-    """The attack: anyone who can reach the store puts zeros, with right checksums, where a tenant looks for a block."""
+    """The attack: somebody puts zeros with right checksums into the store, under the name of a tenant's block."""
     cold = await run(worker(), "acme")
     engine = worker()
     prompt = prompt_of(engine, TOKENS, "acme")
@@ -261,7 +261,7 @@ async def test_a_write_that_cannot_succeed_is_counted_by_reason(tmp_path, settin
     service = Service(tmp_path / "store", **settings)
     await service.start()
     store = RemoteStore(service.server.address)
-    # Of the shipped model only checkpoints are too large for such a store.
+    # Of the shipped model's records only checkpoints are too large for such a store.
     engine = build(load(KVFormat.FP8, MODEL), store, strategy="boundary", num_blocks=16, prefill_chunk=256, path=MODEL)
     try:
         report = (await run(engine, "acme")).report

@@ -1,4 +1,4 @@
-"""While a prompt waits for its turn, what it will read is loaded: exactly, within bounds, and accounted for as read."""
+"""While a prompt waits for its turn, its stored prefix is loaded: exactly, within bounds, and counted as read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NUM_STORED = len(DOCUMENT) // BLOCK
 
 @pytest.fixture
 async def waiting(make_engine, make_prompt):
-    """A second worker, with nothing in memory; the first one has stored the document."""
+    """A second worker with empty memory. The first worker has stored the document."""
     first = make_engine("boundary")
     await run(first, make_prompt(first, DOCUMENT))
     return make_engine("boundary")
@@ -108,7 +108,7 @@ async def test_checkpoints_of_waiting_prompts_are_bounded(waiting, make_prompt, 
 async def test_prompts_that_wait_find_nine_tenths_of_their_stored_prefix_in_memory(
     waiting, make_prompt, make_engine, store, monkeypatch
 ):
-    """Four prompts at once, over a store that takes 50 ms per read; a second each, or ten where the machine is busy."""
+    """Four prompts at once, with a store that takes 50 ms per read. Each takes a second, or ten on a busy machine."""
     monkeypatch.setattr(prefetch, "LONG_S", 0.0)
     first = make_engine("boundary")
     documents = [np.concatenate((np.roll(OTHER_END, number), DOCUMENT)) for number in range(4)]

@@ -1,4 +1,4 @@
-"""Places of a prefill worker: long prompts wait for one another, short rests do not wait for them."""
+"""Places of a prefill worker: long prompts wait for each other, and short rests do not wait for long prompts."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ async def enter(queue, short, let_go):
 
 
 async def started(queue, *shorts):
-    """How many of these prompts are at work at once, and how many wait."""
+    """Start these prompts. Returns how many run at once, and how many wait."""
     let_go = asyncio.Event()
     tasks = [asyncio.create_task(enter(queue, short, let_go)) for short in shorts]
     for _ in range(10):
@@ -41,7 +41,7 @@ async def test_short_rests_do_not_wait_for_long_prompts():
     assert await started(queue, False, False, False) == (2, 1)
     assert await started(queue, False, False, True, True) == (4, 0)
     assert await started(queue, False, False, *[True] * 5) == (5, 2)
-    # A free place is taken by the next one that comes, and nobody is asked.
+    # The next prompt takes a free place without waiting.
     assert await started(queue, True, True) == (2, 0)
 
 

@@ -1,4 +1,4 @@
-"""Replays of random models of many shapes: hits equal cold runs to the bit, in what they compute afterwards too."""
+"""Replays of random models of many shapes: hits equal cold runs to the bit, and so do all later results."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ NAMES = {
     "C": "compressed_sparse_attention",
     "H": "heavily_compressed_attention",
 }
-# 16 multiples throughout, so that on a CPU no bit depends on a row's place, whatever the machine.
+# All sizes are multiples of 16, so that on no CPU a bit depends on a row's place.
 SMALL: dict[str, Any] = {
     "model_type": "deepseek_v4", "vocab_size": 64, "hidden_size": 32, "moe_intermediate_size": 16,
     "num_attention_heads": 4, "head_dim": 32, "q_lora_rank": 16, "num_experts_per_tok": 2, "n_routed_experts": 4,
     "o_groups": 2, "o_lora_rank": 16, "index_n_heads": 16, "index_head_dim": 16, "index_topk": 3,
     "partial_rotary_factor": 0.25, "num_hash_layers": 1, "hc_mult": 2, "hc_sinkhorn_iters": 3, "initializer_range": 0.3,
 }  # fmt: skip
-# Layers, m, m', n_win. The first are the smallest shapes whose overlap reaches further back than the windows do.
+# Layers, m, m', n_win. The first ones are the smallest shapes whose overlap reaches further back than their windows.
 NAMED = [("C", 4, 4, 1), ("C", 4, 16, 1), ("CCC", 4, 4, 2), ("CCCCC", 16, 16, 4), ("CHW", 8, 8, 2), ("WHC", 8, 8, 2)]
-# No global KV at all: only windows count.
+# Models without global KV, in which only windows matter.
 WINDOW_ONLY = [("W", 4, 4, 1), ("WWW", 4, 8, 5)]
 
 
@@ -72,7 +72,7 @@ async def test_a_replay_and_all_that_is_written_after_it_equal_a_cold_run(
 ) -> None:
     model = model_of(layers, m, m_hca, n_win, kv_format)
     geometry, size = model.layout.geometry, math.lcm(m, m_hca)
-    # A replay that starts inside the document, then a turn of some blocks, then another.
+    # A replay that starts inside the document, then a turn of some blocks, then another turn.
     num_first = geometry.replay_tokens + size + 3
     lengths = (num_first, num_first + 3 * size + 1, num_first + 5 * size + 2)
     tokens = np.random.default_rng([m, m_hca, n_win]).integers(0, 64, lengths[-1])
@@ -88,7 +88,7 @@ async def test_a_replay_and_all_that_is_written_after_it_equal_a_cold_run(
 
 
 async def test_a_replay_that_is_a_block_too_short_writes_wrong_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above can fail: so it was where the bound left the overlap out."""
+    """The test above can fail, as it did when the bound ignored the overlap."""
     monkeypatch.setattr("antefix.window.sizes.Sizes.replay_tokens", property(lambda sizes: 0))
     model = model_of("C", 4, 4, 1, KVFormat.FP8)
     tokens = np.random.default_rng(0).integers(0, 64, 40)

@@ -1,4 +1,4 @@
-"""A worker over several processes computes what one does, shares a store with one, and ends when a rank does."""
+"""A worker of several processes computes the same as one process, shares its store, and ends when a rank ends."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DOCUMENT = np.random.default_rng(7).integers(0, 256, 300)
 
 
 class Lost:
-    """What `on_lost` was told."""
+    """Records the call of `on_lost`."""
 
     def __init__(self) -> None:
         self.reason = ""
@@ -57,7 +57,7 @@ def two(directory: Path) -> Iterator[tuple[RankProcesses, Model, Lost]]:
 @pytest.mark.services
 def test_two_processes_compute_what_one_does(directory: Path, two: tuple[RankProcesses, Model, Lost]) -> None:
     ranks, model, lost = two
-    # As a supervisor does that stops a worker: rank 0 decides when the others end.
+    # A supervisor that stops a worker also signals its ranks, but rank 0 decides when the others end.
     os.kill(ranks.pids[0], signal.SIGTERM)
     assert digests(model) == digests(load_model(directory))
     assert model.ranks is not None and 0 < model.ranks.time.share < 1
@@ -77,7 +77,7 @@ def test_a_rank_that_dies_is_told_at_once_and_by_name(two: tuple[RankProcesses, 
 
 
 def fail_elsewhere(*, ranks: Ranks, device: str, path: Path) -> Model:
-    """Loads on rank 0 alone."""
+    """A load that succeeds on rank 0 and fails on all others."""
     if ranks.rank:
         raise ConfigError("no room on this card")
     return load_model(path, ranks=ranks, device=device)
@@ -93,7 +93,7 @@ def test_four_processes_and_one_that_fails_to_load_or_never_answers(
     try:
         model = ranks.load(load_model, path=directory)
         assert digests(model) == digests(load_model(directory))
-        # A rank that is stopped answers nobody: the others wait for no longer than they were told to.
+        # A stopped rank does not answer. The others wait only for their time limit.
         pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
         sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
         os.kill(ranks.pids[2], signal.SIGSTOP)
@@ -106,7 +106,7 @@ def test_four_processes_and_one_that_fails_to_load_or_never_answers(
 
 
 def fail_on_tokens(*, ranks: Ranks | None, device: str, path: Path) -> Model:
-    """A model whose second layer fails for token 13 on every rank, and for token 14 on rank 1 alone."""
+    """A model whose second layer fails for token 13 on every rank, and for token 14 only on rank 1."""
     model = load_model(path, ranks=ranks, device=device)
     layer = model.model.layers[1].mlp
     plain = layer.forward
@@ -139,7 +139,7 @@ def test_a_call_that_fails_on_every_rank_fails_alone(directory: Path) -> None:
         want = after_failing(fail_on_tokens(ranks=None, device="cpu", path=directory))
         assert torch.equal(after_failing(model), want)
         assert not lost.told.is_set()
-        # On one rank alone it is the end of all.
+        # A failure on only one rank ends all ranks.
         pool, _ = make_backend("torch", model.layout, 1, "cpu", lead=model.lead)
         sequence = Sequence(pool.allocate(1), WindowState.zeros(model.layout, 0))
         with pytest.raises(RuntimeError):
@@ -181,11 +181,11 @@ async def test_workers_of_one_and_two_ranks_share_a_store(tmp_path: Path, make_p
         longer = np.concatenate((DOCUMENT, DOCUMENT[:40]))
         cold = build(1, "boundary", EmptyStore())
         want = await run(cold, make_prompt(cold, longer))
-        # 1. One rank reads what two have written, by checkpoint.
+        # 1. One rank reads the records of two ranks, by checkpoint.
         first = await run(both, make_prompt(both, DOCUMENT))
         hit = await run(alone, make_prompt(alone, longer))
         assert hit[0].report.plan == "checkpoint" and same(hit, want)
-        # 2. Two read what one has written: their memory is another namespace's, so KV comes from the store.
+        # 2. Two ranks read the records of one rank. They do not share memory, so KV comes from the store.
         other, again = DOCUMENT[::-1].copy(), np.concatenate((DOCUMENT[::-1], DOCUMENT[:40]))
         await run(alone, make_prompt(alone, other))
         hit = await run(both, make_prompt(both, again))
@@ -206,6 +206,6 @@ def test_too_few_cards_are_refused_before_anything_starts(device: str, said: str
         RankProcesses(17, device=device)
 
 
-def test_a_number_of_ranks_that_is_none_is_refused() -> None:
+def test_an_invalid_number_of_ranks_is_refused() -> None:
     with pytest.raises(ConfigError, match="tensor_parallel_size must be 1 to 64, is 0"):
         EngineConfig(model="m", secret_file="s", tensor_parallel_size=0)

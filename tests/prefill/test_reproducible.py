@@ -1,4 +1,4 @@
-"""Reproducible mode where arithmetic depends on shapes: a hit resumes only where a cold run starts a chunk."""
+"""Reproducible mode for arithmetic that depends on shapes: a hit resumes only where a cold run starts a chunk."""
 
 from dataclasses import replace
 
@@ -105,10 +105,10 @@ async def test_whole_blocks_of_an_unfinished_chunk_are_this_prompts_alone(make_a
     engine = make_aligned("boundary")
     prompt = make_prompt(engine, TURN[: CHUNK + 2 * engine.block_size + 5])
     computed = await run_prompt(engine, prompt)
-    # A longer prompt would run the two blocks in a whole chunk: nobody may hit them, in the store or in memory.
+    # A longer prompt would run these two blocks in a whole chunk, so no prompt may hit them, in the store or in memory.
     assert [position for kind, position in store.puts if kind is RecordKind.BLOCK][-1] == CHUNK
     assert engine.blocks.num_leading(prompt.chain.hashes) == CHUNK // engine.block_size
-    # A decode worker would look for them, so it is not sent there.
+    # A decode worker would look for these blocks, so no handoff is made.
     assert await leave_handoff(engine, computed) == b""
     engine.blocks.release(computed.sequence.block_table)
     short = make_prompt(engine, TURN[: CHUNK + 5])

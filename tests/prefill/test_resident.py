@@ -1,4 +1,4 @@
-"""The pool's books: no block is lost, shared wrongly, or evicted while in use."""
+"""The pool's accounting: no block is lost, shared wrongly, or evicted while in use."""
 
 import pytest
 from hypothesis import settings

@@ -1,4 +1,4 @@
-"""A worker stands with every router that it is given, or that a name has now, and with no other."""
+"""A worker registers with every router that it is given or that a DNS name has now, and with no other."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ async def test_routers_behind_a_name_come_and_go(monkeypatch: pytest.MonkeyPatch
         )
         async with lease:
             await until(lambda: first.told)
-            # 1. Two more: all are told.
+            # 1. Two more routers appear, and the worker registers with all.
             behind += [second.host, third.host]
             await until(lambda: second.told and third.told)
-            # 2. The name server is away: nobody is forgotten.
+            # 2. The name server is down, and the worker forgets no router.
             fails, told = True, len(second.told)
             await until(lambda: len(second.told) > told + 5)
-            # 3. One goes: it hears no more.
+            # 3. One router leaves, and the worker no longer registers with it.
             fails = False
             behind.remove(first.host)
             await until(lambda: f"{first.host}:{first.port}" not in lease._tasks)

@@ -1,4 +1,4 @@
-"""Restoring and computing a prompt: a hit equals a cold run to the bit, and nothing that fails changes an answer."""
+"""Restoring and computing a prompt: a hit equals a cold run to the bit, and no failure changes an answer."""
 
 import asyncio
 import dataclasses
@@ -25,7 +25,7 @@ async def run(engine, prompt):
 
 
 def same(one, two):
-    """Logits, every block's bytes, the window state: all to the bit."""
+    """Whether logits, every block's bytes and the window state are equal to the bit."""
     return np.array_equal(one[0].logits, two[0].logits) and one[1] == two[1] and one[2] == two[2]
 
 
@@ -35,7 +35,7 @@ async def test_a_hit_equals_a_cold_run_to_the_bit(make_engine, make_prompt, stor
     first = make_engine(strategy, kv_format)
     await run(first, make_prompt(first, DOCUMENT))
     longer = np.concatenate((DOCUMENT, OTHER_END))
-    other = make_engine(strategy, kv_format)  # another worker: nothing is in its memory
+    other = make_engine(strategy, kv_format)  # another worker, whose memory is empty
     hit = await run(other, make_prompt(other, longer))
     store.records.clear()
     fresh = make_engine(strategy, kv_format)
@@ -45,7 +45,7 @@ async def test_a_hit_equals_a_cold_run_to_the_bit(make_engine, make_prompt, stor
 
 
 def wait_for_each_other(compute, num_prompts):
-    """The thread takes no piece before all prompts have handed in their only one."""
+    """The compute thread runs no piece before every prompt has submitted its only piece."""
     submit, barrier, let_go = compute.run_piece, asyncio.Barrier(num_prompts), threading.Event()
 
     async def run_piece(*args):
@@ -188,7 +188,7 @@ async def test_what_the_store_lost_and_a_worker_still_has_is_stored_again(make_e
 
 async def test_what_another_worker_stored_meanwhile_is_not_counted_as_written(make_engine, make_prompt, store):
     class Raced(type(store)):
-        """The first block is there already when it is put."""
+        """A store that already holds the first block when it is put."""
 
         async def put(self, records):
             num_existing = sum(record.position == 64 for record in records)

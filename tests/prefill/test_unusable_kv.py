@@ -1,4 +1,4 @@
-"""Stored KV that is no number, with a right checksum, is a miss: told to the store, computed again and replaced."""
+"""Stored KV with NaN and a right checksum is a miss. It is reported to the store, computed again and replaced."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ async def logits_of(engine, prompt):
 
 
 def poison(store, kind, number):
-    """All ones: NaN in every format of a field that has one."""
+    """Set a field to all ones, which is NaN in every format that has NaN."""
     names = sorted(name for name in store.records if name[0] is kind)
     name = names[number % len(names)]
     store.records[name] = b"\xff" * len(store.records[name])
@@ -43,11 +43,11 @@ async def test_one_request_computes_again_and_puts_right_bytes_in_their_place(
         name = poison(store, kind, number)
         reader = make_engine(kv_format=kv_format)
         again = await logits_of(reader, make_prompt(reader, TOKENS))
-        # 1. The answer is a cold run's, to the bit, and the store was told once.
+        # 1. The answer equals a cold run to the bit, and the bad record was reported to the store once.
         assert_array_equal(again.logits, cold.logits)
         if store.rejected:
             assert store.rejected == [name] and reader.counters.by_kind == {"BlockUnusable": 1}
-        # 2. What is stored is what it was, so the next request hits all of it.
+        # 2. The right record is stored again, so the next request hits the whole prefix.
         assert kind is RecordKind.CHECKPOINT or store.rejected
         store.records.update({name: right[name]} if name not in store.records else {})
         assert store.records[name] == right[name]
@@ -71,7 +71,7 @@ async def test_what_a_model_computes_that_is_no_number_is_not_stored(make_engine
     before = embedding[int(TOKENS[100])].clone()
     embedding[int(TOKENS[100])] = float("nan")
     try:
-        # Where scores are no numbers, torch may stumble first: its word goes to the log, and the caller hears ours.
+        # With NaN scores torch may fail first. The log has torch's error, and the caller gets ours.
         with pytest.raises(
             (NotFinite, StepFailed), match=r"NaN or infinity|a step of the model failed; the worker's log"
         ):
@@ -82,7 +82,7 @@ async def test_what_a_model_computes_that_is_no_number_is_not_stored(make_engine
         assert kind is RecordKind.BLOCK
         assert not unusable_rows(np.frombuffer(payload, np.uint8)[None], engine.layout).any()
     assert engine.blocks.num_available == engine.pool.num_blocks
-    # Mended, the same worker computes all of it.
+    # With the weight restored, the same worker computes the whole prompt.
     await logits_of(engine, make_prompt(engine, TOKENS))
 
 
@@ -91,7 +91,7 @@ async def test_a_checkpoint_with_a_draft_state_of_another_model_is_a_miss(make_e
     cold = await logits_of(writer, make_prompt(writer, TOKENS))
     names = [name for name in store.records if name[0] is RecordKind.CHECKPOINT]
     for name in names:
-        # A draft state of one value, where a step of this model needs M * D.
+        # The draft state has one value, but this model's step needs M * D values.
         store.records[name] += bytes(DraftState.fixed_bytes(writer.layout) + 4)
     reader = make_engine()
     again = await logits_of(reader, make_prompt(reader, TOKENS))

@@ -1,4 +1,4 @@
-"""Why a prompt missed, through a worker and a real store service: the reason that stands in the bill."""
+"""The reason in the bill why a prompt missed, with a worker and a real store service."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ async def service(tmp_path):
 
 @pytest.fixture(params=["local", "remote"])
 async def shared(request, service):
-    """The store as a worker on its host, and as one elsewhere, sees it."""
+    """The store as seen by a worker on the store's host, or by a worker on another host."""
     is_local = request.param == "local"
     store = LocalStore(service.engine.config.dir, service.address) if is_local else RemoteStore(service.address)
     yield store
@@ -42,7 +42,7 @@ async def shared(request, service):
 
 @pytest.fixture
 def run(make_engine, shared):
-    """A worker without memory runs a prompt; returns its report."""
+    """Run a prompt on a worker with empty memory. Returns the restore report."""
 
     async def run(tokens=TOKENS, *, tenant="", strategy="boundary", **changes):
         engine = dataclasses.replace(make_engine(strategy), store=shared, **changes)

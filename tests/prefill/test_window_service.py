@@ -1,4 +1,4 @@
-"""Operators see plans with prediction and outcome, and switch strategies while requests run."""
+"""Operators see the predictions and outcomes of plans, and switch strategies while requests run."""
 
 import dataclasses
 import json
@@ -64,7 +64,7 @@ async def test_a_strategy_is_switched_from_the_next_request_on(served, make_prom
     assert [position for kind, position in store.puts if kind is RecordKind.CHECKPOINT] == [704]
 
 
-async def test_a_strategy_that_is_none_changes_nothing(served):
+async def test_an_unknown_strategy_changes_nothing(served):
     _, address = served
     with pytest.raises(InvalidRequest, match="periodic"):
         await WindowClient(address).set_strategy("sometimes")

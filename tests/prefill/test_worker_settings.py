@@ -1,4 +1,4 @@
-"""What a worker says at its start of settings that would cost speed in silence."""
+"""At its start a worker warns about settings that would silently cost speed."""
 
 from pathlib import Path
 from unittest import mock

@@ -1,4 +1,4 @@
-"""The writer of a request's records, when what it writes to breaks in ways that nobody foresaw."""
+"""The writer of a request's records when the store fails in unexpected ways."""
 
 import asyncio
 
@@ -32,7 +32,7 @@ async def test_a_bug_while_writing_holds_up_no_producer_and_comes_out_at_the_end
 
 
 class Refusing:
-    """A store that takes nothing: it says so, or fails."""
+    """A store that stores nothing: it refuses records, or fails."""
 
     def __init__(self, outcome):
         self.outcome = outcome

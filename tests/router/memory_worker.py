@@ -1,4 +1,4 @@
-"""A worker's memory without a worker: names come and go, and a real service tells of them."""
+"""A worker's memory without a worker: names are added and removed, and a real service sends the events."""
 
 import hashlib
 
@@ -14,7 +14,7 @@ def names_of(prefix, count):
 
 
 class Memory:
-    """held: names in order of coming. Leading parts of chains, as a worker's memory has them."""
+    """held: names in the order of their arrival. They are leading parts of chains, as in a worker's memory."""
 
     def __init__(self, **options):
         self.held = {}
@@ -37,7 +37,7 @@ class Memory:
 
 
 class Worker:
-    """A memory behind a real server. `restart` is another process at the same address, with an empty memory."""
+    """A memory with a real server. `restart` acts like a new process at the same address with empty memory."""
 
     def __init__(self, **options):
         self.options = options

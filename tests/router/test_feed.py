@@ -1,4 +1,4 @@
-"""The feed knows what the store's events say, notices gaps, and says nothing while it is not in step."""
+"""The feed knows the store's contents from events, notices gaps, and gives no answer while it is not in step."""
 
 import asyncio
 import hashlib
@@ -74,7 +74,7 @@ def test_a_store_with_more_names_than_there_is_room_for_is_asked_for_what_is_not
     assert feed.num_leading(KEYS[:3]) == 3 and feed.num_leading(KEYS[:4]) is None
     assert feed.held(HASHES[:3], fingerprint=FINGERPRINT).num_leading == 3
     assert feed.held(HASHES[:4], fingerprint=FINGERPRINT) is None
-    # What was evicted makes room for what is new, and what was left out stays unknown.
+    # Evicted names make room for new ones. Names that were left out stay unknown.
     assert feed.apply(batch(6, event("EVICTED", HASHES[:1]))) and feed.apply(batch(7, event("STORED", HASHES[9:])))
     assert feed.num_leading(KEYS[9:]) == 1 and feed.num_leading(KEYS[:1]) is None
     assert (
@@ -86,7 +86,7 @@ def test_a_store_with_more_names_than_there_is_room_for_is_asked_for_what_is_not
         )
         and feed.num_left_out == 1
     )
-    # A snapshot that fits is known whole again.
+    # After a snapshot that fits, all names are known again.
     assert all(feed.apply(each) for each in snapshot(20, HASHES[:3]))
     assert feed.num_left_out == 0 and feed.num_leading(KEYS) == 3
 
@@ -123,7 +123,7 @@ async def test_feeds_share_the_room_in_equal_parts_and_one_that_goes_leaves_its_
 
 @pytest.mark.parametrize("bytes_max", [200_000, 1 << 20])
 def test_the_stated_bound_holds_in_memory(bytes_max):
-    """Some times more names than there is room for, and no more memory than was said."""
+    """The feed gets several times more names than it has room for, and stays within its stated memory."""
     feed = feed_of(*snapshot(5, HASHES[:2]), room=FeedRoom(bytes_max))
     part = bytes_max // BYTES_PER_NAME // 4
     batches = []

@@ -1,4 +1,4 @@
-"""The feed against the real store service: stored, evicted, killed and opened again, always what a lookup says."""
+"""The feed agrees with the real store's look-ups after puts, evictions, kills and restarts."""
 
 import asyncio
 import contextlib
@@ -27,7 +27,7 @@ async def serve(directory, address="127.0.0.1:0"):
 
 
 async def in_step(feed, store):
-    """Whether the feed comes to say of every prompt what a lookup says."""
+    """Whether the feed eventually agrees with a look-up for every prompt."""
     for _ in range(3000):
         looked = [(await store.lookup(p.hashes, fingerprint=FINGERPRINT)).num_blocks for p in PROMPTS]
         if [feed.num_leading(keys_of(p.hashes)) for p in PROMPTS] == looked:
@@ -37,7 +37,7 @@ async def in_step(feed, store):
 
 
 async def put(store, records):
-    """Once the channel, which found the store away meanwhile, connects again."""
+    """Put records, and retry until the channel has connected again after the store was down."""
     async with asyncio.timeout(60):
         while True:
             with contextlib.suppress(Unavailable):
@@ -58,7 +58,7 @@ async def test_the_feed_says_what_a_lookup_says(tmp_path, monkeypatch):
         assert await in_step(feed, store) == [5, 5, 0, 0]
         await store.evict([(RecordKind.BLOCK, PROMPTS[0].hashes[3])], owner=owner(""))
         assert (await in_step(feed, store))[:2] == [3, 5]
-        # Another opening of the store is another epoch: a snapshot again.
+        # A restarted store has a new epoch, which needs a new snapshot.
         await server.drain(0.2)
         await servicer.close()
         servicer, server = await serve(tmp_path, server.address)

@@ -1,4 +1,4 @@
-"""Workers behind DNS names and leases come, go and are replaced; one that cannot serve here gets nothing."""
+"""Workers with DNS names and leases come, go and are replaced. A worker that cannot serve here gets no requests."""
 
 import time
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ NAMED = "10.0.0.99:7003"
 
 
 class Fleet:
-    """Two roles behind two names. there: addresses; `dead` ones do not answer, `other` ones have another model."""
+    """Two roles with a DNS name each.  there: their addresses.  dead: do not answer.  other: have another model."""
 
     def __init__(self):
         self.there = {WorkerRole.PREFILL: [], WorkerRole.DECODE: []}
@@ -69,16 +69,16 @@ async def test_workers_come_and_go_with_their_addresses(fleet):
     await fleet.found.look()
     assert fleet.addresses("prefill") == ["10.0.0.1:7002", "10.0.0.2:7002"]
     assert fleet.addresses("decode") == ["10.0.0.1:7003", NAMED]
-    # One is replaced. An answer that lacks an address may be a part of it, so it counts for half a minute.
+    # One worker is replaced. A DNS answer may be incomplete, so a missing address stays for half a minute.
     fleet.there[WorkerRole.PREFILL] = ["10.0.0.2", "10.0.0.3"]
     await fleet.found.look()
     assert len(fleet.addresses("prefill")) == 3
     fleet.now = 31.0
     await fleet.found.look()
     assert fleet.addresses("prefill") == ["10.0.0.2:7002", "10.0.0.3:7002"]
-    # Those of the settings stay, no matter who comes and goes.
+    # Workers that the settings name always stay.
     assert NAMED in fleet.addresses("decode")
-    # Each was asked once.
+    # Each worker was asked once.
     assert len(fleet.asked) == len(set(fleet.asked)) == 4
 
 
@@ -98,7 +98,7 @@ async def test_a_worker_of_other_weights_is_refused_until_it_is_another(fleet):
     for _ in range(3):
         await fleet.found.look()
     assert fleet.addresses("prefill") == []
-    # Each is told once; what may not be called never was.
+    # Each refusal is counted once. The address that may not be called was never called.
     assert fleet.found.num_refused[WorkerRole.PREFILL] == 2 and "192.0.2.1:7002" not in fleet.asked
     fleet.other = set()
     await fleet.found.look()
@@ -127,7 +127,7 @@ async def test_one_that_registers_as_well_stays_as_long_as_its_lease(fleet):
     assert fleet.addresses("prefill") == ["10.0.0.1:7002"]
     fleet.leases.expire(time.monotonic() + 11)
     assert fleet.addresses("prefill") == []
-    # One that leaves and is still found comes back when it answers.
+    # A worker that leaves but is still in DNS comes back when it answers.
     fleet.there[WorkerRole.PREFILL] = ["10.0.0.1"]
     await fleet.found.look()
     renew(10.0)

@@ -1,4 +1,4 @@
-"""Grammars are tried out by a process of its own: hostile ones are refused in time, and nobody waits for them."""
+"""A separate process tries out grammars. Hostile grammars are refused in time and delay no other request."""
 
 import asyncio
 import json
@@ -48,7 +48,7 @@ async def test_what_can_be_followed_passes_and_what_cannot_is_refused_with_a_rea
         await check.check("x" * (1 << 20))
 
 
-# The engine has no limit for these: an intersection of many automata, and an automaton of a million states.
+# Grammars for which the engine has no limit: an intersection of many automata, and an automaton of a million states.
 HOSTILE = [
     {"allOf": [{"type": "string", "pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(50)]},
     {"type": "integer", "multipleOf": 999983},
@@ -68,7 +68,7 @@ async def test_a_hostile_schema_is_ended_while_the_loop_goes_on_and_the_next_is_
         await asking
     assert longest < 1.0
     second = check._process
-    # Known by now: it costs nobody a process again.
+    # The grammar is now known, so it does not need a process again.
     with pytest.raises(UnusableGrammar, match="2 s"):
         await check.check(of(schema))
     assert second is None and check._process is None

@@ -1,4 +1,4 @@
-"""A prefix that many ask for spreads by load and its copies are known; a hint decides between equals."""
+"""A prefix with many requests spreads over workers by load, and its copies are known. A hint breaks ties."""
 
 import contextlib
 
@@ -28,7 +28,7 @@ HOT = np.arange(100 * BLOCK, dtype=np.uint32)
 
 
 class Router:
-    """Placement as the router does it, with requests that run for as long as their `with` block."""
+    """Placement as in the router, with requests that run as long as their `with` block."""
 
     def __init__(self, *, stored=True):
         self.workers = Workers(WorkerRole.PREFILL, make_policy("least_work"), ADDRESSES)
@@ -75,7 +75,7 @@ def test_a_hot_prefix_spreads_as_load_demands_and_the_copies_are_known(stored):
             assert copies[-1] == len(homes)
     assert copies[0] == 1 and copies[-1] >= 2
     assert copies == sorted(copies)
-    # The copies serve: afterwards nobody has to fetch the prefix again.
+    # Afterwards the copies serve all requests, and no worker has to load the prefix again.
     for tail in range(400, 420):
         with router.running(tail) as address:
             assert address in homes

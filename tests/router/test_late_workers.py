@@ -1,4 +1,4 @@
-"""A worker that hangs or is late is left for another one, within a budget, and what is done twice is seen once."""
+"""A request leaves a worker that hangs or is late, within a budget. Work that is done twice is shown once."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ from tests.router.test_prefilling import TOKENS, assert_idle, build, settled, st
 
 
 class Silent:
-    """A pulse as its worker makes it."""
+    """A worker's pulse, as the worker sends it."""
 
     rtt_s = 0.0
 
@@ -54,7 +54,7 @@ class _Guard:
 
 @pytest.fixture(autouse=True)
 def no_slack(monkeypatch):
-    """Hangs are found out in a hundredth of the time."""
+    """Hangs are noticed in a hundredth of the usual time."""
     monkeypatch.setattr("antefix_router.prefill_calls.SLACK_S", 0.01)
     monkeypatch.setattr("antefix_router.decode_stream.SLACK_S", 0.01)
 
@@ -76,7 +76,7 @@ async def test_a_worker_that_hangs_is_left_for_another_one():
     hung.pulse.hush()
     assert (await task).answer is not None
     assert other.calls == ["r"]
-    # Nobody is sent there until it answers again.
+    # No request goes to that worker until it answers again.
     assert (await start(prefilling, "next", np.flip(TOKENS))).answer is not None
     assert other.calls == ["r", "next"]
     assert_idle(prefilling, workers)
@@ -123,7 +123,7 @@ async def test_the_late_one_may_still_be_first():
 
 
 async def test_a_loaded_deployment_does_not_do_its_work_twice():
-    """All are late at once: what is hedged is bounded by the budget, however many requests there are."""
+    """All workers are late at once. The budget bounds the hedged requests, whatever the number of requests."""
     prefilling, workers, clients, _ = build(num_workers=2)
     speeds(workers, 1e9, 1e9)
     num = 200

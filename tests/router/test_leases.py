@@ -1,4 +1,4 @@
-"""Workers come and go by lease; one that drains or restarts is known to do so."""
+"""Workers join and leave by lease, and the router knows which workers drain or restart."""
 
 import asyncio
 import time

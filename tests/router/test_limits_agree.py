@@ -1,4 +1,4 @@
-"""Any name that the door takes goes through every layer below it: the limits of lower layers are never the narrower."""
+"""Any name that the HTTP API accepts passes every lower layer, because lower layers' limits are never narrower."""
 
 import asyncio
 
@@ -69,12 +69,12 @@ async def _through_the_bill(directory, tenant, user, session, request_id):
     script = Script()
     front = make_front(script, ledger=directory / "ledger")
     bill = await front.admit(asked(tenant=tenant, user=user, session=session, request_id=request_id))
-    # gRPC carries what it takes.
+    # gRPC carries every accepted name.
     sent = router_pb2.GenerateRequest(tenant=tenant, user=user, session=session, request_id=request_id)
     assert router_pb2.GenerateRequest.FromString(sent.SerializeToString()) == sent
     assert b"".join([bytes(map(int, piece.tokens)) async for piece in front.run(bill, 5.0)]) == b"yes"
     await front.close()
-    # The bill has the names as they were, on disk, in receipts and on the wire.
+    # The bill has the names unchanged, on disk, in receipts and on the wire.
     ledger = Ledger(directory / "ledger")
     settled = ledger.find(request_key(tenant, request_id))
     record = settled.record
@@ -84,7 +84,7 @@ async def _through_the_bill(directory, tenant, user, session, request_id):
     assert check_receipt(signer.receipt(settled, ledger.source), signer.public_key, None).ok
     assert usage_pb2.UsageRecord(**record.to_dict()).user == user
     ledger.close()
-    # The hint is kept where placement looks for it.
+    # The hint is kept for placement.
     hints = Sessions()
     hints.note(cache_tenant(tenant, user), session, WorkerRole.DECODE, "a:1")
     assert hints.last(cache_tenant(tenant, user), session, WorkerRole.DECODE) == ("a:1" if session else "")
@@ -105,7 +105,7 @@ async def _through_the_store(directory, url, tenant):
             log.stored(prompt.hashes)
             found = engine.lookup(prompt.hashes, fingerprint=FINGERPRINT)
             assert found.num_blocks == 2
-            # What changes with every session is in Redis as well.
+            # The part that changes with every session is in Redis too.
             assert await pool.put(seals.seal(prompt.checkpoint(1, tenant=owner)))
             held = await pool.nearest(prompt.hashes[::-1], fingerprint=FINGERPRINT, tenant=owner)
             assert held is not None and (held.index, pool.num_corrupt) == (0, 0)

@@ -1,4 +1,4 @@
-"""What would wait too long is refused at once, by tenant; what is answered is as much as without overload."""
+"""Requests that would wait too long are refused at once, by tenant. As many are answered as without overload."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,8 @@ class Clock:
 class Played:
     """A first come, first served deployment that gives PER_S first tokens per second, and its clients, on one clock.
 
-    Each request: when it came, and when it was served (None: refused)."""
+    requests: (time of arrival, time when it was served, or None if it was refused).
+    """
 
     def __init__(self, wait_s_max=WAIT_S_MAX):
         self.clock = Clock()
@@ -77,9 +78,9 @@ def test_overload_costs_no_goodput_and_is_over_ten_seconds_after_its_end(factor)
     over_s = played.at_rate(factor * PER_S, 60, end_s)
     played.at_rate(0.7 * PER_S, 60, over_s)
     num_served = len(played.waits_s(end_s, over_s))
-    # What was served in that time, and what of it was served a little later, within the bound.
+    # The requests of that time that were served, some of them slightly later, within the bound.
     assert num_served >= 0.9 * PER_S * 60
-    # The first seconds are those in which it is found out how fast the queue goes.
+    # In the first seconds the speed of the queue is being measured.
     assert max(played.waits_s(end_s + 20, over_s)) <= 1.1 * WAIT_S_MAX + 1 / PER_S
     before, after = played.waits_s(100.0, end_s), played.waits_s(over_s + 10, over_s + 60)
     assert len(after) == round(0.7 * PER_S * 50)
@@ -108,7 +109,7 @@ def test_a_tenant_that_has_none_waiting_is_let_in_and_the_greedy_one_is_told_whe
     for _ in range(100):
         crowd(shedding, "greedy")
     clock.now_s += 5
-    # A queue that has just come may be a burst; nothing of it was served, so it is none that will soon be gone.
+    # A new queue may be a burst. No request of this one was served, so it is not a burst that ends soon.
     with pytest.raises(Overloaded, match="more than 40 s") as told:
         crowd(shedding, "greedy")
     assert 1 <= told.value.retry_after_s <= 60
@@ -118,7 +119,7 @@ def test_a_tenant_that_has_none_waiting_is_let_in_and_the_greedy_one_is_told_whe
 
 @pytest.mark.parametrize("per_s", [5.0, 10.0, 20.0])
 def test_a_burst_that_is_gone_in_time_is_answered_whole_and_again_after_a_pause(per_s, monkeypatch):
-    """Also on slow machines, where fewer than a worker takes at once wait longer than an overload's queue may."""
+    """Also on slow machines, where even requests that are never refused wait longer than an overload's queue may."""
     monkeypatch.setattr("tests.router.test_load_shedding.PER_S", per_s)
     played, start_s = Played(), 100.0
     for _ in range(3):
@@ -133,7 +134,7 @@ def test_a_queue_that_stays_is_no_burst_and_one_burst_is_no_licence_for_the_next
     end_s = played.at_rate(3 * PER_S, 60, 100.0)
     waits = played.waits_s(100.0 + 3 * BURST_FACTOR * WAIT_S_MAX, end_s)
     assert waits and max(waits) <= 1.1 * WAIT_S_MAX + 1 / PER_S
-    # A second after the overload's end its last queue is not forgotten.
+    # Some seconds after the overload's end its queue is not forgotten.
     played = Played()
     end_s = played.at_rate(3 * PER_S, 60, 100.0)
     again_s = played.at_rate(3 * PER_S, 10, end_s + 3.0)
@@ -181,6 +182,6 @@ async def test_the_door_refuses_before_it_reads_a_body_and_says_when_to_come_aga
         assert refused.json()["error"]["code"] == "server_overloaded"
         hold.set()
         assert {(await each).status_code for each in asking} == {200}
-        # Nobody waits any more, whatever was served and however it ended.
+        # No request waits any more, however each one ended.
         assert front.shedding.num_waiting == 0
         assert (await client.post("/v1/completions", json=body)).status_code == 200

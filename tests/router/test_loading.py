@@ -1,4 +1,4 @@
-"""Placement by how fast each worker reads the stores that have a prompt's blocks."""
+"""Placement considers how fast each worker reads from the stores that hold a prompt's blocks."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The directory has what workers say; gaps, other epochs and forgetting are noticed; a snapshot puts it right."""
+"""The directory follows workers' events. It notices gaps, new epochs and dropped workers; a snapshot repairs it."""
 
 import asyncio
 
@@ -23,7 +23,7 @@ def soon(monkeypatch):
 
 
 def batches(memory, cursor=None):
-    """What a direct stream gives to a watcher that stands there, one event after the other."""
+    """The batches that a direct stream gives to a watcher at this cursor, one event each."""
     found = memory.log.since(cursor or Cursor())
     if found is None:
         return list(memory.log.snapshot())
@@ -95,7 +95,7 @@ def test_a_feed_in_step_knows_exactly_what_is_there_whatever_was_lost(steps):
                     assert all(feed.apply(each) for each in memory.log.snapshot())
                     break
             position = memory.log.cursor
-            # Lost events show at the next one, or when the worker says where it stands.
+            # Lost events are noticed at the next event, or when the worker sends its present number.
             alive = Batch(cursor=memory.log.cursor)
             if not feed.apply(alive):
                 assert all(feed.apply(each) for each in memory.log.snapshot())

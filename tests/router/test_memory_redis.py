@@ -1,4 +1,4 @@
-"""Several routers learn of workers' memory through one real Redis, lose it, and come to know again."""
+"""Several routers learn workers' memory through one real Redis, lose Redis, and recover their knowledge."""
 
 import asyncio
 
@@ -28,7 +28,7 @@ def soon(monkeypatch):
 
 
 class Rack:
-    """Workers that tell one Redis, and routers that read it."""
+    """Workers that send events to one Redis, and routers that read them."""
 
     def __init__(self, url):
         self.url = url
@@ -57,7 +57,7 @@ class Rack:
         return feed, directory
 
     def is_known(self):
-        """Whether every router knows of every worker exactly what it holds."""
+        """Whether every router knows exactly what every worker holds."""
         return all(
             feed.in_step(worker.address)
             and leading(directory, worker.address, CHAIN) == worker.memory.num_leading(CHAIN)
@@ -131,11 +131,11 @@ async def test_redis_killed_in_mid_run_degrades_to_what_is_known_and_heals(start
     server.kill()
     worker.memory.store(CHAIN[:60])
     await asyncio.sleep(0.3)
-    # What it knew is still what it knows, and its own placements count again.
+    # The router keeps its knowledge, and its own placements count again.
     assert leading(directory, worker.address, CHAIN) == 30
     directory.guess(worker.address, keys_of(CHAIN[:45]))
     assert leading(directory, worker.address, CHAIN) == 45
-    # It comes back empty, as after a crash without persistence: the worker's ring still has what was not told.
+    # Redis comes back empty, as after a crash without persistence. The worker's ring still has the unsent events.
     server.start()
     await until(rack.is_known)
     assert [feed.counters.num_snapshots for feed, _ in rack.routers] == settled
@@ -151,7 +151,7 @@ async def test_events_that_redis_took_and_lost_are_noticed_and_made_good_by_a_sn
     worker.memory.store(CHAIN[:30])
     feed, _ = await rack.router()
     (before,) = await snapshots_settled(rack)
-    # The router is cut off while the worker tells, and what it told is gone before the router is back.
+    # The router is cut off while the worker sends events, and the events are deleted before the router is back.
     client = Redis.from_url(server.url)
     take, feed._reader._take = feed._reader._take, lambda address, batch: None
     worker.memory.store(CHAIN[:60])

@@ -1,4 +1,4 @@
-"""A request that every decode worker failed waits for one that answers again, within its bound. Time is simulated."""
+"""A request that failed on every decode worker waits, within its bound, for one that answers. Time is simulated."""
 
 import asyncio
 import contextlib
@@ -30,7 +30,7 @@ FOREVER = 1e9
 
 
 class Peer(DecodeClient):
-    """A decode worker. silent, gone: from when until when, by the loop's clock; num_calls: of it."""
+    """A decode worker.  silent, gone: (start, end) by the loop's clock.  num_calls: the number of calls so far."""
 
     def __init__(self, *, silent=(FOREVER, FOREVER), gone=(FOREVER, FOREVER), error=None):
         self.silent, self.gone, self.error, self.num_calls = silent, gone, error, 0
@@ -40,7 +40,7 @@ class Peer(DecodeClient):
         if self.gone[0] <= now < self.gone[1]:
             raise Unavailable("connection refused")
         if self.silent[0] <= now < self.silent[1]:
-            # What was sent is read when it continues.
+            # The worker reads the request when it continues.
             await asyncio.sleep(self.silent[1] - now)
 
     async def decode(self, request, sampling, *, emitted, **_):
@@ -55,7 +55,7 @@ class Peer(DecodeClient):
 
 
 class NoPrefill:
-    """Leaves every prompt to decode."""
+    """A prefill stage that leaves every prompt to decode workers."""
 
     tokens_per_s = 1000.0
 
@@ -69,7 +69,7 @@ class NoPins:
 
 
 def simulate(make):
-    """Run `make()` in simulated time."""
+    """Run the coroutine of `make()` in simulated time."""
     rng = random.Random(5)
     loop = SimulatedLoop(rng)
     try:
@@ -82,7 +82,7 @@ def simulate(make):
 
 @contextlib.asynccontextmanager
 async def deployment(*peers):
-    """Workers with pulses, and a function that runs a request of 8 tokens and returns them with its time."""
+    """Workers with pulses, and a function that runs a request of 8 tokens and returns the tokens and the time."""
     clock = asyncio.get_running_loop().time
     workers = Workers(WorkerRole.DECODE, make_policy("least_work"))
     for number, peer in enumerate(peers):
@@ -125,7 +125,7 @@ def asked(*peers, timeout_s=600.0, after_s=0.0):
 @pytest.mark.parametrize("after_s", [0.0, 1.0, 1.9])
 @pytest.mark.parametrize("begun_s", [4.0, 5.35])
 def test_with_one_worker_gone_and_one_silent_for_seconds_a_request_waits(begun_s, after_s):
-    """Before its first token, and between two of them."""
+    """The request waits before its first token, or between two tokens."""
     peers = Peer(gone=(4.0, FOREVER)), Peer(silent=(begun_s, begun_s + 3.5))
     found, took_s = asked(*peers, after_s=after_s)
     assert found == list(range(8))
@@ -133,7 +133,7 @@ def test_with_one_worker_gone_and_one_silent_for_seconds_a_request_waits(begun_s
 
 
 def test_a_worker_that_is_started_again_has_the_request_again():
-    """The only one; and both, one after the other."""
+    """The only worker is restarted; or both workers are, one after the other."""
     assert asked(Peer(gone=(5.35, 9.0)))[0] == list(range(8))
     assert asked(Peer(gone=(5.35, 9.0)), Peer(gone=(5.25, 12.0)))[0] == list(range(8))
 
@@ -177,7 +177,7 @@ def test_a_worker_that_joins_meanwhile_is_taken():
         async with deployment(first) as (workers, run):
             task = asyncio.create_task(run())
             await asyncio.sleep(4.0)
-            # Another process at the same address, as a lease makes it known.
+            # A lease announces another process at the same address.
             await workers.workers[0].pulse.close()
             workers.leave("d:0")
             workers.add(Worker(address="d:0", role=WorkerRole.DECODE, client=second, seed=1))

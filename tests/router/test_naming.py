@@ -1,4 +1,4 @@
-"""Names taken over from an earlier prompt are the names that hashing gives."""
+"""Block names that are reused from an earlier prompt equal the names that hashing gives."""
 
 import numpy as np
 import pytest

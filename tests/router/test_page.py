@@ -1,4 +1,4 @@
-"""What the page shows: counts that agree with the records, a forest of shared prefixes, and no text of a prompt."""
+"""The page shows counts that agree with the records, a forest of shared prefixes, and no text of a prompt."""
 
 import asyncio
 import hashlib
@@ -57,7 +57,7 @@ def test_a_series_and_a_span_add_up_to_what_was_noted():
         assert abs(sum(point["requests"] for point in points) - activity.over(seconds).requests) <= 1
     assert activity.over(3600).prompt_tokens == 9000
     assert [name for name, _ in activity.busiest(2)] and len(activity.busiest(9)) == 3
-    # Four hours later nothing of it is recent, and the totals stay.
+    # Four hours later no count is recent, and the totals stay.
     now[0] += 5 * 3600
     activity.note(record(91), None)
     assert activity.over(3600).requests == 1 and activity.total.requests == 91
@@ -73,7 +73,7 @@ def test_what_is_kept_is_bounded():
 def test_a_life_adds_up_to_the_request():
     life = Life.of(record(), RestoreReport(restore_s=0.1, compute_s=0.3, predicted_s=0.2))
     assert life.wait_s + life.restore_s + life.compute_s == pytest.approx(0.5) and life.output_s == pytest.approx(1.5)
-    # Clocks of two processes may disagree: no part is ever negative, and none is longer than the request.
+    # Clocks of two processes may differ. No part is ever negative or longer than the request.
     odd = Life.of(record(), RestoreReport(restore_s=9.0, compute_s=9.0))
     assert (odd.wait_s, odd.restore_s, odd.compute_s) == (0.0, 0.5, 0.0)
 
@@ -113,7 +113,8 @@ def test_a_forest_holds_what_a_dictionary_of_prefixes_says():
             not run.children or len(run.children) > 1 or run.num_prompts > next(iter(run.children.values())).num_prompts
         )
         found.update(dict.fromkeys(run.hashes, run.num_prompts))
-    # A run that a prompt ends in counts that prompt for all of its blocks, so it may count more, never less.
+    # If a prompt ends inside a run of blocks, it counts for all blocks of the run. So counts may be too high, never too
+    # low.
     assert found.keys() == counted.keys() and all(found[each] >= counted[each] for each in counted)
     assert forest.num_hashes == len(counted)
 
@@ -126,7 +127,7 @@ def test_a_forest_forgets_what_is_used_least():
         forest.note(name("shared", number, number), b"x")
     assert forest.num_hashes <= 50 and forest.num_hashes == sum(len(run.hashes) for run in forest.walk())
     assert name("shared", 39, 39)[-1] in {each for run in forest.walk() for each in run.hashes}
-    forest.note(name(*range(51)), b"x")  # longer than all there is room for
+    forest.note(name(*range(51)), b"x")  # longer than the forest's room
     assert forest.num_hashes <= 50
 
 
@@ -135,7 +136,7 @@ def test_the_data_needs_leave_and_the_page_does_not(error, status):
     def check(request):
         raise error
 
-    view = SimpleNamespace(data=None)  # never asked
+    view = SimpleNamespace(data=None)  # this value is never read
     client = TestClient(Starlette(routes=page_routes(view, check)))
     assert client.get("/ui/data").status_code == status
     assert client.get("/ui").status_code == 200 and client.get("/ui/secret").status_code == 404

@@ -1,4 +1,4 @@
-"""The page shows several stores one by one, and together what they hold; one that is away is shown as that."""
+"""The page shows each of several stores and their total. A store that does not answer is shown as such."""
 
 from __future__ import annotations
 

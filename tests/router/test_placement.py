@@ -1,4 +1,4 @@
-"""Load always comes back to zero, and the directory knows what it was told, within its bound."""
+"""Load always returns to zero, and the directory knows what it was told, within its bound."""
 
 import hashlib
 
@@ -56,11 +56,11 @@ def test_with_nobody_left_placement_says_so():
 def test_a_request_moves_on_though_the_worker_that_failed_has_left_since():
     workers = Workers(WorkerRole.DECODE, make_policy("least_work"), ["a:1", "b:1"])
     assert workers.has_another({"a:1"})
-    workers.leave("a:1")  # its lease ended while it was waited for
+    workers.leave("a:1")  # its lease ended while the request waited
     assert workers.has_another({"a:1"}) and not workers.has_another({"a:1", "b:1"})
     for address in ("c:1", "d:1", "e:1"):
         workers.join(address)
-    assert not workers.has_another({"a:1", "b:1", "c:1"})  # three moves are enough
+    assert not workers.has_another({"a:1", "b:1", "c:1"})  # a request moves at most three times
 
 
 def test_a_worker_that_failed_or_drains_is_taken_only_where_there_is_no_other():
@@ -134,7 +134,7 @@ def test_what_a_worker_dropped_is_not_its_own_any_more_and_others_keep_theirs():
 
 def test_a_worker_that_comes_back_under_its_address_is_believed_empty():
     directory, chain = Directory(), [key(i) for i in range(4)]
-    for _ in range(200):  # more than the bits that are kept of the gone
+    for _ in range(200):  # more than the number of departed workers that are remembered
         directory.placed("w", chain)
         directory.forget("w")
         assert directory.leading(["w"], chain).tolist() == [0]

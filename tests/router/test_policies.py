@@ -1,4 +1,4 @@
-"""Least work wins, never by the first block alone; every policy keeps to workers that may be had."""
+"""Least work wins, and never by the first block alone. Every policy uses only available workers."""
 
 import hashlib
 
@@ -76,7 +76,7 @@ def test_a_copy_is_made_only_where_waiting_costs_more_than_computing_it_many_tim
             work(1000, None), loads(["busy", "free"], pending=pending, resident=[900, 0])
         )
 
-    # 900 tokens more to compute, once as the request's own time and eight times as what all lose.
+    # 900 more tokens to compute count once for the request itself and eight times for all other requests.
     assert chosen([7_500, 0]) == 0
     assert chosen([9 * 900 + 300, 0]) == 1
     assert chosen([2_200, 0], compute_weight=1.0) == 1
@@ -91,7 +91,8 @@ def test_the_weight_of_computing_is_a_setting_of_least_work_alone():
 
 def test_window_state_that_has_to_be_rebuilt_makes_a_prefix_in_memory_worth_less():
     replaying = Work(num_tokens=10_000, stored_tokens=None, affinity=1, replay_tokens=4_000)
-    # All of a long prefix but half of the replay; of one as long as the replay half, of half of that an eighth of it.
+    # A long prefix saves all its tokens except half of the replay. A prefix as long as the replay saves half of its
+    # tokens, and a prefix half as long saves an eighth of the replay.
     assert own_work(replaying, loads(["a", "b", "c", "d"], resident=[9_000, 4_000, 2_000, 0])).tolist() == [
         3_000,
         8_000,

@@ -1,4 +1,7 @@
-"""Equal prefixes in flight are computed once; nobody waits for ever, nobody is forgotten; too long a queue says so."""
+"""Equal prefixes in flight are computed once. No request waits for ever or is lost.
+
+A queue that is too long refuses.
+"""
 
 import asyncio
 
@@ -26,7 +29,7 @@ TOKENS = np.arange(403, dtype=np.uint32)
 
 
 class FakeStore:
-    """Holds what prefill workers have put; may be down."""
+    """Holds the blocks that prefill workers put. A test may take it down."""
 
     def __init__(self):
         self.hashes = set()
@@ -40,7 +43,7 @@ class FakeStore:
 
 
 class FakePrefill(PrefillClient):
-    """Each call waits for `gate`, then stores the prompt's blocks, or raises what it was told to."""
+    """Each call waits for `gate`, then stores the prompt's blocks, or raises the error that the test set."""
 
     def __init__(self, address, store):
         self.address, self.store, self.gate = address, store, asyncio.Event()

@@ -1,4 +1,4 @@
-"""Several routers follow one store through one real Redis, lose it, and come to know again; never more than it has."""
+"""Several routers follow one store through one real Redis, lose Redis, recover, and never claim more than it holds."""
 
 import asyncio
 import subprocess
@@ -30,7 +30,7 @@ def soon(monkeypatch):
 
 
 class Rack:
-    """One store that tells one Redis, and routers that read it."""
+    """One store that sends events to one Redis, and routers that read them."""
 
     def __init__(self, url, directory):
         self.url, self.directory = url, directory
@@ -67,7 +67,7 @@ class Rack:
         await self.store.evict([(RecordKind.BLOCK, PROMPTS[number].hashes[block])], owner=owner(""))
 
     async def known(self):
-        """What every router comes to say of every prompt, which is what a lookup says."""
+        """Every router's answer for every prompt, once it agrees with a look-up."""
         looked = [(await self.store.lookup(p.hashes, fingerprint=FINGERPRINT)).num_blocks for p in PROMPTS]
         await until(lambda: all(said(feed) == looked for feed in self.feeds))
         return looked
@@ -126,7 +126,7 @@ async def test_redis_killed_in_mid_run_leaves_the_store_to_be_asked_and_heals(st
     assert said(feed) == [None] * 4
     await rack.put(1)
     await rack.evict(0, 2)
-    # It comes back empty, as after a crash without persistence: the store's ring still has what was not told.
+    # Redis comes back empty, as after a crash without persistence. The store's ring still has the unsent events.
     server.start()
     assert await rack.known() == [2, 5, 0, 0]
     assert [feed.counters.num_snapshots for feed in rack.feeds] == [1, 1]
@@ -138,7 +138,7 @@ async def test_events_that_redis_took_and_lost_are_noticed_and_made_good_by_a_sn
     feed = await rack.router()
     await rack.put(0)
     await rack.known()
-    # The router is cut off while the store tells, and what it told is gone before the router is back.
+    # The router is cut off while the store sends events, and the events are deleted before the router is back.
     take, feed._reader._take = feed._reader._take, lambda name, batch: None
     await rack.put(1)
     await until(lambda: rack.publisher._told == rack.servicer.engine.events.cursor)
@@ -147,7 +147,7 @@ async def test_events_that_redis_took_and_lost_are_noticed_and_made_good_by_a_sn
     await client.flushall()
     await client.aclose()
     feed._reader._take = take
-    # Without another change: the store's sign of life has the number that is missing.
+    # No new event is needed, because the store's sign of life has the missing number.
     assert await rack.known() == [5, 5, 0, 0]
     assert (feed.counters.num_gaps, feed.counters.num_snapshots) == (1, 2)
 

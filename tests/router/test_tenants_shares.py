@@ -1,4 +1,4 @@
-"""A tenant's share travels from the tenants file to the workers, who share themselves by it."""
+"""A tenant's share travels from the tenants file to the workers, which divide their time by it."""
 
 import hashlib
 
@@ -42,7 +42,7 @@ async def test_an_admitted_request_has_its_tenants_share(tmp_path, tenant, share
 
 
 class Calls:
-    """A stub that keeps the messages that it is given."""
+    """A stub that keeps the messages that it gets."""
 
     def __init__(self):
         self.messages = []

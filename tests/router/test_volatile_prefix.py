@@ -1,4 +1,4 @@
-"""A client whose prompts begin with something that changes is warned; one whose prompts only differ is not."""
+"""A client whose prompts begin with a changing text is warned. A client whose prompts merely differ is not."""
 
 import httpx2
 import numpy as np
@@ -30,10 +30,10 @@ def flags(prompts, watch=None):
 
 
 def test_a_line_that_changes_at_the_head_is_seen_from_the_second_prompt_on():
-    # Of another length each time, as times and counters are.
+    # The changing text has another length each time, as with times and counters.
     prompts = [joined(text(20 + number, 100 + number), SYSTEM, text(300, number)) for number in range(6)]
     assert flags(prompts) == [False, True, True, True, True, True]
-    assert flags([prompts[0], prompts[1], prompts[1]]) == [False, True, True]  # another attempt
+    assert flags([prompts[0], prompts[1], prompts[1]]) == [False, True, True]  # a repeated attempt
 
 
 def test_a_growing_conversation_is_not():
@@ -71,7 +71,8 @@ def test_clients_are_apart_and_bounded():
     prompt = text(100_000, 3)
     watch.note("d", prompt)
     assert all(head.tokens.nbytes <= 4 * HEAD_TOKENS for heads in watch._heads.values() for head in heads)
-    assert all(head.tokens.base is None for heads in watch._heads.values() for head in heads)  # no view on all of it
+    # not a view of the whole prompt
+    assert all(head.tokens.base is None for heads in watch._heads.values() for head in heads)
 
 
 @settings(max_examples=40, deadline=None)

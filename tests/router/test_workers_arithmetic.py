@@ -1,4 +1,4 @@
-"""What a router learns of its workers' arithmetic, and whom it refuses."""
+"""A router learns its workers' arithmetic, and refuses workers with a different one."""
 
 import time
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ ONE, OTHER = "cpu-float32-0123456789-0123456789", "cpu-float32-0123456789-ffffff
 
 @dataclass
 class Asked:
-    """A worker that answers with what it was given, and only from the second time on if it is late."""
+    """A worker that reports a given arithmetic. A late worker answers only from the second call on."""
 
     arithmetic: str
     is_late: bool = False
@@ -130,7 +130,7 @@ async def test_the_first_that_registers_says_what_goes_into_names_and_others_are
     with pytest.raises(FingerprintMismatch, match=rf"where {ONE} is.*where {OTHER} is"):
         await register(router, OTHER, address="127.0.0.1:7002")
     assert len((await named(router))[0].workers) == 1
-    # When all of the former have left, others may come: an upgrade.
+    # When all earlier workers have left, workers with another arithmetic may come, as in an upgrade.
     await register(router, ONE, ttl_s=0.0)
     await register(router, OTHER, address="127.0.0.1:7002")
     status, other_root = await named(router)

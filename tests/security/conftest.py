@@ -1,4 +1,4 @@
-"""A CA, a certificate for anybody, and a real server with every service behind the guard."""
+"""A CA that issues any certificate, and a real server with every service behind the guard."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -48,7 +48,7 @@ SECRET = b"the deployment's secret, 32 byte"
 
 @dataclass
 class Authority:
-    """Issues certificates, and gives what a process or a caller has with one."""
+    """Issues certificates, and makes the security settings and credentials that use them."""
 
     directory: Path
     _made: dict = field(default_factory=dict)
@@ -89,7 +89,7 @@ def keyring():
 
 @pytest.fixture
 async def serve():
-    """`server = await serve(security)`: all services, none of which does anything, behind one guard."""
+    """`server = await serve(security)`: all services behind one guard. No service has methods of its own."""
     async with contextlib.AsyncExitStack() as stack:
 
         async def start(security, *, address="127.0.0.1:0", **options):

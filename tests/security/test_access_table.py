@@ -1,4 +1,4 @@
-"""Every method of every service, found by reflection, times every identity: what happens is what the table says."""
+"""Every method of every service, found by reflection, is called by every identity, with the access table's result."""
 
 import grpc
 import pytest
@@ -18,7 +18,7 @@ OWNER = b"an owner, of 24 bytes   "
 
 
 async def reflected(channel):
-    """Full method names with whether request and response are streams, of all services there."""
+    """Full names of all services' methods, and whether requests and responses are streams."""
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
 
     async def ask(**request):
@@ -42,7 +42,7 @@ async def reflected(channel):
 
 
 def add_to(pool, files, name, seen):
-    """A file behind those that it depends on."""
+    """Add a file to the pool after the files that it depends on."""
     if name not in seen:
         seen.add(name)
         for needed in files[name].dependency:
@@ -51,7 +51,7 @@ def add_to(pool, files, name, seen):
 
 
 async def call(channel, method, kind):
-    """The status that one call of any kind ends with; empty messages."""
+    """Make one call of any kind with empty messages. Returns its status."""
     make = {
         (False, False): channel.unary_unary,
         (False, True): channel.unary_stream,
@@ -66,7 +66,8 @@ async def call(channel, method, kind):
         else:
             await answer
     except grpc.aio.AioRpcError as err:
-        # gRPC's own, where the refusal comes while it still sends: the server's internal errors have a number.
+        # gRPC's own INTERNAL, if the refusal arrives while the client still sends. The server's internal errors have an
+        # id.
         if err.code() is grpc.StatusCode.INTERNAL and "internal error " not in err.details():
             return await call(channel, method, kind)
         return err.code()
@@ -81,7 +82,7 @@ def expected(method, role, *, granted):
 async def test_every_method_has_a_row_and_every_row_a_method(authority, serve):
     server = await serve(authority.security("kvstore"))
     methods = await reflected(rpc.channel(server.address, credentials=authority.credentials("operator")))
-    # Older versions of grpcio-health-checking, which pyproject.toml allows, do not have it.
+    # Older versions of grpcio-health-checking, which pyproject.toml allows, do not have this method.
     assert set(methods) | {"/grpc.health.v1.Health/List"} == set(TABLE)
     assert set(methods.values()) == {(False, False), (False, True), (True, False), (True, True)}
 
@@ -181,7 +182,7 @@ async def test_where_tenants_have_keys_a_process_of_this_host_shows_one_too(keyr
 
 
 async def test_an_application_shows_its_key_to_the_router_that_it_means(authority, serve, tmp_path):
-    """With the CA's certificate alone: the router's must be for the host that is called."""
+    """The application has only the CA's certificate. The router's certificate must be for the called host."""
     seen = []
 
     def tokens(key, method):
@@ -195,7 +196,7 @@ async def test_an_application_shows_its_key_to_the_router_that_it_means(authorit
     async with rpc.channel(router.token_address, of=Role.ROUTER, credentials=acme) as channel:
         assert await call(channel, generate, (False, True)) not in REFUSED
     assert seen == ["acme's key"]
-    # Another certificate of the same CA, of a worker on another host, gets no key to see.
+    # A server with another host's worker certificate of the same CA does not get the key.
     authority.files("prefill", "elsewhere", hosts=["w1.example"])
     rogue = await serve(authority.security("prefill", "elsewhere", tokens=tokens), token_address="localhost:0")
     async with rpc.channel(rogue.token_address, of=Role.ROUTER, credentials=acme) as channel:

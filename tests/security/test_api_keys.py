@@ -1,4 +1,4 @@
-"""API keys: what each may do, until when, what is kept of it, and what a mistake in their files does."""
+"""API keys: permissions, expiry, what is stored of a key, and the effect of errors in key files."""
 
 import contextlib
 import json
@@ -81,7 +81,7 @@ def test_a_rotated_key_overlaps_with_the_one_before():
         assert register.authenticate(each, Scope.USAGE, now).scopes == {Scope.USAGE}
     with pytest.raises(Unauthenticated):
         register.authenticate(text, Scope.USAGE, after)
-    # A rotation never gives a key more time than it had.
+    # A rotation never extends an old key's time.
     _, book = api_keys.rotate(book, book.keys[-1].id, until=SOON + timedelta(days=1), expires=SOON + timedelta(days=9))
     assert api_keys.rotate(book, key.id, until=SOON + timedelta(days=1))[1].find(key.id).expires == SOON
 
@@ -174,7 +174,7 @@ def faulty_books():
         {"more": "1"},
     ):
         yield json.dumps({"version": 1, "number": 1, "keys": [{**row, **change}]})
-    # What everybody has who has no key.
+    # The digest of an empty key, which every caller without a key would have.
     yield json.dumps({"version": 1, "number": 1, "keys": [{**row, "sha256": digest_of("").hex()}]})
     yield json.dumps({"version": 2, "number": 1, "keys": [row]})
     yield json.dumps({"version": 1, "number": -1, "keys": [row]})
@@ -259,7 +259,7 @@ GUARDS = [
 
 @pytest.mark.parametrize(("role", "setting"), GUARDS)
 def test_a_setting_that_guards_is_never_empty(role, setting, tmp_path, capsys, monkeypatch):
-    """As it is where a variable of a shell was not set."""
+    """A setting is empty if a variable of a shell was not set."""
     flag = "--" + setting.replace("_", "-")
     assert main(["serve", role, flag, "", "--print-config"]) == 2
     monkeypatch.setenv(f"ANTEFIX_{role}_{setting}".upper(), " ")
@@ -284,7 +284,7 @@ def test_a_file_that_is_not_there_stops_the_start(setting, tmp_path):
 
 @pytest.fixture
 async def door(tmp_path):
-    """The HTTP door of a router with keys: its address, and a function that makes one."""
+    """The HTTP API of a router with keys: a client, and a function that makes a key."""
     register = KeyRegister(named={digest_of("old-form"): "old"})
 
     def key(tenant, *scopes):
@@ -319,7 +319,7 @@ async def test_every_address_of_the_door_asks_for_its_scope(door):
         assert (await client.get("/v1/models", headers=headers)).status_code == status
     for headers, status in ((generate, 403), (usage, 404), (admin, 404), ({}, 401)):
         assert (await client.get("/v1/usage/receipts/none", headers=headers)).status_code == status
-    # What says nothing of anybody.
+    # Public paths, which reveal nothing about any tenant.
     assert (await client.get("/healthz")).status_code == 200
     assert (await client.get("/v1/usage/public_key")).status_code == 200
 
@@ -369,7 +369,7 @@ def test_over_grpc_a_key_does_what_its_scopes_say_too():
     register = register_of(*rows)
     generate, usage, admin = texts
     own = caller_of_key(register, generate, GENERATE)
-    # The bill names the key that was shown.
+    # The bill names the key that the caller used.
     assert (own.role, own.tenant(""), own.key_id) == (Role.TENANT, "acme", rows[0].id)
     assert caller_of_key(register, usage, EXPORT).tenant("") == "acme"
     with pytest.raises(PermissionDenied):
@@ -382,7 +382,7 @@ def test_over_grpc_a_key_does_what_its_scopes_say_too():
         assert caller_of_key(register, key, HEALTH).role is not Role.OPERATOR
     with pytest.raises(Unauthenticated):
         caller_of_key(register, "wrong", HEALTH)
-    # Nor does an admin's key open anything else.
+    # An admin's key allows no other methods.
     for method in TABLE:
         if not method.startswith("/antefix.v1.UsageService/"):
             with contextlib.suppress(PermissionDenied):

@@ -1,4 +1,4 @@
-"""docs/SECURITY.md's list of attacks: each row names tests that there are, and what else it names is there."""
+"""docs/SECURITY.md's list of attacks: the tests, metrics and flags that it names exist."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_each_attack_names_tests_that_there_are():
 
 
 def test_what_the_document_names_is_there():
-    """Metrics and flags that it tells of."""
+    """The metrics and flags that the document names exist."""
     rooms = ("antefix", "billing", "console", "decode", "kvstore", "prefill", "router")
     text = "".join(path.read_text() for room in rooms for path in (ROOT / room).rglob("*.py"))
     for metric in re.findall(r"`(antefix_[a-z_]+)`", DOCUMENT):

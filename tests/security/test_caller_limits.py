@@ -1,4 +1,4 @@
-"""One address has so many calls and connections of a port, and the others have theirs."""
+"""The calls and connections of one address to a port are limited, and other addresses keep theirs."""
 
 import asyncio
 import contextlib
@@ -50,7 +50,7 @@ def test_services_that_carry_many_callers_are_not_counted(role):
         for peer in (ONE, ONE, SAME):
             take(stack, limits, peer, Identity(role=role))
         assert not limits._calls and not limits._on
-        # So its address has as much for its own callers as any.
+        # So the service's address has the full limit for its own callers.
         take(stack, limits, ONE)
         with pytest.raises(Overloaded):
             take(stack, limits, ONE)

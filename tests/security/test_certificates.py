@@ -1,4 +1,4 @@
-"""Certificates and CAs: made, shown, of other makers, changed under load, and what happens when they do not fit."""
+"""Certificates and CAs: made, shown, from other tools, changed under load, and refused if they do not fit."""
 
 import asyncio
 import datetime
@@ -34,7 +34,7 @@ def looks_at_files_at_once(monkeypatch):
 
 
 async def status_of(address, credentials, *, of=Role.KVSTORE, method=STATS):
-    """The status of one call over a new connection; ADMITTED: it was let through."""
+    """The status of one call over a new connection. ADMITTED: the guard let the call through."""
     async with rpc.channel(address, of=of, credentials=credentials) as channel:
         return await status_over(channel, method)
 
@@ -45,7 +45,7 @@ async def status_over(channel, method=STATS):
     return caught.value.code()
 
 
-# What a servicer that does nothing ends with.
+# The status of a service without methods of its own.
 ADMITTED = grpc.StatusCode.INTERNAL
 
 
@@ -56,7 +56,7 @@ def test_a_certificate_says_role_name_and_hosts_and_its_key_is_private(tmp_path)
     assert {"p1.prefill.antefix.internal", "w1.example", "10.0.0.5", "::1"} < set(issued.sans)
     assert 89 < issued.days_left <= 90
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in tmp_path.glob("*/*"))
-    # Only who signs grants has the key for it, and nobody gets the CA's.
+    # Only a role that signs grants has the key for them, and no role gets the CA's key.
     assert sorted(path.name for path in (tmp_path / "p1").iterdir()) == ["ca.crt", "grant.pub", "tls.crt", "tls.key"]
     issue(tmp_path / "ca", tmp_path / "r1", Role.ROUTER, "r1")
     assert (tmp_path / "r1" / "grant.key").exists()
@@ -71,24 +71,24 @@ def test_a_certificate_says_role_name_and_hosts_and_its_key_is_private(tmp_path)
 async def test_a_role_answers_for_itself_alone(authority, serve):
     server = await serve(authority.security("kvstore"))
     assert await status_of(server.address, authority.credentials("router")) is ADMITTED
-    # A stolen worker certificate at the store's address: nobody who means the store talks to it.
+    # A server at the store's address with a stolen worker certificate. No client of the store talks to it.
     rogue = await serve(authority.security("prefill"))
     assert await status_of(rogue.address, authority.credentials("router")) is grpc.StatusCode.UNAVAILABLE
 
 
 async def test_a_connection_is_not_downgraded(authority, serve, keyring):
     tls = await serve(authority.security("kvstore"))
-    # Without TLS, with the secret or not; and without a certificate.
+    # Clients without TLS, with or without the secret, and a client without a certificate.
     for caller in (None, Credentials(Role.ROUTER, keyring=keyring)):
         assert await status_of(tls.address, caller) is grpc.StatusCode.UNAVAILABLE
     bare = grpc.ssl_channel_credentials((authority.ca / "ca.crt").read_bytes())
     options = (("grpc.ssl_target_name_override", "kvstore.antefix.internal"),)
     async with grpc.aio.secure_channel(tls.address, bare, options=options) as channel:
         assert await status_over(channel) is grpc.StatusCode.UNAVAILABLE
-    # Nor does a client that has a certificate speak to a server without.
+    # A client with a certificate does not talk to a server without one.
     plain = await serve(ProcessSecurity(Role.KVSTORE, keyring=keyring))
     assert await status_of(plain.address, authority.credentials("router")) is grpc.StatusCode.UNAVAILABLE
-    # The secret proves nothing where certificates are asked for.
+    # If a server requires certificates, the secret proves nothing.
     async with rpc.channel(tls.address, of=Role.KVSTORE, credentials=authority.credentials("metrics")) as channel:
         shown = Credentials(Role.ROUTER, keyring=keyring).metadata(STATS)
         with pytest.raises(PermissionDenied), rpc.rpc_errors():
@@ -130,7 +130,7 @@ async def test_a_revoked_certificate_is_refused_at_once(serve, tmp_path):
 
 
 async def test_new_certificates_and_a_new_ca_drop_no_stream(serve, tmp_path):
-    """Server and client go over to another CA, with both believed in between, while one stream runs all the time."""
+    """Server and client change to another CA while one stream runs. In between, both CAs are trusted."""
     make_ca(tmp_path / "old")
     make_ca(tmp_path / "new")
     both = b"".join((tmp_path / ca / "ca.crt").read_bytes() for ca in ("old", "new"))
@@ -164,7 +164,7 @@ async def test_new_certificates_and_a_new_ca_drop_no_stream(serve, tmp_path):
 
 
 async def serving_serial(port):
-    """Of the certificate that a new connection is shown."""
+    """The serial number of the certificate that a new connection gets."""
 
     def connect():
         pem = ssl.get_server_certificate(("127.0.0.1", port), timeout=5)
@@ -209,7 +209,7 @@ def test_a_service_that_checks_grants_needs_keys_for_it(tmp_path, keyring):
 
 
 def foreign(directory, ca_dir, sans):
-    """tls.crt, tls.key and ca.crt as cert-manager lays them down: an RSA-less PKCS#8 key, no subject, SANs alone."""
+    """Write tls.crt, tls.key and ca.crt as cert-manager does: a PKCS#8 key that is not RSA, no subject, only SANs."""
     ca_key = serialization.load_pem_private_key((ca_dir / "ca.key").read_bytes(), None)
     ca = x509.load_pem_x509_certificate((ca_dir / "ca.crt").read_bytes())
     key, now = ec.generate_private_key(ec.SECP384R1()), datetime.datetime.now(datetime.UTC)
@@ -240,13 +240,13 @@ async def test_files_of_cert_manager_and_spiffe_work_unchanged(authority, serve,
     )
     credentials = Credentials(Role.ROUTER, files=CredentialFiles(router))
     assert await status_of(server.address, credentials) is ADMITTED
-    # It is checked for the host name that was called.
+    # The certificate is checked against the called host name.
     assert await status_of(f"127.0.0.1:{server.port}", credentials) is grpc.StatusCode.UNAVAILABLE
     stranger = Credentials(Role.ROUTER, files=CredentialFiles(other))
     assert await status_of(server.address, stranger) is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_a_certificate_for_two_identities_is_for_none(authority, serve, tmp_path):
+async def test_a_certificate_for_two_identities_is_refused(authority, serve, tmp_path):
     sans = ["spiffe://antefix.internal/prefill/p1", "r1.router.antefix.internal"]
     both = Credentials(Role.ROUTER, files=CredentialFiles(foreign(tmp_path / "both", authority.ca, sans)))
     server = await serve(authority.security("kvstore"))

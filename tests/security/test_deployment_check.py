@@ -1,4 +1,4 @@
-"""`antefix doctor --deployment`: each service is asked, and what must be the same is compared."""
+"""`antefix doctor --deployment` asks each service, and compares the settings that must be equal."""
 
 import dataclasses
 import time
@@ -54,17 +54,17 @@ def test_a_whole_deployment_is_fine():
         ({"about": None, "error": "nobody there"}, "prefill prefill:1", "fail"),
         ({"about": about(ahead_s=-40.0)}, "prefill prefill:1", "fail"),
         ({"about": about(ahead_s=12.0)}, "prefill prefill:1", "warn"),
-        # As far as a slow network explains it, a clock is right.
+        # A clock difference that a slow network explains counts as right.
         ({"about": about(ahead_s=12.0, round_trip_s=12.0)}, "prefill prefill:1", "ok"),
         ({"about": about(certificate_ends_s=time.time() + 3 * 86_400)}, "prefill prefill:1", "warn"),
         ({"about": about(certificate_ends_s=0.0)}, "prefill prefill:1", "ok"),
         ({"fingerprint": b"x" * 32}, "same names", "fail"),
         ({"about": about(secret_marks=(b"z" * 8,))}, "same secret", "fail"),
         ({"about": about(secret_marks=())}, "same secret", "fail"),
-        # Secrets that are being replaced: one of them is known to both.
+        # The secrets are being replaced, and both services know one of them.
         ({"about": about(secret_marks=(b"z" * 8, MARK))}, "same secret", "ok"),
         ({"about": about(version="1.1")}, "version", "warn"),
-        # A worker that answers here, and whose lease ran out at the router.
+        # A worker that answers, but whose lease at the router has expired.
         ({"lost_s_ago": 30.0}, "prefill prefill:1", "fail"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Encryption of what is stored: one file for all tenants, a key each, and what a copied segment then gives away."""
+"""Encryption of stored records: one keys file, one key per tenant, and what a copied segment still reveals."""
 
 import stat
 
@@ -63,7 +63,7 @@ def test_a_copied_segment_shows_payloads_only_where_they_are_not_encrypted(encry
     store.close()
     held = all_bytes(tmp_path)
     assert (CANARY in held) == (not encrypted)
-    # What is readable either way: names of blocks and whose they are, as digests that nobody can turn back.
+    # Always readable: the names of blocks and their owners, as digests that cannot be reversed.
     assert prompt.hashes[0] in held
     assert KEYRING.owner("acme") in held
     assert b"acme" not in held
@@ -74,7 +74,7 @@ def test_each_tenant_has_a_key_of_its_own_and_a_record_is_bound_to_its_name():
     mine, theirs = (owner_row(2, KEYRING.owner(tenant)) for tenant in ("mine", "theirs"))
     assert mine in ring
     assert ring._all(mine) != ring._all(theirs)
-    # The users of one tenant have its key, as with a keys file.
+    # The users of one tenant share its key, as with a keys file.
     assert ring._all(owner_row(2, KEYRING.owner("mine\x1fuser"))) == ring._all(mine)
 
 
@@ -109,7 +109,7 @@ def test_without_the_key_or_with_another_one_everything_is_a_miss_and_nothing_wr
 
 
 def test_a_ciphertext_in_another_records_place_does_not_open(tmp_path):
-    """Two records of one tenant: their stored bytes swapped, checksums made again by who copied them."""
+    """An attacker swaps the stored bytes of two records of one tenant and computes the checksums again."""
     store = engine(tmp_path, encrypt_key_file=key_file(tmp_path, ONE))
     _, records = prompts("acme")
     store.put(records)

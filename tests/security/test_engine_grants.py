@@ -1,4 +1,4 @@
-"""An engine at the store: what its certificate and its tenant's lasting grant let it do, and what not."""
+"""An engine at the store: what its certificate and its tenant's lasting grant allow, and what they do not."""
 
 import json
 import time

@@ -1,4 +1,4 @@
-"""What somebody with access to the store, its files or the ledger can make pass for ours: nothing."""
+"""Nobody with access to the store, its files or the ledger can forge records that pass as ours."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ def engine(worker):
 
 
 def forged_blocks(engine):
-    """Block 0 of acme's prompt, as somebody makes it who can write to the store and has seen all that is in it."""
+    """Block 0 of acme's prompt, forged by an attacker who can write to the store and has read all of it."""
     prompt, other = (prompt_of(engine, TOKENS, tenant) for tenant in ("acme", "other"))
     payload = memoryview(bytes(engine.layout.block_bytes))
     right = block_record(engine, prompt, 0, payload)
@@ -63,7 +63,7 @@ async def test_a_remote_read_checks_hash_fingerprint_tenant_and_mac_of_each_reco
                 prompt.chain.hashes[:1], into, fingerprint=engine.fingerprint, tenant=owner
             )  # fmt: skip
         assert (got, seals.num_broken) == (0, 1), what
-        # It is told, so that the right one can take its place; and it is counted.
+        # The forgery is reported, so that the right record can replace it, and it is counted.
         assert service.engine.counters.forged == number, what
 
 
@@ -138,7 +138,7 @@ async def test_a_receipt_that_was_changed_or_signed_by_another_key_does_not_hold
     other = Signer(Ed25519PrivateKey.generate())
     for name, changed in changes(receipt):
         tries = [changed]
-        # With its hash made again, which takes no key.
+        # The attacker also computes the hash again, which needs no key.
         previous = bytes.fromhex(changed["previous_hash"])
         again = chain_hash(previous, changed["sequence"], EntryKind.SETTLE, changed["payload"].encode()).hex()
         tries.append({**changed, "hash": again})

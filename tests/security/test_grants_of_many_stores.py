@@ -1,4 +1,4 @@
-"""Several stores, each with a certificate of its own: a grant holds at all of them, for its tenant alone."""
+"""Several stores with their own certificates: a grant is valid at all of them, and only for its tenant."""
 
 from __future__ import annotations
 

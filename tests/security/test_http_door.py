@@ -1,4 +1,4 @@
-"""The HTTP door with raw sockets: nothing is read twice, no proxy is believed that was not named, no page may call."""
+"""The HTTP API over raw sockets: no request smuggling, only named proxies are trusted, and no web page may call it."""
 
 import asyncio
 import json
@@ -44,7 +44,7 @@ def chunked(*chunks):
 LENGTH = b"Content-Length: %d" % len(BODY)
 CHUNKS = b"Transfer-Encoding: chunked"
 HIDDEN = request()
-# What one of two readers could take for one request, and the other for two.
+# Bytes that one reader could take as one request, and another reader as two.
 AMBIGUOUS = {
     "two lengths, the first counts": head(LENGTH, b"Content-Length: 0") + BODY + HIDDEN,
     "two lengths, the second counts": head(b"Content-Length: 0", LENGTH) + BODY + HIDDEN,
@@ -110,7 +110,7 @@ async def door():
 
 
 async def send(port, *pieces, wait_s=0.0):
-    """All that comes back until the server closes; it must close within 10 s."""
+    """Send the pieces. Returns all bytes until the server closes, which must happen within 10 s."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         for piece in pieces:
@@ -129,7 +129,7 @@ def statuses(answer):
 
 
 async def all_refused(port, script, sendings):
-    """The names of those that were not."""
+    """Send all of these. Returns the names of those that were not refused."""
 
     async def is_refused(pieces):
         answer = await send(port, *pieces)
@@ -185,7 +185,7 @@ async def test_right_requests_are_each_read_once_on_one_connection(raw, pieces, 
 
 
 async def test_the_body_of_a_request_that_is_refused_early_is_no_request(door):
-    """What is answered before its body came: the body is thrown away, and what is in it is never served."""
+    """The answer comes before the body. The body is discarded, and a request inside it is never served."""
     port, script = door
     wrong = request(HIDDEN, path=b"/v1/nothing") + request(BODY, headers=b"Connection: close\r\n")
     assert statuses(await send(port, wrong)) == [404, 200]
@@ -197,11 +197,11 @@ async def test_no_variable_of_the_environment_changes_what_is_believed(monkeypat
     assert await seen_client({"x-forwarded-for": "6.6.6.6"}) == "127.0.0.1"
 
 
-# Who a client is.
+# The client's address.
 
 
 async def seen_client(headers, **settings):
-    """What the access log says."""
+    """The client's address in the access log."""
     records = []
     handler = logging.Handler()
     handler.emit = records.append
@@ -240,7 +240,7 @@ async def test_the_header_that_is_named_counts_from_the_proxy_that_is_named():
     trusted = {"http_trusted_proxies": ("127.0.0.1",), "http_client_header": "x-forwarded-for"}
     assert await seen_client({"x-forwarded-for": "9.9.9.9"}, **trusted) == "9.9.9.9"
     assert await seen_client({"forwarded": "for=9.9.9.9", "x-real-ip": "9.9.9.9"}, **trusted) == "127.0.0.1"
-    # The client wrote the first one itself.
+    # The client itself wrote the first address.
     assert await seen_client({"x-forwarded-for": "6.6.6.6, 9.9.9.9"}, **trusted) == "9.9.9.9"
 
 
@@ -290,7 +290,7 @@ def test_a_setting_that_says_half_of_it_is_refused(settings):
         GatewayConfig(**settings)
 
 
-# Web pages.
+# Requests of web pages.
 
 PREFLIGHT = {
     "origin": "https://evil.example",
@@ -326,7 +326,7 @@ async def test_a_page_that_is_named_may_and_another_may_not():
             assert "access-control-allow-origin" not in answer.headers
 
 
-# 429.
+# Refusals with status 429.
 
 
 def limited(**limits):
@@ -340,7 +340,7 @@ ASK = [{"role": "user", "content": "hello"}]
 
 
 async def refusals(tenants, *, busy=False, **settings):
-    """What OpenAI's and Anthropic's own clients make of it: errors, bodies, headers."""
+    """Refusals as OpenAI's and Anthropic's own clients see them: errors, bodies, headers."""
     script = Script(hold=asyncio.Event() if busy else None)
     front = make_front(script, ledger=None, tenants=tenants, cards=load_cards([DEPLOY / "example.toml"]))
     async with serving(front, **settings) as url:
@@ -379,6 +379,6 @@ async def test_429_says_whether_rate_concurrency_money_or_the_server_is_at_its_e
         for err in (one, other):
             assert words in str(err)
             assert 1 <= int(err.response.headers["retry-after"]) <= wait_s_max
-            # Who has no money left gets none by trying again; both clients obey this.
+            # A tenant without money gains nothing by a retry. Both clients obey this header.
             assert err.response.headers.get("x-should-retry") == ("false" if name == "money" else None)
     assert len({case[2] for case in cases.values()}) == 4

@@ -1,4 +1,4 @@
-"""Connections that make no call are bounded by address too: what is too much of them is closed, and nobody else's."""
+"""Connections without calls are limited by address too. Only the excess connections of that address are closed."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ def test_what_is_too_much_of_an_address_is_closed_and_of_that_what_never_called(
         pass
     with limits.taken("ipv4:10.0.0.1:4001", TENANT):
         chosen = to_close(greedy + modest, limits)
-        # 4001 has a call, 4000 had one, and three stay.
+        # Port 4001 has a call, 4000 had one, and three connections stay.
         assert [each.peer[1] for each in chosen] == [4002, 4003, 4004, 4005, 4006]
     assert to_close(modest, limits) == []
 
@@ -105,7 +105,7 @@ async def test_a_server_keeps_so_many_idle_connections_of_an_address_and_its_cal
             for sample in family.samples
             if sample.labels.get("method") == "(connection)" and sample.name.endswith("_total")
         ]
-        # Of the 21, all but four; the watching one is none of them.
+        # All but four of the 21 connections are closed, but never the watching one.
         assert closed == [17.0]
         watching.cancel()
     await server.drain(0)

@@ -1,4 +1,4 @@
-"""Keys that change while routers run: through their file, through a real Redis, and against anyone who writes there."""
+"""Keys change while routers run, through their file or a real Redis. Attackers who write to Redis gain nothing."""
 
 import asyncio
 import dataclasses
@@ -25,7 +25,7 @@ REDIS_KEY = "antefix:api-keys"
 
 
 class Router:
-    """What of a router knows keys."""
+    """The parts of a router that know keys."""
 
     def __init__(self, path, url="", keyring=KEYRING):
         self.register = KeyRegister()
@@ -57,7 +57,7 @@ async def routers(tmp_path):
 
 
 async def command(*args):
-    """In a thread: it has an event loop of its own."""
+    """Run the command in a thread, because it has its own event loop."""
     assert await asyncio.to_thread(main, ["keys", *map(str, args)]) == 0
 
 
@@ -95,7 +95,7 @@ async def test_a_faulty_file_never_lets_more_in_than_before(fault, routers, tmp_
     assert router.lets_in(text)
     assert not router.lets_in(gone)
     assert not router.lets_in("")
-    # It heals by itself.
+    # The router recovers by itself.
     path.unlink(missing_ok=True)
     key_file.write_book(path, api_keys.revoke(router.register.book, key.id))
     await until(lambda: not router.lets_in(text))
@@ -110,9 +110,9 @@ async def test_a_change_reaches_routers_on_other_hosts_through_redis(routers, re
     await command("create", "acme", "--file", tmp_path / "host-1.json", "--output", tmp_path / "acme.key", *there)
     text = (tmp_path / "acme.key").read_text().strip()
     await until(lambda: one.lets_in(text) and other.lets_in(text), seconds=5)
-    # A third one that starts later, without Redis, knows it from its file if that had been kept there.
+    # Wait until the other host's file has the change. A router that starts later without Redis reads it there.
     await until(lambda: key_file.read_book(tmp_path / "host-2.json").number == 1, seconds=5)
-    # From any host, over what the others did.
+    # A command on any host continues from the changes of other hosts.
     await command("revoke", one.register.book.keys[0].id, "--file", tmp_path / "host-2.json", *there)
     await until(lambda: not one.lets_in(text) and not other.lets_in(text), seconds=5)
 
@@ -126,7 +126,7 @@ async def test_whoever_writes_to_redis_makes_no_key(routers, redis, tmp_path, mo
     attempts = [
         {"number": 50, "book": forged, "mac": b"\0" * 32},
         {"number": 50, "book": forged, "mac": Keyring(b"x" * 32).proof(b"api-keys", forged.encode())},
-        # Signed by this deployment, for something else.
+        # This deployment signed these bytes for another purpose.
         {"number": 50, "book": forged, "mac": KEYRING.proof(forged.encode())},
         {"number": 50, "book": "x" * 1000, "mac": b""},
         {"number": "9" * 30},
@@ -140,7 +140,7 @@ async def test_whoever_writes_to_redis_makes_no_key(routers, redis, tmp_path, mo
             before = router.changes.num_errors["redis"]
             await until(lambda before=before: router.changes.num_errors["redis"] > before)
             assert not router.lets_in(text)
-        # Nor does a key of another type end the looking.
+        # A Redis key of another type does not stop the router from looking again.
         await attacker.delete(REDIS_KEY)
         await attacker.set(REDIS_KEY, "x")
         before = router.changes.num_errors["redis"]
@@ -165,11 +165,11 @@ async def test_an_old_book_put_back_revives_no_revoked_key(routers, redis, tmp_p
         await exchange.put(api_keys.revoke(book, key.id))
         await until(lambda: not router.lets_in(text))
         await attacker.delete(REDIS_KEY)
-        # The number that is not signed says it is newer; the one that is signed counts.
+        # The unsigned number claims a newer book, but only the signed number counts.
         await attacker.hset(REDIS_KEY, mapping={**kept, b"number": b"99"})
         await asyncio.sleep(0.3)
         assert not router.lets_in(text)
-        # A router that starts now takes its file's word, which is the newest that this host has seen.
+        # A router that starts now uses its file, which has the newest book that this host has seen.
         assert not routers("host", redis.url).lets_in(text)
     await exchange.close()
 

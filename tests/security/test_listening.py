@@ -1,4 +1,4 @@
-"""Where may be listened, and that host names, IPv6 and Unix sockets work where an address does."""
+"""Which addresses a service may listen on. Host names, IPv6 and Unix sockets work wherever an address does."""
 
 import pytest
 
@@ -104,8 +104,8 @@ async def call_health(channel):
 
 
 @pytest.mark.parametrize("address", ["10.0.0.5:7001", "[2001:db8::1]:7001", "8.8.8.8:1"])
-def test_nobody_elsewhere_is_called_in_clear(address, keyring):
-    """A key, a proof or a prompt would cross the network for all to read."""
+def test_no_other_host_is_called_unencrypted(address, keyring):
+    """Otherwise a key, a proof or a prompt would cross the network unencrypted."""
     for shown in (None, Credentials(Role.PREFILL, keyring=keyring), Credentials.of_application(api_key="k")):
         with pytest.raises(ConfigError, match="with TLS only"):
             rpc.channel(address, credentials=shown)
@@ -116,6 +116,6 @@ def test_nobody_elsewhere_is_called_in_clear(address, keyring):
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "[::1]:1", "localhost:1", "unix:/tmp/s", "no.such.name.invalid:1"])
 async def test_this_host_is_called_in_clear(address):
     channel = rpc.channel(address)
-    # One of gRPC's own: ours, which show who we are, are made over certificates and secrets alone.
+    # This is a plain channel of gRPC. Our channels, which prove an identity, need certificates or a secret.
     assert not isinstance(channel, ReloadingChannel)
     await channel.close()

@@ -1,4 +1,4 @@
-"""Canaries: a busy deployment gets prompts, keys and secrets of its own, and all that it leaves behind is searched."""
+"""Canaries: a busy deployment gets unique prompts, keys and secrets, and all its outputs are searched for them."""
 
 import asyncio
 import contextlib
@@ -60,7 +60,7 @@ async def busy(tmp_path, start_redis, open_umask):
 
 
 def requests_of(key):
-    """What clients of all kinds send: right ones, wrong ones, and some that are cut off."""
+    """Requests of all kinds of clients: right ones, wrong ones, and some that are cut off."""
     chat = [{"role": "system", "content": TEXT * 3}, {"role": "user", "content": TEXT * 20}]
     ask = {"model": "m", "max_tokens": 4, "messages": chat, "seed": 1}
     auth = {"authorization": f"Bearer {key}"}
@@ -71,7 +71,7 @@ def requests_of(key):
     yield "/v1/messages", {**ask, "messages": chat[1:], "system": TEXT}, {"x-api-key": key}
     yield "/v1/responses", {"model": "m", "input": TEXT * 10, "max_output_tokens": 4, "seed": 1}, auth
     yield "/v1/completions", {"model": "m", "prompt": TEXT, "max_tokens": 4, "seed": 1, "user": "someone"}, auth
-    # Wrong.
+    # Wrong requests.
     yield "/v1/chat/completions", ask, {"authorization": f"Bearer {key}x"}
     yield "/v1/chat/completions", {**ask, "messages": TEXT}, auth
     yield "/v1/chat/completions", {**ask, "temperature": TEXT}, auth
@@ -84,7 +84,7 @@ def requests_of(key):
 
 
 def canaries(key, deployment, password):
-    """What must be nowhere: by name, all forms in which it could stand somewhere."""
+    """Texts that must appear nowhere: by name, all forms of each text."""
     tokenizer = load_tokenizer(MODEL)
     ids = [int(token) for token in tokenizer.encode(TEXT)][8:20]
     data = deployment.config.data_dir
@@ -106,7 +106,7 @@ def canaries(key, deployment, password):
     }
 
 
-# Files that are there to hold one of them.
+# Files whose purpose is to hold one of these secrets.
 HOLD = {"secret": "secret", "store.key": "store.key", "receipts.key": "receipt key"}
 
 
@@ -146,7 +146,7 @@ async def test_a_busy_deployment_leaves_no_canary_anywhere(busy):
     assert {status for _, status, *_ in answers} >= {200, 400, 401, 503}
     forms = canaries(key, deployment, password)
     found = []
-    # 1. Lists of processes, as every user of the host sees them; and their environments.
+    # 1. The process list, as every user of the host sees it, and the processes' environments.
     for process in deployment.processes:
         for name in ("cmdline", "environ"):
             with contextlib.suppress(OSError):
@@ -159,7 +159,7 @@ async def test_a_busy_deployment_leaves_no_canary_anywhere(busy):
     assert len(receiver.spans) > 20
     for span in receiver.spans:
         found += found_in("a trace", f"{span.name} {span.attributes}".encode(), forms)
-    # 3. Every file, logs among them: what is in it, and who may open it.
+    # 3. Every file, including logs: its content, and who may open it.
     data = deployment.config.data_dir
     paths = sorted(path for path in data.rglob("*") if path.is_file())
     assert {"logs", "store", "ledger", "usage-log"} <= {path.relative_to(data).parts[0] for path in paths}
@@ -170,7 +170,7 @@ async def test_a_busy_deployment_leaves_no_canary_anywhere(busy):
         found += found_in(path.relative_to(data), path.read_bytes(), forms, but=HOLD.get(path.name, ""))
     modes = [(path, stat.S_IMODE(path.stat().st_mode)) for path in (data, *data.rglob("*"))]
     found += [f"{path} is {mode:o}" for path, mode in modes if mode != (0o700 if path.is_dir() else 0o600)]
-    # 4. Answers: no key, no secret, and nothing of how the deployment is built. A client's own text may come back.
+    # 4. Answers have no key, no secret, and no internal names. A client's own text may come back.
     places = [each.address for each in deployment.processes if each.role != "router"]
     inside = {**forms, "a place": [place.encode() for place in (*places, str(data), str(MODEL.parent))]}
     for name in ("prompt", "token ids"):
@@ -180,7 +180,7 @@ async def test_a_busy_deployment_leaves_no_canary_anywhere(busy):
     assert found == []
 
 
-# What is told outside.
+# Output that leaves the deployment.
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_errors_from_behind_the_door_go_out_without_places(provider, caplog):
         assert "10.0.0.7" not in str(body)
         assert "/var/lib" not in str(body)
     assert "10.0.0.7:7003" in caplog.text
-    # What a client wrote comes back in its own words.
+    # A client's own text may come back unchanged.
     _, body = error_body(errors.InvalidRequest("no image at http://example.com/a.png is read"), provider)
     assert "http://example.com/a.png" in str(body)
 
@@ -263,7 +263,7 @@ def test_a_password_on_a_command_line_is_refused_and_not_told(role, flag, capsys
     assert main(["serve", role, flag, url, "--print-config"]) == 2
     refused = capsys.readouterr()
     assert "password" in refused.err
-    # From the environment it may come; what is printed does not show it.
+    # The password may come from the environment, but the output does not show it.
     monkeypatch.setenv("ANTEFIX_KVSTORE_TRACES", url)
     assert main(["serve", "kvstore", "--print-config"]) == 0
     shown = capsys.readouterr()
@@ -271,10 +271,10 @@ def test_a_password_on_a_command_line_is_refused_and_not_told(role, flag, capsys
     assert "canary" not in refused.out + refused.err + shown.out + shown.err
 
 
-# What a mistake in the program writes.
+# The output of a bug in the program.
 
 
-# A trace shows lines of the program, so the value must not stand in one.
+# A traceback shows lines of the program, so the value must not be in such a line.
 VALUE = "-".join(("canary", "value"))
 
 
@@ -301,7 +301,7 @@ def test_a_trace_has_places_and_kinds_and_no_values(form):
             logging.getLogger("antefix.router").exception("internal error 12")
         group = ExceptionGroup(VALUE, [ValueError(VALUE), errors.InvalidRequest(VALUE)])
         logging.getLogger("antefix.router").error("again", exc_info=group)
-        # As asyncio does where nobody waited for a task.
+        # asyncio logs this if nothing waited for a task.
         loop = asyncio.new_event_loop()
         loop.call_exception_handler({"message": "never retrieved", "exception": KeyError(VALUE), "future": VALUE})
         loop.close()

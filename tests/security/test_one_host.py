@@ -1,4 +1,4 @@
-"""`antefix up` on one host, without certificates: as before, and another process gets an answer and no more."""
+"""`antefix up` on one host without certificates: applications need nothing, and other processes get only answers."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ from tests.security.tls_deployment import ipv6_or_v4
 
 pytestmark = pytest.mark.services
 PROMPT = np.arange(300, dtype=np.uint32) % 61
-# A process that shows nothing, though this one started the deployment.
+# A client without credentials, although this process started the deployment.
 STRANGER = Credentials(Role.NOBODY)
 
 
@@ -35,13 +35,13 @@ async def test_antefix_up_answers_everybody_and_shows_its_insides_to_its_own(tmp
     )
     async with Deployment(config) as deployment:
         at = {role: deployment.one(role).address for role in ("router", "prefill", "decode", "kvstore")}
-        # 1. As before: an application needs nothing.
+        # 1. An application needs no credentials.
         async with RouterClient(at["router"], credentials=STRANGER) as client:
             for hit in (0, 256):
                 answer = [message async for message in client.generate(PROMPT, Sampling(max_tokens=4), tenant="acme")]
                 assert answer[-1].usage.cache_hit_tokens == hit
             assert (await client.status()).workers
-        # 2. Workers and store give a stranger nothing, and no ledger record is missing for it.
+        # 2. Workers and store refuse a stranger, and the ledger stays complete.
         request = GenerationRequest(tokens=PROMPT, sampling=Sampling(max_tokens=16), caller=Caller(tenant="acme"))
         store = RemoteStore(at["kvstore"], credentials=STRANGER)
         calls = {
@@ -61,7 +61,7 @@ async def test_antefix_up_answers_everybody_and_shows_its_insides_to_its_own(tmp
                 await call()
                 pytest.fail(what)
         await store.close()
-        # 3. Health is for all; what only the secret's owners make is not made without it.
+        # 3. Health is open to all. Results that need the secret are not made without it.
         async with grpc.aio.insecure_channel(at["decode"]) as channel:
             assert await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=9)
         thief = Credentials(Role.ROUTER, keyring=Keyring(b"a thief's own secret, 32 bytes .."))
@@ -85,7 +85,7 @@ async def commands(at, config, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert await asyncio.to_thread(main, window) == 1
     assert "--data-dir" in capsys.readouterr().err
-    # As where it was started: the directory's usual name.
+    # From the start directory, the data directory has its usual name.
     config.data_dir.rename(tmp_path / "antefix-data")
     (tmp_path / "data").symlink_to("antefix-data")
     assert await asyncio.to_thread(main, window) == 0

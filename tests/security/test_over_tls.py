@@ -1,4 +1,4 @@
-"""A whole deployment over TLS: it answers, hits, and gives nothing to those who may not have it."""
+"""A whole deployment over TLS answers, hits, and gives nothing to callers without permission."""
 
 import asyncio
 import hashlib
@@ -57,7 +57,7 @@ async def ask(client, prompt=PROMPT, **options):
 async def test_a_deployment_over_tls(deployment, authority, monkeypatch, capsys, tmp_path):
     said = deployment.said
     router = said["router"]["address"]
-    # 1. It answers a front end for the tenants that are listed for it, and hits what it stored.
+    # 1. A front end gets answers for its listed tenants, and hits its stored prefixes.
     web = authority.credentials("frontend", "web")
     async with RouterClient(router, credentials=web) as client:
         await until_there(client)
@@ -69,18 +69,18 @@ async def test_a_deployment_over_tls(deployment, authority, monkeypatch, capsys,
                 await ask(client, tenant=other)
         with pytest.raises(PermissionDenied):
             await client.status()
-    # 2. A tenant's certificate is its tenant, whatever the field says; another tenant's KV is a miss.
+    # 2. A tenant's certificate decides the tenant, whatever the request's field says. Another tenant's KV is a miss.
     async with RouterClient(router, credentials=authority.credentials("tenant", "acme")) as client:
         assert await ask(client) == (tokens, 0)
         assert await ask(client, tenant="acme") == (tokens, 256)
         with pytest.raises(PermissionDenied):
             await ask(client, tenant="globex")
-    # 3. So is its key, over TLS without a certificate.
+    # 3. A tenant's key decides too, over TLS without a certificate.
     await keys_over_grpc(deployment, authority, tokens)
     await keys_over_http(deployment, authority)
-    # 4. Workers and store do nothing for a stolen worker certificate.
+    # 4. Workers and store refuse a stolen worker certificate.
     await stolen_worker(deployment, authority)
-    # 5. Nobody registers as what it is not.
+    # 5. No process can register as another one.
     await registrations(deployment, authority)
     # 6. The operator's commands work with the operator's certificate.
     monkeypatch.setenv("ANTEFIX_CREDENTIALS", str(authority.files("operator", "me").directory))
@@ -94,7 +94,7 @@ async def test_a_deployment_over_tls(deployment, authority, monkeypatch, capsys,
     assert {f"{role} {each['address']}" for role, each in said.items()} < set(findings)
     assert {each["status"] for each in findings.values()} == {"ok"}
     assert "certificate valid for 90 days" in findings[f"kvstore {said['kvstore']['address']}"]["detail"]
-    # `top` believes the operator's CA, and never sends its key unencrypted.
+    # `top` trusts the operator's CA, and never sends its key unencrypted.
     door = said["router"]["http_address"]
     for url, problem in ((f"https://{door}", "asks for an API key"), (f"http://{door}", "no router answers")):
         assert await asyncio.to_thread(main, ["top", "--url", url, "--json"]) != 0
@@ -109,7 +109,7 @@ async def test_a_deployment_over_tls(deployment, authority, monkeypatch, capsys,
 
 
 async def until_there(client):
-    """Workers register within a moment."""
+    """Wait until the workers have registered, which takes a moment."""
     for _ in range(1000):
         try:
             await ask(client, WARM_UP, tenant="globex")
@@ -166,7 +166,7 @@ async def stolen_worker(deployment, authority):
     decode, prefill = (deployment.said[role]["address"] for role in ("decode", "prefill"))
     router = authority.credentials("router", "stolen-too")
     for shown in (stolen, authority.credentials("tenant", "globex"), router):
-        # Even the router's certificate: what it lacks is a grant.
+        # Even the router's certificate is refused, because it has no grant.
         async with DecodeClient(decode, credentials=shown) as client:
             with pytest.raises(PermissionDenied):
                 async for _ in client.decode(request, request.sampling, handoff=b"", emitted=(), timeout_s=20):
@@ -174,7 +174,7 @@ async def stolen_worker(deployment, authority):
         async with PrefillClient(prefill, credentials=shown) as client:
             with pytest.raises(PermissionDenied):
                 await client.prefill(request, timeout_s=20)
-    # A grant that was seen for one tenant and prompt is good for no other.
+    # A stolen grant for one tenant and prompt is not valid for another.
     keyring, granter = Keyring.from_file(deployment.secret), authority.granter()
     for tenant, tokens in (("acme", PROMPT), ("globex", PROMPT + 1)):
         grants.hold(granter.grant_for(keyring, tenant, tokens, ttl_s=60))

@@ -1,4 +1,4 @@
-"""An attacker who can write to Redis: what is in there is checked, dropped and counted; and how Redis is reached."""
+"""An attacker can write to Redis: forged entries are detected, dropped and counted. Also tests connections to Redis."""
 
 import asyncio
 import dataclasses
@@ -62,7 +62,7 @@ async def is_taken(pool, name=NAMES[0], tenant=MINE):
 
 SEALS = Seals(KEYRING)
 RIGHT = SEALS.seal(checkpoint())
-# Each with the checksums that an attacker computes again: `pack` makes them for whatever it is given.
+# Each value has right checksums, which an attacker can compute: `pack` makes them for any content.
 FORGED = {
     "another payload under the right header and seal": dataclasses.replace(RIGHT, payload=b"another state" * 1000),
     "one bit": dataclasses.replace(RIGHT, payload=bytes([RIGHT.payload[0] ^ 1]) + RIGHT.payload[1:]),
@@ -91,7 +91,7 @@ async def test_a_forged_checkpoint_with_right_checksums_is_dropped_and_counted(r
 
 
 async def test_a_value_with_a_recomputed_xxh3_gives_no_answer(pool, attacker):
-    """Byte by byte, as an attacker does who has read docs/FORMAT.md and has no code of ours."""
+    """The value is built byte by byte, as by an attacker who has read docs/FORMAT.md and has none of our code."""
     await pool.put(RIGHT)
     key = key_of(NAMES[0], FINGERPRINT)
     value = bytearray(await attacker.get(key))
@@ -116,12 +116,12 @@ async def test_a_tenant_does_not_resume_from_anothers_checkpoint(pool):
     assert not await is_taken(pool, tenant=MINE)
 
 
-# Events.
+# Events in Redis.
 
 
 @pytest.fixture
 async def feed(redis, monkeypatch, tmp_path):
-    """A worker that tells Redis, a router that reads it, and the worker's stream's name."""
+    """A worker that sends events to Redis, a router that reads them, and the name of the worker's stream."""
     monkeypatch.setattr(redis_stream, "_RETRY_S", 0.05)
     monkeypatch.setattr(redis_stream, "ALIVE_S", 0.2)
     monkeypatch.setattr("antefix.events.follower._RETRY_S", 0.05)
@@ -148,7 +148,7 @@ async def add(attacker, stream, fields):
 
 async def test_events_that_were_not_signed_here_teach_a_router_nothing(feed, attacker):
     source, router, stream = feed
-    # Every signed entry that is there, changed in one field each; and what was never signed.
+    # Every signed entry with one field changed, and entries that were never signed.
     ((_, entry),) = await attacker.xrevrange(stream, count=1)
     stored = b"".join(name[:8] for name in CHAIN[10:20])
     plain = {b"a": entry[b"a"], b"e": entry[b"e"], b"n": 11, b"k": int(EventKind.STORED), b"b": stored}
@@ -172,7 +172,7 @@ async def test_events_that_were_not_signed_here_teach_a_router_nothing(feed, att
     assert dropped(router, DropReason.FORGED) == len(changes)
     assert router.num_known() == 10
     assert router.feed.counters.num_snapshots == settled
-    # Right ones continue.
+    # Valid events still arrive.
     await source.hold(15)
     await until(lambda: router.num_known() == 15)
 
@@ -192,7 +192,7 @@ async def test_events_told_again_or_in_another_stream_count_no_more(feed, attack
 
 
 async def test_an_old_sign_of_life_does_not_keep_a_dead_source_alive(feed, attacker, monkeypatch):
-    """The attacker cuts the source off, and tells its heartbeats again."""
+    """The attacker cuts the source off and replays its heartbeats."""
     monkeypatch.setattr("antefix.events.follower._SILENT_S", 0.6)
     source, router, stream = feed
     await asyncio.sleep(0.5)
@@ -224,7 +224,7 @@ def test_an_entry_that_was_kept_back_for_long_counts_no_more(monkeypatch):
     assert check.dropped[DropReason.REPLAYED] == 2
 
 
-# How Redis is reached.
+# Connections to Redis.
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_other_urls_are_taken(url):
 
 
 class TlsRedis(RedisServer):
-    """TLS alone, and a user with a password who may do what Antefix does."""
+    """A Redis with TLS only, and a user with a password who may run the commands that Antefix uses."""
 
     def __init__(self, directory, creds, password):
         super().__init__(
@@ -337,7 +337,7 @@ async def test_redis_over_tls_with_user_and_password(tls_redis, tmp_path):
     pool = RedisWindowPool(access(tls_redis, tmp_path), bytes_max=1 << 30, seals=SEALS)
     assert await pool.put(RIGHT)
     assert await is_taken(pool)
-    # The file is read at each connection: a new password needs no restart.
+    # The file is read at each connection, so a new password needs no restart.
     (tmp_path / "redis.password").write_text("canary-changed")
     await pool._redis.connection_pool.disconnect()
     with pytest.raises(Unavailable):
@@ -382,7 +382,7 @@ def test_a_password_file_that_others_may_read_stops_the_start(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "no certificate"])
-def test_a_ca_file_that_is_none_stops_the_start(text, tmp_path):
+def test_a_wrong_ca_file_stops_the_start(text, tmp_path):
     path = tmp_path / "ca.crt"
     path.write_text(text)
     for ca_file in (path, tmp_path / "missing"):

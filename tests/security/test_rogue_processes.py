@@ -1,4 +1,4 @@
-"""Processes that stand in others' places: nobody believes them."""
+"""Processes that pretend to be others: no process believes them."""
 
 import asyncio
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from tests.router.memory_worker import Memory, names_of
 
 @pytest.mark.parametrize(("cert", "believed"), [("p1", True), ("p2", False)])
 async def test_events_are_believed_from_the_process_that_they_are_about(authority, monkeypatch, cert, believed):
-    """A worker's address, its events, and another worker's certificate: the router follows nobody there."""
+    """A process at a worker's address sends events with another worker's certificate. The router does not follow it."""
     memory = Memory()
     memory.store(names_of("prompt", 5))
     server = await rpc.start_server(
@@ -46,7 +46,7 @@ async def test_events_are_believed_from_the_process_that_they_are_about(authorit
 
 
 async def test_a_rogue_router_gets_no_registration(authority, serve):
-    """A worker's certificate, listening where routers are: workers tell it nothing, not even that they are there."""
+    """A process at a router's address has a worker's certificate. Workers do not register with it."""
     rogue = await serve(authority.security("decode", "stolen"))
     async with rpc.channel(rogue.address, of=Role.ROUTER, credentials=authority.credentials("prefill")) as channel:
         with pytest.raises(Unavailable), rpc.rpc_errors():
@@ -65,7 +65,7 @@ def registration(address, role="prefill"):
         ("w1.example:7002", {"*.example", "p1.prefill.antefix.internal"}),
         ("[2001:db8::1]:7002", {"2001:db8:0:0::1"}),
         ("10.0.0.5:7002", {"10.0.0.5"}),
-        # Ours without hosts: routers check the process' own name.
+        # For our workers without host names, routers check the process' own name.
         ("10.0.0.5:7002", {"p1.prefill.antefix.internal", "prefill.antefix.internal"}),
     ],
 )

@@ -1,4 +1,4 @@
-"""The deployment's secret changes by `antefix secret`, over a real store: hits continue, and no old block is lost."""
+"""`antefix secret` changes the deployment's secret with a real store: hits continue, and no old block is lost."""
 
 import json
 import stat
@@ -36,12 +36,13 @@ async def test_a_rotation_in_steps_keeps_every_hit_and_then_drops_the_old_secret
     old = Keyring.from_file(path)
     cold = await run(worker(old), "acme")
     assert await hit(worker(old), "acme") == WHOLE
-    # 1. All roles can read the new secret before anybody writes with it. One that has not restarted yet continues.
+    # 1. All roles can read with the new secret before any role writes with it. Roles that have not restarted still
+    # work.
     step("rotate", path, "--stage")
     staged = Keyring.from_file(path)
     assert (staged.generation, staged.generations) == (1, (1, 2))
     assert await hit(worker(staged), "acme") == WHOLE
-    # 2. It is written with. What one has written, the other reads, before and after its restart.
+    # 2. Roles write with the new secret. Each reads the other's blocks, before and after its restart.
     step("rotate", path)
     both = Keyring.from_file(path)
     assert (both.generation, both.generations) == (2, (2, 1))
@@ -50,7 +51,7 @@ async def test_a_rotation_in_steps_keeps_every_hit_and_then_drops_the_old_secret
     assert np.array_equal(rotated.logits, cold.logits)
     assert await hit(worker(both), "beta") == 0
     assert await hit(worker(staged), "beta") == WHOLE
-    # 3. What was used has moved over, so the old secret goes and costs nothing of it.
+    # 3. Used blocks were written again under the new secret, so removing the old secret loses none of them.
     step("drop", path, 1)
     after = Keyring.from_file(path)
     assert after.generations == (2,)
@@ -67,7 +68,7 @@ async def test_a_stolen_secret_that_is_dropped_at_once_reads_and_forges_nothing(
     step("drop", path, 1)
     engine = worker(Keyring.from_file(path))
     await run(engine, "acme")
-    # Anyone who has the stolen one finds nothing, and what he writes is under names that nobody asks for.
+    # A thief with the old secret finds no blocks, and writes only under names that no role looks up.
     assert await hit(worker(stolen), "acme") == 0
     assert await hit(worker(Keyring.from_file(path)), "acme") == WHOLE
     assert engine.seals.num_broken == 0
@@ -113,7 +114,7 @@ def test_a_secret_that_everybody_can_read_stops_the_start_and_is_not_in_the_mess
     with pytest.raises(ConfigError, match="chmod 600") as caught:
         Keyring.from_file(path)
     assert path.read_text().strip() not in str(caught.value)
-    path.chmod(0o640)  # a group is how a service that runs as another user is given one
+    path.chmod(0o640)  # a group gives the secret to a service that runs as another user
     Keyring.from_file(path)
 
 
@@ -158,7 +159,7 @@ def test_thinking_that_the_older_secret_signed_or_sealed_is_still_known():
 
 
 async def test_a_retry_finds_its_bill_after_the_secret_has_changed(tmp_path):
-    """Its digest is keyed; without the older secret, it would be refused as another request."""
+    """The retry's digest is keyed. Without the older secret it would be refused as a different request."""
     front = make_front(Script(), ledger=tmp_path / "ledger")
     await ask(front, "r1")
     await front.close()

@@ -1,4 +1,4 @@
-"""What reaches a tenant's records in the store: a worker's certificate and the tenant's grant, and nothing less."""
+"""A tenant's records in the store can be reached only with a worker's certificate and the tenant's grant."""
 
 import time
 from types import SimpleNamespace
@@ -35,7 +35,7 @@ BLOCKS = [(RecordKind.BLOCK, name) for name in PROMPT.hashes]
 
 @pytest.fixture
 async def server(authority, tmp_path):
-    """A real store over TLS, with blocks, a checkpoint and a handoff of Alice's."""
+    """A real store over TLS, with Alice's blocks, a checkpoint and a handoff."""
     servicer = KvStoreServicer(StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20)))
     server = await rpc.start_server(
         "127.0.0.1:0",
@@ -71,7 +71,7 @@ def with_grant(authority, *owners, ttl_s=60.0):
 
 
 async def everything(store):
-    """What a client gets of Alice's: what is found, read and explained."""
+    """What a client gets of Alice's records by look-up, read and explain."""
     found = await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)
     blocks = PROMPT.buffers()
     num_read = await store.get_blocks(PROMPT.hashes, blocks, fingerprint=FINGERPRINT)
@@ -138,13 +138,13 @@ async def test_who_may_pin_and_evict_does_it_with_the_grant_of_the_owner(authori
     with_grant(authority, MALLORY)
     with pytest.raises(PermissionDenied):
         await CALLS[what](store)
-    # His own name does not make Alice's records his.
+    # A grant in the thief's own name gives no access to Alice's records.
     if what == "pin":
         assert await store.pin(BLOCKS, duration_s=9, owner=MALLORY) == 0
     else:
         assert await store.evict(BLOCKS, owner=MALLORY) == 0
     with_grant(authority, ALICE)
-    # The checkpoint depends on a block, and goes with it.
+    # The checkpoint depends on a block and is removed with it.
     assert await CALLS[what](store) == (6 if what == "pin" else 7)
     await store.close()
 
@@ -162,7 +162,7 @@ async def test_anothers_records_are_neither_called_forged_nor_replaced(authority
 
 
 async def test_what_is_registered_for_all_tenants_stays(authority, server, thief):
-    """A layout that fits nothing would switch compression off for everybody."""
+    """A wrong layout would switch off compression for all tenants."""
     request = kvstore_pb2.RegisterRequest(fingerprint=FINGERPRINT, block_size=BLOCK)
     await thief.stub.Register(request, timeout=5)
     request.block_size = 7
@@ -201,7 +201,7 @@ def signed(authority, **changes):
 
 
 @pytest.mark.parametrize("position", [0, 3, 12, 20, 49, 55, -1])
-async def test_a_changed_grant_is_none(authority, thief, position):
+async def test_a_changed_grant_is_refused(authority, thief, position):
     grant = bytearray(signed(authority))
     grant[position] ^= 1
     grants.hold(bytes(grant))
@@ -226,7 +226,7 @@ async def test_a_grant_that_has_expired_is_replayed_in_vain(authority, thief, mo
 
 
 async def test_a_rogue_routers_grant_is_worth_nothing(thief, keyring):
-    """It has a key of its own; or the deployment's secret, where certificates count."""
+    """The rogue router signs with its own key, or with the deployment's secret although certificates are required."""
     for rogue in (Granter(Ed25519PrivateKey.generate()), Granter.from_secret(keyring)):
         grants.hold(rogue.grant([ALICE], ROOT, ttl_s=60))
         with pytest.raises(PermissionDenied, match="not signed by a router"):
@@ -234,7 +234,7 @@ async def test_a_rogue_routers_grant_is_worth_nothing(thief, keyring):
 
 
 async def test_a_tls_grant_is_not_taken_off_a_plain_connection(keyring, tmp_path):
-    """Without TLS the secret proves who calls, and grants are made with it: the same rules hold."""
+    """Without TLS the secret proves the caller and signs grants. The same rules apply."""
     servicer = KvStoreServicer(StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20)))
     security = ProcessSecurity(Role.KVSTORE, keyring=keyring)
     server = await rpc.start_server(
@@ -274,7 +274,7 @@ async def test_a_service_token_is_good_for_its_method_and_a_minute(keyring, serv
 
 
 def test_a_key_that_was_taken_away_signs_nothing_more():
-    """Also what it signed before, and what was found right before."""
+    """Earlier grants become invalid too, even if they were already verified."""
     old, new = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     believed = [(old.public_key(), new.public_key())]
     check = GrantCheck(lambda: believed[0])
@@ -296,7 +296,7 @@ def test_new_grant_keys_are_taken_over(tmp_path, monkeypatch):
     router = ProcessSecurity(Role.ROUTER, files=CredentialFiles(tmp_path / "r"))
     before = router.granter().grant([ALICE], ROOT, ttl_s=60)
     assert store.grant_check.check(before)
-    # 1. Both are believed.  2. The router signs with the new one.  3. The old one is believed no more.
+    # 1. Both keys are trusted.  2. The router signs with the new key.  3. The old key is no longer trusted.
     keys = [(tmp_path / ca / "grant.pub").read_bytes() for ca in ("one", "two")]
     (tmp_path / "s" / "grant.pub").write_bytes(b"".join(keys))
     (tmp_path / "r" / "grant.key").write_bytes((tmp_path / "two" / "grant.key").read_bytes())
@@ -320,7 +320,7 @@ def test_a_grant_is_for_one_prompt_under_whichever_secret():
 
 
 async def test_raw_calls_that_make_no_sense_are_refused_too(authority, server):
-    """A record of version 1 names its tenant in plain text; no grant is for such a name."""
+    """A record of version 1 has its tenant's name in plain text. No grant is valid for such a name."""
     with_grant(authority, ALICE)
     old = Prompt([5] * BLOCK, version=1).block(0, tenant=b"alice")
     store = RemoteStore(server.address, credentials=authority.credentials("prefill", "stolen"))

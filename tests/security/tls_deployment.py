@@ -1,4 +1,4 @@
-"""All roles as processes over TLS, each with its own certificate, on loopback: as several hosts run them."""
+"""All roles as processes on loopback, over TLS with their own certificates, as on several hosts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from antefix.secret import create_secret_file
 
 
 def ipv6_or_v4():
-    """The loopback address to try: host names and IPv6 work wherever an address does."""
+    """An IPv6 loopback address if the host has one, else IPv4. IPv6 works wherever an address does."""
     try:
         with socket.socket(socket.AF_INET6) as probe:
             probe.bind(("::1", 0))
@@ -27,7 +27,7 @@ MODEL = Path(__file__).parents[2] / "models" / "antefix-tiny"
 
 
 class TlsDeployment:
-    """`async with`: one of each role. said: what each announced."""
+    """`async with`: runs one process per role.  said: the announcement of each process."""
 
     def __init__(self, authority, directory, *, router_flags=(), host=None):
         self.authority, self.directory, self.host = authority, directory, host or ipv6_or_v4()

@@ -1,4 +1,4 @@
-"""What another service answers is held to limits before anybody believes it: the caller continues without it."""
+"""Answers of other services are checked against limits before use. The caller continues without an invalid answer."""
 
 import math
 
@@ -28,7 +28,7 @@ NUMBERS = {name: found for name, found in PATHS.items() if found[1][-1].type in 
 
 
 def made(root, path, value):
-    """A message in which that field has the value, and what leads there is there."""
+    """A message in which the field at `path` has this value, with all messages on the path to it."""
     message = root._concrete_class()
     at = message
     for field in path[:-1]:

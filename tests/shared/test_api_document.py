@@ -1,4 +1,4 @@
-"""docs/API.md says what the docstrings say, of every public name."""
+"""docs/API.md has the docstring of every public name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/ARCHITECTURE.md's table of rooms: each row has an import-linter contract, and each contract has a row."""
+"""Each row of docs/ARCHITECTURE.md's table of folders has an import-linter contract, and each contract has a row."""
 
 import re
 import tomllib
@@ -39,7 +39,7 @@ def test_what_is_packaged_is_what_is_checked():
 def test_files_that_the_paths_name_exist():
     """`prefill/.../restore.py` and plain names in the two numbered paths."""
     named = set(re.findall(r"`([\w./]+\.py)`", DOCUMENT))
-    # Not .venv and .engines: they hold ten thousands of files.
+    # .venv and .engines are left out, because they hold tens of thousands of files.
     rooms = [room for room in ROOT.iterdir() if room.is_dir() and not room.name.startswith(".")]
     files = {str(path.relative_to(ROOT)) for room in rooms for path in room.rglob("*.py")}
     missing = [

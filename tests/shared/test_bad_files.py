@@ -1,4 +1,4 @@
-"""Files of settings with any value in any place are read, or refused in one line that names the file."""
+"""Settings files with any value in any place are either read, or refused in one line that names the file."""
 
 import copy
 import json
@@ -88,7 +88,7 @@ def changed(value, path, junk):
 
 @pytest.fixture
 def take(tmp_path, monkeypatch):
-    """Read a file that holds this value: there is no writer of TOML here, and what the reader gives is what counts."""
+    """Read a settings file with this value. The TOML reader is replaced, because no TOML writer is installed."""
     path = tmp_path / "settings.toml"
     path.write_text("")
     path.chmod(0o600)
@@ -159,7 +159,7 @@ def test_files_that_are_no_toml_are_refused_at_once(tmp_path, name):
     begin = time.process_time()
     with pytest.raises(ConfigError, match=r"tenants file .*a\.toml: "):
         read_toml(tmp_path / "a.toml", "tenants file")
-    # Ten times what it takes: 24 s where names of many parts are parsed.
+    # Ten times the usual time. It takes 24 s if names of many parts are parsed.
     assert time.process_time() - begin < 3
 
 
@@ -204,7 +204,7 @@ def test_any_value_of_any_setting_is_parsed_or_refused_by_name(role):
             try:
                 config_type(**{field.name: parsed})
             except (InvalidRequest, TypeError) as err:
-                # A setting that must be given is not given here.
+                # This file does not set a required setting.
                 assert isinstance(err, InvalidRequest) or "required" in str(err), (field.name, value)
     assert good
 

@@ -1,4 +1,4 @@
-"""Files of a model directory that are not what they should be: one line names the file, and nothing is loaded."""
+"""With a wrong file in a model directory, one line names the file, and nothing is loaded."""
 
 import json
 import time
@@ -93,7 +93,7 @@ def test_a_pattern_that_takes_too_long_is_an_error_and_no_panic(tmp_path):
 
 
 @pytest.mark.parametrize("eos", [[[1]], "x", 1.5, [True], {"a": 1}, -1, 10**30])
-def test_end_tokens_that_are_none_are_refused(tmp_path, eos):
+def test_invalid_end_tokens_are_refused(tmp_path, eos):
     (tmp_path / "tokenizer.json").write_text(json.dumps(TOKENIZER))
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": eos}))
     with pytest.raises(ModelError, match="eos_token_id"):
@@ -101,7 +101,7 @@ def test_end_tokens_that_are_none_are_refused(tmp_path, eos):
 
 
 @pytest.mark.parametrize("tokens", [{"": 256}, {"a": "x"}, {"a": 3}, {"a": 10**30}, [], {"a": None}])
-def test_special_tokens_that_are_none_are_refused(tmp_path, tokens):
+def test_invalid_special_tokens_are_refused(tmp_path, tokens):
     (tmp_path / "antefix_tokenizer.json").write_text(json.dumps({"type": "byte", "special_tokens": tokens}))
     with pytest.raises(ModelError, match="antefix_tokenizer"):
         load_tokenizer(tmp_path)

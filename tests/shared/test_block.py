@@ -38,14 +38,14 @@ GEOMETRY = KVGeometry.from_config({"num_hidden_layers": 4, "head_dim": 64, "inde
 FINGERPRINT = Fingerprint(weights_revision="w1", geometry=GEOMETRY, kv_format=KVFormat.FP8, tokenizer="t1")
 KEY = tenant_key(b"0123456789abcdef", "tenant")
 
-# Written down once; a change of any of these makes every store in the world a miss.
+# Fixed values. A change of any of these makes every existing store a miss.
 GOLDEN_FINGERPRINT = "3b51db6012797243d4a7244b11b4e504f341d45d5fb0b952cbb5f5f784be6453"
 GOLDEN_ROOT = "f2df178f57e478d0f7606d2d5ac132998fff4fd7b0d25b168c78f9f69923a558"
 GOLDEN_HASHES = [
     "ab791971ff3629fe39cb2c3255739b1005ea0bf57a8997afb46975464394ae7c",
     "9daee169ad0526f3176c7b83aa2e5b3a007b6b9eec488cc7e80ad2aabe5a4617",
 ]
-# Of hash kind 1, which names were made by before.
+# Hash kind 1, with which names were made before.
 GOLDEN_FINGERPRINT_KIND_1 = "ffcb08cd70d002c43a27baba8a62cf56b28d5bb0fcaf17305bb4e06b4be47dd6"
 GOLDEN_HASHES_KIND_1 = [
     "93a3d7c26f2cc7a0f59c428b5e51673e83b3906dcddcd087af989833845b343e",
@@ -59,7 +59,7 @@ GOLDEN_STATEMENT = (
 GOLDEN_OWNER = "15d1cce7be34834ec610a799b8491445"
 GOLDEN_USER = "ac61c6687c0b23c2"
 GOLDEN_SEAL_KEY = "c404cd6ecaf4e48b1985f1f86ecbf281916f7a702c85eb06bb0f2776eadc8522"
-# Of version 1, whose stores must be readable for ever.
+# Version 1, whose stores must stay readable for ever.
 GOLDEN_FINGERPRINT_V1 = "3a32963abd372277d6c3b4c10fb4e0be295298ac5ab5bf410d97ede5eb013a65"
 GOLDEN_HASHES_V1 = [
     "0098bec8de3ecbe84a916f826e287caa60e3c4a10e0636072d154246e5db8a5a",
@@ -69,7 +69,7 @@ GOLDEN_HASHES_V1 = [
 tokens_lists = st.lists(st.integers(0, 2**32 - 1), max_size=64)
 
 
-# Those that are made of tokens.
+# The kinds whose names are made from tokens.
 KINDS = (HashKind.CHAINED_BLAKE2B, HashKind.CHAINED_AES)
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -98,7 +98,7 @@ def test_names_of_version_1_are_the_golden_bytes():
     assert digest.hex() == GOLDEN_FINGERPRINT_V1
     named = chain(range(16), digest=digest, kind=HashKind.CHAINED_BLAKE2B)
     assert [name.hex() for name in named.hashes] == GOLDEN_HASHES_V1
-    # What computed the KV stood in `exactness` then.
+    # In version 1, `exactness` also named the device that computed the KV.
     card = dataclasses.replace(FINGERPRINT, arithmetic="cuda-bfloat16")
     assert digest_v1(card) == digest_v1(dataclasses.replace(FINGERPRINT, exactness="exact-cuda-bfloat16"))
 
@@ -189,7 +189,7 @@ def test_what_computes_is_part_of_the_name_and_which_card_is_not():
 def test_a_reproducible_worker_on_a_card_never_hits_what_the_fast_kernels_wrote():
     fast, exact = (arithmetic_of("cuda", "bfloat16", reproducible=reproducible) for reproducible in (False, True))
     assert fast != exact
-    # On a CPU the setting changes no bits, so it changes no names.
+    # On a CPU the setting changes no bits, so names stay the same.
     assert arithmetic_of("cpu", "float32", reproducible=True) == arithmetic_of("cpu", "float32")
     for arithmetic in (fast, exact, CPU_FLOAT32):
         assert check_arithmetic(arithmetic) == arithmetic
@@ -246,7 +246,7 @@ def test_a_digest_names_every_token_and_no_block(tokens, place):
 
 
 def _by_the_text(tokens, root, block_size):
-    """Names of kind 3 as docs/FORMAT.md says, one block after the other, with the library's CMAC."""
+    """Names of kind 3 as docs/FORMAT.md describes them, block by block, with the library's CMAC."""
 
     def key_of(label):
         of = root + block_size.to_bytes(4, "little") + label
@@ -277,7 +277,7 @@ def test_names_of_kind_3_are_what_the_format_says(block_size):
 
 
 def test_names_of_a_long_prompt_are_those_of_its_parts():
-    # Longer than what is hashed at a time.
+    # The prompt is longer than the part that is hashed at a time.
     tokens = np.arange(128 * 2600, dtype=np.uint32)
     whole, parts = chain(tokens, block_size=128), Chain(FINGERPRINT.digest, KEY, 128)
     for first in range(0, len(tokens), 4000):
@@ -295,7 +295,7 @@ def test_a_chain_goes_on_from_any_name(kind):
 
 
 def test_the_size_of_a_block_is_part_of_its_name():
-    # 4 tokens and 3 zeros are not 4 tokens padded to a piece.
+    # A block of 4 tokens must differ from a block of 3 tokens that is padded with a zero.
     assert chain([1, 2, 3, 0], block_size=4).hashes != chain([1, 2, 3], block_size=3).hashes
 
 

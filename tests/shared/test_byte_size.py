@@ -1,4 +1,4 @@
-"""One size grammar: every spelling, and every place that reads one."""
+"""One grammar for sizes in bytes: every spelling, and every place that reads sizes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is closed ends, whatever its task does with a cancellation."""
+"""A closed object's task ends, whatever the task does with a cancellation."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ from antefix_router.merged_streams import merged
 
 
 class Forgetful:
-    """Waits for ever, and forgets the first `num` cancellations: as `wait_for` does where its result comes then."""
+    """Waits for ever and ignores the first `num` cancellations, like `wait_for` if its result comes just then."""
 
     def __init__(self, num=1):
         self.left = num
@@ -98,7 +98,7 @@ def test_a_blocking_client_closes_over_a_call_that_forgets(monkeypatch):
 
 @pytest.mark.parametrize("num_read", [0, 1])
 async def test_streams_that_fail_as_they_are_cut_off_do_not_hold_up_the_reader(num_read):
-    """Nobody reads on, and the queue between is full."""
+    """The reader has stopped, and the queue to it is full."""
 
     async def stream(number):
         try:

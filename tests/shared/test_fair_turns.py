@@ -1,4 +1,4 @@
-"""Places go in turn by tenant and by work, whatever a single tenant asks for."""
+"""Tenants get places in turn, counted by work, whatever a single tenant asks for."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,10 @@ from antefix.fair_turns import FairTurns
 
 
 async def serve(turns, asked):
-    """The order in which (tenant, cost) get their turns, asked in this order while one place is taken."""
+    """The order in which requests (tenant, cost) get their turns.
+
+    They arrive in this order while the place is taken.
+    """
     order, let_go = [], asyncio.Event()
 
     async def hold():
@@ -34,7 +37,7 @@ async def serve(turns, asked):
 
 
 async def settled():
-    """Every task has gone as far as it goes."""
+    """Wait until every task has continued as far as it can."""
     for _ in range(50):
         await asyncio.sleep(0)
 
@@ -46,7 +49,7 @@ async def test_a_modest_tenant_is_next_whatever_a_greedy_one_has_queued():
 
 async def test_work_counts_not_requests():
     order = await serve(FairTurns(1), [("long", 100.0)] * 5 + [("short", 1.0)] * 100)
-    # While the first long one counts as 100, the other tenant has its hundred short ones.
+    # The first long request counts as 100, so the other tenant's hundred short ones come before the second.
     assert order[:2].count(("long", 100.0)) == 1
     assert order.index(("long", 100.0), order.index(("long", 100.0)) + 1) >= 99
 
@@ -79,7 +82,7 @@ async def test_a_pause_is_not_saved_up():
         async with turns.turn("busy", 10.0):
             pass
     order = await serve(turns, [("busy", 10.0), ("idle", 10.0)] * 10)
-    # The one that paused is not ahead by what it might have had.
+    # A tenant that paused gets no credit for the time of its pause.
     assert order[:4].count(("idle", 10.0)) <= 3
 
 
@@ -100,7 +103,7 @@ async def test_who_is_refused_is_told_to_come_when_half_of_the_queue_is_gone(mon
     with pytest.raises(Overloaded) as refused:
         async with turns.turn("a", 1.0):
             pass
-    # Two places, each held for 6 s: four of the eight that wait have gone in by then.
+    # Two places are held for 6 s each, so four of the eight waiting requests have their turn within this time.
     assert refused.value.retry_after_s == pytest.approx(12.0)
     with pytest.raises(Overloaded) as told:
         async with turns.turn("a", 1.0, retry_after_s=3.0):

@@ -1,4 +1,4 @@
-"""What keeps `make test-fast` fast."""
+"""The rules that keep `make test-fast` fast."""
 
 import json
 import sys

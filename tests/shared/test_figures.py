@@ -25,7 +25,7 @@ def figures() -> ModuleType:
 
 @pytest.fixture
 def found(figures, tmp_path):
-    """The lines at which the check stumbles, of a page of docs/ or of docs/results."""
+    """The lines of a page of docs/ or docs/results that the check reports."""
 
     def check(text: str, *, results: bool = False) -> list[int]:
         page = tmp_path / ("results" if results else "docs") / "PAGE.md"

@@ -1,4 +1,4 @@
-"""Threads follow what the process may use, not what the host has."""
+"""The number of threads follows the process' limits, not the host's cores."""
 
 import os
 import re
@@ -18,7 +18,7 @@ V1 = (
 
 @pytest.fixture
 def host(tmp_path, monkeypatch):
-    """A host of 64 cores: files by path."""
+    """A host with 64 cores, given as a dictionary of files by path."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
 
     def make(**files):
@@ -51,7 +51,7 @@ def test_a_quota_of_version_1(host, quota, cores):
 def test_in_a_container_what_is_mounted_is_its_own_group(host):
     mounts = V2.replace("0:28 / ", "0:28 /docker/1f ")
     assert usable_cores(host("0::/docker/1f\n", mounts, {"cpu.max": "300000 100000"})) == 3
-    # The path of the host, which is not there.
+    # The control group's path on the host, which does not exist in the container.
     assert usable_cores(host("0::/kubepods/pod7\n", V2, {"cpu.max": "200000 100000"})) == 2
     assert usable_cores(host("0::/../other\n", V2, {"cpu.max": "200000 100000"})) == 2
 

@@ -1,4 +1,4 @@
-"""Our own bugs are internal errors: where the inner rooms say InvalidRequest, somebody outside can mend it."""
+"""Our own bugs are internal errors. If inner code raises InvalidRequest, the caller must be able to fix the request."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ROOMS = (
     "decode/antefix_decode",
     "kernels/antefix_kernels",
 )
-# File and function of each, and why it is the caller's fault. Another one needs a reason here.
+# (file, function) of each, and why the caller is at fault. A new one needs a reason here.
 _CALLERS_FAULTS = {
     ("antefix/model/runner.py", "_check_item"): "token ids and lengths are the request's",
     ("prefill/antefix_prefill/worker/engine.py", "check_prompt"): "the request's size and token ids",

@@ -1,4 +1,4 @@
-"""Geometry and bytes: the published sizes, and configs of every spelling."""
+"""Geometry and sizes in bytes: the published sizes, and configs in every spelling."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_parts_fill_the_block_without_gap_or_overlap(geometry, kv_format):
         assert part.offset == offset
         assert sum(field.nbytes for field in part.record.fields) == part.record.nbytes
         offset += part.nbytes
-    # Stores take no empty payload: a block without global KV has one byte.
+    # Stores accept no empty payload, so a block without global KV has one byte.
     assert max(offset, 1) == layout.block_bytes
     assert geometry.block_size == math.lcm(geometry.csa_ratio, geometry.hca_ratio)
 

@@ -1,4 +1,4 @@
-"""DeepSeek-V4.1's layout: the published sizes, who reads whose cache, names, plans, simulation, and what is refused."""
+"""DeepSeek-V4.1's layout: published sizes, layers that share caches, names, plans, simulation, and refusals."""
 
 import copy
 
@@ -9,7 +9,7 @@ from antefix.block import Family, Fingerprint
 from antefix.errors import InvalidRequest, ModelError
 from antefix.layout_v41 import LayerRole, V41Geometry, V41Layout, V41PartKind
 
-# The release's, as far as KV depends on it: 40 layers, three draft modules behind them.
+# The released config's fields that decide KV: 40 layers, and three draft modules after them.
 CONFIG = {
     "model_type": "deepseek_v41",
     "architectures": ["DeepseekV41ForCausalLM"],
@@ -37,10 +37,10 @@ def changed(**fields):
 def test_v41_has_the_published_sizes():
     assert LAYOUT.bytes_per_token == 890
     assert {part.kind: part.record.nbytes for part in LAYOUT.parts} == {V41PartKind.MAIN: 288, V41PartKind.KEYS: 68}
-    # 720 of main entries and 170 of keys per token: three sources of ratio 2 and one of ratio 1.
+    # Per token 720 bytes of main entries and 170 of keys, from three sources of ratio 2 and one of ratio 1.
     main = sum(part.nbytes for part in LAYOUT.parts if part.kind is V41PartKind.MAIN)
     assert (main / 128, LAYOUT.block_bytes / 128 - main / 128) == (720, 170)
-    # Window KV as V4's, of 40 layers, and the overlap rows of three sources.
+    # Window KV of 40 layers as in V4, and the overlap rows of three sources.
     assert LAYOUT.checkpoint_bytes == 40 * 128 * 584 + 3 * 2 * 2 * 512 * 4
 
 
@@ -68,7 +68,7 @@ def test_layers_read_the_cache_of_the_source_before_them():
 
 
 def reach_by_tracing(geometry: V41Geometry) -> list[int]:
-    """Of each layer, how many last tokens' inputs the state at the end depends on, found token by token."""
+    """For each layer, the number of last tokens whose inputs affect the final state, traced token by token."""
     length = geometry.window * geometry.num_layers + 8
     needed = [set() for _ in range(geometry.num_layers)]
     wanted_above: set[int] = set()
@@ -76,7 +76,7 @@ def reach_by_tracing(geometry: V41Geometry) -> list[int]:
         own = set(range(length - geometry.window, length))
         if layer in geometry.overlap_sources:
             own |= set(range(length - geometry.ratios[layer], length))
-        # The output at t takes the inputs of its window; global KV is there already.
+        # The output at token t needs the inputs of its window. Global KV is already stored.
         for token in wanted_above:
             own |= set(range(max(token - geometry.window + 1, 0), token + 1))
         needed[layer] = wanted_above = own
@@ -109,7 +109,7 @@ def test_names_tell_v41_from_v4_and_geometries_from_each_other():
         for fields in ({}, {"sliding_window": 64}, {"index_source_layer_ids": [2, 8, 14, 20]})
     }
     assert len(digests) == 3
-    # The bytes of names are for ever.
+    # The bytes of names must never change.
     assert GEOMETRY.digest().hex() == "7b877e2cce4a40d40005ec11d148c6ed"
 
     def named(family):
@@ -183,7 +183,7 @@ def test_loading_is_refused_and_says_what_there_is(tmp_path):
 
 
 def test_a_store_keeps_v41s_blocks_and_checkpoints(tmp_path):
-    """Registered as it is, compressed by its own planes, and read back byte by byte."""
+    """The layout is registered unchanged, compressed by its own planes, and read back with equal bytes."""
     from antefix.record import RecordKind
     from antefix.store_files.codec import plan_of_block, plan_of_checkpoint
     from antefix_kvstore.kvstore_config import KvStoreConfig
@@ -191,7 +191,7 @@ def test_a_store_keeps_v41s_blocks_and_checkpoints(tmp_path):
     from tests.kvstore.small_store import BLOCK, Prompt
 
     class Drawn(Prompt):
-        """With the narrow histograms of rounded KV."""
+        """A prompt whose payloads have narrow histograms, like rounded KV."""
 
         def payload(self, index, kind=RecordKind.BLOCK):
             nbytes = LAYOUT.block_bytes if kind is RecordKind.BLOCK else LAYOUT.checkpoint_bytes

@@ -1,4 +1,4 @@
-"""The benchmarks' cheap client tells the status that the server gave, over kept connections."""
+"""The benchmarks' cheap client returns the server's status, over connections that stay open."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""One list of reasons: what the store, workers, the bill, metrics, headers, `explain` and the documents call a miss."""
+"""One list of miss reasons for the store, workers, the bill, metrics, headers, `explain` and the documents."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from antefix.wire import report_from_wire, report_to_wire
 from antefix_console.explain.text import ADVICE
 
 ROOT = Path(__file__).parents[2]
-# What a bill never says of its first miss.
+# Reasons that a bill never gives for its first miss.
 ELSEWHERE = {MissReason.NONE, MissReason.UNREACHABLE, MissReason.UNKNOWN}
 
 

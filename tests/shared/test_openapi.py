@@ -1,4 +1,4 @@
-"""The published document of the HTTP door says what the door has, and is well-formed."""
+"""The published OpenAPI document describes the HTTP API and is well-formed."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Tests wait longer for their peers than services do, in this process and in those that they start."""
+"""Tests wait longer for peers than services do, in this process and in processes that tests start."""
 
 import importlib
 import subprocess
@@ -34,7 +34,7 @@ def test_a_test_of_the_limits_has_those_of_services():
 
 
 @pytest.mark.services
-def test_so_are_those_of_other_processes():
+def test_other_processes_have_the_longer_limits_too():
     done = subprocess.run(
         [sys.executable, "-c", ASK], capture_output=True, text=True, env=child_environment(), check=True
     )

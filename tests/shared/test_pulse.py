@@ -1,4 +1,4 @@
-"""A peer that hangs is found out and not waited for; one that is slow, dead or back again is not taken for it."""
+"""A peer that hangs is noticed and not waited for. A slow, dead or restarted peer does not count as hanging."""
 
 import asyncio
 
@@ -9,7 +9,7 @@ from antefix.pulse import Pulse
 from antefix.store.breaker import OPEN_S, Breaker
 
 pytestmark = pytest.mark.impatient
-# Ten times and more below what is meant in earnest; the ratios are the same.
+# At least ten times shorter than the real settings, with the same ratios.
 FAST = {"every_s": 0.01, "silent_s": 0.03}
 
 

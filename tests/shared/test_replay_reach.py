@@ -1,4 +1,4 @@
-"""The bound of exact replays against a dependency trace: what of a replay that starts too late would be wrong."""
+"""The bound of exact replays agrees with a trace of dependencies: a replay that starts later would be wrong."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ geometries = st.builds(
 def is_exact(geometry: KVGeometry, start: int, stop: int) -> bool:
     """Whether a replay of [start, stop) rebuilds all of the state at `stop`, layer by layer, token by token.
 
-    A token's output is right where its input is and each window entry that it attends to; entries and overlap rows
-    are right where their token's input is. Before `start` nothing is right. Global KV always is.
+    A token's output is right if its input and each window entry that it attends to are right. Entries and overlap rows
+    are right if their token's input is. Before `start` nothing is right. Global KV is always right.
     """
     right = np.arange(stop) >= start
     for kind in geometry.layers:
@@ -39,10 +39,10 @@ def is_exact(geometry: KVGeometry, start: int, stop: int) -> bool:
 
 
 def depended_on(geometry: KVGeometry, layer: int, stop: int) -> int:
-    """The first token whose input at `layer` the state at `stop` depends on, walking down from the state."""
+    """The first token whose input at `layer` affects the state at `stop`, found by going down from the state."""
     needed: set[int] = set()
     for index in range(geometry.num_layers - 1, layer - 1, -1):
-        # Outputs that the layers above need, and all that they attend to.
+        # The outputs that the layers above need, and all tokens that these attend to.
         needed = {seen for token in needed for seen in range(token - geometry.window + 1, token + 1)}
         needed |= set(range(stop - geometry.window, stop))
         if geometry.layers[index] is LayerKind.CSA:
@@ -73,7 +73,7 @@ def test_model_and_planner_go_by_the_same_bound(geometry: KVGeometry) -> None:
     assert rest == 0
     assert sizes.replay_tokens == geometry.replay_tokens
     assert (blocks - 1) * geometry.block_size < geometry.replay_reach[0] <= sizes.replay_tokens
-    # What a replay runs is what its layers need of it: layer by layer, the outputs that the ones above ask for.
+    # In each layer, a replay runs only the outputs that the layers above need.
     stop = 10_000
     rows = [stop - needed_from(geometry, layer + 1, stop) for layer in range(geometry.num_layers)]
     assert sizes.exact_replay_work_tokens == -(-sum(rows) // geometry.num_layers)

@@ -1,4 +1,4 @@
-"""Each field of each request has a limit in its proto, and what breaks it is refused by name before anything else."""
+"""Each field of each request has a limit in its proto. A value over the limit is refused first, by the field's name."""
 
 import importlib
 import math
@@ -30,7 +30,7 @@ def request_types():
 
 
 def fields_below(descriptor, path=()):
-    """Every field of a message and of those in it, with the fields that lead there."""
+    """Every field of a message and of its nested messages, with the path to it."""
     for field in descriptor.fields:
         yield (*path, field)
         if field.message_type is not None and field not in path:
@@ -72,7 +72,7 @@ def test_no_limit_lets_a_message_through_that_the_transport_refuses():
 
 
 def wrong_values(field):
-    """Values that protobuf takes and the field's limit does not."""
+    """Values that protobuf accepts but the field's limit refuses."""
     limit = limit_of(field)
     if field.is_repeated and limit.items_max <= 70_000:
         one = field.message_type._concrete_class() if field.message_type is not None else 0
@@ -124,7 +124,7 @@ def test_an_empty_request_breaks_no_limit(root):
 
 
 class Taking(kvstore_pb2_grpc.KvStoreServiceServicer):
-    """Takes a put and does nothing."""
+    """Accepts a put and does nothing."""
 
     async def Put(self, request_iterator, context):
         async for _ in request_iterator:
@@ -134,7 +134,7 @@ class Taking(kvstore_pb2_grpc.KvStoreServiceServicer):
 
 @pytest.fixture
 async def server():
-    """All services, without methods of their own: what gets through comes back as UNIMPLEMENTED or INTERNAL."""
+    """All services, without methods of their own. A request that is not refused gets UNIMPLEMENTED or INTERNAL."""
 
     def register(target):
         register_store(Taking(), target)

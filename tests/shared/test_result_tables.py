@@ -28,7 +28,7 @@ def results() -> ModuleType:
 
 @pytest.fixture
 def one_record(results, tmp_path, monkeypatch):
-    """A folder of one record, `a.json`, and its table `speeds`."""
+    """A folder with one record, `a.json`, and its table `speeds`."""
 
     def write(**record):
         (tmp_path / "a.json").write_text(json.dumps(record))

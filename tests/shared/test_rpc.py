@@ -112,7 +112,8 @@ async def test_health_can_be_watched_until_the_service_drains():
     server = await start(RuntimeError())
     watch = health_pb2_grpc.HealthStub(rpc.channel(server.address)).Watch(health_pb2.HealthCheckRequest(), timeout=40)
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
-    # It says so, and then ends: a call that lasts as long as the service must not hold it up for its whole grace.
+    # The stream reports the end and then ends, because an endless call must not delay the service for its whole grace
+    # period.
     drain = asyncio.create_task(server.drain(60))
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
     await asyncio.wait_for(drain, 20)
@@ -140,14 +141,14 @@ async def test_a_port_in_use_is_a_clear_error():
 
 
 @pytest.mark.slow
-async def test_a_port_takes_so_many_connections_and_none_that_says_nothing(monkeypatch):
-    """Twice: with options in force that are smaller and faster than ours."""
+async def test_a_port_limits_connections_and_closes_silent_ones(monkeypatch):
+    """Runs twice, with options that are smaller and faster than the real ones."""
     monkeypatch.setattr(rpc, "_connections_limit", lambda: ("grpc.max_allowed_incoming_connections", 3))
     monkeypatch.setattr(rpc, "SERVER_OPTIONS", (*rpc.SERVER_OPTIONS, ("grpc.server_handshake_timeout_ms", 300)))
     server = await rpc.start_server("127.0.0.1:0", lambda _: None, [])
     pairs = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(8)]
     async with asyncio.timeout(60):
-        # All are closed: those above the limit at once, the others because they never said what they want.
+        # All are closed: those above the limit at once, the others because they never sent a request.
         for reader, writer in pairs:
             with contextlib.suppress(ConnectionError):
                 while await reader.read(1000):

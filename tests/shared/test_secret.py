@@ -1,4 +1,4 @@
-"""Secrets by generation, and what stands for tenants: of one length, and apart from each other."""
+"""Secrets by generation, and tenants' digests, which have one length and differ from each other."""
 
 import errno
 import os
@@ -68,7 +68,7 @@ def test_owners_have_one_length_and_are_equal_for_equal_names_only(first, second
     owners = [keyring.owner(f"{tenant}\x1f{user}" if user else tenant) for tenant, user in (first, second)]
     assert [len(owner) for owner in owners] == [OWNER_BYTES] * 2
     assert (owners[0] == owners[1]) == (first == second)
-    # All users of a tenant share its part, and nobody else does.
+    # All users of a tenant share the tenant's part, and no other users do.
     assert (owners[0][:16] == owners[1][:16]) == (first[0] == second[0])
 
 

@@ -1,6 +1,6 @@
-"""No test asks a model for an answer that is drawn: over HTTP the temperature is 1.0 where a request says nothing.
+"""No test asks a model for a random answer. Over HTTP the temperature is 1.0 if a request does not set it.
 
-Looked at are the files that start a deployment. A door in the test's own process answers from a script.
+The check reads the files that start a deployment. A gateway in the test's own process answers from a script.
 """
 
 import ast
@@ -15,7 +15,7 @@ PROMPTS, BOUNDS = {"prompt", "messages", "input"}, {"max_tokens", "max_output_to
 
 
 def starts_services(tree):
-    """By a fixture, by our own class, or by the command."""
+    """Whether a file starts services, by a fixture, by our own class, or by the command."""
     words = set()
     for node in ast.walk(tree):
         if (isinstance(node, ast.arg) and node.arg in FIXTURES) or (
@@ -28,11 +28,11 @@ def starts_services(tree):
 
 
 class Module:
-    """A test file: its requests, and those of them whose answer is drawn."""
+    """A test file: its requests, and those whose answer would be random."""
 
     def __init__(self, source):
         self.tree = ast.parse(source)
-        # What a name stands for: every value that is bound to it, and what a function of that name returns.
+        # By name: every value that is bound to it, and the return values of functions with that name.
         self.values = {}
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Assign):
@@ -50,7 +50,7 @@ class Module:
                 self._bind(each, its)
 
     def drawn(self):
-        """Line numbers."""
+        """Line numbers of requests whose answer would be random."""
         return sorted(node.lineno for node in ast.walk(self.tree) if self._asks(node) and not self._is_fixed(node))
 
     @staticmethod
@@ -66,7 +66,7 @@ class Module:
         return False
 
     def _is_fixed(self, node, depth=6):
-        """Whether it says a seed, or the temperature 0."""
+        """Whether the expression sets a seed, or the temperature 0."""
         if depth == 0:
             return False
         if isinstance(node, ast.Dict):
@@ -75,7 +75,7 @@ class Module:
             pairs = [(each.arg, each.value) for each in node.keywords]
         else:
             pairs = []
-        # What it is made of: `**those`, `{**these}`, `of(a)`, `one | another`.
+        # Its parts: `**those`, `{**these}`, `of(a)`, `one | another`.
         parts = [value for key, value in pairs if key is None or key == "extra_body"]
         if isinstance(node, ast.BinOp):
             parts += [node.left, node.right]

@@ -133,7 +133,7 @@ def test_a_setting_that_two_must_have_alike_is_defined_once():
 
 
 ROOT = Path(__file__).parents[2]
-# A worker's setting is defined in one file; besides there are those who use its value.
+# A worker's setting is defined in one file only. Other files only use its value.
 DEFINITION = re.compile(r"^    (\w+): [\w\[\], .]+ = setting\(", re.MULTILINE)
 
 
@@ -146,9 +146,9 @@ def test_no_setting_of_a_worker_is_defined_or_made_a_flag_again():
             text = path.read_text()
             again += [(path.name, name) for name in DEFINITION.findall(text) if name in names]
             again += [(path.name, flag) for flag in flags if f'"{flag}"' in text]
-    # doctor judges a machine on which a package that the settings need may be missing; these have other meanings.
+    # doctor must run on machines without the packages that these settings need. Its flags have other meanings.
     told = {("doctor.py", "--device"), ("doctor.py", "--dtype"), ("doctor.py", "--reproducible")}
     others = {(name, "--strategy") for name in ("window.py", "simulate.py", "simulate_cluster.py")}
-    # Anyone who uses Redis has these: `antefix.redis_access` defines them.
+    # Every role that uses Redis has these settings, which `antefix.redis_access` defines.
     shared = {"redis_password_file", "redis_ca_file"}
     assert set(again) - told - others == {("worker_settings.py", name) for name in names - shared}

@@ -1,4 +1,4 @@
-"""What is shipped next to the code works: the sample settings are valid, the example runs."""
+"""The files that are shipped with the code work: the sample settings are valid, and the example runs."""
 
 import argparse
 import asyncio
@@ -29,7 +29,7 @@ def test_the_sample_settings_are_valid(role):
 
 
 def subcommands(parser):
-    """Each command below this parser, with its parser."""
+    """Each subcommand of this parser, with its own parser."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for name, each in action.choices.items():

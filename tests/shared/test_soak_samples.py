@@ -1,4 +1,4 @@
-"""What a soak calls flat, and what it calls growth."""
+"""Which series a soak test counts as flat, and which as growing."""
 
 import math
 import os
@@ -52,7 +52,7 @@ def test_what_grows_makes_its_samples_not_flat_and_says_which():
 def test_a_process_and_a_directory_are_measured(tmp_path):
     samples = Samples()
     samples.add_process(0.0, os.getpid())
-    samples.add_process(1.0, 2**22 + 1)  # no process has such a number
+    samples.add_process(1.0, 2**22 + 1)  # no process has this id
     assert len(samples.times_s) == 1
     assert all(values[0] > 0 for values in samples.values.values())
     assert sum(samples.threads_last.values()) == samples.values["threads"][0]

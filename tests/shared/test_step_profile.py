@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.step --profile` counts of a profile."""
+"""`python -m benchmarks.step --profile` counts a profile's calls correctly."""
 
 from benchmarks.step import counts
 
@@ -12,5 +12,5 @@ def test_a_profile_says_what_launches_and_what_waits():
     )
 
 
-def test_nothing_that_waits_is_said_so():
+def test_a_profile_without_waiting_calls_says_none():
     assert counts({"aten::mm": 1}).endswith("calls that wait for a card: none")

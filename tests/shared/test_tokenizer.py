@@ -1,4 +1,4 @@
-"""Tokenizers: exact inverses, streaming without broken characters."""
+"""Tokenizers: decoding inverts encoding exactly, and streams have no broken characters."""
 
 import json
 import threading
@@ -80,7 +80,7 @@ def test_other_threads_go_on_while_a_hugging_face_tokenizer_encodes(hugging_face
         time.sleep(0.001)
         num_turns += 1
     encoding.join()
-    # Holding the interpreter's lock it would leave at most the turns before and after.
+    # If encoding held the interpreter's lock, the loop would run only before and after it.
     assert num_turns > 5
 
 

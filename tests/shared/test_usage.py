@@ -1,4 +1,4 @@
-"""One form of what a request used, whole on the wire and in the bill."""
+"""A request's usage has one form, which is complete on the wire and in the bill."""
 
 from __future__ import annotations
 

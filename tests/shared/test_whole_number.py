@@ -1,4 +1,4 @@
-"""Numbers in outside texts: what is no number, or too long or large a one, is an answer and not an exception."""
+"""Numbers in outside texts: a text that is not a number, or too long or large, gives an answer and no exception."""
 
 import pytest
 
@@ -14,12 +14,12 @@ from antefix_router.fleet.fleet_config import _endpoint
 from antefix_router.page.page import _seconds
 from antefix_simulate.logs.log_fields import count
 
-# Python's int refuses more than 4,300 digits; isdigit accepts superscripts, which int refuses.
+# Python's int refuses more than 4,300 digits. isdigit accepts superscripts, which int refuses.
 NO_NUMBERS = ("9" * 5000, "0" * 5000 + "1", "²", "٣", "", "+1", "-1", "1 1", "1_0", "1.0", "nan")
 
 
 @pytest.mark.parametrize("text", NO_NUMBERS)
-def test_what_is_no_number_is_none(text):
+def test_a_text_that_is_no_number_gives_none(text):
     assert whole_number(text, 10) is None
     assert whole_number(text.encode(), 10) is None
 

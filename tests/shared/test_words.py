@@ -1,4 +1,4 @@
-"""The check of words that `make lint` runs: which ones it refuses, and where it looks."""
+"""The check of words that `make lint` runs: which words it refuses, and which files it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The break-even table's corners, where the answer is plain."""
+"""Extreme cases of the break-even table, in which the answer is obvious."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _one(prefix: int, disk: float, age_s: float) -> BreakEven:
 
 
 def test_a_disk_slower_than_prefill_is_worth_nothing() -> None:
-    # 18,000 tokens/s of prefill make 63 MB/s of global KV: a disk slower than that loses to computing it again.
+    # 18,000 tokens/s of prefill make 63 MB/s of global KV. With a slower disk, computing again is faster than loading.
     row = _one(65_536, 40e6, 60.0)
     assert row.continue_fastest == row.continue_per_byte == row.leave_fastest == "none"
 

@@ -1,4 +1,4 @@
-"""Fleets: every request ends once, load is even, a worker's death loses nothing but its memory."""
+"""Fleets: every request ends once, load is even, and a worker's death loses only its memory."""
 
 import argparse
 import json
@@ -123,7 +123,7 @@ def test_a_killed_worker_costs_its_memory_only_where_there_is_no_store(chat):
 def test_the_minutes_in_which_nobody_died_can_be_looked_at_as_well(chat):
     assert simulate(chat).after_hit_rate is None
     looked_at, killed = simulate(chat, look_s=100.0), simulate(chat, kills=((100.0, 0.0),))
-    # Until then nothing is different.
+    # Until that time the runs are equal.
     assert looked_at.before_ttft_p90_s == killed.before_ttft_p90_s is not None
     assert looked_at.after_hit_rate is not None
     assert looked_at.after_ttft_p90_s != killed.after_ttft_p90_s
@@ -131,7 +131,7 @@ def test_the_minutes_in_which_nobody_died_can_be_looked_at_as_well(chat):
 
 @pytest.mark.slow
 def test_a_minute_after_one_of_eight_workers_died_hits_and_waits_are_what_they_were():
-    """Next to the same minutes of a run in which nobody died: a trace has its own course."""
+    """Compares with the same minutes of a run without a death, because a trace's load changes over time."""
     trace = generate("chat", num_requests=6000, unit_tokens=512, seed=4)
     killed_s, speedup, windows = 60.0, 8.0, []
     for kills in ((), ((killed_s, 0.0),)):
@@ -316,7 +316,7 @@ def test_dollars_are_those_of_the_tokens_that_hit_and_missed(chat):
 
 
 def test_requests_go_where_their_blocks_are_loaded_fastest(chat):
-    """Over slow links less than half as much is loaded from other hosts as where all stores are equally fast."""
+    """Over slow links, less than half as much is loaded from other hosts as with equally fast stores."""
     changes = {"memory_bytes": 0, "num_stores": 4, "num_prefill": 4}
     alike = Machine(jitter=0, peer_bytes_per_s=6e9, peer_fixed_s=0.001)
     slow = Machine(jitter=0, peer_bytes_per_s=0.1e9, peer_fixed_s=0.001)
@@ -336,9 +336,9 @@ def test_the_object_store_s_bill_follows_from_requests_bytes_and_time(chat):
     assert bill.num_puts == -(-result.bytes_by_tier["uploaded"] // (32 << 20))
     assert bill.gb_read == pytest.approx(result.bytes_by_tier["object"] / 1e9)
     assert bill.num_gets >= result.bytes_by_tier["object"] / (4 << 20) > 0
-    # Four prefill and two decode workers, two stores and a router, each of which lists twice per minute.
+    # Four prefill workers, two decode workers, two stores and a router each list the bucket twice per minute.
     assert bill.num_lists == pytest.approx(9 * chat.requests[-1].at_s / 30, rel=0.2)
-    # It fills from nothing: some of what lies there at the end, for all of the time.
+    # The bucket starts empty. The bill has a part of the final bytes times the whole time.
     ends_with = result.bytes_by_tier["uploaded"] / 1e9 * chat.requests[-1].at_s / (30 * 86_400)
     assert 0.1 * ends_with < bill.gb_months < 1.1 * ends_with
     assert bill.request_dollars == pytest.approx((bill.num_puts + bill.num_lists) * 0.005 + bill.num_gets * 0.007)
@@ -349,7 +349,7 @@ def test_the_object_store_s_bill_follows_from_requests_bytes_and_time(chat):
 
 
 @pytest.mark.parametrize("text", ["put", "put=x", "put=-1", "get=nan", "month=inf", "weight=1"])
-def test_prices_of_an_object_store_that_are_none_are_refused(text):
+def test_invalid_prices_of_an_object_store_are_refused(text):
     with pytest.raises(InvalidRequest):
         ObjectPrices.parse(text)
 

@@ -1,4 +1,4 @@
-"""A plan is arithmetic over a trace and measured files: it can be checked by hand, and says when it cannot be kept."""
+"""A plan is computed from a trace and measured files. It can be checked by hand, and says if it cannot be met."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ STORE = {"flash": {"restore_gb_per_s": 3.0, "raw_write_gb_per_s": 1.0, "remote_g
 
 
 def _trace(count: int = 200, gap_s: float = 10.0, again: int = 2) -> Trace:
-    """Every prompt comes `again` times, one after the other: 1,024 tokens of units of 128, and 100 of an answer."""
+    """A trace in which every prompt comes `again` times: 1,024 tokens in units of 128, and 100 answer tokens."""
     requests = [
         TraceRequest(
             at_s=gap_s * index,
@@ -71,7 +71,7 @@ def _run(argv: list[str]) -> int:
 def test_what_is_used_again_in_time_hits_and_stays() -> None:
     demand = demand_of(_trace(), retention_s=60)
     assert demand.hit_rate == pytest.approx(1024 / 1029 / 2)
-    # Used at 0 and 10 s, kept for 60 s more.
+    # Each prefix is used at 0 and 10 s, and kept for 60 s more.
     assert demand.life_s == pytest.approx(70)
     assert demand.new_tokens_per_s == pytest.approx(100 * 1024 / 1990)
     late = demand_of(_trace(), retention_s=5)
@@ -85,7 +85,7 @@ def test_kept_bytes_are_what_comes_times_how_long_it_stays() -> None:
 
 
 def test_the_bound_on_first_tokens_holds_in_a_simulated_queue() -> None:
-    """Against a queue that is played through: random arrivals, as many servers as the plan says."""
+    """Compares with a simulated queue that has random arrivals and as many servers as the plan says."""
     rng = random.Random(3)
     service = np.asarray([0.05 + rng.expovariate(1 / 0.4) for _ in range(4000)])
     demand = demand_of(_trace(), retention_s=60)
@@ -101,7 +101,7 @@ def test_the_bound_on_first_tokens_holds_in_a_simulated_queue() -> None:
             free[index] = max(free[index], now) + float(seconds)
             took.append(free[index] - now)
         assert float(np.quantile(took, 0.9)) <= bound
-        # And it is no empty promise.
+        # The bound is not far above the simulated time.
         assert bound < 5 * float(np.quantile(took, 0.9))
 
 
@@ -126,7 +126,7 @@ def test_a_thousand_times_the_load_takes_about_a_thousand_times_the_machines(
     for name in ("prefill workers", "decode workers", "disks"):
         assert 500 * small[name] <= large[name] + 500
         assert large[name] <= 1000 * small[name]
-    # By hand: 1e13 tokens per day, 100 of 1,129 are answers, 64 sequences in 0.05 s, filled to 80%.
+    # Computed by hand: 1e13 tokens per day, 100 of 1,129 are answers, 64 sequences in 0.05 s, 80% utilisation.
     answers_per_s = 1e13 / 86400 * 100 / 1129
     assert large["decode workers"] == pytest.approx(answers_per_s * plans[1]["peak"] / (64 / 0.05) / 0.8, rel=1e-3)
     assert plans[1]["dollars_per_million_tokens"] <= plans[0]["dollars_per_million_tokens"]

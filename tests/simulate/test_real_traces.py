@@ -1,4 +1,4 @@
-"""The figures of docs/results/window_state.md, on their own traces. Skipped where the traces are not there."""
+"""The figures of docs/results/window_state.md, from their own traces. Skipped if the traces are missing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_auto_is_near_ideal_with_few_checkpoints(
     name: str, trace_format: str, share_of_ideal: float, checkpoints_per_request: float
 ) -> None:
     result = simulate(_load(name, trace_format), parse("auto"), SETUP)
-    # Every replayed token counts as not hit here.
+    # Here, replayed tokens do not count as hits.
     assert result.share_of_ideal >= share_of_ideal
     assert result.checkpoints_per_request <= checkpoints_per_request
 

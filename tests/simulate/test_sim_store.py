@@ -1,4 +1,4 @@
-"""The simulated store keeps what the engine would: prefix-closed, inside its budget, checkpoints until their time."""
+"""The simulated store keeps what the engine keeps: prefix-closed, within budget, checkpoints until they expire."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command prints what was asked for and refuses what makes no sense."""
+"""The command prints the requested results and refuses contradictory arguments."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_table_names_each_strategy_and_the_ideal(trace_path: Path, capsys: p
     lines = capsys.readouterr().out.splitlines()
     assert "ideal hit rate" in lines[0]
     assert [line.split()[0] for line in lines[1:4]] == ["strategy", "auto", "zero"]
-    # What each column means stands below.
+    # The table is followed by the meaning of each column.
     legend = " ".join(lines[4:])
     assert all(f"{column}:" in legend for column in ("hit", "of ideal", "spared", "ckpt/req", "recomputed", "dollars"))
 

@@ -1,4 +1,4 @@
-"""A trace small enough to reckon by hand, and rules that hold for any trace."""
+"""A trace that is small enough to compute by hand, and rules that hold for any trace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def _trace(*requests: tuple[int, list[int]]) -> Trace:
     return Trace(name="hand", unit_tokens=128, requests=tuple(made))
 
 
-# The second request leaves the first after 4 units of 128; the third repeats the second; the fourth leaves there too.
+# The second request diverges from the first after 4 units of 128. The third repeats the second. The fourth diverges at
+# the same place.
 HAND = _trace(
     (1000, [0, 1, 2, 3, 4, 5, 6]),
     (1000, [0, 1, 2, 3, 14, 15, 16]),
@@ -98,7 +99,7 @@ def test_auto_is_near_ideal_with_few_checkpoints_on_every_generated_shape(shape:
     auto = simulate(trace, parse("auto"), _setup())
     boundary = simulate(trace, parse("boundary"), _setup())
     assert auto.share_of_ideal >= 0.98
-    # Level with it but for the chance of a noisy machine's plans.
+    # auto is as good, except for random differences of plans on a noisy machine.
     assert auto.share_of_ideal >= boundary.share_of_ideal - 0.0005
     assert auto.checkpoints_per_request <= 1.6
 
@@ -150,7 +151,7 @@ def test_auto_holds_its_byte_budget() -> None:
 
 
 class _Switched:
-    """Another strategy from the n-th prompt on, as an operator would switch a namespace."""
+    """Changes to another strategy at the n-th prompt, as when an operator switches a namespace."""
 
     def __init__(self, before: Strategy, after: Strategy, at: int) -> None:
         self.before, self.after, self.left = before, after, at

@@ -1,4 +1,4 @@
-"""Traces are read at the resolution that their hashes have; what is no trace is refused with its line."""
+"""Traces are read at the resolution of their hashes. A file that is not a trace is refused with the wrong line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other programs' logs become traces that share exactly what their prompts share, and hold none of their text."""
+"""Other programs' logs become traces that share exactly the prompts' common prefixes, and have none of their text."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _openai(index: int, messages: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _anthropic(index: int, messages: list[dict[str, Any]]) -> dict[str, Any]:
-    # Clients move the cache mark to the newest message: it is no part of the prompt.
+    # Clients move the cache mark to the newest message. The mark is not part of the prompt.
     said = [dict(message) for message in messages[1:]]
     said[-1]["content"] = [{"type": "text", "text": said[-1]["content"], "cache_control": {"type": "ephemeral"}}]
     said[:-1] = [{**each, "content": [{"type": "text", "text": each["content"]}]} for each in said[:-1]]
@@ -116,7 +116,7 @@ def test_a_second_turn_hits_the_whole_first_one(tmp_path: Path, log_format: str,
     assert [request.num_tokens for request in trace.requests] == [_tokens(messages) for messages in turns]
     assert [request.output_tokens for request in trace.requests] == [7, 7]
     hits = list(ideal_hits(trace))
-    # All of the first prompt but what its last unit, and roles between messages, take.
+    # The hit is the first prompt except its last unit and the roles between messages.
     assert hits[0] == 0
     assert _tokens(turns[0]) - 2 * trace.unit_tokens <= hits[1] <= _tokens(turns[0])
 
@@ -208,7 +208,7 @@ def test_token_ids_that_vllm_would_not_write_are_no_token_ids(tmp_path: Path, id
     line = "INFO 11-01 10:00:0{} [logger.py:39] Received request r-{}: prompt: {!r}, prompt_token_ids: [{}], x: None."
     path.write_text(line.format(0, 0, "a" * 40, ids) + "\n" + line.format(1, 1, "x", "1, 2, 3") + "\n")
     trace = _import(tmp_path, "vllm", path)
-    # The first one's length comes from its text.
+    # The first request's length comes from its text.
     assert [request.num_tokens for request in trace.requests] == [10, 3]
 
 
@@ -241,7 +241,7 @@ def test_a_claude_code_session_is_one_call_per_message_behind_a_hidden_head(tmp_
     assert [request.at_s for request in trace.requests] == [0.0, 60.0, 120.0]
     assert [request.output_tokens for request in trace.requests] == [300] * 3
     hits = list(ideal_hits(trace))
-    # The head of 10,000 tokens, of which the log has no word, is shared by all turns.
+    # All turns share a head of 10,000 tokens, which the log does not have.
     for before, hit in zip(trace.requests, hits[1:], strict=False):
         assert hit > 10_000
         assert before.num_tokens - 0.03 * before.num_tokens <= hit <= before.num_tokens
@@ -296,7 +296,7 @@ def test_a_json_list_and_a_csv_are_read_like_lines(tmp_path: Path) -> None:
 
 
 def _hashes(*parts: tuple[int, int]) -> list[bytes]:
-    """Block hashes of a prompt made of stretches: (whose, how many)."""
+    """Block hashes of a prompt made of stretches: (owner's number, number of blocks)."""
     return [bytes([whose]) * 2 + index.to_bytes(30, "big") for whose, number in parts for index in range(number)]
 
 
@@ -322,9 +322,9 @@ def test_the_ledger_is_a_trace_of_what_hit(tmp_path: Path) -> None:
     first = _hashes((1, 21))
     records = [
         _record("a", 0, first, 0),
-        # Continues from the first; marks alone show 16 of the 21 blocks, the bill shows all.
+        # Continues from the first request. Marks alone show 16 of the 21 blocks, but the bill shows all.
         _record("b", 10, [*first, *_hashes((2, 9))], 21),
-        # Was evicted meanwhile: nothing hit, but marks show that 24 of 30 blocks are the same.
+        # The blocks were evicted before, so nothing hit, but marks show that 24 of 30 blocks are equal.
         _record("c", 20, [*first, *_hashes((2, 9)), *_hashes((3, 4))], 0),
         _record("d", 30, _hashes((4, 8)), 0),
     ]

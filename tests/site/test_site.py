@@ -1,4 +1,4 @@
-"""docs/ builds into a site without a warning, and nothing of the documents is lost on the way (`make test-docs`)."""
+"""docs/ builds into a site without warnings, and no text of the documents is lost (`make test-docs`)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build(root: Path, target: Path) -> subprocess.CompletedProcess[str]:
 
 
 def built(page: Path, site: Path) -> Path:
-    """Where a document lies in the site: README.md is its index."""
+    """The place of a document in the site. README.md is the index."""
     if page.parent == ROOT:
         return site / ("index.html" if page.name == "README.md" else page.with_suffix(".html").name)
     return site / page.relative_to(ROOT / "docs").with_suffix(".html")
@@ -44,7 +44,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prose(file: Path) -> str:
-    """A built page's article, without what is shown as code."""
+    """The text of a built page's article, without code."""
     text = file.read_text()
     article = text[text.index('<div role="main"') : text.index("<footer")]
     return re.sub(r"<pre>.*?</pre>|<code>.*?</code>", "", article, flags=re.DOTALL)

@@ -24,10 +24,11 @@ OWNER = owner("")
 
 
 class FaultyStore:
-    """An embedded store that counts what is read of it. dead: refuses all.  dies_after: blocks that it still gives.
+    """An embedded store that counts its reads.  dead: refuses all calls.  dies_after: blocks that it gives before it
+    dies.
 
-    hangs: reads never end.  slow_s: before each.  says_s: before it says what it holds.  lost: blocks that it says it
-    has, and has not.
+    hangs: reads never end.  slow_s: delay before each read.  says_s: delay before it says what it holds.
+    lost: blocks that it claims to hold but does not.
     """
 
     def __init__(self, store: EmbeddedStore) -> None:
@@ -55,7 +56,7 @@ class FaultyStore:
             await asyncio.sleep(self.says_s)
         return await self.store.held(chain, fingerprint=fingerprint)
 
-    # Named here, because `isinstance(..., RecordSource)` does not ask `__getattr__` from Python 3.12 on.
+    # Defined here, because `isinstance(..., RecordSource)` does not use `__getattr__` from Python 3.12 on.
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
@@ -77,7 +78,7 @@ class FaultyStore:
             if name in self.lost:
                 return number
             if self.dies_after is not None and self.dies_after <= 0:
-                # As a stream that breaks off: the next buffer has some bytes, and not the rest.
+                # As after a broken stream, the next buffer has only a part of its bytes.
                 into[number][: len(into[number]) // 2] = b"\xff" * (len(into[number]) // 2)
                 self.dead = True
                 raise Unavailable("this store died in mid-stream")
@@ -91,7 +92,7 @@ class FaultyStore:
 
 
 class Rack:
-    """Stores by name; the first one is this host's."""
+    """Stores by name. The first one is on this host."""
 
     def __init__(self, stores: dict[str, FaultyStore], copies: LocalCopies | None = None, num_near: int = 1) -> None:
         self.stores = stores
@@ -114,7 +115,7 @@ class Rack:
         return (await self.many.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks
 
     async def num_restored(self) -> int:
-        """Leading blocks that come; every byte of them is right."""
+        """The number of leading blocks that are restored. Every byte of them must be right."""
         into = PROMPT.buffers()
         num_good = await self.many.get_blocks(PROMPT.hashes, into, fingerprint=FINGERPRINT, tenant=OWNER)
         assert [bytes(b) for b in into[:num_good]] == [PROMPT.payload(i) for i in range(num_good)]

@@ -1,4 +1,4 @@
-"""Compression is lossless, keeps only what pays, and never trusts what it decodes."""
+"""Compression is lossless, is kept only if it saves bytes, and checks all input when it decodes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ plans = st.builds(codec.PlanePlan, parts=st.lists(parts, min_size=1, max_size=6)
 @settings(max_examples=100, deadline=None)
 @given(plan=plans, seed=st.integers(0, 99))
 def test_any_plan_is_undone_exactly(plan: codec.PlanePlan, seed: int) -> None:
-    # Few symbols, so that coding pays.
+    # Few different symbols, so that coding saves bytes.
     payload = (
         np.random.default_rng(seed).choice([0, 0, 0, 0, 0, 0, 0, 3], plan.payload_bytes).astype(np.uint8).tobytes()
     )
@@ -52,7 +52,7 @@ def test_a_block_of_every_format_comes_back(kv_format: KVFormat) -> None:
     layout = BlockLayout(geometry=GEOMETRY, kv_format=kv_format)
     plan = codec.plan_of_block(layout)
     assert plan.payload_bytes == layout.block_bytes
-    # Bell-shaped bytes, narrow because so small a block gives zstd little to learn from.
+    # Bytes with a narrow bell-shaped distribution, because zstd learns little from such a small block.
     rng = np.random.default_rng(7)
     payload = np.clip(rng.normal(128, 2, layout.block_bytes), 0, 255).astype(np.uint8).tobytes()
     coded = codec.encode(payload, plan)

@@ -1,4 +1,4 @@
-"""An index that the disk gives back damaged is a store that does not answer: requests continue without it."""
+"""A store whose index was damaged on disk counts as a store without answers. Requests continue without it."""
 
 import struct
 
@@ -50,7 +50,7 @@ async def test_a_damaged_page_of_the_index_is_unavailable_and_no_other_error(dir
     known = LocalStore(directory, "127.0.0.1:1")
     assert (await known.lookup(NAMES, fingerprint=FINGERPRINT)).num_blocks == len(NAMES)
     lose_the_way(directory / "index" / "data.mdb")
-    # What was read of a state that no commit has followed still holds.
+    # Rows that were read before are still valid, because no commit has followed.
     assert (await known.lookup(NAMES, fingerprint=FINGERPRINT)).num_blocks == len(NAMES)
     await known.close()
     store = LocalStore(directory, "127.0.0.1:1")

@@ -1,4 +1,4 @@
-"""docs/FORMAT.md and the constants say the same, and headers survive packing and no damage."""
+"""docs/FORMAT.md agrees with the constants. Headers are packed and unpacked unchanged, and damage is detected."""
 
 from __future__ import annotations
 
@@ -178,7 +178,7 @@ def test_a_header_of_another_store_is_not_accepted() -> None:
         head.unpack_record_header(head.pack_record_header(header, identity.seed), other.seed)
 
 
-# By field: the first number that the short form has no room for.
+# By field: the smallest number that does not fit into the short form.
 TOO_LARGE = {
     "segment": 1 << 24,
     "offset": 1 << 35,

@@ -1,4 +1,4 @@
-"""Stores that come, go and move while they are used: what is read, where it is written, and what is never called."""
+"""Stores come, go and move while they are used: which are read, which is written to, and which are never called."""
 
 import pytest
 
@@ -18,7 +18,7 @@ KEYS = EventKeys({1: bytes(32)}, generation=1)
 
 
 class Fleet:
-    """A source that finds what it is told to."""
+    """A source of stores that returns the addresses that a test sets."""
 
     def __init__(self, *names):
         self.found = self.of(*names)
@@ -68,7 +68,7 @@ async def test_stores_are_read_from_when_they_come_until_they_go(tmp_path):
         kept = stores.members.stores[0]
         fleet.found = Fleet.of("a", "b")
         await look(stores)
-        # What stays keeps its connection and its measured speed.
+        # A store that stays keeps its connection and its measured speed.
         assert await num_found(stores) == 20 and kept in stores.members.stores
         fleet.found = None
         await look(stores)

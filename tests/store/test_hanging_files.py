@@ -1,4 +1,4 @@
-"""A disk or a mount that hangs is a miss within a time, and nobody uses what a late read may still write."""
+"""A disk or mount that hangs is a miss in bounded time, and memory that a late read may still write is not used."""
 
 import asyncio
 import threading
@@ -21,12 +21,12 @@ from tests.store.test_service import Service
 
 pytestmark = pytest.mark.impatient
 SLACK_S = 0.05
-# Ten times what giving up takes, on a busy machine too; a hang without a limit lasts for ever.
+# Ten times the time of giving up, also on a busy machine. Without a limit, a hang would last for ever.
 BOUND_S = 30.0
 
 
 class Disk:
-    """Reads wait while it hangs."""
+    """A disk whose reads wait while it hangs."""
 
     def __init__(self):
         self.answers = threading.Event()
@@ -54,13 +54,13 @@ async def test_a_late_read_is_given_up_and_says_when_it_is_over(disk):
     with pytest.raises(ReadHangs, match="the disk does not answer") as hangs:
         await reads.run(disk.wait)
     hangs.value.when_over(over.set)
-    # 1. Meanwhile nothing else is begun there, so no more threads wait.
+    # 1. No further read of that disk begins meanwhile, so no more threads wait.
     for _ in range(20):
         with pytest.raises(Unavailable, match="a read of it hangs"):
             await reads.run(lambda: 7)
     assert (counts.num_slow, counts.num_spared, disk.num_waiting) == (1, 20, 1)
     assert not over.is_set()
-    # 2. When the disk is back, all is as before.
+    # 2. When the disk works again, reads work as before.
     disk.answers.set()
     async with asyncio.timeout(BOUND_S):
         await over.wait()
@@ -77,7 +77,7 @@ async def test_a_client_that_leaves_waits_no_longer_than_the_read_may_take(disk)
     async with asyncio.timeout(BOUND_S):
         with pytest.raises(ReadHangs):
             await asking
-    # The caller that closes does not wait for it.
+    # The caller that closes the reader does not wait for the hanging read.
     reads.close()
 
 
@@ -126,7 +126,7 @@ async def test_rows_that_a_late_read_may_write_are_taken_until_it_is_over(make_e
         patch.setattr(store, "get_blocks", hangs)
         hot = await run_prompt(reader, make_prompt(reader, tokens))
         assert_array_equal(hot.logits, cold.logits)
-        # What comes late lands where nobody computes.
+        # Late bytes are written to memory that no computation uses.
         for row in landed:
             row[:] = b"\xff" * row.nbytes
         again = await run_prompt(reader, make_prompt(reader, tokens))

@@ -1,4 +1,4 @@
-"""A reader that was there first continues reading when the index grows: workers live longer than any first map."""
+"""A reader that was opened early continues to read when the index grows beyond the reader's first map."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Reading LMDB's file without LMDB: the same rows, while it is written, and whatever happens to the file."""
+"""Reading LMDB's file without LMDB gives the same rows, while the file is written, and whatever happens to it."""
 
 import os
 import random
@@ -26,7 +26,7 @@ def path_of(env):
 
 
 def rows_of(rng, count):
-    """Keys like hashes, and short ones; values of an entry's size, empty, and larger than a page."""
+    """Rows whose keys are like hashes or short, and whose values have an entry's size, are empty, or exceed a page."""
     rows = {}
     for number in range(count):
         key = rng.randbytes(32) if number % 3 else b"k%d" % rng.randrange(10_000)
@@ -51,7 +51,7 @@ def test_every_row_is_found_and_no_other(env, count):
     rows = rows_of(rng, count)
     put(env, "names", {b"x": b"y"})
     put(env, "blocks", rows)
-    # A value that is another row's key must not be taken for that row.
+    # A value that equals another row's key must not be taken for that row.
     put(env, "blocks", {b"names it": b"k-not-there" * 9})
     rows[b"names it"] = b"k-not-there" * 9
     file = PageFile(path_of(env))
@@ -84,7 +84,7 @@ def test_a_reader_follows_deletions_and_takes_no_place_among_lmdbs_readers(env):
 
 
 def test_a_reader_never_sees_what_was_not_committed(env):
-    """A writer moves one amount between many rows; whatever a call returns must be of one state."""
+    """A writer moves an amount between many rows. Each call's result must come from one committed state."""
     keys = [b"%032d" % number for number in range(200)]
     put(env, "blocks", dict.fromkeys(keys, (100).to_bytes(4, "little") * 30))
     file, stop, failed = PageFile(path_of(env)), threading.Event(), []

@@ -1,4 +1,4 @@
-"""What a router tells of where a prompt's blocks are: its parts, what is added, its wire, and that nobody is asked."""
+"""A router's message about where a prompt's blocks are: its parts, additions, wire format, and saved calls."""
 
 import asyncio
 
@@ -26,7 +26,7 @@ def _told_nothing():
     tell(None)
 
 
-def test_a_part_of_the_chain_has_its_part_of_the_word():
+def test_a_part_of_the_chain_has_its_part_of_the_routers_report():
     word = located(a=Held(spans=((0, 4), (6, 9)), checkpoints=(2, 4, 9)))
     assert word.of("a", CHAIN, b"f") == word.held["a"]
     assert word.of("a", CHAIN[2:8], b"f") == Held(spans=((0, 2), (4, 6)), checkpoints=(2,))
@@ -45,7 +45,7 @@ def test_a_part_of_the_chain_has_its_part_of_the_word():
         ("a", [*CHAIN, b"x" * 32], b"f"),
     ],
 )
-def test_of_anything_else_nothing_was_said(store, hashes, fingerprint):
+def test_other_stores_chains_and_fingerprints_have_no_report(store, hashes, fingerprint):
     assert located(a=Held(spans=((0, 4),))).of(store, hashes, fingerprint) is None
 
 
@@ -82,7 +82,7 @@ def test_the_wire_keeps_it():
 
 
 @pytest.mark.parametrize("hint", [{"spans": [0]}, {"spans": [3, 2]}, {"spans": [0, 2, 2, 3]}, {"checkpoints": [2, 2]}])
-def test_spans_that_are_none_are_refused(hint):
+def test_invalid_spans_are_refused(hint):
     with pytest.raises(InvalidRequest, match="store 'a'"):
         hints_from_wire([worker_pb2.StoreHint(store="a", **hint)], CHAIN, b"f")
 
@@ -98,16 +98,16 @@ async def test_stores_that_the_router_spoke_for_are_not_asked(tmp_path):
         assert await rack.num_restored() == 40
         kind = RecordKind.CHECKPOINT
         assert await rack.many.get(kind, PROMPT.hashes[39], fingerprint=FINGERPRINT, tenant=OWNER)
-        # Only the near one, which costs no call.
+        # Only the near store is asked, which costs no call.
         assert {name: store.num_asked for name, store in rack.stores.items()} == {"a": 1, "b": 0, "c": 0}
 
 
-async def test_a_stale_word_costs_a_shorter_prefix_and_no_wrong_byte(tmp_path):
+async def test_a_stale_report_costs_a_shorter_prefix_and_no_wrong_byte(tmp_path):
     async with rack_of(tmp_path) as rack:
         await rack.fill("b", 0, 20)
         tell(Located(chain=PROMPT.hashes, fingerprint=FINGERPRINT, held={"b": Held(spans=((0, 40),)), "c": Held()}))
         assert await rack.num_restored() == 20
-        # What has come since, where nobody said so, is found by the next that asks.
+        # Blocks that arrived since and that the router did not name are found by the next request that asks the stores.
         await rack.fill("c", 20, 40)
         assert await rack.num_restored() == 20
         tell(None)
@@ -122,7 +122,7 @@ async def test_a_store_that_was_not_spoken_for_is_asked(tmp_path):
         assert await rack.num_restored() == 40
 
 
-async def test_tasks_take_the_word_with_them():
+async def test_tasks_inherit_the_routers_report():
     tell(located(a=Held()))
     assert await asyncio.create_task(_told()) is told() is not None
 
@@ -144,7 +144,7 @@ async def test_stores_come_and_go_while_others_are_read(tmp_path):
         reading = asyncio.create_task(rack.num_restored())
         await asyncio.sleep(0.1)
         rack.many.change([first, third])
-        # A read that has begun ends with the stores that it began with.
+        # A read uses the stores with which it began until its end.
         assert await reading == 30
         assert await rack.num_restored() == 10
 

@@ -1,4 +1,4 @@
-"""Several stores as one: what any of them holds is found, every loss is a miss, and nothing wrong is ever returned."""
+"""Several stores as one: the blocks of any store are found, every loss is a miss, and no wrong byte is returned."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.asyncio
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that forty blocks are many pieces."""
+    """Make pieces small, so that forty blocks are many pieces."""
     monkeypatch.setattr(read_shares, "PIECE_BYTES", 4 * PROMPT.payload_bytes)
 
 
@@ -74,7 +74,7 @@ async def test_the_loss_of_the_only_holder_ends_the_prefix_there(tmp_path: Path)
         await rack.fill("b", 16, 40)
         rack.stores["b"].dies_after = 5
         assert 16 <= await rack.num_restored() <= 21
-        # What is left alone for a moment promises nothing either.
+        # A store that is left alone for a moment also counts as holding nothing.
         assert await rack.num_stored() == 16
 
 
@@ -96,7 +96,7 @@ async def test_a_store_that_was_only_late_is_asked_again_when_no_other_is_left(
     async with rack_of(tmp_path) as rack:
         await rack.fill("b", 0, 40)
         await rack.fill("c", 0, 40)
-        # Each of them is given up once for the other.
+        # Each store is given up once in favour of the other.
         rack.stores["b"].slow_s = rack.stores["c"].slow_s = 0.3
         rack.stores["c"].dies_after = 0
         assert await rack.num_restored() == 40
@@ -115,7 +115,7 @@ async def test_a_store_that_hangs_alone_costs_its_part_and_no_more(
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the time that is meant in earnest, and nothing is asked again."""
+    """Use a tenth of the real times, and never ask a store again."""
     monkeypatch.setattr(standing, "ASK_S", 0.05)
     monkeypatch.setattr(standing, "ASK_S_MAX", 60.0)
     monkeypatch.setattr(standing, "SHUNNED_S", 3600.0)
@@ -123,7 +123,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wait_long_for(rack: Rack, *names: str) -> None:
-    """However busy this machine is, these are not late."""
+    """Set long time limits, so that these stores are not late even if this machine is busy."""
     for name, member in zip(rack.stores, rack.members, strict=True):
         if name in names:
             member.tier.standing.answered(60.0)
@@ -139,7 +139,7 @@ async def test_a_late_answer_is_a_miss_for_the_one_who_asked_and_a_hit_for_the_n
         assert await rack.num_stored() == 12
         tier = rack.members[1].tier
         assert not tier.is_shunned
-        # It came after all, and says how long such an answer is to be waited for.
+        # The answer came late, and its time sets how long the next answer may take.
         await until(lambda: tier.standing.limit_s > 0.1)
         wait_long_for(rack, "b")
         assert await rack.num_stored() == 40
@@ -159,7 +159,7 @@ async def test_a_store_that_never_says_what_it_holds_is_left_alone_after_some_qu
 
 @pytest.mark.usefixtures("quick")
 async def test_a_question_that_runs_out_of_its_time_is_late_once(tmp_path: Path) -> None:
-    """The client's own limit is below what a slow store is given: it counts as late, not as away."""
+    """The client's own limit is shorter than a slow store's time. The store counts as late, not as down."""
     async with rack_of(tmp_path) as rack:
         await rack.fill("a", 0, 12)
         wait_long_for(rack, "a", "b", "c")
@@ -187,13 +187,13 @@ async def test_questions_that_are_late_together_are_one_reason_to_leave_a_store_
         assert not rack.members[1].tier.is_shunned
 
 
-async def test_a_stale_word_is_a_miss(tmp_path: Path) -> None:
+async def test_a_stale_report_is_a_miss(tmp_path: Path) -> None:
     async with rack_of(tmp_path) as rack:
         await rack.fill("a", 0, 12)
         await rack.fill("b", 12, 40)
         await rack.fill("c", 20, 30)
         rack.stores["b"].lost = {PROMPT.hashes[22], PROMPT.hashes[33]}
-        # The other one has the first of the two, and nobody the second.
+        # Another store has the first of the two lost blocks, and no store has the second.
         assert await rack.num_restored() == 33
 
 
@@ -271,7 +271,7 @@ async def test_copies_stay_within_their_budget_and_reads_within_their_time(tmp_p
             await rack.num_restored()
             await copies.settle()
             clock.advance(31)
-        # Only two reads lie within a minute.
+        # Only two of the reads are within one minute.
         assert not rack.held_here("a")
         for _ in range(3):
             await rack.num_restored()
@@ -312,7 +312,7 @@ async def test_an_eviction_reaches_all_of_them(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(8))
 async def test_whatever_is_lost_the_prefix_is_right(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any holders, deaths, hangs and stale words: what comes is a prefix of what is there, byte for byte."""
+    """With any holders, deaths, hangs and stale reports, the restored blocks are a right prefix of the stored ones."""
     monkeypatch.setattr(read_tiers, "_ALONE_S", 1.0)
     chance = random.Random(seed)
     async with rack_of(tmp_path, names="abcd") as rack:
@@ -341,7 +341,7 @@ def _leading(blocks: set[int]) -> int:
 
 
 def followed(rack, **options):
-    """Feeds for all stores but this host's, in step with what they hold now."""
+    """Feeds for all stores except this host's, in step with the stores' present contents."""
 
     def make(member, fingerprint):
         return StoreFeed(member.store.watch, fingerprint=fingerprint, **options)
@@ -374,7 +374,7 @@ async def test_events_that_come_late_cost_a_miss_and_never_a_wrong_block(tmp_pat
         await rack.fill("c", 0, 6)
         feeds = followed(rack)
         await until(lambda: all(feed.in_step for feed in feeds))
-        # From here on the directory hears nothing, and takes itself to be in step.
+        # From now on the directory gets no events, but still counts as in step.
         for feed in feeds:
             feed.apply = lambda batch: True  # type: ignore[method-assign]
         rack.stores["b"].engine.evict([(RecordKind.BLOCK, PROMPT.hashes[9])])

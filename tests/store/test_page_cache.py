@@ -1,4 +1,4 @@
-"""The page cache is a tier of its own: samples say what is in it, and its reads are told apart from the disk's."""
+"""The page cache is a separate tier. Samples show its contents, and its reads are counted apart from the disk's."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ CHAIN = [bytes([number]) * 32 for number in range(10)]
 
 @pytest.fixture
 def first_half_cached(monkeypatch):
-    """The page cache has the records of the first 20 blocks and no others."""
+    """The page cache holds the records of the first 20 blocks and no others."""
 
     def resident(self, entries):
         return {(entry.segment, entry.offset): entry.position <= 20 * BLOCK for entry in entries}
@@ -41,7 +41,7 @@ def first_half_cached(monkeypatch):
 
 
 def with_page_cache(rack):
-    """The rack's first store is read from its files, so its page cache is a tier."""
+    """A rack whose first store is read from its files, so its page cache is a tier."""
     rack.members[0].page_cache = rack.members[0].tier.in_page_cache()
     rack.many = ManyStores(rack.members)
     return rack
@@ -81,7 +81,7 @@ async def test_a_long_prompt_costs_no_more_samples(tmp_path, first_half_cached, 
 
 
 async def test_the_kernel_is_asked_and_nothing_is_loaded(tmp_path, monkeypatch):
-    """On a real disk, because the page cache has all of a file in memory."""
+    """Uses a real disk, because a file in memory is always in the page cache."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         async with rack_of(Path(directory), "a") as rack:
             await rack.fill("a", 0, 20)
@@ -128,7 +128,7 @@ async def test_look_ups_and_restores_name_the_page_cache(tmp_path, first_half_ca
         read = await many.read_blocks(PROMPT.hashes, into, fingerprint=FINGERPRINT, tenant=OWNER)
         assert [bytes(each) for each in into] == [PROMPT.payload(index) for index in range(40)]
         assert {each.tier: each.num_blocks for each in read.reads} == {"page_cache:a": 20, "disk:a": 10, "peer:b": 10}
-        # A store is asked once, however many tiers it has. Nothing of it counts as another host's.
+        # A store is asked once, whatever its number of tiers. None of its blocks count as another host's.
         assert rack.stores["a"].num_asked == 2
         assert [tier.label for tier in many.tiers] == ["disk:a", "peer:b", "page_cache:a"]
         assert await many.pin_prefix(PROMPT.hashes, fingerprint=FINGERPRINT, duration_s=60, owner=OWNER) == 40
@@ -162,7 +162,7 @@ async def test_a_worker_tells_the_speed_of_each_part_and_of_the_mix(tmp_path):
         many = with_page_cache(rack).many
         engine = SimpleNamespace(store=many, layout=SimpleNamespace(block_bytes=1000 * BLOCK), block_size=BLOCK)
         told = read_speeds(engine, [])
-        # Nothing was read yet: all is taken to come from the disk.
+        # Nothing was read yet, so all blocks count as on disk.
         assert set(told) == {"a", "page_cache:a", "disk:a"} and told["a"] == told["disk:a"]
         rack.members[0].page_cache.speed.observe(30_000_000, 0.01)
         rack.members[0].tier.speed.observe(10_000_000, 0.1)
@@ -177,7 +177,7 @@ def test_the_wire_keeps_what_is_cached():
     again = held_from_wire(held_to_wire(held))
     assert (again, again.cached, again.cached_checkpoints) == (held, held.cached, (4,))
     assert held_from_wire(held_to_wire(Held(spans=((0, 9),), cached=()))).cached == ()
-    # A store that does not know, and one of an earlier version.
+    # A store that does not know its page cache, and a store of an earlier version.
     assert held_from_wire(held_to_wire(Held(spans=((0, 9),)))).cached is None
     with pytest.raises(InternalError, match="not in order"):
         held_from_wire(kvstore_pb2.LookupResponse(spans=[0, 9], knows_cached=True, cached=[3, 1]))

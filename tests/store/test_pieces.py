@@ -1,4 +1,4 @@
-"""Pieces of a stream: laid out before the payloads are there, then read in place."""
+"""Pieces of a stream are laid out before the payloads are read, and the payloads are then read into them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def payloads_of(sizes: list[int]) -> list[bytes]:
 
 
 def sent(payloads: list[bytes], num_good: int, *, first: int = 0, offset: int = 0) -> list[bytes]:
-    """The messages of a stream, its payloads read in place one after the other, as a reader does."""
+    """The messages of a stream, whose payloads are read in place one after the other, as a reader does."""
     pieces = OutgoingPieces([len(payload) for payload in payloads], first=first, offset=offset)
     messages: list[bytes] = []
     for number, payload in enumerate(payloads):
@@ -96,14 +96,14 @@ def test_a_damaged_or_misplaced_piece_is_refused() -> None:
 
 
 def test_a_message_that_was_handed_over_is_not_kept() -> None:
-    """A stream's memory is what it reads ahead, not all that it has sent."""
+    """A stream's memory holds only what it reads ahead, not what it has sent."""
     pieces = OutgoingPieces([PIECE_BYTES] * 4, first=0)
     for number in range(4):
         view = pieces.parts_of(number)[0]
         view[:8] = b"8 bytes!"
         del view
         (message,) = pieces.messages(number + 1, last=False)
-        # Its name here and the argument: nobody else.
+        # Only the name here and the argument refer to the message.
         assert sys.getrefcount(message) == 2
 
 
@@ -134,7 +134,7 @@ def test_a_record_in_one_piece_is_not_copied() -> None:
 
 def test_a_small_payload_does_not_keep_a_large_message() -> None:
     (raw,) = put(b"payload")
-    # A field that we do not know, and so do not hold to a limit.
+    # An unknown field, which has no limit.
     padding = bytes([15 << 3 | 2, 0xC0, 0x84, 0x3D]) + bytes(1_000_000)
     record = RecordAssembler(PIECE_BYTES).add(unpack_put_request(padding + raw))
     assert record is not None

@@ -1,4 +1,4 @@
-"""Records that arrive as they lie in a segment: every one is verified before it counts, and no wrong byte is kept."""
+"""Records that arrive as they lie in a segment: each is verified before it counts, and no wrong byte is kept."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def record(number: int, at: int, **changes: object) -> bytes:
 
 
 def stretch(*records: bytes) -> bytes:
-    """Neighbours in a segment: padded to 8 bytes, but not behind the last."""
+    """Neighbouring records of a segment, padded to 8 bytes except after the last one."""
     padded = [raw.ljust(extent_bytes(len(raw) - RECORD_HEADER_BYTES), b"\0") for raw in records[:-1]]
     return b"".join((*padded, records[-1]))
 
@@ -98,7 +98,7 @@ def test_a_message_of_records_is_the_bytes_that_protobuf_would_make() -> None:
 
 
 def test_every_flipped_bit_of_a_message_is_refused_or_harmless() -> None:
-    """Whatever happens on the way: what counts as received is right, and a buffer has its payload or nothing."""
+    """Whatever bit flips, received records are right, and a buffer has either its payload or nothing."""
     whole = message(three())
     for at in range(len(whole)):
         raw = bytearray(whole)
@@ -110,7 +110,7 @@ def test_every_flipped_bit_of_a_message_is_refused_or_harmless() -> None:
         except AntefixError:
             assert done.index < 3
         else:
-            # Padding between records means nothing.
+            # Padding between records has no effect.
             assert done.index == 3
             assert len(whole) - len(three()) < at
         assert into[: done.index] == PAYLOADS[: done.index]
@@ -124,7 +124,7 @@ def test_a_message_that_is_cut_off_anywhere_is_refused() -> None:
         with pytest.raises(AntefixError):
             receive(whole[:nbytes], into)
     for nbytes in range(1, len(three())):
-        # Cut by who wrote it: the length in front of it is right.
+        # The sender cut the record, so the length before it is right.
         into = buffers()
         done = Progress(RecordKind.BLOCK, HASHES, FINGERPRINT)
         cut = message(three()[:nbytes])
@@ -133,7 +133,7 @@ def test_a_message_that_is_cut_off_anywhere_is_refused() -> None:
         except BlockCorrupt:
             pass
         else:
-            # Behind a whole record, perhaps with some of its padding.
+            # The cut is after a whole record, perhaps within its padding.
             assert done.index > 0
         assert into[: done.index] == PAYLOADS[: done.index]
         assert not any(any(buffer) for buffer in into[done.index :])
@@ -156,7 +156,7 @@ def test_a_message_that_is_cut_off_anywhere_is_refused() -> None:
     ids=lambda changes: "-".join(changes),
 )
 def test_a_sound_record_that_is_not_the_one_asked_for_is_refused(changes: dict[str, object]) -> None:
-    """The header's own checksum is right each time: it is the wrong record, in the wrong place or of the wrong kind."""
+    """Each header's checksum is right, but it is the wrong record, in the wrong place or of the wrong kind."""
     into = buffers()
     with pytest.raises(BlockCorrupt):
         receive(message(record(0, START, **changes)), into)

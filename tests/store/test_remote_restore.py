@@ -1,4 +1,4 @@
-"""Remote restores against the real service: plain records are verified by the client, and nothing bad gets through."""
+"""Remote restores from the real service: the client verifies plain records, and accepts no bad one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.kvstore.test_compression import PLAN, Bells
 from tests.slow_cases import slow_but
 
 MIB = 1 << 20
-# Three of these share a message; four messages.
+# Three of these records share a message, so there are four messages.
 PROMPT = Prompt(list(range(BLOCK * 10)), payload_bytes=300_001)
 
 
@@ -56,7 +56,7 @@ async def store(servicer: KvStoreServicer) -> AsyncIterator[RemoteStore]:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """What was asked for: record format and first payload of each Get."""
+    """Records each Get: its record format and its first payload."""
     seen: list[tuple[int, int]] = []
     receive = PayloadChannel.receive
 
@@ -69,7 +69,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 async def restored(store: RemoteStore, prompt: Prompt = PROMPT) -> int:
-    """The number of blocks that come, every byte of which is right."""
+    """The number of restored blocks. Every byte of them must be right."""
     into = prompt.buffers()
     num_good = await store.get_blocks(prompt.hashes, into, fingerprint=FINGERPRINT)
     assert [bytes(b) for b in into[:num_good]] == [prompt.payload(i) for i in range(num_good)]
@@ -111,7 +111,7 @@ async def test_a_caller_that_does_not_know_the_format_gets_pieces(store: RemoteS
 
 
 async def test_coded_records_are_decoded_by_the_store(store: RemoteStore, servicer: KvStoreServicer) -> None:
-    """Some of a prompt plain, the rest coded: each comes as what it was."""
+    """A part of the prompt is stored plain and the rest coded. Each block comes back right."""
     prompt = Bells([6] * BLOCK * 6)
     await store.put(prompt.blocks(3))
     servicer.engine.register(FINGERPRINT, BLOCK, {RecordKind.BLOCK: PLAN})
@@ -153,7 +153,7 @@ async def test_a_buffer_of_another_size_is_the_callers_mistake(store: RemoteStor
 async def test_a_store_that_does_not_know_record_formats_is_understood(
     store: RemoteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of another version: it sends what it verified itself."""
+    """A store of another version sends payloads that it verified itself."""
     monkeypatch.setattr("antefix_kvstore.server.RECORD_VERSIONS", (RECORD_VERSION + 1,))
     assert not any(message.records for message in await messages(store, record_format=RECORD_VERSION))
     assert await restored(store) == 10
@@ -187,7 +187,8 @@ async def test_a_byte_that_flipped_on_disk_is_a_miss_counted_and_quarantined(
     path = segment_of(servicer)
     begin = path.read_bytes().find(PROMPT.payload(number))
     flip(path, {"header": begin - 100, "payload": begin + 5000, "last byte": begin + 300_000}[where])
-    # 1. What comes before it is right; the client found it, the store looked, and it ends there.
+    # 1. Blocks before the damage are right. The client found the damage, the store checked it, and the restore ends
+    # there.
     assert await restored(store) == number
     assert asked == [(RECORD_VERSION, 0), (0, number)]
     for _ in range(6000):
@@ -195,18 +196,18 @@ async def test_a_byte_that_flipped_on_disk_is_a_miss_counted_and_quarantined(
             break
         await asyncio.sleep(0.01)
     assert servicer.engine.counters.corrupt == 1
-    # 2. From now on it is a miss without a second look.
+    # 2. From now on the damaged block is a miss without another check.
     asked.clear()
     assert await restored(store) == number
     assert asked == [(RECORD_VERSION, 0)]
     assert (await store.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == number
-    # 3. Putting it again brings back what follows as well.
+    # 3. Putting the block again makes the later blocks hits too.
     await store.put(PROMPT.blocks())
     assert await restored(store) == 10
 
 
 async def test_a_record_of_another_name_in_its_place_is_a_miss(store: RemoteStore, servicer: KvStoreServicer) -> None:
-    """Two records change places, headers and checksums with them."""
+    """Two records are swapped with their headers and checksums."""
     path = segment_of(servicer)
     raw = bytearray(path.read_bytes())
     one, other = (raw.find(PROMPT.payload(i)) - 256 for i in (3, 7))
@@ -235,7 +236,7 @@ async def test_a_byte_that_flipped_on_its_way_is_asked_for_again(
     times: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The store finds nothing wrong, quarantines nothing, and sends it once more."""
+    """The store finds no damage, quarantines nothing, and sends the block once more."""
     damage(monkeypatch, times, lambda raw: raw[:500_000] + bytes([raw[500_000] ^ 1]) + raw[500_001:])
     assert await restored(store) == 10
     assert asked[:2] == [(RECORD_VERSION, 0), (0, 1)]
@@ -261,7 +262,7 @@ async def test_a_way_that_always_damages_is_an_error(store: RemoteStore, monkeyp
 async def test_a_reader_that_does_not_read_holds_no_memory(
     store: RemoteStore, record_format: int, cached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 90 MB, the store reads what the connection takes and two windows more; the rest when the reader continues."""
+    """Of 90 MB, the store reads what the connection takes plus two windows, and the rest when the reader continues."""
     prompt = Prompt([9] * BLOCK * 300, payload_bytes=300_001)
     await store.put(prompt.blocks())
     num_read = 0
@@ -294,7 +295,7 @@ async def test_a_reader_that_does_not_read_holds_no_memory(
 
 
 def damage(monkeypatch: pytest.MonkeyPatch, times: int, change: Callable[[bytes], bytes]) -> None:
-    """Have the first messages arrive changed."""
+    """Change the first `times` messages on their way."""
     accept, left = Progress.accept, [times]
 
     def changed(self: Progress, raw: bytes, buffer: Any) -> None:
@@ -307,7 +308,7 @@ def damage(monkeypatch: pytest.MonkeyPatch, times: int, change: Callable[[bytes]
 async def test_records_that_moved_since_they_were_looked_up_are_found_again(
     store: RemoteStore, servicer: KvStoreServicer, monkeypatch: pytest.MonkeyPatch, asked: list[tuple[int, int]]
 ) -> None:
-    """Compaction copies them and deletes their segment between the look-up and the read."""
+    """Compaction copies the records and deletes their segment between the look-up and the read."""
     engine = servicer.engine
     other = Prompt([77] * BLOCK * 20, payload_bytes=300_001)
     await store.put(other.blocks())
@@ -355,7 +356,7 @@ async def test_readers_that_stop_or_leave_hold_up_no_other(store: RemoteStore, s
         fingerprint=FINGERPRINT,
         record_format=RECORD_VERSION,
     )
-    # Over connections of their own: one connection's streams share its window.
+    # Each stream has its own connection, because streams of one connection share its window.
     clients = [RemoteStore(servicer.address) for _ in range(6)]  # type: ignore[attr-defined]
     stopped = [client.stub.Get(request, timeout=30) for client in clients]
     for call in stopped:
@@ -377,7 +378,7 @@ async def test_readers_that_stop_or_leave_hold_up_no_other(store: RemoteStore, s
 async def test_urgent_calls_have_payloads_give_way(
     store: RemoteStore, servicer: KvStoreServicer, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Calls that no request waits for do not: readers tell what they used five times per second."""
+    """Calls for which no request waits do not, such as readers' reports of their reads, five times per second."""
     given: list[bool] = []
     monkeypatch.setattr(servicer.turns, "give_way", lambda: given.append(True))
     await restored(store)

@@ -1,4 +1,4 @@
-"""Seals: what was not sealed by this deployment is a miss wherever it comes from, and makes room for the right one."""
+"""A record without this deployment's seal is a miss, wherever it comes from, and the right record can replace it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def servicer(tmp_path: Path) -> AsyncIterator[KvStoreServicer]:
 async def store(
     request: pytest.FixtureRequest, servicer: KvStoreServicer, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[Store]:
-    """A worker's client, and the three ways in which payloads reach it."""
+    """A worker's client, for each of the three ways in which payloads reach it."""
     address = servicer.address  # type: ignore[attr-defined]
     if request.param == "pieces":
         monkeypatch.setattr("antefix_kvstore.payload_stream.can_go_plain", lambda *_: False)
@@ -111,12 +111,12 @@ async def test_what_is_sealed_comes_back(store: Store) -> None:
 
 @pytest.mark.parametrize("forgery", FORGERIES)
 async def test_what_is_forged_is_a_miss_and_is_replaced(store: Store, servicer: KvStoreServicer, forgery: str) -> None:
-    """The attack: a record with right checksums under a right name, put by somebody who can reach the store."""
+    """The attack: somebody who can reach the store puts a record with right checksums under a right name."""
     forged = FORGERIES[forgery](sealed(PROMPT.block(3)))
     await store.put([*map(sealed, PROMPT.blocks(3)), forged, *map(sealed, PROMPT.blocks()[4:])])
     assert await restored(store) == 3
     assert store.seals.num_broken > 0  # type: ignore[attr-defined]
-    # The store was told, so it takes the right one.
+    # The forgery was reported to the store, so the store accepts the right record.
     for _ in range(6000):
         if servicer.engine.counters.forged:
             break
@@ -127,7 +127,7 @@ async def test_what_is_forged_is_a_miss_and_is_replaced(store: Store, servicer: 
 
 
 async def test_a_record_sealed_for_another_owner_is_refused_to_this_one(store: Store) -> None:
-    """A worker that was given one tenant's keys can seal that tenant's records only."""
+    """A worker with one tenant's keys can seal only that tenant's records."""
     theirs = [SEALS.seal(dataclasses.replace(block, tenant=KEYRING.owner("mallory"))) for block in PROMPT.blocks()]
     await store.put(theirs)
     assert await restored(store) == 0
@@ -150,7 +150,7 @@ async def test_what_the_services_memory_gives_is_checked_too(
     assert await store.get(kind, record.hash, **name) == record.payload
     servicer.pool.put(other_payload(record))
     assert await store.get(kind, record.hash, **name) is None
-    # A handoff put in a checkpoint's place, and the other way round.
+    # A handoff is put in a checkpoint's place, and the reverse.
     for other in (RecordKind.HANDOFF, RecordKind.POOLED):
         if other is not kind:
             servicer.pool.put(dataclasses.replace(record, kind=other))
@@ -189,7 +189,7 @@ def test_a_seal_survives_coding_encryption_and_compaction_without_the_secret(tmp
 
 
 def test_a_segment_that_was_written_to_by_somebody_else_gives_nothing_forged(tmp_path: Path) -> None:
-    """The attack: a payload changed in the file, both checksums made right again."""
+    """The attack: a payload is changed in the file, and both checksums are corrected."""
     config = KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=64 << 20)
     engine = StorageEngine(config)
     engine.put([*map(sealed, PROMPT.blocks(2))])
@@ -206,7 +206,8 @@ def test_a_segment_that_was_written_to_by_somebody_else_gives_nothing_forged(tmp
     path.write_bytes(raw)
     reader = type(engine.reader)(config.dir, seals=Seals(KEYRING))
     into = PROMPT.buffers(2)
-    assert engine.reader.read_blocks(PROMPT.hashes[:2], into, fingerprint=FINGERPRINT).num_good == 2  # who cannot tell
+    # a reader without seals cannot notice
+    assert engine.reader.read_blocks(PROMPT.hashes[:2], into, fingerprint=FINGERPRINT).num_good == 2
     outcome = reader.read_blocks(PROMPT.hashes[:2], into, fingerprint=FINGERPRINT)
     assert (outcome.num_good, outcome.forged, outcome.suspects) == (1, [PROMPT.hashes[1]], [])
     reader.close()

@@ -1,4 +1,4 @@
-"""The real service on 127.0.0.1:0, through both clients."""
+"""The real store service on 127.0.0.1:0, used through both clients."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MIB = 1 << 20
 
 
 class Service:
-    """A served store that a test can stop and start again."""
+    """A store service that a test can stop and restart."""
 
     def __init__(self, directory: Path, **settings: object) -> None:
         self.config = KvStoreConfig(dir=str(directory), budget_bytes=512 * MIB, **settings)  # type: ignore[arg-type]
@@ -149,7 +149,7 @@ async def test_both_clients_pin_evict_and_count_a_tenants_records(store: Store) 
     before = await store.stats()
     assert [before.kinds[kind].num_records for kind in STORED_KINDS] == [3, 1]
     assert before.kinds[RecordKind.BLOCK].payload_bytes == 3 * PROMPT.payload_bytes
-    # All that depends on it goes with it.
+    # All records that depend on it are evicted with it.
     assert await store.evict([block(1)], owner=mine) == 3
     after = await store.stats()
     assert [after.kinds[kind].num_records for kind in STORED_KINDS] == [1, 0]
@@ -164,7 +164,7 @@ async def test_both_clients_watch(store: Store) -> None:
         await store.evict([(RecordKind.BLOCK, PROMPT.hashes[1])], owner=owner(""))
         evicted = await anext(batches)
         assert [(event.kind, event.names()) for event in evicted.events] == [(EventKind.EVICTED, [PROMPT.hashes[1]])]
-    # A watcher who missed nothing is told so at once.
+    # A watcher that missed nothing is told so at once.
     async with asyncio.timeout(60), contextlib.aclosing(store.watch(evicted.cursor)) as batches:
         told = await anext(batches)
         assert (told.cursor, told.events, told.snapshot) == (evicted.cursor, (), False)
@@ -199,7 +199,7 @@ async def test_a_corrupt_block_seen_by_a_local_reader_is_quarantined(service: Se
 
 
 async def test_a_broken_stream_goes_on_where_it_stopped(service: Service) -> None:
-    """Ask for the middle of a payload, as a client does after a break."""
+    """Request the middle of a payload, as a client does after a break."""
     remote = RemoteStore(service.address)
     await remote.put(PROMPT.blocks(3))
     request = kvstore_pb2.GetRequest(
@@ -264,7 +264,7 @@ async def test_watching_gives_a_snapshot_then_changes_then_resumes(service: Serv
 
 
 async def test_a_plain_protobuf_client_is_understood(service: Service) -> None:
-    """Our own framing is protobuf's: a stub generated from the proto file can put and get."""
+    """Our own framing is valid protobuf, so a stub generated from the proto file can put and get."""
     from antefix.v1 import kvstore_pb2_grpc
 
     channel = rpc.channel(service.address)
@@ -287,7 +287,7 @@ async def test_a_plain_protobuf_client_is_understood(service: Service) -> None:
 
 
 async def test_a_local_reader_finds_a_rebuilt_index(service: Service) -> None:
-    """The service lost its index and made a new one: readers that have the old file open must notice."""
+    """The service lost its index and made a new one. Readers that have the old file open must notice."""
     client = LocalStore(service.config.dir, service.address)
     await client.put(PROMPT.blocks(3))
     assert (await client.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 3
@@ -354,7 +354,8 @@ async def test_a_payload_of_another_size_than_registered_is_refused(store: Store
 
 
 async def test_a_write_that_can_never_be_stored_is_counted_and_named(tmp_path: Path) -> None:
-    # Records so small that one is a single message: gRPC hides why a longer stream was refused in its middle.
+    # Records are so small that each is a single message, because gRPC hides why a longer stream was refused in its
+    # middle.
     service = Service(tmp_path / "store", segment_bytes=128 << 10)
     await service.start()
     store = RemoteStore(service.address)
@@ -368,7 +369,7 @@ async def test_a_write_that_can_never_be_stored_is_counted_and_named(tmp_path: P
     assert stats.free_bytes > stats.free_bytes_min > 0 == len(stats.stopped) and stats.limit_bytes > 0
     writes, space = await asyncio.to_thread(doctor._store, service.address)
     assert (writes.status, space.status) == ("fail", "ok") and "payload" in writes.detail
-    # Nothing is stored, and why: what the file system has left.
+    # Nothing is stored, and the reason names the file system's free space.
     service.servicer.engine.space.free.margin_bytes = 1 << 60
     assert (await store.put(Prompt([2] * BLOCK).blocks())).num_stored == 0
     await store.close()

@@ -1,4 +1,4 @@
-"""How stores are named in settings, and what a malformed or contradictory setting says."""
+"""How settings name stores, and the errors of malformed or contradictory settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiers: speed by kind until measured, corrected by reads; one that fails is left alone, longer each time."""
+"""A tier's speed depends on its kind until reads measure it. A failing tier is left alone, for longer each time."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_a_tier_that_says_nothing_is_left_alone_after_some_late_answers_one_afte
 def test_how_long_an_answer_is_waited_for_follows_from_the_answers() -> None:
     standing = standing_of(Clock())
     assert standing.limit_s == ASK_S
-    # One slow answer at high load is enough to be given more time, for some answers to come.
+    # One slow answer at high load gives the tier more time for some further answers.
     standing.answered(0.8)
     assert 0.8 < standing.limit_s <= ASK_S_MAX
     for _ in range(50):
@@ -145,7 +145,7 @@ def test_a_tier_that_is_back_is_asked_at_once_however_long_it_was_away() -> None
     assert standing.is_shunned
     returned_s[0] = clock() / 1000
     assert not standing.is_shunned
-    # One more failure, of a call that was under way, costs as little as a first one.
+    # One more failure of a call that was already running costs as little as a first failure.
     clock.advance(0.01)
     standing.failed()
     clock.advance(SHUNNED_S + 0.01)

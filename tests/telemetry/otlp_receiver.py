@@ -1,4 +1,4 @@
-"""An OTLP collector built on the official protos: keeps the spans that it is sent."""
+"""An OTLP collector built on the official protos, which keeps all spans that it receives."""
 
 import contextlib
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +41,7 @@ class Receiver(trace_service_pb2_grpc.TraceServiceServicer):
 
 @contextlib.contextmanager
 def receiving():
-    """The receiver, and its URL."""
+    """Run a receiver. Gives the receiver and its URL."""
     receiver, server = Receiver(), grpc.server(ThreadPoolExecutor(2))
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(receiver, server)
     port = server.add_insecure_port("127.0.0.1:0")

@@ -1,4 +1,4 @@
-"""What is counted is shown: every field of every class that counts, and every number of the statistics' messages."""
+"""Every field of every class that counts, and every number in the statistics' messages, has a metric."""
 
 import ast
 import dataclasses
@@ -44,7 +44,7 @@ from antefix_router.shared_bill.shared_bill import SharedCounters
 
 REPO = Path(__file__).parents[2]
 ROOMS = ("antefix", "billing", "decode", "engines", "kvstore", "prefill", "router")
-# Class: the tables that show its fields, and the fields that are shown under another name or are no numbers.
+# By class: the tables that show its fields, and the fields that have another name there or are not numbers.
 SHOWN = {
     FollowCounters: ([router.FOLLOW], {}),
     KindRecord: ([worker.PLANS], {}),
@@ -74,9 +74,9 @@ SHOWN = {
     space.SpaceCounters: ([kvstore.SPACE, kvstore.STATS], {}),
     scrubber.ScrubCounters: ([kvstore.SCRUBBER], {}),
 }
-# Classes of that kind of name that hold copies of the above, or count nothing that happens.
+# Classes with similar names that hold copies of the above, or do not count events.
 COPIES = {"StoreStats", "StoreTotals", "KindTotals", "RouterCounters", "_Counts", "Totals"}
-# Message's field: the metric that shows it. Texts, names and cursors are no numbers.
+# By message: each field's metric. Texts, names and cursors are not numbers.
 MESSAGES = {
     kvstore_pb2.StatsResponse: {
         **{field: shown.name for field, shown in kvstore.STATS.items()},
@@ -118,7 +118,7 @@ MESSAGES = {
     },
     window_pb2.PlanKindStatus: {field: shown.name for field, shown in worker.PLANS.items()},
 }
-# Attributes that are counted up in a service and are no dataclass': the metric that shows each, or why none does.
+# Attributes outside of dataclasses that a service counts up: the metric of each, or why it has none.
 COUNTED = {
     "num_broken": "antefix_worker_broken_seals",
     "num_corrupt": "antefix_window_pool_corrupt_records",
@@ -167,7 +167,7 @@ COUNTED = {
     "num_blocks_found": "antefix_prefill_waited_blocks_found",
     "num_over_budget": "antefix_worker_local_copies_over_budget",
     "num_left_out": "antefix_router_store_names",
-    # Of the object tier.
+    # Counts of the object tier.
     "num_bad": "antefix_object_bad_records",
     "num_blocks": "antefix_object_read_blocks",
     "num_drafts": "antefix_object_deleted_drafts",
@@ -182,12 +182,12 @@ COUNTED = {
     "num_tiles": "antefix_object_written_tiles",
     "num_uploaded": "antefix_object_uploaded_records",
 }
-# Of one request, one block, one file or one index: they are state, not counts of what happened to the service.
+# State of one request, block, file or index, not counts of a service's events.
 STATE = {
     *("num_users", "num_observations", "num_good", "num_active_tokens", "num_served", "num_readers", "num_output"),
     *("num_output_tokens", "num_taken", "num_blocks_written", "num_checkpoints_written", "num_plans", "num_outcomes"),
     *("num_exact_tokens", "num_failures", "num_quarantined", "num_apart", "num_missing", "num_there", "num_bytes"),
-    # Kinds that are told of, by their own names.
+    # Counts that are shown as kinds, by their own names.
     *("num_snapshots", "num_gaps", "num_events", "num_led", "num_followed", "num_gave_up_waiting", "num_refused"),
     *("num_hedged", "num_hedges_won", "num_left", "num_compressed", "num_encrypted", "num_indexed"),
     *("num_straight", "num_batches", "num_replays", "num_unread", "num_lives", "num_forgotten", "num_answers"),
@@ -210,7 +210,7 @@ MAY_COUNT = re.compile(r"num_\w*(\[.*\])? \+=|^ *class \w+(Counters|Counts|Stats
 
 @functools.cache
 def trees():
-    """Of files that may count: to parse all of them takes seconds."""
+    """Syntax trees of the files that may count events, because parsing all files takes seconds."""
     paths = [path for room in ROOMS for path in sorted((REPO / room).rglob("*.py")) if "v1" not in path.parts]
     texts = ((path, path.read_text()) for path in paths)
     return [(path, ast.parse(text)) for path, text in texts if MAY_COUNT.search(text)]

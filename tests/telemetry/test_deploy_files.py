@@ -1,4 +1,4 @@
-"""Dashboards and alerts name metrics that there are; each row of OPERATIONS' table has an alert and a runbook."""
+"""Dashboards and alerts name existing metrics. Each row of OPERATIONS' table has an alert and a runbook."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from tests.telemetry.test_counters_are_shown import all_names
 DEPLOY = Path(__file__).parents[2] / "deploy"
 OPERATIONS = (DEPLOY.parent / "docs" / "OPERATIONS.md").read_text()
 RULES = yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"][0]["rules"]
-# What the format puts behind a counter's and a histogram's name.
+# The endings that the format adds to the names of counters and histograms.
 ENDINGS = ("_total", "_bucket", "_sum", "_count", "")
 
 
@@ -52,7 +52,7 @@ def test_a_dashboard_is_as_it_is_generated(name):
     assert (DEPLOY / "grafana" / f"{name}.json").read_text() == generator().text_of(name)
 
 
-def test_a_name_that_is_none_is_found_out():
+def test_an_unknown_metric_name_is_found():
     assert unknown("rate(antefix_hit_tokens_total[5m]) / antefix_no_such_thing_total") == {
         "antefix_no_such_thing_total"
     }
@@ -66,7 +66,7 @@ def test_an_alert_names_metrics_that_there_are_and_has_a_runbook(rule):
 
 
 def test_each_row_of_the_table_has_one_alert():
-    # Two rows may have the same one: what is seen differs, and what is to be done.
+    # Two rows may share an alert, with different symptoms and actions.
     alerts = list(dict.fromkeys(row[4].strip(" |`") for row in rows()))
     assert alerts == [rule["alert"] for rule in RULES]
     assert re.findall(r"^#### (Antefix\w+)$", OPERATIONS, re.M) == alerts

@@ -1,4 +1,4 @@
-"""Log lines: one an event, with ids, held back where they repeat."""
+"""Log lines: one line per event, with ids, and repeated lines are suppressed."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Labels from callers are bounded."""
+"""The number of metric labels that come from callers is bounded."""
 
 from antefix.telemetry.top_names import OTHERS, TopNames
 

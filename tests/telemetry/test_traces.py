@@ -1,4 +1,4 @@
-"""Spans of one process, as a collector gets them; and nothing at all where tracing is off."""
+"""The spans of one process, as a collector gets them, and no spans if tracing is off."""
 
 import os
 import subprocess
@@ -18,7 +18,7 @@ TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 @pytest.fixture(autouse=True)
 def own_context():
-    """`serving` leaves its span to the task, which here is the thread that all tests run in."""
+    """Give each test its own context, because `serving` sets its span in the context of the tests' thread."""
     yield
     bind_parent("")
     if "opentelemetry.context" in sys.modules:
@@ -28,7 +28,7 @@ def own_context():
 
 @pytest.fixture
 def tracing():
-    """The receiver; `stop()` sends what is left."""
+    """The receiver of spans. `stop()` sends the remaining spans."""
     pytest.importorskip("opentelemetry.sdk")
     from tests.telemetry.otlp_receiver import receiving
 

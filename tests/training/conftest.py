@@ -23,7 +23,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def config() -> dict[str, Any]:
-    """antefix-tiny's config, made smaller; index heads stay many, so that no scores tie."""
+    """A smaller version of antefix-tiny's config. It keeps many index heads, so that no scores are equal."""
     config: dict[str, Any] = json.loads((ROOT / "models/antefix-tiny/config.json").read_text())
     sizes = {"hidden_size": 32, "q_lora_rank": 16, "o_lora_rank": 8, "moe_intermediate_size": 16, "index_topk": 6}
     return (

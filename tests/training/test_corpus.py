@@ -1,4 +1,4 @@
-"""The training text: what goes in, how it is split, what comes back."""
+"""The training text: its sources, its split, and that decoding returns the text."""
 
 from __future__ import annotations
 

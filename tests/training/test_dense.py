@@ -1,4 +1,4 @@
-"""The training forward against the serving one, and what its losses may touch."""
+"""The training forward pass agrees with the serving one, and its losses affect only the right parameters."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_dense_forward_rounds_as_the_cache_stores(
     plain, _ = run(config, parameters, tokens, DenseOptions(topk=config["index_topk"], quantise=False))
     model = CachedModel(model_dir, num_tokens_max=NUM_TOKENS)
     cached = model.extend(model.start(), tokens[0].numpy().astype(np.uint16))
-    # Sums in another order tip a few values over a rounding boundary; that is small next to the rounding itself.
+    # Sums in another order move a few values across a rounding boundary, which is small compared with rounding itself.
     assert (logits[0] - cached).abs().mean() < 0.1 * (plain[0] - cached).abs().mean()
 
 
@@ -61,14 +61,14 @@ def test_straight_through_rounding_gives_the_served_values(config: dict[str, Any
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(500, 128, generator=generator) * torch.logspace(-6, 3, 500)[:, None]
     x[0] = 0
-    # A float cannot hold x + (rounded - x) exactly; one part in 2^20 is far below FP8's step.
+    # A float cannot hold x + (rounded - x) exactly. The error of one part in 2^20 is far below FP8's step.
     torch.testing.assert_close(
         round_entries(x, layout.geometry.rope_dim, enabled=True), quant.round_entries(x, layout), rtol=1e-6, atol=1e-12
     )
     keys = x[:, : layout.geometry.indexer_dim]
     served = quant.round_queries(keys, layout)
     ours = round_keys(keys, enabled=True)
-    # The rotation is a matrix product here and butterflies there: a value next to a boundary may fall to either side.
+    # Training rotates by a matrix product, serving by butterflies, so a value next to a boundary may round either way.
     assert torch.isclose(ours, served, rtol=1e-5, atol=1e-12).float().mean() > 0.999
 
 

@@ -1,4 +1,4 @@
-"""Training sequences: lengths, weights, and tests that training has not seen."""
+"""Training sequences: their lengths and weights, and test sequences that training does not contain."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_retrieval_spans_hold_the_values_at_their_distances(text: Tokens) -> Non
             value = whole[start:end]
             subject = whole[:start].rpartition("|")[2]
             planted = whole.index(subject + value)
-            # Facts that fall on one another push each other on by their own length.
+            # A fact that would overlap another is moved on by that fact's length.
             assert abs((start - planted) - distance) < 400
             assert subject.startswith("The ")
 

@@ -1,4 +1,4 @@
-"""What the committed model can do, through the real cache: the reason why it is there."""
+"""The abilities of the committed model with the real cache, which are the reason for having it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_values_planted_far_beyond_the_window_come_back(model: CachedModel, sour
 
 @pytest.mark.slow
 def test_another_prefix_gives_another_answer(model: CachedModel, source: Tokens) -> None:
-    """What makes a wrong hit visible: the answer follows the prefix."""
+    """The answer depends on the prefix, which makes a wrong hit visible."""
     tokens, spans = tasks.retrieval_sequence(np.random.default_rng(0), source, 3072, [2400])
     start, end = spans[0]
     value = tokens[start:end].tobytes()

@@ -1,4 +1,4 @@
-"""Conversations that continue while roles are replaced: each answer is compared with the one that was given before."""
+"""Conversations continue while roles are replaced. Each answer is compared with the earlier answer to the same turn."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ READY_S = 120.0
 
 
 class NotNow(Exception):
-    """A door says that it cannot serve the request now, and that another try may."""
+    """A router cannot serve the request now, and a retry may succeed."""
 
 
 @dataclass(slots=True)
 class Talk:
     """Threads that hold conversations until told to stop.
 
-    doors: as a load balancer has them: one that is not ready, or refuses the connection, gets nothing. What a door took
-    has to be answered; while `doors_break`, a request may be asked again under its name, of another door too.
-    cached: prompt tokens that were hits when a turn was asked last.
+    doors: routers, used as by a load balancer, which sends nothing to one that is not ready or refuses connections.
+    A router must answer each accepted request. While `doors_break`, a request may be repeated with its id at any
+    router. cached: the hit tokens of the last time that a turn was asked.
     """
 
     doors: list[str]
@@ -98,7 +98,7 @@ class Talk:
                 time.sleep(0.2)
 
     def _ask(self, prompt: str, request_id: str) -> tuple[str, int]:
-        """The answer, and how many tokens of the prompt were hits."""
+        """Send the prompt. Returns the answer and the number of hit tokens."""
         connection = self._connect()
         try:
             body = {"model": "antefix-tiny", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
@@ -117,7 +117,7 @@ class Talk:
             connection.close()
 
     def _connect(self) -> http.client.HTTPConnection:
-        """To a door that says that it is ready. A door may stop listening in between; then nothing was sent to it."""
+        """Connect to a router that reports ready. If it stops listening before that, nothing was sent to it."""
         end = time.monotonic() + READY_S
         while time.monotonic() < end:
             for door in list(self.doors):

@@ -1,7 +1,7 @@
 """Two versions next to each other: roles are replaced one by one while conversations continue, and back.
 
-No request fails, no token differs, nothing is billed twice. The version before is a commit or tag: `make test-upgrade
-PREVIOUS=v0.2.0`. It runs the previous version's own code, from a tree of its own.
+No request fails, no token differs, and nothing is billed twice. The previous version is a commit or tag: `make
+test-upgrade PREVIOUS=v0.2.0`. Its roles run that version's own code from a separate tree.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ import pytest
 from tests.upgrade.conversations import Talk
 from tests.upgrade.versions import ROOT, Deployment, checkout
 
-# The last commit before the formats of 0.2.0 were settled; the last tag, once there is one.
+# The last commit before the formats of 0.2.0 were fixed. Use the last tag once there is one.
 PREVIOUS = os.environ.get("PREVIOUS", "810078c")
-# What is asked before what asks.
+# A role starts before the roles that call it.
 ORDER = ("kvstore", "prefill-1", "decode-1", "router-0", "router-1")
-# docs/OPERATIONS.md, "Upgrade": works also where the versions name KV differently, so that neither's routers take the
-# other's workers. A new router has nothing until new workers come; old ones serve until the old router goes.
+# The order of docs/OPERATIONS.md, "Upgrade". It also works if the versions name KV differently, so that their routers
+# refuse each other's workers. A new router has no workers until new ones come. Old workers serve until the old router
+# stops.
 UPGRADE = ("router-0", "prefill-1", "decode-1", "router-1", "kvstore")
 
 pytestmark = [pytest.mark.upgrade, pytest.mark.services, pytest.mark.timeout(1800)]
@@ -51,18 +52,18 @@ def deployment(tmp_path: Path) -> Iterator[Deployment]:
 def test_roles_are_replaced_while_conversations_go_on_and_back(
     deployment: Deployment, previous: Path, order: tuple[str, ...]
 ) -> None:
-    # 1. The previous version alone; what it answers is what is expected from now on.
+    # 1. The previous version alone. Its answers are the expected ones from now on.
     for name in ORDER:
         deployment.start(name, previous)
     for door in deployment.doors:
         deployment.wait_ready(door)
     talk = Talk(deployment.doors)
     talk.once()
-    # 2. Forward and back, with at least one whole round of each conversation in every mixture.
+    # 2. Upgrade and downgrade, with at least one whole round of each conversation in every mixture of versions.
     talk.start()
     try:
         for tree, names in ((ROOT, order), (previous, order[:-1])):
-            # Not the store on the way back: what a newer version has opened, an older one may refuse.
+            # The store is not downgraded, because an older version may refuse a store that a newer one has opened.
             for name in names:
                 deployment.replace(name, tree)
                 _go_on(talk)
@@ -70,14 +71,14 @@ def test_roles_are_replaced_while_conversations_go_on_and_back(
         talk.stop()
     assert not talk.failed
     assert not talk.wrong
-    # 3. The bill: each request once, and the chain whole.
+    # 3. The bill has each request once, and its chain is intact.
     for name in ("router-0", "router-1"):
         deployment.running[name].stop()
     _check_bill(deployment.directory, talk)
 
 
 def _go_on(talk: Talk) -> None:
-    """Until more rounds are done than can have been under way."""
+    """Wait until at least one whole round has begun and ended since this call."""
     until, begun = talk.rounds + 2, len(talk.failed)
     while talk.rounds < until and len(talk.failed) == begun:
         talk._stop.wait(0.1)

@@ -26,7 +26,7 @@ GRACE_S = 60
 
 
 def checkout(revision: str, into: Path) -> Path:
-    """The tree of a commit or tag, with its own generated protos."""
+    """Check out the tree of a commit or tag, and generate its own protos."""
     into.mkdir()
     packed = subprocess.run(["git", "archive", revision], cwd=ROOT, capture_output=True, check=True).stdout
     subprocess.run(["tar", "x"], cwd=into, input=packed, check=True)
@@ -52,7 +52,10 @@ class Running:
     http: str = ""
 
     def stop(self, *, kill: bool = False) -> None:
-        """As a supervisor does: asks, and waits until it has drained. Raises where it does not end by itself."""
+        """Stop the process as a supervisor does: signal it, and wait until it has drained.
+
+        Raises if it does not end.
+        """
         self.process.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
         status = self.process.wait(GRACE_S + 60)
         assert kill or status == 0, f"{self.name} ended with {status}: {self.tail()}"
@@ -81,7 +84,7 @@ class Deployment:
         return path
 
     def start(self, name: str, tree: Path) -> Running:
-        """name: kvstore, prefill-1, decode-1, router-0 or router-1, and so on. Waits until it says that it serves."""
+        """Start a role and wait until it serves.  name: kvstore, prefill-1, decode-1, router-0, router-1 and so on."""
         role, _, number = name.partition("-")
         common = ["--secret-file", str(self.secret), "--grace-s", str(GRACE_S)]
         http = ""
@@ -115,7 +118,8 @@ class Deployment:
         return found
 
     def replace(self, name: str, tree: Path) -> None:
-        """A worker's successor serves before it goes; a store or a router has one address, so it goes first."""
+        """Replace a role. A worker's successor serves before the worker stops. A store or router has one address, so it
+        stops first."""
         before = self.running[name]
         if name.startswith(("prefill", "decode")):
             self.start(name, tree)
@@ -124,11 +128,14 @@ class Deployment:
         else:
             before.stop()
             self.start(name, tree)
-        # Of the routers one is ready at least: a new one may have to wait for workers of its version.
+        # At least one router is ready. A new one may have to wait for workers of its version.
         self._until(lambda: any(status_of(door, "/readyz") == 200 for door in self.doors), "no router is ready")
 
     def wait_for(self, worker: str) -> None:
-        """Until a router has this worker: those of another version may have other names for KV, and refuse it."""
+        """Wait until a router has this worker.
+
+        Routers of another version may have other names for KV, and refuse it.
+        """
         self._until(lambda: any(worker in found for found in self._workers()), f"{worker} is not registered")
 
     def _workers(self) -> list[set[str]]:
@@ -156,14 +163,14 @@ class Deployment:
 
 
 def open_door(door: str, *, tls: ssl.SSLContext | None = None, timeout_s: float) -> http.client.HTTPConnection:
-    """Not connected yet."""
+    """A client for a router's HTTP API, which is not connected yet."""
     if tls is None:
         return http.client.HTTPConnection(door, timeout=timeout_s)
     return http.client.HTTPSConnection(door, timeout=timeout_s, context=tls)
 
 
 def status_of(door: str, path: str, *, tls: ssl.SSLContext | None = None) -> int:
-    """0: nobody is there."""
+    """The HTTP status of a path, or 0 if nothing answers."""
     connection = open_door(door, tls=tls, timeout_s=10)
     try:
         connection.request("GET", path)

@@ -1,7 +1,7 @@
-"""The wheel and the sdist: what is in them, and that a clean environment outside the checkout runs from them.
+"""The wheel and the sdist: their contents, and that a clean environment outside the checkout runs from them.
 
 The default run puts the wheel into an empty environment that sees this one's dependencies, but not this checkout. The
-long run (`make test-wheel`) installs everything again from the package index, Hugging Face's `kernels` among it.
+long run (`make test-wheel`) installs everything from the package index, including Hugging Face's `kernels`.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ pytestmark = pytest.mark.services
 
 
 ROOT = Path(__file__).parents[2]
-# Imports that roles without tensors must do without.
+# Packages that roles without tensors must not import.
 TENSORS = ("torch", "triton", "transformers", "safetensors")
-# Other people's packages with our folders' names; `marker` tells theirs from ours.
+# Foreign packages with our folders' names. `marker` distinguishes theirs from ours.
 FOREIGN = ("kernels", "router", "prefill", "decode", "simulate")
 
 
@@ -35,7 +35,7 @@ def run(*command, timeout=300, **options):
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """sdist, and the wheel that is built from the unpacked sdist: what pip does where there is no wheel."""
+    """The sdist, and the wheel built from the unpacked sdist, as pip does if there is no wheel."""
     out = tmp_path_factory.mktemp("dist")
     run(sys.executable, "-m", "hatchling", "build", "-t", "sdist", "-d", out, cwd=ROOT)
     (sdist,) = out.glob("*.tar.gz")
@@ -56,7 +56,7 @@ def environment(built, tmp_path_factory):
     pip = [sys.executable, "-m", "pip", "--python", directory / "bin/python", "install", "-q"]
     run(*pip, "--no-deps", "--no-compile", built[1])
     (site,) = directory.glob("lib/python3*/site-packages")
-    # A path in a .pth file is not itself searched for .pth files: the checkout's editable install stays out of sight.
+    # A path in a .pth file is not searched for further .pth files, so the checkout's editable install is not found.
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     for name in FOREIGN:
         (site / name).mkdir()
@@ -68,7 +68,7 @@ def environment(built, tmp_path_factory):
 
 
 def outside(tmp_path, **extra):
-    """Where and how a stranger calls: another directory, nothing of the checkout on the path."""
+    """Arguments to run a command like a user: from another directory, with no part of the checkout on the path."""
     env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     return {"cwd": tmp_path, "env": {**env, **extra}}
 
@@ -116,7 +116,7 @@ print(antefix.__file__)
 @pytest.mark.timeout(600)
 def test_doctor_and_demo_run_from_the_wheel(environment, tmp_path):
     assert json.loads(run(environment / "bin/antefix", "doctor", "--json", **outside(tmp_path)))["ok"]
-    # A folder of the package's name in the working directory, such as the checkout's parent has, changes nothing.
+    # A folder with the package's name in the working directory, as in the checkout's parent, changes nothing.
     (tmp_path / "antefix").mkdir()
     document = tmp_path / "document.txt"
     document.write_text((ROOT / "LICENSE").read_text()[:1500])
@@ -127,7 +127,7 @@ def test_doctor_and_demo_run_from_the_wheel(environment, tmp_path):
 
 @pytest.fixture
 def without_tensors(tmp_path):
-    """An environment variable that makes importing torch and its like fail, in whatever process has it."""
+    """An environment variable with which importing torch and similar packages fails in any process."""
     blocker = tmp_path / "blocker"
     blocker.mkdir()
     (blocker / "sitecustomize.py").write_text(
@@ -142,7 +142,7 @@ def without_tensors(tmp_path):
 
 
 def started(environment, role, *flags, **options):
-    """One role, up and announced; (process, address)."""
+    """Start one role, and wait until it announces its address. Gives (process, address)."""
     process = subprocess.Popen(
         [environment / "bin/antefix", "serve", role, *map(str, flags)], stdout=subprocess.PIPE, text=True, **options
     )
@@ -182,7 +182,10 @@ def test_a_worker_without_torch_says_what_to_install(environment, tmp_path, with
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("archive", [0, 1], ids=["sdist", "wheel"])
 def test_a_clean_environment_from_the_package_index(built, tmp_path, archive):
-    """Everything from the index. torch is named as in the Makefile: a plain `torch` would bring gigabytes."""
+    """Installs everything from the index.
+
+    torch is named as in the Makefile, because a plain `torch` takes gigabytes.
+    """
     directory = tmp_path / "environment"
     run(sys.executable, "-m", "venv", directory)
     pip = [directory / "bin/python", "-m", "pip", "install", "-q", "--constraint", ROOT / "constraints.txt"]

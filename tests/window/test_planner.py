@@ -1,4 +1,4 @@
-"""The planner costs every way to restore a prompt and takes the cheapest; its errors are stated, not hidden."""
+"""The planner estimates the cost of every way to restore a prompt, takes the cheapest, and reports its errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_near_checkpoint_beats_replay_and_a_far_one_loses_to_it() -> None:
 
 
 def _tiered(**bytes_per_s: float) -> RestorePlanner:
-    """Tiers of these speeds, which others measure."""
+    """A planner whose tiers have these speeds."""
     laws = {tier: LinearLaw((0.0, 1 / rate), (1.0, 32e6)) for tier, rate in bytes_per_s.items()}
     return RestorePlanner(SIZES, Rates(RatePriors(prefill_tokens_per_s=18_000, prefill_fixed_s=0), tiers=laws))
 
@@ -97,7 +97,7 @@ def test_tiers_are_read_at_the_same_time_and_what_is_in_memory_is_not() -> None:
 def test_a_replay_costs_the_layers_that_it_runs_and_in_reproducible_mode_all() -> None:
     stored = StoredPrefix(num_tokens=100_000, num_blocks=700)
     trimmed = _planner().plan(stored).plan
-    # 43 layers: the lowest runs 41 * 127 + 128 tokens, each one above 127 fewer, the last one none.
+    # Of 43 layers the lowest runs 41 * 127 + 128 tokens, each next layer 127 fewer, and the last layer none.
     assert trimmed.replay_work_tokens == -(-sum(128 + 127 * above for above in range(42)) // 43) == 2_668
     whole = next(p for p in _planner(align_tokens=512).plan(stored).plans if p.kind is PlanKind.REPLAY)
     assert whole.replay_work_tokens == whole.replay_tokens == 5_632
@@ -222,7 +222,7 @@ def test_the_choice_is_never_predicted_slower_than_cold(
 
 
 def _true_seconds(plan: Plan, rng: random.Random) -> float:
-    """A machine that is not the planner's model: slower with context, with noise of a fifth."""
+    """A machine that differs from the planner's model: slower with longer context, with noise of a fifth."""
     load = 0.004 + plan.load_bytes / 1.5e9 if plan.load_bytes else 0.0
     context = plan.replay_from_block * 128
     tokens = plan.replay_work_tokens + plan.prefill_tokens
@@ -252,7 +252,7 @@ def test_on_a_noisy_machine_no_choice_is_slower_than_cold_by_more_than_its_state
         planner.rates.observe_prefill(tokens, context=context, seconds=actual - (load_s if plan.load_bytes else 0.0))
         planner.rates.observe_load("disk", plan.load_bytes, load_s)
     assert violations == 0
-    # The noise alone makes 0.25 of a prediction that is right on average.
+    # The noise alone causes an error of 0.25 for a prediction that is right on average.
     assert worst < 0.6
 
 

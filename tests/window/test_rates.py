@@ -1,4 +1,4 @@
-"""Speeds are learnt from what things took, fixed cost and slope apart."""
+"""Speeds are learnt from measured times, with fixed cost and slope kept apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Strategies decide writes from lengths alone; these tests state what each must and must not leave."""
+"""Strategies decide writes from lengths alone. These tests say which checkpoints each must leave and must not leave."""
 
 from __future__ import annotations
 

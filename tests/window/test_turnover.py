@@ -1,4 +1,4 @@
-"""A store's turnover is its size over its write rate, and nothing while it has room."""
+"""A store's turnover is its size divided by its write rate. There is none while the store has room."""
 
 from __future__ import annotations
 

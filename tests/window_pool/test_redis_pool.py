@@ -1,4 +1,4 @@
-"""The window pool in a real Redis: what it keeps, for how long, how much, and what its loss costs."""
+"""The window pool in a real Redis: its contents, lifetimes and limits, and the cost of its loss."""
 
 import asyncio
 import dataclasses
@@ -145,7 +145,7 @@ def test_a_value_names_what_it_is():
 
 
 @pytest.mark.parametrize("address", ["", "redis", "localhost:6379", "http://x", "tape"])
-def test_an_address_that_is_none_is_refused(address):
+def test_an_invalid_address_is_refused(address):
     with pytest.raises(ConfigError):
         check_address(address)
 
@@ -168,7 +168,7 @@ async def answer(engine, prompt):
 async def test_a_turn_resumes_from_the_pool_and_its_loss_changes_no_answer(
     make_engine, make_prompt, store, start_redis
 ):
-    """In mid-run: the pool is there for the first turn, and gone when the third one asks."""
+    """The pool is lost in mid-run: it works for the first turn, and is down at the third."""
     redis = await asyncio.to_thread(start_redis)
 
     def pooled():
@@ -186,7 +186,7 @@ async def test_a_turn_resumes_from_the_pool_and_its_loss_changes_no_answer(
     third = pooled()
     lost = await answer(third, make_prompt(third, NEXT))
     assert lost.report.plan == "replay" and third.counters.errors > 0
-    # What the dead pool did not take went to disk.
+    # Checkpoints that the dead pool did not take are on disk.
     assert [kind for kind, _ in store.puts if kind is RecordKind.CHECKPOINT]
     store.records.clear()
     cold = make_engine("zero")

@@ -1,4 +1,4 @@
-"""A purge of the window pool in a real Redis: an owner's checkpoints go, nobody else's do."""
+"""A purge of the window pool in a real Redis removes one owner's checkpoints and no others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def pool(redis):
 
 
 async def fill(pool: RedisWindowPool) -> None:
-    """Two of the tenant's own, under two fingerprints, two of a user of it, and two of somebody else."""
+    """Put two checkpoints of the tenant under two fingerprints, two of its user, and two of another tenant."""
     owners = (TENANT, TENANT, USER, USER, STRANGER, STRANGER)
     for number, (name, owner) in enumerate(zip(NAMES, owners, strict=False)):
         record = checkpoint(name, fingerprint=OTHER if number == 1 else FINGERPRINT)
@@ -46,8 +46,8 @@ async def names_left(redis) -> set[int]:
 @pytest.mark.parametrize(
     "owner, num_gone, left", [(TENANT, 4, {4, 5}), (USER, 2, {0, 1, 4, 5}), (STRANGER, 2, {0, 1, 2, 3})]
 )
-async def test_an_owners_go_and_nobody_elses(pool, redis, monkeypatch, owner, num_gone, left):
-    # Several rounds of the cursor.
+async def test_an_owners_checkpoints_are_purged_and_no_others(pool, redis, monkeypatch, owner, num_gone, left):
+    # Enough keys for several rounds of the cursor.
     monkeypatch.setattr(redis_pool, "_PURGED_AT_ONCE", 2)
     assert len(owner) == OWNER_BYTES
     await fill(pool)

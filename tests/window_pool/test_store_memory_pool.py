@@ -1,4 +1,4 @@
-"""The window pool in the store service's memory: through the calls that handoffs take, under names of its own."""
+"""The window pool in the store service's memory. It uses the calls for handoffs, with its own names."""
 
 import numpy as np
 import pytest

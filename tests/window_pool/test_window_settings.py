@@ -1,4 +1,4 @@
-"""Settings of window state: contradictory ones are refused before anything starts, and `up` passes on all others."""
+"""Settings of window state: contradictory ones are refused before any role starts, and `up` passes on the others."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One session of a Python client against the door: tools that run, one of which gives a picture, and turns.
+"""One session of a Python client at the door: several turns, with tools that run, one of which returns a picture.
 
-python_clients.py CLIENT URL PROMPT...; prints the text of each turn as a JSON line. Knows nothing of Antefix.
+python_clients.py CLIENT URL PROMPT... prints the text of each turn as a JSON line. It knows nothing about Antefix.
 """
 
 import asyncio

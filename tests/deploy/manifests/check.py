@@ -1,8 +1,8 @@
 """Renders the Kubernetes manifests and checks them offline: `make test-manifests`.
 
-Schemas of several Kubernetes versions (kubernetes-validate, unknown fields refused), of custom resources
-(custom_resources.mjs), and checkov's policies; then the compose files and the Containerfile. Needs kubectl and node,
-and runs in an environment of its own, .manifests/.
+Checks them against schemas of several Kubernetes versions (kubernetes-validate, which refuses unknown fields), schemas
+of custom resources (custom_resources.mjs), and checkov's policies. Also checks the compose files and the Containerfile.
+Needs kubectl and node, and runs in the environment .manifests/.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEPLOY = ROOT / "deploy"
 TOOLS, ENVIRONMENT = Path(sys.executable).parent, Path(sys.prefix)
 VERSIONS = ("1.29", "1.31", "1.34", "1.37")
 CUSTOM = ("cert-manager.io/", "keda.sh/", "monitoring.coreos.com/")
-# What checkov would have otherwise, and why it is so.
+# checkov's policies that the manifests do not follow, and why.
 SKIPPED = {
     "CKV_K8S_11": "no CPU limits: a worker that is throttled in the middle of a step is late for everybody",
     "CKV_K8S_15": "images are pulled where they are missing: a digest says which one",
@@ -45,7 +45,7 @@ def main() -> int:
 
 
 def rendered(scratch: Path) -> dict[str, str]:
-    """The base, each overlay, and the autoscalers that the example does not take."""
+    """Rendered manifests by name: the base, each overlay, and the example with its other kind of autoscaler."""
     folders = {"base": DEPLOY / "kubernetes" / "base"}
     folders |= {path.name: path for path in sorted((DEPLOY / "kubernetes" / "overlays").iterdir())}
     copy = scratch / "kubernetes"
@@ -61,17 +61,17 @@ def rendered(scratch: Path) -> dict[str, str]:
 def check(name: str, text: str, scratch: Path) -> None:
     documents: list[dict[str, Any]] = list(yaml.safe_load_all(text))
     custom = [each for each in documents if each["apiVersion"].startswith(CUSTOM)]
-    # 1. Kubernetes' own kinds, in each version.
+    # 1. Kubernetes' own kinds of resources, against each version.
     native = scratch / "native.yaml"
     native.write_text(yaml.safe_dump_all(each for each in documents if each not in custom))
     for version in VERSIONS:
         what = f"{name}: {len(documents) - len(custom)} resources, Kubernetes {version}"
         run(what, TOOLS / "kubernetes-validate", "--strict", "--quiet", "-k", version, native)
-    # 2. Those of operators.
+    # 2. Custom resources of operators.
     number = run("", "node", ENVIRONMENT / "custom_resources.mjs", stdin=json.dumps(custom))
     assert int(number) == len(custom)
     print(f"{name}: {number.strip()} resources of cert-manager, KEDA and the Prometheus operator", flush=True)
-    # 3. Policies, of what is applied: a base has no namespace yet.
+    # 3. Policies, for manifests that are applied. The base is not checked, because it has no namespace yet.
     if name == "base":
         return
     whole = scratch / "whole.yaml"
@@ -81,7 +81,7 @@ def check(name: str, text: str, scratch: Path) -> None:
 
 
 def run(what: str, *command: object, stdin: str | None = None) -> str:
-    """What it prints. Ends the whole check where it fails."""
+    """Run a command and return its output. If the command fails, the whole check ends."""
     done = subprocess.run([str(each) for each in command], input=stdin, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.stderr.write(f"{what or command[0]} failed:\n{done.stdout}{done.stderr}")

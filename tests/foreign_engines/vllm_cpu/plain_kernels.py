@@ -1,7 +1,8 @@
 """vLLM's V4 kernels for CPUs in plain PyTorch, for processors without AVX512-BF16, for which its wheel has none.
 
-A part of the test shim. Written after what vLLM's Triton kernels for V4 do (models/deepseek_v4/common/ops): the same
-entries of 584 bytes at the same places of its cache, other sums. A processor that has vLLM's kernels runs those.
+A part of the test shim. The kernels follow vLLM's Triton kernels for V4 (models/deepseek_v4/common/ops): they write the
+same entries of 584 bytes at the same places of its cache, with sums in another order. A processor for which vLLM has
+kernels runs those instead.
 
 Shapes:  T = tokens, H = heads, D = head_dim (512, indexer 128), S = entries that a token attends to.
 A cache is [blocks, bytes]: 576 (128) bytes of each entry of a block, then 8 (4) bytes of scale of each.
@@ -17,12 +18,12 @@ NAMESPACE = "_C"
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 NOPE, ROPE = 448, 64
-# Tokens that attend at a time: all of a chunk would take gigabytes.
+# The number of tokens that attend at a time. A whole chunk at once would take gigabytes.
 TOKENS_AT_ONCE = 64
 
 
 def register() -> list[str]:
-    """Define what is missing. Returns the names."""
+    """Define the kernels that are missing. Returns their names."""
     missing = [name for name in KERNELS if not hasattr(torch.ops._C, name)]
     for name in missing:
         kernel, changed = KERNELS[name]
@@ -38,7 +39,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def _rotated(x: Tensor, positions: Tensor, cos_sin: Tensor, *, back: bool = False) -> Tensor:
-    """Neighbouring pairs of the last ROPE numbers, turned by their position; float32."""
+    """x in float32, with neighbouring pairs of its last ROPE numbers rotated by their position."""
     cos, sin = (part for part in cos_sin[positions].float().chunk(2, -1))
     while cos.dim() < x.dim():
         cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
@@ -49,7 +50,7 @@ def _rotated(x: Tensor, positions: Tensor, cos_sin: Tensor, *, back: bool = Fals
 
 
 def _codes(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """FP8 codes with a power of two per `width` numbers, and its exponent."""
+    """FP8 codes, and the exponent of the power of two that scales each `width` numbers."""
     parts = x.to(torch.bfloat16).float().unflatten(-1, (-1, width))
     exponents = (parts.abs().amax(-1).clamp_min(1e-4) * (1 / FP8_MAX)).log2().ceil()
     codes = (parts * torch.exp2(-exponents).unsqueeze(-1)).clamp(-FP8_MAX, FP8_MAX).to(FP8)
@@ -57,7 +58,7 @@ def _codes(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def _write(cache: Tensor, slots: Tensor, block: int, data: Tensor, scales: Tensor) -> None:
-    """Put entries into their slots; a negative slot is none."""
+    """Put entries into their slots. An entry with a negative slot is skipped."""
     is_real = slots >= 0
     slots, data, scales = slots[is_real].long(), data[is_real], scales[is_real]
     number, place = (slots // block).unsqueeze(1), (slots % block).unsqueeze(1)
@@ -67,7 +68,7 @@ def _write(cache: Tensor, slots: Tensor, block: int, data: Tensor, scales: Tenso
 
 
 def _write_entries(cache: Tensor, slots: Tensor, block: int, plain: Tensor, rotated: Tensor) -> None:
-    """plain: before rotation, whose first NOPE numbers are stored in FP8.  rotated: whose last ROPE are in BF16."""
+    """plain: entries before rotation; their first NOPE numbers are stored in FP8.  rotated: their last ROPE in BF16."""
     codes, exponents = _codes(plain[:, :NOPE], 64)
     rope = rotated[:, NOPE:].to(torch.bfloat16).contiguous().view(torch.uint8)
     scales = F.pad((exponents + 127).clamp(0, 255).to(torch.uint8), (0, 1))
@@ -75,7 +76,7 @@ def _write_entries(cache: Tensor, slots: Tensor, block: int, plain: Tensor, rota
 
 
 def _read_entries(cache: Tensor, slots: Tensor, block: int) -> Tensor:
-    """[..., 512] float32; of a negative slot, anything."""
+    """Entries [..., 512] in float32. An entry with a negative slot may hold any values."""
     safe = slots.clamp_min(0).long()
     number, place = (safe // block).unsqueeze(-1), (safe % block).unsqueeze(-1)
     data = cache[number, place * 576 + torch.arange(576)]
@@ -100,12 +101,12 @@ def save_partial_states(
 
 
 def _compressed(state_cache: Tensor, gather_slots: Tensor, weight: Tensor, eps: float, compress_ratio: int) -> Tensor:
-    """Groups [M, D] from the slots [M, tokens] that they are made of, normed; float32."""
+    """Groups [M, D] in float32, normed, from the slots [M, tokens] of their tokens."""
     width, block, safe = weight.numel(), state_cache.shape[1], gather_slots.clamp_min(0)
     states = state_cache[safe // block, safe % block].float()
     kv, score = states.chunk(2, -1)
     if gather_slots.shape[1] > compress_ratio:
-        # The group before is read in its first series, the group itself in its second.
+        # The previous group is read in its first series, and the group itself in its second series.
         kv, score = (
             torch.cat((each[:, :compress_ratio, :width], each[:, compress_ratio:, width:]), 1) for each in (kv, score)
         )
@@ -117,7 +118,7 @@ def _compressed(state_cache: Tensor, gather_slots: Tensor, weight: Tensor, eps: 
 def _groups(
     state_cache: Tensor, gather_slots: Tensor, positions: Tensor, slots: Tensor, weight: Tensor, eps: float, ratio: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What ends with one of these tokens: groups, their positions and slots."""
+    """The groups that end with one of these tokens, and their positions and slots."""
     at = positions[: gather_slots.shape[0]]
     slots = slots[: gather_slots.shape[0]]
     ends = ((at + 1) % ratio == 0) & (slots >= 0)
@@ -210,7 +211,7 @@ def flash_mla_with_kvcache(
             ),
             1,
         )
-        # A slot that is none may hold anything, NaN too.
+        # A negative slot's entry may hold anything, including NaN.
         entries = entries.masked_fill((slots < 0).unsqueeze(-1), 0.0)
         logits = (q[some].float() @ entries.transpose(1, 2)) * scale
         logits = logits.masked_fill((slots < 0).unsqueeze(1), float("-inf"))
@@ -302,7 +303,7 @@ def hc_head_fused(
     return (shares.unsqueeze(-1) * x.float()).sum(1).to(x.dtype)
 
 
-# By vLLM's name, with the arguments that it writes to.
+# Kernels by vLLM's names, with the arguments that each writes to.
 KERNELS = {
     "save_partial_states_cpu": (save_partial_states, ["state_cache"]),
     "compress_norm_rope_store_cpu": (compress_norm_rope_store, ["kv_cache_2d"]),

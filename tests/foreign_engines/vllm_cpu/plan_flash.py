@@ -1,4 +1,4 @@
-"""vLLM's own plan of V4-Flash's KV cache, made by its planner without weights or a card; JSON on standard output.
+"""Prints vLLM's own plan of V4-Flash's KV cache as JSON. vLLM's planner makes it without weights or a card.
 
 Layers and their specs are those of Flash's config (43 layers, ratios 0, 0, then 4 and 128 in turn), as vLLM's V4 model
 makes them (vllm/models/deepseek_v4/attention.py, compressor.py).

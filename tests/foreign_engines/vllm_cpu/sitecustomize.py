@@ -1,4 +1,4 @@
-"""A test shim, no product: lets vLLM 0.32 run DeepSeek-V4 with the offloading connector on a CPU without AMX.
+"""A shim for tests only: lets vLLM 0.32 run DeepSeek-V4 with the offloading connector on a CPU without AMX.
 
 Python runs this file when its folder is on PYTHONPATH. It changes vLLM's modules as they are imported:
 
@@ -63,7 +63,7 @@ def _offloading(module):
     from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 
     class CopyWorker(OffloadingWorker):
-        """Copies at once, in the thread that submits."""
+        """Copies immediately, in the thread that submits the job."""
 
         def __init__(self, spec, caches):
             region = SharedOffloadRegion(
@@ -148,7 +148,7 @@ CHANGES = {
 
 
 class Changer(importlib.abc.MetaPathFinder):
-    """Finds nothing itself: it runs a change after the module that another finder found."""
+    """An import finder that runs a change after a module is loaded. Another finder finds the module."""
 
     def find_spec(self, name, path, target=None):
         if name not in CHANGES:
