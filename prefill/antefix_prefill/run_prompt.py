@@ -1,9 +1,8 @@
 """Runs a prompt: restores what is stored, computes the rest in chunks, writes what is new.
 
 Chunks end at multiples of `prefill_chunk` counted from token 0 (never from the hit), and where a checkpoint is to be
-written. On a CPU they end earlier while decode steps run on the same thread: there results do not depend on where
-chunks end (docs/ARCHITECTURE.md, "Exactness"). Where they do, in reproducible mode, the blocks of a prompt's unfinished
-last chunk serve this prompt alone and are not stored.
+written. On a CPU results do not depend on where chunks end (docs/ARCHITECTURE.md, "Exactness"). Where they do, in
+reproducible mode, the blocks of a prompt's unfinished last chunk serve this prompt alone and are not stored.
 """
 
 from __future__ import annotations
@@ -129,9 +128,6 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
 
 def _next_stop(engine: Engine, prompt: Prompt, first: int, marks: dict[int, Mark]) -> int:
     grid = (first // engine.prefill_chunk + 1) * engine.prefill_chunk
-    if engine.device.type == "cpu" and engine.align_tokens == 1:
-        # Bits do not depend on where chunks end, so decode steps need not wait for a whole one.
-        grid = min(grid, first + (engine.compute.piece_tokens_max or engine.prefill_chunk))
     return min([prompt.num_tokens, grid, *(position for position in marks if position > first)])
 
 

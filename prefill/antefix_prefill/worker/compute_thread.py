@@ -7,7 +7,7 @@
 So a short rest after a hit waits for the running chunk of a long prompt and for at most one more, never for the whole
 prompt. Short rests that wait at the same time run as one call of the model, because most of the cost of a call is
 fixed. If several tenants want the worker, such a call takes no longer than its first piece would take on its tenant's
-share alone. While decode steps run here, pieces and such calls are short (`piece_sizes`).
+share alone.
 
 Between two decode steps the thread is free for a moment, and a chunk could start each time. So if a tenant has only
 decode steps, another tenant's chunk waits until steps have got back the time that the previous chunk took. A step in
@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar, cast
 
 from antefix.telemetry.exposition import SHORT_SECONDS, histogram
-from antefix_prefill.worker.piece_sizes import PieceSizes
 
 log = logging.getLogger("antefix_prefill.worker")
 
@@ -101,7 +100,6 @@ class _Job:
     asked: float = field(default_factory=time.perf_counter)
     together: _Together | None = None
     repaid_s: float | None = None
-    is_step: bool = False
 
     @property
     def kind(self) -> str:
@@ -142,7 +140,6 @@ class ComputeThread:
         self._steps_first_s = 0.0
         # The tenants whose chunk is running, or took time that steps are getting back.
         self._owing: frozenset[str] = frozenset()
-        self._sizes = PieceSizes()
         self.wait_s = histogram(
             "antefix_compute_wait_seconds",
             "How long small jobs and chunks of prompts waited for the compute thread.",
@@ -166,7 +163,7 @@ class ComputeThread:
     ) -> T:
         """Run a decode step.  repaid_s: how much of the time that other tenants' chunks took counts as given back with
         this step; None: the time that the step takes."""
-        job = _Job(lambda: function(*args, **kwargs), Future(), repaid_s=repaid_s, is_step=True)
+        job = _Job(lambda: function(*args, **kwargs), Future(), repaid_s=repaid_s)
         return cast(T, await self._submit(job))
 
     async def run_chunk(
@@ -215,11 +212,6 @@ class ComputeThread:
         with self._lock:
             return self._owing.union(job.tenant for job in self._chunks)
 
-    @property
-    def piece_tokens_max(self) -> int | None:
-        """The most tokens of a piece now; None: no decode steps run here, so any length will do."""
-        return self._sizes.tokens_max if self._stepping else None
-
     def close(self) -> None:
         self._executor.shutdown(wait=True)
 
@@ -254,7 +246,6 @@ class ComputeThread:
         _run(jobs)
         took = time.perf_counter() - begun
         self.busy_s.labels(jobs[0].kind).observe(took)
-        self._measure(jobs, took)
         if jobs[0].remaining is not None:
             self._steps_first_s = took
             self._charge(jobs, took)
@@ -262,13 +253,6 @@ class ComputeThread:
             self._steps_first_s -= took if jobs[0].repaid_s is None else jobs[0].repaid_s
             if self._steps_first_s <= 0:
                 self._owing = frozenset()
-
-    def _measure(self, jobs: list[_Job], took: float) -> None:
-        pieces = [job.together for job in jobs if job.together is not None]
-        if pieces:
-            self._sizes.observe_piece(sum(each.num_tokens for each in pieces), took)
-        elif jobs[0].is_step:
-            self._sizes.observe_step(took)
 
     def _steps_go_first(self) -> bool:
         """Whether chunks wait for a step: some tenant has only steps here, and all tenants that have chunks have steps
@@ -295,7 +279,7 @@ class ComputeThread:
             return jobs
         num_tokens = first.together.num_tokens
         parts = self._parts(first)
-        most = min(float(self.piece_tokens_max or TOGETHER_TOKENS), float(TOGETHER_TOKENS), _tokens_max(first, parts))
+        most = min(float(TOGETHER_TOKENS), _tokens_max(first, parts))
         for job in self._in_turn(first.tenant):
             other = job.together
             if other is None or other.function is not first.together.function:
