@@ -262,7 +262,7 @@ def put_next_to_fio(directory: Path, payloads: Array, writer: str, rounds: int) 
     puts: list[float] = []
 
     def limit() -> float:
-        # Puts write new files, and a disk may take longer for blocks that were never written. So fio gets a new file too.
+        # Puts write new files. A disk may take longer for blocks that were never written, so fio gets a new file too.
         (place / "fio.bin").unlink(missing_ok=True)
         return fio_rate(place, writer, payloads.nbytes)
 
