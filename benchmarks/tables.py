@@ -263,6 +263,31 @@ def next_to_transformers(record: Any) -> Iterable[Row]:
         )
 
 
+@table("cpu_peers.json", "antefix/model")
+def threads_next_to_transformers(record: Any) -> Iterable[Row]:
+    yield (
+        "tokens/s, higher is better",
+        "ours, 1 thread",
+        "2 threads",
+        "2 over 1",
+        "transformers, 1 thread",
+        "2 threads",
+        "best of ours over best of theirs",
+    )
+    for row in record["rows"]:
+        ours, twice = (row["tokens"] / row[key] for key in ("ours_1", "ours_2"))
+        theirs = [row["tokens"] / row[key] for key in ("theirs_1", "theirs_2") if key in row]
+        yield (
+            row["what"],
+            f"{ours:,.0f}",
+            f"{twice:,.0f}",
+            f"{twice / ours:.2f}",
+            *(f"{rate:,.0f}" for rate in theirs),
+            *([""] * (2 - len(theirs))),
+            f"{max(ours, twice) / max(theirs):.1f}" if theirs else "",
+        )
+
+
 @table("long_prompts_small.json", "router", "prefill", "decode", "kvstore", "antefix")
 def memory_under_long_prompts(record: Any) -> Iterable[Row]:
     yield "PSS in MB", "idle before", "largest while asked", "afterwards", "CPU, s"
