@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 8, 32], help="conversations; the first is 'one'")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--shared", type=int, default=4096, help="tokens of the system prompt")
-    parser.add_argument("--new", type=int, default=192, help="tokens that a turn adds to the prompt")
+    parser.add_argument("--new", type=int, default=192, help="number of tokens that each turn adds to the prompt")
     parser.add_argument("--output", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between a conversation's turns")
     parser.add_argument("--num-prefill", type=int, default=1)

@@ -319,15 +319,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--routers", type=int, default=3)
-    parser.add_argument("--kills", type=int, default=20, help="kills of each kind of process, spread over the run")
+    parser.add_argument(
+        "--kills", type=int, default=20, help="number of times that each kind of process is killed during the run"
+    )
     parser.add_argument(
         "--until-s",
         type=float,
         default=0.0,
-        help="seconds after which no more requests are sent; 0: until all are sent",
+        help="stop sending requests after this many seconds (0: send all requests)",
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--status", type=Path, help="file that says every 10 s how far it is")
+    parser.add_argument("--status", type=Path, help="file to which the progress of the run is written every 10 s")
     parser.add_argument("--keep", type=Path, help="working directory, which is kept")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

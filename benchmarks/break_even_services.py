@@ -272,10 +272,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "antefix-tiny")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192])
-    parser.add_argument("--repeats", type=int, default=3, help="documents of each length and case (default: 3)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="number of documents for each combination of length and case (default: 3)",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="replace JSON, plot and the document's table")
-    parser.add_argument("--from", dest="source", type=Path, help="show (and write) this run instead of a new one")
+    parser.add_argument(
+        "--write", action="store_true", help="replace the JSON file, the plot and the table in the document"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        help="show (and write) the result of this earlier run instead of starting a new run",
+    )
     args = parser.parse_args()
     if args.source:
         found = json.loads(args.source.read_text())

@@ -354,15 +354,23 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 262144])
-    parser.add_argument("--layers", default="WCHC", help="W window-only, C CSA, H HCA (default: WCHC)")
+    parser.add_argument(
+        "--layers",
+        default="WCHC",
+        help="the model's layers, one letter each: W window-only, C CSA, H HCA (default: WCHC)",
+    )
     parser.add_argument("--chunk", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=3, help="of restores, and of computing alone")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="how often each restore, and each plain computation, is repeated"
+    )
     parser.add_argument("--cold-repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="use a few dims, to see whether the benchmark runs")
-    parser.add_argument("--data-dir", help="where the scratch store goes (default: a temporary directory)")
+    parser.add_argument(
+        "--small", action="store_true", help="use very small tensor widths, to see whether the benchmark runs"
+    )
+    parser.add_argument("--data-dir", help="directory for the temporary store (default: a temporary directory)")
     parser.add_argument("--out", type=Path, help="directory for card_restore.json and card_restore.md")
     args = parser.parse_args()
     result = asyncio.run(run(args))

@@ -135,12 +135,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models/antefix-tiny")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument(
-        "--their-sequences", type=int, default=8, help="longest prompt for transformers; longer ones run without it"
+        "--their-sequences",
+        type=int,
+        default=8,
+        help="longest prompt that transformers also computes; longer prompts are measured without transformers",
     )
     parser.add_argument(
-        "--tokens", type=int, default=2048, help="tokens of the prompt behind which the sequences decode"
+        "--tokens", type=int, default=2048, help="number of prompt tokens before the tokens that the sequences decode"
     )
-    parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt whose prefill is measured")
+    parser.add_argument(
+        "--prefill", type=int, default=2048, help="number of tokens of the prompt whose prefill is measured"
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: says nothing of threads")

@@ -401,19 +401,23 @@ def profile(step: Callable[[], object], device: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["check", "products", "steps"])
-    parser.add_argument("--layers", default="WCHC", help="W window-only, C CSA, H HCA")
+    parser.add_argument(
+        "--layers", default="WCHC", help="the model's layers, one letter each: W window-only, C CSA, H HCA"
+    )
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--tokens", type=int, default=4096, help="tokens that each sequence follows")
-    parser.add_argument("--long", type=int, default=65536, help="tokens that a sequence follows where it runs alone")
+    parser.add_argument(
+        "--long", type=int, default=65536, help="number of earlier tokens in the cache where a sequence runs alone"
+    )
     parser.add_argument("--ways", nargs="+", default=["alone", "batched", "graphs"])
     parser.add_argument("--reproducible", type=int, nargs="+", default=[0, 1])
     parser.add_argument(
         "--few",
         type=int,
         default=1,
-        help="1: tiles for few rows and kernels for routing; 0: tiles for many rows and torch's routing",
+        help="1: use tiles for few rows, and our kernels for routing; 0: use tiles for many rows, and torch's routing",
     )
-    parser.add_argument("--quick", action="store_true", help="measure few products and tiles only")
+    parser.add_argument("--quick", action="store_true", help="measure only a few matrix products and tile sizes")
     parser.add_argument("--toy", action="store_true", help="use a small model, to see whether the benchmark runs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

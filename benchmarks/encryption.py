@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument(
         "--block-bytes", type=int, default=449_792, help="bytes of a block (default: V4-Flash's, 449792)"
     )
-    parser.add_argument("--dir", help="where the stores go (default: the temporary directory)")
+    parser.add_argument("--dir", help="directory for the stores (default: the temporary directory)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     figures = measure(args)

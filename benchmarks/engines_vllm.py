@@ -246,7 +246,7 @@ def flash() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=840, help="tokens of the prompt, from 520 to 840")
+    parser.add_argument("--tokens", type=int, default=840, help="number of tokens of the prompt, from 520 to 840")
     parser.add_argument("--tiers", default="antefix,files,files-256,lmcache")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()

@@ -270,15 +270,28 @@ def small_disk(size: str, directory: Path) -> Iterator[None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="how often each fault comes")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the prompts, and of the order and place of faults")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only faults whose name contains this")
-    parser.add_argument("--clients", type=int, default=2)
-    parser.add_argument("--pause-s", type=float, default=0.5, help="the longest that a client waits between requests")
-    parser.add_argument("--undisturbed", type=int, default=10, help="requests before the first fault, to compare with")
-    parser.add_argument("--max-tokens", type=int, default=12)
-    parser.add_argument("--small-disk", default="", metavar="SIZE", help="put all on a tmpfs of this size (as root)")
     parser.add_argument(
-        "--faketime", action="store_true", help="also set the roles' clocks forward and back (libfaketime)"
+        "--seed", type=int, default=1, help="seed of the prompts, and of the order and place of the injected faults"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="inject only faults whose name contains this text")
+    parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument(
+        "--pause-s", type=float, default=0.5, help="longest time that a client waits between two requests"
+    )
+    parser.add_argument(
+        "--undisturbed",
+        type=int,
+        default=10,
+        help="number of requests before the first fault, as the baseline of the comparison",
+    )
+    parser.add_argument("--max-tokens", type=int, default=12)
+    parser.add_argument(
+        "--small-disk", default="", metavar="SIZE", help="keep all files on a tmpfs of this size (needs root)"
+    )
+    parser.add_argument(
+        "--faketime",
+        action="store_true",
+        help="also move the clocks of the services forward and back (with libfaketime)",
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

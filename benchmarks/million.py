@@ -154,7 +154,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument(
-        "--shorter", type=int, nargs="*", default=[62_500, 250_000], help="lengths that are prefilled cold before it"
+        "--shorter",
+        type=int,
+        nargs="*",
+        default=[62_500, 250_000],
+        help="lengths of the shorter prompts that are prefilled cold before the long prompt",
     )
     parser.add_argument("--hits", type=int, nargs="*", default=[1_000_000, 999_872, 500_000])
     parser.add_argument("--strategy", default="auto")

@@ -353,7 +353,7 @@ def main() -> int:
         "--p99-factor",
         type=float,
         default=5.0,
-        help="factor within which a p99 counts as bounded, over the unloaded median",
+        help="a p99 counts as bounded up to this factor times the median of the unloaded run",
     )
     parser.add_argument("--idle", type=int, default=10_000)
     parser.add_argument("--streams", type=int, default=64)

@@ -36,7 +36,11 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--decisions", type=int, default=1000)
     parser.add_argument("--policy", choices=sorted(ALL_POLICIES), default="least_work")
-    parser.add_argument("--guess", action="store_true", help="workers do not tell what they hold: the router notes it")
+    parser.add_argument(
+        "--guess",
+        action="store_true",
+        help="workers do not report which blocks they hold; the router guesses from the requests that it sent",
+    )
     parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     figures = measure(args)

@@ -162,7 +162,7 @@ def main() -> int:
     parser.add_argument("--policy", nargs="*", help="default: all")
     parser.add_argument("--trace", nargs="*", choices=("chat", "agents"), default=["chat", "agents"])
     parser.add_argument("--store", nargs="*", choices=("yes", "no"), default=["yes", "no"])
-    parser.add_argument("--parts", type=Path, nargs="*", help="run nothing; put these results of earlier runs together")
+    parser.add_argument("--parts", type=Path, nargs="*", help="start no run; combine these results of earlier runs")
     parser.add_argument("--json", type=Path, help="also write the record here")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()

@@ -133,9 +133,11 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["check", "times"], choices=("check", "times"))
-    parser.add_argument("--layers", default="WCHC", help="W window-only, C CSA, H HCA")
+    parser.add_argument(
+        "--layers", default="WCHC", help="the model's layers, one letter each: W window-only, C CSA, H HCA"
+    )
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--toy", action="store_true", help="a small model: does it run at all?")
+    parser.add_argument("--toy", action="store_true", help="use a small model, to see whether the benchmark runs")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

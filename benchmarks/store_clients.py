@@ -249,10 +249,10 @@ def main() -> None:
         "--seconds",
         type=float,
         default=1.0,
-        help="seconds of each of the 11 measurements of a round, most of them in two halves",
+        help="seconds for each of the 11 measurements of a round; most measurements run in two halves",
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="where to write about 6 GB; a temporary directory by default")
+    parser.add_argument("--dir", type=Path, help="directory to write about 6 GB to (default: a temporary directory)")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)

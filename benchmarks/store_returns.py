@@ -55,10 +55,14 @@ class Settings(StoresConfig):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--away", type=float, default=20.0, help="seconds that the store is away (default: 20)")
+    parser.add_argument(
+        "--away", type=float, default=20.0, help="number of seconds for which the store is stopped (default: 20)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--readers", type=int, default=8, help="requests at once (default: 8)")
-    parser.add_argument("--prompts", type=int, default=64, help="prompts of 32 blocks in each store (default: 64)")
+    parser.add_argument(
+        "--prompts", type=int, default=64, help="number of prompts in each store, of 32 blocks each (default: 64)"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:

@@ -127,7 +127,12 @@ async def measure(num_requests: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=12, help="requests of the modest tenant per stretch")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=12,
+        help="number of requests that the modest tenant sends in each part of the run",
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with mock.patch.object(decode_scheduler, "time", SimpleNamespace(perf_counter=time.process_time)):

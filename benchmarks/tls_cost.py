@@ -303,7 +303,7 @@ def compared(sides: dict[str, Side]) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each measurement at the door")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds for each measurement at the HTTP API")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()

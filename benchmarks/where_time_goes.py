@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cost", action="store_true", help="measure only what a span takes")
+    parser.add_argument("--cost", action="store_true", help="measure only how long one trace span takes")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     console = Console(stderr=True)

@@ -30,9 +30,13 @@ DIST = ROOT / "dist"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--allow-unreleased", action="store_true", help="a rehearsal: changes, date, tag may be open")
-    parser.add_argument("--tag", action="store_true", help="put the date, commit it and tag it; build nothing")
-    parser.add_argument("--sign", action="store_true", help="with --tag: sign the tag with your key")
+    parser.add_argument(
+        "--allow-unreleased",
+        action="store_true",
+        help="rehearse a release; uncommitted changes, a missing date or a missing tag are allowed",
+    )
+    parser.add_argument("--tag", action="store_true", help="write the release date, commit and tag it; build nothing")
+    parser.add_argument("--sign", action="store_true", help="sign the new tag with your key (only with --tag)")
     args = parser.parse_args()
     version = str(runpy.run_path(str(ROOT / "antefix" / "version.py"))["__version__"])
     try:

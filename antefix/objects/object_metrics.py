@@ -13,16 +13,23 @@ from antefix.telemetry.shown import Shown, Table, families, gauge
 
 # `object_reads.ObjectReadCounters`.
 READS: Final[Table] = {
-    "num_blocks": Shown(name="antefix_object_read_blocks", help="Blocks that came from the object tier."),
-    "num_ranges": Shown(name="antefix_object_ranges", help="Reads of a range of bytes of an object."),
+    "num_blocks": Shown(name="antefix_object_read_blocks", help="Blocks that were read from the object store."),
+    "num_ranges": Shown(name="antefix_object_ranges", help="Read calls that asked an object for a range of its bytes."),
     "bytes_read": Shown(
-        name="antefix_object_read_bytes", help="Bytes that range reads returned, gaps and headers included."
+        name="antefix_object_read_bytes",
+        help="Bytes that range reads of objects returned, including gaps between records and headers of records.",
     ),
-    "num_gone": Shown(name="antefix_object_gone_segments", help="Objects that were deleted while they were read."),
+    "num_gone": Shown(
+        name="antefix_object_gone_segments", help="Objects that were deleted while a read of them was running."
+    ),
     "num_read_again": Shown(
-        name="antefix_object_read_again_records", help="Records that failed a check and were read a second time."
+        name="antefix_object_read_again_records",
+        help="Records that failed a check after the first read and were read a second time.",
     ),
-    "num_bad": Shown(name="antefix_object_bad_records", help="Records that failed a check twice; each became a miss."),
+    "num_bad": Shown(
+        name="antefix_object_bad_records",
+        help="Records that failed a check after both reads; each became a cache miss.",
+    ),
 }
 
 

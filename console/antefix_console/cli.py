@@ -179,7 +179,9 @@ def _add_roles(parser: argparse.ArgumentParser, args: list[str]) -> None:
     roles = parser.add_subparsers(dest="role", required=True, metavar="|".join(ROLES))
     for role, about in ROLES.items():
         sub = roles.add_parser(role, help=f"run a {role} service", epilog=_example(about.example))
-        sub.add_argument("--watch-stdin", action="store_true", help="stop when stdin closes (set by `antefix up`)")
+        sub.add_argument(
+            "--watch-stdin", action="store_true", help="stop when standard input closes (set by `antefix up`)"
+        )
         if role in args:
             add_flags(sub, about.load()[0])
             add_file_flags(sub)

@@ -47,44 +47,58 @@ PREFILLING: Final[Table] = {
     "num_refused": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "refused"),)),
     "num_straight": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "straight"),)),
     "num_hedged": Shown(
-        name="antefix_router_hedged_prefills", help="Prompts given to a second worker because the first one was late."
+        name="antefix_router_hedged_prefills",
+        help="Prompts sent to a second prefill worker because the first worker was late.",
     ),
     "num_hedges_won": Shown(
-        name="antefix_router_won_hedges", help="Prompts given to a second worker that finished there first."
+        name="antefix_router_won_hedges",
+        help="Prompts sent to a second prefill worker that finished before the first worker.",
     ),
     "num_left": Shown(
         name="antefix_router_left_prefills",
-        help="Prompts that no prefill worker finished; a decode worker computed them.",
+        help="Prompts that no prefill worker finished, so that a decode worker computed them.",
     ),
     "overhead_s": Shown(
         name="antefix_router_prefill_overhead_seconds",
-        help="Measured overhead of a call to an idle prefill worker.",
+        help="Measured fixed time of a call to an idle prefill worker.",
         kind=Kind.GAUGE,
     ),
 }
 _RETRIES, _RETRIES_HELP = "antefix_router_retries", "Requests that came again under the same id."
 # `AnswerCounters`, which RouterStatus has too.
 ANSWERS: Final[Table] = {
-    "running": Shown(name="antefix_answers_running", help="Running answers that retries may join.", kind=Kind.GAUGE),
+    "running": Shown(
+        name="antefix_answers_running",
+        help="Answers in progress that a retry of the same request may join.",
+        kind=Kind.GAUGE,
+    ),
     "unattended": Shown(
-        name="antefix_answers_unattended", help="Running answers that have no client.", kind=Kind.GAUGE
+        name="antefix_answers_unattended", help="Answers in progress whose client has gone.", kind=Kind.GAUGE
     ),
     "unattended_max": Shown(
-        name="antefix_answers_unattended_limit", help="Most running answers that may have no client.", kind=Kind.GAUGE
+        name="antefix_answers_unattended_limit",
+        help="Largest number of answers that may continue after their client has gone.",
+        kind=Kind.GAUGE,
     ),
-    "kept": Shown(name="antefix_answers_kept", help="Finished answers kept for a retry.", kind=Kind.GAUGE),
+    "kept": Shown(
+        name="antefix_answers_kept", help="Finished answers that are kept for a retry of the request.", kind=Kind.GAUGE
+    ),
     "kept_bytes": Shown(name="antefix_answers_kept_bytes", help="Bytes that kept answers take.", kind=Kind.GAUGE),
     "kept_bytes_max": Shown(
-        name="antefix_answers_kept_limit_bytes", help="Bytes that kept answers may take.", kind=Kind.GAUGE
+        name="antefix_answers_kept_limit_bytes",
+        help="Most bytes that answers kept for retries may use.",
+        kind=Kind.GAUGE,
     ),
-    "dropped": Shown(name="antefix_answers_dropped", help="Kept answers that were dropped to make room."),
+    "dropped": Shown(
+        name="antefix_answers_dropped", help="Answers kept for retries that were dropped to make room for others."
+    ),
     "joined": Shown(name=_RETRIES, help=_RETRIES_HELP, labels=(("way", "joined"),)),
     "given_again": Shown(name=_RETRIES, help=_RETRIES_HELP, labels=(("way", "given_again"),)),
 }
 # `usage_commit.CommitCounters`.
 COMMITS: Final[Table] = {
-    "batches": Shown(name="antefix_ledger_batches", help="Writes to the ledger, with one sync each."),
-    "entries": Shown(name="antefix_ledger_entries", help="Ledger entries written, two per request."),
+    "batches": Shown(name="antefix_ledger_batches", help="Writes to the ledger file, with one sync to disk per write."),
+    "entries": Shown(name="antefix_ledger_entries", help="Entries written to the ledger, two per request."),
 }
 _SHARED, _SHARED_HELP = (
     "antefix_shared_bill_requests",
@@ -102,7 +116,9 @@ SHARED: Final[Table] = {
 # `antefix.events.follower.FollowCounters`: of workers' memory, and of the store's events where they are followed.
 FOLLOW: Final[Table] = {
     "num_events": Shown(name="antefix_router_events", help="Events that were processed.", key="source"),
-    "num_gaps": Shown(name="antefix_router_event_gaps", help="Gaps in the sequence numbers of events.", key="source"),
+    "num_gaps": Shown(
+        name="antefix_router_event_gaps", help="Gaps in the sequence numbers of received events.", key="source"
+    ),
     "num_snapshots": Shown(name="antefix_router_snapshots", help="Snapshots that were processed.", key="source"),
 }
 

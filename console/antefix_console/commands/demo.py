@@ -74,9 +74,15 @@ class DemoStep:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_arguments(parser)
-    parser.add_argument("--document", type=Path, help="ask about this file (default: the project's own documents)")
-    parser.add_argument("--max-tokens", type=int, default=48, metavar="N", help="tokens of each answer (default: 48)")
-    parser.add_argument("--data-dir", type=Path, help="keep store and logs here (default: a scratch directory)")
+    parser.add_argument(
+        "--document", type=Path, help="document to ask questions about (default: the project's own documentation)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=48, metavar="N", help="number of tokens of each answer (default: 48)"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, help="directory for the store and the logs (default: a temporary directory)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 

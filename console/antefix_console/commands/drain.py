@@ -24,15 +24,15 @@ _ROUNDS_MAX = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="STORE", help="store to empty: host:port, or its directory on this host")
+    parser.add_argument("source", metavar="STORE", help="store to empty, as host:port or as its directory on this host")
     parser.add_argument(
-        "--to", nargs="+", required=True, metavar="STORE", help="host:port of the stores that take the records"
+        "--to", nargs="+", required=True, metavar="STORE", help="host:port of the stores that receive the records"
     )
     parser.add_argument(
         "--bytes-max",
         default="",
         metavar="SIZE",
-        help="most bytes to move, pinned and last used records first (default: all)",
+        help="most bytes to move; pinned and recently used records are moved first (default: no limit)",
     )
     add_copy_arguments(parser)
 

@@ -60,22 +60,26 @@ _SETTINGS = (*NAMING, "window_pool", "redis_password_file", "redis_ca_file")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the prompt; - reads stdin")
-    prompt.add_argument("--tokens-file", type=Path, metavar="FILE", help="JSON list of token ids; - reads stdin")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the prompt (-: standard input)")
+    prompt.add_argument(
+        "--tokens-file", type=Path, metavar="FILE", help="file with a JSON list of token ids (-: standard input)"
+    )
     explain_requests.add_arguments(parser, prompt)
     explain_fleet.add_arguments(parser, prompt)
     parser.add_argument(
-        "--data-dir", type=Path, help="data directory of `antefix up`, with store, secret and the store's log"
+        "--data-dir",
+        type=Path,
+        help="data directory of `antefix up`, which has the store, the secret and the store's log",
     )
     parser.add_argument(
         "--store-dir",
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="the stores' directories, if not in --data-dir",
+        help="directories of the stores, if they are not in --data-dir",
     )
     parser.add_argument(
-        "--object-store", default="", metavar="URL", help="the object store behind the stores, if there is one"
+        "--object-store", default="", metavar="URL", help="URL of the object store behind the stores, if there is one"
     )
     parser.add_argument("--secret-file", type=Path, help="file with the deployment's secret, if not in --data-dir")
     parser.add_argument(
@@ -83,33 +87,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="directories of the stores' logs, which tell evicted blocks from blocks never seen",
+        help="directories of the stores' logs; the logs tell evicted blocks from blocks that were never stored",
     )
     parser.add_argument("--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped one)")
     add_flags(parser.add_argument_group("as the workers have them"), WorkerSettings, _SETTINGS)
     parser.add_argument(
         "--arithmetic",
         metavar="NAME",
-        help="arithmetic of the workers, by the name that `antefix doctor` prints (default: what the last `antefix"
-        " up` found)",
+        help="arithmetic of the workers, as named by `antefix doctor` (default: as found by the last `antefix up`)",
     )
     parser.add_argument(
-        "--tenant", default="", help="tenant whose prompt it is (default: no tenant, as without API keys)"
+        "--tenant", default="", help="tenant that the prompt belongs to (default: no tenant, as without API keys)"
     )
-    parser.add_argument("--user", default="", help="the tenant's end user, if requests name one")
+    parser.add_argument("--user", default="", help="the tenant's end user, if the requests name one")
+    _add_other_places(parser)
+    parser.add_argument(
+        "--store-address", metavar="HOST:PORT", help="address of the store service, needed with --window-pool memory"
+    )
+    parser.add_argument("--check", action="store_true", help="read all stored blocks and verify their checksums")
+    parser.add_argument(
+        "--worker", metavar="HOST:PORT", help="use the prefill speed that this running prefill worker reports"
+    )
+    parser.add_argument(
+        "--prefill-rate",
+        type=float,
+        metavar="N",
+        help="prefill speed for predictions in tokens per second, if --worker is not given",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object that has every block")
+
+
+def _add_other_places(parser: argparse.ArgumentParser) -> None:
+    """Flags that name where else to look for the prompt's blocks."""
     parser.add_argument(
         "--also-namespace",
         action="append",
         default=[],
         metavar="NAME",
-        help="also look in this namespace; may be repeated",
+        help="also search this namespace; may be repeated",
     )
     parser.add_argument(
         "--also-tenant",
         action="append",
         default=[],
         metavar="NAME",
-        help="also look for this tenant's blocks; may be repeated",
+        help="also search the blocks of this tenant; may be repeated",
     )
     parser.add_argument(
         "--also-model",
@@ -117,20 +139,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="DIR",
-        help="also look for this model's blocks; may be repeated",
+        help="also search the blocks of this model; may be repeated",
     )
-    parser.add_argument(
-        "--store-address", metavar="HOST:PORT", help="address of the kvstore service, for --window-pool memory"
-    )
-    parser.add_argument("--check", action="store_true", help="read all stored blocks and verify their checksums")
-    parser.add_argument("--worker", metavar="HOST:PORT", help="take the prefill speed from this running prefill worker")
-    parser.add_argument(
-        "--prefill-rate",
-        type=float,
-        metavar="N",
-        help="prefill tokens per second to predict with, if no worker is asked",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with every block")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,15 +18,17 @@ _ROLES = ("kvstore", "prefill", "decode", "router")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("address", metavar="ADDRESS", help="host:port or unix:PATH of a role")
+    parser.add_argument("address", metavar="ADDRESS", help="address of the service, as host:port or unix:PATH")
     parser.add_argument(
-        "--role", choices=_ROLES, help="role that must answer there; with TLS its certificate is checked for it"
+        "--role",
+        choices=_ROLES,
+        help="role that the service at this address must have; with TLS, its certificate is checked for the role",
     )
     parser.add_argument(
         "--service",
         default="",
         metavar="NAME",
-        help='service to ask for, such as antefix.v1.RouterService (default: "", alive)',
+        help='gRPC service to ask about, such as antefix.v1.RouterService (default: "", alive)',
     )
     parser.add_argument(
         "--timeout-s", type=float, default=5.0, metavar="S", help="time limit of the whole call in seconds (default 5)"

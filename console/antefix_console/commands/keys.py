@@ -44,15 +44,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     create.add_argument(
         "--scopes",
         default=",".join(sorted(USUAL_SCOPES)),
-        help=f"what the key may do, of {', '.join(Scope)}, separated by commas (default: %(default)s)",
+        help=f"scopes of the key, out of {', '.join(Scope)}, separated by commas (default: %(default)s)",
     )
-    create.add_argument("--note", default="", help="label that lists show for the key")
+    create.add_argument("--note", default="", help="label that is shown with the key in lists")
     _add_making(create)
 
     follow = _command(commands, "rotate", "make a key that replaces another one", "3f9c01ab --overlap 24h")
     follow.add_argument("id", help="id of the key to replace")
     follow.add_argument(
-        "--overlap", default="24h", metavar="TIME", help="how long the old key stays valid (default: 24h)"
+        "--overlap",
+        default="24h",
+        metavar="TIME",
+        help="how long the old key stays valid after the replacement (default: 24h)",
     )
     _add_making(follow)
 
@@ -78,10 +81,12 @@ def _add_making(parser: argparse.ArgumentParser) -> None:
         "--expires",
         default="",
         metavar="WHEN",
-        help="when the key expires: a date or time (UTC), or a time from now such as 90d or 12h",
+        help="when the key expires, as a UTC date or time, or as a time from now such as 90d or 12h",
     )
     parser.add_argument(
-        "--output", type=Path, help="write the key to this file, readable by its owner only, instead of printing it"
+        "--output",
+        type=Path,
+        help="write the key to this file instead of printing it; only the owner may read the file",
     )
     _add_file(parser)
 

@@ -40,12 +40,16 @@ class Place:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `model` with its subcommands; `run` runs them."""
-    parser = subparsers.add_parser("model", help="say what a model directory is, and whether it would run here")
+    parser = subparsers.add_parser(
+        "model", help="describe the model in a directory, and say whether the model would run here"
+    )
     commands = parser.add_subparsers(dest="model_command", required=True)
     example = "antefix model check models/antefix-tiny --json"
     check = commands.add_parser(
         "check",
-        help="check a directory without reading its weights; exit status 1 if it would not run here",
+        help=(
+            "check a model directory without reading its weights; the exit status is 1 if the model would not run here"
+        ),
         description=__doc__,
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -42,10 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--stage",
         action="store_true",
-        help="only read with the new secret for now: give the file to all roles, then rotate again without --stage",
+        help=(
+            "use the new secret only to read at first; give the file to all services, then rotate again without --stage"
+        ),
     )
     drop = _command(commands, "drop", "stop reading with a generation, so that its records become misses", "secret 1")
-    drop.add_argument("generation", type=int, help="number of the generation, as `antefix secret show` prints it")
+    drop.add_argument(
+        "generation", type=int, help="number of the secret's generation, as `antefix secret show` prints it"
+    )
     _command(
         commands,
         "events-key",

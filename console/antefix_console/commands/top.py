@@ -29,16 +29,16 @@ _ANSWER_BYTES_MAX = 64 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="URL of the router's HTTP door (default http://127.0.0.1:8000)"
+        "--url", default="http://127.0.0.1:8000", help="URL of the router's HTTP API (default http://127.0.0.1:8000)"
     )
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="file with an API key that has the scope admin")
     parser.add_argument(
-        "--every-s", type=float, default=2.0, metavar="N", help="seconds between two refreshes (default 2)"
+        "--every-s", type=float, default=2.0, metavar="N", help="seconds between two updates of the screen (default 2)"
     )
     parser.add_argument(
-        "--once", action="store_true", help="print the screen once, and end; the default where there is no terminal"
+        "--once", action="store_true", help="print the screen once, and exit (the default without a terminal)"
     )
-    parser.add_argument("--json", action="store_true", help="print the figures once as JSON, and end")
+    parser.add_argument("--json", action="store_true", help="print the figures once as JSON, and exit")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -54,7 +54,7 @@ class _Command(NamedTuple):
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `usage` with its subcommands; `run` runs them."""
-    add_arguments(subparsers.add_parser("usage", help="export, verify and report what was used and billed"))
+    add_arguments(subparsers.add_parser("usage", help="export, verify and report recorded usage and charges"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,17 +79,19 @@ def run(args: argparse.Namespace) -> int:
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument(
-        "--json", action="store_true", help="print on standard error, as JSON, how many records were written"
+        "--json", action="store_true", help="print the number of written records as JSON on standard error"
     )
     parser.add_argument("--format", choices=[kind.value for kind in ExportFormat], default="cloudevents")
-    parser.add_argument("--output", type=Path, help="file to write (default: standard output; parquet needs a file)")
+    parser.add_argument("--output", type=Path, help="file to write to (default: standard output; parquet needs a file)")
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     by_default = ",".join(report.GROUPS_BY_DEFAULT)
     parser.add_argument(
-        "--by", default=by_default, help=f"what to group by, comma-separated, of {', '.join(report.GROUPS)}"
+        "--by",
+        default=by_default,
+        help=f"what to group the report by, comma-separated, out of {', '.join(report.GROUPS)}",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
@@ -97,15 +99,15 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         metavar="FILE",
-        help="rate cards, to add the column missed: what misses cost",
+        help="price files; with them, the report shows what the misses cost",
     )
     parser.add_argument(
         "--savings",
         action="store_true",
-        help="report instead how much a longer time to live and a larger store would have saved at most",
+        help="report how much a longer time to live or a larger store could have saved at most",
     )
     parser.add_argument(
-        "--plot", type=Path, help="also draw tokens, money and misses by reason over time (SVG, PNG or PDF)"
+        "--plot", type=Path, help="also plot tokens, charges and misses by reason over time (SVG, PNG or PDF)"
     )
 
 

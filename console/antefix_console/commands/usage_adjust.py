@@ -31,17 +31,17 @@ def add_adjust_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--amount",
         required=True,
-        help="amount that the adjustment adds to the bill, such as --amount=-1.25 for a credit",
+        help="amount to add to the bill, such as --amount=-1.25 for a credit",
     )
-    parser.add_argument("--reason", required=True, help="reason of the adjustment, which the customer can read")
-    parser.add_argument("--request-id", help="request that the adjustment is about; without one, give --tenant")
+    parser.add_argument("--reason", required=True, help="reason of the adjustment, which is shown to the customer")
+    parser.add_argument("--request-id", help="request that is adjusted; without a request, give --tenant")
     parser.add_argument(
-        "--tenant", help="tenant whose bill it is; with --request-id only where two tenants have that id"
+        "--tenant", help="tenant whose bill is adjusted; with --request-id, needed only if two tenants used the same id"
     )
     parser.add_argument("--currency", default="", help="three letters (default: the request's)")
     _add_common(parser)
     parser.add_argument(
-        "--id", default="", help="id of the adjustment; giving the same id again changes nothing (default: a new one)"
+        "--id", default="", help="id of the adjustment; using the same id again changes nothing (default: a new id)"
     )
 
 
@@ -52,22 +52,22 @@ def add_rerate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="directory or file of the rate cards that are in force",
+        help="directory or file of the prices that are in force",
     )
     parser.add_argument("--model", help="rerate only this model's records")
     parser.add_argument(
         "--reason",
         default="priced again by another rate card",
-        help="reason of the adjustments, which the customer can read",
+        help="reason of the adjustments, which is shown to the customer",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would change, and change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would change, but change nothing")
     _add_common(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reference", default="", help="reference, such as a ticket's number")
+    parser.add_argument("--reference", default="", help="reference for the adjustment, such as a ticket's number")
     parser.add_argument(
-        "--author", default="", help="who decides the adjustment (default: the user who runs this command)"
+        "--author", default="", help="person who decided the adjustment (default: the user who runs this command)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

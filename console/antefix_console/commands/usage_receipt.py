@@ -16,15 +16,21 @@ from antefix_console.progress_line import ProgressLine
 
 
 def add_receipt_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON, which is the default")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, which is the default")
     parser.add_argument(
-        "--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, to issue a receipt from"
+        "--ledger",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="directories of the ledgers that have the request (to issue a receipt)",
     )
-    parser.add_argument("--request-id", help="id of the request, to issue its receipt")
-    parser.add_argument("--key-file", type=Path, help="the deployment's receipt key, to issue a receipt")
-    parser.add_argument("--check", type=Path, help="receipt file to check, instead of issuing one")
-    parser.add_argument("--public-key", help="the published key in hex, to check a receipt")
-    parser.add_argument("--ratecards", type=Path, nargs="*", help="rate cards to recompute the price with")
+    parser.add_argument("--request-id", help="id of the request that a receipt is issued for")
+    parser.add_argument("--key-file", type=Path, help="file with the deployment's receipt key, which signs a receipt")
+    parser.add_argument("--check", type=Path, help="receipt file to check (instead of issuing a receipt)")
+    parser.add_argument("--public-key", help="published key in hex that a receipt is checked with")
+    parser.add_argument(
+        "--ratecards", type=Path, nargs="*", help="price files with which the price in a receipt is calculated again"
+    )
 
 
 def run_receipt(args: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ def add_ledgers(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="DIR",
-        help="ledger directories, one for each router, or a directory that holds them",
+        help="ledger directories, one per router, or a directory that contains ledgers",
     )
 
 
@@ -30,10 +30,10 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """Add `--ledger`, and the flags that select records."""
     add_ledgers(parser)
     parser.add_argument(
-        "--after", type=int, default=0, metavar="CURSOR", help="only entries after this sequence number"
+        "--after", type=int, default=0, metavar="CURSOR", help="export only entries after this sequence number"
     )
-    parser.add_argument("--since", help="only requests that started at or after this date or time (UTC)")
-    parser.add_argument("--until", help="only requests that started before this date or time (UTC)")
+    parser.add_argument("--since", help="select only requests that started at or after this UTC date or time")
+    parser.add_argument("--until", help="select only requests that started before this UTC date or time")
     parser.add_argument("--tenant", help="only this tenant's")
 
 

@@ -18,14 +18,21 @@ from antefix.window import parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--router", metavar="HOST:PORT", help="ask all workers that the router at this address knows")
+    parser.add_argument("--router", metavar="HOST:PORT", help="ask all workers that the router at this address has")
     parser.add_argument(
-        "--worker", metavar="HOST:PORT", action="append", default=[], help="ask this worker; may be repeated"
+        "--worker",
+        metavar="HOST:PORT",
+        action="append",
+        default=[],
+        help="ask the worker at this address; may be repeated",
     )
     parser.add_argument(
-        "--strategy", help="strategy to use from the next request on: full, periodic(TOKENS), boundary, auto or zero"
+        "--strategy",
+        help=(
+            "window strategy that workers use from the next request on: full, periodic(TOKENS), boundary, auto or zero"
+        ),
     )
-    parser.add_argument("--plans", type=int, default=0, metavar="N", help="show the newest N restores of each worker")
+    parser.add_argument("--plans", type=int, default=0, metavar="N", help="show the latest N restores of each worker")
     parser.add_argument(
         "--data-dir",
         type=Path,
