@@ -260,9 +260,11 @@ class Chain:
     ) -> None:
         """Raises:  InvalidRequest: no fingerprint or no key is given, or `kind` does not hash tokens."""
         if len(fingerprint_digest) != HASH_BYTES or not key:
-            raise InvalidRequest("a chain needs a 32-byte fingerprint and a tenant key")
+            raise InvalidRequest("a chain of block hashes needs a 32-byte fingerprint and a tenant key")
         if kind is HashKind.ENGINE_KEY:
-            raise InvalidRequest("blocks of this kind are named by their engine's own keys, not by hashes of tokens")
+            raise InvalidRequest(
+                "blocks of this kind are named by keys from their inference engine, not by hashes of tokens"
+            )
         self.block_size = block_size
         self.root = root_of(fingerprint_digest, key)
         self.hashes: list[bytes] = []
@@ -331,7 +333,7 @@ def as_tokens(tokens: Tokens) -> npt.NDArray[np.uint32]:
     if wide.size == 0:
         return np.empty(0, _TOKEN_DTYPE)
     if wide.ndim != 1 or wide.dtype.kind not in "iu":
-        raise InvalidRequest("tokens must be one flat list of integers")
+        raise InvalidRequest("the token ids must be one flat list of integers")
     if int(wide.min()) < 0 or int(wide.max()) > 0xFFFFFFFF:
         raise InvalidRequest(f"token ids must be in [0, 2^32), found {int(wide.min())} to {int(wide.max())}")
     return wide.astype(_TOKEN_DTYPE)

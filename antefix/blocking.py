@@ -57,7 +57,7 @@ class LoopThread:
         """
         if not self.is_open:
             work.close()
-            raise InvalidRequest("this client is closed; open another one")
+            raise InvalidRequest("this client is closed and cannot make calls any more: open another client")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()

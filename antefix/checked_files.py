@@ -53,7 +53,7 @@ def parse_toml(text: str, where: str) -> dict[str, Any]:
     try:
         for number, line in enumerate(text.splitlines(), 1):
             if any(part.count(".") > _NAME_PARTS_MAX for part in _SPLIT_NAMES.split(_without_strings(line))):
-                raise ConfigError(f"line {number} has a name of more than {_NAME_PARTS_MAX} parts")
+                raise ConfigError(f"line {number} has a name with more than {_NAME_PARTS_MAX} parts separated by dots")
         return tomllib.loads(text)
     except (ConfigError, ValueError, RecursionError) as err:
         raise ConfigError(f"{where}: {_reason(err)}") from err
@@ -78,7 +78,7 @@ def parse_json(
     try:
         return json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=float if infinity else _finite)
     except (ValueError, RecursionError) as err:
-        raise error(f"{what}: it is not JSON: {_reason(err)}") from err
+        raise error(f"{what} is not JSON: {_reason(err)}") from err
 
 
 def read_text(
@@ -91,7 +91,7 @@ def read_text(
     try:
         data = read_bytes(path, bytes_max)
         if len(data) > bytes_max:
-            raise error(f"{what} {path}: it has more than {bytes_max} bytes")
+            raise error(f"{what} {path} has more than {bytes_max} bytes")
         # Editors on Windows write a byte order mark first.
         return data.decode("utf-8-sig")
     except (OSError, ValueError) as err:  # ValueError: not UTF-8, or a path with a NUL in it
@@ -133,7 +133,7 @@ def _pieces(descriptor: int, nbytes: int) -> Iterator[bytes]:
 
 def _integer(digits: str) -> int:
     if len(digits) > _DIGITS_MAX:
-        raise ValueError(f"a number of more than {_DIGITS_MAX} digits")
+        raise ValueError(f"a number has more than {_DIGITS_MAX} digits")
     return int(digits)
 
 

@@ -235,7 +235,7 @@ def _parse_int(value: Any, *, is_bytes: bool) -> int:
     _check_digits(value)
     number = parse_byte_size(value) if is_bytes else int(value)
     if (number != value and isinstance(value, float)) or abs(number) > INTEGER_MAX:
-        raise ValueError(f"expected a whole number up to {INTEGER_MAX}")
+        raise ValueError(f"expected a whole number that is at most {INTEGER_MAX}")
     return number
 
 
@@ -260,7 +260,7 @@ def _parse_text(value: Any) -> str:
         raise ValueError("expected a string")
     text = str(value)
     if "\0" in text or len(text) > CHARACTERS_MAX:
-        raise ValueError(f"expected at most {CHARACTERS_MAX} characters, none of them NUL")
+        raise ValueError(f"expected a text of at most {CHARACTERS_MAX} characters without a NUL character")
     return text
 
 

@@ -246,7 +246,10 @@ def key_record(geometry: KVGeometry, kv_format: KVFormat) -> RecordLayout:
         width = kv_format.float_bytes
         return RecordLayout(fields=(Field(name="values", offset=0, nbytes=geometry.indexer_dim * width, width=width),))
     if geometry.indexer_dim & (geometry.indexer_dim - 1) or geometry.indexer_dim < 2:
-        raise InvalidRequest(f"fp8 keys need a power-of-two indexer_dim (Hadamard), is {geometry.indexer_dim}")
+        raise InvalidRequest(
+            "fp8 keys of the indexer need an indexer_dim that is a power of two (for the Hadamard transform), is "
+            f"{geometry.indexer_dim}"
+        )
     codes = geometry.indexer_dim // 2
     scales = -(-geometry.indexer_dim // FP4_GROUP)
     return RecordLayout(
@@ -400,8 +403,8 @@ def per_layer(field: str, given: object, num_layers: int, known: Collection[obje
     unknown = sorted({repr(name) for name in names if not isinstance(name, Hashable) or name not in known})
     if unknown or len(names) < num_layers:
         raise InvalidRequest(
-            f"{field} must have {num_layers} values out of {', '.join(map(str, known))}, is {given!r:.200}; unknown:"
-            f" {unknown}"
+            f"{field} must have {num_layers} values out of {', '.join(map(str, known))}, is {given!r:.200}; "
+            f"unknown values: {unknown}"
         )
     return list(names[:num_layers])
 

@@ -117,7 +117,9 @@ class V41Geometry:
                 )
         odd = [layer for layer in self.index_sources if not self.ratios[layer]]
         if odd:
-            raise InvalidRequest(f"layer {odd[0]} has compress ratio 0 and cannot be a source")
+            raise InvalidRequest(
+                f"layer {odd[0]} has compress ratio 0 and cannot be a source of index results for other layers"
+            )
         if self.block_size % math.lcm(*(self.ratios[layer] for layer in self.kv_sources), 1):
             raise InvalidRequest(
                 f"a block of {self.block_size} tokens must be a multiple of all compress ratios, {self.ratios}"

@@ -42,7 +42,7 @@ class LinearLaw:
     def __init__(self, prior: Sequence[float], scales: Sequence[float], memory: float = MEMORY) -> None:
         if len(prior) != len(scales) or min(scales) <= 0 or min(prior) < 0 or not 0 < memory <= 1:
             raise InternalError(
-                "a law needs as many positive scales as non-negative coefficients, and memory in (0, 1]"
+                "a linear law needs one positive scale per coefficient, no negative coefficient, and memory in (0, 1]"
             )
         self.num_observations = 0
         self._memory = memory

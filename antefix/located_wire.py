@@ -49,5 +49,7 @@ def speeds_from_wire(speeds: Iterable[worker_pb2.TierSpeed]) -> dict[str, ReadSp
 def _held(hint: worker_pb2.StoreHint) -> Held:
     flat, checkpoints = tuple(hint.spans), tuple(hint.checkpoints)
     if len(flat) % 2 or any(a >= b for a, b in (*pairwise(flat), *pairwise(checkpoints))):
-        raise InvalidRequest(f"the hint for store {hint.store!r} has spans that do not follow each other")
+        raise InvalidRequest(
+            f"the hint of which blocks store {hint.store!r} has is damaged: its spans do not follow each other"
+        )
     return Held(spans=tuple(zip(flat[::2], flat[1::2], strict=True)), checkpoints=checkpoints)

@@ -48,6 +48,6 @@ def outward() -> Iterator[None]:
         told = str(err) if isinstance(err, InvalidRequest) else without_places(str(err))
         if told == str(err):
             raise
-        log.warning("answered a caller with %s: %s", type(err).__name__, err)
+        log.warning("a caller got an answer with less detail than this error has: %s: %s", type(err).__name__, err)
         err.args = (told, *err.args[1:])
         raise

@@ -62,5 +62,5 @@ def put_aside(path: Path, is_right: Callable[[int], bool] = stat.S_ISREG) -> boo
             return False
     aside = path.with_name(f"{path.name}.misplaced-{secrets.token_hex(4)}")
     path.rename(aside)
-    log.error("%s is not the kind of file that belongs there, and was renamed to %s", path, aside.name)
+    log.error("%s is not the kind of file that belongs at this path, and was renamed to %s", path, aside.name)
     return True

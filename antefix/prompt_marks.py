@@ -92,9 +92,9 @@ def _read(marks: str) -> dict[int, str]:
         at = places(int(number))
         bytes.fromhex(digits)
     except ValueError as err:
-        raise InvalidRequest(f"{marks[:40]!r} are not marks of a prompt") from err
+        raise InvalidRequest(f"the text {marks[:40]!r} cannot be read as marks of a prompt") from err
     if len(digits) != _HEX_DIGITS * len(at):
-        raise InvalidRequest(f"{marks[:40]!r} are not marks of a prompt")
+        raise InvalidRequest(f"the text {marks[:40]!r} cannot be read as marks of a prompt")
     return {place: digits[_HEX_DIGITS * i : _HEX_DIGITS * (i + 1)] for i, place in enumerate(at)}
 
 

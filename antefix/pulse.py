@@ -155,14 +155,14 @@ class Pulse:
             self.num_returns += 1
             self.returned_s = self._clock()
         if self.is_silent:
-            log.warning("%s answers again after %.1f s", self.name, self._silence_s())
+            log.warning("the service %s answers again after %.1f s of silence", self.name, self._silence_s())
         self._silent_since, self._reachable = None, reachable
 
     def _fall_silent(self, since: float) -> None:
         if not self.is_silent:
             self._silent_since = since
             self.num_silences += 1
-            log.warning("%s does not answer; its calls go to others, or fail", self.name)
+            log.warning("the service %s does not answer; calls for it go to other services, or fail", self.name)
         self._wake(self._silence_s())
 
     def _wake(self, silence_s: float) -> None:

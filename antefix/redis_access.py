@@ -132,7 +132,9 @@ def check_redis_url(url: str, name: str = "Redis") -> None:
         host, _ = parts.hostname or "", parts.port
     except ValueError:
         # The text is not quoted, because it may contain a password.
-        raise ConfigError(f"{name}: this is not a URL; a password belongs in a file: {_PASSWORD}") from None
+        raise ConfigError(
+            f"{name} is not a URL; if the URL has a password, put the password into a file: {_PASSWORD}"
+        ) from None
     if parts.password is not None:
         # The message must not contain the password either.
         raise ConfigError(f"{name}: the URL has a password, which others on this host could see: use {_PASSWORD}")

@@ -56,7 +56,7 @@ def reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         except AntefixError as err:
             return Unreadable(err)
         except (DecodeError, UnicodeDecodeError, ValueError) as err:
-            return Unreadable(InvalidRequest(f"the request is not the message that this call takes: {err}"))
+            return Unreadable(InvalidRequest(f"the request is not the message type that this call takes: {err}"))
 
     return read
 
@@ -97,7 +97,7 @@ def answered(answer: M) -> M:
     if not isinstance(answer, Message):
         # gRPC passes None for an answer that it cannot read.
         raise Unavailable(
-            "the service's answer is not the message that this call returns: another version may run there"
+            "the service's answer is not the message type that this call returns: the service may have another version"
         )
     try:
         _check(answer, of_answer=True)
@@ -178,7 +178,7 @@ def _check_of_value(field: FieldDescriptor, of_answer: bool) -> Check | None:
 def _known(numbers: frozenset[int]) -> Check:
     def check(value: int) -> None:
         if value not in numbers:
-            raise InvalidRequest(f": {value} is not one of its values")
+            raise InvalidRequest(f": {value} is not one of the field's values")
 
     return check
 

@@ -103,7 +103,7 @@ def _given(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     for name in ("rope_scaling", "rope_parameters"):
         given = config.get(name)
         if given and not isinstance(given, Mapping):
-            raise InvalidRequest(f"config field {name} must be an object, is {given!r}")
+            raise InvalidRequest(f"config field {name} must be a JSON object, is {given!r}")
         if given:
             return name, given
     return "rope_parameters", {}

@@ -394,7 +394,7 @@ def _listen_for_tokens(server: grpc.aio.Server, address: str, security: ProcessS
     credentials = security.server_credentials(mutual=False)
     if credentials is None:
         raise errors.ConfigError(
-            "--token-address needs TLS (--credentials); without TLS, callers show their tokens at --address"
+            "--token-address needs TLS (--credentials); without TLS, callers give their tokens at --address"
         )
     host, port = parse_address(address)
     return join_address(host, _listen(server, join_address(host, port), credentials))
@@ -477,7 +477,7 @@ async def run_until_signal(
     await asked.wait()
     if watcher:
         watcher.cancel()
-    log.info("%s: stopping; running calls may take %g s more", role, grace_s)
+    log.info("the %s service is stopping; running calls may take %g s more", role, grace_s)
     if leave is not None:
         await leave()
     draining = [asyncio.ensure_future(server.drain(grace_s + ENDING_S if end else grace_s))]
@@ -498,7 +498,7 @@ async def _drained(
     hurry: asyncio.Future[Any] = asyncio.ensure_future(hurried.wait())
     await asyncio.wait([drained, hurry], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
     if not drained.done():
-        log.warning("the grace period is over; the calls that still run are ended now")
+        log.warning("the grace period is over; all calls that are still running are stopped now")
         if end is not None:
             end()
         elif hurry.done():

@@ -123,9 +123,9 @@ def read_generations(path: str | Path, what: str = "secret file") -> list[tuple[
     try:
         numbered = [(int(words[0]) if len(words) == 2 else 1, bytes.fromhex(words[-1])) for words in lines]
     except ValueError:
-        raise ConfigError(f"{what} {path}: a line is not [GENERATION] HEX") from None
+        raise ConfigError(f"{what} {path}: a line does not have the form [GENERATION] HEX") from None
     if len({number for number, _ in numbered}) < len(numbered):
-        raise ConfigError(f"{what} {path}: each line needs a generation of its own")
+        raise ConfigError(f"{what} {path}: each line needs a different generation number")
     return numbered
 
 

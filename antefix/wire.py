@@ -33,7 +33,7 @@ def tokens_to_wire(tokens: npt.ArrayLike) -> worker_pb2.TokenIds:
 def tokens_from_wire(message: worker_pb2.TokenIds) -> npt.NDArray[np.uint32]:
     """[N] uint32.  Raises:  InvalidRequest: the bytes are not a whole number of tokens."""
     if len(message.ids) % 4:
-        raise InvalidRequest(f"token ids are 4 bytes each; {len(message.ids)} bytes are not a whole number of ids")
+        raise InvalidRequest(f"the token ids have {len(message.ids)} bytes, which is not a whole number of 4-byte ids")
     return np.frombuffer(message.ids, "<u4")
 
 
@@ -62,7 +62,7 @@ def sampling_to_wire(sampling: Sampling) -> worker_pb2.Sampling:
 def sampling_from_wire(message: worker_pb2.Sampling) -> Sampling:
     """Raises:  InvalidRequest: a value is out of its range."""
     if len(message.logit_bias_tokens) != len(message.logit_bias_values):
-        raise InvalidRequest("logit_bias: as many tokens as values are needed")
+        raise InvalidRequest("the logit_bias field needs as many tokens as values")
     return Sampling(
         max_tokens=message.max_tokens,
         temperature=message.temperature,
@@ -101,7 +101,7 @@ def logprobs_from_wire(message: worker_pb2.TokenLogprobs) -> tuple[TokenLogprob,
     num_tokens = len(message.chosen)
     num_top = len(ids) // num_tokens if num_tokens else 0
     if len(ids) != num_tokens * num_top or len(message.top_logprobs) != len(ids):
-        raise InternalError("log probabilities do not fit their tokens")
+        raise InternalError("the answer's log probabilities do not match its tokens")
     pairs = [(int(token), logprob) for token, logprob in zip(ids, message.top_logprobs, strict=True)]
     return tuple(
         TokenLogprob(logprob=logprob, top=tuple(pairs[index * num_top : (index + 1) * num_top]))

@@ -54,7 +54,7 @@ def tag(version: str, *, sign: bool) -> None:
     """Raises:  ValueError: it is tagged already, there are changes, or the changelog has nothing to say."""
     check_committed()
     if output("git", "tag", "--list", f"v{version}"):
-        raise ValueError(f"v{version} is there already: antefix/version.py names the next one")
+        raise ValueError(f"version v{version} exists already: write the next version into antefix/version.py")
     log = ROOT / "CHANGELOG.md"
     text = dated(version, log.read_text(), datetime.now(UTC).date())
     changes = changes_of(version, text)
@@ -74,7 +74,9 @@ def build(version: str, *, is_rehearsal: bool) -> None:
     if not is_rehearsal:
         check_committed()
         if f"v{version}" not in output("git", "tag", "--points-at", "HEAD").splitlines():
-            raise ValueError(f"this commit has no tag v{version}: make release-tag, or git checkout v{version}")
+            raise ValueError(
+                f"this commit does not have the tag v{version}: run make release-tag, or git checkout v{version}"
+            )
     shutil.rmtree(DIST, ignore_errors=True)
     DIST.mkdir()
     # 2. Wheel and sdist, of tracked files alone.
@@ -118,9 +120,9 @@ def changes_of(version: str, changelog: str, *, allow_unreleased: bool = False) 
     if found is None and allow_unreleased:
         found = re.search(r"^## \S+(.*?)$\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
     if found is None:
-        raise ValueError(f"CHANGELOG.md has no part for {version}: is antefix/version.py up to date?")
+        raise ValueError(f"CHANGELOG.md has no section for {version}: is antefix/version.py up to date?")
     if "unreleased" in found[1] and not allow_unreleased:
-        raise ValueError(f"CHANGELOG.md says that {version} is unreleased: make release-tag puts the date there")
+        raise ValueError(f"CHANGELOG.md says that {version} is unreleased: `make release-tag` writes the date there")
     if not found[2].strip():
         raise ValueError(f"CHANGELOG.md says nothing of {version}")
     return found[2].strip() + "\n"

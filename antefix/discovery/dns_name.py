@@ -53,7 +53,7 @@ class DnsName:
             async with asyncio.timeout(_TIMEOUT_S):
                 addresses = await self._resolve(self._host, self._port)
         except (OSError, TimeoutError) as err:
-            raise Unavailable(f"{self._host} has no address now: {err or 'no answer'}") from err
+            raise Unavailable(f"no address is known for the host name {self._host} now: {err or 'no answer'}") from err
         now = self._clock()
         self._seen.update(dict.fromkeys(addresses, now))
         self._seen = {address: at for address, at in self._seen.items() if now - at <= KEPT_S}

@@ -88,5 +88,7 @@ class Following:
         except AntefixError as err:
             self.num_failed += 1
             if not self._is_silent[number]:
-                log.warning("services cannot be looked up, so those already known stay in use: %s", err)
+                log.warning(
+                    "services cannot be looked up now; the services that are already known stay in use: %s", err
+                )
             self._is_silent[number] = True

@@ -70,7 +70,7 @@ class ServiceLease:
                 await self._redis.hdel(_hash_of(self._role), self._name)
         except _failures() as failure:
             log.info(
-                "this service's lease could not be removed from Redis, so it stays there until it expires: %s", failure
+                "this service's lease could not be removed from Redis and stays there until it expires: %s", failure
             )
         await self._redis.aclose()
 

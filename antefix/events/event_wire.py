@@ -90,5 +90,8 @@ def _of_store(event: kvstore_pb2.StoreEvent) -> BlockEvent:
 
 def _whole(event: BlockEvent) -> BlockEvent:
     if not event.is_whole:
-        raise InvalidRequest(f"{len(event.hashes)} bytes are not a whole number of {event.hash_bytes}-byte hashes")
+        raise InvalidRequest(
+            f"the hashes of a message have {len(event.hashes)} bytes, which is not a whole number of "
+            f"{event.hash_bytes}-byte hashes"
+        )
     return event

@@ -101,7 +101,7 @@ class Follower(ABC, Generic[E]):
             return self._lose()
         if not self.learn(batch.events):
             self._is_full = True
-            log.warning("a source of events has more blocks than may be followed; its events are not used")
+            log.warning("a source of cache events has more blocks than may be followed; its events are not used")
             return self._lose()
         if batch.snapshot_ends:
             self.counters.num_snapshots += 1

@@ -139,7 +139,7 @@ def decode_batch(payload: bytes) -> KvBatch:
     except _UNREADABLE as err:
         raise InvalidRequest(f"not a batch of KV events: {err}") from err
     if len(outer.events) > EVENTS_MAX:
-        raise InvalidRequest(f"a batch has {len(outer.events)} events; at most {EVENTS_MAX} are allowed")
+        raise InvalidRequest(f"a batch of KV events has {len(outer.events)} events; at most {EVENTS_MAX} are allowed")
     found = [_event_of(raw) for raw in outer.events]
     events = tuple(event for event in found if event is not None)
     return KvBatch(events=events, ts=outer.ts, rank=outer.rank, num_unread=len(found) - len(events))

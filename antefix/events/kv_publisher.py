@@ -56,7 +56,8 @@ class KvPublisherConfig:
                 check_endpoint(name, endpoint, is_encrypted=bool(self.key_file))
         if self.key_file and not self.clients:
             raise ConfigError(
-                "kv_events_key_file needs kv_events_clients: the public keys of the clients that may read the events"
+                "the setting kv_events_key_file needs kv_events_clients, the public keys of the clients that "
+                "may read the events"
             )
         for client in self.clients:
             check_public_key(client)
@@ -101,7 +102,7 @@ class KvPublisher:
         config = self._config
         if config.key_file:
             key = CurveKey.from_file(config.key_file)
-            log.info("KV events are encrypted; readers need the public key %s", key.public.decode())
+            log.info("KV events are encrypted; a reader needs this public key: %s", key.public.decode())
             self._door = CurveDoor(self._context, key, tuple(check_public_key(each) for each in config.clients))
             self._door.start()
         self._pub = self._listen(zmq.PUB, config.endpoint, "kv_events", _BEHIND_MAX)
@@ -109,7 +110,7 @@ class KvPublisher:
             # An unbounded queue: it never holds more than the messages kept for replay.
             self._replay = self._listen(zmq.ROUTER, config.replay, "kv_events_replay", 0)
             self._tasks.append(asyncio.create_task(self._answer()))
-        log.info("KV events, with token ids, are published on %s", self.endpoint)
+        log.info("KV events, which contain token ids, are published on %s", self.endpoint)
 
     async def close(self) -> None:
         self._send()

@@ -189,7 +189,7 @@ class KvSubscriber:
                 self._begin_life()
                 await self._take_all()
         except _Broken:
-            log.warning("%s did not replay its KV events", self.endpoint)
+            log.warning("the engine at %s did not send its earlier KV events again", self.endpoint)
             self._lose()
         else:
             self._stand()
@@ -246,7 +246,9 @@ class KvSubscriber:
         try:
             batch = decode_batch(payload)
         except InvalidRequest as err:
-            log.warning("KV events of %s, message %d: %s", self.endpoint, number, err)
+            log.warning(
+                "KV events of the engine at %s, message number %d, were not used: %s", self.endpoint, number, err
+            )
             self.counters.num_unread += 1
             # The lost message may have reported removed blocks.
             self._index.forget()

@@ -33,7 +33,9 @@ class CardPool(BlockPool):
         takes_payloads: bool = True,
     ) -> None:
         if layout.kv_format is not KVFormat.FP8:
-            raise InternalError(f"a card pool holds fp8 records only, not {layout.kv_format.value}")
+            raise InternalError(
+                f"a block pool on a card holds records in the fp8 format only, not {layout.kv_format.value}"
+            )
         super().__init__(layout, num_blocks, device, takes_payloads=takes_payloads)
         if takes_payloads and self._host is None:
             self._host = HostRows(self.rows)
@@ -43,7 +45,7 @@ class CardPool(BlockPool):
 
     def decoded(self, part: Part) -> Tensor:
         """Raises InternalError: a card pool keeps no decoded values."""
-        raise InternalError("a card pool keeps no decoded values; read its records")
+        raise InternalError("this pool of blocks keeps no decoded values of KV; read its packed records")
 
     def write(self, part: Part, block_ids: Tensor, row_ids: Tensor, values: Tensor) -> None:
         self.records(part)[block_ids, row_ids] = pack(part.kind, values, self.layout)

@@ -152,7 +152,7 @@ def _streams(model: Model, state: DraftState) -> Tensor:
 
 def _module(model: Model) -> DraftLayer:
     if not model.mtp:
-        raise InternalError("this model was loaded without its draft module")
+        raise InternalError("this model was loaded without the module that drafts tokens")
     return cast(DraftLayer, model.mtp[0])
 
 

@@ -40,8 +40,8 @@ def offloaded_layers(model: Model, num_bytes: int, dtype: torch.dtype) -> tuple[
     count = -(-num_bytes // per_layer)
     if count <= _NUM_PLACES:
         raise ConfigError(
-            f"cpu_offload_bytes must be more than {_NUM_PLACES * per_layer:,}: the card needs as many bytes to hold"
-            " the experts that it fetches"
+            f"cpu_offload_bytes must be more than {_NUM_PLACES * per_layer:,}, because the card needs as many "
+            "bytes for the experts that it fetches"
         )
     if count > num_layers:
         raise ConfigError(f"cpu_offload_bytes is {num_bytes:,}, but all experts take only {num_layers * per_layer:,}")

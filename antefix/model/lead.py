@@ -198,7 +198,9 @@ class Lead:
     def _pool(self, pool: BlockPool) -> int:
         number = self._pools.get(pool)
         if number is None:
-            raise InternalError("a model over several ranks needs pools that its lead knows: make_backend(lead=...)")
+            raise InternalError(
+                "a model over several ranks needs pools that its lead knows: make a pool with make_backend(lead=...)"
+            )
         return number
 
     def _table_end(self, sequence: Sequence) -> TableEnd:

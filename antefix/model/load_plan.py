@@ -118,7 +118,7 @@ def _group(
             if target.name == "lm_head.weight" or (target.is_draft and is_known_draft(name)):
                 skipped.append(tensor)
                 continue
-            raise ModelError(f"unexpected tensor {name}: the config has no place for it")
+            raise ModelError(f"unexpected tensor {name}: a model with this config has no such tensor")
         group = groups.setdefault(target.name, _Group())
         held, key = group.scales if target.is_scale else group.weights, (target.expert, target.part)
         if key in held:
@@ -143,7 +143,7 @@ def _check_whole(name: str, shape: torch.Size, group: _Group) -> None:
     if len(group.weights) > len(parts):
         unknown = group.weights.keys() - set(parts)
         extra = group.weights[min(unknown, key=str)].name
-        raise ModelError(f"unexpected tensor {extra}: the config has {shape[0]} experts")
+        raise ModelError(f"unexpected tensor {extra}: the config has only {shape[0]} experts")
 
 
 def _spelled(name: str, key: tuple[int | None, int]) -> str:
@@ -163,7 +163,7 @@ def _form_of(name: str, shape: torch.Size, group: _Group, config: ModelConfig) -
     forms = {key: _form(name, part, tensor, group.scales.get(key), config) for key, tensor in group.weights.items()}
     for key, scale in group.scales.items():
         if forms.get(key) is None:
-            raise ModelError(f"unexpected tensor {scale.name}: no packed weight belongs to it")
+            raise ModelError(f"unexpected tensor {scale.name}: no packed weight has these scales")
     kinds = Counter(forms.values())
     if len(kinds) > 1:
         usual, other = kinds.most_common()[0][0], kinds.most_common()[-1][0]
@@ -195,7 +195,7 @@ def _form(
     if tensor.dtype in FLOATS or name.endswith("tid2eid"):
         is_table = name.endswith("tid2eid")
         if is_table and tensor.dtype not in ("I64", "I32"):
-            raise ModelError(f"tensor {tensor.name} has type {tensor.dtype}; a table of experts has I64 or I32")
+            raise ModelError(f"tensor {tensor.name} has type {tensor.dtype}; a table of experts has I64 or I32 numbers")
         _check_shape(tensor, shape)
         return None
     is_fp4 = tensor.dtype in ("I8", "U8", "F4")

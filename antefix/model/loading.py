@@ -103,7 +103,7 @@ def plan_model(
     config = ModelConfig.from_dir(directory)
     if drafts and config.draft != "mtp":
         have = "DSpark's draft modules, which are not run here" if config.draft else "no layer that drafts"
-        raise ModelError(f"{directory} cannot draft tokens: its config has {have}")
+        raise ModelError(f"the model in {directory} cannot draft tokens: its config has {have}")
     with torch.device("meta"):
         model = Model(config, kv_format=kv_format, drafts=drafts)
     return model, plan_load(model, read_checkpoint(directory), rounds_inputs=rounds_inputs)
@@ -127,7 +127,9 @@ def save_model(model: Model, path: str | Path, *, config: dict[str, object] | No
     Raises:  ModelError: no config given and none in the directory, or the model's weights are packed.
     """
     if any(name.endswith(".codes") for name in model.state_dict()):
-        raise ModelError("packed weights are not written: the directory that they were loaded from has them")
+        raise ModelError(
+            "packed weights are not written again; use the files in the directory that they were loaded from"
+        )
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     if config is not None:
@@ -171,7 +173,11 @@ class _LogProgress:
         self._said = now
         gib, rate = 1 << 30, num_read / (now - self._started)
         log.info(
-            "loading %s: %.1f of %.1f GiB, %.2f GiB/s", self._directory, num_read / gib, num_bytes / gib, rate / gib
+            "loading the weights of %s: %.1f of %.1f GiB are loaded, at %.2f GiB/s",
+            self._directory,
+            num_read / gib,
+            num_bytes / gib,
+            rate / gib,
         )
 
 

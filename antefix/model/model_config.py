@@ -130,7 +130,9 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
     _require(config, "mlp_bias", False, False)
     _require(config, "is_causal", True, True)
     if config.get("per_layer_config"):
-        raise ModelError("config field per_layer_config cannot be honoured: all layers of a kind are alike here")
+        raise ModelError(
+            "config field per_layer_config cannot be honoured: here, all layers of one kind have the same shape"
+        )
     geometry = KVGeometry.from_config(config)
     ropes = read_ropes(config, geometry.head_dim)
     quantization, quantization_notes = _quantization(config)

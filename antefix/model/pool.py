@@ -194,9 +194,9 @@ class BlockPool:
     def _held(self, block_ids: Iterable[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         ids = np.asarray(list(block_ids), dtype=np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= self.num_blocks or not self._in_use[ids].all()):
-            raise InternalError("a block id is outside the pool or not allocated")
+            raise InternalError("a block id is outside the pool, or its block is not allocated")
         if len(np.unique(ids)) < len(ids):
-            raise InternalError("a block is released twice at once")
+            raise InternalError("the same block is released twice in one call")
         return ids
 
 

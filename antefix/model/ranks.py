@@ -53,13 +53,13 @@ class Ranks:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
-            raise ConfigError(f"rank {self.rank} is not one of {self.size}")
+            raise ConfigError(f"rank {self.rank} is not one of {self.size} ranks")
 
     @classmethod
     def of_group(cls) -> Ranks:
         """The ranks of the initialised process group.  Raises:  ConfigError: none is initialised."""
         if not dist.is_available() or not dist.is_initialized():
-            raise ConfigError("several ranks need torch.distributed to be initialised")
+            raise ConfigError("a model over several ranks needs torch.distributed to be initialised")
         return cls(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD)
 
     def span(self, count: int) -> tuple[int, int]:
@@ -107,7 +107,7 @@ class Ranks:
 
     def _gather(self, x: Tensor) -> list[Tensor]:
         if self.group is None:
-            raise InternalError("the model was loaded for these ranks, but they are not connected")
+            raise InternalError("the model was loaded for several ranks that are not connected")
         pieces = [torch.empty_like(x) for _ in range(self.size)]
         with self.time.of(x):
             dist.all_gather(pieces, x, group=self.group)

@@ -118,7 +118,7 @@ def _read(span: _Span, buffer: Tensor) -> None:
             while num_read < span.nbytes:
                 count = os.preadv(descriptor, [target[num_read:]], span.offset + num_read)
                 if not count:
-                    raise ModelError(f"cannot read {span.file}: it ends at byte {span.offset + num_read}")
+                    raise ModelError(f"cannot read {span.file}: the file ends at byte {span.offset + num_read}")
                 num_read += count
         finally:
             os.close(descriptor)

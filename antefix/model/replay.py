@@ -107,13 +107,18 @@ def _first_row(model: Model, layer: int, stop: int, position: int, num_tokens: i
 def _check(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, stop: int) -> None:
     block_size = model.config.geometry.block_size
     if stop % block_size:
-        raise InternalError(f"a replay must stop at a multiple of {block_size} tokens, not {stop}")
+        raise InternalError(f"a replay of tokens must stop at a multiple of {block_size} tokens, not {stop}")
     if not 0 < num_tokens <= stop - sequence.position:
-        raise InternalError(f"cannot replay {num_tokens} tokens from {sequence.position} to {stop}")
+        raise InternalError(
+            f"cannot replay {num_tokens} tokens: the sequence is at token {sequence.position}, and the replay must "
+            f"stop at {stop}"
+        )
     if pool.layout != model.layout or sequence.window.layout != model.layout:
-        raise InternalError("the pool or the window state was made for another layout than the model's")
+        raise InternalError("the pool or the window state was made for another layout of KV than the model's")
     if len(sequence.block_table) * block_size < stop:
-        raise InternalError(f"{stop} tokens need more blocks than the {len(sequence.block_table)} of the block table")
+        raise InternalError(
+            f"{stop} tokens need more blocks than the {len(sequence.block_table)} in the sequence's block table"
+        )
 
 
 @dataclass(frozen=True, slots=True)

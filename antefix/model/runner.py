@@ -149,7 +149,8 @@ class Ran:
         stop = item.stop - item.start if count is None else count
         if not item.num_kept <= stop <= item.stop - item.start:
             raise InternalError(
-                f"{stop} tokens cannot be kept of {item.stop - item.start}, {item.num_kept} are already"
+                f"{stop} of a sequence's {item.stop - item.start} new tokens cannot be kept, because "
+                f"{item.num_kept} are kept already"
             )
         if self._call is not None:
             self._call.keep(number, stop)
@@ -518,9 +519,9 @@ def _plan(
 ) -> tuple[list[Item], _Integers]:
     """Checked items, and the batch's tokens and positions [2, N], padded with 0."""
     if not batch:
-        raise InternalError("a batch needs at least one sequence")
+        raise InternalError("a batch of the model needs at least one sequence")
     if pool.layout != model.layout:
-        raise InternalError("the pool was made for another layout than the model's")
+        raise InternalError("the block pool was made for another layout of KV than the model's")
     items: list[Item] = []
     pieces: list[Tokens] = []
     start = 0
@@ -532,7 +533,7 @@ def _plan(
         pieces.append(tokens)
         start = stop
     if len({id(item.sequence.window) for item in items}) < len(items):
-        raise InternalError("a sequence may appear only once in a batch")
+        raise InternalError("a sequence may appear only once in one batch")
     both = np.zeros((2, num_rows(model, start)), np.int64)
     both[0, :start] = np.concatenate(pieces)
     both[1, :start] = np.concatenate(
@@ -551,13 +552,13 @@ def num_rows(model: Model, num_tokens: int) -> int:
 def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, largest: int) -> None:
     end = sequence.position + num_tokens
     if not num_tokens:
-        raise InternalError("a chunk needs at least one token")
+        raise InternalError("a chunk of a sequence needs at least one token")
     if largest >= model.config.vocab_size:
         raise InvalidRequest(f"token id {largest} is outside the vocabulary of {model.config.vocab_size}")
     if end > model.config.max_position_embeddings:
         raise InvalidRequest(f"{end} tokens exceed the model's {model.config.max_position_embeddings} positions")
     if sequence.window.layout != model.layout:
-        raise InternalError("a window state was made for another layout than the model's")
+        raise InternalError("a window state was made for another layout of KV than the model's")
     num_blocks = -(-end // model.config.geometry.block_size)
     table = sequence.block_table
     if len(table) < num_blocks:

@@ -276,7 +276,8 @@ class StepRunner:
         except RuntimeError:
             # There is no memory, or a library call cannot be recorded: from now on kernels are launched one by one.
             log.exception(
-                "a decode step cannot be recorded as a CUDA graph; from here on each step launches its kernels"
+                "a decode step cannot be recorded as a CUDA graph; from now on each step launches its kernels "
+                "one by one"
             )
             self.counters.recording_errors += 1
         if model.ranks is not None and not is_warm and not model.ranks.agree(made is not None):

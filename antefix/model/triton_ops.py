@@ -69,7 +69,7 @@ class TritonOps:
         chunks: bool = False,
     ) -> None:
         if layout.kv_format is not KVFormat.FP8:
-            raise InternalError(f"the kernels know the fp8 record format only, not {layout.kv_format.value}")
+            raise InternalError(f"the Triton kernels can read only fp8 records, not {layout.kv_format.value}")
         self._layout = layout
         self.reproducible = reproducible
         self.steps_together = batched

@@ -102,7 +102,9 @@ class DraftState:
         window, records_end = layout.geometry.window, cls.fixed_bytes(layout)
         first = int(raw[:_FIRST_BYTES].clone().view(torch.int64))
         if not 0 <= first < position:
-            raise BlockCorrupt(f"a draft state at position {position} cannot begin at {first}")
+            raise BlockCorrupt(
+                f"the window state of a draft module is damaged: at position {position} it cannot begin at {first}"
+            )
         records = raw[_FIRST_BYTES:records_end].clone().view(window, -1)
         ring = unpack_entries(records, layout).roll((position - 1) % window, dims=0)
         return cls(ring, first, position - 1, raw[records_end:].clone().view(torch.float32))
@@ -132,7 +134,7 @@ class WindowState:
 
     def __init__(self, layout: BlockLayout, position: int = 0, device: str | torch.device = "cpu") -> None:
         if position < 0:
-            raise InternalError(f"a position must not be negative, is {position}")
+            raise InternalError(f"the position of a window state must not be negative, is {position}")
         self.layout = layout
         self.position = position
         self.cut = 0
@@ -251,7 +253,7 @@ class WindowState:
         nbytes = state_bytes(layout, position)
         more = len(data) - nbytes - DraftState.fixed_bytes(layout)
         if len(data) != nbytes and (more <= 0 or more % 4 or more != 4 * (num_stream_values or more // 4)):
-            raise BlockCorrupt(f"window state at position {position} has {nbytes} bytes, not {len(data)}")
+            raise BlockCorrupt(f"window state at position {position} must have {nbytes} bytes, has {len(data)}")
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         num_layers, window = layout.geometry.num_layers, layout.geometry.window
         records = raw[: layout.window_bytes].view(num_layers, window, entry_bytes(layout))

@@ -66,7 +66,7 @@ def scheme_of(url: str) -> str:
     """Raises:  ConfigError: not the URL of an object store."""
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
-        raise ConfigError(f"an object store is s3://BUCKET/PREFIX, gs://, az:// or file:///PATH, not {url!r}")
+        raise ConfigError(f"an object store is given as s3://BUCKET/PREFIX, gs://, az:// or file:///PATH, not {url!r}")
     if parts.query or parts.fragment or parts.username:
         raise ConfigError(
             f"{url!r}: an object store's URL has only bucket and prefix; give credentials as environment variables"

@@ -174,7 +174,9 @@ class Catalog:
         try:
             return await asyncio.to_thread(unpack_run, raw)
         except BlockCorrupt as err:
-            log.warning("%s: %s: %s; its segments' footers are read instead", self.bucket.url, tile.name, err)
+            log.warning(
+                "%s: %s: %s; the footers of its segments are read instead of the index", self.bucket.url, tile.name, err
+            )
             return None
 
     async def _listed(self, start_ms: int, stop_ms: int | None) -> list[SegmentRef]:
@@ -206,7 +208,9 @@ class Catalog:
         except ObjectGone:
             return []
         except BlockCorrupt as err:
-            log.warning("%s: %s cannot be read: %s (`antefix fsck --repair`)", self.bucket.url, ref.name, err)
+            log.warning(
+                "%s: %s cannot be read: %s (repair it with `antefix fsck --repair`)", self.bucket.url, ref.name, err
+            )
             self._unreadable.add(ref.id)
             return []
 

@@ -194,15 +194,17 @@ def unpack_run(raw: Buffer) -> Run:
     """Raises:  BlockCorrupt: it is not a tile, is damaged, or has an unknown version."""
     data = memoryview(raw).cast("B")
     if data.nbytes < INDEX_HEADER.size or bytes(data[:8]) != INDEX_MAGIC:
-        raise BlockCorrupt("this is not a tile of an index")
+        raise BlockCorrupt("a part of an object store's index (a tile) does not begin like one")
     _, checksum, version, _, num_segments, num_records = INDEX_HEADER.unpack(data[: INDEX_HEADER.size])
     if xxhash.xxh3_128_digest(data[_SUM_AT:]) != checksum:
-        raise BlockCorrupt("the tile of the index is damaged")
+        raise BlockCorrupt("a part of an object store's index (a tile) is damaged")
     if version != INDEX_VERSION:
-        raise BlockCorrupt(f"a tile of version {version}; this build reads {INDEX_VERSION}")
+        raise BlockCorrupt(
+            f"a tile of an object store's index has version {version}; this build reads version {INDEX_VERSION}"
+        )
     expected = INDEX_HEADER.size + num_segments * SEGMENT_ROW.size + num_records * ENTRY_BYTES
     if data.nbytes != expected:
-        raise BlockCorrupt(f"a tile of {data.nbytes} bytes, not of {expected}")
+        raise BlockCorrupt(f"a tile of an object store's index has {data.nbytes} bytes, but must have {expected}")
     at = INDEX_HEADER.size
     refs = []
     for _ in range(num_segments):
@@ -219,5 +221,5 @@ def unpack_run(raw: Buffer) -> Run:
         columns.append(np.frombuffer(data[at : at + nbytes], kind))
         at += nbytes
     if num_records and int(columns[1].max()) >= num_segments:
-        raise BlockCorrupt("a tile of the index names a segment that the tile does not list")
+        raise BlockCorrupt("a tile of an object store's index names a segment that the tile does not list")
     return Run(refs, *columns)

@@ -136,7 +136,7 @@ class ObjectReads:
         header = unpack_record_header(head, place.segment.seed)
         found = (header.kind, header.hash, header.fingerprint, header.segment, header.offset, header.extent_bytes)
         if found != (kind, want.hash, fingerprint, SEGMENT_NUMBER, place.offset, place.extent_bytes):
-            raise BlockCorrupt("this is not the record that the index names")
+            raise BlockCorrupt("the record in the object store is not the one that the index names")
         stored = raw[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + header.stored_bytes]
         # A raw, unencrypted payload is checked by its seal alone, which proves more than a checksum.
         is_sealed = self._seals is not None and header.codec == Codec.RAW and not header.flags & RecordFlag.ENCRYPTED
@@ -144,11 +144,13 @@ class ObjectReads:
             _check_sum(header, stored)
         into = want.into(header.payload_bytes)
         if into.nbytes != header.payload_bytes:
-            raise BlockCorrupt(f"the payload has {header.payload_bytes} bytes; {into.nbytes} were expected")
+            raise BlockCorrupt(
+                f"the record's payload has {header.payload_bytes} bytes, but {into.nbytes} were expected"
+            )
         body: Buffer = stored
         if header.flags & RecordFlag.ENCRYPTED:
             if self._decrypt is None:
-                raise BlockCorrupt("the record is encrypted, and there is no key for it")
+                raise BlockCorrupt("the record is encrypted, and this process has no key for it")
             body = self._decrypt(header, stored)
         if header.codec == Codec.PLANES_ZSTD:
             codec.decode(body, into)

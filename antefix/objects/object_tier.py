@@ -189,4 +189,4 @@ class ObjectTier:
             await self.catalog.refresh()
         except AntefixError as err:
             self._next_s = time.monotonic() + _RETRY_S
-            log.warning("%s: the records of this object store are not known: %s", self.bucket.url, err)
+            log.warning("%s: it is not known which records this object store has: %s", self.bucket.url, err)

@@ -214,10 +214,10 @@ def read_trailer(raw: Buffer, nbytes: int) -> tuple[int, int]:
     """
     data = bytes(raw)
     if len(data) != TRAILER.size or data[:8] != TRAILER_MAGIC or sign(data, 0) != data:
-        raise BlockCorrupt("the segment has no valid trailer")
+        raise BlockCorrupt("the segment in the object store has no valid trailer at its end")
     _, _, footer_offset, num_records = TRAILER.unpack(data)
     if not SEGMENT_HEADER_BYTES <= footer_offset <= nbytes - TRAILER.size - RECORD_HEADER_BYTES:
-        raise BlockCorrupt("the segment's footer lies outside of the segment")
+        raise BlockCorrupt("the segment's footer lies outside of the segment's bytes")
     return footer_offset, num_records
 
 
@@ -230,7 +230,7 @@ def read_footer(raw: Buffer, ref: SegmentRef, footer_offset: int, num_records: i
     header = unpack_record_header(bytes(data[:RECORD_HEADER_BYTES]), ref.seed)
     body = bytes(data[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + header.stored_bytes])
     if header.kind is not RecordKind.FOOTER or header.offset != footer_offset:
-        raise BlockCorrupt("the footer is not a footer record")
+        raise BlockCorrupt("the record at the place of the segment's footer is not a footer")
     if payload_checksum(body) != header.payload_checksum or len(body) != num_records * RECORD_HEADER_BYTES:
         raise BlockCorrupt("a damaged footer")
     return [

@@ -59,7 +59,7 @@ class Grant:
     def check_owner(self, owner: bytes) -> None:
         """Raises:  PermissionDenied: the grant is for another tenant."""
         if owner not in self.owners:
-            raise PermissionDenied("the grant is for another tenant")
+            raise PermissionDenied("the grant (permission to use the store) is for another tenant")
 
 
 def hold(grant: bytes) -> None:
@@ -146,7 +146,7 @@ class GrantCheck:
     def check(self, signed: bytes) -> Grant:
         """Raises:  PermissionDenied: there is no grant, no permitted key signed it, or it has expired."""
         if not signed:
-            raise PermissionDenied("this call needs a grant that the router signed, and has none")
+            raise PermissionDenied("this call needs a grant that a router signed, and was made without one")
         keys = self._keys()
         if keys is not self._known_with:
             # Grants signed with a removed key are no longer valid.
@@ -160,7 +160,7 @@ class GrantCheck:
             self._known[signed] = grant
         late_s = time.time() - grant.expires_ms / 1000
         if late_s > 0:
-            raise PermissionDenied(f"the grant has expired {late_s:.0f} s ago, or the hosts' clocks differ")
+            raise PermissionDenied(f"the grant has expired {late_s:.0f} s ago, or the clocks of the two hosts differ")
         return grant
 
 

@@ -50,7 +50,7 @@ class Admitted:
     def needed_grant(self) -> Grant | None:
         """The call's grant; None: the service is open.  Raises:  PermissionDenied: the call has no grant."""
         if self.grant is None and not self.is_open:
-            raise PermissionDenied("this call needs a grant that the router signed, and has none")
+            raise PermissionDenied("this call needs a grant that a router signed, and was made without one")
         return self.grant
 
 
@@ -143,13 +143,15 @@ class Guard:
         if self._keyring is not None and CALLER_KEY in metadata:
             return check_service_token(self._keyring, str(metadata[CALLER_KEY]), method)
         if self._needs_token() and not method.startswith(_HEALTH):
-            raise Unauthenticated("this service needs an API key: send it as metadata, authorization: Bearer KEY")
+            raise Unauthenticated(
+                "this service needs an API key: send the key as gRPC metadata, authorization: Bearer KEY"
+            )
         return LOCAL
 
     def _of_certificate(self, context: Any) -> Identity:
         shown = context.auth_context().get("x509_pem_cert")
         if not shown:
-            raise Unauthenticated("no certificate and no token was shown: send authorization: Bearer KEY")
+            raise Unauthenticated("the caller showed no certificate and no token: send authorization: Bearer KEY")
         assert self._files is not None
         loaded = self._files.now()
         key = (loaded.number, shown[0])
@@ -165,7 +167,7 @@ class Guard:
 
     def _refuse(self, identity: Identity, method: str, *, known: bool) -> None:
         if not known:
-            raise PermissionDenied(f"the access table allows nobody to call {method}")
+            raise PermissionDenied(f"the table of allowed calls lets nobody call {method}")
         if identity.role in (Role.LOCAL, Role.NOBODY):
             of_secret = "the deployment's secret (a service: --secret-file; a command: --data-dir)"
             how = of_secret if self._files is None else "a certificate"

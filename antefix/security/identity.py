@@ -75,12 +75,12 @@ class Identity:
         if self.role is Role.TENANT:
             own = next(iter(self.tenants), "")
             if asked not in ("", own):
-                raise PermissionDenied(f"{self} may not act for tenant {asked!r}: leave the field empty")
+                raise PermissionDenied(f"{self} may not act for tenant {asked!r}: leave the tenant field empty")
             return own
         if ALL_TENANTS in self.tenants or asked in self.tenants:
             return asked
         listed = "none is" if not self.tenants else f"only {', '.join(sorted(self.tenants))} are"
-        raise PermissionDenied(f"{self} may not act for tenant {asked!r}: {listed} listed for it")
+        raise PermissionDenied(f"{self} may not act for tenant {asked!r}: {listed} listed for this caller")
 
 
 LOCAL: Final = Identity(role=Role.LOCAL, tenants=frozenset({ALL_TENANTS}), proved=False)

@@ -61,7 +61,7 @@ class IdentityFile:
                 found.setdefault(own, frozenset({own[1]}) if own[0] is Role.TENANT else frozenset())
         if len({role for role, _ in found}) > 1 or len(found) > 1:
             said = ", ".join(f"{role} {name}" for role, name in sorted(found))
-            raise ConfigError(f"the certificate stands for several identities: {said}")
+            raise ConfigError(f"the certificate matches several entries of identities.toml: {said}")
         return next(((role, name, tenants) for (role, name), tenants in found.items()), None)
 
     def is_revoked(self, sans: Iterable[str], serial: int) -> bool:

@@ -128,7 +128,10 @@ def advertised(listening: str, advertise: str) -> str:
     host, port = parse_address(listening)
     if not advertise:
         if is_wildcard(host):
-            raise ConfigError(f"nobody can call {listening}: give --advertise HOST, as others know this host")
+            raise ConfigError(
+                f"other hosts cannot call the address {listening}: give --advertise HOST, the name by which they "
+                "reach this host"
+            )
         return listening
     has_port = advertise.startswith(UNIX) or advertise.rpartition("]")[2].count(":") == 1
     address = advertise if has_port and not advertise.endswith("]") else f"{advertise}:{port}"

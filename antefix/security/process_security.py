@@ -77,12 +77,19 @@ class ProcessSecurity:
         """Use these credentials for this process's calls from now on, and log how the process is protected."""
         own_credentials.use(self.credentials)
         if self.files is not None:
-            log.info("TLS with the certificate in %s; callers are known by their certificates", self.files.directory)
+            log.info(
+                "TLS with the certificate in %s is on; callers prove who they are with certificates",
+                self.files.directory,
+            )
         elif self._keyring is not None:
-            log.info("no TLS (--credentials): only loopback and Unix sockets; services prove that they have the secret")
+            log.info(
+                "TLS is off (no --credentials): only loopback and Unix sockets are served, and services prove that "
+                "they have the deployment's secret"
+            )
         else:
             log.warning(
-                "no TLS and no secret: only loopback and Unix sockets, where every process of this host may call"
+                "TLS is off and there is no secret: only loopback and Unix sockets are served, and every "
+                "process of this host may call"
             )
 
     def granter(self) -> Granter | None:
@@ -147,11 +154,9 @@ def _check_grant_files(role: Role, files: CredentialFiles, *, has_keys: bool) ->
     """
     loaded, source = files.now(), "take it from the directory of `antefix certs init`, or give --secret-file"
     if role in _CHECKING and not has_keys:
-        raise ConfigError(f"{files.directory} has no grant.pub, the key that grants are checked with: {source}")
+        raise ConfigError(f"{files.directory} has no grant.pub, the public key that checks grants: {source}")
     if role is Role.ROUTER and loaded.grant_public and not loaded.grant_key:
-        raise ConfigError(
-            f"{files.directory} has grant.pub, but no grant.key for this router to sign grants with: {source}"
-        )
+        raise ConfigError(f"{files.directory} has grant.pub, but no grant.key for this router to sign grants: {source}")
 
 
 OPEN = ProcessSecurity(Role.NOBODY)

@@ -21,7 +21,7 @@ def server_credentials(files: CredentialFiles, *, mutual: bool = True) -> grpc.S
     """TLS credentials for a gRPC port.  mutual: callers must have a certificate of a trusted CA."""
     loaded = files.now()
     if not loaded.has_certificate:
-        raise ConfigError(f"{files.directory} has no tls.crt and tls.key, which a server needs")
+        raise ConfigError(f"{files.directory} has no tls.crt and tls.key, which a server with TLS needs")
     lock, served = threading.Lock(), [loaded.digest]
 
     def fetch() -> Any:

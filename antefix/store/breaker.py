@@ -99,7 +99,7 @@ class Breaker:
         now = self._clock()
         if now < self._open_until and self.returned_s <= self._late_s:
             self.num_spared += 1
-            raise Unavailable(f"the store was too slow; it is asked again in {self._open_until - now:.0f} s")
+            raise Unavailable(f"the store was too slow; the next call to it is made in {self._open_until - now:.0f} s")
         if self.pulse is not None and self.pulse.is_silent:
             self.num_spared += 1
         self._flying_bytes += nbytes

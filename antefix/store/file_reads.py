@@ -77,7 +77,7 @@ class FileReads:
         """
         if self._hanging:
             self._counts.num_spared += 1
-            raise Unavailable(f"{self._name} does not answer: a read of it hangs")
+            raise Unavailable(f"the disk of {self._name} does not answer: a read of it hangs")
         limit_s = self._pace.limit_s(nbytes, _READ_S_MAX)
         work = asyncio.get_running_loop().run_in_executor(self._threads, call)
         try:

@@ -77,10 +77,10 @@ class FoundStores(ManyStores):
             return False
         try:
             if not SERVICE_NAME.fullmatch(found.name):
-                raise ConfigError("its name is not a store's")
+                raise ConfigError("the service's name is not a valid name of a store")
             self._may_call(found.address)
         except ConfigError as err:
-            log.warning("the store %s at %s is not used: %s", found.name, found.address, err)
+            log.warning("the store named %s at %s is not used: %s", found.name, found.address, err)
             self._refused.add(found)
             return False
         return True

@@ -135,7 +135,7 @@ class LocalCopies:
             result = await stores.put_near(fitting)
         except AntefixError as err:
             self.counters.num_failed += 1
-            log.debug("a copy was not made: %s", err)
+            log.debug("a record could not be copied to the local store: %s", err)
             return 0
         taken = [record for record in fitting if record.hash not in result.refused]
         nbytes = sum(len(record.payload) for record in taken)

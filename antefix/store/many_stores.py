@@ -373,7 +373,7 @@ async def _load(tier: Tier) -> None:
             await tier.source.load()
     except (AntefixError, TimeoutError) as err:
         log.warning(
-            "the index of %s is not loaded yet, so look-ups there find nothing for now: %s",
+            "the index of store %s is not loaded yet, so look-ups there find nothing for now: %s",
             tier.label,
             err or "loading takes long",
         )

@@ -150,7 +150,9 @@ def _stretch_of(raw: bytes) -> Stretch:
     seed_tag, seed, segment_tag, segment, offset_tag, offset = tags_and_values
     length, at = _varint(raw, _RECORDS_HEAD.size)
     if (seed_tag, segment_tag, offset_tag, records_tag) != _RECORDS_TAGS[1:] or at + length != len(raw):
-        raise BlockCorrupt("the store sent a message of records that is cut off, or its fields are not in order")
+        raise BlockCorrupt(
+            "the store sent a message of records that is incomplete, or has its fields in the wrong order"
+        )
     return Stretch(first, seed, segment, offset, memoryview(raw)[at:])
 
 
@@ -181,7 +183,7 @@ def _split(raw: bytes, field: int) -> tuple[bytes, memoryview]:
             length, at = _varint(raw, at)
             if tag >> 3 == field:
                 if at + length != len(raw):
-                    raise InvalidRequest("a payload message must end with its payload")
+                    raise InvalidRequest("a message that carries a payload must end with the payload")
                 return raw[:start], memoryview(raw)[at:]
             at += length
         elif wire_type == 0:

@@ -36,7 +36,9 @@ def join_hashes(hashes: Sequence[bytes]) -> bytes:
 def split_hashes(joined: bytes) -> list[bytes]:
     """Raises:  InvalidRequest: the bytes are not a whole number of hashes."""
     if len(joined) % HASH_BYTES:
-        raise InvalidRequest(f"{len(joined)} bytes are not a whole number of {HASH_BYTES}-byte hashes")
+        raise InvalidRequest(
+            f"the hashes have {len(joined)} bytes, which is not a whole number of {HASH_BYTES}-byte hashes"
+        )
     return [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
 
 
@@ -248,13 +250,17 @@ class RecordAssembler:
         if message.HasField("header"):
             self._begin(message.header)
         if self._header is None:
-            raise InvalidRequest("a put must begin with a record's header")
+            raise InvalidRequest("a put must begin with the header of a record")
         if data.nbytes > PIECE_BYTES or message.offset != self._filled:
-            raise InvalidRequest(f"expected a piece of at most {PIECE_BYTES} bytes at offset {self._filled}")
+            raise InvalidRequest(
+                f"expected a piece of the payload of at most {PIECE_BYTES} bytes at offset {self._filled}"
+            )
         if self._filled + data.nbytes > self._payload_bytes:
-            raise InvalidRequest(f"more bytes than the {self._payload_bytes} announced")
+            raise InvalidRequest(
+                f"the put sent more than the {self._payload_bytes} bytes of payload that its header announced"
+            )
         if piece_checksum(data) != message.checksum:
-            raise BlockCorrupt("a piece was damaged on its way to the store")
+            raise BlockCorrupt("a piece of a payload was damaged on its way to the store")
         if data.nbytes == self._payload_bytes and _is_most_of_its_message(data):
             self._payload = data
         else:
@@ -266,7 +272,7 @@ class RecordAssembler:
     def end(self) -> None:
         """Raises:  InvalidRequest: the stream ended inside a record."""
         if self._header is not None:
-            raise InvalidRequest(f"the put ended after {self._filled} of {self._payload_bytes} bytes")
+            raise InvalidRequest(f"the put ended after {self._filled} of the payload's {self._payload_bytes} bytes")
 
     def _begin(self, header: kvstore_pb2.RecordHeader) -> None:
         self.end()
@@ -317,7 +323,7 @@ def kind_of(number: int) -> RecordKind:
     try:
         return RecordKind(number)
     except ValueError as err:
-        raise InvalidRequest(f"{number} is not a record kind") from err
+        raise InvalidRequest(f"the number {number} stands for no kind of record") from err
 
 
 def _hash_kind_of(number: int) -> HashKind:
@@ -325,4 +331,4 @@ def _hash_kind_of(number: int) -> HashKind:
     try:
         return HashKind(number)
     except ValueError as err:
-        raise InvalidRequest(f"{number} is not a kind of block hashes") from err
+        raise InvalidRequest(f"the number {number} stands for no kind of block hash") from err

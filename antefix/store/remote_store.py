@@ -279,7 +279,7 @@ class RemoteStore:
         try:
             await self.touch(request)
         except AntefixError as err:
-            log.warning("the store could not be told which records were read or found bad: %s", err)
+            log.warning("the store could not be told which of its records were read, or found damaged: %s", err)
 
     async def _receive(self, wanted: PayloadsWanted, buffer: BufferOf) -> int:
         """Receive payloads into buffers. Returns the number of leading payloads that are good."""

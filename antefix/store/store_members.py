@@ -125,7 +125,7 @@ class Members:
             return _settled(tier, asked, begun_s)
         tier.late(begun_s)
         self._await_late(tier, asked, begun_s)
-        return TimeoutError(f"{tier.label} did not say within {limit_s:.1f} s what it holds")
+        return TimeoutError(f"{tier.label} did not say within {limit_s:.1f} s which blocks it has")
 
     def _await_late(self, tier: Tier, asked: asyncio.Task[Held], begun_s: float) -> None:
         if sum(late is tier for late in self._late.values()) >= _NUM_LATE_MAX:

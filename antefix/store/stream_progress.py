@@ -47,7 +47,7 @@ class Progress:
         got = unpack_get_response(raw)
         begins = (got.first, 0) if isinstance(got, Stretch) else (got.message.index, got.message.offset)
         if begins != (self.index, self.offset):
-            raise BlockCorrupt("the store sent a message out of order")
+            raise BlockCorrupt("the store sent the messages of a read out of order")
         if isinstance(got, Stretch):
             self._accept_records(got, buffer)
         else:
@@ -72,11 +72,11 @@ class Progress:
                 offset=got.offset + at,
             )
             if found is None:
-                raise BlockCorrupt("a record came with a header that is not its own")
+                raise BlockCorrupt("the store sent a record with the header of another record")
             payload_bytes, checksum = found
             payload = records[body : body + payload_bytes]
             if payload_checksum(payload) != checksum:
-                raise BlockCorrupt("a record came with a wrong checksum")
+                raise BlockCorrupt("the store sent a record with a wrong checksum")
             into = _buffer_of(self.index, payload_bytes, buffer)
             into[:] = payload
             # Check the copy: it is what the caller uses, and no other process can change it.
@@ -87,7 +87,7 @@ class Progress:
     def _accept_piece(self, message: kvstore_pb2.GetResponse, data: memoryview, buffer: BufferOf) -> None:
         """Accept payload bytes that the store has verified."""
         if piece_checksum(data) != message.checksum:
-            raise BlockCorrupt("a piece was damaged on its way from the store")
+            raise BlockCorrupt("a piece of a payload was damaged on its way from the store")
         seals = _split(message.seals)
         for payload_bytes in message.payload_bytes:
             if self.offset == 0:

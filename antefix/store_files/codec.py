@@ -126,29 +126,34 @@ def decode(coded: Buffer, into: memoryview) -> None:
         plan, at = read_plan(coded)
         out = np.frombuffer(into, np.uint8)
         if plan.payload_bytes != out.nbytes:
-            raise BlockCorrupt(f"a coded payload has {plan.payload_bytes} bytes decoded; {out.nbytes} were expected")
+            raise BlockCorrupt(
+                f"a compressed payload would have {plan.payload_bytes} bytes after decompression; {out.nbytes} were "
+                "expected"
+            )
         num_planes = coded[at]
         body = at + 1 + num_planes * _PLANE.size
         planes = list(_plane_views(out, plan))
         if len(planes) != num_planes:
-            raise BlockCorrupt("the coded payload has the wrong number of planes")
+            raise BlockCorrupt("the compressed payload has the wrong number of parts")
         for number, views in enumerate(planes):
             mode, length = _PLANE.unpack_from(coded, at + 1 + number * _PLANE.size)
             _fill(views, memoryview(coded)[body : body + length], mode)
             body += length
     except (struct.error, ValueError, IndexError, zstandard.ZstdError) as err:
-        raise BlockCorrupt(f"a coded payload cannot be decoded: {err}") from err
+        raise BlockCorrupt(f"a compressed payload cannot be decompressed: {err}") from err
 
 
 def _fill(views: Sequence[Bytes], body: memoryview, mode: int) -> None:
     nbytes = sum(view.size for view in views)
     # The library allocates whatever size a frame claims before it decodes the frame, so check the size first.
     if mode == _ZSTD and zstandard.frame_content_size(body) not in (nbytes, -1):
-        raise BlockCorrupt(f"a plane that claims to be of another size than {nbytes} bytes")
+        raise BlockCorrupt(f"a compressed part of a payload claims to decompress to another size than {nbytes} bytes")
     raw = _decompressor().decompress(body, max_output_size=nbytes) if mode == _ZSTD else body
     plane = np.frombuffer(raw, np.uint8)
     if plane.nbytes != nbytes:
-        raise BlockCorrupt(f"a plane has {plane.nbytes} bytes; {nbytes} were expected")
+        raise BlockCorrupt(
+            f"a compressed part of a payload has {plane.nbytes} bytes after decompression; {nbytes} were expected"
+        )
     start = 0
     for view in views:
         view[...] = plane[start : start + view.size].reshape(view.shape)

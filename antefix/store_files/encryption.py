@@ -120,7 +120,7 @@ class KeyRing:
         for cipher in ciphers:
             with contextlib.suppress(InvalidTag):
                 return cipher.decrypt(header.nonce, stored, _bound_to(header))
-        raise BlockCorrupt("a record does not open with its tenant's key")
+        raise BlockCorrupt("a record cannot be decrypted with its tenant's key")
 
 
 def _tenant_key(master: bytes, account: bytes) -> bytes:

@@ -87,7 +87,7 @@ class StoreLog:
             except OSError as err:
                 self.close()
                 if not self.num_lost:
-                    log.warning("the store's log cannot be written, and evidence of hits is lost: %s", err)
+                    log.warning("the store's log cannot be written, so evidence of cache hits is lost: %s", err)
                 self.num_lost += 1
 
     def _append(self, line: str, now_us: int) -> None:

@@ -366,7 +366,9 @@ def _acquire(directory: Path, map_bytes: int, write: bool, durable: bool) -> _Sh
     shared = _open.get(identity) if identity else None
     if shared is not None:
         if write and shared.env.flags()["readonly"]:
-            raise Unavailable(f"a reader of this process has {directory} open; the writer must open it first")
+            raise Unavailable(
+                f"a reader in this process has {directory} open; in one process, the writer must open it before readers"
+            )
         shared.num_users += 1
         return shared
     try:
@@ -392,11 +394,11 @@ def _acquire(directory: Path, map_bytes: int, write: bool, durable: bool) -> _Sh
     except lmdb.MemoryError as err:
         # The index is not damaged, so it must not be rebuilt.
         raise ConfigError(
-            f"the index in {directory} does not fit the address space that is left ({map_bytes} bytes are mapped):"
-            " raise `ulimit -v`, or lower --budget-bytes"
+            f"the index in {directory} does not fit the address space that is left (the index maps {map_bytes} "
+            "bytes): raise `ulimit -v`, or lower --budget-bytes"
         ) from err
     except lmdb.Error as err:
-        raise Unavailable(f"no index can be opened in {directory}: {err}") from err
+        raise Unavailable(f"the store's index cannot be opened in {directory}: {err}") from err
     identity = _identity(directory)
     assert identity is not None
     shared = _Shared(env, identity)

@@ -95,7 +95,7 @@ class PageFile:
         try:
             self._fd = open_to_read(path)
         except OSError as err:
-            raise Unavailable(f"no index can be opened in {path.parent}: {err}") from err
+            raise Unavailable(f"the store's index cannot be opened in {path.parent}: {err}") from err
         # Close the descriptor with its last user, because other threads may still be reading.
         self._closing = weakref.finalize(self, os.close, self._fd)
         stat = os.fstat(self._fd)
@@ -119,7 +119,7 @@ class PageFile:
         except struct.error:
             size = 0
         if not _PAGE_BYTES[0] <= size <= _PAGE_BYTES[1] or size & (size - 1):
-            raise Unavailable(f"the index in {self.path.parent} cannot be read: its first page is not LMDB's")
+            raise Unavailable(f"the index in {self.path.parent} cannot be read: its first page is not a page of LMDB")
         return int(size)
 
     def _read(self, nbytes: int, offset: int) -> bytes:
@@ -142,7 +142,7 @@ class PageFile:
                 with contextlib.suppress(Damaged):
                     found = _State(slot, raw, transaction, tree_of(main))
         if found is None:
-            raise Unavailable(f"the index in {self.path.parent} cannot be read: it has no whole meta page")
+            raise Unavailable(f"the index in {self.path.parent} cannot be read: neither of its meta pages is valid")
         return known if known is not None and known.raw == found.raw and known.slot == found.slot else found
 
     def current(self) -> _State:

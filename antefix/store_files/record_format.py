@@ -213,7 +213,7 @@ def unpack_segment_header(raw: bytes) -> tuple[StoreIdentity, int]:
     """
     head = bytes(raw[: SEGMENT_HEADER.size])
     if len(head) != SEGMENT_HEADER.size or head[:8] != SEGMENT_MAGIC or sign(head, 0) != head:
-        raise BlockCorrupt("not a segment header, or damaged")
+        raise BlockCorrupt("the segment file does not begin with a segment header, or the header is damaged")
     _, _, version, _, store_id, segment, created_ms = SEGMENT_HEADER.unpack(head)
     return StoreIdentity(store_id=store_id, created_ms=created_ms, version=version), segment
 

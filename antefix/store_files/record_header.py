@@ -131,7 +131,7 @@ def pack_record_header(header: RecordHeader, seed: int) -> bytes:
 
 def _pack_v2(header: RecordHeader) -> bytes:
     if len(header.tenant) != OWNER_BYTES:
-        raise InvalidRequest(f"a record's tenant is a digest of {OWNER_BYTES} bytes, not of {len(header.tenant)}")
+        raise InvalidRequest(f"a record's tenant must be a digest of {OWNER_BYTES} bytes, has {len(header.tenant)}")
     return RECORD_HEADER.pack(
         RECORD_MAGIC,
         0,
@@ -168,7 +168,8 @@ def _pack_v2(header: RecordHeader) -> bytes:
 def _pack_v1(header: RecordHeader) -> bytes:
     if len(header.tenant) > TENANT_BYTES_MAX_V1:
         raise InvalidRequest(
-            f"version 1 takes {TENANT_BYTES_MAX_V1} bytes of a tenant's name, this one has {len(header.tenant)}"
+            f"record format version 1 has room for {TENANT_BYTES_MAX_V1} bytes of a tenant's name, this name "
+            f"has {len(header.tenant)}"
         )
     return RECORD_HEADER_V1.pack(
         RECORD_MAGIC_V1,

@@ -352,4 +352,6 @@ def verify(header: RecordHeader, kind: RecordKind, block_hash: bytes, fingerprin
         ("codec", header.codec, entry.codec),
     ):
         if found != expected:
-            raise BlockCorrupt(f"record {block_hash.hex()[:16]}: {name} is {found!r}, the index says {expected!r}")
+            raise BlockCorrupt(
+                f"record {block_hash.hex()[:16]}: its {name} is {found!r}, but the index says {expected!r}"
+            )

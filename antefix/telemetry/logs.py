@@ -182,7 +182,7 @@ def tell_of_crashes() -> None:
 
     def crashed(kind: type[BaseException], err: BaseException | None, _: Any) -> None:
         if err is not None and not issubclass(kind, KeyboardInterrupt):
-            log.critical("ended by a bug in the program", exc_info=err)
+            log.critical("the process or a thread of it was ended by a bug in the program", exc_info=err)
 
     sys.excepthook = crashed
     threading.excepthook = lambda args: crashed(args.exc_type, args.exc_value, args.exc_traceback)

@@ -110,7 +110,7 @@ def start_tracing(endpoint: str, *, role: str, share: float = 1.0) -> Callable[[
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
     except ModuleNotFoundError as err:
-        raise ConfigError(f"traces need {err.name}: pip install 'antefix[otel]'") from err
+        raise ConfigError(f"sending traces needs {err.name}: pip install 'antefix[otel]'") from err
     resource = Resource.create({"service.name": f"antefix-{role}", "service.instance.id": str(os.getpid())})
     provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(share)))
     insecure = not endpoint.startswith("https://")

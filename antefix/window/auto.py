@@ -95,7 +95,9 @@ class Auto:
 
     def __post_init__(self) -> None:
         if self.budget_bytes is not None and self.budget_bytes < 0:
-            raise ConfigError(f"auto(budget=B) needs a budget of at least 0 bytes, is {self.budget_bytes}")
+            raise ConfigError(
+                f"the window strategy auto(budget=B) needs a budget of at least 0 bytes, is {self.budget_bytes}"
+            )
 
     def at_prompt(self, facts: PromptFacts, sizes: Sizes) -> tuple[Mark, ...]:
         end = aligned(max(facts.num_tokens - CUE_TOKENS, 0) // sizes.block_size, facts.align_blocks)

@@ -45,7 +45,9 @@ class Periodic:
 
     def __post_init__(self) -> None:
         if self.period_tokens < 1:
-            raise ConfigError(f"periodic(p) needs a positive p, is {self.period_tokens}")
+            raise ConfigError(
+                f"the window strategy periodic(p) needs a positive number of tokens p, is {self.period_tokens}"
+            )
 
     def at_prompt(self, facts: PromptFacts, sizes: Sizes) -> tuple[Mark, ...]:
         return _prompt_multiples(facts, sizes, self._step(facts.align_blocks, sizes), Reason.PERIOD)

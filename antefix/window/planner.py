@@ -174,7 +174,9 @@ class RestorePlanner:
     def _usable_blocks(self, stored: StoredPrefix) -> int:
         size = self.sizes.block_size
         if stored.num_tokens < 1 or stored.num_blocks < 0 or stored.bounded_windows < 0:
-            raise InternalError(f"cannot plan {stored.num_tokens} tokens with {stored.num_blocks} stored blocks")
+            raise InternalError(
+                f"cannot plan a restore of {stored.num_tokens} tokens with {stored.num_blocks} stored blocks"
+            )
         usable = min(stored.num_blocks, (stored.num_tokens - 1) // size)
         return usable // self._step * self._step
 

@@ -29,7 +29,7 @@ class Sizes:
             if getattr(self, name) < 1:
                 raise InternalError(f"{name} must be positive, is {getattr(self, name)}")
         if not self.replay_reach or min(self.replay_reach) < 1:
-            raise InternalError(f"replay_reach must give each layer's tokens, is {self.replay_reach}")
+            raise InternalError(f"replay_reach must give a number of tokens for each layer, is {self.replay_reach}")
 
     @classmethod
     def of(cls, layout: BlockLayout | V41Layout) -> Sizes:

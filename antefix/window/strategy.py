@@ -119,8 +119,8 @@ def check_exactness(*, bounded_windows: int, reproducible: bool) -> None:
         raise ConfigError(f"bounded_windows must not be negative, is {bounded_windows}")
     if bounded_windows and reproducible:
         raise ConfigError(
-            f"bounded_windows={bounded_windows} allows approximate hits, reproducible wants hits that equal cold runs: "
-            "give one of the two"
+            f"bounded_windows={bounded_windows} allows approximate hits, but reproducible asks for hits that "
+            "equal cold runs: give one of the two settings"
         )
 
 

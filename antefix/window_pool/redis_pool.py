@@ -138,7 +138,7 @@ class RedisWindowPool:
         try:
             return await self._told_bytes()
         except (KeyError, ValueError, TypeError, AttributeError) as err:
-            raise Unavailable("the window pool does not say how much memory it uses") from err
+            raise Unavailable("the Redis server of the window pool does not say how much memory it uses") from err
 
     async def _told_bytes(self) -> int:
         if isinstance(self._redis, RedisCluster):

@@ -37,7 +37,9 @@ def accepted_texts(ledger: Path) -> dict[str, str] | None:
         return None
     found = read_json(path, "accepted rate cards")
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        raise ConfigError(f"{path} is damaged: put it back from a copy, or remove it to take the cards as they are now")
+        raise ConfigError(
+            f"{path} is damaged: restore it from a copy, or delete it to start from the price files as they are now"
+        )
     return found
 
 

@@ -68,7 +68,7 @@ class Adjustment:
         a text is too long.
         """
         if not self.adjustment_id or not self.reason:
-            raise InvalidRequest("an adjustment needs an id and a reason")
+            raise InvalidRequest("an adjustment of a bill needs an id and a reason")
         if not self.amount.is_finite() or self.amount.as_tuple().exponent < -DECIMALS_MAX:  # type: ignore[operator]
             raise InvalidRequest(f"an adjustment's amount has at most {DECIMALS_MAX} decimals, is {self.amount}")
         for name in ("adjustment_id", "reason", "reference", "author", "request_id", "of_event"):
@@ -100,7 +100,7 @@ class Adjustment:
     def from_payload(cls, payload: bytes) -> Adjustment:
         values = parse_json(payload, "a ledger payload")
         if not isinstance(values, dict) or values.pop("v", None) != PAYLOAD_VERSION:
-            raise InvalidRequest("not an adjustment of this version")
+            raise InvalidRequest("the entry is not an adjustment in this version's format")
         return cls.from_dict(values)
 
     @classmethod

@@ -57,7 +57,7 @@ def _hand_over(directory: Path, adjustments: Sequence[Adjustment]) -> None:
         if time.monotonic() > deadline:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
-                raise Unavailable(f"the router that writes {directory} does not take adjustments in; its log has why")
+                raise Unavailable(f"the router that writes {directory} does not accept adjustments; its log says why")
             return
         time.sleep(0.05)
 

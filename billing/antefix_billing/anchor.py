@@ -82,7 +82,7 @@ class Anchor:
                 is_receipt=is_receipt,
             )
         except (KeyError, TypeError, ValueError) as err:
-            raise InvalidRequest(f"{what} is neither an anchor nor a receipt: {err}") from err
+            raise InvalidRequest(f"{what} is neither an anchor of a ledger nor a receipt: {err}") from err
 
     def is_signed_by(self, public_keys: Iterable[bytes]) -> bool:
         signed = (
@@ -118,7 +118,10 @@ def check_place(place: str) -> None:
     if scheme in CLOUD_SCHEMES:
         open_bucket(place)
     elif scheme not in ("", _FILE) or not place:
-        raise ConfigError(f"an anchor goes to a file, to file://DIRECTORY or to an object store, not to {place!r}")
+        raise ConfigError(
+            "an anchor (a signed hash of the ledger) is written to a file, to file://DIRECTORY or to an object "
+            f"store, not to {place!r}"
+        )
 
 
 def write_anchor(anchor: Anchor, place: str) -> None:

@@ -113,7 +113,7 @@ def new_key(
     """
     now = (now or datetime.now(UTC)).replace(microsecond=0)
     if expires is not None and expires <= now:
-        raise InvalidRequest(f"the key would have expired at {_written(expires)} already")
+        raise InvalidRequest(f"the key would be expired already: its expiry is {_written(expires)}")
     key_id = secrets.token_hex(4)
     text = f"afx-{key_id}-{secrets.token_hex(24)}"
     row = ApiKey(
@@ -176,13 +176,13 @@ def from_json(text: str | bytes) -> KeyBook:
     try:
         table = json.loads(text)
         if table["version"] != BOOK_VERSION:
-            raise ConfigError(f"version {table['version']} is not known here")
+            raise ConfigError(f"this build does not know version {table['version']} of the file of API keys")
         number, rows = int(table["number"]), table["keys"]
         if set(table) != {"version", "number", "keys"} or number < 0 or not isinstance(rows, list):
-            raise ConfigError("it has other names than version, number and keys")
+            raise ConfigError("the file of API keys must have exactly the names version, number and keys")
         keys = tuple(_row(row) for row in rows)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise ConfigError(f"it is no book of keys: {type(err).__name__}: {err}") from err
+        raise ConfigError(f"the file has no valid list of API keys: {type(err).__name__}: {err}") from err
     if len({key.id for key in keys}) < len(keys) or len({key.digest for key in keys}) < len(keys):
         raise ConfigError("a key is there twice")
     return KeyBook(number=number, keys=keys)
@@ -191,7 +191,10 @@ def from_json(text: str | bytes) -> KeyBook:
 def _row(row: dict[str, Any]) -> ApiKey:
     names = {"id", "tenant", "sha256", "scopes", "created", "expires", "revoked", "note"}
     if set(row) != names or not all(isinstance(row[name], str) for name in names - {"scopes"}):
-        raise ConfigError(f"a key's row must have the names {', '.join(sorted(names))}, all but scopes strings")
+        raise ConfigError(
+            f"a key's row must have exactly the names {', '.join(sorted(names))}, and all values but scopes must be "
+            "strings"
+        )
     created = _moment(row["created"])
     if created is None:
         raise ConfigError("a key's row must say when it was created")
@@ -216,7 +219,7 @@ def _check(key: ApiKey) -> None:
         if CONTROL.search(text) or len(text.encode()) > _NAME_BYTES_MAX:
             raise ConfigError(f"{name} of key {key.id} has control characters or more than {_NAME_BYTES_MAX} bytes")
     if key.tenant == "*":
-        raise ConfigError(f"key {key.id}: * stands for all tenants, and is none")
+        raise ConfigError(f"key {key.id}: the tenant * stands for all tenants, so it cannot have a key")
     if not key.tenant or not key.scopes:
         raise ConfigError(f"key {key.id} needs a tenant and at least one scope of {', '.join(Scope)}")
     check_digest(key.digest, f"key {key.id}")
@@ -247,4 +250,6 @@ def _moment(text: str) -> datetime | None:
     try:
         return moment.astimezone(UTC)
     except OverflowError as err:  # the years 1 and 9999 overflow when some time zones are converted to UTC
-        raise ValueError(f"{text!r} is before or after all times in UTC") from err
+        raise ValueError(
+            f"the time {text!r} cannot be converted to UTC, because it is before or after all times there"
+        ) from err

@@ -69,7 +69,10 @@ def archive(ledger: Path, place: str) -> list[str]:
                 await bucket.put(name, [data])
                 copied.append(path.name)
             if _digest(await bucket.read(name, 0, len(data) + 1)) != _digest(data):
-                raise ConfigError(f"{place}: {name} is not what was written there; nothing was pruned")
+                raise ConfigError(
+                    f"{place}: the archived file {name} is not what was written there; nothing was removed from the "
+                    "ledger"
+                )
         return copied
 
     return with_bucket(place, copy)
@@ -108,7 +111,7 @@ def prune(
     try:
         lock = DirectoryLock(ledger / _PRUNING, "lock")
     except BlockingIOError as err:
-        raise ConfigError(f"{ledger}: another process prunes this ledger") from err
+        raise ConfigError(f"{ledger}: another process is removing entries from this ledger") from err
     try:
         _remove_pruned(ledger)
         segments = _read_segments(ledger)
@@ -143,7 +146,7 @@ def restore(place: str, source: bytes, to: Path, *, ledger: Path | None = None) 
     async def fetch(bucket: Bucket) -> int:
         found = [each for each in await bucket.list_objects(folder) if each.name.endswith(".ledger")]
         if not found:
-            raise ConfigError(f"{place} has nothing of ledger {source.hex()}")
+            raise ConfigError(f"{place} has no archived entries of ledger {source.hex()}")
         await asyncio.to_thread(to.mkdir, 0o700, True, True)
         for each in found:
             data = bytes(await bucket.read(each.name, 0, each.nbytes))

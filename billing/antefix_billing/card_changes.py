@@ -90,9 +90,9 @@ def refuse_priced(ledger: Ledger, after: int, times: list[ChangedTime], *, price
     for model, span in firsts.items():
         what = f"rate card {span.card.version}" if span.card is not None else "no rate card"
         raise ConfigError(
-            f"{what} would hold for {model} from {span.begin.isoformat()} on, but {counts[model]} records since then"
-            " are priced already: give the card a later `effective`, or set `rerate = true` in it to price them"
-            " again"
+            f"{what} would apply to {model} from {span.begin.isoformat()} on, but {counts[model]} records since "
+            "then are priced already: give the card a later `effective`, or set `rerate = true` in it to price "
+            "them again"
         )
 
 

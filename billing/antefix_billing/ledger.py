@@ -158,14 +158,14 @@ class Ledger:
         """
         with self._mutex:
             if self._broken:
-                raise Unavailable(f"the ledger takes no more entries: {self._broken}")
+                raise Unavailable(f"the ledger takes no more entries because of an earlier fault: {self._broken}")
             try:
                 self._make_room()
             except lmdb.Error as err:
-                log.exception("the ledger's index in %s cannot take in a sealed segment", self.directory)
-                raise Unavailable("the ledger cannot start a segment; the router's log has why") from err
+                log.exception("the ledger's index in %s could not take the entries of a full segment", self.directory)
+                raise Unavailable("the ledger cannot start a new segment file; the router's log says why") from err
             except OSError as err:
-                raise Unavailable(f"the ledger cannot start a segment: {err}") from err
+                raise Unavailable(f"the ledger cannot start a new segment file: {err}") from err
             batch = LedgerBatch(self._tail)
             answers = [self._add(batch, item) for item in items]
             if batch.data:
@@ -300,7 +300,7 @@ class Ledger:
         if why:
             self._broken = f"{path} {why}: another process changed it; {RESTORE}"
             log.error("the ledger takes no more entries: %s", self._broken)
-            raise Unavailable("the ledger takes no more entries: its file was changed; the router's log has more")
+            raise Unavailable("the ledger takes no more entries: its file was changed; the router's log says how")
 
     def _make_room(self) -> None:
         if self._fd >= 0 and self._tail.offset < self._segment_bytes:

@@ -104,7 +104,9 @@ class LedgerBatch:
 
     def _put(self, kind: EntryKind, payload: bytes) -> None:
         if len(payload) > PAYLOAD_BYTES_MAX:
-            raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}")
+            raise InvalidRequest(
+                f"a ledger entry may have at most {PAYLOAD_BYTES_MAX} bytes, this entry has {len(payload)}"
+            )
         flags = 0 if self.data else FLAG_BATCH_START
         self._sequence += 1
         self._hash = chain_hash(self._hash, self._sequence, kind, payload)

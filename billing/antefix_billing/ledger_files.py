@@ -102,7 +102,7 @@ def ledgers_of(paths: Sequence[Path]) -> list[Path]:
             raise ConfigError(f"{path} is not a ledger and holds none")
         found += inside
     if len({source_of(path) for path in found}) != len(found):
-        raise ConfigError("a ledger is named twice, or was copied: two have the same source")
+        raise ConfigError("two ledgers have the same source id: one ledger is named twice, or was copied")
     return found
 
 
@@ -264,7 +264,7 @@ def prepare_directory(directory: Path) -> None:
     if path.exists():
         return
     if segments_of(directory):
-        raise ConfigError(f"{directory} has segments but no source file: restore it from a copy")
+        raise ConfigError(f"{directory} has segments of a ledger, but no source file: restore the file from a copy")
     part = directory / "source.part"
     with open_private(part, "w") as file:
         file.write(secrets.token_hex(SOURCE_BYTES) + "\n")

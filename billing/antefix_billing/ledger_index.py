@@ -150,7 +150,7 @@ class LedgerIndex:
             try:
                 (self._directory / _CLEAN_FILE).write_bytes(_sum_of(path))
             except OSError as err:
-                log.warning("the ledger's index could not be sealed: %s; its next opening examines it", err)
+                log.warning("the ledger's index could not be marked as complete: %s; the next start checks it", err)
 
     def _write(self, change: Callable[[lmdb.Transaction], None]) -> None:
         path = self._directory / _DATA_FILE

@@ -73,7 +73,9 @@ class LedgerReserve:
                 if err.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                     self._is_supported = False
                     log.warning(
-                        "this file system cannot hold space for the ledger: %s; keep its disk from filling", err
+                        "this file system cannot hold space for the ledger in reserve: %s; make sure that its "
+                        "disk does not become full",
+                        err,
                     )
                     return
                 nbytes = self.nbytes if nbytes > self.nbytes else nbytes // 2

@@ -142,7 +142,9 @@ def limit_error(
             f"rate limit: {limit.requests} requests per {limit.window}, which this tenant has sent",
             retry_after_s=left_s,
         )
-    return BudgetExceeded(f"budget: {limit.money} per {limit.window} does not cover this request", retry_after_s=left_s)
+    return BudgetExceeded(
+        f"the tenant's budget of {limit.money} per {limit.window} does not cover this request", retry_after_s=left_s
+    )
 
 
 class QuotaBook:

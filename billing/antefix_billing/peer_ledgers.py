@@ -67,7 +67,7 @@ class _Peer:
                 return settled_of(hash_before(path, entry), entry)
             return self._find_old(key)
         except (AntefixError, OSError) as err:
-            log.warning("the ledger in %s cannot be asked: %s", self._directory, err)
+            log.warning("the ledger in %s cannot be queried: %s", self._directory, err)
             return None
 
     def _catch_up(self) -> None:

@@ -209,4 +209,7 @@ def check_cursor(directory: Path, after: int) -> None:
     """Raises:  InvalidRequest: entries after this one were pruned, so continuing from here would skip them."""
     last, _ = pruned_to(directory)
     if 0 < after < last:
-        raise InvalidRequest(f"entries {after + 1} to {last} were pruned; `antefix usage restore` brings them back")
+        raise InvalidRequest(
+            f"entries {after + 1} to {last} of the ledger were pruned (removed); `antefix usage restore` brings "
+            "them back"
+        )

@@ -74,7 +74,7 @@ class Signer:
             first, *rest = read_bytes(path, _KEY_FILE_BYTES_MAX).decode("ascii").split("\n")
             older = [bytes.fromhex(line.removeprefix(_WAS)) for line in rest if line.strip()]
             if any(not line.startswith(_WAS) for line in rest if line.strip()) or any(len(key) != 32 for key in older):
-                raise ValueError('a line after the key must be "was" and a public key of 64 hex digits')
+                raise ValueError('each line after the first key must be "was" and a public key of 64 hex digits')
             return cls(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(first.strip())), older, Path(path))
         except (OSError, ValueError) as err:
             raise ConfigError(f"receipt key {path}: {err}") from err

@@ -58,7 +58,7 @@ def load_tenants(path: str | Path, *, has_other_keys: bool = False) -> TenantBoo
         for key in table.texts("api_key_sha256", ()):
             digest = _digest(table, key)
             if digest in keys:
-                raise ConfigError(f"{table.where}: an API key's SHA-256 is there twice")
+                raise ConfigError(f"{table.where}: the SHA-256 of an API key is given twice")
             if name in ("", "*"):
                 raise ConfigError(
                     f"{table.where}: the name {name!r} stands for no single tenant, so it can have no key"
@@ -69,11 +69,11 @@ def load_tenants(path: str | Path, *, has_other_keys: bool = False) -> TenantBoo
         limits[name] = _limits(table)
     file.close()
     if asked == "none" and (keys or has_other_keys):
-        raise ConfigError(f'{file.where}: it says keys = "none", but there are keys')
+        raise ConfigError(f'{file.where}: the file says keys = "none", but there are keys in it')
     if asked == "needed" and not keys and not has_other_keys:
         raise ConfigError(
-            f"{file.where}: it has no API key, so everybody could call: add api_key_sha256, give --api-keys-file, or"
-            ' say keys = "none"'
+            f"{file.where}: the file has no API key, so everybody could call: add api_key_sha256, give"
+            ' --api-keys-file, or say keys = "none"'
         )
     default = limits.pop("*", TenantLimits())
     return TenantBook(keys=keys, limits=limits, default=default, needs_keys=asked == "needed")

@@ -160,9 +160,9 @@ class LedgerWriter:
         # Checked here, so that one bad entry does not fail the others of its batch. Only these fields come from
         # outside. JSON makes at most six characters of one, and the other fields take under 2 KiB.
         if 6 * sum(map(len, _texts_of(item))) > PAYLOAD_BYTES_MAX - 2048:
-            raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes")
+            raise InvalidRequest(f"a ledger entry may have at most {PAYLOAD_BYTES_MAX} bytes")
         if len(self._waiting) >= NUM_WAITING_MAX:
-            raise Overloaded("too many requests wait for the ledger", retry_after_s=1.0)
+            raise Overloaded("too many finished requests wait to be written to the ledger", retry_after_s=1.0)
         future: asyncio.Future[Written] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._task is None or self._task.done():

@@ -142,7 +142,9 @@ class UsageRecord(Usage):
         """Raises:  InternalError: the counts contradict each other."""
         for name in _COUNTS:
             if getattr(self, name) < 0:
-                raise InternalError(f"usage of {self.request_id}: {name} is {getattr(self, name)}")
+                raise InternalError(
+                    f"usage record of request {self.request_id}: {name} is impossible: {getattr(self, name)}"
+                )
         rules = (
             (
                 self.cache_write_1h_tokens <= self.cache_write_tokens,
@@ -315,7 +317,9 @@ def _canonical(values: dict[str, Any]) -> bytes:
 def _fields_of(payload: bytes) -> dict[str, Any]:
     values = parse_json(payload, "a ledger payload")
     if not isinstance(values, dict):
-        raise InvalidRequest("a ledger payload is not an object")
+        raise InvalidRequest("the payload of a ledger entry is not a JSON object")
     if values.pop("v", None) != PAYLOAD_VERSION:
-        raise InvalidRequest(f"a ledger payload is not of version {PAYLOAD_VERSION}; a newer Antefix wrote it")
+        raise InvalidRequest(
+            f"the payload of a ledger entry is not of version {PAYLOAD_VERSION}; a newer Antefix wrote it"
+        )
     return values

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Unavailable, ResourceExhausted) as err:
         return _fail(err, EXIT_UNAVAILABLE)
     except InternalError as err:
-        log.exception("a bug of Antefix; please report it with this trace")
+        log.exception("this is a bug of Antefix; please report it with this trace")
         return _fail(err, EXIT_INTERNAL)
     except AntefixError as err:
         return _fail(err, EXIT_FAILED)
@@ -78,7 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if err.filename is not None:
             return _fail(err, EXIT_USAGE)
         if "temporary directory" in str(err):
-            return _fail(ConfigError(f"{err.strerror}: set TMPDIR to one that can be written"), EXIT_USAGE)
+            return _fail(
+                ConfigError(
+                    f"{err.strerror}: set the environment variable TMPDIR to a directory that can be written to"
+                ),
+                EXIT_USAGE,
+            )
         raise
 
 

@@ -438,7 +438,8 @@ class Deployment:
             reading.cancel()
         last = _log_tail(starting.log_path, said_before)
         raise Unavailable(
-            f"{starting.role} did not start within {START_TIMEOUT_S:.0f} s: {last}; {starting.log_path} has the rest"
+            f"{starting.role} did not start within {START_TIMEOUT_S:.0f} s: {last}; {starting.log_path} has the "
+            "rest of its log"
         )
 
     def _telemetry_flags(self) -> list[str]:

@@ -108,7 +108,7 @@ def _source(text: str, keyring: Keyring | None, access: Access) -> Source | None
     if not is_redis_url(text):
         return None
     if keyring is None:
-        raise ConfigError(f"{text}: --secret-file is needed to check that what Redis says of stores is signed")
+        raise ConfigError(f"{text}: --secret-file is needed to check that Redis' list of stores is signed")
     return LeaseReader(access(text), role=Role.KVSTORE, keys=EventKeys.of(keyring))
 
 

@@ -93,7 +93,7 @@ async def _put_back_row(engine: Engine, block_id: int, row: bytes) -> None:
     target = engine.pool.landing([block_id])[0]
     if len(row) != len(target):
         raise BlockCorrupt(
-            f"the handoff's unfinished block has {len(row)} bytes, but a row of the pool has {len(target)}"
+            f"the handoff's unfinished block has {len(row)} bytes, but a row of the block pool has {len(target)}"
         )
     target[:] = row
     if await engine.compute.run(engine.pool.fill, [block_id]):

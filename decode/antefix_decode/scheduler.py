@@ -344,7 +344,11 @@ def _emit(running: Running, token: int, *, is_last: bool) -> None:
 
 def step_failed(err: Exception | None) -> AntefixError:
     """The error for the caller, who tries another worker: our own errors unchanged, any other one as a failed step."""
-    return err if isinstance(err, AntefixError) else StepFailed("a step of the model failed; the worker's log has it")
+    return (
+        err
+        if isinstance(err, AntefixError)
+        else StepFailed("a step of the model failed; the worker's log has its cause")
+    )
 
 
 def _fail(running: Running, err: AntefixError) -> None:

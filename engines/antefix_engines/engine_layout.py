@@ -63,9 +63,12 @@ class EngineLayout:
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
-            raise InvalidRequest(f"a block has at least one token, block_size is {self.block_size}")
+            raise InvalidRequest(f"a block must have at least one token, but block_size is {self.block_size}")
         if bool(self.checkpoint) != bool(self.num_checkpoints):
-            raise InvalidRequest("a layout has parts in its checkpoints if and only if a restore needs checkpoints")
+            raise InvalidRequest(
+                "a layout must have parts in its checkpoints if a restore needs checkpoints, and no such parts "
+                "otherwise"
+            )
 
     @property
     def parts(self) -> tuple[Part, ...]:

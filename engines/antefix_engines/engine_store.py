@@ -74,13 +74,18 @@ class StoreSettings:
 
     def __post_init__(self) -> None:
         if self.stores and (self.directory or self.address):
-            raise ConfigError("stores gives addresses and directories already: leave directory and address out")
+            raise ConfigError(
+                "the setting stores gives addresses and directories already: leave directory and address out"
+            )
         if not self.directory and not self.address and not self.stores:
             raise ConfigError(
-                "name the store: directory (in this process) or address (a kvstore service), or both; several: stores"
+                "name the store by its directory (opened in this process), by its address (a kvstore service), "
+                "or by both; name several stores with the setting stores"
             )
         if not self.directory and not self.secret_file:
-            raise ConfigError("a store that is reached by address alone needs secret_file, the deployment's secret")
+            raise ConfigError(
+                "a store that is reached only by its address needs secret_file, the file with the deployment's secret"
+            )
         parse_byte_size(self.budget_bytes)
         parse_byte_size(self.local_copies_bytes)
         if self.is_served:
@@ -184,7 +189,7 @@ class EngineStore:
         where = store_addresses(services)
         if len(where) < len(services.stores):
             raise ConfigError(
-                "an engine needs its stores by name, as NAME=ADDRESS: it cannot find stores by DNS or Redis"
+                "an engine needs its stores by name, as NAME=ADDRESS, because it cannot find stores by DNS or Redis"
             )
         for each in where:
             check_calling(each.address, has_tls=files is not None)
@@ -352,7 +357,9 @@ class KvOfModel:
             return None
         if done.refused:
             log.warning(
-                "the store refused %d records, the first: %s", len(done.refused), next(iter(done.refused.values()))
+                "the store refused %d records; the reason for the first was: %s",
+                len(done.refused),
+                next(iter(done.refused.values())),
             )
         sent = sum(memoryview(record.payload).nbytes for record in records)
         self._store.count(stored_records=done.num_stored, sent_bytes=sent, refused_records=len(done.refused))
@@ -386,11 +393,12 @@ def _check_grant(files: CredentialFiles, keyring: Keyring, settings: StoreSettin
     """
     loaded, how = files.now(), f"`antefix certs grant {settings.tenant}` makes one"
     if not loaded.tenant_grant:
-        raise ConfigError(f"{files.directory} has no {TENANT_GRANT}, so the store would serve nothing: {how}")
+        raise ConfigError(f"{files.directory} has no {TENANT_GRANT}, so the store would refuse all calls: {how}")
     grant = unchecked(loaded.tenant_grant)
     if keyring.owner(settings.tenant) not in grant.owners:
         raise ConfigError(
-            f"{files.directory / TENANT_GRANT} is not for tenant {settings.tenant!r} under this secret: {how}"
+            f"{files.directory / TENANT_GRANT} is not for tenant {settings.tenant!r}, or was signed under "
+            f"another secret: {how}"
         )
     if grant.expires_ms < 1000 * time.time():
-        raise ConfigError(f"{files.directory / TENANT_GRANT} has ended: {how}")
+        raise ConfigError(f"the permission in {files.directory / TENANT_GRANT} has expired: {how}")

@@ -54,5 +54,7 @@ def transformers_entries(model_dir: Path, tokens: Sequence[int], scratch: Path) 
 def _whole_blocks(tokens: Sequence[int], block_size: int) -> int:
     num_blocks = len(tokens) // block_size
     if not num_blocks:
-        raise InvalidRequest(f"a prompt to compare has at least a block of {block_size} tokens, not {len(tokens)}")
+        raise InvalidRequest(
+            f"a prompt to compare must have at least one block of {block_size} tokens, has {len(tokens)}"
+        )
     return num_blocks

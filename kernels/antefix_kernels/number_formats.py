@@ -27,7 +27,9 @@ class EntryFormat:
 
     def __post_init__(self) -> None:
         if self.rope_dim < 2 or self.rope_dim % 2 or self.rope_dim >= self.head_dim or self.head_dim % 2:
-            raise ValueError(f"need even 2 <= rope_dim < head_dim, are {self.rope_dim} and {self.head_dim}")
+            raise ValueError(
+                f"rope_dim must be even, at least 2 and less than head_dim, are {self.rope_dim} and {self.head_dim}"
+            )
 
     @property
     def nope_dim(self) -> int:
@@ -73,7 +75,7 @@ def check_records(records: torch.Tensor, nbytes: int, name: str = "records") -> 
     if records.dtype is not torch.uint8 or records.dim() != 3 or records.shape[2] != nbytes:
         raise ValueError(f"{name} must be [P, E, {nbytes}] uint8, is {list(records.shape)} {records.dtype}")
     if records.stride(2) != 1 or records.stride(1) != nbytes:
-        raise ValueError(f"{name}' records must lie side by side, strides are {records.stride()}")
+        raise ValueError(f"{name}' records must be contiguous in memory, strides are {records.stride()}")
 
 
 def byte_alignment(records: torch.Tensor) -> int:

@@ -65,7 +65,7 @@ def check_record(record: Record, record_bytes_max: int, registered_bytes: int | 
     if not 0 <= record.position < 1 << 32:
         raise InvalidRequest(f"position must fit 32 bits, is {record.position}")
     if record.kind not in STORED_KINDS:
-        raise InvalidRequest(f"records of kind {record.kind.name.lower()} do not go to disk")
+        raise InvalidRequest(f"records of kind {record.kind.name.lower()} are not kept on disk")
     (_check_v1 if record.version == 1 else _check_v2)(record)
     if not 0 <= record.cost_s < COST_S_MAX:
         raise InvalidRequest(f"cost_s must be in [0, {COST_S_MAX}), is {record.cost_s}")
@@ -82,7 +82,7 @@ def _has_draft_state(record: Record, registered_bytes: int) -> bool:
 
 def _check_v1(record: Record) -> None:
     if len(record.tenant) > TENANT_BYTES_MAX_V1:
-        raise InvalidRequest(f"version 1 takes {TENANT_BYTES_MAX_V1} bytes of a tenant's name")
+        raise InvalidRequest(f"record format version 1 has room for {TENANT_BYTES_MAX_V1} bytes of a tenant's name")
 
 
 def _check_v2(record: Record) -> None:

@@ -109,7 +109,9 @@ class Compression:
         try:
             return self._measure_disk()
         except OSError as err:
-            log.warning("the disk's speed cannot be measured (%s); %g bytes/s are assumed", err, DISK_BYTES_PER_S)
+            log.warning(
+                "the disk's speed cannot be measured (%s); a speed of %g bytes/s is assumed", err, DISK_BYTES_PER_S
+            )
             return DISK_BYTES_PER_S
 
     def _sample(self, layout: Layout, payload: Buffer, coded: bytes | None) -> None:
@@ -133,4 +135,9 @@ class Compression:
                 codec_bytes_per_s=max(speed for _, speed in samples) * usable_cores(),
                 disk_bytes_per_s=self._disk_bytes_per_s,
             )
-        log.info("%ss of fingerprint %s are %s", layout[1].name.lower(), layout[0].hex()[:16], self.judgements[layout])
+        log.info(
+            "records of kind %s with fingerprint %s are %s",
+            layout[1].name.lower(),
+            layout[0].hex()[:16],
+            self.judgements[layout],
+        )

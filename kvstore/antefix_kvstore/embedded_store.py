@@ -236,5 +236,5 @@ class EmbeddedStore:
 def _stored(names: Sequence[RecordName]) -> list[RecordName]:
     """Raises:  InvalidRequest: a kind that is not kept on disk."""
     if any(kind not in STORED_KINDS for kind, _ in names):
-        raise InvalidRequest("only blocks and checkpoints are kept on disk")
+        raise InvalidRequest("only blocks and checkpoints can be kept on disk")
     return list(names)

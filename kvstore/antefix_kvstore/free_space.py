@@ -79,7 +79,8 @@ def fit_to_disk(config: KvStoreConfig, *, statvfs: Callable[[Path], os.statvfs_r
     if can_hold >= config.budget_bytes:
         return config
     log.warning(
-        "the file system of %s can hold only %d bytes of the store's budget of %d, with %d left free for others. The"
+        "the file system of %s has room for only %d bytes of the store's budget of %d, with %d bytes left free "
+        "for other programs. The"
         " store takes at most %d bytes; set a lower --budget-bytes, or use a larger disk",
         *(config.dir, can_hold, config.budget_bytes, free.margin_bytes, can_hold),
     )

@@ -60,7 +60,7 @@ class GroupCommitter:
             if self._stopping:
                 raise Unavailable("the store is stopping")
             if self._queue and self._queued_bytes + nbytes > self._queue_bytes_max:
-                raise Overloaded("too many puts are waiting for the disk", retry_after_s=RETRY_AFTER_S)
+                raise Overloaded("too many writes are waiting for the store's disk", retry_after_s=RETRY_AFTER_S)
             put = _Put(records, nbytes, Future())
             self._queue.append(put)
             self._queued_bytes += nbytes

@@ -62,7 +62,9 @@ def prepare_directory(directory: Path) -> None:
     except OSError as err:
         raise _unusable(directory, err) from err
     if names and STORE_FILE not in names and SEGMENT_DIR not in names and not names <= _KNOWN_FILES:
-        raise ConfigError(f"{directory} is not an Antefix store and not empty; name an empty directory")
+        raise ConfigError(
+            f"the directory {directory} is not an Antefix store and is not empty; name an empty directory"
+        )
 
 
 def put_aside_misplaced(directory: Path) -> None:
@@ -120,7 +122,9 @@ def read_identity(directory: Path, disk: Disk, clock_ms: Callable[[], int]) -> S
             disk.replace_file(path, pack_identity(identity))
     if identity is None:
         if path.exists() and segment_dir.exists() and any(segment_dir.iterdir()):
-            raise ConfigError(f"{directory}: neither the STORE file nor any segment can be read; not an Antefix store")
+            raise ConfigError(
+                f"{directory} is not an Antefix store: neither the STORE file nor any segment can be read"
+            )
         identity = StoreIdentity(store_id=secrets.token_bytes(16), created_ms=clock_ms())
         segment_dir.mkdir(mode=0o700, exist_ok=True)
         disk.replace_file(path, pack_identity(identity))

@@ -148,7 +148,7 @@ class IndexTxn:
     def fingerprint_of(self, number: int) -> FingerprintState:
         value = self._txn.get(b"F" + number.to_bytes(4, "little"), db=self._index.db["names"])
         if value is None:
-            raise BlockCorrupt(f"the index names no fingerprint {number}")
+            raise BlockCorrupt(f"the store's index has no fingerprint number {number}")
         return FingerprintState(id=number, digest=bytes(value[:32]), block_tokens=int.from_bytes(value[32:], "little"))
 
     def set_fingerprint(self, digest: bytes, block_tokens: int) -> FingerprintState:

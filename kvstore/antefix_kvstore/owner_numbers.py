@@ -84,8 +84,8 @@ def next_number(index: Index, txn: Any, prefix: bytes) -> int:
     number = 1 + (0 if value is None else int.from_bytes(value, "little"))
     if number > _NUMBER_MAX:
         raise StoreFull(
-            f"the index has given out all its numbers: stop the service and delete {index.directory}, which is then"
-            " rebuilt from the segments"
+            f"the store's index has given out all its numbers: stop the service and delete {index.directory}; "
+            "the index is then rebuilt from the segments"
         )
     txn.put(key, number.to_bytes(4, "little"), db=names)
     return number

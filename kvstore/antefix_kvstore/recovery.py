@@ -73,7 +73,7 @@ class OpenStore:
         try:
             self.disk.replace_file(self.directory / CLEAN_FILE, index_sum(self.directory))
         except OSError as err:
-            log.warning("the store could not be sealed: %s; its next start examines the index", err)
+            log.warning("the store's index could not be marked as complete: %s; the next start checks the index", err)
         self.lock.close()
 
     def abandon(self) -> None:

@@ -134,7 +134,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> AsyncGenerator[bytes, None]:
         kind, hashes = kind_of(request.kind), split_hashes(request.hashes)
         if len(hashes) > HASHES_MAX or request.first > len(hashes):
-            raise InvalidRequest(f"at most {HASHES_MAX} hashes per stream, `first` included")
+            raise InvalidRequest(f"at most {HASHES_MAX} hashes are allowed per stream, including those in `first`")
         if kind in MEMORY_KINDS:
             return self._from_memory(kind, request, hashes)
         rows = _granted_rows()
@@ -337,7 +337,9 @@ class _Counted:
 
     def __enter__(self) -> None:
         if self._servicer._num_streams >= STREAMS_MAX:
-            raise Overloaded(f"{STREAMS_MAX} payload streams are being served", retry_after_s=0.5)
+            raise Overloaded(
+                f"the store serves {STREAMS_MAX} payload streams already, which is the limit", retry_after_s=0.5
+            )
         self._servicer._num_streams += 1
 
     def __exit__(self, *_: object) -> None:
@@ -346,7 +348,7 @@ class _Counted:
 
 def _names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]:
     if len(records) > NAMES_MAX:
-        raise InvalidRequest(f"at most {NAMES_MAX} records per call")
+        raise InvalidRequest(f"at most {NAMES_MAX} records may be named per call")
     return [(kind_of(record.kind), record.hash) for record in records]
 
 
@@ -354,7 +356,7 @@ def _stored_names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]
     """Raises:  InvalidRequest: a kind that is not kept on disk."""
     names = _names(records)
     if any(kind not in STORED_KINDS for kind, _ in names):
-        raise InvalidRequest("only blocks and checkpoints are kept on disk")
+        raise InvalidRequest("only blocks and checkpoints can be kept on disk")
     return names
 
 

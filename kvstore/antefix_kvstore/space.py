@@ -105,10 +105,12 @@ class Space:
         if bool(stopped) != bool(self.stopped):
             if stopped:
                 log.warning(
-                    "nothing is stored now: %s, and %d bytes must stay free for others", stopped, free.margin_bytes
+                    "nothing is stored now: %s, and %d bytes must stay free for other programs",
+                    stopped,
+                    free.margin_bytes,
                 )
             else:
-                log.warning("the file system has room again: the store stores again")
+                log.warning("the file system has room again, so the store stores again")
         self.stopped = stopped
         if stopped:
             raise StoreFull(stopped)
@@ -126,7 +128,9 @@ class Space:
             if excess > 0:
                 if self.evict(excess + ahead, keep):
                     continue
-                raise StoreFull(f"the store's budget of {self.budget_bytes} bytes is taken by records that must stay")
+                raise StoreFull(
+                    f"the store's budget of {self.budget_bytes} bytes is full of records that may not be evicted"
+                )
             wanted = self.used_bytes + nbytes + ahead - self.limit_bytes
             if self.compactor.compact_together(COMPACT_GAIN_MIN, wanted) is None:
                 # Segments have so little dead space that none is worth compacting until more live data is evicted.

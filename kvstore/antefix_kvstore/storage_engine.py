@@ -311,7 +311,9 @@ class StorageEngine:
         known already, and is another.
         """
         if statement and digest_of(statement) != fingerprint:
-            raise InvalidRequest("the statement is not the one that the fingerprint is the digest of")
+            raise InvalidRequest(
+                "the statement of the worker's settings does not match the fingerprint, which must be its digest"
+            )
         with self._lock:
             with IndexTxn(self.index) as txn:
                 register_fingerprint(txn, fingerprint, block_tokens, plans, statement)
@@ -333,7 +335,7 @@ class StorageEngine:
         Raises:  InvalidRequest: the duration is invalid.
         """
         if not 0 <= duration_s <= PIN_S_MAX:
-            raise InvalidRequest(f"records are pinned for 0 to {PIN_S_MAX} s, not {duration_s}")
+            raise InvalidRequest(f"records can be pinned for 0 to {PIN_S_MAX} s, not for {duration_s} s")
         until_ms = self.clock_ms() + round(duration_s * 1000) if duration_s > 0 else 0
         with self._lock, IndexTxn(self.index) as txn:
             pinned = pin_records(txn, names, until_ms, owner=owner)
@@ -391,7 +393,9 @@ class StorageEngine:
                 # Reads still work. The next put, or the next call, finds room or reports why not.
                 if not is_full(err, self.index.directory):
                     raise
-                log.debug("there is no room to delete expired records and compact segments: %s", err)
+                log.debug(
+                    "the disk has no room for the work of deleting expired records and compacting segments: %s", err
+                )
 
     def _tidy(self) -> None:
         self.space.follow_disk()

@@ -286,7 +286,7 @@ def retrieval_sequence(
     as are asked for. Raises ValueError where a distance does not fit.
     """
     if max(distances) > length - 400:
-        raise ValueError(f"a distance of {max(distances)} does not fit {length} tokens")
+        raise ValueError(f"a distance of {max(distances)} tokens does not fit into a text of {length} tokens")
     facts = random_facts(rng, 2 * len(distances), test=True)
     events: list[tuple[int, int]] = []
     for index, distance in enumerate(distances):

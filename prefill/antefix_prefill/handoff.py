@@ -49,10 +49,10 @@ class Handoff:
     def from_bytes(cls, data: bytes) -> Handoff:
         """Raises:  BlockCorrupt: not a handoff, or its parts do not add up."""
         if len(data) < _HEADER.size:
-            raise BlockCorrupt(f"a handoff has at least {_HEADER.size} bytes, this has {len(data)}")
+            raise BlockCorrupt(f"a handoff must have at least {_HEADER.size} bytes, this handoff has {len(data)}")
         magic, vocab_size, position, window_bytes, row_bytes, prompt = _HEADER.unpack_from(data)
         if magic != _MAGIC or len(data) != _HEADER.size + window_bytes + row_bytes + 4 * vocab_size:
-            raise BlockCorrupt("a handoff's header does not fit its length")
+            raise BlockCorrupt("the lengths in a handoff's header do not add up to the handoff's length")
         row_at = _HEADER.size + window_bytes
         return cls(
             position=position,

@@ -132,7 +132,7 @@ class RecordWriter:
             self._broken = True
             _note_failure(self._counters, err, len(batch))
             self.error = self.error or f"{type(err).__name__}: {err}"
-            log.warning("the store refused a write, so this request writes no more records: %s", err)
+            log.warning("the store refused a write, so no more records of this request are written: %s", err)
             return
         self._counters.note_refusals(result.refused.values())
         self._broken = bool(result.refused)

@@ -122,7 +122,7 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
             await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
     engine.rates.observe_prefill(prompt.num_tokens - context, context=context, seconds=time.perf_counter() - begun)
     if logits is None:
-        raise InternalError("a restored prefix left no token to run")
+        raise InternalError("a restored prefix covers the whole prompt, so no token is left to compute")
     return logits
 
 
@@ -197,4 +197,4 @@ def _finish_piece(piece: _Piece, ran: Ran, number: int) -> _PieceResult:
 
 def not_finite(position: int) -> NotFinite:
     """The error for NaN or infinity: nothing computed from such values may be stored or be an answer."""
-    return NotFinite(f"the model computed NaN or infinity by token {position}; nothing of that was stored")
+    return NotFinite(f"the model computed NaN or infinity by token {position}; nothing from there on was stored")

@@ -110,7 +110,7 @@ class Accounts:
         if crashed:
             num_charged = sum(record.is_charged for record in crashed)
             log.warning(
-                "%d requests were cut off when the router last stopped; %d of them had output",
+                "%d requests were cut off when the router last stopped; %d of these requests had sent output already",
                 len(crashed),
                 num_charged,
             )
@@ -141,7 +141,9 @@ class Accounts:
         if retryable and (joined := self.retries.join(request, opened)) is not None:
             return joined
         if opened.key in self._running:
-            raise Conflict(f"request {request.request_id} is running; wait for it or use another id")
+            raise Conflict(
+                f"request {request.request_id} is still running; wait for its end, or use another request id"
+            )
         self._running.add(opened.key)
         self._admitting[opened.key] = asyncio.get_running_loop().create_future()
         try:
@@ -198,7 +200,7 @@ class Accounts:
         # While secrets are rotated, the record's digest may have been made with the older secret.
         digests = (self.records.digest(request, number) for number in self._keyring.generations)
         if standing.record.user != opened.user or standing.record.request_digest not in digests:
-            raise InvalidRequest(f"request id {request.request_id} was used for another request")
+            raise InvalidRequest(f"request id {request.request_id} was used before for another request")
         kept = self.retries.kept(request, opened)
         if standing.record.is_final:
             bill = self._repeat(generation, opened, standing, kept)
@@ -254,7 +256,7 @@ class Accounts:
         Without any client, the answer is still made for a limited time.
         """
         if shared.settling is not None:
-            raise Unavailable("the request was just given up; send it again")
+            raise Unavailable("the earlier attempt of this request was given up just now; send the request again")
         opening = shared.opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))
         shared.begin(run, timeout_s, on_end=lambda: self.retries.made(shared))
         shared.enter()
@@ -354,7 +356,7 @@ class Accounts:
                 self.measures.count(record)
                 self.activity.note(record, bill.generation.restore)
         except AntefixError as err:
-            log.error("request %s could not be settled: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
+            log.error("the charge for request %s could not be recorded: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
             if status is not Status.CANCELLED and status is not Status.FAILED:
                 raise
         finally:
@@ -415,7 +417,10 @@ class Accounts:
     def _count_repeat(self, request: GenerationRequest, opened: OpenEntry) -> None:
         num_repeats = self._repeats.pop(opened.key, 0) + 1
         if num_repeats > NUM_REPEATS_MAX:
-            raise Overloaded(f"request {request.request_id} was repeated {NUM_REPEATS_MAX} times; use another id")
+            raise Overloaded(
+                f"request {request.request_id} was repeated {NUM_REPEATS_MAX} times, which is the limit; use "
+                "another request id"
+            )
         self._repeats[opened.key] = num_repeats
         while len(self._repeats) > _NUM_REPEATED_IDS_MAX:
             self._repeats.popitem(last=False)

@@ -57,7 +57,7 @@ class Anchoring:
                 self._done[place] = sequence
             except (OSError, AntefixError) as err:
                 self.num_failed += 1
-                log.error("the ledger's head could not be anchored in %s: %s", place, err)  # noqa: TRY400
+                log.error("the signed hash of the ledger could not be written to %s: %s", place, err)  # noqa: TRY400
 
     async def _run(self) -> None:
         while True:

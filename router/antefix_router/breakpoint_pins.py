@@ -51,4 +51,4 @@ class BreakpointPins:
             else:
                 await store.pin(names, duration_s=ttl_s, owner=owner)
         except AntefixError as err:
-            log.warning("a cache breakpoint could not be pinned: %s", err)
+            log.warning("the blocks up to a cache breakpoint could not be pinned: %s", err)

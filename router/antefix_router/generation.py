@@ -238,7 +238,7 @@ class Generator:
                 request_id = f"request {generation.request.request_id}"
                 if not await moves.may_go_on(err, request_id, ends - time.monotonic()):
                     raise
-                log.warning("%s moves to another decode worker: %s", request_id, err)
+                log.warning("%s is moved to another decode worker because the first one failed: %s", request_id, err)
                 handoff = b""
         ready.first.set()
 

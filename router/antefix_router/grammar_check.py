@@ -52,7 +52,9 @@ class GrammarCheck:
 
     async def _find_out(self, name: bytes, grammar: str) -> str:
         if self._num_waiting >= NUM_WAITING_MAX:
-            raise Overloaded(f"{self._num_waiting} output formats are being checked already", retry_after_s=1.0)
+            raise Overloaded(
+                f"{self._num_waiting} output formats are being checked already, which is the limit", retry_after_s=1.0
+            )
         self._num_waiting += 1
         try:
             async with self._turn:
@@ -99,7 +101,7 @@ class GrammarCheck:
             async with asyncio.timeout(START_S_MAX):
                 await process.stdin.drain()
                 if await process.stdout.readline() != b'""\n':
-                    raise Overloaded("the check of output formats does not start", retry_after_s=5.0)
+                    raise Overloaded("the process that checks output formats does not start", retry_after_s=5.0)
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

@@ -88,11 +88,11 @@ class KeyChanges:
 
     def _take(self, book: KeyBook, source: str) -> bool:
         if book.number < self._register.number:
-            log.warning("the API keys in the %s are older than those in force, and are not taken", source)
+            log.warning("the API keys in the %s are older than those in force, so they are not used", source)
             return False
         if not self._register.take(book):
             return False
-        log.info("API keys number %d are in force, from the %s", book.number, source)
+        log.info("the API keys with number %d, from the %s, are in force now", book.number, source)
         return True
 
     def _keep(self, book: KeyBook) -> None:
@@ -109,7 +109,7 @@ class KeyChanges:
             self.num_errors[source] += 1
             # The file is checked every second, but each fault is logged once.
             if self._told.get(source) != str(err):
-                log.error("API keys stay as they were: %s", err)  # noqa: TRY400 - a fault of the file's, no trace needed
+                log.error("the API keys in force stay as they were: %s", err)  # noqa: TRY400 - a fault of the file's, no trace needed
                 self._told[source] = str(err)
 
 

@@ -67,7 +67,7 @@ class KeyExchange:
         text = to_json(book).encode()
         mac = self._keyring.proof(_PURPOSE, text)
         if await self._ask(self._redis.eval(_PUT, 1, _KEY, book.number, text, mac)) is not None:
-            raise Conflict("the API keys in Redis were changed meanwhile; look at them and try again")
+            raise Conflict("the API keys in Redis were changed by somebody else meanwhile; look at them and try again")
 
     async def close(self) -> None:
         await self._redis.aclose()

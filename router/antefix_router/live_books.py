@@ -112,7 +112,8 @@ class LiveBooks:
             await self._begin()
         except Exception:
             log.exception(
-                "rate cards that changed while this router was down could not be recorded; the next start records them"
+                "rate cards that changed while this router was down could not be recorded; the next start of "
+                "the router records them"
             )
         while True:
             is_asked = self._asked.is_set()
@@ -137,7 +138,9 @@ class LiveBooks:
             await self._reload()
         except (AntefixError, OSError) as err:
             self.num_refused += 1
-            log.error("nothing was changed; the tenants and rate cards in force stay in force: %s", err)  # noqa: TRY400 - a fault of the file's
+            log.error(  # noqa: TRY400 - a fault of the file's
+                "the new files cannot be used: %s; the tenants and rate cards that were in force stay in force", err
+            )
 
     async def _reload(self) -> None:
         """Raises:  ConfigError: a file is faulty, or a card would change existing prices without asking for a
@@ -211,7 +214,10 @@ class LiveBooks:
         front.keys.open_as = "" if is_open_to_all(tenants, needed=bool(self._config.api_keys_file)) else None
 
     async def _record(self, digest: dict[str, str]) -> None:
-        log.info("tenants and rate cards were read again and are in force: %s", ", ".join(sorted(digest)) or "none")
+        log.info(
+            "the files of tenants and rate cards were read again, and are in force: %s",
+            ", ".join(sorted(digest)) or "none",
+        )
         await self._note(ChangeKind.TENANTS, [self._config.tenants_file], digest)
         await self._note(ChangeKind.RATE_CARDS, list(self._config.ratecards), digest)
 
@@ -267,7 +273,7 @@ class LiveBooks:
                 log.error("%s", err)  # noqa: TRY400 - a fault of the file's
                 await asyncio.to_thread(path.rename, path.with_suffix(".refused"))
             except AntefixError as err:
-                log.warning("adjustments in %s are not in the ledger yet: %s", path, err)
+                log.warning("the bill adjustments in %s are not in the ledger yet: %s", path, err)
 
     def _look_at_files(self) -> tuple[object, ...]:
         return tuple(_state_of(path) for path in self._paths)

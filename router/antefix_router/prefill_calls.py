@@ -212,7 +212,7 @@ class PrefillCalls:
         try:
             answer = task.result()
         except (Unavailable, InternalError) as err:
-            log.warning("request %s: prefill worker %s: %s", request.request_id, worker.address, err)
+            log.warning("request %s: prefill worker %s failed: %s", request.request_id, worker.address, err)
             self._directory.forget(worker.address)
             return None
         except Overloaded:

@@ -74,9 +74,9 @@ class Retries:
             return None
         first = shared.bill
         if (first.opened.request_digest, first.opened.user) != (opened.request_digest, opened.user):
-            raise InvalidRequest(f"request id {request.request_id} is used for another request")
+            raise InvalidRequest(f"request id {request.request_id} is in use for another request")
         if shared.generation.request.sampling.num_top_logprobs != request.sampling.num_top_logprobs:
-            raise Conflict(f"request {request.request_id} is running with other logprobs; wait for it")
+            raise Conflict(f"request {request.request_id} is running with another number of logprobs; wait for its end")
         self._num_joined += 1
         if not shared.num_readers:
             self._wait_for_a_reader(shared, _ADMITTED_S)

@@ -58,7 +58,10 @@ async def learn(workers: Sequence[Worker]) -> str:
     is_told = False
     while not (said := await _ask(workers)):
         if not is_told:
-            log.warning("no worker has said yet which arithmetic it computes; blocks cannot be named before")
+            log.warning(
+                "no worker has said yet with which arithmetic it computes, and blocks cannot be named without "
+                "knowing it"
+            )
             is_told = True
         await asyncio.sleep(_RETRY_S)
     return agreed(said)
@@ -69,7 +72,9 @@ async def _ask(workers: Iterable[Worker]) -> list[Said]:
         try:
             status = await worker.client.status(timeout_s=_ASK_TIMEOUT_S)
         except AntefixError as err:
-            log.info("%s worker %s does not say what it computes: %s", worker.role, worker.address, err)
+            log.info(
+                "%s worker %s does not say with which arithmetic it computes: %s", worker.role, worker.address, err
+            )
             return None
         worker.arithmetic, worker.setup = status.arithmetic, status.setup
         who = f"{worker.role} worker {worker.address}"

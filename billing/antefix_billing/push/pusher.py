@@ -131,8 +131,8 @@ class Pusher:
         last, _ = pruned_to(ledger)
         if (cursor := self.cursors.get(source, 0)) < last:
             log.error(
-                "%s: entries %d to %d of ledger %s were pruned and are not sent; `antefix usage restore` brings them"
-                " back for an export",
+                "the receiver %s will not get entries %d to %d of ledger %s, which were pruned (removed); "
+                "`antefix usage restore` brings them back for an export",
                 self.config.name, cursor + 1, last, source,
             )  # fmt: skip
             self.cursors[source] = last
@@ -196,7 +196,12 @@ class Pusher:
                 return True
             except TryLater as err:
                 self.counters.failed += 1
-                log.warning("%s: %s; again in %g s", self.config.name, err, max(wait_s, err.retry_after_s))
+                log.warning(
+                    "sending to %s failed: %s; the next try is in %g s",
+                    self.config.name,
+                    err,
+                    max(wait_s, err.retry_after_s),
+                )
                 if self._sleep(max(wait_s, err.retry_after_s)):
                     return False
                 wait_s = min(_WAIT_MAX_S, 2 * wait_s)
@@ -205,7 +210,13 @@ class Pusher:
         if any((letter.ledger, letter.sequence) == (source, sequence) for letter in self._read_dead()):
             return
         self.counters.dead += 1
-        log.error("%s: entry %d of ledger %s is a dead letter: %s", self.config.name, sequence, source, why)
+        log.error(
+            "the receiver %s refused entry %d of ledger %s, so it was set aside: %s",
+            self.config.name,
+            sequence,
+            source,
+            why,
+        )
         with open_private(self._dead_path, "a") as file:
             file.write(DeadLetter(ledger=source, sequence=sequence, why=why).to_json() + "\n")
             file.flush()

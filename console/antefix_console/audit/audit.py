@@ -40,7 +40,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 256 or self.samples < 2:
-            raise InvalidRequest("an audit needs prompts of 256 tokens or more, and 2 samples or more")
+            raise InvalidRequest("an audit needs prompts of at least 256 tokens, and at least 2 samples per test")
         if unknown_probes := set(self.probes) - set(PROBES):
             raise InvalidRequest(f"unknown probes {sorted(unknown_probes)}: use some of {', '.join(PROBES)}")
 

@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _EXIT_OK
     if not args.yes and not _agreed():
-        raise InvalidRequest("nothing was sent: say --yes to start without being asked")
+        raise InvalidRequest("nothing was sent: to start without a question, give --yes")
     report = asyncio.run(_audit(args, plan, promises, budget))
     text = report.as_markdown()
     if args.report:
@@ -196,5 +196,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and 0 <= value <= 86_400 * 7):
-        raise InvalidRequest(f"{text!r} is no time: write 30s, 5m or 1h, up to a week")
+        raise InvalidRequest(f"{text!r} is not a valid time: write a time such as 30s, 5m or 1h, up to a week")
     return value

@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if not (CHECKOUT / "benchmarks" / "store.py").exists():
         raise InvalidRequest(
-            f"benchmarks are part of a checkout of Antefix, not of the package installed in {CHECKOUT}; run it there"
+            "benchmarks are part of a checkout of Antefix's sources, not of the package installed in "
+            f"{CHECKOUT}; run them in a checkout"
         )
     if args.blocks < 1 or args.repeats < 1:
         raise InvalidRequest("--blocks and --repeats must be at least 1")
@@ -134,7 +135,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_tier(args: argparse.Namespace) -> int:
     if not args.object_store and not (args.s3 / "bin" / "weed").exists():
-        raise InvalidRequest(f"there is no S3 server in {args.s3}: `make test-s3` makes one, or give --object-store")
+        raise InvalidRequest(
+            f"there is no S3 server in {args.s3}: make one with `make test-s3`, or give --object-store"
+        )
     command = [
         *(sys.executable, "-m", "benchmarks.tier", "--s3", str(args.s3.resolve())),
         *("--blocks", str(args.blocks), "--rounds", str(args.repeats)),

@@ -159,7 +159,7 @@ def _files(given: Path) -> list[Path]:
         return [given]
     found = [given / name for name in (CERTIFICATE, CA) if (given / name).exists()]
     if not found:
-        raise InvalidRequest(f"{given} has neither {CERTIFICATE} nor {CA}")
+        raise InvalidRequest(f"the directory {given} has neither {CERTIFICATE} nor {CA}")
     return found
 
 

@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     if args.fleet:
         return explain_fleet.run(args)
     if args.workers:
-        raise InvalidRequest("--workers needs --fleet: the address of the router that has them")
+        raise InvalidRequest("--workers needs --fleet, the address of the router that has the workers")
     with ProgressLine("reading the model"):
         identity = identify(args.model)
     secret = args.secret_file or (args.data_dir / "secret" if args.data_dir else None)
@@ -286,7 +286,8 @@ def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]
         identity = identify(directory)
         if identity.geometry.block_size != mine.identity.geometry.block_size:
             raise InvalidRequest(
-                f"--also-model {directory}: its blocks have another size, so its KV cannot be the one you look for"
+                f"--also-model {directory}: blocks of this model have another size, so its KV cannot be the KV "
+                "that you look for"
             )
         yield replace(mine, identity=identity), f"model {directory}"
 
@@ -310,7 +311,10 @@ async def _pooled(
     if worker.window_pool == DISK:
         return None, ""
     if worker.window_pool == MEMORY and not store_address:
-        raise InvalidRequest("--window-pool memory is the store service's: say where it is with --store-address")
+        raise InvalidRequest(
+            "the setting --window-pool memory keeps checkpoints in the store service: give its address with "
+            "--store-address"
+        )
     store = RemoteStore(store_address or "")
     pool = open_window_pool(
         worker.window_pool,
@@ -335,7 +339,9 @@ def _path(args: argparse.Namespace, name: str, within: str) -> Path:
     if given is not None:
         return given
     if args.data_dir is None:
-        raise InvalidRequest("say where the deployment is: --data-dir, or both --store-dir and --secret-file")
+        raise InvalidRequest(
+            "say where the deployment's files are: give --data-dir, or both --store-dir and --secret-file"
+        )
     return Path(args.data_dir / within)
 
 

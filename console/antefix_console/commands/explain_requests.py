@@ -251,13 +251,13 @@ def _ledgers(args: argparse.Namespace) -> list[Path]:
     if args.ledger:
         return list(args.ledger)
     if args.data_dir is None:
-        raise InvalidRequest("say where the ledger is: --data-dir, or --ledger")
+        raise InvalidRequest("say where the ledger is: give --data-dir, or --ledger")
     return [args.data_dir]
 
 
 def _needed(keyring: Keyring | None) -> Keyring:
     if keyring is None:
-        raise InvalidRequest("block hashes need the deployment's secret: --data-dir, or --secret-file")
+        raise InvalidRequest("block hashes depend on the deployment's secret: give --data-dir, or --secret-file")
     return keyring
 
 

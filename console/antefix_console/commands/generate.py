@@ -76,7 +76,7 @@ async def _run(args: argparse.Namespace) -> int:
 
 def _prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.file is not None:
-        raise InvalidRequest("give a prompt or --file, not both")
+        raise InvalidRequest("give either a prompt or --file, not both")
     if args.prompt is not None:
         return given_text(args.prompt)
     return read_text(args.file if args.file is not None else Path("-"))

@@ -217,7 +217,7 @@ def _shown(key: ApiKey) -> dict[str, Any]:
 def _scopes(text: str) -> frozenset[Scope]:
     names = {name.strip() for name in text.split(",") if name.strip()}
     if unknown := names - set(Scope):
-        raise ConfigError(f"--scopes must be of {', '.join(Scope)}; {', '.join(sorted(unknown))} is none")
+        raise ConfigError(f"--scopes may have only {', '.join(Scope)}; {', '.join(sorted(unknown))} is not one of them")
     return frozenset(Scope(name) for name in names)
 
 

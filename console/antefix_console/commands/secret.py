@@ -93,7 +93,9 @@ def rotated(generations: Generations, *, stage: bool = False) -> Generations:
     current, newest = generations[0][0], max(number for number, _ in generations)
     staged = newest if newest > current else 0
     if staged and stage:
-        raise InvalidRequest(f"generation {staged} is staged already: once all roles have it, rotate without --stage")
+        raise InvalidRequest(
+            f"generation {staged} of the secret is staged already: once all services have it, rotate without --stage"
+        )
     if staged:
         first = next(each for each in generations if each[0] == staged)
         return [first, *(each for each in generations if each[0] != staged)]
@@ -107,7 +109,7 @@ def dropped(generations: Generations, number: int) -> Generations:
     """Raises:  InvalidRequest: no generation has that number, or it is the current one, which new KV is written
     under."""
     if number == generations[0][0]:
-        raise InvalidRequest(f"records are written with generation {number}: rotate first")
+        raise InvalidRequest(f"records are written with generation {number} of the secret: rotate the secret first")
     rest = [each for each in generations if each[0] != number]
     if len(rest) == len(generations):
         raise InvalidRequest(f"there is no generation {number}")

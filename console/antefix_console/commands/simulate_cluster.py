@@ -128,7 +128,9 @@ def unit_tokens(args: argparse.Namespace, sizes: Sizes) -> int:
     """
     tokens = int(args.unit_tokens)
     if tokens < 1 or tokens % sizes.block_size:
-        raise InvalidRequest(f"--unit-tokens must be a multiple of the block of {sizes.block_size}, is {tokens}")
+        raise InvalidRequest(
+            f"--unit-tokens must be a multiple of the block size of {sizes.block_size} tokens, is {tokens}"
+        )
     return tokens
 
 
@@ -277,7 +279,7 @@ def _engines(args: argparse.Namespace) -> tuple[int, int]:
     if not (number := whole_number(text, WORKERS_MAX)):
         raise InvalidRequest(f"--workers of --engines must be a number from 1 to {WORKERS_MAX}, is {text!r}")
     if args.store_bytes or args.pool_bytes:
-        raise InvalidRequest("--engines have no store of ours: leave --store-bytes and --pool-bytes out")
+        raise InvalidRequest("with --engines there is no store to simulate: leave --store-bytes and --pool-bytes out")
     return number, number
 
 
@@ -288,5 +290,7 @@ def _kill(text: str) -> tuple[float, float]:
     except ValueError as err:
         raise InvalidRequest(f"--kill must be SECOND or SECOND:SECOND, is {text!r}") from err
     if kill[0] < 0 or (kill[1] and kill[1] <= kill[0]):
-        raise InvalidRequest(f"--kill {text}: a worker comes back after it died")
+        raise InvalidRequest(
+            f"--kill {text}: the second at which a worker comes back must be after the second at which it dies"
+        )
     return kill

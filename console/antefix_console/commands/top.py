@@ -118,12 +118,16 @@ def _read(url: str, key: str) -> dict[str, Any]:
             data = json.loads(answer.read(_ANSWER_BYTES_MAX))
     except urllib.error.HTTPError as err:
         if err.code == 401:
-            raise Unauthenticated(f"{url} asks for an API key: name a file with --key-file") from err
+            raise Unauthenticated(
+                f"the router at {url} asks for an API key: name a file with the key in --key-file"
+            ) from err
         if err.code == 403:
             raise PermissionDenied("this API key does not have the scope admin") from err
-        raise Unavailable(f"{url} answered {err.code}: is it a router of this version?") from err
+        raise Unavailable(
+            f"the server at {url} answered with status {err.code}: is it a router of this version?"
+        ) from err
     except (OSError, ValueError) as err:
         raise Unavailable(f"no router answers at {url}: {err}") from err
     if not isinstance(data, dict) or "workers" not in data:
-        raise Unavailable(f"{url} is not a router's HTTP door")
+        raise Unavailable(f"the server at {url} is not a router's HTTP API")
     return data

@@ -176,7 +176,9 @@ def _pruned_totals(args: argparse.Namespace, by: Sequence[str]) -> list[Total]:
 
 def _rerate(args: argparse.Namespace) -> int:
     if args.after:
-        raise ConfigError("rerate needs all of a ledger; choose records with --since, --until, --tenant and --model")
+        raise ConfigError(
+            "the rerate command needs all of a ledger; choose records with --since, --until, --tenant and --model"
+        )
     return run_rerate(args, chooser(args))
 
 

@@ -76,11 +76,11 @@ def run_adjust(args: argparse.Namespace) -> int:
     """Raises:  ConfigError: no such request, or an invalid amount."""
     kind, amount = AdjustmentKind(args.kind), _amount(args.amount)
     if kind is not AdjustmentKind.CORRECTION and amount >= 0:
-        raise ConfigError(f"a {kind} is taken off the bill: write the amount with a minus, --amount=-{abs(amount)}")
+        raise ConfigError(f"a {kind} lowers the bill: write the amount with a minus sign, --amount=-{abs(amount)}")
     ledgers = ledgers_of(args.ledger)
     found = _request(ledgers, args.request_id, args.tenant) if args.request_id else None
     if found is None and args.tenant is None:
-        raise ConfigError("say whose bill it is: --request-id or --tenant")
+        raise ConfigError("say whose bill is adjusted: give --request-id or --tenant")
     ledger, record = found if found is not None else (ledgers[0], None)
     currency = args.currency or (record.currency if record else "")
     if record is not None and record.currency and currency != record.currency:
@@ -151,7 +151,7 @@ def _request(ledgers: list[Path], request_id: str, tenant: str | None) -> tuple[
     if not found:
         raise ConfigError(f"no record of request {request_id}")
     if len({record.tenant for _, record in found}) > 1:
-        raise ConfigError(f"several tenants have a request {request_id}: say which with --tenant")
+        raise ConfigError(f"several tenants have a request {request_id}: say which tenant is meant with --tenant")
     return max(found, key=lambda pair: (pair[1].price > 0, pair[1].attempt))
 
 

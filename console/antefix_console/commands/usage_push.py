@@ -61,7 +61,7 @@ def run_push(args: argparse.Namespace) -> int:
     try:
         lock = DirectoryLock(args.state, "lock")
     except BlockingIOError as err:
-        raise ConfigError(f"--state {args.state}: another `antefix usage push` uses it") from err
+        raise ConfigError(f"--state {args.state}: another `antefix usage push` uses this directory") from err
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
@@ -107,7 +107,9 @@ def _follow(pusher: Pusher, stopped: threading.Event, once: bool) -> None:
 def _serve(address: str, pushers: list[Pusher]) -> None:
     host, port = parse_address(address)
     if not is_loopback(host):
-        raise ConfigError(f"--metrics-address {address}: metrics of a push are for this host only")
+        raise ConfigError(
+            f"--metrics-address {address}: the metrics of `antefix usage push` may be served on loopback only"
+        )
     registry = Registry("push")
     registry.add(lambda: push_metrics(pushers))
     MetricsServer(registry, host, port, tls=None)

@@ -39,7 +39,8 @@ def run_receipt(args: argparse.Namespace) -> int:
         return _check_receipt(args)
     if not (args.ledger and args.request_id and args.key_file):
         raise ConfigError(
-            "issuing needs --ledger, --request-id and --key-file; checking needs --check and --public-key"
+            "issuing a receipt needs --ledger, --request-id and --key-file; checking a receipt needs --check "
+            "and --public-key"
         )
     with ProgressLine("reading the ledger"):
         found = [
@@ -60,7 +61,7 @@ def _check_receipt(args: argparse.Namespace) -> int:
     try:
         receipt, key = read_json(args.check, "receipt"), bytes.fromhex(args.public_key or "")
     except ValueError as err:
-        raise ConfigError(f"the receipt must be JSON and --public-key 64 hex digits: {err}") from err
+        raise ConfigError(f"the receipt must be JSON, and --public-key must be 64 hex digits: {err}") from err
     checked = check_receipt(receipt, key, load_cards(args.ratecards) if args.ratecards else None)
     result: dict[str, object] = {"ok": checked.ok, "signature_ok": checked.signature_ok, "hash_ok": checked.hash_ok}
     result["price_ok"] = checked.price_ok if checked.price_ok is not None else "not checked"

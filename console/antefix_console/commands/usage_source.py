@@ -43,7 +43,8 @@ def billed(args: argparse.Namespace) -> Iterator[tuple[Path, Settled | Adjusted]
     ledgers = ledgers_of(args.ledger)
     if args.after and len(ledgers) > 1:
         raise ConfigError(
-            "--after is a place in one ledger; export each of several on its own to continue from a cursor"
+            "--after is a position in one ledger; to continue from a position in several ledgers, export each "
+            "ledger on its own"
         )
     for ledger in ledgers:
         check_cursor(ledger, args.after)
@@ -89,4 +90,6 @@ def time_us_of(text: str | None) -> int | None:
     try:
         return int(moment.timestamp() * 1_000_000)
     except (OverflowError, ValueError) as err:
-        raise ConfigError(f"{text!r} is before or after all times in UTC") from err
+        raise ConfigError(
+            f"the time {text!r} cannot be converted to UTC, because it is before or after all times there"
+        ) from err

@@ -99,9 +99,9 @@ def _anchor(text: str, ledgers: Sequence[Path]) -> tuple[bytes, tuple[int, str]]
     if number is None or len(hash) != 64:
         raise ConfigError(f"--anchor must be SEQUENCE:HASH or SOURCE:SEQUENCE:HASH, is {text!r}")
     if not source and len(ledgers) > 1:
-        raise ConfigError("with several ledgers --anchor needs the source: SOURCE:SEQUENCE:HASH")
+        raise ConfigError("with several ledgers, --anchor must also name the ledger's source: SOURCE:SEQUENCE:HASH")
     known = {source_of(ledger).hex(): source_of(ledger) for ledger in ledgers}
     name = source[0] if source else next(iter(known))
     if name not in known:
-        raise ConfigError(f"--anchor names ledger {name}, which is not among these")
+        raise ConfigError(f"--anchor names ledger {name}, which is not one of the given ledgers")
     return known[name], (number, hash)

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not args.router and not args.worker:
-        raise InvalidRequest("say which workers: --router HOST:PORT or --worker HOST:PORT")
+        raise InvalidRequest("say which workers are meant: give --router HOST:PORT or --worker HOST:PORT")
     if args.strategy:
         parse(args.strategy)
     if args.plans < 0:

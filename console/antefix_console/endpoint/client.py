@@ -47,7 +47,7 @@ class EndpointConfig:
         if self.api not in DIALECTS:
             raise InvalidRequest(f"unknown API {self.api!r}: use one of {', '.join(DIALECTS)}")
         if not self.url.startswith(("http://", "https://")):
-            raise InvalidRequest(f"{self.url!r} is no URL of an endpoint: it begins with http:// or https://")
+            raise InvalidRequest(f"{self.url!r} is no URL of an endpoint: such a URL begins with http:// or https://")
 
     def __repr__(self) -> str:
         return f"{self.api} at {self.url}"
@@ -211,5 +211,5 @@ def _httpx() -> Any:
     try:
         import httpx
     except ModuleNotFoundError as err:
-        raise InvalidRequest("this needs httpx: pip install 'antefix[client]'") from err
+        raise InvalidRequest("this command needs httpx: pip install 'antefix[client]'") from err
     return httpx

@@ -206,5 +206,5 @@ def _count(found: Mapping[str, Any], name: str) -> int:
 
 def _whole(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 53:
-        raise InvalidRequest(f"the endpoint's usage has {name} {value!r}, which is not a count of tokens")
+        raise InvalidRequest(f"the endpoint reports {name} {value!r} as usage, which is not a number of tokens")
     return value

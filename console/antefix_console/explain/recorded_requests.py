@@ -37,7 +37,7 @@ def find_record(ledgers: Sequence[Path], request_id: str, tenant: str | None = N
     if not found:
         raise InvalidRequest(f"there is no record of request {request_id!r} in {', '.join(map(str, ledgers))}")
     if len(found) > 1:
-        raise InvalidRequest(f"several tenants have a request {request_id!r}: say whose it is with --tenant")
+        raise InvalidRequest(f"several tenants have a request {request_id!r}: say with --tenant whose request is meant")
     return next(iter(found.values()))
 
 

@@ -41,11 +41,13 @@ async def measure_token_rate(ask: Callable[[Question], Awaitable[Reply]], seed: 
     for num_words in (_SHORT_WORDS, _LONG_WORDS):
         reply = await ask(Question(prompt=words(f"measure {seed} {num_words}", num_words)))
         if not reply.ok:
-            raise Unavailable(f"the endpoint did not answer a first request: {reply.error}")
+            raise Unavailable(f"the endpoint did not answer the first request: {reply.error}")
         tokens.append(reply.usage.prompt_tokens)
     per_word = (tokens[1] - tokens[0]) / (_LONG_WORDS - _SHORT_WORDS)
     if per_word <= 0:
-        raise Unavailable(f"the endpoint counts {tokens[1]} tokens for {_LONG_WORDS} words and {tokens[0]} for fewer")
+        raise Unavailable(
+            f"the endpoint counts {tokens[1]} tokens for {_LONG_WORDS} words, but {tokens[0]} for fewer words"
+        )
     return TokenRate(tokens_per_word=per_word, fixed_tokens=tokens[0] - per_word * _SHORT_WORDS)
 
 

@@ -170,7 +170,7 @@ async def hand_over(workers: WorkerPair, store: Store, tokens: Tokens, next_toke
     if adopted is None:
         return None
     if not np.array_equal(adopted.logits, computed.logits):
-        raise AntefixError("a handoff's logits changed on their way")
+        raise AntefixError("the logits in a handoff changed between prefill and decode")
     return await _one_more(decode, adopted.sequence, next_token)
 
 

@@ -112,7 +112,7 @@ async def _ask(setup: ProcessSetup) -> list[list[SetupSaid]]:
     out, err = await process.communicate()
     if process.returncode:
         last = err.decode(errors="replace").strip().rpartition("\n")[2]
-        raise AntefixError(f"the process with {setup.label(setup.threads[0])} failed: {last}")
+        raise AntefixError(f"the verification process with {setup.label(setup.threads[0])} failed: {last}")
     return [[SetupSaid(**model) for model in models] for models in json.loads(out)]
 
 

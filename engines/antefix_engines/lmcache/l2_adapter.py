@@ -143,7 +143,7 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             answer = work()
         except Exception:
             # Without an answer LMCache would wait for ever.
-            log.exception("a task of LMCache (%s) failed", kind)
+            log.exception("a task of LMCache of the kind %s failed", kind)
             answer = otherwise
         with self._lock:
             self._done[kind][task] = answer

@@ -126,7 +126,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
         """Read one page of the anchor pool into a tensor; None where it is not stored."""
         if target_location is None:
-            raise InvalidRequest("get needs target_location, a tensor of a page's size")
+            raise InvalidRequest("a get needs target_location, a tensor with the size of a page")
         page = _page_of(target_location)
         return target_location if self._of(_BY_KEY, page.nbytes).get([key], [page])[0] else None
 
@@ -159,7 +159,9 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
 
     def clear(self) -> None:
         """Does nothing: other processes share the store, which has its own budget and lifetimes (docs/ENGINES.md)."""
-        log.warning("SGLang asked to clear its storage; Antefix's store is shared, so nothing is deleted")
+        log.warning(
+            "SGLang asked to clear its storage; nothing is deleted, because Antefix's store is shared with others"
+        )
 
     def get_stats(self) -> None:
         """None: SGLang makes its own gauges of transfers, and our metrics are `antefix_engine_*`."""
@@ -191,7 +193,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         try:
             pages = self._pool(pool).at(host_indices, len(keys))
         except InvalidRequest as err:
-            log.error("pages of %s cannot be read: %s", pool, err)  # noqa: TRY400 (SGLang's mistake, not a fault here)
+            log.error("pages of KV of %s cannot be read: %s", pool, err)  # noqa: TRY400 (SGLang's mistake, not a fault here)
             return [False] * len(keys)
         return self._of(pool, is_trailing=is_trailing).get(keys, pages)
 
@@ -208,13 +210,15 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         if prefix is None:
             if not self._told_of_orphans:
                 self._told_of_orphans = True
-                log.error("nothing can be stored: set hicache_storage_pass_prefix_keys to true in the extra config")
+                log.error(
+                    "no KV can be stored: set hicache_storage_pass_prefix_keys to true in the extra config of SGLang"
+                )
             self.store.count(refused_records=len(keys))
             return [False] * len(keys)
         try:
             pages = self._pool(pool).at(host_indices, len(keys))
         except InvalidRequest as err:
-            log.error("pages of %s cannot be stored: %s", pool, err)  # noqa: TRY400
+            log.error("pages of KV of %s cannot be stored: %s", pool, err)  # noqa: TRY400
             return [False] * len(keys)
         return self._of(pool, is_trailing=is_trailing).put(keys, pages, prefix)
 

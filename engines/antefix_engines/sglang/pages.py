@@ -79,7 +79,9 @@ class PoolPages:
             return [PageMemory(()) for _ in range(num_pages)]
         if host_indices is None or host_indices.numel() != num_pages * self.page_size:
             given = 0 if host_indices is None else host_indices.numel()
-            raise InvalidRequest(f"{num_pages} pages of {self.page_size} tokens need as many indices, got {given}")
+            raise InvalidRequest(
+                f"{num_pages} pages of {self.page_size} tokens need one index per token, got {given} indices"
+            )
         if not num_pages:
             return []
         pointers, sizes = self._pool.get_page_buffer_meta(host_indices)

@@ -158,7 +158,10 @@ class AntefixCache:
         Raises:  InvalidRequest: a model with other weights than this cache is for, or in training mode.
         """
         if model is not self._model and self._names(model) != self._names(self._model):
-            raise InvalidRequest("this model has other weights or settings: make an AntefixCache for it")
+            raise InvalidRequest(
+                "this model has other weights or settings than the model that this AntefixCache was made for: make "
+                "a new AntefixCache"
+            )
         _check_mode(model)
         tokens = self._tokens(ids)
         cache = self.restore(tokens)
@@ -194,7 +197,7 @@ class AntefixCache:
         served = self._of(self._model)
         chain = served.kv.chain(tokens)
         if cache.block_size != self.block_size or cache.hashes != chain.hashes[: len(cache.hashes)]:
-            raise InvalidRequest("the cache was made for other tokens, another block size or another model")
+            raise InvalidRequest("the cache was made for other tokens, for another block size or for another model")
         num_tokens = cache.get_seq_length()
         num_blocks = min(cache.num_exact_tokens // self.block_size, len(chain))
         found = served.kv.lookup(chain.hashes[:num_blocks])
@@ -262,7 +265,7 @@ class AntefixCache:
         _check_mode(model)
         if getattr(model.config, "is_encoder_decoder", False):
             raise InvalidRequest(
-                "a model with an encoder is not served: its decoder's KV depends on more than its tokens"
+                "a model with an encoder cannot be cached: its decoder's KV depends on more than the decoder's tokens"
             )
         device = model_identity.device_of(model)
         cache = WatchedCache(config=model.config, block_size=self.block_size)
@@ -280,12 +283,14 @@ class AntefixCache:
         if tensor.ndim == 2 and tensor.shape[0] == 1:
             tensor = tensor[0]
         if tensor.ndim != 1 or tensor.is_floating_point():
-            raise InvalidRequest(f"one sequence of token ids at a time is cached, not a tensor {tuple(tensor.shape)}")
+            raise InvalidRequest(
+                f"only one sequence of token ids at a time can be cached, not a tensor of shape {tuple(tensor.shape)}"
+            )
         tokens = [int(token) for token in tensor.tolist()]
         special = {getattr(self._model.config, name, None) for name in _NOT_TEXT}
         if found := special.intersection(tokens):
             raise InvalidRequest(
-                f"token {found.pop()} stands for an image or sound: its KV depends on more than its id"
+                f"token {found.pop()} stands for an image or a sound: its KV depends on more than the token's id"
             )
         return tokens
 

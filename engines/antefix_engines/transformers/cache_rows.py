@@ -92,7 +92,7 @@ class IndexedRows(FullRows):
     def __init__(self, layer: Any, block_size: int) -> None:
         super().__init__(layer, block_size)
         if layer.indexer_position_ids is not None:
-            raise InvalidRequest("indexer keys with positions of their own are not kept by AntefixCache")
+            raise InvalidRequest("AntefixCache cannot keep indexer keys that have positions of their own")
         self._has_keys = layer.indexer_keys is not None
         if self._has_keys:
             shape = tuple(layer.indexer_keys.shape[2:])
@@ -252,7 +252,7 @@ def rows_of(cache: cache_utils.DynamicCache, block_size: int, *, is_v4: bool = F
         if name not in _KINDS:
             raise InvalidRequest(f"layer {index} keeps a {name}: AntefixCache keeps {', '.join(_KINDS)}")
         if name != "DummyLayer" and not layer.is_initialized:
-            raise InvalidRequest(f"layer {index} ({name}) was not used by the model")
+            raise InvalidRequest(f"the model did not use layer {index} ({name})")
         if is_v4 and name == "DynamicSlidingWindowLayer":
             name = "V4 window"
         found.append(_KINDS[name](layer, block_size))

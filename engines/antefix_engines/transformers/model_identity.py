@@ -101,7 +101,9 @@ def _tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
         if tensor.is_meta:
-            raise InvalidRequest(f"{name} is not in memory, so it cannot be hashed: give weights_revision")
+            raise InvalidRequest(
+                f"parameter {name} is not in memory, so its values cannot be hashed: give weights_revision"
+            )
     return sorted(tensors, key=lambda each: each[0])
 
 

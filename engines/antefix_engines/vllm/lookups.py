@@ -90,5 +90,5 @@ class Lookups:
                 found = self._find(prompt, asked)
             except Exception:
                 # A bug in our code must not leave requests waiting, or end all later lookups.
-                log.exception("a lookup failed; its keys count as missing")
+                log.exception("a look-up in the store failed; its keys count as not stored")
             self._answers.append((prompt, asked, found))

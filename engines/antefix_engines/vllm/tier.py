@@ -152,7 +152,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         try:
             self._store.close()
         except Exception:
-            log.exception("the store was left without being closed; its next start checks it")
+            log.exception("closing the store failed; the next start of the store checks its files")
         self.rows.close()
 
     # --- telling -------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         if len(hash) >= HASH_BYTES_MIN:
             return False
         if not self.counters.weak_hashes:
-            log.warning("vLLM's block hash is not SHA-256, so nothing is stored: start it with %s", _WANTED_HASH)
+            log.warning("vLLM's block hash is not SHA-256, so nothing is stored: start vLLM with %s", _WANTED_HASH)
         self.counters.count(weak_hashes=1)
         return True
 

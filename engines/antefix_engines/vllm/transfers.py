@@ -85,7 +85,10 @@ class Transfers(Generic[T]):
         def finish(ended: Future[T]) -> None:
             err = ended.exception()
             if err is not None:
-                log.error("a transfer failed; its rows are computed again", exc_info=err)
+                log.error(
+                    "loading blocks into vLLM or storing blocks failed; blocks that were not loaded are computed again",
+                    exc_info=err,
+                )
             outcome = None if err is not None else ended.result()
             self._done.append(Finished(job_id=job_id, outcome=outcome, seconds=time.monotonic() - began))
             with self._ended:

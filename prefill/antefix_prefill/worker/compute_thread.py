@@ -345,7 +345,7 @@ def _run(jobs: list[_Job]) -> None:
         try:
             results = together[0].function([each.piece for each in together])
         except Exception:
-            log.exception("a call for chunks of %d prompts failed; each chunk now runs alone", len(jobs))
+            log.exception("a model call for chunks of %d prompts together failed; each chunk now runs alone", len(jobs))
         else:
             for job, result in zip(jobs, results, strict=True):
                 job.settle(result)

@@ -192,7 +192,8 @@ class Engine:
             raise InvalidRequest("the prompt is empty")
         if num_tokens + max_new_tokens > self.identity.max_tokens:
             raise InvalidRequest(
-                f"{num_tokens} prompt tokens and {max_new_tokens} new exceed the model's {self.identity.max_tokens}"
+                f"{num_tokens} prompt tokens and {max_new_tokens} new tokens exceed the model's "
+                f"{self.identity.max_tokens}"
             )
         num_blocks = -(-(num_tokens + max_new_tokens) // self.block_size)
         if num_blocks > self.pool.num_blocks:
@@ -213,9 +214,9 @@ class Engine:
         if grant is None:
             return
         if not any(self.keyring.owner(tenant, number) in grant.owners for number in self.keyring.generations):
-            raise PermissionDenied("the grant is for another tenant")
+            raise PermissionDenied("the grant (permission to use this prompt's KV) is for another tenant")
         if not fits_prompt(self.keyring, grant, prompt):
-            raise PermissionDenied("the grant is for another prompt")
+            raise PermissionDenied("the grant (permission to use a prompt's KV) is for another prompt")
 
     async def register(self) -> None:
         """Tell the store the layout of payloads, which it needs to compress them; without it they stay uncompressed."""
@@ -266,8 +267,8 @@ def _warn_of_memory(config: EngineConfig) -> None:
     limit = memory_limit_bytes()
     if limit is not None and config.device == "cpu" and config.pool_bytes >= limit:
         log.warning(
-            "pool_bytes is %d, and this process's control group has %d bytes of memory: the system will kill the worker"
-            " once they are used; lower pool_bytes or raise the limit",
+            "pool_bytes is %d, but this process's control group has only %d bytes of memory: the system will "
+            "kill the worker when it uses them up; lower pool_bytes or raise the limit",
             config.pool_bytes,
             limit,
         )
@@ -315,7 +316,8 @@ def _build_engine(
     borrows = fingerprint.arithmetic != measured.name
     if borrows:
         log.warning(
-            "this worker computes %s but uses KV of %s (--arithmetic), so it stores nothing",
+            "this worker's arithmetic is %s, but it uses KV that was computed with %s (--arithmetic), so it "
+            "stores nothing",
             measured.name,
             config.arithmetic,
         )
@@ -400,11 +402,12 @@ def _measure(model: Model, config: EngineConfig, ranks: RankProcesses | None, *,
     log.info("arithmetic %s on %s", measured.name, measured.setup)
     for text in measured.failed:
         log.warning(
-            "some hits are not exact on this machine: %s (see `antefix doctor`); with --reproducible true all hits are",
+            "some cache hits are not exact on this machine: %s (see `antefix doctor`); with --reproducible "
+            "true, all hits are exact",
             text,
         )
     if measured.unproved:
-        log.info("not proved to be exact on this machine: %s", "; ".join(measured.unproved))
+        log.info("it is not proved that cache hits are exact on this machine: %s", "; ".join(measured.unproved))
     return measured
 
 

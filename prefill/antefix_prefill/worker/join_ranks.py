@@ -22,9 +22,11 @@ def device_of(rank: int, size: int, device: str) -> str:
     if torch.device(device).type != "cuda":
         return device
     if torch.device(device).index is not None:
-        raise ConfigError(f"--tensor-parallel-size {size} uses as many cards: give --device cuda, not {device}")
+        raise ConfigError(f"--tensor-parallel-size {size} needs that many cards: give --device cuda, not {device}")
     if torch.cuda.device_count() < size:
-        raise ConfigError(f"--tensor-parallel-size {size} needs as many cards; {torch.cuda.device_count()} are visible")
+        raise ConfigError(
+            f"--tensor-parallel-size {size} needs as many cards, but {torch.cuda.device_count()} are visible"
+        )
     return f"cuda:{rank}"
 
 

@@ -148,7 +148,7 @@ def _serve(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
                 follower = model = None
                 model = load(ranks=ranks, device=join.device, **settings)
                 follower = Follower(model, ranks)
-                log.info("this rank's share of the model, one of %d, is loaded onto %s", join.size, join.device)
+                log.info("this rank's share of the model, one of %d shares, is loaded onto %s", join.size, join.device)
                 rank_0.send(Up(what="loaded"))
             case Measure(settings=settings):
                 assert model is not None

@@ -140,7 +140,8 @@ class RankProcesses:
         for rank, name in enumerate(names, 1):
             if name != measured.name:
                 raise ConfigError(
-                    f"rank {rank} computes {name}, rank 0 {measured.name}: all ranks need cards and threads of one kind"
+                    f"rank {rank} computes with {name}, but rank 0 with {measured.name}: all ranks need the "
+                    "same kind of card and the same number of threads"
                 )
         self._end_of_start()
 
@@ -162,7 +163,7 @@ class RankProcesses:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                log.warning("rank with pid %d did not end and is killed", process.pid)
+                log.warning("the process of a rank, pid %d, did not end and is killed", process.pid)
                 process.kill()
                 process.wait()
         if hasattr(self, "ranks"):

@@ -76,8 +76,8 @@ class ResidentBlocks:
         """
         if num_blocks > self.num_available:
             raise Overloaded(
-                f"the block pool has {self.num_available} of {self._pool.num_blocks} blocks to give,"
-                f" {num_blocks} needed: fewer or shorter requests, or a larger pool_bytes",
+                f"the block pool can give {self.num_available} of its {self._pool.num_blocks} blocks, but "
+                f"{num_blocks} are needed: send fewer or shorter requests, or raise pool_bytes",
                 retry_after_s=1.0,
             )
         while self._pool.num_free < num_blocks:

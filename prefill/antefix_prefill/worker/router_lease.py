@@ -121,7 +121,7 @@ class WorkerLease:
             try:
                 await self._register(router_pb2_grpc.RouterServiceStub(channel))
             except AntefixError as err:
-                log.info("router %s could not be told that this worker leaves: %s", router, err)
+                log.info("router %s could not be told that this worker is shutting down: %s", router, err)
 
     async def _register(self, stub: router_pb2_grpc.RouterServiceStub) -> None:
         registration = Registration(

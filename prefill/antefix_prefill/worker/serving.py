@@ -139,7 +139,9 @@ async def start_engine(config: WorkerConfig, *, may_call: Callable[[str], object
     for directory in (each.directory for each in where if each.directory):
         if not (Path(directory) / STORE_FILE).exists():
             # Not an error, because the store may start later. But a misspelt directory must not go unnoticed.
-            log.warning("there is no store in --store-dir %s; until there is one, every look-up misses", directory)
+            log.warning(
+                "there is no store in --store-dir %s; until a store is made there, every look-up misses", directory
+            )
     keyring = Keyring.from_file(config.secret_file)
     seals = Seals(keyring)
     store = open_stores(

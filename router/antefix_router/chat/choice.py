@@ -29,7 +29,7 @@ def choose_format(name: str, model: Path, tokenizer: Tokenizer, *, bounded: bool
             name = _deepseek_v4(model) or "plain"
     if name == "template":
         if template is None:
-            raise ConfigError(f"--chat-format template: {model} has no chat template")
+            raise ConfigError(f"--chat-format template needs a chat template, and the model {model} has none")
         return TemplateFormat(template, model, bounded=bounded)
     if name == "deepseek-v4-0731":
         return DeepSeekV4Format(EFFORTS_0731)

@@ -160,6 +160,6 @@ def _rule(table: Table) -> Rule:
         pattern = re.compile(line)
         matches_all = pattern.match("") is not None
     except (re.error, RecursionError, OverflowError) as err:
-        raise ConfigError(f"{table.where}: {line!r:.200} is no regular expression: {err}") from err
+        raise ConfigError(f"{table.where}: {line!r:.200} is not a valid regular expression: {err}") from err
     require(not matches_all, f"{table.where}: {line!r:.200} matches every line")
     return Rule(name=name, line=pattern, changes=changes, anywhere=anywhere)

@@ -73,7 +73,7 @@ def check_schema(schema: Any) -> None:
     except exceptions.SchemaError as err:
         raise InvalidRequest(f"not a JSON schema: {err.message[:200]}") from err
     except RecursionError as err:
-        raise InvalidRequest("not a JSON schema: it is nested too deeply") from err
+        raise InvalidRequest("the schema of the output is not a JSON schema: it is nested too deeply") from err
     if len(_checked) >= _NUM_CHECKED_MAX:
         _checked.clear()
     _checked.add(digest)

@@ -72,9 +72,9 @@ class TemplateFormat:
 
     def render(self, conversation: Conversation) -> list[Piece]:
         if conversation.tools or any(message.tool_calls for message in conversation.messages):
-            raise InvalidRequest("this deployment cannot read tool calls in this model's chat template")
+            raise InvalidRequest("Antefix cannot read tool calls that are written in this model's chat template")
         if conversation.continue_last:
-            raise InvalidRequest("this model's chat template cannot continue an answer that was begun")
+            raise InvalidRequest("this model's chat template cannot continue an answer of the assistant that was begun")
         messages = conversation.messages
         if conversation.aside:
             # The request-dependent text of earlier turns is lost, because a template has no place to put it back.

@@ -104,7 +104,9 @@ class FleetPlacing:
         room = [worker for worker in workers if worker.num_requests < self._config.worker_requests_max]
         if not room:
             self.counters.num_full += 1
-            raise Overloaded(f"{self._config.worker_requests_max} requests run at each worker", retry_after_s=1.0)
+            raise Overloaded(
+                f"{self._config.worker_requests_max} requests run at each worker, which is the limit", retry_after_s=1.0
+            )
         candidates = tuple(self._candidate(worker, prompts) for worker in room)
         best = max(candidates, key=lambda each: each.here)
         work, soon = self._work(call, prompts, best), self._soon(prompts)

@@ -62,7 +62,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         try:
             call = await router.door.call(CHAT if "messages" in body else COMPLETIONS, body, caller)
         except PassedError as err:
-            raise InvalidRequest(f"the worker refuses the request: {err}") from err
+            raise InvalidRequest(f"the worker refused the request: {err}") from err
         prompts = router.placing.named(call)
         placed = router.placing.place(call, prompts, (caller.cache_tenant, caller.session), frozenset())
         known = placed.expected

@@ -118,7 +118,7 @@ class OpenAIDoor:
                     async with asyncio.timeout(ends - time.monotonic()):
                         data = await anext(found, None)
                     if data is None:
-                        raise Unavailable(f"{self.place.address} ended an answer before its end")
+                        raise Unavailable(f"the worker at {self.place.address} broke an answer off before its end")
                     if data == "[DONE]":
                         return
                     yield data
@@ -171,7 +171,7 @@ async def _data_of(response: httpx.Response) -> AsyncGenerator[str, None]:
         if line.startswith("data:"):
             lines.append(line[5:].removeprefix(" "))
             if sum(map(len, lines)) > _EVENT_BYTES_MAX:
-                raise Unavailable("an event of a worker is too long")
+                raise Unavailable("one event in the stream of a worker is too long")
         elif not line and lines:
             yield "\n".join(lines)
             lines = []

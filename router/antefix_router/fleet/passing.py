@@ -84,7 +84,7 @@ class Passing:
                 request_id = f"request {generation.request.request_id}"
                 if generation.has_given or not await moves.may_go_on(err, request_id, _left_s(ends)):
                     raise
-                log.warning("%s moves to another worker: %s", request_id, err)
+                log.warning("%s is sent to another worker because the first one failed: %s", request_id, err)
                 failed = err
         # 4. Compare the expected hit with the reported one.
         self._compare(generation, placed)

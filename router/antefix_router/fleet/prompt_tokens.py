@@ -61,11 +61,11 @@ class PromptTokens:
                         # says why.
                         return None
                     log.warning(
-                        "worker %s has no /tokenize: the router asks it for tokens no more", engine.place.address
+                        "worker %s has no /tokenize, so the router stops asking it for tokens", engine.place.address
                     )
                     self._without.add(engine.place.url)
                 except AntefixError as err:
-                    log.warning("worker %s did not tokenize a prompt: %s", engine.place.address, err)
+                    log.warning("worker %s did not turn a prompt into tokens: %s", engine.place.address, err)
         return None
 
     def _to_ask(self, model: str) -> list[Engine]:

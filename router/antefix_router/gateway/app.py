@@ -134,7 +134,7 @@ async def _receipt(gateway: Door, request: Request) -> Response:
         holder = gateway.holder(request, Scope.USAGE)
         tenant = request.query_params.get("tenant", holder.tenant)
         if tenant != holder.tenant and Scope.ADMIN not in holder.scopes:
-            raise PermissionDenied("another tenant's receipts need an API key with the scope admin")
+            raise PermissionDenied("receipts of another tenant need an API key with the scope admin")
         front = gateway.books
         if front.accounts.ledger is None or front.signer is None:
             raise Unavailable("this router keeps no ledger")
@@ -276,8 +276,8 @@ async def serve_door(
     security.check_listening(config.http_address, flag="--http-address")
     if not is_loopback(host) and not (config.tenants_file or config.api_keys_file):
         raise ConfigError(
-            f"--http-address {config.http_address}: others can reach it, so say who may call: --api-keys-file or"
-            ' --tenants-file (which may say keys = "none")'
+            f"--http-address {config.http_address}: other hosts can reach this address, so say who may call: give"
+            ' --api-keys-file or --tenants-file (which may say keys = "none")'
         )
     path = host.removeprefix(UNIX) if host.startswith(UNIX) else ""
     family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET

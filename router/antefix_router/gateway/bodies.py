@@ -99,7 +99,7 @@ class _Held:
             room.held_bytes + nbytes > room._held_bytes_max
             or room._held_by_tenant[self._tenant] + nbytes > self._most_bytes
         ):
-            raise Overloaded("too many large requests are being read", retry_after_s=1.0)
+            raise Overloaded("too many large request bodies are being read now", retry_after_s=1.0)
         self.nbytes += nbytes
         room.held_bytes += nbytes
         room._held_by_tenant[self._tenant] += nbytes
@@ -151,9 +151,11 @@ def _parse_large(body: bytearray, num_tokens_max: int) -> Any:
         body = bytearray(body.decode(json.detect_encoding(body), "replace").encode())
     num_containers, num_values = structure_of(body)
     if num_containers > _CONTAINERS_MAX:
-        raise InvalidRequest(f"the body has {num_containers} lists and objects, more than {_CONTAINERS_MAX}")
+        raise InvalidRequest(
+            f"the request body has {num_containers} lists and objects, more than the limit of {_CONTAINERS_MAX}"
+        )
     if num_values > (most := _VALUES_MAX + num_tokens_max):
-        raise InvalidRequest(f"the body has {num_values} values, more than {most}")
+        raise InvalidRequest(f"the request body has {num_values} values, more than the limit of {most}")
     return _parse(body)
 
 

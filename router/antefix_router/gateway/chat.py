@@ -43,7 +43,9 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     # DeepSeek's prefix completion: the last message is the beginning of the answer.
     is_answer = messages[-1].role is ChatRole.ASSISTANT
     if is_answer and not begun:
-        raise InvalidRequest('the last message is the assistant\'s; set "prefix": true in it to continue it')
+        raise InvalidRequest(
+            'the last message is from the assistant; to continue that message, set "prefix": true in it'
+        )
     fields.close()
     fields.notes.close()
     conversation = Conversation(

@@ -38,7 +38,9 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     knobs = read_knobs(fields, "max_tokens", num_top_logprobs=fields.integer("logprobs"), several=True)
     form = chat_form(fields)
     if echo and knobs.num_top_logprobs is not None:
-        raise InvalidRequest("logprobs: with echo they would include the prompt's, which are not computed")
+        raise InvalidRequest(
+            "logprobs cannot be combined with echo, because log probabilities of the prompt are not computed"
+        )
     fields.only("suffix", lambda value: value == "", "this model does not fill in the middle")
     session = fields.text("prompt_cache_key", "")
     retention_s = retention_ttl(fields)

@@ -135,7 +135,8 @@ class Connections:
         if now >= self._quiet_until:
             self._quiet_until = now + _TELL_EVERY_S
             log.warning(
-                "connections are refused: %d are open (limit %d), %d of %s (limit %d); %d were refused so far",
+                "connections are refused: %d connections are open (limit %d), of which %d are from %s (limit "
+                "%d); %d connections were refused so far",
                 len(self),
                 self.most,
                 self._by_address[address],
@@ -172,4 +173,4 @@ class QuietAccepting:
         now = time.monotonic()
         if now >= self._quiet_until:
             self._quiet_until = now + _TELL_EVERY_S
-            log.error("connections cannot be accepted (%s); raise the limit of open files", err)
+            log.error("new connections cannot be accepted (%s); raise the limit of open files", err)

@@ -104,7 +104,7 @@ class Endpoint:
                 else:
                     await _unless_gone(self._send_whole(call, scope, receive, send), receive)
         except ClientDisconnect:
-            log.info("a client left before its request was whole")
+            log.info("a client left before its whole request had arrived")
         except Exception as err:  # noqa: BLE001 - the one place where HTTP turns exceptions into answers
             await error_response(err, self._provider)(scope, receive, send)
 
@@ -159,7 +159,7 @@ async def _unless_gone(work: Any, receive: Receive) -> None:
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            log.info("a client left; its request is cancelled")
+            log.info("a client left (closed its connection); its request is cancelled")
     finally:
         watching.cancel()
         if not working.done():

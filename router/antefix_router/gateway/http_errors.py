@@ -85,7 +85,7 @@ def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]
             return status, _body(message, provider, openai_type, anthropic_type, code, param, has_code=status == 429)
     if isinstance(err, RecursionError):
         # Every JSON parser reports this in its own way: the body nests brackets deeper than any real request.
-        return error_body(errors.InvalidRequest("the body is nested too deeply"), provider)
+        return error_body(errors.InvalidRequest("the request body is nested too deeply"), provider)
     error_id = secrets.token_hex(6)
     log.error("internal error %s", error_id, exc_info=err)
     message = f"internal error {error_id}; the service's log has it"

@@ -45,7 +45,7 @@ class IgnoredFields:
             if is_full or not _SHOWN.fullmatch(name):
                 name = self.OTHERS
             if name not in self.counts:
-                log.info("requests have the field %s, which changes nothing here; it is ignored and counted", name)
+                log.info("requests have the field %s, which has no effect here; the field is ignored and counted", name)
             self.counts[name] = self.counts.get(name, 0) + 1
 
 

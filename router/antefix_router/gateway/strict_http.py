@@ -48,7 +48,7 @@ class _StrictBuffer(ReceiveBuffer):
         line = super().maybe_extract_next_line()
         is_good = _CHUNK_HEAD.fullmatch(line) if line is not None else len(self) <= _CHUNK_HEAD_BYTES_MAX
         if not is_good:
-            raise h11.LocalProtocolError("a chunk must begin with its size and nothing else")
+            raise h11.LocalProtocolError("each chunk of a request body must begin with its size and nothing else")
         return line
 
 

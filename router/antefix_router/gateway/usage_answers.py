@@ -40,7 +40,7 @@ async def _usage(door: Door, turn: asyncio.Lock, request: Request) -> Response:
         holder = door.holder(request, Scope.USAGE)
         tenants = _several(request, "tenant") or _several(request, "project_ids")
         if any(tenant != holder.tenant for tenant in tenants) and Scope.ADMIN not in holder.scopes:
-            raise PermissionDenied("another tenant's usage needs an API key with the scope admin")
+            raise PermissionDenied("usage of another tenant needs an API key with the scope admin")
         # A key with the scope `admin` gets all tenants unless the request names some.
         is_admin = Scope.ADMIN in holder.scopes
         query, next_page = _query(request, frozenset(tenants or ([] if is_admin else [holder.tenant])))

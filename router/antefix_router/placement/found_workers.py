@@ -114,7 +114,7 @@ class FoundWorkers:
                 self.num_refused[role] += 1
             self._refused[role, address] = str(err)
         except AntefixError as err:
-            log.debug("the %s worker at %s does not say yet what it computes: %s", role, address, err)
+            log.debug("the %s worker at %s does not say yet with which arithmetic it computes: %s", role, address, err)
 
     async def _run(self) -> None:
         while True:

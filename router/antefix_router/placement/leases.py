@@ -107,7 +107,7 @@ class Leases:
             )
         self._check_fingerprint(address, fingerprint)
         if ttl_s and not TTL_S_MIN <= ttl_s <= TTL_S_MAX:
-            raise InvalidRequest(f"a lease lasts {TTL_S_MIN:g} to {TTL_S_MAX:g} s, not {ttl_s:g}")
+            raise InvalidRequest(f"the lease of a worker must last {TTL_S_MIN:g} to {TTL_S_MAX:g} s, not {ttl_s:g}")
         key = (role, address)
         lease = self._leases.get(key)
         if lease is not None and lease.name != name:

@@ -58,7 +58,7 @@ class Moves:
         asked_every_s = [worker.pulse.every_s for worker, _ in self._had.values() if worker.pulse is not None]
         if not isinstance(err, Unavailable) or not asked_every_s or self._num_back >= NUM_MOVES_MAX:
             return False
-        log.warning("%s waits for a worker that answers again: %s", what, err)
+        log.warning("%s waits until a worker that failed answers again: %s", what, err)
         until, noticed = min(self._waits_until, now + timeout_s), now + _NUM_NOTICED * max(asked_every_s)
         while not self._take_back() and not self._workers.has_another(self.tried, self._fits):
             now = time.monotonic()

@@ -217,7 +217,7 @@ class Workers:
         workers = [worker for worker in workers if not worker.is_silent] or workers
         workers = [worker for worker in workers if now >= worker.shunned_until] or workers
         if not workers:
-            raise Unavailable(f"no {self.role} worker is left to try")
+            raise Unavailable(f"no {self.role} worker is left to try for this request")
         return without_slow(workers, now)
 
     def choose(

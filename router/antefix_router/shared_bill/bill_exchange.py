@@ -71,7 +71,7 @@ class BillExchange:
             text = self._sealed(key, changed[0])
             if await self.ask(self._redis.eval(_SWAP, 1, _name(key), found or b"", text, self._keep_ms)):
                 return changed
-        raise Conflict("this request is being changed by other routers; try again")
+        raise Conflict("other routers are changing the entry of this request in the shared bill; try again")
 
     async def say_alive(self, me: RunningAt) -> None:
         await self.ask(self._redis.set(f"{PREFIX}router:{me.source}", me.instance, px=ALIVE_MS))
@@ -135,7 +135,9 @@ class BillExchange:
         except ValueError:
             mac = b""
         if not self._keyring.proves(mac, _PURPOSE, key.encode(), text):
-            raise Unavailable("Redis has an entry for this request that this deployment did not write")
+            raise Unavailable(
+                "the shared bill in Redis has an entry for this request that this deployment did not write"
+            )
         return RequestAccount.from_json(text)
 
 

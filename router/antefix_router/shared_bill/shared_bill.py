@@ -131,7 +131,9 @@ class SharedBill:
             if self._epoch:
                 await self._tell_backlog()
         except AntefixError as err:
-            log.warning("the next start tells Redis what it was not told of the shared bill: %s", err)
+            log.warning(
+                "Redis was not told everything about the shared bill; the next start of this router does it: %s", err
+            )
         await self.quotas.close()
         await self._exchange.close()
 
@@ -168,7 +170,9 @@ class SharedBill:
             return None
         if changed is None:
             self.counters.elsewhere += 1
-            raise Conflict("this request is running at another router of this deployment; wait for it, then try again")
+            raise Conflict(
+                "this request is running at another router of this deployment; wait for its end, then try again"
+            )
         self.counters.claimed += 1
         self.counters.taken_over += before.running is not None and before.running != self.me
         self._claimed.add(key)
@@ -178,8 +182,8 @@ class SharedBill:
         if not self._serves_alone:
             self.counters.refused += 1
             raise Unavailable(
-                "Redis is out, so nobody can tell whether another router has this request: try again, or send it"
-                " without an id"
+                "Redis cannot be reached, so it is not known whether another router has this request: try "
+                "again, or send the request without an id"
             ) from err
         self.counters.unshared += 1
 
@@ -235,7 +239,9 @@ class SharedBill:
             # The adjustment has its own id, so the ledger takes it only once.
             await self._writer.adjust(_too_much(settled, changed[1]))
             self.counters.credited += 1
-            log.warning("request %s was charged by two routers; %s is credited", record.request_id, changed[1])
+            log.warning(
+                "request %s was charged by two routers; the charge %s is credited", record.request_id, changed[1]
+            )
         self.counters.told += 1
         self._again.discard(settled.sequence)
         self._pending.untold.pop(settled.sequence, None)
@@ -281,7 +287,7 @@ class SharedBill:
         ledger = self._writer.ledger
         after = 0 if was_empty else await self._exchange.cursor(self.me.source)
         if self._epoch:
-            log.warning("Redis lost the shared bill; this router writes its part again")
+            log.warning("Redis lost the shared bill; this router writes its own part there again")
         since_s = time.time() - self._keep_s
         if not after:
             after = await asyncio.to_thread(sequence_before, ledger.directory, since_s)
@@ -327,7 +333,7 @@ class SharedBill:
 
     def _note_failure(self, err: AntefixError) -> None:
         if not self.is_out:
-            log.warning("the bill is not shared with other routers: %s", err)
+            log.warning("the bill is not shared with other routers now: %s", err)
         self._failed_at = time.monotonic()
 
 

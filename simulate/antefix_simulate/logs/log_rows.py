@@ -85,7 +85,8 @@ def _whole(lines: Iterable[str], path: Path) -> Any:
         length += text.write(line)
         if length > WHOLE_BYTES_MAX:
             raise InvalidRequest(
-                f"{path.name} is one JSON value of more than {WHOLE_BYTES_MAX} bytes: write one row per line"
+                f"{path.name} is one JSON value of more than {WHOLE_BYTES_MAX} bytes: write the log with one "
+                "row per line"
             )
     return parse_json(text.getvalue(), path.name)
 

@@ -73,8 +73,8 @@ def demand_of(trace: Trace, *, retention_s: float) -> Demand:
     span_s = float(times[-1] - times[0])
     if span_s <= 0:
         raise InvalidRequest(
-            f"{trace.name} has no times between its requests, so its rate is not known and nothing can be planned for"
-            " it"
+            f"the trace {trace.name} has no times of its requests, so its rate is not known and nothing can be "
+            "planned for it"
         )
     # 1. Hits, and the lifetime of each unit.
     hits = np.zeros(len(times), dtype=np.int64)

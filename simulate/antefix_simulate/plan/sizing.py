@@ -195,7 +195,9 @@ def _decode(demand: Demand, sizes: Sizes, workers: WorkerRates, site: Site, goal
     per_sequence = demand.context_tokens / sizes.block_size * sizes.block_bytes + sizes.checkpoint_bytes
     sequences = min(step.sequences, int(left / per_sequence))
     if sequences < 1:
-        raise InvalidRequest(f"a decode worker's memory holds no sequence of {demand.context_tokens:,.0f} tokens")
+        raise InvalidRequest(
+            f"the memory of a decode worker is too small for a sequence of {demand.context_tokens:,.0f} tokens"
+        )
     rate = sequences / step.step_s
     wanted = demand.output_tokens_per_s * demand.peak
     number = max(1, math.ceil(wanted / rate / _FILL))
