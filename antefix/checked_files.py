@@ -1,7 +1,7 @@
 """Reads TOML and JSON files written by people and other programs, with limits on size, depth and time.
 
-A file that cannot be read, or exceeds a limit, gives a one-line error. `checked_table` checks the values in the file.
-"""
+A file that cannot be read, or exceeds a limit, gives a one-line error. The types and ranges of the values in the file
+are checked by `checked_table`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SPLIT_NAMES: Final = re.compile(r"[={,\[\]]")
 
 
 def read_toml(path: str | Path, what: str) -> dict[str, Any]:
-    """The tables of a file.  what: the setting or the kind of file, for the message.
+    """The tables of a TOML file. what: the setting or the kind of file, for the error message.
 
     Raises:  ConfigError: it cannot be read, is too large, or is not TOML.
     """
@@ -41,12 +41,12 @@ def read_toml(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def read_toml_text(path: str | Path, what: str) -> str:
-    """The text of a TOML file, for `parse_toml`.  Raises:  ConfigError: it cannot be read, or is too large."""
+    """The text of a TOML file, for `parse_toml`.  Raises:  ConfigError: the file cannot be read, or is too large."""
     return read_text(path, what, bytes_max=TOML_BYTES_MAX)
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """The tables of a text.  where: the kind of file and its name, for the message.
+    """The tables of a TOML text. where: the kind of file and its name, for the error message.
 
     Raises:  ConfigError: the text is not TOML.
     """
@@ -145,7 +145,9 @@ def _finite(digits: str) -> float:
 
 
 def _without_strings(line: str) -> str:
-    """The line without quoted strings: only unquoted names are checked, since a quoted name may have any dots."""
+    """The line without quoted strings: names in quotes may have any number of dots, so only unquoted names are
+    checked.
+    """
     return re.sub(r'"[^"]*"|\'[^\']*\'', "", line) if len(line) > _NAME_PARTS_MAX else line
 
 

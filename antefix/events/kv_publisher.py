@@ -1,6 +1,7 @@
 """Publishes what a worker's memory holds as vLLM's KV events (`kv_events`), for any router that reads them.
 
-Only this module sends token ids out of the process. The worker never waits: the changes of one turn of the event loop
+Apart from this module, nothing sends token ids of prompts out of the process. The worker never waits: the changes of
+one turn of the event loop
 become one message. A subscriber that reads too slowly loses messages, which it notices by their numbers. The last
 messages are kept for replay: a request of an empty frame and a number of 8 bytes returns all messages from that number
 on, each as an empty frame, topic, number and payload, and then an end marker.
@@ -73,7 +74,7 @@ class KvPublisherCounters:
 
 
 class KvPublisher:
-    """Publishes events. Call `start` in a running event loop, and `stored` and `evicted` from that loop."""
+    """Publishes events. `start`, `stored` and `evicted` must be called in one running event loop."""
 
     def __init__(self, config: KvPublisherConfig) -> None:
         self._config = config
@@ -90,7 +91,7 @@ class KvPublisher:
 
     @property
     def endpoint(self) -> str:
-        """The address that it listens on, with the actual port."""
+        """The address that the publisher listens on, with the actual port."""
         return str(self._pub.getsockopt_string(zmq.LAST_ENDPOINT))
 
     @property
@@ -125,9 +126,8 @@ class KvPublisher:
     def stored(self, name: bytes, *, parent: bytes | None, tokens: TokenArray, salt: str = "") -> None:
         """Publish that a block was stored in memory.  parent: the block before it; None: it is the first.
 
-        salt: identifies the owner of the cache, in the field `cache_salt` of vLLM, so that blocks of different tenants
-        are never confused.
-        """
+        salt: names the cache's owner, in vLLM's field `cache_salt`, so that blocks of different tenants are never
+        confused."""
         self._tell(
             KvStored(
                 block_hashes=[name],

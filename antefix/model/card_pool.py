@@ -1,10 +1,9 @@
-"""A block pool for the kernels, which read and write its packed rows directly. The pool keeps no decoded copies of
-them.
+"""A block pool for the kernels, which read and write its packed rows directly. A pool on a card keeps no decoded copies
+of its rows.
 
 Payloads enter and leave through pinned host memory (`antefix.model.host_rows`).
 
-Memory: `num_blocks * block_bytes` on the card, and as much pinned on the host.
-"""
+Memory: Memory: `num_blocks * block_bytes` on the card, and as much pinned memory on the host."""
 
 from __future__ import annotations
 
@@ -19,7 +18,8 @@ from antefix.model.quant import pack
 
 
 class CardPool(BlockPool):
-    """For TritonOps; FP8 format only. Belongs to one thread, like every pool; other threads may call only `landing`.
+    """For TritonOps; FP8 format only. A pool belongs to one thread, like every pool; other threads may call only
+    `landing`.
 
     On a CPU, where the kernels run in Triton's interpreter, host rows are still separate memory.
     """
@@ -41,7 +41,7 @@ class CardPool(BlockPool):
             self._host = HostRows(self.rows)
 
     def decode_rows(self, block_ids: list[int]) -> None:
-        """Does nothing: this pool keeps no decoded copies."""
+        """This method does nothing, because a pool on a card keeps no decoded copies."""
 
     def decoded(self, part: Part) -> Tensor:
         """Raises InternalError: a card pool keeps no decoded values."""

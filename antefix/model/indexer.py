@@ -55,7 +55,8 @@ def index_scores(q_NIC: Tensor, weights_NI: Tensor, keys_EC: Tensor) -> Tensor:
 
 
 def top_entries(scores_NE: Tensor, num_visible_N: Tensor, k: int) -> Tensor:
-    """The k best visible entries [N, k], ascending, -1 where a query sees fewer. Ties go to the lowest index.
+    """The k best visible entries [N, k], ascending, -1 where a query sees fewer. Of entries with equal scores, those
+    with the lowest index are chosen.
 
     scores_NE: no NaN; entries from num_visible_N on must be -inf.  The result does not depend on E, the number of
     entries that were scored.

@@ -96,7 +96,8 @@ def load_model(
 def plan_model(
     directory: Path, *, kv_format: KVFormat = KVFormat.FP8, rounds_inputs: bool = True, drafts: bool = False
 ) -> tuple[Model, LoadPlan]:
-    """A directory's model without memory, with its packed modules in place, and the plan for loading it.
+    """The model in a directory, without memory but with its packed modules in place, and the plan for loading its
+    weights.
 
     Raises:  ModelError: as `load_model`.
     """
@@ -147,7 +148,7 @@ def save_model(model: Model, path: str | Path, *, config: dict[str, object] | No
 
 
 def _check_scales(state: dict[str, Tensor], fp4_owners: set[str]) -> None:
-    """Check that every scale is a number: one NaN would turn a layer's block, and then every answer, into NaN."""
+    """Check that every scale is a number: one NaN scale would turn a layer's block, and then every answer, into NaN."""
     for name, tensor in state.items():
         owner, _, own = name.rpartition(".")
         if own != "scales":
@@ -160,7 +161,7 @@ def _check_scales(state: dict[str, Tensor], fp4_owners: set[str]) -> None:
 
 
 class _LogProgress:
-    """Logs a line every ten seconds; a load that takes less time logs none."""
+    """Logs the progress of a load every ten seconds; a load that takes less time logs nothing."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory

@@ -48,7 +48,9 @@ class Place:
 
 
 class Run:
-    """Records of some segments. keys: sorted; the rest in the same order. offsets and extents: in units of 8 bytes."""
+    """The records of some segments. keys: sorted; the other arrays are in the same order. offsets and extents: in units
+    of 8 bytes.
+    """
 
     def __init__(
         self, segments: Sequence[SegmentRef], keys: Keys, numbers: Numbers, offsets: Numbers, extents: Numbers
@@ -73,7 +75,7 @@ class Run:
         return segment_id in self._number_of
 
     def lose(self, segment_id: bytes) -> bool:
-        """Forget a segment that no longer exists. Returns whether it was known."""
+        """Forget a segment that no longer exists in the bucket. Returns whether it was known."""
         number = self._number_of.get(segment_id)
         if number is None or self._expires[number] == 0:
             return False
@@ -84,7 +86,7 @@ class Run:
         return [self.segments[number] for number in np.flatnonzero(self._expires > now_ms)]
 
     def expired(self, now_ms: int) -> list[SegmentRef]:
-        """The expired segments that are not known to be deleted."""
+        """The expired segments that are not known to be deleted already."""
         return [self.segments[number] for number in np.flatnonzero((self._expires > 0) & (self._expires <= now_ms))]
 
     def only(self, wanted: Callable[[SegmentRef], bool]) -> Run:
@@ -130,7 +132,9 @@ class Run:
 
 
 def keys_of(kind: RecordKind, hashes: Sequence[bytes]) -> Keys:
-    """The index keys of records. A checkpoint has its block's hash, so its key is made from other bytes of the hash."""
+    """The index keys of records. A checkpoint has the same hash as its block, so its key is made from other bytes of
+    the hash.
+    """
     words = np.frombuffer(b"".join(hashes), np.dtype("<u8")).reshape(len(hashes), HASH_BYTES // 8)
     return np.ascontiguousarray(words[:, 0 if kind is RecordKind.BLOCK else 1])
 
@@ -153,7 +157,7 @@ def run_of(segments: Iterable[tuple[SegmentRef, Sequence[PlacedRecord]]]) -> Run
 
 
 def merge(runs: Sequence[Run], now_ms: int) -> Run:
-    """Merge runs, without expired segments. A segment that is in several runs is taken once."""
+    """Merge runs, without expired segments. A segment that is in several runs is counted once."""
     refs: list[SegmentRef] = []
     seen: set[bytes] = set()
     parts: list[tuple[Keys, Numbers, Numbers, Numbers]] = []

@@ -34,13 +34,13 @@ READS: Final[Table] = {
 
 
 def object_metrics(tier: ObjectTier) -> Iterable[Metric]:
-    """Metrics of the tier's reads. Call it on the tier's event loop."""
+    """Metrics of the tier's reads. These metrics must be read on the tier's event loop."""
     yield from families(READS, tier.counters)
     yield from catalog_metrics(tier.catalog)
 
 
 def catalog_metrics(catalog: Catalog) -> Iterable[Metric]:
-    """Metrics of this process's index of the tier."""
+    """Metrics of this process's index of the object store."""
     yield gauge(
         "antefix_object_known_records", "Records of the object tier that this process knows.", {(): catalog.num_records}
     )

@@ -1,4 +1,6 @@
-"""Reads records of segments in the object tier by ranges: neighbours at once, many reads in flight, each verified."""
+"""Reads records of segments in an object store with range requests: neighbouring records in one request, many requests
+at a time, and each record verified.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ _DECODING_THREADS: Final = 4
 
 @dataclass(slots=True)
 class ObjectReadCounters:
-    """num_gone: segments that were deleted while they were read.  num_read_again: records that failed a check once.
+    """num_gone: segments that were deleted while they were read. num_read_again: records that failed a check once.
     num_bad: records that failed twice, or whose segment is gone.
     """
 
@@ -46,8 +48,7 @@ class ObjectReadCounters:
 class ObjectWanted:
     """A record to read.  into: gives the buffer for its payload, once the length is known.
 
-    header: set when it has been read.  problem: why a check failed; empty: no check has failed.
-    """
+    header: set when the header has been read. problem: why a check failed; empty if no check has failed."""
 
     hash: bytes
     place: Place
@@ -58,7 +59,9 @@ class ObjectWanted:
 
 
 def ranges_of(wanted: Sequence[ObjectWanted]) -> list[list[ObjectWanted]]:
-    """Group records into ranges to read at once: near each other in one segment, and not too large."""
+    """Group records into ranges that are read with one request: records near each other in one segment, in ranges that
+    are not too large.
+    """
     order = sorted(wanted, key=lambda each: (each.place.segment.name, each.place.offset))
     found: list[list[ObjectWanted]] = []
     for want in order:
@@ -74,8 +77,8 @@ def ranges_of(wanted: Sequence[ObjectWanted]) -> list[list[ObjectWanted]]:
 
 
 class ObjectReads:
-    """Reads ranges. Used from one event loop.  seals: if given, only sealed records are accepted.  decrypt: decrypts
-    encrypted records.
+    """Reads ranges. Reads are started from one event loop. seals: if given, only sealed records are accepted. decrypt:
+    decrypts encrypted records.
     """
 
     def __init__(self, bucket: Bucket, *, seals: Seals | None = None, decrypt: Decrypt | None = None) -> None:

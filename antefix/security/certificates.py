@@ -1,4 +1,6 @@
-"""A private CA and certificates for roles: what `antefix certs` makes. Keys are ECDSA P-256, files 0600."""
+"""A private CA and certificates for roles: what `antefix certs` makes. Keys are made as ECDSA P-256, and files with
+mode 0600.
+"""
 
 from __future__ import annotations
 
@@ -177,7 +179,7 @@ def sans_of(certificate: x509.Certificate) -> tuple[str, ...]:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file atomically. Only its owner can read it."""
+    """Replace a file atomically. A file made here can be read only by its owner."""
     fresh = path.with_name(path.name + ".new")
     fresh.unlink(missing_ok=True)
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

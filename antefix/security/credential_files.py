@@ -1,4 +1,4 @@
-"""A directory with a process's credentials. The files are read again whenever they change.
+"""A directory with a process's credentials. The credential files are read again whenever they change.
 
     tls.crt, tls.key, ca.crt    certificate, key, and trusted CAs, with the names that cert-manager and SPIFFE use
     identities.toml             identities of other certificates (`identity_file.py`)
@@ -64,7 +64,9 @@ class Loaded:
 
     @property
     def names_roles(self) -> bool:
-        """Whether this process's certificate has its role as a host name. Then other processes' certificates do too."""
+        """Whether this process's certificate has its role as a host name. If so, other processes' certificates have
+        their roles too.
+        """
         sans = describe(self.certificate).sans if self.certificate else ()
         return any(named_identity(san) is not None and not san.startswith("spiffe://") for san in sans)
 
@@ -80,7 +82,7 @@ class Loaded:
 
 
 class CredentialFiles:
-    """One directory. Thread-safe: TLS handshakes ask from gRPC's threads."""
+    """One directory. Thread-safe: TLS handshakes read the files from gRPC's own threads."""
 
     def __init__(self, directory: Path | str) -> None:
         """Raises:  ConfigError: the files are missing or do not match each other; the message says what to do."""

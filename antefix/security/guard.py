@@ -1,8 +1,7 @@
 """Checks each call before it is served: the caller's identity, the access table, and the router's grant if needed.
 
-`antefix.rpc` calls it for every call of every service. `admitted()` returns the admitted caller within the task that
-serves the call.
-"""
+For every call of every service, `antefix.rpc` asks the guard. `admitted()` returns the admitted caller within the task
+that serves the call."""
 
 from __future__ import annotations
 
@@ -48,7 +47,9 @@ class Admitted:
     is_open: bool = True
 
     def needed_grant(self) -> Grant | None:
-        """The call's grant; None: the service is open.  Raises:  PermissionDenied: the call has no grant."""
+        """The grant that came with the call; None if the service authenticates nobody. Raises: PermissionDenied: the
+        call came without a grant.
+        """
         if self.grant is None and not self.is_open:
             raise PermissionDenied("this call needs a grant that a router signed, and was made without one")
         return self.grant
@@ -102,7 +103,7 @@ class Guard:
         return self._files is None and self._keyring is None
 
     def admit(self, method: str, context: Any) -> None:
-        """Admit the call, and note the caller for the task that serves it.
+        """Admit the call, and record its caller for the task that serves it.
 
         Raises:  Unauthenticated: the caller shows no credentials, or wrong ones.
             PermissionDenied: the caller may not call this method, or lacks a grant.
@@ -134,7 +135,9 @@ class Guard:
         _admitted.set(Admitted(identity=identity, grant=grant, is_open=self.is_open))
 
     def _identify(self, method: str, metadata: Mapping[str, Any], context: Any) -> Identity:
-        """The caller's identity: from its token if it shows one, else from its certificate, else from the secret."""
+        """The caller's identity: from its token if it shows a token, else from its certificate, else from the
+        secret.
+        """
         scheme, _, token = str(metadata.get("authorization", "")).partition(" ")
         if scheme.lower() == "bearer" and (owner := self._tokens(token.strip(), method)) is not None:
             return owner
@@ -189,7 +192,7 @@ class Guard:
 
 
 def identity_of(pem: bytes, files: CredentialFiles) -> Identity:
-    """The identity of a certificate. TLS has already checked that a trusted CA signed it.
+    """The identity of a certificate. TLS has already checked that a trusted CA signed the certificate.
 
     Raises:  Unauthenticated: the certificate has no identity, or several, or is revoked.
     """

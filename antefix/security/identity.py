@@ -52,8 +52,8 @@ ISSUED: Final = tuple(role for role in Role if role not in (Role.LOCAL, Role.NOB
 class Identity:
     """A caller.  tenants: the tenants that it may act for; "*" means all.  hosts: the host names in its certificate.
 
-    expires_s: Unix time at which its certificate expires; infinite without one.  key_id: the id of its API key.
-    """
+    expires_s: Unix time at which the caller's certificate expires; infinite without a certificate. key_id: the id of
+    its API key."""
 
     role: Role
     name: str = ""
@@ -93,7 +93,7 @@ def role_host(role: Role, name: str = "") -> str:
 
 
 def named_identity(name: str) -> tuple[Role, str] | None:
-    """The role and name in a SAN that Antefix wrote; None: any other SAN."""
+    """The role and name in a SAN that Antefix wrote; None for any other SAN."""
     if name.startswith("spiffe://"):
         domain, _, path = name.removeprefix("spiffe://").partition("/")
         role, _, rest = path.partition("/")

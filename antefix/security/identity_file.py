@@ -69,7 +69,10 @@ class IdentityFile:
 
 
 def load_identities(path: Path) -> IdentityFile:
-    """Read the file; a missing file counts as empty.  Raises:  ConfigError: it does not parse, or a row is invalid."""
+    """Read the file; a missing file counts as empty.
+
+    Raises:  ConfigError: the file does not parse, or a row is invalid.
+    """
     if not path.exists() and not path.is_symlink():  # a link to nothing is a mistake: it would revoke nobody
         return IdentityFile()
     file = Table(read_toml(path, "identities"), str(path))

@@ -42,8 +42,8 @@ def credentials_setting() -> Any:
 
 
 class ProcessSecurity:
-    """The guard, credentials and grants of one process. `use` makes its credentials the default of
-    the whole process.
+    """The guard, credentials and grants of one process. `use` makes these credentials the default of the whole
+    process.
     """
 
     def __init__(
@@ -108,7 +108,9 @@ class ProcessSecurity:
         return keys
 
     def secret_marks(self, num_bytes: int) -> list[bytes]:
-        """One mark per secret, the current one first. Equal secrets have equal marks; a mark reveals nothing else."""
+        """One short mark per secret, the mark of the current secret first. Equal secrets have equal marks, and a mark
+        reveals nothing else about its secret.
+        """
         if self._keyring is None:
             return []
         ring = self._keyring
@@ -129,7 +131,7 @@ class ProcessSecurity:
         check_calling(address, has_tls=self.has_tls)
 
     def server_credentials(self, *, mutual: bool = True) -> grpc.ServerCredentials | None:
-        """The server's TLS credentials; None: there is no TLS.  mutual: whether callers must show a certificate."""
+        """The TLS credentials of a server; None if there is no TLS. mutual: whether callers must show a certificate."""
         return None if self.files is None else tls.server_credentials(self.files, mutual=mutual)
 
     def metrics(self) -> Iterable[Metric]:
@@ -170,6 +172,6 @@ def open_security(
     tokens: TokenCheck = lambda *_: None,
     needs_token: Callable[[], bool] = lambda: False,
 ) -> ProcessSecurity:
-    """directory: the setting `credentials`.  Raises:  ConfigError: its files cannot be used."""
+    """directory: the setting `credentials`. Raises: ConfigError: the credential files of the process cannot be used."""
     files = CredentialFiles(directory) if directory else None
     return ProcessSecurity(role, files=files, keyring=keyring, tokens=tokens, needs_token=needs_token)

@@ -43,7 +43,7 @@ def channel_credentials(loaded: Loaded) -> grpc.ChannelCredentials:
 
 
 def http_context(files: CredentialFiles, *, mutual: bool = False) -> ssl.SSLContext:
-    """The TLS context of an HTTP server. Each handshake uses the files' contents at that time."""
+    """The TLS context of an HTTP server. Each TLS handshake uses the contents that the files have at that time."""
     first = files.now()
     context = _context(first, mutual=mutual)
     kept = [(first.digest, context)]

@@ -43,8 +43,8 @@ OPEN_S_MAX: Final = 40.0
 class Breaker:
     """The breaker of one client.
 
-    num_slow: calls that exceeded their time limit.  num_spared: calls that failed at once, without asking the store.
-    """
+    num_slow: calls that exceeded their time limit. num_spared: calls that failed at once, so that the store was not
+    asked."""
 
     def __init__(self, *, slack_s: float = SLACK_S, clock: Callable[[], float] = time.monotonic) -> None:
         """slack_s: seconds that a call may take in addition to moving its bytes."""
@@ -62,7 +62,7 @@ class Breaker:
 
     @property
     def num_silences(self) -> int:
-        """How many times the store fell silent."""
+        """How many times the store stopped answering."""
         return self.pulse.num_silences if self.pulse is not None else 0
 
     @property

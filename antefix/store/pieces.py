@@ -43,7 +43,7 @@ def split_hashes(joined: bytes) -> list[bytes]:
 
 
 def messages_of(payload: Buffer, number: int, *, offset: int = 0, sealed: bytes = b"") -> list[bytes]:
-    """The messages of a Get for one payload in memory, which belongs to hash number `number`.
+    """The messages of a Get for one payload in memory, which belongs to the requested hash with number `number`.
 
     sealed: the sealed part of the record's header, if the caller asked for it.
     """
@@ -59,7 +59,7 @@ def messages_of(payload: Buffer, number: int, *, offset: int = 0, sealed: bytes 
 
 @dataclass(slots=True)
 class _Cut:
-    """One piece of a stream: its start, and which bytes of which payloads it carries."""
+    """One piece of a stream: where it starts, and which bytes of which payloads it carries."""
 
     index: int
     offset: int
@@ -69,7 +69,7 @@ class _Cut:
 
     @property
     def beginning(self) -> range:
-        """The numbers, in the stream, of the payloads that begin in this piece."""
+        """The numbers of the stream's payloads that begin in this piece."""
         return range(self.index + (self.offset > 0), self.index + len(self.sizes))
 
     def draw_blank(self, *, has_seals: bool) -> BlankMessage:
@@ -140,8 +140,7 @@ class OutgoingPieces:
     def messages(self, num_good: int, *, last: bool) -> list[bytes]:
         """The messages that the leading `num_good` payloads complete, without those returned before.
 
-        last: no further payload is good, so the end of the last good payload is sent too, in a shorter piece.
-        """
+        last: no further payload is good, so the end of the last good payload is sent too, in a shorter piece."""
         end = self._ends[num_good]
         out = []
         while self._unsent and self._sent_bytes + self._unsent[0].nbytes <= end:
@@ -158,7 +157,7 @@ class OutgoingPieces:
         return cut.blank.finish_piece(piece_checksum(cut.blank.payload), seals)
 
     def _shortened(self, cut: _Cut, nbytes: int) -> _Cut:
-        """The first `nbytes` bytes of a piece whose last payload turned out bad."""
+        """The first `nbytes` bytes of a piece whose last payload failed a check."""
         assert cut.blank is not None
         short = _Cut(cut.index, cut.offset, nbytes=nbytes)
         end = -cut.offset
@@ -242,7 +241,7 @@ class RecordAssembler:
         self._filled = 0
 
     def add(self, piece: Piece[kvstore_pb2.PutRequest]) -> Record | None:
-        """The record that this piece completes, or None.
+        """The record that this piece completes; None if the piece completes none.
 
         Raises:  InvalidRequest: pieces out of order, or too many bytes.  BlockCorrupt: a piece's checksum is wrong.
         """
@@ -311,8 +310,8 @@ class RecordAssembler:
 
 
 def _is_most_of_its_message(data: memoryview) -> bool:
-    """Whether a view of `data` keeps little more than `data` in memory. The limit on waiting writes counts payload
-    bytes only, so it would not count the rest of the message.
+    """Whether a view of `data` keeps hardly more bytes in memory than the view itself has. The limit on waiting writes
+    counts payload bytes only, so it would not count the rest of the message.
     """
     message: Any = data.obj
     return 8 * (len(message) - data.nbytes) <= data.nbytes

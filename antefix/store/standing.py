@@ -7,8 +7,7 @@
 
 The waiting time follows from the tier's own answer times, like TCP's retransmission timeout: their mean plus four times
 their mean deviation. So a store that slows down under load gets more time, and a store that hangs costs a few seconds
-in all (`antefix.pulse` finds its connection silent before that).
-"""
+in all (`antefix.pulse` finds its connection silent before that)."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ _DEVIATIONS: Final = 4.0
 class Standing:
     """The state of one tier.
 
-    returned_s: when its connection last noticed that the tier answers again.  clock: monotonic seconds.
-    """
+    returned_s: the time at which the tier's connection last noticed that the tier answers again. clock: monotonic
+    seconds."""
 
     def __init__(
         self,
@@ -52,12 +51,12 @@ class Standing:
 
     @property
     def is_shunned(self) -> bool:
-        """Whether the tier failed a moment ago and is not known to be back, so it is not asked."""
+        """Whether the tier failed a short time ago and is not known to be back, so that it is not asked."""
         return self._clock() < self._shunned_until and not self._is_back
 
     @property
     def limit_s(self) -> float:
-        """How long to wait for the tier to say what it holds, in seconds."""
+        """How long to wait, in seconds, for the tier's answer which blocks it has."""
         return min(ASK_S_MAX, max(ASK_S, self._mean_s + _DEVIATIONS * self._deviation_s))
 
     @property
@@ -65,7 +64,7 @@ class Standing:
         return self.returned_s() > self._failed_s
 
     def failed(self) -> None:
-        """Note that the tier cannot be reached."""
+        """Record that the tier cannot be reached."""
         if self._is_back:
             self._num_failed_in_a_row = 0
         now = self._clock()
@@ -74,7 +73,7 @@ class Standing:
         self._failed_s, self._shunned_until = now, now + pause_s
 
     def late(self, begun_s: float) -> None:
-        """Note that the question asked at `begun_s` was given up without an answer."""
+        """Record that the question asked at `begun_s` was given up without an answer."""
         self.num_late += 1
         if begun_s < self._late_s:
             return  # asked before the last question was given up, so it shows nothing new
@@ -84,7 +83,7 @@ class Standing:
             self.failed()
 
     def answered(self, seconds: float | None = None) -> None:
-        """Note that the tier answers.  seconds: how long it took to say what it holds, even if it was late."""
+        """Record that the tier answers. seconds: how long the answer took, even if it was late."""
         self._num_failed_in_a_row = self._num_late_in_a_row = 0
         self._shunned_until = -math.inf
         if seconds is not None:

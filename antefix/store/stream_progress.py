@@ -20,12 +20,11 @@ BufferOf = Callable[[int, int], memoryview]
 
 @dataclass(slots=True)
 class Progress:
-    """The progress through payloads `hashes`: byte `offset` of payload number `index` comes next. All bytes before it
-    have arrived undamaged.
+    """The progress through payloads `hashes`: byte `offset` of payload number `index` comes next. All bytes before this
+    position have arrived undamaged.
 
-    seals: if given, only sealed payloads are accepted.  tenant: the owner that they must have then; empty: any.
-    sealed: if given, the sealed part of each payload's header is appended to it.
-    """
+    seals: if given, only sealed payloads are accepted. tenant: the owner that payloads must then have; empty: any
+    owner. sealed: if given, the sealed part of each payload's header is appended to it."""
 
     kind: RecordKind
     hashes: Sequence[bytes]
@@ -39,7 +38,7 @@ class Progress:
     _sealed: bytes = b""
 
     def accept(self, raw: bytes, buffer: BufferOf) -> None:
-        """Check a message, a GetResponse, and copy its bytes into the buffers.
+        """Check a message of the type GetResponse, and copy its bytes into the buffers.
 
         Raises:  BlockCorrupt: damaged or out of order.  SealBroken: a record arrived undamaged but its seal is wrong.
                  InvalidRequest: a buffer has another size than its payload.
@@ -54,7 +53,7 @@ class Progress:
             self._accept_piece(got.message, got.data, buffer)
 
     def _accept_records(self, got: Stretch, buffer: BufferOf) -> None:
-        """Accept records as they lie in a segment. The store has not verified them, so this does."""
+        """Accept records as they lie in a segment. The store has not verified these records, so this method does."""
         records, end = got.records, got.records.nbytes
         at = 0
         while at < end:

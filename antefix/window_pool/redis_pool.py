@@ -48,7 +48,7 @@ class RedisWindowPool:
         timeout_s: float = TIMEOUT_S,
         down_s: float = DOWN_S,
     ) -> None:
-        """seals: where given, only sealed checkpoints are taken.
+        """seals: if given, only sealed checkpoints are accepted.
 
         Raises:  ConfigError: the URL cannot be used. Nothing connects yet."""
         self.bytes_max = bytes_max
@@ -127,7 +127,7 @@ class RedisWindowPool:
         await self._redis.aclose()
 
     async def _has_room(self, nbytes: int) -> bool:
-        """Whether the server stays within `bytes_max`, as it was a second ago and with what we wrote since."""
+        """Whether the server's memory stays within `bytes_max`, by its use a second ago plus what was written since."""
         now_s = time.monotonic()
         if now_s - self._looked_s > _LOOK_S:
             self._used_bytes = await self._memory_bytes()
@@ -162,7 +162,9 @@ class RedisWindowPool:
 
 
 def key_of(name: bytes, fingerprint: bytes) -> str:
-    """The key of the checkpoint after block `name`; the fingerprint's part lets an operator drop one model's keys."""
+    """The Redis key of the checkpoint after block `name`; the fingerprint in the key lets an operator delete one
+    model's keys.
+    """
     return f"{_PREFIX}{fingerprint[:8].hex()}:{name.hex()}"
 
 

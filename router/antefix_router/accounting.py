@@ -2,14 +2,15 @@
 
     admit: reserve quota, begin the OPEN entry -> run -> (OPEN is durable) first token ... -> settle -> response ends
 
-The OPEN entry is synced while the prompt is computed, so it delays nothing. Before each piece of output goes out, the
-request's counts so far are written to the ledger's progress file. A cancelled request is settled after its client has
-left. A request that a crash interrupted is closed when the router starts again, and costs what its client was given.
+The ledger's OPEN entry is synced while the prompt is computed, so the sync delays nothing. Before each piece of output
+goes out, the request's counts so far are written to the ledger's progress file. A cancelled request is settled after
+its client has left. A request that a crash interrupted is closed when the router starts again; it is charged for the
+output that its client was given.
 
-A client that named its request's id may send the request again at any time. While the first one runs, the second client
-reads the same answer from its start; afterwards it gets the kept answer (`answers`). If the first one was cancelled,
-failed or crashed, the request runs as a new attempt, whose price is reduced by what earlier attempts were charged.
-"""
+A client that gave its request an id may send the request again at any time. While the first attempt runs, the second
+client reads the same answer from its start; afterwards it gets the kept answer (`answers`). If the first attempt was
+cancelled, failed or crashed, the request runs as a new attempt, whose price is reduced by what earlier attempts were
+charged."""
 
 from __future__ import annotations
 
@@ -190,7 +191,9 @@ class Accounts:
         return None if found is None else (found, source_of_name(found.record.source))
 
     async def _bill(self, generation: Generation, opened: OpenEntry, before: tuple[Settled | None, Decimal]) -> Bill:
-        """The bill of the next run under this id: a first attempt, another attempt, or the finished answer again."""
+        """The bill of the next run under this request id: a first attempt, another attempt, or the finished answer
+        again.
+        """
         request, (standing, paid) = generation.request, before
         if standing is None:
             bill = Bill(generation, opened, await self._reserve(request))
@@ -214,7 +217,7 @@ class Accounts:
         return bill
 
     def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """The request's output. When the output ends, `bill.record` is durable.
+        """The request's output. When the output ends, the record in `bill.record` is on disk.
 
         Raises:  what running the request raised, after settling it.  Unavailable: the ledger could not be written.
         Draining.
@@ -227,7 +230,7 @@ class Accounts:
         return self._run_alone(bill, run, timeout_s)
 
     async def _run_alone(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """The output for a request with only one client. If the client leaves, the work stops."""
+        """The output for a request with only one client. If the client of the output leaves, the work stops."""
         opening = asyncio.create_task(self.writer.open(bill.opened))
         status, detail = Status.CANCELLED, CLIENT_LEFT
         try:
@@ -252,9 +255,8 @@ class Accounts:
     async def _run_shared(
         self, bill: Bill, shared: SharedRun, run: Run, timeout_s: float
     ) -> AsyncGenerator[OutputPiece, None]:
-        """The output for one of several clients of an answer. The first client that has the whole answer is charged.
-        Without any client, the answer is still made for a limited time.
-        """
+        """The output for one of several clients that read the same answer. The first client that has the whole answer
+        is charged. If no client is left, the answer is still generated for a limited time."""
         if shared.settling is not None:
             raise Unavailable("the earlier attempt of this request was given up just now; send the request again")
         opening = shared.opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))
@@ -373,8 +375,8 @@ class Accounts:
         return bill.settled
 
     async def _write(self, record: UsageRecord) -> Settled:
-        """Write a record into the ledger, and then tell the other routers, which may be asked for it as soon as the
-        answer ends.
+        """Write a record into the ledger, and then tell the other routers, because they may be asked for the record as
+        soon as the answer ends.
         """
         if self.shared is None:
             return await self.writer.settle(record)
@@ -405,8 +407,8 @@ class Accounts:
         return await reserved if isinstance(reserved, Awaitable) else reserved
 
     def _repeat(self, generation: Generation, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None) -> Bill:
-        """The bill of a finished request's answer given again: the kept answer, or the answer made again without a
-        charge.
+        """The bill for giving a finished request's answer again: either the kept answer, or the answer generated again
+        without a charge.
         """
         if kept is None:
             self._count_repeat(generation.request, opened)

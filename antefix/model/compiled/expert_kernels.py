@@ -1,6 +1,6 @@
 """Kernels around the experts' products: choice of experts, rows sorted by expert, activation, weighted sums.
 
-All arrays are float32 or int64, contiguous, and addressed by `Tensor.data_ptr()`. They replace torch code in
+All arrays are float32 or int64, contiguous, and addressed by `Tensor.data_ptr()`. The kernels replace torch code in
 `antefix.model.moe`.
 
 Shapes:  N = tokens, E = experts, K = experts per token, D = hidden size, I = intermediate size, R = rows.
@@ -18,7 +18,7 @@ from antefix.model.compiled.sums import row_sum, scratch
 
 @plain
 def _best(ranked: Any, picked: Any) -> None:
-    """The highest ranked experts, ascending by id. Of equal ones the first wins; NaN ranks highest, as in torch."""
+    """The highest ranked experts, ascending by id. Of equal values the first wins; NaN ranks highest, as in torch."""
     for k in range(len(picked)):
         best = -1
         for e in range(len(ranked)):
@@ -110,7 +110,7 @@ def gates(out: int, gate_up: int, num: int, inner: int, limit: float) -> None:
 
 @kernel("void(int64, int64, int64, int64, float32)")
 def activate(out: int, gate_up: int, num: int, inner: int, limit: float) -> None:
-    """`moe.clamped_swiglu` of gate_up [R, 2I]. `out` holds the exponentials [R, I] and is overwritten."""
+    """`moe.clamped_swiglu` of gate_up [R, 2I]. `out` holds the exponentials [R, I] at the start, and is overwritten."""
     top = f32(limit)
     for n in range(num):
         gate, up = floats(gate_up, 2 * n * inner, inner), floats(gate_up, (2 * n + 1) * inner, inner)

@@ -1,6 +1,6 @@
 """Kernels for computations that concern one token alone: mixing, norms and rotations. float32, contiguous.
 
-Arrays are addressed by `Tensor.data_ptr()`. torch computes the exponentials, between two kernels. Each kernel gives the
+Arrays are given by `Tensor.data_ptr()`; exponentials are computed by torch, between two kernels. Each kernel gives the
 bits of the torch code that its docstring names; `antefix.model.compiled.check` compares them when a model is loaded.
 
 Shapes:  N = rows, M = streams, J = (2 + M) * M mixing logits, D = hidden size, C = channels, R = RoPE dims, H = heads.
@@ -164,8 +164,9 @@ def norm_rotate(out: int, x: int, weight: int, cos: int, sin: int, num: int, hea
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, float32)")
 def rotate(out: int, x: int, cos: int, sin: int, num: int, heads: int, size: int, stride: int, rope: int, groups: int,
            sign: float) -> None:  # fmt: skip
-    """Rotate x [N, stride], whose rows begin with H heads of C channels, by the angle times `sign`. The result is
-    [G, N, H / G, C]."""
+    """Rotate x [N, stride], whose rows begin with H heads of C channels, by the angle times `sign`. The result of the
+    rotation has the shape [G, N, H / G, C].
+    """
     half, each = rope // 2, heads // groups
     for n in range(num):
         for h in range(heads):

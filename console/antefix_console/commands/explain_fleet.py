@@ -66,7 +66,9 @@ def _body(args: argparse.Namespace) -> str:
         return json.dumps({"prompt": given_text(args.prompt)})
     if args.prompt_file is not None:
         return json.dumps({"prompt": read_text(args.prompt_file)})
-    raise InvalidRequest("--fleet needs one of --prompt, --prompt-file, --tokens-file, --messages or --workers")
+    raise InvalidRequest(
+        "--fleet explains a prompt or the workers: give --prompt, --prompt-file, --tokens-file, --messages or --workers"
+    )
 
 
 def _workers(status: Sequence[EngineStatus]) -> Iterator[str]:

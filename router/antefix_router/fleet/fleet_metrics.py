@@ -1,4 +1,6 @@
-"""The names of a fleet router's metrics of its workers. The counters belong to the router's parts."""
+"""The metrics that a fleet's router has about its workers: their names. The counters themselves belong to the router's
+parts.
+"""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
 
 
 async def run(config: FleetConfig, *, watch_stdin: bool = False) -> None:
-    """Serve until told to stop.  Raises:  ConfigError: a setting is not usable."""
+    """Serve until told to stop.  Raises:  ConfigError: one of the settings cannot be used."""
     keyring = Keyring.from_file(create_secret_file(Path(config.secret_file)))
     security = open_security(
         Role.ROUTER,

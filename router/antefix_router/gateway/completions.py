@@ -27,7 +27,7 @@ from antefix_router.gateway.output import Output
 
 
 async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCall:
-    """Read and admit a request.  Raises:  InvalidRequest and the other errors of `Gateway.complete`."""
+    """Read and admit a request.  Raises:  InvalidRequest and the other errors that `Gateway.complete` raises."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
     model = gateway.model(fields)
@@ -63,8 +63,8 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
 
 
 async def _prompt(gateway: Gateway, prompt: Any, tenant: str, *, echo: bool) -> tuple[str, list[int]]:
-    """The prompt as text and as tokens. In this API the caller writes directly for the model, so special tokens in the
-    text count as such.
+    """The prompt of a request, as text and as tokens. In this API the caller writes directly for the model, so special
+    tokens in the text count as such.
     """
     tokenizer = gateway.front.tokenizer
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):

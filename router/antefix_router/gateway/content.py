@@ -50,7 +50,7 @@ _MEDIA_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """Content that was replaced by a placeholder.  path: its place in the request."""
+    """Content of a message that was replaced by a placeholder. path: its place in the request."""
 
     path: str
     what: str
@@ -160,7 +160,7 @@ def result_of(fields: Fields, name: str, deferred: Mapping[str, Any] | None = No
 
 
 def content_of(fields: Fields, name: str, default: Any = None, *, is_inner: bool = False) -> Content:
-    """A string, or parts.  is_inner: they are parts of a part, and cannot have parts themselves.
+    """A string, or parts. is_inner: they are parts within a part, and cannot have parts themselves.
 
     Raises:  WrongField: neither, or a part of an unknown kind.
     """
@@ -192,7 +192,9 @@ _RETENTIONS_S: Final[dict[str, float | None]] = {"in_memory": None, "in-memory":
 
 
 def breakpoint_ttl(fields: Fields) -> float | None:
-    """The lifetime that `cache_control` asks for, in seconds. An unknown kind asks for nothing."""
+    """The lifetime that `cache_control` asks for, in seconds. An unknown kind of `cache_control` asks for no
+    lifetime.
+    """
     control = fields.child("cache_control")
     if control is None or not control.known("type", {"ephemeral": True}, False):
         return None
