@@ -23,11 +23,13 @@ START_S_MAX = 120.0
 
 
 class UnusableGrammar(InvalidRequest):
-    """No output can follow this grammar: it is wrong, impossible, or needs too much work."""
+    """No output can follow this grammar: the grammar is wrong, impossible, or needs too much work."""
 
 
 class GrammarCheck:
-    """Checks grammars. Remembers the results, refusals included, so that no grammar is checked twice."""
+    """Checks grammars. The results of checks, including refusals, are remembered, so that no grammar is checked
+    twice.
+    """
 
     def __init__(self, model: Path, vocab_size: int) -> None:
         self._arguments = (str(model), str(vocab_size))

@@ -1,11 +1,11 @@
 """Applies changes to tenants, keys, limits, rate cards and the receipt key while a router runs: on SIGHUP, and when a
 file changes.
 
-All files are read and checked first. Then either all changes apply, or none do and the fault is logged and counted. The
-ledger records the settings in force. A card that would change the price of existing records is refused unless it has
-`rerate = true`; then adjustments bring those records to the new prices. Existing records are never rewritten. The same
-holds for cards that changed while the router was down. A re-rating that a crash interrupted is continued.
-"""
+All changed files are read and checked first. After that, either all changes apply, or none of them does and the fault
+is logged and counted. Which settings are in force is recorded in the ledger. A rate card that would change the price of
+existing records is refused unless the card has `rerate = true`; then adjustments bring those records to the new prices.
+Existing records are never rewritten. The same holds for rate cards that changed while the router was down. If a crash
+interrupted the pricing of earlier records, the next start continues it."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ _NUM_A_BATCH: Final = 500
 
 
 class LiveBooks:
-    """Applies one router's changes. Call `start` on it. num_changes, num_refused: reloads that were applied, and that
-    were refused.
+    """Applies one router's changes. The object works after `start`. num_changes, num_refused: how many changes were
+    applied, and how many refused.
     """
 
     def __init__(self, config: BillingConfig, front: BilledFront) -> None:
@@ -77,7 +77,7 @@ class LiveBooks:
             await end_tasks([self._task])
 
     def ask(self) -> None:
-        """Check the files now, whatever their times. SIGHUP does this."""
+        """Check the files now, even if their times did not change. SIGHUP does this."""
         self._asked.set()
 
     def _check_start(self) -> list[ChangedTime]:
@@ -96,7 +96,7 @@ class LiveBooks:
         return times
 
     async def _begin(self) -> None:
-        """Do what changed cards require since the last run."""
+        """Price records again where rate cards have changed since the last run."""
         accounts = self._front.accounts
         ledger = accounts.ledger
         if ledger is None or accepted_texts(ledger.directory) == self._cards_text:
@@ -127,7 +127,7 @@ class LiveBooks:
                     await self._asked.wait()
 
     async def look(self, *, is_asked: bool = False) -> None:
-        """Apply waiting adjustments, and files that changed."""
+        """Apply adjustments that are waiting, and files that changed."""
         await self._take_inbox()
         await self._note_keys()
         seen = await asyncio.to_thread(self._look_at_files)
@@ -181,7 +181,9 @@ class LiveBooks:
             await asyncio.to_thread(accept_cards, accounts.ledger.directory, texts)
 
     async def _check_cards(self, old: RateCards, new: RateCards) -> tuple[list[ChangedTime], int | None]:
-        """(times in which records must be priced again, the last ledger entry that was read).  Raises:  ConfigError."""
+        """The periods in which records must be priced again, and the last ledger entry that was read. Raises:
+        ConfigError.
+        """
         ledger = self._front.accounts.ledger
         if ledger is None:
             return [], None
@@ -195,14 +197,14 @@ class LiveBooks:
         return times, read_to
 
     def _models(self, ledger: Ledger, old: RateCards, new: RateCards) -> list[str]:
-        """The models that a change of cards may concern."""
+        """The models whose prices a change of rate cards may concern."""
         models = {*old.models, *new.models, self._front.accounts.served.model}
         if "*" in models:
             models |= models_of(ledger)
         return sorted(models - {"*", ""})
 
     def _check_again(self, times: list[ChangedTime], read_to: int | None) -> None:
-        """Check the records that were settled while the ledger was read."""
+        """Check the records that were written while the ledger was being read."""
         ledger = self._front.accounts.ledger
         if ledger is not None and read_to is not None and ledger.sequence > read_to:
             refuse_priced(ledger, read_to, times)

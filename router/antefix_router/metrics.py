@@ -124,7 +124,7 @@ FOLLOW: Final[Table] = {
 
 
 def accounts_metrics(accounts: Accounts) -> Iterable[Metric]:
-    """Requests, tokens, money, retries, the ledger."""
+    """Metrics of requests, tokens, money, retries and the ledger."""
     yield from accounts.measures.metrics()
     yield gauge(
         "antefix_running_requests", "Requests that were admitted and have not ended.", {(): float(accounts.num_running)}
@@ -161,7 +161,7 @@ def reload_metrics(books: LiveBooks) -> Iterable[Metric]:
 
 
 def shared_bill_metrics(shared: SharedBill) -> Iterable[Metric]:
-    """What is told to other routers through Redis."""
+    """Metrics of what this router tells other routers through Redis."""
     yield from families(SHARED, shared.counters)
     yield gauge("antefix_shared_bill_out", "1 while the shared bill cannot rely on Redis.", {(): float(shared.is_out)})
     yield gauge(
@@ -177,7 +177,7 @@ def shared_bill_metrics(shared: SharedBill) -> Iterable[Metric]:
 
 
 def placement_metrics(groups: Sequence[Workers], policy: str, knows_memory: Callable[[str], bool]) -> Iterable[Metric]:
-    """Workers, and what was placed on them."""
+    """Metrics of the workers, and of what was placed on them."""
     now = time.monotonic()
     known = [worker for group in groups for worker in group.workers]
     where = {(worker.role.value, worker.address): worker for worker in known}
@@ -255,7 +255,7 @@ def lost_metrics(lost: Sequence[tuple[WorkerRole, str, float]]) -> Iterable[Metr
 
 
 def finding_metrics(found: FoundWorkers) -> Iterable[Metric]:
-    """Workers that are found by DNS names or leases in Redis."""
+    """Metrics of workers that are found by DNS names or leases in Redis."""
     yield counter(
         "antefix_router_failed_lookups",
         "Failed look-ups of workers by name or lease; the workers that were known stay known.",
@@ -300,7 +300,7 @@ def router_metrics(prefilling: PrefillingCounters, memory: MemoryFeed, store: St
 
 
 def store_names_metrics(feeds: Iterable[StoreFeed]) -> Iterable[Metric]:
-    """The known names of stored blocks, from the stores' events."""
+    """Metrics of the names of stored blocks that the router knows from the stores' events."""
     feeds = list(feeds)
     yield gauge(
         "antefix_router_store_names",
@@ -315,7 +315,7 @@ def store_names_metrics(feeds: Iterable[StoreFeed]) -> Iterable[Metric]:
 
 
 def shedding_metrics(shedding: LoadShedding) -> Iterable[Metric]:
-    """Requests that wait for a first token, and requests refused because they would wait too long."""
+    """Metrics of requests that wait for a first token, and of requests refused because they would wait too long."""
     waiting = {(): float(shedding.num_waiting)}
     yield gauge("antefix_router_waiting_requests", "Requests that wait for their first token.", waiting)
     yield counter(
@@ -326,7 +326,7 @@ def shedding_metrics(shedding: LoadShedding) -> Iterable[Metric]:
 
 
 def key_metrics(keys: KeyRegister, changes: KeyChanges | None) -> Iterable[Metric]:
-    """API keys. Neither keys nor tenants' names are shown."""
+    """API keys. These metrics show neither keys nor tenants' names."""
     states = keys.states()
     yield gauge(
         "antefix_api_keys",

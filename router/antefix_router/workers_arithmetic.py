@@ -23,7 +23,7 @@ _RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """who: role and address.  setup: the hardware and software set-up, for people."""
+    """who: role and address of the worker. setup: its hardware and software, for people to read."""
 
     who: str
     arithmetic: str
@@ -40,7 +40,7 @@ def difference(one: Said, other: Said) -> str:
 
 
 def agreed(said: Sequence[Said]) -> str:
-    """The one arithmetic that all workers have; empty if none reported one.
+    """The one arithmetic that all workers have; empty if no worker reported any.
 
     Raises:  ConfigError: there are two.
     """
@@ -51,7 +51,7 @@ def agreed(said: Sequence[Said]) -> str:
 
 
 async def learn(workers: Sequence[Worker]) -> str:
-    """Ask the workers until one has answered. Returns the arithmetic of all that answered.
+    """Ask the workers until one has answered. Returns the arithmetic of all workers that answered.
 
     Raises:  ConfigError: they differ.
     """

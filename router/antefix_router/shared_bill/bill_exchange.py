@@ -1,5 +1,5 @@
-"""Reads and changes the bill's keys in Redis. A value is replaced only if it is still the one from which the change was
-made.
+"""Reads and changes the bill's keys in Redis. A value in Redis is replaced only if it is still the value from which the
+change was made.
 
     antefix:bill:request:HASH    one request's account (`antefix_billing.request_account`), with a MAC; for `keep_s`
     antefix:bill:router:SOURCE   a live router's instance; expires after some seconds antefix:bill:routers         the
@@ -57,7 +57,7 @@ class BillExchange:
         return self._opened(key, await self.ask(self._redis.get(_name(key))))
 
     async def change(self, key: str, change: Change) -> tuple[RequestAccount, Decimal] | None:
-        """Replace a request's account if it is unchanged since it was read.
+        """Replace the account of a request if it is unchanged since it was read.
 
         change: called with the present account; it may be called again after a conflict. None leaves the account as it
         is.
@@ -87,7 +87,7 @@ class BillExchange:
         return found
 
     async def epoch(self, drawn: str) -> str:
-        """The present epoch; `drawn` becomes the epoch if there was none."""
+        """The present epoch of the shared bill; `drawn` becomes the epoch if there was none."""
         await self.ask(self._redis.set(f"{PREFIX}epoch", drawn, nx=True))
         return str((await self.ask(self._redis.get(f"{PREFIX}epoch")) or b"").decode())
 

@@ -42,7 +42,7 @@ _TOLD_AT_ONCE: Final = 64
 
 
 class NotReady(Unavailable):
-    """Redis is not asked, because its data about requests cannot be relied on yet."""
+    """Redis was not asked, because its data about requests cannot be relied on yet."""
 
 
 @dataclass(slots=True)
@@ -80,8 +80,8 @@ class _Pending:
 
 
 class SharedBill:
-    """One router's part of the shared bill. Call `start` first, and `close` after the last request is settled and
-    before the ledger closes.
+    """One router's part of the shared bill. `start` must be called first, and `close` after the last request is
+    recorded and before the ledger closes.
     """
 
     def __init__(
@@ -147,8 +147,8 @@ class SharedBill:
         return len(self._pending.untold)
 
     async def claim(self, key: str) -> RequestAccount | None:
-        """Claim a request with a client's id for this router. Returns what is known about it; None: it is served
-        without Redis.
+        """Claim a request with a client's id for this router. Returns what is known about the request; None if it is
+        served without Redis.
 
         Raises:  Conflict: another router runs it.  Unavailable: it is not known whether another router runs it.
         """
@@ -188,7 +188,7 @@ class SharedBill:
         self.counters.unshared += 1
 
     async def let_go(self, key: str) -> None:
-        """Release the claim, because nothing was run or no record will be written."""
+        """Release the claim on the request, because nothing was run or no record will be written."""
         if key not in self._claimed:
             return
         self._claimed.discard(key)
@@ -206,8 +206,8 @@ class SharedBill:
             return None
 
     def begin(self) -> int:
-        """Announce that a record is about to be written to the ledger. Call `settled` or `failed` with the returned
-        number.
+        """Announce that a record is about to be written to the ledger. The returned number must be passed to `settled`
+        or `failed` later.
         """
         return self._pending.begin(self._writer.ledger.sequence)
 
@@ -215,7 +215,7 @@ class SharedBill:
         self._pending.begun.pop(number, None)
 
     async def settled(self, number: int, settled: Settled) -> None:
-        """Write a record that is in the ledger to Redis. If this fails, it is written later."""
+        """Write a record that is in the ledger to Redis. If writing to Redis fails, the record is written later."""
         self._pending.untold[settled.sequence] = settled
         self._pending.begun.pop(number, None)
         self._claimed.discard(settled.record.key)
@@ -338,7 +338,7 @@ class SharedBill:
 
 
 def _recent(ledger: Ledger, after: int, since_s: float) -> tuple[list[Settled], dict[str, Decimal]]:
-    """The records that ended since then, and the credits already given for double charges on them."""
+    """The records of requests that ended since then, and the credits already given for double charges on them."""
     settled, credits = [], {}
     for item in read_billed(ledger.directory, after=after):
         if isinstance(item, Adjusted):
