@@ -78,7 +78,7 @@ def parse_json(
     try:
         return json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=float if infinity else _finite)
     except (ValueError, RecursionError) as err:
-        raise error(f"{what} is not JSON: {_reason(err)}") from err
+        raise error(f"{what}: the text is not JSON: {_reason(err)}") from err
 
 
 def read_text(
@@ -91,7 +91,7 @@ def read_text(
     try:
         data = read_bytes(path, bytes_max)
         if len(data) > bytes_max:
-            raise error(f"{what} {path} has more than {bytes_max} bytes")
+            raise error(f"{what} {path}: the file has more than {bytes_max} bytes")
         # Editors on Windows write a byte order mark first.
         return data.decode("utf-8-sig")
     except (OSError, ValueError) as err:  # ValueError: not UTF-8, or a path with a NUL in it

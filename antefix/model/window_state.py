@@ -258,7 +258,7 @@ class WindowState:
         nbytes = state_bytes(layout, position)
         more = len(data) - nbytes - DraftState.fixed_bytes(layout)
         if len(data) != nbytes and (more <= 0 or more % 4 or more != 4 * (num_stream_values or more // 4)):
-            raise BlockCorrupt(f"window state at position {position} must have {nbytes} bytes, has {len(data)}")
+            raise BlockCorrupt(f"window state at position {position} always has {nbytes} bytes, not {len(data)}")
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         num_layers, window = layout.geometry.num_layers, layout.geometry.window
         records = raw[: layout.window_bytes].view(num_layers, window, entry_bytes(layout))
