@@ -63,7 +63,7 @@ Key = tuple[str, str]
 
 
 class Clients:
-    """The clients' counts: the usage that routers told them, and the answers that they received."""
+    """The counts that clients keep: the usage that routers told them, and the answers that they received."""
 
     def __init__(self, deployment: Deployment, args: argparse.Namespace, chance: random.Random) -> None:
         self.deployment, self.args, self.chance = deployment, args, chance
@@ -139,7 +139,9 @@ class Clients:
 
 
 class Amounts(dict[Any, tuple[Decimal, int]]):
-    """Cost and tokens of the events that a receiver gets. Whole events are not kept, because they would fill memory."""
+    """Cost and tokens of the events that a receiver gets. The events themselves are not kept, because they would fill
+    memory.
+    """
 
     def setdefault(self, id: Any, event: Any = None) -> Any:
         if id not in self:

@@ -3,13 +3,12 @@
     python benchmarks/break_even_services.py --write        about three minutes on two quiet cores
 
 The benchmark starts one deployment per strategy. All deployments run at the same time and get requests in turn, so
-that a busy moment of the machine affects them equally. Each prefills the same documents cold. After that, the
-processes restart on the same stores, with nothing in the workers' memory. The restarted processes answer the next turn
-of some documents, and for others a prompt that shares only part of the document. The same cases go through the
+that a busy moment of the machine affects them equally. Each deployment prefills the same documents cold. After that,
+the processes restart on the same stores, with nothing in the workers' memory. The restarted processes answer the next
+turn of some documents, and for others a prompt that shares only part of the document. The same cases go through the
 simulator's planner and machine model, whose speeds are fitted to the cold runs of the same run and to direct reads of
 this disk. Times are medians measured by the client. Bytes are those that the stores hold. --write writes the JSON, the
-plot and the table in docs/results/window_state.md. --from FILE shows an earlier run again.
-"""
+plot and the table in docs/results/window_state.md. --from FILE shows the result of an earlier run."""
 
 from __future__ import annotations
 
@@ -64,7 +63,7 @@ Tokens = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One document; `case` says how it will be used again."""
+    """One document; `case` names the way in which it will be used again."""
 
     length: int
     case: str

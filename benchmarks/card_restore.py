@@ -3,9 +3,11 @@
     python -m benchmarks.card_restore --lengths 16384 65536 262144 --out results
 
 The model has V4-Flash's width, as many layers as fit on the card, bfloat16 and random weights. The weights' values
-affect the times only through how evenly experts are picked. Everything else runs as in workers: store service,
-restore, chunks, writes. Before each restore the benchmark drops the store's files from the page cache and makes a new
-worker with an empty pool. That worker first computes a question of the same length, so that its CUDA graph is recorded.
+affect the times only through how evenly experts are picked. All parts other than the weights run as in workers: store
+service, restore, chunks, writes. Before each restore the benchmark drops the store's files from the page cache and
+makes a new
+worker with an empty pool. The new worker first computes a question of the same length, so that its CUDA graph is
+recorded.
 Kernels are compiled before the first timing. Times of restores are medians of `--repeats` runs, and times of cold
 prompts are medians of `--cold-repeats` runs. `--parts` selects what is measured. For 64K and 256K tokens,
 `--parts restored --cold-repeats 1` takes about 100 s.
@@ -233,7 +235,7 @@ def _record_rest(engine: Engine, num_tokens: int) -> None:
 
 
 def _timed_copy(engine: Engine) -> list[float]:
-    """Seconds of copying payloads to the card and checking them there."""
+    """Seconds for copying payloads to the card and checking them there."""
     seconds = [0.0]
     plain = engine.pool.fill
 

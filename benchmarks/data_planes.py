@@ -136,7 +136,7 @@ server.serve()
 
 @contextlib.contextmanager
 def served(*command: str) -> Iterator[tuple[str, int]]:
-    """Run a child process. Gives the first line that the child prints, and the child's process id."""
+    """Run a child process. Returns the first line that the child process prints, and the child's process id."""
     child = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert child.stdout is not None
     try:
@@ -149,7 +149,7 @@ def served(*command: str) -> Iterator[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Way:
-    """One way of transfer that is measured.
+    """One way of carrying payloads that is measured.
 
     pid: the server's process id.  carry: transfers all bytes once.  check: checks the bytes if the client keeps them.
     """
@@ -161,7 +161,7 @@ class Way:
 
 
 def at_once(parts: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """Run each call in a separate thread."""
+    """Run each of the calls in a separate thread."""
 
     def run() -> None:
         with ThreadPoolExecutor(len(parts)) as threads:

@@ -11,9 +11,8 @@ steps     measures a step at V4-Flash's width, with weights drawn on the card, f
           card, the largest kernels, and the floor: the time to read the step's weights (only picked experts) and KV
           once at copy bandwidth.
 
-If a part fails, it prints the reason, and the next part runs. Needs a CUDA card. `--toy` runs the code anywhere, in
-Triton's interpreter if necessary, and measures nothing.
-"""
+If one part of the benchmark fails, it prints the reason, and the next part runs. Needs a CUDA card. `--toy` runs the
+code anywhere, in Triton's interpreter if necessary, and measures nothing."""
 
 from __future__ import annotations
 
@@ -244,7 +243,7 @@ def routed(bandwidth: float, replay_ms: Callable[..., float], *, quick: bool) ->
 
 
 class tiles:
-    """A context in which products of few rows use this tile. None selects the tiles for many rows.
+    """A context in which products of few rows use this tile. None stands for the tiles for many rows.
 
     skips: see `linear`.
     """

@@ -9,9 +9,8 @@ The benchmark runs one supervised deployment, as `antefix up` does, with the rol
 conversations that continue, and repeat earlier prompts. Faults happen one after the other. --seed fixes their order and
 all prompts. Each answer is compared with a run of the bare model, without store and without faults. A request without
 an answer must get a clear error. A fault's recovery is the time from the fault's beginning until a request that was
-sent after the beginning is answered. Compare this time with that of an undisturbed request. At the end the ledger must
-have one record for each request, in which hit tokens plus miss tokens equal the prompt.
-"""
+sent after the beginning is answered. This recovery time should be compared with the time of an undisturbed request. At
+the end the ledger must have one record for each request, in which hit tokens plus miss tokens equal the prompt."""
 
 from __future__ import annotations
 
@@ -119,7 +118,7 @@ class Campaign:
             await asyncio.sleep(self.rng.uniform(0.0, self.args.pause_s))
 
     async def _ask(self, prompt: Tokens) -> float | None:
-        """Send a request. Returns the time of the answer, or None if there was no answer."""
+        """Send a request. Returns the time at which the answer came, or None if there was no answer."""
         output: list[int] = []
         try:
             # Make a new client each time, because an operator's client does not survive a restart of the router.

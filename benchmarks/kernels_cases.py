@@ -59,8 +59,9 @@ def _sets(num_bytes: int) -> int:
 
 
 def _pool(num_blocks: int, entries: int, nbytes: int) -> Tensor:
-    """A part of a pool with random valid records. Its blocks are as far apart as in V4-Flash's pool, where other parts
-    lie between them."""
+    """A part of a pool with random valid records. The blocks are as far apart in memory as in V4-Flash's pool, where
+    other parts lie between them.
+    """
     gap = 4096
     rows = torch.zeros(num_blocks, entries * nbytes + gap, dtype=torch.uint8, device=DEVICE)
     records = rows[:, : entries * nbytes].unflatten(1, (entries, nbytes))

@@ -296,7 +296,7 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
-    """For each part: the goal, the measured figure, and whether the figure meets the goal."""
+    """For each part of the benchmark: the goal, the measured figure, and whether the figure meets the goal."""
     rows: list[tuple[str, Any, str, bool]] = []
     if part := found.get("rates"):
         for factor in (2, 10):

@@ -74,7 +74,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def figures(label: str, taken: list[tuple[float, float]]) -> dict[str, float]:
-    """Figures by wall clock and by processor time, which other processes on a busy machine do not lengthen."""
+    """Figures are given by wall clock and by processor time, which other processes on a busy machine do not
+    lengthen.
+    """
     named = {}
     for kind, seconds in zip(("", "_cpu"), np.array(taken).T, strict=True):
         named[f"{label}s{kind}_per_s"] = float(1 / seconds.mean())

@@ -6,11 +6,10 @@ The scenes are independent: `--trace chat --store no --json part.json` runs some
 parts are merged by `--parts part.json ... --json benchmarks/results/policies.json --plot ...`.
 
 Each scene is a trace over a fleet, with or without the shared store, at moderate load or near saturation. The clock's
-speed-up is chosen once per scene so that eight workers under least_work have this load. Then every policy runs at that
+speed-up is chosen once per scene so that eight workers under least_work have this load. Every policy then runs at this
 speed-up. Eight workers get the trace once. A larger fleet gets one copy for every eight workers (of chat, the first
 2,500 requests), each with different prompts and a shifted start. The agents' trace is cut where most conversations have
-ended and only some continue for a day.
-"""
+ended and only some continue for a day."""
 
 from __future__ import annotations
 

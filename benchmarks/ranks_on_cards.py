@@ -172,7 +172,9 @@ def memory(args: argparse.Namespace) -> float:
 
 
 def timed(model: Model, call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the call, and their share in exchanges between ranks. The share is 0 if this call was not sampled."""
+    """Seconds of the call, and their share in exchanges between ranks. The share is 0 if the time of exchanges in this
+    call was not sampled.
+    """
     meter = model.ranks.time if model.ranks is not None else None
     before = (meter.exchange_s, meter.call_s) if meter else (0.0, 0.0)
     synchronize(model.device.type)

@@ -10,8 +10,8 @@ times     measures milliseconds until the likeliest ids are on the host, at V4-F
           together, and as graphs. The times are divided by the floor of `benchmarks.decode_on_card`.
 
 If a part fails, it prints the reason, and the next part runs. rests_on_card.json is written after every row. The
-program needs a CUDA card. `--toy` runs the code anywhere, in Triton's interpreter if necessary, and measures nothing.
-"""
+program needs a CUDA card to measure anything. `--toy` runs the code anywhere, in Triton's interpreter if necessary, and
+measures nothing."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ class Soak:
         return await self.deployment.start_role(role, [*self.shared(), *flags])
 
     async def run(self) -> None:
-        """Play until the time is over, then wait for the requests that still run."""
+        """Play conversations until the time is over, then wait for the requests that still run."""
         helpers = [asyncio.create_task(each()) for each in (self.sample, self.kill, self.save)]
         conversations = playable(self.args.trace, self.rng)
         try:

@@ -76,7 +76,7 @@ class Client:
         self._salt = (number + 1) << 20
 
     async def prepare(self) -> None:
-        """Store the records that this client will get later."""
+        """Store the records that this client will read later."""
         for _ in range(NUM_TRIES):
             with contextlib.suppress(AntefixError):
                 await self.store.put(self._records(self._names))

@@ -115,7 +115,7 @@ class _Load:
         return (bad[-1] + 1) * WINDOW_S if bad else 0.0
 
     def shares(self, since: float) -> list[float]:
-        """The share of hits among the restores that began in each window. NaN: no restore began in the window."""
+        """The share of hits among the restores that began in each window. NaN: no restore began in the time window."""
         ends = max((at for at, _ in self.began), default=since)
         windows: list[list[bool]] = [[] for _ in range(max(1, math.ceil((ends - since) / WINDOW_S)))]
         for at, hit in self.began:

@@ -1,4 +1,4 @@
-"""What does a store cost apart from its payloads? Measures look-ups, the index and opening."""
+"""What does a store cost apart from its payloads? The benchmark measures look-ups, the index, and opening a store."""
 
 from __future__ import annotations
 

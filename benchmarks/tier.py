@@ -1,4 +1,5 @@
-"""How near is the object tier to its bare S3 client, and what does it cost? One S3 server, one run, medians of rounds.
+"""How near is the object tier to its bare S3 client, and what does it cost? The figures come from one S3 server and one
+run, and are medians of rounds.
 
     python -m benchmarks.tier --json benchmarks/results/tier.json        (or: antefix bench tier --json)
 
@@ -15,8 +16,8 @@ upload    restores from a store's directory while the store's process uploads at
 index     bytes per block, and look-up time of a 128K and a 1M-token prompt, with random keys that are in no bucket
 
 Without --object-store the benchmark starts SeaweedFS from `--s3` (`make test-s3` makes .s3) and uses it. LMCache
-comes from `--lmcache` (`make bench-peers` makes .venv-peers). `peers` says why a peer could not be measured.
-"""
+comes from `--lmcache` (`make bench-peers` makes .venv-peers). For a peer that could not be measured, `peers` gives the
+reason."""
 
 from __future__ import annotations
 
@@ -289,7 +290,7 @@ def _free_bytes() -> int:
 
 
 async def _in_turns(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Run each way once to warm up, then all ways in turn. Every second round has the reverse order."""
+    """Run each way once to warm up, then all ways in turn. Every second round measures the ways in reverse order."""
     for way in ways.values():
         await way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}

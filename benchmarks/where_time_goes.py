@@ -48,7 +48,7 @@ async def ask(deployment: Deployment, prompt: np.ndarray) -> tuple[str, float]:
 
 
 def hops(spans: list[Received], trace_id: str) -> dict[str, float]:
-    """Seconds of each part until the first token is sent. A part's time does not include the parts inside it."""
+    """Seconds of each part until the first token is sent. The time of a part does not include the parts inside it."""
     own = [each for each in spans if each.trace_id == trace_id]
     (first,) = [each for each in own if each.name == "first token"]
     until = first.started_s + first.seconds

@@ -113,7 +113,9 @@ def dated(version: str, changelog: str, day: date) -> str:
 
 
 def changes_of(version: str, changelog: str, *, allow_unreleased: bool = False) -> str:
-    """The version's part. Raises:  ValueError: there is none, it is empty, or says that it is not released."""
+    """The version's part. Raises: ValueError: the changelog has no section for the version, the section is empty, or it
+    says that the version is not released.
+    """
     found = re.search(
         rf"^## {re.escape(version)}(?![.\w])(.*?)$\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL
     )

@@ -25,7 +25,7 @@ DECIMALS_MAX: Final = 12
 
 
 class AdjustmentKind(StrEnum):
-    """Values are part of the ledger's format: never renamed."""
+    """The values of this enum are part of the ledger's format, so they are never renamed."""
 
     CREDIT = "credit"
     CORRECTION = "correction"
@@ -87,7 +87,7 @@ class Adjustment:
         return request_key(self.tenant, self.request_id)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; money as a decimal string without an exponent."""
+        """The adjustment as plain JSON values; money is a decimal string without an exponent."""
         return {**dataclasses.asdict(self), "kind": self.kind.value, "amount": format(self.amount, "f")}
 
     def to_payload(self) -> bytes:
@@ -130,7 +130,7 @@ class Adjusted:
 
 
 class ChangeKind(StrEnum):
-    """Values are part of the ledger's format: never renamed."""
+    """The values of this enum are part of the ledger's format, so they are never renamed."""
 
     TENANTS = "tenants"
     RATE_CARDS = "rate_cards"
@@ -140,8 +140,8 @@ class ChangeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A change made while the router ran, or a change to the ledger itself.  content: JSON with the settings in force
-    from this entry on.
+    """A change made while the router ran, or a change to the ledger itself. content: JSON text with the settings that
+    are in force from this entry on.
     """
 
     kind: ChangeKind

@@ -4,15 +4,14 @@ it is created.
 A key is `afx-<id>-<48 hex digits>`. The key's id names it in lists and logs. Of the key itself only the SHA-256 is
 kept: 192 random bits cannot be guessed, so a slower hash would add nothing.
 
-The book of keys is JSON:
+The list of API keys is stored as JSON:
 
     {"version": 1, "number": 7, "keys": [
         {"id": "3f9c01ab", "tenant": "acme", "sha256": "<64 hex digits>", "scopes": ["generate", "usage"],
          "created": "2026-09-10T04:00:00Z", "expires": "2026-12-01T00:00:00Z", "revoked": "", "note": "laptop"}]}
 
-`number` counts the book's changes. A process that holds a book never accepts one with a smaller number, because an
-older book still lists keys as valid that were revoked later.
-"""
+`number` counts the book's changes. A process that has a list of keys never accepts a list with a smaller number,
+because an older list still names keys as valid that were revoked later."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ USUAL_SCOPES: Final = frozenset({Scope.GENERATE, Scope.USAGE})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
-    """One key's row in the book.  digest: the SHA-256 of the key.  expires, revoked: None means never."""
+    """The row of one key in the list. digest: the SHA-256 of the key. expires, revoked: None means never."""
 
     id: str
     tenant: str
@@ -66,7 +65,7 @@ class ApiKey:
     note: str = ""
 
     def state(self, now: datetime) -> str:
-        """The key's state: valid, expired or revoked."""
+        """The state of a key: valid, expired or revoked."""
         if self.revoked is not None:
             return "revoked"
         return "expired" if self.expires is not None and now >= self.expires else "valid"
@@ -74,7 +73,7 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyBook:
-    """All API keys of a deployment.  number: counts the book's changes."""
+    """All API keys of a deployment. number: counts the changes of the list."""
 
     number: int = 0
     keys: tuple[ApiKey, ...] = ()
@@ -87,13 +86,13 @@ class KeyBook:
         raise InvalidRequest(f"there is no key {key_id!r}")
 
     def added(self, key: ApiKey) -> KeyBook:
-        """The book with one more key.  Raises:  InvalidRequest: the book is full."""
+        """The list of keys with one more key.  Raises:  InvalidRequest: the book is full."""
         if len(self.keys) >= NUM_KEYS_MAX:
             raise InvalidRequest(f"there are {NUM_KEYS_MAX} keys already")
         return KeyBook(number=self.number + 1, keys=(*self.keys, key))
 
     def changed(self, key: ApiKey) -> KeyBook:
-        """The book with this row in place of the row with the same id."""
+        """The list of keys with this row in place of the row with the same id."""
         keys = tuple(key if each.id == key.id else each for each in self.keys)
         return KeyBook(number=self.number + 1, keys=keys)
 
@@ -130,7 +129,9 @@ def new_key(
 
 
 def revoke(book: KeyBook, key_id: str, *, now: datetime | None = None) -> KeyBook:
-    """The book with this key revoked.  Raises:  InvalidRequest: no such key exists, or it is already revoked."""
+    """The list of keys with this key revoked. Raises: InvalidRequest: no key has this id, or the key is already
+    revoked.
+    """
     key = book.find(key_id)
     if key.revoked is not None:
         raise InvalidRequest(f"key {key_id} is revoked already")
@@ -172,7 +173,7 @@ def to_json(book: KeyBook) -> str:
 
 
 def from_json(text: str | bytes) -> KeyBook:
-    """Read a book of keys.  Raises:  ConfigError: the text is not a book of keys, or it holds an unknown field."""
+    """Read a book of keys.  Raises:  ConfigError: the text is not a list of keys, or it holds an unknown field."""
     try:
         table = json.loads(text)
         if table["version"] != BOOK_VERSION:

@@ -1,5 +1,5 @@
-"""Finds which records that are already priced would be priced differently by new rate cards. Pure, except that it reads
-the ledger.
+"""Finds which records that are already priced would be priced differently by new rate cards. This module has no side
+effects; it only reads the ledger.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def changed_times(old: RateCards, new: RateCards, models: Iterable[str], now: da
 
 
 def affected(records: Iterable[UsageRecord], times: Iterable[ChangedTime]) -> Iterator[tuple[UsageRecord, ChangedTime]]:
-    """The records of requests that started in one of these spans."""
+    """The records of requests that started in one of these spans of time."""
     spans = list(times)
     for record in records:
         moment = moment_of(record.started_us)

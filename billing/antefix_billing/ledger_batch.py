@@ -1,4 +1,4 @@
-"""The ledger's end, and the entries about to be appended to it. Knows payloads and hashes, no files."""
+"""The ledger's end, and the entries about to be appended to it. This module knows payloads and hashes, but no files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ class LedgerTail:
 
 
 class LedgerBatch:
-    """Entries to be written together in one write. The tail changes only in `accept`, once they are durable."""
+    """Entries to be written together in one write. The ledger's tail changes only in `accept`, once the entries are
+    durable.
+    """
 
     def __init__(self, tail: LedgerTail) -> None:
         self._tail = tail

@@ -1,8 +1,8 @@
-"""What tokens cost: rate cards by model and time, read from TOML, and the price of a request. Decimal only.
+"""The prices of tokens: rate cards by model and time, read from TOML, and the price of a request. Decimal only.
 
 Prices are per million tokens; a price times a count needs no rounding, so sums of records are exact to the last digit.
 A card holds from `effective` until the model's next card. Peak hours are a calendar in UTC. The start of a request
-decides which card and which hours apply to it. Cards never change once used: a new price is a new card.
+decides which card and which hours apply to it. A rate card never changes once it was used: a new price is a new card.
 """
 
 from __future__ import annotations

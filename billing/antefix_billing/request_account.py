@@ -77,7 +77,7 @@ class RequestAccount:
 
 
 def claim(account: RequestAccount, me: RunningAt, alive: Collection[RunningAt]) -> RequestAccount | None:
-    """The account with the request marked as running here. None if another live router runs the request."""
+    """The account with the request marked as running here. Returns None if another live router runs the request."""
     running = account.running
     if running is not None and running != me and running in alive:
         return None
@@ -95,9 +95,8 @@ def settle(
     """The account after a record was added that is in the ledger already, and the amount to return to the customer
     because of it.
 
-    credited: what this record's ledger has already returned for it. Calling this again with the same record changes
-    nothing and returns the same amount.
-    """
+    credited: the amount that this record's ledger has already returned for it. Calling this again with the same record
+    changes nothing and returns the same amount."""
     record = settled.record
     name = f"{record.source} {record.event_id}"
     running = None if account.running is not None and account.running.source == record.source else account.running

@@ -1,4 +1,4 @@
-"""Tenants, read from TOML: the API keys of each, and its limits. Only the SHA-256 of a key is stored.
+"""Tenants, read from TOML: the API keys of each, and its limits. Of an API key, only its SHA-256 is stored.
 
     keys = "needed"                             # or "none": no key is needed, and only the limits apply
 
@@ -6,10 +6,9 @@
     # at the same time share = 2                                   # weight on busy workers; a tenant without a share
     has 1 limit = [{ window = "day", tokens = 5000000, money = "2.50" }]
 
-A tenant named "*" holds the limits of everyone who is not named. Keys that are created and revoked at run time are in a
-separate file (`api_keys`). A file without any key is refused unless it has `keys = "none"`, because it would let
-everybody in.
-"""
+A tenant named "*" holds the limits of all tenants that are not named. Keys that are created and revoked at run time are
+in a separate file (`api_keys`). A file without any key is refused unless it has `keys = "none"`, because it would let
+everybody in."""
 
 from __future__ import annotations
 

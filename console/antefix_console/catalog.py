@@ -1,8 +1,7 @@
 """Every command and role by name: a description, and how to load it. One row per command.
 
-A loader imports inside a function, so that a command imports only what it needs: `antefix --help` must not wait for
-torch, and the router and the store must start where torch is not installed.
-"""
+A loader imports inside a function, so that a command imports only the modules that it needs: `antefix --help` must not
+wait for torch, and the router and the store must start where torch is not installed."""
 
 from __future__ import annotations
 
@@ -13,8 +12,9 @@ from typing import Any, Protocol
 
 
 class CommandModule(Protocol):
-    """A module under `commands/`. It also has `add_arguments(parser)`, or `add_parser(subparsers)` where the command
-    has subcommands of its own."""
+    """A module under `commands/`. A command's module also has `add_arguments(parser)`, or `add_parser(subparsers)` if
+    the command has subcommands of its own.
+    """
 
     def run(self, args: argparse.Namespace, /) -> int: ...
 
@@ -30,7 +30,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """One service. load: gives the class of its settings, and the function that serves until it is told to stop."""
+    """One service. load: returns the class of its settings, and the function that serves until it is told to stop."""
 
     load: Callable[[], tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]]
     example: str

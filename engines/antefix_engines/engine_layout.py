@@ -2,8 +2,8 @@
 
 A *group* is one kind of KV that an engine keeps together: keys of full attention, compressed entries, the window, a
 state.
-A part is one group of one layer: `num_rows` equal rows, each made of fields. A payload is its parts, one after the
-other.
+A part is one group of one layer: `num_rows` equal rows, each made of fields. A payload consists of its parts, one after
+the other.
 
     block        KV that every later token may need: one record per block, and a restore reads all blocks of a prefix.
     checkpoint   state that only the next tokens need: window rows of the block's last tokens, states at its end.
@@ -48,11 +48,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLayout:
-    """A model's KV as one engine keeps it. Not slotted: the derived numbers are computed once.
+    """A model's KV as one engine keeps it. This class has no slots, so that the derived numbers are computed only once.
 
-    engine: the engine's name, so that two engines never read each other's payloads.
-    block_size: tokens in a block.  num_checkpoints: how many consecutive checkpoints a restore needs (above).
-    """
+    engine: the engine's name, so that two engines never read each other's payloads. block_size: tokens in a block.
+    num_checkpoints: how many consecutive checkpoints a restore needs."""
 
     engine: str
     family: Family
@@ -89,7 +88,7 @@ class EngineLayout:
         return sum(part.nbytes for part in self.checkpoint)
 
     def num_checkpoints_at(self, num_blocks: int) -> int:
-        """How many checkpoints a restore of `num_blocks` blocks needs; the last of them is at the end."""
+        """How many checkpoints a restore of `num_blocks` blocks needs; the last of them is at the prefix's end."""
         return min(self.num_checkpoints, num_blocks)
 
     def restorable(self, num_blocks: int, checkpoints: Collection[int]) -> list[int]:
@@ -105,7 +104,7 @@ class EngineLayout:
         return ends
 
     def digest(self) -> bytes:
-        """16 bytes that identify this layout; used as the geometry in a fingerprint."""
+        """The 16 bytes that identify this layout; they are used as the geometry in a fingerprint."""
         text = json.dumps({"layout_version": LAYOUT_VERSION, **asdict(self)}, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16, person=b"antefix-englayou").digest()
 

@@ -7,9 +7,9 @@
     ...
     kv.put([kv.block(hash, parent, position, payload), ...])
 
-No call raises because of the store. If the store cannot deliver a record, it is a miss; if it cannot take one, the
-record is not kept. `counters` says how often this happens. Knows bytes and names, never tensors or an engine.
-"""
+No call raises because of the store. If the store cannot deliver a record, the record counts as a miss; if the store
+cannot take one, the record is not kept. `counters` says how often the store could not deliver or take records. This
+module knows bytes and names, never tensors or an engine."""
 
 from __future__ import annotations
 
@@ -153,8 +153,9 @@ class EngineStore:
         tenant: str = "default",
         credentials: Credentials | None = None,
     ) -> None:
-        """store: closed together with this object.  credentials: sign for the tenant; None: the store requires no
-        signature."""
+        """store: closed together with this object. credentials: sign grants for the tenant; None: the store requires no
+        grants.
+        """
         self._credentials: Final = credentials
         self._grant: tuple[float, bytes] = (0.0, b"")
         self._told: Final[set[tuple[str, str]]] = set()
@@ -200,7 +201,9 @@ class EngineStore:
         return cls(BlockingStore(store), keyring, tenant=settings.tenant, credentials=credentials)
 
     def kv(self, fingerprint: Fingerprint, layout: EngineLayout) -> KvOfModel:
-        """The records of one model, engine and layout. Registers the layout with the store, so that it can compress."""
+        """The records of one model, engine and layout. The layout is registered with the store, so that the store can
+        compress.
+        """
         kv = KvOfModel(self, fingerprint, layout)
         self.attempt("register", lambda store: store.register(kv.digest, layout, statement=fingerprint.statement), None)
         return kv
@@ -224,8 +227,9 @@ class EngineStore:
             return otherwise
 
     def _signed_grant(self) -> bytes:
-        """A grant for the tenant, renewed before it expires. Calls in other threads run in this context, which has
-        it."""
+        """A grant for the tenant, renewed before it expires. Calls in other threads run in this context, which carries
+        the grant.
+        """
         if self._credentials is None:
             return b""
         with self._lock:
@@ -252,7 +256,7 @@ class EngineStore:
 
 
 class KvOfModel:
-    """The records under one fingerprint (`antefix.block.Fingerprint`). Made by `EngineStore.kv`."""
+    """The records in the store under one fingerprint (`antefix.block.Fingerprint`). Made by `EngineStore.kv`."""
 
     def __init__(self, store: EngineStore, fingerprint: Fingerprint, layout: EngineLayout) -> None:
         self.layout: Final = layout
@@ -277,8 +281,9 @@ class KvOfModel:
         )
 
     def hash_of(self, engine_key: bytes) -> bytes:
-        """The name of a record that the engine calls `engine_key`. The key must identify all tokens up to the record's
-        end."""
+        """The name of a record that the engine calls `engine_key`. The engine's key must identify all tokens up to the
+        record's end.
+        """
         return engine_key_hash(self.root, engine_key, self._key)
 
     def block(self, hash: bytes, parent: bytes, position: int, payload: Buffer) -> Record:
@@ -301,8 +306,9 @@ class KvOfModel:
         return found
 
     def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview]) -> int:
-        """Fill `into[i]` with block `hashes[i]`. Returns how many leading blocks are right; later buffers are
-        undefined."""
+        """Fill `into[i]` with block `hashes[i]`. Returns how many leading blocks passed all checks; the content of
+        later buffers is undefined.
+        """
         num_good: int = self._store.attempt(
             "read blocks",
             lambda store: store.get_blocks(hashes, into, fingerprint=self.digest, tenant=self._owner),
@@ -326,7 +332,7 @@ class KvOfModel:
         return payload
 
     def put(self, records: Sequence[Record]) -> int:
-        """Store records, parents first. Returns how many of them are stored now."""
+        """Store records, parents first. Returns how many of the blocks are stored now."""
         done = self._put(records)
         return 0 if done is None else int(done.num_stored) + int(done.num_existing)
 
@@ -343,13 +349,13 @@ class KvOfModel:
             self._store.attempt("pin blocks", call, 0)
 
     def evict(self, hashes: Sequence[bytes]) -> int:
-        """Drop blocks and all records that depend on them. Returns how many records were dropped."""
+        """Delete blocks and all records that depend on them. Returns how many records were deleted."""
         names = [(RecordKind.BLOCK, name) for name in hashes]
         went: int = self._store.attempt("evict blocks", lambda store: store.evict(names, owner=self._owner), 0)
         return went
 
     def _put(self, records: Sequence[Record]) -> PutResult | None:
-        """The store's result; None if there was nothing to do, or the store failed."""
+        """The result of the store; None if there was nothing to do, or the store failed."""
         if not records:
             return None
         done: PutResult | None = self._store.attempt("store records", lambda store: store.put(records), None)

@@ -136,7 +136,7 @@ def of_transformers(own: BlockLayout, layout: EngineLayout, blocks: Sequence[byt
 
 
 def compare(one: StoredV4, other: StoredV4) -> list[Difference]:
-    """Every group of every layer, in order.
+    """Every group of KV in every layer, in order.
 
     Raises:  ValueError: groups or rows of the two differ, so they cannot be compared.
     """

@@ -33,7 +33,9 @@ def antefix_entries(model_dir: Path, tokens: Sequence[int], kv_format: KVFormat)
 
 
 def transformers_entries(model_dir: Path, tokens: Sequence[int], scratch: Path) -> StoredV4:
-    """Run the same in transformers in float32, with a store in `scratch`, and read the entries back from that store."""
+    """Run the same prompt in transformers in float32, with a store in `scratch`, and read the entries back from that
+    store.
+    """
     import transformers
 
     model = transformers.DeepseekV4ForCausalLM.from_pretrained(str(model_dir), attn_implementation="eager").eval()

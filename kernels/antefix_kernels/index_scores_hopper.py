@@ -101,7 +101,7 @@ def _top(scales):
 
 @gluon.jit
 def _factor(top):
-    """2^(top - 127) as float32: what a row's values are relative to."""
+    """2^(top - 127) as float32, by which a row's values are divided."""
     return (gl.maximum(top, 1) << 23).to(gl.float32, bitcast=True)
 
 
@@ -131,7 +131,7 @@ def _block_ids(tile, last, block_table, ENTRIES: gl.constexpr):
 
 @gluon.jit
 def _offsets(tile, block, stride_p, ENTRIES: gl.constexpr):
-    """Offsets [64], in words, of each warp's first 16 keys of a tile."""
+    """Offsets [64], in words, of the first 16 keys of each warp in a tile."""
     i = gl.arange(0, 4, gl.SliceLayout(1, SIXTEENS))
     j = gl.arange(0, 16, gl.SliceLayout(0, SIXTEENS))
     inside = ((tile * TILE + 32 * i).to(gl.uint32) % ENTRIES).to(gl.int32) * KEY

@@ -1,4 +1,5 @@
-"""Byte layout of packed entries and keys, as the kernels read it. Knows bytes and tensors' shapes, but no kernel.
+"""Byte layout of packed entries and keys, as the kernels read it. This module knows bytes and tensors' shapes, but no
+kernel.
 
 An entry (head_dim = nope + rope): nope FP8 E4M3 codes | rope BF16 | one UE8M0 scale per 64 codes | zero padding to
 a multiple of 8 bytes. A key: FP4 E2M1 codes, two per byte, even dim in the low nibble | one UE8M0 scale per 32 codes.
@@ -68,7 +69,7 @@ class KeyFormat:
 
 
 def check_records(records: torch.Tensor, nbytes: int, name: str = "records") -> None:
-    """Accept [P, E, R] uint8 views of a pool: rows of records in order, anything between two rows.
+    """Check [P, E, R] uint8 views of a pool: rows of records in order, with any number of bytes between two rows.
 
     Raises:  ValueError: wrong dtype, shape or stride.
     """
@@ -88,7 +89,7 @@ def byte_alignment(records: torch.Tensor) -> int:
 
 
 def check(condition: bool, message: str) -> None:
-    """One line of a wrapper's checks.
+    """One line of the checks that a wrapper makes.
 
     Raises:  ValueError(message) unless `condition`.
     """

@@ -4,8 +4,8 @@ In packed_fp8, each sum of 32 addends is multiplied by its scale, which takes ab
 In this candidate, codes get their group's scale before they enter: an E2M1 number times a power of two is an E4M3
 number too, as long as the scales of 128 addends lie within a factor of 2^11. So a sum is that of FP8 weights,
     total = fma(sum of 128 addends, scale of the inputs * least scale of the weights, total),
-in another order than packed_fp8's: other bits, other names of KV. No worker takes it; benchmarks/packed_products.py
-measures it.
+in another order than packed_fp8's: other bits, other names of KV. No worker uses this candidate;
+benchmarks/packed_products.py measures it.
 
 Shapes:  as in packed_fp8.
 """

@@ -15,8 +15,9 @@ _HASHES_PER_MESSAGE = 2048
 
 
 def contents_to_wire(contents: StoreContents) -> Iterator[kvstore_pb2.ContentsResponse]:
-    """Messages with the layouts first, then the stretches as `StoreContents.stretches` gives them; a long one in
-    several."""
+    """Protobuf messages that carry first the layouts, then the stretches as `StoreContents.stretches` returns them; a
+    long stretch takes several messages.
+    """
     layouts = [
         kvstore_pb2.RegisterRequest(
             fingerprint=layout.fingerprint,

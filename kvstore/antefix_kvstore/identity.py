@@ -1,4 +1,4 @@
-"""Identifies a store's directory: its STORE file and its lock. Refuses to touch a directory that is not a store's."""
+"""Identifies a store's directory: its STORE file and its lock. A directory that is not a store's is left untouched."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def prepare_directory(directory: Path) -> None:
 
 
 def put_aside_misplaced(directory: Path) -> None:
-    """Rename entries that have the store's names but are of another kind (a directory for a file). Needs the lock.
+    """Rename directory entries that have the names of a store's files but are of another kind (a directory for a file).
+    Needs the lock.
 
     Raises:  ConfigError: the segment directory is a link to nothing. The disk that it leads to may not be mounted.
     """
@@ -106,8 +107,9 @@ def lock_directory(directory: Path) -> DirectoryLock:
 
 
 def read_identity(directory: Path, disk: Disk, clock_ms: Callable[[], int]) -> StoreIdentity:
-    """Read the STORE file; if it is lost or damaged, take the identity from the segments; if there are none, make a new
-    one."""
+    """Read the STORE file. If it is lost or damaged, the identity is taken from the segments; if there are none, a new
+    identity is made.
+    """
     path = directory / STORE_FILE
     segment_dir = directory / SEGMENT_DIR
     identity = None

@@ -20,11 +20,11 @@ _APART: Final = int(RecordFlag.APART)
 
 
 def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *, used_ms: int) -> bool:
-    """Index a record of a segment. Returns False, and changes nothing, if it needs a parent that is not indexed.
+    """Index a record of a segment. Returns False, and changes nothing, if the record needs a parent that is not
+    indexed.
 
-    An entry that exists already is updated: it keeps its place in the forest and points to the new record. If it was
-    stored apart and its parent is indexed by now, it depends on that parent from then on.
-    """
+    An entry that exists already is updated: it keeps its place in the forest and points to the new record. If the
+    record was stored apart and its parent has been indexed since, the record depends on that parent from then on."""
     name = (header.kind, header.hash)
     parent_name = parent_of(name, header.parent)
     # Plain integers: arithmetic with enum members takes a fifth of a rebuild's time.

@@ -19,7 +19,8 @@ def register_fingerprint(
     plans: Mapping[RecordKind, codec.PlanePlan],
     statement: bytes,
 ) -> None:
-    """block_tokens: tokens per block; 0: not known.  statement: what the fingerprint stands for; empty: not told.
+    """block_tokens: tokens per block; 0: not known. statement: the settings that the fingerprint stands for; empty: not
+    known.
 
     Raises:  FingerprintMismatch: the block size is known already, and is another.
     """

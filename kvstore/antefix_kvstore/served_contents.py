@@ -25,7 +25,7 @@ class ServedContents:
     """Calls block; for tools. The list of stored records is read at the first call, records when they are requested."""
 
     def __init__(self, store: RemoteStore) -> None:
-        """store: closed when this object is closed."""
+        """store: the client of the store, which is closed when this object is closed."""
         self._store: Final = store
         self._thread: Final = LoopThread()
         self._layouts: list[LayoutOf] | None = None

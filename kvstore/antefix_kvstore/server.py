@@ -1,4 +1,4 @@
-"""The store's gRPC service. Knows protobuf and the event loop; every disk access happens in other threads.
+"""The store's gRPC service. The servicer knows protobuf and the event loop; every disk access happens in other threads.
 
 Memory is bounded: a Get reads two windows of 4 MiB before they are sent, a Put collects at most PUT_BATCH_BYTES before
 it waits for the writer, and both count against the number of streams served at once.
@@ -90,7 +90,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         return self._num_streams
 
     async def close(self) -> None:
-        """Commit queued puts and close the store."""
+        """Commit the puts that are queued, and close the store."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self.scrubber.stop)
         if self.uploader is not None:
@@ -330,7 +330,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
 
 
 class _Counted:
-    """Counts a payload stream while it lasts; refuses a stream above the limit."""
+    """Counts a payload stream as long as it lasts; a stream above the limit is refused."""
 
     def __init__(self, servicer: KvStoreServicer) -> None:
         self._servicer = servicer
@@ -361,7 +361,7 @@ def _stored_names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]
 
 
 def _owner_of(request: kvstore_pb2.PinRequest | kvstore_pb2.EvictRequest) -> bytes:
-    """The owner whose records are meant; a caller of version 1 gives a name.
+    """The owner whose records are meant; callers of version 1 give a name instead of a digest.
 
     Raises:  PermissionDenied: the call's grant is for another owner.
     """
@@ -372,8 +372,8 @@ def _owner_of(request: kvstore_pb2.PinRequest | kvstore_pb2.EvictRequest) -> byt
 
 
 def _granted_rows(asked: bytes = b"") -> tuple[bytes, ...] | None:
-    """The owners whose records the call's grant covers, as the index names them; None: all owners, where the service is
-    open.
+    """The owners whose records the call's grant covers, in the index's form; None: all owners, if the service
+    authenticates nobody.
 
     asked: the owner that the caller names; empty: the caller names none.
     """
@@ -451,7 +451,7 @@ class _Handlers:
 
 
 async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
-    """Serve the store in `config.dir` until a signal.
+    """Serve the store in `config.dir` until a signal ends the process.
 
     Raises:  ConfigError: the directory is not a store or is in use, or the address cannot be listened on.
     """
@@ -502,7 +502,7 @@ def registry_of(servicer: KvStoreServicer) -> Registry:
 def _telling(
     config: KvStoreConfig, engine: StorageEngine, address: str
 ) -> contextlib.AbstractAsyncContextManager[object]:
-    """While entered, publishes the store's events to Redis, if that is configured."""
+    """Inside this context, the store's events are published to Redis, if that is configured."""
     if not config.events_redis:
         return contextlib.nullcontext()
     # Imported here, because loading the Redis client takes a good part of a small store's start.
@@ -514,7 +514,7 @@ def _telling(
 
 
 def _leased(config: KvStoreConfig, address: str) -> contextlib.AbstractAsyncContextManager[object]:
-    """While entered, keeps a lease in Redis that says where the store is, if that is configured."""
+    """Inside this context, a lease in Redis says where the store is, if that is configured."""
     if not config.lease_redis:
         return contextlib.nullcontext()
     where = RedisAccess.of(config.lease_redis, config)

@@ -1,9 +1,8 @@
 """Keeps the store within its budget: expiry, leaf-first eviction, and when to compact (`antefix_kvstore.compaction`).
 
-The budget covers everything under the directory. The usable part of it depends on the free space of the file system
-(`antefix_kvstore.free_space`). A reserve of two segments inside the budget is never given to puts, so that compaction,
-which copies before it deletes, always has room.
-"""
+The budget covers everything under the directory. How much of the budget can be used depends on the free space of the
+file system (`antefix_kvstore.free_space`). A reserve of two segments inside the budget is never given to puts, so that
+compaction, which copies before it deletes, always has room."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ COMPACT_GAIN_MIN: Final = 1 / 16
 
 
 class Space:
-    """Not thread-safe: the engine's lock covers it."""
+    """The object is not thread-safe, because the engine's lock protects it."""
 
     def __init__(
         self,
@@ -77,8 +76,8 @@ class Space:
     def make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:
         """Make sure that a batch of `nbytes` may be appended.
 
-        keep: records that the batch depends on.  Raises:  StoreFull: the batch does not fit the budget.
-        """
+        keep: records that the batch depends on, which may not be evicted. Raises: StoreFull: the batch does not fit the
+        budget."""
         nbytes += BATCH_ALIGN + SEGMENT_HEADER_BYTES
         if self.free.is_sudden:
             self._leave_margin(nbytes)
@@ -141,8 +140,7 @@ class Space:
     def evict(self, nbytes: int, keep: Collection[RecordName] = (), *, owners: Collection[bytes] | None = None) -> int:
         """Evict leaves, lowest rank first, until `nbytes` are dead. Returns the number of records evicted.
 
-        owners: evict these owners' records only.
-        """
+        owners: evict only these owners' records."""
         now_ms = self._now_ms()
         num_taken = freed = 0
         with self._gone.together(), self.compactor.transaction() as txn:
@@ -197,7 +195,7 @@ class Space:
         return num_taken
 
     def remove(self, txn: IndexTxn, name: RecordName) -> tuple[int, RecordName] | None:
-        """Remove a leaf. Returns its parent with the parent's rank if the parent is a leaf now, else None.
+        """Remove a leaf. Returns the parent of the removed leaf with its rank if the parent is a leaf now, else None.
 
         The parent inherits time of last use and time to live: a use of a record is a use of its ancestors.
         """

@@ -1,4 +1,5 @@
-"""The contents of a store directory. Any process on the host may read them, also while a service serves the store.
+"""The contents of a store directory. Any process on the host may read these contents, also while a service serves the
+store.
 
 Records come as stretches of chains, parents first, so that another store can store them in this order.
 """
@@ -28,7 +29,7 @@ _BATCH_RECORDS: Final = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """Consecutive blocks of one chain, with their checkpoints. Each record is in one stretch only.
+    """Consecutive blocks of one chain, with their checkpoints. Each record is in exactly one stretch.
 
     hashes: parents first. Blocks before them are in another stretch, or not stored here.  checkpoints: those of the
     blocks that have one.  owner: the owner's row in the index.  rank_ms, pinned_ms: the largest of any record, as in
@@ -93,8 +94,9 @@ class StoreContents:
     """Reads one directory. Calls block; for tools."""
 
     def __init__(self, directory: Path, *, decrypt: Decrypt | None = None) -> None:
-        """decrypt: decrypts an encrypted store.  Raises:  ConfigError: no store.  Unavailable: its index cannot be
-        read."""
+        """decrypt: decrypts an encrypted store. Raises: ConfigError: no store. Unavailable: the store's index cannot be
+        read.
+        """
         if not (directory / SEGMENT_DIR).is_dir():
             raise ConfigError(f"{directory} is not an Antefix store")
         self.directory = directory

@@ -202,7 +202,9 @@ class Trainer:
         return {name: value.detach() for name, value in losses.items()}
 
     def compile(self, text: corpus_module.Tokens, stages: tuple[Stage, ...]) -> None:
-        """One gradient at every stage's shapes, thrown away: it compiles, and shows at once what does not fit."""
+        """One gradient step at the shapes of every stage, whose result is dropped: it compiles the code, and shows at
+        once which shapes do not fit.
+        """
         for stage in stages:
             rope = dense.rope_tables(self.config, stage.length, self.device)
             tokens, classes = next(iter(Batches(text, stage, seed=0)))

@@ -9,8 +9,8 @@
     32      32    digest of the prompt
     64      ...   window state, row, then vocab_size float32 logits of the last token
 
-This module checks only the shape. The store checks the payload's integrity and the fingerprint. Little-endian.
-"""
+This module checks only the shape of a handoff. The store checks the payload's integrity and the fingerprint.
+Little-endian."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ _MAGIC = b"AFH2"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handoff:
-    """What a decode worker needs in addition to the finished blocks. logits: [vocab_size] float32.
+    """The state that a decode worker needs in addition to the finished blocks. logits: [vocab_size] float32.
 
-    prompt: `Chain.digest` of the tokens that the handoff was made from. The handoff must not be used for any other
-    prompt.
-    """
+    prompt: `Chain.digest` of the tokens from which the handoff was made. A handoff must not be used for any prompt but
+    its own."""
 
     position: int
     prompt: bytes

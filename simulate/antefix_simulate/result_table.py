@@ -1,4 +1,4 @@
-"""Simulations as text: one table a store size, ideal and strategies side by side."""
+"""Simulations as text: one table per store size, with the ideal and the strategies as columns."""
 
 from __future__ import annotations
 

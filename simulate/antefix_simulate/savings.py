@@ -66,7 +66,7 @@ def savings_of(
 
 
 def savings_text(savings: Savings) -> str:
-    """A summary of at most four lines."""
+    """A summary of the savings in at most four lines."""
     lines = [
         f"hit rate: {savings.own_hit_rate:.2%} at the trace's own resolution of {savings.unit_tokens} tokens, "
         f"{savings.hit_rate:.2%} in units of {savings.block_tokens} with strategy {savings.strategy}",

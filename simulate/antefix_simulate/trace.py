@@ -232,7 +232,7 @@ def _calls(rows: list[dict[str, Any]], start_s: float) -> Iterator[tuple[float, 
 
 
 def _units(hash_ids: list[int], base: int, num_tokens: int, hash_tokens: int, unit_tokens: int) -> Names:
-    """Names of the complete units. Hashes are chained, so a unit's last hash identifies everything before it."""
+    """Names of the complete units. Hashes are chained, so the last hash of a unit identifies all blocks before it."""
     step = unit_tokens // hash_tokens
     num_units = num_tokens // unit_tokens
     if num_tokens < 1 or len(hash_ids) < num_units * step:

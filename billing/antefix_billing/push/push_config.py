@@ -49,7 +49,7 @@ class SinkConfig:
     customers: dict[str, str] = field(default_factory=dict)
 
     def customer(self, tenant: str) -> str | None:
-        """The receiver's name for this tenant; None if it has none."""
+        """The receiver's name for this tenant; None if the receiver has no such customer."""
         return self.customers.get(tenant or "default") or ((tenant or "default") if self.unmapped == "name" else None)
 
 

@@ -63,12 +63,13 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        """About how many tokens the audit takes. Prompts of the trace grow to twice the usual length."""
+        """About how many tokens the whole audit takes. Prompts of the trace grow to twice the usual length."""
         return int(1.1 * self.prompt_tokens * self.num_requests)
 
 
 async def run_audit(probing: Probing, plan: Plan, on_probe: Callable[[str], None]) -> list[Finding]:
-    """All findings. A probe that ran out of budget, or that the endpoint stopped, says so; the other probes still run.
+    """All findings. A probe that ran out of budget, or that the endpoint stopped, reports this; the other probes still
+    run.
 
     Raises:  Unavailable: the endpoint does not answer a first request.
     """

@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 1 where a promise is broken.
+    """The exit status is 1 if a promise is broken.
 
     Raises:  InvalidRequest: arguments make no sense, or the user did not confirm.  Unavailable: the endpoint does not
     answer.

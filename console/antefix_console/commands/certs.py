@@ -136,7 +136,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(found: dict[Path, Issued], grants: dict[Path, float], *, as_json: bool) -> int:
-    """Print certificates, and the days left of grants. Returns 1 if one has expired."""
+    """Print what certificates contain, and how many days grants are still valid. The exit status is 1 if a certificate
+    or grant has expired.
+    """
     if as_json:
         certificates = [{"file": str(path), **_plain(each)} for path, each in found.items()]
         held = [{"file": str(path), "days_left": round(days, 2)} for path, days in grants.items()]

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Demo:
-    """The steps in order; `run` returns the report."""
+    """The steps of the demo in order; `run` returns the report."""
 
     def __init__(
         self, config: DeploymentConfig, tokenizer: Tokenizer, document: Tokens, max_tokens: int, console: Console
@@ -158,8 +158,9 @@ class Demo:
 
     @property
     def _next_turn(self) -> Tokens:
-        """The tokens between an answer and the next question: the answer's end token, which its output lacks, and the
-        format."""
+        """The tokens between an answer and the next question: the answer's end token, which the output itself lacks,
+        and tokens of the chat format.
+        """
         return np.array(self._tokenizer.encode("<|end|><|user|>"), np.uint32)
 
     def _report(

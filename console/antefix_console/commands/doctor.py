@@ -122,7 +122,9 @@ def _python() -> Finding:
 
 
 def _arithmetic(args: argparse.Namespace) -> list[Finding]:
-    """The arithmetic of this machine for the model with these threads: its name, and operations not found exact."""
+    """The arithmetic of this machine for the model with these threads: its name, and the operations that were not found
+    exact.
+    """
     import torch
 
     from antefix.errors import AntefixError
@@ -151,8 +153,9 @@ def _arithmetic(args: argparse.Namespace) -> list[Finding]:
 
 
 def _model(model: Model, name: str) -> list[Finding]:
-    """Parts of the config that we compute differently from others, and how much KV a worker keeps in memory by
-    default."""
+    """The fields of the config that Antefix computes differently from others, and how much KV a worker keeps in memory
+    by default.
+    """
     from antefix_prefill.worker.engine import BLOCK_BYTES_MIN, EngineConfig, pool_block_bytes
 
     (pool_bytes,) = (field.default for field in fields(EngineConfig) if field.name == "pool_bytes")
@@ -253,7 +256,7 @@ def _disk(directory: Path | None) -> Finding:
 
 
 def _store(address: str) -> list[Finding]:
-    """Whether a running store accepts what it is given. Raises:  Unavailable: it does not answer."""
+    """Whether a running store stores all records that it is given. Raises:  Unavailable: it does not answer."""
     from antefix.store.remote_store import RemoteStore
 
     async def ask() -> StoreTotals:

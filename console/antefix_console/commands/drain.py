@@ -1,11 +1,10 @@
 """`antefix drain STORE --to STORE...`: before a store is removed, copies its valuable records to stores that stay.
 
-STORE is a directory of this host, or the address of a service, which continues to serve during the copy. Records that
-one of the other stores has are left out. The copy is repeated until nothing new has come; then the store can be
+STORE is a directory on this host, or the address of a service, which continues to serve during the copy. Records that
+one of the other stores has already are left out. The copy is repeated until nothing new has come; then the store can be
 stopped.
 
-Exit code 0 if everything to be copied is there, else 1.
-"""
+The exit code is 0 if all records that should be copied are there, else 1."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""`antefix explain`: why a prompt hits or misses. Reads the deployment's directory, without any running service; only
-`--fleet` asks a running router."""
+"""`antefix explain`: why a prompt hits or misses. The command reads the deployment's directory, without any running
+service; only `--fleet` asks a running router.
+"""
 
 from __future__ import annotations
 
@@ -209,7 +210,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whose:
-    """Everything that names depend on, except the tokens and the deployment's secret."""
+    """All settings that block names depend on, except the tokens and the deployment's secret."""
 
     identity: ModelIdentity
     kv_format: KVFormat
@@ -231,8 +232,9 @@ class Whose:
         return self.names_under(self.fingerprint.statement, tokens, keyring, differs)
 
     def names_under(self, statement: bytes, tokens: Tokens, keyring: Keyring, differs: str) -> NamedChain:
-        """The names of these tokens for the same tenant under another stated fingerprint with blocks of the same
-        size."""
+        """The block names of these tokens for the same tenant under another known fingerprint with blocks of the same
+        size.
+        """
         digest = digest_of(statement)
         chain = chain_of(
             tokens,
@@ -277,7 +279,7 @@ def _arithmetic(args: argparse.Namespace) -> str:
 
 
 def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:
-    """Other names that the caller asks about, and the setting that differs."""
+    """Other names that the caller asks about, each with the setting that differs."""
     for namespace in args.also_namespace:
         yield replace(mine, namespace=namespace), f"namespace {namespace}"
     for tenant in args.also_tenant:
@@ -305,8 +307,8 @@ def _shown_tenant(args: argparse.Namespace, tenant: str) -> str:
 async def _pooled(
     worker: WorkerSettings, store_address: str | None, names: NamedChain, num_stored: int
 ) -> tuple[tuple[int, ...] | None, str]:
-    """The boundary in the window pool that is nearest to the end of the stored prefix, None if there is no pool; and
-    why a pool did not answer.
+    """The block boundary with a checkpoint in the window pool that is nearest to the end of the stored prefix, or None
+    if there is no pool; and why a pool did not answer.
     """
     if worker.window_pool == DISK:
         return None, ""

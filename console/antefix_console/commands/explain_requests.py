@@ -94,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenPrompt:
-    """facts: what else the gateway derived from the request, as text and as JSON."""
+    """facts: what else the gateway derived from the request, both as text and as JSON."""
 
     source: SourcedPrompt
     user: str = ""
@@ -109,7 +109,9 @@ class GivenPrompt:
 
 
 def given_prompt(args: argparse.Namespace, identity: ModelIdentity, keyring: Keyring | None) -> GivenPrompt:
-    """The prompt that the arguments name.  Raises:  InvalidRequest: unreadable, or the gateway would refuse it."""
+    """The prompt that the arguments name. Raises: InvalidRequest: the prompt is unreadable, or the gateway would refuse
+    it.
+    """
     if args.messages is not None:
         return _rendered(args, args.messages, identity, keyring)
     tokenizer = load_tokenizer(args.model)

@@ -1,5 +1,6 @@
-"""`antefix health ADDRESS`: asks whether a role serves. For supervisors, containers and probes, which read the exit
-code."""
+"""`antefix health ADDRESS`: asks whether a role serves. Supervisors, containers and probes call this command and read
+its exit code.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 if the role serves; 1 if it says that it does not, or does not answer."""
+    """The exit code is 0 if the service serves, and 1 if it reports that it does not, or does not answer."""
     if not (math.isfinite(args.timeout_s) and args.timeout_s > 0):
         raise InvalidRequest(f"--timeout-s must be above 0, is {args.timeout_s}")
     status = asyncio.run(_ask(args))

@@ -1,4 +1,6 @@
-"""`antefix inspect DIR...` or `s3://...`: shows what stores hold. Works with and without a running service."""
+"""`antefix inspect DIR...` or `s3://...`: shows what stores hold. The command works whether a service has the store
+open or not.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,7 @@ def _known(args: argparse.Namespace) -> KnownNames:
 
 
 def _named_in(path: str) -> list[str]:
-    """The tenants in a tenants file. Whether their limits are valid is not checked here."""
+    """The tenants in a tenants file. The limits of the tenants in the file are not checked here."""
     file = Table(read_toml(path, "tenants file"), f"tenants file {path}")
     return [table.text("name", empty=True) for table in file.children("tenant")]
 

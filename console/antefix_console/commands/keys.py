@@ -137,7 +137,7 @@ def _revoked(args: argparse.Namespace, book: KeyBook) -> tuple[str, KeyBook]:
 
 
 async def _change(args: argparse.Namespace, change: Change) -> tuple[str, KeyBook, KeyBook]:
-    """Write to Redis first; if somebody else has changed the keys there meanwhile, nothing is changed."""
+    """Write to Redis first; if somebody else has changed the keys in Redis meanwhile, nothing is changed."""
     if args.keys_command == "create":
         args.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     exchange = _exchange(args)
@@ -222,7 +222,9 @@ def _scopes(text: str) -> frozenset[Scope]:
 
 
 def _moment(text: str) -> datetime | None:
-    """A date, a time, or a duration from now. Raises:  ConfigError: the text is none of these."""
+    """A text that is a date, a time, or a duration from now. Raises: ConfigError: the text is neither a date, a time
+    nor a duration.
+    """
     if not text:
         return None
     try:

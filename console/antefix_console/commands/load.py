@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 if all requests were answered, else 1.
+    """The exit code is 0 if all requests were answered, else 1.
 
     Raises:  InvalidRequest: the arguments or the trace are invalid.  Unavailable: the endpoint does not answer.
     """

@@ -1,8 +1,7 @@
 """`antefix model check DIR`: what a model directory is, whether and how it would run here, and how much memory it
 takes.
 
-Reads config.json and the files' headers, which takes seconds for any model; no weight is read.
-"""
+Only config.json and the files' headers are read, which takes seconds for any model."""
 
 from __future__ import annotations
 
@@ -131,7 +130,7 @@ def _cards(found: Description, pool_bytes: int) -> list[Place]:
 
 
 def _several_cards(directory: Path, pool_bytes: int, num_cards: int) -> list[Place]:
-    """The fewest cards (2, 4, 8 and so on) that a worker fits on; empty where it fits on none."""
+    """The fewest cards (2, 4, 8 and so on) that a worker fits on; empty if it fits on none."""
     from antefix.model.describe import describe
 
     num_ranks = 2

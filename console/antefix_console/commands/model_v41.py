@@ -34,7 +34,7 @@ class V41Description:
 
 
 def describe_v41(directory: Path) -> V41Description | None:
-    """None for a directory of another model, or if the config turns out not to be that of V4.1."""
+    """Returns None for a directory of another model, or if the config turns out not to be that of V4.1."""
     try:
         config = read_config(directory)
         if config.get("model_type") != MODEL_TYPE:

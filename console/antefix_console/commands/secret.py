@@ -85,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rotated(generations: Generations, *, stage: bool = False) -> Generations:
-    """Add a new secret. The new secret becomes the current one; with `stage` it is used for reading only, until the
-    next rotation makes it the current one.
+    """Add a new secret. The new secret becomes the current one at once; with `stage` it is used for reading only, until
+    the next rotation makes it the current one.
 
     Raises:  InvalidRequest: a secret is staged already, or generation numbers are used up.
     """
@@ -118,7 +118,7 @@ def dropped(generations: Generations, number: int) -> Generations:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[None]:
-    """Lock the file: two rotations at once would make two secrets with one number."""
+    """Lock the secret file, because two rotations at the same time would make two secrets with one number."""
     try:
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, FILE_MODE)
     except OSError as err:

@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the parsed command: results go to standard output, progress to standard error. Returns the exit status.
+    """Run the parsed command; results go to standard output, progress to standard error. Returns the exit status.
 
     Raises:  InvalidRequest, ConfigError: the arguments or the trace are invalid.
     """
@@ -163,7 +163,9 @@ def _compare(trace: Trace, strategies: Sequence[Strategy], setup: ReplaySetup, m
 
 
 def _savings(simulation: Simulation, trace: Trace, own: Trace, prices: TokenPrices) -> Savings:
-    """Savings under `auto`, which services use, or else under the first strategy that was requested."""
+    """The savings under the strategy `auto`, which services use, or else under the first strategy that was
+    requested.
+    """
     results = {result.strategy: result for result in simulation.results}
     result = results.get("auto", simulation.results[0])
     return savings_of(

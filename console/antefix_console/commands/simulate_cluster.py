@@ -199,7 +199,7 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine, 
 
 
 def copies(trace: Trace, num_copies: int, speedup: float) -> Iterator[tuple[TraceRequest, int]]:
-    """The requests of all copies in order of arrival, each with the number that its copy adds to names."""
+    """The requests of all copies of the trace in order of arrival, each with the number that its copy adds to names."""
     rng = random.Random(0)
     shifts = [0.0, *(rng.uniform(0, _COPY_SHIFT_S) for _ in range(num_copies - 1))]
     order = sorted(
@@ -274,7 +274,7 @@ def _workers(text: str) -> tuple[int, int]:
 
 
 def _engines(args: argparse.Namespace) -> tuple[int, int]:
-    """Numbers of workers where each engine does both prefill and decode."""
+    """Numbers of workers in a fleet where each engine does both prefill and decode."""
     text: str = args.workers
     if not (number := whole_number(text, WORKERS_MAX)):
         raise InvalidRequest(f"--workers of --engines must be a number from 1 to {WORKERS_MAX}, is {text!r}")

@@ -1,4 +1,6 @@
-"""`antefix top`: the router's status page in a terminal. Keys sort and filter; `--once` prints it once and ends."""
+"""`antefix top`: the router's status page in a terminal. Keys sort and filter the tables; `--once` prints the page once
+and ends.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,7 @@ def _watch(args: argparse.Namespace, key: str, data: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _single_keys() -> Iterator[None]:
-    """Read keys one by one, without Enter."""
+    """Read pressed keys one by one, without waiting for Enter."""
     before = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
     try:

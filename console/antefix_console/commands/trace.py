@@ -1,5 +1,6 @@
-"""`antefix trace import`: turns a log of requests, or the ledger, into a trace. Text is hashed with a key, never
-stored."""
+"""`antefix trace import`: turns a log of requests, or the ledger, into a trace. The text of requests is hashed with a
+key, never stored.
+"""
 
 from __future__ import annotations
 

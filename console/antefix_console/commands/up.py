@@ -165,7 +165,7 @@ def _add_bill_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _not_empty(text: str) -> str:
-    """Refuse an empty name, such as that of an unset variable: it would turn API keys off."""
+    """Refuse an empty file name, such as that of an unset variable, because it would turn API keys off."""
     require(bool(text.strip()), "--tenants-file or --api-keys-file is empty: leave it out where it is not meant")
     return text
 
@@ -248,7 +248,9 @@ async def _start(deployment: Deployment, config: DeploymentConfig, *, as_json: b
 
 
 async def _until(work: Coroutine[Any, Any, None], stopped: asyncio.Task[Any]) -> bool:
-    """Run until the work ends or we are told to stop. Returns whether the work ended. Raises what the work raised."""
+    """Run until the work ends or this process is told to stop. Returns whether the work ended. Raises what the work
+    raised.
+    """
     working = asyncio.create_task(work)
     await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not working.done():
@@ -261,7 +263,7 @@ async def _until(work: Coroutine[Any, Any, None], stopped: asyncio.Task[Any]) ->
 
 
 async def _stop(deployment: Deployment) -> int:
-    """Returns 1 if a role had to be killed."""
+    """The exit code is 1 if a service had to be killed."""
     _tell("stopping ...")
     with contextlib.suppress(AntefixError):
         if num_running := await deployment.num_running():
@@ -277,14 +279,17 @@ def _tell(text: str) -> None:
 
 
 def _say(text: str, stream: TextIO | None) -> None:
-    """Print, and ignore errors such as a full disk or a closed pipe: the running services must continue."""
+    """Print a line, and ignore errors such as a full disk or a closed pipe, because the running services must
+    continue.
+    """
     with contextlib.suppress(OSError, ValueError):
         print(text, file=stream, flush=True)
 
 
 async def warn_of_pool(address: str, config: RedisConfig | None = None) -> None:
-    """Warn if Redis does not answer. This is no error, since checkpoints go to disk then, but the address may be
-    mistyped."""
+    """Warn if Redis does not answer. An unreachable Redis is no error, because checkpoints then go to disk, but its
+    address may be mistyped.
+    """
     if address in (DISK, MEMORY):
         return
     pool = RedisWindowPool(RedisAccess.of(address, config) if config else address, bytes_max=1)

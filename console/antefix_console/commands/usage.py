@@ -1,4 +1,6 @@
-"""`antefix usage`: shows usage and bills. Reads ledger directories; needs neither a running service nor torch."""
+"""`antefix usage`: shows usage and bills. The commands read ledger directories, and need neither a running service nor
+torch.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ _KEY = "--key-file antefix-data/ledger/receipts.key"
 
 
 class _Command(NamedTuple):
-    """help: description in one line.  example: its arguments."""
+    """help: a description of the subcommand in one line. example: arguments that show its use."""
 
     help: str
     example: str
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0; 1 if a check failed; 2 if the command cannot be run."""
+    """The exit status is 0; 1 if a check failed; 2 if the command cannot be run."""
     try:
         return _COMMANDS[args.usage_command].run(args)
     except BrokenPipeError:
@@ -138,7 +140,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _last_of(ledger: Path) -> int:
-    """The last entry's number. Reads the whole ledger, so that a damaged ledger fails before anything is written."""
+    """The last entry's number. The whole ledger is read first, so that a damaged ledger fails before anything is
+    written.
+    """
     return max((entry.sequence for _, entry in read_entries(ledger)), default=0)
 
 
@@ -164,8 +168,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _pruned_totals(args: argparse.Namespace, by: Sequence[str]) -> list[Total]:
-    """Totals from the summaries of pruned entries, where these have the requested fields; else says that they lack
-    them."""
+    """Totals from the summaries of pruned entries, if these have the requested fields; otherwise a note that they lack
+    them.
+    """
     found = [(ledger, each) for ledger in ledgers_of(args.ledger) for each in pruned_of(ledger)]
     if found and (args.since or args.until or args.after or args.savings or not report.GROUPS_OF_PRUNED.issuperset(by)):
         for ledger, each in found:

@@ -109,8 +109,9 @@ def run_adjust(args: argparse.Namespace) -> int:
 
 
 def run_rerate(args: argparse.Namespace, chosen: Callable[[UsageRecord], bool]) -> int:
-    """chosen: whether a record is meant, by time and tenant.  Raises:  ConfigError: a rate card has another
-    currency."""
+    """chosen: decides by time and tenant whether a record is meant. Raises: ConfigError: one of the rate cards has
+    another currency.
+    """
     cards = load_cards(args.ratecards)
     changes: list[tuple[Path, list[Adjustment]]] = []
     with ProgressLine("reading the ledger"):

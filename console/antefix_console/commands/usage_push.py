@@ -56,7 +56,9 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_push(args: argparse.Namespace) -> int:
-    """Exit status 1 if dead letters remain.  Raises:  ConfigError: a setting or a client is not usable."""
+    """The exit status is 1 if entries that a receiver refused (dead letters) remain. Raises: ConfigError: a setting or
+    a client library cannot be used.
+    """
     args.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         lock = DirectoryLock(args.state, "lock")
@@ -116,7 +118,7 @@ def _serve(address: str, pushers: list[Pusher]) -> None:
 
 
 def push_metrics(pushers: list[Pusher]) -> Iterable[Metric]:
-    """Metrics of what is sent to receivers."""
+    """Metrics of the entries that are sent to receivers."""
     by_name = {(each.config.name,): each for each in pushers}
     label = ("sink",)
     backlog = {name: float(each.backlog()) for name, each in by_name.items()}

@@ -34,7 +34,7 @@ def add_receipt_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_receipt(args: argparse.Namespace) -> int:
-    """Exit status 1 if a receipt is not valid.  Raises:  ConfigError: no such request."""
+    """The exit status is 1 if a receipt is not valid.  Raises:  ConfigError: no such request."""
     if args.check is not None:
         return _check_receipt(args)
     if not (args.ledger and args.request_id and args.key_file):

@@ -78,7 +78,7 @@ def _adjustment_chooser(args: argparse.Namespace) -> Callable[[Adjustment], bool
 
 
 def time_us_of(text: str | None) -> int | None:
-    """Unix microseconds; None for None.  Raises:  ConfigError: not a date or a time."""
+    """Unix microseconds; None for None.  Raises:  ConfigError: the text is neither a date nor a time."""
     if text is None:
         return None
     try:

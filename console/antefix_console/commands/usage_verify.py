@@ -61,7 +61,7 @@ def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Exit status 1 if a check failed.  Raises:  ConfigError."""
+    """The exit status is 1 if a check failed.  Raises:  ConfigError."""
     ledgers = ledgers_of(args.ledger)
     anchors = dict(_anchor(text, ledgers) for text in args.anchor)
     for store_log in args.store_log or ():

@@ -201,7 +201,7 @@ async def _verify(
 
 
 def read_text(stores: SpreadStores) -> str:
-    """How much was read from each store. A store from which nothing was read has not been tested."""
+    """How many blocks were read from each store. A store from which nothing was read has not been tested."""
     read = stores.num_blocks_read
     parts = [f"{read[tier.label]} from {tier.label}" for tier in stores.tiers]
     return f"blocks were read from all tiers at once: {', '.join(parts)}"
@@ -209,7 +209,9 @@ def read_text(stores: SpreadStores) -> str:
 
 @asynccontextmanager
 async def _stores(scratch: Path, num_stores: int, object_store: str) -> AsyncIterator[Store]:
-    """Real store services on scratch directories. Blocks of the first store are read from its files, as workers do."""
+    """Real store services on temporary directories. Blocks of the first store are read from its files, as
+    workers do.
+    """
     deployment = Deployment(DeploymentConfig(model=scratch, data_dir=scratch))
     (scratch / "logs").mkdir()
     try:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _ask(args: argparse.Namespace) -> dict[str, WindowStatus]:
-    """Switch first if requested, so that the answer shows what is in force afterwards."""
+    """If a switch is requested, it is made first, so that the answer shows the strategy in force afterwards."""
     addresses = list(args.worker)
     if args.router:
         async with RouterClient(args.router) as router:

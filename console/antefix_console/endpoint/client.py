@@ -80,7 +80,7 @@ class EndpointClient:
         await self._http.aclose()
 
     async def choose_model(self) -> str:
-        """The model to use: the one that was named, else the first one that the endpoint lists.
+        """The model to use: the named one, or else the first one that the endpoint lists.
 
         Raises:  InvalidRequest: none was named, and the endpoint lists none.  Unavailable: the endpoint does not
         answer.
@@ -93,7 +93,7 @@ class EndpointClient:
         return self.model
 
     async def models(self) -> list[str]:
-        """The models that the endpoint lists; empty where it offers no list.
+        """The models that the endpoint lists; empty if it offers no list.
 
         Raises:  Unavailable: the endpoint does not answer.
         """

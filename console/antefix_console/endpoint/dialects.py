@@ -18,7 +18,7 @@ _ANTHROPIC_VERSION = "2023-06-01"
 
 @dataclass(slots=True)
 class Stream:
-    """What was received of one answer so far."""
+    """The part of one answer that was received so far."""
 
     text: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Dialect(Protocol):
     def body(self, model: str, question: Question) -> dict[str, Any]: ...
 
     def read(self, event: Mapping[str, Any], into: Stream) -> bool:
-        """Add an event to the answer. Returns True if it contained text."""
+        """Add one event of a stream to the answer. Returns True if the event contained text."""
         ...
 
     def usage(self, stream: Stream) -> ReportedUsage: ...

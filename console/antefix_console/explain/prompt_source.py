@@ -1,4 +1,6 @@
-"""Finds the part of a request that a token comes from: a JSON path and a line. Knows no store and no ledger."""
+"""Finds the part of a request that a token comes from: a JSON path and a line. This module knows no store and no
+ledger.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,7 @@ class SourcedPrompt:
     spans: tuple[TextSpan, ...] = ()
 
     def spot(self, token: int) -> Spot | None:
-        """Where the token at this index comes from; None after the prompt's end."""
+        """Where the token at this index comes from; None if the index is after the prompt's end."""
         if token >= len(self.tokens):
             return None
         index = next((i for i, span in enumerate(self.spans) if span.start <= token < span.end), -1)
@@ -81,7 +83,7 @@ class SourcedPrompt:
 
 def _covering(text: str, at: int, leaves: list[tuple[str, str]]) -> list[tuple[int, str, int]]:
     """(number of a field, its text in the piece, the position in that text) of the longest fields that cover a position
-    of a piece. Shorter fields that match are mostly words that occur in it by chance."""
+    of a piece. Shorter fields that match are mostly words that occur in the piece by chance."""
     found: list[tuple[int, str, int]] = []
     for number, (_, said) in enumerate(leaves):
         for written in {said, json.dumps(said, ensure_ascii=False)[1:-1]} - {""}:

@@ -1,4 +1,5 @@
-"""Makes text for a trace's requests. Equal names give equal text, so prompts share exactly the prefixes in the trace.
+"""Makes text for the requests of a trace. Equal names give equal text, so prompts share exactly the prefixes in the
+trace.
 
 A trace has no text, only names of prefixes. Each unit of a prompt becomes words that are drawn by the unit's name. The
 number of words per unit follows from a measurement at the endpoint, because its tokenizer is not known.
@@ -33,7 +34,7 @@ class TokenRate:
 
 
 async def measure_token_rate(ask: Callable[[Question], Awaitable[Reply]], seed: int) -> TokenRate:
-    """Measure the rate with two requests of one output token each.
+    """Measure the number of tokens per word with two requests of one output token each.
 
     Raises:  Unavailable: one of the requests failed.
     """

@@ -28,8 +28,9 @@ class Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """at_s: when it was sent, from the start.  late_s: delay after its planned time. More than some milliseconds means
-    that the sender was too slow."""
+    """at_s: when it was sent, from the start. late_s: delay after its planned time. If the delay is more than some
+    milliseconds, the sender was too slow.
+    """
 
     planned: Planned
     at_s: float

@@ -138,7 +138,7 @@ def _compare_names(first: Peer, other: Peer, cases: Cases) -> None:
 async def _ask(
     peer: Peer, decode: Peer, prompt: Tokens, tenant: str, seed: int
 ) -> tuple[ServedAnswer, RestoreReport | None]:
-    """The worker's answer, and how it restored the prompt."""
+    """The answer that a worker gave, and how the worker restored the prompt."""
     sampling = Sampling(
         max_tokens=_OUTPUT_TOKENS, temperature=_TEMPERATURE, seed=seed, num_top_logprobs=_NUM_TOP, ignore_eos=True
     )

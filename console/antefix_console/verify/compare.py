@@ -21,8 +21,9 @@ from antefix_prefill.worker.engine import Engine
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunOutcome:
-    """Everything that a prompt's run leaves. logits: [V] float32 of the last token.  rows: [blocks, block_bytes]
-    uint8."""
+    """Everything that the run of a prompt leaves. logits: [V] float32 of the last token. rows: [blocks, block_bytes]
+    uint8.
+    """
 
     logits: npt.NDArray[np.float32]
     rows: Tensor

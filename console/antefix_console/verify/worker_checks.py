@@ -1,7 +1,6 @@
 """Checks that a worker does not mix up pool rows, names or handoffs.
 
-Each check adds its cases to a report, and none depends on another one.
-"""
+Each check adds its cases to a report, and no check depends on another one."""
 
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ async def check_reused_rows(workers: WorkerPair, prompts: Many[Tokens], cases: C
 
 
 async def check_names(workers: WorkerPair, store: Store, tokens: Tokens, strategies: Many[str], cases: Cases) -> None:
-    """Check that what is stored under one name is found under no other fingerprint and for no other tenant.
+    """Check that a record that is stored under one name is found under no other fingerprint and for no other tenant.
 
     With several stores and an object tier, only what they deliver counts: their answers to lookups are hints, and an
     object tier's index has hashes only, which include the fingerprint.

@@ -63,7 +63,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         self._pages[str(host_pool_name)] = PoolPages(host_pool)
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
-        """How many leading keys are stored."""
+        """How many of the first keys are stored."""
         return self._of(ANCHOR).lookup(keys).num_blocks
 
     def batch_exists_v2(
@@ -72,7 +72,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         pool_transfers: list[PoolTransfer] | None = None,
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> PoolTransferResult:
-        """The boundaries at which every pool can be restored."""
+        """The page boundaries at which every pool can be restored."""
         num_stored = self._of(ANCHOR).lookup(keys).num_blocks
         hits = {ANCHOR: num_stored} if num_stored else {}
         ends = set(range(1, num_stored + 1))
@@ -124,7 +124,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         return done
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
-        """Read one page of the anchor pool into a tensor; None where it is not stored."""
+        """Read one page of the anchor pool into a tensor; None if the page is not stored."""
         if target_location is None:
             raise InvalidRequest("a get needs target_location, a tensor with the size of a page")
         page = _page_of(target_location)
@@ -158,7 +158,9 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         return any(records.lookup([key]).num_blocks for records in by_key)
 
     def clear(self) -> None:
-        """Does nothing: other processes share the store, which has its own budget and lifetimes (docs/ENGINES.md)."""
+        """Clearing does nothing, because other processes share the store, which has a size limit and lifetimes of its
+        own (docs/ENGINES.md).
+        """
         log.warning(
             "SGLang asked to clear its storage; nothing is deleted, because Antefix's store is shared with others"
         )
@@ -173,7 +175,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         self.store.close()
 
     def _reachable(self, transfer: PoolTransfer, keys: Sequence[str]) -> frozenset[int]:
-        """The prefix lengths that this pool can restore."""
+        """The prefix lengths, in pages, that this pool can restore."""
         is_trailing = self._is_trailing(transfer)
         found = self._of(str(transfer.name), is_trailing=is_trailing).lookup(keys)
         if not is_trailing:
@@ -229,7 +231,9 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         return self._pages[pool]
 
     def _of(self, pool: str, page_bytes: int | None = None, *, is_trailing: bool = False) -> PoolRecords:
-        """A pool's records.  page_bytes: page size, for pages that come by a single key, whose pool is not known."""
+        """The records of a pool. page_bytes: the size of a page, for pages that come by a single key, whose pool is not
+        known.
+        """
         name = pool if page_bytes is None else f"{pool}-{page_bytes}"
         with self._lock:
             records = self._records.get((name, is_trailing))

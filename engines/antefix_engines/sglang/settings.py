@@ -72,7 +72,7 @@ def shard_of(storage_config: Any, pool: str) -> str:
 
 
 def arithmetic() -> str:
-    """A name for the hardware and software that compute the KV, as far as they are known here."""
+    """A name for the hardware and software that compute the KV, as far as SGLang's configuration tells them."""
     try:
         return f"sglang-{importlib.metadata.version('sglang')}"
     except importlib.metadata.PackageNotFoundError:

@@ -1,9 +1,8 @@
 """Prefix caching for one transformers model: restore, prefill in whole blocks, save.
 
 A block is also the chunk of prefill. The last bits of KV depend on how a prompt is cut. So prompts are computed here in
-chunks that end at multiples of `block_size`, and a hit at any of these equals a cold run with the same chunks to the
-bit.
-"""
+chunks that end at multiples of `block_size`, and a hit at any of these ends equals a cold run with the same chunks to
+the bit."""
 
 from __future__ import annotations
 
@@ -51,14 +50,14 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """A model in its present state: what its cache holds, and its records."""
+    """A model in its present state: what its KV cache holds, and its records in the store."""
 
     payloads: CachePayloads
     kv: KvOfModel
 
 
 class AntefixCache:
-    """Blocks of one model in a store. Thread-safe; takes one sequence at a time, never a batch.
+    """Blocks of one model in a store. The object is thread-safe; it takes one sequence at a time, never a batch.
 
     No call fails because of the store: blocks that it cannot deliver are computed.
     """
@@ -105,12 +104,12 @@ class AntefixCache:
 
     @property
     def layout(self) -> EngineLayout:
-        """What a block and a checkpoint of this model hold."""
+        """The parts that a block and a checkpoint of this model hold."""
         return self.payloads.layout
 
     @property
     def payloads(self) -> CachePayloads:
-        """Converts this model's cache to bytes; for comparisons."""
+        """Converts the cache of this model to bytes; for comparisons."""
         return self._of(self._model).payloads
 
     @property
@@ -130,7 +129,7 @@ class AntefixCache:
         self.close()
 
     def empty_cache(self) -> WatchedCache:
-        """An empty cache. A cold run may begin with it, and `save` accepts it."""
+        """An empty cache. A cold run may begin with this empty cache, and `save` accepts it."""
         return WatchedCache(config=self._model.config, block_size=self.block_size)
 
     def restore(self, ids: Tensor | Sequence[int]) -> WatchedCache:
@@ -259,9 +258,8 @@ class AntefixCache:
     def _probe(self, model: Any) -> tuple[CachePayloads, str]:
         """Find out what the model's cache keeps, and which bits it computes, by running one block.
 
-        Running a block is the only way that works for every model. On a card bits may differ from run to run, so there
-        they are not part of names.
-        """
+        For some models, running a block is the only way to find this out. On a card, bits may differ from run to run,
+        so on a card bits are not part of names."""
         _check_mode(model)
         if getattr(model.config, "is_encoder_decoder", False):
             raise InvalidRequest(
@@ -296,7 +294,9 @@ class AntefixCache:
 
 
 def _compute(model: Any, row: Tensor, cache: WatchedCache) -> None:
-    """One pass. Logits only for the last token: for all tokens they would cost more than a small model itself."""
+    """One pass. Logits are computed only for the last token, because logits for all tokens would cost more than a small
+    model itself.
+    """
     less = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
         model(input_ids=row, past_key_values=cache, use_cache=True, **less)

@@ -45,7 +45,8 @@ class Slot:
 
 
 class LayerRows(ABC):
-    """Reads and fills one layer of a cache with one sequence. `block` and `checkpoint` always list the same slots.
+    """Reads and fills one layer of a KV cache that has one sequence. `block` and `checkpoint` always list the same
+    slots.
 
     num_checkpoints: how many consecutive checkpoints hold what this layer needs at a boundary.
     """
@@ -260,7 +261,7 @@ def rows_of(cache: cache_utils.DynamicCache, block_size: int, *, is_v4: bool = F
 
 
 def _kv_slot(group: str, tensor: Tensor, num_rows: int) -> Slot:
-    """Of keys or values [1, heads, tokens, head_dim]: a row is a token's, head by head."""
+    """Keys or values [1, heads, tokens, head_dim] as rows: a row has one token, head by head."""
     shape = tensor.shape[1], tensor.shape[3]
     return Slot(group=group, num_rows=num_rows, shape=shape, dtype=tensor.dtype, device=tensor.device)
 

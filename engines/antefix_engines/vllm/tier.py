@@ -1,8 +1,7 @@
 """`AntefixTier`: the class that vLLM loads by `secondary_tiers`, written for vLLM 0.32 and 0.33.
 
-All methods run in vLLM's scheduler. The methods never block, except that `drain_jobs` and `shutdown` wait for our own
-threads.
-"""
+All methods are called by vLLM's scheduler. The methods never block, except that `drain_jobs` and `shutdown` wait for
+our own threads."""
 
 from __future__ import annotations
 
@@ -145,8 +144,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
     def shutdown(self) -> None:
         """Finish running jobs and release vLLM's memory, which vLLM could not unmap otherwise.
 
-        Never raises, because vLLM would then skip the rest of its own shutdown.
-        """
+        Closing never raises, because vLLM would then skip the rest of its own shutdown."""
         self._transfers.close()
         self._lookups.close()
         try:
@@ -166,7 +164,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         return {shown.name: OffloadingCounterMetadata(documentation=shown.help) for shown in VLLM_TIER.values()}
 
     def get_stats(self) -> OffloadingConnectorStats | None:
-        """What was counted since the last call."""
+        """The counts since the last call."""
         stats = OffloadingConnectorStats()
         for name, shown in VLLM_TIER.items():
             number = getattr(self.counters, name)

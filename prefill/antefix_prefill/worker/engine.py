@@ -98,20 +98,19 @@ class EngineConfig(WorkerSettings):
 
 @dataclass(slots=True)
 class Engine:
-    """The parts that a worker works with. The event loop owns `blocks`; only the compute thread calls the model.
+    """The parts that a worker consists of. The event loop owns `blocks`; the model is called only by the compute
+    thread.
 
-    strategy: may be replaced while running; the new one applies from the next request on.
-    bounded_windows: windows of approximate replays that the namespace allows. The engine's `fingerprint` says so as
+    strategy: may be replaced while the worker runs; the new strategy applies from the next request on. bounded_windows:
+    windows of approximate replays that the namespace allows. The engine's `fingerprint` says so as
         well: every block that it reads or writes is named as approximate, whether it is or not.
     align_tokens: 1; in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
     ops: the cache path's operations, of the same kind as the pool.
     arithmetic: what was measured here; its name is in the names of the KV that this worker treats as its own.
-    borrows: True if this worker computes with other arithmetic than the KV that it reads was made with. Then it writes
-        no KV under these names.
-    labels, statement: of the fingerprint.  seals: make the seal of every record that is written.
-    kv_events: tells other projects' routers which blocks enter and leave the pool, if the settings ask for it.
-    ranks: the other processes that run the model, if there are any.
-    """
+    borrows: True if this worker computes with other arithmetic than the KV that it reads was made with. Such a worker
+        writes no KV under these names. labels, statement: those of the fingerprint. seals: make the seal of every
+        record that is written. kv_events: tells routers of other projects which blocks enter and leave the pool, if the
+        settings ask for it. ranks: the other processes that run the model, if there are any."""
 
     identity: ModelIdentity
     model: Model
@@ -156,7 +155,7 @@ class Engine:
 
     @property
     def num_stream_values(self) -> int:
-        """Values of one token's streams, M * D."""
+        """How many values one token's streams have, M * D."""
         return self.model.config.hc_mult * self.model.config.hidden_size
 
     @property
@@ -178,12 +177,13 @@ class Engine:
 
     @property
     def stores_output(self) -> bool:
-        """Whether output KV is stored. Decoding runs other shapes than prefill: if bits depend on shapes, reproducible
-        mode stores none."""
+        """Whether output KV is stored. Decoding computes in other shapes than prefill, so if bits depend on shapes,
+        reproducible mode stores no output.
+        """
         return self.align_tokens == 1 and not self.borrows
 
     def chain(self, tenant: str, generation: int = 0) -> Chain:
-        """An empty chain for a tenant's tokens.  generation: of the secret; 0: the present secret."""
+        """An empty chain for a tenant's tokens. generation: number of the secret; 0: the present secret."""
         return Chain(self.fingerprint, self.keyring.key(tenant, generation), self.block_size)
 
     def check_prompt(self, num_tokens: int, largest_id: int, max_new_tokens: int = 0) -> None:
@@ -219,7 +219,7 @@ class Engine:
             raise PermissionDenied("the grant (permission to use a prompt's KV) is for another prompt")
 
     async def register(self) -> None:
-        """Tell the store the layout of payloads, which it needs to compress them; without it they stay uncompressed."""
+        """Tell the store the layout of payloads, without which it stores them uncompressed."""
         try:
             await self.store.register(self.fingerprint, self.layout, statement=self.statement)
         except AntefixError as err:
@@ -236,7 +236,7 @@ class Engine:
 
 
 def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = None) -> Engine:
-    """Load the model and set everything up.  keyring: pass it if the caller has already read the secret file.
+    """Load the model and set up all parts of the worker. keyring: given if the caller has read the secret file already.
 
     Raises:  ModelError: the model directory is not usable.  ConfigError: a setting is not.
     """
@@ -360,7 +360,7 @@ def tier_laws(store: Store) -> Mapping[str, Law]:
 
 
 class _TierLaws(Mapping[str, Law]):
-    """The speeds of the tiers that exist now: stores come and go."""
+    """The speeds of the tiers that exist now, since stores come and go."""
 
     def __init__(self, stores: ManyStores) -> None:
         self._stores = stores
@@ -412,8 +412,9 @@ def _measure(model: Model, config: EngineConfig, ranks: RankProcesses | None, *,
 
 
 def ignores_shapes(measured: Arithmetic, device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
-    """Whether a token's bits are the same however its prompt is cut into chunks. By construction this holds on a CPU,
-    and on a card with the reproducible kernels; it is denied if the probe saw otherwise."""
+    """Whether a token's bits are the same however its prompt is cut into chunks. By construction the bits are the same
+    on a CPU, and on a card with the reproducible kernels; if the probe saw a difference, the answer is no.
+    """
     return measured.ignores_shapes and (reproducible_kernels or torch.device(device).type == "cpu")
 
 

@@ -1,4 +1,4 @@
-"""How the processes of one model find each other: NCCL between cards, gloo on a CPU, on this host alone."""
+"""How the processes that run one model find each other: NCCL between cards, gloo on a CPU, on this host alone."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def device_of(rank: int, size: int, device: str) -> str:
 
 
 def join_ranks(rank: int, size: int, device: str, *, rendezvous: Path, timeout_s: float) -> Ranks:
-    """Meet the other ranks through a file. A rank that waits longer than `timeout_s` for another one, now or in any
+    """Meet the other ranks through a file. A rank that waits longer than `timeout_s` for another rank, now or in any
     later exchange, fails.
 
     device: this rank's own.

@@ -1,4 +1,6 @@
-"""Metrics that every worker has: of its store, pools and plans. The counters belong to the parts that count."""
+"""Metrics that every worker has, about its store, its pools and its restore plans. The counters themselves belong to
+the parts that count.
+"""
 
 from __future__ import annotations
 
@@ -215,7 +217,7 @@ def worker_registry(role: str, engine: Engine) -> Registry:
 
 
 def _tier_metrics(engine: Engine) -> Iterable[Metric]:
-    """With several stores: the state and speed that the worker assumes for each."""
+    """If there are several stores: the state and the speed that the worker assumes for each store."""
     store = engine.store
     if not isinstance(store, ManyStores):
         return

@@ -1,9 +1,8 @@
 """The process of a rank other than rank 0: joins the other ranks, loads its share, and runs what rank 0 sends.
 
 `rank_processes` starts it with one end of a socket, over which all messages come. When the socket closes, however rank
-0 ended, this process ends too, at most `END_S` later, whatever it is waiting for. It ignores signals, which only rank 0
-handles: a supervisor that signals every process must not end this one while requests are drained.
-"""
+0 ended, this process ends too, at most `END_S` seconds later, whatever it is waiting for. This process ignores signals,
+which only rank 0 handles: a supervisor that signals every process must not end a rank while requests are drained."""
 
 from __future__ import annotations
 
@@ -120,8 +119,8 @@ def _read(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
 
 
 def _may_carry_on(inbox: queue.Queue[Any]) -> bool:
-    """Whether rank 0 says to continue after a call that failed here. Rank 0 says nothing if the call did not fail
-    there.
+    """Whether rank 0 tells this rank to continue after a call that failed here. If the call did not fail on rank 0,
+    rank 0 sends nothing.
     """
     try:
         return bool(inbox.get(timeout=END_S / 2) == CARRY_ON)

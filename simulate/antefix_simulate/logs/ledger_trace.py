@@ -2,8 +2,7 @@
 
 A record has a hash (mark) of its prompt after 1, 2, 3, 4, 6, 8, 12, ... blocks and after the last one. So the length of
 a beginning that two prompts share is known to a factor of 1.5 from marks alone. Blocks that were hit were shared as
-well, and their number is exact. The larger of the two is used, which is never more than was shared.
-"""
+well, and their number is known exactly. Of the two numbers the larger is used, which is never more than was shared."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ _BLOCK_SIZE_MAX: Final = 1 << 20
 
 
 def import_ledger(paths: Sequence[Path], *, block_size: int | None = None) -> tuple[ImportedLog, int]:
-    """All settled requests in ledgers, in order of their start, and the block size: as given, or one that fits all
+    """All settled requests in the ledgers, in order of their start, and the block size: as given, or one that fits all
     records.
 
     Raises:  InvalidRequest: no record has marks, or no block size fits.  LedgerCorrupt: as `read_settled`.

@@ -1,4 +1,6 @@
-"""Rows of a log file: JSON lines, one JSON value, or CSV; plain or .gz. Other rows are counted and left out."""
+"""Rows of a log file: JSON lines, one JSON value, or CSV; plain or .gz. Rows that are no JSON objects are counted and
+left out.
+"""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class Demand:
         return blocks + self.requests_per_s * checkpoint_share * self.life_s * sizes.checkpoint_bytes
 
     def scaled(self, factor: float) -> Demand:
-        """The demand of `factor` times as many users with such requests, who share nothing with each other."""
+        """The demand of `factor` times as many users with the same requests, who share nothing with each other."""
         return Demand(
             requests_per_s=self.requests_per_s * factor,
             prompt_tokens_per_s=self.prompt_tokens_per_s * factor,

@@ -47,8 +47,9 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """One resource that is needed. number: units to buy.  use: their utilization.  more: what one more unit would
-    give."""
+    """One resource that a plan needs. number: units to buy. use: the share of them that is used. more: what one more
+    unit would give.
+    """
 
     name: str
     number: int
@@ -60,7 +61,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The machines that a load needs.
+    """The machines that a certain load needs.
 
     peak: the busiest part's rate over the average.  ttft_p90_s: the bound used for sizing, not a measurement.
     """
@@ -148,7 +149,9 @@ def ttft_bound(demand: Demand, service_s: np.ndarray[Any, Any], num_workers: int
 
 
 def _erlang_c(offered: float, num_servers: int) -> float:
-    """The probability that an arrival has to wait. Source: Erlang 1917; Halfin and Whitt 1981 for many servers."""
+    """The probability that a request that arrives has to wait. Source: Sources: Erlang 1917; Halfin and Whitt 1981 for
+    many servers.
+    """
     if num_servers > 2000:
         beta = (num_servers - offered) / math.sqrt(offered)
         density = math.exp(-beta * beta / 2) / math.sqrt(2 * math.pi)
@@ -290,7 +293,7 @@ def _objects(nbytes: float, site: Site) -> tuple[Need, ...]:
 
 
 def _least(low: int, enough: Callable[[int], bool]) -> int:
-    """The smallest number above `low` for which `enough` holds; it also holds for all larger numbers."""
+    """The smallest number above `low` for which `enough` is true; it must also be true for all larger numbers."""
     low, high = max(low, 0), max(low, 1)
     while not enough(high):
         low, high = high, high * 2
