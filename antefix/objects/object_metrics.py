@@ -15,6 +15,14 @@ from antefix.telemetry.shown import Shown, Table, families, gauge
 READS: Final[Table] = {
     "num_blocks": Shown(name="antefix_object_read_blocks", help="Blocks that were read from the object store."),
     "num_ranges": Shown(name="antefix_object_ranges", help="Read calls that asked an object for a range of its bytes."),
+    "num_direct_ranges": Shown(
+        name="antefix_object_direct_ranges",
+        help="Range reads of objects whose bytes went straight into the buffers of their records.",
+    ),
+    "num_broken_ranges": Shown(
+        name="antefix_object_broken_ranges",
+        help="Direct range reads of objects that broke off; the rest of each was read through the library.",
+    ),
     "bytes_read": Shown(
         name="antefix_object_read_bytes",
         help="Bytes that range reads of objects returned, including gaps between records and headers of records.",
