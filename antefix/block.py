@@ -2,7 +2,8 @@
 
 Two requests share KV exactly when they share fingerprint, tenant key and every token up to and including the
 block. No part of a block's name is random or depends on a process: a test with fixed expected values pins the bytes.
-Never sees tensors."""
+Never sees tensors.
+"""
 
 from __future__ import annotations
 
@@ -102,7 +103,8 @@ class Fingerprint:
     precision has its own name of arithmetic; a card's fast and reproducible kernels have different names too.
     num_cards: how many cards computed the KV together, where the number changes bits. group: the cache group of the
     model, where an engine keeps several. shard: "rank/ranks" for a group that is split over ranks; empty if all ranks
-    hold the same KV."""
+    hold the same KV.
+    """
 
     weights_revision: str
     geometry: Geometry
@@ -177,7 +179,8 @@ def arithmetic_of(device: str, dtype: str, *, reproducible: bool = False) -> str
     device: torch's name of a device, such as "cuda:1". reproducible: the worker's setting of that name. On a CPU the
     setting `reproducible` changes nothing. On a card, the reproducible setting changes the name to
     "cuda-bfloat16-reproducible", because KV from the faster kernels agrees only within bounds: a hit on such KV would
-    not equal a cold run bit for bit."""
+    not equal a cold run bit for bit.
+    """
     kind = device.partition(":")[0]
     return f"{kind}-{dtype}{_REPRODUCIBLE if reproducible and kind != 'cpu' else ''}"
 
@@ -218,7 +221,8 @@ def exactness_of(bounded_windows: int) -> str:
     """The fingerprint's `exactness`.
 
     bounded_windows: how many windows an approximate replay may cover in this namespace; 0: approximate replays are not
-    allowed."""
+    allowed.
+    """
     return f"bounded-{bounded_windows}" if bounded_windows else "exact"
 
 
@@ -246,7 +250,8 @@ def engine_key_hash(root: bytes, engine_key: bytes, key: bytes) -> bytes:
     """The name of a block that its inference engine calls `engine_key`; the name has the hash kind ENGINE_KEY.
 
     The engine's name for a block must determine all tokens up to the block's end, and everything else that changes its
-    KV."""
+    KV.
+    """
     return hashlib.blake2b(root + engine_key, digest_size=HASH_BYTES, key=key, person=b"antefix-enginkey").digest()
 
 

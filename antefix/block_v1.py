@@ -12,7 +12,8 @@ def digest_v1(fingerprint: Fingerprint) -> bytes:
     not have must hold the value that version 1 implied.
 
     Version 1 of the names put the arithmetic into the field `exactness`, unless it was a CPU in float32. Chains, tenant
-    keys and block hashes of version 1 are made as in version 2."""
+    keys and block hashes of version 1 are made as in version 2.
+    """
     exactness = fingerprint.exactness
     if fingerprint.arithmetic != CPU_FLOAT32:
         exactness = f"{exactness}-{fingerprint.arithmetic}"

@@ -1,7 +1,8 @@
 """The name of a cache's owner: a tenant, or one of a tenant's end users, whose cache is separate from the tenant's.
 
 Stores, block hashes and quotas name the owner of a cache alike: `tenant`, or `tenant` + U+001F + `user`. People are
-shown both parts."""
+shown both parts.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Reads TOML and JSON files written by people and other programs, with limits on size, depth and time.
 
 A file that cannot be read, or exceeds a limit, gives a one-line error. The types and ranges of the values in the file
-are checked by `checked_table`."""
+are checked by `checked_table`.
+"""
 
 from __future__ import annotations
 

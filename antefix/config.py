@@ -2,7 +2,8 @@
 the settings file, and the file overrides the default.
 
 A field's metadata has its help and unit. A malformed value is fatal, and the error names the setting. Only the command
-line reads environment variables; it passes them on."""
+line reads environment variables; it passes them on.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ def setting(
 
     choices: all values that the field may have; `check_choices` refuses others.
     guards: whether the setting protects something. An empty value of such a setting is an error, because an empty value
-    would turn the protection off."""
+    would turn the protection off.
+    """
     metadata = {"help": help_text, "unit": unit, "choices": choices, "guards": guards}
     return dataclasses.field(default=default, metadata=metadata)
 

@@ -2,7 +2,8 @@
 
 The lock is on the directory itself and on a file in it. A lock on the file alone would not be enough: if the file is
 deleted, a second process locks a new file of the same name. The file is locked too, because older versions know only
-the lock on the file."""
+the lock on the file.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """One exception tree for every service; `antefix.rpc` maps it to gRPC statuses and back.
 
 A cache miss is an answer, not an error: no exception here means "not cached". The name of each class says what is
-wrong, its docstring what the caller does about it."""
+wrong, its docstring what the caller does about it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ class AntefixError(Exception):
 class InternalError(AntefixError):
     """A bug in Antefix: one part called another in a way that is not allowed. Callers outside of Antefix can neither
     cause nor fix such an error. A service logs a bug and answers INTERNAL with only an error id, which the caller
-    reports."""
+    reports.
+    """
 
 
 class InvalidRequest(AntefixError):

@@ -36,7 +36,8 @@ class FairTurns:
     """num_places: how many may work at once.  num_waiting_max: how many may wait; None: no limit.
 
     num_extra: further places, for tenants that have no other work running. Without further places, a tenant's first
-    request would wait too long where work lasts long."""
+    request would wait too long where work lasts long.
+    """
 
     def __init__(self, num_places: int, num_waiting_max: int | None = None, num_extra: int = 0) -> None:
         self._running: Counter[str] = Counter()

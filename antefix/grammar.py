@@ -72,7 +72,8 @@ class Vocabulary:
     def matcher(self, grammar: str) -> llguidance.LLMatcher:
         """A matcher at the start of the grammar. The matcher's `is_error` says whether the grammar is usable.
 
-        Building a matcher may take long, so it must not be done on an event loop."""
+        Building a matcher may take long, so it must not be done on an event loop.
+        """
         return llguidance.LLMatcher(self.engine, grammar, log_level=0, limits=LIMITS)
 
 

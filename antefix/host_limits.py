@@ -71,7 +71,8 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
     """The directories of this process's control group for a controller and of its ancestors. The limit of each applies.
 
     In a container, the path of the control group may be the host's path, which does not exist there. Then the mounted
-    directory itself is the container's control group."""
+    directory itself is the container's control group.
+    """
     paths = {"": "/"}
     for line in _lines(root / "proc/self/cgroup"):
         _, names, path = [*line.split(":", 2), "", ""][:3]

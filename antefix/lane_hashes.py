@@ -37,7 +37,8 @@ class LaneHashes:
 
     AES-CMAC turns each block's tokens into 16 bytes. Two lanes chain these by CBC, each under its own key. A name is
     the state of both lanes, encrypted once more. So a block's name reveals nothing of the hash state, but with the
-    keys, hashing can continue from any name."""
+    keys, hashing can continue from any name.
+    """
 
     def __init__(self, root: bytes, key: bytes, block_size: int) -> None:
         keys = {label: _key(root, key, block_size, label) for label in ("leaf", "c0", "c1", "n0", "n1")}

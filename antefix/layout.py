@@ -142,7 +142,8 @@ class Rows:
 class KVGeometry:
     """The shape of a model's KV: everything that decides whether two models' blocks are interchangeable.
 
-    This class has no slots, so that the numbers derived from it are computed only once."""
+    This class has no slots, so that the numbers derived from it are computed only once.
+    """
 
     layers: tuple[LayerKind, ...]
     head_dim: int
@@ -194,7 +195,8 @@ class KVGeometry:
         A layer's output also feeds the layers above, where each query sees the n_win - 1 tokens before its own. Global
         KV adds nothing to this number of tokens, because a replay reads global KV from the store. Replays of window
         state are planned and run by this bound, which is derived only here. The bound is sharp if window entries are
-        counted that are stored but never read again (tests/model traces and measures it)."""
+        counted that are stored but never read again (tests/model traces and measures it).
+        """
         reach: list[int] = []
         for kind in reversed(self.layers):
             own = max(self.window, self.csa_ratio) if kind is LayerKind.CSA else self.window
@@ -306,7 +308,8 @@ class BlockLayout:
     def block_bytes(self) -> int:
         """Bytes of a block's payload. A model of window-only layers has no global KV, but stores accept no empty
         payload. So each block of such a model has one zero byte; a stored block then shows that its tokens have been
-        computed."""
+        computed.
+        """
         return max(sum(part.nbytes for part in self.parts), 1)
 
     @property

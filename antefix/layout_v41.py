@@ -45,7 +45,8 @@ class LayerRole(StrEnum):
     """How a layer of DeepSeek-V4.1 takes part in global KV.
 
     window: the layer uses no global KV. full: it writes global KV and selects entries. reindex: it selects entries of
-    another layer's KV. reuse: it reads another layer's KV with another layer's selection."""
+    another layer's KV. reuse: it reads another layer's KV with another layer's selection.
+    """
 
     WINDOW = "window"
     FULL = "full"
@@ -146,7 +147,8 @@ class V41Geometry:
         """For each layer, how many of the last tokens before a block's end affect the window state there.
 
         As in `KVGeometry.replay_reach`, a replay reads global KV from the store, whichever layer wrote it. A KV source
-        with several tokens per group also keeps the rows of the last group."""
+        with several tokens per group also keeps the rows of the last group.
+        """
         reach: list[int] = []
         for layer in reversed(range(self.num_layers)):
             own = max(self.window, self.ratios[layer]) if self._has_overlap(layer) else self.window

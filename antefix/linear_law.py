@@ -1,7 +1,8 @@
 """Predicts seconds as a linear function of a few features, and keeps fitting itself to observations.
 
 This module knows nothing of strategies or stores. Old observations fade by `memory`, so the prediction follows a
-machine that gets slower within some dozens of observations."""
+machine that gets slower within some dozens of observations.
+"""
 
 from __future__ import annotations
 

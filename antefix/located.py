@@ -3,7 +3,8 @@ need not ask the stores.
 
 The message is a hint and may be stale. A block that is not where the hint says is read elsewhere or computed; a block
 that is stored where the hint does not say is computed again. The worker still asks the stores that the hint does not
-name, and its own stores, because their answers are newer."""
+name, and its own stores, because their answers are newer.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Located:
     """held: what each store has of the blocks of `chain`, by the store's name.
 
     found: which blocks the stores have together, and which tier of the looking process is nearest; empty if another
-    process sent this object."""
+    process sent this object.
+    """
 
     chain: Sequence[bytes]
     fingerprint: bytes
@@ -106,7 +108,8 @@ def speed_of(place: str, speeds: Mapping[str, ReadSpeed]) -> ReadSpeed | None:
     """How fast a worker reads from a place that `Located.parts` names. None: it has not said.
 
     Only a worker that reads the store's files itself can tell the page cache from the disk; other workers know only the
-    speed of the whole store."""
+    speed of the whole store.
+    """
     if place in speeds:
         return speeds[place]
     kind, _, name = place.partition(":")

@@ -1,6 +1,7 @@
 """Reads a Hugging Face model directory without its tensors: config, revisions of weights and tokenizer, fingerprint.
 
-The router and the command-line tools name blocks with this module, so it must never need torch."""
+The router and the command-line tools name blocks with this module, so it must never need torch.
+"""
 
 from __future__ import annotations
 

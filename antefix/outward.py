@@ -1,7 +1,8 @@
 """Removes addresses and paths from error messages that go to outside callers.
 
 Messages between services name addresses, files and sockets, because operators need them in logs. A client could learn
-the structure of the deployment from them."""
+the structure of the deployment from them.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 After an accident or an attack, the name of such a file may belong to a FIFO (opening it waits for ever), an endless
 device or a directory. A reader treats such a file as missing. The process that owns the directory renames the wrong
-object and continues."""
+object and continues.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def put_aside(path: Path, is_right: Callable[[int], bool] = stat.S_ISREG) -> boo
     """Rename what is at `path` if it is not of the expected kind. Returns whether it was. Only the process that owns
     the directory may call this function.
 
-    is_right: decides by the mode (as in `stat`, following links) whether the file is of the expected kind."""
+    is_right: decides by the mode (as in `stat`, following links) whether the file is of the expected kind.
+    """
     try:
         if is_right(path.stat().st_mode):
             return False

@@ -98,7 +98,8 @@ class Held:
     spans: blocks [start, stop), ascending, with gaps between them.
     checkpoints: after how many blocks each checkpoint lies, ascending.
     cached, cached_checkpoints: the part of both that was in the page cache of the store's host, by samples; None: not
-    known. The cached part changes at any time, so it does not count when two objects are compared."""
+    known. The cached part changes at any time, so it does not count when two objects are compared.
+    """
 
     spans: tuple[tuple[int, int], ...] = ()
     checkpoints: tuple[int, ...] = ()

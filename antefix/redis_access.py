@@ -7,7 +7,8 @@ processes.
     redis+cluster:// and rediss+cluster://   the same for a cluster
 
 The Redis password is in its own file (`redis_password_file`), which is read at each connection. So a service need not
-be restarted for a new password."""
+be restarted for a new password.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 secret without sending the secret.
 
 Applications call the router on the same port as workers. An application that could register its own address as a worker
-would receive other tenants' prompts."""
+would receive other tenants' prompts.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ class Registration:
     """A worker's registration.
 
     instance: random bytes, new for each process. ttl_s: how long the registration is valid; 0 removes the worker.
-    said_at_ms: when the registration was made, in Unix time."""
+    said_at_ms: when the registration was made, in Unix time.
+    """
 
     role: str
     address: str

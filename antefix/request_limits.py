@@ -5,7 +5,8 @@ protobuf, or breaks a limit, becomes an `Unreadable`, which the interceptor refu
 class, gRPC would answer UNKNOWN and log a traceback for such a request.
 
 A service that calls another one checks the other's answer in the same way (`answered`). Most fields of answers have no
-limit in the proto. For fields without a limit, numbers must be finite, and lists no longer than any service makes."""
+limit in the proto. For fields without a limit, numbers must be finite, and lists no longer than any service makes.
+"""
 
 from __future__ import annotations
 

@@ -163,7 +163,8 @@ def _attention_factor(label: str, name: str, params: Mapping[str, Any], factor: 
     """The factor that multiplies cos and sin, and notes.
 
     V4's own code does not have this factor. For flat configs, transformers has no such factor either, whatever mscale
-    says. For nested configs without a factor, transformers uses the YaRN paper's, 0.1 ln(factor) + 1."""
+    says. For nested configs without a factor, transformers uses the YaRN paper's, 0.1 ln(factor) + 1.
+    """
     given = params.get("attention_factor")
     if given is not None:
         if not finite(given):

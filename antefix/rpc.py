@@ -460,7 +460,8 @@ async def run_until_signal(
     watch_stdin: stop also when stdin closes, which happens whenever the process that started this one dies. grace_s:
     how long running calls may take after the stop; a second SIGINT ends them at once. others: functions that drain
     further servers at the same time. end: makes calls that still run after `grace_s` end with an error; without this
-    function their connections are cut."""
+    function their connections are cut.
+    """
     asked, hurried = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     # A second SIGTERM does not end calls early: a supervisor sends one to all its processes, and `antefix up` sends

@@ -31,7 +31,8 @@ class Keyring:
     """Keys and digests of tenants, derived once each.
 
     All roles of a deployment must have the same current secret, or no request ever hits. Methods take the generation
-    number of the secret to use; 0 means the current secret."""
+    number of the secret to use; 0 means the current secret.
+    """
 
     # Tenants are few compared with requests, but their names come from callers, so the caches are bounded.
     _NUM_CACHED_MAX = 4096

@@ -2,7 +2,8 @@
 KV by some of them.
 
 Each is defined once, here. `add_flags` adds a setting's flag to a command's parser, and `flags_of` makes the flag for a
-process to be started. This module knows no tensors, so that a host without torch can start a router."""
+process to be started. This module knows no tensors, so that a host without torch can start a router.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ conversation so far with
 per second count output tokens, from the first request until the last answer. Clients measure the times between tokens.
 Tokens that arrive in one message arrive at the same time, and the wait before the message counts once. "CPU" is the
 processor time of all services per output token. Other processes on the machine change it little, so its ratios are
-reliable on a busy machine, where ratios of wall time are not."""
+reliable on a busy machine, where ratios of wall time are not.
+"""
 
 from __future__ import annotations
 

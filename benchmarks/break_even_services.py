@@ -8,7 +8,8 @@ the processes restart on the same stores, with nothing in the workers' memory. T
 turn of some documents, and for others a prompt that shares only part of the document. The same cases go through the
 simulator's planner and machine model, whose speeds are fitted to the cold runs of the same run and to direct reads of
 this disk. Times are medians measured by the client. Bytes are those that the stores hold. --write writes the JSON, the
-plot and the table in docs/results/window_state.md. --from FILE shows the result of an earlier run."""
+plot and the table in docs/results/window_state.md. --from FILE shows the result of an earlier run.
+"""
 
 from __future__ import annotations
 

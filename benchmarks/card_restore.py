@@ -359,7 +359,7 @@ def main() -> None:
     parser.add_argument(
         "--layers",
         default="WCHC",
-        help="the model's layers, one letter each: W window-only, C CSA, H HCA (default: WCHC)",
+        help="the model's layers, one letter each (W window-only, C CSA, H HCA; default: WCHC)",
     )
     parser.add_argument("--chunk", type=int, default=8192)
     parser.add_argument(

@@ -7,7 +7,8 @@
 The model is antefix-tiny in float32. Antefix's variant uses FP8 KV. The variants take turns, and the figures are
 medians of wall time. The medians are wrong on a busy machine, where two threads that share one core wait for each
 other. The variant of Antefix uses as many threads as a worker's step (`antefix.model.step_threads`). A decode step
-computes one token of each sequence. All sequences have prompts of the same length."""
+computes one token of each sequence. All sequences have prompts of the same length.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ steps     measures a step at V4-Flash's width, with weights drawn on the card, f
           once at copy bandwidth.
 
 If one part of the benchmark fails, it prints the reason, and the next part runs. Needs a CUDA card. `--toy` runs the
-code anywhere, in Triton's interpreter if necessary, and measures nothing."""
+code anywhere, in Triton's interpreter if necessary, and measures nothing.
+"""
 
 from __future__ import annotations
 
@@ -283,7 +284,8 @@ def picked_experts(model: Model, step: Callable[[], object]) -> list[int]:
 
 def floor_bytes(model: Model, picked: list[int], num_sequences: int, num_tokens: int) -> float:
     """Bytes that a step must read: weights (except the embedding's rows), index keys, picked entries,
-    HCA entries, and windows."""
+    HCA entries, and windows.
+    """
     total = 0.0
     for name, weight in model.named_parameters():
         if ".experts." not in name and "embed_tokens" not in name:
@@ -330,7 +332,8 @@ def steps(args: argparse.Namespace, bandwidth: float, device: str) -> list[dict[
 
 def agreement(model: Model, count: int, context: int) -> str:
     """How far the faster kernels' logits are from those of reproducible mode, after a batched step of the same
-    sequences; and in both modes, how far the batch's logits are from those of each sequence alone."""
+    sequences; and in both modes, how far the batch's logits are from those of each sequence alone.
+    """
     found = {}
     pool, sequences = follow(model, ops_of(model, "alone", False), context, count, 16)
     random = np.random.default_rng(5)
@@ -401,7 +404,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["check", "products", "steps"])
     parser.add_argument(
-        "--layers", default="WCHC", help="the model's layers, one letter each: W window-only, C CSA, H HCA"
+        "--layers", default="WCHC", help="the model's layers, one letter each (W window-only, C CSA, H HCA)"
     )
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--tokens", type=int, default=4096, help="tokens that each sequence follows")

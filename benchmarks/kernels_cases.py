@@ -43,7 +43,8 @@ CONTEXTS = {"8K": 8 << 10, "64K": 64 << 10, "256K": 256 << 10, "1M": 1 << 20}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """calls: one callable per operand set. eager: the same work in torch, or None. eager_scale: the case's work divided
-    by the eager call's work (torch runs only a slice if the whole case does not fit in memory)."""
+    by the eager call's work (torch runs only a slice if the whole case does not fit in memory).
+    """
 
     kernel: str
     shape: str

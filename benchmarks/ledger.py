@@ -4,7 +4,8 @@
 
 Each request is one OPEN and one SETTLE entry, as in the router. "concurrent" is the number of requests that wait at
 once. Group commit lets these requests share an fdatasync. The program prints one JSON object with medians of --runs
-runs."""
+runs.
+"""
 
 from __future__ import annotations
 

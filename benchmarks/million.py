@@ -6,7 +6,8 @@ linearly, and no limit of a message, queue or index may be reached.
 The benchmark starts all roles with a small random model that has V4's kinds of layers. The benchmark sends shorter
 prompts and then the long prompt, all cold. After that it sends prompts that hit prefixes of the long prompt. Before
 each hit it restarts all processes, so that nothing is in memory. The benchmark prints the time to the first token of
-each request with its parts, the peak memory of each role, and the bytes on disk. The client measures the times."""
+each request with its parts, the peak memory of each role, and the bytes on disk. The client measures the times.
+"""
 
 from __future__ import annotations
 

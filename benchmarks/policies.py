@@ -9,7 +9,8 @@ Each scene is a trace over a fleet, with or without the shared store, at moderat
 speed-up is chosen once per scene so that eight workers under least_work have this load. Every policy then runs at this
 speed-up. Eight workers get the trace once. A larger fleet gets one copy for every eight workers (of chat, the first
 2,500 requests), each with different prompts and a shifted start. The agents' trace is cut where most conversations have
-ended and only some continue for a day."""
+ended and only some continue for a day.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ times     measures milliseconds until the likeliest ids are on the host, at V4-F
 
 If a part fails, it prints the reason, and the next part runs. rests_on_card.json is written after every row. The
 program needs a CUDA card to measure anything. `--toy` runs the code anywhere, in Triton's interpreter if necessary, and
-measures nothing."""
+measures nothing.
+"""
 
 from __future__ import annotations
 
@@ -134,7 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["check", "times"], choices=("check", "times"))
     parser.add_argument(
-        "--layers", default="WCHC", help="the model's layers, one letter each: W window-only, C CSA, H HCA"
+        "--layers", default="WCHC", help="the model's layers, one letter each (W window-only, C CSA, H HCA)"
     )
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--toy", action="store_true", help="use a small model, to see whether the benchmark runs")

@@ -2,7 +2,8 @@
 
 On a machine whose disk and processor are shared, a single figure says little, because one slow minute decides it. So
 figures that are compared are measured in turn, in short rounds. A ratio of two figures is the median of the rounds'
-ratios."""
+ratios.
+"""
 
 from __future__ import annotations
 

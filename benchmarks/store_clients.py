@@ -189,7 +189,8 @@ def served(directory: Path) -> Iterator[str]:
 
 def one_round(clients: Clients, seconds: float) -> dict[str, float]:
     """One value of each figure. Each number of clients works twice, 1, 4, 8, 8, 4, 1, so that a machine that becomes
-    slower during the round slows all of them alike."""
+    slower during the round slows all of them alike.
+    """
     found: dict[str, float] = {"failed_calls": 0.0}
 
     def work(kinds: Sequence[str]) -> list[dict[str, float]]:

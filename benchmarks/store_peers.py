@@ -76,7 +76,8 @@ class RocksDB:
 class DiskCache:
     """diskcache: a SQLite index, and one file per value.
 
-    diskcache does not sync its files, so a sync of the file system follows."""
+    diskcache does not sync its files, so a sync of the file system follows.
+    """
 
     def __init__(self, directory: Path) -> None:
         import diskcache

@@ -41,7 +41,8 @@ engine.abandon()
 
 def memory_kib(field: str) -> int:
     """This process' VmRSS, or its peak VmHWM. getrusage is not used, because its peak is inherited from the process
-    that started this one."""
+    that started this one.
+    """
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1])
 

@@ -90,7 +90,8 @@ class Worker:
 async def stretch(worker: Worker, num_requests: int, greedy_tokens: int | None) -> list[float]:
     """Times of the modest tenant's requests next to a greedy tenant's.
 
-    greedy_tokens: If `greedy` is None, the modest tenant's requests run alone."""
+    greedy_tokens: If `greedy` is None, the modest tenant's requests run alone.
+    """
     num = NUM_GREEDY if greedy_tokens else 0
     greedy = [asyncio.create_task(worker.keep_asking(greedy_tokens or 0)) for _ in range(num)]
     while greedy and worker.scheduler.num_placed < NUM_GREEDY:  # noqa: ASYNC110 - of other tasks

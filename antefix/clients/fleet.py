@@ -19,7 +19,8 @@ class EngineStatus:
 
     knowledge: Whether the router knows a cache's contents: "events" (the router has the worker's latest report),
     "behind" (some reports are missing), "guess" (the worker reports nothing). blocks: how many blocks the worker
-    reported. *_hit_tokens: totals over the worker's answers so far."""
+    reported. *_hit_tokens: totals over the worker's answers so far.
+    """
 
     worker: str
     up: bool

@@ -27,7 +27,8 @@ class Prefilled:
     keep the state.
 
     near_stores: the stores, out of several, that the worker writes to. speeds: its read speeds of stores and tiers, by
-    name."""
+    name.
+    """
 
     handoff: bytes
     restore: RestoreReport
@@ -49,7 +50,8 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
         """Compute the KV of a prompt and store it; the part that is stored already is restored instead.
 
         Checkpoints of window state are stored at the request's breakpoints. located: which of several stores probably
-        has which blocks."""
+        has which blocks.
+        """
         message = prefill_pb2.PrefillRequest(
             request_id=request.request_id,
             tenant=request.cache_tenant,

@@ -50,7 +50,8 @@ class ServiceClient(Generic[Stub]):
         """Record that `close` of the client ends this call.
 
         A gRPC channel's own `close` misses a stream that nobody reads at that moment: with grpcio 1.78 on Python 3.12,
-        the stream's next reader would then wait for ever."""
+        the stream's next reader would then wait for ever.
+        """
         self._streams.add(call)
         return call
 

@@ -19,7 +19,8 @@ class PrefillStatus:
 
     prefill_tokens_per_s: the speed that the worker measured for prompts without cached tokens. arithmetic: the name of
     the worker's arithmetic, measured at its start; workers with equal names compute equal bits. setup: the machine on
-    which the name was measured, for people to read."""
+    which the name was measured, for people to read.
+    """
 
     fingerprint: bytes
     num_running: int
@@ -37,7 +38,8 @@ class DecodeStatus:
     the pool.
 
     arithmetic: the name of the worker's arithmetic, measured at its start; workers with equal names compute equal bits.
-    setup: the machine on which the name was measured, for people to read."""
+    setup: the machine on which the name was measured, for people to read.
+    """
 
     fingerprint: bytes
     num_running: int
@@ -55,7 +57,8 @@ class WorkerState:
 
     memory_known: whether the router has the worker's latest report of its memory; if not, the router guesses from the
         requests that it sent there. arithmetic, setup: as the worker reported; empty as long as the router has no
-        report."""
+        report.
+    """
 
     address: str
     role: str
@@ -72,7 +75,8 @@ class WorkerState:
 class LostWorker:
     """A worker whose lease ran out within the last hour, without a goodbye and without a return.
 
-    role: The worker's role, "prefill" or "decode". seconds_ago: how long ago its lease ran out."""
+    role: The worker's role, "prefill" or "decode". seconds_ago: how long ago its lease ran out.
+    """
 
     address: str
     role: str
@@ -87,7 +91,8 @@ class RouterCounters:
     refused: requests whose first token would have come too late. straight: requests sent straight to a decode worker,
     because few tokens were not cached. memory_events, memory_gaps, memory_snapshots: events about workers' memory that
     were applied, were missing, and snapshots taken. unstored: requests whose KV could not all be stored.
-    unstored_reason: the reason for the last of them."""
+    unstored_reason: the reason for the last of them.
+    """
 
     led: int
     followed: int
@@ -127,7 +132,8 @@ class RouterStatus:
 
     arithmetic: the name of the arithmetic that all workers use; the name is part of every block's name. The
     arithmetic's name is empty until a worker has reported it. num_running: requests that were admitted and have not
-    ended."""
+    ended.
+    """
 
     workers: tuple[WorkerState, ...]
     model: str
@@ -146,7 +152,8 @@ class PlanKindStatus:
     are relative to the prediction.
 
     mean_error: a mean in which older errors count less. stated_error: a maximum that fades in the same way; every later
-    plan states it as its possible error."""
+    plan states it as its possible error.
+    """
 
     kind: str
     num_plans: int
@@ -192,7 +199,8 @@ class WindowStatus:
     oldest plan first.
 
     align_tokens: the distance between positions where a hit may resume; 1 if every block boundary will do.
-    checkpoint_bytes: bytes of checkpoints in the store, as the strategy's budget counts them."""
+    checkpoint_bytes: bytes of checkpoints in the store, as the strategy's budget counts them.
+    """
 
     namespace: str
     strategy: str

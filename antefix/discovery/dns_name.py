@@ -1,7 +1,8 @@
 """A DNS name that stands for several services, such as a headless Kubernetes service: each address is one of them.
 
 Name servers may return only some of many addresses per answer, and an answer may be late or missing. So a found address
-stays known until it has been absent for some time; calls to a service that has really gone stop long before that."""
+stays known until it has been absent for some time; calls to a service that has really gone stop long before that.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ class Following:
 
     identity: a function that tells whether two services are the same, by default by their names. If two found services
     have the same identity, the one from the source that was named first counts; within one source, the one whose
-    address sorts first."""
+    address sorts first.
+    """
 
     def __init__(
         self,

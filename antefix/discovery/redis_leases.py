@@ -7,7 +7,8 @@
 
 An attacker who can write to Redis but has no key of the deployment can remove a service's lease, which costs cache
 hits, but cannot add a service. A reader accepts a lease as long as its service renews it, measured by the reader's own
-clock, because hosts' clocks may differ by minutes."""
+clock, because hosts' clocks may differ by minutes.
+"""
 
 from __future__ import annotations
 

@@ -48,7 +48,8 @@ class BlockEvent:
     """Blocks or checkpoints, in the order in which they were stored or removed.
 
     hashes: the hashes, concatenated; each has `hash_bytes` bytes, at least KEY_BYTES. fingerprint: the fingerprint of
-    all these blocks; empty if the source has only one."""
+    all these blocks; empty if the source has only one.
+    """
 
     kind: EventKind
     hashes: bytes

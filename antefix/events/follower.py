@@ -3,7 +3,8 @@ recovers from the loss.
 
 There are two transports. With a direct stream, all events come over the stream, which continues at its cursor after a
 break. With Redis, all readers share one stream of changes and heartbeats, and get only snapshots from the source
-itself."""
+itself.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +118,8 @@ class Follower(ABC, Generic[E]):
         """Apply a batch from Redis: the next event, an event that is known already, or a heartbeat of the source.
 
         Only entries signed with the epoch that the source itself sent with its snapshot are applied. An entry with
-        another epoch makes this follower ask the source, but changes nothing else."""
+        another epoch makes this follower ask the source, but changes nothing else.
+        """
         if batch.cursor.epoch in self._former:
             return
         if self._waiting is not None:

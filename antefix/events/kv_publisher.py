@@ -127,7 +127,8 @@ class KvPublisher:
         """Publish that a block was stored in memory.  parent: the block before it; None: it is the first.
 
         salt: names the cache's owner, in vLLM's field `cache_salt`, so that blocks of different tenants are never
-        confused."""
+        confused.
+        """
         self._tell(
             KvStored(
                 block_hashes=[name],

@@ -51,7 +51,8 @@ class Batch(Generic[E]):
 
     snapshot: whether the batch is a piece of a snapshot instead. A snapshot is valid only when all its parts have
     arrived; all parts have the same number. is_of: for batches through Redis, whose cursor has the epoch's public name:
-    says whether the process with a given epoch signed the batch."""
+    says whether the process with a given epoch signed the batch.
+    """
 
     cursor: Cursor
     events: tuple[E, ...] = ()

@@ -70,7 +70,8 @@ class StreamPublisher:
     does nothing.
 
     The source of events never waits for Redis. Events that could not be written while Redis was unreachable are written
-    afterwards, if the log still has them; otherwise readers see a gap in the numbers."""
+    afterwards, if the log still has them; otherwise readers see a gap in the numbers.
+    """
 
     def __init__(
         self,
@@ -150,7 +151,8 @@ class StreamReader:
     """Reads streams from now on and passes each entry on with its source's name, in order within a stream.
 
     After a break, the reader continues after the last entry that it read. If a Redis server comes back empty, its
-    streams are read from the beginning. Readers recognise repeated events by their numbers."""
+    streams are read from the beginning. Readers recognise repeated events by their numbers.
+    """
 
     def __init__(
         self,

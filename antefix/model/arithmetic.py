@@ -58,7 +58,8 @@ class Arithmetic:
     many checks held.
 
     failed: results that were seen to depend on a row's place or on the number of threads. unproved: properties that
-    were not checked."""
+    were not checked.
+    """
 
     name: str
     setup: str
@@ -95,7 +96,8 @@ def probe(
 
     reproducible, kernels: settings of the attention and cache code, which are part of a card's name. cache_dir:
     directory of saved probes. A saved probe of the same set-up is used only if a sample of the bits still agrees with
-    it; a new probe is saved in that directory. setup: pretend to be on this set-up, for tests."""
+    it; a new probe is saved in that directory. setup: pretend to be on this set-up, for tests.
+    """
     setup = setup or setup_of(model.device)
     steps = list(steps_of(model))
     prefix = arithmetic_of(str(model.device), str(model.dtype).removeprefix("torch."), reproducible=reproducible)
@@ -133,7 +135,8 @@ def probe(
 def steps_of(model: Model) -> Iterator[Step]:
     """Every operation of a forward pass whose result depends on more than one number, once per shape.
 
-    On a card, attention, index scores and compressors run as kernels over a pool, and are not probed."""
+    On a card, attention, index scores and compressors run as kernels over a pool, and are not probed.
+    """
     seen: set[tuple[str, torch.dtype, tuple[int, ...]]] = set()
     on_card = model.device.type == "cuda"
     for step in _on_card(model) if on_card else (*_products(model), *_pairs(model), *_functions(model)):

@@ -3,7 +3,8 @@
 Each file of saved results belongs to one set-up: its name is a hash over processor, instructions, libraries, variables,
 threads, the code that computes and every shape of the model. A file of saved results is used only if it is complete and
 a sample of the bits is still the same as when it was written. Otherwise the probe runs as if there were no saved file.
-So a saved file can only save time."""
+So a saved file can only save time.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ class Tile:
 
     rows: the first of the chunk's tokens that belong to this tile, and one past the last. slot: the first query's place
     in its tile. num_hidden: how many of the 2 W keys lie before the sequence's start or before the cut of a bounded
-    replay."""
+    replay.
+    """
 
     rows: tuple[int, int]
     slot: int

@@ -63,7 +63,8 @@ def make_backend(
 
     reproducible: use kernels that give a query the same bits whatever else is computed. Torch on a CPU always computes
     reproducibly. lead: the model's lead, where the model runs over several ranks: each rank gets such a pool.
-    takes_payloads: as in `BlockPool`."""
+    takes_payloads: as in `BlockPool`.
+    """
     if decode_steps not in DECODE_STEPS:
         raise ConfigError(f"decode_steps must be one of {DECODE_STEPS}, is {decode_steps!r}")
     if short_prefills not in SHORT_PREFILLS:
@@ -107,7 +108,8 @@ def _make_backend(
 
 def _fits(layout: BlockLayout) -> bool:
     """Whether records lie at addresses that the kernels can read: entries hold BF16, so they must start at even
-    addresses; keys of 128 dims are read in words of four bytes."""
+    addresses; keys of 128 dims are read in words of four bytes.
+    """
     geometry = layout.geometry
     if geometry.nope_dim % 2 or not geometry.nope_dim or geometry.indexer_dim < 16:
         return False

@@ -3,7 +3,8 @@ of its rows.
 
 Payloads enter and leave through pinned host memory (`antefix.model.host_rows`).
 
-Memory: Memory: `num_blocks * block_bytes` on the card, and as much pinned memory on the host."""
+Memory: Memory: `num_blocks * block_bytes` on the card, and as much pinned memory on the host.
+"""
 
 from __future__ import annotations
 

@@ -59,7 +59,8 @@ def pool_overlapping(rows_2GmS: Tensor, overlap_2mC: Tensor) -> Tensor:
     """CSA: one entry [G, C] per group, from the previous group's Ca rows and the group's own Cb rows.
 
     overlap_2mC: Ca rows before the first group. If there are no such rows, kv is 0 and the gate is -inf, so they get no
-    weight."""
+    weight.
+    """
     width = overlap_2mC.shape[-1]
     series_a = torch.cat((overlap_2mC.unsqueeze(1), rows_2GmS[:, :-1, :, :width]), dim=1)
     kv, gate = torch.cat((series_a, rows_2GmS[..., width:]), dim=2)

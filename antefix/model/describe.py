@@ -33,7 +33,8 @@ class Description:
 
     memory_bytes: the memory of the weights in a worker (in each rank, if there are several), by the worker's dtype.
     file_bytes: bytes of the tensors in all files. skipped: bytes of tensors that are known but not used, by their kind.
-    max_tokens: the number of positions that the config allows."""
+    max_tokens: the number of positions that the config allows.
+    """
 
     path: str
     layers: dict[str, int]

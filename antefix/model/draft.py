@@ -72,7 +72,8 @@ def draft_logits(
     """Logits [sequences, V] of the token after each sequence's next one. The pair of streams and token also adds an
     entry to the draft state.
 
-    windows: `can_draft` must be true for each of the sequences."""
+    windows: `can_draft` must be true for each of the sequences.
+    """
     lead = model.lead
     with contextlib.nullcontext() if lead is None else lead.draft(windows, next_tokens):
         return _draft_logits(model, windows, next_tokens, ops)
@@ -121,7 +122,8 @@ def follow_ran(
 @torch.inference_mode()
 def follow(model: Model, window: WindowState, tokens: Tensor, streams: Tensor, ops: Ops = _TORCH_OPS) -> None:
     """Bring the draft state to the window's position, after the main model has run `tokens` [T], which end there, with
-    the streams `streams` [T, M, D]."""
+    the streams `streams` [T, M, D].
+    """
     position, num_tokens = window.position, len(tokens)
     state = window.draft
     first = position - num_tokens
@@ -159,7 +161,8 @@ def _module(model: Model) -> DraftLayer:
 
 def _inputs(model: Model, module: DraftLayer, pairs: _Pairs) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """The layer's input streams [N, M, D] (each stream of h projected, plus the next token's embedding), and cos and
-    sin at their positions."""
+    sin at their positions.
+    """
     positions = pad_rows(pairs.positions)
     embedded = module.enorm(model.model.embed_tokens(pad_rows(pairs.tokens)))
     streams = module.hnorm(pad_rows(pairs.streams).to(embedded.dtype))

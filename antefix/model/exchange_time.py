@@ -2,7 +2,8 @@
 each other.
 
 On a CPU every exchange is timed. A card works asynchronously, so on a card CUDA events are recorded around exchanges.
-Only one of `SAMPLED` calls is measured, because recording events takes time. Both ways give the share."""
+Only one of `SAMPLED` calls is measured, because recording events takes time. Both ways give the share.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ class ExchangeTime:
     """Seconds spent in exchanges, and in the calls of the model that contain them. Belongs to these calls' thread.
 
     num_calls, num_exchanges: counts of all calls and exchanges, timed or not. sampled: on a card, one of this many
-    calls is timed."""
+    calls is timed.
+    """
 
     def __init__(self) -> None:
         self.exchange_s = 0.0

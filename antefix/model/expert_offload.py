@@ -57,7 +57,8 @@ def names_of(model: Model, layers: tuple[int, ...]) -> set[str]:
 @dataclass(slots=True)
 class _Place:
     """One layer's expert weights on the card. layer: the layer they belong to, valid once the card has passed the event
-    `ready`. After the event `free`, these weights are not read any more."""
+    `ready`. After the event `free`, these weights are not read any more.
+    """
 
     tensors: dict[str, Tensor]
     layer: int = -1

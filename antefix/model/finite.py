@@ -5,7 +5,8 @@ is checked when it enters a worker, while it is still packed. A code or scale th
 beyond the limit, can be seen in the largest byte of its field, so nothing need be decoded. KV that a worker is going to
 store is checked in the same way.
 
-Input is rows of global KV [N, block_bytes] uint8. The check does not depend on where the rows come from."""
+Input is rows of global KV [N, block_bytes] uint8. The check does not depend on where the rows come from.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def unusable_on_card(rows: Tensor, ids: Tensor, layout: BlockLayout) -> Tensor |
     """The same for the rows `ids` [N] of a pool's rows on a card: [N] bool. The host does not wait for the result of
     this check.
 
-    Returns None if the layout has BF16 numbers at odd addresses, so that rows have to be checked on the host."""
+    Returns None if the layout has BF16 numbers at odd addresses, so that rows have to be checked on the host.
+    """
     bounds = _pairs(layout, rows.device)
     if bounds is None:
         return None
@@ -91,7 +93,8 @@ def _unusable_records(records: Bytes, part: Part, layout: BlockLayout) -> Flags:
 @functools.lru_cache(maxsize=8)
 def _pairs(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Masks and limits [2, block_bytes / 2] of two checks per pair of bytes, read as one little-endian number: the
-    masked bits must not exceed the limit. BF16 numbers are checked as a whole, other fields byte by byte."""
+    masked bits must not exceed the limit. BF16 numbers are checked as a whole, other fields byte by byte.
+    """
     if layout.block_bytes % 2 or layout.kv_format is not KVFormat.FP8:
         return None
     masks, limits = np.zeros((2, layout.block_bytes), np.int32)
@@ -112,7 +115,8 @@ def _pairs(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor] |
 
 def _bound(field: Field, part: Part, layout: BlockLayout) -> tuple[np.dtype[Any], int, int]:
     """For the items of a field: their type, a mask of the bits that give the magnitude, and the largest allowed value
-    of these bits."""
+    of these bits.
+    """
     if layout.kv_format is KVFormat.FLOAT32:
         return np.dtype("<u4"), 0x7FFFFFFF, _F32_MAX
     if layout.kv_format is KVFormat.FLOAT64:

@@ -2,7 +2,8 @@
 
 At the start of each call, pools and window states hold the same bytes as rank 0's: rank 0 sent the bytes once, and
 since then every rank has run the same calls. An error on this rank ends all ranks, unless the same call fails on each
-of them. Rank 0 checks calls of the model before it sends them to the other ranks."""
+of them. Rank 0 checks calls of the model before it sends them to the other ranks.
+"""
 
 from __future__ import annotations
 

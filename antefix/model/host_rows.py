@@ -4,7 +4,8 @@
     capture   rows on the card -> fetch(ids): one copy per run -> pinned rows -> disk
 
 Apart from this copy, payloads are not copied in either direction. Memory: as many bytes of pinned memory as the pool's
-rows have."""
+rows have.
+"""
 
 from __future__ import annotations
 

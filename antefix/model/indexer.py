@@ -89,6 +89,7 @@ def _kth_best(scores_NE: Tensor, k: int) -> Tensor:
 
 def _keep_lowest(scores_NE: Tensor, worst_N1: Tensor, k: int) -> Tensor:
     """For rows where more than k scores are at least the k-th best: keep all better scores, and of the equal ones those
-    with the lowest indices, until k are kept."""
+    with the lowest indices, until k are kept.
+    """
     better, equal = scores_NE > worst_N1, scores_NE == worst_N1
     return better | (equal & (equal.cumsum(1) <= k - better.sum(1, keepdim=True)))

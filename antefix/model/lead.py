@@ -4,7 +4,8 @@ The model's own functions send calls to the other ranks where `Model.lead` is se
 model, one pool and one set of sequences. Calls are checked before they are sent, so a faulty request is refused on rank
 0 alone. A call that fails later may leave the ranks in different states; then `on_broken` must end them.
 
-The lead belongs to one thread at a time, as pools do."""
+The lead belongs to one thread at a time, as pools do.
+"""
 
 from __future__ import annotations
 

@@ -118,7 +118,8 @@ def sinkhorn(logits_NMM: Tensor, num_iters: int, eps: float) -> Tensor:
     """Softmax over columns, then columns and rows normalised in turn: nearly doubly stochastic [N, M, M].
 
     A product with a 0/1 matrix gives every element the sum of its row or column. The product takes two operations per
-    step, where M by M reductions would take four; those reductions would be most of a decode step's overhead."""
+    step, where M by M reductions would take four; those reductions would be most of a decode step's overhead.
+    """
     num_streams = logits_NMM.shape[1]
     row_sums, column_sums = _sum_matrices(num_streams, logits_NMM.dtype, logits_NMM.device)
     floor = _floor(eps, row_sums.dtype, row_sums.device)
@@ -159,7 +160,8 @@ def _floor(eps: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 @functools.cache
 def _sum_matrices(num_streams: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """0/1 matrices that give each of M * M cells the sum of its row, and of its column. The matrices are padded to
-    ALIGN, with ones on the diagonal."""
+    ALIGN, with ones on the diagonal.
+    """
     with torch.inference_mode(False):
         ones, eye = torch.ones(num_streams, num_streams), torch.eye(num_streams)
         rest = torch.eye(-(num_streams * num_streams) % ALIGN)

@@ -71,7 +71,8 @@ class Trunk(nn.Module):
 class Model(nn.Module):
     """A DeepSeek-V4 model. `layout` describes its KV records. `mtp` is the draft layer, if one was loaded.
 
-    The weights of a model that was not loaded from a checkpoint are uninitialised until `init_weights`."""
+    The weights of a model that was not loaded from a checkpoint are uninitialised until `init_weights`.
+    """
 
     rope_main: Tensor
     rope_compress: Tensor

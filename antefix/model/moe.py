@@ -232,7 +232,8 @@ def takes_compiled(layer: MoE) -> bool:
 def _own_picks(stacks: Experts, experts_NK: Tensor) -> tuple[Tensor, int, Tensor | None]:
     """Picks as indices into this rank's stacks, how many indices there are, and which picks are this rank's [N * K, 1].
 
-    Picks of other ranks' experts get the index after the last expert; no product computes their rows."""
+    Picks of other ranks' experts get the index after the last expert; no product computes their rows.
+    """
     if stacks.ranks is None:
         return experts_NK, stacks.num_experts, None
     first, stop = stacks.ranks.span(stacks.num_experts)

@@ -84,7 +84,8 @@ _TO_RELEASED = {module: released for released, module in _LAYER_NAMES.items() if
 class TensorTarget:
     """Where a checkpoint's tensor goes: into a module's tensor, or into one expert's part of it (1 gate, 2 down, 3 up).
 
-    is_scale: the tensor holds the scales of that module's tensor. is_draft: the tensor belongs to a draft module."""
+    is_scale: the tensor holds the scales of that module's tensor. is_draft: the tensor belongs to a draft module.
+    """
 
     name: str
     expert: int | None = None

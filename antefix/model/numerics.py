@@ -87,7 +87,8 @@ def is_plain(a: Tensor, b: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     """x [..., K] times weight [O, K] transposed, each row's bits independent of the other rows.
 
-    Gradients, float64 on a card and other devices use the plain product, for which equal bits are not promised."""
+    Gradients, float64 on a card and other devices use the plain product, for which equal bits are not promised.
+    """
     if isinstance(weight, PackedMatrix):
         if has_kernels(x):
             return card_product(x.reshape(-1, 1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[0])
@@ -146,7 +147,8 @@ class _Prepared:
     """A weight matrix as `multiply` needs it: transposed, padded to whole tiles, and cut into sums.
 
     parts: for each run of columns, the pieces [at most SUM_TILE addends, columns]; views where nothing was padded.
-    made_of: identifies the weights and the tile sizes that the matrix was prepared from."""
+    made_of: identifies the weights and the tile sizes that the matrix was prepared from.
+    """
 
     parts: tuple[tuple[Tensor, ...], ...]
     num_columns: int
@@ -157,7 +159,8 @@ class _Prepared:
 
 def _prepared(weight: Tensor) -> _Prepared:
     """The prepared matrix, kept with the weights, because preparing costs more than a small product. The matrix is
-    prepared again if the weights were changed or moved."""
+    prepared again if the weights were changed or moved.
+    """
     if weight.is_inference():
         return _prepare(weight, (0, 0, COLUMN_TILE))
     kept: _Prepared | None = getattr(weight, "_antefix_prepared", None)
@@ -208,7 +211,8 @@ def _chain(a: Tensor, pieces: tuple[Tensor, ...], out: Tensor | None = None) -> 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
     """a [N, K] times b [K, O], contiguous. Each element of the product depends on its own row and column only.
 
-    Sums of at most SUM_TILE addends are one chain of multiply-adds each; the chains' results are added in order."""
+    Sums of at most SUM_TILE addends are one chain of multiply-adds each; the chains' results are added in order.
+    """
     if is_plain(a, b):
         return torch.mm(a, b)
     num_rows, num_addends = a.shape
@@ -229,7 +233,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 def multiply_tiles(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """`multiply` for operands that are whole tiles already, plus `bias`, a scalar.  out: where to write a sum that has
-    only one tile."""
+    only one tile.
+    """
     if a.shape[1] <= SUM_TILE:
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     product = multiply_tiles(a[:, :SUM_TILE], b[:SUM_TILE], bias)
@@ -299,7 +304,8 @@ def grouped_linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
 
 def matrices_of(stack: Tensor, count: int) -> tuple[Tensor, ...]:
     """The `count` matrices [O, K] of a stack [count, O, K] or [count * O, K]. Each call returns the same tensors, so
-    that `linear` finds what it has prepared for them."""
+    that `linear` finds what it has prepared for them.
+    """
     if stack.is_inference():
         return stack.view(count, -1, stack.shape[-1]).unbind(0)
     made_of = stack._version, stack.data_ptr(), count

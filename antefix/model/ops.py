@@ -200,7 +200,8 @@ def read_entries(entries: Entries, num_entries: int, multiple: int) -> Tensor:
     """At least the first `num_entries` decoded entries, padded to a multiple of rows: [E, C].
 
     Rows from `num_entries` on mean nothing, and may belong to other sequences. The result is a view if the blocks are
-    neighbours in the pool."""
+    neighbours in the pool.
+    """
     decoded = entries.pool.decoded(entries.part)
     per_block = decoded.shape[1]
     wanted = -(-num_entries // multiple) * multiple

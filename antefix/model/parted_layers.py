@@ -63,7 +63,8 @@ class PartedLayers:
 
     def run(self, parts: Sequence[slice]) -> Tensor | None:
         """Streams [N, M, D] after the last layer; rows of padding may be missing.  parts: the rows of each thread.
-        Returns None if the threads were busy, in which case nothing has run."""
+        Returns None if the threads were busy, in which case nothing has run.
+        """
         layers = [_Layer(each, [None] * len(parts), [None] * len(self._items)) for each in self._attention]
         for layer in layers:
             layer.jobs = self._jobs(layer)

@@ -9,7 +9,8 @@ Memory: Memory: `num_blocks * layout.block_bytes` for the rows. The FP8 format a
 because
 decoding for every step would cost more than the attention itself: 3.5 to 7.5 times the rows' bytes (V4: 584 -> 2048 and
 68 -> 512 bytes per record). The float formats need no decoded copies, because they read the rows in place. The
-operating system provides the memory only as blocks are used."""
+operating system provides the memory only as blocks are used.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ _CHECKED_BLOCKS = 8
 class BlockPool:
     """`num_blocks` rows of `layout.block_bytes` on `device`.
 
-    takes_payloads: False for a pool on a card whose payloads are neither read from the host nor copied to the host."""
+    takes_payloads: False for a pool on a card whose payloads are neither read from the host nor copied to the host.
+    """
 
     def __init__(
         self,

@@ -20,7 +20,8 @@ class Step:
     """One computation of the model. run: maps the first dim of its input; rows must not affect each other.
 
     shape: the shape of the input. cuts: how the input is cut into pieces, whose results must equal those of the whole.
-    note: what the probe does not cover of this computation."""
+    note: what the probe does not cover of this computation.
+    """
 
     label: str
     dtype: torch.dtype

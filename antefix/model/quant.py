@@ -150,7 +150,8 @@ def round_groups(x: Tensor, size: int) -> Tensor:
 def hadamard(x: Tensor) -> Tensor:
     """Sylvester's Hadamard transform of the last dim, a power of two d, times d^-1/2.
 
-    Butterflies of plain additions give the same bits on any device, which a matrix product would not promise."""
+    Butterflies of plain additions give the same bits on any device, which a matrix product would not promise.
+    """
     dim = x.shape[-1]
     half = 1
     while half < dim:

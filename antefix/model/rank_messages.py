@@ -2,7 +2,8 @@
 
 Rank 0 gives numbers to pools, window states and calls, by which messages name them. Rank 0 sends a window state's bytes
 once, with the first call that uses the state; after that every rank advances its own copy. Only new entries of block
-tables are sent, because tables only grow."""
+tables are sent, because tables only grow.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ _SHARED_BYTES = 64 << 20
 class Ranks:
     """This process's place among the processes that run one model.
 
-    group: the process group; None where nothing is run, for example to compute which part of a load is this rank's."""
+    group: the process group; None where nothing is run, for example to compute which part of a load is this rank's.
+    """
 
     rank: int
     size: int
@@ -84,7 +85,8 @@ class Ranks:
 
         The rows of other ranks are set to -0.0. Adding -0.0 to any number, -0.0 included, leaves its bits. So this sum
         of all ranks' tensors only picks each row, in any order of addition. Unlike a gather, which would have to count
-        rows, the sum never waits for the card."""
+        rows, the sum never waits for the card.
+        """
         x = torch.where(is_mine, x, -0.0)
         with self.time.of(x):
             dist.all_reduce(x, group=self.group)

@@ -92,7 +92,8 @@ def _replay(model: Model, pool: BlockPool, sequence: Sequence, given: TokenArray
 def needed_from(geometry: KVGeometry, layer: int, stop: int) -> int:
     """The first token whose input at `layer` affects window state at `stop`; for `num_layers` it is `stop` itself.
 
-    If the result is negative, every token counts."""
+    If the result is negative, every token counts.
+    """
     return stop - geometry.replay_reach[layer] if layer < geometry.num_layers else stop
 
 
@@ -137,7 +138,8 @@ class _Part:
     def run(self, x: Tensor, positions: Tensor, position: int, num_tokens: int, keep: int) -> Tensor | None:
         """x [N, D], normed, holds tokens from `position` on, of which `num_tokens` are real and the others padding.
         Returns the output of rows from `keep` on; returns None if there are no such rows, so that only window state was
-        updated."""
+        updated.
+        """
         attention, window = self.attention, self.sequence.window
         rope = self.model.rope(attention.kind, positions)
         # 1. Window KV of all rows: the ring takes the rows before the first query; the others are lined up behind it.

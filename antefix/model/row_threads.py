@@ -68,7 +68,8 @@ def run_each(works: Sequence[Callable[[Meeting], T]]) -> list[T] | None:
     """Run each work on its own thread, the first one on this thread; torch's operations do not use further threads.
 
     Returns None if the threads were busy with another call, in which case nothing has run. An error in one of the works
-    is raised here after all works have ended."""
+    is raised here after all works have ended.
+    """
     if not _in_use.acquire(blocking=False):
         return None
     threads = torch.get_num_threads()

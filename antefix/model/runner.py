@@ -130,7 +130,8 @@ class Ran:
     """The computed new tokens of a batch. Sequences do not advance until tokens are kept.
 
     logits: as requested. streams: [tokens, M, D] after the last layer, in the order of the batch. Tokens that are not
-    kept leave only rows of the pool, which the next tokens at these positions overwrite."""
+    kept leave only rows of the pool, which the next tokens at these positions overwrite.
+    """
 
     logits: Tensor
     streams: Tensor
@@ -357,7 +358,8 @@ class _Split:
     """Which rows of the batch belong to sequences that run one token, and which items run more tokens.
 
     rows: the rows of the sequences that run one token. In a decode step these rows are neighbours, so the result is a
-    slice."""
+    slice.
+    """
 
     def __init__(self, items: list[Item], single: list[Item], device: torch.device) -> None:
         self.longer = [item for item in items if item.step is None]

@@ -199,7 +199,8 @@ class PendingChunk:
 
     seat_numbers, firsts, starts: for each sequence of the call, its seat, its position before the call and its first
     row. counts: how many tokens the sequence was given; kept: how many are kept; moved: how many its seat has been
-    updated for."""
+    updated for.
+    """
 
     seats: Seats
     new: NewRows

@@ -64,7 +64,8 @@ def step_integers(
 @dataclass(frozen=True, slots=True)
 class _Closing:
     """The groups of one kind that a step closes: slots [S] int32 of their entries (-1: this sequence closes none), the
-    place of their rows, and cos and sin at their first tokens."""
+    place of their rows, and cos and sin at their first tokens.
+    """
 
     slots: Tensor
     closes: Tensor
@@ -78,7 +79,8 @@ class _Closing:
 class SeatedSteps:
     """One forward pass over sequences that run one token each, whose window states have seats.
 
-    integers: made by `step_integers`, on the card. write: whether entries of complete groups are written."""
+    integers: made by `step_integers`, on the card. write: whether entries of complete groups are written.
+    """
 
     def __init__(
         self, model: Model, pool: BlockPool, seats: Seats, integers: Tensor, *, write: bool, reproducible: bool

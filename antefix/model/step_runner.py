@@ -91,7 +91,8 @@ class StepRunner:
     over_ranks: whether graphs of a model over several ranks are recorded too. Exchanges between ranks are then part of
         the graphs, so all ranks record the same steps in the same order. chunks: whether short calls of several tokens
         per sequence also share launches (`antefix.model.seated_chunks`). The runner of steps belongs to one thread,
-        like the pool."""
+        like the pool.
+    """
 
     def __init__(self, *, reproducible: bool, graphs: bool, over_ranks: bool = False, chunks: bool = False) -> None:
         self._reproducible, self._wants_graphs = reproducible, graphs
@@ -311,7 +312,8 @@ class StepRunner:
     @torch.inference_mode()
     def prepare(self, model: Model, pool: BlockPool, num_sequences_max: int) -> None:
         """Record steps of up to `num_sequences_max` sequences with short tables now instead of at their first use.
-        Steps that do not fit into PREPARE_S are recorded at their first use."""
+        Steps that do not fit into PREPARE_S are recorded at their first use.
+        """
         seats, started = self.seats(model), time.monotonic()
         seats.reserve(num_sequences_max)
         if model.ranks is not None:

@@ -122,7 +122,8 @@ class Steps:
     def keep(self, which: collections.abc.Sequence[int]) -> None:
         """Add the tokens of these sequences to their window states. The caller advances the positions.
 
-        Call it once per sequence. Before their window states are changed, a failed call can be repeated."""
+        Call it once per sequence. Before their window states are changed, a failed call can be repeated.
+        """
         if self._window_rows is None:
             self._window_rows = torch.stack(self._new_window, 1)
         for s in which:

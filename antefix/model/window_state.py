@@ -14,7 +14,8 @@ Bytes of a state at position P (all numbers little-endian; floats are float32, f
 S is c for HCA, 2 c (2 c_I) for CSA. Gates include the position bias. Before token n_win the oldest records are zeros;
 before the first closed group the overlap's kv is 0 and its gate -inf. At a block boundary tails are empty and the size
 is `layout.checkpoint_bytes`. The oldest of the n_win window entries is never read again, because a query sees only the
-n_win - 1 tokens before its own."""
+n_win - 1 tokens before its own.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ class CompressorState:
     """One compressor's state between calls.
 
     tail: [2, ratio, S] kv and gate of the tokens in the unfinished group; rows from `position % ratio` on mean nothing.
-    overlap: [2, m, C] the Ca rows of the last complete group; None for HCA."""
+    overlap: [2, m, C] the Ca rows of the last complete group; None for HCA.
+    """
 
     tail: Tensor
     overlap: Tensor | None
@@ -54,7 +56,8 @@ class DraftState:
 
     ring: [n_win, c] the draft layer's window KV; the entry of position p lies in slot p mod n_win. first, end: the
     state has entries of positions [first, end), of which the last n_win are kept. streams: [M * D] or [M, D] of the
-    token at `end`; None: they have been used."""
+    token at `end`; None: they have been used.
+    """
 
     ring: Tensor
     first: int
@@ -310,7 +313,8 @@ class Sequence:
     """A sequence as `forward` needs it: its blocks of global KV in order, and the window state at its end.
 
     block_table: pool ids; block i holds tokens [i * block_size, (i + 1) * block_size). The block table must reach the
-    last token that is to be computed; the last block may be unfinished."""
+    last token that is to be computed; the last block may be unfinished.
+    """
 
     block_table: list[int]
     window: WindowState

@@ -52,7 +52,8 @@ class Bucket(Protocol):
         """Objects below a folder such as `segments/`, by name.
 
         after: only objects whose names come later in order; a name with its folder. num_max: at most this many objects,
-        the first by name."""
+        the first by name.
+        """
 
     async def delete(self, names: Sequence[str]) -> None:
         """Delete objects. Deleting a name that does not exist is no error."""

@@ -2,7 +2,8 @@
 updated from footers of segments.
 
 The index may be a moment older than the bucket. A new record is found after the next refresh; a read of a deleted
-record is a miss."""
+record is a miss.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ class Catalog:
     """The catalog is used from one event loop; any thread may call `find` and `lose`.
 
     num_unreadable: the number of segments without a valid footer. The records of such segments cannot be found until a
-    repair."""
+    repair.
+    """
 
     def __init__(self, bucket: Bucket, *, clock_ms: Callable[[], int] = wall_ms) -> None:
         self.bucket: Final = bucket

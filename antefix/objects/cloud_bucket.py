@@ -48,7 +48,8 @@ _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 def signs_objects(environment: Mapping[str, str]) -> bool:
     """Whether the signature of a PUT to S3 includes the object's digest: over plain HTTP to another host it does, so
     that the server refuses an object that changed on its way. Over TLS, and on this host, nothing can change an object
-    on its way."""
+    on its way.
+    """
     endpoints = [urlsplit(environment[name]) for name in _ENDPOINTS if environment.get(name)]
     return any(each.scheme == "http" and not _is_here(each.hostname or "") for each in endpoints)
 

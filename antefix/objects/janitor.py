@@ -2,7 +2,8 @@
 janitor of an object store.
 
 Hosts need no coordination, because all make the same decisions: they delete expired segments and the oldest ones, and a
-tile of the index follows from the segments of its period. Readers need no notice (docs/OBJECT_STORE.md)."""
+tile of the index follows from the segments of its period. Readers need no notice (docs/OBJECT_STORE.md).
+"""
 
 from __future__ import annotations
 

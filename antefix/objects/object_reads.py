@@ -58,7 +58,8 @@ class ObjectReadCounters:
 class ObjectWanted:
     """A record to read.  into: gives the buffer for its payload, once the length is known.
 
-    header: set when the header has been read. problem: why a check failed; empty if no check has failed."""
+    header: set when the header has been read. problem: why a check failed; empty if no check has failed.
+    """
 
     hash: bytes
     place: Place

@@ -24,7 +24,8 @@ SEGMENT_BYTES: Final = 32 << 20
 class ObjectSettings:
     """How records are written. ttl_s: by kind of record, the time to live since the record was written; 0: for ever.
 
-    plans: how payloads are compressed. statements: by fingerprint."""
+    plans: how payloads are compressed. statements: by fingerprint.
+    """
 
     segment_bytes: int = SEGMENT_BYTES
     ttl_s: Mapping[RecordKind, float] = field(default_factory=dict)

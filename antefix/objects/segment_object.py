@@ -1,6 +1,7 @@
 """The bytes of a segment in the object tier: its name, its records, footer and trailer. Knows bytes, never a bucket.
 
-docs/OBJECT_STORE.md has the layout; docs/FORMAT.md says what a record is."""
+docs/OBJECT_STORE.md has the layout; docs/FORMAT.md says what a record is.
+"""
 
 from __future__ import annotations
 

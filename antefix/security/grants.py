@@ -129,7 +129,8 @@ class Granter:
 
     def grant_for(self, keyring: Keyring, tenant: str, tokens: TokenArray, *, ttl_s: float) -> bytes:
         """A signed grant for a tenant's prompt. The grant covers records named under any of the deployment's
-        secrets."""
+        secrets.
+        """
         return self.grant(owners_of(keyring, tenant), prompt_root(keyring, tokens), ttl_s=ttl_s)
 
     def lasting_grant(self, keyring: Keyring, tenant: str, *, ttl_s: float) -> bytes:

@@ -1,7 +1,8 @@
 """Checks each call before it is served: the caller's identity, the access table, and the router's grant if needed.
 
 For every call of every service, `antefix.rpc` asks the guard. `admitted()` returns the admitted caller within the task
-that serves the call."""
+that serves the call.
+"""
 
 from __future__ import annotations
 

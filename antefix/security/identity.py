@@ -53,7 +53,8 @@ class Identity:
     """A caller.  tenants: the tenants that it may act for; "*" means all.  hosts: the host names in its certificate.
 
     expires_s: Unix time at which the caller's certificate expires; infinite without a certificate. key_id: the id of
-    its API key."""
+    its API key.
+    """
 
     role: Role
     name: str = ""

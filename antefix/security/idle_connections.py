@@ -4,7 +4,8 @@ gRPC reports a connection only with the calls on it. So idle connections are fou
 the process. Only connections without a running call are closed, beginning with those that never had a call. Connections
 of other services of the deployment serve many callers, so they are never closed and do not count. Only Linux lists the
 descriptors of a process. On other systems a port still has a total limit, and idle connections are closed after two
-minutes (`antefix.rpc`)."""
+minutes (`antefix.rpc`).
+"""
 
 from __future__ import annotations
 

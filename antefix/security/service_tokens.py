@@ -2,7 +2,8 @@
 
 The secret itself is never sent. A token contains a role, the time, and a MAC over both of them and the method. The
 token is valid for this method and for one minute, so a process that listens in place of a dead one gets no lasting
-credentials."""
+credentials.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ class Store(Protocol):
     tenant: the owner that the records must have (`Keyring.owner`); empty: any owner. Clients with the deployment's
     secret (`antefix.store_files.seal.Seals`) accept sealed records only: a record without a valid seal is a miss.
 
-    Every method may raise Unavailable or DeadlineExceeded; workers treat either error as a cache miss and count it."""
+    Every method may raise Unavailable or DeadlineExceeded; workers treat either error as a cache miss and count it.
+    """
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
         """The longest stored prefix of `chain`. The answer never promises a block that a read would not find."""
@@ -49,23 +50,27 @@ class Store(Protocol):
         """Store records in order. When this call returns, the records are durable, except handoffs, which are kept only
         in memory.
 
-        A block whose parent is not stored is refused, so that every stored block has all blocks before it."""
+        A block whose parent is not stored is refused, so that every stored block has all blocks before it.
+        """
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
         """Tell the store that the caller found the content of these records unusable, although their checksums are
         right. The reported records are misses until they are put again. Reporting never raises: if the call does not
-        reach the store, the store returns the same records again and the caller rejects them again."""
+        reach the store, the store returns the same records again and the caller rejects them again.
+        """
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell the store how a fingerprint's payloads are laid out, so that it can compress them.
 
         statement: `Fingerprint.statement`, the values that the fingerprint was hashed from; empty if they are not
-        known."""
+        known.
+        """
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
         """Protect an owner's records, and the records that they depend on, from eviction for `duration_s`; 0 unpins.
 
-        Returns how many of the named records are stored."""
+        Returns how many of the named records are stored.
+        """
 
     async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
         """Delete an owner's records and all records that depend on them, even pinned ones.

@@ -44,7 +44,8 @@ class Breaker:
     """The breaker of one client.
 
     num_slow: calls that exceeded their time limit. num_spared: calls that failed at once, so that the store was not
-    asked."""
+    asked.
+    """
 
     def __init__(self, *, slack_s: float = SLACK_S, clock: Callable[[], float] = time.monotonic) -> None:
         """slack_s: seconds that a call may take in addition to moving its bytes."""

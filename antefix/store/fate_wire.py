@@ -1,6 +1,7 @@
 """Converts `BlockFate`, the reason why a block was not found, from and to protobuf.
 
-The protobuf names "stored" and "unknown" are older than `MissReason`, so they stay."""
+The protobuf names "stored" and "unknown" are older than `MissReason`, so they stay.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 A thread that waits for a disk cannot be stopped, and it writes into its buffers when the disk answers again. So a read
 that was given up calls back when its thread has ended, and the buffers' owner keeps them until then. While a read
 hangs, no other read begins, so at most the threads of one pool hang. When any of the hanging reads ends, the disk is
-known to answer again."""
+known to answer again.
+"""
 
 from __future__ import annotations
 

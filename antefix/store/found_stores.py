@@ -42,7 +42,8 @@ class FoundStores(ManyStores):
         hosts spread their writes over all stores.
 
         may_call: raises ConfigError for an address that must not be called. options: the further arguments of
-        `ManyStores`."""
+        `ManyStores`.
+        """
         super().__init__(named, **options)
         self._named = tuple(named)
         self._near = frozenset(near)

@@ -27,7 +27,8 @@ class LocalStore(RemoteStore):
     """A client of a store service whose files are on this host: it reads the files itself.
 
     Connects when first used. The client reconnects after the service restarts, and reopens the index after the index
-    was rebuilt."""
+    was rebuilt.
+    """
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 The combined store keeps the promises of `antefix.store.api.Store`, with one exception: its look-ups rely on the
 stores' events, which arrive a moment late, and on the stores that answered in time. So a read may miss a block that a
-look-up promised. A store that fails is not asked for a short time. A call fails only if no store answers."""
+look-up promised. A store that fails is not asked for a short time. A call fails only if no store answers.
+"""
 
 from __future__ import annotations
 

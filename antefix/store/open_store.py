@@ -183,7 +183,8 @@ def open_stores(
 
     near: names of the stores that are written to; if none is given, those with a directory, or else the first. more,
     copies, make_feed: as for `ManyStores`. sources: finders of further stores; call `ManyStores.start` first. may_call:
-    raises ConfigError for the address of a found store that must not be called."""
+    raises ConfigError for the address of a found store that must not be called.
+    """
     if len(where) == 1 and not sources and not more:
         return open_store(where[0], seals=seals)
     chosen = list(near) or [each.name for each in where if each.directory]
@@ -217,7 +218,8 @@ def _member(where: StoreAddress, seals: Seals | None, *, near: bool = False) -> 
 def feed_maker(redis: RedisAccess | str, keys: EventKeys, room: FeedRoom) -> Callable[[Member, bytes], StoreFeed]:
     """A function that makes the feed of a store's events: through Redis if `redis` is given, else from the store.
 
-    room: the common limit on the names that all feeds hold together."""
+    room: the common limit on the names that all feeds hold together.
+    """
 
     def make(member: Member, fingerprint: bytes) -> StoreFeed:
         watch, name = member.store.watch, member.address
@@ -227,7 +229,12 @@ def feed_maker(redis: RedisAccess | str, keys: EventKeys, room: FeedRoom) -> Cal
 
 
 def local_copies(config: Any) -> LocalCopies | None:
-    """The object that copies popular records, as `StoresConfig`'s settings ask; None if they turn copying off."""
+    """The copier that `StoresConfig`'s settings ask for; None if they turn copying off.
+
+    Raises:  ConfigError: a setting is negative.
+    """
+    for name in ("local_copies_bytes", "local_copies_ttl_s"):
+        require(getattr(config, name) >= 0, f"{name} must not be negative, is {getattr(config, name)}")
     if not config.local_copies_bytes:
         return None
     return LocalCopies(bytes_max=config.local_copies_bytes, ttl_s=config.local_copies_ttl_s)

@@ -2,7 +2,8 @@
 
 gRPC's blocking client is used here in a thread: it takes a quarter less processor time per megabyte than the asyncio
 client. Checking and copying megabytes would also block the event loop. All other parts of a store's client work without
-blocking."""
+blocking.
+"""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ class PayloadsWanted:
 class PayloadsRead:
     """num_good: the number of leading payloads that passed all checks.
 
-    forged: the hash of the record after the good ones if its seal is not valid; empty otherwise."""
+    forged: the hash of the record after the good ones if its seal is not valid; empty otherwise.
+    """
 
     num_good: int
     forged: bytes = b""

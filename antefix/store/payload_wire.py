@@ -3,7 +3,8 @@ allocation in each direction.
 
 A message whose payload field comes last consists of the protobuf encoding of its other fields, the payload's tag and
 length, and the payload. The encoding that this module writes and reads is exactly protobuf's. So any gRPC client can
-talk to the store, and our client does not parse megabytes with protobuf."""
+talk to the store, and our client does not parse megabytes with protobuf.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ class BlankMessage:
     """A GetResponse whose payload is still to be read, straight into the bytes that gRPC will send.
 
     gRPC sends bytes objects only, and joining one from parts would copy every payload once more. Until `finish`, only
-    this object's owner holds the bytes."""
+    this object's owner holds the bytes.
+    """
 
     __slots__ = ("_raw", "_seals_at", "_view", "payload")
 

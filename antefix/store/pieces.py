@@ -140,7 +140,8 @@ class OutgoingPieces:
     def messages(self, num_good: int, *, last: bool) -> list[bytes]:
         """The messages that the leading `num_good` payloads complete, without those returned before.
 
-        last: no further payload is good, so the end of the last good payload is sent too, in a shorter piece."""
+        last: no further payload is good, so the end of the last good payload is sent too, in a shorter piece.
+        """
         end = self._ends[num_good]
         out = []
         while self._unsent and self._sent_bytes + self._unsent[0].nbytes <= end:

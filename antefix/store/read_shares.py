@@ -3,7 +3,8 @@ to finish it first. No I/O.
 
 This order prefers near tiers, which are faster, until so many pieces wait for a near tier that a tier farther away
 would finish sooner. `read_tiers` uses this assignment at the start of a read, and again for the pieces that a tier
-failed to deliver."""
+failed to deliver.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Piece:
 def pieces_of(held: Mapping[int, Held], num_blocks: int, block_bytes: int) -> list[Piece]:
     """Cut the leading blocks that some tier holds into pieces, each with one set of holders.
 
-    held: which blocks each tier has, by the tier's number."""
+    held: which blocks each tier has, by the tier's number.
+    """
     blocks_max = max(1, PIECE_BYTES // max(1, block_bytes))
     pieces = []
     for start, stop, holders in _runs(held, num_blocks):

@@ -33,7 +33,8 @@ _ALONE_S: Final = 10.0
 class PrefixRead:
     """num_good: the number of leading blocks that were read and verified.
 
-    reads: how many of the blocks each tier delivered. errors: the errors of tiers that failed."""
+    reads: how many of the blocks each tier delivered. errors: the errors of tiers that failed.
+    """
 
     num_good: int = 0
     reads: list[TierRead] = field(default_factory=list)
@@ -60,7 +61,8 @@ async def read_tiers(tiers: Sequence[Tier], held: Mapping[int, Held], wanted: Wa
     held: which blocks each tier should have, by the tier's number. A block that the tier lacks is read from another
     tier, or ends the prefix.
 
-    After this call has returned, was cancelled or raised anything but ReadHangs, no thread writes to the buffers."""
+    After this call has returned, was cancelled or raised anything but ReadHangs, no thread writes to the buffers.
+    """
     return await _Reading(tiers, held, wanted).run()
 
 

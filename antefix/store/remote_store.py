@@ -268,7 +268,8 @@ class RemoteStore:
         would keep these records otherwise.
 
         The call is not delayed, because the store would otherwise refuse the good records that are put next under the
-        same names."""
+        same names.
+        """
         for forged in hashes:
             log.warning("a %s in the store was not sealed by this deployment: %s", kind.name.lower(), forged.hex())
         if hashes and kind not in MEMORY_KINDS:

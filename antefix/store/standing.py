@@ -7,7 +7,8 @@
 
 The waiting time follows from the tier's own answer times, like TCP's retransmission timeout: their mean plus four times
 their mean deviation. So a store that slows down under load gets more time, and a store that hangs costs a few seconds
-in all (`antefix.pulse` finds its connection silent before that)."""
+in all (`antefix.pulse` finds its connection silent before that).
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class Standing:
     """The state of one tier.
 
     returned_s: the time at which the tier's connection last noticed that the tier answers again. clock: monotonic
-    seconds."""
+    seconds.
+    """
 
     def __init__(
         self,

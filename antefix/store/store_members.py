@@ -32,7 +32,8 @@ class Member:
     near: whether records are written to this store. feed: knows from events which records the store holds; None: the
     store is asked. registered: fingerprints whose layouts were registered with the store. address: of the store's
     service; empty: not known. page_cache: the tier of its records that are in this host's page cache; None: its files
-    are not read here."""
+    are not read here.
+    """
 
     tier: Tier
     store: Store
@@ -48,7 +49,8 @@ class Members:
 
     After these tiers, only `readable` also has the page caches of stores whose files are read here. A page cache is not
     asked which records it has, because its store reports them. The speeds of reads from the page cache are measured
-    apart from those of the disk."""
+    apart from those of the disk.
+    """
 
     def __init__(self, members: Sequence[Member], more: Sequence[Tier] = (), *, before: Members | None = None) -> None:
         """before: the object that this one replaces; late answers to that object still update the tiers' speeds."""

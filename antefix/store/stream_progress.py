@@ -24,7 +24,8 @@ class Progress:
     position have arrived undamaged.
 
     seals: if given, only sealed payloads are accepted. tenant: the owner that payloads must then have; empty: any
-    owner. sealed: if given, the sealed part of each payload's header is appended to it."""
+    owner. sealed: if given, the sealed part of each payload's header is appended to it.
+    """
 
     kind: RecordKind
     hashes: Sequence[bytes]

@@ -2,7 +2,8 @@
 
 A tier is the page cache of a worker's own host, its own disk, another host's store, or an object store. Readers treat
 all tiers alike: they know which blocks a tier holds and how fast it is. Blocks that a tier does not have, or does not
-deliver in time, are read elsewhere or computed."""
+deliver in time, are read elsewhere or computed.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +41,8 @@ _TYPICAL_BYTES: Final = 32e6
 class TierSource(Protocol):
     """The calls that a source of a tier must answer. Every `antefix.store.api.Store` is a TierSource.
 
-    Each call may raise Unavailable or DeadlineExceeded, and readers treat either error as a cache miss."""
+    Each call may raise Unavailable or DeadlineExceeded, and readers treat either error as a cache miss.
+    """
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
         """Which blocks and checkpoints of `chain` the source has; `chain` may be a part of a chain."""
@@ -51,7 +53,8 @@ class TierSource(Protocol):
         """Fill `into[i]` with block `hashes[i]` and verify it. Returns the number of leading blocks that passed all
         checks.
 
-        After this call has returned, raised or was cancelled, no thread writes to `into`."""
+        After this call has returned, raised or was cancelled, no thread writes to `into`.
+        """
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
         """One verified payload; None if the tier does not have it."""
@@ -74,7 +77,8 @@ class TierSpeed:
     The prediction is a fitted linear law times a factor: how much slower than the law recent reads were. The law needs
     dozens of reads to change by an order of magnitude. The factor needs only a few reads, for example when a host is
     cut off or a disk fails. While the tier is not read, a slowdown decays, because a tier that is avoided as slow would
-    otherwise never be tried again. The planner uses this object like a `LinearLaw`."""
+    otherwise never be tried again. The planner uses this object like a `LinearLaw`.
+    """
 
     def __init__(self, kind: TierKind, clock: Callable[[], float] = time.monotonic) -> None:
         latency_s, bytes_per_s = _PRIORS[kind]

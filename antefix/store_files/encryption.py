@@ -7,7 +7,8 @@ and times stay readable; they contain no tokens and no text. The associated data
 cannot be used under another name. The encryption itself is done by the cryptography package.
 
 If it is not necessary to delete the keys of single tenants, all keys can be made from one master file
-(`KeyRing.from_master_file`)."""
+(`KeyRing.from_master_file`).
+"""
 
 from __future__ import annotations
 

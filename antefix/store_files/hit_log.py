@@ -3,7 +3,8 @@
 One line per call: `time_us kind hash[,hash...]`, kind "stored" or "read", hashes in hex. A read names the last block
 that was used; using a block uses all blocks before it. Log files rotate by size, and a file's name is the time of its
 first line. Log lines are passed to the operating system, but not synced to disk. A line lost in a power cut leaves a
-real hit without evidence; it never gives evidence for a false hit."""
+real hit without evidence; it never gives evidence for a false hit.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class StoreLog:
     """Writes the log, in the one process that writes the store. Methods of the log may be called from any thread.
 
     A log line that cannot be written is lost. A lost line costs the evidence of a hit, but no read or write of the
-    store fails."""
+    store fails.
+    """
 
     def __init__(self, directory: Path, *, file_bytes: int = FILE_BYTES) -> None:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)

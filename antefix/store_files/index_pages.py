@@ -277,7 +277,8 @@ class PageTxn:
     newest one.
 
     So several calls in a row may see different states, but never an older one after a newer one. No call ever sees an
-    uncommitted state."""
+    uncommitted state.
+    """
 
     def __init__(self, file: PageFile) -> None:
         self._file = file

@@ -35,7 +35,8 @@ class PageCache:
     """The page cache's share of one store's records. Thread-safe.
 
     num_sampled, num_cached: blocks sampled so far, and those of them that were in the page cache. The counts are
-    approximate, because threads count without a lock."""
+    approximate, because threads count without a lock.
+    """
 
     def __init__(self, index: Index, files: SegmentFiles) -> None:
         self._index = index

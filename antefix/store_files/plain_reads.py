@@ -4,7 +4,8 @@ This reader makes every check of `read_runs`, but over arrays of headers. For a 
 Python's work between two system calls costs as much as the checksum, because the other threads wait for Python's lock.
 Either all blocks pass the checks, or none counts as read. If a check fails, or if a record is compressed, encrypted or
 of version 1,
-`read_runs` reads the records one by one and says what is wrong."""
+`read_runs` reads the records one by one and says what is wrong.
+"""
 
 from __future__ import annotations
 
@@ -129,7 +130,8 @@ class PlainReads:
         All blocks are located in the index before any thread reads: LMDB releases Python's lock for each key, which
         would wake waiting threads each time for nothing.
 
-        tenant: as for `RunReader.read`. num_threads: how many threads will read."""
+        tenant: as for `RunReader.read`. num_threads: how many threads will read.
+        """
         index = self._index
         with index.txn() as txn:
             fingerprint_id = index.fingerprint_id(txn, fingerprint)
@@ -160,7 +162,8 @@ class PlainReads:
         cannot be read. The read data may be used only after `is_right` has checked all of it.
 
         Between two preadv calls the reader does nothing else, for two reasons. The copied data pushes everything else
-        out of the core's caches. Hashing releases Python's lock, for which other threads wait."""
+        out of the core's caches. Hashing releases Python's lock, for which other threads wait.
+        """
         preadv, digest, checksums, seals = os.preadv, xxhash.xxh3_128_digest, wanted.checksums, self._seals
         while waiting:
             try:

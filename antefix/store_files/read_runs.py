@@ -41,7 +41,8 @@ class Wanted:
     """One record to read: its place according to the index, and the buffers for its payload, in one or more parts.
 
     sealed: the sealed part of the header, once it has been read. forged: whether the record is undamaged but has no
-    valid seal."""
+    valid seal.
+    """
 
     number: int
     hash: bytes

@@ -20,7 +20,8 @@ def draft_of(
     """The header, without place and payload checksum, and the stored bytes.
 
     coded: the payload compressed with codec 1; None: the payload is stored uncompressed. keys: if given, the payload is
-    encrypted."""
+    encrypted.
+    """
     body = memoryview(record.payload if coded is None else coded).cast("B")
     header = RecordHeader(
         payload_checksum=bytes(16),

@@ -82,7 +82,8 @@ class RecordHeader:
     """The header of 256 bytes before each payload. Not to be changed.
 
     tenant: tenant and user digest, 24 bytes; in version 1 the tenant's name in UTF-8. generation: of the secret that
-    named and sealed the record; 0: it has no seal. family: `antefix.block.Family.code`."""
+    named and sealed the record; 0: it has no seal. family: `antefix.block.Family.code`.
+    """
 
     payload_checksum: bytes
     hash: bytes
@@ -281,7 +282,8 @@ def expected_checksum(
     """The payload checksum in a header, if the header is exactly the expected one; otherwise None.
 
     A reader makes only this check for every record, because building a whole RecordHeader would cost more than hashing
-    a small payload."""
+    a small payload.
+    """
     places = _places_of(raw, seed, kind, block_hash, fingerprint)
     if (
         places is None
@@ -297,7 +299,8 @@ def plain_record(
 ) -> tuple[int, bytes] | None:
     """Payload bytes and checksum in a header, if the header is the one expected at this place; otherwise None.
 
-    This check is for readers without an index entry, of records that are neither compressed nor encrypted."""
+    This check is for readers without an index entry, of records that are neither compressed nor encrypted.
+    """
     places = _places_of(raw, seed, kind, block_hash, fingerprint)
     if places is None:
         return None

@@ -113,7 +113,8 @@ def preadv_cached(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
 def preadv_full(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
     """Like os.preadv, but for any number of buffers, and continued after a short read.
 
-    Returns the number of bytes read, which is smaller than requested only at the end of the file."""
+    Returns the number of bytes read, which is smaller than requested only at the end of the file.
+    """
     total = 0
     for first in range(0, len(buffers), _IOV_MAX):
         part = buffers[first : first + _IOV_MAX]

@@ -68,7 +68,8 @@ class ReadOutcome:
 
     locked: the read stopped at an encrypted record for which this reader has no keys; the service may have them.
     forged: records that are undamaged but have no valid seal. The store cannot check seals, so it must be told about
-    forged records."""
+    forged records.
+    """
 
     num_good: int = 0
     bytes_read: int = 0

@@ -1,7 +1,8 @@
 """The request that the running code works for: its id and its W3C trace context, for every log line and every call.
 
 Between processes, the id and the trace context travel in gRPC's metadata (`outgoing`, `incoming`). Within a process
-they are in context variables, which each task has of its own."""
+they are in context variables, which each task has of its own.
+"""
 
 from __future__ import annotations
 

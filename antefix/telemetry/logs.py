@@ -113,7 +113,8 @@ class _Formatter(logging.Formatter):
     error is one of ours.
 
     The message of a KeyError, a UnicodeDecodeError or a library's error may hold the value that the error is about,
-    such as text of a request, or a key."""
+    such as text of a request, or a key.
+    """
 
     def formatException(self, exc_info: Any) -> str:
         return trace_of(exc_info[1]) if exc_info and exc_info[1] is not None else ""

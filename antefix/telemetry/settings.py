@@ -64,7 +64,8 @@ def serve_metrics(config: TelemetryConfig, registry: Registry, security: Process
     """Serve these metrics, and those of `security`, until the process ends, if the settings ask for it.
 
     Returns the address, or "". Raises: ConfigError: the metrics address cannot be listened on, or other hosts could
-    read metrics without TLS."""
+    read metrics without TLS.
+    """
     registry.add(security.metrics)
     if not config.metrics_address:
         return ""

@@ -3,7 +3,8 @@ name.
 
 A table has a row for each field, so that a test can find fields that are not shown. Names follow Prometheus'
 convention: the unit comes last (`_seconds`, `_bytes`). The `_total` of counters is left out here, because the output
-format adds it."""
+format adds it.
+"""
 
 from __future__ import annotations
 

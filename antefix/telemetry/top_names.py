@@ -3,7 +3,8 @@ as one. Pure.
 
 Each value of a label is a separate series in every scraper, so the number of values is limited. Which names are shown
 changes slowly: a name takes another's place when it was used twice as often lately. When a name loses its place, its
-series ends, and its later uses count as others; sums over increases stay right."""
+series ends, and its later uses count as others; sums over increases stay right.
+"""
 
 from __future__ import annotations
 

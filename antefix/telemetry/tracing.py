@@ -1,7 +1,8 @@
 """Trace spans, which are sent by OTLP if an endpoint is set. If tracing is off, which is the default, a span is one
 shared object that does nothing.
 
-OpenTelemetry is an optional extra (`otel`): none of its modules is imported before `start_tracing`."""
+OpenTelemetry is an optional extra (`otel`): none of its modules is imported before `start_tracing`.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ def serving(name: str, **attributes: Value) -> Iterator[Span]:
     """A span around the serving of one call, whose caller's trace context has been bound (`context.incoming`).
 
     The task's own context keeps the span: a generator that is closed late is closed in another context, which could not
-    restore the span before it."""
+    restore the span before it.
+    """
     if _tracer is None:
         yield _NO_SPAN
         return

@@ -1,7 +1,8 @@
 """Window state: which checkpoints to leave (strategy), how to resume from what is there (planner), how fast (rates).
 
 The package knows only lengths, sizes and seconds; never tokens, tensors, hashes or stores. The services and `antefix
-simulate` call the same functions."""
+simulate` call the same functions.
+"""
 
 from antefix.window.marks import BudgetState, Mark, OutputFacts, PromptFacts, Reason, Strategy, Tier
 from antefix.window.planner import Decision, Plan, PlanKind, RestorePlanner, StoredPrefix

@@ -39,7 +39,8 @@ class SparseRule:
     or a number of tokens before their end.
 
     stretch_tokens: the smallest number of new tokens that gets a checkpoint. below_tokens: the smallest number that
-    gets none any more; None: there is no such limit."""
+    gets none any more; None: there is no such limit.
+    """
 
     stretch_tokens: int
     below_tokens: int | None = None

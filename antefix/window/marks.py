@@ -59,7 +59,8 @@ class Mark:
     """Leave a checkpoint after `block` blocks.
 
     saved_tokens: how many tokens of computation the checkpoint is expected to save. Eviction uses this number: the
-    record's cost_s is the time to compute so many tokens."""
+    record's cost_s is the time to compute so many tokens.
+    """
 
     block: int
     reason: Reason
@@ -73,7 +74,8 @@ class BudgetState:
     """The bytes of checkpoints that the namespace holds, and the limit (None: the store's own budget is the limit).
 
     turnover_s: the turnover time of the store (`Turnover.seconds`); None while the store has room or the time is not
-    known."""
+    known.
+    """
 
     used_bytes: int = 0
     limit_bytes: int | None = None
@@ -87,7 +89,8 @@ class PromptFacts:
     num_tokens: the length of the prompt. num_stored_blocks: its longest stored prefix, before this request.
     resume_block: the boundary where the plan resumes; window state at boundaries before it will not be available.
     checkpoints: boundaries that have a checkpoint already. align_blocks: in reproducible mode, the prefill chunk in
-    blocks; 1 otherwise."""
+    blocks; 1 otherwise.
+    """
 
     num_tokens: int
     num_stored_blocks: int
@@ -122,7 +125,8 @@ class Strategy(Protocol):
         """Checkpoints to leave while prefilling: ascending boundaries in [resume_block, end], none stored yet.
 
         A checkpoint at `resume_block` itself is asked for only after a replay, because the state is exact there before
-        the first new token."""
+        the first new token.
+        """
 
     def at_output(self, facts: OutputFacts, sizes: Sizes) -> tuple[Mark, ...]:
         """Checkpoints to leave in the output, at block boundaries after the prompt's last boundary, in

@@ -55,7 +55,8 @@ class Sizes:
 
         Each layer runs the tokens that the layers above it need, and the top layer none (`antefix.model.replay`), so an
         exact replay's work is about half of its tokens. Window KV and projections of the tokens left out are not
-        counted: the measured replay law, which has these tokens as its unit, knows them."""
+        counted: the measured replay law, which has these tokens as its unit, knows them.
+        """
         return _replay_work_tokens(replayed, self.replay_reach)
 
     @property

@@ -38,6 +38,7 @@ class WindowPool(Protocol):
     async def nearest(self, names: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Found | None:
         """The first of `names` that the pool has, with its payload: for these sizes a look-up costs as much as a load.
 
-        tenant: the owner that the checkpoint must have, as in `antefix.store.api.Store`."""
+        tenant: the owner that the checkpoint must have, as in `antefix.store.api.Store`.
+        """
 
     async def close(self) -> None: ...

@@ -54,7 +54,8 @@ def is_owned(head: bytes, owner: bytes) -> bool:
     HEADER_BYTES bytes.
 
     owner: as in a record; without a user, all users of the tenant are meant. A damaged value does not tell its owner,
-    and no reader accepts it, so it is deleted as well."""
+    and no reader accepts it, so it is deleted as well.
+    """
     try:
         header = unpack_record_header(head, _SEED)
     except BlockCorrupt:

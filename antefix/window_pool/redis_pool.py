@@ -50,7 +50,8 @@ class RedisWindowPool:
     ) -> None:
         """seals: if given, only sealed checkpoints are accepted.
 
-        Raises:  ConfigError: the URL cannot be used. Nothing connects yet."""
+        Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
+        """
         self.bytes_max = bytes_max
         self.num_corrupt = self.num_forged = 0
         self._seals = seals
@@ -89,7 +90,8 @@ class RedisWindowPool:
 
     async def _get(self, name: bytes, key: str, fingerprint: bytes, tenant: bytes) -> bytes | None:
         """One checkpoint's payload. None: the checkpoint is gone, damaged or forged; if it is damaged or forged, it is
-        counted and deleted."""
+        counted and deleted.
+        """
         value = await self._ask(self._redis.get(key))
         if value is None:
             return None

@@ -11,7 +11,8 @@ The list of API keys is stored as JSON:
          "created": "2026-09-10T04:00:00Z", "expires": "2026-12-01T00:00:00Z", "revoked": "", "note": "laptop"}]}
 
 `number` counts the book's changes. A process that has a list of keys never accepts a list with a smaller number,
-because an older list still names keys as valid that were revoked later."""
+because an older list still names keys as valid that were revoked later.
+"""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@
 
 All little-endian. An entry's hash is BLAKE2b-256 over the previous entry's hash, sequence, kind and payload: an edit, a
 removal or a swap anywhere changes every hash after it. The crc of an entry covers everything after it, and detects an
-incomplete write."""
+incomplete write.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ at the end of the request.
 
 A reservation takes the most that a request can use, so concurrent requests can never exceed a limit together. The
 unused part is given back when the request ends. After a restart the counts are read from the ledger, so that no use is
-lost."""
+lost.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ class TenantLimits:
     """All limits of one tenant.  requests: how many may run at the same time.
 
     share: the tenant's weight when several tenants want the same workers. Workers' capacity that no other tenant wants
-    is free to this tenant, whatever its share."""
+    is free to this tenant, whatever its share.
+    """
 
     limits: tuple[Limit, ...] = ()
     requests: int | None = None

@@ -5,7 +5,8 @@ their sums.
 
 Each summary states which entries it replaces, the hashes before the first and after the last of them (so that the chain
 continues), the names and BLAKE2b hashes of the files that held them, and sums by month, tenant, model and currency.
-The summary is signed with the receipt key. With the pruned files at hand, anyone can recompute a summary."""
+The summary is signed with the receipt key. With the pruned files at hand, anyone can recompute a summary.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ _GLOB: Final = "pruned-*.json"
 class Total:
     """Sums for one month (UTC, by the requests' start), tenant, model and currency.
 
-    records: settled attempts. requests: those attempts that ended their request for good."""
+    records: settled attempts. requests: those attempts that ended their request for good.
+    """
 
     month: str
     tenant: str

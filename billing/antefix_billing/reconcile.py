@@ -52,7 +52,8 @@ class Verdict:
     """The result of verifying one ledger.
 
     head: the sequence number and the hash of the last entry. These should be kept elsewhere: a ledger whose end was cut
-    off is still a valid chain, but no longer has this entry. unsupported_hits: None if no log of a store was given."""
+    off is still a valid chain, but no longer has this entry. unsupported_hits: None if no log of a store was given.
+    """
 
     records: int
     open_requests: int
@@ -139,7 +140,8 @@ def verify(
     """Read the whole ledger and, if given, the logs of one or all stores.
 
     anchor: the last entry of the ledger as an earlier run reported it. The ledger must still have this entry with this
-    hash."""
+    hash.
+    """
     chain = _read(ledger, anchor, ())
     evidence = None if store_log is None else HitEvidence.of(chain.settled, store_log)
     return _verdict(chain, evidence, slack_us, has_anchor=anchor is not None)

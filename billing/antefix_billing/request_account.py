@@ -96,7 +96,8 @@ def settle(
     because of it.
 
     credited: the amount that this record's ledger has already returned for it. Calling this again with the same record
-    changes nothing and returns the same amount."""
+    changes nothing and returns the same amount.
+    """
     record = settled.record
     name = f"{record.source} {record.event_id}"
     running = None if account.running is not None and account.running.source == record.source else account.running

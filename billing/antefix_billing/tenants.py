@@ -8,7 +8,8 @@
 
 A tenant named "*" holds the limits of all tenants that are not named. Keys that are created and revoked at run time are
 in a separate file (`api_keys`). A file without any key is refused unless it has `keys = "none"`, because it would let
-everybody in."""
+everybody in.
+"""
 
 from __future__ import annotations
 

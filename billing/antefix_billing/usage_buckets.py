@@ -109,7 +109,8 @@ def openai_page(
     buckets: dict[int, dict[tuple[str, ...], Sums]], query: UsageQuery, *, next_page: str | None
 ) -> dict[str, Any]:
     """The answer in the form of OpenAI's API. The answer has a bucket for each span of time, even if nothing was used
-    in it."""
+    in it.
+    """
     data = [
         {
             "object": "bucket",

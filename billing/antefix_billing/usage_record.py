@@ -54,7 +54,8 @@ class OpenEntry:
     crash leaves a trace of the request.
 
     request_digest: keyed hash of prompt and sampling settings, in hex; a retry must have the same. started_us: Unix
-    microseconds."""
+    microseconds.
+    """
 
     request_id: str
     attempt: int

@@ -1,7 +1,8 @@
 """Every command and role by name: a description, and how to load it. One row per command.
 
 A loader imports inside a function, so that a command imports only the modules that it needs: `antefix --help` must not
-wait for torch, and the router and the store must start where torch is not installed."""
+wait for torch, and the router and the store must start where torch is not installed.
+"""
 
 from __future__ import annotations
 

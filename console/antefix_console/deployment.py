@@ -3,7 +3,8 @@
     kvstore -> prefill, decode -> router      each role is told the addresses of those before it
 
 A service prints its address to stdout once it serves. The stdin of a service is a pipe from this process, so the
-service ends when this process ends, in any way."""
+service ends when this process ends, in any way.
+"""
 
 from __future__ import annotations
 
@@ -295,7 +296,8 @@ class Deployment:
         """Start a router for the workers that are alive now. http_address: None stands for the deployment's address.
 
         The router takes the first ledger that no living router has. After a crash this is the dead router's ledger,
-        whose open bills the new router closes."""
+        whose open bills the new router closes.
+        """
         taken = {process.ledger_dir for process in self.processes if process.alive}
         ledger_dir = next(path for n in itertools.count() if (path := self.config.ledger_dir_of(n)) not in taken)
         http_address = self.config.http_address if http_address is None else http_address
@@ -323,7 +325,8 @@ class Deployment:
 
     def _threads(self) -> int:
         """The cores, divided among workers: two workers with all cores each would wait for each other after every
-        parallel loop."""
+        parallel loop.
+        """
         workers = max(1, self.config.num_prefill + self.config.num_decode)
         return max(1, usable_cores() // (workers * self.config.tensor_parallel_size))
 
@@ -449,7 +452,8 @@ class Deployment:
 
     def _write_targets(self) -> None:
         """Write the roles' addresses for Prometheus' file_sd_configs; ports change at each start
-        (deploy/prometheus.yml)."""
+        (deploy/prometheus.yml).
+        """
         targets = [
             {"targets": [each.metrics_address], "labels": {"role": each.role}}
             for each in self.processes
@@ -468,7 +472,8 @@ class Deployment:
     async def stop(self, tell: Callable[[str], None] = lambda _: None) -> list[RoleProcess]:
         """Stop the roles; a role stops before the roles that it uses. Returns the services that had to be killed.
 
-        tell: called with a text that says what is waited for."""
+        tell: called with a text that says what is waited for.
+        """
         if self._client is not None:
             await self._client.close()
         self._stop_by = time.monotonic() + self.config.grace_s

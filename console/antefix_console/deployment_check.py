@@ -1,5 +1,6 @@
 """Checks that a deployment of several hosts fits together: asks its services, from any host, and compares the
-answers."""
+answers.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ _SKEW_WARN: Final = 0.2
 class Asked:
     """One service, with its answer or the reason why it did not answer.
 
-    fingerprint: reported by workers and routers. lost_s_ago: for a worker that the router has lost, how long ago."""
+    fingerprint: reported by workers and routers. lost_s_ago: for a worker that the router has lost, how long ago.
+    """
 
     role: Role
     address: str

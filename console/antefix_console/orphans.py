@@ -27,7 +27,8 @@ def reap(own: Collection[int]) -> int:
 
     The id of a child is read before it is waited for: if an own child were waited for here, other code would never
     learn that it ended. As long as an own child that ended has not been waited for, the children behind it stay for the
-    next call."""
+    next call.
+    """
     num = 0
     while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
         if ended.si_pid in own:

@@ -3,7 +3,8 @@ behind.
 
 Stores come first and the object store last, because a store that still has records may upload them. Records that were
 being uploaded are found by repeating the purge until a round finds nothing. A store that does not answer does not delay
-the others."""
+the others.
+"""
 
 from __future__ import annotations
 

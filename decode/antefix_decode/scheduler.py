@@ -251,7 +251,8 @@ class Scheduler:
         self, ready: list[Running], items: list[tuple[Sequence, int, bool]], run: RunStep[Step]
     ) -> tuple[list[Running], list[Step]]:
         """The sequences whose step has run, and their steps. If the batch fails, each sequence runs alone, so that only
-        the faulty one fails."""
+        the faulty one fails.
+        """
         positions = [running.sequence.position for running in ready]
         try:
             return ready, await self._engine.compute.run_step(self._repaid_s, self._run_step, run, items)

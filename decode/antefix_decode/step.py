@@ -3,7 +3,8 @@
     draft -> run both tokens -> keep the first -> the sampler chooses what follows -> if that is the draft, keep it too
 
 A drafted token is kept only if the sampler chooses it from the main model's own logits. The sampler's random number
-depends on seed and position alone, so the output is, token for token, the one without drafting, greedy or not."""
+depends on seed and position alone, so the output is, token for token, the one without drafting, greedy or not.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ class Stepped:
     """A sequence after a step, which has advanced it by one token.
 
     drafted: the token that was run after the chosen one; None if none was. logits: [1 or 2, vocab] float32: for the
-    token after the chosen one, and for the token after the drafted one."""
+    token after the chosen one, and for the token after the drafted one.
+    """
 
     number: int
     ran: Ran
@@ -56,7 +58,8 @@ def run_and_choose(
 ) -> list[ChosenStep]:
     """`run_step` without drafts, which also chooses the next tokens on the card. Runs in the compute thread.
 
-    choosers: for each item, its sampler, and for how many of the likeliest tokens log probabilities are wanted."""
+    choosers: for each item, its sampler, and for how many of the likeliest tokens log probabilities are wanted.
+    """
     batch = [(sequence, np.array([token], np.uint32)) for sequence, token, _ in items]
     ran = run_tokens(engine.model, engine.pool, batch, ops=engine.ops)
     # While the card computes, the host evaluates the grammars.

@@ -71,7 +71,8 @@ class StepShares:
 
     def choose(self, able: list[R], computing: Collection[str] = ()) -> list[R]:
         """Choose, from the sequences that can run, those that do: per tenant the ones whose last step is longest ago.
-        computing: tenants whose prompts' chunks wait for the same thread."""
+        computing: tenants whose prompts' chunks wait for the same thread.
+        """
         self._number += 1
         counts = Counter(each.place.tenant for each in able)
         shares = {each.place.tenant: each.place.share for each in able}
@@ -87,7 +88,8 @@ class StepShares:
     def repaid_s(self, step: list[R], computing: Collection[str]) -> float | None:
         """How much of the time that other tenants' chunks took one step gives back to tenants that have only steps.
         None: no tenant has only steps. That time is `own * others' shares / their shares`, minus the time of other
-        tenants' sequences in the step."""
+        tenants' sequences in the step.
+        """
         shares = {place.tenant: place.share for place in self._places}
         alone = [each for each in step if each.place.tenant not in computing]
         if not alone or not computing:

@@ -61,7 +61,8 @@ def _usable_payload(engine: Engine, block_id: int) -> memoryview | None:
 
 async def store_end(engine: Engine, output: StorableOutput) -> None:
     """Store the checkpoint at the output's last boundary, from which the next turn continues. Returns when all is
-    durable."""
+    durable.
+    """
     window = output.boundary_window
     position = output.sequence.position
     for mark in marks_for_output(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):

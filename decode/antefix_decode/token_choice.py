@@ -33,7 +33,8 @@ class Constraint(Protocol):
 
 class Sampler:
     """One request's sampling. The random number for a position depends on seed and position alone (Philox as a
-    counter-based generator), so a request that continues on another worker gets the same tokens."""
+    counter-based generator), so a request that continues on another worker gets the same tokens.
+    """
 
     def __init__(
         self, sampling: Sampling, penalties: Penalties | None = None, constraint: Constraint | None = None
@@ -52,7 +53,8 @@ class Sampler:
         """The next token, which counts as output from now on. logits: [vocab] float32. position: how many tokens come
         before it.
 
-        Of equal logits the lowest id wins. Raises: InvalidRequest: no token can continue the output in its grammar."""
+        Of equal logits the lowest id wins. Raises: InvalidRequest: no token can continue the output in its grammar.
+        """
         if self._constraint is not None:
             logits = self._constraint.mask(logits)
         token = self._draw(self._penalties.apply(logits), position)
@@ -63,7 +65,8 @@ class Sampler:
         """The settings for choosing the next token on the card. After the card has chosen, the caller must call `take`.
 
         num_top: for how many tokens log probabilities are wanted. Raises: InvalidRequest: no token can continue the
-        output in its grammar."""
+        output in its grammar.
+        """
         return Wish(
             sampling=self._sampling,
             edits=self._penalties.edits(),

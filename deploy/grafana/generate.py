@@ -1,7 +1,8 @@
 """Writes the dashboards next to this file: `python deploy/grafana/generate.py`. Import them in Grafana as they are.
 
 One row per panel of a dashboard: title, unit, and its expressions with their legends. Each panel has the job and the
-interval as variables."""
+interval as variables.
+"""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ LAYOUT_VERSION: Final = 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """`num_rows` rows of one group of one layer.  dtype: of the numbers, such as "bfloat16"; for display and
-    comparisons."""
+    comparisons.
+    """
 
     layer: int
     group: str
@@ -51,7 +52,8 @@ class EngineLayout:
     """A model's KV as one engine keeps it. This class has no slots, so that the derived numbers are computed only once.
 
     engine: the engine's name, so that two engines never read each other's payloads. block_size: tokens in a block.
-    num_checkpoints: how many consecutive checkpoints a restore needs."""
+    num_checkpoints: how many consecutive checkpoints a restore needs.
+    """
 
     engine: str
     family: Family

@@ -9,7 +9,8 @@
 
 No call raises because of the store. If the store cannot deliver a record, the record counts as a miss; if the store
 cannot take one, the record is not kept. `counters` says how often the store could not deliver or take records. This
-module knows bytes and names, never tensors or an engine."""
+module knows bytes and names, never tensors or an engine.
+"""
 
 from __future__ import annotations
 
@@ -288,7 +289,8 @@ class KvOfModel:
 
     def block(self, hash: bytes, parent: bytes, position: int, payload: Buffer) -> Record:
         """A block's record. parent: the block before, or the root.  position: number of tokens up to the block's
-        end."""
+        end.
+        """
         return self._record(RecordKind.BLOCK, hash, parent, position, payload)
 
     def checkpoint(self, hash: bytes, parent: bytes, position: int, payload: Buffer) -> Record:

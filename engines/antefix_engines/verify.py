@@ -2,7 +2,8 @@
 
 An engine's checks are a function `findings` in the module that `CHECKS` names. The function takes a `CheckRequest` and
 yields a `Finding` for each check as it is done. A planted fault ("a group of zeros") is also a check, which passes if
-the comparison detected the fault. So a comparison that cannot fail is reported as a failure."""
+the comparison detected the fault. So a comparison that cannot fail is reported as a failure.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from antefix.errors import ConfigError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckRequest:
     """scratch: an empty folder for stores.  model: a model directory to check too; None: only the engine's own small
-    models."""
+    models.
+    """
 
     scratch: Path
     seed: int

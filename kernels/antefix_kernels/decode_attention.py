@@ -45,7 +45,8 @@ _ROLES_TILES_MIN = 8
 def _load_raw(entries, offset, C: tl.constexpr, CHUNKS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
               UNIT: tl.constexpr, SCALE_OFFSET: tl.constexpr, WORD_SCALES: tl.constexpr):  # fmt: skip
     """The stored form of the entries at offsets [N] (in units of UNIT bytes): a tuple of chunks of codes or RoPE values
-    (a chunk that has both comes twice), then their scales, in one word if there are eight."""
+    (a chunk that has both comes twice), then their scales, in one word if there are eight.
+    """
     raw = ()
     for c in tl.static_range(CHUNKS):
         d = c * C + tl.arange(0, C)

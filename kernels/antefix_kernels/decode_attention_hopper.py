@@ -44,7 +44,8 @@ def _exp2(x):
 @gluon.jit
 def _soften(s, tile, listed, top, total, scale_log2, own: gl.constexpr):
     """A tile's softmax. Returns the largest score so far, the sum of weights so far, FP16 weights relative to that
-    largest score, and the factor by which earlier sums must shrink."""
+    largest score, and the factor by which earlier sums must shrink.
+    """
     if tile * N + N > listed:
         column = gl.arange(0, N, gl.SliceLayout(0, s.type.layout))
         s = gl.where(gl.expand_dims(tile * N + column < listed, 0), s, float("-inf"))

@@ -2,7 +2,8 @@
 Triton that has Gluon.
 
 On such a card the Gluon kernels are the default. ANTEFIX_GLUON=0 turns the Gluon kernels off; the plain Triton kernels
-compute the same results."""
+compute the same results.
+"""
 
 from __future__ import annotations
 

@@ -182,7 +182,8 @@ def _prefill_kernel(codes, weights, records, block_table, lens, scores, maxima, 
                     H: tl.constexpr, N: tl.constexpr, Q_TILE: tl.constexpr, Q_STEP: tl.constexpr, GROUP: tl.constexpr,
                     PACKED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One tile of N keys and Q_TILE queries of one sequence: keys are decoded once, then queries are loaded, Q_STEP for
-    each product."""
+    each product.
+    """
     tiles = tl.cdiv(queries, Q_TILE)
     sequence = tl.program_id(1) // tiles
     first = (tl.program_id(1) % tiles) * Q_TILE

@@ -304,7 +304,8 @@ def _score(weights, records, block_table, lens, scores, maxima, stride_p, stride
 def prefill_kernel(queries, weights, records, block_table, lens, scores, maxima, per_sequence, stride_p, stride_b,
                    stride_s, stride_m, Q_TILE: gl.constexpr, ENTRIES: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     """256 keys against Q_TILE queries of one sequence: indexer.py's _prefill_kernel. queries: a TMA descriptor of
-    codes [T * 64, 128], 64 heads."""
+    codes [T * 64, 128], 64 heads.
+    """
     tiles = (per_sequence + Q_TILE - 1) // Q_TILE
     sequence = gl.program_id(1) // tiles
     first = (gl.program_id(1) % tiles) * Q_TILE

@@ -49,7 +49,8 @@ def takes(weight: Weight) -> bool:
 @triton.jit
 def _scaled_codes(words, spread, N: tl.constexpr, ASM: tl.constexpr):
     """FP8 codes [N, 32], even addends first, of 32 FP4 codes in words [N, 4] times 2^(spread + 1), spread [N]: numbers
-    0, 0.5, 1, 1.5, 2, 3, 4 and 6 are codes 0, 8, 16, 20, 24, 28, 32 and 36, and a power of two adds 8 to all but 0."""
+    0, 0.5, 1, 1.5, 2, 3, 4 and 6 are codes 0, 8, 16, 20, 24, 28, 32 and 36, and a power of two adds 8 to all but 0.
+    """
     if ASM:
         first = tl.broadcast_to((0x14100800 + spread * 0x08080800)[:, None], (N, 4))
         second = tl.broadcast_to((0x24201C18 + spread * 0x08080808)[:, None], (N, 4))

@@ -73,7 +73,8 @@ def _bytes(words, N: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def _fp8_of_fp4(words, N: tl.constexpr, ASM: tl.constexpr):
     """FP8 codes [N, 32], even addends first, of 32 FP4 codes in words [N, 4]: the sign to bit 7, the other bits to 4, 3
-    and 2."""
+    and 2.
+    """
     low = ((words << 4) & -2139062144) | ((words << 2) & 0x1C1C1C1C)
     high = (words & -2139062144) | ((words >> 2) & 0x1C1C1C1C)
     pair = tl.join(_bytes(low, N, ASM), _bytes(high, N, ASM))

@@ -68,7 +68,8 @@ def view(memory, dtype, shape, layout, _semantic=None):
 def share(lens, firsts, counts, splits, SPLIT: gl.constexpr):
     """Of a program's query: its compressed entries, its window's first row, its list's length; of the program: its
     first tile, and the one after its last. Every role loads these numbers for itself, so that no role waits for
-    another."""
+    another.
+    """
     compressed = gl.load(lens)
     first = gl.load(firsts)
     listed = compressed + gl.load(counts)
@@ -107,7 +108,8 @@ def _offsets(n, slot, compressed, first, stride_p, window_offset, SELECTED: gl.c
 @gluon.jit
 def _placed(group, begin, PART: gl.constexpr):
     """The entries of the list that a loader takes of PLACED tiles, PLACED * ROWS of them, some past the list's end.
-    In place of these entries the list's first entry comes again, so that every address and value stays valid."""
+    In place of these entries the list's first entry comes again, so that every address and value stays valid.
+    """
     i = gl.arange(0, PLACED * ROWS, gl.BlockedLayout([1], [32], [4], [0]))
     return (begin + group * PLACED + i // ROWS) * N + PART * ROWS + i % ROWS
 

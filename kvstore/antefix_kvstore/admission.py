@@ -1,5 +1,6 @@
 """Decides which records of a put are written, which are stored already and which are refused, and why. Writes
-nothing."""
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Admission:
     new: records to write, parents first; names: their names.  first: those that begin a chain.  apart: those whose
     parent may be in another store.
     anchors: stored records that the new ones depend on, or that were put again. Eviction spares these anchors during
-    the put."""
+    the put.
+    """
 
     new: list[Record] = field(default_factory=list)
     names: set[RecordName] = field(default_factory=set)

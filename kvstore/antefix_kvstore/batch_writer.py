@@ -1,7 +1,8 @@
 """Writes one batch of records: makes room, appends, syncs, commits. The engine's lock covers it.
 
 The index transaction is prepared while the disk syncs, and committed when the records are durable. Only after this
-commit is a record stored. If any step fails, neither records nor index entries are left."""
+commit is a record stored. If any step fails, neither records nor index entries are left.
+"""
 
 from __future__ import annotations
 
@@ -114,6 +115,7 @@ class BatchWriter:
         for the sync; leaving the context waits for the sync too.
         """
         if not self._durable:
+            self._segments.written()
             self._segments.sync_name()
             yield lambda: None
             return

@@ -3,7 +3,8 @@ is in antefix.store_files.codec).
 
 auto: reading a compressed payload takes 1 / (ratio * disk) + 1 / codec seconds per byte, reading a raw one 1 / disk;
 the faster way is chosen. The disk's speed is measured once; the codec's speed and the ratio on the first payloads of
-each fingerprint."""
+each fingerprint.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@ copy` and `antefix drain`.
 
 Records that a target store has already are not sent. So a copy that broke off continues when it is run again, and a
 store that is being written to is copied repeatedly until nothing new is found. Each record is checked when it is read,
-in transit, and by the target's readers."""
+in transit, and by the target's readers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ Progress = Callable[[int, int], None]
 
 class CopySource(Protocol):
     """A source of records: a directory (`StoreContents`), a service (`ServedContents`) or an object store
-    (`ObjectContents`). Its calls block."""
+    (`ObjectContents`). Its calls block.
+    """
 
     def layouts(self) -> list[LayoutOf]:
         """The payload layouts of all fingerprints."""
@@ -77,7 +79,8 @@ class CopyReport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyLimits:
     """bytes_per_s: payload bytes per second; 0: no limit.  bytes_max: payload bytes in all, most valuable first; None:
-    all."""
+    all.
+    """
 
     bytes_per_s: int = 0
     bytes_max: int | None = None

@@ -44,7 +44,8 @@ class ObjectHolding:
 class ObjectReport:
     """num_twice: records that are in more than one segment. num_unreadable: segments without a valid footer.
 
-    index_bytes: memory that the index takes in a process that reads the object store."""
+    index_bytes: memory that the index takes in a process that reads the object store.
+    """
 
     url: str
     num_segments: int

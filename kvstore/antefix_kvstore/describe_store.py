@@ -48,7 +48,8 @@ class Holding:
     tenant, user: names if they are known, else digests. The user is empty if all users of the tenant share one cache.
     about: the model and settings that the fingerprint stands for, if known. version: format version of the records.
     generation: of the secret that named and sealed the records; 0: no secret. ages: number of records by time since
-    last use."""
+    last use.
+    """
 
     fingerprint: str
     about: dict[str, Any]

@@ -67,7 +67,8 @@ def is_full(err: lmdb.Error | OSError, directory: Path) -> bool:
     """Whether the disk, LMDB's map of the index or a file system quota is full.
 
     LMDB reports a full disk as a plain error, and a page that was written only partly as an input/output error. So the
-    file system itself is asked whether it is full."""
+    file system itself is asked whether it is full.
+    """
     if isinstance(err, OSError):
         return err.errno in _FULL
     if isinstance(err, lmdb.MapFullError) or "No space" in str(err):

@@ -48,7 +48,8 @@ class EmbeddedStore:
 
     Calls run in threads, which wait for the disk. All calls must be made from one event loop. `engine` is the same
     store for callers without an event loop. `BlockingStore(antefix_kvstore.open(...))` has the same calls without
-    `await`."""
+    `await`.
+    """
 
     def __init__(self, config: KvStoreConfig) -> None:
         """Raises:  ConfigError: not a store, another format version, or in use by another process."""
@@ -178,7 +179,8 @@ class EmbeddedStore:
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Register a fingerprint's payload layout. The fingerprint's payloads may then be compressed, and payloads of
-        other sizes are refused."""
+        other sizes are refused.
+        """
         plans = {
             RecordKind.BLOCK: codec.plan_of_block(layout),
             RecordKind.CHECKPOINT: codec.plan_of_checkpoint(layout),

@@ -8,7 +8,8 @@ first.
 Rank. The chance that a record is used again falls with its idle time. We assume that it halves every `half_life_s`, so
 keeping a record saves  cost / bytes * 2^(-idle / half_life).  The order of these values does not change as time passes,
 so a fixed number can stand for it: rank = last use + half_life * log2(cost per byte / reference). If all costs are
-equal, this order is LRU."""
+equal, this order is LRU.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +75,8 @@ def victims(
     """Leaves in the order in which they are evicted; each is removed before it is yielded.
 
     leaves: Pairs (rank, name), lowest rank first, at the start. remove: removes a leaf, and returns its parent with the
-    parent's rank if the parent is a leaf now, else None. The caller stops iterating when enough is freed."""
+    parent's rank if the parent is a leaf now, else None. The caller stops iterating when enough is freed.
+    """
     exposed: list[tuple[int, Name]] = []
     for rank, name in leaves:
         while exposed and exposed[0][0] <= rank:

@@ -30,7 +30,8 @@ class Forest:
     """Arrays with one element per row.  parent: the parent's row, or -1.  known_parent: the parent is indexed already.
 
     stands: the row may be indexed. apart: it is indexed without its parent. prefix_bytes: bytes from the start of its
-    chain to this row."""
+    chain to this row.
+    """
 
     parent: Array
     known_parent: Array
@@ -66,7 +67,8 @@ def hang_together(
     """Arrange the rows as a forest.
 
     known_prefix: prefix bytes by hash, for indexed blocks that rows depend on and that are not among the rows.
-    takes_apart: whether rows whose parent may be in another store are indexed without it."""
+    takes_apart: whether rows whose parent may be in another store are indexed without it.
+    """
     is_block = rows["kind"] == RecordKind.BLOCK
     is_first = (rows["flags"] & _FIRST) != 0
     follows = follow_parents(rows)
@@ -105,7 +107,8 @@ def _lost(parent: Array, missing: Array) -> Array:
 
 def sums_to_root(parent: Array, values: Array) -> tuple[Array, Array]:
     """For each row, the sum of `values` over it and all its ancestors, and whether these form a circle (no topmost
-    one)."""
+    one).
+    """
     num = len(parent)
     # One more row, which is above all others and adds nothing.
     gathered = np.append(values.astype(np.int64), 0)

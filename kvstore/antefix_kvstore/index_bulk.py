@@ -83,7 +83,8 @@ class BulkIndex:
     def add(self, rows: Array, *, takes_apart: bool) -> Array:
         """Index the rows that may be indexed. Returns the others.
 
-        rows: none of them may be indexed already, and all names must differ."""
+        rows: none of them may be indexed already, and all names must differ.
+        """
         if not len(rows):
             return rows
         parents = parent_names(rows)

@@ -1,5 +1,6 @@
 """Detects damage to an open store's files before LMDB touches them: reading a truncated file's map kills the
-process."""
+process.
+"""
 
 from __future__ import annotations
 

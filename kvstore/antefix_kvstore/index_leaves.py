@@ -106,7 +106,8 @@ class LeafBatch:
 
 def _padded(keys: Sequence[bytes], width: int) -> Array:
     """Shapes:  [len(keys), W] big-endian u64 words: the key, zeros, then its length. These compare in the order of the
-    keys."""
+    keys.
+    """
     rows = b"".join(key.ljust(width - 1, b"\0") + bytes([len(key) & 0xFF]) for key in keys)
     return np.frombuffer(rows, ">u8").reshape(len(keys), width // 8)
 

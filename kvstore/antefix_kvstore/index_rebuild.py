@@ -45,7 +45,8 @@ def fill_index(open_index: Callable[[], Index], segments: Segments, *, check_all
     open_index: opens the new index, which no other process has open.
     check_all: verify every payload and leave out damaged records. Without it, only the last segment's payloads are
     verified: that segment may end in a batch that was never acknowledged, and all earlier segments were synced before
-    it began. Returns for each segment the offset at which its last record ends."""
+    it began. Returns for each segment the offset at which its last record ends.
+    """
     bulk = BulkIndex(open_index, sum(segments.sizes.values()) // RECORD_HEADER_BYTES)
     try:
         filling = _Filling(bulk, segments)

@@ -2,7 +2,8 @@
 
 LMDB trusts the file that it maps, so it must never open a damaged one. An index is opened only if its checksum from the
 last clean close still matches. After a crash there is no such checksum; then `index_check`, which does not use LMDB,
-must find that its structure is sound and its tables match its entries, which have checksums of their own."""
+must find that its structure is sound and its tables match its entries, which have checksums of their own.
+"""
 
 from __future__ import annotations
 

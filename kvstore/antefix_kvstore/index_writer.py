@@ -2,7 +2,8 @@
 
 The engine edits entries. On commit, each changed entry is compared with its old value, and leaves, expiry, totals,
 segment counts and the number of quarantined records are updated to match. So the entries and the tables derived from
-them cannot disagree."""
+them cannot disagree.
+"""
 
 from __future__ import annotations
 
@@ -311,7 +312,8 @@ def _keys(txn: Any, table: Any) -> Iterator[bytes]:
 
 def leaf_key(name: RecordName, entry: IndexEntry) -> bytes | None:
     """The key of a leaf. A pinned leaf is sorted by the end of its pin, so eviction need not step over it
-    repeatedly."""
+    repeatedly.
+    """
     return None if entry.children else _RANK.pack(max(entry.rank_ms, entry.pinned_ms), name[0]) + name[1]
 
 

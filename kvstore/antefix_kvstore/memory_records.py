@@ -1,5 +1,6 @@
 """Window state that is useful for minutes only: handoffs and pooled checkpoints, kept in memory with a time to live and
-a size limit in bytes."""
+a size limit in bytes.
+"""
 
 from __future__ import annotations
 

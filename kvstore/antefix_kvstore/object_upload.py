@@ -2,7 +2,8 @@
 object store's limits.
 
 Uploading runs in a thread with its own event loop, so no request waits for it. A failed upload is tried again later,
-and does not affect the store."""
+and does not affect the store.
+"""
 
 from __future__ import annotations
 
@@ -188,7 +189,8 @@ class ObjectUploader:
         enough, or that fill a segment.
 
         flush: upload all waiting records. Raises: Unavailable: the object store does not answer, so records that were
-        not uploaded keep waiting."""
+        not uploaded keep waiting.
+        """
         if time.monotonic() >= self._next_tidy_s or not self.catalog.loaded_ms:
             await self.janitor.tidy()
             self.counters.num_passes += 1

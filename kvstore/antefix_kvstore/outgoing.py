@@ -26,7 +26,8 @@ _COLD_BYTES: Final = 4 << 20
 
 def can_go_plain(located: Located, record_format: int) -> bool:
     """Whether a caller that knows records up to version `record_format` can verify all of these records, each of which
-    must fit one message."""
+    must fit one message.
+    """
     return all(
         want.plain and want.version <= record_format and want.entry.extent_bytes <= PIECE_BYTES
         for want in located.wanted
@@ -102,7 +103,8 @@ def _stretches(located: Located, seed: int, first: int) -> Iterator[_Stretch]:
 @dataclass(frozen=True, slots=True)
 class _Window:
     """The payloads to be read next, and where the parts of each go. last: whether these are the last that were looked
-    up."""
+    up.
+    """
 
     located: Located
     parts: list[list[memoryview]]

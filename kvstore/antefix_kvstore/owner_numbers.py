@@ -55,7 +55,8 @@ class OwnerNumbers:
     def forget_empty(self, changed: Iterable[int]) -> None:
         """Drop the owners that have no stored records, among those in `changed` and those added by this transaction.
 
-        This must be called when the totals are written, because the totals tell which owners have records."""
+        This must be called when the totals are written, because the totals tell which owners have records.
+        """
         names, totals = self._index.db["names"], self._index.db["totals"]
         for number in {*changed, *self._given}:
             key = number.to_bytes(4, "little")
@@ -69,7 +70,8 @@ class OwnerNumbers:
 
     def forget_all_empty(self) -> None:
         """`forget_empty` for all owners: stores of earlier versions kept the name of every owner that ever stored
-        something."""
+        something.
+        """
         self.forget_empty(self._index.owners(self._txn))
 
 

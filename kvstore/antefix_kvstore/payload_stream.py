@@ -3,7 +3,8 @@
 Payloads in the page cache are read on the event loop itself, which costs less than handing the read to a thread and
 waking the loop again. The first window that would wait for the disk, or must be decoded, moves the rest of the stream
 to threads; these read each window while the one before it is sent. A stream holds at most two windows in memory.
-Streams take turns, so that no stream blocks the event loop for long."""
+Streams take turns, so that no stream blocks the event loop for long.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class PayloadStream:
     async def messages(self, counted: AbstractContextManager[None]) -> AsyncGenerator[bytes, None]:
         """Messages as they become ready. The stream ends at the first payload that is missing or damaged.
 
-        counted: a context that is held as long as the stream lasts."""
+        counted: a context that is held as long as the stream lasts.
+        """
         in_thread, threads = asyncio.get_running_loop().run_in_executor, self._threads
         upcoming: asyncio.Future[list[bytes] | None] | None = None
         with counted:

@@ -3,7 +3,8 @@
 After a crash the index may be older than the segments. The index is never newer than the segments, because records are
 durable before the index names them. So whole records behind the indexed end of a segment are indexed, and the rest is
 cut off. A segment of which the index names no record is dropped. An index that is lost, damaged or inconsistent with
-the files is rebuilt from the headers. docs/FORMAT.md lists the cases one by one."""
+the files is rebuilt from the headers. docs/FORMAT.md lists the cases one by one.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """Stores in the index what a fingerprint means: tokens per block, payload layouts, a statement of what it was made
-from."""
+from.
+"""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ def raw_headers(path: Path, number: int, seed: int, start: int, *, check_payload
 def _alike(window: bytes, at: int, extent: int, number: int, offset: int, seed: int) -> list[bytes]:
     """The headers of the next records of this extent that are wholly in the window, up to the first that is not sound.
 
-    Makes the same checks as `_stored_bytes`, but for all headers at once."""
+    Makes the same checks as `_stored_bytes`, but for all headers at once.
+    """
     num = (len(window) - at) // extent
     if num < _ALIKE_MIN:
         return []
@@ -114,7 +115,8 @@ def _alike(window: bytes, at: int, extent: int, number: int, offset: int, seed: 
 def _stored_bytes(raw: bytes, number: int, offset: int, seed: int) -> int | None:
     """Stored bytes of the record whose sound header is at this place; None if there is no sound header.
 
-    A payload may contain bytes that look like a header. A real header names its own segment and offset."""
+    A payload may contain bytes that look like a header. A real header names its own segment and offset.
+    """
     if len(raw) < RECORD_HEADER_BYTES:
         return None
     magic, checksum, kind, hash_kind, segment, place, stored_bytes, codec = _LOOK.unpack(raw)

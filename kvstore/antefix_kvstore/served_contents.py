@@ -1,5 +1,6 @@
 """The contents of a store that is served, for copies from another host; `StoreContents` does the same for a
-directory."""
+directory.
+"""
 
 from __future__ import annotations
 

@@ -424,7 +424,8 @@ def register(servicer: KvStoreServicer, server: grpc.aio.Server, turns: Turns | 
 
 class _Accepting(grpc.GenericRpcHandler):
     """Finds a call's handler, which happens as soon as a call arrives. Makes payload streams give way to an urgent
-    call."""
+    call.
+    """
 
     def __init__(self, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]], turns: Turns) -> None:
         self._handlers = {f"/{SERVICE}/{name}": handler for name, handler in handlers.items()}

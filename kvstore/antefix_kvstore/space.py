@@ -2,7 +2,8 @@
 
 The budget covers everything under the directory. How much of the budget can be used depends on the free space of the
 file system (`antefix_kvstore.free_space`). A reserve of two segments inside the budget is never given to puts, so that
-compaction, which copies before it deletes, always has room."""
+compaction, which copies before it deletes, always has room.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +78,8 @@ class Space:
         """Make sure that a batch of `nbytes` may be appended.
 
         keep: records that the batch depends on, which may not be evicted. Raises: StoreFull: the batch does not fit the
-        budget."""
+        budget.
+        """
         nbytes += BATCH_ALIGN + SEGMENT_HEADER_BYTES
         if self.free.is_sudden:
             self._leave_margin(nbytes)
@@ -140,7 +142,8 @@ class Space:
     def evict(self, nbytes: int, keep: Collection[RecordName] = (), *, owners: Collection[bytes] | None = None) -> int:
         """Evict leaves, lowest rank first, until `nbytes` are dead. Returns the number of records evicted.
 
-        owners: evict only these owners' records."""
+        owners: evict only these owners' records.
+        """
         now_ms = self._now_ms()
         num_taken = freed = 0
         with self._gone.together(), self.compactor.transaction() as txn:
@@ -220,5 +223,6 @@ class Space:
 
 def parent_of(name: RecordName, parent: bytes) -> RecordName:
     """The record that this one depends on: for a block the block before it, for a checkpoint the block of the same
-    hash."""
+    hash.
+    """
     return (RecordKind.BLOCK, parent if name[0] is RecordKind.BLOCK else name[1])

@@ -6,7 +6,8 @@
     4. commit    commit the index transaction; only now is a record stored
 
 A reader in any process sees a record only after step 4. All calls block; callers that must not wait use
-`antefix_kvstore.group_commit`. The engine never sees tokens, tensors or protobuf."""
+`antefix_kvstore.group_commit`. The engine never sees tokens, tensors or protobuf.
+"""
 
 from __future__ import annotations
 
@@ -235,7 +236,8 @@ class StorageEngine:
 
         used: the last record of each path that was read.  suspects: records that a reader found damaged.  forged:
         records without a right seal. unusable: records whose content is not valid numbers. The call waits for a commit
-        only if there are damaged records to report, so reads do not wait for writes."""
+        only if there are damaged records to report, so reads do not wait for writes.
+        """
         names = list(used)
         self._touches.add(names, self.clock_ms())
         self.on_wanted("reused", names)
@@ -402,6 +404,13 @@ class StorageEngine:
                     "the disk has no room for the work of deleting expired records and compacting segments: %s", err
                 )
 
+    def read_back(self) -> bool:
+        """Read some of the newest records into the page cache, if their puts bypassed it. False: nothing is left to be
+        read.
+        """
+        with self._lock:
+            return self.segments.fresh.read_some()
+
     def _tidy(self) -> None:
         self.space.follow_disk()
         self.flush_touches()
@@ -417,7 +426,8 @@ class StorageEngine:
         """One step of background compaction, at the allowed rate; at half of it if payloads were read since the last
         step, so that reads are hardly slowed.
 
-        gain_min: as for `Compactor.compact_step`. Returns the bytes copied; None if no segment is worth compacting."""
+        gain_min: as for `Compactor.compact_step`. Returns the bytes copied; None if no segment is worth compacting.
+        """
         with self._lock:
             before, self._bytes_read_before = self._bytes_read_before, self.counters.bytes_read
             seconds = MAINTAIN_S if self._bytes_read_before == before else MAINTAIN_S / 2
@@ -425,7 +435,8 @@ class StorageEngine:
 
     def _check_directory(self) -> None:
         """Raises:  IndexDamaged: the files in our directory are not ours (another writer's, perhaps), or are
-        damaged."""
+        damaged.
+        """
         if not self._store.lock.is_of_the_present:
             self.note_damage("its directory is gone or was replaced")
         if self._damage:

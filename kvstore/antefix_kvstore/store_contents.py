@@ -51,7 +51,8 @@ class Stretch:
 
     def part(self, start: int, stop: int) -> Stretch:
         """Blocks [start, stop) with their checkpoints. Other fields are kept; the number of bytes is scaled to the
-        part."""
+        part.
+        """
         chosen = [number for number, block in enumerate(self.checkpoints) if start <= block < stop]
         kept = [*range(start, stop), *(len(self.hashes) + number for number in chosen)]
         return dataclasses.replace(
@@ -119,7 +120,8 @@ class StoreContents:
 
     def layouts(self) -> list[LayoutOf]:
         """The layouts of all fingerprints, so that another store can compress and check their records in the same
-        way."""
+        way.
+        """
         index = self._reader.index
         plans: dict[bytes, dict[RecordKind, codec.PlanePlan]] = defaultdict(dict)
         with index.txn() as txn:

@@ -2,7 +2,8 @@
 depend on.
 
 Choosing reads the store's index, never its payloads. The catalog of the object store tells which records are there
-already."""
+already.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ def choose(
     """These records and their ancestors, up to those that the object store has, parents first.
 
     alive_ms: by kind, the time until which a copy must live to count as present. Records of version 1 are not uploaded,
-    because outside this store nobody can tell their owner."""
+    because outside this store nobody can tell their owner.
+    """
     found: dict[RecordName, Chosen] = {}
     with engine.index.txn() as txn:
         fingerprints = engine.index.fingerprints(txn)

@@ -64,7 +64,8 @@ class CachedModel:
         """Window state at the sequence's end, rebuilt from its last `num_tokens` tokens and its stored global KV.
 
         The window before the start of the replay counts as empty. From `layout.geometry.replay_tokens` tokens on, the
-        rebuilt state is exact."""
+        rebuilt state is exact.
+        """
         begin = max(sequence.position - num_tokens, 0)
         replay = Sequence(list(sequence.block_table), WindowState.zeros(self.layout, begin))
         if num_tokens:

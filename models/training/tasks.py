@@ -285,7 +285,8 @@ def retrieval_sequence(
     """A test: for each distance a fact with an unseen key, asked for that many tokens later, all in one text.
 
     Returns the tokens and, for each distance, where its answer's value starts and ends. Twice as many facts are planted
-    as are asked for. Raises ValueError if a distance does not fit into the text."""
+    as are asked for. Raises ValueError if a distance does not fit into the text.
+    """
     if max(distances) > length - 400:
         raise ValueError(f"a distance of {max(distances)} tokens does not fit into a text of {length} tokens")
     facts = random_facts(rng, 2 * len(distances), test=True)

@@ -10,7 +10,8 @@
     64      ...   window state, row, then vocab_size float32 logits of the last token
 
 This module checks only the shape of a handoff. The store checks the payload's integrity and the fingerprint.
-Little-endian."""
+Little-endian.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Handoff:
     """The state that a decode worker needs in addition to the finished blocks. logits: [vocab_size] float32.
 
     prompt: `Chain.digest` of the tokens from which the handoff was made. A handoff must not be used for any prompt but
-    its own."""
+    its own.
+    """
 
     position: int
     prompt: bytes

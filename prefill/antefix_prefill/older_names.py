@@ -2,7 +2,8 @@
 
 The part that is stored under an older secret is read by its older names and stored again under the present names, like
 any block that the store has lost. So KV that is used moves to the new names, and KV that is not used expires by its
-time to live."""
+time to live.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 Prefetching reads what the planner would read now: blocks and the checkpoint. Loaded blocks are idle, so running prompts
 may take their memory; the checkpoint is kept with the prompt. If there is no room for the whole prefix, its beginning
 is loaded. It computes nothing. Blocks that could not be loaded in time are loaded or computed when the prompt's turn
-comes."""
+comes.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Writes a request's records to the store and the window pool while the request continues to compute.
 
 The cache may cost speed, but never an answer: a failed write is counted and not raised. A failed write ends this
-request's writing to the store, because the following records would lack their parent."""
+request's writing to the store, because the following records would lack their parent.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ PENDING_BYTES_MAX = 128 << 20
 class RecordWriter:
     """Writes the records of one request. Payloads must stay unchanged until `flush` returns.
 
-    writes: False for a worker that must not store KV under the names that it uses: all records are then dropped."""
+    writes: False for a worker that must not store KV under the names that it uses: all records are then dropped.
+    """
 
     def __init__(
         self, store: Store, counters: StoreCounters, pool: WindowPool | None = None, *, writes: bool = True

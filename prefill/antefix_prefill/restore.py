@@ -2,7 +2,8 @@
 
 If a record turns out to be missing (a block that was evicted meanwhile, a corrupt checkpoint, a dead store), the known
 prefix becomes shorter and a new plan is made. So in the worst case the prompt is computed cold. A restore never raises
-an error of the store."""
+an error of the store.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ DISK_TIER = Tier.DISK.value
 class Prefetched:
     """Blocks [first, stop) that were loaded for a prompt while it waited. report: the tiers that they came from.
 
-    checkpoints: window state that was read for the prompt, by boundary."""
+    checkpoints: window state that was read for the prompt, by boundary.
+    """
 
     first: int
     stop: int
@@ -84,7 +86,8 @@ class _Known:
     checkpoints: the tier of each, by boundary. pooled: window state that the pool has given already, by boundary.
     block_tiers: for several stores, as `LookupResult.tiers`. store_failed: whether the store did not answer.
     came_short: whether the store promised blocks and did not deliver them. older: the blocks that are stored only under
-    the names of an older secret."""
+    the names of an older secret.
+    """
 
     num_blocks: int
     num_in_store: int

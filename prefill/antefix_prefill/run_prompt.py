@@ -3,7 +3,8 @@
 Chunks end at multiples of `prefill_chunk`, counted from token 0 (never from the hit), and at each position where a
 checkpoint is to be written. On a CPU results do not depend on where chunks end (docs/ARCHITECTURE.md, "Exactness").
 If results depend on it, as in reproducible mode, the blocks of a prompt's unfinished last chunk serve only this prompt
-and are not stored."""
+and are not stored.
+"""
 
 from __future__ import annotations
 

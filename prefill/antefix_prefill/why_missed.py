@@ -21,7 +21,8 @@ async def why_missed(
     """Why block `index`, the first missing one, is missing. This must be called before the block is computed and
     stored.
 
-    came_short: whether the store promised the block and reading it failed."""
+    came_short: whether the store promised the block and reading it failed.
+    """
     try:
         found = await engine.store.fate(chain.hashes[index], fingerprint=engine.fingerprint)
         if found.reason is MissReason.NONE:

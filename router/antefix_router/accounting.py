@@ -10,7 +10,8 @@ output that its client was given.
 A client that gave its request an id may send the request again at any time. While the first attempt runs, the second
 client reads the same answer from its start; afterwards it gets the kept answer (`answers`). If the first attempt was
 cancelled, failed or crashed, the request runs as a new attempt, whose price is reduced by what earlier attempts were
-charged."""
+charged.
+"""
 
 from __future__ import annotations
 
@@ -256,7 +257,8 @@ class Accounts:
         self, bill: Bill, shared: SharedRun, run: Run, timeout_s: float
     ) -> AsyncGenerator[OutputPiece, None]:
         """The output for one of several clients that read the same answer. The first client that has the whole answer
-        is charged. If no client is left, the answer is still generated for a limited time."""
+        is charged. If no client is left, the answer is still generated for a limited time.
+        """
         if shared.settling is not None:
             raise Unavailable("the earlier attempt of this request was given up just now; send the request again")
         opening = shared.opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))

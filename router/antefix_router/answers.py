@@ -5,7 +5,8 @@ finished answers.
 
 Only requests whose client gave an id (`Idempotency-Key`) have answers here, because clients can ask again only for
 those. The answers are in this process's memory, whose size is bounded. An answer that was dropped from memory is
-generated again when it is asked for."""
+generated again when it is asked for.
+"""
 
 from __future__ import annotations
 

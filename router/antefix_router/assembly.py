@@ -70,7 +70,8 @@ class Router:
     the end.
 
     fingerprint: the digest that is part of every block's name. The fingerprint changes if the workers turn out to
-    compute with another arithmetic."""
+    compute with another arithmetic.
+    """
 
     def __init__(
         self,

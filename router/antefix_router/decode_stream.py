@@ -3,7 +3,8 @@ over.
 
 A worker that hangs is abandoned (`antefix.pulse`). A late worker is given up only as long as the budget for such moves
 allows. The request continues at another worker with the tokens that its client already has, so the answer stays the
-same."""
+same.
+"""
 
 from __future__ import annotations
 

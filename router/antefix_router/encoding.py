@@ -4,7 +4,8 @@ A Hugging Face tokenizer takes a quarter of a second for a million characters, a
 Short texts are tokenized in the event loop, because passing them to a thread would cost more time than it saves.
 
 Tenants take turns at tokenizing, and the turns are measured in characters. The longest texts need most memory, so only
-one of them is tokenized at a time."""
+one of them is tokenized at a time.
+"""
 
 from __future__ import annotations
 

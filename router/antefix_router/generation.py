@@ -3,7 +3,8 @@ account for it.
 
 A worker that fails before its part is done is replaced, and the client sees no gap and no repeat: an output is
 continued elsewhere from the prompt plus the tokens that the client already has. Several outputs for one prompt share
-the prompt's prefill."""
+the prompt's prefill.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ class Sample:
     they were requested.
 
     stop_number: the number, from 1, of the stop sequence that ended the output. num_wanted: how many of its tokens are
-    wanted, if its reader found the end among them."""
+    wanted, if its reader found the end among them.
+    """
 
     emitted: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -140,7 +142,8 @@ class _Ready:
     """A prompt that is ready for its outputs.  first: set once the prompt's KV is stored or held where all outputs can
     use it.
 
-    located: which of several stores holds which blocks."""
+    located: which of several stores holds which blocks.
+    """
 
     prompt: NamedPrompt
     work: Work
@@ -169,7 +172,8 @@ class Generator:
 
         between_tokens: called with the seconds waited for a message's tokens, and with their number.
 
-        on_named: called with each prompt after its blocks have been named."""
+        on_named: called with each prompt after its blocks have been named.
+        """
         self._on_named = on_named
         self._between_tokens = between_tokens
         self._sessions = sessions

@@ -3,7 +3,8 @@ process can be ended.
 
 The process reads one grammar per line, as a JSON string. It answers each grammar with a JSON string that says why the
 grammar cannot be used; the string is empty if it can. The process ends if a grammar exceeds its limit of processor time
-or memory; the caller then starts another."""
+or memory; the caller then starts another.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 router does not wait for a worker that gives no sign of life.
 
 The router keeps a health watch and a pulse for each worker (grpc.health.v1). Health watches and pulses guide placement,
-and end the wait for a worker that hangs. Whether a call to a worker fails is known only by calling."""
+and end the wait for a worker that hangs. Whether a call to a worker fails is known only by calling.
+"""
 
 from __future__ import annotations
 

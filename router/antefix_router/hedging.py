@@ -1,7 +1,8 @@
 """Limits how many requests are given to a second worker because the first worker is late.
 
 A late worker may hang, or all workers may be slow from overload. Under overload, doing work twice makes things worse.
-So second workers (hedges) are limited to a small share of the requests."""
+So second workers (hedges) are limited to a small share of the requests.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ class InFlight(Generic[Flight]):
     """Maps a block's key to the request that computes the block. A request in flight is the leader of the blocks it was
     first to claim.
 
-    The map's size is bounded by the running requests: a request's blocks are removed when it ends in any way."""
+    The map's size is bounded by the running requests: a request's blocks are removed when it ends in any way.
+    """
 
     def __init__(self) -> None:
         self._leaders: dict[Key, Flight] = {}

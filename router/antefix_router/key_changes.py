@@ -2,7 +2,8 @@
 
 If the file is missing or faulty, the known keys stay in force, and the fault is logged and counted. If Redis has a
 newer list of keys, the list is also written to the file. So a router that starts later has the newer list, and an older
-list cannot come back into force."""
+list cannot come back into force.
+"""
 
 from __future__ import annotations
 

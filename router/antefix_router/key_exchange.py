@@ -4,7 +4,8 @@ of keys.
     antefix:api-keys    a hash of three fields: number, book (JSON, as in the file), mac
 
 The MAC of the list is made with the deployment's secret. If somebody puts an old list back, its smaller number reveals
-it, and the list is refused."""
+it, and the list is refused.
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,8 @@ All changed files are read and checked first. After that, either all changes app
 is logged and counted. Which settings are in force is recorded in the ledger. A rate card that would change the price of
 existing records is refused unless the card has `rerate = true`; then adjustments bring those records to the new prices.
 Existing records are never rewritten. The same holds for rate cards that changed while the router was down. If a crash
-interrupted the pricing of earlier records, the next start continues it."""
+interrupted the pricing of earlier records, the next start continues it.
+"""
 
 from __future__ import annotations
 

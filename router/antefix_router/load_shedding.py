@@ -8,7 +8,8 @@ Workers serve tenants' queues in turn, so this predicts when the tenant's next r
 waiting request is never refused here. No request is refused while fewer wait than the workers run at once. A refusal
 costs almost nothing. A request that is accepted and then abandoned by an impatient client costs as much as an answer.
 
-A short burst is not an overload: a queue that is new may have five times the wait of a queue that lasts."""
+A short burst is not an overload: a queue that is new may have five times the wait of a queue that lasts.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Hashing 128K tokens takes longer than the rest of placement together, and most of these tokens were in the previous
 turn. So recent prompts are kept in memory with their hashes, up to a limit. A prompt that begins like a prompt in
-memory reuses its hashes."""
+memory reuses its hashes.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +39,8 @@ class NamedPrompt:
     """A named prompt. keys: the keys of its blocks in the directory. replay_tokens: the model's number, for `Work`.
 
     owner: stands for the tenant in the store. grant: the permission that workers and the store demand; empty: they
-    demand none."""
+    demand none.
+    """
 
     tokens: Tokens
     tenant: str
@@ -51,7 +53,8 @@ class NamedPrompt:
     def work(self, num_stored_blocks: int | None, known_tokens: int = 0, *, located: Located | None = None) -> Work:
         """The prompt's work, given how many leading blocks the store holds; None if the store did not answer.
 
-        located: which of several stores holds which of the blocks."""
+        located: which of several stores holds which of the blocks.
+        """
         num_tokens, size = len(self.tokens), self.chain.block_size
         stored = None if num_stored_blocks is None else min(num_stored_blocks * size, num_tokens - 1)
         first_unseen = min(max(num_stored_blocks or 0, known_tokens // size), len(self.keys) - 1)
@@ -110,7 +113,8 @@ class _Memo:
     then compared in full.
 
     The fast hash is only used to find candidates. Hashes are reused only if all tokens are equal and the tenant is the
-    same."""
+    same.
+    """
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size

@@ -39,7 +39,8 @@ class Limits:
     """prefill_tokens_min: a request with at most this many uncached tokens goes straight to decode; negative: measured
     speeds decide.
 
-    ttft_s_max: a request whose first token would take longer than this is refused, unless a worker is idle."""
+    ttft_s_max: a request whose first token would take longer than this is refused, unless a worker is idle.
+    """
 
     prefill_tokens_min: int = 0
     ttft_s_max: float = 600.0
@@ -51,7 +52,8 @@ class PrefillingCounters:
     worker.
 
     num_hedged: prompts given to a second worker because the first was late. num_hedges_won: those that the second
-    worker finished first. num_left: prompts left to decode because no prefill worker finished."""
+    worker finished first. num_left: prompts left to decode because no prefill worker finished.
+    """
 
     num_led: int = 0
     num_followed: int = 0
@@ -68,7 +70,8 @@ class PrefillingCounters:
 class Order:
     """A prompt to be computed by a prefill worker. ends: the request's deadline, by the router's clock.
 
-    located: which of several stores probably holds which blocks."""
+    located: which of several stores probably holds which blocks.
+    """
 
     request: GenerationRequest
     prompt: NamedPrompt

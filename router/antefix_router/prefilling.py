@@ -41,7 +41,8 @@ _STRAIGHT_TOKENS_MAX = 1024
 class Ready:
     """A prompt on which decode may start. answer: what prefill returned; None if decode must prefill the prompt.
 
-    located: which of several stores probably holds which of its blocks now."""
+    located: which of several stores probably holds which of its blocks now.
+    """
 
     work: Work
     answer: Prefilled | None
@@ -152,7 +153,8 @@ class Prefilling:
         """Whether decode should compute the uncached tokens itself, compared with a call to a prefill worker.
 
         Prefill on a decode worker delays the running sequences, so its time counts once for each of them. A call to a
-        prefill worker costs the measured overhead of calls, plus the waiting work at the worker that has least."""
+        prefill worker costs the measured overhead of calls, plus the waiting work at the worker that has least.
+        """
         rest = work.num_tokens - (work.stored_tokens or 0)
         if self._limits.prefill_tokens_min >= 0:
             return rest <= self._limits.prefill_tokens_min

@@ -4,7 +4,8 @@ a warning in the bill.
 A prefix cache hits up to the first token that differs. A client that puts a time, an id or a checksum at the head of
 its prompts computes the whole prompt again each time. So the first tokens of each client's last prompts are kept. If a
 new prompt differs early from a kept one but continues with the same text, its beginning is volatile. The memory is
-bounded, both per client (tenant and user) and in all. Checking a prompt takes less than a millisecond."""
+bounded, both per client (tenant and user) and in all. Checking a prompt takes less than a millisecond.
+"""
 
 from __future__ import annotations
 

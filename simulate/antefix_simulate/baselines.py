@@ -2,7 +2,8 @@
 these rules.
 
 The baselines get the same information as our policies: the same directory, and the same clock for finished work. Ties
-are broken at random."""
+are broken at random.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class DynamoLinear:
 
 class LMetric:
     """New prefill tokens times batch size (arXiv 2603.15202). The store's tokens count as cached, which favours this
-    rule."""
+    rule.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         self._rng = random.Random(seed)

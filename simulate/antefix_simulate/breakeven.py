@@ -4,7 +4,8 @@ byte?
 One prompt of P tokens was prefilled cold, and the strategy wrote its checkpoints. After `age_s` seconds a second prompt
 comes. The second prompt continues from the end (the next turn), or differs from some position inside on (another
 question, another document). Checkpoints that have expired by that age are gone. The real strategies decide what was
-written, the real planner decides how to restore, and the model machine tells how long this takes."""
+written, the real planner decides how to restore, and the model machine tells how long this takes.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ class BreakEven:
     per stored byte.
 
     The best is "none" if no strategy is faster than a cold run. Among equal strategies, the one that stores least is
-    the best."""
+    the best.
+    """
 
     prefix_tokens: int
     disk_bytes_per_s: float
@@ -94,7 +96,8 @@ def chance_needed(sizes: Sizes, gap_tokens: int) -> float:
 
     A checkpoint `gap_tokens` after the previous one saves that many tokens when it is used, but at most the work of a
     replay. A block saves the tokens that it holds. At the returned ratio, a byte of checkpoint saves as much as a byte
-    of block, whatever the machine's speed."""
+    of block, whatever the machine's speed.
+    """
     saved = min(gap_tokens, sizes.exact_replay_work_tokens)
     if not saved:
         # With a single layer, a replay runs no query, so checkpoints save nothing.

@@ -54,7 +54,8 @@ class EngineHits(StrEnum):
     prefill and decode, keeps as much KV as fits its own memory, and never replays.
 
     FULL: it resumes after any block, as with full attention. WINDOW: it resumes only where window state was kept, as
-    with DeepSeek-V4."""
+    with DeepSeek-V4.
+    """
 
     FULL = "full"
     WINDOW = "window"
@@ -245,7 +246,8 @@ class _Run:
 
     def _loading(self, work: Work) -> np.ndarray:
         """The cost of loading the stored prefix on each worker, in tokens, as the router knows it from workers'
-        measurements."""
+        measurements.
+        """
         rate = self.fleet.machine.prefill_tokens_per_s
         resident = self.loads.resident_tokens.tolist()
         speeds = [self.read_speeds[self.many.home_of(row)] for row in range(len(self.workers))]

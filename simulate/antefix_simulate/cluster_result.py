@@ -57,7 +57,8 @@ class PolicyResult:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSimulation:
     """All policies on one trace and one fleet. engines: where other engines' workers resume; empty: the workers are
-    ours."""
+    ours.
+    """
 
     trace: str
     num_requests: int

@@ -15,7 +15,8 @@ class Job:
     """One request on its way through the fleet. names: its units as numbers, like the directory's keys. claimed: units
     registered as being computed.
 
-    row: number of the worker that has the request; -1: none yet."""
+    row: number of the worker that has the request; -1: none yet.
+    """
 
     request: TraceRequest
     arrived_s: float

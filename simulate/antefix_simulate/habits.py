@@ -1,5 +1,6 @@
 """How checkpoints are used, by the reason for leaving them: how many are ever used, and how long after their last
-use."""
+use.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The cost model: the time that tokens and bytes take on a machine, the size of a model's KV, the price of tokens.
 
-Every number here is a setting, not a measurement: use the results of `benchmarks/` on your machine."""
+Every number here is a setting, not a measurement: use the results of `benchmarks/` on your machine.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ NUM_READS: Final = 3
 
 class ManySimStores:
     """limits: of each store. copies_bytes: limit on copies per store.  object_bytes: size of the object tier; 0: none.
-    num_processes: number of processes that use the object tier."""
+    num_processes: number of processes that use the object tier.
+    """
 
     def __init__(
         self,

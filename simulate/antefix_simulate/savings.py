@@ -49,7 +49,8 @@ def savings_of(
     trace: Trace, own: Trace, *, own_hit_tokens: int, hit_rate: float, strategy: str, prices: TokenPrices
 ) -> Savings:
     """trace: in the model's blocks.  own: the same trace at its own resolution.  hit_rate: of the strategy on
-    `trace`."""
+    `trace`.
+    """
     tokens = trace.num_tokens
     hits = round(tokens * hit_rate)
     return Savings(

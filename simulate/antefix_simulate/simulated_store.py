@@ -2,7 +2,8 @@
 
 Names: a unit of a prefix has its name in the trace. The lowest bit of a name tells a block's record from its
 checkpoint; as in the engine, a checkpoint depends on its block. The lifetime of blocks, three days, exceeds any trace,
-so it is left out."""
+so it is left out.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ class SimStore:
 
     def put_units(self, names: Names, first: int, now_s: float, cost_s: float) -> int:
         """Store units [first, end) in order, as far as they fit. Returns how many leading units are stored
-        afterwards."""
+        afterwards.
+        """
         parent = 2 * int(names[first - 1]) if first else None
         if self._apart and parent is not None and parent not in self._disk:
             parent = None

@@ -4,7 +4,8 @@
     {"at_s": 0.0, "tokens": 5210, "output": 312, "like": 0, "shared": 80, "names": [81985529216486, ...]}
 
 The first `shared` names of a request are those of request number `like`, counted from 0. Conversations repeat their
-beginning, and a file that repeated these names each time would be a hundred times larger."""
+beginning, and a file that repeated these names each time would be a hundred times larger.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 A request ends before the next one arrives: the next request finds everything that was written, and nothing waits in a
 queue. Replaying one request at a time favours all strategies equally; another simulation (`cluster`) has queues and
 many workers. Outputs are not stored, because traces do not name their tokens; so hits on outputs are missing in all
-results, also in the ideal."""
+results, also in the ideal.
+"""
 
 from __future__ import annotations
 

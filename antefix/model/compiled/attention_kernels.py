@@ -21,7 +21,8 @@ _HIDDEN = f32(-np.inf)
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
 def gather_rings(out: int, windows: int, offset: int, new: int, slots: int, num: int, W: int, C: int) -> None:
     """Copy each sequence's ring [S, W, C] to `out`, with its new row [S, C] in its slot. windows [S]: address of each
-    sequence's window state; the layer's ring lies `offset` numbers further."""
+    sequence's window state; the layer's ring lies `offset` numbers further.
+    """
     for s in range(num):
         given = floats(integers(windows, s, 1)[0], offset, W * C)
         made = floats(out, s * W * C, W * C)
@@ -36,7 +37,8 @@ def gather_rings(out: int, windows: int, offset: int, new: int, slots: int, num:
 def gather_entries(out: int, decoded: int, block_step: int, per_block: int, tables: int, table_size: int,
                    indices: int, num: int, k: int, C: int) -> None:  # fmt: skip
     """Copy entries [S, k, C] of the pool by index, indices [S, k] (a negative index gives entry 0). Row r of a block
-    lies C * r numbers after the block's start; blocks are `block_step` numbers apart. tables [S, table_size]."""
+    lies C * r numbers after the block's start; blocks are `block_step` numbers apart. tables [S, table_size].
+    """
     for s in range(num):
         table, wanted = integers(tables, s * table_size, table_size), integers(indices, s * k, k)
         for i in range(k):
@@ -172,7 +174,8 @@ def _kth(x: Any, k: int) -> Any:
 @kernel("void(int64, int64, int64, int64, int64, int64)")
 def choose(picked: int, scores: int, visible: int, num: int, E: int, k: int) -> None:
     """`indexer.top_entries`: the k best of each row's `visible` scores [N, E], in ascending order, then -1. Of equal
-    scores the lowest index wins."""
+    scores the lowest index wins.
+    """
     work = np.empty(E, np.float32)
     for n in range(num):
         count, made = min(integers(visible, n, 1)[0], E), integers(picked, n * k, k)

@@ -33,7 +33,8 @@ def enable(model: Model) -> bool:
     torch's.
 
     If the results differ, the kernels stay off for the life of the process, because its arithmetic must not depend on
-    which models are loaded later."""
+    which models are loaded later.
+    """
     global _refused
     if _refused or importlib.util.find_spec("numba") is None or not _is_theirs(model):
         return False

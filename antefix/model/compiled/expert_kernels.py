@@ -74,7 +74,8 @@ def pick(experts: int, weights: int, scores: int, bias: int, table: int, tokens:
 def spread(rows: int, places: int, counts: int, x: int, experts: int, num: int, E: int, K: int, D: int,
            tile: int) -> None:  # fmt: skip
     """Copy each pick's row of x [N, D] into the run of rows of the picked expert. Runs are whole tiles, padded with
-    zeros. places [N, K]: the row of each pick. counts [E]: rows of each run."""
+    zeros. places [N, K]: the row of each pick. counts [E]: rows of each run.
+    """
     counts_, picks, places_ = integers(counts, 0, E), integers(experts, 0, num * K), integers(places, 0, num * K)
     starts = np.zeros(E + 1, np.int64)
     for e in range(E):
@@ -124,7 +125,8 @@ def activate(out: int, gate_up: int, num: int, inner: int, limit: float) -> None
 @kernel("void(int64, int64, int64, int64, int64, int64, int64)")
 def combine(out: int, rows: int, places: int, weights: int, num: int, K: int, D: int) -> None:
     """Add each token's expert rows, weighted, in order of expert id, to out [N, D], which holds the shared expert's
-    rows."""
+    rows.
+    """
     total = np.empty(D, np.float32)
     for n in range(num):
         place, weight, made = integers(places, n * K, K), floats(weights, n * K, K), floats(out, n * D, D)

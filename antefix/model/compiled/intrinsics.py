@@ -1,6 +1,7 @@
 """What Numba lacks for kernels over torch's memory: pointers, fused multiply-adds, access to the bits of floats.
 
-The compiler may not fuse, reorder or approximate operations here: the source alone decides a kernel's bits."""
+The compiler may not fuse, reorder or approximate operations here: the source alone decides a kernel's bits.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +95,8 @@ def floats(address: int, first: int, size: int) -> Any:
     """A view of `size` float32 from number `first` on, counted from an address (`Tensor.data_ptr`).
 
     Such views must be indexed only with the loop's own counter. For any other index, Numba inserts a check for negative
-    values, and then does not vectorise the loop."""
+    values, and then does not vectorise the loop.
+    """
     return numba.carray(_pointer(address + 4 * first), (size,), dtype=np.float32)
 
 

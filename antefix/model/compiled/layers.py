@@ -95,7 +95,8 @@ def plans_of(model: Model) -> list[LayerPlan] | None:
     this model.
 
     Each step compares every weight's version and address with the plan's. The comparison does not notice if a module
-    was replaced by another module."""
+    was replaced by another module.
+    """
     kept: _Kept | None = getattr(model, "_antefix_plans", None)
     if kept is None:
         modules = list(model.model.layers.modules())

@@ -1,7 +1,8 @@
 """The compiled kernels as functions of tensors, called by `mhc`, `norms_rope`, `quant` and `compressor`.
 
 Each function gives the same bits as the torch code that calls it; `enable` has compared the two. Inputs: float32 on a
-CPU."""
+CPU.
+"""
 
 from __future__ import annotations
 

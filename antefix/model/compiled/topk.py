@@ -20,7 +20,8 @@ def best_entries(
     together: int,
 ) -> Tensor:
     """Each query's k best visible entries [T, k], ascending, then -1. segments: keys [E, C] in order; together they
-    must hold all visible entries.  together: how many queries are scored at once."""
+    must hold all visible entries.  together: how many queries are scored at once.
+    """
     num, heads, _ = queries_TIC.shape
     width = sum(segment.shape[0] for segment in segments)
     visible, weights = num_visible_T.contiguous(), weights_TI.contiguous()

@@ -14,7 +14,8 @@ class Promises:
     users_apart: end users (`user`, `metadata.user_id`) do not share a cache. keys_apart: API keys (accounts) do not
     share one. salts_apart: requests with different `cache_salt`s do not share one. retries_once: a retry with the same
     Idempotency-Key gets the same answer and is billed once. lifetime_s: a prefix hits for at least this time after its
-    last use; 0: no promise."""
+    last use; 0: no promise.
+    """
 
     name: str
     hit_unit_tokens: int = 1

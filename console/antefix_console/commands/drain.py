@@ -4,7 +4,8 @@ STORE is a directory on this host, or the address of a service, which continues 
 one of the other stores has already are left out. The copy is repeated until nothing new has come; then the store can be
 stopped.
 
-The exit code is 0 if all records that should be copied are there, else 1."""
+The exit code is 0 if all records that should be copied are there, else 1.
+"""
 
 from __future__ import annotations
 

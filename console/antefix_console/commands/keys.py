@@ -1,5 +1,6 @@
 """`antefix keys`: makes, lists, replaces and revokes API keys. Routers see a change within seconds, without a
-restart."""
+restart.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """`antefix model check DIR`: what a model directory is, whether and how it would run here, and how much memory it
 takes.
 
-Only config.json and the files' headers are read, which takes seconds for any model."""
+Only config.json and the files' headers are read, which takes seconds for any model.
+"""
 
 from __future__ import annotations
 

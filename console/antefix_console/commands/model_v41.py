@@ -1,5 +1,6 @@
 """The description that `antefix model check` gives of a DeepSeek-V4.1 directory. KV of a DeepSeek-V4.1 model can be
-stored and simulated, but the model is not loaded."""
+stored and simulated, but the model is not loaded.
+"""
 
 from __future__ import annotations
 

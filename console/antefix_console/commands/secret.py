@@ -107,7 +107,8 @@ def rotated(generations: Generations, *, stage: bool = False) -> Generations:
 
 def dropped(generations: Generations, number: int) -> Generations:
     """Raises:  InvalidRequest: no generation has that number, or it is the current one, which new KV is written
-    under."""
+    under.
+    """
     if number == generations[0][0]:
         raise InvalidRequest(f"records are written with generation {number} of the secret: rotate the secret first")
     rest = [each for each in generations if each[0] != number]

@@ -1,5 +1,6 @@
 """`antefix simulate --workers P:D`: compares placement policies on a simulated fleet. Flags, trace copies, table,
-plot."""
+plot.
+"""
 
 from __future__ import annotations
 

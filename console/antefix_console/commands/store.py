@@ -1,7 +1,8 @@
 """`antefix store copy SRC DST`: copies one store's contents to another. `antefix store purge`: deletes a tenant's
 records.
 
-The exit code is 0 if everything was done, else 1; the same command then continues where it stopped."""
+The exit code is 0 if everything was done, else 1; the same command then continues where it stopped.
+"""
 
 from __future__ import annotations
 

@@ -117,7 +117,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _key(secret_file: str | None) -> bytes:
     """The key from a secret file. The same secret file gives the same names for the same text, so traces can be
-    compared."""
+    compared.
+    """
     return secrets.token_bytes(32) if secret_file is None else Keyring.from_file(secret_file).proof(b"trace")
 
 

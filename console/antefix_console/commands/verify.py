@@ -1,5 +1,6 @@
 """`antefix verify`: checks that a hit gives what a cold run gives, for every strategy, plan and boundary, on this
-machine."""
+machine.
+"""
 
 from __future__ import annotations
 

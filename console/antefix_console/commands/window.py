@@ -1,5 +1,6 @@
 """`antefix window`: shows or switches the strategy in force without a restart; compares predicted with real
-restores."""
+restores.
+"""
 
 from __future__ import annotations
 

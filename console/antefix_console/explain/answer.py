@@ -138,7 +138,8 @@ def _miss(
 
 def _no_state(hit: int, stored: StoredPrefix, decision: Decision, sizes: Sizes) -> str:
     """Why stored blocks after `hit` are computed again: no window state near them allows a resume that is fast
-    enough."""
+    enough.
+    """
     end, size = stored.num_blocks, sizes.block_size
     nearest = max(stored.checkpoints, default=0)
     replay = next((plan for plan in decision.plans if plan.replay_tokens), None)

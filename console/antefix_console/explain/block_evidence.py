@@ -141,7 +141,8 @@ def _with_cached(block: BlockEvidence, cached: Sequence[tuple[int, int]] | None)
 
 def _most_telling(rows: Sequence[BlockEvidence], named: Sequence[str]) -> BlockEvidence:
     """The most informative of several stores' evidence of a block. named: the stores' names, where there are
-    several."""
+    several.
+    """
     best = min(range(len(rows)), key=lambda number: (_TELLING.get(rows[number].reason, len(_TELLING)), number))
     block = replace(rows[best], store=named[best] if rows[best].reason is MissReason.NONE else "")
     if block.checkpoint is not None:

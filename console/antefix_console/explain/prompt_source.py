@@ -20,7 +20,8 @@ _SHOWN_CHARACTERS: Final = 60
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spot:
     """One place in a prompt. path: the request field that it comes from; empty if the chat format wrote it.
-    line: the line within that field's text, from 1.  shown: the text there, with « before the token."""
+    line: the line within that field's text, from 1.  shown: the text there, with « before the token.
+    """
 
     token: int
     path: str
@@ -31,7 +32,8 @@ class Spot:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcedPrompt:
     """name: the prompt's name in an explanation.  body: the request, if there is one.  spans: the origin of its
-    tokens."""
+    tokens.
+    """
 
     name: str
     tokens: TokenArray
@@ -55,7 +57,8 @@ class SourcedPrompt:
 
     def _field(self, index: int, at: int) -> tuple[str, str, int]:
         """The request field whose text covers position `at` of a piece: its path, its text, the position in that
-        text."""
+        text.
+        """
         text, leaves = self.spans[index].text, list(_leaves(self.body))
         covering = _covering(text, at, leaves)
         if covering:
@@ -83,7 +86,8 @@ class SourcedPrompt:
 
 def _covering(text: str, at: int, leaves: list[tuple[str, str]]) -> list[tuple[int, str, int]]:
     """(number of a field, its text in the piece, the position in that text) of the longest fields that cover a position
-    of a piece. Shorter fields that match are mostly words that occur in the piece by chance."""
+    of a piece. Shorter fields that match are mostly words that occur in the piece by chance.
+    """
     found: list[tuple[int, str, int]] = []
     for number, (_, said) in enumerate(leaves):
         for written in {said, json.dumps(said, ensure_ascii=False)[1:-1]} - {""}:

@@ -42,7 +42,8 @@ async def replay(
     planned: list[Planned], ask: Ask, *, concurrency_max: int, on_sent: Callable[[Sent], None] = lambda sent: None
 ) -> list[Sent]:
     """Send all requests, in order. A request that is due while `concurrency_max` requests run waits, and is sent
-    late."""
+    late.
+    """
     started = time.perf_counter()
     free = asyncio.Semaphore(concurrency_max)
     results: list[Sent] = []

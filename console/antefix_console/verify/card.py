@@ -1,5 +1,6 @@
 """Compares a prompt on a card (GPU) with the same prompt on the CPU. Sums run in another order, so bits may differ
-within bounds."""
+within bounds.
+"""
 
 from __future__ import annotations
 

@@ -38,7 +38,8 @@ class RunOutcome:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """identical: equal in every bit of logits, global KV and window state.  error: the largest relative error, and
-    where."""
+    where.
+    """
 
     identical: bool
     error: float = 0.0

@@ -1,7 +1,8 @@
 """Small models drawn from a seed: random layer plans, ratios, windows, widths, streams, heads and experts.
 
 The fixed plans cover difficulties that we know; drawn models are for those that nobody has thought of. One number
-stands for one model, so a failed case is repeated with the seed that was printed."""
+stands for one model, so a failed case is repeated with the seed that was printed.
+"""
 
 from __future__ import annotations
 

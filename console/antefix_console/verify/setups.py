@@ -2,7 +2,8 @@
 
 If two set-ups have the same name of arithmetic, one may hit what the other has stored. So set-ups with equal names must
 compute equal bits. Each process runs the same prompts of the same models cold, and reports its arithmetic's name and
-the results. Set-ups with different bits are no fault as long as the names of their arithmetic differ."""
+the results. Set-ups with different bits are no fault as long as the names of their arithmetic differ.
+"""
 
 from __future__ import annotations
 

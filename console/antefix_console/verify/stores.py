@@ -102,7 +102,8 @@ class MemoryStore(EmptyStore):
 class PrefixView(EmptyStore):
     """A store that shows only the first `num_blocks` blocks of a chain, as after eviction, which starts from the end.
 
-    Records which blocks were put, by the number of tokens up to their end."""
+    Records which blocks were put, by the number of tokens up to their end.
+    """
 
     def __init__(self, store: Store, num_blocks: int) -> None:
         self._store = store

@@ -10,7 +10,8 @@ Prompts that differ from the conversation from a random token on are run cold an
 5. Once per model: prompts cut at any row and run among others (cuts), through one small pool (worker_checks), as whole
    requests to a decode worker (served); other names and foreign handoffs; ties; reproducible mode; known answers.
 6. On a card: the results of a prompt on the card and on the CPU are compared. Over several ranks: the results of a
-prompt over the ranks and on one rank are compared."""
+prompt over the ranks and on one rank are compared.
+"""
 
 from __future__ import annotations
 
@@ -214,7 +215,8 @@ class Suite:
 
     def _ranks(self, alone: Subject) -> None:
         """Run the same prompt over ranks and on one rank. On a CPU, where the names are the same, bits must be
-        equal."""
+        equal.
+        """
         tokens = self._tokens(2 * self._subject.block_size + 3)
         cuts = (1, self._subject.block_size + 1, len(tokens) - 1)
         one = replace(self._workers, subject=alone)

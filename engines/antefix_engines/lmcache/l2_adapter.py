@@ -3,7 +3,8 @@
 LMCache names an object by a hash of its tokens, model, rank, object group and cache_salt. LMCache tells neither which
 object precedes another nor how an object is laid out. So each object of LMCache is stored as one record, without a
 change. The record's name also includes the revision of the weights, which LMCache's name lacks. LMCache's calls return
-at once; a few threads do the work, and an event fd signals when it is done."""
+at once; a few threads do the work, and an event fd signals when it is done.
+"""
 
 from __future__ import annotations
 
@@ -190,7 +191,8 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
 def _name_of(key: Any) -> bytes:
     """A name from all fields of an ObjectKey, including fields that a later LMCache adds, so that distinct keys stay
-    distinct."""
+    distinct.
+    """
     values = {field.name: getattr(key, field.name) for field in dataclasses.fields(key)}
     fields = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
     return json.dumps(fields, sort_keys=True).encode()

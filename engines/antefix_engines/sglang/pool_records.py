@@ -8,7 +8,8 @@ SGLang keeps pools apart and writes them at different times, so each is a separa
 
 A page's name is made from SGLang's own key, a SHA-256 chain over tokens that begins with cache_salt and LoRA. The key
 of the page before must be known: a store keeps a block only if it has the block before it, so that a lookup is one
-search and not one search per page."""
+search and not one search per page.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ _EMPTY = bytes(1)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolName:
     """What the names of a pool's pages include, besides the layout. shard: empty where all ranks have the same
-    pages."""
+    pages.
+    """
 
     pool: str
     is_trailing: bool

@@ -2,7 +2,8 @@
 
 A block is also the chunk of prefill. The last bits of KV depend on how a prompt is cut. So prompts are computed here in
 chunks that end at multiples of `block_size`, and a hit at any of these ends equals a cold run with the same chunks to
-the bit."""
+the bit.
+"""
 
 from __future__ import annotations
 
@@ -259,7 +260,8 @@ class AntefixCache:
         """Find out what the model's cache keeps, and which bits it computes, by running one block.
 
         For some models, running a block is the only way to find this out. On a card, bits may differ from run to run,
-        so on a card bits are not part of names."""
+        so on a card bits are not part of names.
+        """
         _check_mode(model)
         if getattr(model.config, "is_encoder_decoder", False):
             raise InvalidRequest(

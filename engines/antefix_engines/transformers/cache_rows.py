@@ -61,13 +61,15 @@ class LayerRows(ABC):
 
     def take_checkpoint(self, layer: Any, index: int, num_tokens: int) -> list[Tensor] | None:
         """The rows of the checkpoint at the end of block `index`; None if the layer, at `num_tokens`, no longer has all
-        of them."""
+        of them.
+        """
         return []
 
     @abstractmethod
     def fill(self, layer: Any, blocks: Sequence[Tensor], checkpoints: Sequence[Tensor], num_tokens: int) -> None:
         """Fill an empty layer as if it had seen `num_tokens`, from the rows of all blocks and of the last
-        checkpoints."""
+        checkpoints.
+        """
 
 
 class FullRows(LayerRows):

@@ -2,7 +2,8 @@
 
 A cold run computes the same chunks without a store. After a restore, the next block is computed, and its logits and
 stored bytes are compared. Each group of KV affects the next block's logits or its stored bytes. A planted fault reads
-one group as zeros, and the comparison must detect it."""
+one group as zeros, and the comparison must detect it.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 FP8 row: the numbers as E4M3, one byte each, in groups of 64; then one byte per group, the exponent of its power-of-two
 scale plus 127 (UE8M0). The largest number of a group is scaled to lie between 224 and 448, which keeps about two
-digits."""
+digits.
+"""
 
 from __future__ import annotations
 

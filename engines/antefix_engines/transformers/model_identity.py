@@ -2,7 +2,8 @@
 software.
 
 Weights are hashed once per model, and again only when a tensor was replaced or written to. PyTorch counts writes to
-tensors, except those through `.data`, which the caller must report (`forget`). Four threads hash about 1 GB/s each."""
+tensors, except those through `.data`, which the caller must report (`forget`). Four threads hash about 1 GB/s each.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """What the names of vLLM's rows depend on: weights, layout, arithmetic. vLLM's own block hash identifies the tokens.
 
 vLLM chains SHA-256 over tokens, LoRA and cache salt, but nothing else of the model: two models with one tokenizer give
-equal hashes. The fingerprint has the other facts, so that KV of other weights, dtype or layout has another name."""
+equal hashes. The fingerprint has the other facts, so that KV of other weights, dtype or layout has another name.
+"""
 
 from __future__ import annotations
 

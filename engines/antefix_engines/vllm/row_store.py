@@ -39,7 +39,8 @@ class TierCounters:
 class Stored:
     """num_bytes: of payloads sent to the store.  keys: keys whose rows a lookup finds from now on.
 
-    is_right: False if the store took fewer records than were offered."""
+    is_right: False if the store took fewer records than were offered.
+    """
 
     num_bytes: int = 0
     keys: list[bytes] = field(default_factory=list)

@@ -1,7 +1,8 @@
 """`AntefixTier`: the class that vLLM loads by `secondary_tiers`, written for vLLM 0.32 and 0.33.
 
 All methods are called by vLLM's scheduler. The methods never block, except that `drain_jobs` and `shutdown` wait for
-our own threads."""
+our own threads.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +145,8 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
     def shutdown(self) -> None:
         """Finish running jobs and release vLLM's memory, which vLLM could not unmap otherwise.
 
-        Closing never raises, because vLLM would then skip the rest of its own shutdown."""
+        Closing never raises, because vLLM would then skip the rest of its own shutdown.
+        """
         self._transfers.close()
         self._lookups.close()
         try:

@@ -11,7 +11,8 @@ vLLM packs one block of every layer of a group into a row. A page per layer, pad
 
 n entries of 584 B lie as n x 576 B (448 FP8 codes, 64 BF16), then n x 8 B of scales; n keys as n x 128 B, then n x 4 B,
 or as n x 64 B and n x 4 B. `V4Pages.of` knows a cache by the names of its layers, and believes it only if its pages add
-up to vLLM's row to the byte. A cache that is not recognised is not V4, and its rows are stored whole."""
+up to vLLM's row to the byte. A cache that is not recognised is not V4, and its rows are stored whole.
+"""
 
 from __future__ import annotations
 
@@ -250,7 +251,8 @@ def _used_bytes(kind: Kind, num_tokens: int, key_bytes: int) -> int:
 
 def _runs_of(group: Group, key_bytes: int) -> tuple[Run, ...]:
     """The runs of a group's row: vLLM puts layers of one kind side by side, kinds in the order of their first layers.
-    Returns nothing for a layer of another kind."""
+    Returns nothing for a layer of another kind.
+    """
     by_kind: dict[Kind, list[int]] = {}
     for name in group.layers:
         found = _kind_of(name, group)

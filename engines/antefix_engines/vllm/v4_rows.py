@@ -38,7 +38,8 @@ RowAt = tuple[int, int]
 @dataclass(slots=True)
 class _Window:
     """A window whose rows are arriving. parts: by place.  keys: those of all rows that a lookup finds once it is
-    stored."""
+    stored.
+    """
 
     parts: dict[RowAt, bytes] = field(default_factory=dict)
     keys: list[bytes] = field(default_factory=list)
@@ -77,7 +78,8 @@ class V4Rows:
 
     def find(self, prompt: Prompt, asked: Sequence[Asked]) -> set[bytes]:
         """Keys of blocks up to the last stored window, and of the rows of all windows. Later blocks would be
-        useless."""
+        useless.
+        """
         blocks = sorted((each for each in asked if each.group == self.pages.blocks.id), key=lambda each: each.position)
         if blocks:
             found = self._kv.lookup([self._kv.hash_of(each.hash) for each in blocks])

@@ -2,7 +2,8 @@
 
 Each row of each group is a BLOCK under its group's fingerprint. The tier assumes nothing about the bytes of a row,
 except that each rank has a cell. A row depends on the row before it if that is stored; otherwise it begins a chain,
-since windows and states may begin anywhere."""
+since windows and states may begin anywhere.
+"""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ class CheckpointBudget:
     """Counts the checkpoints that this worker writes, and refreshes the store's figures. Used from one event loop.
 
     The store counts checkpoints of all namespaces together. So if several namespaces share the store, fewer checkpoints
-    are written than the budget allows."""
+    are written than the budget allows.
+    """
 
     def __init__(
         self, count: Callable[[], Awaitable[StoreTotals]] | None = None, limit_bytes: int | None = None

@@ -14,7 +14,8 @@ decode steps, another tenant's chunk waits until steps have got back the time th
 which other tenants' sequences take part counts for less than its time (`StepShares.repaid_s` in decode).
 
 A request that is cancelled frees its rows of the pool. If the thread (or a read) still wrote into these rows, it would
-overwrite another request's KV. So a cancellation waits for the running work, which takes one chunk at most."""
+overwrite another request's KV. So a cancellation waits for the running work, which takes one chunk at most.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +91,8 @@ class _Together:
 @dataclass(slots=True, eq=False)
 class _Job:
     """remaining: tokens that its prompt has left; None: a small job.  began: when the computation of its prompt began.
-    together: how it can run with other jobs, if it can.  repaid_s: see `run_step`."""
+    together: how it can run with other jobs, if it can.  repaid_s: see `run_step`.
+    """
 
     work: Callable[[], object]
     done: Future[object]
@@ -163,7 +165,8 @@ class ComputeThread:
         self, repaid_s: float | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Run a decode step.  repaid_s: how much of the time that other tenants' chunks took counts as given back with
-        this step; None: the time that the step takes."""
+        this step; None: the time that the step takes.
+        """
         job = _Job(lambda: function(*args, **kwargs), Future(), repaid_s=repaid_s)
         return cast(T, await self._submit(job))
 
@@ -185,7 +188,8 @@ class ComputeThread:
         """`run_chunk` for a chunk of `num_tokens` that may run together with chunks of other prompts.
 
         function: takes all pieces of one call and returns a result or an error for each. If it raises for several
-        pieces, it must not have changed anything: each piece then runs alone."""
+        pieces, it must not have changed anything: each piece then runs alone.
+        """
 
         def alone() -> T:
             (result,) = function([piece])
@@ -258,7 +262,8 @@ class ComputeThread:
 
     def _steps_go_first(self) -> bool:
         """Whether chunks wait for a step: some tenant has only steps here, and all tenants that have chunks have steps
-        too."""
+        too.
+        """
         chunks = {job.tenant for job in self._chunks}
         return bool(chunks) and chunks < self._stepping and self._steps_first_s > 0 and not self._small
 

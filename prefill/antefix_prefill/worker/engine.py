@@ -110,7 +110,8 @@ class Engine:
     borrows: True if this worker computes with other arithmetic than the KV that it reads was made with. Such a worker
         writes no KV under these names. labels, statement: those of the fingerprint. seals: make the seal of every
         record that is written. kv_events: tells routers of other projects which blocks enter and leave the pool, if the
-        settings ask for it. ranks: the other processes that run the model, if there are any."""
+        settings ask for it. ranks: the other processes that run the model, if there are any.
+    """
 
     identity: ModelIdentity
     model: Model

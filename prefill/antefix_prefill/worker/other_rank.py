@@ -2,7 +2,8 @@
 
 `rank_processes` starts it with one end of a socket, over which all messages come. When the socket closes, however rank
 0 ended, this process ends too, at most `END_S` seconds later, whatever it is waiting for. This process ignores signals,
-which only rank 0 handles: a supervisor that signals every process must not end a rank while requests are drained."""
+which only rank 0 handles: a supervisor that signals every process must not end a rank while requests are drained.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +65,8 @@ class Measure:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Up:
     """An answer to rank 0.  text: for `failed` the reason, for `measured` the arithmetic's name.  num_exchanges: the
-    number of exchanges so far."""
+    number of exchanges so far.
+    """
 
     what: str
     text: str = ""

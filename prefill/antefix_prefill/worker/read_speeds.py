@@ -23,7 +23,8 @@ def read_speeds(engine: Engine, names: Collection[str]) -> dict[str, ReadSpeed]:
 
     For a store whose files are read on this host, speeds are also given for its page cache and its disk, by their
     labels. The store's name alone then stands for a read of which it is not known how much is in the page cache: the
-    share of the last minute is assumed."""
+    share of the last minute is assumed.
+    """
     store = engine.store
     if not isinstance(store, ManyStores):
         return {}

@@ -1,7 +1,8 @@
 """Blocks in a worker's pool: which are in use, which are idle but still valid, and which to evict for room.
 
 All methods are called from the event loop only. A block is private to the sequence that fills it until `publish`. After
-`publish` the block never changes, and any sequence with the same chain may use it."""
+`publish` the block never changes, and any sequence with the same chain may use it.
+"""
 
 from __future__ import annotations
 

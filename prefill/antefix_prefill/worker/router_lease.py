@@ -2,7 +2,8 @@
 
 A router that does not answer is asked again, so after it comes back it knows the worker within a third of a lease.
 `dns:HOST:PORT` stands for a router at each address of the name. The name is looked up again at the same intervals, so
-routers may come and go."""
+routers may come and go.
+"""
 
 from __future__ import annotations
 

@@ -176,7 +176,8 @@ async def serve_worker(
     """Serve the worker's own service and the services that all workers have, until told to stop. While it serves, the
     worker is registered with the routers.
 
-    metrics: those of the worker's own service, read in the event loop."""
+    metrics: those of the worker's own service, read in the event loop.
+    """
 
     def add_services(server: grpc.aio.Server) -> None:
         add_service(server)

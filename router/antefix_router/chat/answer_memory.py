@@ -7,7 +7,8 @@ memory of answers, which drops the least recently used ones.
 
 Many clients of OpenAI's chat API cannot store reasoning and send an answer back without it. If the chat format keeps
 reasoning, such an answer would have other tokens, and the prompt would miss from there on. So an answer is looked up
-without its reasoning, and put back with it."""
+without its reasoning, and put back with it.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ class OutputParser(Protocol):
 
 class ChatFormat(Protocol):
     """One model family's chat format. As far as the format allows, the rendering of a longer conversation begins with
-    the rendering of the shorter one. Because of the common beginning, the next turn of a conversation can hit."""
+    the rendering of the shorter one. Because of the common beginning, the next turn of a conversation can hit.
+    """
 
     name: str
     supports_reasoning: bool

@@ -39,7 +39,8 @@ def choose_format(name: str, model: Path, tokenizer: Tokenizer, *, bounded: bool
 def _deepseek_v4(model: Path) -> str:
     """The name of the chat format of a V4 checkpoint; empty if the model is no V4 checkpoint. Both V4 checkpoints have
     the same config. They are told apart by the encoder in the checkpoint's files or, without one, by the directory's
-    name."""
+    name.
+    """
     config = read_config(model)
     if config.get("model_type") != "deepseek_v4":
         return ""  # DeepSeek-V4.1 ("deepseek_v41") is another architecture with another format

@@ -11,7 +11,8 @@ are tools: then the model has to see why it made its calls. Tool results are wri
 order of the calls. Tool calls are DSML: `<｜DSML｜tool_calls>` around `invoke` elements with one `parameter` each.
 
 The format has a place for system text only at the head. System text that comes later stays where the client put it, as
-text of a user's turn."""
+text of a user's turn.
+"""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@ each tool's schema.
     calls: "<tool_calls>\\n" call+ "</tool_calls>"        call: <invoke name> parameters in the schema's order </invoke>
 
 A text parameter is written as it is, up to its closing tag. All other parameters are JSON. Parameters that the schema
-allows without naming them are never written."""
+allows without naming them are never written.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ class TextBreakpoint:
     """A client's cache breakpoint: the prompt before it is to be kept for `ttl_s` seconds.
 
     offset: how many characters of the text lie before the breakpoint. None: the breakpoint is at the end of the
-    message, of the tools or of the other part that has it."""
+    message, of the tools or of the other part that has it.
+    """
 
     ttl_s: float
     offset: int | None = None
@@ -158,7 +159,8 @@ class CallDelta:
     """The addition that new output text makes to a tool call. The pieces of `arguments`, joined, are a JSON object.
 
     name: set only in the call's first piece. is_last: the call is complete. If no last piece came, the call was cut
-    off."""
+    off.
+    """
 
     id: str
     name: str = ""

@@ -5,7 +5,8 @@ account. Such a line differs in every session or every request, and everything a
 recognises these lines. No text is dropped. A line that changes with the session moves to the beginning of the first
 user message. A line that changes with the request moves to the end of the last user message (`messages.Aside`). The old
 and the new place come after system text and tools. The prompt always is the text with the lines moved, both for hits
-and for misses. Operators can add rules in a file (deploy/prefix_rules.toml)."""
+and for misses. Operators can add rules in a file (deploy/prefix_rules.toml).
+"""
 
 from __future__ import annotations
 

@@ -96,7 +96,8 @@ class TemplateFormat:
     def _breakpoints(self, messages: tuple[Message, ...], text: str) -> list[tuple[int, float]]:
         """The breakpoints' positions in the rendered text. The conversation is rendered a second time with a character
         at each breakpoint. If the template does anything but copy this character, the prompt has no breakpoints,
-        because the prompt must not depend on them."""
+        because the prompt must not depend on them.
+        """
         lifetimes = [each.ttl_s for message in messages for each in _sorted(message)]
         if not lifetimes:
             return []

@@ -3,7 +3,8 @@ or fill memory. Python cannot stop such a program from inside, but a process can
 
 Reads JSON lines: first the template, then the template's input for each conversation. The process answers each line
 with {"text": ...}, or with {"error": ...} and the reason. The process ends if it exceeds its limit of processor time or
-memory."""
+memory.
+"""
 
 from __future__ import annotations
 

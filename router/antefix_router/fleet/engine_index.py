@@ -4,7 +4,8 @@ under our block names.
 In the directory, the engine has one entry for the blocks in any of its media, and one entry per medium. A model may
 keep several cache groups. Groups of full attention must hold every block of a prefix. Groups of a sliding window, of
 state, or with blocks of another size must hold only what is needed at the prefix's end. So a hit ends at the last block
-at which every group has the data that it needs. An engine uses the same hash for a position in all groups."""
+at which every group has the data that it needs. An engine uses the same hash for a position in all groups.
+"""
 
 from __future__ import annotations
 

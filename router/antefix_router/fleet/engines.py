@@ -38,7 +38,8 @@ class HitCounters:
 
     num_answers: complete answers. num_unreported: those of them without a count of hits. num_other_prompts: those whose
     prompt had another length than the router counted. lost: tokens expected and not reported. found: tokens reported
-    and not expected."""
+    and not expected.
+    """
 
     num_answers: int = 0
     num_unreported: int = 0

@@ -32,7 +32,8 @@ _RETRY_AFTER_S_MAX: Final = 24 * 3600
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
     """num_tokens_max: the model's context in tokens; 0 if the worker does not report it. is_adapter: the model is an
-    adapter of another model. An adapter of a model has KV of its own."""
+    adapter of another model. An adapter of a model has KV of its own.
+    """
 
     name: str
     num_tokens_max: int = 0

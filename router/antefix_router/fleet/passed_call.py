@@ -24,7 +24,8 @@ class PassedCall:
     tokens; None if they are not known. num_prompt_tokens_about: a lower bound of their number if they are not known.
 
     affinity: a value that chooses the worker of a prompt without block names if nothing else decides. wants_usage,
-    wants_running_usage: the parts of the usage that the client asked for in its stream."""
+    wants_running_usage: the parts of the usage that the client asked for in its stream.
+    """
 
     path: str
     body: Mapping[str, Any]
@@ -113,7 +114,8 @@ class PassedGeneration(Generation):
 
     answer: a complete answer that is not a stream.  events: events of a stream that are ready for the client.
     last: the event with the usage that the client asked for. The last event is sent after the record of the request is
-    written."""
+    written.
+    """
 
     call: PassedCall = field(kw_only=True)
     worker: str = ""

@@ -1,6 +1,7 @@
 """Runs requests on the engines of a fleet: places each request, passes it on, and tries another worker if the first
 fails before the client has received anything. If all workers have failed, the request waits for a worker that answers
-again. The worker generates the answer; this module only counts and compares."""
+again. The worker generates the answer; this module only counts and compares.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 The workers render a conversation with their own template, tools and settings, so their answer is what they will
 compute. If the router rendered it itself and one token differed, no block would match. vLLM and SGLang have the address
-`/tokenize` for this. If no worker answers `/tokenize`, the request is placed by load alone."""
+`/tokenize` for this. If no worker answers `/tokenize`, the request is placed by load alone.
+"""
 
 from __future__ import annotations
 

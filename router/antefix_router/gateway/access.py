@@ -1,7 +1,8 @@
 """Wraps every HTTP request: adds an id to the answer and to log lines, a trace, a line in the access log, and counts.
 
 Access logging does not read or log bodies. The request's path is chosen by the client, so it is logged encoded and cut
-to a length."""
+to a length.
+"""
 
 from __future__ import annotations
 

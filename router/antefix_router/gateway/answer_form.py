@@ -108,7 +108,8 @@ def _allowed(allowed: Mapping[str, Any], names: Collection[str], parallel: bool)
 
 def _name(tool: Any) -> str:
     """The name of the tool in a `tool_choice`. The chat API wraps the tool's name in "function"; the Responses API does
-    not. A choice of a tool that the provider runs gives the tool's kind."""
+    not. A choice of a tool that the provider runs gives the tool's kind.
+    """
     tool = tool if isinstance(tool, Mapping) else {}
     kind = tool.get("type", "function")
     inner = tool.get("function", tool)

@@ -34,7 +34,8 @@ class Choices:
     async def deltas(self, timeout_s: float, *, held: bool = False) -> AsyncGenerator[tuple[int, Delta], None]:
         """Pairs of an output's number and new text of that output. Closing this iterator early cancels the request.
 
-        held: no part of the output is sent before all of the output is there."""
+        held: no part of the output is sent before all of the output is there.
+        """
         if len(self._outputs) == 1:
             async with contextlib.aclosing(self._outputs[0].deltas(timeout_s, held=held)) as deltas:
                 async for delta in deltas:

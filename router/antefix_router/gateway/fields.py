@@ -2,7 +2,8 @@
 
 Clients add fields every month, and most change nothing. So a reader of a request takes the fields that it knows, and
 refuses by name the few that would change the answer (`only`). At the end `close` reports all other fields with their
-JSON paths, at any level."""
+JSON paths, at any level.
+"""
 
 from __future__ import annotations
 

@@ -392,7 +392,8 @@ class Gateway(Door):
 
     async def _grammar(self, conversation: Conversation, names: SchemaNames) -> str:
         """The grammar that the answer must follow, after a check of the grammar; empty: any answer is allowed. Raises:
-        WrongField: the error names the schema that cannot be used."""
+        WrongField: the error names the schema that cannot be used.
+        """
         if not conversation.has_form:
             return ""
         size = _SCHEMA_CHARACTERS * (1 + len(conversation.tools))

@@ -2,7 +2,8 @@
 
 Some fields switch thinking on or off (`thinking`, `enable_thinking`), some give an amount (`reasoning_effort`,
 budgets), some do both. If any field says off, thinking is off. Otherwise the strongest effort that any field names
-counts. If thinking is only switched on, the model's default effort is used."""
+counts. If thinking is only switched on, the model's default effort is used.
+"""
 
 from __future__ import annotations
 

@@ -112,7 +112,8 @@ class Output:
         """The pieces of the answer as they arrive. Closing the iterator early cancels the request; after its end,
         `ended` is known.
 
-        held: no part of the answer is sent before all of the answer is there."""
+        held: no part of the answer is sent before all of the answer is there.
+        """
         self._bill.is_held = self.is_held = held
         async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as pieces:
             async for _, tokens in pieces:
@@ -199,7 +200,8 @@ class Output:
 
 class StopTexts:
     """Finds stop texts in the answer. The decode worker searches by tokens, and misses a stop text that the model
-    spells with other tokens than the tokenizer. Text that may begin a stop text is held back."""
+    spells with other tokens than the tokenizer. Text that may begin a stop text is held back.
+    """
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = tuple(texts)

@@ -82,7 +82,8 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
 
 def _num_top_logprobs(fields: Fields, wanted: list[str]) -> int | None:
     """How many alternatives the answer gives for each token: `include` asks for log probabilities, `top_logprobs` gives
-    the number. Other values in `include` have no effect."""
+    the number. Other values in `include` have no effect.
+    """
     for index, name in enumerate(wanted):
         if name not in (_LOGPROBS, _SEALED):
             fields.notes.ignore(f"include[{index}]")

@@ -51,7 +51,8 @@ class Items:
 
     def finish(self, *, is_shown: bool = True) -> list[dict[str, Any]]:
         """End the answer. An answer without text is still one message.  is_shown: the client has seen the beginning of
-        a call that was cut off, so it gets the rest. Without such a beginning, a call that was cut off is left out."""
+        a call that was cut off, so it gets the rest. Without such a beginning, a call that was cut off is left out.
+        """
         events = self._end_call("incomplete") if is_shown else []
         return [*events, *([] if self._kind or self.done else self._open("message")), *self._close()]
 

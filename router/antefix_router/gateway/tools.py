@@ -5,7 +5,8 @@ out of the list, and groups of functions are flattened. A header reports both.
 
 If the client searches for tools itself, tools with `defer_loading` are left out of the list too. Each of these tools is
 shown where a search result refers to it. If a tool that was found were added to the list, the list would change with
-each search, and everything after it would miss."""
+each search, and everything after it would miss.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Any client can write such headers. So without the setting of trusted proxies, all such headers are ignored. With the
 setting, the named header counts only on connections from the named proxies, and only as far back as the chain of these
-proxies goes."""
+proxies goes.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 Some clients have no place for a picture in a tool's result and send its JSON as text. A text model cannot use the data
 of a picture, which takes a hundred thousand tokens in every later turn. So a short placeholder replaces the picture's
-data, and the rest of the JSON stays."""
+data, and the rest of the JSON stays.
+"""
 
 from __future__ import annotations
 

@@ -51,7 +51,8 @@ class Life:
 
     wait_s: all time before the first token that is not restoring or computing: tokenizing, look-ups, placing, queues
     and the handoff. restore_s: reading stored KV and rebuilding window state. predicted_s: the planner's prediction of
-    restore_s. compute_s: computing the tokens that missed. output_s: from the first token to the end."""
+    restore_s. compute_s: computing the tokens that missed. output_s: from the first token to the end.
+    """
 
     wait_s: float
     restore_s: float

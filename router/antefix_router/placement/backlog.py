@@ -1,7 +1,8 @@
 """The unfinished work of one worker, in tokens of prefill, and the worker's measured speed.
 
 A worker computes one prompt after the other, so the remaining work of the first prompt shrinks over time. Without this
-estimate, a worker that is nearly done would look like a worker that has just begun."""
+estimate, a worker that is nearly done would look like a worker that has just begun.
+"""
 
 from __future__ import annotations
 

@@ -85,7 +85,8 @@ class Directory:
 
     def guess(self, address: str, keys: Sequence[Key]) -> None:
         """Record that a request was placed on this worker, so that the worker holds the request's blocks or soon will.
-        For a worker with events, a placement is ignored."""
+        For a worker with events, a placement is ignored.
+        """
         if address not in self._telling:
             self.placed(address, keys)
 
@@ -126,7 +127,8 @@ class Directory:
         """How many of the chain's first blocks each worker probably holds; [len(addresses)].
 
         Each worker holds a leading part of the chain, because a worker drops the end of a prefix first. So one
-        bisection finds the numbers for all workers."""
+        bisection finds the numbers for all workers.
+        """
         depths: dict[int, int] = {}
         rows, mask = self._bits_of(addresses)
         spans = [(0, len(keys), mask & self._held(keys[0]))] if keys else []

@@ -40,7 +40,8 @@ class Leases:
     with an empty memory.
 
     memory: the object that is told which workers come and go, so that it follows their events. block_size: tokens per
-    block of the router's model; 0: any size."""
+    block of the router's model; 0: any size.
+    """
 
     def __init__(
         self,

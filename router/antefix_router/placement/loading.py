@@ -3,7 +3,8 @@
 A worker reports with its answers how fast it read from each store (`antefix.located.ReadSpeed`). A worker reads a store
 on its own host faster than a remote one, and blocks in its host's page cache faster than others, so otherwise equal
 workers differ by where a prompt's blocks are. If loading a token would be slower than computing it, the token counts as
-computed, because the worker then plans a cold run."""
+computed, because the worker then plans a cold run.
+"""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 requests between decode workers, and of requests between a fleet's workers, are decided here.
 
 If every worker has failed the output, the output waits for a worker that answers again. A worker may be stopped, cut
-off or restarted for only a few seconds, and would then be available again."""
+off or restarted for only a few seconds, and would then be available again.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +48,8 @@ class Moves:
         again.
 
         Waits for such a worker until `LAST_PATIENCE_S` after the output's first failure, and no longer than
-        `timeout_s`. what: the name of the waiting output in the log."""
+        `timeout_s`. what: the name of the waiting output in the log.
+        """
         now = time.monotonic()
         if self._waits_until is None:
             self._waits_until = now + LAST_PATIENCE_S

@@ -31,7 +31,8 @@ class LeastWork:
     own is computing and loading. Within `own`, blocks in memory cost less than on disk, and on disk less than remote.
     If two workers are equal, the one with fewer requests is chosen, then the conversation's last worker. If they are
     still equal, rendezvous hashing decides for a prefix that no worker holds, and history for any other prefix. The
-    last tie is random."""
+    last tie is random.
+    """
 
     def __init__(
         self,

@@ -32,7 +32,8 @@ class Work:
     prompts to the same worker. head: names the first two blocks. Only a baseline policy places by `head`, because it
     would send all prompts with one system prompt to one worker. replay_tokens: how many tokens must be replayed to
     rebuild window state from blocks alone; 0: none. places: with several stores, the stored prefix as a series of runs:
-    the length of each in tokens, and the names of the stores that hold it."""
+    the length of each in tokens, and the names of the stores that hold it.
+    """
 
     num_tokens: int
     stored_tokens: int | None
@@ -105,7 +106,8 @@ def cached_tokens(work: Work, loads: Loads) -> Amounts:
     """Tokens of the prompt that each worker need not compute.
 
     If the store answered, its answer decides. Blocks that the store lacks do not count, because a worker's memory is
-    only guessed."""
+    only guessed.
+    """
     if work.stored_tokens is None:
         return loads.resident_tokens.astype(np.float64)
     return np.full(len(loads), float(work.stored_tokens))
@@ -115,7 +117,8 @@ def saved_by_replay(prefix_tokens: npt.ArrayLike, replay_tokens: int) -> Amounts
     """Tokens of prefill that blocks in memory save if window state has to be rebuilt from them.
 
     Each layer replays some tokens less than the layer below it, and the top layer none. So half of a replay of R tokens
-    is work. For a shorter prefix of P tokens, whose replay starts at its beginning, the work is P - P^2 / 2R."""
+    is work. For a shorter prefix of P tokens, whose replay starts at its beginning, the work is P - P^2 / 2R.
+    """
     prefix = np.asarray(prefix_tokens, np.float64)
     if not replay_tokens:
         return prefix

@@ -3,7 +3,8 @@
 The load counts only the requests of this router. A request's load is added when a request is placed, and subtracted
 when
 that part of the request ends in any way. Nothing else may change a load: a health check that reset a worker's load
-would send all requests to that worker."""
+would send all requests to that worker.
+"""
 
 from __future__ import annotations
 

@@ -41,7 +41,8 @@ def calls_of(
     """The calls in one row of a log: several if a Completions body has several prompts.
 
     said: for the id of each Responses answer, all text up to its end. A later body names this id instead of repeating
-    the text."""
+    the text.
+    """
     metadata = next((each for each in (body.get("metadata"), row.get("metadata")) if isinstance(each, dict)), {})
     usage = usage_in(answer, row, body)
     shared: dict[str, Any] = {

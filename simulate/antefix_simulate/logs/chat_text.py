@@ -2,7 +2,8 @@
 
 The texts are not in the order of any model's chat format. Two requests share a beginning of this text if they share one
 in a chat format that keeps the order. Fields that clients change between turns without changing the prompt (cache
-marks, signatures) are left out."""
+marks, signatures) are left out.
+"""
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 A session's lines form a tree by `parentUuid`. An assistant message, which may take several lines, is one call, and its
 prompt consists of all lines above it. A session's file contains neither the system prompt nor the tools. The length of
 the missing system prompt and tools follows from the call's count of input tokens; sessions with the same client, folder
-and kind of agent have the same ones."""
+and kind of agent have the same ones.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Turns a log into a trace: reads a format, converts text to tokens, and names the requests' prefixes.
 
 The log is read twice: first to learn how many bytes a token takes, then to name prefixes. The text of a row is kept in
-memory only while the row is processed."""
+memory only while the row is processed.
+"""
 
 from __future__ import annotations
 

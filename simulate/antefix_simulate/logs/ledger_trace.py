@@ -2,7 +2,8 @@
 
 A record has a hash (mark) of its prompt after 1, 2, 3, 4, 6, 8, 12, ... blocks and after the last one. So the length of
 a beginning that two prompts share is known to a factor of 1.5 from marks alone. Blocks that were hit were shared as
-well, and their number is known exactly. Of the two numbers the larger is used, which is never more than was shared."""
+well, and their number is known exactly. Of the two numbers the larger is used, which is never more than was shared.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """LiteLLM's logs: rows of StandardLoggingPayload, alone or inside a callback's arguments, and rows of its spend
-logs."""
+logs.
+"""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ class Demand:
 
     def kept_bytes(self, sizes: Sizes, checkpoint_share: float) -> float:
         """Bytes on disk in the steady state: the write rate times the lifetime. checkpoint_share: checkpoints per
-        request."""
+        request.
+        """
         blocks = self.new_tokens_per_s * self.life_s / sizes.block_size * sizes.block_bytes
         return blocks + self.requests_per_s * checkpoint_share * self.life_s * sizes.checkpoint_bytes
 

@@ -1,6 +1,7 @@
 """Speeds of machines, from files that benchmarks write; prices of machines, from a file that people write.
 
-No speed is a constant in the code: without files of measured speeds there is no plan."""
+No speed is a constant in the code: without files of measured speeds there is no plan.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ def worker_rates(path: Path, *, num_layers: int, card_bytes: float) -> WorkerRat
     """Speeds measured by `python -m benchmarks.weights_on_card`, for a model with `num_layers` layers.
 
     The speeds in a file with fewer layers are scaled by the number of layers. Raises: InvalidRequest: the file lacks
-    these measurements."""
+    these measurements.
+    """
     data = read_json(path, "measured rates", error=InvalidRequest)
     try:
         model, where = data["model"], f"{path.name} ({data['machine']}, {data['date']}, commit {data['commit']})"

@@ -37,7 +37,8 @@ _HANDOFF_S: Final = 10.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
     """ttft_p90_s: time to first token that 90 of 100 requests must keep. tpot_s: seconds per output token; None: any.
-    local_s: the part of the retention time for which KV is kept on disks; afterwards it is in an object store only."""
+    local_s: the part of the retention time for which KV is kept on disks; afterwards it is in an object store only.
+    """
 
     retention_s: float
     ttft_p90_s: float
