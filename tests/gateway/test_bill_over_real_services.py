@@ -1,6 +1,5 @@
 """Thousands of requests over real processes, any of which may be killed at any time. The ledger agrees with what
-clients were told, and the store's log supports it. `ANTEFIX_TEST_REQUESTS` sets the number of requests.
-"""
+clients were told, and the store's log supports it. `ANTEFIX_TEST_REQUESTS` sets the number of requests."""
 
 import asyncio
 import contextlib

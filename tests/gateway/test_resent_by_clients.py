@@ -1,6 +1,5 @@
 """Real clients change an answer before they send it back: they drop its reasoning, rewrite its calls, and send pictures
-as JSON. The next prompt still continues from the answer's own tokens, and has no picture's data.
-"""
+as JSON. The next prompt still continues from the answer's own tokens, and has no picture's data."""
 
 import json
 import time

@@ -107,8 +107,7 @@ class Faults:
 
     def _give_up(self, segment: int, at: int) -> None:
         """The record with this byte is no longer promised, nor the records that depend on it, because a rebuilt index
-        has no orphans.
-        """
+        has no orphans."""
         if self.world.store.engine is None:
             self.world.may_lose_store = True
             return

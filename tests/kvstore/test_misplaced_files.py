@@ -1,6 +1,5 @@
 """Other things have a store's file names: a FIFO, a directory, a link to itself, an endless device. The owner moves
-them away and continues. A reader treats them as missing files. Neither waits.
-"""
+them away and continues. A reader treats them as missing files. Neither waits."""
 
 import os
 import shutil

@@ -1,6 +1,5 @@
 """Anchors and archived ledgers in a real S3 server: missing objects are noticed, and a server that fails costs neither
-entries nor segments.
-"""
+entries nor segments."""
 
 from __future__ import annotations
 

@@ -119,8 +119,7 @@ class Deployment:
 
     def replace(self, name: str, tree: Path) -> None:
         """Replace a role. A worker's successor serves before the worker stops. A store or router has one address, so it
-        stops first.
-        """
+        stops first."""
         before = self.running[name]
         if name.startswith(("prefill", "decode")):
             self.start(name, tree)
