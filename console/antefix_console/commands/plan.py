@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ttft-p90",
         default="2s",
         metavar="TIME",
-        help="limit of the time to first token that 90% of the requests must meet (default 2s)",
+        help="limit of the time to first token that 90 of 100 requests must meet (default 2s)",
     )
     parser.add_argument("--tpot", metavar="TIME", help="longest time per output token (default: no limit)")
     parser.add_argument(
