@@ -71,7 +71,7 @@ class Table:
         return value
 
     def integer(self, name: str, default: int | None = None, *, low: int = 0, high: int = INTEGER_MAX) -> int | None:
-        """An integer from `low` to `high`. None: the field is missing and has no default."""
+        """An integer from `low` to `high`. None: the field is missing from the file and has no default."""
         if not self.has(name):
             return default
         value = self.take(name)

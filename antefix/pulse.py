@@ -150,7 +150,7 @@ class Pulse:
             await asyncio.sleep(max(0.0, self.every_s - (self._clock() - begun)))
 
     def heard(self, *, reachable: bool) -> None:
-        """Note that the peer answered a question, or that it cannot be reached."""
+        """Record that the peer answered a question, or that it cannot be reached."""
         if reachable and not self.answers:
             self.num_returns += 1
             self.returned_s = self._clock()

@@ -77,10 +77,10 @@ class Follower(ABC, Generic[E]):
         return True
 
     def confirm(self) -> None:
-        """Note that the index has all events that the source has sent."""
+        """Record that the index has all events that the source has sent."""
 
     def doubt(self) -> None:
-        """Note that changes of the source may have been missed."""
+        """Record that changes of the source may have been missed."""
 
     @property
     def in_step(self) -> bool:
@@ -140,7 +140,7 @@ class Follower(ABC, Generic[E]):
             self._wanted.set()
 
     def lose(self) -> None:
-        """Note that Redis cannot be reached."""
+        """Record that Redis cannot be reached."""
         self._is_current = False
         self.doubt()
 

@@ -47,10 +47,10 @@ class KvIndex(Protocol):
         """Clear the index of the engine's cache, because its contents may be wrong."""
 
     def confirm(self) -> None:
-        """Note that the index has all events that the engine has sent."""
+        """Record that the index has all events that the engine has sent."""
 
     def doubt(self) -> None:
-        """Note that changes of the engine's cache may have been missed."""
+        """Record that changes of the engine's cache may have been missed."""
 
 
 @dataclass(slots=True)

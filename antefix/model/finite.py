@@ -49,8 +49,8 @@ def unusable_rows(rows: Bytes, layout: BlockLayout) -> Flags:
 
 
 def unusable_on_card(rows: Tensor, ids: Tensor, layout: BlockLayout) -> Tensor | None:
-    """The same for the rows `ids` [N] of a pool's rows on a card: [N] bool. The host does not wait for the result of
-    this check.
+    """The same check for the rows `ids` [N] of a pool's rows on a card; the result is [N] bool. The host does not wait
+    for the result of this check.
 
     Returns None if the layout has BF16 numbers at odd addresses, so that rows have to be checked on the host.
     """

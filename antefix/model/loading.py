@@ -1,9 +1,8 @@
 """Loads and saves checkpoints: a Hugging Face directory of config.json and safetensors files, sharded or not.
 
 A load succeeds as a whole or not at all: every tensor is matched by name, type and shape before any weight is read.
-Then files are read in order, in spans, and each span is copied straight to where its tensors will stay. In addition to
-the model, a load takes two spans of host memory.
-"""
+After the plan is made, files are read in order, in spans, and each span is copied straight to where its tensors will
+stay. In addition to the model, a load takes two spans of host memory."""
 
 from __future__ import annotations
 

@@ -260,7 +260,9 @@ def expert_scores(logits_NE: Tensor, scoring: str) -> Tensor:
 
 
 def pick_experts(scores_NE: Tensor, num_picked: int) -> Tensor:
-    """The K best experts [N, K], ascending by id. Of equal scores the lowest id wins, whatever else is in the batch."""
+    """The K best experts [N, K], ascending by id. Of experts with equal scores, the one with the lowest id wins,
+    whatever else is in the batch.
+    """
     ranked = scores_NE.sort(dim=-1, descending=True, stable=True).indices
     picked: Tensor = ranked[:, :num_picked].sort(-1).values
     return picked

@@ -42,7 +42,7 @@ _SHARED_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process's place among the processes that run one model.
+    """The place of this process among the processes that run one model.
 
     group: the process group; None where nothing is run, for example to compute which part of a load is this rank's.
     """
@@ -64,7 +64,7 @@ class Ranks:
         return cls(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD)
 
     def span(self, count: int) -> tuple[int, int]:
-        """This rank's share [first, stop) of `count`, which must divide by the number of ranks."""
+        """The share [first, stop) of `count` that this rank has; `count` must be divisible by the number of ranks."""
         share = count // self.size
         return self.rank * share, (self.rank + 1) * share
 

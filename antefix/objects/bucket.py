@@ -46,7 +46,9 @@ class Bucket(Protocol):
         """Bytes [start, stop) of an object; fewer bytes if the object ends before `stop`.  Raises:  ObjectGone."""
 
     async def open_range(self, name: str, start: int, stop: int) -> RangeSource | None:
-        """The same bytes, read while they arrive. None: this bucket cannot do that, or not now; then call `read`."""
+        """The same bytes of the object, read while they arrive. None: this bucket cannot give the bytes while they
+        arrive, or not now; `read` must then be called.
+        """
 
     async def list_objects(self, under: str, *, after: str = "", num_max: int | None = None) -> list[StoredObject]:
         """Objects below a folder such as `segments/`, by name.

@@ -26,7 +26,7 @@ class RangeSource(Protocol):
         """Make a thread that waits for bytes fail at once."""
 
     def close(self) -> None:
-        """Called once, when nothing more is read."""
+        """This is called once, when no more bytes of the object are read."""
 
 
 class MemoryRange:

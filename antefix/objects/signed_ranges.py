@@ -52,8 +52,8 @@ class SignedRanges:
         self._num_failed, self._rests_until_s = 0, 0.0
 
     async def open(self, name: str, start: int, stop: int) -> HttpRange | None:
-        """The answer with these bytes, at least one. None: read them through the library, which also finds out what is
-        wrong.
+        """The answer with these bytes, at least one. None: the bytes must be read through the library, which also finds
+        out what is wrong.
         """
         if self._clock_s() < self._rests_until_s:
             return None

@@ -111,8 +111,8 @@ class OutgoingPieces:
         self._sent_bytes = 0
 
     def parts_of(self, number: int) -> list[memoryview]:
-        """The buffers for payload `number`, counted from this object's first one. Ask for each
-        payload once, in order.
+        """The buffers for payload `number`, counted from this object's first one. The payloads must be asked for once
+        each, in order.
         """
         assert number == self._num_placed
         self._num_placed += 1

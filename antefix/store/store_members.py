@@ -176,8 +176,8 @@ class Members:
     async def first_in_turn(
         self, numbers: Sequence[int], read: Callable[[Tier], Awaitable[bytes | None]]
     ) -> tuple[int, bytes] | None:
-        """Ask these tiers one after another. Returns the first tier that has the payload, and the payload; failed tiers
-        are skipped.
+        """Ask these tiers for the payload, one after another. Returns the first tier that has the payload, and the
+        payload; failed tiers are skipped.
         """
         for number in numbers:
             payload = await self._try(number, read)

@@ -53,7 +53,7 @@ class GoneWriter:
             self._write()
 
     def note(self, block_hash: bytes, reason: MissReason) -> None:
-        """Note the reason why this block is being removed."""
+        """Record the reason why this block is being removed."""
         self._noted.append((block_hash, next(code for code, known in _CODES.items() if known is reason)))
         if not self._waits:
             self._write()

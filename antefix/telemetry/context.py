@@ -48,7 +48,7 @@ def callers_traceparent() -> str:
 
 
 def bind_request(identifier: str) -> None:
-    """This task, and those that it starts from now on, work for this request."""
+    """From now on, this task and the tasks that it starts work for this request."""
     _request.set(identifier)
 
 

@@ -89,8 +89,8 @@ class Auto:
     and ends first.
 
     budget_bytes: the limit on checkpoints of the namespace; None leaves the limit to the store. ends: the tier for
-    checkpoints at ends of prompts and outputs. Those are reused within minutes or never, so a window pool can spare the
-    disk their writes.
+    checkpoints at ends of prompts and outputs. Those checkpoints are reused within minutes or never, so a window pool
+    can spare the disk their writes.
         None leaves the tier to the deployment (`in_force`): the window pool if there is one, otherwise the disk.
     """
 

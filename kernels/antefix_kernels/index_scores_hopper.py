@@ -124,7 +124,9 @@ def _decode(words, scales, top, N: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _block_ids(tile, last, block_table, ENTRIES: gl.constexpr):
-    """Block ids [4] of the warps' 32 keys each; past the last key its block again. Needs ENTRIES % 32 == 0."""
+    """Block ids [4] of the warps' 32 keys each; past the last key its block again. The number of entries must be a
+    multiple of 32 (ENTRIES).
+    """
     n = gl.minimum(tile * TILE + 32 * gl.arange(0, 4, gl.SliceLayout(1, SIXTEENS)), last)
     return gl.load(block_table + (n.to(gl.uint32) // ENTRIES).to(gl.int32))
 

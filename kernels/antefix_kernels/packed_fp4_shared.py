@@ -151,7 +151,7 @@ def multiply_routed(
     tile: Tile,
     gate_limit: float | None = None,
 ) -> torch.Tensor:
-    """As packed_fp8.multiply_routed, of a weight that this module `takes`, which is not checked here."""
+    """As packed_fp8.multiply_routed, for a weight for which `takes` is true; this is not checked here."""
     check(weight.is_fp4, "these products are of FP4 weights")
     is_gated, device = gate_limit is not None, inputs.codes.device
     on_card = device.type == "cuda"

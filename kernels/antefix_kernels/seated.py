@@ -124,9 +124,8 @@ def write_tails(
 class Lines:
     """Where rows of sequences that run several tokens lie.
 
-    Of each row its position and its sequence's number [N] int32; of each sequence its seat, its position before its
-    first row, and that row [S] int32, ascending.
-    """
+    For each row, its position and its sequence's number [N] int32; for each sequence, its seat, its position before its
+    first row, and that row [S] int32, ascending."""
 
     positions: torch.Tensor
     owners: torch.Tensor

@@ -66,9 +66,9 @@ def view(memory, dtype, shape, layout, _semantic=None):
 
 @gluon.jit
 def share(lens, firsts, counts, splits, SPLIT: gl.constexpr):
-    """Of a program's query: its compressed entries, its window's first row, its list's length; of the program: its
-    first tile, and the one after its last. Every role loads these numbers for itself, so that no role waits for
-    another.
+    """Facts about a program's query: its compressed entries, its window's first row, its list's length; and about the
+    program: its first tile, and the one after its last. Every role loads these numbers for itself, so that no role
+    waits for another.
     """
     compressed = gl.load(lens)
     first = gl.load(firsts)
@@ -85,8 +85,8 @@ def share(lens, firsts, counts, splits, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _slots(n, compressed, slots, k, block_table, SELECTED: gl.constexpr, ENTRIES: gl.constexpr):
-    """Of entries n of the list: their slots, or their blocks; anything of those that are not compressed. A row of slots
-    is read before it is known how many slots it has.
+    """For entries n of the list: their slots, or their blocks; entries that are not compressed get any value. A row of
+    slots is read before it is known how many slots it has.
     """
     if SELECTED:
         return gl.load(slots + n, mask=n < k, other=0)

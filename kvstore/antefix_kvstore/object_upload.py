@@ -131,7 +131,7 @@ class ObjectUploader:
                 self._want(names)
 
     def recall(self) -> None:
-        """Note the records that were pinned before this process began."""
+        """Record which records were pinned before this process began."""
         self.note("pinned", pinned(self._engine, self._engine.clock_ms()))
 
     def _want(self, names: Iterable[RecordName]) -> None:

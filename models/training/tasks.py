@@ -210,7 +210,7 @@ def add_fact(sequence: Sequence, fact: Fact) -> None:
 
 
 def add_question(sequence: Sequence, fact: Fact) -> None:
-    """Ask, and answer in a full sentence, of which only the value counts as an answer."""
+    """Ask a question, and answer it in a full sentence, of which only the value counts as an answer."""
     sequence.add("\n\n" + fact.question, NOISE)
     sequence.add_special(END)
     sequence.add_special(ASSISTANT)

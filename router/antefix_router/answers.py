@@ -220,7 +220,7 @@ class KeptAnswer:
         )
 
     async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """Give the kept answer's output. Has the same interface as `Generator.run`, but calls no worker."""
+        """Give the kept answer's output. This class has the same interface as `Generator.run`, but calls no worker."""
         generation.restore, generation.ttft_s = self.restore, self.ttft_s
         for index, output in enumerate(self.outputs):
             sample = generation.samples[index]

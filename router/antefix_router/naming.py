@@ -1,4 +1,4 @@
-"""Names the blocks of prompts. Of a growing conversation, only the new part is hashed.
+"""Names the blocks of prompts. When a conversation grows, only its new part is hashed.
 
 Hashing 128K tokens takes longer than the rest of placement together, and most of these tokens were in the previous
 turn. So recent prompts are kept in memory with their hashes, up to a limit. A prompt that begins like a prompt in

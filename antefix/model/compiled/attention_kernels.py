@@ -173,8 +173,8 @@ def _kth(x: Any, k: int) -> Any:
 
 @kernel("void(int64, int64, int64, int64, int64, int64)")
 def choose(picked: int, scores: int, visible: int, num: int, E: int, k: int) -> None:
-    """`indexer.top_entries`: the k best of each row's `visible` scores [N, E], in ascending order, then -1. Of equal
-    scores the lowest index wins.
+    """`indexer.top_entries`: the k best of each row's `visible` scores [N, E], in ascending order, then -1. Of entries
+    with equal scores, the one with the lowest index wins.
     """
     work = np.empty(E, np.float32)
     for n in range(num):

@@ -18,7 +18,9 @@ from antefix.model.compiled.sums import row_sum, scratch
 
 @plain
 def _best(ranked: Any, picked: Any) -> None:
-    """The highest ranked experts, ascending by id. Of equal values the first wins; NaN ranks highest, as in torch."""
+    """The highest ranked experts, ascending by id. Of experts with equal scores, the first one wins; NaN ranks highest,
+    as in torch.
+    """
     for k in range(len(picked)):
         best = -1
         for e in range(len(ranked)):

@@ -110,7 +110,9 @@ class CompiledSteps(Steps):
     def _first_entries(
         self, layer: int, kind: PartKind, visible: Tensor, multiple: int, rows: slice = slice(None)
     ) -> Tensor:
-        """Each sequence's visible entries, then zeros up to a multiple of `multiple` that covers every sequence."""
+        """The visible entries of each sequence, then zeros up to a multiple of `multiple` that covers every
+        sequence.
+        """
         part = self._pool.part(layer, kind)
         decoded, tables = self._pool.decoded(part), self._tables[rows]
         most = (max(self._positions) + 1) // self._geometry.ratio(layer)

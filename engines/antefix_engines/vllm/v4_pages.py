@@ -113,7 +113,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class V4Pages:
-    """Not slotted, because the layout is computed once and kept.
+    """This class has no slots, because the layout is computed once and kept.
 
     runs: the runs of each group, by its id.  blocks: the group that every later token may need.  compact: windows
     without state that hits at block ends do not need; `antefix_engines.vllm.aligned` restricts hits to block ends.

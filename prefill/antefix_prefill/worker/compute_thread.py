@@ -279,9 +279,8 @@ class ComputeThread:
 
     def _join_others(self, first: _Job) -> list[_Job]:
         """`first` and the jobs that run in the same call: up to TOGETHER_TOKENS tokens and, if several tenants want the
-        thread, up to the tokens that the share of each piece's tenant allows. Each tenant gets one piece before any
-        gets a second; of one tenant the piece with the least left comes first.
-        """
+        thread, up to the tokens that the share of each piece's tenant allows. Each tenant gets one chunk of a prompt
+        before any tenant gets a second; of one tenant, the chunk of the prompt with the least left comes first."""
         jobs = [first]
         if first.together is None:
             return jobs
@@ -302,7 +301,7 @@ class ComputeThread:
         return jobs
 
     def _in_turn(self, served: str) -> list[_Job]:
-        """The other chunks in the order of turns, after the tenant `served` has had one."""
+        """The other waiting chunks in the order of turns, after the tenant `served` has had one."""
         number = collections.Counter({served: 1})
         turns = []
         for job in sorted(self._chunks, key=lambda job: (job.remaining, job.began)):

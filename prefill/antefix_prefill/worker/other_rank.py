@@ -35,7 +35,7 @@ log = logging.getLogger("antefix_prefill.ranks")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
-    """This rank's number and the number of ranks.  rendezvous: a file where all ranks meet.  threads: for torch."""
+    """The number of this rank, and the number of ranks. rendezvous: a file where all ranks meet. threads: for torch."""
 
     rank: int
     size: int
