@@ -2,7 +2,8 @@
 
 A load succeeds as a whole or not at all: every tensor is matched by name, type and shape before any weight is read.
 After the plan is made, files are read in order, in spans, and each span is copied straight to where its tensors will
-stay. In addition to the model, a load takes two spans of host memory."""
+stay. In addition to the model, a load takes two spans of host memory.
+"""
 
 from __future__ import annotations
 

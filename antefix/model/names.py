@@ -7,7 +7,8 @@ the other saves.
 A packed weight's scales are stored under their own name: `X.scale` in the releases, `X.weight_scale_inv` by
 transformers. Releases also hold draft modules: `mtp.0.*`, one layer that predicts one token further ahead, or in later
 releases `mtp.0.*` to `mtp.2.*` of DSpark. The loader knows all names of tensors in these draft modules. Any other name
-is refused, also under `mtp.`."""
+is refused, also under `mtp.`.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,8 @@ def step_threads(model: Model, num_tokens: int) -> Iterator[int]:
     yields the number of all threads.
 
     Operations use all of torch's threads on a card. A pass also uses all threads if the probe has not shown that bits
-    do not depend on the number of threads (`model.threads_are_free`)."""
+    do not depend on the number of threads (`model.threads_are_free`).
+    """
     threads = torch.get_num_threads()
     rows = -(-num_tokens // ROW_TILE) * ROW_TILE
     is_large = rows * model.config.hidden_size**2 >= SHARED_WORK

@@ -33,7 +33,7 @@ def reads_directly(endpoint: str, proxies: Mapping[str, str]) -> bool:
 
 
 class SignedRanges:
-    """Used from one event loop.  sign: makes a URL with which anybody may GET an object, by its name."""
+    """The object is used from one event loop. sign: makes a URL with which anybody may GET an object, by its name."""
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
 The feed is a moment behind the store: if the store has just dropped a block, the worker finds the block missing and
 computes it. As long as the feed has no complete knowledge (no snapshot yet, a broken stream, no event for too long), it
 gives no answer and the store is asked. The feed omits names that do not fit into its memory. After names were omitted,
-the feed still knows that the names it has are stored; for prompts with further blocks, the store is asked."""
+the feed still knows that the names it has are stored; for prompts with further blocks, the store is asked.
+"""
 
 from __future__ import annotations
 

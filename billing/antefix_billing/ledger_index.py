@@ -72,8 +72,8 @@ class LedgerIndex:
     """The index, in a directory inside the ledger's. Not thread-safe."""
 
     def __init__(self, directory: Path, source: bytes) -> None:
-        """Opens the existing index of the ledger if it is intact and belongs to this ledger. Otherwise an empty index
-        is made.
+        """Opens the existing index of the ledger if it is intact and belongs to this ledger. If no usable index exists,
+        an empty index is made.
         """
         self._directory = directory
         self._about = _VERSION.to_bytes(4, "little") + source

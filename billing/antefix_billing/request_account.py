@@ -85,7 +85,7 @@ def claim(account: RequestAccount, me: RunningAt, alive: Collection[RunningAt]) 
 
 
 def let_go(account: RequestAccount, me: RunningAt) -> RequestAccount:
-    """The account without this router's claim. Nothing was done for the request."""
+    """The account without this router's claim. No work was done for the request whose claim is released."""
     return dataclasses.replace(account, running=None) if account.running == me else account
 
 

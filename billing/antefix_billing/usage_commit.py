@@ -64,7 +64,7 @@ class UsageWriter(Protocol):
 
 
 class NoLedger:
-    """Used by a router without a ledger: requests are counted and priced, but no record is kept."""
+    """Routers without a ledger use this class: requests are counted and priced, but no record is kept."""
 
     source_name = "antefix/unkept"
     is_failing = False

@@ -334,8 +334,8 @@ class Scheduler:
         return True
 
     async def store_end(self, running: Running) -> None:
-        """This must be called when the output has ended: it stores the output's last checkpoint and waits until all of
-        the output is durable.
+        """This method must be called when the output has ended: it stores the output's last checkpoint and waits until
+        all of the output is durable.
         """
         await store_end(self._engine, running)
 

@@ -96,8 +96,8 @@ def run_step(engine: Engine, items: list[tuple[Sequence, int, bool]]) -> list[St
 
 
 def keep_drafted(engine: Engine, right: list[tuple[Sequence, Stepped]]) -> None:
-    """This must be called when drafted tokens were chosen: it advances these sequences past them. Runs in the compute
-    thread.
+    """This method must be called when drafted tokens were chosen: it advances these sequences past them. Runs in the
+    compute thread.
     """
     for sequence, step in right:
         tokens = np.array([0, step.drafted], np.uint32)

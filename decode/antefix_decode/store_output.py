@@ -30,8 +30,8 @@ class StorableOutput(Protocol):
 
 
 async def store_token(engine: Engine, output: StorableOutput, token: int) -> None:
-    """This must be called when `token` has been run. If the token completed a block, the block is named and stored, and
-    its window state is kept.
+    """This method must be called when `token` has been run. If the token completed a block, the block is named and
+    stored, and its window state is kept.
     """
     before = output.prompt.chain.unfinished
     output.prompt.chain.extend([token])

@@ -76,7 +76,7 @@ class Sampler:
         )
 
     def take(self, token: int) -> None:
-        """This must be called when `token` was chosen elsewhere; the token counts as output from now on."""
+        """This method must be called when `token` was chosen elsewhere; the token counts as output from now on."""
         self._penalties.push(token)
         if self._constraint is not None:
             self._constraint.push(token)

@@ -125,7 +125,8 @@ class Lines:
     """Where rows of sequences that run several tokens lie.
 
     For each row, its position and its sequence's number [N] int32; for each sequence, its seat, its position before its
-    first row, and that row [S] int32, ascending."""
+    first row, and that row [S] int32, ascending.
+    """
 
     positions: torch.Tensor
     owners: torch.Tensor

@@ -163,8 +163,8 @@ def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record]
 
 
 def _is_first(index: Index, txn: Any, record: Record, out: Admission) -> bool:
-    """Whether a block begins its chain, although it might also continue another store's chain. This can be told only if
-    the block size is known.
+    """Whether a block begins its chain, although it might also continue another store's chain. Where a chain begins can
+    be told only if the block size is known.
     """
     known = out.block_tokens.get(record.fingerprint) or index.block_tokens(txn, record.fingerprint)
     return 0 < record.position <= known

@@ -3,7 +3,8 @@
 The segments are the truth and the index is derived from them. A repair rebuilds the index from the records whose
 checksums hold; damaged records, and records that depend on them, are left out. Records that were evicted but still lie
 in a segment come back after a repair. Such evicted records are valid, and the store evicts them again when it needs the
-room."""
+room.
+"""
 
 from __future__ import annotations
 

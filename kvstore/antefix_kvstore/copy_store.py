@@ -49,7 +49,7 @@ class CopyTarget(Protocol):
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int: ...
 
     async def register_layout(self, layout: LayoutOf) -> None:
-        """This is called before the first record of a fingerprint is put."""
+        """This method is called before the first record of a fingerprint is put."""
 
     async def stats(self) -> StoreTotals: ...
 

@@ -89,7 +89,8 @@ class Disk:
     def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
         """Ask the kernel to begin writing these bytes to disk, so that the next sync has less to wait for.
 
-        This is only a hint: it promises nothing, and does nothing if the C library has no such call.
+        The request to the kernel is only a hint: it promises nothing, and does nothing if the C library has no such
+        call.
         """
         if _sync_file_range is not None:
             _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)

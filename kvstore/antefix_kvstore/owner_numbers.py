@@ -55,7 +55,7 @@ class OwnerNumbers:
     def forget_empty(self, changed: Iterable[int]) -> None:
         """Drop the owners that have no stored records, among those in `changed` and those added by this transaction.
 
-        This must be called when the totals are written, because the totals tell which owners have records.
+        This method must be called when the totals are written, because the totals tell which owners have records.
         """
         names, totals = self._index.db["names"], self._index.db["totals"]
         for number in {*changed, *self._given}:

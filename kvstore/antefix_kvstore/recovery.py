@@ -214,8 +214,8 @@ def _close_segments(index: Index, segments: Segments, ends: dict[int, int], last
 
 
 def rebuild_store(directory: Path, disk: Disk, *, index_bytes: int = _REPAIR_INDEX_BYTES) -> None:
-    """Rebuild the index from the records whose payloads are sound. This is for repair; the caller holds the store's
-    lock.
+    """Rebuild the index from the records whose payloads are sound. This method is for repair; the caller holds the
+    store's lock.
     """
     identity = read_identity(directory, disk, wall_ms)
     segments = Segments(directory / SEGMENT_DIR, identity, disk, segment_bytes=0)

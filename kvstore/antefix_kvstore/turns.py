@@ -34,7 +34,7 @@ class Turns:
         self._given_way_until = 0.0
 
     def give_way(self) -> None:
-        """This is called when a call begins that should not wait for payload streams."""
+        """This method is called when a call begins that should not wait for payload streams."""
         self._given_way_until = asyncio.get_running_loop().time() + GIVE_WAY_S
 
     async def take(self) -> None:

@@ -18,7 +18,7 @@ _NUM_FINGERPRINTS_TRIED: Final = 4
 async def why_missed(
     engine: Engine, chain: Chain, tokens: Tokens, *, tenant: str, index: int, came_short: bool
 ) -> MissReason:
-    """Why block `index`, the first missing one, is missing. This must be called before the block is computed and
+    """Why block `index`, the first missing one, is missing. This method must be called before the block is computed and
     stored.
 
     came_short: whether the store promised the block and reading it failed.

@@ -5,7 +5,8 @@ process restores them: the whole prompt, a fork inside it, five prompts at once,
 end of a block. Tokens and log probabilities must equal the cold run's in all digits of a float. If vLLM's own hits
 differ from its cold runs (MLA on a CPU, the uncached parts of several prompts in one batch), they must equal those of
 its own hit. After that, bits in the store are flipped, which must give a miss, and one kind of KV is zeroed on restore,
-which must be detected."""
+which must be detected.
+"""
 
 from __future__ import annotations
 

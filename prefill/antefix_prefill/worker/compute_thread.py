@@ -280,7 +280,8 @@ class ComputeThread:
     def _join_others(self, first: _Job) -> list[_Job]:
         """`first` and the jobs that run in the same call: up to TOGETHER_TOKENS tokens and, if several tenants want the
         thread, up to the tokens that the share of each piece's tenant allows. Each tenant gets one chunk of a prompt
-        before any tenant gets a second; of one tenant, the chunk of the prompt with the least left comes first."""
+        before any tenant gets a second; of one tenant, the chunk of the prompt with the least left comes first.
+        """
         jobs = [first]
         if first.together is None:
             return jobs

@@ -3,7 +3,8 @@
 uvicorn's parser, h11, accepts lines that end in LF alone, folded headers, chunk extensions, a length next to chunks,
 and a repeated length. Each of these irregular forms is harmless until a proxy interprets the same bytes differently.
 In that case the rest of one client's request becomes the beginning of another client's request (request smuggling). So
-such messages are answered with 400 and a closed connection, and nothing after them is read."""
+such messages are answered with 400 and a closed connection, and nothing after them is read.
+"""
 
 from __future__ import annotations
 
