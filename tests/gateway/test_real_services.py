@@ -266,7 +266,7 @@ async def test_usage_is_exported_over_grpc_from_a_cursor(running):
 
         async def export(cursor):
             found = []
-            async for message in stub.Export(usage_pb2.ExportRequest(cursor=cursor), timeout=10):
+            async for message in stub.Export(usage_pb2.ExportRequest(cursor=cursor), timeout=60):
                 found += message.records
             return found
 
@@ -278,7 +278,7 @@ async def test_usage_is_exported_over_grpc_from_a_cursor(running):
         everyones = await export(0)
         assert [r.record.request_id for r in everyones[-3:]] == [r.record.request_id for r in everything]
         with pytest.raises(grpc.aio.AioRpcError):
-            await stub.GetReceipt(usage_pb2.GetReceiptRequest(request_id="nobody's"), timeout=5)
+            await stub.GetReceipt(usage_pb2.GetReceiptRequest(request_id="nobody's"), timeout=60)
 
 
 async def test_curl_speaks_to_it(running):
