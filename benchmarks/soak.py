@@ -8,8 +8,8 @@ play conversations of an agents' trace at once, with one token for each of its 6
 several times at once, and some are cancelled. Every answer is compared with a run of the bare model. One worker of each
 role is killed (kill -9) at random times and restarted; the others keep running. The benchmark samples the memory,
 descriptors and threads of the processes that keep running, and the disk space of the store, the bill and the logs. The
-benchmark fits a line to the last half of each series. "grew" names the series that are not flat
-(benchmarks/soak_samples.py).
+benchmark fits a line to each series after the warm-up, which must be long enough for the store to reach its size.
+"grew" names the series that are not flat (benchmarks/soak_samples.py).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from antefix.byte_size import parse_byte_size
 from antefix.clients import RouterClient
 from antefix.errors import AntefixError
 from antefix.layout import KVFormat
@@ -207,10 +208,14 @@ class Soak:
             at_s = time.monotonic() - self.started
             for role, process in self.steady.items():
                 if process.alive:
-                    self.samples.setdefault(role, Samples()).add_process(at_s, process.process.pid)
+                    self.samples_of(role).add_process(at_s, process.process.pid)
             for name, directory in self.directories.items():
-                self.samples.setdefault(f"files of {name}", Samples()).add(at_s, disk_mb=disk_mb(directory))
+                self.samples_of(f"files of {name}").add(at_s, disk_mb=disk_mb(directory))
             await asyncio.sleep(SAMPLE_S)
+
+    def samples_of(self, name: str) -> Samples:
+        minutes = self.args.warm_up_minutes
+        return self.samples.setdefault(name, Samples(warm_up_s=None if minutes is None else 60 * minutes))
 
     async def save(self) -> None:
         while True:
@@ -237,6 +242,8 @@ class Soak:
         router_s = cpu_s(self.steady["router"]) - self.cpu_before_s
         result = {
             "minutes": round((time.monotonic() - self.started) / 60, 1),
+            "warm_up_minutes": self.args.warm_up_minutes,
+            "store_mb_max": round(parse_byte_size(self.args.store_bytes) / 1e6, 2),
             "requests": {
                 name: getattr(tally, f"num_{name}") for name in ("done", "wrong", "stuck", "cancelled", "kills")
             },
@@ -301,6 +308,7 @@ async def soak(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--warm-up-minutes", type=float, help="time after which nothing may grow; default: half")
     parser.add_argument("--trace", type=Path, default=ROOT.parent / "shared/traces/claude_code_80.jsonl.gz")
     parser.add_argument("--clients", type=int, default=6)
     parser.add_argument("--think-s", type=float, default=15.0, help="mean pause of a client before each request")

@@ -1,8 +1,8 @@
-"""Samples what processes and directories use during a soak, and fits a line to the last half to see if it grows.
+"""Samples what processes and directories use during a soak, and fits a line to see if it grows.
 
-A series is flat if over the last half the line rises by no more than is allowed (a fiftieth of memory and disk, one
-descriptor, one thread), or by no more than the scatter of the samples explains (three standard errors). The first half
-is the warm-up, in which pools of threads, caches and a store's budget fill up.
+The line is fitted to the samples after a warm-up, in which pools of threads, caches and a store's budget fill up. A
+series is flat if the line rises by no more than is allowed (a fiftieth of memory and disk, one descriptor, one thread),
+or by no more than the scatter of the samples explains (three standard errors).
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ from typing import Any
 
 import numpy as np
 
-# The allowed growth over the last half is the larger of two: a share of the median, and a fixed number.
+# The allowed growth is the larger of two: a share of the median, and a fixed number.
 _ALLOWED_SHARE = {"memory_mb": 0.02, "disk_mb": 0.02}
-# One more thread makes the line rise by 1.5 if it appears in the middle of the half, and by less otherwise.
+# One more thread makes the line rise by 1.5 if it appears in the middle of the fitted part, and by less otherwise.
 _ALLOWED = {"memory_mb": 1.0, "disk_mb": 0.1, "files": 1.5, "threads": 1.5}
 _ERRORS_MAX = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Growth:
-    """Growth of one kind of sample, in its unit. rise: the line's rise over the last half.  error: standard error."""
+    """Growth of one kind of sample, in its unit.
+
+    half: the first sample after the warm-up.  rise: the line's rise after the warm-up.  error: its standard error.
+    """
 
     first: float
     half: float
@@ -41,17 +44,19 @@ class Growth:
 
 
 def allowed_rise(kind: str, middle: float) -> float:
-    """The rise that is allowed over the last half, for samples whose median there is `middle`."""
+    """The rise that is allowed after the warm-up, for samples whose median there is `middle`."""
     return max(_ALLOWED[kind], _ALLOWED_SHARE.get(kind, 0.0) * middle)
 
 
-def growth(kind: str, times_s: Sequence[float], values: Sequence[float]) -> Growth:
-    """Fit a line to the last half.
+def growth(kind: str, times_s: Sequence[float], values: Sequence[float], warm_up_s: float | None = None) -> Growth:
+    """Fit a line to the samples after the warm-up.
 
     kind: "memory_mb", "disk_mb", "files" or "threads".  times_s, values: [N], N > 0; times rise.
+    warm_up_s: seconds after the first sample; None: half of the time sampled.
     """
     times, found = np.array(times_s, float), np.array(values, float)
-    half = times >= (times[0] + times[-1]) / 2
+    sampled_s = times[-1] - times[0]
+    half = times >= times[0] + min(sampled_s / 2 if warm_up_s is None else warm_up_s, sampled_s)
     x, y = times[half] - times[half].mean(), found[half]
     spread = float((x**2).sum())
     slope = float((x * y).sum() / spread) if spread else 0.0
@@ -71,8 +76,9 @@ def growth(kind: str, times_s: Sequence[float], values: Sequence[float]) -> Grow
 
 @dataclass(slots=True)
 class Samples:
-    """Samples of one process or directory, by kind."""
+    """Samples of one process or directory, by kind. warm_up_s: as `growth` takes it."""
 
+    warm_up_s: float | None = None
     times_s: list[float] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
     # The number of threads per name, in the first sample and in the last. gRPC and Python's pools name their threads.
@@ -93,12 +99,12 @@ class Samples:
 
     @property
     def is_flat(self) -> bool:
-        return all(growth(kind, self.times_s, values).is_flat for kind, values in self.values.items())
+        return all(growth(kind, self.times_s, values, self.warm_up_s).is_flat for kind, values in self.values.items())
 
     def figures(self) -> dict[str, Any]:
         told = {}
         for kind, values in self.values.items():
-            found = growth(kind, self.times_s, values)
+            found = growth(kind, self.times_s, values, self.warm_up_s)
             told[kind] = {
                 **{name: round(getattr(found, name), 2) for name in ("first", "half", "last", "per_h", "rise")},
                 "allowed": round(max(found.allowed, _ERRORS_MAX * found.error), 2),

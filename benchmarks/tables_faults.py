@@ -70,7 +70,9 @@ def recoveries(records: Any) -> Iterable[Row]:
 @table("soak_short_ttls.json", *ROLES)
 def an_hour_with_short_ttls(record: Any) -> Iterable[Row]:
     """Whether each series is flat, by the present rule of `benchmarks/soak_samples.py`."""
-    yield "", "at first", "half-way", "at the end", "rise in the last half (0 is wanted)", "allowed", "flat"
+    minutes = record.get("warm_up_minutes")
+    since, part = ("half-way", "in the last half") if minutes is None else (f"after {minutes:g} minutes", "since then")
+    yield "", "at first", since, "at the end", f"rise {part} (0 is wanted)", "allowed", "flat"
     for role, kinds in record["growth"].items():
         for kind, found in kinds.items():
             if kind == "more_threads":
@@ -80,13 +82,20 @@ def an_hour_with_short_ttls(record: Any) -> Iterable[Row]:
             figures = (f"{found[key] or 0:.3g}" for key in ("first", "half", "last", "rise"))
             is_flat = found["flat"] or found["rise"] <= allowed
             # A hard budget proves a bound, whereas a slope only suggests one.
-            is_below = role == "files of store" and found["last"] <= _STORE_MB
+            is_below = role == "files of store" and found["last"] <= record.get("store_mb_max", _STORE_MB)
             yield f"{role}: {said}", *figures, f"{allowed:.3g}", "yes" if is_flat else _BELOW if is_below else "no"
 
 
-# The soak was started with --store-bytes 6M.
+# Older records do not name the budget; their soaks were started with --store-bytes 6M.
 _STORE_MB = 6 * 1.048576
 _BELOW = "no, below its budget"
+
+
+@table("environments.json", "tests/environments", "console/antefix_console", *ROLES)
+def in_environments(record: Any) -> Iterable[Row]:
+    yield "test", "passed", "skipped", "failed (0 wanted)"
+    for name, counts in record["tests"].items():
+        yield name, *(str(counts[key]) for key in ("passed", "skipped", "failed"))
 
 
 _DISTURBANCES = {

@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
@@ -88,7 +90,7 @@ class OpenEntry:
     def from_payload(cls, payload: bytes) -> OpenEntry:
         """Raises:  InvalidRequest: fields are missing, unknown, or of another type."""
         values = _fields_of(payload)
-        _check_types(values, {field.name: str(field.type) for field in dataclasses.fields(cls)})
+        _check_types(values, _OPEN_TYPES)
         try:
             return cls(**values)
         except TypeError as err:
@@ -136,13 +138,13 @@ class UsageRecord(Usage):
     @classmethod
     def of(cls, used: Usage, **of_the_end: Any) -> UsageRecord:
         """The record made from a request's usage and how it ended.  Raises:  as the constructor."""
-        return cls(**{name: getattr(used, name) for name in _USED}, **of_the_end)
+        return cls(**dict(zip(_USED, _used_values(used), strict=True)), **of_the_end)
 
     def __post_init__(self) -> None:
         """Raises:  InternalError: the counts contradict each other."""
-        for name in _COUNTS:
-            if getattr(self, name) < 0:
-                raise InternalError(f"usage of {self.request_id}: {name} is {getattr(self, name)}")
+        if min(counts := _counts(self)) < 0:
+            name, number = next((name, number) for name, number in zip(_COUNTS, counts, strict=True) if number < 0)
+            raise InternalError(f"usage of {self.request_id}: {name} is {number}")
         rules = (
             (
                 self.cache_write_1h_tokens <= self.cache_write_tokens,
@@ -169,11 +171,13 @@ class UsageRecord(Usage):
                 raise InternalError(f"usage of {self.request_id!r}: {rule}")
 
     def _tiers_add_up(self) -> bool:
+        if not self.hit_tiers:
+            return True
         try:
             tiers = tiers_of_text(self.hit_tiers)
         except ValueError:
             return False
-        return not self.hit_tiers or (sum(tiers.values()) == self.hit_store_tokens and min(tiers.values()) > 0)
+        return bool(tiers) and min(tiers.values()) > 0 and sum(tiers.values()) == self.hit_store_tokens
 
     @property
     def key(self) -> str:
@@ -219,7 +223,7 @@ class UsageRecord(Usage):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; money as decimal strings without an exponent."""
-        values = {name: getattr(self, name) for name in FIELD_TYPES}
+        values: dict[str, Any] = dict(zip(FIELD_TYPES, _values(self), strict=True))
         values["price"] = format(self.price, "f")
         values["paid_before"] = format(self.paid_before, "f")
         values["saved"] = format(self.saved, "f")
@@ -242,7 +246,7 @@ class UsageRecord(Usage):
             values["evidence"] = Evidence(values.get("evidence", ""))
             values["price"], values["saved"] = money_of(values["price"]), money_of(values["saved"])
             values["paid_before"] = money_of(values.get("paid_before", "0"))
-            _check_types(values, FIELD_TYPES)
+            _check_types(values, _RECORD_TYPES)
             derived = {name: values.pop(name, 0) for name in _DERIVED}
             record = cls(**values)
             for name, rule in _DERIVED.items():
@@ -271,8 +275,16 @@ FIELD_TYPES: Final = {
     **dict.fromkeys(_DERIVED, "int"),
 }
 _TYPES: Final = {"int": int, "str": str, "bool": bool}
+_RECORD_TYPES: Final = {name: _TYPES[kind] for name, kind in FIELD_TYPES.items() if kind in _TYPES}
+_OPEN_TYPES: Final = {
+    field.name: _TYPES[str(field.type)] for field in dataclasses.fields(OpenEntry) if str(field.type) in _TYPES
+}
 _AMOUNT_DIGITS_MAX: Final = 40
 _COUNTS: Final = tuple(name for name, kind in FIELD_TYPES.items() if kind == "int")
+# Each gives many fields at once. They run for every request and every record read.
+_used_values: Final = operator.attrgetter(*_USED)
+_values: Final = operator.attrgetter(*FIELD_TYPES)
+_counts: Final = operator.attrgetter(*_COUNTS)
 
 
 def event_id(key: str, attempt: int) -> str:
@@ -292,10 +304,10 @@ def _quoted(tenant: str) -> str:
     return quote(tenant, safe="")
 
 
-def _check_types(values: dict[str, Any], types: dict[str, str]) -> None:
+def _check_types(values: dict[str, Any], types: Mapping[str, type]) -> None:
     """Raises:  InvalidRequest: a number, a text or a boolean has another type."""
     for name, value in values.items():
-        wanted = _TYPES.get(types.get(name, ""))
+        wanted = types.get(name)
         if wanted is not None and type(value) is not wanted:
             raise InvalidRequest(f"{name} must be of type {wanted.__name__}, is {shown(value)}")
 

@@ -41,12 +41,13 @@ _ENTRY_FIELDS: Final = tuple(name for name in IndexEntry.__dataclass_fields__ if
 class BulkIndex:
     """An index that no other process has open. Each call may reopen it, so `index` is another object afterwards."""
 
-    def __init__(self, open_index: Callable[[], Index]) -> None:
+    def __init__(self, open_index: Callable[[], Index], num_records_max: int) -> None:
+        """num_records_max: an upper bound of the records that will be added."""
         self._open_index = open_index
         self.index = open_index()
         self._policy = EvictionPolicy()
         self.num_indexed = 0
-        self._seen = SeenNames()
+        self._seen = SeenNames(num_records_max)
 
     def reopen(self) -> None:
         """Close and reopen the index, which frees pages read through its map, where these may be many."""

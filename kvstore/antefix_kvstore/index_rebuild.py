@@ -48,7 +48,7 @@ def fill_index(open_index: Callable[[], Index], segments: Segments, *, check_all
     it may end in a batch that was never acknowledged, and all earlier segments were synced before it began.
     Returns for each segment the offset at which its last record ends.
     """
-    bulk = BulkIndex(open_index)
+    bulk = BulkIndex(open_index, sum(segments.sizes.values()) // RECORD_HEADER_BYTES)
     try:
         filling = _Filling(bulk, segments)
         last = max(segments.sizes, default=0)

@@ -100,10 +100,25 @@ class SimStore:
         return 0
 
 
+class KnownPrompts:
+    """The names of prompts, kept: the router names each prompt itself, so workers need not compute the same again."""
+
+    def __init__(self, names: PromptNames) -> None:
+        self._names = names
+        self._found: dict[tuple[str, bytes], NamedPrompt] = {}
+
+    def prompt(self, tenant: str, tokens: np.ndarray) -> NamedPrompt:
+        key = tenant, tokens.tobytes()
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self._names.prompt(tenant, tokens)
+        return found
+
+
 class Worker:
     """The common part of prefill and decode workers.  handoffs: all workers' handoffs in the store's memory."""
 
-    def __init__(self, store: SimStore, names: PromptNames, rng: random.Random, handoffs: set[bytes]) -> None:
+    def __init__(self, store: SimStore, names: KnownPrompts, rng: random.Random, handoffs: set[bytes]) -> None:
         self.store = store
         self.names = names
         self.rng = rng

@@ -51,6 +51,7 @@ from tests.histories.simulated_loop import InlineExecutor, SimulatedLoop
 from tests.histories.workers import (
     BLOCK,
     FINGERPRINT,
+    KnownPrompts,
     SimDecode,
     SimPrefill,
     SimStore,
@@ -106,8 +107,9 @@ class World:
         self.handoffs: set[bytes] = set()
         self.open_store()
         self.feed = StoreFeed(self.watch, fingerprint=FINGERPRINT)
+        known = KnownPrompts(self.names)
         for address in ADDRESSES:
-            self.workers[address] = Worker(self.store, self.names, random.Random(rng.random()), self.handoffs)
+            self.workers[address] = Worker(self.store, known, random.Random(rng.random()), self.handoffs)
         # A dict keeps the order. A set's order depends on addresses, so a seed would not always give the same history.
         self.asking: dict[asyncio.Future[None], None] = {}
         self.open_router()

@@ -174,15 +174,19 @@ def test_records_that_hang_on_one_another_in_a_circle_never_stand() -> None:
     assert sums[[4, 5]].tolist() == [4, 9]
 
 
-def test_what_was_seen_is_found_again() -> None:
+@pytest.mark.parametrize("num_names_max", [3_000, 10**9])
+def test_what_was_seen_is_found_again(num_names_max: int) -> None:
     rng = random.Random(5)
     headers = [header_of(rng) for _ in range(300)]
     rows = rows_of([pack_record_header(header, SEED) for header in headers], SEED)
-    seen = SeenNames()
+    seen = SeenNames(num_names_max)
     assert not seen.have(rows).any()
     seen.add(rows[:200])
     assert seen.have(rows[:200]).all()
     assert not seen.have(rows[200:]).any()
+    crowded = SeenNames(0)
+    crowded.add(rows[:200])
+    assert crowded.have(rows[:200]).all()
     # A block's checkpoint is another record.
     others = [dataclasses.replace(h, kind=RecordKind(3 - h.kind)) for h in headers[:200]]
     assert not seen.have(rows_of([pack_record_header(header, SEED) for header in others], SEED)).any()

@@ -29,6 +29,12 @@ def test_what_fills_up_in_the_first_half_is_flat():
     assert growth("disk_mb", TIMES, [min(at, 1000.0) for at in TIMES]).is_flat
 
 
+def test_a_warm_up_that_is_too_short_shows_growth():
+    filling = [min(at, 1000.0) for at in TIMES]
+    assert growth("disk_mb", TIMES, filling, 1000.0).is_flat
+    assert not growth("disk_mb", TIMES, filling, 300.0).is_flat
+
+
 @pytest.mark.parametrize(
     ("kind", "at_first", "per_h"), [("memory_mb", 300, 16), ("files", 20, 6), ("threads", 13, 5), ("disk_mb", 3, 7)]
 )

@@ -54,15 +54,16 @@ def test_tables_match_the_structs(name: str) -> None:
 
 
 def test_constants_in_the_text_match() -> None:
+    prose = " ".join(DOCUMENT.split())
     for magic in (fmt.STORE_MAGIC, fmt.SEGMENT_MAGIC, fmt.RECORD_MAGIC, fmt.RECORD_MAGIC_V1):
         assert f"`{magic.decode()}`" in DOCUMENT
     assert f"The store on disk, version {fmt.FORMAT_VERSION}" in DOCUMENT
-    assert f"starts at a multiple of {fmt.BATCH_ALIGN:,}" in DOCUMENT
-    assert f"records start at multiples of {fmt.RECORD_ALIGN}" in DOCUMENT
-    assert f"at most {fmt.TENANT_BYTES_MAX_V1}" in DOCUMENT
+    assert f"starts at a multiple of {fmt.BATCH_ALIGN:,}" in prose
+    assert f"records start at multiples of {fmt.RECORD_ALIGN}" in prose
+    assert f"at most {fmt.TENANT_BYTES_MAX_V1}" in prose
     signed, sealed = head.SIGNED_PART, head.SEALED_PART
-    assert f"Bytes {signed.start} to {signed.stop} are the *signed part*" in DOCUMENT
-    assert f"Bytes {sealed.start} to {sealed.stop}, with salt and MAC, are the *sealed part*" in DOCUMENT
+    assert f"Bytes {signed.start} to {signed.stop} are the *signed part*" in prose
+    assert f"Bytes {sealed.start} to {sealed.stop}, with salt and MAC, are the *sealed part*" in prose
     for family in Family:
         assert re.search(rf"\b{family.code} (V4|V4\.1|GQA|MLA|opaque)", DOCUMENT) and f"`{family.value}`" in DOCUMENT
     for kind in RecordKind:
@@ -226,5 +227,12 @@ def test_an_odd_place_takes_the_long_form() -> None:
 
 def test_segment_names_are_numbers() -> None:
     assert fmt.segment_number(fmt.segment_name(17)) == 17
-    for name in ("17.seg", "000000000017.tmp", "00000000001x.seg", "STORE"):
+    for name in (
+        "17.seg",
+        "000000000017.tmp",
+        "00000000001x.seg",
+        "00000000000\u00b2.seg",
+        "999999999999.seg",
+        "STORE",
+    ):
         assert fmt.segment_number(name) is None
