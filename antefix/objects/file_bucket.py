@@ -61,6 +61,9 @@ class FileBucket:
         except FileNotFoundError as err:
             raise ObjectGone(f"{self.url}: no {name}") from err
 
+    async def open_range(self, name: str, start: int, stop: int) -> None:
+        return None
+
     async def list_objects(self, under: str, *, after: str = "", num_max: int | None = None) -> list[StoredObject]:
         return await self._in_thread(lambda: self._list_names(under, after, num_max))
 

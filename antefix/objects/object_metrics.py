@@ -15,6 +15,13 @@ from antefix.telemetry.shown import Shown, Table, families, gauge
 READS: Final[Table] = {
     "num_blocks": Shown(name="antefix_object_read_blocks", help="Blocks that came from the object tier."),
     "num_ranges": Shown(name="antefix_object_ranges", help="Reads of a range of bytes of an object."),
+    "num_direct_ranges": Shown(
+        name="antefix_object_direct_ranges", help="Of these reads, those whose bytes went straight into their buffers."
+    ),
+    "num_broken_ranges": Shown(
+        name="antefix_object_broken_ranges",
+        help="Direct reads that broke off; the rest of each was read through the library.",
+    ),
     "bytes_read": Shown(
         name="antefix_object_read_bytes", help="Bytes that range reads returned, gaps and headers included."
     ),

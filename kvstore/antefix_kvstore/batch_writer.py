@@ -114,6 +114,7 @@ class BatchWriter:
         """Sync the segments while the code inside runs. Yields a function that waits for the sync; leaving waits for it
         too."""
         if not self._durable:
+            self._segments.written()
             self._segments.sync_name()
             yield lambda: None
             return

@@ -11,7 +11,8 @@ import dataclasses
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
+from itertools import chain, groupby
+from typing import Final
 
 from antefix.record import STORED_KINDS, RecordName
 from antefix.store_files.index import Index
@@ -25,6 +26,9 @@ from antefix.store_files.record_format import (
 from antefix.store_files.record_header import RecordHeader
 from antefix_kvstore.index_writer import IndexTxn, SegmentState, read_segments
 from antefix_kvstore.segments import Draft, Segments, groups_of
+
+# Groups that are read from the disk while one is checked and written.
+_GROUPS_AHEAD: Final = 2
 
 
 @dataclasses.dataclass(slots=True)
@@ -184,7 +188,9 @@ class Compactor:
         arena = memoryview(bytearray(max(sum(header.stored_bytes for header in group) for group in groups)))
         placed: list[RecordHeader] = []
         try:
-            for group in groups:
+            self._read_ahead(groups[:_GROUPS_AHEAD])
+            for number, group in enumerate(groups, start=_GROUPS_AHEAD):
+                self._read_ahead(groups[number : number + 1])
                 placed += segments.append(self._drafts(group, arena), now_ms)
             if not placed:
                 return 0
@@ -203,6 +209,14 @@ class Compactor:
         copied = sum(header.extent_bytes for header in placed)
         self._counters.compacted_bytes += copied
         return copied
+
+    def _read_ahead(self, groups: Iterable[Sequence[RecordHeader]]) -> None:
+        """Tell the kernel which records are read next. Large puts bypass the page cache, so they may be on the disk
+        alone."""
+        for number, of_segment in groupby(chain.from_iterable(groups), key=lambda header: header.segment):
+            with self._segments.reading(number) as fd:
+                for header in of_segment:
+                    os.posix_fadvise(fd, header.offset, header.extent_bytes, os.POSIX_FADV_WILLNEED)
 
     def _live(self, headers: Sequence[RecordHeader]) -> list[RecordHeader]:
         """The records that the index still names."""

@@ -6,7 +6,9 @@ nothing.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +16,17 @@ from typing import Final
 
 # From fcntl.h: start writing dirty pages, without waiting.
 _SYNC_FILE_RANGE_WRITE: Final = 2
-_sync_file_range: Final = getattr(ctypes.CDLL(None), "sync_file_range", None)
+_libc: Final = ctypes.CDLL(None, use_errno=True)
+_sync_file_range: Final = getattr(_libc, "sync_file_range", None)
 if _sync_file_range is not None:
     _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+
+_fallocate: Final = getattr(_libc, "fallocate", None)
+if _fallocate is not None:
+    _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+# What a file system answers that cannot allocate space in advance.
+_CANNOT_ALLOCATE: Final = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+_O_DIRECT: Final = getattr(os, "O_DIRECT", 0)
 
 # pwritev takes at most IOV_MAX buffers.
 IOV_MAX: Final = 1024
@@ -35,6 +45,13 @@ class Disk:
 
     def open(self, path: Path) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+    def open_direct(self, fd: int) -> int:
+        """Open the file of `fd` once more, for writes that bypass the page cache; -1 where that is not possible."""
+        if _O_DIRECT:
+            with contextlib.suppress(OSError):
+                return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | _O_DIRECT | os.O_CLOEXEC)
+        return -1
 
     def close(self, fd: int) -> None:
         os.close(fd)
@@ -57,6 +74,16 @@ class Disk:
             if written:
                 buffers[0] = buffers[0][written:]
         return offset
+
+    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
+        """Make the file long enough, with space on the disk where the file system can allocate it in advance.
+
+        `os.posix_fallocate` would write zeros where it cannot.  Raises:  OSError: no space.
+        """
+        if _fallocate is not None and _fallocate(fd, 0, offset, nbytes):
+            number = ctypes.get_errno()
+            if number not in _CANNOT_ALLOCATE:
+                raise OSError(number, os.strerror(number))
 
     def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
         """Ask the kernel to begin writing these bytes to disk, so that the next sync has less to wait for.

@@ -75,16 +75,18 @@ class GroupCommitter:
         self._thread.join()
 
     def _run(self) -> None:
-        tidied_s = time.monotonic()
+        tidied_s, reading = time.monotonic(), False
         while True:
             with self._condition:
-                if not self._queue and not self._stopping:
+                if not self._queue and not self._stopping and not reading:
                     self._condition.wait(MAINTAIN_S)
                 group = self._take_group()
                 if not group and self._stopping:
                     return
             if group:
                 self._commit(group)
+            # While nobody waits for the disk, what was written past the page cache is read into it.
+            reading = not self._queue and not self._stopping and self._engine.read_back()
             # A store that is never idle needs maintenance as well.
             if time.monotonic() - tidied_s >= MAINTAIN_S:
                 self._tidy()

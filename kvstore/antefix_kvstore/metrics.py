@@ -133,6 +133,17 @@ def store_metrics(engine: StorageEngine, scrubber: Scrubber, writer: GroupCommit
         {(): float(engine.num_log_lines_lost)},
     )
     yield from engine.writer.sync_s.collect()
+    fresh = engine.segments.fresh
+    yield counter(
+        "antefix_store_direct_written_bytes",
+        "Bytes that puts wrote past the page cache.",
+        {(): float(fresh.written_bytes)},
+    )
+    yield counter(
+        "antefix_store_read_back_bytes",
+        "Bytes that were read into the page cache after puts had written them past it.",
+        {(): float(fresh.read_bytes)},
+    )
     cache = engine.reader.page_cache
     yield counter(
         "antefix_store_page_cache_samples",

@@ -393,6 +393,12 @@ class StorageEngine:
                     raise
                 log.debug("there is no room to delete expired records and compact segments: %s", err)
 
+    def read_back(self) -> bool:
+        """Read some of the newest records into the page cache, if their puts bypassed it. False: nothing is left to be
+        read."""
+        with self._lock:
+            return self.segments.fresh.read_some()
+
     def _tidy(self) -> None:
         self.space.follow_disk()
         self.flush_touches()

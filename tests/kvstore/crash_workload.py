@@ -63,6 +63,10 @@ class FatalDisk(Disk):
         super().write(fd, [whole[half:]], offset + half)
         self.counter.step()
 
+    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
+        super().allocate(fd, offset, nbytes)
+        self.counter.step()
+
     def sync_data(self, fd: int) -> None:
         super().sync_data(fd)
         self.counter.step()
@@ -102,6 +106,8 @@ def live(directory: Path, seed: int, fatal: int) -> None:
 
     config = KvStoreConfig(dir=str(directory / "store"), budget_bytes=BUDGET_BYTES, segment_bytes=SEGMENT_BYTES)
     engine = StorageEngine(config, disk=FatalDisk(counter))
+    # Every second life writes every batch past the page cache.
+    engine.segments.direct_bytes_min = 0 if seed % 2 else 1 << 30
     while True:
         action = rng.random()
         prompt = rng.randrange(len(PROMPTS))

@@ -8,6 +8,7 @@ unsynced names any subset is undone. A sector has 512 bytes, and the device writ
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,16 @@ class PowerLossDisk(Disk):
         self.files.setdefault(path, _File(synced=path.read_bytes(), named=True))
         self._paths[fd] = path
         return fd
+
+    def open_direct(self, fd: int) -> int:
+        # Without O_DIRECT, because not every file system of tests has it. A write is as little durable either way.
+        direct = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC)
+        self._paths[direct] = self._paths[fd]
+        return direct
+
+    def allocate(self, fd: int, offset: int, nbytes: int) -> None:
+        super().allocate(fd, offset, nbytes)
+        self.files[self._paths[fd]].writes.append((offset, bytes(nbytes)))
 
     def close(self, fd: int) -> None:
         self._paths.pop(fd, None)

@@ -59,6 +59,8 @@ def life(directory: Path, rng: random.Random, acknowledged: dict[int, int], inde
     engine = None
     try:
         engine = StorageEngine(config, disk=disk)
+        # Half of the lives write every batch past the page cache, the others none.
+        engine.segments.direct_bytes_min = rng.choice((0, 1 << 30))
         # The loop is bounded. Once everything is stored, puts write nothing, and the disk never reaches its fatal
         # operation.
         for _ in range(60):

@@ -176,6 +176,8 @@ COUNTED = {
     "num_over_quota": "antefix_object_deleted_segments",
     "num_passes": "antefix_object_passes",
     "num_ranges": "antefix_object_ranges",
+    "num_direct_ranges": "antefix_object_direct_ranges",
+    "num_broken_ranges": "antefix_object_broken_ranges",
     "num_read_again": "antefix_object_read_again_records",
     "num_records": "antefix_object_written_records",
     "num_segments": "antefix_object_written_segments",

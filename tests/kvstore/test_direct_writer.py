@@ -1,0 +1,148 @@
+"""Large batches are written past the page cache: the same bytes, the same promises, and readable from memory later."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from antefix_kvstore.disk import Disk
+from antefix_kvstore.fresh_bytes import STEP_BYTES, FreshBytes
+from antefix_kvstore.group_commit import GroupCommitter
+from antefix_kvstore.kvstore_config import KvStoreConfig
+from antefix_kvstore.storage_engine import StorageEngine
+from tests.kvstore.small_store import BLOCK, Prompt
+
+MIB = 1 << 20
+
+
+class DirectDisk(Disk):
+    """A disk with direct I/O on any file system. `fails`: the error of each direct write; `at`: its offset or more."""
+
+    def __init__(self, *, opens: bool = True) -> None:
+        self.opens = opens
+        self.fails, self.at = 0, 0
+        self.direct: set[int] = set()
+        self.offsets: list[int] = []
+
+    def open_direct(self, fd: int) -> int:
+        if not self.opens:
+            return -1
+        self.direct.add(direct := os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_CLOEXEC))
+        return direct
+
+    def close(self, fd: int) -> None:
+        self.direct.discard(fd)
+        super().close(fd)
+
+    def write(self, fd: int, buffers: Sequence[bytes | bytearray | memoryview], offset: int) -> None:
+        if fd in self.direct:
+            if self.fails and offset >= self.at:
+                raise OSError(self.fails, os.strerror(self.fails))
+            assert offset % 4096 == 0 and all(memoryview(buffer).nbytes % 4096 == 0 for buffer in buffers)
+            self.offsets.append(offset)
+        super().write(fd, buffers, offset)
+
+
+# Five blocks that fill several pieces and end inside one.
+LARGE = Prompt([3] * BLOCK * 5, payload_bytes=MIB + 100)
+
+
+@pytest.fixture
+def disk() -> DirectDisk:
+    return DirectDisk()
+
+
+@pytest.fixture
+def engine(tmp_path: Path, disk: DirectDisk) -> Iterator[StorageEngine]:
+    engine = StorageEngine(KvStoreConfig(dir=str(tmp_path / "store"), budget_bytes=256 * MIB), disk=disk)
+    engine.segments.direct_bytes_min = 4 * MIB
+    yield engine
+    engine.close()
+
+
+def test_a_large_batch_is_written_past_the_page_cache_and_reads_the_same(
+    engine: StorageEngine, disk: DirectDisk
+) -> None:
+    assert engine.put(LARGE.blocks()).num_stored == 5
+    assert LARGE.check(engine) == 5
+    # The first piece ends where the file's offset is a multiple of 2 MiB.
+    assert sorted(disk.offsets) == [4096, 2 * MIB, 4 * MIB]
+    assert engine.segments.fresh.written_bytes > 5 * MIB
+    assert not disk.direct, "a descriptor stays open"
+
+
+def test_a_small_batch_goes_through_the_page_cache(engine: StorageEngine, disk: DirectDisk) -> None:
+    engine.put(Prompt([1] * BLOCK * 5).blocks())
+    assert not disk.offsets and engine.segments.fresh.written_bytes == 0
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
+def test_a_file_system_that_refuses_direct_writes_gets_ordinary_ones(
+    engine: StorageEngine, disk: DirectDisk, number: int
+) -> None:
+    disk.fails = number
+    assert engine.put(LARGE.blocks()).num_stored == 5
+    assert LARGE.check(engine) == 5
+
+
+def test_a_file_system_without_direct_io_gets_ordinary_writes(engine: StorageEngine, disk: DirectDisk) -> None:
+    disk.opens = False
+    assert engine.put(LARGE.blocks()).num_stored == 5
+    assert LARGE.check(engine) == 5 and engine.segments.fresh.written_bytes == 0
+
+
+def test_a_full_disk_in_the_middle_of_a_batch_leaves_nothing_of_it(engine: StorageEngine, disk: DirectDisk) -> None:
+    small = Prompt([1] * BLOCK * 2)
+    engine.put(small.blocks())
+    end = engine.segments.used_bytes
+    disk.fails, disk.at = errno.ENOSPC, 2 * MIB
+    assert set(engine.put(LARGE.blocks()).refused) == set(LARGE.hashes)
+    assert engine.segments.used_bytes == end == sum(p.stat().st_size for p in engine.segments.directory.iterdir())
+    disk.fails = 0
+    assert engine.put(LARGE.blocks()).num_stored == 5
+    assert (small.check(engine), LARGE.check(engine)) == (2, 5)
+    assert not disk.direct
+
+
+def test_a_batch_that_was_given_up_does_not_reach_the_next_one(engine: StorageEngine) -> None:
+    drafts = engine._drafter.drafts(LARGE.blocks(), set())
+    writer = engine.segments._direct
+    engine.segments.make_way(8 * MIB, engine.clock_ms())
+    # As after an exception between two groups: pieces on their way, and one half full.
+    writer.begin(engine.segments._fd, 4096, 8 * MIB)
+    writer.write([b"x" * (5 * MIB)])
+    engine.segments.append(drafts, engine.clock_ms())
+    engine.segments.sync()
+    found = engine.segments.scan(engine.segments.active or 0, check_payloads=True)
+    assert [header.hash for header in found] == LARGE.hashes
+
+
+def test_bytes_are_read_back_newest_batch_first(tmp_path: Path) -> None:
+    path, gone = tmp_path / "file", tmp_path / "gone"
+    path.write_bytes(bytes(3 * STEP_BYTES))
+    fresh = FreshBytes()
+    fresh.note(path, 0, STEP_BYTES + 1)
+    fresh.note(gone, 0, STEP_BYTES)
+    fresh.note(path, STEP_BYTES, STEP_BYTES)
+    read = []
+    while fresh.read_some():
+        read.append(fresh.read_bytes)
+    # The deleted file counts for nothing.
+    assert read == [STEP_BYTES, STEP_BYTES, 2 * STEP_BYTES, 2 * STEP_BYTES + 1]
+    assert fresh.written_bytes == 3 * STEP_BYTES + 1
+
+
+def test_the_writer_reads_back_when_no_put_waits(engine: StorageEngine) -> None:
+    writer = GroupCommitter(engine)
+    assert writer.submit(LARGE.blocks()).result().num_stored == 5
+    fresh = engine.segments.fresh
+    deadline = time.monotonic() + 60
+    while fresh.read_bytes < fresh.written_bytes and time.monotonic() < deadline:
+        time.sleep(0.01)
+    writer.stop()
+    assert fresh.read_bytes == fresh.written_bytes > 5 * MIB
