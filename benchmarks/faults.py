@@ -85,7 +85,8 @@ class Campaign:
         self.prompts = conversations(random.Random(args.seed + 1))
 
     async def run(self) -> None:
-        """Run all faults --rounds times, each round in a different order."""
+        """Run all faults --rounds times, each round in a different order. None begins after --minutes."""
+        ends = time.monotonic() + 60 * self.args.minutes
         clients = [asyncio.create_task(self._play()) for _ in range(self.args.clients)]
         try:
             for _ in range(self.args.undisturbed):
@@ -94,6 +95,8 @@ class Campaign:
                     self.tally.undisturbed_s.append(answered_at - begun)
             for _ in range(self.args.rounds):
                 for name in self.rng.sample(sorted(self.faults), len(self.faults)):
+                    if time.monotonic() > ends:
+                        return
                     await self._fault(name)
         finally:
             for client in clients:
@@ -270,6 +273,7 @@ def small_disk(size: str, directory: Path) -> Iterator[None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="how often each fault comes")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time after which no more faults begin")
     parser.add_argument("--seed", type=int, default=1, help="seed of the prompts, and of the order and place of faults")
     parser.add_argument("--only", default="", metavar="TEXT", help="only faults whose name contains this")
     parser.add_argument("--clients", type=int, default=2)

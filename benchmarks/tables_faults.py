@@ -91,6 +91,13 @@ _STORE_MB = 6 * 1.048576
 _BELOW = "no, below its budget"
 
 
+@table("environments.json", "tests/environments", "console/antefix_console", *ROLES)
+def in_environments(record: Any) -> Iterable[Row]:
+    yield "test", "passed", "skipped", "failed (0 wanted)"
+    for name, counts in record["tests"].items():
+        yield name, *(str(counts[key]) for key in ("passed", "skipped", "failed"))
+
+
 _DISTURBANCES = {
     "idle": "10,000 idle connections",
     "long": "a prompt of 1M tokens (2 wanted at most)",

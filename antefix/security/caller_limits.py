@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from antefix.errors import Overloaded
 from antefix.security.identity import Identity, Role
+from antefix.whole_number import whole_number
 
 # Twice the limit of one connection. Clients send all their calls over one connection.
 CALLS_MAX: Final = 2048
@@ -32,7 +33,8 @@ def peer_of(name: str) -> Peer | None:
     """
     kind, _, rest = name.partition(":")
     host, _, port = unquote(rest).rpartition(":")
-    return (plain_address(host.strip("[]")), int(port)) if kind in ("ipv4", "ipv6") and port.isdigit() else None
+    number = whole_number(port)
+    return None if number is None or kind not in ("ipv4", "ipv6") else (plain_address(host.strip("[]")), number)
 
 
 def plain_address(host: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from antefix.block import TokenArray
+from antefix.config import require
 from antefix.secret import Keyring
 from antefix.security import grants, tls
 from antefix.security.access_table import NO_ROW, TABLE, GrantRule
@@ -35,6 +36,12 @@ class Credentials:
         keyring: Keyring | None = None,
         token: str = "",
     ) -> None:
+        """Raises:  ConfigError: the token cannot be sent."""
+        if token:
+            # A line's end often comes along when a key is read from a file.
+            token = token.strip()
+            require(bool(token), "the API key is blank: give a key, or leave it out")
+            require(token.isascii() and token.isprintable(), "an API key may have only printable ASCII characters")
         self.role = role
         self.files = files
         self._keyring = keyring
@@ -46,7 +53,7 @@ class Credentials:
         """The credentials of a program that calls a router: a certificate, an API key, or both.
 
         directory: has ca.crt, and tls.crt with tls.key if there is a certificate; empty: without TLS, on one host.
-        Raises:  ConfigError: the files cannot be used.
+        Raises:  ConfigError: the files or the key cannot be used.
         """
         return cls(Role.NOBODY, files=CredentialFiles(directory) if directory else None, token=api_key)
 

@@ -228,7 +228,12 @@ def feed_maker(redis: RedisAccess | str, keys: EventKeys, room: FeedRoom) -> Cal
 
 
 def local_copies(config: Any) -> LocalCopies | None:
-    """The copier that `StoresConfig`'s settings ask for; None if they turn copying off."""
+    """The copier that `StoresConfig`'s settings ask for; None if they turn copying off.
+
+    Raises:  ConfigError: a setting is negative.
+    """
+    for name in ("local_copies_bytes", "local_copies_ttl_s"):
+        require(getattr(config, name) >= 0, f"{name} must not be negative, is {getattr(config, name)}")
     if not config.local_copies_bytes:
         return None
     return LocalCopies(bytes_max=config.local_copies_bytes, ttl_s=config.local_copies_ttl_s)

@@ -15,6 +15,7 @@ from typing import Any, Final
 import xxhash
 
 from antefix.errors import BlockCorrupt
+from antefix.whole_number import whole_number
 
 FORMAT_VERSION: Final = 3
 FORMAT_VERSIONS: Final = (1, 2, 3)
@@ -50,6 +51,8 @@ STORE_HEADER: Final = struct.Struct("<8sQII16sQ")
 # magic, checksum of the rest, version, zero, store id, segment, created (unix ms); then zeros up to BATCH_ALIGN
 SEGMENT_HEADER: Final = struct.Struct("<8sQII16sQQ")
 SEGMENT_HEADER_BYTES: Final = BATCH_ALIGN
+# Segments are numbered in u32 from 1 on. No store gets half-way, so a file with a higher number is not a store's.
+_SEGMENT_MAX: Final = 1 << 31
 # magic, checksum of the rest, payload checksum; the sealed part: hash, parent, fingerprint, tenant, user, payload
 # bytes, position, key generation, cards, kind, hash kind, family, zero, salt, MAC; then nonce, segment, offset, stored
 # bytes, codec, flags, zero, created ms, expires ms, cost us, zero
@@ -316,7 +319,7 @@ def segment_name(segment: int) -> str:
 def segment_number(name: str) -> int | None:
     """The number in a segment's file name; None for any other file."""
     stem, _, suffix = name.partition(".")
-    return int(stem) if suffix == "seg" and len(stem) == 12 and stem.isdigit() else None
+    return whole_number(stem, _SEGMENT_MAX) if suffix == "seg" and len(stem) == 12 else None
 
 
 def sign(raw: bytes, seed: int) -> bytes:

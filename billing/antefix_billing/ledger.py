@@ -32,6 +32,7 @@ from antefix_billing.ledger_files import (
     SOURCE_PREFIX,
     Settled,
     adjusted_of,
+    check_header,
     check_mark,
     first_sequence_of,
     hash_before,
@@ -369,8 +370,6 @@ class Ledger:
         self._catch_up([first_sequence_of(path) for path in paths])
         data = read_segment(last)
         header = unpack_segment_header(data)
-        if header.source != self.source:
-            raise LedgerCorrupt(f"{last.name} belongs to another ledger")
         tail = self._tail
         tail.sequence, tail.hash = header.first_sequence - 1, header.previous_hash
         tail.segment, tail.offset, tail.places = header.first_sequence, SEGMENT_HEADER_BYTES, {}
@@ -389,7 +388,7 @@ class Ledger:
         self._reserve.hold(self._fd, tail.offset)
 
     def _check_segments(self, paths: Sequence[Path], mark: Mark | None) -> None:
-        """Raises:  LedgerCorrupt: a segment that was sealed or acknowledged is missing, or its length is wrong."""
+        """Raises:  LedgerCorrupt: a sealed or acknowledged segment is missing or too short, or is another one."""
         sizes = {first_sequence_of(path): path.stat().st_size for path in paths}
         begin = pruned_to(self.directory)[0] + 1
         sealed = {first: nbytes for first, nbytes in self._index.segments().items() if first >= begin}
@@ -401,6 +400,8 @@ class Ledger:
             if sizes[first] < nbytes:
                 name = segment_path(Path(), first).name
                 raise LedgerCorrupt(f"{name} was sealed with {nbytes} bytes and has {sizes[first]}; {RESTORE}")
+        for path in paths:
+            check_header(path, self.source)
 
     def _catch_up(self, firsts: Sequence[int]) -> None:
         """Add to the index the sealed segments that it lacks because of a crash or because the index was lost."""

@@ -1,15 +1,18 @@
 """The files of a ledger's directory, for readers. Any process may read while one writes.
 
-usage-000000000001.ledger   segments, named by their first entry's sequence number index/                      LMDB, of
-sealed segments only; rebuilt from them when lost acknowledged                the last acknowledged entry
-(ledger_mark.py) progress                    how much work and output each running request has had so far
-(progress_slots.py) pruned-000000012345.json    a signed summary in place of segments that were pruned (pruned.py)
-source this ledger's identity, 32 hex digits lock                        held by the one writer
+usage-000000000001.ledger   segments, named by their first entry's sequence number
+index/                      LMDB, of sealed segments only; rebuilt from them when lost
+acknowledged                the last acknowledged entry (ledger_mark.py)
+progress                    how much work and output each running request has had so far (progress_slots.py)
+pruned-000000012345.json    a signed summary in place of segments that were pruned (pruned.py)
+source                      this ledger's identity, 32 hex digits
+lock                        held by the one writer
 """
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +40,8 @@ from antefix_billing.pruned import pruned_to
 from antefix_billing.usage_record import UsageRecord
 
 _GLOB = "usage-*.ledger"
+# Numbers of entries are 64-bit, so they have at most 20 digits.
+_NAME = re.compile(r"usage-([0-9]{12}|[1-9][0-9]{12,19})\.ledger")
 # Segments are 16 MiB. A file that is far longer was not written by this program, and is not read to its end.
 _SEGMENT_BYTES_MAX = 256 << 20
 _SOURCE_FILE_BYTES_MAX = 4096
@@ -61,12 +66,24 @@ def segment_path(directory: Path, first_sequence: int) -> Path:
 
 
 def segments_of(directory: Path) -> list[Path]:
-    """The ledger's segments, oldest first."""
-    return sorted(directory.glob(_GLOB))
+    """The ledger's segments, oldest first. A file whose name this program does not give is no segment."""
+    return sorted(path for path in directory.glob(_GLOB) if _NAME.fullmatch(path.name))
 
 
 def first_sequence_of(path: Path) -> int:
     return int(path.stem.removeprefix("usage-"))
+
+
+def check_header(path: Path, source: bytes) -> None:
+    """Raises:  LedgerCorrupt: the header is damaged, another ledger's, or another segment's."""
+    try:
+        header = unpack_segment_header(read_small(path, SEGMENT_HEADER_BYTES))
+    except LedgerCorrupt as err:
+        raise LedgerCorrupt(f"{path.name}: {err}; {RESTORE}") from err
+    if header.source != source:
+        raise LedgerCorrupt(f"{path.name} belongs to another ledger; {RESTORE}")
+    if header.first_sequence != first_sequence_of(path):
+        raise LedgerCorrupt(f"{path.name} holds the entries from {header.first_sequence} on; {RESTORE}")
 
 
 def source_of(directory: Path) -> bytes:

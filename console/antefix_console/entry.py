@@ -9,8 +9,9 @@ import signal
 import sys
 from typing import Final
 
-# Exit code that shells report for a process that SIGTERM ended.
+# Exit codes that shells report for a process that one of these signals ended.
 _STOPPED: Final = 128 + signal.SIGTERM
+_INTERRUPTED: Final = 128 + signal.SIGINT
 _SERVICES: Final = ("serve", "up")
 _HEARD: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
 
@@ -26,8 +27,10 @@ def main() -> int:
     atexit.register(_end_at_once, ended_with)
     # Garbage collection takes a tenth of torch's import time and finds nothing; cli.py turns it on again.
     gc.disable()
-    from antefix_console.cli import main as run
-
+    try:
+        from antefix_console.cli import main as run
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     ended_with.append(run())
     return ended_with[0]
 

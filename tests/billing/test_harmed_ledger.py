@@ -11,7 +11,7 @@ import pytest
 
 from antefix.errors import Unavailable
 from antefix_billing.ledger import Ledger
-from antefix_billing.ledger_files import read_entries, segments_of
+from antefix_billing.ledger_files import read_entries, segment_path, segments_of
 from antefix_billing.ledger_format import LedgerCorrupt
 from antefix_billing.ledger_mark import MARK_FILE
 from antefix_billing.progress_slots import PROGRESS_FILE, ProgressJournal
@@ -156,6 +156,33 @@ def test_a_sealed_segment_that_was_cut_is_told(directory, which):
         Ledger(directory, segment_bytes=SEGMENT)
 
 
+@pytest.mark.parametrize("which", ["another ledger's", "copied to another name"])
+def test_a_segment_in_the_place_of_another_is_told(directory, tmp_path, which):
+    paths = segments_of(directory)
+    if which == "another ledger's":
+        other = Ledger(tmp_path / "other", segment_bytes=SEGMENT)
+        for number in range(COUNT):
+            other.append([record(f"s{number}")])
+        other.close()
+        data = segments_of(tmp_path / "other")[0].read_bytes()
+        paths[0].write_bytes(data + bytes(paths[0].stat().st_size))
+    else:
+        shutil.copy(paths[1], segment_path(directory, 2))
+    with pytest.raises(LedgerCorrupt, match=r"another ledger|holds the entries from"):
+        Ledger(directory, segment_bytes=SEGMENT)
+
+
+@pytest.mark.parametrize(
+    "name", ["usage-old.ledger", "usage-00000000000\u00b2.ledger", "usage--00000000001.ledger", "usage-1.ledger"]
+)
+def test_a_file_with_a_name_that_no_segment_has_changes_nothing(directory, name):
+    shutil.copy(segments_of(directory)[1], directory / name)
+    ledger = Ledger(directory, segment_bytes=SEGMENT)
+    holds_all(ledger)
+    ledger.close()
+    assert verify(directory).ok
+
+
 @pytest.mark.slow
 def test_one_bit_of_the_last_acknowledged_entry_is_rot_and_not_a_torn_end(directory):
     path = segments_of(directory)[-1]
@@ -290,7 +317,5 @@ def test_a_file_that_is_no_segment_is_reported(directory, kind, which):
     put(path := segments_of(directory)[which], kind)
     crash(directory)
     assert not verify(directory).chain_ok
-    if kind == "of no end" and which != -1:
-        return  # a sealed segment is read only on demand and by `verify`
     with pytest.raises(LedgerCorrupt, match=path.name):
         Ledger(directory, segment_bytes=SEGMENT).close()

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from antefix_console import entry
 from tests.child_environment import child_environment
 
 PROGRAM = """
@@ -24,6 +25,20 @@ code = entry.main()
 atexit.register(print, "left")
 sys.exit(code)
 """
+
+
+def test_an_interruption_while_modules_are_imported_shows_no_traceback(monkeypatch):
+    class Interrupted:
+        def find_spec(self, name, path=None, target=None):
+            if name == "antefix_console.cli":
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "antefix_console.cli", raising=False)
+    monkeypatch.setattr(sys, "argv", ["antefix", "doctor"])
+    monkeypatch.setattr(entry.atexit, "register", lambda *_: None)
+    monkeypatch.setattr(entry.gc, "disable", lambda: None)
+    assert entry.main() == 130
 
 
 @pytest.mark.services

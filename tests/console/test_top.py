@@ -98,7 +98,7 @@ def test_keys_sort_and_filter():
     assert "request-4" in shown(failed) and "request-1" not in shown(failed)
     one = Choice().after("2")
     assert "request-2" in shown(one) and "request-1" not in shown(one)
-    assert one.after("2") == Choice() and one.after("x") == one
+    assert one.after("2") == Choice() and one.after("x") == one.after("\u00b2") == one
 
 
 def test_a_small_terminal_shows_fewer_requests():

@@ -10,6 +10,7 @@ import pytest
 
 from antefix.errors import ConfigError, InvalidRequest, PermissionDenied, Unauthenticated
 from antefix.security.access_table import TABLE
+from antefix.security.credentials import Credentials
 from antefix.security.identity import Role
 from antefix_billing import api_keys, key_file
 from antefix_billing.api_keys import KeyBook, Scope, digest_of, new_key
@@ -58,6 +59,17 @@ def test_no_key_and_a_wrong_key_are_refused_also_where_no_key_is_known(wrong):
     for register in (KeyRegister(), register_of(new_key("acme")[1])):
         with pytest.raises(Unauthenticated, match="missing or not known"):
             register.authenticate(wrong)
+
+
+@pytest.mark.parametrize("key", [" ", "k\u00e9y", "two\nlines", "\udcff", "\0"])
+def test_a_key_that_no_call_can_carry_is_refused_before_any_call(key):
+    with pytest.raises(ConfigError, match="API key"):
+        Credentials.of_application(api_key=key)
+
+
+def test_a_keys_line_end_is_not_sent():
+    shown = dict(Credentials.of_application(api_key="key\n").metadata("/antefix.v1.RouterService/Generate"))
+    assert shown["authorization"] == "Bearer key"
 
 
 def test_a_key_ends_when_it_expires_and_at_once_when_it_is_revoked():

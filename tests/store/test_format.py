@@ -227,5 +227,12 @@ def test_an_odd_place_takes_the_long_form() -> None:
 
 def test_segment_names_are_numbers() -> None:
     assert fmt.segment_number(fmt.segment_name(17)) == 17
-    for name in ("17.seg", "000000000017.tmp", "00000000001x.seg", "STORE"):
+    for name in (
+        "17.seg",
+        "000000000017.tmp",
+        "00000000001x.seg",
+        "00000000000\u00b2.seg",
+        "999999999999.seg",
+        "STORE",
+    ):
         assert fmt.segment_number(name) is None

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from antefix.text_table import visible
+from antefix.whole_number import whole_number
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -34,8 +35,8 @@ class Choice:
             return replace(self, tenants_by=_next(_TENANT_ORDERS, self.tenants_by))
         if key == "f":
             return replace(self, requests=_next(_REQUEST_FILTERS, self.requests))
-        if key.isdigit():
-            return replace(self, tenant=-1 if int(key) - 1 == self.tenant else int(key) - 1)
+        if (number := whole_number(key)) is not None:
+            return replace(self, tenant=-1 if number - 1 == self.tenant else number - 1)
         return self
 
 
