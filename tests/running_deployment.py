@@ -8,6 +8,7 @@ tests.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,24 +55,16 @@ class RunningDeployment:
         return list(read_settled(self.config.ledger_dir))
 
 
-@pytest.fixture(scope="session")
-def _deployment_of_all(tmp_path_factory):
+@contextlib.contextmanager
+def deployed(config: DeploymentConfig) -> Iterator[Deployment]:
+    """A deployment for several tests. It has its own event loop, which outlives each test's loop."""
     from antefix.blocking import LoopThread
-    from antefix_console.deployment import Deployment, DeploymentConfig
+    from antefix_console.deployment import Deployment
 
-    deployment = Deployment(
-        DeploymentConfig(
-            model=ROOT / "models" / "antefix-tiny",
-            data_dir=tmp_path_factory.mktemp("running") / "data",
-            http_address="127.0.0.1:0",
-            ratecards=(str(ROOT / "deploy" / "ratecards" / "example.toml"),),
-            extra_flags={"kvstore": ("--budget-bytes", "256M"), "prefill": SMALL_POOL, "decode": SMALL_POOL},
-        )
-    )
-    # The deployment has its own event loop, which outlives each test's loop.
+    deployment = Deployment(config)
     thread = LoopThread()
 
-    async def start():
+    async def start() -> None:
         await deployment.start()
         await deployment.router.close()
 
@@ -81,6 +74,21 @@ def _deployment_of_all(tmp_path_factory):
             yield deployment
         finally:
             thread.run(deployment.stop())
+
+
+@pytest.fixture(scope="session")
+def _deployment_of_all(tmp_path_factory):
+    from antefix_console.deployment import DeploymentConfig
+
+    config = DeploymentConfig(
+        model=ROOT / "models" / "antefix-tiny",
+        data_dir=tmp_path_factory.mktemp("running") / "data",
+        http_address="127.0.0.1:0",
+        ratecards=(str(ROOT / "deploy" / "ratecards" / "example.toml"),),
+        extra_flags={"kvstore": ("--budget-bytes", "256M"), "prefill": SMALL_POOL, "decode": SMALL_POOL},
+    )
+    with deployed(config) as deployment:
+        yield deployment
 
 
 @pytest.fixture

@@ -163,7 +163,7 @@ def test_in_a_terminal_it_watches_and_q_ends_it(tmp_path):
         os.write(ours, b"f")
         seen += read_until(ours, b"request-3")
         os.write(ours, b"q")
-        assert top.wait(30) == 0, seen.decode(errors="replace")
+        assert top.wait(300) == 0, seen.decode(errors="replace")
         os.close(ours)
     finally:
         server.kill()

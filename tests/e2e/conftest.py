@@ -67,6 +67,18 @@ def ask():
     return ask
 
 
+@pytest.fixture
+def busy_decode():
+    """The decode worker that computes now, or None: on a busy machine an answer may have ended before it is read."""
+
+    async def busy_decode(deployment):
+        workers = (await deployment.router.status()).workers
+        busy = [worker.address for worker in workers if worker.role == "decode" and worker.num_requests]
+        return next((each for each in deployment.processes if each.alive and each.address in busy), None)
+
+    return busy_decode
+
+
 @pytest.fixture(scope="session")
 def document():
     """Text-like tokens: bytes of this repository's license, long enough for some blocks."""

@@ -1,6 +1,7 @@
 """Processes die and disks return wrong bytes. The answers stay the same, and only speed is lost."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import sys
@@ -19,11 +20,22 @@ def prompt(document):
     return document[:1000]
 
 
-async def kill_the_busy_one(deployment):
-    """Kill the decode worker that is answering."""
-    workers = (await deployment.router.status()).workers
-    busy = next(worker for worker in workers if worker.role == "decode" and worker.num_requests)
-    await deployment.kill(next(process for process in deployment.processes if process.address == busy.address))
+# Much longer than what is read of an answer, so that its worker still computes when it is killed.
+LONG = 3000
+
+
+async def with_a_kill(deployment, busy_decode, prompt, sampling, *, after, num_tokens):
+    """An answer's first tokens, while the decode worker that computes it is killed after some of them."""
+    output, killed = [], None
+    async with contextlib.aclosing(deployment.router.generate(prompt, sampling)) as messages:
+        async for message in messages:
+            output += [int(token) for token in message.tokens]
+            if killed is None and len(output) >= after:
+                killed = await busy_decode(deployment)
+                await deployment.kill(killed)
+            if len(output) >= num_tokens:
+                return output[:num_tokens]
+    pytest.fail(f"the answer ended after {len(output)} tokens")
 
 
 async def until_stored(deployment, ask, prompt):
@@ -49,27 +61,20 @@ async def until_read(deployment, ask, stored, other):
             await ask(deployment, other)
 
 
-async def test_decode_workers_killed_in_mid_stream_are_replaced_without_gap_or_repeat(deploy, ask, prompt, reference):
+async def test_decode_workers_killed_in_mid_stream_are_replaced_without_gap_or_repeat(
+    deploy, ask, prompt, small_model, small_reference, busy_decode
+):
     """Two kills in one deployment, because a start is expensive: a greedy answer's worker, and a sampled one's."""
-    async with deploy(num_decode=3) as deployment:
-        output, killed = [], False
-        async for message in deployment.router.generate(prompt, Sampling(max_tokens=60, ignore_eos=True)):
-            output += [int(token) for token in message.tokens]
-            if len(output) >= 10 and not killed:
-                await kill_the_busy_one(deployment)
-                killed = True
-        assert killed and len(output) == 60
-        whole = reference.generate(prompt, 60)
-        assert output[: len(whole)] == whole
+    async with deploy(num_decode=3, model=small_model) as deployment:
+        greedy = Sampling(max_tokens=LONG, ignore_eos=True)
+        output = await with_a_kill(deployment, busy_decode, prompt, greedy, after=10, num_tokens=60)
+        whole = small_reference.generate(prompt, 60)
+        assert len(whole) > 30 and output[: len(whole)] == whole
 
-        sampling = Sampling(max_tokens=50, temperature=0.9, top_p=0.95, seed=11, ignore_eos=True)
-        undisturbed, _ = await ask(deployment, prompt, sampling=sampling)
-        output = []
-        async for message in deployment.router.generate(prompt, sampling):
-            output += [int(token) for token in message.tokens]
-            if len(output) == 20:
-                await kill_the_busy_one(deployment)
-        assert output == undisturbed
+        settings = {"temperature": 0.9, "top_p": 0.95, "seed": 11, "ignore_eos": True}
+        undisturbed, _ = await ask(deployment, prompt, sampling=Sampling(max_tokens=50, **settings))
+        sampled = Sampling(max_tokens=LONG, **settings)
+        assert await with_a_kill(deployment, busy_decode, prompt, sampled, after=20, num_tokens=50) == undisturbed
 
 
 async def test_a_dead_store_costs_speed_never_an_answer_and_is_used_again_when_it_is_back(

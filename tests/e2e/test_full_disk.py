@@ -45,7 +45,7 @@ async def test_hits_are_answered_and_billed_at_every_fill_level(tmp_path, ask, d
             # After space becomes free, the store writes again without a restart.
             for number in range(len(levels)):
                 (disk / f"ballast{number}").unlink(missing_ok=True)
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(300):
                 while (await store.stats()).stopped:  # noqa: ASYNC110 - another process's state
                     await asyncio.sleep(0.1)
             await store.close()

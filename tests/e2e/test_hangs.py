@@ -29,9 +29,11 @@ def stopped(*processes):
             os.kill(process.process.pid, signal.SIGCONT)
 
 
-async def test_stopped_processes_cost_little_and_answers_and_bills_stay(deploy, ask, document, reference):
+async def test_stopped_processes_cost_little_and_answers_and_bills_stay(
+    deploy, ask, document, small_model, small_reference, busy_decode
+):
     """All roles in turn in one deployment, because its start costs more than the rest of the test."""
-    async with deploy(num_decode=2) as deployment:
+    async with deploy(num_decode=2, model=small_model) as deployment:
         # This request lets the router measure speeds.
         await ask(deployment, np.flip(document[:900]))
         num_asked = 1
@@ -41,10 +43,10 @@ async def test_stopped_processes_cost_little_and_answers_and_bills_stay(deploy, 
                 begun = time.monotonic()
                 output, last = await ask(deployment, prompt)
                 assert time.monotonic() - begun < BOUND_S, role
-            assert output == reference.generate(prompt, 24)
+            assert output == small_reference.generate(prompt, 24)
             assert last.usage.cache_hit_tokens + last.usage.cache_miss_tokens == 1000
             num_asked += 1
-        await a_stopped_decode_worker_is_left_in_mid_stream(deployment, document[:1000], reference)
+        await a_stopped_decode_worker_is_left_in_mid_stream(deployment, busy_decode, document[:1000], small_reference)
         decode = [process for process in deployment.processes if process.role == "decode"]
         with stopped(*decode):
             begun = time.monotonic()
@@ -53,23 +55,26 @@ async def test_stopped_processes_cost_little_and_answers_and_bills_stay(deploy, 
             assert time.monotonic() - begun < BOUND_S + 10
         # Workers that answer again are used again.
         output, _ = await ask(deployment, document[:300])
-        assert output == reference.generate(document[:300], 24)
+        assert output == small_reference.generate(document[:300], 24)
         num_asked += 3
     keys = [settled.record.request_id for settled in read_settled(deployment.config.ledger_dir)]
     assert len(keys) == len(set(keys)) == num_asked
 
 
-async def a_stopped_decode_worker_is_left_in_mid_stream(deployment, prompt, reference):
+async def a_stopped_decode_worker_is_left_in_mid_stream(deployment, busy_decode, prompt, reference):
     output, stopped_at = [], 0.0
-    with contextlib.ExitStack() as hung:
-        async for message in deployment.router.generate(prompt, Sampling(max_tokens=60, ignore_eos=True)):
-            if stopped_at and len(message.tokens):
-                assert time.monotonic() - stopped_at < BOUND_S
-            output += [int(token) for token in message.tokens]
-            if len(output) >= 10 and not stopped_at:
-                workers = (await deployment.router.status()).workers
-                busy = next(worker for worker in workers if worker.role == "decode" and worker.num_requests)
-                hung.enter_context(stopped(next(p for p in deployment.processes if p.address == busy.address)))
-                stopped_at = time.monotonic()
+    # Much longer than what is read, so that the worker still computes when it is stopped.
+    answer = deployment.router.generate(prompt, Sampling(max_tokens=3000, ignore_eos=True))
+    async with contextlib.aclosing(answer) as messages:
+        with contextlib.ExitStack() as hung:
+            async for message in messages:
+                if stopped_at and len(message.tokens):
+                    assert time.monotonic() - stopped_at < BOUND_S
+                output += [int(token) for token in message.tokens]
+                if len(output) >= 10 and not stopped_at:
+                    hung.enter_context(stopped(await busy_decode(deployment)))
+                    stopped_at = time.monotonic()
+                if len(output) >= 60:
+                    break
     whole = reference.generate(prompt, 60)
-    assert stopped_at and len(output) == 60 and output[: len(whole)] == whole
+    assert stopped_at and len(whole) > 30 and output[: len(whole)] == whole

@@ -17,7 +17,9 @@ from antefix_router.gateway.access import HttpMeasures
 from antefix_router.gateway.app import serve_door
 
 
-async def test_a_fleets_router_places_requests_on_our_workers_by_their_events(deploy, document, tmp_path, monkeypatch):
+async def test_a_fleets_router_places_requests_on_our_workers_by_their_events(
+    deploy, document, small_model, tmp_path, monkeypatch
+):
     # The path must be short, because paths of Unix sockets are limited.
     sockets = Path(tempfile.mkdtemp(prefix="kv"))
     events, replay = f"ipc://{sockets}/events", f"ipc://{sockets}/replay"
@@ -26,7 +28,7 @@ async def test_a_fleets_router_places_requests_on_our_workers_by_their_events(de
     monkeypatch.setenv("ANTEFIX_DECODE_KV_EVENTS", events)
     monkeypatch.setenv("ANTEFIX_DECODE_KV_EVENTS_REPLAY", replay)
     try:
-        async with deploy(http_address="127.0.0.1:0") as deployment:
+        async with deploy(model=small_model, http_address="127.0.0.1:0") as deployment:
             config = FleetConfig(
                 workers=(f"http://{deployment.one('router').http_address}",),
                 events=(events,),
@@ -40,7 +42,7 @@ async def test_a_fleets_router_places_requests_on_our_workers_by_their_events(de
             measures = HttpMeasures(PATHS)
             http = await serve_door(router.door, build_fleet_app(router.door, config, measures), config, measures)
             (engine,) = router.engines.engines
-            async with httpx.AsyncClient(base_url=f"http://{http.address}", timeout=60) as client:
+            async with httpx.AsyncClient(base_url=f"http://{http.address}", timeout=300) as client:
                 body = {"model": "any", "prompt": document.tolist(), "max_tokens": 4, "temperature": 0}
                 whole_blocks = len(document) // 64 * 64
                 for number in range(2):

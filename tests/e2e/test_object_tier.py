@@ -34,7 +34,7 @@ async def test_hits_come_back_when_every_disk_is_wiped(deploy, ask, document, sm
         output, first = await ask(deployment, prompt)
         assert output == small_reference.generate(prompt, 24)
         catalog = Catalog(open_bucket(url))
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             while catalog.num_records < 1900 // 128:
                 await asyncio.sleep(0.1)
                 await catalog.refresh()

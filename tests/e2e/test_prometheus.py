@@ -32,7 +32,7 @@ def promtool(*args, **options):
 def query(address, expression):
     """The value of an expression that has one sample."""
     url = f"http://{address}/api/v1/query?{urllib.parse.urlencode({'query': expression})}"
-    with urllib.request.urlopen(url, timeout=10) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         found = json.load(answer)["data"]["result"]
     return float(found[0]["value"][1]) if found else None
 

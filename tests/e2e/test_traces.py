@@ -12,9 +12,9 @@ COLD = {"tokenize", "look-up", "place", "queue", "plan", "restore", "prefill chu
 COLD |= {"decode steps", "store", "settle"}
 
 
-async def test_a_request_is_one_trace_from_its_client_to_the_store(deploy):
+async def test_a_request_is_one_trace_from_its_client_to_the_store(deploy, small_model):
     with receiving() as (receiver, url):
-        async with deploy(http_address="127.0.0.1:0", traces=url, strategy="zero") as deployment:
+        async with deploy(model=small_model, http_address="127.0.0.1:0", traces=url, strategy="zero") as deployment:
             address = f"http://{deployment.one('router').http_address}"
             async with httpx2.AsyncClient(base_url=address) as client:
                 for number in range(2):

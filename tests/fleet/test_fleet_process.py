@@ -49,7 +49,7 @@ async def test_a_fleet_is_served_from_the_command_line(tmp_path):
         assert asked.returncode == 0
         assert all(worker.address in told.decode() for worker in workers)
         process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 30) == 0
+        assert await asyncio.wait_for(process.wait(), 300) == 0
     finally:
         if process.returncode is None:
             process.kill()

@@ -326,7 +326,7 @@ def test_a_store_that_is_too_slow_drops_jobs_at_once(start, monkeypatch):
     engine = start(queue_bytes=10 * 94208)
     may_go = threading.Event()
     put = engine.tier.rows.put
-    monkeypatch.setattr(engine.tier.rows, "put", lambda *args: may_go.wait(20) and put(*args))
+    monkeypatch.setattr(engine.tier.rows, "put", lambda *args: may_go.wait(120) and put(*args))
     context, rows = engine.request(PROMPT), engine.rows_of(PROMPT, ends=[1024])
     first = engine.submit_store(context, PROMPT, rows[:8])
     dropped = engine.submit_store(context, PROMPT, rows[8:])

@@ -224,7 +224,7 @@ async def test_long_texts_take_turns_by_tenant():
     loop = asyncio.get_running_loop()
 
     def work(name):
-        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(30)
+        asyncio.run_coroutine_threadsafe(gate.wait(), loop).result(120)
         order.append(name)
 
     async def ask(tenant):

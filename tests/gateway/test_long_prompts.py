@@ -29,7 +29,7 @@ class HeldTokenizer:
     def _held(self, text):
         if len(text) >= CHARACTERS_MIN:
             self.begun.set()
-            if not self.go.wait(10):
+            if not self.go.wait(120):
                 raise TimeoutError("nothing else continued while a long prompt was encoded")
 
     def encode(self, text):
@@ -47,7 +47,7 @@ async def held(tmp_path):
     script = Script()
     front = make_front(script, ledger=tmp_path / "ledger")
     front.tokenizer = HeldTokenizer(front.tokenizer)
-    async with serving(front) as url, httpx.AsyncClient(base_url=url, timeout=20) as client:
+    async with serving(front) as url, httpx.AsyncClient(base_url=url, timeout=120) as client:
         yield script, front.tokenizer, client
         front.tokenizer.go.set()
 
@@ -70,7 +70,7 @@ async def test_others_are_answered_while_a_long_prompt_is_encoded(held, address)
     script, tokenizer, client = held
     body = ADDRESSES[address]
     long = asyncio.create_task(client.post(address, json=body(LONG)))
-    assert await asyncio.to_thread(tokenizer.begun.wait, 10)
+    assert await asyncio.to_thread(tokenizer.begun.wait, 120)
     answer = await client.post(address, json=body("short"))
     assert answer.status_code == 200 and not long.done()
     tokenizer.go.set()
@@ -103,7 +103,7 @@ async def test_what_is_cancelled_before_a_thread_takes_it_never_runs():
 
     def work(name):
         ran.append(name)
-        go.wait(10)
+        go.wait(120)
         return name
 
     running = [asyncio.create_task(encoding.run(CHARACTERS_MIN, lambda n=n: work(n))) for n in range(4)]

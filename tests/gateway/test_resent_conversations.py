@@ -11,35 +11,37 @@ import json
 import pytest
 
 from antefix_console.cli import main
-from antefix_console.deployment import Deployment, DeploymentConfig
+from antefix_console.deployment import DeploymentConfig
 from tests.gateway.scripted import MODEL as MODEL_DIR
 from tests.gateway.turns import BLOCK, Turn, check_hits
 from tests.on_demand import anthropic, openai
+from tests.running_deployment import SMALL_POOL, deployed
 
 pytestmark = pytest.mark.services
 
 
-MODEL, NUM_TURNS = "antefix-tiny", 4
+MODEL, NUM_TURNS = "antefix-tiny", 3
 SCHEMA = {"type": "object", "properties": {"path": {"type": "string"}}}
 TOOL = {"name": "read", "description": "Reads a file.", "parameters": SCHEMA}
 SYSTEM = ["You are an agent in a shell. ", "Be brief, and answer in plain text."]
 
 
-@pytest.fixture
-async def url(tmp_path):
-    pool = ("--pool-bytes", "64M")
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("resent") / "data"
+
+
+@pytest.fixture(scope="module")
+def url(data_dir):
+    """One deployment for all conversations here, because a start is expensive."""
     config = DeploymentConfig(
         model=MODEL_DIR,
-        data_dir=tmp_path / "data",
+        data_dir=data_dir,
         http_address="127.0.0.1:0",
         chat_format="deepseek-v4",
-        extra_flags={
-            "kvstore": ("--budget-bytes", "256M"),
-            "prefill": pool,
-            "decode": pool,
-        },
+        extra_flags={"kvstore": ("--budget-bytes", "256M"), "prefill": SMALL_POOL, "decode": SMALL_POOL},
     )
-    async with Deployment(config) as deployment:
+    with deployed(config) as deployment:
         yield "http://" + deployment.one("router").http_address
 
 
@@ -158,7 +160,7 @@ async def test_each_turn_hits_to_the_last_full_block_that_the_format_keeps(url, 
             assert turn.hit == kept // BLOCK * BLOCK, turns
 
 
-async def test_so_do_reasoning_items_and_requests_whose_first_line_changes(url, tmp_path, capsys):
+async def test_so_do_reasoning_items_and_requests_whose_first_line_changes(url, data_dir, tmp_path, capsys):
     for turns_of in (responses_turns, claude_code_turns):
         check_hits(await turns_of(url, turns_of.__name__, effort="high", tools=True), turns_of)
     # Another session has another first line, and hits system text and tools. Another account hits nothing.
@@ -180,7 +182,7 @@ async def test_so_do_reasoning_items_and_requests_whose_first_line_changes(url, 
     assert hits[0] == hits[2] == 0 and hits[1] > len("You are careful. " * 40) + 1000, hits
 
     async def explain(*flags):
-        flags = ["explain", "--data-dir", str(tmp_path / "data"), "--json", *flags]
+        flags = ["explain", "--data-dir", str(data_dir), "--json", *flags]
         assert await asyncio.to_thread(main, flags) == 0
         return json.loads(capsys.readouterr().out)
 

@@ -1,4 +1,4 @@
-"""Real processes and the shipped model: forced calls, all settings at once, several outputs, hits, a killed worker."""
+"""Real processes: forced calls, all settings at once, several outputs, hits, a killed worker."""
 
 import json
 
@@ -8,13 +8,12 @@ import pytest
 from antefix.sampling import Sampling
 from antefix_billing.ledger_files import read_settled
 from antefix_console.deployment import Deployment, DeploymentConfig
-from tests.gateway.scripted import MODEL as MODEL_DIR
 from tests.on_demand import openai
+from tests.small_worker_model import small_worker_model
 
 MODEL = "antefix-tiny"
 BLOCK = 64
-# These tests take 30 s of one core, most of it for starting processes.
-pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.services
 SMALL_POOL = ("--pool-bytes", "64M")
 TOOL = {
     "name": "sky",
@@ -67,7 +66,7 @@ COMPLETION = {
 @pytest.fixture
 def config(tmp_path):
     return DeploymentConfig(
-        model=MODEL_DIR,
+        model=small_worker_model(),
         data_dir=tmp_path / "data",
         http_address="127.0.0.1:0",
         num_decode=2,

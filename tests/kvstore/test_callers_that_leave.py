@@ -17,19 +17,19 @@ def test_a_put_whose_caller_left_is_stored_and_others_are_served(open_engine, wh
 
     def slow_put_group(puts):
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(120)
         return put_group(puts)
 
     monkeypatch.setattr(engine, "put_group", slow_put_group)
     writer = GroupCommitter(engine)
     try:
         first = writer.submit(prompts[0].blocks())
-        assert begun.wait(10)
+        assert begun.wait(120)
         second = writer.submit(prompts[1].blocks())
         left = second if when == "waiting" else first
         assert left.cancel() is (when == "waiting")
         go_on.set()
-        assert writer.submit(prompts[2].blocks()).result(10).num_stored == 3
+        assert writer.submit(prompts[2].blocks()).result(120).num_stored == 3
         assert [engine.lookup(p.hashes, fingerprint=FINGERPRINT).num_blocks for p in prompts] == [3, 3, 3]
     finally:
         go_on.set()

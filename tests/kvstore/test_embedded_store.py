@@ -122,20 +122,20 @@ def test_reads_run_in_the_thread_that_asks_and_closing_waits_for_them(
     def slow(*args: Any, **kwargs: Any) -> Any:
         threads.append(threading.current_thread())
         begun.set()
-        may_go.wait(20)
+        may_go.wait(120)
         return lookup(*args, **kwargs)
 
     monkeypatch.setattr(embedded, "lookup_here", slow)
     reading = threading.Thread(target=store.lookup, args=(PROMPT.hashes,), kwargs={"fingerprint": FINGERPRINT})
     closing = threading.Thread(target=store.close)
     reading.start()
-    assert begun.wait(20)
+    assert begun.wait(120)
     closing.start()
     closing.join(0.05)
     assert closing.is_alive() and embedded.engine.is_open
     may_go.set()
     for thread in (reading, closing):
-        thread.join(20)
+        thread.join(120)
     assert threads == [reading] and not embedded.engine.is_open
 
 

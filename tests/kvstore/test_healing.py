@@ -222,7 +222,7 @@ async def test_the_services_writer_heals_without_being_asked(engine, config):
         async with asyncio.timeout(120):
             while True:
                 try:
-                    assert servicer.writer.submit(PROMPT.blocks()).result(30).num_stored == len(PROMPT.hashes)
+                    assert servicer.writer.submit(PROMPT.blocks()).result(120).num_stored == len(PROMPT.hashes)
                     break
                 except Unavailable:
                     await asyncio.sleep(0.05)

@@ -2,47 +2,78 @@
 
 Python imports this file in every process that a test starts, because its folder is on their PYTHONPATH.
 tests/conftest.py does the same in the test's own process. Tests of these limits are marked `impatient`.
+
+Processes that a test starts also keep the speeds that they assume at first. If they learnt that a first prompt was
+slow, workers would choose another restore plan, and the next prompt would hit less. Tests of learnt speeds run in one
+process.
 """
 
 import importlib.abc
 import importlib.machinery
+import operator
 import sys
 
 PATIENCE_S = 120.0
-# By module: names of constants, and of class parameters with a default.
+# By module: names of constants, and of parameters with a default, of a class or a method.
 LIMITS = {
+    "antefix.clients.about": ("_DEADLINE_S",),
+    "antefix.clients.decode": ("DecodeClient.status.timeout_s",),
+    "antefix.clients.fleet": ("FleetClient.status.timeout_s", "FleetClient.explain.timeout_s"),
+    "antefix.clients.prefill": ("PrefillClient.status.timeout_s",),
+    "antefix.clients.router": ("RouterClient.status.timeout_s",),
+    "antefix.clients.window": ("WindowClient.status.timeout_s", "WindowClient.set_strategy.timeout_s"),
+    "antefix.discovery.redis_leases": ("_TIMEOUT_S",),
+    "antefix.events.kv_subscriber": ("_REPLY_TIMEOUT_S",),
+    "antefix.events.redis_stream": ("_TIMEOUT_S",),
     "antefix.pulse": ("LIMIT_S_MAX", "Pulse.silent_s"),
     "antefix.store.breaker": ("Breaker.slack_s",),
     "antefix.store.file_reads": ("FileReads.slack_s", "_READ_S_MAX"),
     "antefix.store.remote_store": ("CALL_DEADLINE_S", "SEARCH_DEADLINE_S"),
     "antefix.store.standing": ("ASK_S", "ASK_S_MAX"),
     "antefix.window_pool.redis_pool": ("RedisWindowPool.timeout_s",),
+    "antefix_router.key_exchange": ("_TIMEOUT_S",),
+    "antefix_router.placement.found_workers": ("_ASK_TIMEOUT_S",),
+    "antefix_router.shared_bill.bill_exchange": ("_TIMEOUT_S",),
+    "antefix_router.workers_arithmetic": ("_ASK_TIMEOUT_S",),
 }
+SPEEDS = "antefix.linear_law"
 
 
 def limits_of(module):
     """(dictionary, key) of each limit in a module."""
     for limit in LIMITS[module.__name__]:
         owner, _, name = limit.rpartition(".")
-        yield (getattr(module, owner).__init__.__kwdefaults__ if owner else vars(module)), name
+        yield (_defaults(operator.attrgetter(owner)(module)) if owner else vars(module)), name
+
+
+def _defaults(owner):
+    return (owner.__init__ if isinstance(owner, type) else owner).__kwdefaults__
+
+
+def change(module):
+    """Raise the module's limits, or let its laws learn nothing."""
+    if module.__name__ == SPEEDS:
+        module.LinearLaw.observe = lambda *_: None
+        return
+    for values, limit in limits_of(module):
+        values[limit] = PATIENCE_S
 
 
 class PatientModules(importlib.abc.MetaPathFinder):
     """An import finder that changes these modules when they are imported. It imports none of them itself."""
 
     def find_spec(self, name, path, target=None):
-        if name not in LIMITS:
+        if name not in LIMITS and name != SPEEDS:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
-            def load_and_wait_longer(module):
+            def load_and_change(module):
                 load(module)
-                for values, limit in limits_of(module):
-                    values[limit] = PATIENCE_S
+                change(module)
 
-            spec.loader.exec_module = load_and_wait_longer
+            spec.loader.exec_module = load_and_change
         return spec
 
 

@@ -21,11 +21,11 @@ async def test_cancellation_waits_for_the_work_in_hand():
 
     def work():
         running.set()
-        let_go.wait(10)
+        let_go.wait(120)
         finished.append(True)
 
     task = asyncio.create_task(thread.run(work))
-    await asyncio.to_thread(running.wait, 10)
+    await asyncio.to_thread(running.wait, 120)
     for _ in range(3):  # a second and a third cancellation must not interrupt the work either
         task.cancel()
         await asyncio.sleep(0)

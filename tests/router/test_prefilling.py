@@ -184,7 +184,7 @@ async def test_followers_do_not_wait_for_ever(monkeypatch):
     follower = start(prefilling, "follower")
     idle = next(client for client in clients if not client.calls)
     idle.gate.set()
-    answer = await asyncio.wait_for(follower, 10)
+    answer = await asyncio.wait_for(follower, 100)
     assert answer.answer.restore.written_tokens == 400 and not leader.done()
     assert prefilling.counters.num_gave_up_waiting == 1
     for client in clients:

@@ -23,7 +23,7 @@ async def reflected(channel):
 
     async def ask(**request):
         asked = iter([reflection_pb2.ServerReflectionRequest(**request)])
-        return [answer async for answer in stub.ServerReflectionInfo(asked, timeout=5)][0]  # noqa: RUF015
+        return [answer async for answer in stub.ServerReflectionInfo(asked, timeout=60)][0]  # noqa: RUF015
 
     listed = await ask(list_services="")
     pool, methods = descriptor_pool.DescriptorPool(), {}
@@ -161,7 +161,7 @@ async def test_refusals_are_counted_and_named(authority, serve, caplog):
     method = "/antefix.v1.KvStoreService/Watch"
     async with rpc.channel(server.address, credentials=authority.credentials("prefill", "p7")) as channel:
         with pytest.raises(PermissionDenied, match="prefill p7 may not call"), rpc.rpc_errors():
-            async for _ in channel.unary_stream(method)(b"", timeout=5):
+            async for _ in channel.unary_stream(method)(b"", timeout=60):
                 pass
     (family,) = security.guard.metrics()
     assert [(s.labels, s.value) for s in family.samples if s.value] == [({"method": method, "reason": "table"}, 1.0)]

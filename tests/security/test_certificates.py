@@ -41,7 +41,7 @@ async def status_of(address, credentials, *, of=Role.KVSTORE, method=STATS):
 
 async def status_over(channel, method=STATS):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await channel.unary_unary(method)(b"", timeout=5)
+        await channel.unary_unary(method)(b"", timeout=60)
     return caught.value.code()
 
 
@@ -92,7 +92,7 @@ async def test_a_connection_is_not_downgraded(authority, serve, keyring):
     async with rpc.channel(tls.address, of=Role.KVSTORE, credentials=authority.credentials("metrics")) as channel:
         shown = Credentials(Role.ROUTER, keyring=keyring).metadata(STATS)
         with pytest.raises(PermissionDenied), rpc.rpc_errors():
-            await channel.unary_unary(STATS)(b"", timeout=5, metadata=shown)
+            await channel.unary_unary(STATS)(b"", timeout=60, metadata=shown)
 
 
 async def test_a_certificate_of_another_ca_is_nobodys(authority, serve, tmp_path):
@@ -110,7 +110,7 @@ async def test_an_expired_certificate_ends_a_connection_that_outlives_it(authori
         later = time.time() + 91 * 86400
         monkeypatch.setattr(guard.time, "time", lambda: later)
         with pytest.raises(Unauthenticated, match="has expired"), rpc.rpc_errors():
-            await channel.unary_unary(STATS)(b"", timeout=5)
+            await channel.unary_unary(STATS)(b"", timeout=60)
 
 
 async def test_a_revoked_certificate_is_refused_at_once(serve, tmp_path):
@@ -123,7 +123,7 @@ async def test_a_revoked_certificate_is_refused_at_once(serve, tmp_path):
         assert await status_over(channel) is ADMITTED
         (tmp_path / "s" / "identities.toml").write_text('revoked = ["spiffe://antefix.internal/prefill/p1"]\n')
         with pytest.raises(Unauthenticated, match="revoked"), rpc.rpc_errors():
-            await channel.unary_unary(STATS)(b"", timeout=5)
+            await channel.unary_unary(STATS)(b"", timeout=60)
     assert (
         await status_of(server.address, Credentials(Role.PREFILL, files=CredentialFiles(tmp_path / "p2"))) is ADMITTED
     )
@@ -167,7 +167,7 @@ async def serving_serial(port):
     """The serial number of the certificate that a new connection gets."""
 
     def connect():
-        pem = ssl.get_server_certificate(("127.0.0.1", port), timeout=5)
+        pem = ssl.get_server_certificate(("127.0.0.1", port), timeout=60)
         return describe(pem.encode()).serial
 
     return await asyncio.to_thread(connect)
@@ -282,7 +282,7 @@ def fetch(port, authority, role=None):
     if role:
         directory = authority.files(role).directory
         context.load_cert_chain(directory / "tls.crt", directory / "tls.key")
-    with urllib.request.urlopen(f"https://127.0.0.1:{port}/metrics", context=context, timeout=5) as answer:
+    with urllib.request.urlopen(f"https://127.0.0.1:{port}/metrics", context=context, timeout=60) as answer:
         return answer.read().decode()
 
 
@@ -294,7 +294,7 @@ async def test_metrics_are_for_those_with_a_certificate(authority):
     with pytest.raises((ssl.SSLError, urllib.error.URLError, ConnectionError)):
         await asyncio.to_thread(fetch, port, authority)
     with pytest.raises((urllib.error.URLError, ConnectionError)):
-        await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read())
+        await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60).read())
     server.close()
 
 

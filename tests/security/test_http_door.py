@@ -110,14 +110,14 @@ async def door():
 
 
 async def send(port, *pieces, wait_s=0.0):
-    """Send the pieces. Returns all bytes until the server closes, which must happen within 10 s."""
+    """Send the pieces. Returns all bytes until the server closes, which must happen within a minute."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         for piece in pieces:
             writer.write(piece)
             await writer.drain()
             await asyncio.sleep(wait_s)
-        return await asyncio.wait_for(reader.read(), 10)
+        return await asyncio.wait_for(reader.read(), 60)
     except ConnectionResetError:
         return b""
     finally:

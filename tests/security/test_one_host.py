@@ -46,7 +46,7 @@ async def test_antefix_up_answers_everybody_and_shows_its_insides_to_its_own(tmp
         store = RemoteStore(at["kvstore"], credentials=STRANGER)
         calls = {
             "decode": lambda: decode(at["decode"], request),
-            "prefill": lambda: PrefillClient(at["prefill"], credentials=STRANGER).prefill(request, timeout_s=9),
+            "prefill": lambda: PrefillClient(at["prefill"], credentials=STRANGER).prefill(request, timeout_s=60),
             "status": lambda: DecodeClient(at["decode"], credentials=STRANGER).status(),
             "strategy": lambda: WindowClient(at["prefill"], credentials=STRANGER).set_strategy("zero"),
             "look up": lambda: store.lookup([bytes(32)], fingerprint=bytes(32)),
@@ -63,7 +63,7 @@ async def test_antefix_up_answers_everybody_and_shows_its_insides_to_its_own(tmp
         await store.close()
         # 3. Health is open to all. Results that need the secret are not made without it.
         async with grpc.aio.insecure_channel(at["decode"]) as channel:
-            assert await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=9)
+            assert await channel.unary_unary("/grpc.health.v1.Health/Check")(b"", timeout=60)
         thief = Credentials(Role.ROUTER, keyring=Keyring(b"a thief's own secret, 32 bytes .."))
         with pytest.raises(Unauthenticated):
             await DecodeClient(at["decode"], credentials=thief).status()
@@ -76,7 +76,7 @@ async def test_antefix_up_answers_everybody_and_shows_its_insides_to_its_own(tmp
 
 async def decode(address, request):
     async with DecodeClient(address, credentials=STRANGER) as client:
-        async for _ in client.decode(request, request.sampling, handoff=b"", emitted=(), timeout_s=9):
+        async for _ in client.decode(request, request.sampling, handoff=b"", emitted=(), timeout_s=60):
             pass
 
 

@@ -169,18 +169,18 @@ async def stolen_worker(deployment, authority):
         # Even the router's certificate is refused, because it has no grant.
         async with DecodeClient(decode, credentials=shown) as client:
             with pytest.raises(PermissionDenied):
-                async for _ in client.decode(request, request.sampling, handoff=b"", emitted=(), timeout_s=20):
+                async for _ in client.decode(request, request.sampling, handoff=b"", emitted=(), timeout_s=60):
                     pass
         async with PrefillClient(prefill, credentials=shown) as client:
             with pytest.raises(PermissionDenied):
-                await client.prefill(request, timeout_s=20)
+                await client.prefill(request, timeout_s=60)
     # A stolen grant for one tenant and prompt is not valid for another.
     keyring, granter = Keyring.from_file(deployment.secret), authority.granter()
     for tenant, tokens in (("acme", PROMPT), ("globex", PROMPT + 1)):
         grants.hold(granter.grant_for(keyring, tenant, tokens, ttl_s=60))
         async with PrefillClient(prefill, credentials=router) as client:
             with pytest.raises(PermissionDenied, match=r"another tenant|another prompt"):
-                await client.prefill(request, timeout_s=20)
+                await client.prefill(request, timeout_s=60)
     grants.hold(b"")
 
 
@@ -210,7 +210,7 @@ async def registrations(deployment, authority):
         )
         async with rpc.channel(operator.address, of=Role.ROUTER, credentials=credentials) as channel:
             with rpc.rpc_errors():
-                await router_pb2_grpc.RouterServiceStub(channel).RegisterWorker(message, timeout=10)
+                await router_pb2_grpc.RouterServiceStub(channel).RegisterWorker(message, timeout=60)
 
     p2 = authority.credentials("prefill", "p2")
     with pytest.raises(PermissionDenied, match="may not register as a decode worker"):

@@ -50,7 +50,7 @@ async def test_a_rogue_router_gets_no_registration(authority, serve):
     rogue = await serve(authority.security("decode", "stolen"))
     async with rpc.channel(rogue.address, of=Role.ROUTER, credentials=authority.credentials("prefill")) as channel:
         with pytest.raises(Unavailable), rpc.rpc_errors():
-            await channel.unary_unary("/antefix.v1.RouterService/RegisterWorker")(b"", timeout=5)
+            await channel.unary_unary("/antefix.v1.RouterService/RegisterWorker")(b"", timeout=60)
 
 
 def registration(address, role="prefill"):

@@ -22,6 +22,7 @@ def generator() -> ModuleType:
     return module
 
 
+@pytest.mark.impatient  # the document names time limits
 def test_the_document_is_what_the_docstrings_say(generator: ModuleType) -> None:
     assert generator.API_FILE.read_text() == generator.api_text(), "run `make docs-api`"
 

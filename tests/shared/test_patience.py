@@ -12,9 +12,14 @@ from tests.child_environment import child_environment
 from tests.patient_services import sitecustomize
 
 ASK = """
+from antefix.clients import RouterClient
+from antefix.linear_law import LinearLaw
 from antefix.pulse import Pulse
 from antefix.store.breaker import Breaker
-print(Breaker()._slack_s, Pulse("a peer", print).limit_s)
+print(Breaker()._slack_s, Pulse("a peer", print).limit_s, RouterClient.status.__kwdefaults__["timeout_s"])
+law = LinearLaw((1.0,), (1.0,))
+law.observe((1.0,), 50.0)
+print(law.seconds((1.0,)))
 """
 
 
@@ -34,8 +39,8 @@ def test_a_test_of_the_limits_has_those_of_services():
 
 
 @pytest.mark.services
-def test_other_processes_have_the_longer_limits_too():
+def test_other_processes_have_the_longer_limits_too_and_learn_no_speeds():
     done = subprocess.run(
         [sys.executable, "-c", ASK], capture_output=True, text=True, env=child_environment(), check=True
     )
-    assert done.stdout.split() == [str(sitecustomize.PATIENCE_S)] * 2
+    assert done.stdout.split() == [str(sitecustomize.PATIENCE_S)] * 3 + ["1.0"]

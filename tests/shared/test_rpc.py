@@ -110,13 +110,13 @@ async def test_draining_says_not_serving_and_health_says_serving_before():
 
 async def test_health_can_be_watched_until_the_service_drains():
     server = await start(RuntimeError())
-    watch = health_pb2_grpc.HealthStub(rpc.channel(server.address)).Watch(health_pb2.HealthCheckRequest(), timeout=40)
+    watch = health_pb2_grpc.HealthStub(rpc.channel(server.address)).Watch(health_pb2.HealthCheckRequest(), timeout=120)
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.SERVING
     # The stream reports the end and then ends, because an endless call must not delay the service for its whole grace
     # period.
     drain = asyncio.create_task(server.drain(60))
     assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-    await asyncio.wait_for(drain, 20)
+    await asyncio.wait_for(drain, 55)
     assert await watch.code() == grpc.StatusCode.UNAVAILABLE
 
 

@@ -92,7 +92,7 @@ async def messages(store: RemoteStore, **fields: Any) -> list[kvstore_pb2.GetRes
     request = kvstore_pb2.GetRequest(
         kind=kvstore_pb2.RECORD_KIND_BLOCK, hashes=b"".join(PROMPT.hashes), fingerprint=FINGERPRINT, **fields
     )
-    return [message async for message in store.stub.Get(request, timeout=10)]
+    return [message async for message in store.stub.Get(request, timeout=60)]
 
 
 async def test_plain_records_come_as_they_lie(store: RemoteStore, asked: list[tuple[int, int]]) -> None:
@@ -125,7 +125,7 @@ async def test_coded_records_are_decoded_by_the_store(store: RemoteStore, servic
         fingerprint=FINGERPRINT,
         record_format=RECORD_VERSION,
     )
-    got = [message async for message in store.stub.Get(request, timeout=10)]
+    got = [message async for message in store.stub.Get(request, timeout=60)]
     assert b"".join(message.data for message in got) == b"".join(prompt.payload(i) for i in range(6))
 
 
@@ -384,7 +384,7 @@ async def test_urgent_calls_have_payloads_give_way(
     await restored(store)
     await store.put(PROMPT.blocks(1))
     await store.stats()
-    await store.stub.Touch(kvstore_pb2.TouchRequest(hits=1), timeout=10)
+    await store.stub.Touch(kvstore_pb2.TouchRequest(hits=1), timeout=60)
     assert not given
     if method == "Fate":
         await store.fate(PROMPT.hashes[0], fingerprint=FINGERPRINT)

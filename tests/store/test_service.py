@@ -209,7 +209,7 @@ async def test_a_broken_stream_goes_on_where_it_stopped(service: Service) -> Non
         first=1,
         offset=MIB,
     )
-    pieces = [piece async for piece in remote.stub.Get(request, timeout=10)]
+    pieces = [piece async for piece in remote.stub.Get(request, timeout=60)]
     assert (pieces[0].index, pieces[0].offset) == (1, MIB)
     assert {piece.index for piece in pieces} == {1, 2}
     received = b"".join(bytes(piece.data) for piece in pieces)
@@ -226,7 +226,7 @@ async def test_a_piece_that_was_damaged_on_its_way_is_refused(service: Service) 
     pieces[1] = Piece(pieces[1].message, memoryview(damaged))
     remote = RemoteStore(service.address)
     with pytest.raises(Exception, match="damaged on its way"):
-        await remote.stub.Put(iter(pieces), timeout=10)
+        await remote.stub.Put(iter(pieces), timeout=60)
     assert (await remote.lookup(PROMPT.hashes, fingerprint=FINGERPRINT)).num_blocks == 0
     await remote.close()
 
@@ -280,9 +280,9 @@ async def test_a_plain_protobuf_client_is_understood(service: Service) -> None:
     from antefix.store.pieces import piece_checksum
 
     put = kvstore_pb2.PutRequest(header=header, checksum=piece_checksum(b"hello"), data=b"hello")
-    assert (await stub.Put(iter([put]), timeout=5)).num_stored == 1
+    assert (await stub.Put(iter([put]), timeout=60)).num_stored == 1
     get = kvstore_pb2.GetRequest(kind=kvstore_pb2.RECORD_KIND_BLOCK, hashes=PROMPT.hashes[0], fingerprint=FINGERPRINT)
-    assert [piece.data async for piece in stub.Get(get, timeout=5)] == [b"hello"]
+    assert [piece.data async for piece in stub.Get(get, timeout=60)] == [b"hello"]
     await channel.close()
 
 
