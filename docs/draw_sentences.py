@@ -3,9 +3,9 @@
     python docs/draw_sentences.py --seed 1 --number 60
 
 The sentences come from documents, docstrings, help texts, and messages of errors and logs. Each output line has one
-sentence, with its file and line. The same seed draws the same sentences from the same files. Tables, code, headings,
-generated pages and sentences of fewer than six words are left out. The draw takes the same number of each kind, so
-that docstrings do not outweigh errors.
+sentence, with its file and line. The same seed draws the same sentences from the same files. Tables, code, commands,
+headings, generated pages and sentences of fewer than six words are left out. A colon does not end a sentence, because
+the reader would see half of it. The draw takes the same number of each kind, so that docstrings do not outweigh errors.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ KINDS = ("document", "docstring", "help", "message")
 WORDS_MIN = 6
 # Names of the logging methods whose first argument is a message.
 _LOGS = {"debug", "info", "warning", "error", "exception", "critical"}
-_BLOCK = re.compile(r"^```.*?^```|<!-- figures.*?end of figures -->|<!--.*?-->", re.DOTALL | re.MULTILINE)
-_END = re.compile(r"(?<=[.!?:])(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z`*\"'(])")
+_BLOCK = re.compile(r"^ *```.*?^ *```|<!-- figures.*?end of figures -->|<!--.*?-->", re.DOTALL | re.MULTILINE)
+_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)\s+(?=[A-Z`*\"'(])")
+# A paragraph in which every line is indented by four spaces or more: code, a command or a formula.
+_CODE = re.compile(r"(?: {4,}.*(?:\n|$))+")
 # Lines of a docstring that are not prose: a legend of shapes, names of arguments in columns, an example.
 _LEGEND = re.compile(r"^\s*(?:Shapes|Raises|Source|>>>|\||\$|[a-z_]+ {2,}\S)")
 
@@ -71,7 +73,9 @@ def split(text: str) -> list[str]:
 def _of_document(path: Path, root: Path) -> Iterator[Sentence]:
     # Blocks are blanked, not removed, so that lines keep their numbers.
     text = _BLOCK.sub(lambda block: re.sub(r"[^\n]", "", block[0]), path.read_text())
-    for paragraph in re.finditer(r"(?:^(?!\s*$|\||#|!\[|\*benchmarks).*\n?)+", text, re.MULTILINE):
+    for paragraph in re.finditer(r"(?:^(?!\s*$|\s*\||#|!\[|\*benchmarks).*\n?)+", text, re.MULTILINE):
+        if _CODE.fullmatch(paragraph[0]):
+            continue
         line = text.count("\n", 0, paragraph.start()) + 1
         for item in re.split(r"^\s*(?:[-*]|\d+\.) ", paragraph[0], flags=re.MULTILINE):
             yield from (Sentence("document", f"{path.relative_to(root)}:{line}", one) for one in split(item))
@@ -83,7 +87,7 @@ def _of_code(path: Path, root: Path) -> Iterator[Sentence]:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             line = node.body[0].lineno if node.body else 1
             for paragraph in re.split(r"\n\s*\n", ast.get_docstring(node) or ""):
-                if not any(_LEGEND.match(text) for text in paragraph.split("\n")):
+                if not _CODE.fullmatch(paragraph) and not any(_LEGEND.match(text) for text in paragraph.split("\n")):
                     yield from (Sentence("docstring", f"{place}:{line}", one) for one in split(paragraph))
         elif isinstance(node, ast.Call):
             yield from _of_call(node, place)

@@ -7,9 +7,10 @@ A document asks for a table with two comments, and this script writes the table 
 
 `decisions` is a function of benchmarks/tables*.py. A table over several records names them with `+` between them. The
 line under each table has the run's commit, date, machine and command, from the record. `--check` changes nothing and
-exits with 1 if a document would change. `--stale` lists records whose code has changed since they were measured.
-Changes of comments, docstrings and layout do not count. `--stale` always exits with 0, because only a person can tell
-whether a change affects the figures.
+exits with 1 if a document would change. `--stale` lists records whose code has changed since they were measured, with
+the first changed files and the names of what changed in them. Changes of comments, docstrings, layout, help texts, and
+messages of errors and logs do not count. `--stale` always exits with 0, because only a person can tell whether a change
+affects the figures.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import itertools
 import json
 import re
 import subprocess
@@ -31,6 +33,10 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import tables, tables_cards, tables_engines, tables_faults, tables_services, tables_tiers  # noqa: E402, F401
 
 RESULTS = ROOT / "benchmarks" / "results"
+SHOWN_FILES = 3
+SHOWN_PARTS = 2
+# Names of the logging methods whose first argument is a message.
+LOGS = {"debug", "info", "warning", "error", "exception", "critical"}
 _REGION = re.compile(r"(<!-- figures: (\S+) (\S+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
 
@@ -73,9 +79,8 @@ def provenance(file: str, record: Any) -> str:
     ]
     if not record.get("commit"):
         recorded = record.get("recorded", {})
-        named.append(
-            f"the run named no commit; recorded in {recorded['commit']}, {recorded['date']}" if recorded else ""
-        )
+        why = "the run's commit is lost" if recorded.get("lost_commit") else "the run named no commit"
+        named.append(f"{why}; recorded in {recorded['commit']}, {recorded['date']}" if recorded else "")
     return f"*benchmarks/results/{file}: {'; '.join(part for part in named if part) or 'of an unnamed run'}.*"
 
 
@@ -110,32 +115,60 @@ def _since(commit: str, code: tuple[str, ...], git: Any) -> Iterator[str]:
     except subprocess.CalledProcessError:
         yield f"names commit {commit[:8]}, which is not in this repository's history"
         return
-    changed = [name for name in names if _differs(name, commit, git)]
-    if changed:
-        shown = ", ".join(changed[:3]) + (f" and {len(changed) - 3} more" if len(changed) > 3 else "")
-        yield f"since {commit[:8]} changed: {shown}"
+    shown = list(itertools.islice((told for name in names if (told := _changed(name, commit, git))), SHOWN_FILES))
+    if shown:
+        # Comparing all files of an old record takes minutes, and the first few show that the record is old.
+        rest = f"; {len(names)} files were edited" if len(shown) == SHOWN_FILES < len(names) else ""
+        yield f"since {commit[:8]} changed: {', '.join(shown)}{rest}"
 
 
-def _differs(name: str, commit: str, git: Any) -> bool:
-    """Whether a file's code differs from that commit's, apart from comments and docstrings."""
+def _changed(name: str, commit: str, git: Any) -> str:
+    """The file's name and what changed in its code since that commit; empty if no code changed."""
     versions = []
     for revision in (commit, "HEAD"):
         try:
-            text = git("show", f"{revision}:{name}")
+            versions.append(git("show", f"{revision}:{name}"))
         except subprocess.CalledProcessError:
-            return True  # the file was added or removed
-        versions.append(_code(text) if name.endswith(".py") else text)
-    return versions[0] != versions[1]
+            return name  # the file was added or removed
+    if not name.endswith(".py"):
+        return name if versions[0] != versions[1] else ""
+    before, after = (_code(text) for text in versions)
+    changed = [part for part in {**before, **after} if before.get(part) != after.get(part)]
+    if not changed:
+        return ""
+    more = ", ..." if len(changed) > SHOWN_PARTS else ""
+    return f"{name} ({', '.join(changed[:SHOWN_PARTS])}{more})"
 
 
-def _code(text: str) -> str:
+def _code(text: str) -> dict[str, str]:
+    """The code of each top-level function and class, and under "module" all other code, without texts for readers."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(
             node
         ):
             node.body = node.body[1:]
-    return ast.dump(tree)
+        for value in _texts_of(node):
+            for part in ast.walk(value):
+                if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                    part.value = ""
+    parts: dict[str, str] = {}
+    for node in tree.body:
+        name = node.name if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) else "module"
+        parts[name] = parts.get(name, "") + ast.dump(node)
+    return parts
+
+
+def _texts_of(node: ast.AST) -> list[ast.expr]:
+    """The expressions in this node that are only read by people: help texts, and messages of errors and logs."""
+    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+        return node.exc.args[:1]
+    if not isinstance(node, ast.Call):
+        return []
+    helps = [keyword.value for keyword in node.keywords if keyword.arg in {"help", "description"}]
+    if isinstance(node.func, ast.Attribute) and node.func.attr in LOGS:
+        return [*helps, *node.args[:1]]
+    return helps
 
 
 def _git(*arguments: str) -> str:

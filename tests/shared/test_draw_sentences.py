@@ -23,8 +23,21 @@ code that is not drawn although it is long
 ```
 
 The last sentence stands behind the code above.
+
+    code that is indented is not drawn either
+
+- An item with a fence and a table has this sentence: Its colon does not end it.
+  ```
+  code that a list's item holds and nobody draws
+  ```
+  | cells in | an item with words | are left out too |
 """
-MODULE = '''"""A module's first line has enough words here."""
+MODULE = '''"""A module's first line has enough words here.
+
+    python module.py --with enough --words in a code that is a command
+
+Second line.
+"""
 def f(parser, logger, name):
     "Short."
     parser.add_argument("--x", help="how many of them are read at once")
@@ -57,10 +70,11 @@ def test_sentences_carry_their_kind_and_line(found):
     assert told["The second one does as well, see `a.b`."] == ("document", "docs/PAGE.md:3")
     assert told["An item of a list that is long enough."] == ("document", "docs/PAGE.md:7")
     assert told["The last sentence stands behind the code above."] == ("document", "docs/PAGE.md:13")
+    assert "An item with a fence and a table has this sentence: Its colon does not end it." in told
     assert told["A module's first line has enough words here."] == ("docstring", "module.py:1")
-    assert told["how many of them are read at once"] == ("help", "module.py:4")
-    assert told["the store %s does not answer in time"] == ("message", "module.py:5")
-    assert told["block {name} is not in the store any more"] == ("message", "module.py:6")
+    assert told["how many of them are read at once"] == ("help", "module.py:9")
+    assert told["the store %s does not answer in time"] == ("message", "module.py:10")
+    assert told["block {name} is not in the store any more"] == ("message", "module.py:11")
 
 
 def test_headings_tables_code_and_short_sentences_are_left_out(found):

@@ -71,20 +71,21 @@ def test_a_document_that_asks_for_an_unknown_table_is_refused(results, one_recor
         results.filled("<!-- figures: a.json other -->\n<!-- end of figures -->\n")
 
 
-BEFORE = "def f():\n    '''One.'''\n    return 1  # why\n"
+BEFORE = "def f():\n    '''One.'''\n    log.info('said %s', 1)\n    return 1  # why\n"
 
 
 @pytest.mark.parametrize(
     ("record", "now", "told"),
     [
         ({"commit": "abcdef0123"}, BEFORE.replace("One", "Said otherwise").replace("why", "because"), []),
-        ({"commit": "abcdef0123"}, BEFORE.replace("1", "2"), ["since abcdef01 changed: code/a.py"]),
+        ({"commit": "abcdef0123"}, BEFORE.replace("said", "told"), []),
+        ({"commit": "abcdef0123"}, BEFORE.replace("return 1", "return 2"), ["since abcdef01 changed: code/a.py (f)"]),
         ({"commit": "abcdef0123"}, "", ["since abcdef01 changed: code/a.py"]),
         ({"commit": "abcdef0123"}, None, ["names commit abcdef01, which is not in this repository's history"]),
         (
             {"recorded": {"commit": "abcdef0123", "date": ""}},
-            BEFORE.replace("1", "2"),
-            ["since abcdef01 changed: code/a.py"],
+            BEFORE.replace("return 1", "return 2"),
+            ["since abcdef01 changed: code/a.py (f)"],
         ),
         ({}, "", ["names no commit"]),
     ],
