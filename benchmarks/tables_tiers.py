@@ -65,6 +65,28 @@ def object_index(record: Any) -> Iterable[Row]:
         yield f"{int(count):,}", f"{found['bytes_per_block']:.2f}", *(f"{each:.2f}" for each in times)
 
 
+@table("simulate_index.json", "antefix/objects")
+def simulated_index(record: Any) -> Iterable[Row]:
+    yield "per process", "a worker, per hour", "a store, per hour", "a worker on a new host, once"
+    worker, store, start = record["process"]["worker"], record["process"]["store"], record["start"]["worker"]
+    for key, named in (("lists", "lists"), ("gets", "reads"), ("puts", "puts"), ("deletes", "deletes")):
+        yield named, *(f"{each[key]:,.0f}" for each in (worker, store, start))
+    yield "bytes, MB", *(f"{each['bytes'] / 1e6:,.0f}" for each in (worker, store, start))
+    yield "processor seconds", *(f"{each['cpu_s']:.1f}" for each in (worker, store, start))
+    yield "the longest refresh, processor seconds", *(f"{each['longest_cpu_s']:.2f}" for each in (worker, store)), ""
+    found = record["look_ups"]
+    for key, named in (("stale", "stale"), ("worst_stale", "stale, worst minute"), ("unknown", "unknown")):
+        yield f"look-ups that are {named}", f"{100 * found[f'{key}_share']:.2f}%", "", ""
+
+
+@table("simulate_index.json", "antefix/objects/janitor.py")
+def simulated_tiles(record: Any) -> Iterable[Row]:
+    yield "level", "bytes of a tile, MB", "seconds to write it", "hosts that write it", "without waiting"
+    for row in record["tiles"]:
+        sizes = (f"{row['bytes'] / 1e6:,.0f}", f"{row['write_s']:.1f}")
+        yield str(row["level"]), *sizes, f"{row['writers']:.1f}", f"{row['together']:.0f}"
+
+
 @table("ttft_tiers.json", *HIT)
 def first_token_by_tier(record: Any) -> Iterable[Row]:
     tiers = {
@@ -77,7 +99,8 @@ def first_token_by_tier(record: Any) -> Iterable[Row]:
     yield "tokens, and 40 new ones", "cold, s", *tiers.values()
     for row in record["tiers"]:
         seconds = (f"{row[tier]['ttft_s']:.3f}" if tier in row else "" for tier in tiers)
-        yield f"{row['tokens']:,}", f"{row['cold_s']:.2f}", *seconds
+        layers = f" ({row['layers']} layers)" if row.get("layers") else ""
+        yield f"{row['tokens']:,}{layers}", f"{row['cold_s']:.2f}", *seconds
 
 
 @table("waiting_prompts.json", *HIT)
