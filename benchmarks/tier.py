@@ -100,7 +100,6 @@ def main() -> int:
         "--json", nargs="?", const="-", default="", help="print one JSON object, or write the object to the given file"
     )
     parser.add_argument("--add", action="store_true", help="keep what the file has of other parts")
-    parser.add_argument("--json", nargs="?", const="-", default="", help="print one JSON object, or write it to a file")
     args = parser.parse_args()
     servers: list[int] = []
     with _server(args, servers) as url:
