@@ -1,4 +1,4 @@
-"""Tables of several stores and the object tier; benchmarks/tables.py says how tables are made."""
+"""Tables of a store's writes, several stores and the object tier; benchmarks/tables.py says how tables are made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ from benchmarks.tables import Row, table
 
 OBJECTS = ("antefix/objects", "kvstore/antefix_kvstore/object_upload.py", "kvstore/antefix_kvstore/upload_reads.py")
 HIT = ("router", "prefill", "decode", "kvstore", "antefix")
+
+_WRITES = (
+    ("direct, 8 pieces of 1 MiB at a time from 8 threads, one sync", "threads"),
+    ("the same with a sync per 56 MiB", "synced"),
+    ("the same, but each write makes the file longer", "not_allocated"),
+    ("the same over a file that has all its blocks", "written_over"),
+    ("through the page cache, a sync per 56 MiB, new pages", "new_pages"),
+    ("the same, pages of a file that was just deleted", "used_pages"),
+    ("the store's put, through the page cache", "put_cached"),
+    ("the store's put as it is", "put"),
+)
+
+
+@table("store_writes.json", "kvstore/antefix_kvstore/direct_writer.py", "kvstore/antefix_kvstore/segments.py")
+def writes(record: Any) -> Iterable[Row]:
+    yield "", "over fio's best durable writer (higher is better)", "half of the rounds lie in", "GB/s"
+    for what, name in _WRITES:
+        key = f"{name}_over_fio"
+        spread = f"{record[f'{key}_low']:.2f} to {record[f'{key}_high']:.2f}"
+        yield what, f"{record[key]:.2f}", spread, f"{record[f'{name}_gb_per_s']:.2f}"
 
 
 @table("tier.json", *OBJECTS)
