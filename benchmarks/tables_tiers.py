@@ -18,12 +18,19 @@ def object_tier(record: Any) -> Iterable[Row]:
     yield "bare ranged reads over the tier, seconds (`range_ratio`)", f"{restore['range_ratio']:.2f}", "0.9 or more"
     yield "the tier, MB/s", f"{restore['tier_mb_per_s']:.0f}", ""
     yield "bare ranged reads by the same client, MB/s", f"{restore['bare_mb_per_s']:.0f}", ""
-    for name in ("boto3", "lmcache"):
+    peers = {
+        "library": "the client library (obstore), MB/s",
+        "boto3": "boto3, as many threads, MB/s",
+        "lmcache": "LMCache's S3 connector, MB/s",
+    }
+    for name, named in peers.items():
         if f"speed_against_{name}" in restore:
-            named = {"boto3": "boto3, as many threads", "lmcache": "LMCache's S3 connector"}[name]
-            yield f"{named}, MB/s", f"{restore[f'{name}_mb_per_s']:.0f}", ""
+            yield named, f"{restore[f'{name}_mb_per_s']:.0f}", ""
             yield "the tier's throughput over that", f"{restore[f'speed_against_{name}']:.2f}", "1 or more"
     yield "restores take longer while uploads run, by", f"{100 * upload['cost']:.1f}%", "5% or less"
+    if "interval" in upload:
+        low, high = (f"{100 * each:.1f}%" for each in upload["interval"])
+        yield f"the 95% interval of that, {len(upload['costs'])} pairs", f"{low} to {high}", ""
     if "cost_with_server" in upload:
         yield "the same, with the S3 server on the same cores", f"{100 * upload['cost_with_server']:.1f}%", ""
     yield "uploads, MB/s, of 67 allowed", f"{upload['uploaded_mb_per_s']:.0f}", ""

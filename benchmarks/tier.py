@@ -10,9 +10,9 @@ restore   reads a prefix of `--blocks` blocks of V4-Flash through the tier (seal
 tiers     reads the same prefix at 16K, 64K and 256K tokens from the store's directory and from the tier: the part of a
           time to first token before the rest of the prompt is computed
 upload    restores from a store's directory while the store's process uploads at its rate, and while it does not, in
-          turns of some seconds. cost is how much longer restores take with uploads; the goal is 0.05 or less. The S3
-          server then has the lowest priority, because a real server is on another machine. cost_with_server is the
-          same with the server at the usual priority
+          `--pairs` turns of `--turn` seconds. cost is how much longer restores take with uploads (median and its 95%
+          interval); the goal is 0.05 or less. The S3 server then runs only while nothing else does, because a real
+          server is on another machine. cost_with_server is the same with the server at the usual priority
 index     bytes per block, and look-up time of a 128K and a 1M-token prompt, with random keys that are in no bucket
 
 Without --object-store the benchmark starts SeaweedFS from `--s3` (`make test-s3` makes .s3) and uses it. LMCache
@@ -78,19 +78,27 @@ def main() -> int:
         "--tier-tokens", type=int, nargs="+", default=TIER_TOKENS, help="prefixes that are restored from each tier"
     )
     parser.add_argument("--lmcache", type=Path, default=Path(".venv-peers"), help="environment with LMCache")
-    parser.add_argument("--turn", type=float, default=3.0, help="seconds of restores with uploads, and without")
+    parser.add_argument("--turn", type=float, default=1.0, help="seconds of restores with uploads, and without")
+    parser.add_argument("--pairs", type=int, default=30, help="turns with uploads, and as many without")
     parser.add_argument(
         "--records",
         type=int,
         default=1_000_000,
         help="records of the index (100 million too, where there is enough memory)",
     )
+    parser.add_argument("--add", action="store_true", help="keep what the file has of other parts")
     parser.add_argument("--json", nargs="?", const="-", default="", help="print one JSON object, or write it to a file")
     args = parser.parse_args()
     servers: list[int] = []
     with _server(args, servers) as url:
         figures = asyncio.run(_measure(args, url, servers))
-    record = {**about("obstore"), "blocks": args.blocks, "rounds": args.rounds, "url": url, "figures": figures}
+    found = about("obstore")
+    parts = {part: {key: found[key] for key in ("commit", "date", "machine", "command")} for part in args.parts}
+    if args.add and Path(args.json).exists():
+        before = json.loads(Path(args.json).read_text())
+        figures, parts = before["figures"] | figures, before.get("parts", {}) | parts
+    settings = {"blocks": args.blocks, "rounds": args.rounds, "pairs": args.pairs, "url": url}
+    record = {**found, **settings, "parts": parts, "figures": figures}
     text = json.dumps(record, indent=1)
     if args.json in ("", "-"):
         sys.stdout.write(text + "\n")

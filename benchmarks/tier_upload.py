@@ -1,15 +1,19 @@
 """Measures how much uploads slow down restores, for `benchmarks.tier`. A store's process uploads while this process
 reads the store's files, as a worker on the store's host does.
 
-Turns of some seconds with uploads alternate with turns without. The figure is the median ratio of neighbouring turns,
-so that a slowdown of the whole machine does not count. The process uploads its blocks repeatedly at a service's default
-rate, even if the tier already has them.
+Turns with uploads alternate with turns without. A pair of neighbouring turns gives one ratio, so that a slowdown of the
+whole machine does not count. The figure is the median of all pairs, with the interval that contains the true median in
+95 of 100 runs. A turn without uploads begins when the upload before has ended. The process uploads the same blocks
+repeatedly, at a service's default rate, even if the tier already has them.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -21,12 +25,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from antefix.record import Record, RecordKind
+from antefix.record import RecordKind, RecordName
 from antefix.store_files.segment_reader import StoreReader
 from antefix_kvstore.kvstore_config import KvStoreConfig
-from antefix_kvstore.object_upload import ObjectUploader
+from antefix_kvstore.object_upload import ObjectUploader, _parts
 from antefix_kvstore.storage_engine import StorageEngine
-from antefix_kvstore.upload_choice import Chosen
+from antefix_kvstore.upload_choice import choose
 
 FINGERPRINT: Final = b"F" * 32
 # Bytes of a block's FP8 global KV in V4-Flash.
@@ -72,12 +76,13 @@ def upload_cost(
 
     try:
         restores()
-        with_server = _in_turns(restores, child, args.rounds)
+        with_server = _in_turns(restores, child, max(1, args.pairs // 6))
         for pid in servers:
             _give_way(pid)
-        alone = _in_turns(restores, child, 2 * args.rounds)
+        alone = _in_turns(restores, child, args.pairs)
         return {
             "cost": round(statistics.median(alone.costs), 3),
+            "interval": [round(each, 3) for each in median_interval(alone.costs)],
             "costs": [round(each, 3) for each in alone.costs],
             "cost_with_server": round(statistics.median(with_server.costs), 3),
             "restore_mb_per_s": round(NUM_RESTORED * BLOCK_BYTES / alone.restore_s / 1e6, 1),
@@ -115,8 +120,9 @@ def _in_turns(restores: Callable[[], float], child: _Child, num_pairs: int) -> _
             before, cpu_before_s = child.uploaded(uploads)
             started = time.perf_counter()
             found[uploads] = restores()
-            turns.upload_s += (time.perf_counter() - started) * uploads
+            # An upload that has begun is waited for, so that it is not part of the next turn.
             after, cpu_after_s = child.uploaded(False)
+            turns.upload_s += (time.perf_counter() - started) * uploads
             turns.uploaded += after - before
             turns.cpu_s += (cpu_after_s - cpu_before_s) * uploads
         turns.costs.append(found[True] / found[False] - 1)
@@ -124,10 +130,23 @@ def _in_turns(restores: Callable[[], float], child: _Child, num_pairs: int) -> _
     return turns
 
 
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """The 95% confidence interval of the median, from the order of the values alone (binomial). All values, if they
+    are too few.
+    """
+    order, count = sorted(values), len(values)
+    below = 0.0
+    for number in range(count // 2):
+        below += math.comb(count, number) / 2**count
+        if below > 0.025:
+            return order[max(0, number - 1)], order[count - max(1, number)]
+    return order[0], order[-1]
+
+
 def _give_way(pid: int) -> None:
-    """Put all threads of a process at the lowest priority."""
+    """Let all threads of a process run only while nothing else does."""
     for thread in Path(f"/proc/{pid}/task").iterdir():
-        os.setpriority(os.PRIO_PROCESS, int(thread.name), 19)
+        os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
 
 
 class _Child:
@@ -156,34 +175,45 @@ def main() -> None:
     settings, last = json.loads(sys.stdin.readline())
     lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
     engine = StorageEngine(KvStoreConfig(**{**settings, **lists}))
-    uploader, goes_on = ObjectUploader(engine), threading.Event()
-    # The catalog finds no block, so the uploader never runs out of blocks to upload.
-    uploader.writer.catalog.find = lambda kind, names, alive_ms=None: [None] * len(names)  # type: ignore[method-assign]
-    read = uploader._read
-
-    def read_in_turn(chosen: Sequence[Chosen]) -> list[Record]:
-        goes_on.wait()
-        uploader.note("all", [(RecordKind.BLOCK, bytes.fromhex(last))])
-        return read(chosen)
-
     # All turns use one uploader, so that the cost of its start is not measured.
-    uploader._read = read_in_turn  # type: ignore[method-assign]
+    uploader, turns = ObjectUploader(engine, step_s=0.0), _UploadTurns()
+    turns.follow(uploader, [(RecordKind.BLOCK, bytes.fromhex(last))])
     uploader.start()
     counters = uploader.writer.counters
     print("ready", flush=True)
     for line in sys.stdin:
         if line.strip() == "on":
-            uploader.note("all", [(RecordKind.BLOCK, bytes.fromhex(last))])
-            goes_on.set()
-            before, until_s = counters.num_segments, time.monotonic() + 30
-            while counters.num_segments == before and time.monotonic() < until_s:
-                time.sleep(0.01)
+            turns.goes_on.set()
         else:
-            goes_on.clear()
+            turns.goes_on.clear()
+            turns.rests.wait(60)
         print(counters.bytes_written, time.process_time(), flush=True)
-    goes_on.set()
+    turns.goes_on.set()
     uploader.stop()
     engine.close()
+
+
+class _UploadTurns:
+    """goes_on: whether uploads may begin.  rests: set while none runs."""
+
+    def __init__(self) -> None:
+        self.goes_on, self.rests = threading.Event(), threading.Event()
+
+    def follow(self, uploader: ObjectUploader, names: Sequence[RecordName]) -> None:
+        """Have the uploader upload these records and the records that they depend on, one object per step."""
+        # The catalog finds no block, so there is always something to upload.
+        uploader.writer.catalog.find = lambda kind, names, alive_ms=None: [None] * len(names)  # type: ignore[method-assign]
+        chosen = choose(uploader._engine, uploader.catalog, names, alive_ms=dict.fromkeys(RecordKind, 0))
+        parts = itertools.cycle(_parts(chosen, uploader.writer.settings.segment_bytes))
+
+        async def step(*, flush: bool = False) -> None:
+            self.rests.set()
+            await asyncio.to_thread(self.goes_on.wait)
+            self.rests.clear()
+            # Its rate counts from the beginning of each object.
+            await uploader._upload(next(parts))
+
+        uploader.step = step  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

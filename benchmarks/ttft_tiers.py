@@ -14,7 +14,8 @@ object      both stores are empty, and the bucket has the whole document
 
 A long document takes minutes to compute. With `--keep DIR`, `--parts cold` computes it in steps of `--cold-step` tokens
 and begins no step after `--limit-s` seconds. Repeat the command to continue, until it says that it is done. Then
-`--parts tiers --keep DIR --add` measures the hits. The seconds of a cold run are the sum of its steps.
+`--parts tiers --keep DIR --add` measures the hits. The seconds of a cold run are the sum of its steps. Or give
+`--layers 2`: a model of two random layers computes a long document in one run.
 
 Seconds are the client's time to the first token, medians of `--repeats`. `share` is the part of the document that came
 from this tier, according to the bill (the goal is 1). For `waiting`, one worker computes long prompts while prompts
@@ -33,6 +34,7 @@ import os
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -82,6 +84,12 @@ Document = npt.NDArray[np.uint32]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "antefix-tiny")
+    parser.add_argument(
+        "--layers",
+        type=int,
+        default=0,
+        help="a model of this many random layers, so that a long document takes less time; 0: the whole model",
+    )
     parser.add_argument("--lengths", type=int, nargs="*", default=[16_384, 65_536, 262_144], help="tokens")
     parser.add_argument("--repeats", type=int, default=3, help="repetitions of each hit; cold is asked once")
     parser.add_argument("--parts", nargs="+", choices=("cold", "tiers", "waiting"), default=["tiers", "waiting"])
@@ -96,6 +104,8 @@ def main() -> int:
     if args.keep:
         args.keep.mkdir(parents=True, exist_ok=True)
     with _bucket(args) as url, tempfile.TemporaryDirectory(prefix="antefix-bench-") as scratch:
+        if args.layers:
+            args.model = _random_model(args.model, args.layers, Path(scratch) / "model")
         report = asyncio.run(_measure(args, url, Path(scratch)))
     for row in report.get("tiers", []):
         told = ", ".join(f"{name} {row[name]['ttft_s']:.3f} s" for name in TIERS if name in row)
@@ -107,8 +117,22 @@ def main() -> int:
         others = [row for row in json.loads(args.json.read_text()).get("tiers", []) if row["tokens"] not in lengths]
         report["tiers"] = sorted([*others, *report["tiers"]], key=lambda row: int(row["tokens"]))
     if args.json and report:
-        write(args.json, {"object_store": url.partition(":")[0], "repeats": args.repeats, **report}, "torch")
+        settings = {"object_store": url.partition(":")[0], "repeats": args.repeats, "layers": args.layers}
+        write(args.json, {**settings, **report}, "torch")
     return 0
+
+
+def _random_model(model: Path, num_layers: int, directory: Path) -> Path:
+    """A model of random weights with this model's config and tokenizer, but only its last layers."""
+    directory.mkdir()
+    config = json.loads((model / "config.json").read_text())
+    for name in ("layer_types", "mlp_layer_types"):
+        config[name] = config[name][-num_layers:]
+    config["num_hidden_layers"] = num_layers
+    (directory / "config.json").write_text(json.dumps(config))
+    shutil.copy(model / "antefix_tokenizer.json", directory)
+    subprocess.run([sys.executable, "-m", "models.training.random_model", str(directory)], cwd=ROOT, check=True)
+    return directory
 
 
 @contextlib.contextmanager

@@ -123,14 +123,14 @@ class TorchOps:
         num_entries = int(num_visible_T.max())
         if num_entries <= k:
             return top_entries(queries.new_empty(len(queries), num_entries), num_visible_T, k)
+        if is_compiled(queries):
+            from antefix.model.compiled.attention import best_entries
+
+            return best_entries(queries, weights_TI, keys, num_visible_T, k)
         rows = min(SCORE_QUERIES, len(queries)) * queries.shape[1]
         # 16 rows and fewer cost the same: one tile of rows.
         columns = max(SCORES // max(rows, ROW_TILE) // KEY_TILE, 1) * KEY_TILE
         segments = torch.split(read_entries(keys, num_entries, KEY_TILE), columns)
-        if is_compiled(queries):
-            from antefix.model.compiled.topk import best_entries
-
-            return best_entries(queries, weights_TI, segments, num_visible_T, k, SCORE_QUERIES)
         indices = torch.arange(sum(map(len, segments)), device=queries.device)
         picked = []
         for start in range(0, len(queries), SCORE_QUERIES):
@@ -145,6 +145,10 @@ class TorchOps:
         self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries, picked_Tk: Tensor
     ) -> Tensor:
         queries, sinks = q_THC.to(window.values.dtype), sinks_H.to(window.values.dtype)
+        if is_compiled(queries):
+            from antefix.model.compiled.attention import attend
+
+            return attend(queries, window, sinks, entries, picked_Tk=picked_Tk)
         outputs = []
         for tile in window.tiles():
             part = slice(*tile.rows)
@@ -157,6 +161,10 @@ class TorchOps:
         self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries | None, num_visible_T: Tensor
     ) -> Tensor:
         queries, sinks = q_THC.to(window.values.dtype), sinks_H.to(window.values.dtype)
+        if is_compiled(queries):
+            from antefix.model.compiled.attention import attend
+
+            return attend(queries, window, sinks, entries, num_visible_T=num_visible_T, segment=HCA_SEGMENT)
         segments: list[Tensor] = []
         if entries is not None:
             segments = _finite_segments(entries, int(num_visible_T.max()))

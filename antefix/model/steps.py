@@ -212,15 +212,22 @@ class Steps:
             groups = torch.cat((before, last), 2)
         overlaps = [overlap for s in closing if (overlap := states[s].overlap) is not None]
         if self._write:
-            pooled = pool_pairs(groups, torch.stack(overlaps, 1)) if overlaps else pool_disjoint(groups)
-            values = finish_entries(pooled, compressor.kv_norm, *self._group_rope(layer, closing, ratio))
-            part = self._pool.part(layer, kind)
-            indices = self._position[closing] // ratio
-            blocks = self._tables[closing].gather(1, (indices // part.num_rows).unsqueeze(1)).squeeze(1)
-            self._pool.write(part, blocks, indices % part.num_rows, values)
+            self._write_groups(layer, kind, compressor, groups, torch.stack(overlaps, 1) if overlaps else None)
         ends = groups[..., : compressor.width].unbind(1)
         for s, overlap, end in zip(closing[: len(overlaps)], overlaps, ends[: len(overlaps)], strict=True):
             self._moves[s].append((overlap, end))
+
+    def _write_groups(
+        self, layer: int, kind: PartKind, compressor: Compressor, groups: Tensor, overlaps: Tensor | None
+    ) -> None:
+        """Write the entries of the groups [2, G, m, columns] that this step closes.  overlaps [2, G, m, C]: CSA."""
+        ratio, closing = compressor.ratio, self._closing[compressor.ratio]
+        pooled = pool_disjoint(groups) if overlaps is None else pool_pairs(groups, overlaps)
+        values = finish_entries(pooled, compressor.kv_norm, *self._group_rope(layer, closing, ratio))
+        part = self._pool.part(layer, kind)
+        indices = self._position[closing] // ratio
+        blocks = self._tables[closing].gather(1, (indices // part.num_rows).unsqueeze(1)).squeeze(1)
+        self._pool.write(part, blocks, indices % part.num_rows, values)
 
     def _group_rope(self, layer: int, closing: list[int], ratio: int) -> tuple[Tensor, Tensor]:
         """cos and sin at each closing group's first token. The values are the same for all layers of a kind."""

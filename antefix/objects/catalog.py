@@ -27,7 +27,7 @@ from antefix.objects.segment_object import (
     read_trailer,
     segments_from,
 )
-from antefix.objects.tiles import GRACE_MS, INDEX, Tile, gaps, largest
+from antefix.objects.tiles import GRACE_MS, INDEX, TILE_MS, Tile, gaps, largest
 from antefix.record import Buffer, RecordKind
 from antefix.store_files.record_header import RecordHeader
 from antefix.store_files.segment_reader import wall_ms
@@ -84,6 +84,17 @@ class Catalog:
         """All segments that have not expired, oldest first."""
         now_ms = self.clock_ms()
         return sorted((ref for run in self._runs for ref in run.live(now_ms)), key=lambda ref: ref.created_ms)
+
+    def tiles(self) -> list[Tile]:
+        """The tiles of level 0 that have segments which have not expired, in order of time."""
+        now_ms = self.clock_ms()
+        numbers = {int(number) for run in self._runs for number in np.unique(run.created(now_ms) // TILE_MS)}
+        return [Tile(0, number) for number in sorted(numbers)]
+
+    def live_bytes(self) -> int:
+        """The size of all segments that have not expired."""
+        now_ms = self.clock_ms()
+        return sum(run.live_bytes(now_ms) for run in self._runs)
 
     def expired(self) -> list[SegmentRef]:
         """Expired segments that may still be in the bucket."""
@@ -217,10 +228,10 @@ class Catalog:
         oldest = SegmentRef.of_name(page[0].name, 0) if page else None
         if page and oldest is None:
             return
-        for ref in self.segments():
-            if oldest is not None and ref.created_ms >= oldest.created_ms:
-                break
-            self.lose(ref.id)
+        # Of all segments in arrays: a tier may have a million segments, and this runs in a worker's event loop.
+        before_ms = oldest.created_ms if oldest is not None else np.iinfo(np.int64).max
+        for run in self._runs:
+            run.lose_before(before_ms)
 
     async def _add(self, run: Run) -> None:
         runs = [*self._runs, run]

@@ -34,10 +34,6 @@ _PAST_THE_END: Final = "416 Range Not Satisfiable"
 _DELETES_MAX: Final = 1000
 _AZURE_DELETES_MAX: Final = 256
 _AZURE: Final = "az://"
-# An object's parts are joined in one reused buffer, because new memory costs more than the copy. A buffer larger than
-# this is freed.
-_SPARE_BYTES_MAX: Final = 64 << 20
-_SPARE_STEP_BYTES: Final = 4 << 20
 # S3's signature may include a digest of the object, which takes a third of an upload's processor time. It is skipped
 # where nothing can change the bytes on their way. Readers check the checksums and seals of the records in any case.
 _UNSIGNED: Final = {"unsigned_payload": True}
@@ -76,7 +72,6 @@ class CloudBucket:
         self.url = url
         self._library: Any = obstore
         self._errors: Any = exceptions
-        self._spare: bytearray | None = None
         try:
             self._store: Any = from_url(
                 url,
@@ -94,27 +89,11 @@ class CloudBucket:
         self._direct = self._signed_ranges()
 
     async def put(self, name: str, parts: Sequence[Buffer]) -> None:
-        buffer, nbytes = self._joined(parts)
+        views = [memoryview(part).cast("B") for part in parts if memoryview(part).nbytes] or [memoryview(b"")]
         with self._telling(name):
+            # The library takes an iterator's parts as they are. One joined buffer would be another copy of all bytes.
             # Always one request, even for large objects, so that an interrupted upload leaves nothing behind.
-            await self._library.put_async(self._store, name, memoryview(buffer)[:nbytes], use_multipart=False)
-        # Reuse the buffer only after a successful put: after a failed or cancelled one, the library may still be
-        # sending it.
-        if len(buffer) <= _SPARE_BYTES_MAX:
-            self._spare = buffer
-
-    def _joined(self, parts: Sequence[Buffer]) -> tuple[bytearray, int]:
-        """A buffer with all parts concatenated, and their total length. The buffer may be longer."""
-        views = [memoryview(part).cast("B") for part in parts]
-        nbytes = sum(view.nbytes for view in views)
-        buffer, self._spare = self._spare, None
-        if buffer is None or len(buffer) < nbytes:
-            buffer = bytearray(-(-nbytes // _SPARE_STEP_BYTES) * _SPARE_STEP_BYTES)
-        at = 0
-        for view in views:
-            buffer[at : at + view.nbytes] = view
-            at += view.nbytes
-        return buffer, nbytes
+            await self._library.put_async(self._store, name, iter(views), use_multipart=False)
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
         if stop <= start:

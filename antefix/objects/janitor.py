@@ -7,6 +7,7 @@ tile of the index follows from the segments of its period. Readers need no notic
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -18,6 +19,10 @@ from antefix.objects.tiles import INDEX, LEVEL_MAX, Tile, largest
 
 # Delete down to this share of the limit, so that not every pass has to delete something.
 _KEPT_SHARE: Final = 0.95
+# A store service writes a tile above level 0 up to this share of the tile's period late, drawn per tile. Otherwise
+# hundreds of hosts would write the same large tile at once (docs/results/tiers.md).
+SPREAD_SHARE: Final = 0.25
+_TURNS_MAX: Final = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +49,12 @@ class JanitorCounters:
 
 
 class Janitor:
-    def __init__(self, catalog: Catalog, limits: ObjectLimits) -> None:
+    def __init__(self, catalog: Catalog, limits: ObjectLimits, *, spread_share: float = 0.0) -> None:
+        """spread_share: of a tile's period, by which its writing is delayed at most, as `SPREAD_SHARE`."""
         self.counters: Final = JanitorCounters()
+        self._spread_share = spread_share
+        # When this host writes a tile that is due, if no other host has by then.
+        self._turns_ms: dict[Tile, float] = {}
         self._catalog = catalog
         self._limits = limits
 
@@ -54,7 +63,7 @@ class Janitor:
         await self._catalog.refresh()
         self.counters.num_expired += await self.delete(self._catalog.expired())
         self.counters.num_over_quota += await self.delete(self._over_quota())
-        self.counters.num_over_budget += await self.delete(_oldest(self._catalog.segments(), self._limits.budget_bytes))
+        self.counters.num_over_budget += await self.delete(self._over_budget())
         await self.write_tiles()
         self.counters.num_drafts += await self._catalog.bucket.clean()
 
@@ -67,7 +76,15 @@ class Janitor:
             self._catalog.lose(ref.id)
         return len(gone)
 
+    def _over_budget(self) -> list[SegmentRef]:
+        # A list of all segments takes seconds where there are a million, so it is made only when it is needed.
+        if not self._limits.budget_bytes or self._catalog.live_bytes() <= self._limits.budget_bytes:
+            return []
+        return _oldest(self._catalog.segments(), self._limits.budget_bytes)
+
     def _over_quota(self) -> list[SegmentRef]:
+        if not self._limits.tenant_bytes and not any(self._limits.quotas.values()):
+            return []
         by_tenant: dict[bytes, list[SegmentRef]] = {}
         for ref in self._catalog.segments():
             by_tenant.setdefault(ref.tenant, []).append(ref)
@@ -80,20 +97,28 @@ class Janitor:
         there = {tile for each in listed if (tile := Tile.of_name(each.name)) is not None}
         before = frozenset(there)
         covering = largest(there)
-        living = sorted({Tile.at(ref.created_ms) for ref in catalog.segments()})
+        living = catalog.tiles()
         for tile in living:
             if tile.due(now_ms) and not any(each.covers(tile.start_ms) for each in covering):
                 await self._write(tile)
                 there.add(tile)
         for level in range(LEVEL_MAX):
             for above in sorted({tile.above for tile in there if tile.level == level} - there):
-                if above.due(now_ms) and _lives(above, living):
+                if above.due(now_ms) and _lives(above, living) and self._is_turn(above, now_ms):
                     await self._write(above)
                     there.add(above)
         # Delete a tile only if the larger tile existed before this pass, so that every reader finds one of the two.
         kept = set(largest(before))
         empty = {tile for tile in kept if not _lives(tile, living)}
         await catalog.bucket.delete([tile.name for tile in sorted((before - kept) | empty)])
+
+    def _is_turn(self, tile: Tile, now_ms: int) -> bool:
+        """Whether the delay that was drawn for this tile has passed."""
+        if tile not in self._turns_ms:
+            if len(self._turns_ms) >= _TURNS_MAX:
+                self._turns_ms.clear()
+            self._turns_ms[tile] = now_ms + self._spread_share * tile.width_ms * random.random()
+        return now_ms >= self._turns_ms[tile]
 
     async def _write(self, tile: Tile) -> None:
         catalog = self._catalog

@@ -60,6 +60,8 @@ class Run:
         expires = [segment.expires_ms or np.iinfo(np.int64).max for segment in segments]
         # The expiry of each segment. A deleted segment is marked as expired long ago.
         self._expires: Final = np.array(expires, np.int64)
+        self._created: Final = np.array([segment.created_ms for segment in segments], np.int64)
+        self._sizes: Final = np.array([segment.nbytes for segment in segments], np.int64)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -79,6 +81,18 @@ class Run:
             return False
         self._expires[number] = 0
         return True
+
+    def lose_before(self, created_ms: int) -> None:
+        """Forget all segments that were created earlier."""
+        self._expires[self._created < created_ms] = 0
+
+    def created(self, now_ms: int) -> npt.NDArray[np.int64]:
+        """When the segments were created that have not expired, in Unix milliseconds."""
+        return self._created[self._expires > now_ms]
+
+    def live_bytes(self, now_ms: int) -> int:
+        """The size of all objects that have not expired."""
+        return int(self._sizes[self._expires > now_ms].sum())
 
     def live(self, now_ms: int) -> list[SegmentRef]:
         return [self.segments[number] for number in np.flatnonzero(self._expires > now_ms)]

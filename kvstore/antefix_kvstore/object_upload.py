@@ -20,7 +20,7 @@ from typing import Final
 from antefix.errors import AntefixError
 from antefix.objects.bucket import open_bucket
 from antefix.objects.catalog import Catalog
-from antefix.objects.janitor import Janitor, ObjectLimits
+from antefix.objects.janitor import SPREAD_SHARE, Janitor, ObjectLimits
 from antefix.objects.object_writer import ObjectSettings, ObjectWriter
 from antefix.objects.segment_object import Plans
 from antefix.record import Record, RecordKind, RecordName
@@ -99,6 +99,7 @@ class ObjectUploader:
             ObjectLimits(
                 budget_bytes=config.object_budget_bytes, tenant_bytes=config.object_tenant_quota_bytes, quotas=quotas
             ),
+            spread_share=SPREAD_SHARE,
         )
         self._lock = threading.Lock()
         # Waiting names, with the time at which each was noted.

@@ -26,9 +26,9 @@ PROMPT = Prompt(list(range(BLOCK * 40)))
 class Host:
     """One of several hosts that share a bucket and a clock."""
 
-    def __init__(self, directory: Path, clock: Clock, **limits: object) -> None:
+    def __init__(self, directory: Path, clock: Clock, *, spread_share: float = 0.0, **limits: object) -> None:
         self.catalog = Catalog(open_bucket(url_of(directory)), clock_ms=clock)
-        self.janitor = Janitor(self.catalog, ObjectLimits(**limits))  # type: ignore[arg-type]
+        self.janitor = Janitor(self.catalog, ObjectLimits(**limits), spread_share=spread_share)  # type: ignore[arg-type]
         ttl_s = dict.fromkeys(RecordKind, 86_400.0)
         self.writer = ObjectWriter(self.catalog, ObjectSettings(segment_bytes=1500, ttl_s=ttl_s))
 
@@ -127,6 +127,29 @@ async def test_tiles_are_written_merged_and_enough_to_find_everything(tmp_path: 
     without = tier_of(url_of(tmp_path), clock_ms=clock)
     assert await num_restored(without, PROMPT) == 40
     await without.close()
+
+
+async def test_many_hosts_write_a_large_tile_once_and_each_small_tile_at_once(tmp_path: Path, monkeypatch) -> None:
+    clock = Clock()
+    draws = iter([0.9, 0.5, 0.1, 0.7, 0.3])
+    monkeypatch.setattr("antefix.objects.janitor.random.random", lambda: next(draws))
+    hosts = [Host(tmp_path, clock, spread_share=0.25) for _ in range(5)]
+    await hosts[0].write(PROMPT.blocks(10))
+    number = clock() // TILE_MS
+    level_1 = Tile(0, number).above
+    clock.advance((level_1.stop_ms + GRACE_MS - clock()) / 1000)
+    seconds = 0
+    while level_1.name.removeprefix("index/") not in names(tmp_path, "index"):
+        for host in hosts:
+            await host.janitor.tidy()
+        if not seconds:
+            assert names(tmp_path, "index") == [Tile(0, number).name.removeprefix("index/")]
+        clock.advance(60)
+        seconds += 60
+    # The host with the shortest delay wrote it, after a tenth of a quarter of 80 minutes. The others found it then.
+    assert [host.janitor.counters.num_tiles for host in hosts] == [1, 0, 1, 0, 0]
+    assert seconds == 180
+    assert await num_restored(tier_of(url_of(tmp_path), clock_ms=clock), PROMPT) == 10
 
 
 async def test_a_damaged_tile_is_passed_over(tmp_path: Path) -> None:

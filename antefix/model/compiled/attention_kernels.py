@@ -1,208 +1,202 @@
-"""Kernels around attention's products: window rings, gathering of entries, softmax, sums, index scores and top-k.
+"""Kernels of attention across tokens: each query with its window and its compressed entries, all in one call.
 
-All arrays are float32 or int64, contiguous, and addressed by `Tensor.data_ptr()`. The torch code that these kernels
-replace is in `antefix.model.steps`, `attend` and `indexer`.
+The keys that a query does not see are left out instead of hidden: in the torch code (`antefix.model.attend`, `steps`)
+they have weight 0 and add exactly nothing. Keys and values are read where they are, through a list of addresses. All
+arrays are float32 or int64 and addressed by `Tensor.data_ptr()`.
 
-Shapes:  S = queries or sequences, H = heads, C = channels, W = n_win, k = far entries, E = keys, I = indexer heads.
+Shapes:  N = queries, H = heads, C = channels, W = n_win, k = far entries of a query, in whole segments.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
 
-from antefix.model.compiled.intrinsics import f32, floats, fma, integers, kernel, plain
+from antefix.model.compiled.intrinsics import exponentials, f32, floats, integers, kernel, plain
+from antefix.model.compiled.listed_tiles import KEYS, mix_listed, multiply_listed
+from antefix.model.compiled.stored_rows import NUM_PLACES, list_picked, list_stored, turn_rows
 from antefix.model.compiled.sums import row_sum, scratch
 
-_HIDDEN = f32(-np.inf)
+
+class Size(IntEnum):
+    """Indices into the array of a layer's sizes. FAR: most far entries of a query.  SEGMENT: how many far entries are
+    summed together.  TILE: SUM_TILE.  LANES: of torch's vectors.  EXP: address of MKL's exponential."""
+
+    HEADS = 0
+    CHANNELS = 1
+    WINDOW = 2
+    FAR = 3
+    SEGMENT = 4
+    TILE = 5
+    LANES = 6
+    EXP = 7
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
-def gather_rings(out: int, windows: int, offset: int, new: int, slots: int, num: int, W: int, C: int) -> None:
-    """Copy each sequence's ring [S, W, C] to `out`, with its new row [S, C] in its slot. windows [S]: address of each
-    sequence's window state; the layer's ring lies `offset` numbers further."""
-    for s in range(num):
-        given = floats(integers(windows, s, 1)[0], offset, W * C)
-        made = floats(out, s * W * C, W * C)
-        for c in range(W * C):
-            made[c] = given[c]
-        row, added = floats(out, (s * W + integers(slots, s, 1)[0]) * C, C), floats(new, s * C, C)
-        for c in range(C):
-            row[c] = added[c]
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def gather_entries(out: int, decoded: int, block_step: int, per_block: int, tables: int, table_size: int,
-                   indices: int, num: int, k: int, C: int) -> None:  # fmt: skip
-    """Copy entries [S, k, C] of the pool by index, indices [S, k] (a negative index gives entry 0). Row r of a block
-    lies C * r numbers after the block's start; blocks are `block_step` numbers apart. tables [S, table_size]."""
-    for s in range(num):
-        table, wanted = integers(tables, s * table_size, table_size), integers(indices, s * k, k)
-        for i in range(k):
-            index = max(wanted[i], 0)
-            block = table[index // per_block]
-            given = floats(decoded, block * block_step + index % per_block * C, C)
-            made = floats(out, (s * k + i) * C, C)
-            for c in range(C):
-                made[c] = given[c]
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def gather_first(out: int, decoded: int, block_step: int, per_block: int, tables: int, table_size: int,
-                 visible: int, num: int, E: int, C: int) -> None:  # fmt: skip
-    """Copy the first `visible` [S] entries of each sequence, followed by zeros up to E: [S, E, C]."""
-    for s in range(num):
-        table, count = integers(tables, s * table_size, table_size), min(integers(visible, s, 1)[0], E)
-        for start in range(0, count, per_block):
-            many = min(per_block, count - start) * C
-            given = floats(decoded, table[start // per_block] * block_step, many)
-            made = floats(out, (s * E + start) * C, many)
-            for c in range(many):
-                made[c] = given[c]
-        rest = floats(out, (s * E + count) * C, (E - count) * C)
-        for c in range(len(rest)):
-            rest[c] = f32(0)
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def soften(out: int, near: int, far: int, sinks: int, positions: int, cuts: int, live: int, num: int, H: int, W: int,
-           k: int) -> None:  # fmt: skip
-    """The arguments of the softmax's exponentials: logits minus their row's largest; minus infinity for hidden ones.
-
-    near [S, H, W]: logits of the ring; far [S, H, k]: logits of far entries, of which the first `live` [S] count.
-    out: for the previous tile [S, H, W], the own tile [S, H, W], the far entries [S, H, k], and the sinks [S, H].
-    """
-    own_at, far_at, sink_at = num * H * W, 2 * num * H * W, num * H * (2 * W + k)
-    for s in range(num):
-        position, cut, count = integers(positions, s, 1)[0], integers(cuts, s, 1)[0], integers(live, s, 1)[0]
-        slot = position % W
-        # Slot j of the ring holds a token of this tile, or of the previous one.
-        first = position - slot
-        for h in range(H):
-            row = s * H + h
-            logits, others = floats(near, row * W, W), floats(far, row * k, k)
-            before, own = floats(out, row * W, W), floats(out, own_at + row * W, W)
-            distant = floats(out, far_at + row * k, k)
-            sink = floats(sinks, h, 1)[0]
-            top = sink
-            for j in range(W):
-                own[j] = logits[j] if j <= slot and first + j >= cut else _HIDDEN
-                before[j] = logits[j] if j > slot and first - W + j >= cut else _HIDDEN
-                top = max(top, max(own[j], before[j]))
-            for j in range(k):
-                distant[j] = others[j] if j < count else _HIDDEN
-                top = max(top, distant[j])
-            for j in range(W):
-                own[j] -= top
-                before[j] -= top
-            for j in range(k):
-                distant[j] -= top
-            floats(out, sink_at + row, 1)[0] = sink - top
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
-def divide(out: int, values: int, weights: int, num: int, H: int, W: int, k: int, segment: int, C: int,
-           lanes: int) -> None:  # fmt: skip
-    """Attention's output [S, H, C]: the sum of weighted values divided by the sum of weights.
-
-    weights: laid out as `soften` does. values [2 + k / segment, S, H, C]: weighted values of the previous tile, the own
-    tile, and each segment of far entries.
-    """
-    own_at, far_at, sink_at = num * H * W, 2 * num * H * W, num * H * (2 * W + k)
-    both, work = np.empty(2 * W, np.float32), scratch(lanes)
-    for row in range(num * H):
-        before, own = floats(weights, row * W, W), floats(weights, own_at + row * W, W)
-        first, second = both[:W], both[W:]
-        for j in range(W):
-            first[j], second[j] = before[j], own[j]
-        total = floats(weights, sink_at + row, 1)[0] + row_sum(both.ctypes.data, 2 * W, False, lanes, work)
-        made = floats(out, row * C, C)
-        a, b = floats(values, row * C, C), floats(values, (num * H + row) * C, C)
-        for c in range(C):
-            made[c] = a[c] + b[c]
-        for start in range(0, k, segment):
-            total += row_sum(weights + 4 * (far_at + row * k + start), segment, False, lanes, work)
-            more = floats(values, ((2 + start // segment) * num * H + row) * C, C)
-            for c in range(C):
-                made[c] += more[c]
-        for c in range(C):
-            made[c] /= total
-
-
-@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
-def score(out: int, hits: int, weights: int, num: int, heads: int, E: int, step: int, offset: int) -> None:
-    """Index scores: the weighted sum over heads of max(hits [N, I, E], 0), to out [N, step] from number `offset` on."""
-    for n in range(num):
-        made, weight = floats(out, n * step + offset, E), floats(weights, n * heads, heads)
-        row = floats(hits, n * heads * E, E)
-        for e in range(E):
-            made[e] = weight[0] * max(row[e], f32(0))
-        for i in range(1, heads):
-            w, row = weight[i], floats(hits, (n * heads + i) * E, E)
-            for e in range(E):
-                made[e] = fma(w, max(row[e], f32(0)), made[e])
+NUM_SIZES = len(Size)
+HEADS, CHANNELS, WINDOW, FAR, SEGMENT, TILE, LANES, EXP = (int(size) for size in Size)
 
 
 @plain
-def _kth(x: Any, k: int) -> Any:
-    """The k-th largest number. Reorders x."""
-    low, high, place = 0, len(x) - 1, k - 1
-    while low < high:
-        pivot = x[(low + high) // 2]
-        i, j = low, high
-        while i <= j:
-            while x[i] > pivot:
-                i += 1
-            while x[j] < pivot:
-                j -= 1
-            if i <= j:
-                x[i], x[j] = x[j], x[i]
-                i += 1
-                j -= 1
-        if place <= j:
-            high = j
-        elif place >= i:
-            low = i
-        else:
-            break
-    return x[place]
+def _weigh(cells: Any, dots: Any, sinks: Any, num: int, heads: int, step: int, exp: int) -> None:
+    """The softmax's exponentials: cells [heads, num], then [heads] of the sinks. dots [num, step]: the logits."""
+    for h in range(heads):
+        top = sinks[h]
+        row = cells[h * num : (h + 1) * num]
+        for i in range(num):
+            value = dots[i * step + h]
+            row[i] = value
+            top = max(top, value)
+        for i in range(num):
+            row[i] -= top
+        cells[heads * num + h] = sinks[h] - top
+    exponentials(exp, heads * num + heads, cells.ctypes.data, cells.ctypes.data)
 
 
-@kernel("void(int64, int64, int64, int64, int64, int64)")
-def choose(picked: int, scores: int, visible: int, num: int, E: int, k: int) -> None:
-    """`indexer.top_entries`: the k best of each row's `visible` scores [N, E], in ascending order, then -1. Of equal
-    scores the lowest index wins."""
-    work = np.empty(E, np.float32)
+@plain
+def _total(row: Any, sink: Any, before: int, own: int, slot: int, s: Any, padded: Any, work: Any) -> Any:
+    """The sum of a head's weights, with zeros in the places of hidden keys: places decide the order of addition."""
+    window, segment = s[WINDOW], s[SEGMENT]
+    for j in range(2 * window):
+        padded[j] = f32(0)
+    for j in range(before):
+        padded[window - before + j] = row[j]
+    for j in range(own):
+        padded[window + slot + 1 - own + j] = row[before + j]
+    total = sink + row_sum(padded.ctypes.data, 2 * window, False, s[LANES], work)
+    for start in range(before + own, len(row), segment):
+        many = min(segment, len(row) - start)
+        for j in range(many):
+            padded[j] = row[start + j]
+        for j in range(many, segment):
+            padded[j] = f32(0)
+        total += row_sum(padded.ctypes.data, segment, False, s[LANES], work)
+    return total
+
+
+@plain
+def _product(out: int, spare: int, cells: int, num: int, listed: int, first: int, place: int, many: int, s: Any,
+             adds: int) -> None:  # fmt: skip
+    """out [H, C] becomes, or is increased by, the weighted values of `many` keys from number `first` of the list on.
+    They have places `place`, `place + 1`, ... in a sum that is cut into tiles."""
+    heads, size, tile = s[HEADS], s[CHANNELS], s[TILE]
+    if place // tile == (place + many - 1) // tile:
+        mix_listed(out, cells + 4 * first, num, listed + 8 * first, heads, size, many, adds)
+        return
+    done = 0
+    while done < many:
+        count = min(tile - (place + done) % tile, many - done)
+        at = first + done
+        mix_listed(spare, cells + 4 * at, num, listed + 8 * at, heads, size, count, done)
+        done += count
+    made, more = floats(out, 0, heads * size), floats(spare, 0, heads * size)
+    for i in range(heads * size):
+        made[i] = made[i] + more[i] if adds else more[i]
+
+
+@plain
+def _attend(out: int, q: int, sinks: Any, before: int, own: int, far: int, slot: int, s: Any, listed: Any,
+            turned: Any, dots: Any, cells: Any, padded: Any, spare: Any, work: Any) -> None:  # fmt: skip
+    """One query's attention. listed: the addresses of its visible keys: of the previous window tile, of its own tile up
+    to its own slot, and of far entries."""
+    heads, size = s[HEADS], s[CHANNELS]
+    num, step = before + own + far, (heads + 3) // 4 * 4
+    whole = (num + KEYS - 1) // KEYS * KEYS
+    for i in range(num, whole):
+        listed[i] = listed[num - 1]
+    # 1. Logits, and their exponentials.
+    turn_rows(turned, q, heads, size, step)
+    keys, weights = listed.ctypes.data, cells.ctypes.data
+    multiply_listed(dots.ctypes.data, turned.ctypes.data, keys, whole, step, size, s[TILE])
+    _weigh(cells, dots, sinks, num, heads, step, s[EXP])
+    # 2. Weighted values: of the previous tile, plus those of the own tile, plus those of each segment.
+    extra = spare.ctypes.data
+    if before:
+        _product(out, extra, weights, num, keys, 0, s[WINDOW] - before, before, s, 0)
+    _product(out, extra, weights, num, keys, before, slot + 1 - own, own, s, before)
+    for start in range(0, far, s[SEGMENT]):
+        many = min(s[SEGMENT], far - start)
+        _product(out, extra, weights, num, keys, before + own + start, 0, many, s, 1)
+    # 3. Divided by the sum of the weights.
+    for h in range(heads):
+        row = cells[h * num : (h + 1) * num]
+        total = _total(row, cells[heads * num + h], before, own, slot, s, padded, work)
+        made = floats(out, h * size, size)
+        for c in range(size):
+            made[c] /= total
+
+
+@plain
+def _list_far(listed: Any, places: int, picked: int, visible: int, query: int, s: Any) -> int:
+    """The addresses of a query's far entries. Returns their number."""
+    if not places:
+        return 0
+    stored = integers(places, 0, NUM_PLACES)
+    if picked:
+        wanted = integers(picked, query * s[FAR], s[FAR])
+        return list_picked(listed, stored, query, wanted, s[CHANNELS])  # type: ignore[no-any-return]
+    count: int = min(integers(visible, query, 1)[0], s[FAR])
+    list_stored(listed, stored, query, count, s[CHANNELS])
+    return count
+
+
+@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+def attend_line(out: int, q: int, sinks: int, values: int, position: int, cut: int, num: int, sizes: int,
+                places: int, picked: int, visible: int) -> None:  # fmt: skip
+    """Attention [N, H, C] of neighbouring tokens of one sequence.
+
+    values: `attend.WindowLine.values`; position: of the first query; keys before position `cut` are hidden; sizes:
+    `Size`; places: where the far entries are (`stored_rows`; 0: there are none); picked [N, k]: their indices, or 0:
+    the first `visible` [N].
+    """
+    s = integers(sizes, 0, NUM_SIZES)
+    heads, size, window = s[HEADS], s[CHANNELS], s[WINDOW]
+    step, most = (heads + 3) // 4 * 4, (window + s[FAR] + KEYS - 1) // KEYS * KEYS
+    listed, turned = np.empty(most, np.int64), np.zeros(size * step, np.float32)
+    dots, cells = np.empty(most * step, np.float32), np.empty(heads * (most + 1), np.float32)
+    padded, spare = np.empty(max(2 * window, s[SEGMENT]), np.float32), np.empty(heads * size, np.float32)
+    work, votes = scratch(s[LANES]), floats(sinks, 0, heads)
+    start = position // window * window
     for n in range(num):
-        count, made = min(integers(visible, n, 1)[0], E), integers(picked, n * k, k)
-        if count <= k:
-            for i in range(k):
-                made[i] = i if i < count else -1
-            continue
-        row = floats(scores, n * E, count)
-        for e in range(count):
-            work[e] = row[e]
-        worst = _kth(work[:count], k)
-        better = 0
-        for e in range(count):
-            better += row[e] > worst
-        equal, filled = k - better, 0
-        for e in range(count):
-            is_equal = row[e] == worst
-            if row[e] > worst or (is_equal and equal > 0):
-                made[filled] = e
-                filled += 1
-                equal -= is_equal
-        for i in range(filled, k):
-            made[i] = -1
+        at = position + n
+        slot = at % window
+        first = max(at - window + 1, cut, 0)
+        own = min(slot + 1, at - first + 1)
+        near = at - first + 1
+        # The line begins one tile before the tile of the first query.
+        begin = values + 4 * (first - start + window) * size
+        for i in range(near):
+            listed[i] = begin + 4 * i * size
+        far = _list_far(listed[near:], places, picked, visible, n, s)
+        _attend(out + 4 * n * heads * size, q + 4 * n * heads * size, votes, near - own, own, far, slot, s, listed,
+                turned, dots, cells, padded, spare, work)  # fmt: skip
 
 
-@kernel("void(int64, int64, int64, int64)")
-def copy_rows(targets: int, sources: int, sizes: int, num: int) -> None:
-    """Copy `sizes` [M] numbers from each source address to its target address."""
-    to, given, many = integers(targets, 0, num), integers(sources, 0, num), integers(sizes, 0, num)
-    for i in range(num):
-        made, row = floats(to[i], 0, many[i]), floats(given[i], 0, many[i])
-        for c in range(many[i]):
-            made[c] = row[c]
+@kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, int64)")
+def attend_rings(out: int, q: int, sinks: int, rings: int, offset: int, new: int, positions: int, cuts: int, num: int,
+                 sizes: int, places: int, picked: int, visible: int) -> None:  # fmt: skip
+    """Attention [N, H, C] of one token of each of N sequences.
+
+    rings [N]: address of each sequence's window state; the layer's ring lies `offset` numbers further. new [N, C]: the
+    tokens' own entries, which the rings do not hold yet. positions, cuts [N]. The rest as in `attend_line`.
+    """
+    s = integers(sizes, 0, NUM_SIZES)
+    heads, size, window = s[HEADS], s[CHANNELS], s[WINDOW]
+    step, most = (heads + 3) // 4 * 4, (window + s[FAR] + KEYS - 1) // KEYS * KEYS
+    listed, turned = np.empty(most, np.int64), np.zeros(size * step, np.float32)
+    dots, cells = np.empty(most * step, np.float32), np.empty(heads * (most + 1), np.float32)
+    padded, spare = np.empty(max(2 * window, s[SEGMENT]), np.float32), np.empty(heads * size, np.float32)
+    work, votes = scratch(s[LANES]), floats(sinks, 0, heads)
+    for n in range(num):
+        at, cut = integers(positions, n, 1)[0], integers(cuts, n, 1)[0]
+        slot = at % window
+        first = max(at - window + 1, cut, 0)
+        own, near = min(slot + 1, at - first + 1), at - first + 1
+        ring = integers(rings, n, 1)[0] + 4 * offset
+        for i in range(near - 1):
+            listed[i] = ring + 4 * ((first + i) % window) * size
+        listed[near - 1] = new + 4 * n * size
+        far = _list_far(listed[near:], places, picked, visible, n, s)
+        _attend(out + 4 * n * heads * size, q + 4 * n * heads * size, votes, near - own, own, far, slot, s, listed,
+                turned, dots, cells, padded, spare, work)  # fmt: skip

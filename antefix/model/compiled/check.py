@@ -11,12 +11,16 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from antefix.layout import KVFormat
+from antefix.layout import KVFormat, PartKind
+from antefix.model.attend import WindowLine
 from antefix.model.attention import Attention, CSACompressor
 from antefix.model.compiled import switch
+from antefix.model.compiled.switch import exponential_address
 from antefix.model.mhc import expand
 from antefix.model.model import DecoderLayer, Model
 from antefix.model.norms_rope import norm_rotate
+from antefix.model.ops import Entries, TorchOps
+from antefix.model.pool import BlockPool
 from antefix.model.quant import round_entries, round_queries
 
 log = logging.getLogger("antefix.model")
@@ -35,7 +39,7 @@ def enable(model: Model) -> bool:
     loads later.
     """
     global _refused
-    if _refused or importlib.util.find_spec("numba") is None or not _is_theirs(model):
+    if _refused or importlib.util.find_spec("numba") is None or not _is_theirs(model) or not exponential_address():
         return False
     with torch.inference_mode():
         was_on = switch.is_on()
@@ -90,6 +94,7 @@ def _compare(model: Model, on: bool, num_rows: int = _ROWS) -> Iterator[tuple[st
             yield f"norm before {place}", x
             if place == "attention":
                 yield from _attention(model, layer.self_attn, x, positions, angles)
+                yield from _across(model, layer.self_attn, num_rows)
                 output = x
             else:
                 output = layer.mlp(x, tokens)
@@ -155,6 +160,38 @@ def _attention(
         yield "index queries", index_queries
         if model.layout.kv_format is KVFormat.FP8:
             yield "rounded queries", round_queries(index_queries, model.layout)
+
+
+def _across(model: Model, attention: Attention, num: int) -> Iterator[tuple[str, Tensor]]:
+    """Attention across tokens, from a position on at which the indexer has to choose, over random entries."""
+    geometry, ops, compressor = model.config.geometry, TorchOps(), attention.compressor
+    random = torch.Generator().manual_seed(3)
+    topk = compressor.indexer.topk if isinstance(compressor, CSACompressor) else 0
+    position = max(2 * geometry.window + 5, (topk + 70) * geometry.csa_ratio)
+    positions = torch.arange(position, position + _ROWS)[:num]
+    lines = torch.randn(-(-_ROWS // geometry.window) + 2, geometry.window, geometry.head_dim, generator=random)
+    window = WindowLine(values=lines, position=position, num_tokens=_ROWS).part(0, num)
+    q = torch.randn(_ROWS, attention.num_heads, geometry.head_dim, generator=random)[:num]
+    if compressor is None:
+        yield "attention", ops.full_attention(q, window, attention.sinks, None, positions)
+        return
+    pool = BlockPool(model.layout, (position + _ROWS) // geometry.block_size + 1)
+    visible = torch.div(positions + 1, compressor.ratio, rounding_mode="floor")
+
+    def stored(kind: PartKind) -> Entries:
+        part = pool.part(geometry.layers.index(attention.kind), kind)
+        pool.decoded(part).normal_(generator=random)
+        return Entries(pool=pool, part=part, block_ids=torch.arange(pool.num_blocks))
+
+    if not isinstance(compressor, CSACompressor):
+        yield "HCA attention", ops.full_attention(q, window, attention.sinks, stored(PartKind.HCA_MAIN), visible)
+        return
+    indexer = compressor.indexer
+    queries = torch.randn(_ROWS, indexer.num_heads, indexer.width, generator=random)[:num]
+    votes = torch.randn(_ROWS, indexer.num_heads, generator=random)[:num]
+    picked = ops.indexer_topk(queries, votes, stored(PartKind.INDEXER_KEYS), visible, topk)
+    yield "picked entries", picked
+    yield "CSA attention", ops.sparse_attention(q, window, attention.sinks, stored(PartKind.CSA_MAIN), picked)
 
 
 def _layers(model: Model) -> list[DecoderLayer]:

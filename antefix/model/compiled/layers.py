@@ -8,10 +8,7 @@ Shapes:  N = rows, a token each; M = streams, D = hidden size, H = heads, C = he
 
 from __future__ import annotations
 
-import ctypes
-import functools
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -23,6 +20,7 @@ from antefix.model.attention import Attention, CSACompressor
 from antefix.model.compiled import layer_kernels as kernels
 from antefix.model.compiled.layer_kernels import Field, Number
 from antefix.model.compiled.products import turned
+from antefix.model.compiled.switch import exponential_address
 from antefix.model.compiled.tokens import lanes
 from antefix.model.mhc import HyperConnection, scale_numbers
 from antefix.model.model import DecoderLayer, Model
@@ -58,16 +56,6 @@ class LayerPlan:
     @property
     def addresses(self) -> tuple[int, int]:
         return self.fields.ctypes.data, self.numbers.ctypes.data
-
-
-@functools.cache
-def exponential_address() -> int:
-    """The address of MKL's `vmsExp`; 0 where torch was built without MKL."""
-    try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
-        return ctypes.cast(library.vmsExp, ctypes.c_void_p).value or 0
-    except (OSError, AttributeError):
-        return 0
 
 
 def layer_rows(model: Model, tokens_N: Tensor, positions_N: Tensor) -> LayerRows | None:

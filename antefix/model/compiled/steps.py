@@ -1,6 +1,6 @@
-"""`antefix.model.steps.Steps`, with everything between its products compiled: no Python code per sequence in a layer.
+"""`antefix.model.steps.Steps` with compiled kernels: no Python code per sequence in a layer.
 
-Shapes:  as in `antefix.model.steps`; k = far entries of each sequence, in whole segments.
+Shapes:  as in `antefix.model.steps`.
 """
 
 from __future__ import annotations
@@ -14,16 +14,15 @@ from torch import Tensor
 
 from antefix.layout import PartKind
 from antefix.model.attention import Attention, CSACompressor
-from antefix.model.compiled import attention_kernels as kernels
-from antefix.model.compiled.tokens import lanes
+from antefix.model.compiled import attention_kernels, state_kernels
+from antefix.model.compiled.attention import Integers, pick, places_of, sizes_of
 from antefix.model.compressor import Compressor
 from antefix.model.model import Model
-from antefix.model.numerics import multiply_each
-from antefix.model.ops import HCA_SEGMENT, KEY_TILE
+from antefix.model.ops import HCA_SEGMENT
 from antefix.model.pool import BlockPool
 from antefix.model.quant import round_queries
-from antefix.model.steps import KEYS_TOGETHER_MAX, Steps, TokenRows
-from antefix.model.window_state import Sequence
+from antefix.model.steps import Steps, TokenRows
+from antefix.model.window_state import Sequence, WindowState
 
 
 class CompiledSteps(Steps):
@@ -35,113 +34,111 @@ class CompiledSteps(Steps):
         self, model: Model, pool: BlockPool, sequences: collections.abc.Sequence[Sequence], write: bool
     ) -> None:
         super().__init__(model, pool, sequences, write)
-        self._rings = np.array([window.window.data_ptr() for window in self._windows], np.int64)
-        self._cuts = torch.tensor([window.cut for window in self._windows])
-        self._none = torch.zeros_like(self._cuts)
+        self._cuts = np.array([window.cut for window in self._windows], np.int64)
+        parts = [_parts(window) for window in self._windows]
+        self._table = np.array([[part.data_ptr() for part in each] for each in parts], np.int64)
+        self._columns = _columns(self._windows[0])
+        self._rings = np.ascontiguousarray(self._table[:, 0])
+        self._jobs: list[list[int]] = []
+        # The tensors whose addresses the jobs and the table hold.
+        self._held = [part for each in parts for part in each]
+        self._groups = {ratio: np.array(closing, np.int64) for ratio, closing in self._closing.items()}
+        self._numbers = {ratio: np.zeros(len(sequences), np.int64) for ratio in self._closing}
+        for ratio, numbers in self._numbers.items():
+            numbers[self._groups[ratio]] = np.arange(len(self._groups[ratio]))
 
     def attend(self, layer: int, attention: Attention, rows: TokenRows) -> Tensor:
-        geometry, num = self._geometry, len(self._windows)
-        new = rows.window.contiguous()
-        self._new_window.append(new)
-        ring = new.new_empty(num, geometry.window, geometry.head_dim)
-        kernels.gather_rings(
-            ring.data_ptr(), self._rings.ctypes.data, layer * geometry.window * geometry.head_dim, new.data_ptr(),
-            self._slots.data_ptr(), num, geometry.window, geometry.head_dim,
-        )  # fmt: skip
+        geometry = self._geometry
+        self._new_window.append(rows.window.contiguous())
         if rows.compressed is None:
-            return self._softmax(attention, rows.q, ring, ring[:, :0], self._none, 1)
+            return self._attend(layer, attention, rows, None, None, 0, 1)
         if rows.index is None:
             self._compress(layer, PartKind.HCA_MAIN, cast(Compressor, attention.compressor), rows.compressed)
-            visible = self._visible[geometry.hca_ratio]
-            entries = self._first_entries(layer, PartKind.HCA_MAIN, visible, HCA_SEGMENT)
-            return self._softmax(attention, rows.q, ring, entries, visible, HCA_SEGMENT)
+            most = (max(self._positions) + 1) // geometry.hca_ratio
+            places = places_of(self._pool, self._pool.part(layer, PartKind.HCA_MAIN), self._tables)
+            return self._attend(layer, attention, rows, places, None, most, HCA_SEGMENT)
         compressor = cast(CSACompressor, attention.compressor)
         index_rows, queries, weights = rows.index
         self._compress(layer, PartKind.CSA_MAIN, compressor, rows.compressed)
         self._compress(layer, PartKind.INDEXER_KEYS, compressor.indexer, index_rows)
-        picked = self._pick(layer, queries, weights, compressor)
-        entries = self._read(layer, PartKind.CSA_MAIN, picked)
-        live = self._visible[geometry.csa_ratio]
-        return self._softmax(attention, rows.q, ring, entries, live, picked.shape[1])
+        most, k = (max(self._positions) + 1) // geometry.csa_ratio, compressor.indexer.topk
+        if most > k:
+            queries = round_queries(queries, self._pool.layout)
+        keys = places_of(self._pool, self._pool.part(layer, PartKind.INDEXER_KEYS), self._tables)
+        picked = pick(queries, weights, keys, self._visible[geometry.csa_ratio], most, k)
+        places = places_of(self._pool, self._pool.part(layer, PartKind.CSA_MAIN), self._tables)
+        return self._attend(layer, attention, rows, places, picked, k, k)
 
-    def _softmax(
-        self, attention: Attention, q: Tensor, ring: Tensor, entries: Tensor, live: Tensor, segment: int
+    def _attend(
+        self,
+        layer: int,
+        attention: Attention,
+        rows: TokenRows,
+        places: Integers | None,
+        picked: Tensor | None,
+        far: int,
+        segment: int,
     ) -> Tensor:
-        """Attention over the ring and the first `live` [S] of the entries [S, k, C], in segments."""
-        num, heads, width = q.shape
-        window, far = ring.shape[1], entries.shape[1]
-        q = q.contiguous()
-        near_logits = multiply_each(q, ring.mT).contiguous()
-        far_logits = multiply_each(q, entries.mT).contiguous() if far else near_logits
-        weights = q.new_empty(num * heads * (2 * window + far + 1))
-        kernels.soften(
-            weights.data_ptr(), near_logits.data_ptr(), far_logits.data_ptr(), attention.sinks.data_ptr(),
-            self._position.data_ptr(), self._cuts.data_ptr(), live.data_ptr(), num, heads, window, far,
+        """Attention over the window and over `picked` [S, far] entries, or over all visible ones."""
+        geometry, q, new = self._geometry, rows.q.contiguous(), self._new_window[layer]
+        made, (num, heads, size) = torch.empty_like(q), q.shape
+        sizes = sizes_of(heads, size, geometry.window, far, segment)
+        visible = None if places is None else self._visible[geometry.ratio(layer)]
+        attention_kernels.attend_rings(
+            made.data_ptr(), q.data_ptr(), attention.sinks.data_ptr(), self._rings.ctypes.data,
+            layer * geometry.window * geometry.head_dim, new.data_ptr(), self._position.data_ptr(),
+            self._cuts.ctypes.data, num, sizes.ctypes.data, 0 if places is None else places.ctypes.data,
+            0 if picked is None else picked.data_ptr(), 0 if visible is None else visible.data_ptr(),
         )  # fmt: skip
-        weights.exp_()
-        size = num * heads * window
-        before, own = (weights[i * size : (i + 1) * size].view(num, heads, window) for i in (0, 1))
-        values = [multiply_each(before, ring), multiply_each(own, ring)]
-        if far:
-            parts = weights[2 * size : 2 * size + num * heads * far].view(num, heads, far)
-            for start in range(0, far, segment):
-                part, held = parts, entries
-                if far > segment:
-                    part, held = parts[..., start : start + segment].contiguous(), entries[:, start : start + segment]
-                values.append(multiply_each(part, held))
-        stacked, made = torch.stack(values), torch.empty_like(q)
-        kernels.divide(
-            made.data_ptr(), stacked.data_ptr(), weights.data_ptr(), num, heads, window, far, segment, width, lanes()
-        )
         return made
 
-    def _read(self, layer: int, kind: PartKind, indices: Tensor, rows: slice = slice(None)) -> Tensor:
-        part = self._pool.part(layer, kind)
-        decoded, tables = self._pool.decoded(part), self._tables[rows]
-        num, many = indices.shape
-        width = decoded.shape[2]
-        out = decoded.new_empty(num, many, width)
-        kernels.gather_entries(
-            out.data_ptr(), decoded.data_ptr(), decoded.stride(0), part.num_rows, tables.data_ptr(), tables.shape[1],
-            indices.data_ptr(), num, many, width,
+    def keep(self, which: collections.abc.Sequence[int]) -> None:
+        kept, jobs = np.array(which, np.int64), np.array(self._jobs, np.int64)
+        windows = np.array([new.data_ptr() for new in self._new_window], np.int64)
+        state_kernels.keep_tokens(
+            kept.ctypes.data, len(kept), self._position.data_ptr(), self._table.ctypes.data, self._table.shape[1],
+            len(self._windows), jobs.ctypes.data, len(jobs), windows.ctypes.data, len(windows), self._geometry.window,
+            self._geometry.head_dim,
         )  # fmt: skip
-        return out
 
-    def _first_entries(
-        self, layer: int, kind: PartKind, visible: Tensor, multiple: int, rows: slice = slice(None)
-    ) -> Tensor:
-        """Each sequence's visible entries, then zeros up to a multiple of `multiple` that covers every sequence."""
-        part = self._pool.part(layer, kind)
-        decoded, tables = self._pool.decoded(part), self._tables[rows]
-        most = (max(self._positions) + 1) // self._geometry.ratio(layer)
-        num_entries, width = -(-most // multiple) * multiple, decoded.shape[2]
-        out = decoded.new_empty(tables.shape[0], num_entries, width)
-        kernels.gather_first(
-            out.data_ptr(), decoded.data_ptr(), decoded.stride(0), part.num_rows, tables.data_ptr(), tables.shape[1],
-            visible[rows].data_ptr(), tables.shape[0], num_entries, width,
+    def _compress(self, layer: int, kind: PartKind, compressor: Compressor, new: Tensor) -> None:
+        new, ratio, columns = new.contiguous(), compressor.ratio, new.shape[2]
+        closing, numbers = self._groups[ratio], self._numbers[ratio]
+        num, width = len(closing), compressor.width
+        tail, overlap = self._columns[kind, layer]
+        groups = new.new_empty(2, num, ratio, columns)
+        job = [new.data_ptr(), columns, ratio, width, tail, overlap, groups.data_ptr(), num, numbers.ctypes.data]
+        self._jobs.append(job)
+        self._held += [new, groups]
+        if not num:
+            return
+        overlaps = new.new_empty(2, num, ratio, width) if overlap >= 0 else None
+        fields = np.array(job, np.int64)
+        state_kernels.gather_groups(
+            0 if overlaps is None else overlaps.data_ptr(), fields.ctypes.data, closing.ctypes.data, num,
+            self._table.ctypes.data, self._table.shape[1], len(self._windows),
         )  # fmt: skip
-        return out
+        if self._write:
+            self._write_groups(layer, kind, compressor, groups, overlaps)
 
-    def _pick(self, layer: int, q_SIC: Tensor, weights_SI: Tensor, compressor: CSACompressor) -> Tensor:
-        ratio, k = self._geometry.csa_ratio, compressor.indexer.topk
-        visible, most = self._visible[ratio], (max(self._positions) + 1) // ratio
-        num, heads, _ = q_SIC.shape
-        num_keys = -(-most // KEY_TILE) * KEY_TILE
-        scores = q_SIC.new_empty(num, num_keys)
-        if most > k:
-            queries, weights = round_queries(q_SIC, self._pool.layout), weights_SI.contiguous()
-            together = max(KEYS_TOGETHER_MAX // num_keys, 1)
-            for start in range(0, num, together):
-                rows = slice(start, min(start + together, num))
-                if rows.stop - rows.start > 1:
-                    keys = self._first_entries(layer, PartKind.INDEXER_KEYS, visible, KEY_TILE, rows)
-                else:
-                    keys = self._keys(layer, rows, num_keys, 1)
-                hits = multiply_each(queries[rows], keys.mT).contiguous()
-                kernels.score(
-                    scores[rows].data_ptr(), hits.data_ptr(), weights[rows].data_ptr(), hits.shape[0], heads, num_keys,
-                    num_keys, 0,
-                )  # fmt: skip
-        picked = torch.empty((num, k), dtype=torch.long)
-        kernels.choose(picked.data_ptr(), scores.data_ptr(), visible.data_ptr(), num, num_keys, k)
-        return picked
+
+def _columns(window: WindowState) -> dict[tuple[PartKind, int], tuple[int, int]]:
+    """Which of `_parts` are the tail and the overlap of each compressor (-1: it has no overlap)."""
+    columns: dict[tuple[PartKind, int], tuple[int, int]] = {}
+    place = 1
+    for states, is_keys in ((window.main, False), (window.indexer, True)):
+        for layer, state in states.items():
+            kind = PartKind.CSA_MAIN if layer in window.indexer else PartKind.HCA_MAIN
+            kind = PartKind.INDEXER_KEYS if is_keys else kind
+            columns[kind, layer] = place, -1 if state.overlap is None else place + 1
+            place += 1 if state.overlap is None else 2
+    return columns
+
+
+def _parts(window: WindowState) -> list[Tensor]:
+    """A state's ring, then each compressor's tail and overlap, in the same order for each state."""
+    parts = [window.window]
+    for states in (window.main, window.indexer):
+        for state in states.values():
+            parts += [state.tail] if state.overlap is None else [state.tail, state.overlap]
+    return parts

@@ -1,6 +1,10 @@
-"""Whether this process uses the compiled kernels. Imports none of them."""
+"""Whether this process uses the compiled kernels, and where they find MKL's exponential. Imports none of them."""
 
 from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,3 +26,13 @@ def use(on: bool) -> None:
     """Switch the kernels on or off for this process (`antefix.model.compiled.check.enable`)."""
     global _is_on
     _is_on = on
+
+
+@functools.cache
+def exponential_address() -> int:
+    """The address of MKL's `vmsExp`; 0 where torch was built without MKL."""
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libtorch_cpu.so"))
+        return ctypes.cast(library.vmsExp, ctypes.c_void_p).value or 0
+    except (OSError, AttributeError):
+        return 0
