@@ -86,13 +86,13 @@ class Campaign:
 
     async def run(self) -> None:
         """Run all faults --rounds times, each round in a different order. None begins after --minutes."""
-        ends = time.monotonic() + 60 * self.args.minutes
         clients = [asyncio.create_task(self._play()) for _ in range(self.args.clients)]
         try:
             for _ in range(self.args.undisturbed):
                 begun = time.monotonic()
                 if (answered_at := await self._ask(next(self.prompts))) is not None:
                     self.tally.undisturbed_s.append(answered_at - begun)
+            ends = time.monotonic() + 60 * self.args.minutes
             for _ in range(self.args.rounds):
                 for name in self.rng.sample(sorted(self.faults), len(self.faults)):
                     if time.monotonic() > ends:

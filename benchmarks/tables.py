@@ -307,7 +307,9 @@ def idle_memory(record: Any) -> Iterable[Row]:
 
 @table("ttft.json", "router", "prefill", "decode", "kvstore", "antefix")
 def time_to_first_token(record: Any) -> Iterable[Row]:
-    yield "tokens, hit and new", "cold, s", "hit in memory, ms", "hit on disk, ms", "times faster", "floor, ms"
+    has_alone = all("floor_alone_s" in row for row in record["rows"])
+    names = "tokens, hit and new", "cold, s", "hit in memory, ms", "hit on disk, ms", "times faster", "floor, ms"
+    yield *names, *(("floor, model alone, ms",) if has_alone else ())
     for row in record["rows"]:
         yield (
             f"{row['hit_tokens']:,} + {row['miss_tokens']}",
@@ -316,6 +318,7 @@ def time_to_first_token(record: Any) -> Iterable[Row]:
             f"{1000 * row['disk_hit_ttft_s']:.0f}",
             f"{row['disk_speedup']:.0f} to {row['memory_speedup']:.0f}",
             f"{1000 * row['floor_s']:.0f}",
+            *((f"{1000 * row['floor_alone_s']:.0f}",) if has_alone else ()),
         )
 
 

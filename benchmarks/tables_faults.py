@@ -27,7 +27,7 @@ def campaign(records: Any) -> Iterable[Row]:
     sums, done, real = sums["sums"], soak["requests"], [records[name] for name in _REAL]
     whats = ("also disks and clocks", "read-only mounts", "links, kills, files")
     heads = (f"real processes: {what}, {_clients(each)}" for what, each in zip(whats, real, strict=True))
-    yield "", "simulated histories", *heads, "an hour of load and kills", "wanted"
+    yield "", "simulated histories", *heads, "load and kills, short TTLs", "wanted"
 
     def row(said: str, simulated: str, key: str | Callable[[Any], Any], hour: object = "", wanted: str = "") -> Row:
         found = (str(each[key] if isinstance(key, str) else key(each)) for each in real)

@@ -29,7 +29,11 @@ def parts_of_a_hit(record: Any) -> Iterable[Row]:
     ):
         yield said, *(f"{1000 * sum(row['hops_s'][way].get(hop, 0) for hop in hops):.1f}" for row, way in columns)
     yield "time to first token, as the client sees it", *(f"{1000 * row['ttft_s'][way]:.1f}" for row, way in columns)
-    yield "floor", *(f"{1000 * row['floor_s'][way]:.1f}" for row, way in columns)
+    yield "floor, new tokens at the cold run's rate", *(f"{1000 * row['floor_s'][way]:.1f}" for row, way in columns)
+    if all("floor_alone_s" in row for row in record["rows"]):
+        alone = [(row["ttft_s"][way], row["floor_alone_s"][way]) for row, way in columns]
+        yield "floor, new tokens as the model alone computes them", *(f"{1000 * floor:.1f}" for _, floor in alone)
+        yield "times this floor (2 or less wanted)", *(f"{ttft / floor:.2f}" for ttft, floor in alone)
 
 
 @table("tls_cost.json", "router/antefix_router/gateway", "antefix/security", "kvstore/antefix_kvstore")

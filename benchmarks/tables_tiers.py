@@ -1,4 +1,4 @@
-"""Tables of several stores and the object tier; benchmarks/tables.py says how tables are made."""
+"""Tables of a store's writes, several stores and the object tier; benchmarks/tables.py says how tables are made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ from benchmarks.tables import Row, table
 
 OBJECTS = ("antefix/objects", "kvstore/antefix_kvstore/object_upload.py", "kvstore/antefix_kvstore/upload_reads.py")
 HIT = ("router", "prefill", "decode", "kvstore", "antefix")
+
+_WRITES = (
+    ("direct, 8 pieces of 1 MiB at a time from 8 threads, one sync", "threads"),
+    ("the same with a sync per 56 MiB", "synced"),
+    ("the same, but each write makes the file longer", "not_allocated"),
+    ("the same over a file that has all its blocks", "written_over"),
+    ("through the page cache, a sync per 56 MiB, new pages", "new_pages"),
+    ("the same, pages of a file that was just deleted", "used_pages"),
+    ("the store's put, through the page cache", "put_cached"),
+    ("the store's put as it is", "put"),
+)
+
+
+@table("store_writes.json", "kvstore/antefix_kvstore/direct_writer.py", "kvstore/antefix_kvstore/segments.py")
+def writes(record: Any) -> Iterable[Row]:
+    yield "", "over fio's best durable writer (higher is better)", "half of the rounds lie in", "GB/s"
+    for what, name in _WRITES:
+        key = f"{name}_over_fio"
+        spread = f"{record[f'{key}_low']:.2f} to {record[f'{key}_high']:.2f}"
+        yield what, f"{record[key]:.2f}", spread, f"{record[f'{name}_gb_per_s']:.2f}"
 
 
 @table("tier.json", *OBJECTS)
@@ -45,6 +65,28 @@ def object_index(record: Any) -> Iterable[Row]:
         yield f"{int(count):,}", f"{found['bytes_per_block']:.2f}", *(f"{each:.2f}" for each in times)
 
 
+@table("simulate_index.json", "antefix/objects")
+def simulated_index(record: Any) -> Iterable[Row]:
+    yield "per process", "a worker, per hour", "a store, per hour", "a worker on a new host, once"
+    worker, store, start = record["process"]["worker"], record["process"]["store"], record["start"]["worker"]
+    for key, named in (("lists", "lists"), ("gets", "reads"), ("puts", "puts"), ("deletes", "deletes")):
+        yield named, *(f"{each[key]:,.0f}" for each in (worker, store, start))
+    yield "bytes, MB", *(f"{each['bytes'] / 1e6:,.0f}" for each in (worker, store, start))
+    yield "processor seconds", *(f"{each['cpu_s']:.1f}" for each in (worker, store, start))
+    yield "the longest refresh, processor seconds", *(f"{each['longest_cpu_s']:.2f}" for each in (worker, store)), ""
+    found = record["look_ups"]
+    for key, named in (("stale", "stale"), ("worst_stale", "stale, worst minute"), ("unknown", "unknown")):
+        yield f"look-ups that are {named}", f"{100 * found[f'{key}_share']:.2f}%", "", ""
+
+
+@table("simulate_index.json", "antefix/objects/janitor.py")
+def simulated_tiles(record: Any) -> Iterable[Row]:
+    yield "level", "bytes of a tile, MB", "seconds to write it", "hosts that write it", "without waiting"
+    for row in record["tiles"]:
+        sizes = (f"{row['bytes'] / 1e6:,.0f}", f"{row['write_s']:.1f}")
+        yield str(row["level"]), *sizes, f"{row['writers']:.1f}", f"{row['together']:.0f}"
+
+
 @table("ttft_tiers.json", *HIT)
 def first_token_by_tier(record: Any) -> Iterable[Row]:
     tiers = {
@@ -57,7 +99,8 @@ def first_token_by_tier(record: Any) -> Iterable[Row]:
     yield "tokens, and 40 new ones", "cold, s", *tiers.values()
     for row in record["tiers"]:
         seconds = (f"{row[tier]['ttft_s']:.3f}" if tier in row else "" for tier in tiers)
-        yield f"{row['tokens']:,}", f"{row['cold_s']:.2f}", *seconds
+        layers = f" ({row['layers']} layers)" if row.get("layers") else ""
+        yield f"{row['tokens']:,}{layers}", f"{row['cold_s']:.2f}", *seconds
 
 
 @table("waiting_prompts.json", *HIT)

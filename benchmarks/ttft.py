@@ -2,7 +2,9 @@
 
 Starts all roles, sends prompts of several lengths cold and as hits, and prints JSON and a table. The client measures
 the times. The floor of a hit is the sum of two times: reading the hit's bytes at this disk's bandwidth (measured in
-this run with direct reads), and computing the uncached tokens (at the rate of the same worker's cold run).
+this run with direct reads), and computing the uncached tokens (at the rate of the same worker's cold run). A second
+floor takes the uncached tokens at the time that the model alone needs for them (benchmarks/bare_forward.py), before any
+service starts.
 
     python benchmarks/ttft.py --lengths 2048 8192 16384 --repeats 5
 """
@@ -28,6 +30,7 @@ from antefix.model_dir import identify
 from antefix.sampling import Sampling
 from antefix_console.deployment import Deployment, DeploymentConfig
 from benchmarks import run_record
+from benchmarks.bare_forward import seconds_alone
 
 ROOT = Path(__file__).parents[1]
 QUESTION_TOKENS = 40
@@ -54,6 +57,7 @@ async def ask(deployment: Deployment, prompt: np.ndarray) -> dict[str, float]:
 
 async def measure(args: argparse.Namespace, console: Console) -> list[dict[str, object]]:
     rng = np.random.default_rng(args.seed)
+    alone_s = seconds_alone(args.model, args.lengths, QUESTION_TOKENS)
     rows: list[dict[str, object]] = []
     for length in args.lengths:
         cold, warm, disk = [], [], []
@@ -74,17 +78,19 @@ async def measure(args: argparse.Namespace, console: Console) -> list[dict[str, 
                     disk.append(await ask(deployment, with_question()))
                 read_rate = direct_read_rate(config.store_dir)
             console.print(f"[dim]{length} tokens, repeat {repeat + 1} of {args.repeats}[/dim]")
-        rows.append(summarise(length, cold, warm, disk, read_rate))
+        rows.append(summarise(length, cold, warm, disk, read_rate, alone_s[length]))
     return rows
 
 
-def summarise(length, cold, warm, disk, read_rate) -> dict[str, object]:
+def summarise(length, cold, warm, disk, read_rate, alone_s) -> dict[str, object]:
     def median(samples, name):
         return statistics.median(sample[name] for sample in samples)
 
     prefill_rate = length / median(cold, "compute_s")
     work = median(disk, "miss_tokens") + median(disk, "replayed_tokens")
-    floor_s = median(disk, "bytes_read") / read_rate + work / prefill_rate
+    reading_s = median(disk, "bytes_read") / read_rate
+    floor_s = reading_s + work / prefill_rate
+    floor_alone_s = reading_s + alone_s + median(disk, "replayed_tokens") / prefill_rate
     return {
         "tokens": length,
         "cold_ttft_s": median(cold, "ttft_s"),
@@ -101,6 +107,9 @@ def summarise(length, cold, warm, disk, read_rate) -> dict[str, object]:
         "restore_s": median(disk, "restore_s"),
         "floor_s": floor_s,
         "ttft_over_floor": median(disk, "ttft_s") / floor_s,
+        "forward_alone_s": alone_s,
+        "floor_alone_s": floor_alone_s,
+        "ttft_over_floor_alone": median(disk, "ttft_s") / floor_alone_s,
     }
 
 
@@ -151,7 +160,7 @@ def main() -> None:
     if args.json:
         run_record.write(args.json, report, "torch")
     table = Table(title=f"Time to first token, medians of {args.repeats}, strategy {args.strategy}")
-    for name in ("tokens", "cold", "hit, memory", "hit, disk", "speed-up", "floor", "over floor"):
+    for name in ("tokens", "cold", "hit, memory", "hit, disk", "speed-up", "floor", "over floor", "floor, model alone"):
         table.add_column(name, justify="right")
     for row in report["rows"]:
         table.add_row(
@@ -162,6 +171,7 @@ def main() -> None:
             f"{row['memory_speedup']:.0f}x / {row['disk_speedup']:.0f}x",
             f"{row['floor_s'] * 1e3:.0f} ms",
             f"{row['ttft_over_floor']:.1f}x",
+            f"{row['floor_alone_s'] * 1e3:.0f} ms",
         )
     console.print(table)
 

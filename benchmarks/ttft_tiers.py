@@ -117,8 +117,7 @@ def main() -> int:
         others = [row for row in json.loads(args.json.read_text()).get("tiers", []) if row["tokens"] not in lengths]
         report["tiers"] = sorted([*others, *report["tiers"]], key=lambda row: int(row["tokens"]))
     if args.json and report:
-        settings = {"object_store": url.partition(":")[0], "repeats": args.repeats, "layers": args.layers}
-        write(args.json, {**settings, **report}, "torch")
+        write(args.json, {"object_store": url.partition(":")[0], "repeats": args.repeats, **report}, "torch")
     return 0
 
 
@@ -197,7 +196,8 @@ class Tiers:
         self._ends_s = math.inf
         # The documents are the same in every run.
         self._documents = [drawn(np.random.default_rng((args.seed, length)), length) for length in args.lengths]
-        self._rows: list[dict[str, Any]] = [{"tokens": length} for length in args.lengths]
+        layers = {"layers": args.layers} if args.layers else {}
+        self._rows: list[dict[str, Any]] = [{"tokens": length, **layers} for length in args.lengths]
         # For each length, the seconds of each step of its cold run.
         self._computed = directory / "cold.json"
 

@@ -2,7 +2,7 @@
 
 Starts all roles and sends their traces to a collector in this process. Sends prompts of several lengths cold and as
 hits, and adds up the spans of each part until the first token is sent. A span's time does not include the spans inside
-it. The floor is that of `benchmarks/ttft.py`. --cost measures the time of one span, with traces on and off.
+it. The two floors are those of `benchmarks/ttft.py`. --cost measures the time of one span, with traces on and off.
 
     python benchmarks/where_time_goes.py --lengths 2048 8192 16384 --repeats 5
     python benchmarks/where_time_goes.py --cost
@@ -31,6 +31,7 @@ from antefix.telemetry.tracing import start_tracing
 from antefix.wire import Sampling
 from antefix_console.deployment import Deployment, DeploymentConfig
 from benchmarks import run_record
+from benchmarks.bare_forward import seconds_alone
 from benchmarks.ttft import QUESTION_TOKENS, ROOT, direct_read_rate
 from tests.telemetry.otlp_receiver import Received, receiving
 
@@ -63,6 +64,7 @@ def hops(spans: list[Received], trace_id: str) -> dict[str, float]:
 
 async def measure(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     rng = np.random.default_rng(args.seed)
+    alone_s = seconds_alone(args.model, args.lengths, QUESTION_TOKENS)
     rows = []
     for length in args.lengths:
         found: dict[str, list[tuple[str, float]]] = {"cold": [], "memory": [], "disk": []}
@@ -84,15 +86,20 @@ async def measure(args: argparse.Namespace, console: Console) -> list[dict[str, 
                         found["disk"].append(await ask(deployment, with_question()))
                     read_rate = direct_read_rate(config.store_dir)
                 console.print(f"[dim]{length} tokens, repeat {repeat + 1} of {args.repeats}[/dim]")
-        rows.append(summarise(length, found, receiver.spans, read_rate))
+        rows.append(summarise(length, found, receiver.spans, read_rate, alone_s[length]))
     return rows
 
 
 def summarise(
-    length: int, found: dict[str, list[tuple[str, float]]], spans: list[Received], read_rate: float
+    length: int, found: dict[str, list[tuple[str, float]]], spans: list[Received], read_rate: float, alone_s: float
 ) -> dict[str, Any]:
-    """One row of the result.  floor_s: reading the bytes at the disk's rate, plus computing the uncached tokens."""
-    row: dict[str, Any] = {"tokens": length, "disk_bytes_per_s": read_rate, "ttft_s": {}, "hops_s": {}, "floor_s": {}}
+    """One row of the result.
+
+    floor_s: reading the bytes at the disk's rate, plus computing the uncached tokens at the cold run's rate.
+    floor_alone_s: the same with the time that the model alone takes for the new tokens; only of hits.
+    """
+    row: dict[str, Any] = {"tokens": length, "disk_bytes_per_s": read_rate, "forward_alone_s": alone_s}
+    row |= {"ttft_s": {}, "hops_s": {}, "floor_s": {}, "floor_alone_s": {}}
     cold_s = statistics.median(hops(spans, trace_id)["prefill: prefill chunk"] for trace_id, _ in found["cold"])
     for kind, asked in found.items():
         parts = [hops(spans, trace_id) for trace_id, _ in asked]
@@ -101,8 +108,11 @@ def summarise(
         row["hops_s"][kind] = {name: statistics.median(each.get(name, 0.0) for each in parts) for name in names}
         restores = [each for each in spans if each.trace_id == asked[-1][0] and each.name == "restore"]
         told = restores[0].attributes if restores else {"bytes_read": 0, "hit_tokens": 0, "replayed_tokens": 0}
-        work = length + QUESTION_TOKENS - told["hit_tokens"] + told["replayed_tokens"]
-        row["floor_s"][kind] = told["bytes_read"] / read_rate + work * cold_s / (length + QUESTION_TOKENS)
+        reading_s, token_s = told["bytes_read"] / read_rate, cold_s / (length + QUESTION_TOKENS)
+        num_new = length + QUESTION_TOKENS - told["hit_tokens"]
+        row["floor_s"][kind] = reading_s + (num_new + told["replayed_tokens"]) * token_s
+        if num_new == QUESTION_TOKENS:
+            row["floor_alone_s"][kind] = reading_s + alone_s + told["replayed_tokens"] * token_s
     return row
 
 
@@ -132,8 +142,9 @@ def table_of(row: dict[str, Any]) -> Table:
     names = sorted({name for parts in row["hops_s"].values() for name in parts})
     for name in names:
         table.add_row(name, *(f"{1e3 * parts.get(name, 0.0):.2f}" for parts in row["hops_s"].values()))
-    for title in ("ttft_s", "floor_s"):
-        table.add_row(title.removesuffix("_s"), *(f"{1e3 * seconds:.1f}" for seconds in row[title].values()))
+    for title in ("ttft_s", "floor_s", "floor_alone_s"):
+        found = (row[title].get(kind) for kind in row["hops_s"])
+        table.add_row(title.removesuffix("_s"), *(f"{1e3 * each:.1f}" if each is not None else "" for each in found))
     return table
 
 

@@ -10,7 +10,7 @@ Input is rows of global KV [N, block_bytes] uint8. The check does not know where
 from __future__ import annotations
 
 import functools
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,7 @@ MAGNITUDE_LOG2_MAX: Final = 48
 MAGNITUDE_MAX: Final = 2.0**MAGNITUDE_LOG2_MAX
 _E4M3_NAN: Final = 0x7F
 # The largest E4M3 code is 448, the largest E2M1 code 6. A scale's byte is its exponent plus 127.
-_FP8_SCALE_MAX: Final = 127 + MAGNITUDE_LOG2_MAX - 9
+FP8_SCALE_MAX: Final = 127 + MAGNITUDE_LOG2_MAX - 9
 _FP4_SCALE_MAX: Final = 127 + MAGNITUDE_LOG2_MAX - 3
 # BF16 bits without the sign: they are ordered like the magnitudes, with infinity and NaN above all numbers.
 _BF16_MAX: Final = (127 + MAGNITUDE_LOG2_MAX) << 7
@@ -35,11 +35,18 @@ _F64_MAX: Final = (1023 + MAGNITUDE_LOG2_MAX) << 52
 _ROWS_AT_ONCE: Final = 32
 
 Bytes = npt.NDArray[np.uint8]
+Pairs = npt.NDArray[np.uint16]
 Flags = npt.NDArray[np.bool_]
 
 
 def unusable_rows(rows: Bytes, layout: BlockLayout) -> Flags:
     """[N]: whether a row holds NaN, infinity or a number beyond the limit."""
+    bounds = _bounds_of_pairs(layout)
+    if bounds is not None and rows.flags.c_contiguous:
+        pairs, (masks, limits) = rows.view("<u2"), bounds
+        over = (pairs & masks[0]) > limits[0]
+        over |= (pairs & masks[1]) > limits[1]
+        return cast(Flags, over.any(axis=1))
     bad = np.zeros(len(rows), np.bool_)
     for part in layout.parts:
         records = rows[:, part.offset : part.offset + part.nbytes].reshape(len(rows), part.num_rows, -1)
@@ -90,8 +97,20 @@ def _unusable_records(records: Bytes, part: Part, layout: BlockLayout) -> Flags:
 
 @functools.lru_cache(maxsize=8)
 def _pairs(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """`_bounds_of_pairs` on a card, [2, block_bytes / 2] int32 each."""
+    bounds = _bounds_of_pairs(layout)
+    if bounds is None:
+        return None
+    masks, limits = (torch.from_numpy(each.astype(np.int32)).to(device) for each in bounds)
+    return masks, limits
+
+
+@functools.lru_cache(maxsize=8)
+def _bounds_of_pairs(layout: BlockLayout) -> tuple[Pairs, Pairs] | None:
     """Masks and limits [2, block_bytes / 2] of two checks per pair of bytes, read as one little-endian number: the
-    masked bits must not exceed the limit. BF16 numbers are checked as a whole, other fields byte by byte."""
+    masked bits must not exceed the limit. BF16 numbers are checked as a whole, other fields byte by byte.
+
+    None: the layout is not of the FP8 format, or has BF16 numbers at odd addresses."""
     if layout.block_bytes % 2 or layout.kv_format is not KVFormat.FP8:
         return None
     masks, limits = np.zeros((2, layout.block_bytes), np.int32)
@@ -106,8 +125,8 @@ def _pairs(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor] |
             masks[at], limits[at] = mask, largest
     masks[1::2] <<= 8
     limits[1::2] <<= 8
-    pairs = (torch.from_numpy(np.ascontiguousarray(each.reshape(-1, 2).T)).to(device) for each in (masks, limits))
-    return next(pairs), next(pairs)
+    of_masks, of_limits = (each.reshape(-1, 2).T.astype("<u2", order="C") for each in (masks, limits))
+    return of_masks, of_limits
 
 
 def _bound(field: Field, part: Part, layout: BlockLayout) -> tuple[np.dtype[Any], int, int]:
@@ -121,6 +140,6 @@ def _bound(field: Field, part: Part, layout: BlockLayout) -> tuple[np.dtype[Any]
         return np.dtype("<u2"), 0x7FFF, _BF16_MAX
     is_key = part.kind is PartKind.INDEXER_KEYS
     if field.name == "scales":
-        return np.dtype("u1"), 0xFF, _FP4_SCALE_MAX if is_key else _FP8_SCALE_MAX
+        return np.dtype("u1"), 0xFF, _FP4_SCALE_MAX if is_key else FP8_SCALE_MAX
     # Every FP4 code is a number.
     return np.dtype("u1"), 0 if is_key else 0x7F, _E4M3_NAN - 1

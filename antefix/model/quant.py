@@ -126,6 +126,37 @@ def unpack(kind: PartKind, records: Tensor, layout: BlockLayout) -> Tensor:
     return unpack_keys(records, layout) if kind is PartKind.INDEXER_KEYS else unpack_entries(records, layout)
 
 
+def decode(kind: PartKind, records: Tensor, layout: BlockLayout, *, out: Tensor) -> Tensor:
+    """`unpack` of checked FP8-format records [..., B] into `out` [..., C], in a quarter of its time; returns `out`.
+
+    The bits are those of `unpack`, except for codes that mean NaN, which `finite.unusable_rows` finds: here they give
+    numbers.
+    """
+    geometry = layout.geometry
+    if kind is PartKind.INDEXER_KEYS:
+        codes = geometry.indexer_dim // 2
+        # The two values of a byte are copied as one number of 64 bits.
+        pairs = fp4_pairs(records.device).view(torch.int64).flatten()
+        values = pairs.index_select(0, records[..., :codes].reshape(-1).int()).view(torch.float32).view(out.shape)
+        return _scaled(values, _power_of_two(records[..., codes:].to(torch.int32)), FP4_GROUP, out)
+    plain, rope_end = geometry.nope_dim, geometry.nope_dim + 2 * geometry.rope_dim
+    num_groups = -(-plain // FP8_GROUP)
+    # Shifted by 7 bits, an E4M3 code is half-precision bits of the value times 2^-8; bit 14 is a copy of the sign.
+    halves = (records[..., :plain].view(torch.int8).to(torch.int16) << 7).bitwise_and_(~0x4000).view(torch.float16)
+    scales = _power_of_two(records[..., rope_end : rope_end + num_groups].to(torch.int32)) * 256
+    _scaled(halves.float(), scales, FP8_GROUP, out[..., :plain])
+    out[..., plain:] = _from_bytes(records[..., plain:rope_end], torch.bfloat16)
+    return out
+
+
+def _scaled(values: Tensor, scales: Tensor, group: int, out: Tensor) -> Tensor:
+    """values [..., n] times their groups' scales [..., groups], into `out` [..., n]."""
+    for number in range(scales.shape[-1]):
+        part = slice(number * group, (number + 1) * group)
+        torch.mul(values[..., part], scales[..., number : number + 1], out=out[..., part])
+    return out
+
+
 def width_of(part: Part, layout: BlockLayout) -> int:
     """How many numbers one decoded record of `part` has."""
     return layout.geometry.indexer_dim if part.kind is PartKind.INDEXER_KEYS else layout.geometry.head_dim

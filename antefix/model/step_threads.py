@@ -35,8 +35,16 @@ def step_threads(model: Model, num_tokens: int) -> Iterator[int]:
     if threads == 1 or is_large or not model.threads_are_free or model.device.type != "cpu":
         yield threads
         return
+    with one_thread():
+        yield threads
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside this context operations use the calling thread alone."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield threads
+        yield
     finally:
         torch.set_num_threads(threads)

@@ -62,11 +62,13 @@ class HttpRange:
     def abort(self) -> None:
         self._link.shut_down()
 
-    def close(self) -> None:
-        """Keep the connection for the next range, if the whole answer was read."""
-        if self._nbytes_skipped and self._nbytes_left == self._nbytes_skipped <= _AHEAD_BYTES:
+    def finish(self) -> None:
+        # The padding of the last record, so that the connection can be used again.
+        if self._nbytes_left == self._nbytes_skipped <= _AHEAD_BYTES:
             with contextlib.suppress(Unavailable):
                 self.take(0)
+
+    def close(self) -> None:
         self._pool.give_back(self._link, is_usable=not self._nbytes_left)
 
     def _receive(self, into: memoryview) -> None:

@@ -183,6 +183,7 @@ class ObjectReads:
             except (BlockCorrupt, ValueError) as err:
                 want.problem = str(err) or type(err).__name__
             record.skip_rest()
+        source.finish()
 
     def _take_one(
         self, kind: RecordKind, want: ObjectWanted, record: _RecordBytes, fingerprint: bytes, tenant: bytes

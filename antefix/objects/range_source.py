@@ -22,11 +22,14 @@ class RangeSource(Protocol):
 
     def skip(self, nbytes: int) -> None: ...
 
+    def finish(self) -> None:
+        """All records were read. May wait for what was skipped last."""
+
     def abort(self) -> None:
         """Make a thread that waits for bytes fail at once."""
 
     def close(self) -> None:
-        """Called once, when nothing more is read."""
+        """Called once, when nothing more is read. Does not wait."""
 
 
 class MemoryRange:
@@ -48,6 +51,8 @@ class MemoryRange:
 
     def skip(self, nbytes: int) -> None:
         self._at += nbytes
+
+    def finish(self) -> None: ...
 
     def abort(self) -> None: ...
 

@@ -64,8 +64,10 @@ class SignedRanges:
             return None
         except self._errors:
             self._urls.pop(name, None)
-            self._rests_until_s = self._clock_s() + min(_REST_S * 2**self._num_failed, _REST_S_MAX)
-            self._num_failed = min(self._num_failed + 1, 10)
+            # Reads that fail together count once.
+            if self._clock_s() >= self._rests_until_s:
+                self._rests_until_s = self._clock_s() + min(_REST_S * 2**self._num_failed, _REST_S_MAX)
+                self._num_failed = min(self._num_failed + 1, 10)
             return None
         self._num_failed = 0
         return opened

@@ -1,11 +1,14 @@
 """Wrong arguments give exit code 2 and one line of error, for every command."""
 
 import argparse
+import dataclasses
 
 import pytest
 
+from antefix.config import resolve
+from antefix.errors import AntefixError
 from antefix_console import cli
-from antefix_console.catalog import COMMANDS
+from antefix_console.catalog import COMMANDS, ROLES
 
 
 def numbers_of(parser):
@@ -58,3 +61,31 @@ def test_senseless_numbers_are_a_wrong_call(args, capsys, monkeypatch):
 @pytest.mark.parametrize(("text", "number"), [("1", 1), ("-3", -3), ("18446744073709551615", 2**64 - 1)])
 def test_numbers_that_are_some_are_taken(text, number):
     assert cli._whole_number(text) == number and cli._number(text) == float(number)
+
+
+BASE = {
+    "kvstore": {"dir": "store"},
+    "prefill": {"model": "m", "secret_file": "s", "store_address": "127.0.0.1:1"},
+    "decode": {"model": "m", "secret_file": "s", "store_address": "127.0.0.1:1"},
+    "router": {"model": "m", "secret_file": "s", "store_address": "127.0.0.1:1", "leases": "true", "ledger_dir": "l"},
+    "fleet": {"workers": "http://127.0.0.1:8000", "http_address": "127.0.0.1:8080", "secret_file": "s"},
+}
+# Kubernetes sets variables such as ANTEFIX_ROUTER_ADDRESS=tcp://... for a service of that name.
+NONSENSE = ("-1", "nan", "9" * 400, "\udcff", "tcp://10.0.0.1:80")
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_no_variable_of_the_environment_ends_a_role_in_a_python_error(role):
+    config_type = ROLES[role].load()[0]
+    base = {f"ANTEFIX_{role}_{name}".upper(): value for name, value in BASE[role].items()}
+    config = resolve(config_type, argparse.Namespace(), base, section=role)
+    num_refused = 0
+    for field in dataclasses.fields(config):
+        for value in NONSENSE:
+            variable = f"ANTEFIX_{role}_{field.name}".upper()
+            try:
+                resolve(config_type, argparse.Namespace(), {**base, variable: value}, section=role)
+            except AntefixError as err:
+                num_refused += 1
+                assert str(err)
+    assert num_refused > len(dataclasses.fields(config))

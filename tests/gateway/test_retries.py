@@ -239,11 +239,11 @@ async def test_a_slow_reader_holds_up_no_other_reader_and_no_more_than_its_share
         return await front.admit(request, retryable=True)
 
     bill = await admitted()
-    slow = front.run(bill, 10.0)
+    slow = front.run(bill, 120.0)
     await anext(slow)
     await asyncio.sleep(0.2)
     assert len(script.generations[0].samples[0].emitted) <= 300
-    quick = [token async for piece in front.run(await admitted(), 10.0) for token in piece.tokens]
+    quick = [token async for piece in front.run(await admitted(), 120.0) for token in piece.tokens]
     assert len(quick) == 2000
     await slow.aclose()
     await front.accounts.close()

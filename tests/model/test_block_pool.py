@@ -98,6 +98,25 @@ def test_bytes_put_into_a_row_read_back_as_the_values_that_were_packed(kv_format
     assert not torch.as_tensor(np.frombuffer(target.payloads([0])[0], np.uint8)).any()
 
 
+def test_many_blocks_are_decoded_in_any_order_and_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In pieces of three blocks, some of them neighbours."""
+    plan = layout()
+    monkeypatch.setattr("antefix.model.pool._DECODE_BYTES", 3 * plan.block_bytes)
+    source, target = BlockPool(plan, 12), BlockPool(plan, 12)
+    target.touch(5 * plan.block_bytes)
+    blocks = torch.arange(12)
+    for part in plan.parts:
+        for row in range(part.num_rows):
+            source.write(part, blocks, torch.full_like(blocks, row), torch.randn(12, source.decoded(part).shape[-1]))
+    ids = [4, 5, 6, 11, 2, 0, 9, 8, 7, 1]
+    for into, payload in zip(target.landing(ids), source.payloads(ids), strict=True):
+        into[:] = payload
+    assert target.fill(ids) == []
+    for part in plan.parts:
+        assert torch.equal(target.decoded(part)[ids], source.decoded(part)[ids])
+        assert not target.decoded(part)[[3, 10]].any()
+
+
 def test_each_part_lies_where_the_layout_says() -> None:
     plan = layout()
     pool = BlockPool(plan, 2)

@@ -75,8 +75,12 @@ def test_a_card_finds_the_same_rows():
     at = np.arange(layout.block_bytes)
     for number, byte in enumerate((0x7F, 0xFF, 0x80, 0xD7)):
         rows[number * len(at) + at, at] = byte
+    # Rows that do not lie one after another are checked field by field.
+    apart = np.zeros((len(rows), layout.block_bytes + 1), np.uint8)[:, :-1]
+    apart[:] = rows
     found = unusable_on_card(torch.from_numpy(rows), torch.arange(len(rows)), layout)
-    assert found is not None and np.array_equal(found.numpy(), unusable_rows(rows, layout))
+    assert found is not None and np.array_equal(found.numpy(), unusable_rows(apart, layout))
+    assert np.array_equal(unusable_rows(rows, layout), unusable_rows(apart, layout))
     assert 0 < found.sum() < len(found)
 
 

@@ -11,13 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 
-from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind, entry_record, key_record
+from antefix.layout import BlockLayout, KVFormat, KVGeometry, LayerKind, PartKind, entry_record, key_record
+from antefix.model.finite import FP8_SCALE_MAX
 from antefix.model.quant import (
+    decode,
     hadamard,
     pack_entries,
     pack_keys,
     round_entries,
     round_queries,
+    unpack,
     unpack_entries,
     unpack_keys,
 )
@@ -151,6 +154,21 @@ def test_every_code_of_both_formats_unpacks_to_its_value() -> None:
         key = torch.tensor([low | low << 4 for low in range(16)] + [scale], dtype=torch.uint8)
         want = [e2m1_value(code) * 2.0 ** (scale - 127) for code in range(16) for _ in range(2)]
         assert unpack_keys(key, plan).tolist() == want
+
+
+def test_checked_records_are_decoded_to_the_bits_of_unpack() -> None:
+    """Every code with every scale that a checked record may have."""
+    plan = layout(254 + 2, 2, 32)
+    codes = torch.tensor([code for code in range(256) if not math.isnan(e4m3_value(code))], dtype=torch.uint8)
+    scales = torch.arange(FP8_SCALE_MAX + 1, dtype=torch.uint8)[:, None]
+    rope = torch.tensor([0x80, 0xC1, 0x01, 0x00], dtype=torch.uint8)
+    entries = torch.cat((codes.expand(len(scales), -1), rope.expand(len(scales), -1), scales.expand(-1, 4)), dim=1)
+    pairs = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    keys = torch.cat((pairs.repeat(len(scales), 1), scales.repeat_interleave(16, dim=0)), dim=1)
+    for kind, records in ((PartKind.CSA_MAIN, entries), (PartKind.INDEXER_KEYS, keys)):
+        want = unpack(kind, records, plan)
+        found = decode(kind, records, plan, out=torch.full_like(want, torch.nan))
+        assert torch.equal(found.view(torch.int32), want.view(torch.int32))
 
 
 @settings(deadline=None, max_examples=60)

@@ -142,6 +142,37 @@ async def test_after_failures_direct_reads_rest_twice_as_long_each_time(tmp_path
     await tier.close()
 
 
+async def test_reads_that_fail_together_cost_one_rest(tmp_path, manners, endpoint) -> None:
+    bucket = ServedBucket(tmp_path, endpoint)
+    (tmp_path / "object").write_bytes(bytes(1000))
+    manners.harm = "503"
+    assert await asyncio.gather(*(bucket.open_range("object", 0, 10) for _ in range(8))) == [None] * 8
+    manners.harm = ""
+    assert await bucket.open_range("object", 0, 10) is None
+    bucket.clock_s += 1.1
+    source = await bucket.open_range("object", 0, 10)
+    assert source is not None and source.take(10) == bytes(10)
+    source.close()
+    await bucket.close()
+
+
+async def test_what_was_skipped_last_keeps_no_connection_from_its_next_read(tmp_path, manners, endpoint) -> None:
+    (tmp_path / "object").write_bytes(bytes(range(256)) * 1000)
+    ranges = HttpRanges(2)
+    for _ in range(3):
+        source = await ranges.open(f"{endpoint}/object", 0, 200_000)
+        source.fill(memoryview(bytearray(199_995)))
+        source.skip(5)
+        source.finish()
+        source.close()
+    assert manners.num_connections == 1
+    # A source that was not read to its end is no longer used.
+    (await ranges.open(f"{endpoint}/object", 0, 200_000)).close()
+    (await ranges.open(f"{endpoint}/object", 0, 200_000)).close()
+    assert manners.num_connections == 2
+    ranges.close()
+
+
 async def test_a_cancelled_read_ends_at_once_and_writes_nothing_more(tmp_path, manners, endpoint) -> None:
     await upload(url_of(tmp_path), PROMPT.blocks(), segment_bytes=1 << 20)
     tier, _ = await served_tier(tmp_path, endpoint)
