@@ -27,6 +27,7 @@ from rich.table import Table
 from antefix.layout import KVFormat
 from antefix.model import Model, Sequence, WindowState, forward, load_model
 from antefix.model.backend import make_backend
+from antefix.model.compiled import switch
 from antefix.model.compiled.check import enable
 from benchmarks.run_record import write
 from benchmarks.step import follow
@@ -154,7 +155,8 @@ def main() -> None:
     rows = measure(args)
     show(rows, args.threads)
     if args.out is not None:
-        write(args.out, {"tokens": args.tokens, "clock": args.clock, "rows": rows}, "torch", "transformers")
+        facts = {"tokens": args.tokens, "clock": args.clock, "compiled": switch.is_on()}
+        write(args.out, {**facts, "rows": rows}, "torch", "transformers")
 
 
 if __name__ == "__main__":

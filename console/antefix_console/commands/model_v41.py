@@ -69,7 +69,7 @@ def render_v41(about: V41Description) -> str:
         (
             'What an engine that computes it would store through Antefix (docs/WEIGHTS.md, "V4.1"):',
             f"  layers      {sum(about.layers.values())}: {layers}; KV is made by {sources or 'none'}",
-            f"  KV          {about.token:,.0f} B a token; blocks of {about.block_tokens} tokens, {about.block:,} B;"
+            f"  KV          {about.token:,.0f} B per token; blocks of {about.block_tokens} tokens, {about.block:,} B;"
             f" a checkpoint {about.checkpoint / 1e6:.2f} MB",
             f"  replays     {about.replay_tokens:,} tokens exact, {about.bounded_tokens:,} approximate",
             f"  weights     {about.num_files} files of {about.file_bytes / (1 << 30):.2f} GiB",
