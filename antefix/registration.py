@@ -48,7 +48,7 @@ class Registration:
             raise Unauthenticated("only workers with the deployment's secret may register")
         if abs(time.time() - self.said_at_ms / 1000) > AGE_S_MAX:
             raise Unauthenticated(
-                f"the registration was made more than {AGE_S_MAX:g} s ago, or the clocks of the two hosts "
+                f"the registration is more than {AGE_S_MAX:g} s old, or the clocks of the two hosts "
                 "differ by more than that"
             )
 
