@@ -1,4 +1,6 @@
-"""Generates `antefix/v1` from `proto/` whenever a wheel or an editable install is built; it is never committed."""
+"""Generates `antefix/v1` from `proto/` whenever a wheel or an editable install is built; the generated package is never
+committed.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ MARK_BYTES: Final = 8
 class AboutServicer(about_pb2_grpc.AboutServiceServicer):
     """Answers AboutService calls.
 
-    calls: addresses of services that this process calls and that register with no router.
+    calls: addresses of services that this process calls; services that register with a router are left out.
     """
 
     def __init__(self, security: ProcessSecurity, calls: Sequence[str] = ()) -> None:

@@ -1,7 +1,8 @@
 """Names of cached things: fingerprints and keyed, chained block hashes (docs/FORMAT.md, "Names").
 
 Two requests share KV exactly when they share fingerprint, tenant key and every token up to and including the
-block. No part of a name is random or depends on a process: the golden test pins the bytes. Never sees tensors.
+block. No part of a block's name is random or depends on a process: a test with fixed expected values pins the bytes.
+Never sees tensors.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ Tokens = Sequence[int] | TokenArray
 
 
 class Family(StrEnum):
-    """The model family that KV belongs to. OPAQUE: an engine's pages, whose layout Antefix does not know or parse."""
+    """The model family that KV belongs to. OPAQUE: memory pages of another inference engine, whose layout Antefix does
+    not know or parse.
+    """
 
     V4 = "deepseek_v4"
     V41 = "deepseek_v41"
@@ -44,7 +47,9 @@ class Family(StrEnum):
 
     @property
     def code(self) -> int:
-        """The family's number in a record's header. Part of the format: never renumber."""
+        """The family's number in a record's header. The number of a model family is part of the stored format, so it
+        must never be changed.
+        """
         return _FAMILY_CODES[self]
 
 
@@ -52,7 +57,9 @@ _FAMILY_CODES: Final = {Family.V4: 1, Family.V41: 2, Family.GQA: 3, Family.MLA: 
 
 
 class HashKind(IntEnum):
-    """How block hashes are made. Values are part of the format: never renumber."""
+    """How block hashes are made. The values of this enum are part of the stored format, so they must never be
+    renumbered.
+    """
 
     CHAINED_BLAKE2B = 1
     # A hash of the name that an engine gives its block, with root and key. The engine's name stands for all tokens.
@@ -68,12 +75,12 @@ class Geometry(Protocol):
     """
 
     def digest(self) -> bytes:
-        """16 bytes that name this geometry."""
+        """The 16 bytes that name this KV geometry."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
-    """Facts in a record's header about the set-up that made it, in addition to names.
+    """Facts in a record's header about the set-up that computed the record; they add to the record's names.
     `Fingerprint.labels` makes them.
     """
 
@@ -87,15 +94,16 @@ NO_LABELS: Final = Labels()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fingerprint:
-    """All that must agree before KV may be shared. `digest` goes into every record and is compared at load.
+    """The settings and versions that must all agree before two requests may share KV. A fingerprint's `digest` goes
+    into every record, and is compared when a record is loaded.
 
     weights_revision: hash of the checkpoint's files.  tokenizer: hash of the tokenizer's files.
     exactness: "exact", or "bounded-K" for KV computed after an approximate replay of K windows.
     arithmetic: names the arithmetic that computed the KV. Equal names mean equal bits. Each kind of device and each
-    precision has another name, and so have a card's fast and reproducible kernels.
-    num_cards: how many cards computed the KV together, where the number changes bits.
-    group: the cache group of the model, where an engine keeps several.  shard: "rank/ranks" for a group that is split
-    over ranks; empty if all ranks hold the same KV.
+    precision has its own name of arithmetic; a card's fast and reproducible kernels have different names too.
+    num_cards: how many cards computed the KV together, where the number changes bits. group: the cache group of the
+    model, where an engine keeps several. shard: "rank/ranks" for a group that is split over ranks; empty if all ranks
+    hold the same KV.
     """
 
     weights_revision: str
@@ -142,18 +150,19 @@ class Fingerprint:
 
 
 def digest_of(statement: bytes) -> bytes:
-    """The fingerprint's digest, from its statement."""
+    """The digest of a fingerprint, computed from its statement (the text with all its fields)."""
     return hashlib.blake2b(statement, digest_size=HASH_BYTES, person=b"antefix-name-v2").digest()
 
 
 def hash_kind_of(statement: bytes) -> HashKind:
-    """The kind of block hashes that a fingerprint's statement implies; for an empty statement, today's kind."""
+    """The kind of block hashes that a fingerprint's statement implies; an empty statement implies the present kind."""
     return HashKind(json.loads(statement)["hash_kind"]) if statement else HashKind.CHAINED_AES
 
 
 def differing_fields(one: bytes, other: bytes) -> tuple[str, ...]:
-    """The names of the fields in which two statements differ, in order. The two statements must have this version of
-    names."""
+    """The names of the fields in which two statements differ, in order. Both statements must have this version of the
+    naming scheme.
+    """
     mine, theirs = json.loads(one), json.loads(other)
     return tuple(sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)))
 
@@ -167,10 +176,10 @@ _REPRODUCIBLE: Final = "-reproducible"
 def arithmetic_of(device: str, dtype: str, *, reproducible: bool = False) -> str:
     """The name of a set-up's arithmetic, on which KV's bits depend, such as "cpu-float32" or "cuda-bfloat16".
 
-    device: torch's name, such as "cuda:1".
-    reproducible: the setting of that name. `reproducible` changes nothing on a CPU. On a card the name becomes
-    "cuda-bfloat16-reproducible", because KV from the faster kernels agrees within bounds only: a hit on such KV would
-    not equal a cold run to the bit.
+    device: torch's name of a device, such as "cuda:1". reproducible: the worker's setting of that name. On a CPU the
+    setting `reproducible` changes nothing. On a card, the reproducible setting changes the name to
+    "cuda-bfloat16-reproducible", because KV from the faster kernels agrees only within bounds: a hit on such KV would
+    not equal a cold run bit for bit.
     """
     kind = device.partition(":")[0]
     return f"{kind}-{dtype}{_REPRODUCIBLE if reproducible and kind != 'cpu' else ''}"
@@ -193,8 +202,8 @@ def cards_of(arithmetic: str) -> int:
 
 
 def check_arithmetic(arithmetic: str) -> str:
-    """Return `arithmetic` unchanged.  Raises:  InvalidRequest: neither `arithmetic_of` nor a probe
-    makes such a name.
+    """Return `arithmetic` unchanged. Raises: InvalidRequest: the name of an arithmetic is of a form that neither
+    `arithmetic_of` nor a probe makes.
     """
     plain = _MEASURED.sub("", arithmetic)
     kind, _, dtype = plain.removesuffix(_REPRODUCIBLE).partition("-")
@@ -211,13 +220,14 @@ def check_arithmetic(arithmetic: str) -> str:
 def exactness_of(bounded_windows: int) -> str:
     """The fingerprint's `exactness`.
 
-    bounded_windows: how many windows an approximate replay covers in this namespace; 0: it allows none.
+    bounded_windows: how many windows an approximate replay may cover in this namespace; 0: approximate replays are not
+    allowed.
     """
     return f"bounded-{bounded_windows}" if bounded_windows else "exact"
 
 
 def tenant_key(secret: bytes, tenant: str) -> bytes:
-    """The key that a tenant's block hashes are made with; `secret` is the deployment's, at least 16 bytes.
+    """The key that a tenant's block hashes are made with; `secret` is the deployment's secret, at least 16 bytes.
 
     tenant: the tenant's name, optionally followed by USER_SEPARATOR and a user's name, of any length.
     Raises:  InvalidRequest: the secret is too short, or longer than BLAKE2b takes (64 bytes), or the name is not text.
@@ -237,15 +247,16 @@ def root_of(fingerprint_digest: bytes, key: bytes) -> bytes:
 
 
 def engine_key_hash(root: bytes, engine_key: bytes, key: bytes) -> bytes:
-    """The name of a block that its engine calls `engine_key`; hash kind ENGINE_KEY.
+    """The name of a block that its inference engine calls `engine_key`; the name has the hash kind ENGINE_KEY.
 
-    The engine's name must determine all tokens up to and including the block, and everything else that changes its KV.
+    The engine's name for a block must determine all tokens up to the block's end, and everything else that changes its
+    KV.
     """
     return hashlib.blake2b(root + engine_key, digest_size=HASH_BYTES, key=key, person=b"antefix-enginkey").digest()
 
 
 class Chain:
-    """The block hashes of a growing token sequence. Extending hashes the new blocks only.
+    """The block hashes of a growing token sequence. When a chain is extended, only the new blocks are hashed.
 
     `hashes[i]` names block i, tokens [i * block_size, (i + 1) * block_size). The tokens of an unfinished block have no
     hash yet.
@@ -260,9 +271,11 @@ class Chain:
     ) -> None:
         """Raises:  InvalidRequest: no fingerprint or no key is given, or `kind` does not hash tokens."""
         if len(fingerprint_digest) != HASH_BYTES or not key:
-            raise InvalidRequest("a chain needs a 32-byte fingerprint and a tenant key")
+            raise InvalidRequest("a chain of block hashes needs a 32-byte fingerprint and a tenant key")
         if kind is HashKind.ENGINE_KEY:
-            raise InvalidRequest("blocks of this kind are named by their engine's own keys, not by hashes of tokens")
+            raise InvalidRequest(
+                "blocks of this kind are named by keys from their inference engine, not by hashes of tokens"
+            )
         self.block_size = block_size
         self.root = root_of(fingerprint_digest, key)
         self.hashes: list[bytes] = []
@@ -273,7 +286,7 @@ class Chain:
         self._keyed = hashlib.blake2b(digest_size=HASH_BYTES, key=key, person=b"antefix-block")
 
     def extend(self, tokens: Tokens) -> list[bytes]:
-        """Append tokens. Returns the hashes of the blocks that they complete.
+        """Append tokens. Returns the hashes of the blocks that the added tokens complete.
 
         Raises:  InvalidRequest: a token is not a number in [0, 2^32).
         """
@@ -306,11 +319,11 @@ class Chain:
 
     @property
     def unfinished(self) -> TokenArray:
-        """The tokens after the last whole block."""
+        """The tokens after the last complete block."""
         return self._tail
 
     def parent(self, index: int) -> bytes:
-        """The hash before block `index`: the root for the first."""
+        """The hash before block `index`; for the first block, the hash of the chain's root."""
         return self.hashes[index - 1] if index else self.root
 
     def digest(self) -> bytes:
@@ -324,14 +337,16 @@ class Chain:
 
 
 def as_tokens(tokens: Tokens) -> npt.NDArray[np.uint32]:
-    """Token ids as little-endian u32, range-checked: numpy would wrap or truncate values that do not fit."""
+    """Token ids as little-endian u32; they are checked first, because numpy would wrap or truncate values that do not
+    fit.
+    """
     if isinstance(tokens, np.ndarray) and tokens.dtype == _TOKEN_DTYPE and tokens.ndim == 1:
         return tokens
     wide = np.asarray(tokens)
     if wide.size == 0:
         return np.empty(0, _TOKEN_DTYPE)
     if wide.ndim != 1 or wide.dtype.kind not in "iu":
-        raise InvalidRequest("tokens must be one flat list of integers")
+        raise InvalidRequest("the token ids must be one flat list of integers")
     if int(wide.min()) < 0 or int(wide.max()) > 0xFFFFFFFF:
         raise InvalidRequest(f"token ids must be in [0, 2^32), found {int(wide.min())} to {int(wide.max())}")
     return wide.astype(_TOKEN_DTYPE)

@@ -8,11 +8,11 @@ from antefix.block import CPU_FLOAT32, HASH_BYTES, Fingerprint
 
 
 def digest_v1(fingerprint: Fingerprint) -> bytes:
-    """The digest that version 1 made of the fields that it had. Newer fields must have the value that version 1
-    implied.
+    """The digest that version 1 of the naming scheme computed from the fields that it had. Fields that version 1 did
+    not have must hold the value that version 1 implied.
 
-    Version 1 put the arithmetic into `exactness`, unless it was a CPU in float32. Chains, tenant keys and block hashes
-    are as in version 2.
+    Version 1 of the names put the arithmetic into the field `exactness`, unless it was a CPU in float32. Chains, tenant
+    keys and block hashes of version 1 are made as in version 2.
     """
     exactness = fingerprint.exactness
     if fingerprint.arithmetic != CPU_FLOAT32:

@@ -52,12 +52,12 @@ class LoopThread:
         return not self._loop.is_closed()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work` on the loop and return its result or raise its error. Interrupting the
-        calling thread cancels it.
+        """Run `work` on the loop and return its result or raise its error. Interrupting the calling thread cancels the
+        work that runs for it.
         """
         if not self.is_open:
             work.close()
-            raise InvalidRequest("this client is closed; open another one")
+            raise InvalidRequest("this client is closed and cannot make calls any more: open another client")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -188,7 +188,8 @@ class BlockingWindowClient(Blocking[WindowClient]):
 
 
 class BlockingStore(Blocking[Store]):
-    """Any `Store` without `await`: `open_store(...)` of a service, or `antefix_kvstore.open(...)` in this process.
+    """Any `Store` without `await`: A store without `await`: `open_store(...)` opens that of a service,
+    `antefix_kvstore.open(...)` one in this process.
 
     The BlockingStore owns the store from then on, and closes it.
     """

@@ -7,8 +7,8 @@ The grammar is that of GNU's `dd`, `du` and `truncate`, with letters in either c
     number KiB, MiB, GiB, TiB powers of 1024     200GiB = 200 * 2^30
     number KB, MB, GB, TB     powers of 1000     200GB  = 200 * 10^9
 
-"B" alone may follow a plain number. With a unit the number may have a fraction; a fraction of a byte is dropped. Spaces
-may stand around the number.
+"B" alone may follow a plain number. A number with a unit may have a fraction; a remaining fraction of a byte is
+dropped. Spaces may stand around the number.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Reads TOML and JSON files written by people and other programs, with limits on size, depth and time.
 
-A file that cannot be read, or exceeds a limit, gives a one-line error. `checked_table` checks the values in the file.
+A file that cannot be read, or exceeds a limit, gives a one-line error. The types and ranges of the values in the file
+are checked by `checked_table`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ _SPLIT_NAMES: Final = re.compile(r"[={,\[\]]")
 
 
 def read_toml(path: str | Path, what: str) -> dict[str, Any]:
-    """The tables of a file.  what: the setting or the kind of file, for the message.
+    """The tables of a TOML file. what: the setting or the kind of file, for the error message.
 
     Raises:  ConfigError: it cannot be read, is too large, or is not TOML.
     """
@@ -41,19 +42,19 @@ def read_toml(path: str | Path, what: str) -> dict[str, Any]:
 
 
 def read_toml_text(path: str | Path, what: str) -> str:
-    """The text of a TOML file, for `parse_toml`.  Raises:  ConfigError: it cannot be read, or is too large."""
+    """The text of a TOML file, for `parse_toml`.  Raises:  ConfigError: the file cannot be read, or is too large."""
     return read_text(path, what, bytes_max=TOML_BYTES_MAX)
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """The tables of a text.  where: the kind of file and its name, for the message.
+    """The tables of a TOML text. where: the kind of file and its name, for the error message.
 
     Raises:  ConfigError: the text is not TOML.
     """
     try:
         for number, line in enumerate(text.splitlines(), 1):
             if any(part.count(".") > _NAME_PARTS_MAX for part in _SPLIT_NAMES.split(_without_strings(line))):
-                raise ConfigError(f"line {number} has a name of more than {_NAME_PARTS_MAX} parts")
+                raise ConfigError(f"line {number} has a name with more than {_NAME_PARTS_MAX} parts separated by dots")
         return tomllib.loads(text)
     except (ConfigError, ValueError, RecursionError) as err:
         raise ConfigError(f"{where}: {_reason(err)}") from err
@@ -78,7 +79,7 @@ def parse_json(
     try:
         return json.loads(text, parse_int=_integer, parse_float=_finite, parse_constant=float if infinity else _finite)
     except (ValueError, RecursionError) as err:
-        raise error(f"{what}: it is not JSON: {_reason(err)}") from err
+        raise error(f"{what}: the text is not JSON: {_reason(err)}") from err
 
 
 def read_text(
@@ -91,7 +92,7 @@ def read_text(
     try:
         data = read_bytes(path, bytes_max)
         if len(data) > bytes_max:
-            raise error(f"{what} {path}: it has more than {bytes_max} bytes")
+            raise error(f"{what} {path}: the file has more than {bytes_max} bytes")
         # Editors on Windows write a byte order mark first.
         return data.decode("utf-8-sig")
     except (OSError, ValueError) as err:  # ValueError: not UTF-8, or a path with a NUL in it
@@ -133,7 +134,7 @@ def _pieces(descriptor: int, nbytes: int) -> Iterator[bytes]:
 
 def _integer(digits: str) -> int:
     if len(digits) > _DIGITS_MAX:
-        raise ValueError(f"a number of more than {_DIGITS_MAX} digits")
+        raise ValueError(f"a number has more than {_DIGITS_MAX} digits")
     return int(digits)
 
 
@@ -145,7 +146,9 @@ def _finite(digits: str) -> float:
 
 
 def _without_strings(line: str) -> str:
-    """The line without quoted strings: only unquoted names are checked, since a quoted name may have any dots."""
+    """The line without quoted strings: names in quotes may have any number of dots, so only unquoted names are
+    checked.
+    """
     return re.sub(r'"[^"]*"|\'[^\']*\'', "", line) if len(line) > _NAME_PARTS_MAX else line
 
 

@@ -22,7 +22,7 @@ _CONTROL: Final = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 
 class Table:
-    """A table.  where: the start of its error messages, such as "tenants file t.toml: tenant 3"."""
+    """A table of a settings file. where: the start of its error messages, such as "tenants file t.toml: tenant 3"."""
 
     def __init__(self, values: Any, where: str) -> None:
         """Raises:  ConfigError: `values` is not a table."""
@@ -38,7 +38,7 @@ class Table:
         return name in self._values
 
     def take(self, name: str, default: Any = _MISSING) -> Any:
-        """The field's value, unchecked.  Raises:  ConfigError: it is missing, and there is no default."""
+        """The field's value, unchecked.  Raises:  ConfigError: the field is missing, and has no default."""
         value = self._values.pop(name, default)
         if value is _MISSING:
             raise ConfigError(f"{self.where}: {name} is missing")
@@ -50,7 +50,9 @@ class Table:
         return self._text(name, value, empty=empty or default == "")
 
     def texts(self, name: str, default: Collection[str] | None = None) -> tuple[str, ...]:
-        """A list of strings. A single string is refused, because it would be read letter by letter."""
+        """A list of strings. A single string is refused where a list is expected, because a string would be read letter
+        by letter.
+        """
         value = self.take(name) if default is None else self.take(name, list(default))
         if not isinstance(value, list):
             raise self.wrong(name, 'a list of strings, such as ["a", "b"]', value)
@@ -69,7 +71,7 @@ class Table:
         return value
 
     def integer(self, name: str, default: int | None = None, *, low: int = 0, high: int = INTEGER_MAX) -> int | None:
-        """An integer from `low` to `high`. None: the field is missing and has no default."""
+        """An integer from `low` to `high`. None: the field is missing from the file and has no default."""
         if not self.has(name):
             return default
         value = self.take(name)
@@ -78,8 +80,8 @@ class Table:
         return int(value)
 
     def decimal(self, name: str, default: str | None = None, *, below: int, decimals: int) -> Decimal:
-        """A decimal number given as a string, so that it was never a float: at least 0, less than `below`, and with at
-        most `decimals` decimals.
+        """A decimal number given as a string, so that it is never rounded to a float: at least 0, less than `below`,
+        and with at most `decimals` decimals.
         """
         value = self.take(name) if default is None else self.take(name, default)
         what = f'a string of digits like "0.15", at least 0 and below {below}, with {decimals} decimals at most'
@@ -98,7 +100,7 @@ class Table:
         return found
 
     def child(self, name: str) -> Table | None:
-        """The table of this name within this table; None: there is none."""
+        """The table of this name within this table; None if there is no such table."""
         return Table(self.take(name), f"{self.where}: {name}") if self.has(name) else None
 
     def children(self, name: str) -> list[Table]:
@@ -116,7 +118,8 @@ class Table:
         return {each: Table(table, f"{self.where}: {name} {each}") for each, table in value.items()}
 
     def close(self, known: Iterable[str] = ()) -> None:
-        """Check that every field has been read. A misspelt name would otherwise be ignored without a message.
+        """Check that every field has been read. Without this check, a misspelt name in a file would be ignored
+        silently.
 
         Raises:  ConfigError: the table has fields that were not read and are not in `known`.
         """

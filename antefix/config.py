@@ -1,7 +1,8 @@
-"""Settings: one frozen dataclass per service. A flag overrides the environment, which overrides the file and default.
+"""Settings: one frozen dataclass per service. A command-line flag overrides the environment, the environment overrides
+the settings file, and the file overrides the default.
 
 A field's metadata has its help and unit. A malformed value is fatal, and the error names the setting. Only the command
-line reads the environment and passes it on.
+line reads environment variables; it passes them on.
 """
 
 from __future__ import annotations
@@ -33,22 +34,23 @@ def setting(
     """A dataclass field with its help text; `unit` is one of "", "bytes", "s", "tokens".
 
     choices: all values that the field may have; `check_choices` refuses others.
-    guards: whether the setting protects something. An empty value is then an error, because it would turn the
-    protection off.
+    guards: whether the setting protects something. An empty value of such a setting is an error, because an empty value
+    would turn the protection off.
     """
     metadata = {"help": help_text, "unit": unit, "choices": choices, "guards": guards}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def same_setting(config_type: type[Any], name: str) -> Any:
-    """A field copied from another service's settings, with its default and help. The two services need the same
-    value."""
+    """A field copied from another service's settings, with its default and help. Both services need the same value of
+    this setting.
+    """
     (field,) = (each for each in _fields(config_type) if each.name == name)
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 def grace_setting() -> Any:
-    """The field of the grace period, the same for all roles."""
+    """The settings field of the grace period, which is the same for all services."""
     return setting(
         GRACE_S,
         "how long running calls may take after the service was told to stop; after that they are ended",
@@ -57,7 +59,7 @@ def grace_setting() -> Any:
 
 
 def add_flags(parser: argparse._ActionsContainer, config_type: type[Any], names: Collection[str] = ()) -> None:
-    """One flag per field, without defaults: a flag that was not given must not hide the environment or the file.
+    """One flag per setting, without defaults: a default of a flag would hide the environment and the file.
 
     names: the fields that get flags; empty: all fields.
     """
@@ -235,7 +237,7 @@ def _parse_int(value: Any, *, is_bytes: bool) -> int:
     _check_digits(value)
     number = parse_byte_size(value) if is_bytes else int(value)
     if (number != value and isinstance(value, float)) or abs(number) > INTEGER_MAX:
-        raise ValueError(f"expected a whole number up to {INTEGER_MAX}")
+        raise ValueError(f"expected a whole number that is at most {INTEGER_MAX}")
     return number
 
 
@@ -255,12 +257,14 @@ def _check_digits(value: Any) -> None:
 
 
 def _parse_text(value: Any) -> str:
-    """The text of a path, a name or a number in the file. Refuses lists and tables, whose text would be Python code."""
+    """The text of a path, a name or a number in the file. Lists and tables are refused here, because their text would
+    be Python code.
+    """
     if not isinstance(value, str | int | float) or isinstance(value, bool):
         raise ValueError("expected a string")
     text = str(value)
     if "\0" in text or len(text) > CHARACTERS_MAX:
-        raise ValueError(f"expected at most {CHARACTERS_MAX} characters, none of them NUL")
+        raise ValueError(f"expected a text of at most {CHARACTERS_MAX} characters without a NUL character")
     return text
 
 

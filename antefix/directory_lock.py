@@ -1,8 +1,8 @@
 """A lock on a directory, so that one process at a time may write to it.
 
 The lock is on the directory itself and on a file in it. A lock on the file alone would not be enough: if the file is
-deleted, a second process locks a new file of the same name. The file is locked too for older versions, which do not
-know the lock on the directory.
+deleted, a second process locks a new file of the same name. The file is locked too, because older versions know only
+the lock on the file.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ async def end_tasks(tasks: Iterable[asyncio.Task[Any]], *, again_s: float = AGAI
     again_s: seconds until a task that still runs is cancelled again; longer than a task needs to clean up.
 
     In Python 3.11, `wait_for` loses a cancellation that arrives together with its result, and Redis' client uses it.
-    The task would then run for ever, and its caller would wait for ever. So the task is cancelled again.
+    Such a task would run for ever, and its caller would wait for it for ever. So the task is cancelled a second time.
     """
     left = set(tasks)
     while left:

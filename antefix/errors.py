@@ -1,7 +1,7 @@
 """One exception tree for every service; `antefix.rpc` maps it to gRPC statuses and back.
 
-A miss is an answer, not an error: nothing here means "not cached". The name of each class says what
-is wrong, its docstring what the caller does about it.
+A cache miss is an answer, not an error: no exception here means "not cached". The name of each class says what is
+wrong, its docstring what the caller does about it.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ class AntefixError(Exception):
 
 
 class InternalError(AntefixError):
-    """A bug in Antefix: one part called another in a way that is not allowed. No outside caller can cause or fix it. A
-    service logs it and answers INTERNAL with only an error id; the caller reports that id.
+    """A bug in Antefix: one part called another in a way that is not allowed. Callers outside of Antefix can neither
+    cause nor fix such an error. A service logs a bug and answers INTERNAL with only an error id, which the caller
+    reports.
     """
 
 
 class InvalidRequest(AntefixError):
-    """The call is wrong, whatever state the service is in. The caller fixes the call."""
+    """The call is wrong in any state of the service. The caller fixes the call."""
 
 
 class ConfigError(InvalidRequest):
@@ -30,7 +31,7 @@ class Unauthenticated(AntefixError):
 
 
 class PermissionDenied(AntefixError):
-    """The tenant may not do this. The caller stops."""
+    """The tenant does not have the permission for this call. The caller stops."""
 
 
 class FingerprintMismatch(AntefixError):
@@ -56,7 +57,7 @@ class StoreFull(ResourceExhausted):
 
 
 class QuotaExceeded(ResourceExhausted):
-    """The tenant has reached its own limit. The caller backs off. Other tenants are not affected."""
+    """The tenant has reached a limit of its own. The caller backs off. Other tenants are not affected."""
 
 
 class RateLimited(QuotaExceeded):
@@ -74,13 +75,13 @@ class BudgetExceeded(QuotaExceeded):
 
 
 class Conflict(AntefixError):
-    """The request id is in use, or belongs to a finished request. The caller waits for that request's answer, or
-    retries with another id.
+    """The request id is used by a running request, or belongs to a finished one. The caller waits for that request's
+    answer, or retries with another id.
     """
 
 
 class Unavailable(AntefixError):
-    """The peer is down or draining. The caller tries another replica."""
+    """The other service is down, or is stopping. The caller tries another replica."""
 
 
 class Draining(Unavailable):
@@ -98,7 +99,7 @@ class BlockCorrupt(AntefixError):
 
 
 class BlockUnusable(BlockCorrupt):
-    """The bytes are the ones that were written, but they decode to NaN, infinity or far too large numbers.
+    """The stored bytes are those that were written, but they decode to NaN, infinity or numbers that are far too large.
 
     The block is quarantined; the caller recomputes.
     """
@@ -109,8 +110,8 @@ class NotFinite(Unavailable):
 
 
 class StepFailed(Unavailable):
-    """The model failed for this request only. After this error, nothing of the request is stored. The caller tries
-    another replica once.
+    """The model failed for this request, and for no other. After such a failure, nothing more of the request is stored.
+    The caller tries another replica once.
     """
 
 

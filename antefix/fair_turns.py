@@ -35,8 +35,8 @@ class _Waiter:
 class FairTurns:
     """num_places: how many may work at once.  num_waiting_max: how many may wait; None: no limit.
 
-    num_extra: further places, for tenants that have no other work running. Where work lasts long, waiting for a place
-    would take too long.
+    num_extra: further places, for tenants that have no other work running. Without further places, a tenant's first
+    request would wait too long where work lasts long.
     """
 
     def __init__(self, num_places: int, num_waiting_max: int | None = None, num_extra: int = 0) -> None:
@@ -71,7 +71,7 @@ class FairTurns:
     async def turn(
         self, tenant: str, cost: float, *, share: int = 1, retry_after_s: float | None = None
     ) -> AsyncIterator[None]:
-        """Wait for a place and hold it.
+        """Wait for a place in the queue's working set, and hold the place.
 
         cost: predicted work, in the same unit for all callers.  share: while both wait, a tenant with share 2 gets
         twice the work of a tenant with share 1.  retry_after_s: the delay that a refused caller is told; None: it is
@@ -161,8 +161,8 @@ class FairTurns:
         self._forget()
 
     def _forget(self) -> None:
-        """Drop clocks that no longer matter: all of them when nobody works or waits. Tenant names come from callers, so
-        their number must be bounded.
+        """Drop the clocks of tenants that no longer matter: all of them when nobody works or waits. Tenant names come
+        from callers, so their number must be bounded.
         """
         if not self.num_running and not self._waiting:
             self._clocks.clear()

@@ -1,5 +1,5 @@
-"""One request for an output, as it passes from the HTTP or gRPC API to the workers. The request is made
-once and never changed.
+"""One request for an output, as it passes from the HTTP or gRPC API to the workers. A generation request is made once
+and never changed.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class Caller:
 
     @property
     def is_named(self) -> bool:
-        """Whether its client chose the id, and so may send it again, also to another router."""
+        """Whether the request's client chose the id, and so may send the request again, also to another router."""
         return bool(self.request_id)
 
     @property
     def cache_tenant(self) -> str:
-        """The owner of the blocks that may be hit: tenant and user, separated by U+001F. The APIs refuse control
-        characters in both.
+        """The owner of the blocks that may be hit: tenant and user, separated by U+001F. The HTTP and gRPC APIs refuse
+        control characters in tenant and user.
         """
         return f"{self.tenant}\x1f{self.user}" if self.user else self.tenant
 
@@ -95,7 +95,7 @@ class GenerationRequest:
 
     @property
     def is_named(self) -> bool:
-        """Whether its client chose the id, and so may send it again, also to another router."""
+        """Whether the request's client chose the id, and so may send the request again, also to another router."""
         return bool(self.request_id)
 
     @property

@@ -30,7 +30,7 @@ _SPECIAL = b"\xff"
 
 @dataclass(frozen=True, slots=True)
 class _Words:
-    """A vocabulary in the form that the engine expects."""
+    """A vocabulary of tokens in the form that the grammar engine expects."""
 
     tokenizer: Tokenizer
     tokens: Sequence[bytes]
@@ -40,12 +40,16 @@ class _Words:
     is_tokenizer_wrapper: bool = True
 
     def __call__(self, text: str) -> list[int]:
-        """The tokens of a text that the grammar forces. The model has no choice there, of text or of tokens."""
+        """The tokens of a text that the grammar forces, without any choice for the model. At these tokens the model has
+        no choice, neither of text nor of tokens.
+        """
         return self.tokenizer.encode(text)
 
 
 class Vocabulary:
-    """A model's tokens for the engine. Special tokens match no text of a grammar; end tokens end the output."""
+    """A model's tokens in the form that the grammar engine needs. Special tokens match no text of a grammar; end tokens
+    end the output.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
         """vocab_size: the model's number of tokens, which may be larger than the tokenizer's."""
@@ -68,7 +72,7 @@ class Vocabulary:
     def matcher(self, grammar: str) -> llguidance.LLMatcher:
         """A matcher at the start of the grammar. The matcher's `is_error` says whether the grammar is usable.
 
-        Building it may take long, so callers must not build it on an event loop.
+        Building a matcher may take long, so it must not be done on an event loop.
         """
         return llguidance.LLMatcher(self.engine, grammar, log_level=0, limits=LIMITS)
 

@@ -20,7 +20,8 @@ _NO_LIMIT: Final = 1 << 60
 
 
 def usable_cores(root: Path = _ROOT) -> int:
-    """How many threads can run at once, at least 1. A quota of 1.5 cores is 2: the second thread runs half of the time.
+    """How many threads of this process can run at once, at least 1. A quota of 1.5 cores counts as 2, because the
+    second thread can run half of the time.
 
     root: the directory that holds /proc and /sys; tests pass another one.
     """
@@ -53,7 +54,7 @@ def _quotas(root: Path) -> Iterator[float]:
 
 
 def _ratio(quota: str, period: str) -> float:
-    """Cores of a quota. "max", and -1 in version 1, mean no quota."""
+    """Cores of a quota. "max", and -1 in version 1 of control groups, mean that there is no quota."""
     try:
         return int(quota) / int(period) if int(quota) > 0 and int(period) > 0 else math.inf
     except ValueError:
@@ -69,8 +70,8 @@ def _memory_limits(root: Path) -> Iterator[int]:
 def _groups(root: Path, controller: str) -> Iterator[Path]:
     """The directories of this process's control group for a controller and of its ancestors. The limit of each applies.
 
-    In a container the path may be the host's path, which does not exist there. Then the mount itself is the container's
-    group.
+    In a container, the path of the control group may be the host's path, which does not exist there. Then the mounted
+    directory itself is the container's control group.
     """
     paths = {"": "/"}
     for line in _lines(root / "proc/self/cgroup"):

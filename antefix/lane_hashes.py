@@ -1,6 +1,7 @@
 """Block hashes of hash kind 3: all blocks' tokens are hashed at once and their digests chained (docs/FORMAT.md).
 
-One call per block would cost more than hashing its 128 tokens. So a prompt takes a few dozen calls in all; each call
+Calling a hash function once per block would cost more than hashing the block's 128 tokens. So a prompt takes a few
+dozen calls in all; each call
 processes one 16-byte piece of every block. The block hash and the hash of the chain are standard MACs under keys of
 the tenant: AES-CMAC (NIST SP 800-38B) of each block's tokens, and encrypted CBC-MAC (ISO/IEC 9797-1, algorithm 2) of
 the digests so far. Anyone with a key can make two names equal; docs/FORMAT.md ("Names") says who has keys, and why no
@@ -35,8 +36,8 @@ class LaneHashes:
     """Names the blocks of chains that start at one root. Immutable; thread-safe.
 
     AES-CMAC turns each block's tokens into 16 bytes. Two lanes chain these by CBC, each under its own key. A name is
-    the state of both lanes, encrypted once more. So a name reveals no state, but with the keys hashing can continue
-    from any name.
+    the state of both lanes, encrypted once more. So a block's name reveals nothing of the hash state, but with the
+    keys, hashing can continue from any name.
     """
 
     def __init__(self, root: bytes, key: bytes, block_size: int) -> None:
@@ -51,7 +52,7 @@ class LaneHashes:
     def names(self, parent: bytes | None, raw: memoryview) -> list[bytes]:
         """The hashes of consecutive blocks, of which `raw` holds the tokens (u32, little-endian).
 
-        parent: the hash of the block before; None: these are the first.
+        parent: the hash of the block before the first of these blocks; None: they are the first blocks of the chain.
         """
         num_blocks = raw.nbytes // self._block_bytes
         leaves = self._leaves(raw, num_blocks).data.cast("B")

@@ -38,7 +38,7 @@ class LayerKind(StrEnum):
 
 
 class KVFormat(StrEnum):
-    """Precision of KV, the same in the pool and on disk, so that storing loses nothing.
+    """Precision of KV; the same precision is used in the pool and on disk, so that storing loses nothing.
 
     FP8 is the released model's format: entries in FP8 E4M3 with BF16 RoPE dims, indexer keys in Hadamard-rotated FP4
     E2M1. FLOAT64 serves comparisons with other implementations only.
@@ -74,7 +74,7 @@ class Field:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordLayout:
-    """The bytes of one entry or key. The fields are adjacent and fill `nbytes`."""
+    """The bytes of one entry or key. The fields of a record are adjacent and fill `nbytes`."""
 
     fields: tuple[Field, ...]
 
@@ -105,7 +105,7 @@ class Part:
 
 
 class PayloadPart(Protocol):
-    """`num_rows` records, one after the other."""
+    """`num_rows` records of KV, one after the other."""
 
     @property
     def num_rows(self) -> int: ...
@@ -127,7 +127,7 @@ class PayloadLayout(Protocol):
 
     @property
     def checkpoint_parts(self) -> Sequence[PayloadPart]:
-        """The parts of a checkpoint; empty if there are no checkpoints."""
+        """The parts of a checkpoint of window state; empty if the model has no checkpoints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +142,7 @@ class Rows:
 class KVGeometry:
     """The shape of a model's KV: everything that decides whether two models' blocks are interchangeable.
 
-    Not slotted, so that the derived numbers are computed once.
+    This class has no slots, so that the numbers derived from it are computed only once.
     """
 
     layers: tuple[LayerKind, ...]
@@ -193,9 +193,9 @@ class KVGeometry:
 
         A layer's own state is its last n_win window entries and, in a CSA layer, the m overlap rows of its last group.
         A layer's output also feeds the layers above, where each query sees the n_win - 1 tokens before its own. Global
-        KV adds nothing, because a replay reads it from the store. Replays are planned and run by this bound, which is
-        derived only here. The bound is sharp, counting also window entries that are stored but never read again
-        (tests/model traces and measures it).
+        KV adds nothing to this number of tokens, because a replay reads global KV from the store. Replays of window
+        state are planned and run by this bound, which is derived only here. The bound is sharp if window entries are
+        counted that are stored but never read again (tests/model traces and measures it).
         """
         reach: list[int] = []
         for kind in reversed(self.layers):
@@ -209,7 +209,7 @@ class KVGeometry:
         return -(-self.replay_reach[0] // self.block_size) * self.block_size
 
     def digest(self) -> bytes:
-        """16 bytes that name this geometry; part of the fingerprint."""
+        """The 16 bytes that name this KV geometry; they are part of the fingerprint."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16, person=b"antefix-geometry").digest()
 
@@ -246,7 +246,10 @@ def key_record(geometry: KVGeometry, kv_format: KVFormat) -> RecordLayout:
         width = kv_format.float_bytes
         return RecordLayout(fields=(Field(name="values", offset=0, nbytes=geometry.indexer_dim * width, width=width),))
     if geometry.indexer_dim & (geometry.indexer_dim - 1) or geometry.indexer_dim < 2:
-        raise InvalidRequest(f"fp8 keys need a power-of-two indexer_dim (Hadamard), is {geometry.indexer_dim}")
+        raise InvalidRequest(
+            "fp8 keys of the indexer need an indexer_dim that is a power of two (for the Hadamard transform), is "
+            f"{geometry.indexer_dim}"
+        )
     codes = geometry.indexer_dim // 2
     scales = -(-geometry.indexer_dim // FP4_GROUP)
     return RecordLayout(
@@ -259,7 +262,9 @@ def key_record(geometry: KVGeometry, kv_format: KVFormat) -> RecordLayout:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
-    """The offset of each layer's records in a block's payload. A row of a block pool has the same layout."""
+    """The offset of each layer's records in a block's payload. A row of a block pool has the same layout as a block's
+    payload.
+    """
 
     geometry: KVGeometry
     kv_format: KVFormat
@@ -302,7 +307,8 @@ class BlockLayout:
     @cached_property
     def block_bytes(self) -> int:
         """Bytes of a block's payload. A model of window-only layers has no global KV, but stores accept no empty
-        payload. So its blocks have one zero byte; that they are stored shows that their tokens have been computed.
+        payload. So each block of such a model has one zero byte; a stored block then shows that its tokens have been
+        computed.
         """
         return max(sum(part.nbytes for part in self.parts), 1)
 
@@ -325,7 +331,9 @@ class BlockLayout:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes of a checkpoint's payload: window KV and overlap state. Tail buffers are empty at a block boundary."""
+        """Bytes of a checkpoint's payload: window KV and overlap state. Tail buffers (rows of groups of tokens that are
+        not complete) are empty at a block boundary.
+        """
         return self.window_bytes + self.overlap_bytes
 
 
@@ -379,7 +387,7 @@ def _positive(config: Mapping[str, Any], name: str) -> int:
 
 
 def _ratio(config: Mapping[str, Any], legacy_name: str, name: str, default: int) -> int:
-    """Tokens per entry. The legacy field takes precedence, as in transformers."""
+    """Tokens per entry. If a config has both fields, the legacy field takes precedence, as in transformers."""
     rates = config.get("compress_rates")
     rates = {} if rates is None else rates
     if not isinstance(rates, Mapping):
@@ -400,8 +408,8 @@ def per_layer(field: str, given: object, num_layers: int, known: Collection[obje
     unknown = sorted({repr(name) for name in names if not isinstance(name, Hashable) or name not in known})
     if unknown or len(names) < num_layers:
         raise InvalidRequest(
-            f"{field} must have {num_layers} values out of {', '.join(map(str, known))}, is {given!r:.200}; unknown:"
-            f" {unknown}"
+            f"{field} must have {num_layers} values out of {', '.join(map(str, known))}, is {given!r:.200}; "
+            f"unknown values: {unknown}"
         )
     return list(names[:num_layers])
 

@@ -1,11 +1,11 @@
 """KV geometry and record formats of DeepSeek-V4.1: what it stores, how long its replays are, how its names differ.
-Antefix does not compute this model (`layout.other_model_type` says what is missing). Engines that compute it store its
-KV with this module.
+Antefix does not compute this model (`layout.other_model_type` says what is missing). Other inference engines that
+compute this model store its KV with this module.
 
-In V4.1 only some layers have a cache. A layer whose `compress_ratios` is not 0 reads global KV, but only KV sources
-(kv_source_layer_ids) write it; each other layer reads that of the nearest source before it. So 4 of 40 layers have
-global KV, and a token takes 890 bytes. The layers that select entries are listed separately (index_source_layer_ids);
-other layers reuse their selections.
+In V4.1 only some layers have a cache. A layer whose `compress_ratios` is not 0 reads global KV. Only the KV sources
+(kv_source_layer_ids) write global KV; each other layer reads the KV of the nearest source before it. So 4 of 40 layers
+have global KV, and a token takes 890 bytes. The layers that select entries are listed separately
+(index_source_layer_ids); other layers reuse their selections.
 
     part of a block     one for each      one record                                                       bytes
     main entries        KV source         512 E2M1 codes, 2 per byte (RoPE dims too), E4M3 scale per 16    288
@@ -42,10 +42,10 @@ FLOAT_BYTES = 4
 
 
 class LayerRole(StrEnum):
-    """A layer's part in global KV.
+    """How a layer of DeepSeek-V4.1 takes part in global KV.
 
-    window: the layer uses none.  full: it writes global KV and selects entries.  reindex: it selects entries of another
-    layer's KV.  reuse: it reads another layer's KV with another layer's selection.
+    window: the layer uses no global KV. full: it writes global KV and selects entries. reindex: it selects entries of
+    another layer's KV. reuse: it reads another layer's KV with another layer's selection.
     """
 
     WINDOW = "window"
@@ -117,7 +117,9 @@ class V41Geometry:
                 )
         odd = [layer for layer in self.index_sources if not self.ratios[layer]]
         if odd:
-            raise InvalidRequest(f"layer {odd[0]} has compress ratio 0 and cannot be a source")
+            raise InvalidRequest(
+                f"layer {odd[0]} has compress ratio 0 and cannot be a source of index results for other layers"
+            )
         if self.block_size % math.lcm(*(self.ratios[layer] for layer in self.kv_sources), 1):
             raise InvalidRequest(
                 f"a block of {self.block_size} tokens must be a multiple of all compress ratios, {self.ratios}"
@@ -144,8 +146,8 @@ class V41Geometry:
     def replay_reach(self) -> tuple[int, ...]:
         """For each layer, how many of the last tokens before a block's end affect the window state there.
 
-        As `KVGeometry.replay_reach`: a replay reads global KV from the store, whichever layer wrote it. A source with
-        several tokens per group also keeps the rows of the last group.
+        As in `KVGeometry.replay_reach`, a replay reads global KV from the store, whichever layer wrote it. A KV source
+        with several tokens per group also keeps the rows of the last group.
         """
         reach: list[int] = []
         for layer in reversed(range(self.num_layers)):
@@ -171,7 +173,7 @@ class V41Geometry:
         return tuple(layer for layer in self.kv_sources if self._has_overlap(layer))
 
     def digest(self) -> bytes:
-        """16 bytes that name this geometry; part of the fingerprint, whose family is V41."""
+        """The 16 bytes that name this geometry; they are part of the fingerprint, whose family is V41."""
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16, person=b"antefix-geom-v41").digest()
 

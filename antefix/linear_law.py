@@ -1,7 +1,7 @@
 """Predicts seconds as a linear function of a few features, and keeps fitting itself to observations.
 
-Knows nothing of strategies or stores. Old observations fade by `memory`, so the prediction follows a machine that gets
-slower within some dozens of observations.
+This module knows nothing of strategies or stores. Old observations fade by `memory`, so the prediction follows a
+machine that gets slower within some dozens of observations.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SECONDS_MIN = 1e-9
 
 
 class Law(Protocol):
-    """A law as its readers see it: they ask for predictions but add no observations."""
+    """A linear law as its readers see it: they ask for predictions, but add no observations."""
 
     def seconds(self, features: Sequence[float]) -> float: ...
 
@@ -42,7 +42,7 @@ class LinearLaw:
     def __init__(self, prior: Sequence[float], scales: Sequence[float], memory: float = MEMORY) -> None:
         if len(prior) != len(scales) or min(scales) <= 0 or min(prior) < 0 or not 0 < memory <= 1:
             raise InternalError(
-                "a law needs as many positive scales as non-negative coefficients, and memory in (0, 1]"
+                "a linear law needs one positive scale per coefficient, no negative coefficient, and memory in (0, 1]"
             )
         self.num_observations = 0
         self._memory = memory
@@ -53,7 +53,9 @@ class LinearLaw:
         self._coefficients = self._prior
 
     def observe(self, features: Sequence[float], seconds: float) -> None:
-        """Learn that these features took `seconds`. Ignores values that no clock gives (zero, negative, not finite)."""
+        """Learn that these features took `seconds`. Values that no clock can give (zero, negative, not finite) are
+        ignored.
+        """
         if not np.isfinite(seconds) or seconds < SECONDS_MIN:
             return
         # Weighted to relative error, because long prefills would otherwise outweigh short ones. Half of the weight
@@ -71,7 +73,7 @@ class LinearLaw:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """Seconds per unit of each feature."""
+        """The predicted seconds per unit of each feature."""
         return tuple(float(c) for c in self._coefficients / self._scales)
 
     def _fit(self) -> npt.NDArray[np.float64]:

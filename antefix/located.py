@@ -1,8 +1,9 @@
-"""Which store probably has which part of a prompt's chain. A router sends it with the call, so the worker need not ask.
+"""Which store probably has which part of a prompt's chain. A router sends this hint with a call, so that the worker
+need not ask the stores.
 
 The message is a hint and may be stale. A block that is not where the hint says is read elsewhere or computed; a block
 that is stored where the hint does not say is computed again. The worker still asks the stores that the hint does not
-name, and its own stores, whose answers are newer.
+name, and its own stores, because their answers are newer.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ _told: ContextVar[Located | None] = ContextVar("antefix_located", default=None)
 class Located:
     """held: what each store has of the blocks of `chain`, by the store's name.
 
-    found: what the stores have together, and which tier of the process that looked is nearest; empty if another process
-    sent this object.
+    found: which blocks the stores have together, and which tier of the looking process is nearest; empty if another
+    process sent this object.
     """
 
     chain: Sequence[bytes]
@@ -41,7 +42,7 @@ class Located:
     _index: dict[bytes, int] = field(default_factory=dict, repr=False, compare=False)
 
     def of(self, store: str, hashes: Sequence[bytes], fingerprint: bytes) -> Held | None:
-        """What that store has of these blocks; None: this object does not say."""
+        """Which of these blocks that store has; None if this object does not say."""
         held = self.held.get(store)
         if held is None or not hashes or fingerprint != self.fingerprint:
             return None
@@ -65,7 +66,7 @@ class Located:
         return replace(self, held={**self.held, **more})
 
     def parts(self, num_blocks: int) -> list[tuple[int, frozenset[str]]]:
-        """The first `num_blocks` blocks, cut into runs that the same stores have: (number of blocks, stores).
+        """The first `num_blocks` blocks, cut into runs of blocks that the same stores have: (number of blocks, stores).
 
         A store that knows what its host's page cache has is named as `speed_of` takes it: by the label of its page
         cache or of its disk.
@@ -106,7 +107,8 @@ class ReadSpeed:
 def speed_of(place: str, speeds: Mapping[str, ReadSpeed]) -> ReadSpeed | None:
     """How fast a worker reads from a place that `Located.parts` names. None: it has not said.
 
-    Only a worker that reads the store's files itself tells its page cache and disk apart; others know the store alone.
+    Only a worker that reads the store's files itself can tell the page cache from the disk; other workers know only the
+    speed of the whole store.
     """
     if place in speeds:
         return speeds[place]
@@ -120,7 +122,7 @@ def tell(located: Located | None) -> None:
 
 
 def told() -> Located | None:
-    """The hint that this task uses."""
+    """The hint about stored blocks that this task uses."""
     return _told.get()
 
 

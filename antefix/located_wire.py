@@ -12,7 +12,9 @@ from antefix.v1 import worker_pb2
 
 
 def hints_to_wire(located: Located | None) -> list[worker_pb2.StoreHint]:
-    """The hints of a call.  located: None: nothing is known, so the call has no hints."""
+    """The hints of a call about stored blocks. located: None: nothing is known about the blocks, so the call has no
+    hints.
+    """
     if located is None:
         return []
     return [
@@ -24,7 +26,10 @@ def hints_to_wire(located: Located | None) -> list[worker_pb2.StoreHint]:
 def hints_from_wire(
     hints: Iterable[worker_pb2.StoreHint], hashes: Sequence[bytes], fingerprint: bytes
 ) -> Located | None:
-    """hashes: the prompt's chain.  Raises:  InvalidRequest: spans or checkpoints are not in ascending order."""
+    """hashes: the prompt's chain.
+
+    Raises:  InvalidRequest: spans of blocks, or checkpoints, are not in ascending order.
+    """
     held = {hint.store: _held(hint) for hint in hints}
     return Located(chain=hashes, fingerprint=fingerprint, held=held) if held else None
 
@@ -37,7 +42,7 @@ def speeds_to_wire(speeds: Mapping[str, ReadSpeed]) -> list[worker_pb2.TierSpeed
 
 
 def speeds_from_wire(speeds: Iterable[worker_pb2.TierSpeed]) -> dict[str, ReadSpeed]:
-    """The speeds of an answer. Invalid values are dropped, because speeds only affect where a request is placed."""
+    """The speeds of an answer. Invalid speeds are dropped, because speeds only affect where a request is placed."""
     found = {}
     for each in speeds:
         speed = ReadSpeed(latency_s=each.latency_s, seconds_per_token=each.seconds_per_token)
@@ -49,5 +54,7 @@ def speeds_from_wire(speeds: Iterable[worker_pb2.TierSpeed]) -> dict[str, ReadSp
 def _held(hint: worker_pb2.StoreHint) -> Held:
     flat, checkpoints = tuple(hint.spans), tuple(hint.checkpoints)
     if len(flat) % 2 or any(a >= b for a, b in (*pairwise(flat), *pairwise(checkpoints))):
-        raise InvalidRequest(f"the hint for store {hint.store!r} has spans that do not follow each other")
+        raise InvalidRequest(
+            f"the hint of which blocks store {hint.store!r} has is damaged: its spans do not follow each other"
+        )
     return Held(spans=tuple(zip(flat[::2], flat[1::2], strict=True)), checkpoints=checkpoints)

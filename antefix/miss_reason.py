@@ -6,7 +6,9 @@ from enum import StrEnum
 
 
 class MissReason(StrEnum):
-    """Why a block missed. Values are part of the protocols and of the ledger's format: never renamed."""
+    """Why a block missed. The values of this enum are part of the protocols and of the ledger's format, so they are
+    never renamed.
+    """
 
     # No miss: the block is stored, or only the tokens after the prompt's last whole block were computed.
     NONE = ""

@@ -1,6 +1,6 @@
 """Reads a Hugging Face model directory without its tensors: config, revisions of weights and tokenizer, fingerprint.
 
-The router and the tools name blocks with this, so it must never need torch.
+The router and the command-line tools name blocks with this module, so it must never need torch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _READ_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelIdentity:
-    """The parts of a model that enter block names. Two processes with equal identities may share KV."""
+    """The parts of a model that go into block names. Two processes with equal identities may share KV."""
 
     path: Path
     geometry: KVGeometry
@@ -48,7 +48,7 @@ class ModelIdentity:
         arithmetic: str = CPU_FLOAT32,
         num_cards: int | None = None,
     ) -> Fingerprint:
-        """The fingerprint of this model's KV.  num_cards: None takes the number from the arithmetic's name."""
+        """The fingerprint of this model's KV.  num_cards: None: the number is taken from the arithmetic's name."""
         return Fingerprint(
             weights_revision=self.weights_revision,
             geometry=self.geometry,

@@ -1,7 +1,7 @@
 """Removes addresses and paths from error messages that go to outside callers.
 
-Messages between services name addresses, files and sockets, because operators need them in logs. To a client they would
-reveal the structure of the deployment.
+Messages between services name addresses, files and sockets, because operators need them in logs. A client could learn
+the structure of the deployment from them.
 """
 
 from __future__ import annotations
@@ -48,6 +48,6 @@ def outward() -> Iterator[None]:
         told = str(err) if isinstance(err, InvalidRequest) else without_places(str(err))
         if told == str(err):
             raise
-        log.warning("answered a caller with %s: %s", type(err).__name__, err)
+        log.warning("a caller got an answer with less detail than this error has: %s: %s", type(err).__name__, err)
         err.args = (told, *err.args[1:])
         raise

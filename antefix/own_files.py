@@ -1,7 +1,8 @@
 """Opens Antefix's own files safely: anything but a regular file (or a directory, where expected) counts as missing.
 
-After an accident or an attack, a FIFO (opening it waits for ever), an endless device or a directory may have the name
-of such a file. A reader treats the file as missing. The directory's owner renames the wrong object and continues.
+After an accident or an attack, the name of such a file may belong to a FIFO (opening it waits for ever), an endless
+device or a directory. A reader treats such a file as missing. The process that owns the directory renames the wrong
+object and continues.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def read_small(path: Path, nbytes_max: int) -> bytes:
 
 
 def put_aside(path: Path, is_right: Callable[[int], bool] = stat.S_ISREG) -> bool:
-    """Rename what is at `path` if it is of the wrong kind. Returns whether it was. Only the directory's owner calls
-    this.
+    """Rename what is at `path` if it is not of the expected kind. Returns whether it was. Only the process that owns
+    the directory may call this function.
 
-    is_right: says by the mode (as in `stat`, following links) whether the kind is right.
+    is_right: decides by the mode (as in `stat`, following links) whether the file is of the expected kind.
     """
     try:
         if is_right(path.stat().st_mode):
@@ -62,5 +63,5 @@ def put_aside(path: Path, is_right: Callable[[int], bool] = stat.S_ISREG) -> boo
             return False
     aside = path.with_name(f"{path.name}.misplaced-{secrets.token_hex(4)}")
     path.rename(aside)
-    log.error("%s is not the kind of file that belongs there, and was renamed to %s", path, aside.name)
+    log.error("%s is not the kind of file that belongs at this path, and was renamed to %s", path, aside.name)
     return True

@@ -24,7 +24,7 @@ _WRITERS: Final = 0o022
 
 
 def read_private(path: str | Path, what: str) -> str:
-    """The text of a file that holds a secret.  what: the setting or the kind of file, for the message.
+    """The text of a file that holds a secret. what: the setting or the kind of file, for the error message.
 
     Raises:  ConfigError: it cannot be read, is not text, or everybody on the host may read or change it.
     """
@@ -50,7 +50,9 @@ def refuse_writable(path: str | Path, what: str) -> None:
 
 
 def open_private(path: str | Path, mode: str) -> IO[str]:
-    """Open a file to write, with mode "w" or "a", line-buffered. Only its owner can open a file made by this."""
+    """Open a file to write, with mode "w" or "a", line-buffered. A file that is created here can be opened only by its
+    owner.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if mode == "a" else os.O_TRUNC)
     return os.fdopen(os.open(path, flags, FILE_MODE), mode, buffering=1, encoding="utf-8", errors="surrogateescape")
 

@@ -36,14 +36,16 @@ def places(num_blocks: int) -> list[int]:
 
 
 def marks_of(hashes: Sequence[bytes]) -> str:
-    """The marks of a prompt with these block hashes; empty for one that is shorter than a block."""
+    """The marks of a prompt with these block hashes; empty for a prompt that is shorter than a block."""
     if not hashes:
         return ""
     return f"{len(hashes)}:" + "".join(_short(hashes[place - 1]) for place in places(len(hashes)))
 
 
 def mark_at(marks: str, num_blocks: int) -> str:
-    """The mark after `num_blocks` blocks: the first 6 bytes of the hash there, in hex. Empty: there is no such mark."""
+    """The mark after `num_blocks` blocks: the first 6 bytes of the hash there, in hex. Returns an empty text if there
+    is no such mark.
+    """
     try:
         return _read(marks).get(num_blocks, "")
     except InvalidRequest:
@@ -63,14 +65,14 @@ def block_size_of(marks: str, num_tokens: int) -> int:
 
 
 def parting(one: str, other: str) -> Parting:
-    """How many leading blocks two marked prompts share.  Raises:  InvalidRequest: a text is not marks."""
+    """How many leading blocks two marked prompts share.  Raises:  InvalidRequest: a text cannot be read as marks."""
     first, second = _read(one), _read(other)
     both = sorted(set(first) & set(second))
     return _parting([place for place in both if first[place] == second[place]], both, min(_end(first), _end(second)))
 
 
 def parting_of_chain(hashes: Sequence[bytes], marks: str) -> Parting:
-    """As `parting`, for one prompt whose hashes are all known and one that is known by its marks."""
+    """As `parting`, for one prompt whose hashes are all known and another that is known only by its marks."""
     known = _read(marks)
     both = [place for place in known if place <= len(hashes)]
     alike = [place for place in both if known[place] == _short(hashes[place - 1])]
@@ -92,9 +94,9 @@ def _read(marks: str) -> dict[int, str]:
         at = places(int(number))
         bytes.fromhex(digits)
     except ValueError as err:
-        raise InvalidRequest(f"{marks[:40]!r} are not marks of a prompt") from err
+        raise InvalidRequest(f"the text {marks[:40]!r} cannot be read as marks of a prompt") from err
     if len(digits) != _HEX_DIGITS * len(at):
-        raise InvalidRequest(f"{marks[:40]!r} are not marks of a prompt")
+        raise InvalidRequest(f"the text {marks[:40]!r} cannot be read as marks of a prompt")
     return {place: digits[_HEX_DIGITS * i : _HEX_DIGITS * (i + 1)] for i, place in enumerate(at)}
 
 

@@ -1,5 +1,5 @@
-"""Detects a peer that hangs. A process that is stopped, swapped out or behind a cut link closes no connection, so gRPC
-reports no error. A pulse asks its peer twice per second, and notices within two seconds that the peer is silent.
+"""Detects a peer that hangs. If a process is stopped, swapped out or behind a cut link, its connections stay open, so
+gRPC reports no error. A pulse asks its peer twice per second, and notices within two seconds that the peer is silent.
 
     answering --no answer within limit_s--> silent --an answer--> answering
 
@@ -41,8 +41,8 @@ LAST_PATIENCE_S: Final = 10.0
 
 
 class Pulse:
-    """The pulse of one peer. Call `start` once, on the event loop that waits for the peer, and `close` at the end. Or
-    ask the peer elsewhere, and say with `heard` what came of it.
+    """The pulse of one peer. `start` must be called once, on the event loop that waits for the peer, and `close` at the
+    end. The question can also be asked elsewhere; `heard` then reports its result.
 
     every_s: how often the peer is asked.  rtt_s: the peer's usual answer time; 0 if it was not measured.
     num_silences: how often the peer fell silent.  num_returns: how often it began to answer, for the first time or
@@ -108,8 +108,8 @@ class Pulse:
     def guard(self, patience_s: float = 0.0) -> Iterator[None]:
         """A context in which to wait for the peer.
 
-        patience_s: how long a silence the wait survives. If it is not 0, a peer that is silent already still gets a
-        moment to answer, since it may just have come back.
+        patience_s: how long a silence the wait survives. If the patience is not 0, a peer that is silent already still
+        gets a moment to answer, since it may just have come back.
 
         Raises:  Unavailable: the peer is silent, or falls silent during the wait.
         """
@@ -150,19 +150,19 @@ class Pulse:
             await asyncio.sleep(max(0.0, self.every_s - (self._clock() - begun)))
 
     def heard(self, *, reachable: bool) -> None:
-        """Note that the peer answered a question, or that it cannot be reached."""
+        """Record that the peer answered a question, or that it cannot be reached."""
         if reachable and not self.answers:
             self.num_returns += 1
             self.returned_s = self._clock()
         if self.is_silent:
-            log.warning("%s answers again after %.1f s", self.name, self._silence_s())
+            log.warning("the service %s answers again after %.1f s of silence", self.name, self._silence_s())
         self._silent_since, self._reachable = None, reachable
 
     def _fall_silent(self, since: float) -> None:
         if not self.is_silent:
             self._silent_since = since
             self.num_silences += 1
-            log.warning("%s does not answer; its calls go to others, or fail", self.name)
+            log.warning("the service %s does not answer; calls for it go to other services, or fail", self.name)
         self._wake(self._silence_s())
 
     def _wake(self, silence_s: float) -> None:

@@ -1,4 +1,5 @@
-"""Records, which a store holds, and its answers about them. Knows hashes and bytes, never tokens, tensors or protobuf.
+"""The records that a store holds, and a store's answers about records. This module knows hashes and bytes, never
+tokens, tensors or protobuf.
 
 Kinds of records, each named by a hash:
     BLOCK       global KV of one block; its parent is the previous block's hash; kept for days.
@@ -22,7 +23,7 @@ Buffer = bytes | bytearray | memoryview
 
 
 class RecordKind(IntEnum):
-    """The kind of a record. Values are part of the disk format: never renumber."""
+    """The kind of a record. The values of this enum are part of the disk format, so they must never be renumbered."""
 
     BLOCK = 1
     CHECKPOINT = 2
@@ -97,7 +98,7 @@ class Held:
     spans: blocks [start, stop), ascending, with gaps between them.
     checkpoints: after how many blocks each checkpoint lies, ascending.
     cached, cached_checkpoints: the part of both that was in the page cache of the store's host, by samples; None: not
-    known. It changes at any time, so it does not count when two objects are compared.
+    known. The cached part changes at any time, so it does not count when two objects are compared.
     """
 
     spans: tuple[tuple[int, int], ...] = ()
@@ -130,14 +131,16 @@ class Held:
         return sum(stop - start for start, stop in self.cached or ())
 
     def parted(self) -> tuple[Held, Held]:
-        """What must come from the disk, and what is in the page cache. The two have no block in common."""
+        """The bytes that must come from the disk, and the bytes that are in the page cache. No block is in both
+        parts.
+        """
         cached = Held(spans=self.cached or (), checkpoints=self.cached_checkpoints)
         checkpoints = tuple(count for count in self.checkpoints if count not in self.cached_checkpoints)
         return Held(spans=_without(self.spans, cached.spans), checkpoints=checkpoints), cached
 
 
 def _without(spans: Sequence[tuple[int, int]], parts: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """The spans without their `parts`. Both are ascending, with gaps between them."""
+    """The spans without their `parts`. Both lists are ascending; spans have gaps between them."""
     left: list[tuple[int, int]] = []
     for start, stop in spans:
         for first, last in parts:
@@ -151,7 +154,9 @@ def _without(spans: Sequence[tuple[int, int]], parts: Sequence[tuple[int, int]])
 
 
 class RefusalReason(StrEnum):
-    """Why a record was refused. Part of the protocol: a peer treats a reason that it does not know as OTHER."""
+    """Why a record was refused. The reasons are part of the protocol: a peer treats a reason that it does not know as
+    OTHER.
+    """
 
     OTHER = "other"
     # The record is malformed or exceeds a limit, so no retry will succeed.
@@ -178,7 +183,9 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PutResult:
-    """How many records were written, how many existed already, and the hashes refused, each with its reason."""
+    """How many records were written, how many existed already, and the hashes of refused records, each with its
+    reason.
+    """
 
     num_stored: int
     num_existing: int
@@ -187,7 +194,7 @@ class PutResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockFate:
-    """Why a store would miss a block.  reason: NONE while the block is stored.
+    """Why a store would not have a block. reason: NONE if the block is stored.
 
     fingerprints: all other fingerprints under which the store has ever held records, the newest last.
     statements: the statement of each of these fingerprints; empty if the store was not given it.

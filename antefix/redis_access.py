@@ -1,12 +1,13 @@
-"""How to reach a Redis server or cluster: by URL, over TLS, with a password that no list of processes shows.
+"""How to reach a Redis server or cluster: by URL, over TLS, and with a password that does not appear in lists of
+processes.
 
     rediss://user@host:6379/0    TLS; the certificate and its host name are checked, against `redis_ca_file` if given
     redis://127.0.0.1:6379/0     without TLS, so on this host only
     unix:///run/redis.sock       a socket of this host
     redis+cluster:// and rediss+cluster://   the same for a cluster
 
-The password is in its own file (`redis_password_file`), which is read at each connection. So a new password needs no
-restart.
+The Redis password is in its own file (`redis_password_file`), which is read at each connection. So a service need not
+be restarted for a new password.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class RedisAccess:
         return cls(url=url, password_file=config.redis_password_file, ca_file=config.redis_ca_file)
 
     def connect(self, *, timeout_s: float, connect_timeout_s: float | None = None) -> Redis | RedisCluster:
-        """A client; it connects when it is first used."""
+        """A Redis client, which connects when it is first used."""
         # Imported here because it takes half a second, which only users of Redis need to spend.
         from redis.asyncio import Redis, RedisCluster
 
@@ -132,7 +133,9 @@ def check_redis_url(url: str, name: str = "Redis") -> None:
         host, _ = parts.hostname or "", parts.port
     except ValueError:
         # The text is not quoted, because it may contain a password.
-        raise ConfigError(f"{name}: this is not a URL; a password belongs in a file: {_PASSWORD}") from None
+        raise ConfigError(
+            f"{name} is not a URL; if the URL has a password, put the password into a file: {_PASSWORD}"
+        ) from None
     if parts.password is not None:
         # The message must not contain the password either.
         raise ConfigError(f"{name}: the URL has a password, which others on this host could see: use {_PASSWORD}")

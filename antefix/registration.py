@@ -1,8 +1,8 @@
-"""Registration of workers: only a process with the deployment's secret may register. A process proves that without
-sending it.
+"""Registration of workers: only a process with the deployment's secret may register. A process proves that it has the
+secret without sending the secret.
 
-Applications call the router on the same port. An application that could register its own address as a worker would
-receive other tenants' prompts.
+Applications call the router on the same port as workers. An application that could register its own address as a worker
+would receive other tenants' prompts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ AGE_S_MAX: Final = 300.0
 class Registration:
     """A worker's registration.
 
-    instance: random bytes, new for each process.  ttl_s: how long it is valid; 0 removes the worker.
-    said_at_ms: when it was made, in Unix time.
+    instance: random bytes, new for each process. ttl_s: how long the registration is valid; 0 removes the worker.
+    said_at_ms: when the registration was made, in Unix time.
     """
 
     role: str
@@ -48,7 +48,8 @@ class Registration:
             raise Unauthenticated("only workers with the deployment's secret may register")
         if abs(time.time() - self.said_at_ms / 1000) > AGE_S_MAX:
             raise Unauthenticated(
-                f"the registration is more than {AGE_S_MAX:g} s old, or the two hosts' clocks differ by more than that"
+                f"the registration was made more than {AGE_S_MAX:g} s ago, or the clocks of the two hosts "
+                "differ by more than that"
             )
 
     def check_identity(self, identity: Identity) -> None:

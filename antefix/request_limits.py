@@ -1,11 +1,11 @@
 """Checks requests and answers against the limits in the protos (`limit.proto`): types, ranges, finiteness, sizes.
 
 A service checks each message here when its bytes arrive; all later code trusts the message. A request that is not
-protobuf, or breaks a limit, becomes an `Unreadable`, which the interceptor refuses with INVALID_ARGUMENT. Without that,
-gRPC would answer UNKNOWN and log a traceback.
+protobuf, or breaks a limit, becomes an `Unreadable`, which the interceptor refuses with INVALID_ARGUMENT. Without this
+class, gRPC would answer UNKNOWN and log a traceback for such a request.
 
-A service that calls another one checks the answer in the same way (`answered`). Most fields of answers have no limit in
-the proto. For fields without a limit, numbers must be finite, and lists no longer than any service makes.
+A service that calls another one checks the other's answer in the same way (`answered`). Most fields of answers have no
+limit in the proto. For fields without a limit, numbers must be finite, and lists no longer than any service makes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Check = Callable[[Any], None]
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """Replaces a request that could not be read, until code that may raise handles it. It holds the reason."""
+    """Stands for a request that could not be read, until it reaches code that may raise. It holds the reason."""
 
     err: AntefixError
 
@@ -56,7 +56,7 @@ def reading(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
         except AntefixError as err:
             return Unreadable(err)
         except (DecodeError, UnicodeDecodeError, ValueError) as err:
-            return Unreadable(InvalidRequest(f"the request is not the message that this call takes: {err}"))
+            return Unreadable(InvalidRequest(f"the request is not the message type that this call takes: {err}"))
 
     return read
 
@@ -97,7 +97,7 @@ def answered(answer: M) -> M:
     if not isinstance(answer, Message):
         # gRPC passes None for an answer that it cannot read.
         raise Unavailable(
-            "the service's answer is not the message that this call returns: another version may run there"
+            "the service's answer is not the message type that this call returns: the service may have another version"
         )
     try:
         _check(answer, of_answer=True)
@@ -108,7 +108,7 @@ def answered(answer: M) -> M:
 
 
 def limit_of(field: FieldDescriptor) -> limit_pb2.FieldLimit | None:
-    """The field's limit in the proto; None: it has none."""
+    """The field's limit in the proto file; None if it has no limit."""
     options: Any = field.GetOptions()
     if not options.HasExtension(limit_pb2.limit):
         return None
@@ -126,7 +126,9 @@ def _check(message: Message, *, of_answer: bool = False) -> None:
 
 @cache
 def _checks_of(descriptor: Descriptor, of_answer: bool) -> tuple[tuple[str, Check], ...]:
-    """The checks of a message's fields, by field name. Cached per message type, because requests are frequent."""
+    """The checks of a message's fields, by field name. The checks are cached per message type, because requests are
+    frequent.
+    """
     checks: list[tuple[str, Check]] = []
     for field in descriptor.fields:
         one = _check_of_value(_value_of(field), of_answer)
@@ -159,7 +161,7 @@ def _of_items(name: str, most: int, one: Check | None) -> Check:
 
 
 def _value_of(field: FieldDescriptor) -> FieldDescriptor:
-    """The field of a map's values; any other field unchanged."""
+    """For a map field, the field of its values; any other field is returned unchanged."""
     kind = field.message_type
     return kind.fields_by_name["value"] if kind is not None and kind.GetOptions().map_entry else field
 
@@ -178,7 +180,7 @@ def _check_of_value(field: FieldDescriptor, of_answer: bool) -> Check | None:
 def _known(numbers: frozenset[int]) -> Check:
     def check(value: int) -> None:
         if value not in numbers:
-            raise InvalidRequest(f": {value} is not one of its values")
+            raise InvalidRequest(f": {value} is not one of the field's values")
 
     return check
 

@@ -10,7 +10,7 @@ from antefix.usage import Usage, tiers_text
 
 @dataclass(slots=True)
 class RestoreReport:
-    """Filled in while a prompt is processed. Hit plus miss is the prompt's length.
+    """The report is filled in while a prompt is processed. Hit tokens plus miss tokens equal the prompt's length.
 
     hit_tiers: the tokens of hit_store_tokens that each tier delivered, by the tier's label.
     write_error: why some computed KV could not be stored; empty: all of it was stored.

@@ -1,8 +1,10 @@
-"""Reads RoPE from a config.json: the main RoPE of window-only layers, and that of compressed branches. Knows no
+"""Reads RoPE parameters from a config.json: those of window-only layers, and those of compressed branches. Knows no
 tensors.
 
-Two forms are accepted. The flat form is that of V4's release: `rope_theta`, `compress_rope_theta`, `qk_rope_head_dim`
-and a YaRN in `rope_scaling` that stretches only the compressed branches. The nested form is that of transformers:
+Two forms are accepted. The flat form of RoPE parameters is that of V4's release: `rope_theta`, `compress_rope_theta`,
+`qk_rope_head_dim`
+and a YaRN in `rope_scaling` that stretches only the compressed branches. The nested form of RoPE parameters is that of
+transformers:
 `rope_parameters` with `main` and `compress`. A config that DeepSeek's own code and transformers read differently is
 refused or noted (docs/MODEL_CONFIGS.md).
 """
@@ -49,7 +51,7 @@ class RopeConfig:
 class Ropes:
     """Both RoPEs of a model.
 
-    dim: how many of a head's last dims they rotate.  notes: the points in which transformers would compute differently.
+    dim: how many of a head's last dims RoPE rotates. notes: the points in which transformers would compute differently.
     """
 
     main: RopeConfig
@@ -82,7 +84,9 @@ def read_ropes(config: Mapping[str, Any], head_dim: int) -> Ropes:
 
 
 def number(fields: Mapping[str, Any], name: str, default: float | None, *, where: str = "config field") -> float:
-    """A positive number.  Raises:  InvalidRequest: the value is not one, or there is neither value nor default."""
+    """A positive number. Raises: InvalidRequest: the value is not a number of the wanted kind, or there is neither
+    value nor default.
+    """
     value = fields.get(name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= NUMBER_MAX:
         raise InvalidRequest(f"{where} {name} must be a positive number, is {value!r}")
@@ -97,13 +101,13 @@ def _count(fields: Mapping[str, Any], name: str, default: int, *, where: str) ->
 
 
 def _given(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The name of the field that holds the parameters, and the parameters. `rope_scaling` comes first, as in
-    transformers.
+    """The name of the field that holds the RoPE parameters, and the parameters. If both fields exist, `rope_scaling` is
+    read first, as in transformers.
     """
     for name in ("rope_scaling", "rope_parameters"):
         given = config.get(name)
         if given and not isinstance(given, Mapping):
-            raise InvalidRequest(f"config field {name} must be an object, is {given!r}")
+            raise InvalidRequest(f"config field {name} must be a JSON object, is {given!r}")
         if given:
             return name, given
     return "rope_parameters", {}
@@ -158,8 +162,8 @@ def _yarn(config: Mapping[str, Any], name: str, params: Mapping[str, Any]) -> Ya
 def _attention_factor(label: str, name: str, params: Mapping[str, Any], factor: float) -> tuple[float, tuple[str, ...]]:
     """The factor that multiplies cos and sin, and notes.
 
-    V4's own code has no such factor. For flat configs transformers has none either, whatever mscale says. For nested
-    configs without a factor, transformers uses the YaRN paper's, 0.1 ln(factor) + 1.
+    V4's own code does not have this factor. For flat configs, transformers has no such factor either, whatever mscale
+    says. For nested configs without a factor, transformers uses the YaRN paper's, 0.1 ln(factor) + 1.
     """
     given = params.get("attention_factor")
     if given is not None:
@@ -207,8 +211,8 @@ def _flat_dim(config: Mapping[str, Any], head_dim: int) -> int:
 def _nested_dim(
     config: Mapping[str, Any], head_dim: int, name: str, given: Mapping[str, Any]
 ) -> tuple[int, tuple[str, ...]]:
-    """The number of RoPE dims of a nested config. In transformers each part has its own number; in Antefix's records
-    both parts have the same.
+    """The number of RoPE dims of a nested config. In transformers each kind of RoPE has its own number of dims; in
+    Antefix's records both kinds have the same number.
     """
     top, notes, dims = config.get("partial_rotary_factor"), [], {}
     for label in _THETAS:

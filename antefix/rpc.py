@@ -128,7 +128,7 @@ def status_of(err: errors.AntefixError) -> tuple[grpc.StatusCode, tuple[tuple[st
 
 
 def from_rpc_error(err: grpc.aio.AioRpcError) -> errors.AntefixError:
-    """The exception that the peer raised. For a status made by gRPC itself, the closest exception."""
+    """The exception that the called service raised. For a status that gRPC itself made, the closest exception."""
     # dict() would fail: the mapping of grpcio 1.78 iterates over pairs instead of keys.
     metadata = {str(key): value for key, value in err.trailing_metadata() or ()}
     kind = _BY_NAME.get(str(metadata.get(_ERROR_KEY, "")))
@@ -162,7 +162,7 @@ class ErrorInterceptor(grpc.aio.ServerInterceptor):
     """Turns exceptions into statuses. A bug (InternalError, or any exception outside `antefix.errors`) becomes INTERNAL
     with an error id that is also in the log.
 
-    First of all it asks the guard to admit the call.
+    Before anything else, the interceptor asks the guard to admit the call.
 
     draining: when set, ends calls of methods named Watch..., which would otherwise never end and delay the stop.
     """
@@ -307,7 +307,7 @@ def deadline_s(context: Context, default_s: float) -> float:
 
 @dataclass(slots=True)
 class Server:
-    """A started server. `drain` says NOT_SERVING, lets running calls finish, then stops."""
+    """A started server. `drain` reports NOT_SERVING, lets running calls finish, and then stops the server."""
 
     server: grpc.aio.Server
     health: HealthServicer
@@ -394,7 +394,7 @@ def _listen_for_tokens(server: grpc.aio.Server, address: str, security: ProcessS
     credentials = security.server_credentials(mutual=False)
     if credentials is None:
         raise errors.ConfigError(
-            "--token-address needs TLS (--credentials); without TLS, callers show their tokens at --address"
+            "--token-address needs TLS (--credentials); without TLS, callers give their tokens at --address"
         )
     host, port = parse_address(address)
     return join_address(host, _listen(server, join_address(host, port), credentials))
@@ -457,10 +457,10 @@ async def run_until_signal(
 ) -> None:
     """Announce the address on stdout as one JSON line, serve until SIGTERM or SIGINT, `leave`, drain, then `stop`.
 
-    watch_stdin: stop also when stdin closes, which happens whenever the process that started this one dies.
-    grace_s: how long running calls may take after the stop; a second SIGINT ends them at once.  others: functions that
-    drain further servers at the same time.  end: makes calls that still run after `grace_s` end with an error; without
-    it their connections are cut.
+    watch_stdin: stop also when stdin closes, which happens whenever the process that started this one dies. grace_s:
+    how long running calls may take after the stop; a second SIGINT ends them at once. others: functions that drain
+    further servers at the same time. end: makes calls that still run after `grace_s` end with an error; without this
+    function their connections are cut.
     """
     asked, hurried = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -477,7 +477,7 @@ async def run_until_signal(
     await asked.wait()
     if watcher:
         watcher.cancel()
-    log.info("%s: stopping; running calls may take %g s more", role, grace_s)
+    log.info("the %s service is stopping; running calls may take %g s more", role, grace_s)
     if leave is not None:
         await leave()
     draining = [asyncio.ensure_future(server.drain(grace_s + ENDING_S if end else grace_s))]
@@ -498,7 +498,7 @@ async def _drained(
     hurry: asyncio.Future[Any] = asyncio.ensure_future(hurried.wait())
     await asyncio.wait([drained, hurry], timeout=grace_s, return_when=asyncio.FIRST_COMPLETED)
     if not drained.done():
-        log.warning("the grace period is over; the calls that still run are ended now")
+        log.warning("the grace period is over; all calls that are still running are stopped now")
         if end is not None:
             end()
         elif hurry.done():
@@ -522,7 +522,7 @@ async def _watch_stdin(asked: asyncio.Event) -> None:
 def channel(
     address: str, *, of: Role | None = None, name: str = "", credentials: Credentials | None = None
 ) -> grpc.aio.Channel:
-    """A channel with Antefix's limits. Each call on it still needs its own deadline.
+    """A channel with Antefix's limits. Each call on this channel still needs its own deadline.
 
     of, name: the role and process name that the server's certificate must have, where there are certificates.
     credentials: sent with each call; None: those of this process (`antefix.security.own_credentials`).

@@ -30,15 +30,15 @@ _NUM_GENERATIONS_MAX: Final = 16
 class Keyring:
     """Keys and digests of tenants, derived once each.
 
-    All roles of a deployment must have the same current secret, or no request ever hits. Methods take the generation of
-    the secret to use; 0 means the current one.
+    All roles of a deployment must have the same current secret, or no request ever hits. Methods take the generation
+    number of the secret to use; 0 means the current secret.
     """
 
     # Tenants are few compared with requests, but their names come from callers, so the caches are bounded.
     _NUM_CACHED_MAX = 4096
 
     def __init__(self, secret: bytes, *, generation: int = 1, older: Mapping[int, bytes] | None = None) -> None:
-        """older: secrets whose records are still read, by generation.
+        """older: earlier secrets, by generation, whose records are still read.
 
         Raises:  InvalidRequest: a secret does not have 16 to 64 bytes, or a generation is not from 1 to 65,535.
         """
@@ -73,7 +73,7 @@ class Keyring:
         return _kept(self._seal_keys, (owner, generation), lambda: _seal_key(secret, owner))
 
     def events_key(self, generation: int = 0) -> bytes:
-        """The key that signs events sent through Redis. The secret cannot be derived from it."""
+        """The key that signs events sent through Redis. Nobody can derive the secret from the events key."""
         secret = self._secrets[generation or self.generation]
         return hashlib.blake2b(digest_size=32, key=secret, person=b"antefix-events").digest()
 
@@ -88,8 +88,8 @@ class Keyring:
         return state.digest()
 
     def proves(self, proof: bytes, *parts: bytes) -> bool:
-        """Whether `proof` was made over these parts with any of the secrets. During a rotation, some processes still
-        use the older one.
+        """Whether `proof` was made over these parts with any of the secrets. During a rotation of the secret, some
+        processes still use the older secret.
         """
         made = (self.proof(*parts, generation=number) for number in self.generations)
         return any(hmac.compare_digest(each, proof) for each in made)
@@ -123,9 +123,9 @@ def read_generations(path: str | Path, what: str = "secret file") -> list[tuple[
     try:
         numbered = [(int(words[0]) if len(words) == 2 else 1, bytes.fromhex(words[-1])) for words in lines]
     except ValueError:
-        raise ConfigError(f"{what} {path}: a line is not [GENERATION] HEX") from None
+        raise ConfigError(f"{what} {path}: a line does not have the form [GENERATION] HEX") from None
     if len({number for number, _ in numbered}) < len(numbered):
-        raise ConfigError(f"{what} {path}: each line needs a generation of its own")
+        raise ConfigError(f"{what} {path}: each line needs a different generation number")
     return numbered
 
 
@@ -153,6 +153,8 @@ def _seal_key(secret: bytes, owner: bytes) -> bytes:
 
 
 def create_secret_file(path: Path) -> Path:
-    """Make the file if it is not there, readable by its owner only. Losing it loses every stored block."""
+    """Make the secret file if it does not exist, readable by its owner only. If the secret file is lost, every stored
+    block is lost.
+    """
     create_private(path, secrets.token_bytes(SECRET_BYTES).hex() + "\n")
     return path

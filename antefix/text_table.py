@@ -10,7 +10,9 @@ _WIDTH = 10_000
 
 
 def text_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, num_left: int = 1) -> str:
-    """One line per row, below the head. The first `num_left` columns are left-aligned, the others right-aligned."""
+    """One line per row, after the line with the column heads. The first `num_left` columns are left-aligned, the others
+    right-aligned.
+    """
     # Imported here, so that only programs that print a table load rich.
     from rich.console import Console
     from rich.table import Table

@@ -6,7 +6,9 @@ from enum import StrEnum
 
 
 class TierKind(StrEnum):
-    """How far away a tier is, nearest first. Values are part of receipts and metrics: never renamed."""
+    """How far away a tier is, nearest first. The values of this enum are part of receipts and metrics, so they are
+    never renamed.
+    """
 
     PAGE_CACHE = "page_cache"
     DISK = "disk"

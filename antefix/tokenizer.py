@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
         """The text of ids; special tokens are written out."""
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes that one token stands for. The bytes may be only part of a character."""
+        """The bytes that one token stands for. These bytes may be only a part of a character."""
 
     def stream(self) -> TextStream:
         """A new decoder that returns text as tokens arrive."""
@@ -176,8 +176,8 @@ _CUTTERS = {"Sequence", "Split", "ByteLevel", "Digits"}
 
 
 def _keeps_all(spec: dict[str, Any]) -> bool:
-    """Whether the tokenizer drops and changes no character. If it does, no token stands for more characters than its
-    own length.
+    """Whether the tokenizer neither drops nor changes any character. If the tokenizer drops and changes nothing, no
+    token stands for more characters than its own length.
     """
 
     def parts(part: Any) -> Iterator[dict[str, Any]]:
@@ -200,7 +200,7 @@ def _keeps_all(spec: dict[str, Any]) -> bool:
 
 
 class _RedecodeStream:
-    """Decodes the last few tokens again at each step, because a token's text can depend on the token before it."""
+    """Decodes the last few tokens together at each step, because a token's text can depend on the token before it."""
 
     def __init__(self, tokenizer: HuggingFaceTokenizer) -> None:
         self._tokenizer = tokenizer

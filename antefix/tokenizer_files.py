@@ -50,7 +50,7 @@ def check_tokenizer_file(path: Path) -> None:
         old = pattern.get("String") if isinstance(pattern, dict) else None
         growth *= max(1.0, len(str(new)) / max(1, len(str(old or ""))))
     if growth > _GROWTH_MAX:
-        raise ModelError(f"tokenizer {path}: its replacements make a text {growth:.0f} times as long")
+        raise ModelError(f"tokenizer {path}: its replacements make a text {growth:.0f} times as long as it was")
 
 
 def _replacements(value: object) -> Iterator[Mapping[str, object]]:

@@ -14,7 +14,9 @@ from antefix.miss_reason import MissReason
 
 
 class Evidence(StrEnum):
-    """The evidence for a hit's token count. Values are part of the ledger's format: never renamed."""
+    """The evidence for a hit's token count. The values of this enum are part of the ledger's format, so they are never
+    renamed.
+    """
 
     # The hash of the last block that was hit, which the store's log confirms.
     PROVED = ""
@@ -31,12 +33,14 @@ class Evidence(StrEnum):
 
     @property
     def label(self) -> str:
-        """The label in headers and metrics."""
+        """The tier's label in HTTP headers and metrics."""
         return self.value or "proved"
 
 
 def tiers_text(tokens_by_tier: Mapping[str, int]) -> str:
-    """The tokens of each tier as text, such as "disk:a=1024,peer:b=256". Sorted, so equal counts give equal texts."""
+    """The tokens of each tier as text, such as "disk:a=1024,peer:b=256". The tiers are sorted, so that equal counts
+    give equal texts.
+    """
     return ",".join(f"{tier}={tokens}" for tier, tokens in sorted(tokens_by_tier.items()) if tokens)
 
 
@@ -93,7 +97,9 @@ class Usage:
 
     @property
     def tokens_by_tier(self) -> dict[str, int]:
-        """The hit tokens by source: "memory", or the label of a tier, such as "peer:rack-2"."""
+        """The hit tokens by source: The place that tokens came from: "memory", or the label of a tier, such as
+        "peer:rack-2".
+        """
         stored = tiers_of_text(self.hit_tiers) or {"store": self.hit_store_tokens}
         return {tier: tokens for tier, tokens in {"memory": self.hit_memory_tokens, **stored}.items() if tokens}
 

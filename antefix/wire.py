@@ -31,9 +31,9 @@ def tokens_to_wire(tokens: npt.ArrayLike) -> worker_pb2.TokenIds:
 
 
 def tokens_from_wire(message: worker_pb2.TokenIds) -> npt.NDArray[np.uint32]:
-    """[N] uint32.  Raises:  InvalidRequest: the bytes are not a whole number of tokens."""
+    """[N] uint32.  Raises:  InvalidRequest: the bytes are not a whole number of token ids."""
     if len(message.ids) % 4:
-        raise InvalidRequest(f"token ids are 4 bytes each; {len(message.ids)} bytes are not a whole number of ids")
+        raise InvalidRequest(f"the token ids have {len(message.ids)} bytes, which is not a whole number of 4-byte ids")
     return np.frombuffer(message.ids, "<u4")
 
 
@@ -62,7 +62,7 @@ def sampling_to_wire(sampling: Sampling) -> worker_pb2.Sampling:
 def sampling_from_wire(message: worker_pb2.Sampling) -> Sampling:
     """Raises:  InvalidRequest: a value is out of its range."""
     if len(message.logit_bias_tokens) != len(message.logit_bias_values):
-        raise InvalidRequest("logit_bias: as many tokens as values are needed")
+        raise InvalidRequest("the logit_bias field needs as many tokens as values")
     return Sampling(
         max_tokens=message.max_tokens,
         temperature=message.temperature,
@@ -84,7 +84,9 @@ def sampling_from_wire(message: worker_pb2.Sampling) -> Sampling:
 
 
 def logprobs_to_wire(logprobs: Sequence[TokenLogprob]) -> worker_pb2.TokenLogprobs | None:
-    """The message of these log probabilities. None if there are none, so that the field stays unset."""
+    """The protobuf message for these log probabilities. Returns None if there are no log probabilities, so that the
+    field stays unset.
+    """
     if not logprobs:
         return None
     top = [pair for each in logprobs for pair in each.top]
@@ -101,7 +103,7 @@ def logprobs_from_wire(message: worker_pb2.TokenLogprobs) -> tuple[TokenLogprob,
     num_tokens = len(message.chosen)
     num_top = len(ids) // num_tokens if num_tokens else 0
     if len(ids) != num_tokens * num_top or len(message.top_logprobs) != len(ids):
-        raise InternalError("log probabilities do not fit their tokens")
+        raise InternalError("the answer's log probabilities do not match its tokens")
     pairs = [(int(token), logprob) for token, logprob in zip(ids, message.top_logprobs, strict=True)]
     return tuple(
         TokenLogprob(logprob=logprob, top=tuple(pairs[index * num_top : (index + 1) * num_top]))
@@ -114,7 +116,9 @@ def report_to_wire(report: RestoreReport) -> worker_pb2.RestoreReport:
 
 
 def report_from_wire(message: worker_pb2.RestoreReport, num_tokens: int | None = None) -> RestoreReport:
-    """num_tokens: the prompt's length; None: not checked.  Raises:  Unavailable: the report counts more tokens."""
+    """num_tokens: the prompt's length; None: not checked. Raises: Unavailable: the report counts more tokens than the
+    prompt has.
+    """
     if num_tokens is not None and message.hit_tokens + message.miss_tokens > num_tokens:
         raise Unavailable(
             f"the worker's answer cannot be right: {message.hit_tokens} tokens hit and {message.miss_tokens} missed,"
@@ -126,7 +130,7 @@ def report_from_wire(message: worker_pb2.RestoreReport, num_tokens: int | None =
 
 
 def usage_to_wire(usage: Usage, *, request_id: str = "", total_s: float = 0.0) -> usage_pb2.Usage:
-    """total_s: seconds from the request to the end of its answer."""
+    """total_s: seconds from the arrival of the request to the end of its answer."""
     values = {field.name: getattr(usage, field.name) for field in dataclasses.fields(Usage) if field.name != "ttft_us"}
     return usage_pb2.Usage(
         **values,

@@ -1,7 +1,8 @@
-"""Settings of workers that other programs need too: `antefix up` passes them on, and routers name KV by some of them.
+"""Settings of workers that other programs need too: `antefix up` passes these settings on to workers, and routers name
+KV by some of them.
 
-Each is defined once, here. `add_flags` adds its flag to a command's parser, and `flags_of` makes the flag for a process
-to be started. Knows no tensors, so that a host without torch can start a router.
+Each is defined once, here. `add_flags` adds a setting's flag to a command's parser, and `flags_of` makes the flag for a
+process to be started. This module knows no tensors, so that a host without torch can start a router.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ RANKS_MAX: Final = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
-    """What a worker's KV is, what computes it, and how its window state is treated (docs/WINDOW_STATE.md).
+    """Settings that decide what KV a worker makes, what computes it, and how its window state is treated
+    (docs/WINDOW_STATE.md).
 
     Raises:  ConfigError: a setting is invalid, or two settings contradict each other.
     """
@@ -119,5 +121,5 @@ class WorkerSettings:
 
     @property
     def strategy_in_force(self) -> Strategy:
-        """The namespace's strategy, adapted to the window pool in use."""
+        """The window strategy of the namespace, adapted to the window pool in use."""
         return in_force(Strategies.parse(self.strategy).of(self.namespace), has_pool=self.window_pool != DISK)

@@ -4,11 +4,12 @@
     python -m benchmarks.agents --at-once 1 4 --turns 2                     # a minute, to see that it runs
 
 The benchmark starts a whole deployment (store, one prefill and one decode worker, a router); the clients run in this
-process. All conversations share a system prompt, which is in memory. Each turn sends the whole conversation so far with
+process. All conversations share a system prompt, whose KV is in the worker's memory. Each turn sends the whole
+conversation so far with
 `--new` more tokens and gets `--output` tokens. In the result, "one" is a single conversation that runs alone. Tokens
 per second count output tokens, from the first request until the last answer. Clients measure the times between tokens.
 Tokens that arrive in one message arrive at the same time, and the wait before the message counts once. "CPU" is the
-processor time of all roles per output token. Other processes on the machine change it little, so its ratios are
+processor time of all services per output token. Other processes on the machine change it little, so its ratios are
 reliable on a busy machine, where ratios of wall time are not.
 """
 
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, nargs="+", default=[1, 8, 32], help="conversations; the first is 'one'")
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--shared", type=int, default=4096, help="tokens of the system prompt")
-    parser.add_argument("--new", type=int, default=192, help="tokens that a turn adds to the prompt")
+    parser.add_argument("--new", type=int, default=192, help="number of tokens that each turn adds to the prompt")
     parser.add_argument("--output", type=int, default=64, help="tokens of an answer")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds between a conversation's turns")
     parser.add_argument("--num-prefill", type=int, default=1)

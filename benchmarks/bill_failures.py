@@ -159,7 +159,9 @@ class Failures:
 
 
 def write_clock(directory: Path, clock_s: int) -> None:
-    """Write the shift. An existing file is written in place, because processes map it. They never see half a value."""
+    """Write the shift. An existing file is written in place, because processes map it. Processes that read such a file
+    never see half a value.
+    """
     path = directory / "clock"
     with path.open("r+b" if path.exists() else "wb") as file:
         file.write(struct.pack("<q", clock_s * 1_000_000))

@@ -63,7 +63,7 @@ Key = tuple[str, str]
 
 
 class Clients:
-    """The clients' counts: the usage that routers told them, and the answers that they received."""
+    """The counts that clients keep: the usage that routers told them, and the answers that they received."""
 
     def __init__(self, deployment: Deployment, args: argparse.Namespace, chance: random.Random) -> None:
         self.deployment, self.args, self.chance = deployment, args, chance
@@ -139,7 +139,9 @@ class Clients:
 
 
 class Amounts(dict[Any, tuple[Decimal, int]]):
-    """Cost and tokens of the events that a receiver gets. Whole events are not kept, because they would fill memory."""
+    """Cost and tokens of the events that a receiver gets. The events themselves are not kept, because they would fill
+    memory.
+    """
 
     def setdefault(self, id: Any, event: Any = None) -> Any:
         if id not in self:
@@ -319,15 +321,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--routers", type=int, default=3)
-    parser.add_argument("--kills", type=int, default=20, help="kills of each kind of process, spread over the run")
+    parser.add_argument(
+        "--kills", type=int, default=20, help="number of times that each kind of process is killed during the run"
+    )
     parser.add_argument(
         "--until-s",
         type=float,
         default=0.0,
-        help="seconds after which no more requests are sent; 0: until all are sent",
+        help="stop sending requests after this many seconds (0: send all requests)",
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--status", type=Path, help="file that says every 10 s how far it is")
+    parser.add_argument("--status", type=Path, help="file to which the progress of the run is written every 10 s")
     parser.add_argument("--keep", type=Path, help="working directory, which is kept")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -3,12 +3,12 @@
     python benchmarks/break_even_services.py --write        about three minutes on two quiet cores
 
 The benchmark starts one deployment per strategy. All deployments run at the same time and get requests in turn, so
-that a busy moment of the machine affects them equally. Each prefills the same documents cold. After that, the
-processes restart on the same stores, with nothing in the workers' memory. The restarted processes answer the next turn
-of some documents, and for others a prompt that shares only part of the document. The same cases go through the
+that a busy moment of the machine affects them equally. Each deployment prefills the same documents cold. After that,
+the processes restart on the same stores, with nothing in the workers' memory. The restarted processes answer the next
+turn of some documents, and for others a prompt that shares only part of the document. The same cases go through the
 simulator's planner and machine model, whose speeds are fitted to the cold runs of the same run and to direct reads of
 this disk. Times are medians measured by the client. Bytes are those that the stores hold. --write writes the JSON, the
-plot and the table in docs/results/window_state.md. --from FILE shows an earlier run again.
+plot and the table in docs/results/window_state.md. --from FILE shows the result of an earlier run.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ Tokens = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Document:
-    """One document; `case` says how it will be used again."""
+    """One document; `case` names the way in which it will be used again."""
 
     length: int
     case: str
@@ -272,10 +272,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "antefix-tiny")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192])
-    parser.add_argument("--repeats", type=int, default=3, help="documents of each length and case (default: 3)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=3,
+        help="number of documents for each combination of length and case (default: 3)",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", action="store_true", help="replace JSON, plot and the document's table")
-    parser.add_argument("--from", dest="source", type=Path, help="show (and write) this run instead of a new one")
+    parser.add_argument(
+        "--write", action="store_true", help="replace the JSON file, the plot and the table in the document"
+    )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        type=Path,
+        help="show (and write) the result of this earlier run instead of starting a new run",
+    )
     args = parser.parse_args()
     if args.source:
         found = json.loads(args.source.read_text())

@@ -3,9 +3,11 @@
     python -m benchmarks.card_restore --lengths 16384 65536 262144 --out results
 
 The model has V4-Flash's width, as many layers as fit on the card, bfloat16 and random weights. The weights' values
-affect the times only through how evenly experts are picked. Everything else runs as in workers: store service,
-restore, chunks, writes. Before each restore the benchmark drops the store's files from the page cache and makes a new
-worker with an empty pool. That worker first computes a question of the same length, so that its CUDA graph is recorded.
+affect the times only through how evenly experts are picked. All parts other than the weights run as in workers: store
+service, restore, chunks, writes. Before each restore the benchmark drops the store's files from the page cache and
+makes a new
+worker with an empty pool. The new worker first computes a question of the same length, so that its CUDA graph is
+recorded.
 Kernels are compiled before the first timing. Times of restores are medians of `--repeats` runs, and times of cold
 prompts are medians of `--cold-repeats` runs. `--parts` selects what is measured. For 64K and 256K tokens,
 `--parts restored --cold-repeats 1` takes about 100 s.
@@ -233,7 +235,7 @@ def _record_rest(engine: Engine, num_tokens: int) -> None:
 
 
 def _timed_copy(engine: Engine) -> list[float]:
-    """Seconds of copying payloads to the card and checking them there."""
+    """Seconds for copying payloads to the card and checking them there."""
     seconds = [0.0]
     plain = engine.pool.fill
 
@@ -354,15 +356,23 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 262144])
-    parser.add_argument("--layers", default="WCHC", help="W window-only, C CSA, H HCA (default: WCHC)")
+    parser.add_argument(
+        "--layers",
+        default="WCHC",
+        help="the model's layers, one letter each (W window-only, C CSA, H HCA; default: WCHC)",
+    )
     parser.add_argument("--chunk", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=3, help="of restores, and of computing alone")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="how often each restore, and each plain computation, is repeated"
+    )
     parser.add_argument("--cold-repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--small", action="store_true", help="use a few dims, to see whether the benchmark runs")
-    parser.add_argument("--data-dir", help="where the scratch store goes (default: a temporary directory)")
+    parser.add_argument(
+        "--small", action="store_true", help="use very small tensor widths, to see whether the benchmark runs"
+    )
+    parser.add_argument("--data-dir", help="directory for the temporary store (default: a temporary directory)")
     parser.add_argument("--out", type=Path, help="directory for card_restore.json and card_restore.md")
     args = parser.parse_args()
     result = asyncio.run(run(args))

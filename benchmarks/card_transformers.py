@@ -71,7 +71,7 @@ def ours(layers: str, chunk: int) -> Callable[[torch.Tensor], object]:
 
 
 def timed(run: Callable[[torch.Tensor], object], length: int, repeats: int) -> float | str:
-    """Milliseconds, or the reason why the run failed."""
+    """Milliseconds of a run, or the reason why the run failed."""
     spans = []
     try:
         for _ in range(repeats + 1):

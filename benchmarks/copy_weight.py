@@ -30,7 +30,7 @@ SPEEDUPS = {"chat": 2.7, "agents": 10.42}
 
 
 def parts_of(trace: Trace) -> dict[str, Trace]:
-    """The trace, and its two halves by number of requests. Each half's times start at 0."""
+    """The trace, and its two halves by number of requests. The times of each half start at 0."""
     middle = len(trace.requests) // 2
     second = trace.requests[middle:]
     later = tuple(replace(request, at_s=request.at_s - second[0].at_s) for request in second)

@@ -6,8 +6,8 @@
 
 The model is antefix-tiny in float32. Antefix's variant uses FP8 KV. The variants take turns, and the figures are
 medians of wall time. The medians are wrong on a busy machine, where two threads that share one core wait for each
-other. Our variant uses as many threads as a worker's step (`antefix.model.step_threads`). A decode step computes one
-token of each sequence. All sequences have prompts of the same length.
+other. The variant of Antefix uses as many threads as a worker's step (`antefix.model.step_threads`). A decode step
+computes one token of each sequence. All sequences have prompts of the same length.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from rich.table import Table
 from antefix.layout import KVFormat
 from antefix.model import Model, Sequence, WindowState, forward, load_model
 from antefix.model.backend import make_backend
+from antefix.model.compiled import switch
 from antefix.model.compiled.check import enable
 from benchmarks.run_record import write
 from benchmarks.step import follow
@@ -135,12 +136,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models/antefix-tiny")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument(
-        "--their-sequences", type=int, default=8, help="longest prompt for transformers; longer ones run without it"
+        "--their-sequences",
+        type=int,
+        default=8,
+        help="longest prompt that transformers also computes; longer prompts are measured without transformers",
     )
     parser.add_argument(
-        "--tokens", type=int, default=2048, help="tokens of the prompt behind which the sequences decode"
+        "--tokens", type=int, default=2048, help="number of prompt tokens before the tokens that the sequences decode"
     )
-    parser.add_argument("--prefill", type=int, default=2048, help="tokens of the prompt whose prefill is measured")
+    parser.add_argument(
+        "--prefill", type=int, default=2048, help="number of tokens of the prompt whose prefill is measured"
+    )
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: says nothing of threads")
@@ -149,7 +155,8 @@ def main() -> None:
     rows = measure(args)
     show(rows, args.threads)
     if args.out is not None:
-        write(args.out, {"tokens": args.tokens, "clock": args.clock, "rows": rows}, "torch", "transformers")
+        facts = {"tokens": args.tokens, "clock": args.clock, "compiled": switch.is_on()}
+        write(args.out, {**facts, "rows": rows}, "torch", "transformers")
 
 
 if __name__ == "__main__":

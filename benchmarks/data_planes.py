@@ -136,7 +136,7 @@ server.serve()
 
 @contextlib.contextmanager
 def served(*command: str) -> Iterator[tuple[str, int]]:
-    """Run a child process. Gives the first line that the child prints, and the child's process id."""
+    """Run a child process. Returns the first line that the child process prints, and the child's process id."""
     child = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert child.stdout is not None
     try:
@@ -149,7 +149,7 @@ def served(*command: str) -> Iterator[tuple[str, int]]:
 
 @dataclass(frozen=True)
 class Way:
-    """One way of transfer that is measured.
+    """One way of carrying payloads that is measured.
 
     pid: the server's process id.  carry: transfers all bytes once.  check: checks the bytes if the client keeps them.
     """
@@ -161,7 +161,7 @@ class Way:
 
 
 def at_once(parts: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """Run each call in a separate thread."""
+    """Run each of the calls in a separate thread."""
 
     def run() -> None:
         with ThreadPoolExecutor(len(parts)) as threads:
@@ -383,13 +383,17 @@ def table_of(report: dict[str, Any]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mib", type=int, default=256, help="MiB of payloads per reader (default 256)")
+    parser.add_argument("--mib", type=int, default=256, help="MiB of payloads that each reader reads (default: 256)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--readers", type=int, nargs="+", default=list(READERS), help="numbers of readers of one store at once (1 4 8)"
+        "--readers",
+        type=int,
+        nargs="+",
+        default=list(READERS),
+        help="how many readers read one store at the same time, as a list of numbers (default: 1 4 8)",
     )
-    parser.add_argument("--only", nargs="+", help="measure these ways alone, by their names in the figures")
-    parser.add_argument("--dir", type=Path, help="where to write three times the payloads")
+    parser.add_argument("--only", nargs="+", help="measure only these ways of reading, by their names in the figures")
+    parser.add_argument("--dir", type=Path, help="directory to write to; it needs room for three times the payloads")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -11,8 +11,8 @@ steps     measures a step at V4-Flash's width, with weights drawn on the card, f
           card, the largest kernels, and the floor: the time to read the step's weights (only picked experts) and KV
           once at copy bandwidth.
 
-If a part fails, it prints the reason, and the next part runs. Needs a CUDA card. `--toy` runs the code anywhere, in
-Triton's interpreter if necessary, and measures nothing.
+If one part of the benchmark fails, it prints the reason, and the next part runs. Needs a CUDA card. `--toy` runs the
+code anywhere, in Triton's interpreter if necessary, and measures nothing.
 """
 
 from __future__ import annotations
@@ -244,7 +244,7 @@ def routed(bandwidth: float, replay_ms: Callable[..., float], *, quick: bool) ->
 
 
 class tiles:
-    """A context in which products of few rows use this tile. None selects the tiles for many rows.
+    """A context in which products of few rows use this tile. None stands for the tiles for many rows.
 
     skips: see `linear`.
     """
@@ -284,7 +284,8 @@ def picked_experts(model: Model, step: Callable[[], object]) -> list[int]:
 
 def floor_bytes(model: Model, picked: list[int], num_sequences: int, num_tokens: int) -> float:
     """Bytes that a step must read: weights (except the embedding's rows), index keys, picked entries,
-    HCA entries, and windows."""
+    HCA entries, and windows.
+    """
     total = 0.0
     for name, weight in model.named_parameters():
         if ".experts." not in name and "embed_tokens" not in name:
@@ -331,7 +332,8 @@ def steps(args: argparse.Namespace, bandwidth: float, device: str) -> list[dict[
 
 def agreement(model: Model, count: int, context: int) -> str:
     """How far the faster kernels' logits are from those of reproducible mode, after a batched step of the same
-    sequences; and in both modes, how far the batch's logits are from those of each sequence alone."""
+    sequences; and in both modes, how far the batch's logits are from those of each sequence alone.
+    """
     found = {}
     pool, sequences = follow(model, ops_of(model, "alone", False), context, count, 16)
     random = np.random.default_rng(5)
@@ -401,19 +403,23 @@ def profile(step: Callable[[], object], device: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["check", "products", "steps"])
-    parser.add_argument("--layers", default="WCHC", help="W window-only, C CSA, H HCA")
+    parser.add_argument(
+        "--layers", default="WCHC", help="the model's layers, one letter each (W window-only, C CSA, H HCA)"
+    )
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 32, 128])
     parser.add_argument("--tokens", type=int, default=4096, help="tokens that each sequence follows")
-    parser.add_argument("--long", type=int, default=65536, help="tokens that a sequence follows where it runs alone")
+    parser.add_argument(
+        "--long", type=int, default=65536, help="number of earlier tokens in the cache where a sequence runs alone"
+    )
     parser.add_argument("--ways", nargs="+", default=["alone", "batched", "graphs"])
     parser.add_argument("--reproducible", type=int, nargs="+", default=[0, 1])
     parser.add_argument(
         "--few",
         type=int,
         default=1,
-        help="1: tiles for few rows and kernels for routing; 0: tiles for many rows and torch's routing",
+        help="1: use tiles for few rows, and our kernels for routing; 0: use tiles for many rows, and torch's routing",
     )
-    parser.add_argument("--quick", action="store_true", help="measure few products and tiles only")
+    parser.add_argument("--quick", action="store_true", help="measure only a few matrix products and tile sizes")
     parser.add_argument("--toy", action="store_true", help="use a small model, to see whether the benchmark runs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -1,8 +1,8 @@
 """A model with V4-Flash's shapes in its released formats, whose weights are drawn at random on the device.
 
-149 GiB of weights are too large for most disks. A rank draws its own share. For a tensor that every rank holds whole,
-the seed depends on the tensor's name, so all ranks draw the same values. For a tensor that is split over ranks, the
-seed also depends on the rank, so a different number of ranks gives a different model.
+149 GiB of weights are too large for most disks. Each rank draws its own share of the weights. For a tensor that every
+rank holds whole, the seed depends on the tensor's name, so all ranks draw the same values. For a tensor that is split
+over ranks, the seed also depends on the rank, so a different number of ranks gives a different model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What does encrypting a store cost? Writes and reads the same blocks in two stores, one encrypted and one not.
 
-Each round writes new blocks to both stores and reads them back from the page cache. The order of the stores changes
-from round to round. The figures are medians: GB/s of payload for writes and reads, processor time per GiB, and the
-ratio of encrypted to plain.
+Each round writes new blocks to both stores and reads them back from the page cache. The order in which the two stores
+are measured changes from round to round. The figures are medians: GB/s of payload for writes and reads, processor time
+per GiB, and the ratio of encrypted to plain.
 
     python benchmarks/encryption.py --json benchmarks/results/encryption.json
 """
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument(
         "--block-bytes", type=int, default=449_792, help="bytes of a block (default: V4-Flash's, 449792)"
     )
-    parser.add_argument("--dir", help="where the stores go (default: the temporary directory)")
+    parser.add_argument("--dir", help="directory for the stores (default: the temporary directory)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     figures = measure(args)

@@ -2,7 +2,8 @@
 
 python benchmarks/engine_entries.py [--model DIR] [--tokens N]
 
-The model has five layers with random weights, unless --model names one. Prints a table: where entries differ, and why.
+The model has five layers with random weights, unless --model names one. The script prints a table that shows where
+entries differ, and why.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python benchmarks/engines_three_way.py [--vllm .engines/vllm/bin/python] [--json FILE]
 
-The model has head dim 512 and random BF16 weights. Prints a table for each pair of engines: where entries differ, and
-why. vLLM runs on a CPU with the shim of tests/foreign_engines/vllm_cpu.
+The model has head dim 512 and random BF16 weights. The script prints a table for each pair of engines: where entries
+differ, and why. vLLM runs on a CPU with the shim of tests/foreign_engines/vllm_cpu.
 """
 
 from __future__ import annotations

@@ -94,7 +94,9 @@ def files(directory: Path, retention: int) -> Tier:
         return blocks, sum(every.values()) - blocks
 
     def damage() -> int:
-        """Flip a byte in the middle of each block's first page of entries. A file does not say where its block ends."""
+        """Flip a byte in the middle of each block's first page of entries. A file of this tier does not say where its
+        block ends.
+        """
         paths = found(f"_g{BLOCKS}")
         for path in paths:
             flip_byte(path, 20_000)
@@ -110,7 +112,7 @@ def files(directory: Path, retention: int) -> Tier:
 
 
 def lmcache(directory: Path) -> Tier:
-    """LMCache's server, which stores in its own files. Nothing says which of these files hold windows."""
+    """LMCache's server, which stores in its own files. No field of these files says which of them hold windows."""
     directory.mkdir()
     port = free_port()
     where = {"lmcache.mp.host": "tcp://127.0.0.1", "lmcache.mp.port": port}
@@ -246,7 +248,7 @@ def flash() -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=840, help="tokens of the prompt, from 520 to 840")
+    parser.add_argument("--tokens", type=int, default=840, help="number of tokens of the prompt, from 520 to 840")
     parser.add_argument("--tiers", default="antefix,files,files-256,lmcache")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()

@@ -55,7 +55,7 @@ def spec_of(plan: dict[str, Any], *, is_aligned: bool) -> Any:
 
 
 def rows_of(plan: dict[str, Any], num_tokens: int) -> list[tuple[int, int]]:
-    """(group, end) of the rows that a hit at the prompt's end needs."""
+    """The rows, as pairs (group, end), that a hit at the prompt's end needs."""
     rows = []
     for row in plan["groups"]:
         step, window = row["num_tokens"], row["num_window_rows"]

@@ -27,7 +27,7 @@ def one_of(deployment: LinkedDeployment, role: str, rng: random.Random) -> RoleP
 
 
 def kill(role: str) -> Fault:
-    """Kill the role's process with kill -9. The supervisor starts the process again."""
+    """Kill the role's process with kill -9. The supervisor starts the killed process again."""
 
     @contextlib.asynccontextmanager
     async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
@@ -144,7 +144,9 @@ async def few_descriptors(deployment: LinkedDeployment, rng: random.Random) -> A
 
 @contextlib.asynccontextmanager
 async def full_disk(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:
-    """Another process fills the data directory's file system. Runs only if that file system is small (--small-disk)."""
+    """Another process fills the data directory's file system. This fault runs only if that file system is small
+    (--small-disk).
+    """
     path = deployment.config.data_dir / "filler"
     with path.open("wb") as file, contextlib.suppress(OSError):
         while True:
@@ -158,7 +160,9 @@ async def full_disk(deployment: LinkedDeployment, rng: random.Random) -> AsyncIt
 
 
 def read_only(part: str) -> Fault:
-    """A part of the data directory becomes a read-only mount (as root). Files open for writing stay writable."""
+    """A part of the data directory becomes a read-only mount (as root). Files that are open for writing stay writable
+    during this fault.
+    """
 
     @contextlib.asynccontextmanager
     async def fault(deployment: LinkedDeployment, rng: random.Random) -> AsyncIterator[None]:

@@ -69,7 +69,9 @@ class Link:
 
 
 class LinkedDeployment(Deployment):
-    """The other roles know each role by its proxy's address, which stays the same when the role restarts elsewhere."""
+    """The other services know each service by its proxy's address, which stays the same when the service restarts
+    elsewhere.
+    """
 
     def __init__(self, config: DeploymentConfig) -> None:
         super().__init__(config)

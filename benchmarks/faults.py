@@ -9,8 +9,8 @@ The benchmark runs one supervised deployment, as `antefix up` does, with the rol
 conversations that continue, and repeat earlier prompts. Faults happen one after the other. --seed fixes their order and
 all prompts. Each answer is compared with a run of the bare model, without store and without faults. A request without
 an answer must get a clear error. A fault's recovery is the time from the fault's beginning until a request that was
-sent after the beginning is answered. Compare this time with that of an undisturbed request. At the end the ledger must
-have one record for each request, in which hit tokens plus miss tokens equal the prompt.
+sent after the beginning is answered. This recovery time should be compared with the time of an undisturbed request. At
+the end the ledger must have one record for each request, in which hit tokens plus miss tokens equal the prompt.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Campaign:
             await asyncio.sleep(self.rng.uniform(0.0, self.args.pause_s))
 
     async def _ask(self, prompt: Tokens) -> float | None:
-        """Send a request. Returns the time of the answer, or None if there was no answer."""
+        """Send a request. Returns the time at which the answer came, or None if there was no answer."""
         output: list[int] = []
         try:
             # Make a new client each time, because an operator's client does not survive a restart of the router.
@@ -274,15 +274,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1, help="how often each fault comes")
     parser.add_argument("--minutes", type=float, default=60.0, help="time after which no more faults begin")
-    parser.add_argument("--seed", type=int, default=1, help="seed of the prompts, and of the order and place of faults")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only faults whose name contains this")
-    parser.add_argument("--clients", type=int, default=2)
-    parser.add_argument("--pause-s", type=float, default=0.5, help="the longest that a client waits between requests")
-    parser.add_argument("--undisturbed", type=int, default=10, help="requests before the first fault, to compare with")
-    parser.add_argument("--max-tokens", type=int, default=12)
-    parser.add_argument("--small-disk", default="", metavar="SIZE", help="put all on a tmpfs of this size (as root)")
     parser.add_argument(
-        "--faketime", action="store_true", help="also set the roles' clocks forward and back (libfaketime)"
+        "--seed", type=int, default=1, help="seed of the prompts, and of the order and place of the injected faults"
+    )
+    parser.add_argument("--only", default="", metavar="TEXT", help="inject only faults whose name contains this text")
+    parser.add_argument("--clients", type=int, default=2)
+    parser.add_argument(
+        "--pause-s", type=float, default=0.5, help="longest time that a client waits between two requests"
+    )
+    parser.add_argument(
+        "--undisturbed",
+        type=int,
+        default=10,
+        help="number of requests before the first fault, as the baseline of the comparison",
+    )
+    parser.add_argument("--max-tokens", type=int, default=12)
+    parser.add_argument(
+        "--small-disk", default="", metavar="SIZE", help="keep all files on a tmpfs of this size (needs root)"
+    )
+    parser.add_argument(
+        "--faketime",
+        action="store_true",
+        help="also move the clocks of the services forward and back (with libfaketime)",
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -32,8 +32,8 @@ def has_fio() -> bool:
 
 
 def fio_rate(directory: Path, name: str, nbytes: int) -> float:
-    """Bytes per second of one job of WRITERS or READERS over a file of `nbytes`. The file is kept for the readers'
-    jobs.
+    """Bytes per second of one job of WRITERS or READERS over a file of `nbytes`. The file is kept, because the readers'
+    jobs read it.
 
     Raises:  RuntimeError: fio failed; the message is fio's own.
     """

@@ -123,7 +123,7 @@ async def run_policy(policy: str, workers: Sequence[VllmWorker], directory: Path
     prompt = sum(record.prompt_tokens for record in records)
     hit = sum(record.cache_hit_tokens for record in records)
     if (prompt, len(records)) != (sum(int(str(usage["prompt_tokens"])) for usage in usages), len(usages)):
-        raise RuntimeError("the bill is not what the workers reported")
+        raise RuntimeError("the bill differs from what the workers reported")
     answers = sorted((record.finished_us - record.started_us) / 1e6 for record in records)
     return PolicyRun(
         policy=policy,

@@ -118,7 +118,7 @@ async def main(num_tokens: int, record: Path | None) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=400, help="tokens to follow each grammar for")
+    parser.add_argument("--tokens", type=int, default=400, help="number of tokens to generate under each grammar")
     parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     asyncio.run(main(args.tokens, args.json))

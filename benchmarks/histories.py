@@ -4,8 +4,8 @@
     python -m benchmarks.histories --only 1234
 
 Each history is a router, a store, two prefill and two decode workers, 11 clients and up to 7 faults, in one process on
-a simulated clock, network and disk, with the real classes (tests/histories/). The program uses one core and exits with
-1 if a history fails.
+a simulated clock, network and disk, with the real classes (tests/histories/). The program uses one core, and its exit
+status is 1 if a history fails a check.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How should a process that does not own the store read its index? Four ways over one store, in one run.
+"""How should a process that does not own the store read its index? The benchmark measures four ways over one store, in
+one run.
 
     python -m benchmarks.index_readers --blocks 200000 --json benchmarks/results/index_readers.json
 
@@ -99,7 +100,9 @@ def read_in_child(directory: Path, chains: list[list[bytes]], rounds: int) -> Fi
 
 
 def own(directory: str, pipe: Connection) -> None:
-    """The owner, in a separate process. The owner serves, and commits 100 times per second once it is told to."""
+    """The process that owns the store, separate from the readers. The owner serves, and commits 100 times per second
+    once it is told to.
+    """
     asyncio.run(_own(directory, pipe))
 
 

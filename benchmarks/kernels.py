@@ -123,7 +123,7 @@ def _whole(us: float | None) -> str:
 
 
 def main() -> None:
-    """Run the cases and write both files. The row of a case that failed says so."""
+    """Run the cases and write both files. If a case failed, its row says so."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="")

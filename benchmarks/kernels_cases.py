@@ -43,7 +43,8 @@ CONTEXTS = {"8K": 8 << 10, "64K": 64 << 10, "256K": 256 << 10, "1M": 1 << 20}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """calls: one callable per operand set. eager: the same work in torch, or None. eager_scale: the case's work divided
-    by the eager call's work (torch runs only a slice if the whole case does not fit in memory)."""
+    by the eager call's work (torch runs only a slice if the whole case does not fit in memory).
+    """
 
     kernel: str
     shape: str
@@ -59,8 +60,9 @@ def _sets(num_bytes: int) -> int:
 
 
 def _pool(num_blocks: int, entries: int, nbytes: int) -> Tensor:
-    """A part of a pool with random valid records. Its blocks are as far apart as in V4-Flash's pool, where other parts
-    lie between them."""
+    """A part of a pool with random valid records. The blocks are as far apart in memory as in V4-Flash's pool, where
+    other parts lie between them.
+    """
     gap = 4096
     rows = torch.zeros(num_blocks, entries * nbytes + gap, dtype=torch.uint8, device=DEVICE)
     records = rows[:, : entries * nbytes].unflatten(1, (entries, nbytes))

@@ -58,7 +58,7 @@ def pool_csa(kv: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
 
 
 def pool_hca(kv: Tensor, gate: Tensor, bias: Tensor) -> Tensor:
-    """Disjoint groups: [N / m, c] from kv and gate [N, c]."""
+    """Entries of disjoint groups: [N / m, c] from kv and gate [N, c]."""
     m = bias.shape[0]
     return ((gate.unflatten(0, (-1, m)) + bias).softmax(1) * kv.unflatten(0, (-1, m))).sum(1)
 

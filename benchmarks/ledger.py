@@ -3,7 +3,8 @@
     python benchmarks/ledger.py [--directory DIR] [--records N]
 
 Each request is one OPEN and one SETTLE entry, as in the router. "concurrent" is the number of requests that wait at
-once. Group commit lets these requests share an fdatasync. Prints one JSON object with medians of --runs.
+once. Group commit lets these requests share an fdatasync. The program prints one JSON object with medians of --runs
+runs.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def measure(scratch: Path, args: argparse.Namespace, concurrent: int) -> dict[st
 
 
 async def settle_all(directory: Path, num_records: int, concurrent: int) -> tuple[float, float, float]:
-    """(seconds, CPU seconds, requests per sync)."""
+    """(seconds, CPU seconds, requests per sync) of one run."""
     writer = LedgerWriter(Ledger(directory))
     numbers = iter(range(num_records))
 

@@ -14,14 +14,16 @@ _HEAD_BYTES_MAX = 1 << 16
 
 
 class LoadClient:
-    """Sends requests to one address. Not for streams: it reads a whole answer and returns only its status."""
+    """Sends requests to one address. The client is not for streams: it reads a whole answer and returns only its
+    status.
+    """
 
     def __init__(self, host: str, port: int) -> None:
         self._host, self._port = host, port
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def post(self, path: str, body: Any, headers: dict[str, str]) -> int:
-        """The answer's status.  Raises:  OSError, EOFError, ValueError: there was no answer."""
+        """The answer's status.  Raises:  OSError, EOFError, ValueError: the server gave no answer."""
         data = json.dumps(body).encode()
         lines = [f"POST {path} HTTP/1.1", f"host: {self._host}", "content-type: application/json"]
         lines += [f"content-length: {len(data)}", *(f"{name}: {value}" for name, value in headers.items()), "", ""]

@@ -109,11 +109,20 @@ async def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models/antefix-tiny")
-    parser.add_argument("--small", action="store_true", help="serve a model that computes a tenth")
+    parser.add_argument(
+        "--small", action="store_true", help="serve a model that computes a tenth of the default model's work"
+    )
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--pool-bytes", default="", help="of each worker; empty: its default")
-    parser.add_argument("--timeout-s", type=float, default=7200.0, help="of one request; one that takes longer failed")
+    parser.add_argument(
+        "--pool-bytes", default="", help="size of each worker's block pool (empty: the worker's default)"
+    )
+    parser.add_argument(
+        "--timeout-s",
+        type=float,
+        default=7200.0,
+        help="time limit of one request in seconds; a request that takes longer counts as failed",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="file for the figures")
     args = parser.parse_args()

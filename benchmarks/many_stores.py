@@ -43,8 +43,18 @@ TURN = 256
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=1024, help="blocks of a restore (default 1024, 131,072 tokens)")
-    parser.add_argument("--prompt", type=int, default=7_813, help="blocks of a look-up (default 7813, 1M tokens)")
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        default=1024,
+        help="number of blocks that a restore reads (default: 1024, which is 131,072 tokens)",
+    )
+    parser.add_argument(
+        "--prompt",
+        type=int,
+        default=7_813,
+        help="number of blocks that a look-up asks for (default: 7813, which is 1M tokens)",
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

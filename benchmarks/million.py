@@ -4,9 +4,9 @@ linearly, and no limit of a message, queue or index may be reached.
     python benchmarks/million.py --tokens 1000000 --json benchmarks/results/million.json
 
 The benchmark starts all roles with a small random model that has V4's kinds of layers. The benchmark sends shorter
-prompts and then the long prompt, all cold. Then it hits prefixes of the long prompt. Before each hit it restarts all
-processes, so that nothing is in memory. The benchmark prints the time to the first token of each request with its
-parts, the peak memory of each role, and the bytes on disk. The client measures the times.
+prompts and then the long prompt, all cold. After that it sends prompts that hit prefixes of the long prompt. Before
+each hit it restarts all processes, so that nothing is in memory. The benchmark prints the time to the first token of
+each request with its parts, the peak memory of each role, and the bytes on disk. The client measures the times.
 """
 
 from __future__ import annotations
@@ -154,7 +154,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument(
-        "--shorter", type=int, nargs="*", default=[62_500, 250_000], help="lengths that are prefilled cold before it"
+        "--shorter",
+        type=int,
+        nargs="*",
+        default=[62_500, 250_000],
+        help="lengths of the shorter prompts that are prefilled cold before the long prompt",
     )
     parser.add_argument("--hits", type=int, nargs="*", default=[1_000_000, 999_872, 500_000])
     parser.add_argument("--strategy", default="auto")

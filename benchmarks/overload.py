@@ -296,7 +296,7 @@ async def measure(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
-    """For each part: the goal, the measured figure, and whether the figure meets the goal."""
+    """For each part of the benchmark: the goal, the measured figure, and whether the figure meets the goal."""
     rows: list[tuple[str, Any, str, bool]] = []
     if part := found.get("rates"):
         for factor in (2, 10):
@@ -353,7 +353,7 @@ def main() -> int:
         "--p99-factor",
         type=float,
         default=5.0,
-        help="factor within which a p99 counts as bounded, over the unloaded median",
+        help="a p99 counts as bounded up to this factor times the median of the unloaded run",
     )
     parser.add_argument("--idle", type=int, default=10_000)
     parser.add_argument("--streams", type=int, default=64)

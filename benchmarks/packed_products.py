@@ -197,7 +197,7 @@ def compile_in_processes() -> dict[str, Any]:
 
 
 def check() -> list[str]:
-    """A description of each error found; empty if everything is right."""
+    """A description of each error that was found; empty if all results are right."""
     wrong: list[str] = []
     for name, form in FORMS.items():
         for outputs, addends in ((1024, 4096), (520, 384), (4096, 2048), (512, 4096), (32768, 1024)):
@@ -315,7 +315,7 @@ def measure_candidates(top: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def _shared(name: str, num_tokens: int, weight: Weight) -> Callable[[Tile], list[Callable[[], torch.Tensor]]]:
-    """Calls of the candidate. The inputs and picks are those of `_routed`, because the seed is the same."""
+    """Calls of the candidate. The inputs and picks are the same as those of `_routed`, because the seed is the same."""
     is_gated = name != "w2"
     torch.manual_seed(num_tokens)
     sets = [torch.rand(num_tokens, NUM_EXPERTS, device="cuda").argsort(1)[:, :NUM_PICKED].contiguous()]

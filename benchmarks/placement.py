@@ -36,7 +36,11 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--decisions", type=int, default=1000)
     parser.add_argument("--policy", choices=sorted(ALL_POLICIES), default="least_work")
-    parser.add_argument("--guess", action="store_true", help="workers do not tell what they hold: the router notes it")
+    parser.add_argument(
+        "--guess",
+        action="store_true",
+        help="workers do not report which blocks they hold; the router guesses from the requests that it sent",
+    )
     parser.add_argument("--json", type=Path, help="also write the record here")
     args = parser.parse_args()
     figures = measure(args)
@@ -70,7 +74,9 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def figures(label: str, taken: list[tuple[float, float]]) -> dict[str, float]:
-    """Figures by wall clock and by processor time, which other processes on a busy machine do not lengthen."""
+    """Figures are given by wall clock and by processor time, which other processes on a busy machine do not
+    lengthen.
+    """
     named = {}
     for kind, seconds in zip(("", "_cpu"), np.array(taken).T, strict=True):
         named[f"{label}s{kind}_per_s"] = float(1 / seconds.mean())

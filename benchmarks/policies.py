@@ -6,7 +6,7 @@ The scenes are independent: `--trace chat --store no --json part.json` runs some
 parts are merged by `--parts part.json ... --json benchmarks/results/policies.json --plot ...`.
 
 Each scene is a trace over a fleet, with or without the shared store, at moderate load or near saturation. The clock's
-speed-up is chosen once per scene so that eight workers under least_work have this load. Then every policy runs at that
+speed-up is chosen once per scene so that eight workers under least_work have this load. Every policy then runs at this
 speed-up. Eight workers get the trace once. A larger fleet gets one copy for every eight workers (of chat, the first
 2,500 requests), each with different prompts and a shifted start. The agents' trace is cut where most conversations have
 ended and only some continue for a day.
@@ -162,7 +162,7 @@ def main() -> int:
     parser.add_argument("--policy", nargs="*", help="default: all")
     parser.add_argument("--trace", nargs="*", choices=("chat", "agents"), default=["chat", "agents"])
     parser.add_argument("--store", nargs="*", choices=("yes", "no"), default=["yes", "no"])
-    parser.add_argument("--parts", type=Path, nargs="*", help="run nothing; put these results of earlier runs together")
+    parser.add_argument("--parts", type=Path, nargs="*", help="start no run; combine these results of earlier runs")
     parser.add_argument("--json", type=Path, help="also write the record here")
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()

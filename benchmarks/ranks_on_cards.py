@@ -172,7 +172,9 @@ def memory(args: argparse.Namespace) -> float:
 
 
 def timed(model: Model, call: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of the call, and their share in exchanges between ranks. The share is 0 if this call was not sampled."""
+    """Seconds of the call, and their share in exchanges between ranks. The share is 0 if the time of exchanges in this
+    call was not sampled.
+    """
     meter = model.ranks.time if model.ranks is not None else None
     before = (meter.exchange_s, meter.call_s) if meter else (0.0, 0.0)
     synchronize(model.device.type)
@@ -359,7 +361,9 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=2, metavar="N")
     parser.add_argument("--layers", type=int, default=43)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--context", type=int, default=8192, help="tokens behind which decode steps run")
+    parser.add_argument(
+        "--context", type=int, default=8192, help="number of earlier tokens in the cache when a decode step runs"
+    )
     parser.add_argument("--decode-steps", default="alone", choices=("alone", "together", "graphs-over-ranks"))
     parser.add_argument("--short-prefills", default="alone", choices=("alone", "together"))
     parser.add_argument(
@@ -369,14 +373,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 65536, 262144])
     parser.add_argument("--plans", nargs="*", default=["flash", "pro"], help="plans of `antefix verify`")
-    parser.add_argument("--sizes", type=int, nargs="+", help="ranks of `antefix verify` (default: 1, 2, 4 ... N)")
-    parser.add_argument("--limit-s", type=float, default=280.0, help="seconds for each run of `antefix verify`")
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", help="numbers of ranks for `antefix verify` (default: 1, 2, 4 ... N)"
+    )
+    parser.add_argument(
+        "--limit-s", type=float, default=280.0, help="time limit in seconds for each run of `antefix verify`"
+    )
     parser.add_argument("--service-layers", type=int, default=4)
     parser.add_argument("--service-tokens", type=int, default=16384)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--toy", action="store_true", help="use small widths, to see whether the benchmark runs")
-    parser.add_argument("--data-dir", help="where scratch files go (default: a temporary directory)")
+    parser.add_argument("--toy", action="store_true", help="use small tensor widths, to see whether the benchmark runs")
+    parser.add_argument("--data-dir", help="directory for temporary files (default: a temporary directory)")
     parser.add_argument("--out", type=Path, default=Path(os.curdir))
     args = parser.parse_args()
     torch.set_grad_enabled(False)

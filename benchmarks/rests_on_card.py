@@ -10,7 +10,8 @@ times     measures milliseconds until the likeliest ids are on the host, at V4-F
           together, and as graphs. The times are divided by the floor of `benchmarks.decode_on_card`.
 
 If a part fails, it prints the reason, and the next part runs. rests_on_card.json is written after every row. The
-program needs a CUDA card. `--toy` runs the code anywhere, in Triton's interpreter if necessary, and measures nothing.
+program needs a CUDA card to measure anything. `--toy` runs the code anywhere, in Triton's interpreter if necessary, and
+measures nothing.
 """
 
 from __future__ import annotations
@@ -133,9 +134,11 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=["check", "times"], choices=("check", "times"))
-    parser.add_argument("--layers", default="WCHC", help="W window-only, C CSA, H HCA")
+    parser.add_argument(
+        "--layers", default="WCHC", help="the model's layers, one letter each (W window-only, C CSA, H HCA)"
+    )
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--toy", action="store_true", help="a small model: does it run at all?")
+    parser.add_argument("--toy", action="store_true", help="use a small model, to see whether the benchmark runs")
     parser.add_argument("--out", type=Path, default=Path())
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,5 +1,6 @@
 """Measures processor time and memory of a deployment's processes (PSS: shared pages are divided between the processes
-that share them)."""
+that share them).
+"""
 
 from __future__ import annotations
 

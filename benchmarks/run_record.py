@@ -14,7 +14,8 @@ from typing import Any
 
 
 def about(*packages: str) -> dict[str, Any]:
-    """Call this when the measurement ends, because it records the machine's load of the last minutes.
+    """This function must be called when the measurement ends, because it records the machine's load of the last
+    minutes.
 
     packages: the packages whose versions affect the figures. On a machine that has a copy of the files but no
     repository, the environment variable COMMIT names the commit.

@@ -89,7 +89,10 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--rounds", type=int, default=2, help="rounds of both orders in turn; the best of each order counts"
+        "--rounds",
+        type=int,
+        default=2,
+        help="number of rounds, each with both orders in turn; the best round of each order counts",
     )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -3,7 +3,7 @@
     python -m benchmarks.simulate_index --json benchmarks/results/simulate_index.json
 
 The bucket and its clock are simulated; it counts requests and bytes. It holds 700,000 segments of 143 blocks, which
-were uploaded within a week, one every 0.86 s, and this goes on. After half of the simulated time the tier is over its
+were uploaded within a week, one every 0.86 s. Uploads continue. After half of the simulated time the tier exceeds its
 budget, and a twentieth of it is deleted. Each host has a worker, which reads, and a store service, which uploads,
 deletes and writes tiles. All processes of a kind do the same work, so one of each is simulated, with the product's
 catalog and janitor. To save memory, a segment has `--entries` records; bytes are counted as for 143.

@@ -47,7 +47,11 @@ def main() -> int:
     parser.add_argument("--store-bytes", default="8G", help="per store")
     parser.add_argument("--object-bytes", default="4T")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--add", action="store_true", help="keep what the file has of other traces, scenes and set-ups")
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep the results in the file that belong to other traces, scenes and set-ups",
+    )
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
     if args.add and args.json and args.json.exists():

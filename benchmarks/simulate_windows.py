@@ -109,7 +109,10 @@ def main() -> int:
     parser.add_argument("--traces", type=Path, required=True, help="directory of the trace files")
     parser.add_argument("--out", type=Path, required=True, help="directory for JSON and plots")
     parser.add_argument(
-        "--model", default="v4-flash", choices=sorted(RATE_CARDS), help="model whose sizes and prices are used"
+        "--model",
+        default="v4-flash",
+        choices=sorted(RATE_CARDS),
+        help="model whose KV sizes and compute costs are used",
     )
     parser.add_argument("--quick", action="store_true", help="endless stores only")
     args = parser.parse_args()

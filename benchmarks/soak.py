@@ -129,7 +129,7 @@ class Soak:
         return await self.deployment.start_role(role, [*self.shared(), *flags])
 
     async def run(self) -> None:
-        """Play until the time is over, then wait for the requests that still run."""
+        """Play conversations until the time is over, then wait for the requests that still run."""
         helpers = [asyncio.create_task(each()) for each in (self.sample, self.kill, self.save)]
         conversations = playable(self.args.trace, self.rng)
         try:
@@ -311,21 +311,28 @@ def main() -> int:
     parser.add_argument("--warm-up-minutes", type=float, help="time after which nothing may grow; default: half")
     parser.add_argument("--trace", type=Path, default=ROOT.parent / "shared/traces/claude_code_80.jsonl.gz")
     parser.add_argument("--clients", type=int, default=6)
-    parser.add_argument("--think-s", type=float, default=15.0, help="mean pause of a client before each request")
-    parser.add_argument("--twins", type=float, default=0.15, help="share of requests sent several times at once")
-    parser.add_argument("--cancels", type=float, default=0.1, help="share of requests that are given up early")
+    parser.add_argument(
+        "--think-s", type=float, default=15.0, help="mean pause of a client in seconds before each request"
+    )
+    parser.add_argument(
+        "--twins",
+        type=float,
+        default=0.15,
+        help="share of requests of which several identical copies are sent at the same time",
+    )
+    parser.add_argument("--cancels", type=float, default=0.1, help="share of requests that the client cancels early")
     parser.add_argument("--kill-every-s", type=float, default=90.0)
     parser.add_argument(
-        "--kill-store", action="store_true", help="also kill the store; its memory is then not followed"
+        "--kill-store",
+        action="store_true",
+        help="also kill the store's process; the memory use of the store is then not recorded",
     )
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument(
-        "--pool-bytes", default="64M", help="size of each worker's block pool: small, so that it is full early"
+        "--pool-bytes", default="64M", help="size of each worker's block pool (small, so that the pool is full early)"
     )
-    parser.add_argument("--store-bytes", default="128M", help="size of the store: small, so that it evicts")
-    parser.add_argument(
-        "--ttl-divisor", type=float, default=1.0, help="factor by which all times to live are shortened"
-    )
+    parser.add_argument("--store-bytes", default="128M", help="size of the store (small, so that the store evicts)")
+    parser.add_argument("--ttl-divisor", type=float, default=1.0, help="number by which all times to live are divided")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

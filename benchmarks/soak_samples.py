@@ -91,7 +91,7 @@ class Samples:
             self.values.setdefault(kind, []).append(value)
 
     def add_process(self, at_s: float, pid: int) -> None:
-        """Sample a process; does nothing if the process has ended."""
+        """Take a sample of a process; if the process has ended, nothing is recorded."""
         with contextlib.suppress(OSError):
             self.add(at_s, memory_mb=resident_mb(pid), files=open_files(pid), threads=num_threads(pid))
             self.threads_last = thread_names(pid)
@@ -139,7 +139,7 @@ def num_threads(pid: int) -> int:
 
 
 def thread_names(pid: int) -> Counter[str]:
-    """The number of threads per name. Names are taken without the numbers at their ends."""
+    """The number of threads with each name. Names are taken without the numbers at their ends."""
     names: Counter[str] = Counter()
     for path in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):

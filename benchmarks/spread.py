@@ -1,7 +1,8 @@
 """The median of repeated measurements, and their spread.
 
 On a machine whose disk and processor are shared, a single figure says little, because one slow minute decides it. So
-figures that are compared are measured in turn, in short rounds. A ratio is the median of the rounds' ratios.
+figures that are compared are measured in turn, in short rounds. A ratio of two figures is the median of the rounds'
+ratios.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 
 def with_spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """The median as `name`. A quarter of the values is below `name`_low, and a quarter above `name`_high."""
+    """The median as `name`. A quarter of the values lies below `name`_low, and a quarter above `name`_high."""
     low, high = np.quantile(values, (0.25, 0.75)).tolist()
     return {name: statistics.median(values), f"{name}_low": low, f"{name}_high": high}
 

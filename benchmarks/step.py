@@ -127,15 +127,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", type=Path, default=ROOT / "models/antefix-tiny")
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the prompt that the sequences follow")
     parser.add_argument(
-        "--new-tokens", type=int, default=1, help="tokens of each sequence per step; 40 are a short rest of a prompt"
+        "--tokens", type=int, default=2048, help="number of prompt tokens before the tokens of the sequences"
+    )
+    parser.add_argument(
+        "--new-tokens",
+        type=int,
+        default=1,
+        help=(
+            "number of tokens that a step computes for each sequence (40: as for a prompt with a short uncached end)"
+        ),
     )
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--kernels", choices=("auto", "torch"), default="auto", help="device, as a worker has it")
-    parser.add_argument("--profile", action="store_true", help="list the operations of one step instead")
+    parser.add_argument(
+        "--kernels",
+        choices=("auto", "torch"),
+        default="auto",
+        help="kernels to compute with, as in a worker's setting of the same name",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="list the operations of one step instead of measuring steps"
+    )
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

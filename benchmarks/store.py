@@ -284,7 +284,9 @@ def put_next_to_fio(directory: Path, payloads: Array, writer: str, rounds: int) 
 
 
 def ratios(values: dict[str, list[float]], ours: str, *limits: str) -> list[float]:
-    """For each round, our figure divided by the limit. The limit is the one of `limits` with the best median."""
+    """For each round, our figure divided by the limit of the same round. The limit is the one of `limits` with the best
+    median.
+    """
     limit = values[max(limits, key=lambda name: statistics.median(values[name]))]
     num_rounds = len(limit)
     ours_by_round = np.array_split(np.array(values[ours]), num_rounds)
@@ -329,7 +331,9 @@ def report(values: dict[str, list[float]]) -> dict[str, float]:
 
 
 def peers_in(python: str) -> list[str]:
-    """The peers that a Python has.  Raises:  SystemExit: there is no such Python."""
+    """The peers that a Python environment has installed. Raises: SystemExit: there is no Python interpreter at this
+    path.
+    """
     if not python:
         return []
     script = (

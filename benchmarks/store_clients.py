@@ -76,7 +76,7 @@ class Client:
         self._salt = (number + 1) << 20
 
     async def prepare(self) -> None:
-        """Store the records that this client will get later."""
+        """Store the records that this client will read later."""
         for _ in range(NUM_TRIES):
             with contextlib.suppress(AntefixError):
                 await self.store.put(self._records(self._names))
@@ -189,7 +189,8 @@ def served(directory: Path) -> Iterator[str]:
 
 def one_round(clients: Clients, seconds: float) -> dict[str, float]:
     """One value of each figure. Each number of clients works twice, 1, 4, 8, 8, 4, 1, so that a machine that becomes
-    slower during the round slows all of them alike."""
+    slower during the round slows all of them alike.
+    """
     found: dict[str, float] = {"failed_calls": 0.0}
 
     def work(kinds: Sequence[str]) -> list[dict[str, float]]:
@@ -249,10 +250,10 @@ def main() -> None:
         "--seconds",
         type=float,
         default=1.0,
-        help="seconds of each of the 11 measurements of a round, most of them in two halves",
+        help="seconds for each of the 11 measurements of a round; most measurements run in two halves",
     )
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--dir", type=Path, help="where to write about 6 GB; a temporary directory by default")
+    parser.add_argument("--dir", type=Path, help="directory to write about 6 GB to (default: a temporary directory)")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     parser.add_argument("--client", help=argparse.SUPPRESS)
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)

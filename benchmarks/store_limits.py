@@ -27,7 +27,9 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def raw_write(path: Path, payloads: Array, batch_blocks: int) -> float:
-    """Seconds to write a new file sequentially, with one fdatasync per batch. Batches are as large as the store's."""
+    """Seconds to write a new file sequentially, with one fdatasync per batch. The batches are as large as those of the
+    store.
+    """
 
     def write() -> None:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)

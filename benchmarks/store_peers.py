@@ -76,7 +76,7 @@ class RocksDB:
 class DiskCache:
     """diskcache: a SQLite index, and one file per value.
 
-    It does not sync its files, so a sync of the file system follows.
+    diskcache does not sync its files, so a sync of the file system follows.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -106,7 +106,7 @@ class FilePerBlock:
         directory.mkdir(exist_ok=True)
 
     def close(self) -> None:
-        """Does nothing, because no file stays open."""
+        """Closing does nothing, because no file stays open."""
 
     def put(self, batch: list[tuple[bytes, memoryview]]) -> None:
         for key, value in batch:
@@ -155,7 +155,7 @@ class LMCacheDisk:
         self.key = lambda name: CacheEngineKey("model", 1, 0, int.from_bytes(name, "big"), torch.uint8)
 
     def close(self) -> None:
-        """Does nothing. The index is lost when the process ends, so the files cannot be opened again."""
+        """Does nothing. This peer's index is lost when its process ends, so the files cannot be opened again."""
 
     def put(self, batch: list[tuple[bytes, memoryview]]) -> None:
         left = threading.Semaphore(0)

@@ -1,5 +1,5 @@
-"""How near is a remote restore to a bare gRPC stream of 1 MiB chunks? The restore and the stream run on loopback, each
-from its own process.
+"""How near is a remote restore to a bare gRPC stream of 1 MiB chunks? The restore and the bare stream run on loopback,
+each from its own process.
 
 Between the two the benchmark measures a ladder of streams. Each rung adds one thing that a restore must do: read each
 chunk from the page cache, checksum it, copy it into the caller's buffer. No restore can be faster than the last rung.
@@ -130,7 +130,9 @@ async def _stream_in_turn(
 
 
 class _Ladder:
-    """Streams from the bare server. The bare streams leave out the last, partial MiB, which favours them."""
+    """Streams from the bare server. The bare streams leave out the last, partial MiB of payloads, which favours the
+    streams.
+    """
 
     def __init__(self, port: int, pid: int, plain: Path, into: Array) -> None:
         self.pid = pid
@@ -183,7 +185,7 @@ class _Ladder:
 
 
 def _cpu_s(pid: int) -> float:
-    """CPU seconds of all threads of another process. The kernel counts them in nanoseconds."""
+    """CPU seconds of all threads of another process. The kernel counts these CPU seconds in nanoseconds."""
     nanoseconds = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         with contextlib.suppress(OSError):

@@ -55,10 +55,14 @@ class Settings(StoresConfig):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--away", type=float, default=20.0, help="seconds that the store is away (default: 20)")
+    parser.add_argument(
+        "--away", type=float, default=20.0, help="number of seconds for which the store is stopped (default: 20)"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--readers", type=int, default=8, help="requests at once (default: 8)")
-    parser.add_argument("--prompts", type=int, default=64, help="prompts of 32 blocks in each store (default: 64)")
+    parser.add_argument(
+        "--prompts", type=int, default=64, help="number of prompts in each store, of 32 blocks each (default: 64)"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -111,7 +115,7 @@ class _Load:
         return (bad[-1] + 1) * WINDOW_S if bad else 0.0
 
     def shares(self, since: float) -> list[float]:
-        """The share of hits among the restores that began in each window. NaN: no restore began in the window."""
+        """The share of hits among the restores that began in each window. NaN: no restore began in the time window."""
         ends = max((at for at, _ in self.began), default=since)
         windows: list[list[bool]] = [[] for _ in range(max(1, math.ceil((ends - since) / WINDOW_S)))]
         for at, hit in self.began:

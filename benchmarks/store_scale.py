@@ -1,4 +1,4 @@
-"""What does a store cost apart from its payloads? Measures look-ups, the index and opening."""
+"""What does a store cost apart from its payloads? The benchmark measures look-ups, the index, and opening a store."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ engine.abandon()
 
 def memory_kib(field: str) -> int:
     """This process' VmRSS, or its peak VmHWM. getrusage is not used, because its peak is inherited from the process
-    that started this one."""
+    that started this one.
+    """
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1])
 

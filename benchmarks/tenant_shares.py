@@ -90,7 +90,7 @@ class Worker:
 async def stretch(worker: Worker, num_requests: int, greedy_tokens: int | None) -> list[float]:
     """Times of the modest tenant's requests next to a greedy tenant's.
 
-    greedy_tokens: None leaves the modest one alone.
+    greedy_tokens: If `greedy` is None, the modest tenant's requests run alone.
     """
     num = NUM_GREEDY if greedy_tokens else 0
     greedy = [asyncio.create_task(worker.keep_asking(greedy_tokens or 0)) for _ in range(num)]
@@ -127,7 +127,12 @@ async def measure(num_requests: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=12, help="requests of the modest tenant per stretch")
+    parser.add_argument(
+        "--requests",
+        type=int,
+        default=12,
+        help="number of requests that the modest tenant sends in each part of the run",
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with mock.patch.object(decode_scheduler, "time", SimpleNamespace(perf_counter=time.process_time)):

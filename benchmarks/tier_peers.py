@@ -1,5 +1,5 @@
-"""Other clients of the same S3 server, for `benchmarks.tier`. Each runs in a process with its own Python environment.
-For each line on stdin the process reads all of its bytes once, and prints the seconds.
+"""Other clients of the same S3 server, for `benchmarks.tier`. Each peer runs in a process with its own Python
+environment. For each line on stdin the process reads all of its bytes once, and prints the seconds.
 
 boto3    reads the ranges that our tier reads, with as many threads as our tier has reads in flight
 LMCache  its S3 connector. Only the path of an object is changed: the connector puts the bucket into the host's name,

@@ -171,7 +171,7 @@ class _Child:
 
 
 def main() -> None:
-    """The process that uploads. It answers each line with its uploaded bytes and its processor time so far."""
+    """The process that uploads. The process answers each line with its uploaded bytes and its processor time so far."""
     settings, last = json.loads(sys.stdin.readline())
     lists = {name: tuple(value) for name, value in settings.items() if isinstance(value, list)}
     engine = StorageEngine(KvStoreConfig(**{**settings, **lists}))

@@ -1,4 +1,5 @@
-"""What does TLS cost at the HTTP API, and for a hit's time to first token? Plain and TLS run in turn, in one run.
+"""What does TLS cost at the HTTP API, and for a hit's time to first token? The benchmark measures without and with TLS
+in turn, in one run.
 
     door    a router whose stand-in workers answer at once (as in benchmarks/gateway.py): requests per second of 16
             callers that keep their connections, and of 16 that connect for each request; the median time of one
@@ -222,7 +223,7 @@ def asking(prompt: str, **more: object) -> dict[str, object]:
 
 
 async def first_token(side: Side, prompt: str) -> float:
-    """Seconds until the first piece of text arrives. The connection is opened before the clock starts."""
+    """Seconds until the first piece of text arrives. The client's connection is opened before the clock starts."""
     client = await side.client(asking(prompt, stream=True))
     before = time.perf_counter()
     client.writer.write(client.request)
@@ -303,7 +304,7 @@ def compared(sides: dict[str, Side]) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of each measurement at the door")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds for each measurement at the HTTP API")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()

@@ -98,7 +98,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "antefix-tiny")
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the prefix that all requests share")
+    parser.add_argument(
+        "--tokens", type=int, default=2048, help="number of tokens of the prefix that all requests share"
+    )
     parser.add_argument("--max-tokens", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="also write the JSON here")

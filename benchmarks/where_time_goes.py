@@ -49,7 +49,7 @@ async def ask(deployment: Deployment, prompt: np.ndarray) -> tuple[str, float]:
 
 
 def hops(spans: list[Received], trace_id: str) -> dict[str, float]:
-    """Seconds of each part until the first token is sent. A part's time does not include the parts inside it."""
+    """Seconds of each part until the first token is sent. The time of a part does not include the parts inside it."""
     own = [each for each in spans if each.trace_id == trace_id]
     (first,) = [each for each in own if each.name == "first token"]
     until = first.started_s + first.seconds
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 16384])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cost", action="store_true", help="measure only what a span takes")
+    parser.add_argument("--cost", action="store_true", help="measure only how long one trace span takes")
     parser.add_argument("--json", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     console = Console(stderr=True)

@@ -30,9 +30,13 @@ DIST = ROOT / "dist"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--allow-unreleased", action="store_true", help="a rehearsal: changes, date, tag may be open")
-    parser.add_argument("--tag", action="store_true", help="put the date, commit it and tag it; build nothing")
-    parser.add_argument("--sign", action="store_true", help="with --tag: sign the tag with your key")
+    parser.add_argument(
+        "--allow-unreleased",
+        action="store_true",
+        help="rehearse a release; uncommitted changes, a missing date or a missing tag are allowed",
+    )
+    parser.add_argument("--tag", action="store_true", help="write the release date, commit and tag it; build nothing")
+    parser.add_argument("--sign", action="store_true", help="sign the new tag with your key (only with --tag)")
     args = parser.parse_args()
     version = str(runpy.run_path(str(ROOT / "antefix" / "version.py"))["__version__"])
     try:
@@ -50,7 +54,7 @@ def tag(version: str, *, sign: bool) -> None:
     """Raises:  ValueError: it is tagged already, there are changes, or the changelog has nothing to say."""
     check_committed()
     if output("git", "tag", "--list", f"v{version}"):
-        raise ValueError(f"v{version} is there already: antefix/version.py names the next one")
+        raise ValueError(f"version v{version} exists already: write the next version into antefix/version.py")
     log = ROOT / "CHANGELOG.md"
     text = dated(version, log.read_text(), datetime.now(UTC).date())
     changes = changes_of(version, text)
@@ -70,7 +74,9 @@ def build(version: str, *, is_rehearsal: bool) -> None:
     if not is_rehearsal:
         check_committed()
         if f"v{version}" not in output("git", "tag", "--points-at", "HEAD").splitlines():
-            raise ValueError(f"this commit has no tag v{version}: make release-tag, or git checkout v{version}")
+            raise ValueError(
+                f"this commit does not have the tag v{version}: run make release-tag, or git checkout v{version}"
+            )
     shutil.rmtree(DIST, ignore_errors=True)
     DIST.mkdir()
     # 2. Wheel and sdist, of tracked files alone.
@@ -107,16 +113,18 @@ def dated(version: str, changelog: str, day: date) -> str:
 
 
 def changes_of(version: str, changelog: str, *, allow_unreleased: bool = False) -> str:
-    """The version's part. Raises:  ValueError: there is none, it is empty, or says that it is not released."""
+    """The version's part. Raises: ValueError: the changelog has no section for the version, the section is empty, or it
+    says that the version is not released.
+    """
     found = re.search(
         rf"^## {re.escape(version)}(?![.\w])(.*?)$\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL
     )
     if found is None and allow_unreleased:
         found = re.search(r"^## \S+(.*?)$\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
     if found is None:
-        raise ValueError(f"CHANGELOG.md has no part for {version}: is antefix/version.py up to date?")
+        raise ValueError(f"CHANGELOG.md has no section for {version}: is antefix/version.py up to date?")
     if "unreleased" in found[1] and not allow_unreleased:
-        raise ValueError(f"CHANGELOG.md says that {version} is unreleased: make release-tag puts the date there")
+        raise ValueError(f"CHANGELOG.md says that {version} is unreleased: `make release-tag` writes the date there")
     if not found[2].strip():
         raise ValueError(f"CHANGELOG.md says nothing of {version}")
     return found[2].strip() + "\n"

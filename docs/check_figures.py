@@ -87,7 +87,7 @@ def documents() -> list[Path]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--unrecorded", action="store_true", help="list the figures without a record, as the documents name them"
+        "--unrecorded", action="store_true", help="list the figures in documents that have no result file"
     )
     args = parser.parse_args()
     if args.unrecorded:

@@ -41,7 +41,7 @@ WORDS = {
 # Units that are counted, and what they are counted per: "8 bytes per token", not "8 bytes a token".
 _COUNTED = (
     r"tokens|requests|bytes|blocks|records|steps|operations|rows|entries|keys|prompts|cycles|launches|calls|numbers|experts"
-    r"|descriptors|evictions|checkpoints|floats|bits|nats|marks|outputs|histories|[KMGT]i?B|us|ms"
+    r"|descriptors|evictions|checkpoints|floats|bits|nats|marks|outputs|histories|[KMGT]?i?B|us|ms"
 )
 _BY = (
     r"second|minute|hour|day|token|request|prompt|step|layer|block|row|sequence|call|round|process|worker|card|rank|byte"

@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--number", type=int, default=60)
-    parser.add_argument("--kind", choices=KINDS, help="draw sentences of this kind only")
+    parser.add_argument("--kind", choices=KINDS, help="draw only sentences of this kind")
     args = parser.parse_args()
     found = [sentence for sentence in sentences() if args.kind in (None, sentence.kind)]
     for number, sentence in enumerate(draw(found, args.seed, args.number), 1):

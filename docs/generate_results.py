@@ -179,9 +179,11 @@ def _git(*arguments: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--check", action="store_true", help="change nothing; exit with 1 where a document would change"
+        "--check", action="store_true", help="write nothing; the exit status is 1 if a document would change"
     )
-    parser.add_argument("--stale", action="store_true", help="list the records that are older than what they measure")
+    parser.add_argument(
+        "--stale", action="store_true", help="list the result files that are older than the code that they measure"
+    )
     args = parser.parse_args()
     if args.stale:
         for file, told in stale(_git):

@@ -1,4 +1,6 @@
-"""Compiles the protos into `antefix/v1`: python proto/generate.py. Needs grpcio-tools, which every build brings."""
+"""Compiles the protos into `antefix/v1`: python proto/generate.py. The script needs grpcio-tools, which every build
+brings.
+"""
 
 from pathlib import Path
 

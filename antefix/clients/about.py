@@ -17,10 +17,10 @@ _DEADLINE_S = 10.0
 class About:
     """A process's description of itself.
 
-    ahead_s: how far its clock is ahead of this process's clock, accurate to half of round_trip_s.
-    certificate_ends_s: when its certificate expires, in Unix time; 0 without TLS.
-    secret_marks: one mark per secret that it has, the current one first.
-    calls: addresses of services that it calls and that register with no router.
+    ahead_s: how far the service's clock is ahead of this process's clock, accurate to half of round_trip_s.
+    certificate_ends_s: when its certificate expires, in Unix time; 0 without TLS. secret_marks: one short mark per
+    secret that it has, the current secret's mark first. calls: addresses of services that it calls and that register
+    with no router.
     """
 
     role: str

@@ -35,7 +35,7 @@ from antefix.wire import (
 class Decoded:
     """One message of an output. finish_reason is set in the last one; stop_number: the stop sequence, from 1.
 
-    logprobs: one per token, if requested.  speeds: only in the last message, as in `Prefilled`.
+    logprobs: one log probability per token, if requested. speeds: only in the last message, as in `Prefilled`.
     """
 
     tokens: Tokens
@@ -66,10 +66,10 @@ class DecodeClient(ServiceClient[decode_pb2_grpc.DecodeServiceStub]):
         timeout_s: float,
         located: Located | None = None,
     ) -> AsyncGenerator[Decoded, None]:
-        """Stream one output; leaving the stream stops the work.
+        """Stream one output of a decode worker; if the caller leaves the stream, the worker stops.
 
-        sampling: this output's settings, with its own seed.  emitted: tokens of this output that were already sent.
-        located: which of several stores probably has which blocks of the prompt.
+        sampling: the settings of this output, with a seed of its own. emitted: tokens of this output that were sent
+        already. located: which of several stores probably has which blocks of the prompt.
         """
         message = decode_pb2.DecodeRequest(
             request_id=request.request_id,

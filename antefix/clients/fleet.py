@@ -1,4 +1,4 @@
-"""Calls to a router in front of workers that are not ours: for operators."""
+"""Calls of operators to a router that serves workers of other inference engines."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from antefix.v1 import fleet_pb2, fleet_pb2_grpc
 class EngineStatus:
     """One cache of the fleet: a worker's data-parallel rank.
 
-    knowledge: "events" (the router has what it said last), "behind" (it tells, the router has not heard all), "guess"
-    (it tells nothing).  blocks: that it said it holds.  *_hit_tokens: of its answers so far.
+    knowledge: Whether the router knows a cache's contents: "events" (the router has the worker's latest report),
+    "behind" (some reports are missing), "guess" (the worker reports nothing). blocks: how many blocks the worker
+    reported. *_hit_tokens: totals over the worker's answers so far.
     """
 
     worker: str
@@ -36,8 +37,10 @@ class EngineStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CandidateEngine:
-    """A worker as placement sees it for one prompt. hit_tokens: what it may hit.  leading_tokens: what it has of the
-    beginning, more than the former where nothing is left to continue with from there.  media: the same by medium."""
+    """What the router knows about a worker for one prompt. hit_tokens: how many tokens may hit there. leading_tokens:
+    how many of the prompt's first tokens the worker has; larger than hit_tokens if the worker cannot resume at that
+    point. media: the same numbers for each kind of memory.
+    """
 
     engine: EngineStatus
     hit_tokens: int
@@ -47,8 +50,8 @@ class CandidateEngine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExplainedRequest:
-    """The router's prediction for a request that came now. prompt_tokens: 0 where no worker could say.  chosen: who
-    would get it.
+    """The router's prediction for a request that would arrive now. prompt_tokens: 0 if no worker could count them.
+    chosen: the worker that would get the request.
     """
 
     model: str
@@ -60,13 +63,13 @@ class ExplainedRequest:
 
 
 class FleetClient(ServiceClient[fleet_pb2_grpc.FleetServiceStub]):
-    """Calls to a router in front of workers that are not ours: for operators."""
+    """Calls of operators to a router that serves workers of other inference engines."""
 
     def _make_stub(self, channel: grpc.aio.Channel) -> fleet_pb2_grpc.FleetServiceStub:
         return fleet_pb2_grpc.FleetServiceStub(channel)
 
     async def status(self, *, timeout_s: float = 5.0) -> tuple[EngineStatus, ...]:
-        """What the router knows of its workers."""
+        """What a router knows of the workers that it serves."""
         with rpc.rpc_errors():
             answer = answered(await self._stub.FleetStatus(fleet_pb2.FleetStatusRequest(), timeout=timeout_s))
         return tuple(_engine(engine) for engine in answer.engines)
@@ -74,7 +77,9 @@ class FleetClient(ServiceClient[fleet_pb2_grpc.FleetServiceStub]):
     async def explain(
         self, body: str, *, tenant: str = "", session: str = "", timeout_s: float = 30.0
     ) -> ExplainedRequest:
-        """What would happen to a request with this body, JSON.  Raises:  InvalidRequest: the door would refuse it."""
+        """What the router would do with a request that has this JSON body. Raises: InvalidRequest: the HTTP API would
+        refuse this request.
+        """
         request = fleet_pb2.ExplainRequestRequest(body=body, tenant=tenant, session=session)
         with rpc.rpc_errors():
             answer = answered(await self._stub.ExplainRequest(request, timeout=timeout_s))

@@ -23,9 +23,10 @@ from antefix.wire import report_from_wire, tokens_to_wire
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prefilled:
-    """handoff: the handoff's name, by which decode gets it from the store; empty: the store could not keep it.
+    """handoff: the name by which decode fetches the prompt's live state from the store; empty if the store could not
+    keep the state.
 
-    near_stores: of several stores, those that the worker writes to.  speeds: its read speeds of stores and tiers, by
+    near_stores: the stores, out of several, that the worker writes to. speeds: its read speeds of stores and tiers, by
     name.
     """
 
@@ -46,10 +47,10 @@ class PrefillClient(ServiceClient[prefill_pb2_grpc.PrefillServiceStub]):
     async def prefill(
         self, request: GenerationRequest, *, timeout_s: float, located: Located | None = None
     ) -> Prefilled:
-        """Compute and store a prompt's KV, restoring what is stored of it.
+        """Compute the KV of a prompt and store it; the part that is stored already is restored instead.
 
-        Checkpoints are stored at the request's breakpoints.  located: which of several stores probably has which
-        blocks.
+        Checkpoints of window state are stored at the request's breakpoints. located: which of several stores probably
+        has which blocks.
         """
         message = prefill_pb2.PrefillRequest(
             request_id=request.request_id,

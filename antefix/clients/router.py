@@ -32,7 +32,7 @@ from antefix.wire import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generated:
-    """One message of the router's answer. sample: which of the outputs it belongs to.
+    """One message of the router's answer. sample: the number of the output that the message belongs to.
 
     Each output's last message has its finish_reason; the last of all has usage and restore, the request's id, and how
     long it took.
@@ -68,7 +68,7 @@ class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
         num_samples: int = 1,
         timeout_s: float = 600.0,
     ) -> AsyncGenerator[Generated, None]:
-        """Stream an answer; leaving the stream stops the work.
+        """Stream the router's answer; if the caller leaves the stream, the request's work stops.
 
         session: the caller's name of the conversation, a hint where to place it.
         num_samples: outputs to make.
@@ -99,7 +99,7 @@ class RouterClient(ServiceClient[router_pb2_grpc.RouterServiceStub]):
             call.cancel()
 
     async def status(self, *, timeout_s: float = 5.0) -> RouterStatus:
-        """The workers that the router knows, and what it counted."""
+        """The workers that the router knows, and the router's own counters."""
         with rpc.rpc_errors():
             answer = answered(await self._stub.RouterStatus(router_pb2.RouterStatusRequest(), timeout=timeout_s))
         return router_status_from_wire(answer)

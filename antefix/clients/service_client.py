@@ -26,8 +26,8 @@ class ServiceClient(Generic[Stub]):
     _of: ClassVar[Role | None] = None
 
     def __init__(self, address: str, *, credentials: Credentials | None = None, name: str = "") -> None:
-        """credentials: sent with each call; None: those of this process.  name: the process name that the server's
-        certificate must have, where there are certificates.
+        """credentials: sent with each call; None: those of this process are sent. name: the process name that the
+        server's certificate must have, if certificates are used.
         """
         self.address = address
         self._name = name
@@ -47,16 +47,18 @@ class ServiceClient(Generic[Stub]):
         raise NotImplementedError
 
     def _stream(self, call: Call) -> Call:
-        """Note a call that `close` ends.
+        """Record that `close` of the client ends this call.
 
-        A channel's own `close` overlooks a stream that nobody reads at that moment: with grpcio 1.78 on Python 3.12,
-        its reader would then wait for ever.
+        A gRPC channel's own `close` misses a stream that nobody reads at that moment: with grpcio 1.78 on Python 3.12,
+        the stream's next reader would then wait for ever.
         """
         self._streams.add(call)
         return call
 
     async def close(self) -> None:
-        """End running calls and close the connection. The client may be used again; it then reconnects."""
+        """End the client's running calls and close its connection. The client may be used again after `close`; it then
+        connects again.
+        """
         channel, self._channel, self._connected = self._channel, None, None
         for call in list(self._streams):
             call.cancel()

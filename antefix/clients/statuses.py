@@ -1,4 +1,6 @@
-"""What services say of themselves, as values. Fields are named as in the protos, which say more about each."""
+"""What services report about themselves, as Python values. The fields have the names of the proto messages, which
+document each field.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillStatus:
-    """num_resident_blocks: of the pool's num_blocks, with KV in them that a prompt may hit.
+    """num_resident_blocks: blocks in the worker's memory, out of num_blocks in the pool, with KV that a prompt may hit.
 
-    prefill_tokens_per_s: as the worker measured it, without context.
-    arithmetic: what it computes, as measured at its start: equal names mean equal bits.  setup: where, for people.
+    prefill_tokens_per_s: the speed that the worker measured for prompts without cached tokens. arithmetic: the name of
+    the worker's arithmetic, measured at its start; workers with equal names compute equal bits. setup: the machine on
+    which the name was measured, for people to read.
     """
 
     fingerprint: bytes
@@ -31,9 +34,11 @@ class PrefillStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeStatus:
-    """num_running: sequences in the batch.  num_resident_blocks: of the pool's num_blocks, with KV in them.
+    """num_running: sequences in the decode batch. num_resident_blocks: blocks with KV in memory, out of num_blocks in
+    the pool.
 
-    arithmetic: what it computes, as measured at its start: equal names mean equal bits.  setup: where, for people.
+    arithmetic: the name of the worker's arithmetic, measured at its start; workers with equal names compute equal bits.
+    setup: the machine on which the name was measured, for people to read.
     """
 
     fingerprint: bytes
@@ -48,11 +53,11 @@ class DecodeStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerState:
-    """One worker as a router sees it. role: "prefill" or "decode".
+    """One worker as a router sees the worker. role: "prefill" or "decode".
 
-    memory_known: whether the router knows what the worker last said of its memory; if not, it goes by its own
-        placements.
-    arithmetic, setup: as the worker said; empty while the router has not heard it.
+    memory_known: whether the router has the worker's latest report of its memory; if not, the router guesses from the
+        requests that it sent there. arithmetic, setup: as the worker reported; empty as long as the router has no
+        report.
     """
 
     address: str
@@ -68,9 +73,9 @@ class WorkerState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LostWorker:
-    """A worker whose lease ran out within the last hour, and that neither said goodbye nor came back.
+    """A worker whose lease ran out within the last hour, without a goodbye and without a return.
 
-    role: "prefill" or "decode".  seconds_ago: when its lease ran out.
+    role: The worker's role, "prefill" or "decode". seconds_ago: how long ago its lease ran out.
     """
 
     address: str
@@ -80,11 +85,13 @@ class LostWorker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterCounters:
-    """Requests since the router started. led, followed: computed for themselves; waited for another's blocks first.
+    """Counts of requests since the router started. led: requests that computed their blocks themselves. followed:
+    requests that first waited for the blocks of another request.
 
-    refused: the first token would have taken too long.  straight: left to decode, their uncached rest was short.
-    memory_events, memory_gaps, memory_snapshots: of workers' memory: taken in, noticed, taken.
-    unstored: requests whose KV could not all be stored.  unstored_reason: why it could not the last time.
+    refused: requests whose first token would have come too late. straight: requests sent straight to a decode worker,
+    because few tokens were not cached. memory_events, memory_gaps, memory_snapshots: events about workers' memory that
+    were applied, were missing, and snapshots taken. unstored: requests whose KV could not all be stored.
+    unstored_reason: the reason for the last of them.
     """
 
     led: int
@@ -101,11 +108,11 @@ class RouterCounters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerCounters:
-    """What a router holds for retries. running, unattended: answers that clients may read while they are made; and
-    those of them that have no client now.
+    """The answers that a router holds for retries. running: answers that clients may read while they are generated.
+    unattended: running answers that have no client now.
 
-    kept, kept_bytes: finished answers, for a retry.  dropped, joined, given_again: since the router started: let go for
-    room, retries that joined a running answer, and that were given a kept one.
+    kept, kept_bytes: finished answers that are kept for a retry. dropped: kept answers that were deleted for room,
+    since the router's start. joined: retries that joined a running answer. given_again: retries that got a kept answer.
     """
 
     running: int
@@ -123,8 +130,9 @@ class AnswerCounters:
 class RouterStatus:
     """The router's workers, the model that they serve, and what the router counted.
 
-    arithmetic: of all workers: part of every name.  Empty until one has said it.  num_running: requests that were
-    admitted and have not ended.
+    arithmetic: the name of the arithmetic that all workers use; the name is part of every block's name. The
+    arithmetic's name is empty until a worker has reported it. num_running: requests that were admitted and have not
+    ended.
     """
 
     workers: tuple[WorkerState, ...]
@@ -140,9 +148,11 @@ class RouterStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanKindStatus:
-    """How well one kind of plan was predicted since the worker started. Errors are relative to the prediction.
+    """How accurately restores with one kind of plan were predicted since the worker started. Errors of predicted times
+    are relative to the prediction.
 
-    mean_error, stated_error: a fading mean, and a fading maximum, which is what is stated with every later plan.
+    mean_error: a mean in which older errors count less. stated_error: a maximum that fades in the same way; every later
+    plan states it as its possible error.
     """
 
     kind: str
@@ -156,7 +166,9 @@ class PlanKindStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedWay:
-    """One way to restore that was weighed. error_s: how far predicted_s may be off, by experience."""
+    """One way to restore a prefix that the planner considered. error_s: how far predicted_s may be wrong, judged by
+    earlier restores.
+    """
 
     kind: str
     resume_tokens: int
@@ -170,7 +182,9 @@ class PlannedWay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedRestore:
-    """One restore: what was taken, what it took, and all ways that were weighed, cheapest first. at_s: Unix time."""
+    """One restore of a prefix: the plan that was used, the time that it took, and all plans that were considered,
+    cheapest first. at_s: Unix time.
+    """
 
     at_s: float
     prompt_tokens: int
@@ -181,10 +195,11 @@ class PlannedRestore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowStatus:
-    """What a worker does about window state. bounded_windows 0: exact only.  plans: oldest first.
+    """A worker's settings and results for window state. bounded_windows 0: only exact hits are allowed. plans: the
+    oldest plan first.
 
-    align_tokens: between positions where a hit may resume; 1 where every block boundary will do.
-    checkpoint_bytes: of checkpoints that the store holds, as the strategy's budget counts them.
+    align_tokens: the distance between positions where a hit may resume; 1 if every block boundary will do.
+    checkpoint_bytes: bytes of checkpoints in the store, as the strategy's budget counts them.
     """
 
     namespace: str
@@ -234,6 +249,6 @@ def _restore(message: window_pb2.PlanRecord) -> PlannedRestore:
 
 
 def _plain(value_type: type[T], message: Any, **nested: Any) -> T:
-    """A value with the message's fields; `nested` are those that are values themselves."""
+    """A value with the fields of a protobuf message; the fields named in `nested` are values themselves."""
     names = [field.name for field in dataclasses.fields(value_type)]  # type: ignore[arg-type]
     return value_type(**{name: nested[name] if name in nested else getattr(message, name) for name in names})

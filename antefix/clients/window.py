@@ -18,14 +18,16 @@ class WindowClient(ServiceClient[window_pb2_grpc.WindowServiceStub]):
         return window_pb2_grpc.WindowServiceStub(channel)
 
     async def status(self, *, num_plans_max: int = 0, timeout_s: float = 5.0) -> WindowStatus:
-        """The strategy in force and how well restores were predicted. num_plans_max: the newest so many; 0 for none."""
+        """The window strategy in force, and how accurately restores were predicted. num_plans_max: how many of the
+        newest plans to return; 0 for none.
+        """
         request = window_pb2.WindowStatusRequest(num_plans_max=num_plans_max)
         with rpc.rpc_errors():
             answer = answered(await self._stub.WindowStatus(request, timeout=timeout_s))
         return window_status_from_wire(answer)
 
     async def set_strategy(self, strategy: str, *, timeout_s: float = 5.0) -> str:
-        """Use another strategy from the next request on. Returns the one that was in force.
+        """Use another window strategy from the next request on. Returns the window strategy that was in force before.
 
         Raises:  InvalidRequest: not a strategy.
         """

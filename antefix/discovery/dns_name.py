@@ -1,7 +1,7 @@
 """A DNS name that stands for several services, such as a headless Kubernetes service: each address is one of them.
 
-Name servers may give some of many addresses per answer, and an answer may come late or not at all. So an address counts
-until it has been absent for a while; a service that is really gone is not called any more long before that.
+Name servers may return only some of many addresses per answer, and an answer may be late or missing. So a found address
+stays known until it has been absent for some time; calls to a service that has really gone stop long before that.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 async def addresses_of(host: str, port: int) -> Sequence[str]:
-    """The IP addresses that the system gives for a name.  Raises:  OSError: none now."""
+    """The IP addresses that the operating system returns for a host name.  Raises:  OSError: none now."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return [str(sockaddr[0]) for *_, sockaddr in found]
 
 
 class DnsName:
-    """`dns:HOST:PORT`, a source of `Following`. resolve, clock: as tests give them."""
+    """`dns:HOST:PORT` as a source of services for `Following`. resolve, clock: replaced in tests."""
 
     # Name servers keep an answer for longer than that.
     every_s = 2.0
@@ -53,14 +53,14 @@ class DnsName:
             async with asyncio.timeout(_TIMEOUT_S):
                 addresses = await self._resolve(self._host, self._port)
         except (OSError, TimeoutError) as err:
-            raise Unavailable(f"{self._host} has no address now: {err or 'no answer'}") from err
+            raise Unavailable(f"no address is known for the host name {self._host} now: {err or 'no answer'}") from err
         now = self._clock()
         self._seen.update(dict.fromkeys(addresses, now))
         self._seen = {address: at for address, at in self._seen.items() if now - at <= KEPT_S}
         return frozenset(self._found(address) for address in self._seen)
 
     async def close(self) -> None:
-        """No connection stays open between two look-ups."""
+        """Between two look-ups no connection to a name server stays open."""
 
     def _found(self, address: str) -> Found:
         host = f"[{address}]" if ":" in address else address

@@ -1,4 +1,6 @@
-"""What stands in a list of addresses for services that are looked for: `dns:HOST:PORT`, or a redis:// URL of leases."""
+"""The entries in a list of addresses that stand for services to be looked up: `dns:HOST:PORT`, or a redis:// URL of
+leases.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,14 @@ def is_finder(text: str) -> bool:
 
 
 def without_finders(texts: Iterable[str]) -> tuple[str, ...]:
-    """The addresses among them, each once."""
+    """The plain addresses in the list, each address once."""
     return tuple(dict.fromkeys(text for text in texts if not is_finder(text)))
 
 
 def called_names(texts: Iterable[str]) -> tuple[str, ...]:
-    """host:port of all that is named: addresses, and DNS names. Services found by leases are not known yet."""
+    """host:port of all services that are named in the list by address or by DNS name. Services that are found by leases
+    in Redis are not known at this point.
+    """
     return tuple(text.removeprefix(PREFIX) for text in texts if not text.startswith(_LEASES))
 
 
@@ -40,7 +44,9 @@ def check_finders(texts: Iterable[str], setting: str) -> None:
 def finders(
     texts: Iterable[str], config: RedisConfig, *, role: Role, keys: EventKeys, resolve: Resolve = addresses_of
 ) -> list[Source]:
-    """What finds the services that a setting stands for.  role: theirs.  keys: what their leases are signed with."""
+    """The object that finds the services of a setting. role: the role of these services. keys: the keys that sign their
+    leases.
+    """
     return [
         DnsName(text, resolve=resolve)
         if text.startswith(PREFIX)

@@ -1,4 +1,6 @@
-"""Follows what sources find, and tells when it changes. Sources that cannot be asked change nothing."""
+"""Follows which services the sources find, and calls back when the set of services changes. A source that cannot be
+asked changes nothing in the set of known services.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,11 @@ log = logging.getLogger("antefix.discovery")
 
 
 class Following:
-    """changed: called with all that is known, whenever it is another set than before.
+    """changed: called with all known services whenever the set differs from the last one.
 
-    identity: what tells services apart, their names by default. Of two that are one by it the source that is named
-    first counts, of one source the address that sorts first.
+    identity: a function that tells whether two services are the same, by default by their names. If two found services
+    have the same identity, the one from the source that was named first counts; within one source, the one whose
+    address sorts first.
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class Following:
         return self._known
 
     async def look(self) -> None:
-        """Ask all sources once, and tell what has changed."""
+        """Ask all sources of services once, and report what has changed."""
         await self._look(range(len(self._sources)))
 
     async def _look(self, numbers: Iterable[int]) -> None:
@@ -88,5 +91,7 @@ class Following:
         except AntefixError as err:
             self.num_failed += 1
             if not self._is_silent[number]:
-                log.warning("services cannot be looked up, so those already known stay in use: %s", err)
+                log.warning(
+                    "services cannot be looked up now; the services that are already known stay in use: %s", err
+                )
             self._is_silent[number] = True

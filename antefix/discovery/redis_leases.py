@@ -1,13 +1,13 @@
-"""Services that say in Redis that they are there: one hash per role, a field per service, said again every 2 s.
+"""Services announce themselves in Redis: one hash per role with one field per service, written again every 2 s.
 
     antefix:services:{ROLE}     hash: name -> JSON of the fields below
 
     a   address        n   name       s   Unix time in ns when it was said, always more than before
     g   generation     m   MAC, hex   (antefix.events.event_seal: made with the deployment's events key)
 
-An attacker who can write to Redis but has no key of the deployment can remove a service, which costs hits, but cannot
-add one. A reader accepts a lease as long as it is renewed, by the reader's own clock, since hosts' clocks may differ by
-minutes.
+An attacker who can write to Redis but has no key of the deployment can remove a service's lease, which costs cache
+hits, but cannot add a service. A reader accepts a lease as long as its service renews it, measured by the reader's own
+clock, because hosts' clocks may differ by minutes.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class ServiceLease:
                 await self._redis.hdel(_hash_of(self._role), self._name)
         except _failures() as failure:
             log.info(
-                "this service's lease could not be removed from Redis, so it stays there until it expires: %s", failure
+                "this service's lease could not be removed from Redis and stays there until it expires: %s", failure
             )
         await self._redis.aclose()
 
@@ -94,7 +94,7 @@ class ServiceLease:
 
 
 class LeaseReader:
-    """A source of `Following`: the services of one role that say that they are there."""
+    """A source of services for `Following`: those of one role that announce themselves in Redis."""
 
     # A service that joins is used within a second. One small answer: 1,000 processes ask Redis 2,000 times per second.
     every_s = 0.5
@@ -135,7 +135,7 @@ class LeaseReader:
         await self._redis.aclose()
 
     def _read(self, name: bytes, text: bytes) -> dict[str, Any] | None:
-        """A statement of the service of that name; None: nobody of this deployment has said it."""
+        """The statement of the service of that name; None if no service of this deployment has made one."""
         try:
             if len(text) > _STATEMENT_BYTES_MAX:
                 return None
@@ -149,7 +149,7 @@ class LeaseReader:
             return None
 
     def _is_alive(self, said: dict[str, Any], now: float) -> bool:
-        """Whether it was said again within a lease."""
+        """Whether the service has renewed its statement within the time of a lease."""
         stamp, seen = self._said.get(said["n"], (0, now))
         if said["s"] > stamp:
             stamp, seen = said["s"], now
@@ -157,7 +157,9 @@ class LeaseReader:
         return now - seen <= LEASE_TTL_S and abs(time.time_ns() - stamp) <= _AGE_NS_MAX
 
     async def _drop_old(self, names: list[bytes]) -> None:
-        """Delete the leases of services that died. A service that is only late will renew its lease."""
+        """Delete the leases in Redis of services that have died. A service that is merely late renews its lease
+        afterwards.
+        """
         if not names:
             return
         try:
@@ -168,7 +170,9 @@ class LeaseReader:
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What a Redis that is away raises. Imported here, because its client takes a part of a service's start."""
+    """The errors that are raised when Redis cannot be reached. The Redis client is imported only here, because
+    importing it takes a noticeable part of a service's start.
+    """
     from redis.exceptions import RedisClusterException, RedisError
 
     return (RedisError, RedisClusterException, OSError, TimeoutError)

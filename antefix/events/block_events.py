@@ -47,8 +47,8 @@ class EventKind(IntEnum):
 class BlockEvent:
     """Blocks or checkpoints, in the order in which they were stored or removed.
 
-    hashes: the hashes, concatenated; each has `hash_bytes` bytes, at least KEY_BYTES.
-    fingerprint: that of all of them; empty if the source has only one fingerprint.
+    hashes: the hashes, concatenated; each has `hash_bytes` bytes, at least KEY_BYTES. fingerprint: the fingerprint of
+    all these blocks; empty if the source has only one.
     """
 
     kind: EventKind
@@ -58,7 +58,7 @@ class BlockEvent:
 
     @classmethod
     def of(cls, kind: EventKind, hashes: Iterable[bytes], fingerprint: bytes) -> BlockEvent:
-        """An event about these whole hashes."""
+        """An event about the blocks with these complete hashes."""
         return cls(kind=kind, hashes=b"".join(hashes), hash_bytes=HASH_BYTES, fingerprint=fingerprint)
 
     @property

@@ -1,11 +1,12 @@
 """Signs events that go through Redis: routers ignore entries that were written without the deployment's key.
 
-The events key is derived from each generation of the secret. The store must not have the secret, so it gets only this
-key (`antefix secret events-key`). Each entry carries the time when it was sent, so a replayed old entry is dropped.
+The key that signs events is derived from each generation of the secret. The store must not have the deployment's
+secret, so it gets only the events key (`antefix secret events-key`). Each entry carries the time when it was sent, so a
+replayed old entry is dropped.
 
 Every process of the deployment has the events key. So an entry is also signed with its source's epoch, a random value
-that never appears in Redis, where only its hash is used as a public name. Routers get the epoch with a snapshot, over a
-direct connection to the source. From then on no other process can forge that source's events.
+that never appears in Redis, where only its hash is used as a public name. Routers get the epoch of a source together
+with a snapshot, over a direct connection. From then on, no process without the epoch can forge that source's events.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _NUM_SOURCES_MAX: Final = 4096
 
 
 class DropReason(StrEnum):
-    """Why an entry was dropped. The values are labels of metrics."""
+    """Why an entry was dropped. The values of this enum are used as labels of metrics."""
 
     FORGED = "forged"
     REPLAYED = "replayed"
@@ -40,7 +41,7 @@ class DropReason(StrEnum):
 
 
 class EventKeys:
-    """Signs with the key of the current generation, checks with each. Immutable."""
+    """Signs events with the key of the current secret, and checks them with the keys of all generations. Immutable."""
 
     def __init__(self, keys: Mapping[int, bytes], *, generation: int) -> None:
         self._keys = dict(keys)
@@ -64,12 +65,12 @@ class EventKeys:
         return cls(dict(numbered), generation=numbered[0][0])
 
     def lines(self) -> str:
-        """The keys in the form that `from_file` reads."""
+        """The keys as a text that `from_file` can read."""
         rest = [number for number in self._keys if number != self._generation]
         return "".join(f"{number} {self._keys[number].hex()}\n" for number in (self._generation, *rest))
 
     def sign(self, stream: str, fields: Mapping[str, Any], *, epoch: bytes) -> dict[str, Any]:
-        """The fields with the epoch's public name, generation and MACs."""
+        """The fields of an entry, with the epoch's public name, the secret's generation and the signatures (MACs)."""
         fields = {**fields, "e": public_epoch(epoch)}
         raw = {name.encode(): _bytes(value) for name, value in fields.items()}
         mac = _mac(self._keys[self._generation], stream, raw)
@@ -90,7 +91,7 @@ def public_epoch(epoch: bytes) -> bytes:
 
 
 class EventCheck:
-    """Decides which entries a reader accepts.  dropped: how many entries it refused, by reason."""
+    """Decides which entries a reader of Redis accepts. dropped: the number of refused entries, by reason."""
 
     def __init__(self, keys: EventKeys) -> None:
         self._keys = keys

@@ -27,7 +27,7 @@ def watch_memory(channel: grpc.aio.Channel, cursor: Cursor | None = None) -> Asy
 
 
 def watch_store(stub: Any, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
-    """The events of a store's records, until the stream breaks; as `watch_memory`."""
+    """The events of a store's records, until the stream breaks; works like `watch_memory`."""
     start = cursor or Cursor()
     request = kvstore_pb2.WatchRequest(epoch=start.epoch, after=start.number)
     return _batches(lambda: stub.Watch(request), _of_store)
@@ -59,7 +59,9 @@ def _fields(batch: Batch[BlockEvent]) -> dict[str, Any]:
 async def _batches(
     start: Callable[[], Any], event_of: Callable[[Any], BlockEvent]
 ) -> AsyncGenerator[Batch[BlockEvent], None]:
-    """The batches of a call. The call starts when the first batch is requested, and is cancelled with the generator."""
+    """The batches of a call. The gRPC call starts when the first batch is requested, and is cancelled when the
+    generator is closed.
+    """
     call, in_snapshot = start(), False
     try:
         with rpc.rpc_errors():
@@ -90,5 +92,8 @@ def _of_store(event: kvstore_pb2.StoreEvent) -> BlockEvent:
 
 def _whole(event: BlockEvent) -> BlockEvent:
     if not event.is_whole:
-        raise InvalidRequest(f"{len(event.hashes)} bytes are not a whole number of {event.hash_bytes}-byte hashes")
+        raise InvalidRequest(
+            f"the hashes of a message have {len(event.hashes)} bytes, which is not a whole number of "
+            f"{event.hash_bytes}-byte hashes"
+        )
     return event

@@ -1,7 +1,9 @@
-"""Follows one source's numbered events: a snapshot, then every change. The follower notices missed events and recovers.
+"""Follows one source's numbered events: a snapshot, then every change. The follower notices events that it missed, and
+recovers from the loss.
 
-There are two transports. A direct stream carries everything, and continues at its cursor after a break. With Redis, all
-readers share one stream of changes and heartbeats, and get only snapshots from the source itself.
+There are two transports. With a direct stream, all events come over the stream, which continues at its cursor after a
+break. With Redis, all readers share one stream of changes and heartbeats, and get only snapshots from the source
+itself.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class Follower(ABC, Generic[E]):
 
     @abstractmethod
     def forget_all(self) -> None:
-        """Clear the index, because a snapshot begins."""
+        """Clear the index, because a snapshot of the source begins."""
 
     @abstractmethod
     def learn(self, events: Sequence[E]) -> bool:
@@ -75,10 +77,10 @@ class Follower(ABC, Generic[E]):
         return True
 
     def confirm(self) -> None:
-        """Note that the index has all events that the source has sent."""
+        """Record that the index has all events that the source has sent."""
 
     def doubt(self) -> None:
-        """Note that changes of the source may have been missed."""
+        """Record that changes of the source may have been missed."""
 
     @property
     def in_step(self) -> bool:
@@ -86,11 +88,13 @@ class Follower(ABC, Generic[E]):
         return self._is_current and self.is_intact() and not self._is_silent()
 
     async def run(self, watch: Watch[E]) -> None:
-        """Follow until cancelled. watch: the source's own stream."""
+        """Follow the source until this task is cancelled. watch: opens the source's own stream."""
         await (self._resync(watch) if self._through_redis else self._follow(watch))
 
     def apply(self, batch: Batch[E]) -> bool:
-        """Apply the next batch of a stream. False: the batch does not follow the last one, so a snapshot is needed."""
+        """Apply the next batch of a stream. Returns False if the batch does not follow the last one, so that a snapshot
+        is needed.
+        """
         if batch.snapshot_begins:
             self._lose()
             self._is_full = False
@@ -101,7 +105,7 @@ class Follower(ABC, Generic[E]):
             return self._lose()
         if not self.learn(batch.events):
             self._is_full = True
-            log.warning("a source of events has more blocks than may be followed; its events are not used")
+            log.warning("a source of cache events has more blocks than may be followed; its events are not used")
             return self._lose()
         if batch.snapshot_ends:
             self.counters.num_snapshots += 1
@@ -114,7 +118,7 @@ class Follower(ABC, Generic[E]):
         """Apply a batch from Redis: the next event, an event that is known already, or a heartbeat of the source.
 
         Only entries signed with the epoch that the source itself sent with its snapshot are applied. An entry with
-        another epoch only makes this follower ask the source.
+        another epoch makes this follower ask the source, but changes nothing else.
         """
         if batch.cursor.epoch in self._former:
             return
@@ -136,7 +140,7 @@ class Follower(ABC, Generic[E]):
             self._wanted.set()
 
     def lose(self) -> None:
-        """Note that Redis cannot be reached."""
+        """Record that Redis cannot be reached."""
         self._is_current = False
         self.doubt()
 
@@ -167,7 +171,7 @@ class Follower(ABC, Generic[E]):
         return self._through_redis and time.monotonic() - self._heard_s >= _SILENT_S
 
     async def _follow(self, watch: Watch[E]) -> None:
-        """Follow one direct stream: a snapshot first, then events. After a break it resumes at its cursor."""
+        """Follow one direct stream: a snapshot first, then events. After a break, the stream resumes at its cursor."""
         while True:
             try:
                 async with contextlib.aclosing(watch(self._cursor if self.is_intact() else None)) as batches:
@@ -205,7 +209,9 @@ class Follower(ABC, Generic[E]):
                 self.lose()
 
     async def _take_snapshot(self, watch: Watch[E]) -> bool:
-        """Take a snapshot from the source, then close its stream. Returns whether the snapshot was complete."""
+        """Take a snapshot from the source, then close its stream. Returns whether the source sent the whole
+        snapshot.
+        """
         clock = asyncio.get_running_loop().time
         try:
             async with asyncio.timeout(_PIECE_TIMEOUT_S) as limit, contextlib.aclosing(watch(None)) as batches:

@@ -9,7 +9,8 @@ name of its class:
     BlockRemoved     block_hashes, medium, group_idx, locality
     AllBlocksCleared
 
-Hashes are the engine's own, bytes or integers. Older vLLM sends an event as an array whose first item is the class
+Block hashes in KV events are the engine's own, as bytes or integers. Older vLLM sends an event as an array whose first
+item is the class
 name. Fields and events that are not listed here are ignored. Source: vllm/distributed/kv_events.py of vLLM 0.32, and
 srt/disaggregation/kv_events.py of SGLang 0.5.23.
 """
@@ -80,7 +81,7 @@ KvEvent = KvStored | KvRemoved | KvCleared
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KvBatch:
-    """One message.  num_unread: how many of its events this version cannot use."""
+    """One message of KV events. num_unread: how many of its events this version of Antefix cannot use."""
 
     events: tuple[KvEvent, ...]
     ts: float = 0.0
@@ -89,7 +90,7 @@ class KvBatch:
 
 
 class _StoredIn(KvStored, tag="BlockStored", kw_only=True):
-    """The form used for decoding: SGLang and older vLLM omit fields without a value."""
+    """The form used for decoding: SGLang and older versions of vLLM omit fields that have no value."""
 
     lora_id: int | None = None
     medium: str | None = None
@@ -139,14 +140,16 @@ def decode_batch(payload: bytes) -> KvBatch:
     except _UNREADABLE as err:
         raise InvalidRequest(f"not a batch of KV events: {err}") from err
     if len(outer.events) > EVENTS_MAX:
-        raise InvalidRequest(f"a batch has {len(outer.events)} events; at most {EVENTS_MAX} are allowed")
+        raise InvalidRequest(f"a batch of KV events has {len(outer.events)} events; at most {EVENTS_MAX} are allowed")
     found = [_event_of(raw) for raw in outer.events]
     events = tuple(event for event in found if event is not None)
     return KvBatch(events=events, ts=outer.ts, rank=outer.rank, num_unread=len(found) - len(events))
 
 
 def _event_of(raw: msgspec.Raw) -> KvEvent | None:
-    """None: the event's kind is unknown, or its contents cannot be used here (for example pairs of tokens)."""
+    """Returns None if the kind of the event is unknown, or if its contents cannot be used here (for example pairs of
+    tokens).
+    """
     try:
         event: KvEvent = _EVENT.decode(raw)
     except msgspec.ValidationError:
@@ -182,5 +185,7 @@ def _is_sound(event: KvEvent) -> bool:
 
 
 def medium_of(event: KvStored | KvRemoved) -> str:
-    """The event's medium, one of MEDIA. Engines with only one medium, their own memory, send None for it."""
+    """The kind of memory that an event is about, one of MEDIA. Engines that have only their own memory as a medium send
+    None as the medium.
+    """
     return GPU if event.medium is None else _MEDIUM_OF.get(event.medium, STORAGE)

@@ -1,6 +1,7 @@
 """Publishes what a worker's memory holds as vLLM's KV events (`kv_events`), for any router that reads them.
 
-Only this module sends token ids out of the process. The worker never waits: the changes of one turn of the event loop
+Apart from this module, nothing sends token ids of prompts out of the process. The worker never waits: the changes of
+one turn of the event loop
 become one message. A subscriber that reads too slowly loses messages, which it notices by their numbers. The last
 messages are kept for replay: a request of an empty frame and a number of 8 bytes returns all messages from that number
 on, each as an empty frame, topic, number and payload, and then an end marker.
@@ -56,7 +57,8 @@ class KvPublisherConfig:
                 check_endpoint(name, endpoint, is_encrypted=bool(self.key_file))
         if self.key_file and not self.clients:
             raise ConfigError(
-                "kv_events_key_file needs kv_events_clients: the public keys of the clients that may read the events"
+                "the setting kv_events_key_file needs kv_events_clients, the public keys of the clients that "
+                "may read the events"
             )
         for client in self.clients:
             check_public_key(client)
@@ -72,7 +74,7 @@ class KvPublisherCounters:
 
 
 class KvPublisher:
-    """Publishes events. Call `start` in a running event loop, and `stored` and `evicted` from that loop."""
+    """Publishes events. `start`, `stored` and `evicted` must be called in one running event loop."""
 
     def __init__(self, config: KvPublisherConfig) -> None:
         self._config = config
@@ -89,7 +91,7 @@ class KvPublisher:
 
     @property
     def endpoint(self) -> str:
-        """The address that it listens on, with the actual port."""
+        """The address that the publisher listens on, with the actual port."""
         return str(self._pub.getsockopt_string(zmq.LAST_ENDPOINT))
 
     @property
@@ -101,7 +103,7 @@ class KvPublisher:
         config = self._config
         if config.key_file:
             key = CurveKey.from_file(config.key_file)
-            log.info("KV events are encrypted; readers need the public key %s", key.public.decode())
+            log.info("KV events are encrypted; a reader needs this public key: %s", key.public.decode())
             self._door = CurveDoor(self._context, key, tuple(check_public_key(each) for each in config.clients))
             self._door.start()
         self._pub = self._listen(zmq.PUB, config.endpoint, "kv_events", _BEHIND_MAX)
@@ -109,7 +111,7 @@ class KvPublisher:
             # An unbounded queue: it never holds more than the messages kept for replay.
             self._replay = self._listen(zmq.ROUTER, config.replay, "kv_events_replay", 0)
             self._tasks.append(asyncio.create_task(self._answer()))
-        log.info("KV events, with token ids, are published on %s", self.endpoint)
+        log.info("KV events, which contain token ids, are published on %s", self.endpoint)
 
     async def close(self) -> None:
         self._send()
@@ -124,8 +126,8 @@ class KvPublisher:
     def stored(self, name: bytes, *, parent: bytes | None, tokens: TokenArray, salt: str = "") -> None:
         """Publish that a block was stored in memory.  parent: the block before it; None: it is the first.
 
-        salt: identifies the owner of the cache, in the field `cache_salt` of vLLM, so that blocks of different tenants
-        are never confused.
+        salt: names the cache's owner, in vLLM's field `cache_salt`, so that blocks of different tenants are never
+        confused.
         """
         self._tell(
             KvStored(

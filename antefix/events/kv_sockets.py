@@ -24,7 +24,7 @@ _KEY_CHARACTERS: Final = 40
 
 
 class CurveKey:
-    """One side's key pair, in Z85. The secret half never leaves the process."""
+    """One side's CURVE key pair, encoded in Z85. The secret half of the key pair never leaves the process."""
 
     def __init__(self, secret: bytes) -> None:
         """Raises:  ConfigError: not a key."""
@@ -36,7 +36,7 @@ class CurveKey:
 
     @classmethod
     def from_file(cls, path: str | Path) -> CurveKey:
-        """The key in the file. If there is no file, one is created that only its owner can read."""
+        """The key in the file. If the key file does not exist, it is created so that only its owner can read it."""
         path = Path(path)
         _, secret = zmq.curve_keypair()
         try:
@@ -57,7 +57,7 @@ def check_public_key(text: str) -> bytes:
 
 
 def is_local(endpoint: str) -> bool:
-    """Whether messages over this endpoint stay on the host."""
+    """Whether messages to this address stay on the host."""
     scheme, _, rest = endpoint.partition("://")
     if scheme in ("ipc", "inproc"):
         return True
@@ -90,12 +90,12 @@ class CurveDoor:
         self._auth.configure_curve_callback("*", credentials_provider=self)
 
     def guard(self, socket: Any) -> None:
-        """Set up CURVE on a server's socket. Call it before the socket is bound."""
+        """Set up CURVE on a server's socket. CURVE must be set up before the socket is bound."""
         socket.curve_secretkey, socket.curve_publickey, socket.curve_server = self._key.secret, self._key.public, True
         socket.zap_domain = b"*"
 
     def callback(self, domain: str, key: bytes) -> bool:
-        """Whether a client may connect. The authenticator calls this.  key: the client's key, in Z85."""
+        """Whether a client may connect. ZeroMQ's authenticator calls this method. key: the client's key, in Z85."""
         return key in self._clients
 
     def stop(self) -> None:
@@ -103,5 +103,5 @@ class CurveDoor:
 
 
 def guard_client(socket: Any, key: CurveKey, server: bytes) -> None:
-    """Set up CURVE on a client's socket. Call it before the socket connects."""
+    """Set up CURVE on a client's socket. CURVE must be set up before the socket connects."""
     socket.curve_secretkey, socket.curve_publickey, socket.curve_serverkey = key.secret, key.public, server

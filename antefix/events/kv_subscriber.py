@@ -39,24 +39,24 @@ _MESSAGE_BYTES_MAX: Final = 64 << 20
 
 
 class KvIndex(Protocol):
-    """The index of the engine's cache."""
+    """The interface of an index of the engine's cache."""
 
     def apply(self, batch: KvBatch) -> None: ...
 
     def forget(self) -> None:
-        """Clear the index, because its contents may be wrong."""
+        """Clear the index of the engine's cache, because its contents may be wrong."""
 
     def confirm(self) -> None:
-        """Note that the index has all events that the engine has sent."""
+        """Record that the index has all events that the engine has sent."""
 
     def doubt(self) -> None:
-        """Note that changes of the engine's cache may have been missed."""
+        """Record that changes of the engine's cache may have been missed."""
 
 
 @dataclass(slots=True)
 class KvFollowCounters:
-    """Counters of one engine.  num_lives: how many starts were noticed.  num_forgotten: how often the index was
-    cleared.
+    """Counters of one engine. num_lives: how many starts of the engine were noticed. num_forgotten: how often the index
+    was cleared.
     """
 
     num_batches: int = 0
@@ -69,11 +69,12 @@ class KvFollowCounters:
 
 
 class _Broken(Exception):
-    """A replay stopped before its end."""
+    """The replay of missed messages stopped before its end."""
 
 
 class KvSubscriber:
-    """Follows one engine.  endpoint: where the engine publishes.  replay: its replay address; empty: it has none.
+    """Follows the KV events of one engine. endpoint: the address where the engine publishes. replay: the address for
+    missed messages; empty if there is none.
 
     guard: sets up encryption on a socket before it connects.
     """
@@ -118,7 +119,9 @@ class KvSubscriber:
             await asyncio.sleep(_RETRY_S)
 
     def forget(self) -> None:
-        """Clear the index, because the engine is gone. The engine's next message starts a new index."""
+        """Clear the index of the engine's cache, because the engine is gone. The engine's next message starts a new
+        index.
+        """
         self._forget()
         self._lose()
 
@@ -178,7 +181,9 @@ class KvSubscriber:
         self._stand()
 
     async def _catch_up(self) -> None:
-        """Replay the messages after the last known one. Clear the index if the engine no longer has that message."""
+        """Request the engine's messages after the last known message again. Clear the index if the engine no longer has
+        the last known message.
+        """
         try:
             if not self._replay:
                 if self._next is not None:
@@ -189,13 +194,15 @@ class KvSubscriber:
                 self._begin_life()
                 await self._take_all()
         except _Broken:
-            log.warning("%s did not replay its KV events", self.endpoint)
+            log.warning("the engine at %s did not send its earlier KV events again", self.endpoint)
             self._lose()
         else:
             self._stand()
 
     async def _continue(self, last: int) -> bool:
-        """Continue after message `last`. False: the engine has another message of that number, or no longer has it."""
+        """Continue after message `last`. Returns False if the engine has another message of that number, or no longer
+        has one.
+        """
         is_known = False
         async with contextlib.aclosing(self._replayed(last)) as messages:
             async for number, payload in messages:
@@ -246,7 +253,9 @@ class KvSubscriber:
         try:
             batch = decode_batch(payload)
         except InvalidRequest as err:
-            log.warning("KV events of %s, message %d: %s", self.endpoint, number, err)
+            log.warning(
+                "KV events of the engine at %s, message number %d, were not used: %s", self.endpoint, number, err
+            )
             self.counters.num_unread += 1
             # The lost message may have reported removed blocks.
             self._index.forget()

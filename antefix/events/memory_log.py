@@ -53,7 +53,9 @@ class MemoryLog(NumberedLog[BlockEvent]):
             self._wake()
 
     def _close(self) -> None:
-        """Give the open event its number. From now on it may be sent, and it no longer changes."""
+        """Give the event that is still being collected its number. From then on the event may be sent, and does not
+        change any more.
+        """
         if self._open:
             event = BlockEvent(kind=self._open_kind, hashes=bytes(self._open))
             self._open = bytearray()

@@ -1,8 +1,8 @@
 """Numbered events about changes at a source, for other processes that index it. Never looks into the events.
 
 Numbers count up within an epoch, which is one run of the source's process. A watcher that knows the epoch and a number
-that is still in the ring continues there. Any other watcher first takes a snapshot that belongs to a number, so that it
-misses no event and gets none twice. The source appends to a bounded ring and never waits for watchers.
+that is still in the ring continues there. Any other watcher first takes a snapshot that is tied to an event number, so
+that the watcher misses no event and gets none twice. The source appends to a bounded ring and never waits for watchers.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ E = TypeVar("E", bound=Event)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """A watcher's position: after event `number` of `epoch`. The empty cursor asks for a snapshot."""
+    """A watcher's position in the log: after event `number` of `epoch`. The empty cursor asks for a snapshot."""
 
     epoch: bytes = b""
     number: int = 0
@@ -46,13 +46,12 @@ class Cursor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch(Generic[E]):
-    """Consecutive events; the cursor has the last one's number. Without events, it says that this is the source's last
-    number.
+    """Consecutive events of a log; the cursor has the number of the last event. A batch without events says that its
+    number is the source's last number.
 
-    snapshot: whether the batch is a piece of a snapshot instead. A snapshot is valid only when complete; all its pieces
-    have the same number.
-    is_of: for batches through Redis, whose cursor has the epoch's public name: says whether the process with a given
-    epoch signed the batch.
+    snapshot: whether the batch is a piece of a snapshot instead. A snapshot is valid only when all its parts have
+    arrived; all parts have the same number. is_of: for batches through Redis, whose cursor has the epoch's public name:
+    says whether the process with a given epoch signed the batch.
     """
 
     cursor: Cursor
@@ -64,7 +63,7 @@ class Batch(Generic[E]):
 
 
 class NumberedLog(Generic[E]):
-    """The ring of a source's events. Thread-safe.
+    """A bounded ring of a source's latest events. Thread-safe.
 
     num_blocks_max: how many blocks' events are kept for watchers that fall behind.
     """
@@ -80,7 +79,7 @@ class NumberedLog(Generic[E]):
 
     @property
     def cursor(self) -> Cursor:
-        """The cursor after the last event."""
+        """The cursor after the last event in the log."""
         return Cursor(epoch=self._epoch, number=self._number)
 
     def restart(self) -> None:
@@ -92,7 +91,7 @@ class NumberedLog(Generic[E]):
         self._wake()
 
     def append(self, events: Iterable[E]) -> None:
-        """Number these events and wake the watchers."""
+        """Number these events and notify the watchers."""
         self._add(events)
         self._wake()
 

@@ -57,7 +57,7 @@ def connect(where: RedisAccess | str) -> Any:
 
 
 def memory_stream(address: str) -> str:
-    """The stream of a worker's events, by its address. Every process computes the same name."""
+    """The stream of a worker's events, by its address. Every process computes the same stream name for an address."""
     return MEMORY_STREAMS[hashlib.blake2b(address.encode(), digest_size=1).digest()[0] % len(MEMORY_STREAMS)]
 
 
@@ -66,10 +66,11 @@ def store_stream(name: str) -> str:
 
 
 class StreamPublisher:
-    """Within `async with`, writes the events of a source's log to Redis. Without a URL it does nothing.
+    """Within `async with`, writes the events of a source's log to Redis. Without the URL of a Redis server, the writer
+    does nothing.
 
-    The source never waits for it. Events that could not be written while Redis was away are written afterwards, if the
-    log still has them; if not, readers see a gap in the numbers.
+    The source of events never waits for Redis. Events that could not be written while Redis was unreachable are written
+    afterwards, if the log still has them; otherwise readers see a gap in the numbers.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class StreamPublisher:
         *,
         keys: EventKeys,
     ) -> None:
-        """where: the Redis server; empty: nothing is written.  name: the source's name for readers.
+        """where: the Redis server; if empty, nothing is written. name: the source's name for readers.
 
         Raises:  ConfigError: the URL cannot be used. This does not connect yet.
         """
@@ -126,7 +127,7 @@ class StreamPublisher:
                         await changed.wait()
 
     async def _tell_some(self, redis: Any) -> bool:
-        """Write new events, or a heartbeat. Returns whether there are more events to write."""
+        """Write new events, or a heartbeat. Returns whether more events remain to be written."""
         # Skip events that the ring has already dropped. Readers see the gap and take a snapshot.
         batch = self._source.since(self._told) or Batch(cursor=self._source.cursor)
         pipeline = redis.pipeline(transaction=False)
@@ -149,8 +150,8 @@ class StreamPublisher:
 class StreamReader:
     """Reads streams from now on and passes each entry on with its source's name, in order within a stream.
 
-    After a break it continues after the last entry it read. A server that came back empty is read from the beginning.
-    Readers recognise repeated events by their numbers.
+    After a break, the reader continues after the last entry that it read. If a Redis server comes back empty, its
+    streams are read from the beginning. Readers recognise repeated events by their numbers.
     """
 
     def __init__(
@@ -176,7 +177,7 @@ class StreamReader:
 
     @property
     def dropped(self) -> Mapping[DropReason, int]:
-        """How many entries were dropped, by reason."""
+        """How many entries of Redis streams were dropped, by reason."""
         return self._check.dropped
 
     def start(self) -> None:
@@ -244,7 +245,9 @@ def _pack(event: BlockEvent) -> dict[str, Any]:
 
 
 def _unpack(fields: dict[bytes, bytes]) -> tuple[BlockEvent, ...]:
-    """The events of an entry; empty: a heartbeat.  Raises:  KeyError, ValueError: the entry's form is unknown."""
+    """The events of an entry of a Redis stream; an entry without events is a heartbeat. Raises: KeyError, ValueError:
+    the entry has an unknown form.
+    """
     if int(fields[b"k"]) == _ALIVE:
         return ()
     kind = EventKind(int(fields[b"k"]))

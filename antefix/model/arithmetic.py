@@ -3,14 +3,15 @@
 A hit equals a cold run only where the KV was written by the same arithmetic: another processor, library, driver or
 setting may round differently. So every process that loads a model probes it: fixed inputs go through each
 product and function that the model runs, in the model's own shapes, and the results' bits are hashed into a name, which
-is part of every name of KV. Set-ups that compute the same bits share KV; between others every look-up is a miss.
+is part of every name of KV. Set-ups that compute the same bits share KV; between set-ups with different bits, every
+look-up is a miss.
 
     cpu-float32-1f3a5b7c9d-0a2c4e6f81       device and precision; digest of products; digest of functions and sums
     cpu-float32-1f3a5b7c9d-0a2c4e6f81-t3    the same, where bits were seen to depend on the number of threads, here 3
     cuda-bfloat16-reproducible-...          on a card; both digests also cover the card, the driver and the libraries
     cuda-bfloat16-reproducible-...-x2       a model over two cards: a card's share may be summed in other parts
 
-The probe also checks what exactness needs: a row's results must be the same whether the input is computed whole or in
+The probe also checks what exact hits need: a row's results must be the same whether the input is computed whole or in
 pieces, and with one thread as with all. The probe takes at most TIME_S_MAX seconds, and reports the checks that failed
 (`failed`) and those that it could not make (`unproved`). The probe never sees tokens or stores. Inputs are made from
 integers, so that they are the same on every machine.
@@ -53,10 +54,11 @@ _DIGITS: Final = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arithmetic:
-    """name: as above.  setup: where it was measured, for people to read.  num_proved: how many checks held.
+    """name: the arithmetic's name. setup: the machine on which it was measured, for people to read. num_proved: how
+    many checks held.
 
-    failed: results that were seen to depend on a row's place or on the number of threads.  unproved: what was not
-    checked.
+    failed: results that were seen to depend on a row's place or on the number of threads. unproved: properties that
+    were not checked.
     """
 
     name: str
@@ -92,9 +94,9 @@ def probe(
 ) -> Arithmetic:
     """Measure what this process computes for this model, with torch's present number of threads.
 
-    reproducible, kernels: settings of the cache path, which are part of a card's name.  cache_dir: directory of saved
-    probes. A saved probe of the same set-up is used only if a sample of the bits still agrees with it; a new probe is
-    saved there.  setup: pretend to be on this set-up, for tests.
+    reproducible, kernels: settings of the attention and cache code, which are part of a card's name. cache_dir:
+    directory of saved probes. A saved probe of the same set-up is used only if a sample of the bits still agrees with
+    it; a new probe is saved in that directory. setup: pretend to be on this set-up, for tests.
     """
     setup = setup or setup_of(model.device)
     steps = list(steps_of(model))
@@ -133,7 +135,7 @@ def probe(
 def steps_of(model: Model) -> Iterator[Step]:
     """Every operation of a forward pass whose result depends on more than one number, once per shape.
 
-    On a card, attention, index scores and compressors are kernels over a pool; these are not probed.
+    On a card, attention, index scores and compressors run as kernels over a pool, and are not probed.
     """
     seen: set[tuple[str, torch.dtype, tuple[int, ...]]] = set()
     on_card = model.device.type == "cuda"
@@ -178,7 +180,7 @@ def _on_card(model: Model) -> Iterator[Step]:
 
 
 def _matrices(model: Model) -> set[tuple[int, int]]:
-    """(K, O) of every weight matrix that is multiplied with tokens in the model's own precision."""
+    """(K, O) of every weight matrix by which tokens are multiplied in the model's own precision."""
     found = set()
     for name, module in model.named_modules():
         # The draft layer decides no bits of KV.
@@ -190,8 +192,9 @@ def _matrices(model: Model) -> set[tuple[int, int]]:
 
 
 def _packed_products(model: Model) -> Iterator[Step]:
-    """Products with packed weights, once per form and shape. The products' bits put into the name how weights are
-    packed and whether inputs are rounded."""
+    """Products of tokens with packed weights, once per form and shape. The products' bits put into the name how weights
+    are packed and whether inputs are rounded.
+    """
     found: set[tuple[PackedForm, int, int]] = set()
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear | PackedStack) and not name.startswith("mtp."):
@@ -241,7 +244,7 @@ def _packed(form: PackedForm, addends: int, columns: int, dtype: torch.dtype) ->
 
 
 def _weighted(addends: int, columns: int, dtype: torch.dtype) -> Step:
-    """Attention probabilities times values; the values are not transposed."""
+    """Attention probabilities times values, where the values are not transposed."""
 
     def run(x: Tensor, salt: int) -> Tensor:
         return numerics.multiply(x, numbers((addends, columns), salt, x.dtype, x.device))
@@ -330,7 +333,9 @@ def _pool(ratio: int, width: int, x: Tensor, _: int) -> Tensor:
 
 
 def _sample(steps: list[Step]) -> list[Step]:
-    """All cheap functions and a few cheap products. A saved probe is used only if their bits are still the same."""
+    """All functions and products of the probe that are cheap to compute. A saved probe is used only if the bits of
+    these cheap results are still the same.
+    """
     cheap = [step for step in steps if step.shape[0] * step.shape[1] <= 1 << 18 and not step.note]
     products = [step for step in cheap if step.is_product]
     picked = [*products[:: max(len(products) // 12, 1)], *(step for step in cheap if not step.is_product)]

@@ -1,8 +1,9 @@
 """Saves the results of a probe, so that a worker that restarts on the same set-up need not measure for half a minute.
 
-Each file belongs to one set-up: its name is a hash over processor, instructions, libraries, variables, threads, the
-code that computes and every shape of the model. A file is used only if it is whole and a sample of the bits is still
-the same as when it was written. Otherwise the probe runs as if there were no file. So a file can only save time.
+Each file of saved results belongs to one set-up: its name is a hash over processor, instructions, libraries, variables,
+threads, the code that computes and every shape of the model. A file of saved results is used only if it is complete and
+a sample of the bits is still the same as when it was written. Otherwise the probe runs as if there were no saved file.
+So a saved file can only save time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def key(setup: Setup, prefix: str, salt: str, steps: list[str]) -> str:
-    """The name of the file for one set-up."""
+    """The name of the file of saved results for one set-up."""
     parts = {"setup": asdict(setup), "prefix": prefix, "salt": salt, "steps": steps, "code": _code()}
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
@@ -42,7 +43,7 @@ def _code() -> str:
 
 
 def load(directory: str, name: str, sample: str) -> dict[str, Any] | None:
-    """The fields of a saved `Arithmetic`; None where there is no file that may be used."""
+    """The fields of a saved `Arithmetic`; None if there is no saved file that may be used."""
     if not directory:
         return None
     try:
@@ -58,7 +59,7 @@ def load(directory: str, name: str, sample: str) -> dict[str, Any] | None:
 
 
 def save(directory: str, name: str, sample: str, measured: Arithmetic) -> None:
-    """Write the whole file or none. If the directory cannot be written, the next start has to probe again."""
+    """Write either the whole file or nothing. If the directory cannot be written, the next start has to probe again."""
     if not directory:
         return
     fields = asdict(measured)

@@ -3,7 +3,8 @@
 A query's logits are laid out as [previous window tile | own window tile | far entries]. Window tiles are the spans
 [i * n_win, (i + 1) * n_win) of positions. Keys that a query may not see get probability exactly 0 and add exactly 0. So
 the same products result whether the neighbours in its tile are computed in this call, were computed before, or do not
-exist yet. A maximum is exact in any order. Sums run over parts of fixed size, in fixed order.
+exist yet. A maximum is exact in any order of its operands. Sums of floating point numbers run over parts of fixed size,
+in a fixed order.
 
 Shapes:  n = queries of one tile, H = heads, C = head dim, W = n_win, F = n * H rows, padded to ROW_TILE,
          k = selected entries a query, S = entries a segment, E = entries.
@@ -26,8 +27,9 @@ NEGATIVE_INFINITY = float("-inf")
 class Tile:
     """Queries of one sequence in one window tile. keys: window KV of the previous and of the own tile, [W, C] each.
 
-    rows: which of the chunk's tokens: the first, and one past the last.  slot: the first query's place in its tile.
-    num_hidden: how many of the 2 W keys lie before the sequence's start or before the cut of a bounded replay.
+    rows: the first of the chunk's tokens that belong to this tile, and one past the last. slot: the first query's place
+    in its tile. num_hidden: how many of the 2 W keys lie before the sequence's start or before the cut of a bounded
+    replay.
     """
 
     rows: tuple[int, int]
@@ -39,7 +41,7 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowLine:
-    """Window KV of one chunk in order of position, beginning one tile before the first query's tile.
+    """Window KV of one chunk, in order of position, beginning with the tile before the first query's tile.
 
     values: [tiles + 1, W, C]; tokens that do not exist (yet) are zeros.  position: the position of the chunk's first
     token, whose row is W + position mod W.  num_tokens: T.  cut: tokens before this position are not attended to.

@@ -1,6 +1,7 @@
 """V4's attention module: shared-KV multi-query attention with sinks and a grouped output projection.
 
-Holds the parameters and the computations that concern one token alone. Attention across tokens is in `ops`.
+This module holds the parameters and the computations that concern one token alone. Attention across tokens is computed
+in `ops`.
 
 Shapes:  N = tokens, D = hidden size, H = heads, C = head dim, Q = q rank, G = output groups.
 Source:  V4 report, section 2.3.3; oracle: transformers' DeepseekV4Attention.
@@ -73,7 +74,7 @@ class Attention(nn.Module):
         return norm_rotate(linear(x_ND, self.kv_proj.weight), self.kv_norm.weight, self.eps, cos, sin)
 
     def output(self, attended_NHC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate the attended values back by the query's position, then project to [N, D]."""
+        """Rotate the attended values back by the query's position, then project them to [N, D]."""
         if is_compiled(attended_NHC) and self.ranks is None:
             from antefix.model.compiled import tokens
 

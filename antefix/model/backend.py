@@ -24,7 +24,7 @@ SHORT_PREFILLS = ("together", "alone")
 
 
 def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -> bool:
-    """Whether Triton kernels run. auto: yes if there is a card, Triton and the FP8 record format.
+    """Whether Triton kernels run. auto: they run if there is a card, Triton and the FP8 record format.
 
     Raises:  ConfigError: an unknown choice, or triton where it cannot run.
     """
@@ -56,13 +56,13 @@ def make_backend(
     decode_steps: str = DECODE_STEPS[0],
     short_prefills: str = SHORT_PREFILLS[0],
 ) -> tuple[BlockPool, Ops]:
-    """A pool on `device` and the operations that go with it. `kernels` is auto, triton or torch.
+    """A block pool on `device`, and the operations that work on this pool. `kernels` is auto, triton or torch.
 
-    decode_steps, short_prefills: one of DECODE_STEPS and of SHORT_PREFILLS; they matter only where Triton runs. Over
-        several ranks "graphs" means "alone".
+    decode_steps, short_prefills: one of DECODE_STEPS and one of SHORT_PREFILLS; both matter only where Triton runs.
+    With several ranks, the value "graphs" means the same as "alone".
 
-    reproducible: use kernels that give a query the same bits whatever else is computed. Torch on a CPU always does.
-    lead: the model's lead, where the model runs over several ranks: each rank gets such a pool.
+    reproducible: use kernels that give a query the same bits whatever else is computed. Torch on a CPU always computes
+    reproducibly. lead: the model's lead, where the model runs over several ranks: each rank gets such a pool.
     takes_payloads: as in `BlockPool`.
     """
     if decode_steps not in DECODE_STEPS:
@@ -108,7 +108,8 @@ def _make_backend(
 
 def _fits(layout: BlockLayout) -> bool:
     """Whether records lie at addresses that the kernels can read: entries hold BF16, so they must start at even
-    addresses; keys of 128 dims are read in words of four bytes."""
+    addresses; keys of 128 dims are read in words of four bytes.
+    """
     geometry = layout.geometry
     if geometry.nope_dim % 2 or not geometry.nope_dim or geometry.indexer_dim < 16:
         return False

@@ -1,9 +1,9 @@
-"""A block pool for the kernels, which read and write its packed rows directly. The pool keeps no decoded copies of
-them.
+"""A block pool for the kernels, which read and write its packed rows directly. A pool on a card keeps no decoded copies
+of its rows.
 
 Payloads enter and leave through pinned host memory (`antefix.model.host_rows`).
 
-Memory: `num_blocks * block_bytes` on the card, and as much pinned on the host.
+Memory: Memory: `num_blocks * block_bytes` on the card, and as much pinned memory on the host.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from antefix.model.quant import pack
 
 
 class CardPool(BlockPool):
-    """For TritonOps; FP8 format only. Belongs to one thread, like every pool; other threads may call only `landing`.
+    """For TritonOps; FP8 format only. A pool belongs to one thread, like every pool; other threads may call only
+    `landing`.
 
     On a CPU, where the kernels run in Triton's interpreter, host rows are still separate memory.
     """
@@ -33,17 +34,19 @@ class CardPool(BlockPool):
         takes_payloads: bool = True,
     ) -> None:
         if layout.kv_format is not KVFormat.FP8:
-            raise InternalError(f"a card pool holds fp8 records only, not {layout.kv_format.value}")
+            raise InternalError(
+                f"a block pool on a card holds records in the fp8 format only, not {layout.kv_format.value}"
+            )
         super().__init__(layout, num_blocks, device, takes_payloads=takes_payloads)
         if takes_payloads and self._host is None:
             self._host = HostRows(self.rows)
 
     def decode_rows(self, block_ids: list[int]) -> None:
-        """Does nothing: this pool keeps no decoded copies."""
+        """This method does nothing, because a pool on a card keeps no decoded copies."""
 
     def decoded(self, part: Part) -> Tensor:
         """Raises InternalError: a card pool keeps no decoded values."""
-        raise InternalError("a card pool keeps no decoded values; read its records")
+        raise InternalError("this pool of blocks keeps no decoded values of KV; read its packed records")
 
     def write(self, part: Part, block_ids: Tensor, row_ids: Tensor, values: Tensor) -> None:
         self.records(part)[block_ids, row_ids] = pack(part.kind, values, self.layout)

@@ -1,4 +1,5 @@
-"""Steps that the probe runs on a card: a layer's per-token computations, whole and in pieces, in the model's shapes.
+"""Steps that the probe of arithmetic runs on a card: a layer's per-token computations, whole and in pieces, in the
+model's shapes.
 
 A compiler may round the same expression in two ways within one kernel, depending on where a row lies in its tile. So
 each step is tried with rows at many places. Products of weights are probed by `antefix.model.arithmetic`, as on a CPU.
@@ -42,7 +43,7 @@ def card_steps(model: Model) -> Iterator[Step]:
 
 
 def _turned(config: ModelConfig, num_heads: int, width: int, dtype: torch.dtype, *, is_normed: bool) -> Step:
-    """Heads rotated by angles that come with each row, as queries, window entries and outputs are."""
+    """Heads rotated by angles that are given with each row; queries, window entries and outputs are rotated so."""
     columns, pairs = num_heads * width, config.geometry.rope_dim // 2
 
     def run(x: Tensor, _: int) -> Tensor:
@@ -58,7 +59,9 @@ def _turned(config: ModelConfig, num_heads: int, width: int, dtype: torch.dtype,
 
 
 def _mixing(config: ModelConfig, dtype: torch.dtype) -> Iterator[Step]:
-    """Streams collapsed into a block's input, its output expanded into the streams, and the last collapse."""
+    """Residual streams collapsed into a block's input, the block's output expanded into the streams, and the last
+    collapse.
+    """
     streams, width = config.hc_mult, config.hidden_size
 
     def mix(x: Tensor, salt: int) -> Tensor:

@@ -30,7 +30,9 @@ FLOAT8S = ("F8_E4M3", "F8_E5M2")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """One tensor of a checkpoint.  dtype: safetensors' name.  offset: where its first byte lies in the file."""
+    """One tensor of a checkpoint. dtype: its type as safetensors names it. offset: the place of its first byte in the
+    file.
+    """
 
     name: str
     dtype: str
@@ -46,7 +48,7 @@ class StoredTensor:
 
 
 def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sorted by name. Raises ModelError when one is missing."""
+    """The safetensors files of a checkpoint, sorted by name. Raises ModelError if one of the files is missing."""
     index = directory / INDEX
     if not index.exists():
         if not (directory / SINGLE).is_file():

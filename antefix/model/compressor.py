@@ -1,7 +1,7 @@
-"""Compressors pool each group of tokens into one entry. HCA's groups are disjoint, CSA's overlap.
+"""Compressors pool each group of tokens into one entry. The groups of HCA are disjoint, those of CSA overlap.
 
 CSA's projections give two series per token, Ca then Cb. Group w pools the Ca rows of group w-1 and its own Cb rows. So
-the Ca rows of the last closed group (the overlap state) are kept until the next group closes.
+the Ca rows of the last complete group (the overlap state) are kept until the next group is complete.
 
 Shapes:  N = tokens, G = groups, m = ratio, C = entry width (head dim, or indexer dim), S = C or, for CSA, 2C.
 Source:  V4 report, sections 2.3.1 and 2.3.2; oracle: transformers' DeepseekV4CSACompressor, DeepseekV4HCACompressor.
@@ -34,7 +34,7 @@ class Compressor(nn.Module):
         self.kv_norm = RMSNorm(width, config.rms_norm_eps)
 
     def rows(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
-        """Each token's kv and gate, [N, S] each, straight from the products."""
+        """Each token's kv and gate, [N, S] each, as the products give them."""
         return linear(x_ND, self.kv_proj.weight), linear(x_ND, self.gate_proj.weight)
 
     def project(self, x_ND: Tensor, positions_N: Tensor) -> Tensor:
@@ -58,7 +58,8 @@ def pool_disjoint(rows_2GmS: Tensor) -> Tensor:
 def pool_overlapping(rows_2GmS: Tensor, overlap_2mC: Tensor) -> Tensor:
     """CSA: one entry [G, C] per group, from the previous group's Ca rows and the group's own Cb rows.
 
-    overlap_2mC: Ca rows before the first group. If there are none: kv 0 and gate -inf, which get no weight.
+    overlap_2mC: Ca rows before the first group. If there are no such rows, kv is 0 and the gate is -inf, so they get no
+    weight.
     """
     width = overlap_2mC.shape[-1]
     series_a = torch.cat((overlap_2mC.unsqueeze(1), rows_2GmS[:, :-1, :, :width]), dim=1)
@@ -67,7 +68,9 @@ def pool_overlapping(rows_2GmS: Tensor, overlap_2mC: Tensor) -> Tensor:
 
 
 def pool_pairs(rows_2GmS: Tensor, overlaps_2GmC: Tensor) -> Tensor:
-    """`pool_overlapping` for groups that do not follow one another; each comes with the Ca rows of its predecessor."""
+    """`pool_overlapping` for groups that do not follow one another; each group comes with the Ca rows of its
+    predecessor.
+    """
     kv, gate = torch.cat((overlaps_2GmC, rows_2GmS[..., overlaps_2GmC.shape[-1] :]), dim=2)
     return _pool(kv, gate)
 

@@ -19,7 +19,7 @@ from antefix.model.ranks import Ranks, split_model
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVBytes:
-    """What KV takes.  pool_token: bytes per token of a pool on a CPU, which keeps decoded copies."""
+    """The memory that KV takes. pool_token: bytes per token of a pool on a CPU, which keeps decoded copies."""
 
     token: float
     pool_token: float
@@ -31,8 +31,8 @@ class KVBytes:
 class Description:
     """num_weights: numbers in all tensors that are run.  packed: bytes by form, such as "fp4 1x32 e8m0".
 
-    memory_bytes: what the weights take in a worker (in each rank, if there are several), by the worker's dtype.
-    file_bytes: of the tensors in all files.  skipped: bytes of tensors that are known but not run, by what they are.
+    memory_bytes: the memory of the weights in a worker (in each rank, if there are several), by the worker's dtype.
+    file_bytes: bytes of the tensors in all files. skipped: bytes of tensors that are known but not used, by their kind.
     max_tokens: the number of positions that the config allows.
     """
 
@@ -125,7 +125,7 @@ def _packed(plan: LoadPlan, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def _skipped(plan: LoadPlan, config: ModelConfig) -> dict[str, int]:
-    """Bytes of tensors that are not run: draft modules as "mtp" or "dspark", the copy of a tied head as "head"."""
+    """Bytes of tensors that are not used: draft modules as "mtp" or "dspark", the copy of a tied head as "head"."""
     found: Counter[str] = Counter()
     for tensor in plan.skipped:
         found[(config.draft or "mtp") if "mtp." in tensor.name else "head"] += tensor.nbytes

@@ -4,8 +4,8 @@ At position p the layer takes the main model's streams h_p and the token that fo
 The draft layer's window KV at p depends on that pair alone, so a prompt's draft state is filled without running its
 attention.
 
-The draft is only a guess: the main model runs the drafted token behind the chosen one, and the drafted token is kept
-only if the request's sampler chooses it too (`antefix_decode.step`). So a draft state affects speed, never an answer.
+A drafted token is only a guess: the main model runs it behind the chosen token, and the drafted token is kept only if
+the request's sampler chooses it too (`antefix_decode.step`). So a draft can change the speed, never an answer.
 
     sequence of P tokens      draft state
     t_0 ... t_{P-1} run       entries of positions < P - 1, and h_{P-1}, which waits for t_P
@@ -50,8 +50,9 @@ class _Pairs:
 
 
 def can_draft(model: Model, window: WindowState) -> bool:
-    """Whether the last token's streams are known. After a replay, or from a checkpoint without draft state, they are
-    not known until one more token has been run."""
+    """Whether the last token's streams are known. After a replay, or from a checkpoint without draft state, the last
+    token's streams are not known until one more token has been run.
+    """
     state = window.draft
     return bool(model.mtp) and state is not None and state.is_at(window.position)
 
@@ -68,9 +69,10 @@ def draft(
 def draft_logits(
     model: Model, windows: collections.abc.Sequence[WindowState], next_tokens: list[int], ops: Ops = _TORCH_OPS
 ) -> Tensor:
-    """Logits [sequences, V] of the token after each sequence's next one. Adds the pair's entry to the draft state.
+    """Logits [sequences, V] of the token after each sequence's next one. The pair of streams and token also adds an
+    entry to the draft state.
 
-    windows: `can_draft` must hold for each of them.
+    windows: `can_draft` must be true for each of the sequences.
     """
     lead = model.lead
     with contextlib.nullcontext() if lead is None else lead.draft(windows, next_tokens):
@@ -120,7 +122,8 @@ def follow_ran(
 @torch.inference_mode()
 def follow(model: Model, window: WindowState, tokens: Tensor, streams: Tensor, ops: Ops = _TORCH_OPS) -> None:
     """Bring the draft state to the window's position, after the main model has run `tokens` [T], which end there, with
-    the streams `streams` [T, M, D]."""
+    the streams `streams` [T, M, D].
+    """
     position, num_tokens = window.position, len(tokens)
     state = window.draft
     first = position - num_tokens
@@ -146,19 +149,20 @@ def follow(model: Model, window: WindowState, tokens: Tensor, streams: Tensor, o
 
 
 def _streams(model: Model, state: DraftState) -> Tensor:
-    """The waiting streams [M, D]. A state that was read from bytes holds the waiting streams as one flat row."""
+    """The waiting streams [M, D]. A draft state that was read from bytes holds the waiting streams as one flat row."""
     return cast(Tensor, state.streams).view(model.config.hc_mult, model.config.hidden_size)
 
 
 def _module(model: Model) -> DraftLayer:
     if not model.mtp:
-        raise InternalError("this model was loaded without its draft module")
+        raise InternalError("this model was loaded without the module that drafts tokens")
     return cast(DraftLayer, model.mtp[0])
 
 
 def _inputs(model: Model, module: DraftLayer, pairs: _Pairs) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """The layer's input streams [N, M, D] (each stream of h projected, plus the next token's embedding), and cos and
-    sin at their positions."""
+    sin at their positions.
+    """
     positions = pad_rows(pairs.positions)
     embedded = module.enorm(model.model.embed_tokens(pad_rows(pairs.tokens)))
     streams = module.hnorm(pad_rows(pairs.streams).to(embedded.dtype))

@@ -1,7 +1,8 @@
-"""Measures which share of the model's calls ranks spend in exchanges, waiting for each other included.
+"""Measures which share of the time of a model's calls ranks spend in exchanges, including the time that ranks wait for
+each other.
 
-On a CPU every exchange is timed. A card works asynchronously, so there CUDA events are recorded around exchanges, and
-only in one of `SAMPLED` calls, because recording events takes the program's time. Both ways give the share.
+On a CPU every exchange is timed. A card works asynchronously, so on a card CUDA events are recorded around exchanges.
+Only one of `SAMPLED` calls is measured, because recording events takes time. Both ways give the share.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ SAMPLED: Final = 16
 class ExchangeTime:
     """Seconds spent in exchanges, and in the calls of the model that contain them. Belongs to these calls' thread.
 
-    num_calls, num_exchanges: all of them, timed or not.  sampled: on a card, one of this many calls is timed.
+    num_calls, num_exchanges: counts of all calls and exchanges, timed or not. sampled: on a card, one of this many
+    calls is timed.
     """
 
     def __init__(self) -> None:
@@ -40,7 +42,7 @@ class ExchangeTime:
 
     @contextlib.contextmanager
     def call(self, device: torch.device) -> Iterator[None]:
-        """Time one call of the model."""
+        """Measure the time of one call of the model."""
         self.num_calls += 1
         if device.type != "cuda":
             self._is_sampled, started = True, time.perf_counter()
@@ -55,7 +57,7 @@ class ExchangeTime:
 
     @contextlib.contextmanager
     def of(self, x: Tensor) -> Iterator[None]:
-        """Time one exchange of the tensor `x`."""
+        """Measure the time of one exchange of the tensor `x`."""
         self.num_exchanges += 1
         if x.device.type == "cuda":
             with self._between_events(is_call=False):
@@ -78,8 +80,9 @@ class ExchangeTime:
         self._pending.append((is_call, begin, end))
 
     def settle(self) -> None:
-        """Add up the times between events that have passed. Events pass in the order in which they were recorded; a
-        call's event comes after those of its exchanges."""
+        """Add up the times between recorded events that the card has passed. Events pass in the order in which they
+        were recorded; a call's event comes after those of its exchanges.
+        """
         while self._pending and self._pending[0][2].query():
             is_call, begin, end = self._pending.popleft()
             seconds = begin.elapsed_time(end) / 1e3

@@ -4,9 +4,10 @@
     places    two buffers on the card, which offloaded layers use in turn: even ones the first, odd ones the second
 
 While one layer is computed, the other place is filled for the next offloaded layer, on a separate stream. If layers
-with experts on the card lie between, their computation hides the copy. A forward pass uses layers in order, and after
-the last one the first is fetched for the next pass. If another layer is wanted than the one that was fetched, as after
-a replay that left out the top layers, it is fetched at that moment. The bits are those of experts on the card.
+with experts on the card lie between two offloaded layers, their computation hides the copy. A forward pass uses layers
+in order, and after the last one the first is fetched for the next pass. If a layer is used that was not fetched ahead,
+as after a replay that left out the top layers, it is fetched at that moment. The results have the same bits as with all
+experts on the card.
 
 The card's memory holds two layers' stacks, so offloading fewer than three layers saves nothing.
 """
@@ -29,7 +30,7 @@ _NUM_PLACES = 2
 
 
 def offloaded_layers(model: Model, num_bytes: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """The layers whose experts go to the host: at least `num_bytes` in total, spread evenly over the model.
+    """The layers whose experts are kept on the host: at least `num_bytes` in total, spread evenly over the model.
 
     model: a model without memory will do.  dtype: the type that its weights will have.
     Raises:  ConfigError: `num_bytes` is so small that the places take as much, or is more than all experts have.
@@ -40,8 +41,8 @@ def offloaded_layers(model: Model, num_bytes: int, dtype: torch.dtype) -> tuple[
     count = -(-num_bytes // per_layer)
     if count <= _NUM_PLACES:
         raise ConfigError(
-            f"cpu_offload_bytes must be more than {_NUM_PLACES * per_layer:,}: the card needs as many bytes to hold"
-            " the experts that it fetches"
+            f"cpu_offload_bytes must be more than {_NUM_PLACES * per_layer:,}, because the card needs as many "
+            "bytes for the experts that it fetches"
         )
     if count > num_layers:
         raise ConfigError(f"cpu_offload_bytes is {num_bytes:,}, but all experts take only {num_layers * per_layer:,}")
@@ -49,14 +50,15 @@ def offloaded_layers(model: Model, num_bytes: int, dtype: torch.dtype) -> tuple[
 
 
 def names_of(model: Model, layers: tuple[int, ...]) -> set[str]:
-    """Names of the tensors that stay on the host."""
+    """Names of the tensors that stay in the host's memory."""
     return {f"model.layers.{i}.mlp.experts.{own}" for i in layers for own in _stacks(_experts(model, i))}
 
 
 @dataclass(slots=True)
 class _Place:
-    """One layer's stacks on the card.  layer: whose stacks, valid once the card has passed the event `ready`. After the
-    event `free` the stacks are no longer read."""
+    """One layer's expert weights on the card. layer: the layer they belong to, valid once the card has passed the event
+    `ready`. After the event `free`, these weights are not read any more.
+    """
 
     tensors: dict[str, Tensor]
     layer: int = -1
@@ -71,7 +73,7 @@ class ExpertOffload:
     """
 
     def __init__(self, model: Model, layers: tuple[int, ...], device: torch.device) -> None:
-        """The stacks of these layers must be on the host; from now on the model reads them on the device."""
+        """The expert weights of these layers must be on the host; from now on the model reads copies on the device."""
         self._order = layers
         self._host = {layer: _stacks(_experts(model, layer)) for layer in layers}
         first = self._host[layers[0]]
@@ -94,7 +96,9 @@ class ExpertOffload:
 
     @contextlib.contextmanager
     def use(self, layer: int) -> Iterator[None]:
-        """Inside this context the layer's stacks are on the card. At its end the place is filled for its next layer."""
+        """Inside this context, the expert weights of the layer are on the card. At the context's end, the memory is
+        filled with the next layer's weights.
+        """
         number = self._order.index(layer)
         place = self._places[number % _NUM_PLACES]
         if place.layer != layer:
@@ -108,7 +112,9 @@ class ExpertOffload:
         self._fetch(self._next(number))
 
     def _next(self, number: int) -> int:
-        """The next layer in order that uses the same place; after the last one, the first layer that uses it."""
+        """The next layer in order that uses the same memory on the card; after the last layer, the first one that uses
+        it.
+        """
         following = number + _NUM_PLACES
         return following if following < len(self._order) else number % _NUM_PLACES
 
@@ -141,7 +147,7 @@ def _stacks(experts: Experts) -> dict[str, Tensor]:
 
 
 def _put(experts: Experts, tensors: dict[str, Tensor]) -> None:
-    """Let the module read these tensors instead of its own."""
+    """Let the module read these tensors instead of its own weights."""
     for name, tensor in tensors.items():
         owner, _, own = name.rpartition(".")
         module = experts.get_submodule(owner) if owner else experts

@@ -1,10 +1,11 @@
 """Finds values that must not enter a computation: NaN, infinity, and numbers so large that their products overflow.
 
-A checksum proves that bytes are the ones that were written, not that sensible values were written. So stored KV is
-checked where it enters a worker, in packed form. A code or scale that means no number, or a number beyond the limit,
-shows in the largest byte of its field, so nothing need be decoded. KV that a worker stores is checked in the same way.
+A checksum proves that the bytes are those that were written, but not that the written values made sense. So stored KV
+is checked when it enters a worker, while it is still packed. A code or scale that stands for no number, or for a number
+beyond the limit, can be seen in the largest byte of its field, so nothing need be decoded. KV that a worker is going to
+store is checked in the same way.
 
-Input is rows of global KV [N, block_bytes] uint8. The check does not know where they come from.
+Input is rows of global KV [N, block_bytes] uint8. The check does not depend on where the rows come from.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ def unusable_rows(rows: Bytes, layout: BlockLayout) -> Flags:
 
 
 def unusable_on_card(rows: Tensor, ids: Tensor, layout: BlockLayout) -> Tensor | None:
-    """The same for the rows `ids` [N] of a pool's rows on a card: [N] bool. The host does not wait for the result.
+    """The same check for the rows `ids` [N] of a pool's rows on a card; the result is [N] bool. The host does not wait
+    for the result of this check.
 
-    None: the layout has BF16 numbers at odd addresses, so rows have to be checked on the host.
+    Returns None if the layout has BF16 numbers at odd addresses, so that rows have to be checked on the host.
     """
     bounds = _pairs(layout, rows.device)
     if bounds is None:
@@ -131,7 +133,8 @@ def _bounds_of_pairs(layout: BlockLayout) -> tuple[Pairs, Pairs] | None:
 
 def _bound(field: Field, part: Part, layout: BlockLayout) -> tuple[np.dtype[Any], int, int]:
     """For the items of a field: their type, a mask of the bits that give the magnitude, and the largest allowed value
-    of these bits."""
+    of these bits.
+    """
     if layout.kv_format is KVFormat.FLOAT32:
         return np.dtype("<u4"), 0x7FFFFFFF, _F32_MAX
     if layout.kv_format is KVFormat.FLOAT64:

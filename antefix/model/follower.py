@@ -1,8 +1,8 @@
 """Runs on every rank but rank 0: repeats each call that rank 0 sends, on the rank's own pools and window states.
 
-At the start of each call these hold the same bytes as rank 0's: rank 0 has sent the bytes once, and since then every
-rank has run the same calls. An error here ends all ranks, unless the same call fails on each of them. Rank 0 checks
-calls before it sends them.
+At the start of each call, pools and window states hold the same bytes as rank 0's: rank 0 sent the bytes once, and
+since then every rank has run the same calls. An error on this rank ends all ranks, unless the same call fails on each
+of them. Rank 0 checks calls of the model before it sends them to the other ranks.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from antefix.model.window_state import Sequence, WindowState
 
 
 class CallFailed(Exception):
-    """A call of the model failed on this rank. If it failed on every rank at the same exchange, the ranks still have
-    equal states."""
+    """A call of the model failed on this rank. If the call failed on every rank at the same exchange, the ranks still
+    have equal states.
+    """
 
 
 class Follower:
@@ -107,7 +108,7 @@ class Follower:
 
     @property
     def _ops(self) -> Ops:
-        """The operations of the newest pool: a worker has only one."""
+        """The operations on the newest pool; a worker has only one pool."""
         return next(reversed(self._pools.values()))[1]
 
     def _run(self, message: RunTokens) -> None:

@@ -3,7 +3,8 @@
     restore   disk -> landing(ids), pinned -> send(ids): one copy per run of neighbours -> rows on the card
     capture   rows on the card -> fetch(ids): one copy per run -> pinned rows -> disk
 
-No other copy is made in either direction. Memory: as many pinned bytes as the pool's rows have.
+Apart from this copy, payloads are not copied in either direction. Memory: as many bytes of pinned memory as the pool's
+rows have.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 
 def upload(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
-    """A copy of the array on the device. The host does not wait for the copy."""
+    """A copy of the array on the device. The host does not wait until the array is copied."""
     host = torch.from_numpy(array)
     if device.type != "cuda":
         return host.to(device)
@@ -41,11 +42,13 @@ class HostRows:
         return self._host
 
     def landing(self, block_ids: Iterable[int]) -> list[memoryview]:
-        """Memory to fill with the blocks' payloads. Its present contents mean nothing."""
+        """Host memory that is to be filled with the blocks' payloads. Its present contents mean nothing."""
         return [self._host[block_id].numpy().data for block_id in block_ids]
 
     def send(self, block_ids: Iterable[int]) -> None:
-        """Copy landed payloads to the card. When this returns, the host rows may be filled again."""
+        """Copy payloads that have arrived in host memory to the card. When this method returns, the host rows may be
+        filled again.
+        """
         for run in _runs(block_ids):
             self._rows[run].copy_(self._host[run], non_blocking=True)
         self._wait()
@@ -64,7 +67,7 @@ class HostRows:
 
 
 def _runs(block_ids: Iterable[int]) -> Iterator[slice]:
-    """Runs of neighbouring ids; each id appears once."""
+    """Runs of neighbouring block ids; each id appears in one run."""
     ids = sorted(set(block_ids))
     start = 0
     for i in range(1, len(ids) + 1):

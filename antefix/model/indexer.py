@@ -55,7 +55,8 @@ def index_scores(q_NIC: Tensor, weights_NI: Tensor, keys_EC: Tensor) -> Tensor:
 
 
 def top_entries(scores_NE: Tensor, num_visible_N: Tensor, k: int) -> Tensor:
-    """The k best visible entries [N, k], ascending, -1 where a query sees fewer. Ties go to the lowest index.
+    """The k best visible entries [N, k], ascending, -1 where a query sees fewer. Of entries with equal scores, those
+    with the lowest index are chosen.
 
     scores_NE: no NaN; entries from num_visible_N on must be -inf.  The result does not depend on E, the number of
     entries that were scored.
@@ -88,6 +89,7 @@ def _kth_best(scores_NE: Tensor, k: int) -> Tensor:
 
 def _keep_lowest(scores_NE: Tensor, worst_N1: Tensor, k: int) -> Tensor:
     """For rows where more than k scores are at least the k-th best: keep all better scores, and of the equal ones those
-    with the lowest indices, until k are kept."""
+    with the lowest indices, until k are kept.
+    """
     better, equal = scores_NE > worst_N1, scores_NE == worst_N1
     return better | (equal & (equal.cumsum(1) <= k - better.sum(1, keepdim=True)))

@@ -22,7 +22,8 @@ class Attend(Protocol):
 
 def run_layers(model: Model, tokens: Tensor, positions: Tensor, num_tokens: int, attend: Attend) -> Tensor:
     """The streams [N, M, D] after the last layer. tokens, positions [N]: the first `num_tokens` rows are tokens, the
-    rest is padding."""
+    rest is padding.
+    """
     ropes = {kind: model.rope(kind, positions) for kind in set(model.config.geometry.layers)}
     streams: Tensor = model.model.embed_tokens(tokens).unsqueeze(1).repeat(1, model.config.hc_mult, 1)
     live = tokens[:num_tokens]

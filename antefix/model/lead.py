@@ -1,10 +1,10 @@
 """Rank 0's side of a model over several ranks: it sends each call to the other ranks, and then runs it itself.
 
-The model's own functions do this where `Model.lead` is set. So their callers see one model, one pool and one set of
-sequences. Calls are checked before they are sent, so a faulty request is refused on rank 0 alone. A call that
-fails later may leave the ranks in different states; then `on_broken` must end them.
+The model's own functions send calls to the other ranks where `Model.lead` is set. So callers of the model see one
+model, one pool and one set of sequences. Calls are checked before they are sent, so a faulty request is refused on rank
+0 alone. A call that fails later may leave the ranks in different states; then `on_broken` must end them.
 
-Belongs to one thread at a time, as pools do.
+The lead belongs to one thread at a time, as pools do.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ from antefix.model.window_state import Sequence, WindowState
 
 
 class LeadCall:
-    """One `run_tokens` on all ranks. Inside its `with` block rank 0 runs the call. While this object is held, tokens of
-    the call may still be kept."""
+    """One `run_tokens` on all ranks. Inside this object's `with` block, rank 0 runs the call. While this object is
+    held, more tokens of the call may be kept.
+    """
 
     def __init__(self, lead: Lead, number: int, context: contextlib.AbstractContextManager[None]) -> None:
         self.number = number
@@ -98,7 +99,7 @@ class Lead:
     def add_pool(
         self, pool: BlockPool, *, kernels: str, reproducible: bool, decode_steps: str, short_prefills: str
     ) -> None:
-        """From now on every rank has a pool like this one."""
+        """From now on every rank has a pool of the same shape as this one."""
         number = self._pools[pool] = next(self._numbers)
         pool.lead = self
         weakref.finalize(pool, self._gone.append, ("pools", number))
@@ -121,7 +122,7 @@ class Lead:
         logits: str,
         write_global_kv: bool,
     ) -> LeadCall:
-        """`run_tokens` on all ranks. The call must have been checked."""
+        """`run_tokens` on all ranks. The call of the model must have been checked before."""
         told = [(self._table_end(sequence), np.asarray(tokens, np.uint32)) for sequence, tokens in batch]
         number = next(self._numbers)
         self.post(
@@ -133,7 +134,7 @@ class Lead:
 
     @contextlib.contextmanager
     def replay(self, pool: BlockPool, sequence: Sequence, tokens: Tokens, stop: int) -> Iterator[None]:
-        """`replay` on all ranks. The call must have been checked."""
+        """`replay` on all ranks. The call of the model must have been checked before."""
         end = self._table_end(sequence)
         self.post(Replay(pool=self._pool(pool), sequence=end, tokens=np.asarray(tokens, np.uint32), stop=stop))
         with self._told(pool.rows.device):
@@ -147,17 +148,19 @@ class Lead:
             yield
 
     def fill(self, pool: BlockPool, block_ids: list[int]) -> None:
-        """Send these rows of `pool`, which have been filled here, to the other ranks."""
+        """Send these rows of `pool`, which were filled on rank 0, to the other ranks."""
         self.post(Fill(pool=self._pool(pool), block_ids=block_ids))
         with self._told(pool.rows.device, counts=False):
             self.ranks.share_rows(pool.rows, block_ids)
 
     def post(self, message: Message) -> None:
-        """Send this message with the next call."""
+        """Send this message to the other ranks together with the next call."""
         self._waiting.append(message)
 
     def known(self, window: WindowState) -> int:
-        """The number of a window state. Sends the state as it is now, if the other ranks do not have it yet."""
+        """The number that stands for a window state in messages to other ranks. Sends the window state as it is now, if
+        the other ranks do not have it yet.
+        """
         number = self._windows.get(window)
         if number is None:
             number = self._windows[window] = next(self._numbers)
@@ -168,7 +171,7 @@ class Lead:
 
     @contextlib.contextmanager
     def _told(self, device: torch.device, *, counts: bool = True) -> Iterator[None]:
-        """Send all waiting messages. The other ranks do meanwhile what rank 0 does inside this context."""
+        """Send all waiting messages. While rank 0 works inside this context, the other ranks do the same work."""
         messages, self._waiting = self._waiting, []
         if self._gone:
             messages.append(self._drop())
@@ -198,7 +201,9 @@ class Lead:
     def _pool(self, pool: BlockPool) -> int:
         number = self._pools.get(pool)
         if number is None:
-            raise InternalError("a model over several ranks needs pools that its lead knows: make_backend(lead=...)")
+            raise InternalError(
+                "a model over several ranks needs pools that its lead knows: make a pool with make_backend(lead=...)"
+            )
         return number
 
     def _table_end(self, sequence: Sequence) -> TableEnd:

@@ -40,7 +40,9 @@ _WHOLE: tuple[int | None, int] = (None, 0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Copy:
-    """Copies a stored tensor's bytes to `target`'s elements from `first` on. `target` names a tensor of the model."""
+    """Copies a stored tensor's bytes to `target`'s elements from `first` on. `target` is the name of a tensor of the
+    model.
+    """
 
     source: StoredTensor
     target: str
@@ -49,7 +51,9 @@ class Copy:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """copies: in no order.  skipped: tensors that are known but not run.  forms: how each packed module is packed."""
+    """copies: in no particular order. skipped: tensors that are known but not used. forms: how each packed module is
+    packed.
+    """
 
     copies: tuple[Copy, ...]
     skipped: tuple[StoredTensor, ...]
@@ -100,7 +104,7 @@ def plan_load(model: Model, stored: Mapping[str, StoredTensor], *, rounds_inputs
 
 
 def dtype_of(name: str, tensor: Tensor, dtype: torch.dtype) -> torch.dtype:
-    """The type in which the model keeps one of its tensors. dtype: the model's type."""
+    """The number type in which the model keeps one of its tensors. dtype: the type of the whole model."""
     if not tensor.is_floating_point() or name.endswith((".codes", ".scales")):
         return tensor.dtype
     return wide(dtype) if name.endswith(_FLOAT32_ENDINGS) else dtype
@@ -118,7 +122,7 @@ def _group(
             if target.name == "lm_head.weight" or (target.is_draft and is_known_draft(name)):
                 skipped.append(tensor)
                 continue
-            raise ModelError(f"unexpected tensor {name}: the config has no place for it")
+            raise ModelError(f"unexpected tensor {name}: a model with this config has no such tensor")
         group = groups.setdefault(target.name, _Group())
         held, key = group.scales if target.is_scale else group.weights, (target.expert, target.part)
         if key in held:
@@ -128,7 +132,9 @@ def _group(
 
 
 def _parts(name: str, shape: torch.Size, group: _Group) -> list[tuple[int | None, int]]:
-    """The pieces in which a tensor is stored, in the order in which they lie in it. A stack may be one piece."""
+    """The pieces in which a tensor is stored, in the order in which they lie in it. A stack of experts may be stored as
+    one piece.
+    """
     if not name.endswith(_STACKS) or _WHOLE in group.weights:
         return [_WHOLE]
     numbers = (2,) if name.endswith("down_proj") else (1, 3)
@@ -143,7 +149,7 @@ def _check_whole(name: str, shape: torch.Size, group: _Group) -> None:
     if len(group.weights) > len(parts):
         unknown = group.weights.keys() - set(parts)
         extra = group.weights[min(unknown, key=str)].name
-        raise ModelError(f"unexpected tensor {extra}: the config has {shape[0]} experts")
+        raise ModelError(f"unexpected tensor {extra}: the config has only {shape[0]} experts")
 
 
 def _spelled(name: str, key: tuple[int | None, int]) -> str:
@@ -158,12 +164,14 @@ def _part_shape(name: str, shape: torch.Size, group: _Group) -> torch.Size:
 
 
 def _form_of(name: str, shape: torch.Size, group: _Group, config: ModelConfig) -> PackedForm | None:
-    """How a tensor is packed, or None if it is not. All of its pieces must be packed alike."""
+    """How a tensor is packed; None if it is not packed. All stored pieces of a tensor must be packed in the
+    same way.
+    """
     part = _part_shape(name, shape, group)
     forms = {key: _form(name, part, tensor, group.scales.get(key), config) for key, tensor in group.weights.items()}
     for key, scale in group.scales.items():
         if forms.get(key) is None:
-            raise ModelError(f"unexpected tensor {scale.name}: no packed weight belongs to it")
+            raise ModelError(f"unexpected tensor {scale.name}: no packed weight has these scales")
     kinds = Counter(forms.values())
     if len(kinds) > 1:
         usual, other = kinds.most_common()[0][0], kinds.most_common()[-1][0]
@@ -195,7 +203,7 @@ def _form(
     if tensor.dtype in FLOATS or name.endswith("tid2eid"):
         is_table = name.endswith("tid2eid")
         if is_table and tensor.dtype not in ("I64", "I32"):
-            raise ModelError(f"tensor {tensor.name} has type {tensor.dtype}; a table of experts has I64 or I32")
+            raise ModelError(f"tensor {tensor.name} has type {tensor.dtype}; a table of experts has I64 or I32 numbers")
         _check_shape(tensor, shape)
         return None
     is_fp4 = tensor.dtype in ("I8", "U8", "F4")
@@ -220,7 +228,7 @@ def _form(
 
 
 def _may_be_packed(name: str) -> bool:
-    """Matrices that are multiplied with tokens; not tables, norms, biases or the experts' router."""
+    """The matrices that are multiplied with tokens, which excludes tables, norms, biases and the experts' router."""
     is_matrix = name.endswith(("_proj.weight", "lm_head.weight")) and "norm" not in name
     return is_matrix or name.endswith(_STACKS)
 

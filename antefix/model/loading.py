@@ -1,8 +1,8 @@
 """Loads and saves checkpoints: a Hugging Face directory of config.json and safetensors files, sharded or not.
 
 A load succeeds as a whole or not at all: every tensor is matched by name, type and shape before any weight is read.
-Then files are read in order, in spans, and each span is copied straight to where its tensors will stay. In addition to
-the model, a load takes two spans of host memory.
+After the plan is made, files are read in order, in spans, and each span is copied straight to where its tensors will
+stay. In addition to the model, a load takes two spans of host memory.
 """
 
 from __future__ import annotations
@@ -96,14 +96,15 @@ def load_model(
 def plan_model(
     directory: Path, *, kv_format: KVFormat = KVFormat.FP8, rounds_inputs: bool = True, drafts: bool = False
 ) -> tuple[Model, LoadPlan]:
-    """A directory's model without memory, with its packed modules in place, and the plan for loading it.
+    """The model in a directory, without memory but with its packed modules in place, and the plan for loading its
+    weights.
 
     Raises:  ModelError: as `load_model`.
     """
     config = ModelConfig.from_dir(directory)
     if drafts and config.draft != "mtp":
         have = "DSpark's draft modules, which are not run here" if config.draft else "no layer that drafts"
-        raise ModelError(f"{directory} cannot draft tokens: its config has {have}")
+        raise ModelError(f"the model in {directory} cannot draft tokens: its config has {have}")
     with torch.device("meta"):
         model = Model(config, kv_format=kv_format, drafts=drafts)
     return model, plan_load(model, read_checkpoint(directory), rounds_inputs=rounds_inputs)
@@ -127,7 +128,9 @@ def save_model(model: Model, path: str | Path, *, config: dict[str, object] | No
     Raises:  ModelError: no config given and none in the directory, or the model's weights are packed.
     """
     if any(name.endswith(".codes") for name in model.state_dict()):
-        raise ModelError("packed weights are not written: the directory that they were loaded from has them")
+        raise ModelError(
+            "packed weights are not written again; use the files in the directory that they were loaded from"
+        )
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     if config is not None:
@@ -145,7 +148,7 @@ def save_model(model: Model, path: str | Path, *, config: dict[str, object] | No
 
 
 def _check_scales(state: dict[str, Tensor], fp4_owners: set[str]) -> None:
-    """Check that every scale is a number: one NaN would turn a layer's block, and then every answer, into NaN."""
+    """Check that every scale is a number: one NaN scale would turn a layer's block, and then every answer, into NaN."""
     for name, tensor in state.items():
         owner, _, own = name.rpartition(".")
         if own != "scales":
@@ -158,7 +161,7 @@ def _check_scales(state: dict[str, Tensor], fp4_owners: set[str]) -> None:
 
 
 class _LogProgress:
-    """Logs a line every ten seconds; a load that takes less time logs none."""
+    """Logs the progress of a load every ten seconds; a load that takes less time logs nothing."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -171,7 +174,11 @@ class _LogProgress:
         self._said = now
         gib, rate = 1 << 30, num_read / (now - self._started)
         log.info(
-            "loading %s: %.1f of %.1f GiB, %.2f GiB/s", self._directory, num_read / gib, num_bytes / gib, rate / gib
+            "loading the weights of %s: %.1f of %.1f GiB are loaded, at %.2f GiB/s",
+            self._directory,
+            num_read / gib,
+            num_bytes / gib,
+            rate / gib,
         )
 
 

@@ -18,7 +18,9 @@ from antefix.model.numerics import ALIGN, ROW_TILE, has_kernels, linear, multipl
 
 
 class HyperConnection(nn.Module):
-    """Weights of one mixing: `fn` [J, M * D], `base` [J], `scale` [3] for collapse, expand and mix."""
+    """Weights of one mixing: `fn` [J, M * D], `base` [J], and `scale` [3], which has one number each for collapse,
+    expand and mix.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -49,7 +51,7 @@ class HyperConnection(nn.Module):
         return collapse(streams_NMD, pre), post.to(dtype), comb.to(dtype)
 
     def _on_card(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward` on a card; post and comb stay float32."""
+        """Like `forward`, but on a card; post and comb stay float32."""
         from antefix_kernels import tokens
 
         logits = tokens.mixing_logits(streams_NMD, self.fn, self.norm_eps)
@@ -75,7 +77,9 @@ class HyperHead(nn.Module):
 
 
 def mixing_logits(streams_NMD: Tensor, fn: Tensor, eps: float) -> Tensor:
-    """RMS-normed streams [N, M * D] times fn [J, M * D]: [N, J]. The norm is one factor per row, applied last."""
+    """RMS-normed streams [N, M * D] times fn [J, M * D]: [N, J]. The norm is one factor per row, and is applied after
+    the product.
+    """
     if has_kernels(streams_NMD):
         from antefix_kernels.tokens import mixing_logits as card_logits
 
@@ -96,7 +100,7 @@ def collapse(streams_NMD: Tensor, pre_NM: Tensor) -> Tensor:
 
 
 def expand(streams_NMD: Tensor, output_ND: Tensor, post_NM: Tensor, comb_NMM: Tensor) -> Tensor:
-    """New streams: the old ones, mixed over comb's first axis, plus the block's output, weighted by `post`."""
+    """The new streams: the old streams, mixed over comb's first axis, plus the block's output, weighted by `post`."""
     if has_kernels(streams_NMD):
         from antefix_kernels.tokens import expand as card_expand
 
@@ -114,7 +118,7 @@ def sinkhorn(logits_NMM: Tensor, num_iters: int, eps: float) -> Tensor:
     """Softmax over columns, then columns and rows normalised in turn: nearly doubly stochastic [N, M, M].
 
     A product with a 0/1 matrix gives every element the sum of its row or column. The product takes two operations per
-    step, where M by M reductions take four; these reductions would be most of a decode step's overhead.
+    step, where M by M reductions would take four; those reductions would be most of a decode step's overhead.
     """
     num_streams = logits_NMM.shape[1]
     row_sums, column_sums = _sum_matrices(num_streams, logits_NMM.dtype, logits_NMM.device)
@@ -156,7 +160,8 @@ def _floor(eps: float, dtype: torch.dtype, device: torch.device) -> Tensor:
 @functools.cache
 def _sum_matrices(num_streams: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """0/1 matrices that give each of M * M cells the sum of its row, and of its column. The matrices are padded to
-    ALIGN, with ones on the diagonal."""
+    ALIGN, with ones on the diagonal.
+    """
     with torch.inference_mode(False):
         ones, eye = torch.ones(num_streams, num_streams), torch.eye(num_streams)
         rest = torch.eye(-(num_streams * num_streams) % ALIGN)

@@ -55,7 +55,7 @@ class DraftLayer(DecoderLayer):
 
 
 class Trunk(nn.Module):
-    """Everything but the output head, named `model` in checkpoints."""
+    """The whole model except the output head; checkpoints call this part `model`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Trunk(nn.Module):
 class Model(nn.Module):
     """A DeepSeek-V4 model. `layout` describes its KV records. `mtp` is the draft layer, if one was loaded.
 
-    A model that was not loaded from a checkpoint has uninitialised weights until `init_weights`.
+    The weights of a model that was not loaded from a checkpoint are uninitialised until `init_weights`.
     """
 
     rope_main: Tensor
@@ -114,7 +114,7 @@ class Model(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: Model, *, seed: int = 0) -> Model:
-    """Fill every parameter and table from a seed: the start of training, or a model for tests.
+    """Fill every parameter and table from a seed, to start a training or to make a model for tests.
 
     Hash tables spread tokens evenly over experts. Sinks, biases and mixing weights are small but not zero.
     """

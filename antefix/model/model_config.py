@@ -1,4 +1,4 @@
-"""A model's config.json, checked and frozen. Knows numbers and names, never tensors or weight files.
+"""A model's config.json, checked and frozen. This module knows numbers and names, never tensors or weight files.
 
 Reads what transformers' DeepseekV4Config writes, and the field names of released checkpoints (`compress_ratios`,
 `num_hash_layers`, `qk_rope_head_dim`, `rope_scaling`). A config is computed as both references compute it, or refused
@@ -34,7 +34,7 @@ _ALIASES = {"moe_intermediate_size": "intermediate_size", "n_routed_experts": "n
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantization:
-    """How the config says that weights are packed. Which tensors are packed is read from the files.
+    """How the config says that weights are packed. Which tensors are packed is decided by the files, not by the config.
 
     block: rows and addends that share one FP8 scale.  expert_dtype: "fp4", "fp8", or empty if the config has none.
     """
@@ -45,7 +45,7 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Everything that the architecture needs. Layer kinds and KV sizes are in `geometry`.
+    """Everything that the architecture needs. The kinds of layers and the sizes of KV are in `geometry`.
 
     hash_routed[l]: whether layer l's experts come from a token-id table instead of a learned top-k.
     eos_token_ids: any of them ends an answer.
@@ -130,7 +130,9 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
     _require(config, "mlp_bias", False, False)
     _require(config, "is_causal", True, True)
     if config.get("per_layer_config"):
-        raise ModelError("config field per_layer_config cannot be honoured: all layers of a kind are alike here")
+        raise ModelError(
+            "config field per_layer_config cannot be honoured: here, all layers of one kind have the same shape"
+        )
     geometry = KVGeometry.from_config(config)
     ropes = read_ropes(config, geometry.head_dim)
     quantization, quantization_notes = _quantization(config)

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 
 
 class ExpertRouter(nn.Module):
-    """Scores experts with `weight` [E, D]. Picks them by score plus bias, or from `tid2eid` [vocab, K] by token id."""
+    """Scores experts with `weight` [E, D]. Experts are picked by score plus bias, or by token id from `tid2eid` [vocab,
+    K].
+    """
 
     e_score_correction_bias: Tensor
     tid2eid: Tensor
@@ -67,7 +69,7 @@ class ExpertRouter(nn.Module):
         return experts, weights / (_row_sums(weights) + 1e-20) * self.scaling
 
     def _on_card(self, scores_NE: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` in one launch, on a card."""
+        """`forward` in one kernel launch, on a card."""
         from antefix_kernels import expert_routing
 
         pick = functools.partial(expert_routing.pick_experts, scores_NE.contiguous(), self.num_picked, self.scaling)
@@ -83,8 +85,9 @@ def _routes_in_one_launch() -> bool:
 
 
 class Experts(nn.Module):
-    """All routed experts' weights: `gate_up_proj` [E, 2I, D] (gate rows first), `down_proj` [E, D, I]. Either both are
-    packed or neither is."""
+    """All routed experts' weights: `gate_up_proj` [E, 2I, D] (gate rows first), `down_proj` [E, D, I]. Either both
+    matrices are packed or neither is.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -102,7 +105,7 @@ class Experts(nn.Module):
         self.layer = 0
 
     def fetched(self) -> contextlib.AbstractContextManager[None]:
-        """Inside this context the stacks can be read."""
+        """Inside this context the stacks of experts can be read."""
         return contextlib.nullcontext() if self.offload is None else self.offload.use(self.layer)
 
     def forward(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
@@ -140,7 +143,7 @@ class Experts(nn.Module):
 
 
 class SharedExpert(nn.Module):
-    """The expert that every token uses."""
+    """The shared expert, which every token uses."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -171,7 +174,9 @@ class MoE(nn.Module):
         self.shared_experts = SharedExpert(config)
 
     def forward(self, x_ND: Tensor, tokens_N: Tensor) -> Tensor:
-        """x_ND may have padding rows behind the tokens' rows. The output has them too; their values mean nothing."""
+        """x_ND may have padding rows behind the tokens' rows. The output has the same padding rows; their values mean
+        nothing.
+        """
         num_tokens = len(tokens_N)
         if is_compiled(x_ND) and takes_compiled(self):
             from antefix.model.compiled.experts import run
@@ -191,7 +196,7 @@ class MoE(nn.Module):
         return shared
 
     def _on_card(self, x_ND: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
-        """All experts in one product. The host never learns which experts were picked."""
+        """All experts in one product. The host never learns which experts were picked for a token."""
         from antefix_kernels import linear as products
         from antefix_kernels import tokens
 
@@ -227,7 +232,7 @@ def takes_compiled(layer: MoE) -> bool:
 def _own_picks(stacks: Experts, experts_NK: Tensor) -> tuple[Tensor, int, Tensor | None]:
     """Picks as indices into this rank's stacks, how many indices there are, and which picks are this rank's [N * K, 1].
 
-    Other ranks' picks get the index after the last expert; no product computes its rows.
+    Picks of other ranks' experts get the index after the last expert; no product computes their rows.
     """
     if stacks.ranks is None:
         return experts_NK, stacks.num_experts, None
@@ -237,7 +242,9 @@ def _own_picks(stacks: Experts, experts_NK: Tensor) -> tuple[Tensor, int, Tensor
 
 
 def _row_sums(weights_NK: Tensor) -> Tensor:
-    """Sums [N, 1]. On a card they go column by column, because a reduction's order depends there on the row count."""
+    """Sums [N, 1]. On a card the picks are ordered column by column, because the order of a reduction depends there on
+    the row count.
+    """
     if not has_kernels(weights_NK):
         return weights_NK.sum(-1, keepdim=True)
     total = weights_NK[:, :1]
@@ -253,7 +260,9 @@ def expert_scores(logits_NE: Tensor, scoring: str) -> Tensor:
 
 
 def pick_experts(scores_NE: Tensor, num_picked: int) -> Tensor:
-    """The K best experts [N, K], ascending by id. Of equal scores the lowest id wins, whatever else is in the batch."""
+    """The K best experts [N, K], ascending by id. Of experts with equal scores, the one with the lowest id wins,
+    whatever else is in the batch.
+    """
     ranked = scores_NE.sort(dim=-1, descending=True, stable=True).indices
     picked: Tensor = ranked[:, :num_picked].sort(-1).values
     return picked
@@ -264,6 +273,6 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def clamped_swiglu(gate_up: Tensor, limit: float) -> Tensor:
-    """silu(gate) * up for [..., 2I]; the gate is clamped from above, up on both sides."""
+    """silu(gate) * up for [..., 2I]; the gate is clamped from above, and up is clamped on both sides."""
     gate, up = gate_up.chunk(2, dim=-1)
     return silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)

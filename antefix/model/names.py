@@ -1,11 +1,13 @@
 """Tensor names: checkpoints use the names that DeepSeek released, modules those of transformers. Both are accepted.
 
 transformers' save_pretrained writes the released names (under a `model.` prefix), with each expert's matrices as
-separate tensors. `checkpoint_name` and `split_experts` do the same, so each program loads what the other saves.
+separate tensors. `checkpoint_name` and `split_experts` use the same names, so Antefix and transformers can load what
+the other saves.
 
 A packed weight's scales are stored under their own name: `X.scale` in the releases, `X.weight_scale_inv` by
 transformers. Releases also hold draft modules: `mtp.0.*`, one layer that predicts one token further ahead, or in later
-releases `mtp.0.*` to `mtp.2.*` of DSpark. All of these names are known. Any other name is refused, also under `mtp.`.
+releases `mtp.0.*` to `mtp.2.*` of DSpark. The loader knows all names of tensors in these draft modules. Any other name
+is refused, also under `mtp.`.
 """
 
 from __future__ import annotations
@@ -83,7 +85,7 @@ _TO_RELEASED = {module: released for released, module in _LAYER_NAMES.items() if
 class TensorTarget:
     """Where a checkpoint's tensor goes: into a module's tensor, or into one expert's part of it (1 gate, 2 down, 3 up).
 
-    is_scale: it holds the scales of that module's tensor.  is_draft: it belongs to a draft module.
+    is_scale: the tensor holds the scales of that module's tensor. is_draft: the tensor belongs to a draft module.
     """
 
     name: str
@@ -94,7 +96,9 @@ class TensorTarget:
 
 
 def target_of(name: str) -> TensorTarget:
-    """The place of a checkpoint's tensor. For an unknown name it is a place that no model has."""
+    """Where a tensor of a checkpoint belongs in a model. For an unknown name, the returned place is one that no model
+    has.
+    """
     base, is_scale = _without_scale(name)
     if base in _TOP_NAMES:
         return TensorTarget(name=_TOP_NAMES[base], is_scale=is_scale)
@@ -122,7 +126,7 @@ def is_known_draft(name: str) -> bool:
 
 
 def _without_scale(name: str) -> tuple[str, bool]:
-    """The name of the weight, and whether `name` was that of its scales."""
+    """The name of a weight, and whether `name` was the name of the weight's scales."""
     if name.endswith(".weight_scale_inv"):
         return name.removesuffix("_scale_inv"), True
     # `attn_hc.scale` is the module's name for the scale parameter of a hyper-connection.

@@ -17,7 +17,7 @@ from antefix.model.numerics import has_kernels, wide
 
 
 class RMSNorm(nn.Module):
-    """Holds a norm's weight [C]; `eps` is the config's."""
+    """Holds the weight [C] of a norm; `eps` is the config's value."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

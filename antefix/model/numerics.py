@@ -17,8 +17,8 @@ numbers of threads. On a CPU two things break that, and both are handled here an
                 one thread.
 `antefix.model.arithmetic` tests all of this on the machine where it runs, for the shapes of the loaded model.
 
-On a card, libraries choose kernels by shape as well. So the model uses the kernels of `antefix_kernels.linear` and
-`antefix_kernels.tokens` there (`has_kernels`), which compute a row in the same way whatever else is computed.
+On a card, libraries choose kernels by shape as well. So on a card (`has_kernels`) the model uses the kernels of
+`antefix_kernels.linear` and `antefix_kernels.tokens`, which compute a row in the same way whatever else is computed.
 
 Shapes:  N = rows, K = input width, O = output width, R = rows of one pair.
 """
@@ -59,7 +59,9 @@ ROWS_FEW = 8
 
 
 def pad_rows(x: Tensor, multiple: int = ROW_TILE) -> Tensor:
-    """[N, ...] with zero rows appended until N is a multiple; `x` itself if N is one already."""
+    """[N, ...] with zero rows appended until N is a multiple of the given number; `x` itself if N is a multiple
+    already.
+    """
     missing = -x.shape[0] % multiple
     if not missing:
         return x
@@ -85,7 +87,7 @@ def is_plain(a: Tensor, b: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     """x [..., K] times weight [O, K] transposed, each row's bits independent of the other rows.
 
-    Gradients, float64 on a card and other devices use the plain product, without this promise.
+    Gradients, float64 on a card and other devices use the plain product, for which equal bits are not promised.
     """
     if isinstance(weight, PackedMatrix):
         if has_kernels(x):
@@ -107,7 +109,7 @@ def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
 
 
 def few_rows(x: Tensor) -> bool:
-    """Whether products of x [N, K] run compiled, which needs no padding to whole tiles."""
+    """Whether products of x [N, K] run with the compiled kernels, which need no padding to whole tiles."""
     return x.shape[0] <= ROWS_FEW and x.dim() == 2 and is_compiled(x)
 
 
@@ -129,7 +131,9 @@ def linear_into(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 
 def _packed_linear(x: Tensor, weight: PackedMatrix, start: int, stop: int) -> Tensor:
-    """x [..., K] times rows [start, stop) of a packed matrix, decoded tile by tile. The bits do not depend on tiles."""
+    """x [..., K] times rows [start, stop) of a packed matrix, decoded tile by tile. The bits of the result do not
+    depend on the size of tiles.
+    """
     rows = x.reshape(-1, x.shape[-1])
     if weight.rounds_inputs:
         rows = round_inputs(rows)
@@ -142,8 +146,8 @@ def _packed_linear(x: Tensor, weight: PackedMatrix, start: int, stop: int) -> Te
 class _Prepared:
     """A weight matrix as `multiply` needs it: transposed, padded to whole tiles, and cut into sums.
 
-    parts: for each run of columns, its pieces [at most SUM_TILE addends, columns]; views where nothing was padded.
-    made_of: identifies the weights and the tile sizes that it was made from.
+    parts: for each run of columns, the pieces [at most SUM_TILE addends, columns]; views where nothing was padded.
+    made_of: identifies the weights and the tile sizes that the matrix was prepared from.
     """
 
     parts: tuple[tuple[Tensor, ...], ...]
@@ -155,7 +159,8 @@ class _Prepared:
 
 def _prepared(weight: Tensor) -> _Prepared:
     """The prepared matrix, kept with the weights, because preparing costs more than a small product. The matrix is
-    prepared again if the weights were changed or moved."""
+    prepared again if the weights were changed or moved.
+    """
     if weight.is_inference():
         return _prepare(weight, (0, 0, COLUMN_TILE))
     kept: _Prepared | None = getattr(weight, "_antefix_prepared", None)
@@ -181,7 +186,7 @@ def _prepare(weight: Tensor, made_of: tuple[int, int, int]) -> _Prepared:
 
 
 def _multiply_prepared(a: Tensor, b: _Prepared) -> Tensor:
-    """`multiply` by a prepared matrix: it makes the same calls of the same products."""
+    """`multiply` by a prepared matrix, which calls the same products as `multiply` itself."""
     num_rows = a.shape[0]
     more_rows = -num_rows % ROW_TILE
     if more_rows or b.more_addends:
@@ -204,9 +209,9 @@ def _chain(a: Tensor, pieces: tuple[Tensor, ...], out: Tensor | None = None) -> 
 
 
 def multiply(a: Tensor, b: Tensor) -> Tensor:
-    """a [N, K] times b [K, O], contiguous. Each element depends on its own row and column only.
+    """a [N, K] times b [K, O], contiguous. Each element of the product depends on its own row and column only.
 
-    Sums of at most SUM_TILE addends are one chain of multiply-adds each; these sums are added in order.
+    Sums of at most SUM_TILE addends are one chain of multiply-adds each; the chains' results are added in order.
     """
     if is_plain(a, b):
         return torch.mm(a, b)
@@ -228,7 +233,8 @@ def multiply(a: Tensor, b: Tensor) -> Tensor:
 
 def multiply_tiles(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """`multiply` for operands that are whole tiles already, plus `bias`, a scalar.  out: where to write a sum that has
-    only one tile."""
+    only one tile.
+    """
     if a.shape[1] <= SUM_TILE:
         return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
     product = multiply_tiles(a[:, :SUM_TILE], b[:SUM_TILE], bias)
@@ -259,7 +265,8 @@ def multiply_each(a: Tensor, b: Tensor) -> Tensor:
 
 def _pad_matrix(b: Tensor, more_rows: int, more_columns: int) -> Tensor:
     """b [..., K, O] with zero rows and columns appended. A transposed matrix stays transposed, because MKL uses other
-    kernels for transposed ones."""
+    kernels for transposed matrices.
+    """
     if not more_rows and not more_columns:
         return b
     if b.stride(-2) == 1 and b.stride(-1) != 1:
@@ -268,7 +275,7 @@ def _pad_matrix(b: Tensor, more_rows: int, more_columns: int) -> Tensor:
 
 
 def sum_middle(x: Tensor) -> Tensor:
-    """x [G, m, C] summed over m: one half is added to the other until one row is left."""
+    """x [G, m, C] summed over m: one half of the rows is added to the other half until one row is left."""
     while x.shape[1] > 1:
         half = x.shape[1] // 2
         folded = x[:, :half] + x[:, half : 2 * half]
@@ -297,7 +304,8 @@ def grouped_linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
 
 def matrices_of(stack: Tensor, count: int) -> tuple[Tensor, ...]:
     """The `count` matrices [O, K] of a stack [count, O, K] or [count * O, K]. Each call returns the same tensors, so
-    that `linear` finds what it has prepared for them."""
+    that `linear` finds what it has prepared for them.
+    """
     if stack.is_inference():
         return stack.view(count, -1, stack.shape[-1]).unbind(0)
     made_of = stack._version, stack.data_ptr(), count

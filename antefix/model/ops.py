@@ -1,7 +1,8 @@
 """The interface of the five operations that touch cached KV: torch implements it here, kernels elsewhere.
 
-All other code is per-token arithmetic. An implementation reads and writes packed pool rows through the pool that it is
-given. Attention always sees rounded values, so that it reads what is stored.
+All other code of the model computes each token alone. An implementation reads and writes packed pool rows through the
+pool that it is given. Attention always uses values that are rounded as stored KV is, so that a hit computes with the
+same values as a cold run.
 
 Shapes:  T = tokens of one sequence's chunk, H = heads, C = head dim (entries) or indexer dim (keys), I = indexer heads,
          W = n_win, S = width of a compressor's rows, k = entries a query keeps, R = RoPE dims.
@@ -39,7 +40,7 @@ HCA_SEGMENT = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entries:
-    """One part of a sequence's global KV: its pool, its part, and its blocks in order (int64 ids)."""
+    """One part of a sequence's global KV: its pool, the part, and the ids (int64) of its blocks in order."""
 
     pool: BlockPool
     part: Part
@@ -54,15 +55,15 @@ class Entries:
 class Ops(Protocol):
     """What a device implements. Each method handles one sequence.
 
-    steps_together: whether sequences that run one token each use `steps` instead, which runs all of them in one set of
-        calls; or `step_runner`, if there is one.
+    steps_together: whether sequences that run one token each use `steps` (or `step_runner`, if there is one), which
+        runs all of them in one set of calls.
     """
 
     steps_together: bool
     step_runner: StepRunner | None
 
     def window_pack(self, entries_TC: Tensor, layout: BlockLayout) -> Tensor:
-        """Window KV, rounded as it is stored."""
+        """Window KV, rounded in the same way as stored window KV."""
 
     def compress_and_pack(
         self,
@@ -80,7 +81,9 @@ class Ops(Protocol):
         """
 
     def indexer_topk(self, q_TIC: Tensor, weights_TI: Tensor, keys: Entries, num_visible_T: Tensor, k: int) -> Tensor:
-        """Each query's k best visible entries [T, k], ascending, then -1. Ties go to the lowest index."""
+        """Each query's k best visible entries [T, k], ascending, then -1. Of entries with equal scores, those with the
+        lowest index are chosen.
+        """
 
     def sparse_attention(
         self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries, picked_Tk: Tensor
@@ -90,11 +93,13 @@ class Ops(Protocol):
     def full_attention(
         self, q_THC: Tensor, window: WindowLine, sinks_H: Tensor, entries: Entries | None, num_visible_T: Tensor
     ) -> Tensor:
-        """Attention over the window and every visible entry: [T, H, C]. entries None: window only (else HCA)."""
+        """Attention over the window and every visible entry: [T, H, C]. entries: None in window-only layers, HCA's
+        entries otherwise.
+        """
 
 
 class TorchOps:
-    """The torch implementation. On a CPU a row's bits do not depend on other rows; on CUDA they may."""
+    """The torch implementation. On a CPU a row's bits do not depend on other rows; on a CUDA card they may."""
 
     steps_together = True
     step_runner: StepRunner | None = None
@@ -179,7 +184,8 @@ class TorchOps:
 
 def _finite_segments(entries: Entries, num_entries: int) -> list[Tensor]:
     """The entries in segments of HCA_SEGMENT, with zeros after the last entry: values there get weight 0, and 0 times
-    NaN would be NaN."""
+    NaN would be NaN.
+    """
     if not num_entries:
         return []
     segments = list(torch.split(read_entries(entries, num_entries, HCA_SEGMENT), HCA_SEGMENT))
@@ -201,7 +207,7 @@ def gather_entries(entries: Entries, indices: Tensor) -> Tensor:
 def read_entries(entries: Entries, num_entries: int, multiple: int) -> Tensor:
     """At least the first `num_entries` decoded entries, padded to a multiple of rows: [E, C].
 
-    Rows beyond `num_entries` mean nothing and may belong to other sequences. The result is a view if the blocks are
+    Rows from `num_entries` on mean nothing, and may belong to other sequences. The result is a view if the blocks are
     neighbours in the pool.
     """
     decoded = entries.pool.decoded(entries.part)

@@ -87,7 +87,9 @@ def takes_fp8(x: Tensor, weight: Weight, *, rounds_inputs: bool) -> bool:
 
 
 def card_product(x: Tensor, weight: PackedMatrix) -> Tensor:
-    """x [N, G, K] times a matrix [G * O, K], group by group: [N, G, O]. The kernels read the packed codes."""
+    """x [N, G, K] times a matrix [G * O, K], computed group by group: [N, G, O]. The kernels on a card read the packed
+    codes.
+    """
     from antefix_kernels import packed_fp8, packed_linear
 
     num_groups = x.shape[1]
@@ -205,7 +207,7 @@ class PackedForm:
         return torch.Size((*shape[:-2], -(-shape[-2] // rows), -(-shape[-1] // addends)))
 
     def empty(self, shape: torch.Size) -> tuple[Tensor, Tensor]:
-        """Codes and scales with uninitialised memory."""
+        """Codes and scales of a packed weight, with uninitialised memory."""
         dtype = torch.uint8 if self.is_fp4 else torch.float8_e4m3fn
         codes = torch.empty(self.code_shape(shape), dtype=dtype)
         return codes, torch.empty(self.scale_shape(shape), dtype=self.scale_dtype)

@@ -63,7 +63,8 @@ class PartedLayers:
 
     def run(self, parts: Sequence[slice]) -> Tensor | None:
         """Streams [N, M, D] after the last layer; rows of padding may be missing.  parts: the rows of each thread.
-        None: the threads were busy, and nothing has run."""
+        Returns None if the threads were busy, in which case nothing has run.
+        """
         layers = [_Layer(each, [None] * len(parts), [None] * len(self._items)) for each in self._attention]
         for layer in layers:
             layer.jobs = self._jobs(layer)
@@ -92,7 +93,7 @@ class PartedLayers:
         return streams
 
     def _compiled(self, tokens: Tensor, positions: Tensor) -> LayerRows | None:
-        """The part's rows as compiled calls, if this model's layers can run so."""
+        """The rows of one thread as compiled calls, if this model's layers can run so."""
         if not self._compiles:
             return None
         from antefix.model.compiled.layers import layer_rows
@@ -100,7 +101,9 @@ class PartedLayers:
         return layer_rows(self._model, tokens, positions)
 
     def _meet(self, layer: _Layer, rows: TokenRows, part: slice, number: int, meeting: Meeting) -> Tensor:
-        """Give the part's rows to the other threads, run a share of the jobs, then attention of the part's rows."""
+        """Give this thread's rows to the other threads, run a share of the jobs, and then the attention of the thread's
+        own rows.
+        """
         layer.rows[number] = rows
         meeting.wait()
         for job in layer.jobs[number :: len(layer.rows)]:
@@ -132,7 +135,7 @@ class PartedLayers:
         return jobs
 
     def _attend(self, layer: _Layer, rows: TokenRows, part: slice) -> Tensor:
-        """Attention of the part's rows, before its output projection: [rows, H, C]."""
+        """Attention of one thread's rows, before its output projection: [rows, H, C]."""
         attended = torch.zeros_like(rows.q)
         for item, line in zip(self._items, layer.lines, strict=True):
             start, stop = max(item.start, part.start), min(item.stop, part.stop)

@@ -1,13 +1,15 @@
 """The paged pool of global KV: one row per block, whose bytes are the payload that goes to disk.
 
-A restore reads from disk straight into `landing(block_ids)` and then calls `fill`. Bytes for the disk come from
-`payloads(block_ids)`. In this class both are the rows themselves; a pool on a card has pinned host memory instead. The
-pool knows which rows are in use, but not by how many sequences: a worker's `ResidentBlocks` counts references. A pool
-belongs to one thread.
+A restore reads from disk straight into `landing(block_ids)` and then calls `fill`. Bytes that are to be written to disk
+come from `payloads(block_ids)`. In this class both calls return the rows themselves; a pool on a card returns pinned
+host memory instead. The pool knows which rows are in use, but not by how many sequences: references are counted by a
+worker's `ResidentBlocks`. A pool belongs to one thread.
 
-Memory: `num_blocks * layout.block_bytes` for the rows. The FP8 format also keeps decoded float32 copies, because
+Memory: Memory: `num_blocks * layout.block_bytes` for the rows. The FP8 format also keeps decoded float32 copies,
+because
 decoding for every step would cost more than the attention itself: 3.5 to 7.5 times the rows' bytes (V4: 584 -> 2048 and
-68 -> 512 bytes per record). The float formats read the rows in place. Memory becomes resident as blocks are used.
+68 -> 512 bytes per record). The float formats need no decoded copies, because they read the rows in place. The
+operating system provides the memory only as blocks are used.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ _CHECKED_BLOCKS = 8
 class BlockPool:
     """`num_blocks` rows of `layout.block_bytes` on `device`.
 
-    takes_payloads: False for a pool on a card whose payloads neither come from the host nor go there.
+    takes_payloads: False for a pool on a card whose payloads are neither read from the host nor copied to the host.
     """
 
     def __init__(
@@ -74,7 +76,8 @@ class BlockPool:
             array[:num].zero_()
 
     def allocate(self, num: int, *, after: int | None = None) -> list[int]:
-        """Ids of free blocks, in use from now on. Neighbouring blocks where possible: reading them needs no copy.
+        """The ids of free blocks, which are in use from now on. Neighbouring blocks are chosen where possible, because
+        they can be read without a copy.
 
         after: the sequence's last block; its neighbours are tried first.
         Raises:  Overloaded: fewer than `num` blocks are free; nothing was allocated.
@@ -94,13 +97,15 @@ class BlockPool:
         return [int(block) for block in picked]
 
     def release(self, block_ids: Iterable[int]) -> None:
-        """Free these blocks.  Raises InternalError for one that is free already, or named twice."""
+        """Free these blocks.  Raises InternalError for a block that is free already, or is named twice."""
         ids = self._held(block_ids)
         self._in_use[ids] = False
         self.num_free += len(ids)
 
     def landing(self, block_ids: Iterable[int]) -> list[memoryview]:
-        """Host memory for the blocks' payloads. All of it must be filled before `fill` is called."""
+        """Host memory into which the blocks' payloads are to be read. All of this memory must be filled before `fill`
+        is called.
+        """
         return self._views(block_ids) if self._host is None else self._host.landing(block_ids)
 
     def payloads(self, block_ids: Iterable[int]) -> list[memoryview]:
@@ -125,7 +130,8 @@ class BlockPool:
         return bad
 
     def fill(self, block_ids: Iterable[int]) -> list[int]:
-        """Take in landed payloads, up to the first that holds unusable values. Returns all blocks that hold such.
+        """Take in payloads that were read into host memory, up to the first payload that holds unusable values. Returns
+        all blocks whose payloads hold such values.
 
         A card checks its own rows, which takes a fraction of the time that the host needs.
         """
@@ -137,14 +143,14 @@ class BlockPool:
         return bad
 
     def note_filled(self, block_ids: Iterable[int]) -> None:
-        """As `fill`, for payloads that need no check."""
+        """Like `fill`, but for payloads that need no check."""
         block_ids = list(block_ids)
         if self._host is not None:
             self._host.send(block_ids)
         self._spread(block_ids)
 
     def _spread(self, block_ids: list[int]) -> None:
-        """These rows have new payloads: copy them to every rank, and decode them again."""
+        """These rows have new payloads, which must be copied to every rank and decoded again."""
         if not block_ids:
             return
         if self.lead is not None:
@@ -152,7 +158,7 @@ class BlockPool:
         self.decode_rows(block_ids)
 
     def decode_rows(self, block_ids: list[int]) -> None:
-        """The named rows have new payloads: update their decoded copies."""
+        """The named rows have new payloads, so their decoded copies must be updated."""
         if self.layout.kv_format is not KVFormat.FP8:
             return
         ids = torch.as_tensor(block_ids, dtype=torch.long, device=self.rows.device)
@@ -214,14 +220,15 @@ class BlockPool:
     def _held(self, block_ids: Iterable[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         ids = np.asarray(list(block_ids), dtype=np.int64)
         if len(ids) and (ids.min() < 0 or ids.max() >= self.num_blocks or not self._in_use[ids].all()):
-            raise InternalError("a block id is outside the pool or not allocated")
+            raise InternalError("a block id is outside the pool, or its block is not allocated")
         if len(np.unique(ids)) < len(ids):
-            raise InternalError("a block is released twice at once")
+            raise InternalError("the same block is released twice in one call")
         return ids
 
 
 def _fresh_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """Zeros that take no memory until they are written (on a CPU): fresh pages of the system, which are zero already.
+    """Zeros that take no memory on a CPU until they are written, because fresh pages of the operating system are zero
+    already.
 
     The pages are mapped directly, not allocated through glibc: `antefix up` has glibc keep large freed memory, and when
     glibc returns kept memory as zeros it clears it first. That made 400 MB of an unused pool resident.

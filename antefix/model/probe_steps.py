@@ -17,10 +17,10 @@ ROW_CUTS: Final = ((0, 1), (5, 3), (3, 17), (21, 64), (64, 80))
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One computation of the model. run: maps over the first dim of its input; rows must not affect each other.
+    """One computation of the model. run: maps the first dim of its input; rows must not affect each other.
 
-    shape: of the input.  cuts: pieces of the input whose results must equal those in the whole.  note: what the probe
-    does not cover of it.
+    shape: the shape of the input. cuts: how the input is cut into pieces, whose results must equal those of the whole.
+    note: what the probe does not cover of this computation.
     """
 
     label: str

@@ -2,10 +2,11 @@
 
 Entries (window and main): the dims without RoPE as FP8 E4M3 in groups of 64 with a power-of-two scale, RoPE dims as
 BF16. Indexer keys and queries: Hadamard rotation times d^-1/2, then FP4 E2M1 in groups of 32 with a power-of-two scale.
-A scale is the smallest power of two that keeps its group's largest value within the code's range, stored as its
-biased exponent (UE8M0). Rounding is to nearest, ties to even. docs/FORMAT.md has the tables.
+The scale of a group is the smallest power of two that keeps the group's largest value within the code's range, stored
+as its biased exponent (UE8M0). Rounding is to nearest, ties to even. docs/FORMAT.md has the tables.
 
-Rounded values stay the same when they are packed again: unpack(pack(x)) packs to records of the same values. The packed
+Rounded values stay the same when they are packed again: unpack(pack(x)) gives records of the same values when it is
+packed. The packed
 bytes may differ once: if rounding brings a group's largest value down to exactly half the range, the group is packed
 again with half the scale and doubled codes.
 
@@ -82,7 +83,9 @@ def pack_keys(x: Tensor, layout: BlockLayout) -> Tensor:
 
 
 def unpack_keys(records: Tensor, layout: BlockLayout) -> Tensor:
-    """Records [..., B] uint8 to keys [..., C]. If the format rotates keys, they stay rotated."""
+    """Records [..., B] uint8 to keys [..., C]. If the format rotates keys by a Hadamard transform, the returned keys
+    stay rotated.
+    """
     if layout.kv_format is not KVFormat.FP8:
         return _from_bytes(records, value_dtype(layout.kv_format))
     dim = layout.geometry.indexer_dim
@@ -178,7 +181,7 @@ def round_groups(x: Tensor, size: int) -> Tensor:
 def hadamard(x: Tensor) -> Tensor:
     """Sylvester's Hadamard transform of the last dim, a power of two d, times d^-1/2.
 
-    Butterflies of plain additions give the same bits on any device; a matrix product would not promise that.
+    Butterflies of plain additions give the same bits on any device, which a matrix product would not promise.
     """
     dim = x.shape[-1]
     half = 1
@@ -256,7 +259,7 @@ def fp4_pairs(device: torch.device) -> Tensor:
 
 
 def _look_up(table: Tensor, codes: Tensor) -> Tensor:
-    """Values from `table` by code. One gather is five times faster than converting FP8 on a CPU."""
+    """Values from `table` by code. One table look-up is five times faster than converting FP8 numbers on a CPU."""
     return table.index_select(0, codes.reshape(-1).int()).view(codes.shape + table.shape[1:])
 
 

@@ -1,7 +1,8 @@
 """The messages that rank 0 sends to the other ranks: the next call, and the pool and sequences that it uses.
 
-Rank 0 numbers pools, window states and calls. Rank 0 sends a window state's bytes once, with the first call that uses
-the state; after that every rank advances its own copy. Of block tables it sends the new entries only: tables only grow.
+Rank 0 gives numbers to pools, window states and calls, by which messages name them. Rank 0 sends a window state's bytes
+once, with the first call that uses the state; after that every rank advances its own copy. Only new entries of block
+tables are sent, because tables only grow.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Tokens = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewPool:
-    """Make a pool and its operations, with `make_backend`."""
+    """Make a pool and its operations on the receiving rank, with `make_backend`."""
 
     pool: int
     num_blocks: int
@@ -28,7 +29,9 @@ class NewPool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewWindow:
-    """A window state after `position` tokens.  cut: `WindowState.cut`.  data: its bytes; empty for a new sequence."""
+    """A window state after `position` tokens. cut: as in `WindowState.cut`. data: its bytes; empty for a new
+    sequence.
+    """
 
     window: int
     position: int
@@ -96,7 +99,7 @@ class Replay:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fill:
-    """Receive payloads that rank 0 has read into this rank's pool."""
+    """Receive payloads that rank 0 has read from the store into this rank's pool."""
 
     pool: int
     block_ids: list[int]
@@ -104,7 +107,7 @@ class Fill:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drop:
-    """Drop these objects: rank 0 no longer holds them."""
+    """Drop these objects on the receiving rank, because rank 0 no longer holds them."""
 
     pools: list[int]
     windows: list[int]

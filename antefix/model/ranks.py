@@ -2,17 +2,18 @@
 
 Every rank runs the same calls in the same order, on its own pool and window states, whose bytes are equal on all
 ranks. A rank computes its heads and its experts, and the results are gathered, never added up: each number comes from
-one rank, by the same sum that a single process would compute. So on a CPU the number of ranks changes no bit, KV has
-the same names for any number, and workers with different numbers of ranks share a store. On a card a rank's share of a
-weight may be summed in other parts than the whole weight, and fewer heads may use another kernel. So there the number
-of cards is part of the names.
+one rank, by the same sum that a single process would compute. So on a CPU the number of ranks changes no bit: KV has
+the same names for any number of ranks, and workers with different numbers share a store. On a card a rank's share of a
+weight may be summed in other parts than the whole weight, and fewer heads may use another kernel. So on cards, the
+number of cards is part of the names of KV.
 
     layer         split                                   gathered                          as a whole on each rank
     attention     heads: wq_b, sinks, attention itself;   [N, G * R] of the output groups   wq_a, wkv, compressors,
                   wo_a by output groups                                                     indexer, wo_b
     experts       by expert: each rank has E / ranks      [N * K, D] rows of all picks      router, shared expert
 
-A layer whose sizes do not divide is not split. `lead` and `follower` make every rank run the same calls.
+A layer whose sizes cannot be divided by the number of ranks is not split. `lead` and `follower` make every rank run the
+same calls.
 
 Shapes:  N = tokens, G = output groups, R = output rank, E = experts, K = experts per token, D = hidden size.
 """
@@ -41,9 +42,9 @@ _SHARED_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process's place among the processes that run one model.
+    """The place of this process among the processes that run one model.
 
-    group: the process group; None where nothing is run, such as for computing which part of a load is this rank's.
+    group: the process group; None where nothing is run, for example to compute which part of a load is this rank's.
     """
 
     rank: int
@@ -53,17 +54,17 @@ class Ranks:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
-            raise ConfigError(f"rank {self.rank} is not one of {self.size}")
+            raise ConfigError(f"rank {self.rank} is not one of {self.size} ranks")
 
     @classmethod
     def of_group(cls) -> Ranks:
         """The ranks of the initialised process group.  Raises:  ConfigError: none is initialised."""
         if not dist.is_available() or not dist.is_initialized():
-            raise ConfigError("several ranks need torch.distributed to be initialised")
+            raise ConfigError("a model over several ranks needs torch.distributed to be initialised")
         return cls(rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD)
 
     def span(self, count: int) -> tuple[int, int]:
-        """This rank's share [first, stop) of `count`, which must divide by the number of ranks."""
+        """The share [first, stop) of `count` that this rank has; `count` must be divisible by the number of ranks."""
         share = count // self.size
         return self.rank * share, (self.rank + 1) * share
 
@@ -72,7 +73,9 @@ class Ranks:
         return torch.cat(self._gather(x.contiguous()), 1)
 
     def gather_rows(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """Join the ranks' rows, one rank below the other. counts: how many rows each rank has; all ranks know it."""
+        """Join the rows of all ranks, one rank below the other. counts: how many rows each rank has, which all ranks
+        know.
+        """
         padded = x.new_zeros(max(counts), x.shape[1])
         padded[: len(x)] = x
         return torch.cat([piece[:count] for piece, count in zip(self._gather(padded), counts, strict=True)])
@@ -81,7 +84,8 @@ class Ranks:
         """x [N, C], of which each row belongs to one rank: returns all rows, on every rank. is_mine: [N, 1].
 
         The rows of other ranks are set to -0.0. Adding -0.0 to any number, -0.0 included, leaves its bits. So this sum
-        only picks the rows, in any order. Unlike a gather, which would have to count rows, it never waits for the card.
+        of all ranks' tensors only picks each row, in any order of addition. Unlike a gather, which would have to count
+        rows, the sum never waits for the card.
         """
         x = torch.where(is_mine, x, -0.0)
         with self.time.of(x):
@@ -107,7 +111,7 @@ class Ranks:
 
     def _gather(self, x: Tensor) -> list[Tensor]:
         if self.group is None:
-            raise InternalError("the model was loaded for these ranks, but they are not connected")
+            raise InternalError("the model was loaded for several ranks that are not connected")
         pieces = [torch.empty_like(x) for _ in range(self.size)]
         with self.time.of(x):
             dist.all_gather(pieces, x, group=self.group)
@@ -115,8 +119,9 @@ class Ranks:
 
 
 def split_model(model: Model, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
-    """Cut a model without memory down to this rank's share. Returns for each tensor that was cut: its rows
-    [first, stop), and how many rows the whole has."""
+    """Cut a model without memory down to this rank's share. Returns for each tensor that was cut: this rank's rows
+    [first, stop), and how many rows the whole tensor has.
+    """
     cuts: dict[str, tuple[int, int, int]] = {}
     model.ranks = ranks
     layers = [(f"model.layers.{index}", layer) for index, layer in enumerate(model.model.layers)]
@@ -140,7 +145,7 @@ def take_share(model: Model, ranks: Ranks) -> None:
 def cut_copies(
     copies: Iterable[Copy], cuts: Mapping[str, tuple[int, int, int]], sizes: Mapping[str, int]
 ) -> tuple[Copy, ...]:
-    """The parts of the copies that this rank reads.  sizes: elements of each whole tensor."""
+    """The parts of the copies that this rank reads from files. sizes: the number of elements of each whole tensor."""
     kept: list[Copy] = []
     for copy in copies:
         if copy.target not in cuts:
@@ -182,8 +187,9 @@ def _can_cut(linear: nn.Linear | PackedLinear, ranks: Ranks) -> bool:
 
 
 def _cut_linear(name: str, linear: nn.Linear | PackedLinear, ranks: Ranks) -> dict[str, tuple[int, int, int]]:
-    """Cut one linear. `out_features` keeps the whole's value, because the arithmetic is probed in the whole model's
-    shapes, however ranks divide it."""
+    """Cut one linear. `out_features` keeps the value of the whole model, because the arithmetic is probed in the whole
+    model's shapes, however ranks divide it.
+    """
     tensors = ("codes", "scales") if isinstance(linear, PackedLinear) else ("weight",)
     return {f"{name}.{own}": _cut_rows(linear, own, ranks) for own in tensors}
 

@@ -1,7 +1,8 @@
-"""Fills tensors from files. Each file is read front to back in spans; one span is read while the last one is copied.
+"""Fills tensors from files. Each file is read from front to back in spans; while one span is read, the previous span is
+copied.
 
-Spans lie in two buffers, pinned where tensors are on a card; nothing else of a file is ever in memory. Numbers are
-converted on the way if the model keeps another type.
+Spans lie in two buffers, which are pinned where tensors are on a card; no other part of a file is ever in memory.
+If the model keeps another number type than the file, numbers are converted while they are copied.
 
 Span:  up to SPAN_BYTES of a file, cut between numbers; holds pieces of one tensor or of several.
 """
@@ -54,7 +55,7 @@ class _Span:
 
 
 def fill(state: dict[str, Tensor], copies: Sequence[Copy], progress: Callable[[int, int], None]) -> None:
-    """Read everything that `copies` name into the tensors of `state`.
+    """Read everything that `copies` names from files into the tensors of `state`.
 
     Raises:  ModelError: a file cannot be read, or is shorter than its header says.
     """
@@ -118,7 +119,7 @@ def _read(span: _Span, buffer: Tensor) -> None:
             while num_read < span.nbytes:
                 count = os.preadv(descriptor, [target[num_read:]], span.offset + num_read)
                 if not count:
-                    raise ModelError(f"cannot read {span.file}: it ends at byte {span.offset + num_read}")
+                    raise ModelError(f"cannot read {span.file}: the file ends at byte {span.offset + num_read}")
                 num_read += count
         finally:
             os.close(descriptor)

@@ -5,7 +5,7 @@ own window, the last group of CSA's compressors, and n_win - 1 more tokens for e
 those layers is made from this layer's output. So each layer runs fewer tokens than the one below. The top layer needs
 only window KV and no queries. In total this is about half the work of running every token through every layer.
 
-Replay cannot write global KV: of the operations in `ops` only `compress_and_pack` writes, and it is never called here.
+Replay cannot write global KV, because it never calls `compress_and_pack`, the only operation in `ops` that writes.
 
 Shapes:  N = rows of one layer, a multiple of ROW_TILE; T = tokens of one call; D = hidden size; L = layers.
 Source:  V4 report, section 3.5 (caching no windows). Oracle: `forward(write_global_kv=False)`, on a CPU to the bit.
@@ -41,7 +41,8 @@ _TORCH_OPS = TorchOps()
 def replay(
     model: Model, pool: BlockPool, sequence: Sequence, tokens: Tokens, *, stop: int, ops: Ops = _TORCH_OPS
 ) -> None:
-    """Run the next tokens of a replay that ends at `stop`. Advances the sequence's window state; nothing else changes.
+    """Run the next tokens of a replay that will end at `stop`. Only the sequence's window state is advanced; nothing
+    else changes.
 
     stop: the block boundary where the state is wanted, at least one block after the replay's start. Before `stop` the
         state cannot be continued from, because layers leave out tokens that the state at `stop` does not depend on. A
@@ -91,7 +92,7 @@ def _replay(model: Model, pool: BlockPool, sequence: Sequence, given: TokenArray
 def needed_from(geometry: KVGeometry, layer: int, stop: int) -> int:
     """The first token whose input at `layer` affects window state at `stop`; for `num_layers` it is `stop` itself.
 
-    The result may be negative: then every token counts.
+    If the result is negative, every token counts.
     """
     return stop - geometry.replay_reach[layer] if layer < geometry.num_layers else stop
 
@@ -107,13 +108,18 @@ def _first_row(model: Model, layer: int, stop: int, position: int, num_tokens: i
 def _check(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, stop: int) -> None:
     block_size = model.config.geometry.block_size
     if stop % block_size:
-        raise InternalError(f"a replay must stop at a multiple of {block_size} tokens, not {stop}")
+        raise InternalError(f"a replay of tokens must stop at a multiple of {block_size} tokens, not {stop}")
     if not 0 < num_tokens <= stop - sequence.position:
-        raise InternalError(f"cannot replay {num_tokens} tokens from {sequence.position} to {stop}")
+        raise InternalError(
+            f"cannot replay {num_tokens} tokens: the sequence is at token {sequence.position}, and the replay must "
+            f"stop at {stop}"
+        )
     if pool.layout != model.layout or sequence.window.layout != model.layout:
-        raise InternalError("the pool or the window state was made for another layout than the model's")
+        raise InternalError("the pool or the window state was made for another layout of KV than the model's")
     if len(sequence.block_table) * block_size < stop:
-        raise InternalError(f"{stop} tokens need more blocks than the {len(sequence.block_table)} of the block table")
+        raise InternalError(
+            f"{stop} tokens need more blocks than the {len(sequence.block_table)} in the sequence's block table"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +136,9 @@ class _Part:
     ops: Ops
 
     def run(self, x: Tensor, positions: Tensor, position: int, num_tokens: int, keep: int) -> Tensor | None:
-        """x [N, D], normed, holds tokens from `position` on, of which `num_tokens` are real. Returns the output of rows
-        from `keep` on; None: there are no such rows, and only window state was updated.
+        """x [N, D], normed, holds tokens from `position` on, of which `num_tokens` are real and the others padding.
+        Returns the output of rows from `keep` on; returns None if there are no such rows, so that only window state was
+        updated.
         """
         attention, window = self.attention, self.sequence.window
         rope = self.model.rope(attention.kind, positions)
@@ -179,7 +186,7 @@ class _Part:
     def _overlap(
         self, compressor: Compressor, state: CompressorState, x: Tensor, position: int, num_tokens: int
     ) -> None:
-        """Take in the Ca rows of the group that ends at `stop`, as far as its tokens are in this call."""
+        """Store the Ca rows of the group that ends at `stop`, as far as the group's tokens are in this call."""
         group = self.stop - compressor.ratio
         first = max(group, position)
         count = position + num_tokens - first

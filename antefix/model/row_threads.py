@@ -1,7 +1,9 @@
-"""Threads that share a prefill's rows on a CPU: each runs its rows through whole layers; they meet twice per layer.
+"""Threads that share a prefill's rows on a CPU: each thread runs its rows through whole layers, and the threads meet
+twice per layer.
 
-torch's own threads divide every operation and wait for one another at its end, which costs more than most operations of
-a small model. A row's results do not depend on the rows next to it (`numerics`), so dividing rows changes no bits.
+torch's own threads divide every operation and wait for one another at its end; for most operations of a small model,
+waiting takes longer than the operation. A row's results do not depend on the rows next to it (`numerics`), so dividing
+rows changes no bits.
 
 Shapes:  N = rows of the batch, whole tiles.
 """
@@ -31,7 +33,9 @@ _in_use = threading.Lock()
 
 
 def parts_of(model: Model, num_rows: int, threads: int) -> list[slice]:
-    """The rows of each thread, in whole tiles. One part if threads would not pay, or might change bits."""
+    """The rows of each thread, in whole tiles of rows. Only one part is returned if several threads would not be
+    faster, or might change bits.
+    """
     is_whole = model.ranks is None and model.offload is None
     if model.device.type != "cpu" or not model.threads_are_free or not is_whole or num_rows % ROW_TILE:
         threads = 1
@@ -42,7 +46,9 @@ def parts_of(model: Model, num_rows: int, threads: int) -> list[slice]:
 
 
 class Meeting:
-    """Where threads wait for one another. If one fails, the others fail too instead of waiting for it."""
+    """A point at which threads wait for one another. If one thread fails, the others fail too instead of waiting for
+    that thread.
+    """
 
     def __init__(self, count: int) -> None:
         self._barrier = threading.Barrier(count)
@@ -61,8 +67,8 @@ class Meeting:
 def run_each(works: Sequence[Callable[[Meeting], T]]) -> list[T] | None:
     """Run each work on its own thread, the first one on this thread; torch's operations do not use further threads.
 
-    None: the threads were busy with another call, and nothing has run.  Raises what a work raised, after all have
-    ended.
+    Returns None if the threads were busy with another call, in which case nothing has run. An error in one of the works
+    is raised here after all works have ended.
     """
     if not _in_use.acquire(blocking=False):
         return None

@@ -70,7 +70,7 @@ class Item:
 
     @property
     def position(self) -> int:
-        """Position of the first new token."""
+        """The position of the sequence's first new token."""
         return self.sequence.position - self.num_kept
 
     @property
@@ -110,7 +110,8 @@ def forward(
     write_global_kv: bool = True,
     ops: Ops = _TORCH_OPS,
 ) -> Tensor:
-    """Run new tokens of each sequence. Advances their window states and fills their blocks' rows.
+    """Run new tokens of each sequence. The call advances the sequences' window states, and fills the rows of their
+    blocks.
 
     logits: "last" gives [len(batch), V], "all" [total tokens, V], in batch order.
     write_global_kv: False replays: stored entries are read, window state is rebuilt and the pool is not written. The
@@ -128,8 +129,8 @@ def forward(
 class Ran:
     """The computed new tokens of a batch. Sequences do not advance until tokens are kept.
 
-    logits: as asked for.  streams: [tokens, M, D] after the last layer, in batch order.
-    Tokens that are not kept leave only rows of the pool, which the next tokens at these positions overwrite.
+    logits: as requested. streams: [tokens, M, D] after the last layer, in the order of the batch. Tokens that are not
+    kept leave only rows of the pool, which the next tokens at these positions overwrite.
     """
 
     logits: Tensor
@@ -140,7 +141,7 @@ class Ran:
     _chunk: PendingChunk | None = None
 
     def rows(self, number: int) -> slice:
-        """A sequence's rows in `streams`, and in the logits of all tokens."""
+        """The rows of a sequence in `streams`, and in the logits of all tokens."""
         return self._items[number].rows
 
     def keep(self, number: int, count: int | None = None) -> None:
@@ -149,14 +150,17 @@ class Ran:
         stop = item.stop - item.start if count is None else count
         if not item.num_kept <= stop <= item.stop - item.start:
             raise InternalError(
-                f"{stop} tokens cannot be kept of {item.stop - item.start}, {item.num_kept} are already"
+                f"{stop} of a sequence's {item.stop - item.start} new tokens cannot be kept, because "
+                f"{item.num_kept} are kept already"
             )
         if self._call is not None:
             self._call.keep(number, stop)
         self._keep(number, stop)
 
     def keep_all(self) -> None:
-        """Advance every sequence by all of its new tokens. No token may have been kept before."""
+        """Advance every sequence by all of its new tokens. This method may be called only if no token has been kept
+        before.
+        """
         if self._call is not None:
             self._call.keep(None)
         steps = [item for item in self._items if item.step is not None]
@@ -200,8 +204,9 @@ def run_tokens(
     write_global_kv: bool = True,
     ops: Ops = _TORCH_OPS,
 ) -> Ran:
-    """`forward` without its last step: the caller then says how many of each sequence's tokens are kept. The other
-    tokens are treated as if they had never run. Raises as `forward`."""
+    """Like `forward`, but the caller decides afterwards how many of each sequence's tokens are kept. Tokens that are
+    not kept are treated as if they had never run. Raises as `forward`.
+    """
     # 1. Check everything before anything is written.
     items, given = _plan(model, pool, batch)
     lead = model.lead
@@ -300,7 +305,7 @@ def _steps(
     *,
     write: bool,
 ) -> Steps | SeatedSteps | None:
-    """The object that runs the sequences of one token together; None if there are no such sequences."""
+    """The object that runs all sequences of one token together; None if there are no such sequences."""
     sequences = [item.sequence for item in single]
     if not sequences:
         return None
@@ -310,12 +315,14 @@ def _steps(
 
 
 def _compiles_layers(model: Model, ops: Ops) -> bool:
-    """Whether a layer's computations of each token alone may run compiled. Other `ops` round window KV themselves."""
+    """Whether a layer's computations of each token alone may run compiled. Operations other than the compiled ones
+    round window KV themselves.
+    """
     return type(ops) is TorchOps and is_compiled(model.lm_head.weight)
 
 
 def _run_compiled(model: Model, tokens: Tensor, positions: Tensor, attend: AttendRows) -> Tensor | None:
-    """The layers as a few compiled calls each: streams [N, M, D]. None: not possible for this model."""
+    """The layers as a few compiled calls each: streams [N, M, D]. Returns None if this model cannot be run so."""
     from antefix.model.compiled.layers import layer_rows
 
     rows = layer_rows(model, tokens, positions)
@@ -333,7 +340,9 @@ def _run_parted(
     *,
     write: bool,
 ) -> Tensor | None:
-    """The layers on several threads, each with its rows: streams [N, M, D]. None: the layers must run on one thread."""
+    """The layers on several threads, each with its rows: streams [N, M, D]. Returns None if the layers must run on one
+    thread.
+    """
     parts = parts_of(model, len(tokens), threads)
     if len(parts) == 1:
         return None
@@ -348,7 +357,8 @@ def _run_parted(
 class _Split:
     """Which rows of the batch belong to sequences that run one token, and which items run more tokens.
 
-    rows: the rows of the former. In a decode step they are neighbours, and then this is a slice.
+    rows: the rows of the sequences that run one token. In a decode step these rows are neighbours, so the result is a
+    slice.
     """
 
     def __init__(self, items: list[Item], single: list[Item], device: torch.device) -> None:
@@ -373,7 +383,7 @@ class LayerPass:
     steps: Steps | SeatedSteps | None
 
     def run(self, x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], split: _Split) -> Tensor:
-        """From x [N, D], normed, to the attention block's output [N, D]."""
+        """Attention from x [N, D], normed, to the attention block's output [N, D]."""
         attention, at = self.attention, split.rows
         # 1. Per-token computations, for the whole batch at once.
         rows = self.rows(x, positions, rope)
@@ -391,7 +401,7 @@ class LayerPass:
         return attention.output(self.across(rows, split, together), *rope)
 
     def across(self, rows: TokenRows, split: _Split, together: Tensor | None) -> Tensor:
-        """Attention before its output projection [N, H, C].  together: that of the sequences with one token."""
+        """Attention before its output projection [N, H, C]. together: the attention of the sequences with one token."""
         attended = torch.zeros_like(rows.q)
         if together is not None:
             attended[split.rows] = together
@@ -400,7 +410,9 @@ class LayerPass:
         return attended
 
     def attend_item(self, item: Item, rows: TokenRows) -> Tensor:
-        """Attention of an item's tokens [T, H, C], by their rows; completes the groups that they end."""
+        """Attention of an item's tokens [T, H, C], by their rows; groups of tokens that end in the item are
+        completed.
+        """
         line = self.window_line(item, rows.window)
         if rows.compressed is not None:
             self.compress_main(item, rows.compressed)
@@ -422,7 +434,9 @@ class LayerPass:
         return TokenRows(q=q, window=window, compressed=compressed, index=index)
 
     def window_line(self, item: Item, entries_TC: Tensor) -> WindowLine:
-        """Window KV of the item's tokens [T, C], lined up behind its ring. The ring takes them when they are kept."""
+        """Window KV of the item's tokens [T, C], lined up behind its ring. The ring takes these tokens when they are
+        kept.
+        """
         ring = item.sequence.window.window[self.index]
         position = item.position
         item.pending.append(lambda first, stop: advance_ring(ring, entries_TC[first:stop], position + first))
@@ -456,7 +470,8 @@ class LayerPass:
         positions: Tensor,
         index: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """Attention of some tokens of the item, at `positions` [T]: [T, H, C]. All entries that they see are written.
+        """Attention of some tokens of the item, at `positions` [T]: [T, H, C]. All entries that these tokens see must
+        have been written.
 
         index: the indexer's queries [T, I, C] and head weights [T, I] (CSA).
         """
@@ -504,7 +519,7 @@ class LayerPass:
         item.pending.append(close)
 
     def _group_rope(self, item: Item, first: int, num_groups: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at each group's first token. The values are the same for all layers of a kind."""
+        """cos and sin at each group's first token. For all layers of one kind, the values are the same."""
         kind = self.attention.kind
         if kind not in item.group_ropes:
             ratio = self.model.config.geometry.ratio(self.index)
@@ -518,9 +533,9 @@ def _plan(
 ) -> tuple[list[Item], _Integers]:
     """Checked items, and the batch's tokens and positions [2, N], padded with 0."""
     if not batch:
-        raise InternalError("a batch needs at least one sequence")
+        raise InternalError("a batch of the model needs at least one sequence")
     if pool.layout != model.layout:
-        raise InternalError("the pool was made for another layout than the model's")
+        raise InternalError("the block pool was made for another layout of KV than the model's")
     items: list[Item] = []
     pieces: list[Tokens] = []
     start = 0
@@ -532,7 +547,7 @@ def _plan(
         pieces.append(tokens)
         start = stop
     if len({id(item.sequence.window) for item in items}) < len(items):
-        raise InternalError("a sequence may appear only once in a batch")
+        raise InternalError("a sequence may appear only once in one batch")
     both = np.zeros((2, num_rows(model, start)), np.int64)
     both[0, :start] = np.concatenate(pieces)
     both[1, :start] = np.concatenate(
@@ -551,13 +566,13 @@ def num_rows(model: Model, num_tokens: int) -> int:
 def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: int, largest: int) -> None:
     end = sequence.position + num_tokens
     if not num_tokens:
-        raise InternalError("a chunk needs at least one token")
+        raise InternalError("a chunk of a sequence needs at least one token")
     if largest >= model.config.vocab_size:
         raise InvalidRequest(f"token id {largest} is outside the vocabulary of {model.config.vocab_size}")
     if end > model.config.max_position_embeddings:
         raise InvalidRequest(f"{end} tokens exceed the model's {model.config.max_position_embeddings} positions")
     if sequence.window.layout != model.layout:
-        raise InternalError("a window state was made for another layout than the model's")
+        raise InternalError("a window state was made for another layout of KV than the model's")
     num_blocks = -(-end // model.config.geometry.block_size)
     table = sequence.block_table
     if len(table) < num_blocks:
@@ -567,7 +582,7 @@ def _check_item(model: Model, pool: BlockPool, sequence: Sequence, num_tokens: i
 
 
 def _open_blocks(pool: BlockPool, items: list[Item]) -> None:
-    """Clear the rows that this call is the first to write."""
+    """Clear the rows of the pool that this call is the first to write."""
     block_size = pool.layout.geometry.block_size
     for item in items:
         first = -(-item.position // block_size)

@@ -3,8 +3,9 @@
 Rows are tokens, sequence after sequence (ragged). All inputs of a launch are on the card in one array of integers whose
 size depends on the bucket alone, so such a call can be recorded and replayed like a step.
 
-A sequence's new tokens would overwrite rows of its ring and tails that the first new tokens still need. So each layer
-copies old and new rows into lines, in order, and reads those. Rings, tails and overlap states are updated when tokens
+A sequence's new tokens would overwrite rows of its ring and tails that the first of the new tokens still need. So each
+layer copies old and new rows into one line, in order, and reads the line. Rings, tails and overlap states are updated
+when tokens
 are kept:
 
     window line     n_win records per sequence, oldest first, then its new records
@@ -194,10 +195,11 @@ class SeatedChunks(SeatedSteps):
 
 @dataclass(slots=True, weakref_slot=True)
 class PendingChunk:
-    """New rows of a call that wait until their tokens are kept.
+    """New rows of a call that wait until it is known which tokens are kept.
 
     seat_numbers, firsts, starts: for each sequence of the call, its seat, its position before the call and its first
-    row. counts: how many tokens it was given; kept: how many are kept; moved: how many its seat has been updated for.
+    row. counts: how many tokens the sequence was given; kept: how many are kept; moved: how many its seat has been
+    updated for.
     """
 
     seats: Seats
@@ -220,7 +222,9 @@ class PendingChunk:
         return cls(seats, new, numbers, firsts, starts, counts, [0] * len(counts), [0] * len(counts))
 
     def keep(self, number: int, stop: int) -> None:
-        """Sequence `number` keeps its first `stop` new tokens. Its seat is updated before it is next read."""
+        """Sequence `number` keeps its first `stop` new tokens. The sequence's seat is updated before the seat is next
+        read.
+        """
         self.kept[number] = stop
         self.seats.follow(self)
 
@@ -230,7 +234,9 @@ class PendingChunk:
 
     @torch.inference_mode()
     def leave_rows(self) -> None:
-        """Copy rows that may still be kept, because the next call overwrites the new rows' memory."""
+        """Copy rows that may still be kept to other memory, because the next call overwrites the memory of the new
+        rows.
+        """
         if self.kept != self.counts:
             self.new = self.new.copied(self.starts[-1] + self.counts[-1])
 
@@ -250,7 +256,7 @@ class PendingChunk:
         self.moved = list(self.kept)
 
     def _span(self, number: int) -> tuple[int, int, int]:
-        """The rows [begin, end) that a sequence keeps now, and its position at the first of them."""
+        """The rows [begin, end) that a sequence keeps now, and the sequence's position at the first of these rows."""
         begin = self.starts[number] + self.moved[number]
         return begin, self.starts[number] + self.kept[number], self.firsts[number] + self.moved[number]
 

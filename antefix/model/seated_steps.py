@@ -1,13 +1,14 @@
 """Decode steps of many sequences on a card: the parts of each layer that work across tokens.
 
-A step takes as many launches for one sequence as for a hundred. Each sequence runs one token. The kernels read all
+A decode step takes as many kernel launches for one sequence as for a hundred. Each sequence runs one token. The kernels
+read all
 inputs on the card: position, seat (`antefix.model.seats`) and block table come as one array of integers, and
 everything else of a step is computed from it. So the host never waits, and a step can be recorded once and replayed
 (`antefix.model.step_runner`).
 
-A window is a run of records in its seat; attention reads it in addition to the picked entries. For HCA all entries are
-picked. Window records and tail rows are written at once: until the token is kept, these places hold nothing that is
-read. Overlap states are updated when tokens are kept.
+A window is a run of records in its seat; attention reads it in addition to the picked entries. In HCA layers, all
+entries are picked. Window records and tail rows are written at once, because nothing reads these places until the token
+is kept. Overlap states are updated when tokens are kept.
 
 In reproducible mode a query uses the same kernels as in a prefill chunk, so that it has the same bits.
 
@@ -63,7 +64,8 @@ def step_integers(
 @dataclass(frozen=True, slots=True)
 class _Closing:
     """The groups of one kind that a step closes: slots [S] int32 of their entries (-1: this sequence closes none), the
-    place of their rows, and cos and sin at their first tokens."""
+    place of their rows, and cos and sin at their first tokens.
+    """
 
     slots: Tensor
     closes: Tensor
@@ -77,7 +79,7 @@ class _Closing:
 class SeatedSteps:
     """One forward pass over sequences that run one token each, whose window states have seats.
 
-    integers: made by `step_integers`, on the card.  write: whether entries of closed groups are written.
+    integers: made by `step_integers`, on the card. write: whether entries of complete groups are written.
     """
 
     def __init__(
@@ -133,7 +135,9 @@ class SeatedSteps:
         return self._attend(q, records, ring, picks.slots, picks.counts, attention)
 
     def _window(self, layer: int, entries: Tensor) -> Tensor:
-        """Write the new entries [S, C]. Returns the records [1, rows, R], in which each query's window is one run."""
+        """Write the window entries [S, C] of the new tokens. Returns the records [1, rows, R], in which each query's
+        window is one run.
+        """
         ring = self._seats.rings[layer].unsqueeze(0)
         for slots in self._window_slots:
             pack.pack_entries(entries, self._geometry.rope_dim, pack.Target(records=ring, slots=slots))
@@ -144,7 +148,7 @@ class SeatedSteps:
         self._keep(None)
 
     def keep(self, which: collections.abc.Sequence[int]) -> None:
-        """As `keep_all`, but for some of the sequences only."""
+        """Like `keep_all`, but for some of the sequences only."""
         wanted = np.zeros(self._num, np.int32)
         wanted[list(which)] = 1
         self._keep(upload(wanted, self._seat.device))
@@ -178,8 +182,10 @@ class SeatedSteps:
         )
 
     def _group_rows(self, ratio: int) -> tuple[Tensor, Tensor]:
-        """For the group that each row may close: its first row in the result of `_take_rows`, and the first row of the
-        previous group; or -1 - seat, if the previous group's Ca rows are the seat's overlap state."""
+        """For the group that each row may complete: its first row in the result of `_take_rows`, and the first row of
+        the previous group. If the previous group's Ca rows are the seat's overlap state, the second number is -1 -
+        seat.
+        """
         return self._seat * (2 * ratio), -1 - self._seat
 
     def _every_slot(self) -> Tensor:
@@ -191,7 +197,7 @@ class SeatedSteps:
         return (self._tables.unsqueeze(2) * per_block + rows).flatten(1)
 
     def _compress(self, layer: int, kind: PartKind, compressor: Compressor, x: Tensor) -> Tensor:
-        """Store each token's rows and write the entries of groups that close. Returns the part's records."""
+        """Store each token's rows, and write the entries of groups that are complete. Returns the part's records."""
         part = self._pool.part(layer, kind)
         records = self._pool.records(part)
         rows, packer = {
@@ -226,7 +232,7 @@ class SeatedSteps:
     def _pick(
         self, keys: Tensor, indexer: Indexer, x: Tensor, residual: Tensor, rope: tuple[Tensor, Tensor]
     ) -> topk.Picks:
-        """Each sequence's k best visible entries."""
+        """The k best visible entries of each sequence."""
         queries = indexer.queries(residual, *rope)
         weights = indexer.head_weights(x).float()
         num_entries_max = self._tables.shape[1] * keys.shape[1]

@@ -1,8 +1,9 @@
-"""Window states of decoding sequences on a card: one array per kind of state, indexed by seat.
+"""Window states of decoding sequences on a card: one array per kind of state, indexed by a seat number.
 
 A decode step reads and writes the states of its whole batch by seat number, in one launch per layer. A sequence gets a
-seat in its first such step. The sequence keeps the seat until it is dropped, or until its tensors are asked for (by a
-prefill chunk or a replay), which moves the state out of the seat. Copying a state does not move it out.
+seat number in its first decode step on a card. The sequence keeps the seat until the sequence is dropped, or until its
+tensors are asked for (by a prefill chunk or a replay), which moves the state out of the seat. Copying a window state
+does not move it out of its seat.
 
     rings      [L, seats * 2 * n_win, R] uint8    a seat's window records, twice: position p lies in rows p mod n_win
                                                   and n_win + p mod n_win, so any window is one run of rows
@@ -74,14 +75,14 @@ class CardSeat:
 
 
 class Pending(Protocol):
-    """Updates by kept tokens that have not been made in their seats yet (`antefix.model.seated_chunks`)."""
+    """Updates by kept tokens that have not been made yet in the tokens' seats (`antefix.model.seated_chunks`)."""
 
     def settle(self) -> None:
         """Make the updates now."""
 
 
 class Seats:
-    """All seats of one device. FP8 format only. Belongs to one thread, like the pool.
+    """All seats of one device. FP8 format only. The seats belong to one thread, like the pool.
 
     generation: increases when the arrays move to other memory.
     """
@@ -111,7 +112,7 @@ class Seats:
         return CompressorRows(layers, tails, overlaps, tails.new_zeros(ratio, 2 * width))
 
     def take(self, states: collections.abc.Sequence[WindowState]) -> list[int]:
-        """Seat numbers of these states; states without a seat get one."""
+        """The seat numbers of these window states; states without a seat get one."""
         self.settle()
         numbers = [self._number(state) for state in states]
         for place, (state, number) in enumerate(zip(states, numbers, strict=True)):
@@ -120,12 +121,12 @@ class Seats:
         return [number for number in numbers if number is not None]
 
     def reserve(self, num_states: int) -> None:
-        """Make room for this many states, so that the arrays need not move later."""
+        """Make room for this many states, so that the arrays on the card need not move later."""
         if self.num_seats <= num_states:
             self._grow(num_states + 1 - self.num_seats)
 
     def copy_out(self, number: int, state: WindowState) -> None:
-        """Copy a seat's values into a state that has none."""
+        """Copy the values of a seat into a window state that has none."""
         self.settle()
         window = self.layout.geometry.window
         records = self.rings[:, number * 2 * window :][:, :window]
@@ -137,7 +138,7 @@ class Seats:
         self._taken.pop(number, None)
 
     def follow(self, pending: Pending) -> None:
-        """Remember updates that must be made before any seat is read."""
+        """Keep updates that must be made before any seat is read."""
         if self._pending is not pending:
             self.settle()
         self._pending = pending
@@ -166,7 +167,7 @@ class Seats:
         return number
 
     def _free(self, busy: set[int]) -> int:
-        """A seat that no state holds. If there is none, more seats are made."""
+        """The number of a seat that no window state has. If all seats are taken, more seats are made."""
         for number in range(1, self.num_seats):
             held = self._taken.get(number)
             if number not in busy and (held is None or held() is None):

@@ -1,4 +1,6 @@
-"""A process's set-up: processor or card, libraries, and those of their settings that are known to change bits."""
+"""A process's set-up: its processor or card, its libraries, and those of their settings that are known to
+change bits.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class StepCounters:
-    """graphs_recorded, steps_replayed: of CUDA graphs.  recording_errors: after the first one, no graphs are used.
+    """graphs_recorded, steps_replayed: counts of CUDA graphs. recording_errors: after the first such error, no graphs
+    are used.
 
     steps_launched: steps of whole batches that ran kernel by kernel, without a graph.
     """

@@ -1,12 +1,13 @@
 """Decode steps on a card, launched one kernel after another or replayed as recorded CUDA graphs.
 
-A step of four layers is some hundred launches, and issuing them from Python takes longer than running them. A CUDA
+A decode step of four layers is some hundred launches, and issuing them from Python takes longer than running them. A
+CUDA
 graph is recorded once for a number of sequences and a length of block tables, both rounded up to a bucket, and replayed
 as one launch: the same kernels with the same arguments, so the same bits. Only one array of integers changes from step
-to step (`seated_steps.step_integers`). All graphs share one pool of memory.
+to step (`seated_steps.step_integers`). All recorded graphs share one pool of memory.
 
-Not recorded: replays of prompts that write nothing, experts that are fetched from the host, and, unless the settings
-ask for it, models over several ranks.
+These are not recorded: replays of prompts that write nothing, experts that are fetched from the host, and, unless the
+settings ask for it, models over several ranks.
 
 Shapes:  S = sequences, B = blocks of the longest table, V = vocabulary, M = streams, D = hidden size.
 """
@@ -72,8 +73,9 @@ Step = Callable[[Tensor], tuple[Run, tuple[Tensor, Tensor]]]
 
 @dataclass(slots=True)
 class _Graph(Generic[Run]):
-    """A recorded step. integers: the array that every replay reads.  rows: streams, and logits (for chunks: the inputs
-    of the head).  generation: of the seats that the graph reads."""
+    """A recorded decode step. integers: the array that every replay reads. rows: streams, and logits (for chunks: the
+    inputs of the head). generation: that of the seats that the graph reads.
+    """
 
     replay: Callable[[], object]
     integers: Tensor
@@ -83,12 +85,13 @@ class _Graph(Generic[Run]):
 
 
 class StepRunner:
-    """Runs steps with one model's operations. graphs: whether to record them; only on a CUDA card.
+    """Runs decode steps with one model's operations. graphs: whether to record steps as CUDA graphs; only on a CUDA
+    card.
 
-    over_ranks: whether to record graphs of a model over several ranks too. Exchanges are then part of the graphs,
-        so all ranks record the same steps in the same order.
-    chunks: whether short calls of several tokens per sequence also share launches (`antefix.model.seated_chunks`).
-    Belongs to one thread, like the pool.
+    over_ranks: whether graphs of a model over several ranks are recorded too. Exchanges between ranks are then part of
+        the graphs, so all ranks record the same steps in the same order. chunks: whether short calls of several tokens
+        per sequence also share launches (`antefix.model.seated_chunks`). The runner of steps belongs to one thread,
+        like the pool.
     """
 
     def __init__(self, *, reproducible: bool, graphs: bool, over_ranks: bool = False, chunks: bool = False) -> None:
@@ -130,7 +133,7 @@ class StepRunner:
         *,
         write: bool,
     ) -> tuple[SeatedSteps, Tensor, Tensor]:
-        """Run a whole step. Returns the object that keeps its tokens, streams [S, M, D] and logits [S, V]."""
+        """Run a whole step. Returns the object that keeps tokens of the step, streams [S, M, D] and logits [S, V]."""
         seats = self.seats(model)
         integers = step_integers(sequences, tokens, seats)
         recorded = self._recorded_step(model, pool, seats, integers) if write else None
@@ -160,7 +163,9 @@ class StepRunner:
     def run_chunk(
         self, model: Model, pool: BlockPool, batch: Batch, *, write: bool
     ) -> tuple[PendingChunk, Tensor, Tensor]:
-        """Run each sequence's new tokens. Returns what keeps them, streams [N, M, D] and the head's inputs [N, D]."""
+        """Run each sequence's new tokens. Returns the object that keeps tokens of the chunk, streams [N, M, D] and the
+        head's inputs [N, D].
+        """
         seats = self.seats(model)
         # Take seats first: if there are too few, all seats move, and recorded graphs would read the old memory.
         seats.take([sequence.window for sequence, _ in batch])
@@ -181,7 +186,7 @@ class StepRunner:
         return pending, *((each[:num].clone() for each in rows) if recorded else rows)
 
     def _free_rows(self, seats: Seats) -> None:
-        """Let the previous call copy rows that may still be kept, because this call overwrites their memory."""
+        """Let the previous call copy rows that may still be kept, because this call will overwrite their memory."""
         seats.settle()
         before = None if self._chunk is None else self._chunk()
         if before is not None:
@@ -208,7 +213,7 @@ class StepRunner:
     def _recorded_step(
         self, model: Model, pool: BlockPool, seats: Seats, integers: np.ndarray[tuple[int, int], np.dtype[np.int32]]
     ) -> _Graph[SeatedSteps] | None:
-        """A graph in whose bucket this step fits; None if none can be recorded."""
+        """A recorded graph into whose bucket this step fits; None if none can be recorded."""
         if len(integers) > BUCKETS[-1]:
             return None
         rows, blocks = _bucket(len(integers), integers.shape[1] - NUM_COLUMNS)
@@ -243,7 +248,7 @@ class StepRunner:
     def _recorded(
         self, model: Model, pool: BlockPool, seats: Seats, shape: tuple[int, int] | ChunkShape, step: Step[Run]
     ) -> _Graph[Run] | None:
-        """The graph for integers of this shape; None if none can be recorded."""
+        """The recorded graph for integers of this shape; None if none can be recorded."""
         if not self._may_record(model):
             return None
         graphs = self._graphs.setdefault(pool, {})
@@ -276,7 +281,8 @@ class StepRunner:
         except RuntimeError:
             # There is no memory, or a library call cannot be recorded: from now on kernels are launched one by one.
             log.exception(
-                "a decode step cannot be recorded as a CUDA graph; from here on each step launches its kernels"
+                "a decode step cannot be recorded as a CUDA graph; from now on each step launches its kernels "
+                "one by one"
             )
             self.counters.recording_errors += 1
         if model.ranks is not None and not is_warm and not model.ranks.agree(made is not None):
@@ -287,7 +293,7 @@ class StepRunner:
         return made
 
     def _captured(self, model: Model, step: Callable[[], Made], *, is_warm: bool) -> tuple[Callable[[], object], Made]:
-        """Record the step. Returns the function that replays it, and the step's result."""
+        """Record the step. Returns the function that replays the graph, and the step's result."""
         if not is_warm:
             # A trial run first: it compiles kernels and makes what is made once, on another stream, as torch's
             # documentation asks.
@@ -306,7 +312,8 @@ class StepRunner:
     @torch.inference_mode()
     def prepare(self, model: Model, pool: BlockPool, num_sequences_max: int) -> None:
         """Record steps of up to `num_sequences_max` sequences with short tables now instead of at their first use.
-        Steps that do not fit into PREPARE_S are recorded at their first use."""
+        Steps that do not fit into PREPARE_S are recorded at their first use.
+        """
         seats, started = self.seats(model), time.monotonic()
         seats.reserve(num_sequences_max)
         if model.ranks is not None:

@@ -1,6 +1,7 @@
 """How many of torch's threads a forward pass uses on a CPU: all of them, or one if its operations are small.
 
-Threads divide every operation and wait for one another at its end. A decode step is some thousand operations of a few
+torch's threads divide every operation, and wait for one another at its end. A decode step is some thousand operations
+of a few
 microseconds each, and waking a thread takes longer than that: two threads took three times as long as one.
 """
 
@@ -24,10 +25,11 @@ SHARED_WORK = 1 << 26
 
 @contextlib.contextmanager
 def step_threads(model: Model, num_tokens: int) -> Iterator[int]:
-    """Inside this context operations use as many threads as pay for `num_tokens`. Yields the number of all threads.
+    """Inside this context, operations use as many threads as make a pass over `num_tokens` tokens faster. The context
+    yields the number of all threads.
 
-    Operations use all of torch's threads on a card, and where the probe has not shown that bits do not depend on the
-    number of threads (`model.threads_are_free`).
+    Operations use all of torch's threads on a card. A pass also uses all threads if the probe has not shown that bits
+    do not depend on the number of threads (`model.threads_are_free`).
     """
     threads = torch.get_num_threads()
     rows = -(-num_tokens // ROW_TILE) * ROW_TILE

@@ -1,11 +1,11 @@
 """Decode steps of many sequences at once: each layer's attention, index, compressors and windows as one set of calls.
 
-Each sequence runs one token. `attend` computes with a token's own tile and the previous tile. Both are in the ring
-already: slots up to the token's own hold the own tile, later slots the previous tile. So one ring serves as operand for
-both and gives the same sums: keys that do not belong to a half have weight 0 there. If a sequence has fewer entries
-than another, the rest is masked, in whole segments, which add exactly nothing. A batched product is the same chain of
-multiply-adds as a single one (`numerics`; the probe of `arithmetic` compares them). So each sequence gets the bits that
-it gets alone.
+Each sequence runs one token. `attend` computes attention over a token's own tile and over the previous tile. Both tiles
+are in the ring already: slots up to the token's own slot hold the own tile, later slots the previous tile. So one ring
+serves as operand for both tiles and gives the same sums, because keys that do not belong to a tile have weight 0 in its
+sum. If a sequence has fewer entries than another, the remaining entries are masked in whole segments, which add exactly
+nothing. A batched product is the same chain of multiply-adds as a single product (`numerics`); the probe of
+`arithmetic` compares the two. So each sequence gets the bits that it would get alone.
 
 Shapes:  S = sequences, H = heads, C = head dim (entries) or indexer dim (keys), W = n_win, I = indexer heads,
          E = entries, k = entries a query keeps, G = groups that this step closes, m = ratio, R = RoPE dims.
@@ -41,7 +41,7 @@ _HIDDEN = float("-inf")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenRows:
-    """The per-token results of a layer. index: the indexer's rows, queries and head weights (CSA).
+    """What a layer computes for each token alone. index: the indexer's rows, queries and head weights (CSA).
 
     q [S, H, C], window [S, C], compressed [2, S, columns], index ([2, S, columns], [S, I, C], [S, I]).
     """
@@ -92,7 +92,9 @@ class Steps:
         self._ropes: dict[LayerKind, tuple[Tensor, Tensor]] = {}
 
     def attend(self, layer: int, attention: Attention, rows: TokenRows) -> Tensor:
-        """The layer's attention before its output projection: [S, H, C]. Also writes entries of groups that close."""
+        """The layer's attention before its output projection: [S, H, C]. The entries of groups that are complete are
+        written too.
+        """
         ring = torch.stack([window.window[layer] for window in self._windows])
         ring[self._each, self._slots] = rows.window
         self._new_window.append(rows.window)
@@ -118,9 +120,9 @@ class Steps:
         self.keep(range(len(self._windows)))
 
     def keep(self, which: collections.abc.Sequence[int]) -> None:
-        """Put these sequences' tokens into their window states. The caller advances the positions.
+        """Add the tokens of these sequences to their window states. The caller advances the positions.
 
-        Call it once per sequence. Before that, a failed call can be repeated.
+        Call it once per sequence. Before their window states are changed, a failed call can be repeated.
         """
         if self._window_rows is None:
             self._window_rows = torch.stack(self._new_window, 1)
@@ -184,7 +186,7 @@ class Steps:
         return top_entries(torch.cat(scores).masked_fill_(indices >= visible.unsqueeze(1), _HIDDEN), visible, k)
 
     def _keys(self, layer: int, rows: slice, num_keys: int, num_sequences: int) -> Tensor:
-        """Keys of some sequences [S, E, C]. Keys after a sequence's visible ones mean nothing."""
+        """Keys of some sequences [S, E, C]. Keys after the last visible key of a sequence mean nothing."""
         if num_sequences > 1:
             indices = torch.arange(num_keys, device=self._tables.device).expand(num_sequences, -1)
             last = self._tables.shape[1] * self._pool.part(layer, PartKind.INDEXER_KEYS).num_rows - 1
@@ -230,7 +232,7 @@ class Steps:
         self._pool.write(part, blocks, indices % part.num_rows, values)
 
     def _group_rope(self, layer: int, closing: list[int], ratio: int) -> tuple[Tensor, Tensor]:
-        """cos and sin at each closing group's first token. The values are the same for all layers of a kind."""
+        """cos and sin at each closing group's first token. For all layers of one kind, the values are the same."""
         kind = self._geometry.layers[layer]
         if kind not in self._ropes:
             self._ropes[kind] = self._model.rope(kind, self._position[closing] + 1 - ratio)

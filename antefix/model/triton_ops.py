@@ -1,10 +1,11 @@
 """The five steps that touch cached KV, on a card: Triton kernels on the pool's packed records (FP8 format only).
 
-Needs no decoded copies: use it with a CardPool. Attention reads FP16, so its outputs agree with TorchOps' within
-about 1e-3. Stored records agree except for values that another order of sums moves across a rounding border.
+These operations need no decoded copies, so they work on a CardPool. Attention reads FP16, so its outputs agree with
+TorchOps' within about 1e-3. Stored records agree too, except for values that another order of sums moves across a
+rounding border.
 
-A query's bits depend on which kernel it uses and on how its entries are split among programs; both follow from the
-number of queries. With `reproducible` all queries use one kernel, unsplit. The single kernel is slower for few
+A query's bits depend on the kernel that computes it and on how its entries are split among programs; both follow from
+the number of queries. With `reproducible` all queries use one kernel, unsplit. The single kernel is slower for few
 queries, but gives the same bits however a prompt is cut.
 
 Shapes:  as in antefix.model.ops; B = blocks of the sequence.
@@ -69,7 +70,7 @@ class TritonOps:
         chunks: bool = False,
     ) -> None:
         if layout.kv_format is not KVFormat.FP8:
-            raise InternalError(f"the kernels know the fp8 record format only, not {layout.kv_format.value}")
+            raise InternalError(f"the Triton kernels can read only fp8 records, not {layout.kv_format.value}")
         self._layout = layout
         self.reproducible = reproducible
         self.steps_together = batched
@@ -176,7 +177,9 @@ class TritonOps:
         return out.to(q_THC.dtype)
 
     def _index_query(self, q_TIC: Tensor, weights_TI: Tensor) -> indexer.IndexQuery:
-        """Rounded queries. In reproducible mode a single query is doubled: alone it would use another kernel."""
+        """Rounded queries. In reproducible mode a single query is doubled, because alone it would use another
+        kernel.
+        """
         if not self.reproducible:
             return indexer.prepare_queries(q_TIC.contiguous(), weights_TI.contiguous(), 1.0)
         q, weights = (fill_rows(x, REPRODUCIBLE_QUERIES_MIN) for x in (q_TIC, weights_TI))
@@ -228,7 +231,9 @@ def _count(num: int, device: torch.device) -> Tensor:
 
 
 def _output(q_THC: Tensor) -> Tensor:
-    """Kernels round float32 to BF16 as torch does. Rounding later would write and read each number once more."""
+    """Kernels round float32 to BF16 as torch does. Rounding in a later kernel would write and read each number once
+    more.
+    """
     dtype = q_THC.dtype if q_THC.dtype is torch.bfloat16 else torch.float32
     return torch.empty(q_THC.shape, dtype=dtype, device=q_THC.device)
 
@@ -245,6 +250,6 @@ def _slots(entries: Entries, indices: Tensor) -> Tensor:
 
 
 def fill_rows(x: Tensor, num_rows: int) -> Tensor:
-    """x with its last row repeated until there are `num_rows` rows; x itself if it has as many."""
+    """x with its last row repeated until there are `num_rows` rows; x itself if it has that many."""
     missing = num_rows - len(x)
     return x if missing <= 0 else torch.cat((x, x[-1:].expand(missing, *x.shape[1:])))

@@ -13,7 +13,8 @@ Bytes of a state at position P (all numbers little-endian; floats are float32, f
 
 S is c for HCA, 2 c (2 c_I) for CSA. Gates include the position bias. Before token n_win the oldest records are zeros;
 before the first closed group the overlap's kv is 0 and its gate -inf. At a block boundary tails are empty and the size
-is `layout.checkpoint_bytes`. The oldest of the n_win tokens is never read again (a query sees n_win - 1 before it).
+is `layout.checkpoint_bytes`. The oldest of the n_win window entries is never read again, because a query sees only the
+n_win - 1 tokens before its own.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ _FIRST_BYTES = 8
 class CompressorState:
     """One compressor's state between calls.
 
-    tail: [2, ratio, S] kv and gate of the unfinished group's tokens; rows from `position % ratio` on mean nothing.
-    overlap: [2, m, C] the Ca rows of the last closed group; None for HCA.
+    tail: [2, ratio, S] kv and gate of the tokens in the unfinished group; rows from `position % ratio` on mean nothing.
+    overlap: [2, m, C] the Ca rows of the last complete group; None for HCA.
     """
 
     tail: Tensor
@@ -53,9 +54,9 @@ class CompressorState:
 class DraftState:
     """The state of the draft layer (`antefix.model.draft`).
 
-    ring: [n_win, c] its window KV; the entry of position p lies in slot p mod n_win.  first, end: it has entries of
-    positions [first, end), of which the last n_win are kept.  streams: [M * D] or [M, D] of the token at `end`; None:
-    they have been used.
+    ring: [n_win, c] the draft layer's window KV; the entry of position p lies in slot p mod n_win. first, end: the
+    state has entries of positions [first, end), of which the last n_win are kept. streams: [M * D] or [M, D] of the
+    token at `end`; None: they have been used.
     """
 
     ring: Tensor
@@ -65,7 +66,7 @@ class DraftState:
 
     @classmethod
     def empty(cls, layout: BlockLayout, position: int, device: str | torch.device = "cpu") -> DraftState:
-        """A state without entries: tokens before `position` are unknown."""
+        """A draft state without entries: tokens before `position` are unknown."""
         shape = (layout.geometry.window, layout.geometry.head_dim)
         ring = torch.zeros(shape, dtype=value_dtype(layout.kv_format), device=device)
         return cls(ring, position, position, None)
@@ -86,11 +87,13 @@ class DraftState:
 
     @staticmethod
     def fixed_bytes(layout: BlockLayout) -> int:
-        """How many bytes a state takes without its streams."""
+        """How many bytes a draft state takes without its streams."""
         return _FIRST_BYTES + layout.window_bytes // layout.geometry.num_layers
 
     def pieces(self, layout: BlockLayout) -> list[Tensor]:
-        """The state's bytes in order (table above). `is_at` must hold for some position."""
+        """The draft state's bytes, in the order of the table above. The draft state must belong to some position
+        (`is_at`).
+        """
         assert self.streams is not None
         first = torch.tensor([self.first], dtype=torch.int64, device=self.ring.device)
         records = pack_entries(self.ring.roll(-(self.end % layout.geometry.window), dims=0), layout)
@@ -98,24 +101,28 @@ class DraftState:
 
     @classmethod
     def from_bytes(cls, layout: BlockLayout, position: int, raw: Tensor) -> DraftState:
-        """The state of a sequence of `position` tokens.  Raises:  BlockCorrupt: its first position is impossible."""
+        """The draft state of a sequence of `position` tokens. Raises: BlockCorrupt: the state's first position is
+        impossible.
+        """
         window, records_end = layout.geometry.window, cls.fixed_bytes(layout)
         first = int(raw[:_FIRST_BYTES].clone().view(torch.int64))
         if not 0 <= first < position:
-            raise BlockCorrupt(f"a draft state at position {position} cannot begin at {first}")
+            raise BlockCorrupt(
+                f"the window state of a draft module is damaged: at position {position} it cannot begin at {first}"
+            )
         records = raw[_FIRST_BYTES:records_end].clone().view(window, -1)
         ring = unpack_entries(records, layout).roll((position - 1) % window, dims=0)
         return cls(ring, first, position - 1, raw[records_end:].clone().view(torch.float32))
 
 
 class Seat(Protocol):
-    """The place of a state on a card while decode steps run it (`antefix.model.seats`)."""
+    """The place of a window state on a card while decode steps run it (`antefix.model.seats`)."""
 
     def copy_out(self, state: WindowState) -> None:
-        """Copy the seat's values to an empty state."""
+        """Copy the values of the seat to an empty window state."""
 
     def leave(self) -> None:
-        """Free the seat for another state."""
+        """Free the seat for another window state."""
 
 
 class WindowState:
@@ -124,15 +131,14 @@ class WindowState:
     window: [L, n_win, c]; the token at position p lies in slot p mod n_win.
     main, indexer: compressor states by layer.
     seat: after a decode step on a card, the place of the three fields above. Reading one of these fields moves all of
-        them out of the seat, so the reader may change them in place.
-    draft: of a model that drafts; it affects speed, never an answer.
-    cut: windows do not attend to tokens before it. 0, except during a bounded replay, which starts there. It is not
-        part of the bytes, because n_win tokens later it has no effect.
+        them out of the seat, so the reader may change them in place. draft: the draft state of a model that drafts; it
+        affects speed, never an answer. cut: windows do not attend to tokens before this position, which is 0 except
+        during a bounded replay. The cut is not part of the bytes, because n_win tokens later it has no effect.
     """
 
     def __init__(self, layout: BlockLayout, position: int = 0, device: str | torch.device = "cpu") -> None:
         if position < 0:
-            raise InternalError(f"a position must not be negative, is {position}")
+            raise InternalError(f"the position of a window state must not be negative, is {position}")
         self.layout = layout
         self.position = position
         self.cut = 0
@@ -179,7 +185,7 @@ class WindowState:
         return self._seat
 
     def take_seat(self, seat: Seat) -> None:
-        """From now on the values lie in this seat."""
+        """From now on, the state's values lie in this seat."""
         self._seat = seat
         self._window, self._main, self._indexer = self._window.new_empty(0), {}, {}
 
@@ -193,18 +199,22 @@ class WindowState:
 
     @classmethod
     def zeros(cls, layout: BlockLayout, position: int, device: str | torch.device = "cpu") -> WindowState:
-        """An empty state at a position: for the start of a sequence (0) or of an exact replay (a block boundary)."""
+        """An empty window state at a position: for the start of a sequence (0) or of an exact replay (a block
+        boundary).
+        """
         return cls(layout, position, device)
 
     @classmethod
     def cut_at(cls, layout: BlockLayout, position: int, device: str | torch.device = "cpu") -> WindowState:
-        """The start of a bounded replay: as if the sequence began here, but with its true position and global KV."""
+        """A window state for the start of a bounded replay: as if the sequence began here, but with its true position
+        and global KV.
+        """
         state = cls(layout, position, device)
         state.cut = position
         return state
 
     def clone(self) -> WindowState:
-        """An independent copy, for two continuations of one prompt."""
+        """An independent copy of the state, for two continuations of one prompt."""
         if self._seat is not None:
             copy = WindowState(self.layout, self.position, self._window.device)
             self._seat.copy_out(copy)
@@ -251,7 +261,7 @@ class WindowState:
         nbytes = state_bytes(layout, position)
         more = len(data) - nbytes - DraftState.fixed_bytes(layout)
         if len(data) != nbytes and (more <= 0 or more % 4 or more != 4 * (num_stream_values or more // 4)):
-            raise BlockCorrupt(f"window state at position {position} has {nbytes} bytes, not {len(data)}")
+            raise BlockCorrupt(f"window state at position {position} always has {nbytes} bytes, not {len(data)}")
         raw = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
         num_layers, window = layout.geometry.num_layers, layout.geometry.window
         records = raw[: layout.window_bytes].view(num_layers, window, entry_bytes(layout))
@@ -272,7 +282,7 @@ class WindowState:
 
     @property
     def is_usable(self) -> bool:
-        """Whether all of its values are numbers up to the limit (`finite.py`)."""
+        """Whether all values of the window state are numbers up to the limit (`finite.py`)."""
         if self._seat is not None:
             return self.clone().is_usable
         draft = () if self.draft is None else (self.draft.ring, self.draft.streams)
@@ -302,8 +312,8 @@ class WindowState:
 class Sequence:
     """A sequence as `forward` needs it: its blocks of global KV in order, and the window state at its end.
 
-    block_table: pool ids; block i holds tokens [i * block_size, (i + 1) * block_size). It must reach the last token
-    that is to be computed; the last block may be unfinished.
+    block_table: pool ids; block i holds tokens [i * block_size, (i + 1) * block_size). The block table must reach the
+    last token that is to be computed; the last block may be unfinished.
     """
 
     block_table: list[int]
@@ -311,7 +321,7 @@ class Sequence:
 
     @property
     def position(self) -> int:
-        """How many tokens it has so far."""
+        """How many tokens the sequence has so far."""
         return self.window.position
 
 

@@ -1,4 +1,6 @@
-"""Buckets, which hold objects: an object store by its URL, or a shared directory. Knows names and bytes, no format."""
+"""Buckets, which hold objects: an object store by its URL, or a shared directory. This module knows names and bytes of
+objects, but no format.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ SCHEMES: Final = (*CLOUD_SCHEMES, "file")
 
 
 class ObjectGone(AntefixError):
-    """The object does not exist, or was deleted. The caller treats this as a miss."""
+    """The object does not exist, or was deleted. A caller treats a missing object as a cache miss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +31,8 @@ class StoredObject:
 
 
 class Bucket(Protocol):
-    """A bucket. Names are relative to the URL's prefix. Each call may raise Unavailable, also if
-    permission is denied.
+    """A bucket. Names are relative to the URL's prefix. Each call may raise Unavailable, also if the object store
+    denies permission.
     """
 
     @property
@@ -41,19 +43,22 @@ class Bucket(Protocol):
         """Write an object with these bytes, atomically. The new object replaces an object of the same name."""
 
     async def read(self, name: str, start: int, stop: int) -> Buffer:
-        """Bytes [start, stop) of an object; fewer where it ends before.  Raises:  ObjectGone."""
+        """Bytes [start, stop) of an object; fewer bytes if the object ends before `stop`.  Raises:  ObjectGone."""
 
     async def open_range(self, name: str, start: int, stop: int) -> RangeSource | None:
-        """The same bytes, read while they arrive. None: this bucket cannot do that, or not now; then call `read`."""
+        """The same bytes of the object, read while they arrive. None: this bucket cannot give the bytes while they
+        arrive, or not now; `read` must then be called.
+        """
 
     async def list_objects(self, under: str, *, after: str = "", num_max: int | None = None) -> list[StoredObject]:
         """Objects below a folder such as `segments/`, by name.
 
-        after: only those whose names come later; itself a name with the folder.  num_max: the first so many.
+        after: only objects whose names come later in order; a name with its folder. num_max: at most this many objects,
+        the first by name.
         """
 
     async def delete(self, names: Sequence[str]) -> None:
-        """Delete objects. Names that do not exist are no error."""
+        """Delete objects. Deleting a name that does not exist is no error."""
 
     async def clean(self) -> int:
         """Delete the leftovers of unfinished uploads. Returns how many there were."""
@@ -70,7 +75,7 @@ def scheme_of(url: str) -> str:
     """Raises:  ConfigError: not the URL of an object store."""
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
-        raise ConfigError(f"an object store is s3://BUCKET/PREFIX, gs://, az:// or file:///PATH, not {url!r}")
+        raise ConfigError(f"an object store is given as s3://BUCKET/PREFIX, gs://, az:// or file:///PATH, not {url!r}")
     if parts.query or parts.fragment or parts.username:
         raise ConfigError(
             f"{url!r}: an object store's URL has only bucket and prefix; give credentials as environment variables"
@@ -83,7 +88,9 @@ def scheme_of(url: str) -> str:
 
 
 def open_bucket(url: str) -> Bucket:
-    """Connects when first used.  Raises:  ConfigError: not such a URL, or the library for it is not installed."""
+    """Connects when first used. Raises: ConfigError: the text is not the URL of an object store, or the library for it
+    is not installed.
+    """
     if scheme_of(url) == "file":
         from antefix.objects.file_bucket import FileBucket
 

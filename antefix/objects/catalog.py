@@ -1,7 +1,8 @@
-"""Where each record of the object tier is, as this process knows it. Loaded from tiles, and updated from footers.
+"""Where each record of the object tier is, as this process knows it. The catalog is loaded from tiles of the index, and
+updated from footers of segments.
 
-The index may lag the bucket by a moment. A new record is found after the next refresh; a read of a deleted record is a
-miss.
+The index may be a moment older than the bucket. A new record is found after the next refresh; a read of a deleted
+record is a miss.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ _EXPIRED_KEPT_MS: Final = 6 * 3_600_000
 
 
 class Catalog:
-    """Used from one event loop; `find` and `lose` from any thread.
+    """The catalog is used from one event loop; any thread may call `find` and `lose`.
 
-    num_unreadable: segments without a sound footer. The records of such segments cannot be found until a repair.
+    num_unreadable: the number of segments without a valid footer. The records of such segments cannot be found until a
+    repair.
     """
 
     def __init__(self, bucket: Bucket, *, clock_ms: Callable[[], int] = wall_ms) -> None:
@@ -136,12 +138,12 @@ class Catalog:
             run.lose(segment_id)
 
     async def add(self, segments: Iterable[tuple[SegmentRef, Sequence[PlacedRecord]]]) -> None:
-        """Add segments whose records are all known, such as segments that were just written."""
+        """Add segments whose records are all known, for example segments that were just written."""
         async with self._updating:
             await self._add(run_of(segments))
 
     async def refresh(self) -> None:
-        """Load the whole index the first time, and later only the changes since then.
+        """Load the whole index the first time, and only the changes since the last time later.
 
         Raises:  Unavailable: the bucket does not answer; the index stays as it was.
         """
@@ -158,7 +160,7 @@ class Catalog:
             self.loaded_ms = now_ms
 
     async def take_in(self, tile: Tile) -> None:
-        """Load all segments of a tile's period, even those that appeared late.  Raises:  Unavailable."""
+        """Load all segments of the period that a tile covers, even segments that appeared late. Raises: Unavailable."""
         async with self._updating:
             await self._add_listed(await self._listed(tile.start_ms, tile.stop_ms))
 
@@ -179,13 +181,15 @@ class Catalog:
             await self._add_listed(await self._listed(start_ms, stop_ms))
 
     async def _read_tile(self, sized: tuple[Tile, int]) -> Run | None:
-        """The records of a tile. None: the tile is damaged, so its segments' footers must be read."""
+        """The records of a tile. None: the tile is damaged, so the footers of its segments must be read instead."""
         tile, nbytes = sized
         raw = await read_object(self.bucket, tile.name, nbytes)
         try:
             return await asyncio.to_thread(unpack_run, raw)
         except BlockCorrupt as err:
-            log.warning("%s: %s: %s; its segments' footers are read instead", self.bucket.url, tile.name, err)
+            log.warning(
+                "%s: %s: %s; the footers of its segments are read instead of the index", self.bucket.url, tile.name, err
+            )
             return None
 
     async def _listed(self, start_ms: int, stop_ms: int | None) -> list[SegmentRef]:
@@ -211,19 +215,22 @@ class Catalog:
             await self._add(run_of(good))
 
     async def _footer(self, ref: SegmentRef) -> list[RecordHeader]:
-        """The record headers of a segment; empty: the segment is gone or unreadable."""
+        """The record headers of a segment; empty if the segment is gone or unreadable."""
         try:
             return await read_headers(self.bucket, ref)
         except ObjectGone:
             return []
         except BlockCorrupt as err:
-            log.warning("%s: %s cannot be read: %s (`antefix fsck --repair`)", self.bucket.url, ref.name, err)
+            log.warning(
+                "%s: %s cannot be read: %s (repair it with `antefix fsck --repair`)", self.bucket.url, ref.name, err
+            )
             self._unreadable.add(ref.id)
             return []
 
     async def _drop_before_oldest(self) -> None:
-        """Forget segments older than the oldest one in the bucket. The forgotten segments were deleted, because the
-        oldest go first."""
+        """Forget segments older than the oldest one in the bucket. Those segments have been deleted, because the oldest
+        segments are deleted first.
+        """
         page = await self.bucket.list_objects(SEGMENTS, num_max=1)
         oldest = SegmentRef.of_name(page[0].name, 0) if page else None
         if page and oldest is None:
@@ -248,12 +255,12 @@ class Catalog:
         self._lost.clear()
 
     def take_out(self, wanted: Callable[[SegmentRef], bool]) -> Run:
-        """A run of the unexpired segments for which `wanted` is true."""
+        """A run of records from the unexpired segments for which `wanted` is true."""
         return merge([run.only(wanted) for run in self._runs], self.clock_ms())
 
 
 async def read_object(bucket: Bucket, name: str, nbytes: int) -> Buffer:
-    """All of an object, by ranges.  Raises:  ObjectGone."""
+    """All bytes of an object, read in ranges.  Raises:  ObjectGone."""
     parts = await all_of(
         lambda first: bucket.read(name, first, min(first + _RANGE_BYTES, nbytes)),
         range(0, nbytes, _RANGE_BYTES),
@@ -294,8 +301,8 @@ async def all_headers(
 
 
 async def all_of(call: Callable[[U], Awaitable[T]], items: Sequence[U], num_max: int) -> list[T]:
-    """The results of all calls, in order, with at most `num_max` calls at a time. The first error
-    cancels the others.
+    """The results of all calls, in order, with at most `num_max` calls at a time. The first error cancels the calls
+    that are still running.
     """
     turn = asyncio.Semaphore(num_max)
 

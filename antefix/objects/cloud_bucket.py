@@ -1,4 +1,4 @@
-"""A bucket of S3, GCS, Azure or a server that speaks as one of them, through the library obstore."""
+"""A bucket of S3, GCS, Azure or a server with the same protocol, through the library obstore."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 def signs_objects(environment: Mapping[str, str]) -> bool:
     """Whether the signature of a PUT to S3 includes the object's digest: over plain HTTP to another host it does, so
-    that the server refuses an object that changed on its way. Over TLS, and on this host, nothing can change it.
+    that the server refuses an object that changed on its way. Over TLS, and on this host, nothing can change an object
+    on its way.
     """
     endpoints = [urlsplit(environment[name]) for name in _ENDPOINTS if environment.get(name)]
     return any(each.scheme == "http" and not _is_here(each.hostname or "") for each in endpoints)
@@ -57,7 +58,7 @@ def _is_here(host: str) -> bool:
 
 
 class CloudBucket:
-    """A bucket in the cloud. Credentials, region and endpoint come from the variables that the
+    """A bucket in the cloud. Credentials, region and endpoint come from the environment variables that the object
     stores' own tools read.
     """
 
@@ -168,5 +169,7 @@ class CloudBucket:
 
 
 def _first_line(err: Exception) -> str:
-    """The first line of an error. The library's messages continue with the whole chain of causes."""
+    """The first line of an error message from the library. The library's error messages continue with the whole chain
+    of causes.
+    """
     return str(err).strip().partition("\n")[0][:300]

@@ -107,7 +107,7 @@ class FileBucket:
         return self.directory.glob(f"*/{_DRAFT}*")
 
     async def close(self) -> None:
-        """Stop the threads, without waiting for one that hangs."""
+        """Stop the threads, without waiting for a thread that hangs."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, call: Callable[[], T]) -> T:

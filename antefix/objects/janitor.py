@@ -1,4 +1,5 @@
-"""Enforces the object tier's budget, quotas and times to live, and writes its index. Any number of hosts may run it.
+"""Enforces the object tier's budget, quotas and times to live, and writes its index. Any number of hosts may run the
+janitor of an object store.
 
 Hosts need no coordination, because all make the same decisions: they delete expired segments and the oldest ones, and a
 tile of the index follows from the segments of its period. Readers need no notice (docs/OBJECT_STORE.md).
@@ -27,7 +28,9 @@ _TURNS_MAX: Final = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectLimits:
-    """Limits in bytes of segments; 0: no limit.  quotas: for single tenants, by digest, in place of `tenant_bytes`."""
+    """Limits in bytes of segments; 0: no limit. quotas: limits of single tenants, by tenant digest, in place of
+    `tenant_bytes`.
+    """
 
     budget_bytes: int = 0
     tenant_bytes: int = 0
@@ -59,7 +62,9 @@ class Janitor:
         self._limits = limits
 
     async def tidy(self) -> None:
-        """Run one clean-up.  Raises:  Unavailable: the bucket does not answer; the next clean-up does the rest."""
+        """Run one clean-up. Raises: Unavailable: the bucket does not answer; the next clean-up deletes the remaining
+        segments.
+        """
         await self._catalog.refresh()
         self.counters.num_expired += await self.delete(self._catalog.expired())
         self.counters.num_over_quota += await self.delete(self._over_quota())
@@ -68,7 +73,7 @@ class Janitor:
         self.counters.num_drafts += await self._catalog.bucket.clean()
 
     async def delete(self, refs: Iterable[SegmentRef]) -> int:
-        """Delete segments, even while they are read: readers notice that they are gone. Returns how many."""
+        """Delete segments, even while they are being read: readers notice that a segment is gone. Returns how many."""
         gone = list(refs)
         if gone:
             await self._catalog.bucket.delete([ref.name for ref in gone])
@@ -91,7 +96,7 @@ class Janitor:
         return [ref for tenant, refs in by_tenant.items() for ref in _oldest(refs, self._limits.of_tenant(tenant))]
 
     async def write_tiles(self) -> None:
-        """Write the tiles that are due and missing, and delete those that a larger one covers."""
+        """Write the tiles of the index that are due and missing, and delete the tiles that a larger tile covers."""
         catalog, now_ms = self._catalog, self._catalog.clock_ms()
         listed = await catalog.bucket.list_objects(INDEX)
         there = {tile for each in listed if (tile := Tile.of_name(each.name)) is not None}
@@ -129,7 +134,9 @@ class Janitor:
 
 
 def _oldest(refs: Sequence[SegmentRef], bytes_max: int) -> list[SegmentRef]:
-    """The segments to delete, so that the rest takes at most `bytes_max`; 0: no limit.  refs: oldest first."""
+    """The segments to delete, so that the remaining ones take at most `bytes_max`; 0: no limit. refs: all segments, the
+    oldest first.
+    """
     excess = sum(ref.nbytes for ref in refs) - bytes_max
     if not bytes_max or excess <= 0:
         return []

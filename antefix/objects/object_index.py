@@ -48,7 +48,9 @@ class Place:
 
 
 class Run:
-    """Records of some segments. keys: sorted; the rest in the same order. offsets and extents: in units of 8 bytes."""
+    """The records of some segments. keys: sorted; the other arrays are in the same order. offsets and extents: in units
+    of 8 bytes.
+    """
 
     def __init__(
         self, segments: Sequence[SegmentRef], keys: Keys, numbers: Numbers, offsets: Numbers, extents: Numbers
@@ -75,7 +77,7 @@ class Run:
         return segment_id in self._number_of
 
     def lose(self, segment_id: bytes) -> bool:
-        """Forget a segment that no longer exists. Returns whether it was known."""
+        """Forget a segment that no longer exists in the bucket. Returns whether it was known."""
         number = self._number_of.get(segment_id)
         if number is None or self._expires[number] == 0:
             return False
@@ -98,7 +100,7 @@ class Run:
         return [self.segments[number] for number in np.flatnonzero(self._expires > now_ms)]
 
     def expired(self, now_ms: int) -> list[SegmentRef]:
-        """The expired segments that are not known to be deleted."""
+        """The expired segments that are not known to be deleted already."""
         return [self.segments[number] for number in np.flatnonzero((self._expires > 0) & (self._expires <= now_ms))]
 
     def only(self, wanted: Callable[[SegmentRef], bool]) -> Run:
@@ -144,7 +146,9 @@ class Run:
 
 
 def keys_of(kind: RecordKind, hashes: Sequence[bytes]) -> Keys:
-    """The index keys of records. A checkpoint has its block's hash, so its key is made from other bytes of the hash."""
+    """The index keys of records. A checkpoint has the same hash as its block, so its key is made from other bytes of
+    the hash.
+    """
     words = np.frombuffer(b"".join(hashes), np.dtype("<u8")).reshape(len(hashes), HASH_BYTES // 8)
     return np.ascontiguousarray(words[:, 0 if kind is RecordKind.BLOCK else 1])
 
@@ -167,7 +171,7 @@ def run_of(segments: Iterable[tuple[SegmentRef, Sequence[PlacedRecord]]]) -> Run
 
 
 def merge(runs: Sequence[Run], now_ms: int) -> Run:
-    """Merge runs, without expired segments. A segment that is in several runs is taken once."""
+    """Merge runs, without expired segments. A segment that is in several runs is counted once."""
     refs: list[SegmentRef] = []
     seen: set[bytes] = set()
     parts: list[tuple[Keys, Numbers, Numbers, Numbers]] = []
@@ -208,15 +212,17 @@ def unpack_run(raw: Buffer) -> Run:
     """Raises:  BlockCorrupt: it is not a tile, is damaged, or has an unknown version."""
     data = memoryview(raw).cast("B")
     if data.nbytes < INDEX_HEADER.size or bytes(data[:8]) != INDEX_MAGIC:
-        raise BlockCorrupt("this is not a tile of an index")
+        raise BlockCorrupt("a part of an object store's index (a tile) does not begin like one")
     _, checksum, version, _, num_segments, num_records = INDEX_HEADER.unpack(data[: INDEX_HEADER.size])
     if xxhash.xxh3_128_digest(data[_SUM_AT:]) != checksum:
-        raise BlockCorrupt("the tile of the index is damaged")
+        raise BlockCorrupt("a part of an object store's index (a tile) is damaged")
     if version != INDEX_VERSION:
-        raise BlockCorrupt(f"a tile of version {version}; this build reads {INDEX_VERSION}")
+        raise BlockCorrupt(
+            f"a tile of an object store's index has version {version}; this build reads version {INDEX_VERSION}"
+        )
     expected = INDEX_HEADER.size + num_segments * SEGMENT_ROW.size + num_records * ENTRY_BYTES
     if data.nbytes != expected:
-        raise BlockCorrupt(f"a tile of {data.nbytes} bytes, not of {expected}")
+        raise BlockCorrupt(f"a tile of an object store's index has {data.nbytes} bytes, but must have {expected}")
     at = INDEX_HEADER.size
     refs = []
     for _ in range(num_segments):
@@ -233,5 +239,5 @@ def unpack_run(raw: Buffer) -> Run:
         columns.append(np.frombuffer(data[at : at + nbytes], kind))
         at += nbytes
     if num_records and int(columns[1].max()) >= num_segments:
-        raise BlockCorrupt("a tile of the index names a segment that the tile does not list")
+        raise BlockCorrupt("a tile of an object store's index names a segment that the tile does not list")
     return Run(refs, *columns)

@@ -1,4 +1,5 @@
-"""Reads records of segments in the object tier by ranges: neighbours at once, many reads in flight, each verified.
+"""Reads records of segments in an object store with range requests: neighbouring records in one request, many requests
+at a time, and each record verified.
 
 Where the bucket can, a range is read straight into its records' buffers, and each record is checked as soon as it is
 there. Otherwise, and after an answer that broke off, the bucket's library reads the range as a whole.
@@ -57,7 +58,7 @@ class ObjectReadCounters:
 class ObjectWanted:
     """A record to read.  into: gives the buffer for its payload, once the length is known.
 
-    header: set when it has been read.  problem: why a check failed; empty: no check has failed.
+    header: set when the header has been read. problem: why a check failed; empty if no check has failed.
     """
 
     hash: bytes
@@ -69,7 +70,9 @@ class ObjectWanted:
 
 
 def ranges_of(wanted: Sequence[ObjectWanted]) -> list[list[ObjectWanted]]:
-    """Group records into ranges to read at once: near each other in one segment, and not too large."""
+    """Group records into ranges that are read with one request: records near each other in one segment, in ranges that
+    are not too large.
+    """
     order = sorted(wanted, key=lambda each: (each.place.segment.name, each.place.offset))
     found: list[list[ObjectWanted]] = []
     for want in order:
@@ -85,8 +88,8 @@ def ranges_of(wanted: Sequence[ObjectWanted]) -> list[list[ObjectWanted]]:
 
 
 class ObjectReads:
-    """Reads ranges. Used from one event loop.  seals: if given, only sealed records are accepted.  decrypt: decrypts
-    encrypted records.
+    """Reads ranges. Reads are started from one event loop. seals: if given, only sealed records are accepted. decrypt:
+    decrypts encrypted records.
     """
 
     def __init__(self, bucket: Bucket, *, seals: Seals | None = None, decrypt: Decrypt | None = None) -> None:
@@ -194,10 +197,12 @@ class ObjectReads:
         header = unpack_record_header(head, place.segment.seed)
         found = (header.kind, header.hash, header.fingerprint, header.segment, header.offset, header.extent_bytes)
         if found != (kind, want.hash, fingerprint, SEGMENT_NUMBER, place.offset, place.extent_bytes):
-            raise BlockCorrupt("this is not the record that the index names")
+            raise BlockCorrupt("the record in the object store is not the one that the index names")
         into = want.into(header.payload_bytes)
         if into.nbytes != header.payload_bytes:
-            raise BlockCorrupt(f"the payload has {header.payload_bytes} bytes; {into.nbytes} were expected")
+            raise BlockCorrupt(
+                f"the record's payload has {header.payload_bytes} bytes, but {into.nbytes} were expected"
+            )
         is_plain = header.codec == Codec.RAW and not header.flags & RecordFlag.ENCRYPTED
         if is_plain and header.stored_bytes != header.payload_bytes:
             raise BlockCorrupt("a raw payload of another length than its header says")

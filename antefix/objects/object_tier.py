@@ -1,4 +1,4 @@
-"""The object tier as readers see it: a `TierSource` over segments in a bucket."""
+"""The object store as readers see it: a `TierSource` over segments in a bucket."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RETRY_S: Final = 5.0
 
 
 class ObjectTier:
-    """Used from one event loop. The content of the object tier is known from `catalog`, a moment late."""
+    """Used from one event loop. Which records the object store has is known from `catalog`, with a short delay."""
 
     def __init__(
         self,
@@ -38,7 +38,9 @@ class ObjectTier:
         clock_ms: Callable[[], int] = wall_ms,
         refresh_s: float = REFRESH_S,
     ) -> None:
-        """seals: with them only sealed records are taken, as every worker must.  decrypt: of what is encrypted."""
+        """seals: if given, only sealed records are accepted, which every worker must require. decrypt: decrypts
+        encrypted records.
+        """
         self.bucket: Final = bucket
         self.catalog: Final = Catalog(bucket, clock_ms=clock_ms)
         self.reads: Final = ObjectReads(bucket, seals=seals, decrypt=decrypt)
@@ -88,7 +90,7 @@ class ObjectTier:
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
-        """The leading ones of these records, with headers, so that they can be put into another store."""
+        """The leading records of a list, with their headers, so that they can be put into another store."""
         payloads: dict[int, bytearray] = {}
 
         def allocate(number: int, nbytes: int) -> memoryview:
@@ -114,7 +116,9 @@ class ObjectTier:
         fingerprint: bytes,
         tenant: bytes,
     ) -> list[ObjectWanted]:
-        """The leading records that are right.  into: number and bytes, to where a payload goes."""
+        """The leading records of a list that pass all checks. into: called with a record's number and size, returns the
+        memory for its payload.
+        """
         await self._be_fresh()
         wanted: list[ObjectWanted] = []
         for number, (hash, place) in enumerate(zip(hashes, self.catalog.find(kind, hashes), strict=True)):
@@ -169,7 +173,7 @@ class ObjectTier:
                 )
 
     async def _be_fresh(self) -> None:
-        """Have the names read again where that is long ago; waits for it the first time only.
+        """Have the list of records read again if it was last read long ago; only the first call waits for it.
 
         Raises:  Unavailable: it failed, and nothing is known yet.
         """
@@ -189,4 +193,4 @@ class ObjectTier:
             await self.catalog.refresh()
         except AntefixError as err:
             self._next_s = time.monotonic() + _RETRY_S
-            log.warning("%s: the records of this object store are not known: %s", self.bucket.url, err)
+            log.warning("%s: it is not known which records this object store has: %s", self.bucket.url, err)

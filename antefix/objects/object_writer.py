@@ -1,4 +1,6 @@
-"""Writes segments to the object tier, and says where their records are. Knows no policy of what to write."""
+"""Writes segments to an object store, and returns the places of their records. This module knows no policy of what
+should be written.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ SEGMENT_BYTES: Final = 32 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectSettings:
-    """How records are written.  ttl_s: by kind, since they were written; 0: for ever.
+    """How records are written. ttl_s: by kind of record, the time to live since the record was written; 0: for ever.
 
-    plans: how payloads are coded.  statements: by fingerprint.
+    plans: how payloads are compressed. statements: by fingerprint.
     """
 
     segment_bytes: int = SEGMENT_BYTES
@@ -42,7 +44,7 @@ class ObjectWriteCounters:
 
 
 class ObjectWriter:
-    """Puts records into segments of one tenant and one kind each. Used from one event loop."""
+    """Groups records into segments, each with records of one tenant and one kind. Used from one event loop."""
 
     def __init__(self, catalog: Catalog, settings: ObjectSettings) -> None:
         self.catalog: Final = catalog
@@ -50,12 +52,13 @@ class ObjectWriter:
         self.counters: Final = ObjectWriteCounters()
 
     def takes(self, record: Record) -> bool:
-        """Whether there is a key to encrypt it with, where all is encrypted."""
+        """Whether there is a key to encrypt the record with, if all records are encrypted."""
         keys = self.settings.keys
         return keys is None or owner_row(record.version, record.tenant) in keys
 
     async def write(self, records: Sequence[Record]) -> int:
-        """Write all of these, neighbours together, whatever is there already. Returns the number of bytes written.
+        """Write all of these records, neighbours together, even if some of them are stored already. Returns the number
+        of bytes written.
 
         Raises:  Unavailable: not all of them were written.
         """
@@ -88,7 +91,9 @@ class ObjectWriter:
 
 
 def batches_of(records: Sequence[Record], bytes_max: int) -> Iterator[list[Record]]:
-    """In segments: of one tenant and kind, in the order that they came, and no larger than that if they can be."""
+    """Records as segments of one tenant and kind each, in the order in which they came, and not larger than the limit
+    if possible.
+    """
     order = sorted(records, key=_group)
     for _, group in groupby(order, key=_group):
         batch: list[Record] = []

@@ -29,7 +29,7 @@ class RangeSource(Protocol):
         """Make a thread that waits for bytes fail at once."""
 
     def close(self) -> None:
-        """Called once, when nothing more is read. Does not wait."""
+        """This is called once, when no more bytes of the object are read. The call does not wait."""
 
 
 class MemoryRange:

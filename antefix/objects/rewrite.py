@@ -1,4 +1,6 @@
-"""Writes what is wanted of a segment to a new one and deletes the old: for a user's purge, and for what is damaged."""
+"""Writes the wanted records of a segment to a new segment and deletes the old one: to purge a user's records, or to
+drop damaged ones.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ _NO_USER = bytes(OWNER_BYTES - TENANT_BYTES)
 
 
 async def rewrite(catalog: Catalog, ref: SegmentRef, keep: Callable[[RecordHeader], bool]) -> int:
-    """Keep these of a segment's sound records. Returns how many were kept; of none, the object is deleted alone.
+    """Keep only these records, out of the valid records of a segment. Returns how many records were kept; if none is
+    kept, the segment is only deleted.
 
     The new object is there before the old one goes: readers find one or the other.
     Raises:  Unavailable.  ObjectGone.
@@ -42,7 +45,7 @@ async def rewrite(catalog: Catalog, ref: SegmentRef, keep: Callable[[RecordHeade
 
 
 async def purge_owner(catalog: Catalog, owner: bytes) -> int:
-    """Delete all of an owner's records; without a user, all of a tenant's. Returns how many went.
+    """Delete all records of an owner; without a user, all records of a tenant. Returns how many went.
 
     Raises:  Unavailable: some are still there.
     """

@@ -1,6 +1,6 @@
 """The bytes of a segment in the object tier: its name, its records, footer and trailer. Knows bytes, never a bucket.
 
-docs/OBJECT_STORE.md has the layout; what a record is stands in docs/FORMAT.md.
+docs/OBJECT_STORE.md has the layout; docs/FORMAT.md says what a record is.
 """
 
 from __future__ import annotations
@@ -51,7 +51,9 @@ Plans = Mapping[tuple[bytes, RecordKind], codec.PlanePlan]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SegmentRef:
-    """What an object's name and length say.  tenant: its digest.  id: random, the segment's store id."""
+    """The facts in an object's name, and its length. tenant: the tenant's digest. id: random, the segment's
+    store id.
+    """
 
     created_ms: int
     expires_ms: int
@@ -92,13 +94,13 @@ class SegmentRef:
 
 
 def segments_from(created_ms: int) -> str:
-    """What all names of segments created from then on come after."""
+    """The first part of a name; all segments created from that time on have names that sort after it."""
     return f"{SEGMENTS}{max(0, created_ms):012x}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacedRecord:
-    """A record of a segment: what the index has of it. extent_bytes: header, stored bytes and padding."""
+    """A record of a segment, as the index knows it. extent_bytes: header, stored bytes and padding together."""
 
     hash: bytes
     offset: int
@@ -135,7 +137,9 @@ def build_segment(
 def pack_segment(
     drafts: Iterable[tuple[RecordHeader, Buffer]], *, created_ms: int, expires_ms: int, statements: Iterable[bytes] = ()
 ) -> BuiltSegment:
-    """A segment of records as they are stored, at least one; wherever they lay before, they get a place of its own."""
+    """A segment of at least one record, as the records are stored; each record gets a new place, wherever it lay
+    before.
+    """
     object_id = secrets.token_bytes(16)
     identity = StoreIdentity(store_id=object_id, created_ms=created_ms)
     parts: list[Buffer] = [pack_segment_header(identity, SEGMENT_NUMBER, created_ms)]
@@ -178,7 +182,7 @@ def placed_of(header: RecordHeader) -> PlacedRecord:
 def _draft(
     record: Record, created_ms: int, expires_ms: int, plans: Plans, keys: KeyRing | None
 ) -> tuple[RecordHeader, Buffer]:
-    """Coded where that is smaller, and encrypted; without its place."""
+    """The record compressed, where that makes it smaller, and encrypted; its place is not set yet."""
     plan = plans.get((record.fingerprint, record.kind))
     coded = codec.encode(record.payload, plan) if plan is not None else None
     flags = RecordFlag.ELSEWHERE
@@ -186,7 +190,7 @@ def _draft(
 
 
 def _inner_header(kind: RecordKind, payload: bytes, created_ms: int) -> RecordHeader:
-    """Of a statement, whose hash is its digest, or of a footer."""
+    """The record of a statement, named by its digest, or the record of a footer."""
     return RecordHeader(
         payload_checksum=bytes(16),
         hash=xxhash.xxh3_128_digest(payload) + bytes(16),
@@ -208,21 +212,22 @@ def _inner_header(kind: RecordKind, payload: bytes, created_ms: int) -> RecordHe
 
 
 def read_trailer(raw: Buffer, nbytes: int) -> tuple[int, int]:
-    """Footer offset and number of records, from an object's last bytes.  nbytes: of the object.
+    """The offset of the footer and the number of records, from the last bytes of an object. nbytes: the object's
+    length.
 
     Raises:  BlockCorrupt: there is no trailer, or it is damaged.
     """
     data = bytes(raw)
     if len(data) != TRAILER.size or data[:8] != TRAILER_MAGIC or sign(data, 0) != data:
-        raise BlockCorrupt("the segment has no valid trailer")
+        raise BlockCorrupt("the segment in the object store has no valid trailer at its end")
     _, _, footer_offset, num_records = TRAILER.unpack(data)
     if not SEGMENT_HEADER_BYTES <= footer_offset <= nbytes - TRAILER.size - RECORD_HEADER_BYTES:
-        raise BlockCorrupt("the segment's footer lies outside of the segment")
+        raise BlockCorrupt("the segment's footer lies outside of the segment's bytes")
     return footer_offset, num_records
 
 
 def read_footer(raw: Buffer, ref: SegmentRef, footer_offset: int, num_records: int) -> list[RecordHeader]:
-    """The headers of a segment's records.  raw: from the footer's offset to the trailer.
+    """The headers of a segment's records. raw: the bytes from the footer's offset to the trailer.
 
     Raises:  BlockCorrupt: damaged, or another segment's.
     """
@@ -230,7 +235,7 @@ def read_footer(raw: Buffer, ref: SegmentRef, footer_offset: int, num_records: i
     header = unpack_record_header(bytes(data[:RECORD_HEADER_BYTES]), ref.seed)
     body = bytes(data[RECORD_HEADER_BYTES : RECORD_HEADER_BYTES + header.stored_bytes])
     if header.kind is not RecordKind.FOOTER or header.offset != footer_offset:
-        raise BlockCorrupt("the footer is not a footer record")
+        raise BlockCorrupt("the record at the place of the segment's footer is not a footer")
     if payload_checksum(body) != header.payload_checksum or len(body) != num_records * RECORD_HEADER_BYTES:
         raise BlockCorrupt("a damaged footer")
     return [
@@ -240,7 +245,8 @@ def read_footer(raw: Buffer, ref: SegmentRef, footer_offset: int, num_records: i
 
 
 def scan_segment(data: Buffer, ref: SegmentRef) -> Iterator[tuple[RecordHeader, memoryview]]:
-    """All sound records of a whole segment, its footer or not, statements among them; what is damaged is left out.
+    """All valid records of a whole segment, including statements, with or without a footer; damaged records are left
+    out.
 
     Raises:  BlockCorrupt: it is not this segment.
     """
@@ -252,7 +258,7 @@ def scan_segment(data: Buffer, ref: SegmentRef) -> Iterator[tuple[RecordHeader, 
 
 
 def scan_records(data: Buffer, ref: SegmentRef, start: int) -> Iterator[tuple[RecordHeader, memoryview]]:
-    """The same of a part of a segment.  start: where in the segment it begins."""
+    """The valid records in a part of a segment. start: the offset in the segment at which the part begins."""
     view = memoryview(data).cast("B")
     at = 0
     while at + RECORD_HEADER_BYTES <= view.nbytes:

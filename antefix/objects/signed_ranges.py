@@ -33,7 +33,7 @@ def reads_directly(endpoint: str, proxies: Mapping[str, str]) -> bool:
 
 
 class SignedRanges:
-    """Used from one event loop.  sign: makes a URL with which anybody may GET an object, by its name."""
+    """The object is used from one event loop. sign: makes a URL with which anybody may GET an object, by its name."""
 
     def __init__(
         self,
@@ -52,8 +52,8 @@ class SignedRanges:
         self._num_failed, self._rests_until_s = 0, 0.0
 
     async def open(self, name: str, start: int, stop: int) -> HttpRange | None:
-        """The answer with these bytes, at least one. None: read them through the library, which also finds out what is
-        wrong.
+        """The answer with these bytes, at least one. None: the bytes must be read through the library, which also finds
+        out what is wrong.
         """
         if self._clock_s() < self._rests_until_s:
             return None

@@ -19,7 +19,7 @@ _NAME: Final = re.compile(r"index/([0-6])-([0-9a-f]{10})\.idx")
 
 @dataclass(frozen=True, slots=True, order=True)
 class Tile:
-    """Segments that were created in [start_ms, stop_ms)."""
+    """The segments that were created in the time [start_ms, stop_ms)."""
 
     level: int
     number: int
@@ -42,14 +42,14 @@ class Tile:
 
     @property
     def above(self) -> Tile:
-        """The one of the next level that covers this one."""
+        """The tile of the next higher level that covers this tile."""
         return Tile(self.level + 1, self.number // FANOUT)
 
     def covers(self, created_ms: int) -> bool:
         return self.start_ms <= created_ms < self.stop_ms
 
     def due(self, now_ms: int) -> bool:
-        """Whether the tile may be written: no further segment belongs to its period."""
+        """Whether the tile may be written, because no further segment can belong to its period."""
         return self.stop_ms + GRACE_MS <= now_ms
 
     @classmethod
@@ -77,7 +77,7 @@ def _is_covered(tile: Tile, by: set[Tile]) -> bool:
 
 
 def gaps(tiles: Sequence[Tile]) -> list[tuple[int, int | None]]:
-    """Stretches of time that no tile covers; the last one has no end. tiles: as `largest` gives them."""
+    """Periods of time that no tile covers; the last one has no end. tiles: as returned by `largest`."""
     found: list[tuple[int, int | None]] = []
     at = 0
     for tile in tiles:

@@ -1,4 +1,5 @@
 """Authentication and authorization in a deployment: certificates, identities, the table of calls, grants.
 
-Knows gRPC's and OpenSSL's part of a connection, and nothing about what services do. docs/SECURITY.md describes it all.
+This package knows the part of gRPC and OpenSSL in a connection, and nothing about what services do. docs/SECURITY.md
+describes security as a whole.
 """

@@ -1,4 +1,5 @@
-"""Which roles may call which method: one row per method of every service. Nobody may call a method without a row.
+"""Which roles may call which method: one row per method of every service. A method without a row in the table may be
+called by nobody.
 
 An open service (no TLS, no secret: docs/SECURITY.md, "One host") does not use this table.
 """

@@ -28,8 +28,8 @@ _FOR_MANY: Final = frozenset({Role.ROUTER, Role.PREFILL, Role.DECODE, Role.KVSTO
 
 
 def peer_of(name: str) -> Peer | None:
-    """Address and port of a gRPC peer name: "ipv4:1.2.3.4:5678", "ipv6:[::1]:5678" or "ipv6:%5B::1%5D:5678"; None: a
-    socket file.
+    """Address and port of a gRPC peer name, such as "ipv4:1.2.3.4:5678", "ipv6:[::1]:5678" or "ipv6:%5B::1%5D:5678";
+    None: a socket file.
     """
     kind, _, rest = name.partition(":")
     host, _, port = unquote(rest).rpartition(":")
@@ -47,7 +47,7 @@ def plain_address(host: str) -> str:
 
 
 class CallerLimits:
-    """The limits of one server. Not thread-safe: used from the server's event loop."""
+    """The limits of one server. The limits are not thread-safe, because only the server's event loop uses them."""
 
     def __init__(self, calls_max: int = CALLS_MAX, connections_max: int = CONNECTIONS_MAX) -> None:
         self.calls_max, self.connections_max = calls_max, connections_max
@@ -89,7 +89,7 @@ class CallerLimits:
                 del self._running[end]
 
     def is_of_service(self, end: Peer) -> bool:
-        """Whether a service has called over this connection."""
+        """Whether a service of the deployment has called over this connection."""
         return self._known.get(end, False)
 
     def has_calls(self, end: Peer) -> bool:

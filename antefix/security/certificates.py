@@ -1,4 +1,6 @@
-"""A private CA and certificates for roles: what `antefix certs` makes. Keys are ECDSA P-256, files 0600."""
+"""A private CA and certificates for roles: what `antefix certs` makes. Keys are made as ECDSA P-256, and files with
+mode 0600.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def make_ca(directory: Path, *, days: int = CA_DAYS) -> None:
     """
     if (directory / CA_KEY).exists():
         raise ConfigError(
-            f"{directory / CA_KEY} exists already: under a new CA, nobody would trust the certificates of the old one"
+            f"{directory / CA_KEY} exists already: if it were replaced, nobody would trust the certificates "
+            "that it signed"
         )
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Antefix deployment")])
@@ -146,7 +149,7 @@ def write_lasting_grant(
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_private(directory / TENANT_GRANT, granter.lasting_grant(keyring, tenant, ttl_s=days * 86400.0))
     except OSError as err:
-        raise ConfigError(f"{err}; `antefix certs init` makes a CA with {GRANT_KEY}") from err
+        raise ConfigError(f"{err}; `antefix certs init` makes a CA that has {GRANT_KEY}") from err
 
 
 def describe(pem: bytes) -> Issued:
@@ -154,7 +157,7 @@ def describe(pem: bytes) -> Issued:
     try:
         certificate = x509.load_pem_x509_certificate(pem)
     except ValueError as err:
-        raise ConfigError(f"this is not a certificate: {err}") from err
+        raise ConfigError(f"the file does not begin with a certificate: {err}") from err
     return Issued(
         subject=certificate.subject.rfc4514_string(),
         sans=sans_of(certificate),
@@ -176,7 +179,7 @@ def sans_of(certificate: x509.Certificate) -> tuple[str, ...]:
 
 
 def write_private(path: Path, data: bytes) -> None:
-    """Replace a file atomically. Only its owner can read it."""
+    """Replace a file atomically. A file made here can be read only by its owner."""
     fresh = path.with_name(path.name + ".new")
     fresh.unlink(missing_ok=True)
     descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -128,7 +128,7 @@ class ReloadingChannel(grpc.aio.Channel):
 
 
 class _Method:
-    """The calls of one method. Each uses the channel that is current when it starts."""
+    """The calls of one method. Each call uses the channel that is current when the call starts."""
 
     def __init__(self, channel: ReloadingChannel, kind: str, method: str, args: Any, kwargs: Any) -> None:
         self._channel = channel

@@ -1,4 +1,4 @@
-"""A directory with a process's credentials. The files are read again whenever they change.
+"""A directory with a process's credentials. The credential files are read again whenever they change.
 
     tls.crt, tls.key, ca.crt    certificate, key, and trusted CAs, with the names that cert-manager and SPIFFE use
     identities.toml             identities of other certificates (`identity_file.py`)
@@ -64,7 +64,9 @@ class Loaded:
 
     @property
     def names_roles(self) -> bool:
-        """Whether this process's certificate has its role as a host name. Then other processes' certificates do too."""
+        """Whether this process's certificate has its role as a host name. If so, other processes' certificates have
+        their roles too.
+        """
         sans = describe(self.certificate).sans if self.certificate else ()
         return any(named_identity(san) is not None and not san.startswith("spiffe://") for san in sans)
 
@@ -80,7 +82,7 @@ class Loaded:
 
 
 class CredentialFiles:
-    """One directory. Thread-safe: TLS handshakes ask from gRPC's threads."""
+    """One directory. Thread-safe: TLS handshakes read the files from gRPC's own threads."""
 
     def __init__(self, directory: Path | str) -> None:
         """Raises:  ConfigError: the files are missing or do not match each other; the message says what to do."""
@@ -106,11 +108,11 @@ class CredentialFiles:
     def _take_changes(self) -> None:
         try:
             self._loaded = self._load(self._loaded.number + 1)
-            log.info("took over the changed certificates and keys in %s", self.directory)
+            log.info("changed certificates and keys in %s were read, and are in use", self.directory)
         except ConfigError as err:
             # Mostly a change that is half done. When it is finished, the files' time stamps change again.
             self.num_failed += 1
-            log.warning("the previous certificates and keys stay in use: %s", err)
+            log.warning("the new certificates and keys cannot be used, so the previous ones stay in use: %s", err)
 
     def _stamps(self) -> tuple[tuple[int, int, int] | None, ...]:
         return tuple(_stamp(self.directory / name) for name in _FILES)
@@ -118,7 +120,9 @@ class CredentialFiles:
     def _load(self, number: int) -> Loaded:
         certificate, key, ca = (self._read(name) for name in (CERTIFICATE, KEY, CA))
         if not ca:
-            raise ConfigError(f"{self.directory / CA} is missing: the file of the CAs that this process trusts")
+            raise ConfigError(
+                f"{self.directory / CA} is missing: the file with the CA certificates that this process trusts"
+            )
         try:
             x509.load_pem_x509_certificates(ca)
             if certificate or key:
@@ -166,7 +170,10 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 def _check_pair(certificate: bytes, key: bytes) -> None:
     """Raises:  ValueError: certificate or key is missing or unreadable, or they do not belong together."""
     if not certificate or not key:
-        raise ValueError(f"{CERTIFICATE if not certificate else KEY} is missing: a certificate and its key go together")
+        raise ValueError(
+            f"{CERTIFICATE if not certificate else KEY} is missing; a certificate and its key must be in the same "
+            "directory"
+        )
     held = serialization.load_pem_private_key(key, None).public_key()
     named = x509.load_pem_x509_certificate(certificate).public_key()
     spki = (serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)

@@ -74,7 +74,9 @@ class Credentials:
         return tuple(shown)
 
     def grant_for(self, tenant: str, tokens: TokenArray, *, ttl_s: float) -> bytes:
-        """This process's own grant for a prompt: the one that it was given, or one that it signs; else empty."""
+        """This process's own grant for a prompt: the grant that it was given, or one that it signs; empty if it has
+        neither.
+        """
         if self.files is not None and (given := self.files.now().tenant_grant):
             return given
         granter = self.granter()
@@ -102,7 +104,8 @@ class Credentials:
         return Granter.from_secret(self._keyring) if self._keyring is not None else None
 
     def target(self, of: Role | None, name: str) -> Options:
-        """Channel options that name the expected server certificate.  of, name: role and name of the called process.
+        """Channel options that name the expected server certificate. of, name: the role and the name of the called
+        process.
 
         Certificates made by Antefix contain the role as a host name, so a process of one role cannot pose as another
         role at any address. Other certificates are checked for the host name that is called.

@@ -1,4 +1,5 @@
-"""Grants: a router signs that a worker may act for a tenant now. Without a grant, the store refuses calls for a tenant.
+"""Grants are a router's signed permissions for a worker to act for a tenant for a short time. Without a grant, the
+store refuses calls for a tenant.
 
     offset  size       field
     0       1          version, 1
@@ -59,7 +60,7 @@ class Grant:
     def check_owner(self, owner: bytes) -> None:
         """Raises:  PermissionDenied: the grant is for another tenant."""
         if owner not in self.owners:
-            raise PermissionDenied("the grant is for another tenant")
+            raise PermissionDenied("the grant (permission to use the store) is for another tenant")
 
 
 def hold(grant: bytes) -> None:
@@ -68,7 +69,7 @@ def hold(grant: bytes) -> None:
 
 
 def held() -> bytes:
-    """The grant that this task sends."""
+    """The grant that this task sends with its calls."""
     return _held.get()
 
 
@@ -78,7 +79,9 @@ def owners_of(keyring: Keyring, tenant: str) -> list[bytes]:
 
 
 def prompt_root(keyring: Keyring, tokens: TokenArray) -> bytes:
-    """A MAC over the prompt's beginning that binds a grant to it. Only holders of the secret can compute it."""
+    """A MAC over the prompt's beginning that binds a grant to it. Only processes that have the secret can compute this
+    MAC.
+    """
     return keyring.proof(*_root_parts(tokens))
 
 
@@ -92,7 +95,7 @@ def _root_parts(tokens: TokenArray) -> tuple[bytes, bytes]:
 
 
 class Granter:
-    """Signs grants. Only routers and operators' tools have one."""
+    """Signs grants. Only routers and operators' tools have a key that signs grants."""
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
@@ -120,13 +123,14 @@ class Granter:
         return body + self._key.sign(body)
 
     def grant(self, owners: Sequence[bytes], prompt: bytes, *, ttl_s: float) -> bytes:
-        """A signed grant, valid from now on for `ttl_s`."""
+        """A signed grant that is valid from now on for `ttl_s` seconds."""
         expires_ms = round(1000 * (time.time() + ttl_s + SKEW_S))
         return self.sign(Grant(owners=tuple(owners), prompt=prompt, expires_ms=expires_ms))
 
     def grant_for(self, keyring: Keyring, tenant: str, tokens: TokenArray, *, ttl_s: float) -> bytes:
         """A signed grant for a tenant's prompt. The grant covers records named under any of the deployment's
-        secrets."""
+        secrets.
+        """
         return self.grant(owners_of(keyring, tenant), prompt_root(keyring, tokens), ttl_s=ttl_s)
 
     def lasting_grant(self, keyring: Keyring, tenant: str, *, ttl_s: float) -> bytes:
@@ -138,7 +142,9 @@ class GrantCheck:
     """Checks grants against the public keys of the processes that may sign them."""
 
     def __init__(self, keys: Callable[[], Sequence[Ed25519PublicKey]]) -> None:
-        """keys: returns the public keys, at each check. `keys` must return the same object while they do not change."""
+        """keys: a function that returns the public keys; called at each check. `keys` must return the same object while
+        they do not change.
+        """
         self._keys = keys
         self._known_with: Sequence[Ed25519PublicKey] = ()
         self._known: OrderedDict[bytes, Grant] = OrderedDict()
@@ -146,7 +152,7 @@ class GrantCheck:
     def check(self, signed: bytes) -> Grant:
         """Raises:  PermissionDenied: there is no grant, no permitted key signed it, or it has expired."""
         if not signed:
-            raise PermissionDenied("this call needs a grant that the router signed, and has none")
+            raise PermissionDenied("this call needs a grant that a router signed, and was made without one")
         keys = self._keys()
         if keys is not self._known_with:
             # Grants signed with a removed key are no longer valid.
@@ -160,12 +166,12 @@ class GrantCheck:
             self._known[signed] = grant
         late_s = time.time() - grant.expires_ms / 1000
         if late_s > 0:
-            raise PermissionDenied(f"the grant has expired {late_s:.0f} s ago, or the hosts' clocks differ")
+            raise PermissionDenied(f"the grant has expired {late_s:.0f} s ago, or the clocks of the two hosts differ")
         return grant
 
 
 def unchecked(signed: bytes) -> Grant:
-    """The contents of a grant, without checking its signature.  Raises:  PermissionDenied: it is not a grant."""
+    """The contents of a grant, without checking its signature.  Raises:  PermissionDenied: the text is not a grant."""
     return _parse(signed)[1]
 
 
@@ -198,13 +204,16 @@ def _verify(signed: bytes, keys: Sequence[Ed25519PublicKey]) -> Grant:
 
 
 def key_name(key: Ed25519PublicKey) -> bytes:
-    """The name of a key in a grant."""
+    """The short name by which a grant refers to a key."""
     raw = key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     return hashlib.sha256(raw).digest()[:_KEY_NAME_BYTES]
 
 
 def public_keys(pem: bytes) -> tuple[Ed25519PublicKey, ...]:
-    """The keys in a file of PEM blocks, such as grant.pub.  Raises:  ConfigError: one is not an Ed25519 key."""
+    """The keys in a file of PEM blocks, such as grant.pub.
+
+    Raises:  ConfigError: one of the keys is not an Ed25519 key.
+    """
     end = b"-----END PUBLIC KEY-----"
     found = []
     for block in pem.split(end)[:-1]:

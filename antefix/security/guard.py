@@ -1,7 +1,7 @@
 """Checks each call before it is served: the caller's identity, the access table, and the router's grant if needed.
 
-`antefix.rpc` calls it for every call of every service. `admitted()` returns the admitted caller within the task that
-serves the call.
+For every call of every service, `antefix.rpc` asks the guard. `admitted()` returns the admitted caller within the task
+that serves the call.
 """
 
 from __future__ import annotations
@@ -48,9 +48,11 @@ class Admitted:
     is_open: bool = True
 
     def needed_grant(self) -> Grant | None:
-        """The call's grant; None: the service is open.  Raises:  PermissionDenied: the call has no grant."""
+        """The grant that came with the call; None if the service authenticates nobody. Raises: PermissionDenied: the
+        call came without a grant.
+        """
         if self.grant is None and not self.is_open:
-            raise PermissionDenied("this call needs a grant that the router signed, and has none")
+            raise PermissionDenied("this call needs a grant that a router signed, and was made without one")
         return self.grant
 
 
@@ -102,7 +104,7 @@ class Guard:
         return self._files is None and self._keyring is None
 
     def admit(self, method: str, context: Any) -> None:
-        """Admit the call, and note the caller for the task that serves it.
+        """Admit the call, and record its caller for the task that serves it.
 
         Raises:  Unauthenticated: the caller shows no credentials, or wrong ones.
             PermissionDenied: the caller may not call this method, or lacks a grant.
@@ -134,7 +136,9 @@ class Guard:
         _admitted.set(Admitted(identity=identity, grant=grant, is_open=self.is_open))
 
     def _identify(self, method: str, metadata: Mapping[str, Any], context: Any) -> Identity:
-        """The caller's identity: from its token if it shows one, else from its certificate, else from the secret."""
+        """The caller's identity: from its token if it shows a token, else from its certificate, else from the
+        secret.
+        """
         scheme, _, token = str(metadata.get("authorization", "")).partition(" ")
         if scheme.lower() == "bearer" and (owner := self._tokens(token.strip(), method)) is not None:
             return owner
@@ -143,13 +147,15 @@ class Guard:
         if self._keyring is not None and CALLER_KEY in metadata:
             return check_service_token(self._keyring, str(metadata[CALLER_KEY]), method)
         if self._needs_token() and not method.startswith(_HEALTH):
-            raise Unauthenticated("this service needs an API key: send it as metadata, authorization: Bearer KEY")
+            raise Unauthenticated(
+                "this service needs an API key: send the key as gRPC metadata, authorization: Bearer KEY"
+            )
         return LOCAL
 
     def _of_certificate(self, context: Any) -> Identity:
         shown = context.auth_context().get("x509_pem_cert")
         if not shown:
-            raise Unauthenticated("no certificate and no token was shown: send authorization: Bearer KEY")
+            raise Unauthenticated("the caller showed no certificate and no token: send authorization: Bearer KEY")
         assert self._files is not None
         loaded = self._files.now()
         key = (loaded.number, shown[0])
@@ -165,7 +171,7 @@ class Guard:
 
     def _refuse(self, identity: Identity, method: str, *, known: bool) -> None:
         if not known:
-            raise PermissionDenied(f"the access table allows nobody to call {method}")
+            raise PermissionDenied(f"the table of allowed calls lets nobody call {method}")
         if identity.role in (Role.LOCAL, Role.NOBODY):
             of_secret = "the deployment's secret (a service: --secret-file; a command: --data-dir)"
             how = of_secret if self._files is None else "a certificate"
@@ -187,7 +193,7 @@ class Guard:
 
 
 def identity_of(pem: bytes, files: CredentialFiles) -> Identity:
-    """The identity of a certificate. TLS has already checked that a trusted CA signed it.
+    """The identity of a certificate. TLS has already checked that a trusted CA signed the certificate.
 
     Raises:  Unauthenticated: the certificate has no identity, or several, or is revoked.
     """

@@ -52,7 +52,8 @@ ISSUED: Final = tuple(role for role in Role if role not in (Role.LOCAL, Role.NOB
 class Identity:
     """A caller.  tenants: the tenants that it may act for; "*" means all.  hosts: the host names in its certificate.
 
-    expires_s: Unix time at which its certificate expires; infinite without one.  key_id: the id of its API key.
+    expires_s: Unix time at which the caller's certificate expires; infinite without a certificate. key_id: the id of
+    its API key.
     """
 
     role: Role
@@ -75,12 +76,12 @@ class Identity:
         if self.role is Role.TENANT:
             own = next(iter(self.tenants), "")
             if asked not in ("", own):
-                raise PermissionDenied(f"{self} may not act for tenant {asked!r}: leave the field empty")
+                raise PermissionDenied(f"{self} may not act for tenant {asked!r}: leave the tenant field empty")
             return own
         if ALL_TENANTS in self.tenants or asked in self.tenants:
             return asked
         listed = "none is" if not self.tenants else f"only {', '.join(sorted(self.tenants))} are"
-        raise PermissionDenied(f"{self} may not act for tenant {asked!r}: {listed} listed for it")
+        raise PermissionDenied(f"{self} may not act for tenant {asked!r}: {listed} listed for this caller")
 
 
 LOCAL: Final = Identity(role=Role.LOCAL, tenants=frozenset({ALL_TENANTS}), proved=False)
@@ -93,7 +94,7 @@ def role_host(role: Role, name: str = "") -> str:
 
 
 def named_identity(name: str) -> tuple[Role, str] | None:
-    """The role and name in a SAN that Antefix wrote; None: any other SAN."""
+    """The role and name in a SAN that Antefix wrote; None for any other SAN."""
     if name.startswith("spiffe://"):
         domain, _, path = name.removeprefix("spiffe://").partition("/")
         role, _, rest = path.partition("/")

@@ -61,7 +61,7 @@ class IdentityFile:
                 found.setdefault(own, frozenset({own[1]}) if own[0] is Role.TENANT else frozenset())
         if len({role for role, _ in found}) > 1 or len(found) > 1:
             said = ", ".join(f"{role} {name}" for role, name in sorted(found))
-            raise ConfigError(f"the certificate stands for several identities: {said}")
+            raise ConfigError(f"the certificate matches several entries of identities.toml: {said}")
         return next(((role, name, tenants) for (role, name), tenants in found.items()), None)
 
     def is_revoked(self, sans: Iterable[str], serial: int) -> bool:
@@ -69,7 +69,10 @@ class IdentityFile:
 
 
 def load_identities(path: Path) -> IdentityFile:
-    """Read the file; a missing file counts as empty.  Raises:  ConfigError: it does not parse, or a row is invalid."""
+    """Read the file; a missing file counts as empty.
+
+    Raises:  ConfigError: the file does not parse, or a row is invalid.
+    """
     if not path.exists() and not path.is_symlink():  # a link to nothing is a mistake: it would revoke nobody
         return IdentityFile()
     file = Table(read_toml(path, "identities"), str(path))

@@ -1,9 +1,10 @@
 """Closes idle connections of an address that exceeds its share of a gRPC port, so that other addresses can connect.
 
-gRPC reports a connection only with its calls. So idle connections are found here, among the process's own descriptors.
-Only connections without a running call are closed, those that never had one first. Connections of services, which
-serve many callers, are never closed and do not count. Only Linux lists a process's descriptors. On other systems a port
-still has a total limit, and idle connections are closed after two minutes (`antefix.rpc`).
+gRPC reports a connection only with the calls on it. So idle connections are found here among the file descriptors of
+the process. Only connections without a running call are closed, beginning with those that never had a call. Connections
+of other services of the deployment serve many callers, so they are never closed and do not count. Only Linux lists the
+descriptors of a process. On other systems a port still has a total limit, and idle connections are closed after two
+minutes (`antefix.rpc`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _DESCRIPTORS: Final = Path("/proc/self/fd")
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A connection that this process has accepted.  peer: address and port of its other end."""
+    """A connection that this process has accepted. peer: address and port of the connection's other end."""
 
     descriptor: int
     peer: Peer
@@ -77,7 +78,9 @@ def _socket_of(descriptor: int) -> socket.socket:
 
 
 def to_close(connections: list[Connection], limits: CallerLimits) -> list[Connection]:
-    """The connections to close: for each address above its limit, as many as it exceeds the limit by, without calls."""
+    """The connections to close: for each address above its limit, as many connections without calls as exceed the
+    limit.
+    """
     by_address: dict[str, list[Connection]] = defaultdict(list)
     for each in connections:
         if not limits.is_of_service(each.peer):
@@ -91,7 +94,9 @@ def to_close(connections: list[Connection], limits: CallerLimits) -> list[Connec
 
 
 async def watch_connections(port: int, limits: CallerLimits, note: Callable[[int], None]) -> None:
-    """Close excess idle connections until cancelled.  note: called with the number of closed connections."""
+    """Close excess idle connections until this task is cancelled. note: called with the number of closed
+    connections.
+    """
     while numbers := _descriptors():
         await asyncio.sleep(LOOK_S)
         if len(numbers) <= limits.connections_max:

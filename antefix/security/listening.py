@@ -45,7 +45,7 @@ def parse_address(address: str) -> tuple[str, int]:
 
 
 def join_address(host: str, port: int) -> str:
-    """The address of a host that `parse_address` gave."""
+    """The text form of a host address that `parse_address` returned."""
     return host if host.startswith(UNIX) else f"{host}:{port}"
 
 
@@ -70,7 +70,9 @@ def is_wildcard(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this host reaches it: a Unix socket, a loopback address, or a name for such addresses alone."""
+    """Whether only this host can reach the address: a Unix socket, a loopback address, or a name that stands only for
+    such addresses.
+    """
     if host.startswith(UNIX) or host == "localhost":
         return True
     try:
@@ -81,7 +83,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _leads_here(host: str) -> bool | None:
-    """Whether a name resolves only to loopback addresses; None: it does not resolve."""
+    """Whether a host name resolves only to loopback addresses; None if the name does not resolve."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -120,15 +122,18 @@ def check_calling(address: str, *, has_tls: bool) -> None:
 
 
 def advertised(listening: str, advertise: str) -> str:
-    """The address that others use for a service.  listening: where it listens.  advertise: a host, or host:port; empty:
-    the listening address.
+    """The address by which others reach a service. listening: the address where it listens. advertise: a host, or
+    host:port; empty: the listening address is used.
 
     Raises:  ConfigError: the result is a wildcard address, which cannot be called.
     """
     host, port = parse_address(listening)
     if not advertise:
         if is_wildcard(host):
-            raise ConfigError(f"nobody can call {listening}: give --advertise HOST, as others know this host")
+            raise ConfigError(
+                f"other hosts cannot call the address {listening}: give --advertise HOST, the name by which they "
+                "reach this host"
+            )
         return listening
     has_port = advertise.startswith(UNIX) or advertise.rpartition("]")[2].count(":") == 1
     address = advertise if has_port and not advertise.endswith("]") else f"{advertise}:{port}"

@@ -1,6 +1,6 @@
 """The credentials that this process sends with its calls, unless a call is given others.
 
-A process that has started a deployment (`antefix up`, tests) may have several, each for certain addresses.
+A process that has started a deployment (`antefix up`, tests) may have several credentials, each for certain addresses.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _find: list[Find] = []
 
 
 def use(credentials: Credentials | None) -> None:
-    """Send these credentials with all calls from now on; None: send none."""
+    """Send these credentials with all of this process's calls from now on; None: send none."""
     _find.clear()
     _own[0] = credentials
 
 
 def use_found(find: Find) -> None:
-    """As `use`, but `find` returns the credentials at the first call."""
+    """As `use`, but the credentials are whatever `find` returns at the first call."""
     _find[:] = [find]
 
 
@@ -36,7 +36,7 @@ def use_for(address: str, credentials: Credentials) -> None:
 
 
 def credentials_for(address: str) -> Credentials | None:
-    """The credentials for calls to this address; None: none, and no TLS."""
+    """The credentials for calls to this address; None: calls go there without credentials and without TLS."""
     if (known := _by_address.get(address)) is not None:
         return known
     if _find:

@@ -42,8 +42,8 @@ def credentials_setting() -> Any:
 
 
 class ProcessSecurity:
-    """The guard, credentials and grants of one process. `use` makes its credentials the default of
-    the whole process.
+    """The guard, credentials and grants of one process. `use` makes these credentials the default of the whole
+    process.
     """
 
     def __init__(
@@ -77,12 +77,19 @@ class ProcessSecurity:
         """Use these credentials for this process's calls from now on, and log how the process is protected."""
         own_credentials.use(self.credentials)
         if self.files is not None:
-            log.info("TLS with the certificate in %s; callers are known by their certificates", self.files.directory)
+            log.info(
+                "TLS with the certificate in %s is on; callers prove who they are with certificates",
+                self.files.directory,
+            )
         elif self._keyring is not None:
-            log.info("no TLS (--credentials): only loopback and Unix sockets; services prove that they have the secret")
+            log.info(
+                "TLS is off (no --credentials): only loopback and Unix sockets are served, and services prove that "
+                "they have the deployment's secret"
+            )
         else:
             log.warning(
-                "no TLS and no secret: only loopback and Unix sockets, where every process of this host may call"
+                "TLS is off and there is no secret: only loopback and Unix sockets are served, and every "
+                "process of this host may call"
             )
 
     def granter(self) -> Granter | None:
@@ -101,7 +108,9 @@ class ProcessSecurity:
         return keys
 
     def secret_marks(self, num_bytes: int) -> list[bytes]:
-        """One mark per secret, the current one first. Equal secrets have equal marks; a mark reveals nothing else."""
+        """One short mark per secret, the mark of the current secret first. Equal secrets have equal marks, and a mark
+        reveals nothing else about its secret.
+        """
         if self._keyring is None:
             return []
         ring = self._keyring
@@ -122,7 +131,7 @@ class ProcessSecurity:
         check_calling(address, has_tls=self.has_tls)
 
     def server_credentials(self, *, mutual: bool = True) -> grpc.ServerCredentials | None:
-        """The server's TLS credentials; None: there is no TLS.  mutual: whether callers must show a certificate."""
+        """The TLS credentials of a server; None if there is no TLS. mutual: whether callers must show a certificate."""
         return None if self.files is None else tls.server_credentials(self.files, mutual=mutual)
 
     def metrics(self) -> Iterable[Metric]:
@@ -147,11 +156,9 @@ def _check_grant_files(role: Role, files: CredentialFiles, *, has_keys: bool) ->
     """
     loaded, source = files.now(), "take it from the directory of `antefix certs init`, or give --secret-file"
     if role in _CHECKING and not has_keys:
-        raise ConfigError(f"{files.directory} has no grant.pub, the key that grants are checked with: {source}")
+        raise ConfigError(f"{files.directory} has no grant.pub, the public key that checks grants: {source}")
     if role is Role.ROUTER and loaded.grant_public and not loaded.grant_key:
-        raise ConfigError(
-            f"{files.directory} has grant.pub, but no grant.key for this router to sign grants with: {source}"
-        )
+        raise ConfigError(f"{files.directory} has grant.pub, but no grant.key for this router to sign grants: {source}")
 
 
 OPEN = ProcessSecurity(Role.NOBODY)
@@ -165,6 +172,6 @@ def open_security(
     tokens: TokenCheck = lambda *_: None,
     needs_token: Callable[[], bool] = lambda: False,
 ) -> ProcessSecurity:
-    """directory: the setting `credentials`.  Raises:  ConfigError: its files cannot be used."""
+    """directory: the setting `credentials`. Raises: ConfigError: the credential files of the process cannot be used."""
     files = CredentialFiles(directory) if directory else None
     return ProcessSecurity(role, files=files, keyring=keyring, tokens=tokens, needs_token=needs_token)

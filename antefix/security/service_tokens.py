@@ -1,7 +1,8 @@
 """Tokens with which processes of one host prove their role without certificates, made from the deployment's secret.
 
-The secret itself is never sent. A token has a role, the time, and a MAC over both and the method. The token is valid
-for this method and for one minute, so a process that listens in place of a dead one gets no lasting credentials.
+The secret itself is never sent. A token contains a role, the time, and a MAC over both of them and the method. The
+token is valid for this method and for one minute, so a process that listens in place of a dead one gets no lasting
+credentials.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ def server_credentials(files: CredentialFiles, *, mutual: bool = True) -> grpc.S
     """TLS credentials for a gRPC port.  mutual: callers must have a certificate of a trusted CA."""
     loaded = files.now()
     if not loaded.has_certificate:
-        raise ConfigError(f"{files.directory} has no tls.crt and tls.key, which a server needs")
+        raise ConfigError(f"{files.directory} has no tls.crt and tls.key, which a server with TLS needs")
     lock, served = threading.Lock(), [loaded.digest]
 
     def fetch() -> Any:
@@ -43,7 +43,7 @@ def channel_credentials(loaded: Loaded) -> grpc.ChannelCredentials:
 
 
 def http_context(files: CredentialFiles, *, mutual: bool = False) -> ssl.SSLContext:
-    """The TLS context of an HTTP server. Each handshake uses the files' contents at that time."""
+    """The TLS context of an HTTP server. Each TLS handshake uses the contents that the files have at that time."""
     first = files.now()
     context = _context(first, mutual=mutual)
     kept = [(first.digest, context)]

@@ -18,7 +18,9 @@ _M_MMAP_THRESHOLD: Final = -3
 
 
 def keep_large_buffers() -> bool:
-    """Returns whether the C library accepted the setting. A C library other than glibc does not have it: no error."""
+    """Returns whether the C library accepted the setting. A C library other than glibc does not have this setting,
+    which is no error.
+    """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         settings = ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, (1 << 31) - 1), (_M_TOP_PAD, 64 << 20))

@@ -1,5 +1,5 @@
-"""The calls that workers, the router and operators' tools make to a store. Knows hashes and bytes, never tokens,
-tensors or protobuf.
+"""The calls that workers, the router and operators' tools make to a store. The interface knows hashes and bytes, never
+tokens, tensors or protobuf.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from antefix.store.store_stats import StoreTotals
 
 
 class Store(Protocol):
-    """The interface of a store. Clients on the same host and remote clients implement all of it.
+    """The interface of a store. Clients on the same host and remote clients implement all of these calls.
 
     tenant: the owner that the records must have (`Keyring.owner`); empty: any owner. Clients with the deployment's
     secret (`antefix.store_files.seal.Seals`) accept sealed records only: a record without a valid seal is a miss.
 
-    Every method may raise Unavailable or DeadlineExceeded; workers treat both as a miss and count them.
+    Every method may raise Unavailable or DeadlineExceeded; workers treat either error as a cache miss and count it.
     """
 
     async def lookup(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> LookupResult:
-        """The longest stored prefix of `chain`. Never promises a block that a read would not find."""
+        """The longest stored prefix of `chain`. The answer never promises a block that a read would not find."""
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
         """Which blocks and checkpoints of `chain` are stored. `chain` may be any part of a chain; the blocks before it
@@ -47,21 +47,23 @@ class Store(Protocol):
         """One verified payload. None: the payload was never stored, was evicted, or is corrupt."""
 
     async def put(self, records: Sequence[Record]) -> PutResult:
-        """Store records in order. The records are durable when this returns, except handoffs, which are kept in memory.
+        """Store records in order. When this call returns, the records are durable, except handoffs, which are kept only
+        in memory.
 
-        A block whose parent is not stored is refused: the store stays prefix-closed.
+        A block whose parent is not stored is refused, so that every stored block has all blocks before it.
         """
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
         """Tell the store that the caller found the content of these records unusable, although their checksums are
-        right. The reported records are misses until they are put again. Never raises: if the call does not reach the
-        store, the store returns the records again and the caller rejects them again.
+        right. The reported records are misses until they are put again. Reporting never raises: if the call does not
+        reach the store, the store returns the same records again and the caller rejects them again.
         """
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Tell the store how a fingerprint's payloads are laid out, so that it can compress them.
 
-        statement: `Fingerprint.statement`, the values that the fingerprint was hashed from; empty: not given.
+        statement: `Fingerprint.statement`, the values that the fingerprint was hashed from; empty if they are not
+        known.
         """
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:

@@ -43,7 +43,8 @@ OPEN_S_MAX: Final = 40.0
 class Breaker:
     """The breaker of one client.
 
-    num_slow: calls that exceeded their time limit.  num_spared: calls that failed at once, without asking the store.
+    num_slow: calls that exceeded their time limit. num_spared: calls that failed at once, so that the store was not
+    asked.
     """
 
     def __init__(self, *, slack_s: float = SLACK_S, clock: Callable[[], float] = time.monotonic) -> None:
@@ -62,7 +63,7 @@ class Breaker:
 
     @property
     def num_silences(self) -> int:
-        """How many times the store fell silent."""
+        """How many times the store stopped answering."""
         return self.pulse.num_silences if self.pulse is not None else 0
 
     @property
@@ -99,7 +100,7 @@ class Breaker:
         now = self._clock()
         if now < self._open_until and self.returned_s <= self._late_s:
             self.num_spared += 1
-            raise Unavailable(f"the store was too slow; it is asked again in {self._open_until - now:.0f} s")
+            raise Unavailable(f"the store was too slow; the next call to it is made in {self._open_until - now:.0f} s")
         if self.pulse is not None and self.pulse.is_silent:
             self.num_spared += 1
         self._flying_bytes += nbytes

@@ -1,6 +1,6 @@
 """Converts `BlockFate`, the reason why a block was not found, from and to protobuf.
 
-The wire's words "stored" and "unknown" are older than `MissReason`, so they stay.
+The protobuf names "stored" and "unknown" are older than `MissReason`, so they stay.
 """
 
 from __future__ import annotations

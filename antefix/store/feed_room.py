@@ -25,7 +25,7 @@ class FeedRoom:
 
     @property
     def share(self) -> int:
-        """How many names one feed may hold."""
+        """How many record names one feed of store events may hold."""
         return self._num_max // max(1, len(self._tenants))
 
     def join(self, tenant: Tenant) -> None:

@@ -1,8 +1,9 @@
 """Reads a store's files in threads, with a time limit: a read from a hanging disk or mount is a miss.
 
 A thread that waits for a disk cannot be stopped, and it writes into its buffers when the disk answers again. So a read
-that was given up calls back when its thread has ended, and the owner keeps the buffers until then. While a read hangs,
-no other read begins, so at most the threads of one pool hang. When any of these reads ends, the disk answers again.
+that was given up calls back when its thread has ended, and the buffers' owner keeps them until then. While a read
+hangs, no other read begins, so at most the threads of one pool hang. When any of the hanging reads ends, the disk is
+known to answer again.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ _READ_S_MAX: Final = 60.0
 
 
 class ReadHangs(Unavailable):
-    """A read was given up but its thread still runs. A worker treats it as a miss and must not
-    reuse the buffers yet.
+    """A read was given up, but the thread of the read still runs. A worker treats such a read as a miss and must not
+    reuse its buffers yet.
     """
 
     def __init__(self, message: str, works: Sequence[asyncio.Future[Any]] = ()) -> None:
@@ -34,7 +35,7 @@ class ReadHangs(Unavailable):
         self.works = tuple(works)
 
     def when_over(self, do: Callable[[], object]) -> None:
-        """Call `do` in the event loop when no thread writes into the buffers any more."""
+        """Call `do` in the event loop as soon as no thread writes into the buffers any more."""
         left = {work for work in self.works if not work.done()}
 
         def ended(work: asyncio.Future[Any]) -> None:
@@ -66,18 +67,18 @@ class FileReads:
         return bool(self._hanging)
 
     def close(self) -> None:
-        """Stop the threads, without waiting for one that hangs: the caller would hang as well."""
+        """Stop the threads, without waiting for a thread that hangs, because the caller would hang as well."""
         self._threads.shutdown(wait=not self._hanging, cancel_futures=True)
 
     async def run(self, call: Callable[[], T], nbytes: int = 0) -> T:
-        """Run `call` in a thread.  nbytes: how many bytes `call` may read.
+        """Run `call` in a thread. nbytes: how many bytes `call` may read, from which its time limit follows.
 
         No thread writes into the buffers after this returned, was cancelled or raised anything but ReadHangs.
         Raises:  ReadHangs.  Unavailable: another read hangs.
         """
         if self._hanging:
             self._counts.num_spared += 1
-            raise Unavailable(f"{self._name} does not answer: a read of it hangs")
+            raise Unavailable(f"the disk of {self._name} does not answer: a read of it hangs")
         limit_s = self._pace.limit_s(nbytes, _READ_S_MAX)
         work = asyncio.get_running_loop().run_in_executor(self._threads, call)
         try:
@@ -90,7 +91,7 @@ class FileReads:
         return work.result()
 
     async def _wait(self, work: asyncio.Future[Any], ends: float) -> None:
-        """Wait until the read is done or its time has run out. A cancelled caller waits as long."""
+        """Wait until the read is done or its time has run out. A caller that is cancelled waits just as long."""
         cancelled: asyncio.CancelledError | None = None
         while not work.done() and (left_s := ends - time.monotonic()) > 0:
             try:

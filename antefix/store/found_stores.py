@@ -24,7 +24,7 @@ log = logging.getLogger("antefix.store")
 
 
 class FoundStores(ManyStores):
-    """Used from one event loop; `start` looks for stores, and keeps looking from then on."""
+    """The object is used from one event loop; `start` looks for stores, and keeps looking from then on."""
 
     def __init__(
         self,
@@ -37,11 +37,12 @@ class FoundStores(ManyStores):
         home_of: str = "",
         **options: Any,
     ) -> None:
-        """near: names of the stores that this host writes to. None given: the stores with a directory. If no store has
-        a directory, each host writes to one store, chosen by `home_of` (this host's name), so that hosts spread their
-        writes over all stores.
+        """near: names of the stores that this host writes to. If none is named, the stores with a directory are near.
+        If no store has a directory, each host writes to one store, chosen by `home_of` (this host's name), so that
+        hosts spread their writes over all stores.
 
-        may_call: raises ConfigError for an address that must not be called.  options: as for `ManyStores`.
+        may_call: raises ConfigError for an address that must not be called. options: the further arguments of
+        `ManyStores`.
         """
         super().__init__(named, **options)
         self._named = tuple(named)
@@ -77,10 +78,10 @@ class FoundStores(ManyStores):
             return False
         try:
             if not SERVICE_NAME.fullmatch(found.name):
-                raise ConfigError("its name is not a store's")
+                raise ConfigError("the service's name is not a valid name of a store")
             self._may_call(found.address)
         except ConfigError as err:
-            log.warning("the store %s at %s is not used: %s", found.name, found.address, err)
+            log.warning("the store named %s at %s is not used: %s", found.name, found.address, err)
             self._refused.add(found)
             return False
         return True

@@ -30,7 +30,7 @@ def held_from_wire(response: kvstore_pb2.LookupResponse) -> Held:
         flat = (0, response.num_blocks)
     cached = tuple(response.cached)
     if any(len(each) % 2 or any(a >= b for a, b in pairwise(each)) for each in (flat, cached)):
-        raise InternalError("a store's answer has spans that are not in order")
+        raise InternalError("a store's answer names the blocks that it has in spans that are not in order")
     return Held(
         spans=_pairs(flat),
         checkpoints=tuple(response.checkpoints),

@@ -33,12 +33,12 @@ _BYTES_PER_S: Final = 128 << 20
 
 
 class CopiedStores(Protocol):
-    """The stores that copies are read from and written to: `ManyStores`."""
+    """The stores from which records are copied, and the store to which they are copied: `ManyStores`."""
 
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
-        """The leading ones of these records that any other store has."""
+        """The leading ones of these records that at least one other store has."""
 
     async def put_near(self, records: Sequence[Record]) -> PutResult:
         """Write records to the nearest store."""
@@ -96,7 +96,7 @@ class LocalCopies:
             self._task = asyncio.get_running_loop().create_task(self._copy_all(stores))
 
     async def settle(self) -> None:
-        """Wait until all waiting copies have been made."""
+        """Wait until all queued copies have been made."""
         if self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
 
@@ -126,7 +126,7 @@ class LocalCopies:
                 await asyncio.sleep(max(0.0, nbytes / _BYTES_PER_S - (self._clock() - started)))
 
     async def _copy_batch(self, stores: CopiedStores, copy: _Copy, hashes: Sequence[bytes]) -> int:
-        """Returns how many bytes were copied; after 0 the caller ends this copy."""
+        """Returns how many bytes were copied; after a result of 0 the caller ends this copy."""
         try:
             records = await stores.get_records(copy.kind, hashes, fingerprint=copy.fingerprint, tenant=copy.tenant)
             fitting = self._within_budget(records)
@@ -135,7 +135,7 @@ class LocalCopies:
             result = await stores.put_near(fitting)
         except AntefixError as err:
             self.counters.num_failed += 1
-            log.debug("a copy was not made: %s", err)
+            log.debug("a record could not be copied to the local store: %s", err)
             return 0
         taken = [record for record in fitting if record.hash not in result.refused]
         nbytes = sum(len(record.payload) for record in taken)

@@ -26,7 +26,8 @@ T = TypeVar("T")
 class LocalStore(RemoteStore):
     """A client of a store service whose files are on this host: it reads the files itself.
 
-    Connects when first used. Reconnects after the service restarts, and reopens the index after it was rebuilt.
+    Connects when first used. The client reconnects after the service restarts, and reopens the index after the index
+    was rebuilt.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 The combined store keeps the promises of `antefix.store.api.Store`, with one exception: its look-ups rely on the
 stores' events, which arrive a moment late, and on the stores that answered in time. So a read may miss a block that a
-look-up promised. A store that fails is not asked for a moment. A call fails only if no store answers.
+look-up promised. A store that fails is not asked for a short time. A call fails only if no store answers.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ManyStores:
 
     @property
     def tiers(self) -> tuple[Tier, ...]:
-        """All tiers that can be read."""
+        """All tiers that can be read, such as stores, page caches and the object store."""
         return self.members.readable
 
     async def start(self) -> None:
@@ -94,7 +94,8 @@ class ManyStores:
         await asyncio.gather(*(_load(tier) for tier in self._more))
 
     def change(self, members: Sequence[Member]) -> None:
-        """Use these stores from now on, nearest first. A store that leaves is closed once no read of it can be running.
+        """Use these stores from now on, nearest first. A store that leaves is closed once no read of this store can be
+        running.
 
         Needs a running event loop.
         """
@@ -121,7 +122,7 @@ class ManyStores:
     async def locate(
         self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"", ask: bool = False
     ) -> Located:
-        """As `lookup`, and also what each store has.  ask: ask every store, even if its events say what it has."""
+        """As `lookup`, and also what each store has. ask: ask every store, even if its events tell what it has."""
         members = self.members
         held = await members.held(chain, fingerprint=fingerprint, tenant=tenant, ask=ask)
         parts = members.by_readable(held)
@@ -225,11 +226,13 @@ class ManyStores:
         return await self._put(records, self._write_order(records))
 
     async def put_near(self, records: Sequence[Record]) -> PutResult:
-        """As `put`, but only to near stores."""
+        """As `put`, but the records are written only to near stores."""
         return await self._put(records, [member for member in self._write_order(records) if member.near])
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
-        """Register the layout with every store. A store that does not answer is told before the first write to it."""
+        """Register the layout of payloads with every store. A store that does not answer is told the layout before the
+        first write to this store.
+        """
         self._layouts[fingerprint] = (layout, statement)
         self.follow(fingerprint)
         tell = (self._register(member, fingerprint) for member in self.members.stores)
@@ -252,7 +255,7 @@ class ManyStores:
                 member.feed.start()
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
-        """Pin records in each store that has them. Returns the largest number of them that one store has."""
+        """Pin records in each store that has them. Returns the largest number of the records that one store has."""
         return max(
             await self.members.of_all(lambda member: member.store.pin(names, duration_s=duration_s, owner=owner))
         )
@@ -275,7 +278,9 @@ class ManyStores:
         return union_of(found.values(), len(chain)).num_leading
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
-        """Tell all stores: this object does not know which store delivered the records, and copies are bad as well."""
+        """Report the records to all stores, because this object does not know which store delivered them, and copies
+        are bad as well.
+        """
 
         async def tell(member: Member) -> int:
             await member.store.reject(kind, hashes)
@@ -288,7 +293,7 @@ class ManyStores:
         return sum(await self.members.of_all(lambda member: member.store.evict(names, owner=owner)))
 
     def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
-        """The events of the nearest store."""
+        """The events of the nearest store, from which others learn its contents."""
         return self._nearest().store.watch(cursor)
 
     async def stats(self) -> StoreTotals:
@@ -373,7 +378,7 @@ async def _load(tier: Tier) -> None:
             await tier.source.load()
     except (AntefixError, TimeoutError) as err:
         log.warning(
-            "the index of %s is not loaded yet, so look-ups there find nothing for now: %s",
+            "the index of store %s is not loaded yet, so look-ups there find nothing for now: %s",
             tier.label,
             err or "loading takes long",
         )

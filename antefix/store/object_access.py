@@ -39,7 +39,9 @@ def check_object_store(url: str, encrypt_key_file: str = "", keys_file: str = ""
 
 
 def object_keys(encrypt_key_file: str, keys_file: str, owners: Owners = NO_OWNERS) -> KeyRing | None:
-    """The tier's encryption keys; None: it is not encrypted.  Raises:  ConfigError: a file cannot be used."""
+    """The encryption keys of the object store; None if it is not encrypted. Raises: ConfigError: one of the key files
+    cannot be used.
+    """
     if encrypt_key_file:
         return KeyRing.from_master_file(Path(encrypt_key_file))
     return KeyRing.from_file(Path(keys_file), owners) if keys_file else None

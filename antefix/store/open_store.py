@@ -35,7 +35,7 @@ _DAYS_3_S: Final = 72 * 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreAddress:
-    """Where the kvstore service listens, and its directory if that is on this host ("" if not).
+    """The address where the kvstore service listens, and its directory if that is on this host ("" if not).
 
     name: the store's name in receipts and metrics, where there are several stores.
     """
@@ -59,7 +59,7 @@ class StoreAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoresConfig:
-    """Settings of a process that reads stores. Other configurations take them over with `same_setting`."""
+    """Settings of a process that reads stores. Other configurations copy these settings with `same_setting`."""
 
     store_address: str = setting("", "host:port of the kvstore service")
     store_dir: str = setting(
@@ -150,7 +150,7 @@ def store_addresses(config: ReadsStores) -> list[StoreAddress]:
 
 
 def store_sources(config: FindsStores, keys: EventKeys) -> list[Source]:
-    """The finders of stores (DNS, Redis) that the settings name.  keys: verify the signatures of leases in Redis."""
+    """The finders of stores (DNS, Redis) that the settings name. keys: verify the signatures of leases in Redis."""
     return finders(config.stores, config, role=Role.KVSTORE, keys=keys)
 
 
@@ -178,11 +178,12 @@ def open_stores(
     sources: Sequence[Source] = (),
     may_call: Callable[[str], object] = lambda address: None,
 ) -> LocalStore | RemoteStore | ManyStores:
-    """One client of all these stores. For a single store and no other argument, the client that `open_store` returns.
+    """One client that presents all these stores as one store. For a single store without further arguments, the result
+    is the client that `open_store` returns.
 
-    near: names of the stores that are written to; none given: those with a directory, or else the first.
-    more, copies, make_feed: as for `ManyStores`.  sources: finders of further stores; call `ManyStores.start` first.
-    may_call: raises ConfigError for the address of a found store that must not be called.
+    near: names of the stores that are written to; if none is given, those with a directory, or else the first. more,
+    copies, make_feed: as for `ManyStores`. sources: finders of further stores; call `ManyStores.start` first. may_call:
+    raises ConfigError for the address of a found store that must not be called.
     """
     if len(where) == 1 and not sources and not more:
         return open_store(where[0], seals=seals)
@@ -217,7 +218,7 @@ def _member(where: StoreAddress, seals: Seals | None, *, near: bool = False) -> 
 def feed_maker(redis: RedisAccess | str, keys: EventKeys, room: FeedRoom) -> Callable[[Member, bytes], StoreFeed]:
     """A function that makes the feed of a store's events: through Redis if `redis` is given, else from the store.
 
-    room: limits the names that all feeds hold together.
+    room: the common limit on the names that all feeds hold together.
     """
 
     def make(member: Member, fingerprint: bytes) -> StoreFeed:

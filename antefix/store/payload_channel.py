@@ -1,7 +1,8 @@
-"""Receives payloads from a store service into the caller's buffers: one copy, every message checked.
+"""Receives payloads from a store service into the caller's buffers, with one copy and a check of every message.
 
-Uses gRPC's blocking client in a thread: it takes a quarter less processor time per megabyte than the asyncio client,
-and checking and copying megabytes would block the event loop. No other part of a store's client blocks.
+gRPC's blocking client is used here in a thread: it takes a quarter less processor time per megabyte than the asyncio
+client. Checking and copying megabytes would also block the event loop. All other parts of a store's client work without
+blocking.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ _GET: Final = f"/{SERVICE}/Get"
 
 
 class PayloadChannel:
-    """A connection for Get calls only. Tells the allocator to keep buffers of a message's size."""
+    """A gRPC connection that is used for Get calls only. The memory allocator is told to keep buffers of a message's
+    size.
+    """
 
     def __init__(self, address: str, credentials: Credentials | None = None) -> None:
         """credentials: sent with each call; None: the credentials of this process."""
@@ -57,7 +60,7 @@ class PayloadChannel:
     async def receive(
         self, request: kvstore_pb2.GetRequest, done: Progress, buffer: BufferOf, *, deadline_s: float
     ) -> None:
-        """Fill buffers from the position in `done` on. `done` advances with every message.
+        """Fill the buffers, beginning at the position that `done` has. `done` advances with every message.
 
         Raises:  BlockCorrupt: a message was damaged.  AntefixError: the error that the service returned.
         """

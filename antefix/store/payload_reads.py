@@ -1,4 +1,6 @@
-"""Receives payloads of one store into buffers. After a broken stream it continues at the byte where it stopped."""
+"""Receives payloads of one store into buffers. If a stream breaks, the reading continues at the byte where the stream
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,7 @@ class PayloadsWanted:
 class PayloadsRead:
     """num_good: the number of leading payloads that passed all checks.
 
-    forged: the hash of the record after them, if its seal is not valid; else empty.
+    forged: the hash of the record after the good ones if its seal is not valid; empty otherwise.
     """
 
     num_good: int
@@ -55,7 +57,7 @@ class PayloadsRead:
 async def receive_payloads(
     connection: StoreConnection, wanted: PayloadsWanted, buffer: BufferOf, *, seals: Seals | None, deadline_s: float
 ) -> PayloadsRead:
-    """Fill buffers from a stream, resuming where it broke.  seals: if given, only sealed records are accepted.
+    """Fill buffers from a stream, and resume where the stream broke. seals: if given, only sealed records are accepted.
 
     Raises:  AntefixError: the store does not answer, or refuses the call.
     """

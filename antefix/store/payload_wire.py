@@ -1,8 +1,9 @@
-"""Writes and reads payload messages without protobuf, whose bytes fields cost a copy and an allocation each way.
+"""Writes and reads messages with payloads without protobuf, because protobuf's bytes fields cost a copy and an
+allocation in each direction.
 
 A message whose payload field comes last consists of the protobuf encoding of its other fields, the payload's tag and
-length, and the payload. This module writes and reads exactly these bytes. So any gRPC client can talk to the store,
-and our client does not parse megabytes with protobuf.
+length, and the payload. The encoding that this module writes and reads is exactly protobuf's. So any gRPC client can
+talk to the store, and our client does not parse megabytes with protobuf.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Piece(Generic[M]):
 class BlankMessage:
     """A GetResponse whose payload is still to be read, straight into the bytes that gRPC will send.
 
-    gRPC sends bytes objects only, and joining one from parts would copy every payload once more. Only this object's
-    owner holds the bytes until `finish`.
+    gRPC sends bytes objects only, and joining one from parts would copy every payload once more. Until `finish`, only
+    this object's owner holds the bytes.
     """
 
     __slots__ = ("_raw", "_seals_at", "_view", "payload")
@@ -73,11 +74,13 @@ class BlankMessage:
         self.payload = self._view[len(head) :]
 
     def finish(self) -> bytes:
-        """The message. Do not write to its payload after this."""
+        """The message. After this call, the payload of the message must not be written to."""
         return self._raw
 
     def finish_piece(self, checksum: int, seals: bytes = b"") -> bytes:
-        """The message of a piece: sets its seals, if any, and its checksum, the last field before the payload's tag."""
+        """The finished message of a piece, with its seals, if any, and its checksum, which is the last field before the
+        payload's tag.
+        """
         self._view[self._seals_at : self._seals_at + len(seals)] = seals
         head_bytes = self._view.nbytes - self.payload.nbytes
         tag_bytes = len(_tag_and_length(GET_RESPONSE_DATA, self.payload.nbytes))
@@ -87,7 +90,9 @@ class BlankMessage:
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Unverified records as they lie in a segment, from `offset` on. The first one belongs to hash number `first`."""
+    """Unverified records as they lie in a segment, from `offset` on. The first of these records belongs to the hash
+    with number `first`.
+    """
 
     first: int
     seed: int
@@ -104,8 +109,8 @@ def records_head(*, first: int, seed: int, segment: int, offset: int, records_by
 
 
 def head_of(message: Any, field: int, payload_bytes: int) -> bytes:
-    """The bytes of a message that precede its payload. The payload is the message's last field and
-    has number `field`.
+    """The bytes of a message that precede its payload. The payload must be the message's last field; its field number
+    is `field`.
     """
     head: bytes = message.SerializeToString() + _tag_and_length(field, payload_bytes)
     return head
@@ -150,7 +155,9 @@ def _stretch_of(raw: bytes) -> Stretch:
     seed_tag, seed, segment_tag, segment, offset_tag, offset = tags_and_values
     length, at = _varint(raw, _RECORDS_HEAD.size)
     if (seed_tag, segment_tag, offset_tag, records_tag) != _RECORDS_TAGS[1:] or at + length != len(raw):
-        raise BlockCorrupt("the store sent a message of records that is cut off, or its fields are not in order")
+        raise BlockCorrupt(
+            "the store sent a message of records that is incomplete, or has its fields in the wrong order"
+        )
     return Stretch(first, seed, segment, offset, memoryview(raw)[at:])
 
 
@@ -181,7 +188,7 @@ def _split(raw: bytes, field: int) -> tuple[bytes, memoryview]:
             length, at = _varint(raw, at)
             if tag >> 3 == field:
                 if at + length != len(raw):
-                    raise InvalidRequest("a payload message must end with its payload")
+                    raise InvalidRequest("a message that carries a payload must end with the payload")
                 return raw[:start], memoryview(raw)[at:]
             at += length
         elif wire_type == 0:

@@ -36,12 +36,14 @@ def join_hashes(hashes: Sequence[bytes]) -> bytes:
 def split_hashes(joined: bytes) -> list[bytes]:
     """Raises:  InvalidRequest: the bytes are not a whole number of hashes."""
     if len(joined) % HASH_BYTES:
-        raise InvalidRequest(f"{len(joined)} bytes are not a whole number of {HASH_BYTES}-byte hashes")
+        raise InvalidRequest(
+            f"the hashes have {len(joined)} bytes, which is not a whole number of {HASH_BYTES}-byte hashes"
+        )
     return [joined[i : i + HASH_BYTES] for i in range(0, len(joined), HASH_BYTES)]
 
 
 def messages_of(payload: Buffer, number: int, *, offset: int = 0, sealed: bytes = b"") -> list[bytes]:
-    """The messages of a Get for one payload in memory, which belongs to hash number `number`.
+    """The messages of a Get for one payload in memory, which belongs to the requested hash with number `number`.
 
     sealed: the sealed part of the record's header, if the caller asked for it.
     """
@@ -57,7 +59,7 @@ def messages_of(payload: Buffer, number: int, *, offset: int = 0, sealed: bytes 
 
 @dataclass(slots=True)
 class _Cut:
-    """One piece of a stream: its start, and which bytes of which payloads it carries."""
+    """One piece of a stream: where it starts, and which bytes of which payloads it carries."""
 
     index: int
     offset: int
@@ -67,7 +69,7 @@ class _Cut:
 
     @property
     def beginning(self) -> range:
-        """The numbers, in the stream, of the payloads that begin in this piece."""
+        """The numbers of the stream's payloads that begin in this piece."""
         return range(self.index + (self.offset > 0), self.index + len(self.sizes))
 
     def draw_blank(self, *, has_seals: bool) -> BlankMessage:
@@ -109,8 +111,8 @@ class OutgoingPieces:
         self._sent_bytes = 0
 
     def parts_of(self, number: int) -> list[memoryview]:
-        """The buffers for payload `number`, counted from this object's first one. Ask for each
-        payload once, in order.
+        """The buffers for payload `number`, counted from this object's first one. The payloads must be asked for once
+        each, in order.
         """
         assert number == self._num_placed
         self._num_placed += 1
@@ -156,7 +158,7 @@ class OutgoingPieces:
         return cut.blank.finish_piece(piece_checksum(cut.blank.payload), seals)
 
     def _shortened(self, cut: _Cut, nbytes: int) -> _Cut:
-        """The first `nbytes` bytes of a piece whose last payload turned out bad."""
+        """The first `nbytes` bytes of a piece whose last payload failed a check."""
         assert cut.blank is not None
         short = _Cut(cut.index, cut.offset, nbytes=nbytes)
         end = -cut.offset
@@ -240,7 +242,7 @@ class RecordAssembler:
         self._filled = 0
 
     def add(self, piece: Piece[kvstore_pb2.PutRequest]) -> Record | None:
-        """The record that this piece completes, or None.
+        """The record that this piece completes; None if the piece completes none.
 
         Raises:  InvalidRequest: pieces out of order, or too many bytes.  BlockCorrupt: a piece's checksum is wrong.
         """
@@ -248,13 +250,17 @@ class RecordAssembler:
         if message.HasField("header"):
             self._begin(message.header)
         if self._header is None:
-            raise InvalidRequest("a put must begin with a record's header")
+            raise InvalidRequest("a put must begin with the header of a record")
         if data.nbytes > PIECE_BYTES or message.offset != self._filled:
-            raise InvalidRequest(f"expected a piece of at most {PIECE_BYTES} bytes at offset {self._filled}")
+            raise InvalidRequest(
+                f"expected a piece of the payload of at most {PIECE_BYTES} bytes at offset {self._filled}"
+            )
         if self._filled + data.nbytes > self._payload_bytes:
-            raise InvalidRequest(f"more bytes than the {self._payload_bytes} announced")
+            raise InvalidRequest(
+                f"the put sent more than the {self._payload_bytes} bytes of payload that its header announced"
+            )
         if piece_checksum(data) != message.checksum:
-            raise BlockCorrupt("a piece was damaged on its way to the store")
+            raise BlockCorrupt("a piece of a payload was damaged on its way to the store")
         if data.nbytes == self._payload_bytes and _is_most_of_its_message(data):
             self._payload = data
         else:
@@ -266,7 +272,7 @@ class RecordAssembler:
     def end(self) -> None:
         """Raises:  InvalidRequest: the stream ended inside a record."""
         if self._header is not None:
-            raise InvalidRequest(f"the put ended after {self._filled} of {self._payload_bytes} bytes")
+            raise InvalidRequest(f"the put ended after {self._filled} of the payload's {self._payload_bytes} bytes")
 
     def _begin(self, header: kvstore_pb2.RecordHeader) -> None:
         self.end()
@@ -305,8 +311,8 @@ class RecordAssembler:
 
 
 def _is_most_of_its_message(data: memoryview) -> bool:
-    """Whether a view of `data` keeps little more than `data` in memory. The limit on waiting writes counts payload
-    bytes only, so it would not count the rest of the message.
+    """Whether a view of `data` keeps hardly more bytes in memory than the view itself has. The limit on waiting writes
+    counts payload bytes only, so it would not count the rest of the message.
     """
     message: Any = data.obj
     return 8 * (len(message) - data.nbytes) <= data.nbytes
@@ -317,7 +323,7 @@ def kind_of(number: int) -> RecordKind:
     try:
         return RecordKind(number)
     except ValueError as err:
-        raise InvalidRequest(f"{number} is not a record kind") from err
+        raise InvalidRequest(f"the number {number} stands for no kind of record") from err
 
 
 def _hash_kind_of(number: int) -> HashKind:
@@ -325,4 +331,4 @@ def _hash_kind_of(number: int) -> HashKind:
     try:
         return HashKind(number)
     except ValueError as err:
-        raise InvalidRequest(f"{number} is not a kind of block hashes") from err
+        raise InvalidRequest(f"the number {number} stands for no kind of block hash") from err

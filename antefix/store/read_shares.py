@@ -1,7 +1,9 @@
-"""Assigns the pieces of a prefix to tiers: each piece, in order, to the tier predicted to finish it first. No I/O.
+"""Assigns the pieces of a prefix to the tiers that can read them: each piece, in order, to the tier that is predicted
+to finish it first. No I/O.
 
-This order prefers near tiers, which are faster, until so many pieces wait for a near tier that a farther tier would
-finish sooner. `read_tiers` uses it at the start, and again for the pieces that a tier failed to deliver.
+This order prefers near tiers, which are faster, until so many pieces wait for a near tier that a tier farther away
+would finish sooner. `read_tiers` uses this assignment at the start of a read, and again for the pieces that a tier
+failed to deliver.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ PIECE_BYTES: Final = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Blocks [start, stop) of a read.  holders: numbers of the tiers that should have all these blocks.
+    """Blocks [start, stop) of a read. holders: the numbers of the tiers that should have all these blocks.
 
     late: numbers of the tiers that have them too but took too long; they are asked again if no other tier has them.
     """
@@ -34,7 +36,9 @@ class Piece:
         return self.stop - self.start
 
     def after(self, num_good: int, *, without: frozenset[int], late: frozenset[int] = frozenset()) -> Piece:
-        """What is left of the piece after `num_good` blocks have arrived, with the tiers that may read it now."""
+        """The rest of a piece after its first `num_good` blocks have arrived, with the tiers that may read that rest
+        now.
+        """
         holders, late = self.holders - without - late, (self.late | late) - without
         if not holders:
             holders, late = late, frozenset()
@@ -44,7 +48,7 @@ class Piece:
 def pieces_of(held: Mapping[int, Held], num_blocks: int, block_bytes: int) -> list[Piece]:
     """Cut the leading blocks that some tier holds into pieces, each with one set of holders.
 
-    held: what each tier has, by the tier's number.
+    held: which blocks each tier has, by the tier's number.
     """
     blocks_max = max(1, PIECE_BYTES // max(1, block_bytes))
     pieces = []
@@ -74,7 +78,9 @@ def _runs(held: Mapping[int, Held], num_blocks: int) -> Iterator[tuple[int, int,
 
 
 class Shares:
-    """The pieces that wait for each tier.  seconds: predicts a read from (tier number, bytes)."""
+    """The pieces that wait for each tier. seconds: predicts how long a read takes, from the tier's number and the
+    bytes.
+    """
 
     def __init__(self, seconds: Callable[[int, int], float], block_bytes: int) -> None:
         self._seconds = seconds
@@ -83,7 +89,7 @@ class Shares:
         self._busy_s: dict[int, float] = {}
 
     def give(self, pieces: Sequence[Piece]) -> None:
-        """Assign pieces to tiers. Each piece must have a holder."""
+        """Assign pieces to tiers. Each piece must have at least one tier that holds it."""
         for piece in pieces:
             tier = min(piece.holders, key=lambda tier: (self._done_s(tier, piece), tier))
             self._busy_s[tier] = self._done_s(tier, piece)

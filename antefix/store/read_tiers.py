@@ -1,4 +1,5 @@
-"""Reads a prefix from several tiers at once: each piece from the fastest tier, and from another tier if that fails.
+"""Reads a prefix from several tiers at once: each part from the fastest tier, and from another tier if the first one
+fails.
 
 The prefix ends at the first block that no tier delivers. Bytes that fail a check are never counted. A read that takes
 several times as long as predicted is given up if another tier has the same blocks.
@@ -32,7 +33,7 @@ _ALONE_S: Final = 10.0
 class PrefixRead:
     """num_good: the number of leading blocks that were read and verified.
 
-    reads: what each tier delivered of them.  errors: the errors of tiers that failed.
+    reads: how many of the blocks each tier delivered. errors: the errors of tiers that failed.
     """
 
     num_good: int = 0
@@ -57,16 +58,18 @@ class Wanted:
 async def read_tiers(tiers: Sequence[Tier], held: Mapping[int, Held], wanted: Wanted) -> PrefixRead:
     """Read the wanted blocks.
 
-    held: what each tier should have, by its number. A block that the tier lacks is read from another tier, or ends
-    the prefix.
+    held: which blocks each tier should have, by the tier's number. A block that the tier lacks is read from another
+    tier, or ends the prefix.
 
-    No thread writes to the buffers after this returned, was cancelled or raised anything but ReadHangs.
+    After this call has returned, was cancelled or raised anything but ReadHangs, no thread writes to the buffers.
     """
     return await _Reading(tiers, held, wanted).run()
 
 
 class _Late(DeadlineExceeded):
-    """A late tier was given up for another tier. If that one fails too, the late tier is asked again."""
+    """A tier that was too slow has been given up in favour of another tier. If the other tier fails too, the slow tier
+    is asked again.
+    """
 
     def __init__(self, message: str, begun_s: float) -> None:
         super().__init__(message)
@@ -143,7 +146,9 @@ class _Reading:
         return num_good
 
     def _settle(self, number: int, piece: Piece, task: asyncio.Task[int]) -> None:
-        """Record a read that ended. Blocks that it did not deliver are given to another tier, or end the prefix."""
+        """Record a read that ended. Blocks that the tier did not deliver are read from another tier, or end the
+        prefix.
+        """
         err = task.exception()
         if err is not None and not isinstance(err, AntefixError):
             raise err
@@ -186,7 +191,7 @@ class _Reading:
                 task.cancel()
 
     def _by_tier(self) -> list[TierRead]:
-        """What each tier delivered of the prefix. Updates each tier's measured speed."""
+        """How many blocks of the prefix each tier delivered. Updates each tier's measured speed."""
         block_bytes = self._wanted.block_bytes
         reads = []
         for number, (began, ended) in sorted(self._times.items()):

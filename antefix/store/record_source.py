@@ -1,4 +1,4 @@
-"""Reads whole records (header and payload) of a store or tier, which copies, drains and moves put into another one."""
+"""Reads whole records (header and payload) from a store or tier, in order to put them into another store."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ class RecordSource(Protocol):
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""
     ) -> list[Record]:
-        """The leading ones of these records that are there, with their seals. Stops at a record of version 1."""
+        """The leading ones of these records that the store has, with their seals. Reading stops at the first record of
+        version 1.
+        """
 
 
 def records_of(sealed: Sequence[bytes], payloads: Sequence[Buffer]) -> list[Record]:

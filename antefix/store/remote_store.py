@@ -1,4 +1,6 @@
-"""A client that reaches a store only over gRPC. Calls run on the event loop; payloads are received in threads."""
+"""A client that reaches a store only over gRPC. Calls to the store run on the event loop; payloads are received in
+threads.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ PURGE_DEADLINE_S: Final = 300.0
 
 
 class RemoteStore:
-    """A client of one store service. Connects when first used, and reconnects after the service restarts."""
+    """A client of one store service. The client connects when it is first used, and reconnects after the service
+    restarts.
+    """
 
     def __init__(
         self,
@@ -213,7 +217,7 @@ class RemoteStore:
         *,
         statement: bytes = b"",
     ) -> None:
-        """As `register`, with the plane plans that another store has."""
+        """As `register`, with the compression plans that another store has."""
         request = kvstore_pb2.RegisterRequest(
             fingerprint=fingerprint,
             block_size=block_tokens,
@@ -261,9 +265,10 @@ class RemoteStore:
 
     async def tell_forged(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
         """Tell the store to quarantine records without a valid seal. The store has no secret to check seals, so it
-        would keep them.
+        would keep these records otherwise.
 
-        Not delayed: the store would otherwise refuse the good records put next, because it already has these names.
+        The call is not delayed, because the store would otherwise refuse the good records that are put next under the
+        same names.
         """
         for forged in hashes:
             log.warning("a %s in the store was not sealed by this deployment: %s", kind.name.lower(), forged.hex())
@@ -271,7 +276,9 @@ class RemoteStore:
             await self._tell(kvstore_pb2.TouchRequest(forged=[name_to_wire((kind, forged)) for forged in hashes]))
 
     async def touch(self, request: kvstore_pb2.TouchRequest) -> None:
-        """Tell the service which records were read here or found bad.  Raises:  AntefixError: the call failed."""
+        """Tell the service which of its records were read here, or were found damaged. Raises: AntefixError: the call
+        failed.
+        """
         with self.connection.asked():
             await self.connection.stub.Touch(request, timeout=CALL_DEADLINE_S)
 
@@ -279,10 +286,10 @@ class RemoteStore:
         try:
             await self.touch(request)
         except AntefixError as err:
-            log.warning("the store could not be told which records were read or found bad: %s", err)
+            log.warning("the store could not be told which of its records were read, or found damaged: %s", err)
 
     async def _receive(self, wanted: PayloadsWanted, buffer: BufferOf) -> int:
-        """Receive payloads into buffers. Returns the number of leading payloads that are good."""
+        """Receive payloads into buffers. Returns the number of leading payloads that passed all checks."""
         found = await receive_payloads(self.connection, wanted, buffer, seals=self._seals, deadline_s=self._deadline_s)
         if found.forged:
             await self.tell_forged(wanted.kind, [found.forged])

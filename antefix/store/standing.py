@@ -33,7 +33,8 @@ _DEVIATIONS: Final = 4.0
 class Standing:
     """The state of one tier.
 
-    returned_s: when its connection last noticed that the tier answers again.  clock: monotonic seconds.
+    returned_s: the time at which the tier's connection last noticed that the tier answers again. clock: monotonic
+    seconds.
     """
 
     def __init__(
@@ -52,12 +53,12 @@ class Standing:
 
     @property
     def is_shunned(self) -> bool:
-        """Whether the tier failed a moment ago and is not known to be back, so it is not asked."""
+        """Whether the tier failed a short time ago and is not known to be back, so that it is not asked."""
         return self._clock() < self._shunned_until and not self._is_back
 
     @property
     def limit_s(self) -> float:
-        """How long to wait for the tier to say what it holds, in seconds."""
+        """How long to wait, in seconds, for the tier's answer which blocks it has."""
         return min(ASK_S_MAX, max(ASK_S, self._mean_s + _DEVIATIONS * self._deviation_s))
 
     @property
@@ -65,7 +66,7 @@ class Standing:
         return self.returned_s() > self._failed_s
 
     def failed(self) -> None:
-        """Note that the tier cannot be reached."""
+        """Record that the tier cannot be reached."""
         if self._is_back:
             self._num_failed_in_a_row = 0
         now = self._clock()
@@ -74,7 +75,7 @@ class Standing:
         self._failed_s, self._shunned_until = now, now + pause_s
 
     def late(self, begun_s: float) -> None:
-        """Note that the question asked at `begun_s` was given up without an answer."""
+        """Record that the question asked at `begun_s` was given up without an answer."""
         self.num_late += 1
         if begun_s < self._late_s:
             return  # asked before the last question was given up, so it shows nothing new
@@ -84,7 +85,7 @@ class Standing:
             self.failed()
 
     def answered(self, seconds: float | None = None) -> None:
-        """Note that the tier answers.  seconds: how long it took to say what it holds, even if it was late."""
+        """Record that the tier answers. seconds: how long the answer took, even if it was late."""
         self._num_failed_in_a_row = self._num_late_in_a_row = 0
         self._shunned_until = -math.inf
         if seconds is not None:

@@ -53,8 +53,8 @@ class StoreConnection:
 
     @contextlib.contextmanager
     def asked(self, nbytes: int = 0) -> Iterator[None]:
-        """A context around a call that a request waits for.  Raises: as `Breaker.asked`, and the
-        service's own errors.
+        """A context around a call that a request waits for. Raises: the errors of `Breaker.asked`, and the service's
+        own errors.
         """
         if self.stub is not None and self._channel is not None:
             self.breaker.follow(self.address, self._channel)

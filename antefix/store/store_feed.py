@@ -1,9 +1,9 @@
 """Knows what a store holds by following its numbered events, so that a request need not ask the store.
 
-The feed lags the store by a moment: if the store has just dropped a block, the worker finds the block missing and
-computes it. While the feed is out of step (no snapshot yet, a broken stream, no event for too long), it gives no answer
-and the store is asked. The feed omits names that do not fit into its memory. Then it still knows that the names it has
-are stored, and the store is asked about prompts with further blocks.
+The feed is a moment behind the store: if the store has just dropped a block, the worker finds the block missing and
+computes it. As long as the feed has no complete knowledge (no snapshot yet, a broken stream, no event for too long), it
+gives no answer and the store is asked. The feed omits names that do not fit into its memory. After names were omitted,
+the feed still knows that the names it has are stored; for prompts with further blocks, the store is asked.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class StoreFeed(Follower[BlockEvent]):
         name: str = "",
         keys: EventKeys | None = None,
     ) -> None:
-        """room: the limit shared with other feeds; None: this feed has its own.  name: of the store's stream in Redis.
-        keys: verify the signatures of events that come through Redis.
+        """room: the limit shared with other feeds; None: this feed has a limit of its own. name: the name of the
+        store's stream in Redis. keys: verify the signatures of events that come through Redis.
 
         Raises:  ConfigError: the URL cannot be used. This does not connect yet.
         """
@@ -61,7 +61,7 @@ class StoreFeed(Follower[BlockEvent]):
 
     @property
     def dropped(self) -> Mapping[DropReason, int]:
-        """How many entries in Redis were dropped, by reason."""
+        """How many event entries in Redis were dropped, by reason."""
         return self._reader.dropped if self._reader is not None else {}
 
     def rename(self, fingerprint: bytes) -> None:
@@ -76,11 +76,13 @@ class StoreFeed(Follower[BlockEvent]):
             self._task = asyncio.create_task(self.run(self._watch))
 
     def __len__(self) -> int:
-        """How many names the feed holds."""
+        """How many names of records the feed holds."""
         return len(self._blocks) + len(self._checkpoints)
 
     def num_leading(self, keys: Sequence[Key]) -> int | None:
-        """How many of the chain's first blocks the store holds; None: the feed does not know, so ask the store."""
+        """How many of the chain's first blocks the store holds; None if the feed does not know, so that the store must
+        be asked.
+        """
         if not self.in_step:
             return None
         blocks = self._blocks
@@ -88,7 +90,9 @@ class StoreFeed(Follower[BlockEvent]):
         return num_leading if num_leading == len(keys) or not self.num_left_out else None
 
     def held(self, hashes: Sequence[bytes], *, fingerprint: bytes) -> Held | None:
-        """What the store has of a chain or of part of one; None: the feed does not know, so ask the store."""
+        """Which blocks the store has of a chain or of part of one; None if the feed does not know, so that the store
+        must be asked.
+        """
         if fingerprint != self._fingerprint or not self.in_step:
             return None
         keys = keys_of(hashes)
@@ -99,8 +103,8 @@ class StoreFeed(Follower[BlockEvent]):
         return Held.of_flags(flags, checkpoints)
 
     def trim(self) -> None:
-        """Drop names until the feed holds no more than its share of the room. The feed drops any names: the feed does
-        not know which ones are worth more.
+        """Drop names until the feed holds no more than its share of the room. The feed drops arbitrary names, because
+        it does not know which ones are worth more.
         """
         for names in (self._checkpoints, self._blocks):
             while names and len(self) > self._room.share:

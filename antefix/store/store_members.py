@@ -29,9 +29,10 @@ _OWN_DELAY_S: Final = 0.05
 class Member:
     """One of the stores.
 
-    near: whether records are written to it.  feed: knows from events what the store holds; None: the store is asked.
-    registered: fingerprints whose layouts were registered with it.  address: of its service; empty: not known.
-    page_cache: the tier of its records that are in this host's page cache; None: its files are not read here.
+    near: whether records are written to this store. feed: knows from events which records the store holds; None: the
+    store is asked. registered: fingerprints whose layouts were registered with the store. address: of the store's
+    service; empty: not known. page_cache: the tier of its records that are in this host's page cache; None: its files
+    are not read here.
     """
 
     tier: Tier
@@ -46,12 +47,13 @@ class Member:
 class Members:
     """All tiers, by number: first the stores, in the order of `members`, then the tiers that are only read.
 
-    After them, in `readable` alone, come the page caches of stores whose files are read here. A page cache is not asked
-    what it holds; its store tells it. The speeds of its reads are kept apart from those of the disk.
+    After these tiers, only `readable` also has the page caches of stores whose files are read here. A page cache is not
+    asked which records it has, because its store reports them. The speeds of reads from the page cache are measured
+    apart from those of the disk.
     """
 
     def __init__(self, members: Sequence[Member], more: Sequence[Tier] = (), *, before: Members | None = None) -> None:
-        """before: the object that this one replaces; its late answers still update the tiers' speeds."""
+        """before: the object that this one replaces; late answers to that object still update the tiers' speeds."""
         self.stores: Final = tuple(members)
         self.tiers: Final = (*(member.tier for member in members), *more)
         caches = {number: each.page_cache for number, each in enumerate(members) if each.page_cache is not None}
@@ -64,7 +66,9 @@ class Members:
         return number < len(self.stores) and self.stores[number].near
 
     def by_readable(self, found: Mapping[int, Held]) -> dict[int, Held]:
-        """What each readable tier has.  found: what each tier has, page caches included in their stores."""
+        """Which blocks each readable tier has. found: which blocks each tier has, with page caches counted in their
+        stores.
+        """
         parted = dict(found)
         for number, cache in self._cache_of.items():
             if number in parted and parted[number].cached is not None:
@@ -86,7 +90,7 @@ class Members:
     async def held(
         self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes, ask: bool = False
     ) -> dict[int, Held]:
-        """What each tier has, by its number, without tiers that failed.
+        """Which blocks each tier has, by the tier's number, without tiers that failed.
 
         ask: ask every tier, even where events or a router's call say what it has, which may be a moment old.
         Raises:  Unavailable: no tier answers.  AntefixError: the tiers that answer refuse the question.
@@ -110,7 +114,7 @@ class Members:
         return await self._in_time(tier, asyncio.create_task(question))
 
     async def _in_time(self, tier: Tier, asked: asyncio.Task[Held]) -> Held | AntefixError | TimeoutError:
-        """The answer, if it comes within the tier's time limit. A later answer still updates the
+        """The tier's answer, if it comes within the tier's time limit. An answer that comes later still updates the
         tier's answer times.
         """
         begun_s, limit_s = tier.clock(), tier.standing.limit_s
@@ -125,7 +129,7 @@ class Members:
             return _settled(tier, asked, begun_s)
         tier.late(begun_s)
         self._await_late(tier, asked, begun_s)
-        return TimeoutError(f"{tier.label} did not say within {limit_s:.1f} s what it holds")
+        return TimeoutError(f"{tier.label} did not say within {limit_s:.1f} s which blocks it has")
 
     def _await_late(self, tier: Tier, asked: asyncio.Task[Held], begun_s: float) -> None:
         if sum(late is tier for late in self._late.values()) >= _NUM_LATE_MAX:
@@ -149,7 +153,9 @@ class Members:
             asked.cancel()
 
     def _known(self, number: int, hashes: Sequence[bytes], fingerprint: bytes) -> Held | None:
-        """What a store has according to its events or to this call's router; None: neither says, so ask the store."""
+        """Which blocks a store has according to its events or to this call's router; None if neither tells, so that the
+        store must be asked.
+        """
         feed = self.feed(number)
         if feed is not None and (known := feed.held(hashes, fingerprint=fingerprint)) is not None:
             return known
@@ -159,8 +165,8 @@ class Members:
         return located.of(self.tiers[number].name, hashes, fingerprint)
 
     def may_have(self, number: int, kind: RecordKind, hash: bytes, fingerprint: bytes) -> bool:
-        """Whether a tier should be asked for a record. Events do not cover records in memory, so
-        those may be anywhere.
+        """Whether a tier should be asked for a record. Events of a store do not cover records in memory, so any store
+        may have those.
         """
         known = None if kind in MEMORY_KINDS else self._known(number, [hash], fingerprint)
         if known is None:
@@ -170,8 +176,8 @@ class Members:
     async def first_in_turn(
         self, numbers: Sequence[int], read: Callable[[Tier], Awaitable[bytes | None]]
     ) -> tuple[int, bytes] | None:
-        """Ask these tiers one after another. Returns the first that has the payload, and the payload; skips failed
-        tiers.
+        """Ask these tiers for the payload, one after another. Returns the first tier that has the payload, and the
+        payload; failed tiers are skipped.
         """
         for number in numbers:
             payload = await self._try(number, read)
@@ -182,7 +188,9 @@ class Members:
     async def first_of_all(
         self, numbers: Sequence[int], read: Callable[[Tier], Awaitable[bytes | None]]
     ) -> bytes | None:
-        """Ask all these tiers at once, for a record that one store has in memory. Nobody knows which store that is."""
+        """Ask all these tiers at once, for a record that one store has in memory. Nobody knows beforehand which store
+        has the record.
+        """
         asked = [asyncio.ensure_future(self._try(number, read)) for number in numbers]
         try:
             for answer in asyncio.as_completed(asked):
@@ -205,7 +213,7 @@ class Members:
         return payload
 
     async def of_all(self, call: Callable[[Member], Awaitable[T]]) -> list[T]:
-        """The results of a call to every store, from those that answer.  Raises:  AntefixError: no store answers."""
+        """The results of a call to every store, from the stores that answer. Raises: AntefixError: no store answers."""
         asked = [member for member in self.stores if not member.tier.is_shunned] or list(self.stores)
         if not asked:
             raise Unavailable("no store is known now")
@@ -226,7 +234,7 @@ class Members:
 
 
 def _settled(tier: Tier, asked: asyncio.Task[Held], begun_s: float) -> Held | AntefixError | TimeoutError:
-    """The tier's answer or error. Updates the tier's standing with it."""
+    """The tier's answer or error. An answer of a tier also updates the tier's standing."""
     err = asked.exception()
     if err is None:
         tier.standing.answered(tier.clock() - begun_s)
@@ -241,7 +249,7 @@ def _settled(tier: Tier, asked: asyncio.Task[Held], begun_s: float) -> Held | An
 
 
 def union_of(parts: Iterable[Held], num_blocks: int) -> Held:
-    """What these tiers have together of a chain of `num_blocks` blocks."""
+    """Which parts of a chain of `num_blocks` blocks these tiers have together."""
     flags = [False] * num_blocks
     checkpoints: set[int] = set()
     for held in parts:

@@ -23,7 +23,7 @@ class KindTotals:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreTotals:
-    """A store's totals. Counters count since the store was opened.
+    """A store's totals. Counters count since the store was last opened.
 
     kinds: the totals of each record kind.  used_bytes: segments and index together.
     limit_bytes: how many bytes of its budget the store may use now.  free_bytes: free bytes of its file system.
@@ -49,7 +49,7 @@ class StoreTotals:
 
 
 def sum_of(parts: Sequence[StoreTotals]) -> StoreTotals:
-    """The totals of several stores together. Of texts it takes the first that is not empty."""
+    """The totals of several stores together. If a field is a text, the first text that is not empty is taken."""
     kinds = {
         kind: KindTotals(
             **{each.name: sum(getattr(part.kinds[kind], each.name) for part in parts) for each in fields(KindTotals)}

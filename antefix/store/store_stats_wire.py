@@ -8,7 +8,7 @@ from antefix.v1 import kvstore_pb2
 
 
 def totals_from_wire(answer: kvstore_pb2.StatsResponse) -> StoreTotals:
-    """The totals of an answer that has already been validated."""
+    """The totals of a store in an answer that has already been validated."""
     kinds = dict.fromkeys(RecordKind, KindTotals())
     for kind in answer.kinds:
         kinds[RecordKind(kind.kind)] = KindTotals(

@@ -20,11 +20,11 @@ BufferOf = Callable[[int, int], memoryview]
 
 @dataclass(slots=True)
 class Progress:
-    """The progress through payloads `hashes`: byte `offset` of payload number `index` comes next. All bytes before it
-    have arrived undamaged.
+    """The progress through payloads `hashes`: byte `offset` of payload number `index` comes next. All bytes before this
+    position have arrived undamaged.
 
-    seals: if given, only sealed payloads are accepted.  tenant: the owner that they must have then; empty: any.
-    sealed: if given, the sealed part of each payload's header is appended to it.
+    seals: if given, only sealed payloads are accepted. tenant: the owner that payloads must then have; empty: any
+    owner. sealed: if given, the sealed part of each payload's header is appended to it.
     """
 
     kind: RecordKind
@@ -39,7 +39,7 @@ class Progress:
     _sealed: bytes = b""
 
     def accept(self, raw: bytes, buffer: BufferOf) -> None:
-        """Check a message, a GetResponse, and copy its bytes into the buffers.
+        """Check a message of the type GetResponse, and copy its bytes into the buffers.
 
         Raises:  BlockCorrupt: damaged or out of order.  SealBroken: a record arrived undamaged but its seal is wrong.
                  InvalidRequest: a buffer has another size than its payload.
@@ -47,14 +47,14 @@ class Progress:
         got = unpack_get_response(raw)
         begins = (got.first, 0) if isinstance(got, Stretch) else (got.message.index, got.message.offset)
         if begins != (self.index, self.offset):
-            raise BlockCorrupt("the store sent a message out of order")
+            raise BlockCorrupt("the store sent the messages of a read out of order")
         if isinstance(got, Stretch):
             self._accept_records(got, buffer)
         else:
             self._accept_piece(got.message, got.data, buffer)
 
     def _accept_records(self, got: Stretch, buffer: BufferOf) -> None:
-        """Accept records as they lie in a segment. The store has not verified them, so this does."""
+        """Accept records as they lie in a segment. The store has not verified these records, so this method does."""
         records, end = got.records, got.records.nbytes
         at = 0
         while at < end:
@@ -72,11 +72,11 @@ class Progress:
                 offset=got.offset + at,
             )
             if found is None:
-                raise BlockCorrupt("a record came with a header that is not its own")
+                raise BlockCorrupt("the store sent a record with the header of another record")
             payload_bytes, checksum = found
             payload = records[body : body + payload_bytes]
             if payload_checksum(payload) != checksum:
-                raise BlockCorrupt("a record came with a wrong checksum")
+                raise BlockCorrupt("the store sent a record with a wrong checksum")
             into = _buffer_of(self.index, payload_bytes, buffer)
             into[:] = payload
             # Check the copy: it is what the caller uses, and no other process can change it.
@@ -87,7 +87,7 @@ class Progress:
     def _accept_piece(self, message: kvstore_pb2.GetResponse, data: memoryview, buffer: BufferOf) -> None:
         """Accept payload bytes that the store has verified."""
         if piece_checksum(data) != message.checksum:
-            raise BlockCorrupt("a piece was damaged on its way from the store")
+            raise BlockCorrupt("a piece of a payload was damaged on its way from the store")
         seals = _split(message.seals)
         for payload_bytes in message.payload_bytes:
             if self.offset == 0:

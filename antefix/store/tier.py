@@ -1,8 +1,8 @@
 """Tiers: the places that stored KV is read from, each with a name, a kind and a speed measured while it is used.
 
 A tier is the page cache of a worker's own host, its own disk, another host's store, or an object store. Readers treat
-all tiers alike: they know what a tier holds and how fast it is. Blocks that a tier lacks, or does not deliver in time,
-are read elsewhere or computed.
+all tiers alike: they know which blocks a tier holds and how fast it is. Blocks that a tier does not have, or does not
+deliver in time, are read elsewhere or computed.
 """
 
 from __future__ import annotations
@@ -39,24 +39,25 @@ _TYPICAL_BYTES: Final = 32e6
 
 
 class TierSource(Protocol):
-    """The calls that a tier must answer. Every `antefix.store.api.Store` is a TierSource.
+    """The calls that a source of a tier must answer. Every `antefix.store.api.Store` is a TierSource.
 
-    Each call may raise Unavailable or DeadlineExceeded, which readers treat as a miss.
+    Each call may raise Unavailable or DeadlineExceeded, and readers treat either error as a cache miss.
     """
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
-        """Which blocks and checkpoints of `chain`, which may be part of a chain, are there."""
+        """Which blocks and checkpoints of `chain` the source has; `chain` may be a part of a chain."""
 
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> int:
-        """Fill `into[i]` with block `hashes[i]` and verify it. Returns the number of leading blocks that passed.
+        """Fill `into[i]` with block `hashes[i]` and verify it. Returns the number of leading blocks that passed all
+        checks.
 
-        No thread writes to `into` after this returned, raised or was cancelled.
+        After this call has returned, raised or was cancelled, no thread writes to `into`.
         """
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
-        """One verified payload; None: the tier does not have it."""
+        """One verified payload; None if the tier does not have it."""
 
     async def close(self) -> None:
         """Close connections and files."""
@@ -64,18 +65,18 @@ class TierSource(Protocol):
 
 @runtime_checkable
 class LoadedSource(Protocol):
-    """A source that must load an index before it can answer."""
+    """A source of a tier that must load an index before it can answer."""
 
     async def load(self) -> None:
-        """Load the index.  Raises:  Unavailable: the index cannot be loaded now."""
+        """Load the index.  Raises:  Unavailable: the source's index cannot be loaded now."""
 
 
 class TierSpeed:
     """Predicts a tier's latency and bytes per second, and learns from each read. Used from one event loop.
 
     The prediction is a fitted linear law times a factor: how much slower than the law recent reads were. The law needs
-    dozens of reads to change by an order of magnitude. The factor needs only a few, for example when a host is cut off
-    or a disk fails. While the tier is not read, a slowdown decays, because a tier that is avoided as slow would
+    dozens of reads to change by an order of magnitude. The factor needs only a few reads, for example when a host is
+    cut off or a disk fails. While the tier is not read, a slowdown decays, because a tier that is avoided as slow would
     otherwise never be tried again. The planner uses this object like a `LinearLaw`.
     """
 
@@ -95,7 +96,7 @@ class TierSpeed:
 
     @property
     def coefficients(self) -> tuple[float, ...]:
-        """Predicted seconds per read, and per byte."""
+        """Predicted seconds per read of this tier, and per byte."""
         return tuple(each * math.exp(self._factor) for each in self._law.coefficients)
 
     @property
@@ -108,11 +109,13 @@ class TierSpeed:
 
     @property
     def recent_bytes(self) -> float:
-        """Bytes read in about the last minute. Older reads count less and less."""
+        """The number of bytes read from this tier in about the last minute. In this number, older reads count less and
+        less.
+        """
         return self._bytes * math.pow(0.5, (self._clock() - self._measured_s) / _RECENT_S)
 
     def seconds(self, features: Sequence[float]) -> float:
-        """Predicted seconds of a read.  features: (1, bytes), as the law expects them."""
+        """Predicted seconds of a read from this tier. features: (1, bytes), as the law expects them."""
         return self._law.seconds(features) * math.exp(self._factor)
 
     def predicted_s(self, nbytes: int) -> float:
@@ -158,18 +161,21 @@ class Tier:
         return label_of(self.kind, self.name)
 
     def in_page_cache(self) -> Tier:
-        """The tier of those records of this store that are in the page cache of this host: same files, other speed."""
+        """The tier for those records of this store that are in the page cache of this host, which has the same files
+        but another speed.
+        """
         tier = Tier(self.name, TierKind.PAGE_CACHE, self.source, self.clock)
         tier.standing = self.standing
         return tier
 
     @property
     def is_shunned(self) -> bool:
-        """Whether the tier failed a moment ago and is not known to be back, so it is not asked now."""
+        """Whether the tier failed a short time ago and is not known to be back, so that it is not asked now."""
         return self.standing.is_shunned
 
     def failed(self, err: Exception) -> None:
-        """Note an error of the tier. Only a tier that did not answer, or not in time, is not used for a moment.
+        """Record an error that a call to the tier raised. Only a tier that did not answer, or not in time, is left out
+        for a short time.
 
         A refusal to one tenant or a broken record says nothing about the tier's other records.
         """
@@ -178,7 +184,9 @@ class Tier:
             self.standing.failed()
 
     def late(self, begun_s: float) -> None:
-        """Note that a question asked at `begun_s` (by `clock`) was given up. The tier may still answer it."""
+        """Record that a question asked at `begun_s` (by `clock`) was given up. The tier may still answer the question
+        later.
+        """
         self.num_failures += 1
         self.standing.late(begun_s)
 
@@ -188,8 +196,8 @@ class Tier:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierRead:
-    """What one tier delivered of a prefix: blocks, payload bytes, and the seconds of reading.
-    tier: the tier's label.
+    """What one tier delivered of a prefix: the number of blocks, the payload bytes, and the seconds of reading. tier:
+    the tier's label.
     """
 
     tier: str

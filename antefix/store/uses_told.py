@@ -46,7 +46,7 @@ class Uses:
 
 
 class UsesTold:
-    """Collects uses and reports them. Used from one event loop.  touch: makes the call to the service."""
+    """Collects uses and reports them. The object is used from one event loop. touch: makes the call to the service."""
 
     def __init__(self, touch: Callable[[kvstore_pb2.TouchRequest], Awaitable[None]]) -> None:
         self.uses = Uses()
@@ -72,7 +72,7 @@ class UsesTold:
             self._telling = asyncio.get_running_loop().create_task(self._tell(), context=Context())
 
     async def close(self) -> None:
-        """Report the uses that still wait."""
+        """Report the uses of records that have not been reported yet."""
         if self._telling is not None:
             await self._telling
 

@@ -1,7 +1,8 @@
 """Lossless compression of payloads: split into byte planes, then zstd per plane where that saves enough. Knows bytes.
 
 Rows of KV mix fields whose bytes differ in distribution (FP8 codes, scales, the high and low bytes of BF16), so zstd
-cannot compress the mixture. Payloads are split by field and by byte of an item, and each plane is compressed alone.
+cannot compress them well. So payloads are split by field and by byte of an item into byte planes, and each plane is
+compressed alone.
 
 Coded payload (format.Codec.PLANES_ZSTD): the plan, then a table of planes, then the planes.
     u16 number of parts; per part: u32 rows, u8 fields; per field: u32 bytes, u8 width
@@ -54,7 +55,7 @@ class PlanePart:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanePlan:
-    """How a payload is split into planes. Not slotted, so that derived tables are computed once."""
+    """How a payload is split into planes. This class has no slots, so that derived tables are computed only once."""
 
     parts: tuple[PlanePart, ...]
 
@@ -101,7 +102,7 @@ def _plan(parts: Sequence[PayloadPart]) -> PlanePlan:
 
 
 def encode(payload: Buffer, plan: PlanePlan, *, level: int = ZSTD_LEVEL) -> bytes | None:
-    """The coded payload. None: coding saves too little, or the plan is for another payload size."""
+    """The coded payload. Returns None if compression saves too little, or if the plan is for another payload size."""
     data = np.frombuffer(payload, np.uint8)
     if data.nbytes != plan.payload_bytes:
         return None
@@ -126,29 +127,34 @@ def decode(coded: Buffer, into: memoryview) -> None:
         plan, at = read_plan(coded)
         out = np.frombuffer(into, np.uint8)
         if plan.payload_bytes != out.nbytes:
-            raise BlockCorrupt(f"a coded payload has {plan.payload_bytes} bytes decoded; {out.nbytes} were expected")
+            raise BlockCorrupt(
+                f"a compressed payload would have {plan.payload_bytes} bytes after decompression; {out.nbytes} were "
+                "expected"
+            )
         num_planes = coded[at]
         body = at + 1 + num_planes * _PLANE.size
         planes = list(_plane_views(out, plan))
         if len(planes) != num_planes:
-            raise BlockCorrupt("the coded payload has the wrong number of planes")
+            raise BlockCorrupt("the compressed payload has the wrong number of parts")
         for number, views in enumerate(planes):
             mode, length = _PLANE.unpack_from(coded, at + 1 + number * _PLANE.size)
             _fill(views, memoryview(coded)[body : body + length], mode)
             body += length
     except (struct.error, ValueError, IndexError, zstandard.ZstdError) as err:
-        raise BlockCorrupt(f"a coded payload cannot be decoded: {err}") from err
+        raise BlockCorrupt(f"a compressed payload cannot be decompressed: {err}") from err
 
 
 def _fill(views: Sequence[Bytes], body: memoryview, mode: int) -> None:
     nbytes = sum(view.size for view in views)
     # The library allocates whatever size a frame claims before it decodes the frame, so check the size first.
     if mode == _ZSTD and zstandard.frame_content_size(body) not in (nbytes, -1):
-        raise BlockCorrupt(f"a plane that claims to be of another size than {nbytes} bytes")
+        raise BlockCorrupt(f"a compressed part of a payload claims to decompress to another size than {nbytes} bytes")
     raw = _decompressor().decompress(body, max_output_size=nbytes) if mode == _ZSTD else body
     plane = np.frombuffer(raw, np.uint8)
     if plane.nbytes != nbytes:
-        raise BlockCorrupt(f"a plane has {plane.nbytes} bytes; {nbytes} were expected")
+        raise BlockCorrupt(
+            f"a compressed part of a payload has {plane.nbytes} bytes after decompression; {nbytes} were expected"
+        )
     start = 0
     for view in views:
         view[...] = plane[start : start + view.size].reshape(view.shape)
@@ -156,7 +162,7 @@ def _fill(views: Sequence[Bytes], body: memoryview, mode: int) -> None:
 
 
 def _plane_views(data: Bytes, plan: PlanePlan) -> Iterator[list[Bytes]]:
-    """Per plane, the strided views of its bytes in each part."""
+    """For each plane, the strided views of the plane's bytes in each part."""
     for fields, places in plan.groups.items():
         row_bytes = sum(nbytes for nbytes, _ in fields)
         rows = [data[offset : offset + n * row_bytes].reshape(n, row_bytes) for offset, n in places]
@@ -189,7 +195,9 @@ def read_plan(coded: Buffer) -> tuple[PlanePlan, int]:
 
 
 def _interned(parts: tuple[PlanePart, ...]) -> PlanePlan:
-    """The one plan object per thread and layout. The plan's derived tables cost more than decoding a small payload."""
+    """One plan object is kept per thread and layout. Deriving a plan's tables costs more than decoding a small
+    payload.
+    """
     plans: dict[tuple[PlanePart, ...], PlanePlan] = _local.__dict__.setdefault("plans", {})
     if parts not in plans and len(plans) >= 64:
         plans.clear()

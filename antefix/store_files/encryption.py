@@ -4,9 +4,10 @@ The keys file is JSON, {"tenant": "64 hex digits", ...}, and only its owner may 
 which needs the deployment's secret, or as "digest:" and the digest that `antefix inspect` shows. A tenant's key
 decrypts the records of all its users, except users with their own keys. The coded payload is encrypted. Hashes, sizes
 and times stay readable; they contain no tokens and no text. The associated data bind a ciphertext to its record, so it
-cannot be used under another name. The cryptography package does the work.
+cannot be used under another name. The encryption itself is done by the cryptography package.
 
-If single tenants' keys need not be deleted, one master file makes all keys (`KeyRing.from_master_file`).
+If it is not necessary to delete the keys of single tenants, all keys can be made from one master file
+(`KeyRing.from_master_file`).
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ class KeyRing:
     @classmethod
     def from_master_file(cls, path: Path) -> KeyRing:
         """Read master keys for all tenants, from a file in the form of a secret file. Each tenant's key is made from
-        the first line's key and the tenant's digest. Keys of further lines only decrypt. So the master key can be
-        changed while records under the old key expire.
+        the first line's key and the tenant's digest. The master keys of further lines are used only to decrypt. So the
+        master key can be changed while records under the old key expire.
 
         Raises:  ConfigError: it cannot be read, other users may read it, or a key does not have 32 bytes.
         """
@@ -88,7 +89,7 @@ class KeyRing:
         return next(iter(self._all(owner)), None)
 
     def _all(self, owner: bytes) -> tuple[AESGCM, ...]:
-        """The ciphers that may decrypt this owner's records, the one for new records first."""
+        """The ciphers that may decrypt this owner's records; the first one is used for new records."""
         if not self._masters:
             named = self._ciphers.get(owner) or self._ciphers.get(account_of(owner))
             return () if named is None else (named,)
@@ -120,7 +121,7 @@ class KeyRing:
         for cipher in ciphers:
             with contextlib.suppress(InvalidTag):
                 return cipher.decrypt(header.nonce, stored, _bound_to(header))
-        raise BlockCorrupt("a record does not open with its tenant's key")
+        raise BlockCorrupt("a record cannot be decrypted with its tenant's key")
 
 
 def _tenant_key(master: bytes, account: bytes) -> bytes:
@@ -128,14 +129,14 @@ def _tenant_key(master: bytes, account: bytes) -> bytes:
 
 
 def fresh_nonce() -> bytes:
-    """A random nonce. With 96 bits, a key may write 2^32 records before equal nonces become likely
-    (NIST SP 800-38D).
+    """A random nonce. With nonces of 96 bits, a key may write 2^32 records before equal nonces become likely (NIST SP
+    800-38D).
     """
     return secrets.token_bytes(NONCE_BYTES)
 
 
 def _bound_to(header: RecordHeader) -> bytes:
-    """The fields of a record's header that compaction does not change, as associated data."""
+    """The fields of a record's header that compaction does not change, as the associated data of encryption."""
     if header.version == 2:
         return signed_part_of(header) + bytes([header.codec])
     numbers = (header.kind, header.codec, header.payload_bytes, header.position)

@@ -42,8 +42,8 @@ class GoneWriter:
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """A context that writes all notes at its end. Opening the file for each note took a quarter of an eviction's
-        time.
+        """A context that writes all collected notes about removed blocks at its end. Opening the file for each note
+        took a quarter of an eviction's time.
         """
         self._waits = True
         try:
@@ -53,7 +53,7 @@ class GoneWriter:
             self._write()
 
     def note(self, block_hash: bytes, reason: MissReason) -> None:
-        """Note why this block is being removed."""
+        """Record the reason why this block is being removed."""
         self._noted.append((block_hash, next(code for code, known in _CODES.items() if known is reason)))
         if not self._waits:
             self._write()
@@ -84,7 +84,8 @@ def fate_of(
     now_ms: int,
     owners: Collection[bytes] | None = None,
 ) -> BlockFate:
-    """The fate of a block by the index, or else by the GONE file; with all other fingerprints of the store.
+    """Why the store has or lacks a block, by the index, or else by the GONE file; with all other fingerprints of the
+    store.
 
     owners: as in `Index.lookup`.
     """
@@ -114,7 +115,9 @@ def _indexed(
 
 
 def remembered(directory: Path, block_hash: bytes) -> MissReason:
-    """Why a block that is not in the index was removed: EVICTED, EXPIRED, or FIRST_SEEN if the file does not say."""
+    """Why a block that is not in the index was removed from the store: EVICTED, EXPIRED, or FIRST_SEEN if the file does
+    not say.
+    """
     try:
         with os.fdopen(open_to_read(directory / GONE_FILE), "rb", buffering=0) as file:
             nbytes = os.fstat(file.fileno()).st_size

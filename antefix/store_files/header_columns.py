@@ -1,4 +1,6 @@
-"""A record header of version 2 as a numpy dtype, to check many headers at once without an object for each."""
+"""A record header of version 2 as a numpy dtype, with which many headers are checked at once without an object for
+each.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """The store's own log of blocks that were written and read, separate from the ledger so that the two can be compared.
 
 One line per call: `time_us kind hash[,hash...]`, kind "stored" or "read", hashes in hex. A read names the last block
-that was used; using a block uses all blocks before it. Files rotate by size, and a file's name is the time of its first
-line. Lines are flushed but not synced. A line lost in a power cut leaves a real hit without evidence; it never gives
-evidence for a false hit.
+that was used; using a block uses all blocks before it. Log files rotate by size, and a file's name is the time of its
+first line. Log lines are passed to the operating system, but not synced to disk. A line lost in a power cut leaves a
+real hit without evidence; it never gives evidence for a false hit.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StoreEventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreEvent:
-    """One block of one line.  time_us: Unix time in microseconds.  hash: the block's hash in hex."""
+    """One block in one line of the log. time_us: Unix time in microseconds.  hash: the block's hash in hex."""
 
     time_us: int
     kind: StoreEventKind
@@ -46,10 +46,10 @@ class StoreEvent:
 
 
 class StoreLog:
-    """Writes the log, in the one process that writes the store. Methods may be called from any thread.
+    """Writes the log, in the one process that writes the store. Methods of the log may be called from any thread.
 
-    A line that cannot be written is lost. A lost line costs the evidence of a hit, but no read or write of the store
-    fails.
+    A log line that cannot be written is lost. A lost line costs the evidence of a hit, but no read or write of the
+    store fails.
     """
 
     def __init__(self, directory: Path, *, file_bytes: int = FILE_BYTES) -> None:
@@ -87,7 +87,7 @@ class StoreLog:
             except OSError as err:
                 self.close()
                 if not self.num_lost:
-                    log.warning("the store's log cannot be written, and evidence of hits is lost: %s", err)
+                    log.warning("the store's log cannot be written, so evidence of cache hits is lost: %s", err)
                 self.num_lost += 1
 
     def _append(self, line: str, now_us: int) -> None:
@@ -103,13 +103,13 @@ class StoreLog:
 
 
 def read_store_log(directory: Path) -> Iterator[StoreEvent]:
-    """All events, oldest file first. A line that is not whole (the end of a file after a crash) is skipped."""
+    """All events, oldest file first. A log line that is incomplete (the end of a file after a crash) is skipped."""
     for events in read_store_log_files(directory):
         yield from events
 
 
 def read_store_log_files(directory: Path) -> Iterator[Iterator[StoreEvent]]:
-    """For each file, its events in the order of its lines. One process wrote each file."""
+    """For each log file, its events in the order of its lines. One process wrote each file."""
     for path in log_files(directory):
         yield read_log_file(path)
 

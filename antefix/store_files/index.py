@@ -1,9 +1,9 @@
-"""Reads the index, which says which records are stored and where. Every process on the host reads it; only the store's
-owner writes it.
+"""Reads the index, which says which records are stored and where. Every process on the host reads the index; only the
+store's owner writes it.
 
-The index is an LMDB file. The owner maps it into memory. All other processes read its pages with `pread`
-(`index_pages.py`): if the file is truncated, replaced or deleted, their reads fail, whereas a memory map would end the
-process (SIGBUS).
+The index is an LMDB file. The store's owner maps the index file into memory. All other processes read its pages with
+`pread` (`index_pages.py`): if the file is truncated, replaced or deleted, their reads fail, whereas a memory map would
+end the process (SIGBUS).
 
 Tables:  blocks, checkpoints   hash -> format.INDEX_ENTRY
          leaves                rank, kind, hash -> nothing; what eviction takes first comes first
@@ -58,7 +58,7 @@ _open: dict[tuple[int, int], _Shared] = {}
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A record that a committed transaction made readable or unreadable."""
+    """A record that became readable or unreadable by a committed transaction."""
 
     kind: RecordKind
     hash: bytes
@@ -91,14 +91,14 @@ class _Live:
 
 
 class Index:
-    """An open index. Every read needs a transaction from `txn()`."""
+    """An open index. Every read of the index needs a transaction from `txn()`."""
 
     def __init__(
         self, directory: Path, *, map_bytes: int = 0, write: bool = False, mapped: bool = False, durable: bool = True
     ) -> None:
         """write: open to write, as the store's owner.  mapped: read through a memory map; only the store's owner may,
-        before it opens the index to write.  durable: whether each commit is synced. False is for a new index that is
-        synced as a whole before anyone uses it.
+        before it opens the index to write. durable: whether each commit is synced. False may be used only for a new
+        index that is synced as a whole before anyone reads it.
 
         Raises:  Unavailable: there is no index, or it cannot be opened.
         """
@@ -155,7 +155,7 @@ class Index:
                     shared.env.close()
 
     def take_over(self, fresh: Index) -> None:
-        """Switch to another opened index, after this one's file was lost. For the owner.
+        """Switch to another opened index, after the file of this index was lost. For the owner.
 
         The previous memory map stays open until `close`, because threads may still be reading it.
         """
@@ -168,7 +168,9 @@ class Index:
         return None if value is None else unpack_entry(value, block_hash)
 
     def entries(self, txn: Any, kind: RecordKind, hashes: Sequence[bytes]) -> Iterator[IndexEntry | None]:
-        """The entries of several records, as by `entry`. The call reads many keys per call, in a third of the time."""
+        """The entries of several records, as by `entry`. Many keys are read in one call, which takes a third of the
+        time.
+        """
         with txn.cursor(db=self.db[TABLE_OF_KIND[kind]]) as cursor:
             for first in range(0, len(hashes), _GROUP_KEYS):
                 part = hashes[first : first + _GROUP_KEYS]
@@ -182,7 +184,7 @@ class Index:
         return None if value is None else int.from_bytes(value, "little")
 
     def owner_id(self, txn: Any, owner: bytes) -> int | None:
-        """The id of an owner; None: it has no records.  owner: in the form of `record_header.owner_row`."""
+        """The id of an owner; None if the owner has no records. owner: in the form of `record_header.owner_row`."""
         value = txn.get(owner, db=self.db["names"])
         return None if value is None else int.from_bytes(value, "little")
 
@@ -203,7 +205,7 @@ class Index:
         return {number: int.from_bytes(value[-GENERATION_BYTES:], "little") for number, value in self._named(txn, b"O")}
 
     def statement(self, txn: Any, fingerprint: bytes) -> bytes:
-        """The statement of a fingerprint (the values that it was hashed from); empty: the store was not given it."""
+        """The statement of a fingerprint (the values that it was hashed from); empty if the store does not know it."""
         value = txn.get(STATEMENT_PREFIX + fingerprint, db=self.db["meta"])
         return b"" if value is None else bytes(value)
 
@@ -243,8 +245,8 @@ class Index:
     ) -> LookupResult:
         """The longest stored prefix of `chain` and the checkpoints inside it.
 
-        The owner looks in one snapshot. In another process a commit may happen during the look-up; a block that it
-        evicts is then found missing when it is read.
+        The process that owns the store looks records up in one snapshot of the index. In another process a transaction
+        may be committed during the look-up; a block that it evicts is then found missing when the block is read.
 
         owners: only records of these owners count, in the form of `owner_row`; None: records of all owners.
         """
@@ -283,8 +285,8 @@ class Index:
         return low
 
     def _scan(self, txn: Any, chain: Sequence[bytes], wanted: _Live) -> int:
-        """The length of the stored prefix, checked block by block. A quarantined record is a hole in the chain: the
-        blocks after it stay stored until it is put again.
+        """The length of the stored prefix, checked block by block. A quarantined record is a gap in the chain: the
+        blocks after it stay stored until the record is put again.
         """
         for index, there in enumerate(self._flags(txn, chain, wanted)):
             if not there:
@@ -366,7 +368,9 @@ def _acquire(directory: Path, map_bytes: int, write: bool, durable: bool) -> _Sh
     shared = _open.get(identity) if identity else None
     if shared is not None:
         if write and shared.env.flags()["readonly"]:
-            raise Unavailable(f"a reader of this process has {directory} open; the writer must open it first")
+            raise Unavailable(
+                f"a reader in this process has {directory} open; in one process, the writer must open it before readers"
+            )
         shared.num_users += 1
         return shared
     try:
@@ -392,11 +396,11 @@ def _acquire(directory: Path, map_bytes: int, write: bool, durable: bool) -> _Sh
     except lmdb.MemoryError as err:
         # The index is not damaged, so it must not be rebuilt.
         raise ConfigError(
-            f"the index in {directory} does not fit the address space that is left ({map_bytes} bytes are mapped):"
-            " raise `ulimit -v`, or lower --budget-bytes"
+            f"the index in {directory} does not fit the address space that is left (the index maps {map_bytes} "
+            "bytes): raise `ulimit -v`, or lower --budget-bytes"
         ) from err
     except lmdb.Error as err:
-        raise Unavailable(f"no index can be opened in {directory}: {err}") from err
+        raise Unavailable(f"the store's index cannot be opened in {directory}: {err}") from err
     identity = _identity(directory)
     assert identity is not None
     shared = _Shared(env, identity)

@@ -2,9 +2,10 @@
 process.
 
 LMDB never overwrites a page of its newest state or of the state before (it reuses pages freed two commits ago). So a
-reader needs no lock and no entry in LMDB's reader table. A read starts from a meta page and checks afterwards that this
-meta page is unchanged; the second commit after it overwrites exactly this page. If it is unchanged, all pages reached
-from it are still valid. If it has changed, the read is repeated on the newest state.
+reader needs neither a lock nor an entry in LMDB's reader table. A read starts from a meta page and checks afterwards
+that this meta page is unchanged; the second commit after it overwrites exactly this page. If the meta page is
+unchanged, all pages that were reached from it are still valid. If the meta page has changed, the read is repeated on
+the newest state.
 
     meta     at page 0 and 1: page header 16 | magic u32 | version u32 | address u64 | map size u64 | table of free
              pages 48, whose first u32 is the size of a page | main table 48 | last page u64 | transaction u64
@@ -76,7 +77,9 @@ class Damaged(Exception):
 
 @dataclass(slots=True)
 class _State:
-    """One committed state, from one of the two meta pages. All its readers share this object, which only grows."""
+    """One committed state, from one of the two meta pages. All readers of a state share this object, which only
+    grows.
+    """
 
     slot: int
     raw: bytes
@@ -87,7 +90,7 @@ class _State:
 
 
 class PageFile:
-    """An open LMDB file. Thread-safe: only the reference to the last seen state changes."""
+    """An open LMDB file. The object is thread-safe, because only the reference to the last seen state changes."""
 
     def __init__(self, path: Path) -> None:
         """Raises:  Unavailable: there is no file, or it does not begin like an LMDB file."""
@@ -95,7 +98,7 @@ class PageFile:
         try:
             self._fd = open_to_read(path)
         except OSError as err:
-            raise Unavailable(f"no index can be opened in {path.parent}: {err}") from err
+            raise Unavailable(f"the store's index cannot be opened in {path.parent}: {err}") from err
         # Close the descriptor with its last user, because other threads may still be reading.
         self._closing = weakref.finalize(self, os.close, self._fd)
         stat = os.fstat(self._fd)
@@ -119,7 +122,7 @@ class PageFile:
         except struct.error:
             size = 0
         if not _PAGE_BYTES[0] <= size <= _PAGE_BYTES[1] or size & (size - 1):
-            raise Unavailable(f"the index in {self.path.parent} cannot be read: its first page is not LMDB's")
+            raise Unavailable(f"the index in {self.path.parent} cannot be read: its first page is not a page of LMDB")
         return int(size)
 
     def _read(self, nbytes: int, offset: int) -> bytes:
@@ -129,7 +132,9 @@ class PageFile:
             raise Unavailable(f"the index in {self.path.parent} cannot be read: {err}") from err
 
     def newest(self, known: _State | None) -> _State:
-        """The newest committed state. If nothing was committed since `known`, it is `known`, with its cached pages."""
+        """The newest committed state. The newest committed state; if nothing was committed since `known`, the result is
+        `known` itself, with its cached pages.
+        """
         data = self._read(self.page_bytes + _META_OFFSET + _META.size, 0)
         found: _State | None = None
         for slot in (0, 1):
@@ -142,7 +147,7 @@ class PageFile:
                 with contextlib.suppress(Damaged):
                     found = _State(slot, raw, transaction, tree_of(main))
         if found is None:
-            raise Unavailable(f"the index in {self.path.parent} cannot be read: it has no whole meta page")
+            raise Unavailable(f"the index in {self.path.parent} cannot be read: neither of its meta pages is valid")
         return known if known is not None and known.raw == found.raw and known.slot == found.slot else found
 
     def current(self) -> _State:
@@ -268,9 +273,11 @@ class PageFile:
 
 
 class PageTxn:
-    """Reads like a transaction of `lmdb`. Each call reads one committed state; after two commits, the newest one.
+    """Reads an LMDB file like a transaction of `lmdb`. Each call reads one committed state; after two commits, the
+    newest one.
 
-    So several calls may see different states, in order. The calls never see an uncommitted state.
+    So several calls in a row may see different states, but never an older one after a newer one. No call ever sees an
+    uncommitted state.
     """
 
     def __init__(self, file: PageFile) -> None:
@@ -304,7 +311,7 @@ class PageTxn:
         return PageCursor(self, db)
 
     def read(self, keys: Sequence[bytes], *, db: str) -> list[bytes | None]:
-        """The values of several keys, None for each that is not there.  Raises:  Unavailable: as `get`."""
+        """The values of several keys; None for each key that is not in the table.  Raises:  Unavailable: as `get`."""
         file = self._file
         for _ in range(_TRIES):
             state, damage = self._state, None
@@ -332,7 +339,8 @@ class PageTxn:
         raise self._too_fast()
 
     def _is_right(self, damage: Exception | None) -> bool:
-        """Whether the pages just read are valid. If not, switches to the newest state.
+        """Whether the pages that were just read are valid. If the pages are not valid, the reader switches to the
+        newest state.
 
         Raises:  Unavailable: the state has not changed, so the file is damaged.
         """
@@ -362,7 +370,7 @@ class PageCursor:
         """Nothing is held."""
 
     def __iter__(self) -> Iterator[tuple[bytes, bytes]]:
-        """Keys and values in the order of keys. A commit during the iteration affects the keys that follow."""
+        """Keys and values in the order of keys. A commit during the iteration affects only the keys that follow."""
         return self._items(values=True)
 
     def iternext(self, *, keys: bool = True, values: bool = True) -> Iterator[Any]:
@@ -404,7 +412,9 @@ def _pointers_of(lower: int) -> struct.Struct:
 
 
 def _is_node(page: bytes, place: int) -> bool:
-    """Whether a node begins at this offset. Searching for its pointer takes a fifth of the time of parsing the page."""
+    """Whether a node begins at this offset. Searching for the node's pointer takes a fifth of the time of parsing the
+    page.
+    """
     end, pointer = _PAGE.unpack_from(page)[3], place.to_bytes(2, "little")
     at = page.find(pointer, _HEADER_BYTES, end)
     while at >= 0 and at % 2:
@@ -413,7 +423,7 @@ def _is_node(page: bytes, place: int) -> bool:
 
 
 def _pointers(page: bytes) -> tuple[int, ...]:
-    """The offsets of the page's nodes."""
+    """The offsets of all nodes on the page."""
     return _pointers_of(_PAGE.unpack_from(page)[3]).unpack_from(page, _HEADER_BYTES)
 
 

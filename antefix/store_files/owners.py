@@ -19,7 +19,9 @@ _ACCOUNT_ROW_BYTES: Final = 1 + TENANT_BYTES
 
 
 class Owners:
-    """Maps names to owners.  keyring: None: the secret is not known, so a name finds records of version 1 only."""
+    """Maps names to owners. keyring: None: the secret is not known, so a tenant's name finds only records of
+    version 1.
+    """
 
     def __init__(self, keyring: Keyring | None = None) -> None:
         self._keyring = keyring
@@ -42,7 +44,7 @@ NO_OWNERS: Final = Owners()
 
 
 class KnownNames:
-    """Maps owners back to names, for names that the user gave. A digest itself cannot be reversed."""
+    """Maps owners back to names, for names that the user gave. A name cannot be computed back from its digest."""
 
     def __init__(self, tenants: tuple[str, ...] = (), owners: Owners = NO_OWNERS) -> None:
         self._names = {row: tenant for tenant in ("", *tenants) for row in owners.rows(tenant)}
@@ -62,7 +64,7 @@ class KnownNames:
 
 
 def account_of(owner: bytes) -> bytes:
-    """The owner's tenant, for all of its users."""
+    """The owner that stands for the whole tenant, with all of its users."""
     return owner[:_ACCOUNT_ROW_BYTES] if owner[:1] == b"o" else owner
 
 

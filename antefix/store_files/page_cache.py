@@ -1,4 +1,5 @@
-"""Tells which records of a store are in this host's page cache, by samples. It loads nothing and waits for no disk.
+"""Tells by samples which records of a store are in this host's page cache. Sampling loads nothing, and waits for no
+disk.
 
 Each sample is one page of one record, asked with mincore(2). A read with RWF_NOWAIT would tell as much, but it starts
 readahead, so the next look-up would find all samples in the page cache. The kernel answers mincore only for files that
@@ -33,8 +34,8 @@ _RESIDENT: Final = 1
 class PageCache:
     """The page cache's share of one store's records. Thread-safe.
 
-    num_sampled, num_cached: blocks sampled so far, and those of them that were in the page cache. Approximate, because
-    threads count without a lock.
+    num_sampled, num_cached: blocks sampled so far, and those of them that were in the page cache. The counts are
+    approximate, because threads count without a lock.
     """
 
     def __init__(self, index: Index, files: SegmentFiles) -> None:
@@ -44,7 +45,7 @@ class PageCache:
         self.num_sampled = self.num_cached = 0
 
     def sampled(self, held: Held, chain: Sequence[bytes]) -> Held:
-        """`held` with what of it is in the page cache, as far as this process may know."""
+        """`held`, completed by which of its records are in the page cache, as far as this process may know."""
         if self._mincore is None or not (held.spans or held.checkpoints):
             return held
         stretches = list(_stretches(held))
@@ -68,7 +69,8 @@ class PageCache:
         )
 
     def _resident(self, entries: Iterable[IndexEntry]) -> dict[tuple[int, int], bool] | None:
-        """Whether the middle page of each record is in memory, by segment and offset. None: this process may not know.
+        """Whether the middle page of each record is in memory, by segment and offset. None: this process may not know
+        which pages are in memory.
 
         Records of segments that are gone are left out.
         """
@@ -100,7 +102,7 @@ class PageCache:
 
 
 def _stretches(held: Held) -> Iterable[tuple[int, int]]:
-    """The held blocks, cut into at most about NUM_SAMPLES stretches. The middle block of each is sampled."""
+    """The held blocks, cut into at most about NUM_SAMPLES stretches. The middle block of each stretch is sampled."""
     length = max(1, -(-held.num_blocks // NUM_SAMPLES))
     for start, stop in held.spans:
         for first in range(start, stop, length):
@@ -123,7 +125,7 @@ def _may_know(fd: int) -> bool:
 
 
 def _mincore() -> Callable[..., int] | None:
-    """mincore(2) of the C library; None: this system does not have it."""
+    """mincore(2) of the C library; None if this system does not have it."""
     function: Any = getattr(ctypes.CDLL(None), "mincore", None)
     if function is not None:
         function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)

@@ -1,9 +1,10 @@
 """Reads many raw blocks (neither compressed nor encrypted), and checks all their headers at once.
 
-The reader makes every check of `read_runs`, but over arrays. For a block of V4-Flash in the page cache, Python's work
-between two system calls costs as much as the checksum, because the other threads wait for it. The blocks pass or fail
-as a whole. If a check fails, or if a record is compressed, encrypted or of version 1, `read_runs` reads the records
-one by one and says what is wrong.
+This reader makes every check of `read_runs`, but over arrays of headers. For a block of V4-Flash in the page cache,
+Python's work between two system calls costs as much as the checksum, because the other threads wait for Python's lock.
+Either all blocks pass the checks, or none counts as read. If a check fails, or if a record is compressed, encrypted or
+of version 1,
+`read_runs` reads the records one by one and says what is wrong.
 """
 
 from __future__ import annotations
@@ -84,7 +85,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class PlainRead:
-    """Blocks to read, the leading ones of a request.  checksums: of the payloads read, by the run's first block."""
+    """The blocks to read, which are the leading ones of a request. checksums: those of the payloads read, by the run's
+    first block.
+    """
 
     places: Places
     hashes: Sequence[bytes]
@@ -122,12 +125,12 @@ class PlainReads:
         now_ms: int,
         num_threads: int,
     ) -> PlainRead:
-        """The leading ones of these blocks that this reader can read and that fit their buffers.
+        """The leading ones of these blocks that this reader can read, and whose sizes equal those of their buffers.
 
-        All blocks are located before any thread reads: LMDB releases the interpreter's lock for each key, which would
-        wake waiting threads for nothing each time.
+        All blocks are located in the index before any thread reads: LMDB releases Python's lock for each key, which
+        would wake waiting threads each time for nothing.
 
-        tenant: as for `RunReader.read`.  num_threads: that will read.
+        tenant: as for `RunReader.read`. num_threads: how many threads will read.
         """
         index = self._index
         with index.txn() as txn:
@@ -155,11 +158,11 @@ class PlainReads:
                 self._files.give_back(file)
 
     def read(self, wanted: PlainRead, files: Mapping[int, OpenFile], waiting: deque[Run]) -> bool:
-        """Read waiting runs until none is left; other threads do the same. Returns False if a run cannot be read. The
-        data may only be used after `is_right` has checked all of it.
+        """Read queued runs of blocks until none is left; other threads do the same. Returns False if a run of blocks
+        cannot be read. The read data may be used only after `is_right` has checked all of it.
 
-        The reader does nothing else between two preadv calls: the copied data pushes everything else out of
-        the core's caches, and hashing releases the interpreter's lock, for which other threads wait.
+        Between two preadv calls the reader does nothing else, for two reasons. The copied data pushes everything else
+        out of the core's caches. Hashing releases Python's lock, for which other threads wait.
         """
         preadv, digest, checksums, seals = os.preadv, xxhash.xxh3_128_digest, wanted.checksums, self._seals
         while waiting:
@@ -191,7 +194,7 @@ class PlainReads:
 
     @staticmethod
     def is_right(wanted: PlainRead, seed: int) -> bool:
-        """Whether all blocks that were read pass all checks. False does not say which block failed, or why."""
+        """Whether all blocks that were read pass every check. False says neither which block failed nor why."""
         heads = np.frombuffer(wanted.heads, _HEAD)["header"]
         checksums = b"".join(b"".join(wanted.checksums[run.first]) for run in wanted.runs)
         return (
@@ -206,7 +209,7 @@ class PlainReads:
 def _places_of(
     values: Sequence[bytes], hashes: Sequence[bytes], into: Sequence[memoryview], fingerprint_id: int, now_ms: int
 ) -> Places:
-    """The places of the leading entries that are raw, not expired, and as long as their buffers."""
+    """The places of the leading index entries whose records are raw, not expired, and as long as their buffers."""
     of = _columns(hashes, values)
     num = len(of["offset"])
     sizes = np.fromiter((buffer.nbytes for buffer in into[:num]), np.int64, num)
@@ -224,7 +227,7 @@ def _places_of(
 
 
 def _columns(hashes: Sequence[bytes], values: Sequence[bytes]) -> dict[str, Array]:
-    """Fields of leading entries.  Shapes:  all [N] int64, or fewer.
+    """Fields of leading entries.  Shapes: all arrays have the shape [N] int64, or fewer.
 
     Entries in the short form are not checked: a damaged entry leads to a place without the right record header.
     """

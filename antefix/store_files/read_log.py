@@ -20,7 +20,7 @@ _PATH_BYTES_MAX: Final = 4096
 
 
 def announce_log(store_directory: Path, log_directory: str) -> None:
-    """Tell readers where the log is. An empty directory means that there is no log."""
+    """Tell readers in which directory the log is. An empty directory means that there is no log."""
     path = store_directory / USAGE_LOG_FILE
     if not log_directory:
         path.unlink(missing_ok=True)
@@ -37,8 +37,8 @@ def announce_log(store_directory: Path, log_directory: str) -> None:
 
 
 class ReadEvidence:
-    """The log lines of one reader. A failed write loses evidence but never fails a read. The service hears of the use
-    too.
+    """The log lines of one reader. A log line that cannot be written loses evidence of a hit, but never fails a read.
+    The service is told of the use too.
     """
 
     def __init__(self, store_directory: Path) -> None:

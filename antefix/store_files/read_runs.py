@@ -38,9 +38,10 @@ Decrypt = Callable[[RecordHeader, memoryview], bytes]
 
 @dataclass(slots=True)
 class Wanted:
-    """One record to read: its place by the index, and the buffers for its payload, in one or more parts.
+    """One record to read: its place according to the index, and the buffers for its payload, in one or more parts.
 
-    sealed: the header's sealed part, once read.  forged: whether the record is undamaged but has no valid seal.
+    sealed: the sealed part of the header, once it has been read. forged: whether the record is undamaged but has no
+    valid seal.
     """
 
     number: int
@@ -66,7 +67,7 @@ class Wanted:
 
 
 class RunReader:
-    """Reads runs of one store's records of one fingerprint's payloads. Thread-safe."""
+    """Reads runs of neighbouring records, in one store, whose payloads belong to one fingerprint. Thread-safe."""
 
     def __init__(self, directory: Path, seed: int, decrypt: Decrypt | None, seals: Seals | None) -> None:
         """seals: if given, only sealed records are accepted."""
@@ -82,9 +83,9 @@ class RunReader:
     def read(
         self, kind: RecordKind, run: Sequence[Wanted], fingerprint: bytes, *, tenant: bytes = b"", wait: bool = True
     ) -> list[Wanted]:
-        """Read one run. Returns the records that failed a check or could not be read.
+        """Read one run. Returns the records that failed a check, or could not be read.
 
-        tenant: the owner that the records must have, checked only with seals; empty: any.
+        tenant: the owner that the records must have, which is checked only with seals; empty: any owner.
 
         Raises:  BlockingIOError: `wait` is False, and some of the run is not in the page cache.
         """

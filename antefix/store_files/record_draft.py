@@ -1,4 +1,4 @@
-"""A record on its way to be written down: its header without a place, and the bytes that are stored behind it."""
+"""A record that is about to be written: its header without a place, and the bytes that are stored behind it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ def draft_of(
 ) -> tuple[RecordHeader, Buffer]:
     """The header, without place and payload checksum, and the stored bytes.
 
-    coded: the payload as codec 1 has it; None: it is stored as it is.  keys: encrypted where given.
+    coded: the payload compressed with codec 1; None: the payload is stored uncompressed. keys: if given, the payload is
+    encrypted.
     """
     body = memoryview(record.payload if coded is None else coded).cast("B")
     header = RecordHeader(

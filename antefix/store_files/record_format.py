@@ -82,21 +82,22 @@ _QUARANTINED_BIT: Final = 128
 
 
 class Codec(IntEnum):
-    """How a payload is written down. Values are part of the format."""
+    """How the payload of a record is stored. The values of this enum are part of the stored format."""
 
     RAW = 0
     PLANES_ZSTD = 1
 
 
 class RecordFlag(IntFlag):
-    """Bits of a record header and of an index entry. Values are part of the format.
+    """Flag bits in a record header and in an index entry. The values of these flags are part of the stored format.
 
     FIRST: the first block of its chain; its parent, the chain's root, is never stored.
     ENCRYPTED: the stored bytes are AES-256-GCM of the coded payload, with a tag of 16 bytes behind them.
-    ELSEWHERE: what it depends on may be in another store or tier; without it here the record stands for itself.
-    APART: index only; what it depends on was not here when it was indexed, so that does not count it among its
-    children. SEALED: index only; the record is of version 2, which has a seal.
-    QUARANTINED: index only; the record failed a check and is a miss until it is put again.
+    ELSEWHERE: the record's parent may be in another store or tier; if the parent is not here, the record stands for
+    itself.
+    APART: used only in the index; the record's parent was not in this store when the record was indexed, so the parent
+    does not count it among its children. SEALED: used only in the index; the record is of version 2, which has a seal.
+    QUARANTINED: used only in the index; the record failed a check, and counts as missing until it is put again.
     """
 
     NONE = 0
@@ -110,7 +111,7 @@ class RecordFlag(IntFlag):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreIdentity:
-    """What the STORE file says.  version: of the store, or of the segment that says it."""
+    """The contents of the STORE file. version: the format version of the store, or of the segment."""
 
     store_id: bytes
     created_ms: int
@@ -118,16 +119,18 @@ class StoreIdentity:
 
     @property
     def seed(self) -> int:
-        """Seed of header checksums: a header from another store is as wrong as a damaged one."""
+        """The seed of header checksums, which makes a header from another store fail like a damaged one."""
         return int.from_bytes(self.store_id[:8], "little")
 
 
 @dataclass(slots=True)
 class IndexEntry:
-    """Where a record is and what eviction must know of it. Mutable: the writer changes counts and times in place.
+    """Where a record is stored, and what eviction must know about the record. An entry can be changed: the writer
+    updates its counts and times in place.
 
-    ttl_s: how long it stays after its last use, 0 for ever; expires_ms follows from it.
-    children: blocks that continue this one, and its checkpoint.  prefix_bytes: payload bytes from the root to here.
+    ttl_s: how long the record stays after its last use, 0 for ever; expires_ms follows from it. children: the number of
+    blocks that continue this block, and of its checkpoint. prefix_bytes: payload bytes from the start of the chain to
+    here.
     """
 
     segment: int
@@ -154,7 +157,7 @@ class IndexEntry:
 
     @property
     def end(self) -> int:
-        """Where in the segment the stored bytes end; padding follows."""
+        """The offset in the segment at which the stored bytes end; padding follows."""
         return self.offset + RECORD_HEADER_BYTES + self.stored_bytes
 
     @property
@@ -166,7 +169,9 @@ class IndexEntry:
         return bool(self.flags & _APART_BIT)
 
     def live(self, now_ms: int) -> bool:
-        """Readable: not quarantined, and not past its time unless descendants keep it."""
+        """Whether a record can be read: it is not quarantined, and has not expired, unless records that depend on it
+        keep it.
+        """
         return not self.flags & _QUARANTINED_BIT and (
             self.children > 0 or not self.expires_ms or self.expires_ms > now_ms
         )
@@ -177,12 +182,12 @@ def align(nbytes: int, step: int) -> int:
 
 
 def extent_bytes(stored_bytes: int) -> int:
-    """What a record of that many stored bytes takes in a segment."""
+    """How many bytes of a segment a record with so many stored bytes takes."""
     return RECORD_HEADER_BYTES + (stored_bytes + RECORD_ALIGN - 1) // RECORD_ALIGN * RECORD_ALIGN
 
 
 def payload_checksum(*stored: bytes | bytearray | memoryview) -> bytes:
-    """Of the stored bytes, which may lie in several parts."""
+    """The checksum of the stored bytes, which may lie in several parts."""
     if len(stored) == 1:
         return xxhash.xxh3_128_digest(stored[0])
     state = xxhash.xxh3_128()
@@ -216,13 +221,13 @@ def unpack_segment_header(raw: bytes) -> tuple[StoreIdentity, int]:
     """
     head = bytes(raw[: SEGMENT_HEADER.size])
     if len(head) != SEGMENT_HEADER.size or head[:8] != SEGMENT_MAGIC or sign(head, 0) != head:
-        raise BlockCorrupt("not a segment header, or damaged")
+        raise BlockCorrupt("the segment file does not begin with a segment header, or the header is damaged")
     _, _, version, _, store_id, segment, created_ms = SEGMENT_HEADER.unpack(head)
     return StoreIdentity(store_id=store_id, created_ms=created_ms, version=version), segment
 
 
 def pack_entry(entry: IndexEntry, key: bytes) -> bytes:
-    """In the short form where everything fits into that."""
+    """An index entry is packed in the short form if all its values fit into that form."""
     if (
         entry.pinned_ms
         or entry.offset & 7
@@ -271,7 +276,9 @@ def _pack_long(entry: IndexEntry, key: bytes) -> bytes:
 
 
 def unpack_entry(value: bytes, key: bytes) -> IndexEntry | None:
-    """The entry, or None when the value does not carry the right checksum: LMDB checks none of what it returns."""
+    """The index entry, or None if the value in the index does not carry the right checksum: LMDB itself checks none of
+    the bytes that it returns.
+    """
     size = len(value)
     if size not in (INDEX_ENTRY_SHORT.size, INDEX_ENTRY.size):
         return None
@@ -284,14 +291,16 @@ def unpack_entry(value: bytes, key: bytes) -> IndexEntry | None:
 
 
 def position_in(value: bytes) -> int:
-    """The position in an entry, unchecked."""
+    """The position (in tokens) in an index entry, without a check of the entry."""
     if len(value) == INDEX_ENTRY.size:
         return int.from_bytes(value[20:24], "little")
     return int.from_bytes(value[32:36], "little") & 0xFFFFFFF
 
 
 def short_fields(place: Any, use: Any, life: Any, nbytes: Any, tree: Any, sums: Any) -> tuple[Any, ...]:
-    """The fields of IndexEntry but its parent, in order, from the words of the short form, or from arrays of them."""
+    """The fields of IndexEntry except its parent, in order, from the words of the short form, or from arrays of such
+    words.
+    """
     return (
         place >> 32 & 0xFFFFFF,
         (place & 0xFFFFFFFF) << 3,
@@ -317,11 +326,11 @@ def segment_name(segment: int) -> str:
 
 
 def segment_number(name: str) -> int | None:
-    """The number in a segment's file name; None for any other file."""
+    """The number in a segment's file name; None for the name of any other file."""
     stem, _, suffix = name.partition(".")
     return whole_number(stem, _SEGMENT_MAX) if suffix == "seg" and len(stem) == 12 else None
 
 
 def sign(raw: bytes, seed: int) -> bytes:
-    """`raw` with the XXH3-64 of its bytes from 16 on at bytes 8 to 16."""
+    """`raw` with the XXH3-64 checksum of its bytes from 16 on, written to bytes 8 to 16."""
     return raw[:8] + xxhash.xxh3_64_intdigest(raw[CHECK_OFFSET:], seed).to_bytes(8, "little") + raw[CHECK_OFFSET:]

@@ -1,4 +1,4 @@
-"""A record's header: packing, reading, and the checks that a reader makes of one. Knows bytes, never files.
+"""A record's header: how it is packed and read, and the checks that a reader makes. Knows bytes, never files.
 
 New records have version 2. Records of version 1 are read, and compaction copies them unchanged. Headers of both
 versions have 256 bytes, with hash and fingerprint at the same offsets. docs/FORMAT.md has the tables.
@@ -49,7 +49,9 @@ _FINGERPRINT_AT: Final = slice(96, 128)
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Where a version has the rest. place: segment, offset, stored bytes, payload bytes."""
+    """The offsets in a version of the header that differ between versions. place: segment, offset, stored bytes,
+    payload bytes.
+    """
 
     kind: int
     codec: int
@@ -77,10 +79,10 @@ CODES: Final = frozenset(itertools.product(_KINDS, _HASH_KINDS, _CODECS))
 # Not frozen: making a frozen one of so many fields takes three times as long, and a rebuild makes one per record.
 @dataclass(slots=True, kw_only=True)
 class RecordHeader:
-    """The 256 bytes before each payload. Not to be changed.
+    """The header of 256 bytes before each payload. Not to be changed.
 
-    tenant: tenant and user digest, 24 bytes; of version 1 the tenant's name in UTF-8.
-    generation: of the secret that named and sealed the record; 0: it has no seal.  family: `antefix.block.Family.code`.
+    tenant: tenant and user digest, 24 bytes; in version 1 the tenant's name in UTF-8. generation: of the secret that
+    named and sealed the record; 0: it has no seal. family: `antefix.block.Family.code`.
     """
 
     payload_checksum: bytes
@@ -110,17 +112,19 @@ class RecordHeader:
 
     @property
     def extent_bytes(self) -> int:
-        """The bytes of header, stored payload and padding."""
+        """The sum of the bytes of header, stored payload and padding."""
         return extent_bytes(self.stored_bytes)
 
     @property
     def owner(self) -> bytes:
-        """The owner, in the form of the index."""
+        """The record's owner, in the form that the index uses."""
         return owner_row(self.version, self.tenant)
 
 
 def owner_row(version: int, tenant: bytes) -> bytes:
-    """The key in the index's table of names. A name of version 1 is never taken for a digest with the same bytes."""
+    """The key of an owner in the index's table of names. A name of version 1 is never taken for a digest with the same
+    bytes.
+    """
     return (b"t" if version == 1 else b"o") + tenant
 
 
@@ -131,7 +135,7 @@ def pack_record_header(header: RecordHeader, seed: int) -> bytes:
 
 def _pack_v2(header: RecordHeader) -> bytes:
     if len(header.tenant) != OWNER_BYTES:
-        raise InvalidRequest(f"a record's tenant is a digest of {OWNER_BYTES} bytes, not of {len(header.tenant)}")
+        raise InvalidRequest(f"a record's tenant must be a digest of {OWNER_BYTES} bytes, has {len(header.tenant)}")
     return RECORD_HEADER.pack(
         RECORD_MAGIC,
         0,
@@ -168,7 +172,8 @@ def _pack_v2(header: RecordHeader) -> bytes:
 def _pack_v1(header: RecordHeader) -> bytes:
     if len(header.tenant) > TENANT_BYTES_MAX_V1:
         raise InvalidRequest(
-            f"version 1 takes {TENANT_BYTES_MAX_V1} bytes of a tenant's name, this one has {len(header.tenant)}"
+            f"record format version 1 has room for {TENANT_BYTES_MAX_V1} bytes of a tenant's name, this name "
+            f"has {len(header.tenant)}"
         )
     return RECORD_HEADER_V1.pack(
         RECORD_MAGIC_V1,
@@ -267,16 +272,17 @@ def signed_part_of(header: RecordHeader) -> bytes:
 
 
 def sealed_part(raw: bytes) -> bytes:
-    """The sealed part of a header. For version 1 it is zeros, which match no seal."""
+    """The sealed part of a header. In version 1 these bytes are zeros, which match no seal."""
     return raw[SEALED_PART] if raw[:8] == RECORD_MAGIC else bytes(SEALED_BYTES)
 
 
 def expected_checksum(
     raw: bytes, seed: int, *, kind: int, block_hash: bytes, fingerprint: bytes, entry: IndexEntry
 ) -> bytes | None:
-    """The payload checksum in a header that is exactly the one expected, or None.
+    """The payload checksum in a header, if the header is exactly the expected one; otherwise None.
 
-    What a reader does for every record: a whole RecordHeader would cost more than hashing a small payload.
+    A reader makes only this check for every record, because building a whole RecordHeader would cost more than hashing
+    a small payload.
     """
     places = _places_of(raw, seed, kind, block_hash, fingerprint)
     if (
@@ -291,9 +297,9 @@ def expected_checksum(
 def plain_record(
     raw: bytes, seed: int, *, kind: int, block_hash: bytes, fingerprint: bytes, segment: int, offset: int
 ) -> tuple[int, bytes] | None:
-    """Payload bytes and checksum in a header that is the one expected at this place, or None.
+    """Payload bytes and checksum in a header, if the header is the one expected at this place; otherwise None.
 
-    For readers without an index entry, of records that are stored as they are: neither coded nor encrypted.
+    This check is for readers without an index entry, of records that are neither compressed nor encrypted.
     """
     places = _places_of(raw, seed, kind, block_hash, fingerprint)
     if places is None:
@@ -309,7 +315,7 @@ def plain_record(
 
 
 def _places_of(raw: bytes, seed: int, kind: int, block_hash: bytes, fingerprint: bytes) -> _Places | None:
-    """The offsets of a sound header's fields; None if the header is damaged or belongs to another record."""
+    """The offsets of the fields in a valid header; None if the header is damaged or belongs to another record."""
     places = _PLACES.get(raw[:8])
     is_its = (
         places is not None
@@ -323,7 +329,7 @@ def _places_of(raw: bytes, seed: int, kind: int, block_hash: bytes, fingerprint:
 
 
 def _place(raw: bytes, places: _Places) -> tuple[int, int, int, int]:
-    """Segment, offset, stored bytes, payload bytes."""
+    """A record's segment, its offset there, its stored bytes and its payload bytes."""
     found = places.place.unpack_from(raw, places.place_offset)
     if places.payload_bytes_last:
         return found

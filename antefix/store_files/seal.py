@@ -1,9 +1,10 @@
 """Seals: a worker signs each record that it writes, and checks the signature whenever it reads a record.
 
-The MAC covers the payload as the worker made it and all of the header that the store never changes, so coding,
-encryption and compaction need no secret (docs/FORMAT.md, "Seal"). AES-GMAC with a key of its own for each record:
-measured on a core with AES instructions 17.7 GB/s and 2.4 us per record, where BLAKE2b makes 0.8 GB/s, HMAC-SHA256 1.8
-and a restore 1.6. A MAC over an XXH3 checksum would be useless: an attacker can make payloads with equal checksums.
+The MAC covers the payload as the worker made it, and all parts of the header that the store never changes. So
+compression, encryption and compaction need no secret (docs/FORMAT.md, "Seal"). Each record is signed with AES-GMAC
+under a key of its own. Measured on a core with AES instructions: 17.7 GB/s and 2.4 us per record, where BLAKE2b makes
+0.8 GB/s, HMAC-SHA256 1.8 and a restore 1.6. A MAC over an XXH3 checksum would be useless: an attacker can make payloads
+with equal checksums.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ _NONCE: Final = bytes(12)
 
 
 class SealKeys(Protocol):
-    """Where seal keys come from: `antefix.secret.Keyring`, or who was given one owner's."""
+    """Where seal keys come from: `antefix.secret.Keyring`, or an object that has only one owner's keys."""
 
     @property
     def generation(self) -> int:
-        """The generation that seals new records."""
+        """The generation of the secret that seals new records."""
 
     def seal_key(self, owner: bytes, generation: int) -> bytes | None: ...
 
@@ -48,7 +49,9 @@ class SealBroken(BlockCorrupt):
 
 
 class Seals:
-    """Signs and checks with the keys that it was given. Thread-safe.  num_broken: records that failed the check."""
+    """Signs records, and checks signatures, with the keys that it was given. The object is thread-safe. num_broken: how
+    many records failed the check of their seal.
+    """
 
     def __init__(self, keys: SealKeys) -> None:
         self._keys = keys
@@ -57,7 +60,7 @@ class Seals:
         self._last: tuple[bytes, int, bytes | None] = (b"", 0, None)
 
     def seal(self, record: Record) -> Record:
-        """The record with its seal, of the current generation."""
+        """The record with a seal under the current secret."""
         generation = self._keys.generation
         key = self._keys.seal_key(record.tenant, generation)
         assert key is not None, "a keyring has its own generation's secret"
@@ -75,7 +78,9 @@ class Seals:
         fingerprint: bytes,
         tenant: bytes = b"",
     ) -> bool:
-        """Whether this very payload was sealed under this name. sealed: a header's sealed part.  tenant: empty: any."""
+        """Whether exactly this payload was sealed under this name. sealed: the sealed part of a header. tenant: the
+        owner; empty: any owner.
+        """
         if self.fits(sealed, payload, kind=kind, block_hash=block_hash, fingerprint=fingerprint, tenant=tenant):
             return True
         self.num_broken += 1
@@ -91,7 +96,7 @@ class Seals:
         fingerprint: bytes,
         tenant: bytes = b"",
     ) -> bool:
-        """As `holds`, but a failure is not counted in `num_broken`."""
+        """As `holds`, but a record that fails is not counted in `num_broken`."""
         if len(sealed) != SEALED_BYTES:
             return False
         signed, salt, mac = _as_signed(sealed), sealed[SIGNED.size : -MAC_BYTES], sealed[-MAC_BYTES:]
@@ -145,9 +150,10 @@ def signed_part(record: Record, generation: int | None = None) -> bytes:
 
 
 def record_of(sealed: bytes, payload: Buffer) -> Record | None:
-    """The record that a header's sealed part and its payload make, to store it elsewhere as it is; None: of version 1.
+    """The record that consists of a header's sealed part and its payload, in order to store it elsewhere unchanged;
+    None for a record of version 1.
 
-    The record's seal is not checked here: its reader will.
+    The record's seal is not checked here, because its reader will check it.
     """
     if len(sealed) != SEALED_BYTES or sealed == bytes(SEALED_BYTES):
         return None
@@ -169,7 +175,7 @@ def record_of(sealed: bytes, payload: Buffer) -> Record | None:
 
 
 def sealed_part_of(record: Record) -> bytes:
-    """The sealed part, as in the record's header."""
+    """The sealed part of the record, as in its header."""
     return signed_part(record) + record.salt + record.mac
 
 

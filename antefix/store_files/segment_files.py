@@ -27,7 +27,7 @@ _IOV_MAX: Final = 1024
 
 
 class OpenFile:
-    """A descriptor, and how many are using it."""
+    """An open file descriptor, and how many threads are using it."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -57,7 +57,7 @@ class SegmentFiles:
             self.give_back(file)
 
     def sweep(self) -> None:
-        """Close deleted segments, at most once per SWEEP_S; cheap to call often."""
+        """Close the descriptors of deleted segments, at most once per SWEEP_S; calling this often is cheap."""
         if time.monotonic() - self._swept_s >= SWEEP_S:
             self.let_go()
 
@@ -74,7 +74,7 @@ class SegmentFiles:
                 self._doom(segment)
 
     def borrow(self, segment: int) -> OpenFile:
-        """As `use`, but as a pair of calls, for callers with thousands of records. Raises the same errors."""
+        """As `use`, but as two calls (begin and end), for callers with thousands of records. Raises the same errors."""
         with self._lock:
             file = self._files.get(segment)
             if file is None:
@@ -100,7 +100,9 @@ class SegmentFiles:
 
 
 def preadv_cached(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Bytes read without waiting for the disk: fewer than asked where the page cache lacks some, or cannot tell."""
+    """Bytes read without waiting for the disk; fewer than requested if the page cache does not have all of them, or
+    cannot tell.
+    """
     try:
         return os.preadv(fd, buffers, offset, os.RWF_NOWAIT)
     except OSError:
@@ -109,9 +111,9 @@ def preadv_cached(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
 
 
 def preadv_full(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Like os.preadv, but of any number of buffers, and continues after a short read.
+    """Like os.preadv, but for any number of buffers, and continued after a short read.
 
-    Returns the bytes read: fewer than asked only at the end of the file.
+    Returns the number of bytes read, which is smaller than requested only at the end of the file.
     """
     total = 0
     for first in range(0, len(buffers), _IOV_MAX):

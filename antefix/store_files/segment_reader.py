@@ -1,9 +1,10 @@
-"""Reads a store's payloads from any process on its host: index snapshot, then preadv into the caller's buffers.
+"""Reads a store's payloads from any process on its host: records are looked up in a snapshot of the index, and read
+with preadv into the caller's buffers.
 
-No call to the service, no copy in Python where the record is stored raw. Neighbours in a segment are read together,
-several such runs at once. Each record's header, own hash, fingerprint and checksum are verified on every read. A record
-that was moved or deleted during the read is looked up again. If the index still names a record but the segment does not
-hold it, the record is corrupt; it is reported to the store as a suspect.
+Reading makes no call to the service, and no copy in Python if a record is stored raw. Records that are neighbours in a
+segment are read together, and several such runs at the same time. Each record's header, own hash, fingerprint and
+checksum are verified on every read. A record that was moved or deleted during the read is looked up again. If the index
+still names a record but the segment does not hold it, the record is corrupt; it is reported to the store as a suspect.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ Parts = Callable[[int, int], Sequence[memoryview]]
 
 
 def wall_ms() -> int:
-    """Unix time in ms. Expiry times use it, because it is the same in every process."""
+    """Unix time in ms. Expiry times use this clock, because it is the same in every process."""
     return time.time_ns() // 1_000_000
 
 
@@ -66,7 +67,8 @@ class ReadOutcome:
     holds something else.
 
     locked: the read stopped at an encrypted record for which this reader has no keys; the service may have them.
-    forged: records that are undamaged but have no valid seal. The store cannot check seals, so it must be told.
+    forged: records that are undamaged but have no valid seal. The store cannot check seals, so it must be told about
+    forged records.
     """
 
     num_good: int = 0
@@ -78,7 +80,7 @@ class ReadOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """Leading records that are stored, as one snapshot of the index names them. `locked` as in ReadOutcome."""
+    """The leading records that are stored, as one snapshot of the index names them. `locked` as in ReadOutcome."""
 
     kind: RecordKind
     fingerprint: bytes
@@ -97,7 +99,9 @@ class Located:
         return all(want.plain for want in self.wanted)
 
     def window(self, first: int, bytes_max: int) -> Located:
-        """The records from number `first` on, at least one and up to about `bytes_max` bytes, numbered from 0."""
+        """The records from number `first` on, numbered from 0: at least one record, and up to about `bytes_max`
+        bytes.
+        """
         window = Located(self.kind, self.fingerprint, [], self.locked, self.tenant)
         nbytes = 0
         for want in self.wanted[first : first + _WINDOW_RECORDS_MAX]:
@@ -109,7 +113,9 @@ class Located:
 
 
 class StoreReader:
-    """Reads one store directory. Thread-safe; any number of them, in any process of the host."""
+    """Reads one store directory. The reader is thread-safe; any number of readers may exist, in any process of the
+    host.
+    """
 
     def __init__(
         self,
@@ -121,7 +127,8 @@ class StoreReader:
         clock_ms: Callable[[], int] = wall_ms,
         index: Index | None = None,
     ) -> None:
-        """num_threads: runs in flight, the calling thread's among them.  seals: with them, only sealed is right.
+        """num_threads: how many runs of records are read at once, including one by the calling thread. seals: if given,
+        only sealed records are accepted.
 
         index: the owner's, which it closes itself.
         Raises:  Unavailable: there is no store (yet), or its index cannot be opened.
@@ -148,7 +155,7 @@ class StoreReader:
             self.index.close()
 
     def renew(self, seed: int) -> None:
-        """Close all files, because the directory has new ones."""
+        """Close all open files of the store, because the directory has new files."""
         self.seed = seed
         self.runs.renew(seed)
 
@@ -156,7 +163,7 @@ class StoreReader:
         return self.index.lookup(chain, fingerprint=fingerprint, now_ms=self._clock_ms())
 
     def held(self, chain: Sequence[bytes], *, fingerprint: bytes) -> Held:
-        """What is stored of `chain`, and what of it is in the page cache."""
+        """Which blocks and checkpoints of `chain` are stored, and which of them are in the page cache."""
         return self.page_cache.sampled(self.index.held(chain, fingerprint=fingerprint, now_ms=self._clock_ms()), chain)
 
     def read_blocks(
@@ -185,7 +192,7 @@ class StoreReader:
         return outcome
 
     def _is_read_plainly(self, plain: PlainRead) -> bool:
-        """Read these blocks in many threads. Returns whether all of them were read and passed all checks."""
+        """Read these blocks in many threads. Returns whether all of the blocks were read and passed all checks."""
         waiting, failed = deque(plain.runs), threading.Event()
 
         def work() -> None:
@@ -233,7 +240,7 @@ class StoreReader:
         return self.fill(located, lambda number, _: (into[number].cast("B"),))
 
     def _with_helpers(self, work: Callable[[], None], num_helpers: int, stop: Callable[[], None]) -> None:
-        """Do `work` in this thread and, meanwhile, in up to `num_helpers` others; `stop` makes all of them end."""
+        """Do `work` in this thread and at the same time in up to `num_helpers` others; `stop` makes all of them end."""
         helpers = [self._pool.submit(work) for _ in range(min(num_helpers, self._num_helpers))]
         try:
             work()
@@ -249,7 +256,7 @@ class StoreReader:
     def read(
         self, kind: RecordKind, block_hash: bytes, *, fingerprint: bytes, tenant: bytes = b""
     ) -> tuple[bytearray | None, ReadOutcome]:
-        """One payload in a buffer of its own, or None."""
+        """One payload in a newly allocated buffer; None if it cannot be read."""
         located = self.locate(kind, [block_hash], fingerprint=fingerprint, tenant=tenant)
         payload = bytearray(sum(located.sizes))
         outcome = self.fill(located, lambda *_: (memoryview(payload),))
@@ -301,7 +308,7 @@ class StoreReader:
         return outcome
 
     def _read_again(self, located: Located, want: Wanted, outcome: ReadOutcome) -> bool:
-        """Look a failed record up again: compaction may have moved it, eviction may have taken it."""
+        """Look a failed record up again, because compaction may have moved it, or eviction removed it."""
         with self.index.txn() as txn:
             entry = self.index.entry(txn, located.kind, want.hash)
         if entry is None or not entry.live(self._clock_ms()) or entry.tenant_id != want.entry.tenant_id:
@@ -326,7 +333,7 @@ def _shares(count: int, num_threads: int, record_bytes: int) -> deque[tuple[int,
 
 
 def _joined(found: list[tuple[int, ReadOutcome]]) -> ReadOutcome:
-    """What was read in all: good up to the first gap."""
+    """The result of all shares of a read: records are good up to the first one that was not read."""
     joined = ReadOutcome()
     for first, outcome in sorted(found, key=lambda share: share[0]):
         joined.suspects += outcome.suspects
@@ -352,4 +359,6 @@ def verify(header: RecordHeader, kind: RecordKind, block_hash: bytes, fingerprin
         ("codec", header.codec, entry.codec),
     ):
         if found != expected:
-            raise BlockCorrupt(f"record {block_hash.hex()[:16]}: {name} is {found!r}, the index says {expected!r}")
+            raise BlockCorrupt(
+                f"record {block_hash.hex()[:16]}: its {name} is {found!r}, but the index says {expected!r}"
+            )

@@ -1,4 +1,6 @@
-"""Metrics, log lines and traces of a process. Knows no service; each package defines its own metrics."""
+"""Metrics, log lines and traces of a process. This package knows no service; each service's package defines its own
+metrics.
+"""
 
 from antefix.telemetry.context import bind_request, incoming, outgoing, request_id, trace_id
 from antefix.telemetry.exposition import MetricsServer, Registry

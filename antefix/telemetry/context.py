@@ -1,7 +1,7 @@
-"""Which request the code that runs now works for: its id and its W3C trace context, on every log line and every call.
+"""The request that the running code works for: its id and its W3C trace context, for every log line and every call.
 
-The id and the trace context travel between processes in gRPC's metadata (`outgoing`, `incoming`), and within one in
-context variables, which each task has of its own.
+Between processes, the id and the trace context travel in gRPC's metadata (`outgoing`, `incoming`). Within a process
+they are in context variables, which each task has of its own.
 """
 
 from __future__ import annotations
@@ -24,29 +24,31 @@ _parent: ContextVar[str] = ContextVar("antefix_traceparent", default="")
 
 
 def request_id() -> str:
-    """The id of the request that this task works for; "" if there is none."""
+    """The id of the request that this task works for; "" if the task works for none."""
     return _request.get()
 
 
 def trace_id() -> str:
-    """The id of the request's trace, 32 hex digits; "" if there is none."""
+    """The id of the request's trace, 32 hex digits; "" if there is no trace."""
     return traceparent()[3:35]
 
 
 def traceparent() -> str:
-    """The trace context to pass on: the innermost span's, or the caller's where nothing is traced here; "" for none."""
+    """The trace context to pass on: that of the innermost span, or the caller's if this process traces nothing; "" if
+    there is none.
+    """
     from antefix.telemetry import tracing
 
     return tracing.current_traceparent() or _parent.get()
 
 
 def callers_traceparent() -> str:
-    """What the caller of the call that is being served passed on; "" for none."""
+    """The trace context that the caller passed on with the call that is being served; "" if it passed none."""
     return _parent.get()
 
 
 def bind_request(identifier: str) -> None:
-    """This task, and those that it starts from now on, work for this request."""
+    """From now on, this task and the tasks that it starts work for this request."""
     _request.set(identifier)
 
 
@@ -61,7 +63,7 @@ def is_traceparent(header: str) -> bool:
 
 
 def outgoing() -> tuple[tuple[str, str], ...] | None:
-    """Metadata for a call that this task makes; None for none."""
+    """Metadata for a call that this task makes; None if there is nothing to send."""
     identifier, parent = _request.get(), traceparent()
     if not identifier and not parent:
         return None
@@ -74,7 +76,9 @@ def outgoing() -> tuple[tuple[str, str], ...] | None:
 
 
 def incoming(metadata: Iterable[tuple[str, str | bytes]] | None) -> None:
-    """Take over what a caller passed on; the task that serves the call keeps it to its end."""
+    """Take over the id and trace context that a caller passed on; the task that serves the call keeps them to
+    its end.
+    """
     _request.set("")
     _parent.set("")
     for key, value in metadata or ():

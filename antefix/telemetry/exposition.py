@@ -1,4 +1,6 @@
-"""Metrics over HTTP, one address a role, for Prometheus and its like: text or OpenMetrics, as the caller asks."""
+"""Metrics over HTTP, one address per service, for Prometheus and similar programs: as text or OpenMetrics, whichever
+the caller asks for.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,12 @@ SHORT_SECONDS: Final = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.
 
 
 def histogram(name: str, help_text: str, labels: tuple[str, ...] = (), *, buckets: tuple[float, ...]) -> Histogram:
-    """One that belongs to the object that measures, and is shown by its room."""
+    """A metric that belongs to the object that measures, and is shown by that object's package."""
     return Histogram(name, help_text, labels, buckets=buckets, registry=None)
 
 
 class Registry:
-    """The metrics of one role.  role: the role's name."""
+    """The metrics of one service. role: the service's role."""
 
     def __init__(self, role: str) -> None:
         self.role = role
@@ -49,11 +51,11 @@ class Registry:
         self.add(self._about)
 
     def add(self, read: Read) -> None:
-        """Show what `read` gives at each scrape, from whatever thread."""
+        """Show the metrics that `read` returns at each scrape; `read` may be called from any thread."""
         self.collectors.register(_Reading(read))
 
     def add_in_loop(self, read: Read) -> None:
-        """The same for what belongs to the event loop that runs now: it is read there."""
+        """As `add`, for metrics that belong to the running event loop: they are read on that loop."""
         self.collectors.register(_Reading(_in_loop(asyncio.get_running_loop(), read)))
 
     def text(self) -> str:
@@ -67,7 +69,7 @@ class Registry:
 
 
 class _Reading:
-    """A collector as prometheus-client wants it."""
+    """A collector of metrics in the form that prometheus-client wants."""
 
     def __init__(self, read: Read) -> None:
         self._read = read
@@ -96,7 +98,7 @@ class _ThreadingServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Do not log clients that left or whose handshake failed."""
+        """Do not log clients that closed their connection, or whose TLS handshake failed."""
 
 
 class _QuietHandler(WSGIRequestHandler):
@@ -107,7 +109,7 @@ class _QuietHandler(WSGIRequestHandler):
 
 
 class MetricsServer:
-    """Serves a registry in threads of its own until the process ends, or `close`."""
+    """Serves a registry of metrics in threads of its own until the process ends, or until `close`."""
 
     def __init__(self, registry: Registry, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> None:
         """Raises:  ConfigError: the address cannot be listened on."""

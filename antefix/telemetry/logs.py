@@ -1,4 +1,5 @@
-"""Log lines: one an event, readable or JSON, with the request's and the trace's id. Repeated ones are held back.
+"""Log lines: one line per event, as readable text or as JSON, with the ids of the request and of its trace. Repeated
+ones are held back.
 
 No log line, from here or elsewhere, may hold text of prompts or answers.
 """
@@ -47,7 +48,7 @@ _OWN: Final = frozenset(vars(logging.makeLogRecord({}))) | {
 
 
 class Lines:
-    """Counts lines by level, written and held back. One a process."""
+    """Counts log lines by level, both those written and those held back. One a process."""
 
     def __init__(self) -> None:
         self.written: dict[str, int] = dict.fromkeys(LEVELS, 0)
@@ -69,10 +70,11 @@ lines: Final = Lines()
 
 
 class RepeatFilter(logging.Filter):
-    """Lets NUM_ALIKE_MAX lines of a kind through in ALIKE_S; the next one that is let through says how many were not.
+    """Lets at most NUM_ALIKE_MAX lines of one kind through in ALIKE_S seconds; the next line that is let through says
+    how many were held back.
 
-    Of a kind are lines with one template, whatever fills it. Errors are of a kind only if they are equal: each of ours
-    has an id that its client was told, and must be found.
+    Lines with the same message template are of one kind, whatever values fill the template. Errors are of one kind only
+    if they are equal, because each error of ours has an id that its client was told and that must be found in the log.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -107,9 +109,11 @@ class RepeatFilter(logging.Filter):
 
 
 class _Formatter(logging.Formatter):
-    """Used by both forms: a stack trace gives places and the kind of error, and a message only of our own errors.
+    """Both forms of log lines use this: a stack trace shows places and the kind of error, but a message only if the
+    error is one of ours.
 
-    A KeyError, a UnicodeDecodeError or a library's own hold the value that they are about: text of a request, or a key.
+    The message of a KeyError, a UnicodeDecodeError or a library's error may hold the value that the error is about,
+    such as text of a request, or a key.
     """
 
     def formatException(self, exc_info: Any) -> str:
@@ -137,7 +141,7 @@ class TextFormatter(_Formatter):
 
 
 class JsonFormatter(_Formatter):
-    """For programs: one JSON object a line."""
+    """For programs: one JSON object per log line."""
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
@@ -156,7 +160,9 @@ class JsonFormatter(_Formatter):
 
 
 def trace_of(err: BaseException) -> str:
-    """Where an error was raised and by which others, without the values that messages of others than ours hold."""
+    """Where an error was raised, and by which other errors it was caused, without the values that messages of foreign
+    errors hold.
+    """
     parts: list[str] = []
     each: BaseException | None = err
     seen: set[int] = set()
@@ -178,22 +184,24 @@ def _may_be_told(err: BaseException) -> bool:
 
 
 def tell_of_crashes() -> None:
-    """From now on, what ends this process or a thread of it by mistake is a line of the log, in the same words."""
+    """From now on, an error that ends this process or one of its threads is written to the log in the usual form."""
 
     def crashed(kind: type[BaseException], err: BaseException | None, _: Any) -> None:
         if err is not None and not issubclass(kind, KeyboardInterrupt):
-            log.critical("ended by a bug in the program", exc_info=err)
+            log.critical("the process or a thread of it was ended by a bug in the program", exc_info=err)
 
     sys.excepthook = crashed
     threading.excepthook = lambda args: crashed(args.exc_type, args.exc_value, args.exc_traceback)
 
 
 class _Handler(logging.StreamHandler[IO[str]]):
-    """Antefix's own log handler: a class of its own, so that it can be told from other handlers."""
+    """Antefix's own log handler; a separate class tells it apart from other handlers."""
 
 
 def set_up_logs(level: str = "info", form: str = "text", stream: IO[str] | None = None) -> None:
-    """Log to `stream`, stderr if none is given, from now on.  level, form: of LEVELS and FORMATS."""
+    """Write log lines to `stream` from now on, or to stderr if none is given. level, form: one of LEVELS and one of
+    FORMATS.
+    """
     handler = _Handler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     handler.addFilter(RepeatFilter())
@@ -207,7 +215,7 @@ def set_up_logs(level: str = "info", form: str = "text", stream: IO[str] | None 
 
 
 def _notes(record: logging.LogRecord) -> dict[str, Any]:
-    """What stands next to the message: ids, what the caller gave as `extra`, and what was held back."""
+    """The fields next to a log line's message: ids, the caller's `extra`, and the number of lines held back."""
     notes = {name: value for name, value in vars(record).items() if name not in _OWN}
     ids = {"request_id": request_id(), "trace_id": trace_id()}
     notes.update({name: value for name, value in ids.items() if value})

@@ -1,4 +1,4 @@
-"""The settings that every role has for what it tells of itself."""
+"""The settings of metrics, logs and traces, which every service has."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def trace_share_setting() -> Any:
 
 
 class TelemetryConfig(Protocol):
-    """The part of a role's settings that is meant here."""
+    """The part of a service's settings that concerns metrics, logs and traces."""
 
     @property
     def metrics_address(self) -> str: ...
@@ -61,9 +61,10 @@ def check_telemetry(config: TelemetryConfig) -> None:
 
 
 def serve_metrics(config: TelemetryConfig, registry: Registry, security: ProcessSecurity = OPEN) -> str:
-    """Serve these metrics and those of `security` until the process ends, where that is wanted.
+    """Serve these metrics, and those of `security`, until the process ends, if the settings ask for it.
 
-    Returns the address, or "".  Raises:  ConfigError: it cannot be listened on, or others could read it without TLS.
+    Returns the address, or "". Raises: ConfigError: the metrics address cannot be listened on, or other hosts could
+    read metrics without TLS.
     """
     registry.add(security.metrics)
     if not config.metrics_address:

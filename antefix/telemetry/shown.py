@@ -1,7 +1,9 @@
-"""Counters that are kept elsewhere, as Prometheus' metrics: which field of an object is shown under which name.
+"""Shows counters that are kept in other objects as Prometheus metrics: a table says which field is shown under which
+name.
 
-A table has a row for each field, so that a test can tell which fields are not shown. Names are by Prometheus'
-convention: unit last (`_seconds`, `_bytes`), `_total` after counters, which is left out here and put on by the format.
+A table has a row for each field, so that a test can find fields that are not shown. Names follow Prometheus'
+convention: the unit comes last (`_seconds`, `_bytes`). The `_total` of counters is left out here, because the output
+format adds it.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """One field's metric. labels: what tells it from other fields of the same metric. A text counts as 1 if it is not
-    empty; of a field that is a mapping each entry is shown, its key under the label `key`."""
+    """The metric of one field. labels: what tells this field from other fields of the same metric. A text field counts
+    as 1 if it is not empty; of a mapping, each entry is shown, with its key under the label `key`.
+    """
 
     name: str
     help: str
@@ -35,7 +38,7 @@ Table = Mapping[str, Shown]
 
 
 def families(table: Table, values: Any, labels: Mapping[str, str] | None = None) -> Iterator[Metric]:
-    """The metrics of one object, or of a mapping with these names. labels: that all of them have."""
+    """The metrics of one object, or of a mapping with these names. labels: labels that all of these metrics get."""
     common = dict(labels or {})
     made: dict[str, CounterMetricFamily | GaugeMetricFamily] = {}
     for field, shown in table.items():
@@ -54,7 +57,7 @@ def families(table: Table, values: Any, labels: Mapping[str, str] | None = None)
 
 
 def gauge(name: str, help_text: str, rows: Mapping[Any, float], labels: tuple[str, ...] = ()) -> Metric:
-    """One gauge by its labels' values."""
+    """One gauge metric, with a value for each combination of labels."""
     family = GaugeMetricFamily(name, help_text, labels=labels)
     for where, value in rows.items():
         family.add_metric(where, value)
@@ -62,7 +65,7 @@ def gauge(name: str, help_text: str, rows: Mapping[Any, float], labels: tuple[st
 
 
 def counter(name: str, help_text: str, rows: Mapping[Any, float], labels: tuple[str, ...] = ()) -> Metric:
-    """One counter by its labels' values."""
+    """One counter metric, with a value for each combination of labels."""
     family = CounterMetricFamily(name, help_text, labels=labels)
     for where, value in rows.items():
         family.add_metric(where, value)

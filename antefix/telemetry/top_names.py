@@ -1,8 +1,9 @@
-"""Names that come from callers as values of a label: the most used ones by name, the rest as one. Pure.
+"""Names that come from callers and are used as label values: the most used names are shown by name, all others together
+as one. Pure.
 
-Each value of a label is a series in every scraper, so there may be so many and no more. Which names are shown changes
-slowly: a name takes another's place when it was used twice as much lately. A name that lost its place ends as a series,
-and its later uses count among the rest; sums over increases stay right.
+Each value of a label is a separate series in every scraper, so the number of values is limited. Which names are shown
+changes slowly: a name takes another's place when it was used twice as often lately. When a name loses its place, its
+series ends, and its later uses count as others; sums over increases stay right.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _WAITING_PER_PLACE: Final = 8
 
 
 class TopNames:
-    """on_drop: is told of a name that lost its place."""
+    """on_drop: called with each name that lost its place."""
 
     def __init__(
         self, num_max: int, on_drop: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic
@@ -32,7 +33,7 @@ class TopNames:
         self._waiting: dict[str, float] = {}
 
     def place(self, name: str, weight: float) -> str:
-        """What a use of `name` counts under: itself, or OTHERS."""
+        """The label value under which a use of `name` is counted: the name itself, or OTHERS."""
         self._fade()
         if name in self._shown:
             self._shown[name] += weight

@@ -1,6 +1,7 @@
-"""Spans, sent by OTLP where an endpoint is set. Off, the default, a span is one shared object that does nothing.
+"""Trace spans, which are sent by OTLP if an endpoint is set. If tracing is off, which is the default, a span is one
+shared object that does nothing.
 
-OpenTelemetry is an optional extra (`otel`): nothing of it is imported before `start_tracing`.
+OpenTelemetry is an optional extra (`otel`): none of its modules is imported before `start_tracing`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Value = str | bool | int | float
 
 
 class Span(Protocol):
-    """A stretch of a request's time."""
+    """A span: a named part of the time that a request takes."""
 
     def set(self, **attributes: Value) -> None: ...
 
@@ -48,21 +49,23 @@ _tracer: Any = None
 
 
 def span(name: str, **attributes: Value) -> AbstractContextManager[Span]:
-    """Around what is done in one task without a yield in between; spans inside become its children."""
+    """A span around work that one task does without a yield in between; spans inside it become its children."""
     return _NO_SPAN if _tracer is None else _inside(name, attributes)
 
 
 def begin(name: str, **attributes: Value) -> Span:
-    """For what lasts over yields, or begins and ends in different places: the caller ends it. Has no children."""
+    """A span for work that continues over yields, or begins and ends in different places; the caller ends the span. Has
+    no children.
+    """
     return _NO_SPAN if _tracer is None else _OpenSpan(_tracer.start_span(name, attributes=attributes))
 
 
 @contextlib.contextmanager
 def serving(name: str, **attributes: Value) -> Iterator[Span]:
-    """Around the serving of one call, whose caller's context has been bound (`context.incoming`).
+    """A span around the serving of one call, whose caller's trace context has been bound (`context.incoming`).
 
-    The task's own context keeps it: a generator that is closed late closes in another one, which could not put back
-    what was before.
+    The task's own context keeps the span: a generator that is closed late is closed in another context, which could not
+    restore the span before it.
     """
     if _tracer is None:
         yield _NO_SPAN
@@ -82,7 +85,7 @@ def serving(name: str, **attributes: Value) -> Iterator[Span]:
 
 
 def current_traceparent() -> str:
-    """Of the innermost span; "" where there is none."""
+    """The id of the innermost span's trace; "" if there is no span."""
     if _tracer is None:
         return ""
     from opentelemetry import trace
@@ -94,7 +97,7 @@ def current_traceparent() -> str:
 
 
 def start_tracing(endpoint: str, *, role: str, share: float = 1.0) -> Callable[[], None]:
-    """Send spans from now on. Returns what sends the rest and ends it.
+    """Send spans from now on. Returns the function that sends the remaining spans and ends tracing.
 
     endpoint: of an OTLP collector (gRPC), such as http://127.0.0.1:4317; empty: nothing is traced.
     share: of the requests without a trace of their own; those that bring one are traced as it says.
@@ -110,7 +113,7 @@ def start_tracing(endpoint: str, *, role: str, share: float = 1.0) -> Callable[[
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
     except ModuleNotFoundError as err:
-        raise ConfigError(f"traces need {err.name}: pip install 'antefix[otel]'") from err
+        raise ConfigError(f"sending traces needs {err.name}: pip install 'antefix[otel]'") from err
     resource = Resource.create({"service.name": f"antefix-{role}", "service.instance.id": str(os.getpid())})
     provider = TracerProvider(resource=resource, sampler=ParentBased(TraceIdRatioBased(share)))
     insecure = not endpoint.startswith("https://")

@@ -1,7 +1,7 @@
 """Window state: which checkpoints to leave (strategy), how to resume from what is there (planner), how fast (rates).
 
-Pure: knows lengths, sizes and seconds; never tokens, tensors, hashes or stores. The services and `antefix simulate`
-call the same functions.
+The package knows only lengths, sizes and seconds; never tokens, tensors, hashes or stores. The services and `antefix
+simulate` call the same functions.
 """
 
 from antefix.window.marks import BudgetState, Mark, OutputFacts, PromptFacts, Reason, Strategy, Tier

@@ -35,9 +35,11 @@ CUE_TOKENS = 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseRule:
-    """A new stretch of so many tokens gets a mark `fraction` into it, or so many tokens before its end.
+    """When a prompt adds at least `stretch_tokens` new tokens, a checkpoint is left at the fraction `fraction` of them,
+    or a number of tokens before their end.
 
-    stretch_tokens: the shortest that gets it.  below_tokens: the first length that does not; None for no such limit.
+    stretch_tokens: the smallest number of new tokens that gets a checkpoint. below_tokens: the smallest number that
+    gets none any more; None: there is no such limit.
     """
 
     stretch_tokens: int
@@ -83,11 +85,13 @@ _PRIORITY = (Reason.PROMPT_END, Reason.OUTPUT_END, Reason.FORK, Reason.SPARSE)
 
 @dataclass(frozen=True, slots=True)
 class Auto:
-    """Ends, forks and sparse marks, within a byte budget: never more than fit into it, ends first.
+    """Checkpoints at ends, at forks and at sparse positions, within a byte budget: never more than fit into the budget,
+    and ends first.
 
-    budget_bytes: of checkpoints that the namespace may hold; None leaves it to the store.
-    ends: where ends go: they are reused within minutes or never, so a window pool can spare the disk their writes.
-        None leaves it to the deployment (`in_force`): to the pool where there is one; until then to disk.
+    budget_bytes: the limit on checkpoints of the namespace; None leaves the limit to the store. ends: the tier for
+    checkpoints at ends of prompts and outputs. Those checkpoints are reused within minutes or never, so a window pool
+    can spare the disk their writes.
+        None leaves the tier to the deployment (`in_force`): the window pool if there is one, otherwise the disk.
     """
 
     budget_bytes: int | None = None
@@ -95,7 +99,9 @@ class Auto:
 
     def __post_init__(self) -> None:
         if self.budget_bytes is not None and self.budget_bytes < 0:
-            raise ConfigError(f"auto(budget=B) needs a budget of at least 0 bytes, is {self.budget_bytes}")
+            raise ConfigError(
+                f"the window strategy auto(budget=B) needs a budget of at least 0 bytes, is {self.budget_bytes}"
+            )
 
     def at_prompt(self, facts: PromptFacts, sizes: Sizes) -> tuple[Mark, ...]:
         end = aligned(max(facts.num_tokens - CUE_TOKENS, 0) // sizes.block_size, facts.align_blocks)
@@ -127,7 +133,7 @@ class Auto:
         return min(limits, default=None)
 
     def _pressure(self, budget: BudgetState) -> float:
-        """0 without a limit, 1 at it."""
+        """The share of the limit that is used: 0 without a limit, 1 at the limit."""
         limit = self._limit_bytes(budget)
         return 0.0 if limit is None else min(budget.used_bytes / max(limit, 1), 1.0)
 

@@ -11,7 +11,7 @@ from antefix.window.sizes import Sizes
 
 @dataclass(frozen=True, slots=True)
 class Zero:
-    """No checkpoints: the window state of every hit is replayed."""
+    """No checkpoints are left: the window state of every hit is replayed."""
 
     def at_prompt(self, facts: PromptFacts, sizes: Sizes) -> tuple[Mark, ...]:
         return ()
@@ -25,7 +25,7 @@ class Zero:
 
 @dataclass(frozen=True, slots=True)
 class Full:
-    """Every block boundary: nothing is ever recomputed, at about seven times global KV's bytes."""
+    """A checkpoint at every block boundary: nothing is ever recomputed, at about seven times the bytes of global KV."""
 
     def at_prompt(self, facts: PromptFacts, sizes: Sizes) -> tuple[Mark, ...]:
         return _prompt_multiples(facts, sizes, facts.align_blocks, Reason.EVERY_BLOCK)
@@ -39,13 +39,17 @@ class Full:
 
 @dataclass(frozen=True, slots=True)
 class Periodic:
-    """Every `period_tokens`, counted from token 0, so that sequences that share a prefix share its checkpoints."""
+    """A checkpoint every `period_tokens` tokens, counted from token 0, so that sequences with a common prefix share its
+    checkpoints.
+    """
 
     period_tokens: int
 
     def __post_init__(self) -> None:
         if self.period_tokens < 1:
-            raise ConfigError(f"periodic(p) needs a positive p, is {self.period_tokens}")
+            raise ConfigError(
+                f"the window strategy periodic(p) needs a positive number of tokens p, is {self.period_tokens}"
+            )
 
     def at_prompt(self, facts: PromptFacts, sizes: Sizes) -> tuple[Mark, ...]:
         return _prompt_multiples(facts, sizes, self._step(facts.align_blocks, sizes), Reason.PERIOD)
@@ -62,7 +66,9 @@ class Periodic:
 
 @dataclass(frozen=True, slots=True)
 class Boundary:
-    """The end of the prompt and the end of the output: what the next turn of a conversation resumes from."""
+    """Checkpoints at the end of the prompt and at the end of the output, from which the next turn of a conversation
+    resumes.
+    """
 
     def at_prompt(self, facts: PromptFacts, sizes: Sizes) -> tuple[Mark, ...]:
         end = aligned(facts.num_tokens // sizes.block_size, facts.align_blocks)
@@ -76,7 +82,9 @@ class Boundary:
 
 
 def output_end(facts: OutputFacts, sizes: Sizes) -> list[tuple[int, Reason]]:
-    """The output's last boundary, if it has one of its own: else it ends where the prompt's checkpoint is."""
+    """The last block boundary of the output, if the output has a boundary of its own; without one, the output ends at
+    the prompt's checkpoint.
+    """
     end = aligned(facts.num_tokens // sizes.block_size, facts.align_blocks)
     return [(end, Reason.OUTPUT_END)] if end > facts.prompt_tokens // sizes.block_size else []
 

@@ -15,7 +15,9 @@ POOL_TTL_S = 600.0
 
 
 class Tier(StrEnum):
-    """Where a checkpoint goes. POOL: memory, shared through Redis where several hosts run. DISK: the store."""
+    """Where a checkpoint goes. POOL: the window pool in memory, which is shared through Redis if several hosts run.
+    DISK: the store.
+    """
 
     POOL = "pool"
     DISK = "disk"
@@ -56,8 +58,8 @@ _RESUME_POINTS = (Reason.PROMPT_END, Reason.OUTPUT_END, Reason.FORK)
 class Mark:
     """Leave a checkpoint after `block` blocks.
 
-    saved_tokens: how many tokens of computation the checkpoint is expected to save. Eviction uses it: the record's
-    cost_s is the time to compute this many tokens.
+    saved_tokens: how many tokens of computation the checkpoint is expected to save. Eviction uses this number: the
+    record's cost_s is the time to compute so many tokens.
     """
 
     block: int
@@ -69,9 +71,10 @@ class Mark:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BudgetState:
-    """Bytes of checkpoints that the namespace holds, and may hold (None: whatever the store's own budget allows).
+    """The bytes of checkpoints that the namespace holds, and the limit (None: the store's own budget is the limit).
 
-    turnover_s: of the store (`Turnover.seconds`); None while it has room or nobody knows.
+    turnover_s: the turnover time of the store (`Turnover.seconds`); None while the store has room or the time is not
+    known.
     """
 
     used_bytes: int = 0
@@ -83,10 +86,10 @@ class BudgetState:
 class PromptFacts:
     """What is known when a prompt's restore has been planned. Boundaries are numbers of blocks from the start.
 
-    num_tokens: of the prompt.  num_stored_blocks: its longest stored prefix, before this request.
-    resume_block: the plan's; window state at boundaries before it will not be in hand.
-    checkpoints: boundaries that have a checkpoint already.
-    align_blocks: in reproducible mode, the prefill chunk in blocks; 1 elsewhere.
+    num_tokens: the length of the prompt. num_stored_blocks: its longest stored prefix, before this request.
+    resume_block: the boundary where the plan resumes; window state at boundaries before it will not be available.
+    checkpoints: boundaries that have a checkpoint already. align_blocks: in reproducible mode, the prefill chunk in
+    blocks; 1 otherwise.
     """
 
     num_tokens: int
@@ -116,16 +119,19 @@ class OutputFacts:
 
 
 class Strategy(Protocol):
-    """str(strategy) parses back to an equal strategy."""
+    """str(strategy) is a text that parses back to an equal strategy."""
 
     def at_prompt(self, facts: PromptFacts, sizes: Sizes) -> tuple[Mark, ...]:
         """Checkpoints to leave while prefilling: ascending boundaries in [resume_block, end], none stored yet.
 
-        One at `resume_block` itself is asked for only after a replay: state is exact there, before the first new token.
+        A checkpoint at `resume_block` itself is asked for only after a replay, because the state is exact there before
+        the first new token.
         """
 
     def at_output(self, facts: OutputFacts, sizes: Sizes) -> tuple[Mark, ...]:
-        """Checkpoints to leave of the output: ascending boundaries after the prompt's last one."""
+        """Checkpoints to leave in the output, at block boundaries after the prompt's last boundary, in
+        ascending order.
+        """
 
 
 def aligned(block: int, align_blocks: int) -> int:
@@ -135,8 +141,9 @@ def aligned(block: int, align_blocks: int) -> int:
 def prompt_marks(
     facts: PromptFacts, sizes: Sizes, wanted: Iterable[tuple[int, Reason]], *, ends: Tier = Tier.DISK
 ) -> tuple[Mark, ...]:
-    """Ascending marks of the wanted boundaries, each once (first reason wins), less those that are stored already or
-    that state does not pass through.  ends: the tier of ends; all else goes to disk.
+    """Marks of the wanted boundaries in ascending order, each boundary once (the first reason counts), without
+    boundaries that are stored already or that the state does not pass through. ends: the tier of marks at ends; all
+    others go to disk.
     """
     stored = set(facts.checkpoints)
     reasons: dict[int, Reason] = {}
@@ -150,7 +157,7 @@ def prompt_marks(
 def output_marks(
     facts: OutputFacts, sizes: Sizes, wanted: Iterable[tuple[int, Reason]], *, ends: Tier = Tier.DISK
 ) -> tuple[Mark, ...]:
-    """Ascending marks; what the prompt has left is taken to end at its last boundary."""
+    """Marks in ascending order; the rest of the prompt is taken to end at its last boundary."""
     return _chained(sizes, sorted(wanted), facts.prompt_tokens // sizes.block_size, ends)
 
 

@@ -1,7 +1,7 @@
 """The restore planner: chooses the fastest way to get a prompt's KV.
 
-From what is stored of the prompt, it predicts the time of each way by measured rates and real sizes
-(docs/WINDOW_STATE.md):
+From what is stored of the prompt, the planner predicts the time of each way to restore it, by measured rates and real
+sizes (docs/WINDOW_STATE.md):
     CHECKPOINT  load global KV of [0, Q) and the checkpoint at Q, prefill [Q, N)
     REPLAY      load global KV of [0, P), replay the last replay_tokens before P (window state only), prefill [P, N)
     BOUNDED     the same with k windows instead: approximate, only where the namespace opted in
@@ -35,7 +35,8 @@ class PlanKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredPrefix:
-    """What is stored of one prompt. Block counts are of leading blocks; a checkpoint is named by the blocks before it.
+    """What is stored of one prompt. All block counts are numbers of leading blocks; a checkpoint is named by the number
+    of blocks before it.
 
     checkpoints: block boundary -> tier that holds it ("pool", "disk", ...; the names that Rates knows).
     block_tiers: where several tiers hold parts, the tier of each stretch, with the number of blocks at its end; what
@@ -59,7 +60,7 @@ class StoredPrefix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One way, step by step: load blocks [0, resume_block), run tokens.
+    """One way to restore a prompt, step by step: load blocks [0, resume_block), then run tokens.
 
     resume_block: boundary from which global KV is computed and written; blocks before it are only read.
     replay_from_block: where a replay starts; equal to resume_block where there is none.
@@ -93,13 +94,17 @@ class Decision:
 
     @property
     def error_s(self) -> float:
-        """How much slower than cold the choice may turn out: both predictions may be off, each by its own error."""
+        """By how much the chosen plan may turn out slower than a cold run, since both predictions may be off, each by
+        its own error.
+        """
         return self.plan.error_s + self.cold.error_s
 
 
 @dataclass(slots=True)
 class KindRecord:
-    """How well one kind of plan was predicted. Errors are relative: |actual - predicted| / predicted."""
+    """How accurately one kind of restore plan was predicted. Prediction errors are relative: |actual - predicted| /
+    predicted.
+    """
 
     num_plans: int = 0
     num_outcomes: int = 0
@@ -110,10 +115,11 @@ class KindRecord:
 
 
 class RestorePlanner:
-    """Chooses by predicted seconds; learns from outcomes. One per worker and model; not shared between threads.
+    """Chooses restore plans by predicted seconds, and learns from their outcomes. There is one planner per worker and
+    model; threads do not share it.
 
     align_tokens: in reproducible mode the prefill chunk, so that a hit resumes only where a cold run starts a chunk. A
-        replay then makes the calls of a cold run: every token through every layer.
+        replay then makes the same calls as a cold run: every token through every layer.
     """
 
     def __init__(self, sizes: Sizes, rates: Rates, *, align_tokens: int = 1) -> None:
@@ -129,7 +135,8 @@ class RestorePlanner:
             self._step += 1
 
     def plan(self, stored: StoredPrefix) -> Decision:
-        """Cost every way and take the cheapest, which is counted; ties go to the one that computes less.
+        """Predict the cost of every way and take the cheapest, which is counted; of two equal ways, the one that
+        computes less is taken.
 
         Raises:  InternalError: as `weigh`.
         """
@@ -160,7 +167,9 @@ class RestorePlanner:
         return Decision(plan=plans[0], plans=tuple(plans))
 
     def record(self, plan: Plan, actual_s: float) -> float:
-        """The plan took `actual_s`, up to the first token. Returns the relative error of the prediction."""
+        """Tell the planner that the plan took `actual_s` seconds, up to the first token. Returns the relative error of
+        the prediction.
+        """
         record = self.records[plan.kind]
         error = abs(actual_s - plan.predicted_s) / max(plan.predicted_s, 1e-9)
         weight = _MEAN_MEMORY if record.num_outcomes else 0.0
@@ -174,7 +183,9 @@ class RestorePlanner:
     def _usable_blocks(self, stored: StoredPrefix) -> int:
         size = self.sizes.block_size
         if stored.num_tokens < 1 or stored.num_blocks < 0 or stored.bounded_windows < 0:
-            raise InternalError(f"cannot plan {stored.num_tokens} tokens with {stored.num_blocks} stored blocks")
+            raise InternalError(
+                f"cannot plan a restore of {stored.num_tokens} tokens with {stored.num_blocks} stored blocks"
+            )
         usable = min(stored.num_blocks, (stored.num_tokens - 1) // size)
         return usable // self._step * self._step
 
@@ -187,8 +198,8 @@ class RestorePlanner:
         return self._stated(PlanKind.COLD, 0, 0, "", 0, 0, 0, num_tokens, seconds)
 
     def _checkpoint(self, stored: StoredPrefix, usable: int) -> Plan | None:
-        """The fastest plan with a checkpoint. The fastest checkpoint is not always the last checkpoint: an earlier one
-        may be in a faster tier, or loading may be slow.
+        """The fastest plan that resumes at a checkpoint. The fastest checkpoint is not always the last checkpoint: an
+        earlier one may be in a faster tier, or loading may be slow.
         """
         groups: dict[tuple[str, bool], list[int]] = {}
         for block, tier in stored.checkpoints.items():
@@ -223,7 +234,7 @@ class RestorePlanner:
         return self._stated(kind, block, start, "", block_bytes, replayed, work, tokens, seconds)
 
     def _load_s(self, stored: StoredPrefix, num_blocks: int) -> float:
-        """Predicted seconds to load the blocks. Tiers are read in parallel, so the slowest one decides."""
+        """Predicted seconds to load the stored blocks. Tiers are read in parallel, so the slowest one decides."""
         nbytes: dict[str, int] = {}
         start = stored.num_resident_blocks
         for end, tier in (*stored.block_tiers, (num_blocks, stored.blocks_tier)):
@@ -263,7 +274,8 @@ class RestorePlanner:
 
 
 def _extremes(blocks: list[int], num_resident: int) -> set[int]:
-    """Where the cheapest of checkpoints that differ in position alone can be; `full` has thousands.
+    """Among checkpoints that differ only in position, the few positions where the cheapest one can be; the strategy
+    `full` has thousands of checkpoints.
 
     Load time grows linearly and prefill time falls with position, the latter ever faster (later tokens cost more), so
     the sum is concave up to the last resident block and concave again after it: its minimum is at one of four ends.

@@ -18,7 +18,7 @@ from antefix.linear_law import MEMORY, SECONDS_MIN, Law, LinearLaw
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RatePriors:
     """The speeds assumed before anything was measured. The assumed speeds are pessimistic for loads, so that the first
-    hits are only taken where they are clearly faster.
+    hits are only taken where they are clearly faster than computing.
     """
 
     prefill_tokens_per_s: float = 2_000.0
@@ -32,7 +32,9 @@ class RatePriors:
 
 
 class Rates:
-    """Speeds of one worker. Loads are kept apart by tier name ("pool", "disk", a store's, ...): each is its own law."""
+    """Speeds of one worker. Loads are learnt separately for each tier name ("pool", "disk", a store's, ...), each with
+    a law of its own.
+    """
 
     def __init__(
         self,
@@ -54,11 +56,11 @@ class Rates:
         self._prefill.observe(_compute_features(tokens, context), seconds)
 
     def observe_replay(self, tokens: int, *, context: int, seconds: float) -> None:
-        """tokens: of work (`Plan.replay_work_tokens`), here and in `replay_s`."""
+        """tokens: the tokens of work of a plan (`Plan.replay_work_tokens`), here and in `replay_s`."""
         self._replay.observe(_compute_features(tokens, context), seconds)
 
     def observe_load(self, tier: str, nbytes: int, seconds: float) -> None:
-        """Learn from one load. Ignored for tiers whose law other code updates."""
+        """Learn from one load. Observations are ignored for tiers whose law other code updates."""
         if tier not in self._tiers:
             self._own_law(tier).observe((1.0, float(nbytes)), seconds)
 
@@ -66,7 +68,9 @@ class Rates:
         return self._prefill.seconds(_compute_features(tokens, context)) if tokens else 0.0
 
     def replay_s(self, tokens: int, *, context: int) -> float:
-        """Until a replay was seen, prefill's law: a replay of so much work does a part of prefill's and never more."""
+        """Until a replay has been observed, prefill's law is used: a replay of so much work does a part of prefill's
+        work and never more.
+        """
         law = self._replay if self._replay.num_observations else self._prefill
         return law.seconds(_compute_features(tokens, context)) if tokens else 0.0
 
@@ -75,7 +79,7 @@ class Rates:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """The prefill rate without fixed cost and context, for display."""
+        """The prefill rate without fixed cost and without context, for display only."""
         return 1 / max(self._prefill.coefficients[1], SECONDS_MIN)
 
     def load_bytes_per_s(self, tier: str) -> float:

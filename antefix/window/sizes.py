@@ -29,7 +29,7 @@ class Sizes:
             if getattr(self, name) < 1:
                 raise InternalError(f"{name} must be positive, is {getattr(self, name)}")
         if not self.replay_reach or min(self.replay_reach) < 1:
-            raise InternalError(f"replay_reach must give each layer's tokens, is {self.replay_reach}")
+            raise InternalError(f"replay_reach must give a number of tokens for each layer, is {self.replay_reach}")
 
     @classmethod
     def of(cls, layout: BlockLayout | V41Layout) -> Sizes:
@@ -43,7 +43,7 @@ class Sizes:
 
     @property
     def replay_tokens(self) -> int:
-        """How many tokens before its end an exact replay starts, in whole blocks."""
+        """How many tokens before its end an exact replay starts, rounded up to whole blocks."""
         return self.blocks_up(self.replay_reach[0]) * self.block_size
 
     def blocks_up(self, tokens: int) -> int:
@@ -53,9 +53,9 @@ class Sizes:
     def replay_work_tokens(self, replayed: int) -> int:
         """Tokens that take as long to prefill as a replay that starts `replayed` tokens before its end.
 
-        Each layer runs the tokens that the ones above it need, the top one none (`antefix.model.replay`), so an exact
-        replay's work is about half of its tokens. Window KV and projections of the tokens left out are not counted:
-        the measured replay law, which has these tokens as its unit, knows them.
+        Each layer runs the tokens that the layers above it need, and the top layer none (`antefix.model.replay`), so an
+        exact replay's work is about half of its tokens. Window KV and projections of the tokens left out are not
+        counted: the measured replay law, which has these tokens as its unit, knows them.
         """
         return _replay_work_tokens(replayed, self.replay_reach)
 

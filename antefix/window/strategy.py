@@ -1,4 +1,5 @@
-"""Strategies of checkpoints: parsed from text, set per namespace, changeable while running.
+"""Strategies that decide where checkpoints are left: they are parsed from text, set per namespace, and can be changed
+while running.
 
 A strategy is a value; its two methods are pure functions of what the worker knows at two moments: when a prompt's
 restore has been planned (state passes through every boundary from `resume_block` on, so each can be kept without
@@ -63,7 +64,9 @@ def _unknown(text: str) -> ConfigError:
 
 
 class Strategies:
-    """Which strategy each namespace uses now. `set` counts from the next request on; nothing stored is lost by it."""
+    """Which window strategy each namespace uses now. A strategy that is set counts from the next request on; nothing
+    that is stored is lost by the change.
+    """
 
     def __init__(self, default: Strategy | None = None) -> None:
         self._default: Strategy = default or Auto()
@@ -119,8 +122,8 @@ def check_exactness(*, bounded_windows: int, reproducible: bool) -> None:
         raise ConfigError(f"bounded_windows must not be negative, is {bounded_windows}")
     if bounded_windows and reproducible:
         raise ConfigError(
-            f"bounded_windows={bounded_windows} allows approximate hits, reproducible wants hits that equal cold runs: "
-            "give one of the two"
+            f"bounded_windows={bounded_windows} allows approximate hits, but reproducible asks for hits that "
+            "equal cold runs: give one of the two settings"
         )
 
 

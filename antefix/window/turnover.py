@@ -21,11 +21,13 @@ class Turnover:
 
     @property
     def seconds(self) -> float | None:
-        """Roughly how long an unused record stays in the store, in seconds; None: the store has room."""
+        """Roughly how long an unused record stays in the store, in seconds; None if the store still has room."""
         return self._seconds
 
     def observe(self, now_s: float, *, bytes_written: int, used_bytes: int, budget_bytes: int | None) -> None:
-        """bytes_written: since the store started; a smaller number than before is a restart and starts again."""
+        """bytes_written: bytes written since the store started; a smaller number than before means that the store
+        restarted, so counting starts again.
+        """
         if self._last is None or bytes_written < self._last[1] or now_s <= self._last[0]:
             self._last = (now_s, bytes_written) if self._last is None or bytes_written < self._last[1] else self._last
             return

@@ -1,8 +1,8 @@
 """The window pool: memory for checkpoints that are used within minutes or never, which saves disk writes.
 
 The window pool has one interface and two implementations: the store service's memory (one host), or Redis (any number
-of hosts). If a checkpoint in the pool is lost, its window state is replayed; no answer is lost. docs/WINDOW_STATE.md,
-"Window pool", has keys and bytes.
+of hosts). If a checkpoint in the window pool is lost, its window state is computed again; no answer is lost.
+docs/WINDOW_STATE.md, "Window pool", has keys and bytes.
 """
 
 from antefix.window_pool.open_pool import DISK, MEMORY, check_address, open_window_pool

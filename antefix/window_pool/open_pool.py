@@ -32,7 +32,7 @@ def open_window_pool(
     password_file: str = "",
     ca_file: str = "",
 ) -> WindowPool | None:
-    """The pool, connected when first used; None where all checkpoints go to disk.
+    """The window pool, which connects when first used; None if all checkpoints go to disk.
 
     bytes_max: of a Redis server's memory; the store service has its own bound (`handoff_bytes_max`).
     seals: of the deployment, for Redis; `store` has its own.  password_file, ca_file: of Redis (`RedisAccess`).

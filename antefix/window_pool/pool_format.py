@@ -30,7 +30,8 @@ def pack(record: Record) -> bytes:
 
 
 def unpack(value: bytes, *, name: bytes, fingerprint: bytes, tenant: bytes = b"", seals: Seals | None = None) -> bytes:
-    """The payload of the checkpoint after block `name`.  seals, tenant: where given, it must be sealed, and be theirs.
+    """The payload of the checkpoint after block `name`. seals, tenant: if given, the checkpoint must be sealed, and
+    belong to this tenant.
 
     Raises:  BlockCorrupt: the value is damaged, or it is another checkpoint's.  SealBroken: it is forged.
     """
@@ -49,10 +50,11 @@ def unpack(value: bytes, *, name: bytes, fingerprint: bytes, tenant: bytes = b""
 
 
 def is_owned(head: bytes, owner: bytes) -> bool:
-    """Whether a value is to go when this owner's go.  head: its first HEADER_BYTES bytes.
+    """Whether a value in Redis must be deleted when this owner's values are deleted. head: the value's first
+    HEADER_BYTES bytes.
 
-    owner: as in a record; without a user, all of a tenant's users are meant. A damaged value does not say whose it is,
-    and no reader takes it: it goes as well.
+    owner: as in a record; without a user, all users of the tenant are meant. A damaged value does not tell its owner,
+    and no reader accepts it, so it is deleted as well.
     """
     try:
         header = unpack_record_header(head, _SEED)

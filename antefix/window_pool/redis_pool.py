@@ -48,9 +48,10 @@ class RedisWindowPool:
         timeout_s: float = TIMEOUT_S,
         down_s: float = DOWN_S,
     ) -> None:
-        """seals: where given, only sealed checkpoints are taken.
+        """seals: if given, only sealed checkpoints are accepted.
 
-        Raises:  ConfigError: the URL cannot be used. Nothing connects yet."""
+        Raises:  ConfigError: the URL cannot be used. Nothing connects yet.
+        """
         self.bytes_max = bytes_max
         self.num_corrupt = self.num_forged = 0
         self._seals = seals
@@ -89,7 +90,8 @@ class RedisWindowPool:
 
     async def _get(self, name: bytes, key: str, fingerprint: bytes, tenant: bytes) -> bytes | None:
         """One checkpoint's payload. None: the checkpoint is gone, damaged or forged; if it is damaged or forged, it is
-        counted and deleted."""
+        counted and deleted.
+        """
         value = await self._ask(self._redis.get(key))
         if value is None:
             return None
@@ -127,7 +129,7 @@ class RedisWindowPool:
         await self._redis.aclose()
 
     async def _has_room(self, nbytes: int) -> bool:
-        """Whether the server stays within `bytes_max`, as it was a second ago and with what we wrote since."""
+        """Whether the server's memory stays within `bytes_max`, by its use a second ago plus what was written since."""
         now_s = time.monotonic()
         if now_s - self._looked_s > _LOOK_S:
             self._used_bytes = await self._memory_bytes()
@@ -138,7 +140,7 @@ class RedisWindowPool:
         try:
             return await self._told_bytes()
         except (KeyError, ValueError, TypeError, AttributeError) as err:
-            raise Unavailable("the window pool does not say how much memory it uses") from err
+            raise Unavailable("the Redis server of the window pool does not say how much memory it uses") from err
 
     async def _told_bytes(self) -> int:
         if isinstance(self._redis, RedisCluster):
@@ -162,7 +164,9 @@ class RedisWindowPool:
 
 
 def key_of(name: bytes, fingerprint: bytes) -> str:
-    """The key of the checkpoint after block `name`; the fingerprint's part lets an operator drop one model's keys."""
+    """The Redis key of the checkpoint after block `name`; the fingerprint in the key lets an operator delete one
+    model's keys.
+    """
     return f"{_PREFIX}{fingerprint[:8].hex()}:{name.hex()}"
 
 

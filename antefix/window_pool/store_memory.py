@@ -1,4 +1,6 @@
-"""A window pool in the memory of the store service: bounded and expired there, next to handoffs."""
+"""A window pool in the memory of the store service, which bounds the memory and expires checkpoints, as it does with
+handoffs.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ _NAMES_AT_ONCE = 8
 
 
 class StoreMemoryPool:
-    """A pool reached through the worker's store client. This pool does not close the client."""
+    """A window pool that is reached through the worker's client of the store. This pool does not close the client."""
 
     def __init__(self, store: Store) -> None:
         self._store = store

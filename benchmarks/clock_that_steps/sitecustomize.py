@@ -23,7 +23,9 @@ def _shown_ns() -> int:
 
 
 def _is_ours() -> bool:
-    """Whether our own code reads the clock. `antefix.rpc` does not count: it computes gRPC deadlines from the clock."""
+    """Whether the code that reads the clock is our own. `antefix.rpc` does not count as our own code here, because it
+    computes gRPC deadlines from the clock.
+    """
     name = str(sys._getframe(2).f_globals.get("__name__", ""))
     return name.startswith(("antefix", "benchmarks")) and name != "antefix.rpc"
 

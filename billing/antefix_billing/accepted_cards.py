@@ -1,7 +1,7 @@
 """The rate cards by which a ledger's records were last priced. The cards are kept next to the ledger.
 
-When a router starts, it compares its rate cards with these. A running router accepts changed cards only if they leave
-the prices of existing records as they are. The same rule holds for a start.
+When a router starts, it compares its rate cards with the cards kept here. A running router accepts changed cards only
+if they leave the prices of existing records as they are. The same rule holds for a start.
 
     ratecards.json    each file's name and text; the file is always replaced as a whole
 """
@@ -22,13 +22,13 @@ _FILE: Final = "ratecards.json"
 
 
 def texts_of(paths: Sequence[str | Path]) -> dict[str, str]:
-    """The text of each file.  Raises:  ConfigError: a file cannot be read."""
+    """The text of each file.  Raises:  ConfigError: the file of kept cards cannot be read."""
     return {str(path): read_toml_text(path, "rate cards") for path in paths}
 
 
 def accepted_texts(ledger: Path) -> dict[str, str] | None:
-    """The texts of the cards kept with this ledger. None if none are kept yet, as in ledgers written before version
-    0.2.
+    """The texts of the cards kept with this ledger. Returns None if no cards are kept yet, as in ledgers written before
+    version 0.2.
 
     Raises:  ConfigError: the file is damaged.
     """
@@ -37,7 +37,9 @@ def accepted_texts(ledger: Path) -> dict[str, str] | None:
         return None
     found = read_json(path, "accepted rate cards")
     if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        raise ConfigError(f"{path} is damaged: put it back from a copy, or remove it to take the cards as they are now")
+        raise ConfigError(
+            f"{path} is damaged: restore it from a copy, or delete it to start from the price files as they are now"
+        )
     return found
 
 

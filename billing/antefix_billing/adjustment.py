@@ -25,7 +25,7 @@ DECIMALS_MAX: Final = 12
 
 
 class AdjustmentKind(StrEnum):
-    """Values are part of the ledger's format: never renamed."""
+    """The values of this enum are part of the ledger's format, so they are never renamed."""
 
     CREDIT = "credit"
     CORRECTION = "correction"
@@ -68,7 +68,7 @@ class Adjustment:
         a text is too long.
         """
         if not self.adjustment_id or not self.reason:
-            raise InvalidRequest("an adjustment needs an id and a reason")
+            raise InvalidRequest("an adjustment of a bill needs an id and a reason")
         if not self.amount.is_finite() or self.amount.as_tuple().exponent < -DECIMALS_MAX:  # type: ignore[operator]
             raise InvalidRequest(f"an adjustment's amount has at most {DECIMALS_MAX} decimals, is {self.amount}")
         for name in ("adjustment_id", "reason", "reference", "author", "request_id", "of_event"):
@@ -87,7 +87,7 @@ class Adjustment:
         return request_key(self.tenant, self.request_id)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; money as a decimal string without an exponent."""
+        """The adjustment as plain JSON values; money is a decimal string without an exponent."""
         return {**dataclasses.asdict(self), "kind": self.kind.value, "amount": format(self.amount, "f")}
 
     def to_payload(self) -> bytes:
@@ -100,7 +100,7 @@ class Adjustment:
     def from_payload(cls, payload: bytes) -> Adjustment:
         values = parse_json(payload, "a ledger payload")
         if not isinstance(values, dict) or values.pop("v", None) != PAYLOAD_VERSION:
-            raise InvalidRequest("not an adjustment of this version")
+            raise InvalidRequest("the entry is not an adjustment in this version's format")
         return cls.from_dict(values)
 
     @classmethod
@@ -130,7 +130,7 @@ class Adjusted:
 
 
 class ChangeKind(StrEnum):
-    """Values are part of the ledger's format: never renamed."""
+    """The values of this enum are part of the ledger's format, so they are never renamed."""
 
     TENANTS = "tenants"
     RATE_CARDS = "rate_cards"
@@ -140,8 +140,8 @@ class ChangeKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A change made while the router ran, or a change to the ledger itself.  content: JSON with the settings in force
-    from this entry on.
+    """A change made while the router ran, or a change to the ledger itself. content: JSON text with the settings that
+    are in force from this entry on.
     """
 
     kind: ChangeKind

@@ -27,8 +27,8 @@ _NUM_A_FILE: Final = 1000
 
 
 def adjust(directory: Path, adjustments: Sequence[Adjustment]) -> None:
-    """Write adjustments into the ledger, through its router if one is running. The adjustments are durable when this
-    returns.
+    """Write adjustments into the ledger, through its router if one is running. When this returns, the adjustments are
+    durable.
 
     Raises:  Unavailable: the router does not process them.  ConfigError: the ledger cannot be written.
     """
@@ -57,7 +57,7 @@ def _hand_over(directory: Path, adjustments: Sequence[Adjustment]) -> None:
         if time.monotonic() > deadline:
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
-                raise Unavailable(f"the router that writes {directory} does not take adjustments in; its log has why")
+                raise Unavailable(f"the router that writes {directory} does not accept adjustments; its log says why")
             return
         time.sleep(0.05)
 
@@ -67,7 +67,7 @@ def waiting(directory: Path) -> list[Path]:
 
 
 def read_waiting(path: Path) -> list[Adjustment]:
-    """The adjustments in one inbox file.  Raises:  ConfigError: the file holds something else."""
+    """The adjustments in one inbox file.  Raises:  ConfigError: the file does not hold adjustments."""
     rows = read_json(path, "adjustments")
     try:
         return [Adjustment.from_dict(row) for row in rows]

@@ -69,7 +69,7 @@ class Anchor:
 
     @classmethod
     def from_dict(cls, values: Any, what: str) -> Anchor:
-        """Read an anchor or a receipt.  Raises:  InvalidRequest: the values are neither."""
+        """Read the text of an anchor or a receipt.  Raises:  InvalidRequest: the values are neither."""
         try:
             is_receipt = "payload" in values
             return cls(
@@ -82,7 +82,7 @@ class Anchor:
                 is_receipt=is_receipt,
             )
         except (KeyError, TypeError, ValueError) as err:
-            raise InvalidRequest(f"{what} is neither an anchor nor a receipt: {err}") from err
+            raise InvalidRequest(f"{what} is neither an anchor of a ledger nor a receipt: {err}") from err
 
     def is_signed_by(self, public_keys: Iterable[bytes]) -> bool:
         signed = (
@@ -111,18 +111,22 @@ def make_anchor(signer: Signer, *, source: bytes, sequence: int, hash: bytes, ti
 
 
 def check_place(place: str) -> None:
-    """Check a place for anchors.  Raises:  ConfigError: it is neither a path nor a supported URL, or its client library
-    is not installed.
+    """Check a place for anchors. Raises: ConfigError: the place is neither a path nor a supported URL, or the library
+    for it is not installed.
     """
     scheme = urlsplit(place).scheme
     if scheme in CLOUD_SCHEMES:
         open_bucket(place)
     elif scheme not in ("", _FILE) or not place:
-        raise ConfigError(f"an anchor goes to a file, to file://DIRECTORY or to an object store, not to {place!r}")
+        raise ConfigError(
+            "an anchor (a signed hash of the ledger) is written to a file, to file://DIRECTORY or to an object "
+            f"store, not to {place!r}"
+        )
 
 
 def write_anchor(anchor: Anchor, place: str) -> None:
-    """Write one anchor; it is durable when this returns. Do not call this in an event loop.
+    """Write one anchor (a signed hash of the ledger); it is durable when this returns. This call blocks, so it must not
+    be made in an event loop.
 
     place: a place that `check_place` accepts.  Raises:  OSError, Unavailable.
     """
@@ -169,7 +173,7 @@ def _anchors_of(place: str) -> list[Anchor]:
 
 
 async def _texts_of_bucket(bucket: Bucket) -> list[tuple[str, str]]:
-    """(name, text) of the bucket's anchors, or of a sample of them. Years of anchors are many objects, and each costs
+    """Name and text of the bucket's anchors, or of a sample of them. Years of anchors are many objects, and each costs
     one call to read.
     """
     by_source: defaultdict[str, list[StoredObject]] = defaultdict(list)

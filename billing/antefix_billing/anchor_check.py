@@ -37,7 +37,7 @@ def check_anchors(
     public_keys: Iterable[bytes],
     chain_error: str = "",
 ) -> AnchorVerdict:
-    """Check anchors of one ledger against that ledger.
+    """Check anchors of one ledger against the entries of that ledger.
 
     hashes: hashes of the ledger's entries, at least of those that the anchors name.  first, head: the numbers of the
     ledger's first and last entry; entries before the first were pruned.  chain_error: why reading the ledger stopped at

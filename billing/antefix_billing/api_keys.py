@@ -4,14 +4,14 @@ it is created.
 A key is `afx-<id>-<48 hex digits>`. The key's id names it in lists and logs. Of the key itself only the SHA-256 is
 kept: 192 random bits cannot be guessed, so a slower hash would add nothing.
 
-The book of keys is JSON:
+The list of API keys is stored as JSON:
 
     {"version": 1, "number": 7, "keys": [
         {"id": "3f9c01ab", "tenant": "acme", "sha256": "<64 hex digits>", "scopes": ["generate", "usage"],
          "created": "2026-09-10T04:00:00Z", "expires": "2026-12-01T00:00:00Z", "revoked": "", "note": "laptop"}]}
 
-`number` counts the book's changes. A process that holds a book never accepts one with a smaller number, because an
-older book still lists keys as valid that were revoked later.
+`number` counts the book's changes. A process that has a list of keys never accepts a list with a smaller number,
+because an older list still names keys as valid that were revoked later.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ USUAL_SCOPES: Final = frozenset({Scope.GENERATE, Scope.USAGE})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ApiKey:
-    """One key's row in the book.  digest: the SHA-256 of the key.  expires, revoked: None means never."""
+    """The row of one key in the list. digest: the SHA-256 of the key. expires, revoked: None means never."""
 
     id: str
     tenant: str
@@ -66,7 +66,7 @@ class ApiKey:
     note: str = ""
 
     def state(self, now: datetime) -> str:
-        """The key's state: valid, expired or revoked."""
+        """The state of a key: valid, expired or revoked."""
         if self.revoked is not None:
             return "revoked"
         return "expired" if self.expires is not None and now >= self.expires else "valid"
@@ -74,7 +74,7 @@ class ApiKey:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyBook:
-    """All API keys of a deployment.  number: counts the book's changes."""
+    """All API keys of a deployment. number: counts the changes of the list."""
 
     number: int = 0
     keys: tuple[ApiKey, ...] = ()
@@ -87,13 +87,13 @@ class KeyBook:
         raise InvalidRequest(f"there is no key {key_id!r}")
 
     def added(self, key: ApiKey) -> KeyBook:
-        """The book with one more key.  Raises:  InvalidRequest: the book is full."""
+        """The list of keys with one more key.  Raises:  InvalidRequest: the book is full."""
         if len(self.keys) >= NUM_KEYS_MAX:
             raise InvalidRequest(f"there are {NUM_KEYS_MAX} keys already")
         return KeyBook(number=self.number + 1, keys=(*self.keys, key))
 
     def changed(self, key: ApiKey) -> KeyBook:
-        """The book with this row in place of the row with the same id."""
+        """The list of keys with this row in place of the row with the same id."""
         keys = tuple(key if each.id == key.id else each for each in self.keys)
         return KeyBook(number=self.number + 1, keys=keys)
 
@@ -113,7 +113,7 @@ def new_key(
     """
     now = (now or datetime.now(UTC)).replace(microsecond=0)
     if expires is not None and expires <= now:
-        raise InvalidRequest(f"the key would have expired at {_written(expires)} already")
+        raise InvalidRequest(f"the key would be expired already: its expiry is {_written(expires)}")
     key_id = secrets.token_hex(4)
     text = f"afx-{key_id}-{secrets.token_hex(24)}"
     row = ApiKey(
@@ -130,7 +130,9 @@ def new_key(
 
 
 def revoke(book: KeyBook, key_id: str, *, now: datetime | None = None) -> KeyBook:
-    """The book with this key revoked.  Raises:  InvalidRequest: no such key exists, or it is already revoked."""
+    """The list of keys with this key revoked. Raises: InvalidRequest: no key has this id, or the key is already
+    revoked.
+    """
     key = book.find(key_id)
     if key.revoked is not None:
         raise InvalidRequest(f"key {key_id} is revoked already")
@@ -172,17 +174,17 @@ def to_json(book: KeyBook) -> str:
 
 
 def from_json(text: str | bytes) -> KeyBook:
-    """Read a book of keys.  Raises:  ConfigError: the text is not a book of keys, or it holds an unknown field."""
+    """Read a book of keys.  Raises:  ConfigError: the text is not a list of keys, or it holds an unknown field."""
     try:
         table = json.loads(text)
         if table["version"] != BOOK_VERSION:
-            raise ConfigError(f"version {table['version']} is not known here")
+            raise ConfigError(f"this build does not know version {table['version']} of the file of API keys")
         number, rows = int(table["number"]), table["keys"]
         if set(table) != {"version", "number", "keys"} or number < 0 or not isinstance(rows, list):
-            raise ConfigError("it has other names than version, number and keys")
+            raise ConfigError("the file of API keys must have exactly the names version, number and keys")
         keys = tuple(_row(row) for row in rows)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise ConfigError(f"it is no book of keys: {type(err).__name__}: {err}") from err
+        raise ConfigError(f"the file has no valid list of API keys: {type(err).__name__}: {err}") from err
     if len({key.id for key in keys}) < len(keys) or len({key.digest for key in keys}) < len(keys):
         raise ConfigError("a key is there twice")
     return KeyBook(number=number, keys=keys)
@@ -191,7 +193,10 @@ def from_json(text: str | bytes) -> KeyBook:
 def _row(row: dict[str, Any]) -> ApiKey:
     names = {"id", "tenant", "sha256", "scopes", "created", "expires", "revoked", "note"}
     if set(row) != names or not all(isinstance(row[name], str) for name in names - {"scopes"}):
-        raise ConfigError(f"a key's row must have the names {', '.join(sorted(names))}, all but scopes strings")
+        raise ConfigError(
+            f"a key's row must have exactly the names {', '.join(sorted(names))}, and all values but scopes must be "
+            "strings"
+        )
     created = _moment(row["created"])
     if created is None:
         raise ConfigError("a key's row must say when it was created")
@@ -216,7 +221,7 @@ def _check(key: ApiKey) -> None:
         if CONTROL.search(text) or len(text.encode()) > _NAME_BYTES_MAX:
             raise ConfigError(f"{name} of key {key.id} has control characters or more than {_NAME_BYTES_MAX} bytes")
     if key.tenant == "*":
-        raise ConfigError(f"key {key.id}: * stands for all tenants, and is none")
+        raise ConfigError(f"key {key.id}: the tenant * stands for all tenants, so it cannot have a key")
     if not key.tenant or not key.scopes:
         raise ConfigError(f"key {key.id} needs a tenant and at least one scope of {', '.join(Scope)}")
     check_digest(key.digest, f"key {key.id}")
@@ -247,4 +252,6 @@ def _moment(text: str) -> datetime | None:
     try:
         return moment.astimezone(UTC)
     except OverflowError as err:  # the years 1 and 9999 overflow when some time zones are converted to UTC
-        raise ValueError(f"{text!r} is before or after all times in UTC") from err
+        raise ValueError(
+            f"the time {text!r} cannot be converted to UTC, because it is before or after all times there"
+        ) from err

@@ -5,7 +5,7 @@ for audits.
     antefix-ledgers/SOURCE/pruned-000000012345.json     the summaries (pruned.py)
 
 A segment is pruned only after the whole chain was read and verified, all requests in it are settled, and reading the
-segment back from the archive gave the same bytes. Readers and the router can keep running.
+segment back from the archive gave the same bytes. Readers of the ledger, and the router, can keep running during this.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _PRUNING: Final = "pruning"
 
 
 def archive(ledger: Path, place: str) -> list[str]:
-    """Copy the sealed segments that the archive lacks. Returns their names.
+    """Copy the sealed segments that the archive does not have. Returns their names.
 
     Raises:  LedgerCorrupt: the chain is broken; nothing is copied.  ConfigError: the archive has a different file of
     the same name.
@@ -69,7 +69,10 @@ def archive(ledger: Path, place: str) -> list[str]:
                 await bucket.put(name, [data])
                 copied.append(path.name)
             if _digest(await bucket.read(name, 0, len(data) + 1)) != _digest(data):
-                raise ConfigError(f"{place}: {name} is not what was written there; nothing was pruned")
+                raise ConfigError(
+                    f"{place}: the archived file {name} is not what was written there; nothing was removed from the "
+                    "ledger"
+                )
         return copied
 
     return with_bucket(place, copy)
@@ -77,7 +80,7 @@ def archive(ledger: Path, place: str) -> list[str]:
 
 @dataclass(slots=True)
 class _Segment:
-    """A sealed segment as read.  latest_us: the latest time of any of its entries."""
+    """A sealed segment of the ledger as it was read. latest_us: the latest time of any of its entries."""
 
     path: Path
     last: int = 0
@@ -108,7 +111,7 @@ def prune(
     try:
         lock = DirectoryLock(ledger / _PRUNING, "lock")
     except BlockingIOError as err:
-        raise ConfigError(f"{ledger}: another process prunes this ledger") from err
+        raise ConfigError(f"{ledger}: another process is removing entries from this ledger") from err
     try:
         _remove_pruned(ledger)
         segments = _read_segments(ledger)
@@ -132,7 +135,7 @@ def prune(
 
 def restore(place: str, source: bytes, to: Path, *, ledger: Path | None = None) -> int:
     """Build a read-only ledger from the archive's segments and from those that `ledger` still has. Returns how many
-    segments it has.
+    segments the new ledger has.
 
     Raises:  ConfigError: the target directory is not empty, or the archive has nothing of this ledger.
     """
@@ -143,7 +146,7 @@ def restore(place: str, source: bytes, to: Path, *, ledger: Path | None = None) 
     async def fetch(bucket: Bucket) -> int:
         found = [each for each in await bucket.list_objects(folder) if each.name.endswith(".ledger")]
         if not found:
-            raise ConfigError(f"{place} has nothing of ledger {source.hex()}")
+            raise ConfigError(f"{place} has no archived entries of ledger {source.hex()}")
         await asyncio.to_thread(to.mkdir, 0o700, True, True)
         for each in found:
             data = bytes(await bucket.read(each.name, 0, each.nbytes))
@@ -161,8 +164,8 @@ def restore(place: str, source: bytes, to: Path, *, ledger: Path | None = None) 
 
 
 def check_archive(ledger: Path, place: str) -> list[str]:
-    """Check the archive's files against the summaries: bytes, chain and sums. Returns the mismatches; empty if all is
-    well.
+    """Check the archive's files against the summaries: bytes, chain and sums. Returns the mismatches; the list is empty
+    if there are none.
     """
     folder = _folder(source_of(ledger))
 
@@ -200,7 +203,9 @@ def _faults_of(summary: Pruned, files: Sequence[bytes]) -> list[str]:
 
 
 def _read_segments(ledger: Path) -> list[_Segment]:
-    """Read all segments and check the chain. Each comes with the requests that are opened in it and settled nowhere."""
+    """Read all segments and check the chain. Each segment comes with the requests that are opened in it and settled
+    nowhere.
+    """
     paths = _kept(ledger)
     firsts = [first_sequence_of(path) for path in paths]
     segments = [_Segment(path) for path in paths]

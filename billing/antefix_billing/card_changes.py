@@ -1,5 +1,5 @@
-"""Finds which records that are already priced would be priced differently by new rate cards. Pure, except that it reads
-the ledger.
+"""Finds which records that are already priced would be priced differently by new rate cards. This module has no side
+effects; it only reads the ledger.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def changed_times(old: RateCards, new: RateCards, models: Iterable[str], now: da
 
 
 def affected(records: Iterable[UsageRecord], times: Iterable[ChangedTime]) -> Iterator[tuple[UsageRecord, ChangedTime]]:
-    """The records of requests that started in one of these spans."""
+    """The records of requests that started in one of these spans of time."""
     spans = list(times)
     for record in records:
         moment = moment_of(record.started_us)
@@ -90,9 +90,9 @@ def refuse_priced(ledger: Ledger, after: int, times: list[ChangedTime], *, price
     for model, span in firsts.items():
         what = f"rate card {span.card.version}" if span.card is not None else "no rate card"
         raise ConfigError(
-            f"{what} would hold for {model} from {span.begin.isoformat()} on, but {counts[model]} records since then"
-            " are priced already: give the card a later `effective`, or set `rerate = true` in it to price them"
-            " again"
+            f"{what} would apply to {model} from {span.begin.isoformat()} on, but {counts[model]} records since "
+            "then are priced already: give the card a later `effective`, or set `rerate = true` in it to price "
+            "them again"
         )
 
 

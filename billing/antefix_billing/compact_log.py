@@ -1,9 +1,10 @@
-"""Shrinks the stores' logs: drops the lines that no billed hit needs. The result of `verify` stays the same.
+"""Shrinks the stores' logs: drops the lines that no billed hit needs. The result of `antefix usage verify` stays the
+same.
 
 Of each old file it keeps three kinds of lines: when each block was first stored; reads of a block during a request
 that, by the ledgers, hit that block; and the lines around a moment when a clock was set back. Files keep their names
-and the order of their lines, and each is replaced as a whole. Run this after `prune`, so that lines needed only by
-pruned records are dropped as well.
+and the order of their lines, and each is replaced as a whole. Compaction should run after `prune`, so that lines needed
+only by pruned records are dropped as well.
 """
 
 from __future__ import annotations

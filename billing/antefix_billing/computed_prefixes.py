@@ -18,7 +18,7 @@ from antefix_billing.usage_record import UsageRecord
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Computed:
-    """Records, indexed by the mark of their prompt's first block. The first block's mark also depends on tenant and
+    """The records, indexed by the mark of their prompt's first block. The first block's mark also depends on tenant and
     model.
 
     earliest: a function that maps a time to the lowest time that the clock showed later, in case the clock was set

@@ -1,5 +1,5 @@
-"""Exports records to billing systems as CloudEvents batches, JSON Lines, CSV or Parquet. Holds one batch in memory at a
-time.
+"""Exports records to billing systems as CloudEvents batches, JSON Lines, CSV or Parquet. The export holds only one
+batch in memory at a time.
 
 CloudEvents 1.0 in JSON: (source, id) is unique, so a receiver that gets an event twice may drop the second (OpenMeter
 does). `subject` is the tenant. Exported usage has one event type; meters group events by model, status and other
@@ -76,10 +76,10 @@ def cloud_event_batches(settled: Iterable[Settled | Adjusted]) -> Iterator[list[
 
 
 def write_export(settled: Iterable[Settled | Adjusted], kind: ExportFormat, path: Path) -> int:
-    """Write all records to a file. Returns how many there were. CloudEvents: one batch (a JSON array) per line,
-    adjustments among the records.
+    """Write all records of a ledger to a file. Returns how many there were. CloudEvents: one batch (a JSON array) per
+    line, adjustments among the records.
 
-    The file is replaced only after everything was written. If writing fails, the old file stays.
+    The file is replaced only after everything was written. If writing fails, the old file stays unchanged.
 
     Raises:  ConfigError: Parquet was asked for and pyarrow is not installed.
     """
@@ -97,7 +97,7 @@ def write_export(settled: Iterable[Settled | Adjusted], kind: ExportFormat, path
 
 
 def records_of(items: Iterable[Settled | Adjusted]) -> Iterator[Settled]:
-    """The records without the adjustments, which have different columns."""
+    """The records without the adjustments, whose columns differ."""
     return (item for item in items if isinstance(item, Settled))
 
 

@@ -25,7 +25,7 @@ STEP_SLACK_US: Final = 60_000_000
 
 
 class StepBack(NamedTuple):
-    """A clock that was set back: the log's last time before the step, and its first time after the step."""
+    """A moment when a clock was set back: the log's last time before the step, and its first time after the step."""
 
     before_us: int
     after_us: int
@@ -66,8 +66,8 @@ class HitEvidence:
         )
 
     def unsupported(self, settled: Sequence[Settled], slack_us: int) -> list[str]:
-        """Event ids of records whose hit the log does not support. Hits reported by workers of other engines are left
-        out, because a log cannot support them.
+        """The event ids of records whose hit is not supported by the log. Hits reported by workers of other engines are
+        left out, because a log cannot support them.
         """
         hits = [item.record for item in settled if item.record.is_proved_hit]
         doubtful = [record for record in hits if not self._supports(record, slack_us)]
@@ -109,7 +109,9 @@ class HitEvidence:
 
 
 def _noting_steps(events: Iterable[StoreEvent], steps: set[StepBack]) -> Iterable[StoreEvent]:
-    """The events of one file, in the order in which its one process wrote them; adds clock steps to `steps`."""
+    """The events of one log file, in the order in which its one process wrote them; clock steps are added to
+    `steps`.
+    """
     last_us = 0
     for time_us, line in groupby(events, key=lambda event: event.time_us):
         if time_us < last_us - CLOCK_SLACK_US:

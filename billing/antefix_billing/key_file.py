@@ -1,5 +1,5 @@
-"""The book of API keys as a file. One process writes at a time; the file is replaced as a whole; only its owner may
-read it.
+"""The list of API keys as a file. One process at a time writes the file, which is replaced as a whole; only its owner
+may read it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _WHAT = "file of API keys"
 
 
 def read_book(path: str | Path) -> KeyBook:
-    """Read the book of keys.  Raises:  ConfigError: the file cannot be read, others may change it, or it is not a book
-    of keys.
+    """Read the book of keys. Raises: ConfigError: the file cannot be read, others may change it, or it is not a list of
+    keys.
     """
     refuse_writable(path, _WHAT)
     try:
@@ -30,7 +30,7 @@ def read_book(path: str | Path) -> KeyBook:
 
 
 def create_book(path: str | Path) -> KeyBook:
-    """Create an empty book if no file exists. Otherwise return the book in the file."""
+    """Create a file with an empty list of keys if no file exists. If the file exists, its list of keys is returned."""
     if not Path(path).exists():
         write_private(path, to_json(KeyBook()))
     return read_book(path)
@@ -38,8 +38,8 @@ def create_book(path: str | Path) -> KeyBook:
 
 @contextlib.contextmanager
 def changing(path: str | Path) -> Iterator[None]:
-    """A lock held while the book is changed. The lock is a file next to the book, because the book's own file is
-    replaced.
+    """A lock that is held while the list of keys is changed. The lock is a file next to the book, because the book's
+    own file is replaced.
 
     Raises:  ConfigError: the directory cannot be written.
     """

@@ -1,5 +1,5 @@
-"""Decides who calls with a key, and whether the caller may: the keys now in force. Keys can change while
-requests run.
+"""Decides who calls with an API key, and whether the caller may make the call, by the keys that are now in force. Keys
+can change while requests run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from antefix_billing.api_keys import USUAL_SCOPES, ApiKey, KeyBook, Scope, diges
 
 
 class Refused(StrEnum):
-    """Why a key was refused, as metrics name it."""
+    """The reason why a key was refused, as a label of metrics."""
 
     MISSING = "missing"
     UNKNOWN = "unknown"
@@ -27,7 +27,7 @@ class Refused(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyHolder:
-    """The caller.  key_id: empty for a key from a tenants file, or where no keys are needed."""
+    """The caller of a request. key_id: empty for a key from a tenants file, or where no keys are needed."""
 
     tenant: str
     scopes: frozenset[Scope] = USUAL_SCOPES
@@ -36,7 +36,7 @@ class KeyHolder:
 
 @dataclass(slots=True)
 class KeyRegister:
-    """The keys of the tenants file, which never change, and those of the book. Thread-safe.
+    """The keys of the tenants file, which never change, and those of the list of API keys. Thread-safe.
 
     open_as: the tenant of all callers, if no keys are needed; None if each caller must have a key.
     """
@@ -57,8 +57,8 @@ class KeyRegister:
         return self._book
 
     def take(self, book: KeyBook) -> bool:
-        """Put this book in force, unless a newer one is. An older book still lists keys as valid that were revoked
-        later.
+        """Put this list of keys in force, unless a newer list is in force. An older list still names keys as valid that
+        were revoked later.
         """
         with self._mutex:
             if book.number < self._book.number or book == self._book:
@@ -69,7 +69,8 @@ class KeyRegister:
     def authenticate(
         self, api_key: str, scope: Scope | None = Scope.GENERATE, now: datetime | None = None
     ) -> KeyHolder:
-        """Find the holder of a key. The lookup is by hash, so its timing reveals nothing about the key.
+        """Find the holder of a key. The lookup of a key is by its hash, so the time that it takes reveals nothing about
+        the key.
 
         scope: the scope that the call needs; None: any.
         Raises:  Unauthenticated: the key is unknown, expired or revoked.  PermissionDenied: the key lacks the scope.

@@ -75,7 +75,9 @@ SEGMENT_BYTES = 16 << 20
 
 
 class Ledger:
-    """The writer of one ledger directory. Methods may be called from any thread; they run one at a time."""
+    """The writer of one ledger directory. The ledger's methods may be called from any thread; they run one at a
+    time.
+    """
 
     def __init__(self, directory: str | Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
         """Raises:  ConfigError: another process writes this ledger, or the directory cannot hold one.  LedgerCorrupt:
@@ -116,12 +118,12 @@ class Ledger:
 
     @property
     def sequence(self) -> int:
-        """The last entry's number; 0 for an empty ledger."""
+        """The number of the last entry; 0 for an empty ledger."""
         return self._tail.sequence
 
     @property
     def head(self) -> tuple[int, bytes]:
-        """The last durable entry's number and hash."""
+        """The number and the hash of the last durable entry."""
         with self._mutex:
             return self._tail.sequence, self._tail.hash
 
@@ -143,14 +145,14 @@ class Ledger:
             return self._find(key)
 
     def find_adjustment(self, adjustment: Adjustment) -> Adjusted | None:
-        """The adjustment already written under this one's id."""
+        """The adjustment that was written before under the same id."""
         with self._mutex:
             if not self._lock.is_held:
                 raise Unavailable("the ledger is closed")
             return self._find_adjusted(adjustment.key)
 
     def append(self, items: Sequence[Item]) -> list[Written]:
-        """Write entries; they are durable when this returns. Returns the result of each in order.
+        """Write entries; they are durable when this returns. Returns the result for each entry, in order.
 
         Nothing is written twice: if the request of a record is settled for good, or its attempt is settled, the
         existing entry is returned. The same holds for an open entry of a request that is open, and for an adjustment
@@ -159,14 +161,14 @@ class Ledger:
         """
         with self._mutex:
             if self._broken:
-                raise Unavailable(f"the ledger takes no more entries: {self._broken}")
+                raise Unavailable(f"the ledger takes no more entries because of an earlier fault: {self._broken}")
             try:
                 self._make_room()
             except lmdb.Error as err:
-                log.exception("the ledger's index in %s cannot take in a sealed segment", self.directory)
-                raise Unavailable("the ledger cannot start a segment; the router's log has why") from err
+                log.exception("the ledger's index in %s could not take the entries of a full segment", self.directory)
+                raise Unavailable("the ledger cannot start a new segment file; the router's log says why") from err
             except OSError as err:
-                raise Unavailable(f"the ledger cannot start a segment: {err}") from err
+                raise Unavailable(f"the ledger cannot start a new segment file: {err}") from err
             batch = LedgerBatch(self._tail)
             answers = [self._add(batch, item) for item in items]
             if batch.data:
@@ -220,8 +222,8 @@ class Ledger:
         return adjusted if adjusted.adjustment.key == key else None
 
     def _find_entry(self, key: str) -> tuple[bytes, Entry] | None:
-        """Find a request's entry. None also if the entry was pruned: an id is known only as long as its record is in
-        the ledger.
+        """Find a request's entry. Returns None also if the entry was pruned: an id is known only as long as its record
+        is in the ledger.
         """
         place = self._tail.places.get(key) or self._find_sealed(key)
         if place is None:
@@ -285,8 +287,8 @@ class Ledger:
         self._check_in_place(self._tail.offset + len(data))
 
     def _check_in_place(self, size: int) -> None:
-        """Check that the synced entries are in the file that readers will find. In a deleted file they would vanish
-        with this process.
+        """Check that the synced entries are in the file that readers will find. If the segment file were deleted, new
+        entries in it would vanish with this process.
 
         Raises:  Unavailable: nothing of the batch counts, and the ledger accepts no more entries.
         """
@@ -301,7 +303,7 @@ class Ledger:
         if why:
             self._broken = f"{path} {why}: another process changed it; {RESTORE}"
             log.error("the ledger takes no more entries: %s", self._broken)
-            raise Unavailable("the ledger takes no more entries: its file was changed; the router's log has more")
+            raise Unavailable("the ledger takes no more entries: its file was changed; the router's log says how")
 
     def _make_room(self) -> None:
         if self._fd >= 0 and self._tail.offset < self._segment_bytes:
@@ -315,7 +317,9 @@ class Ledger:
                 raise
 
     def _start_segment(self) -> None:
-        """Open the next segment, then seal the one before. If either step fails, the old segment stays open."""
+        """Open the next segment, then seal the one before. If either step fails, the old segment stays open for
+        writing.
+        """
         tail = self._tail
         path = segment_path(self.directory, tail.sequence + 1)
         header = SegmentHeader(first_sequence=tail.sequence + 1, previous_hash=tail.hash, source=self.source).pack()
@@ -353,7 +357,7 @@ class Ledger:
 
     def _recover(self) -> None:
         """Bring the index up to date, read the last segment, and cut off its incomplete end. Entries that were
-        acknowledged must be there.
+        acknowledged must be in the segment.
         """
         mark = Mark.of(self.directory)
         paths = segments_of(self.directory)
@@ -404,7 +408,7 @@ class Ledger:
             check_header(path, self.source)
 
     def _catch_up(self, firsts: Sequence[int]) -> None:
-        """Add to the index the sealed segments that it lacks because of a crash or because the index was lost."""
+        """Add sealed segments to the index that are missing there because of a crash or because the index was lost."""
         covered, tail = self._index.covered, self._tail
         tail.unsettled = self._index.unsettled()
         for _, entry in read_entries(self.directory, after=covered) if covered < firsts[-1] - 1 else ():

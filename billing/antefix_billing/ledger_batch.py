@@ -1,4 +1,4 @@
-"""The ledger's end, and the entries about to be appended to it. Knows payloads and hashes, no files."""
+"""The ledger's end, and the entries about to be appended to it. This module knows payloads and hashes, but no files."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ class LedgerTail:
 
 
 class LedgerBatch:
-    """Entries to be written together in one write. The tail changes only in `accept`, once they are durable."""
+    """Entries to be written together in one write. The ledger's tail changes only in `accept`, once the entries are
+    durable.
+    """
 
     def __init__(self, tail: LedgerTail) -> None:
         self._tail = tail
@@ -104,7 +106,9 @@ class LedgerBatch:
 
     def _put(self, kind: EntryKind, payload: bytes) -> None:
         if len(payload) > PAYLOAD_BYTES_MAX:
-            raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes, this one has {len(payload)}")
+            raise InvalidRequest(
+                f"a ledger entry may have at most {PAYLOAD_BYTES_MAX} bytes, this entry has {len(payload)}"
+            )
         flags = 0 if self.data else FLAG_BATCH_START
         self._sequence += 1
         self._hash = chain_hash(self._hash, self._sequence, kind, payload)

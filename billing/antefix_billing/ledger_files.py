@@ -51,7 +51,7 @@ RESTORE = "restore the ledger from a copy, or give the router a new directory an
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settled:
-    """One settled request with its place in the ledger. `previous_hash` lets anyone recompute `hash` from the
+    """One settled request with its place in the ledger. With `previous_hash`, anyone can recompute `hash` from the
     payload.
     """
 
@@ -87,7 +87,7 @@ def check_header(path: Path, source: bytes) -> None:
 
 
 def source_of(directory: Path) -> bytes:
-    """The ledger's identity.  Raises:  ConfigError: this is not a ledger directory."""
+    """The ledger's identity.  Raises:  ConfigError: the directory has no ledger."""
     try:
         return bytes.fromhex(read_small(directory / "source", _SOURCE_FILE_BYTES_MAX).decode().strip())
     except (OSError, ValueError) as err:
@@ -95,8 +95,8 @@ def source_of(directory: Path) -> bytes:
 
 
 def source_of_name(name: str) -> bytes:
-    """The ledger's identity, from the `source` text in records and CloudEvents.  Raises:  ValueError: the text names no
-    ledger.
+    """The ledger's identity, from the `source` text in records and CloudEvents. Raises: ValueError: the text does not
+    name a ledger.
     """
     return bytes.fromhex(name.removeprefix(SOURCE_PREFIX))
 
@@ -107,8 +107,8 @@ def source_name_of(source: bytes) -> str:
 
 
 def ledgers_of(paths: Sequence[Path]) -> list[Path]:
-    """Ledger directories. Each path is one, or a directory that holds several, such as that of `antefix up` with
-    several routers.
+    """Ledger directories. Each path is a ledger's directory, or a directory that holds several ledgers, such as that of
+    `antefix up` with several routers.
 
     Raises:  ConfigError: a path holds no ledger, or the same ledger comes twice.
     """
@@ -119,7 +119,7 @@ def ledgers_of(paths: Sequence[Path]) -> list[Path]:
             raise ConfigError(f"{path} is not a ledger and holds none")
         found += inside
     if len({source_of(path) for path in found}) != len(found):
-        raise ConfigError("a ledger is named twice, or was copied: two have the same source")
+        raise ConfigError("two ledgers have the same source id: one ledger is named twice, or was copied")
     return found
 
 
@@ -246,8 +246,8 @@ def read_entry_at(path: Path, offset: int) -> Entry:
 
 
 def read_segment(path: Path) -> bytes:
-    """Read a segment.  Raises:  LedgerCorrupt: it is missing, is not a regular file, or is far longer than a segment
-    can be.
+    """Read a segment. Raises: LedgerCorrupt: the segment is missing, is not a regular file, or is far longer than a
+    segment can be.
     """
     try:
         data = read_small(path, _SEGMENT_BYTES_MAX)
@@ -260,7 +260,7 @@ def read_segment(path: Path) -> bytes:
 
 def hash_before(path: Path, entry: Entry) -> bytes:
     """The hash of the entry before this one. Entries have no back pointers, so this reads one segment. Only receipts
-    and retries need it, and both are rare.
+    and retries need this hash, and both are rare.
     """
     data = read_segment(path)
     previous = unpack_segment_header(data).previous_hash
@@ -281,7 +281,7 @@ def prepare_directory(directory: Path) -> None:
     if path.exists():
         return
     if segments_of(directory):
-        raise ConfigError(f"{directory} has segments but no source file: restore it from a copy")
+        raise ConfigError(f"{directory} has segments of a ledger, but no source file: restore the file from a copy")
     part = directory / "source.part"
     with open_private(part, "w") as file:
         file.write(secrets.token_hex(SOURCE_BYTES) + "\n")
@@ -292,7 +292,7 @@ def prepare_directory(directory: Path) -> None:
 
 
 def take_lock(directory: Path) -> DirectoryLock:
-    """Take the writer's lock. The lock is released when it is closed or when the process dies.
+    """Take the writer's lock. The lock on the ledger is released when it is closed or when the process dies.
 
     Raises:  ConfigError: another process holds the lock.
     """

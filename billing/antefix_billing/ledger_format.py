@@ -1,12 +1,12 @@
-"""Bytes of a ledger segment. Knows no files and no record fields; docs/BILLING.md has the same tables.
+"""Bytes of a ledger segment. This module knows no files and no fields of records; docs/BILLING.md has the same tables.
 
     segment header   magic 8 | version u32 | zero u32 | first sequence u64 | previous hash 32 | source 16 | crc u32
     entry            magic u32 | payload length u32 | crc u32 | sequence u64 | kind u8 | flags u8 | zero u16 | hash 32
                      | payload
 
 All little-endian. An entry's hash is BLAKE2b-256 over the previous entry's hash, sequence, kind and payload: an edit, a
-removal or a swap anywhere changes every hash after it. The crc covers everything after it and detects an incomplete
-write.
+removal or a swap anywhere changes every hash after it. The crc of an entry covers everything after it, and detects an
+incomplete write.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class LedgerCorrupt(AntefixError):
 
 
 class EntryKind(IntEnum):
-    """Values are part of the format: never renumber."""
+    """The values of this enum are part of the stored format, so they must never be renumbered."""
 
     OPEN = 1
     SETTLE = 2
@@ -72,7 +72,7 @@ class SegmentHeader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One entry as read. `offset` is where it starts in its segment."""
+    """One entry as read. `offset` is the byte in the segment at which the entry starts."""
 
     sequence: int
     kind: EntryKind
@@ -110,7 +110,7 @@ def pack_entry(sequence: int, kind: EntryKind, flags: int, hash: bytes, payload:
 
 
 def unpack_entry(data: bytes | memoryview, offset: int) -> Entry | None:
-    """The entry at `offset`, or None if there is no intact entry."""
+    """The entry at `offset`; None if there is no intact entry."""
     if offset + ENTRY_HEADER_BYTES > len(data):
         return None
     magic, length, crc = _ENTRY_HEAD.unpack_from(data, offset)
@@ -134,8 +134,8 @@ def entries_of(data: bytes | memoryview, offset: int = SEGMENT_HEADER_BYTES) -> 
 
 
 def has_later_batch(data: bytes, offset: int) -> bool:
-    """Whether a batch starts somewhere after `offset`. If so, the entry at `offset` was durable once, so a fault in it
-    is damage.
+    """Whether a batch of entries starts somewhere after `offset`. If so, the entry at `offset` was durable once, so a
+    fault in it is damage.
     """
     magic = ENTRY_MAGIC.to_bytes(4, "little")
     while (offset := data.find(magic, offset + 1)) >= 0:

@@ -54,7 +54,9 @@ _BYTES_BELIEVED: Final = 16 << 30
 
 
 class LedgerIndexDamaged(Unavailable):
-    """The index cannot be read, or its contents are impossible. The ledger rebuilds it from the segments."""
+    """The index cannot be read, or its contents are impossible. The ledger then rebuilds the index from the
+    segments.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,9 @@ class LedgerIndex:
     """The index, in a directory inside the ledger's. Not thread-safe."""
 
     def __init__(self, directory: Path, source: bytes) -> None:
-        """Opens the existing index if it is intact and belongs to this ledger. Otherwise begins with an empty one."""
+        """Opens the existing index of the ledger if it is intact and belongs to this ledger. If no usable index exists,
+        an empty index is made.
+        """
         self._directory = directory
         self._about = _VERSION.to_bytes(4, "little") + source
         self._file: PageFile | None = None
@@ -89,7 +93,7 @@ class LedgerIndex:
         return int.from_bytes(value, "little") if value else 0
 
     def find(self, key: str) -> EntryPlace | None:
-        """Where the request's last settled attempt lies.  Raises:  LedgerIndexDamaged."""
+        """The place of the request's last settled attempt.  Raises:  LedgerIndexDamaged."""
         value = self._get(_name(key))
         if value is None:
             return None
@@ -113,7 +117,7 @@ class LedgerIndex:
         covered: int,
         sizes: Mapping[int, int],
     ) -> None:
-        """Add a sealed segment's entries. The index is durable when this returns.
+        """Add a sealed segment's entries. When this returns, the index is durable.
 
         sizes: the lengths of the segments that hold these entries, by first sequence number.
         """
@@ -143,14 +147,14 @@ class LedgerIndex:
         self._directory.mkdir(mode=0o700, exist_ok=True)
 
     def close(self) -> None:
-        """Store the file's checksum, so that the next opening need not examine the whole index."""
+        """Store the index file's checksum, so that the next opening need not examine the whole index."""
         self._let_go()
         path = self._directory / _DATA_FILE
         if path.exists():
             try:
                 (self._directory / _CLEAN_FILE).write_bytes(_sum_of(path))
             except OSError as err:
-                log.warning("the ledger's index could not be sealed: %s; its next opening examines it", err)
+                log.warning("the ledger's index could not be marked as complete: %s; the next start checks it", err)
 
     def _write(self, change: Callable[[lmdb.Transaction], None]) -> None:
         path = self._directory / _DATA_FILE
@@ -211,7 +215,7 @@ class LedgerIndex:
         return found
 
     def _fault(self) -> str:
-        """Why the existing index cannot be used; empty if it can, or if there is none."""
+        """Why the existing index cannot be used; empty if it can be used, or if there is none."""
         path = self._directory / _DATA_FILE
         clean = self._directory / _CLEAN_FILE
         verify: Callable[..., list[str]] = lmdb.verify.verify

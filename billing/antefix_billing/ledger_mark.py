@@ -3,8 +3,8 @@
 The mark distinguishes a ledger that lost acknowledged entries at its end from one whose last write was merely
 incomplete. The mark has 64 bytes and lies next to the segments. The mark is overwritten after each batch has been
 synced and before the batch is acknowledged. The mark itself is not synced: it survives the end of the process, and
-after a power cut it may be older than the ledger's end but never newer. So everything up to the mark was durable once.
-If any of it is missing, data was lost.
+after a power cut it may be older than the ledger's end but never newer. So everything up to the mark was on disk once.
+If any entry up to the mark is missing, data was lost.
 
     offset  size  mark
     0       4     magic "AFLM"
@@ -50,7 +50,9 @@ class Mark:
 
     @classmethod
     def of(cls, directory: Path) -> Self | None:
-        """Read the mark. None if there is none (ledgers of early versions have no mark) or if the mark is damaged."""
+        """Read the mark. Returns None if there is no mark (ledgers of early versions have none) or if the mark is
+        damaged.
+        """
         try:
             data = read_small(directory / MARK_FILE, MARK_BYTES)
         except FileNotFoundError:
@@ -65,7 +67,7 @@ class Mark:
 
 
 class MarkFile:
-    """The writer's side of the mark. If writing it fails, the only cost is that a later loss of entries may go
+    """The writer's side of the mark. If writing the mark fails, the only cost is that a later loss of entries may go
     unnoticed.
     """
 

@@ -32,7 +32,7 @@ if _fallocate is not None:
 
 
 def allocate(fd: int, offset: int, nbytes: int) -> None:
-    """Allocate disk blocks from byte `offset` on. The file's length does not change.
+    """Allocate disk blocks from byte `offset` on. The length of the file does not change by this.
 
     Raises:  OSError: no space, or a file system that does not support this (EOPNOTSUPP).
     """
@@ -53,15 +53,15 @@ class LedgerReserve:
         self._is_supported = True
 
     def moved(self) -> None:
-        """Forget what was allocated, because another file is written now or this one was cut."""
+        """Forget which space was allocated, because another file is written now or this one was cut."""
         self.held_until = 0
 
     def held(self, end: int) -> int:
-        """Bytes allocated after a file's end."""
+        """The bytes that are allocated after a file's end."""
         return max(0, self.held_until - end)
 
     def hold(self, fd: int, end: int) -> None:
-        """Ensure that `nbytes` after `end` are allocated, or as many as the disk has if it has fewer."""
+        """Ensure that `nbytes` bytes after `end` are allocated; if the disk has fewer, all that it has."""
         wanted = end + self.nbytes
         if self.held_until >= wanted or not self._is_supported:
             return
@@ -73,7 +73,9 @@ class LedgerReserve:
                 if err.errno in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
                     self._is_supported = False
                     log.warning(
-                        "this file system cannot hold space for the ledger: %s; keep its disk from filling", err
+                        "this file system cannot hold space for the ledger in reserve: %s; make sure that its "
+                        "disk does not become full",
+                        err,
                     )
                     return
                 nbytes = self.nbytes if nbytes > self.nbytes else nbytes // 2

@@ -1,7 +1,9 @@
-"""Quotas and budgets per tenant: tokens and money in calendar windows (UTC). Reserve at admission, settle at the end.
+"""Quotas and budgets per tenant: tokens and money in calendar windows (UTC). Use is reserved at admission, and settled
+at the end of the request.
 
 A reservation takes the most that a request can use, so concurrent requests can never exceed a limit together. The
-unused part is given back when the request ends. After a restart the counts are read from the ledger, so none are lost.
+unused part is given back when the request ends. After a restart the counts are read from the ledger, so that no use is
+lost.
 """
 
 from __future__ import annotations
@@ -45,8 +47,8 @@ class LimitWindow(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """The most that a tenant may use in one window. None means no limit.  tokens: prompt and output together.
-    requests: admitted requests.
+    """The most that a tenant may use in one window. None means that there is no limit. tokens: prompt and output
+    together. requests: admitted requests.
     """
 
     window: LimitWindow
@@ -59,8 +61,8 @@ class Limit:
 class TenantLimits:
     """All limits of one tenant.  requests: how many may run at the same time.
 
-    share: the tenant's weight when several tenants want the same workers. Capacity that no other tenant wants is free
-    to this tenant whatever its share.
+    share: the tenant's weight when several tenants want the same workers. Workers' capacity that no other tenant wants
+    is free to this tenant, whatever its share.
     """
 
     limits: tuple[Limit, ...] = ()
@@ -81,7 +83,7 @@ class WindowUse:
 
 
 class LimitPassed(StrEnum):
-    """Which limit was passed.  running: the limit on requests at the same time."""
+    """Which limit a request would exceed. running: the limit on requests at the same time."""
 
     RUNNING = "running"
     TOKENS = "tokens"
@@ -102,7 +104,7 @@ class LimitState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reservation:
-    """What a running request may still use. Call `settle` or `release` on it exactly once."""
+    """What a running request may still use. Either `settle` or `release` must be called on it, exactly once."""
 
     tenant: str
     tokens: int
@@ -124,7 +126,9 @@ def _windows_of(limits: TenantLimits) -> frozenset[LimitWindow]:
 def limit_error(
     what: LimitPassed, limits: TenantLimits, limit: Limit | None, now: datetime, *, used: int = 0, needs: int = 0
 ) -> QuotaExceeded:
-    """The error for a request that exceeds a limit.  limit: None means the limit on requests at the same time."""
+    """The error for a request that exceeds a limit. limit: None: the request exceeds the limit on requests at the same
+    time.
+    """
     if limit is None:
         return TooManyRequests(
             f"concurrency limit: {limits.requests} requests of this tenant are running, which is the limit",
@@ -142,11 +146,13 @@ def limit_error(
             f"rate limit: {limit.requests} requests per {limit.window}, which this tenant has sent",
             retry_after_s=left_s,
         )
-    return BudgetExceeded(f"budget: {limit.money} per {limit.window} does not cover this request", retry_after_s=left_s)
+    return BudgetExceeded(
+        f"the tenant's budget of {limit.money} per {limit.window} does not cover this request", retry_after_s=left_s
+    )
 
 
 class QuotaBook:
-    """The counts of all tenants that have limits. Methods may be called from any thread."""
+    """The counts of all tenants that have limits. The quota methods may be called from any thread."""
 
     def __init__(self, tenants: Mapping[str, TenantLimits], default: TenantLimits | None = None) -> None:
         """default: the limits of tenants that are not named."""
@@ -156,7 +162,7 @@ class QuotaBook:
         self._mutex = threading.Lock()
 
     def restore(self, records: Iterable[UsageRecord], now: datetime) -> None:
-        """Count what the ledger's records used in the windows that are still running."""
+        """Count the use in the ledger's records for the limit windows that are still running."""
         with self._mutex:
             for record in records:
                 moment = moment_of(record.started_us)
@@ -224,7 +230,7 @@ class QuotaBook:
                     raise limit_error(LimitPassed.REQUESTS, self.limits_of(tenant), limit, now)
 
     def settle(self, reservation: Reservation, *, tokens: int, money: Decimal, is_counted: bool = True) -> None:
-        """Replace the reservation by what was used. The use counts in the window in which the request was admitted.
+        """Replace the reservation by what was used. The use is counted in the window in which the request was admitted.
 
         is_counted: whether the request counts against limits on the number of requests.
         """
@@ -247,13 +253,13 @@ class QuotaBook:
         self.settle(reservation, tokens=0, money=Decimal(0), is_counted=False)
 
     def used(self, tenant: str, window: LimitWindow, now: datetime) -> tuple[int, Decimal]:
-        """Tokens and money used or reserved in the current window."""
+        """Tokens and money that are used or reserved in the current window."""
         with self._mutex:
             usage = self._usage(tenant, window, now)
             return usage.tokens + usage.reserved_tokens, usage.money + usage.reserved_money
 
     def counts(self, tenant: str, now: datetime) -> tuple[int, dict[LimitWindow, WindowUse]]:
-        """How many requests run, and what is counted in each window for which the tenant has a limit."""
+        """How many requests of a tenant run, and how much is counted in each window for which it has a limit."""
         with self._mutex:
             windows = _windows_of(self.limits_of(tenant))
             state = self._tenants.get(tenant, _Tenant())
@@ -319,8 +325,8 @@ class QuotaBook:
                         usage.requests += 1
 
     def _forget_idle(self, now: datetime) -> None:
-        """Drop tenants that have nothing counted. Tenant names come from callers, so there may be any number
-        of them.
+        """Drop the tenants for which nothing is counted. Tenant names come from callers, so there may be any number of
+        them.
         """
         idle = [
             name

@@ -1,5 +1,5 @@
-"""Reads the ledgers of other routers on this host, to answer questions about their requests. Never writes to them, and
-never waits for them.
+"""Reads the ledgers of other routers on this host, to answer questions about their requests. Other routers' ledgers are
+never written to, and reading them never waits for their writers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class PeerLedgers:
     """The other routers' ledgers. Methods may be called from any thread; they read files."""
 
     def __init__(self, directories: Sequence[Path]) -> None:
-        """directories: the other ledgers. A directory need not exist yet."""
+        """directories: the other ledgers. The directory of a ledger need not exist yet."""
         self.directories = list(directories)
         self._peers = [_Peer(directory) for directory in directories]
         self._mutex = threading.Lock()
@@ -45,7 +45,7 @@ class PeerLedgers:
         return len(self._peers)
 
     def find(self, key: str) -> Settled | None:
-        """The request's last attempt, from whichever ledger has it.  key: `record.request_key`."""
+        """The request's last attempt, from whichever ledger has it. key: names the request; `record.request_key`."""
         with self._mutex:
             found = [peer.find(key) for peer in self._peers]
         return max((each for each in found if each is not None), key=lambda each: each.record.attempt, default=None)
@@ -67,7 +67,7 @@ class _Peer:
                 return settled_of(hash_before(path, entry), entry)
             return self._find_old(key)
         except (AntefixError, OSError) as err:
-            log.warning("the ledger in %s cannot be asked: %s", self._directory, err)
+            log.warning("the ledger in %s cannot be queried: %s", self._directory, err)
             return None
 
     def _catch_up(self) -> None:

@@ -1,4 +1,6 @@
-"""Where copies of the bill are kept: a directory, or an object store by its URL. For callers outside an event loop."""
+"""Where copies of the bill are kept: a directory, or an object store by its URL. These functions are for callers
+outside an event loop.
+"""
 
 from __future__ import annotations
 

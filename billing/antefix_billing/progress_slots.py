@@ -72,14 +72,14 @@ class ProgressJournal:
         return self._found.get(_name(event_id))
 
     def clear(self) -> None:
-        """Empty the file: the requests found in it are settled in the ledger now."""
+        """Empty the progress file, because the requests found in it have been settled in the ledger."""
         self._found.clear()
         os.ftruncate(self._fd, 0)
         self._slots, self._free, self._num_slots = {}, [], 0
         self._hold()
 
     def mark(self, event_id: str, done: Usage) -> None:
-        """Record how much a request has used so far. The record survives this process when this returns.
+        """Record how much a request has used so far. When this returns, the progress survives the end of this process.
 
         Raises:  Unavailable: it could not be written.
         """
@@ -109,7 +109,9 @@ class ProgressJournal:
         self._fd = -1
 
     def _hold(self) -> None:
-        """Allocate room for a busy router's requests now. If the disk is full already, this allocates nothing."""
+        """Allocate room in the file for a busy router's requests now. If the disk is full already, this allocates
+        nothing.
+        """
         with contextlib.suppress(OSError):
             allocate(self._fd, 0, _RESERVE_SLOTS * SLOT_BYTES)
 

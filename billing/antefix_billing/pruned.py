@@ -1,10 +1,11 @@
-"""Summaries that replace a ledger's first segments after they were pruned: where the segments ended, and their sums.
+"""Summaries that replace the first segments of a ledger after they were pruned (removed): where the segments ended, and
+their sums.
 
     pruned-000000012345.json    in the ledger's directory and in the archive; named by the last entry that was pruned
 
 Each summary states which entries it replaces, the hashes before the first and after the last of them (so that the chain
 continues), the names and BLAKE2b hashes of the files that held them, and sums by month, tenant, model and currency.
-The summary is signed with the receipt key. With the files at hand, all of it can be recomputed.
+The summary is signed with the receipt key. With the pruned files at hand, anyone can recompute a summary.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _GLOB: Final = "pruned-*.json"
 class Total:
     """Sums for one month (UTC, by the requests' start), tenant, model and currency.
 
-    records: settled attempts.  requests: those of them that ended their request for good.
+    records: settled attempts. requests: those attempts that ended their request for good.
     """
 
     month: str
@@ -64,7 +65,7 @@ class Total:
 
 
 class Totals:
-    """Sums to which entries are added one by one."""
+    """Sums over entries, which are added one by one."""
 
     def __init__(self) -> None:
         self._by_group: dict[tuple[str, str, str, str], Total] = {}
@@ -110,8 +111,8 @@ class PrunedFile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pruned:
-    """Entries `first` to `last` of a ledger, which were pruned.  archive: the place of their files; empty if they were
-    not kept.
+    """Entries `first` to `last` of a ledger, which were pruned (removed). archive: the place of their files; empty if
+    the files were not kept.
     """
 
     source: bytes
@@ -182,7 +183,7 @@ def summary_name(last: int) -> str:
 
 
 def pruned_of(directory: Path) -> list[Pruned]:
-    """The ledger's summaries, oldest first. Together they cover the entries from 1 on without a gap.
+    """The ledger's summaries, oldest first. Together the summaries cover all entries from 1 on, without a gap.
 
     Raises:  LedgerCorrupt: a summary is damaged or missing.
     """
@@ -209,4 +210,7 @@ def check_cursor(directory: Path, after: int) -> None:
     """Raises:  InvalidRequest: entries after this one were pruned, so continuing from here would skip them."""
     last, _ = pruned_to(directory)
     if 0 < after < last:
-        raise InvalidRequest(f"entries {after + 1} to {last} were pruned; `antefix usage restore` brings them back")
+        raise InvalidRequest(
+            f"entries {after + 1} to {last} of the ledger were pruned (removed); `antefix usage restore` brings "
+            "them back"
+        )

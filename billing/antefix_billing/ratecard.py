@@ -1,8 +1,8 @@
-"""What tokens cost: rate cards by model and time, read from TOML, and the price of a request. Decimal only.
+"""The prices of tokens: rate cards by model and time, read from TOML, and the price of a request. Decimal only.
 
 Prices are per million tokens; a price times a count needs no rounding, so sums of records are exact to the last digit.
 A card holds from `effective` until the model's next card. Peak hours are a calendar in UTC. The start of a request
-decides which card and which hours apply to it. Cards never change once used: a new price is a new card.
+decides which card and which hours apply to it. A rate card never changes once it was used: a new price is a new card.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class RateCards:
         versions: set[str] = set()
         for card in sorted(cards, key=lambda c: c.effective):
             if card.version in versions:
-                raise ConfigError(f"rate card {card.version} is there twice")
+                raise ConfigError(f"the rate card version {card.version} is given twice")
             versions.add(card.version)
             for model in card.models:
                 row = self._by_model.setdefault(model, [])
@@ -206,7 +206,7 @@ def _card(table: Table, calendars: dict[str, Calendar]) -> RateCard:
     )
     table.close()
     if not card.models or not (len(card.currency) == 3 and card.currency.isascii() and card.currency.isalpha()):
-        raise ConfigError(f"{table.where}: it needs models and a three-letter currency")
+        raise ConfigError(f"{table.where}: a rate card needs models and a three-letter currency")
     return card
 
 

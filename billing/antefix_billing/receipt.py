@@ -1,5 +1,5 @@
-"""Receipts: one settled record with its place in the ledger, signed with Ed25519. Anyone with the public key can check
-it.
+"""Receipts: one settled record with its place in the ledger, signed with Ed25519. Anyone who has the public key can
+check a receipt.
 
 A receipt is a JSON object:
     payload         the ledger entry's payload, byte for byte, as text
@@ -49,7 +49,9 @@ class ReceiptCheck:
 
 
 class Signer:
-    """The deployment's receipt key. The public half is published; the private half never leaves the router's host."""
+    """The deployment's receipt key. The public half of the key is published; the private half never leaves the router's
+    host.
+    """
 
     def __init__(self, key: Ed25519PrivateKey, older: Sequence[bytes] = (), path: Path | None = None) -> None:
         """older: public keys that were used for signing before.  path: the key file."""
@@ -60,13 +62,15 @@ class Signer:
 
     @property
     def public_keys(self) -> tuple[bytes, ...]:
-        """The current public key, then the earlier ones. Receipts signed with any of them stay valid."""
+        """The current public key, then the earlier ones. Receipts that were signed with any of these keys stay
+        valid.
+        """
         return (self.public_key, *self.older)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Signer:
-        """Read a key file. The key file's first line is the private key, 32 bytes as hex. Each other line is "was
-        PUBLIC_KEY", an earlier public key.
+        """Read a key file. The key file's first line is the private key, 32 bytes as hex. Each further line is "was
+        PUBLIC_KEY", with an earlier public key.
 
         Raises:  ConfigError: the file cannot be read or has another format.
         """
@@ -74,7 +78,7 @@ class Signer:
             first, *rest = read_bytes(path, _KEY_FILE_BYTES_MAX).decode("ascii").split("\n")
             older = [bytes.fromhex(line.removeprefix(_WAS)) for line in rest if line.strip()]
             if any(not line.startswith(_WAS) for line in rest if line.strip()) or any(len(key) != 32 for key in older):
-                raise ValueError('a line after the key must be "was" and a public key of 64 hex digits')
+                raise ValueError('each line after the first key must be "was" and a public key of 64 hex digits')
             return cls(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(first.strip())), older, Path(path))
         except (OSError, ValueError) as err:
             raise ConfigError(f"receipt key {path}: {err}") from err
@@ -95,7 +99,7 @@ class Signer:
 
     @property
     def key_id(self) -> str:
-        """First 8 bytes of the public key, hex."""
+        """The first 8 bytes of the public key, as hex digits."""
         return self.public_key[:8].hex()
 
     def sign(self, data: bytes) -> bytes:
@@ -114,7 +118,7 @@ class Signer:
 
 
 def check_receipt(receipt: dict[str, Any], public_key: bytes, cards: RateCards | None = None) -> ReceiptCheck:
-    """Verify a receipt with the published key. With rate cards, recompute the price as well.
+    """Verify a receipt with the published key. If rate cards are given, the price is recomputed as well.
 
     Raises:  InvalidRequest: this is not a receipt.
     """

@@ -1,5 +1,5 @@
-"""Verifies a ledger: is its chain intact, and does the store's own log support every billed hit? Only reads, and trusts
-neither of the two.
+"""Verifies a ledger: is its chain intact, and does the store's own log support every billed hit? Verification only
+reads the ledger and the log, and trusts neither of them.
 
 A record's hit is supported if its last block was stored before the request ended and, for tokens billed from the
 store's tier, was read between the request's start and end. A hit in a worker's memory is supported if its block was
@@ -51,8 +51,8 @@ class PrunedVerdict:
 class Verdict:
     """The result of verifying one ledger.
 
-    head: the last sequence number and its hash. Keep them elsewhere: a ledger whose end was cut off is still a valid
-    chain, but no longer has this entry.  unsupported_hits: None if no store log was given.
+    head: the sequence number and the hash of the last entry. These should be kept elsewhere: a ledger whose end was cut
+    off is still a valid chain, but no longer has this entry. unsupported_hits: None if no log of a store was given.
     """
 
     records: int
@@ -96,7 +96,7 @@ class Verdicts:
         return all(verdict.ok for _, verdict in self.ledgers) and not self.charged_twice and not self.missing_ledgers
 
     def to_json(self) -> str:
-        """For one ledger, its own result. For several, the sums and the result of each."""
+        """For one ledger, the result of that ledger. For several, the sums and the result of each."""
         verdicts = [verdict for _, verdict in self.ledgers]
         if len(verdicts) == 1 and not self.missing_ledgers:
             return verdicts[0].to_json()
@@ -139,7 +139,8 @@ def verify(
 ) -> Verdict:
     """Read the whole ledger and, if given, the logs of one or all stores.
 
-    anchor: a head that an earlier run reported. The ledger must still have this entry with this hash.
+    anchor: the last entry of the ledger as an earlier run reported it. The ledger must still have this entry with this
+    hash.
     """
     chain = _read(ledger, anchor, ())
     evidence = None if store_log is None else HitEvidence.of(chain.settled, store_log)
@@ -200,7 +201,9 @@ def verify_all(
 
 
 def _check_pruned(ledger: Path, public_keys: Sequence[bytes], archive: str) -> PrunedVerdict | None:
-    """None if nothing was pruned. Also None if the summaries are damaged, because reading the chain reports that."""
+    """None if nothing was pruned. Returns None also if the summaries are damaged, because reading the chain reports
+    that.
+    """
     try:
         summaries = pruned_of(ledger)
     except AntefixError:
@@ -286,7 +289,7 @@ def _read(ledger: Path, anchor: tuple[int, str] | None, signed: Sequence[Anchor]
 
 
 def _num_duplicates(settled: list[Settled]) -> int:
-    """Records beyond one per attempt, and charges beyond one per request."""
+    """Records beyond one per attempt of a request, and charges beyond one per request."""
     seen: set[str] = set()
     final: set[str] = set()
     num_duplicates = 0

@@ -77,7 +77,7 @@ class RequestAccount:
 
 
 def claim(account: RequestAccount, me: RunningAt, alive: Collection[RunningAt]) -> RequestAccount | None:
-    """The account with the request marked as running here. None if another live router runs the request."""
+    """The account with the request marked as running here. Returns None if another live router runs the request."""
     running = account.running
     if running is not None and running != me and running in alive:
         return None
@@ -85,7 +85,7 @@ def claim(account: RequestAccount, me: RunningAt, alive: Collection[RunningAt]) 
 
 
 def let_go(account: RequestAccount, me: RunningAt) -> RequestAccount:
-    """The account without this router's claim. Nothing was done for the request."""
+    """The account without this router's claim. No work was done for the request whose claim is released."""
     return dataclasses.replace(account, running=None) if account.running == me else account
 
 
@@ -95,8 +95,8 @@ def settle(
     """The account after a record was added that is in the ledger already, and the amount to return to the customer
     because of it.
 
-    credited: what this record's ledger has already returned for it. Calling this again with the same record changes
-    nothing and returns the same amount.
+    credited: the amount that this record's ledger has already returned for it. Calling this again with the same record
+    changes nothing and returns the same amount.
     """
     record = settled.record
     name = f"{record.source} {record.event_id}"

@@ -52,8 +52,9 @@ def rerated(
         currency = quote.currency or record.currency
         if record.currency and currency != record.currency:
             raise ConfigError(
-                f"rate card {quote.version} is in {currency}, record {record.event_id} in {record.currency}: give the"
-                " amount back with `antefix usage adjust` and bill it again elsewhere"
+                f"the new rate card {quote.version} is in {currency}, but record {record.event_id} is in "
+                f"{record.currency}: give the amount back with `antefix usage adjust`, and bill the request "
+                "elsewhere"
             )
         yield Adjustment(
             adjustment_id=f"{AdjustmentKind.RERATE}:{record.event_id}:{numbers[record.event_id] + 1}",

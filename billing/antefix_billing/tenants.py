@@ -1,4 +1,4 @@
-"""Tenants, read from TOML: the API keys of each, and its limits. Only the SHA-256 of a key is stored.
+"""Tenants, read from TOML: the API keys of each, and its limits. Of an API key, only its SHA-256 is stored.
 
     keys = "needed"                             # or "none": no key is needed, and only the limits apply
 
@@ -6,8 +6,8 @@
     # at the same time share = 2                                   # weight on busy workers; a tenant without a share
     has 1 limit = [{ window = "day", tokens = 5000000, money = "2.50" }]
 
-A tenant named "*" holds the limits of everyone who is not named. Keys that are created and revoked at run time are in a
-separate file (`api_keys`). A file without any key is refused unless it has `keys = "none"`, because it would let
+A tenant named "*" holds the limits of all tenants that are not named. Keys that are created and revoked at run time are
+in a separate file (`api_keys`). A file without any key is refused unless it has `keys = "none"`, because it would let
 everybody in.
 """
 
@@ -58,7 +58,7 @@ def load_tenants(path: str | Path, *, has_other_keys: bool = False) -> TenantBoo
         for key in table.texts("api_key_sha256", ()):
             digest = _digest(table, key)
             if digest in keys:
-                raise ConfigError(f"{table.where}: an API key's SHA-256 is there twice")
+                raise ConfigError(f"{table.where}: the SHA-256 of an API key is given twice")
             if name in ("", "*"):
                 raise ConfigError(
                     f"{table.where}: the name {name!r} stands for no single tenant, so it can have no key"
@@ -69,11 +69,11 @@ def load_tenants(path: str | Path, *, has_other_keys: bool = False) -> TenantBoo
         limits[name] = _limits(table)
     file.close()
     if asked == "none" and (keys or has_other_keys):
-        raise ConfigError(f'{file.where}: it says keys = "none", but there are keys')
+        raise ConfigError(f'{file.where}: the file says keys = "none", but there are keys in it')
     if asked == "needed" and not keys and not has_other_keys:
         raise ConfigError(
-            f"{file.where}: it has no API key, so everybody could call: add api_key_sha256, give --api-keys-file, or"
-            ' say keys = "none"'
+            f"{file.where}: the file has no API key, so everybody could call: add api_key_sha256, give"
+            ' --api-keys-file, or say keys = "none"'
         )
     default = limits.pop("*", TenantLimits())
     return TenantBook(keys=keys, limits=limits, default=default, needs_keys=asked == "needed")

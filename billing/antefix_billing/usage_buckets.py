@@ -75,7 +75,7 @@ class Sums:
 
 
 def names_of(groups: Iterable[str]) -> tuple[str, ...]:
-    """Our names of groups that are given by our names or OpenAI's.  Raises:  InvalidRequest: an unknown name."""
+    """Maps the names of groups, both ours and OpenAI's, to ours.  Raises:  InvalidRequest: an unknown name."""
     found = []
     for name in groups:
         ours = _BY_OPENAI.get(name, name)
@@ -109,7 +109,8 @@ def openai_page(
     buckets: dict[int, dict[tuple[str, ...], Sums]], query: UsageQuery, *, next_page: str | None
 ) -> dict[str, Any]:
     """The answer in the form of OpenAI's API. The answer has a bucket for each span of time, even if nothing was used
-    in it."""
+    in it.
+    """
     data = [
         {
             "object": "bucket",

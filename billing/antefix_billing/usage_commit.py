@@ -37,7 +37,7 @@ FAILING_S = 5.0
 
 @dataclass(slots=True)
 class CommitCounters:
-    """entries / batches is how many entries share a sync."""
+    """entries / batches is the average number of entries that share one sync."""
 
     batches: int = 0
     entries: int = 0
@@ -64,7 +64,7 @@ class UsageWriter(Protocol):
 
 
 class NoLedger:
-    """For a router without a ledger: requests are counted and priced, and no record is kept."""
+    """Routers without a ledger use this class: requests are counted and priced, but no record is kept."""
 
     source_name = "antefix/unkept"
     is_failing = False
@@ -103,8 +103,8 @@ class LedgerWriter:
 
     @property
     def is_failing(self) -> bool:
-        """Whether a write failed a short while ago. Afterwards this is False again, so that the next write can be
-        tried.
+        """Whether a write failed a short while ago. After this call the answer is False again, so that the next write
+        can be tried.
         """
         return time.monotonic() - self._failed_at < FAILING_S
 
@@ -113,8 +113,8 @@ class LedgerWriter:
         return cast(OpenEntry, await self._submit(entry))
 
     def mark(self, entry: OpenEntry, used: Usage) -> None:
-        """Record how much an open request has used so far. The record survives this process when this returns, and a
-        power cut soon after.
+        """Record how much an open request has used so far. When this returns, the record survives the end of this
+        process; a second later it also survives a power cut.
 
         Raises:  Unavailable: it could not be written.
         """
@@ -147,7 +147,7 @@ class LedgerWriter:
         return await self._run(self.ledger.find, key)
 
     async def close(self) -> None:
-        """Write the waiting entries, then close the ledger."""
+        """Write the entries that are waiting, then close the ledger."""
         if self._syncing is not None:
             self._syncing.cancel()
             await asyncio.gather(self._syncing, return_exceptions=True)
@@ -160,9 +160,9 @@ class LedgerWriter:
         # Checked here, so that one bad entry does not fail the others of its batch. Only these fields come from
         # outside. JSON makes at most six characters of one, and the other fields take under 2 KiB.
         if 6 * sum(map(len, _texts_of(item))) > PAYLOAD_BYTES_MAX - 2048:
-            raise InvalidRequest(f"a ledger entry takes {PAYLOAD_BYTES_MAX} bytes")
+            raise InvalidRequest(f"a ledger entry may have at most {PAYLOAD_BYTES_MAX} bytes")
         if len(self._waiting) >= NUM_WAITING_MAX:
-            raise Overloaded("too many requests wait for the ledger", retry_after_s=1.0)
+            raise Overloaded("too many finished requests wait to be written to the ledger", retry_after_s=1.0)
         future: asyncio.Future[Written] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if self._task is None or self._task.done():

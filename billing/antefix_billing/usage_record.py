@@ -1,4 +1,4 @@
-"""One usage record: what a request used, with evidence for its hit. Knows no protobuf and no file.
+"""One usage record: what a request used, with evidence for its hit. This module knows no protobuf and no file.
 
     prompt_tokens = cache_hit_tokens + cache_miss_tokens
     cache_hit_tokens = hit_memory_tokens + hit_store_tokens, and where hit_tiers is known, its sum is hit_store_tokens
@@ -32,7 +32,7 @@ PAYLOAD_VERSION: Final = 1
 
 
 class Status(StrEnum):
-    """How a request ended. Values are part of the ledger's format: never renamed."""
+    """How a request ended. The values of this enum are part of the ledger's format, so they are never renamed."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -42,18 +42,19 @@ class Status(StrEnum):
 
     @property
     def is_ours(self) -> bool:
-        """Whether the service, not the client, ended the request. The client is then charged only for what it was
-        given, and a retry does not count as one more request.
+        """Whether the service, not the client, ended the request. In that case the client is charged only for the
+        output that it was given, and a retry does not count as one more request.
         """
         return self in (Status.FAILED, Status.CRASHED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenEntry:
-    """A request that was admitted. The opening record is written before the first token goes out, so that a crash
-    leaves a record of it.
+    """A request that was admitted. The opening record of a request is written before its first token is sent, so that a
+    crash leaves a trace of the request.
 
-    request_digest: keyed hash of prompt and sampling, hex; a retry must have the same.  started_us: Unix microseconds.
+    request_digest: keyed hash of prompt and sampling settings, in hex; a retry must have the same. started_us: Unix
+    microseconds.
     """
 
     request_id: str
@@ -144,7 +145,7 @@ class UsageRecord(Usage):
         """Raises:  InternalError: the counts contradict each other."""
         if min(counts := _counts(self)) < 0:
             name, number = next((name, number) for name, number in zip(_COUNTS, counts, strict=True) if number < 0)
-            raise InternalError(f"usage of {self.request_id}: {name} is {number}")
+            raise InternalError(f"usage record of request {self.request_id}: {name} is impossible: {number}")
         rules = (
             (
                 self.cache_write_1h_tokens <= self.cache_write_tokens,
@@ -190,8 +191,8 @@ class UsageRecord(Usage):
 
     @property
     def is_charged(self) -> bool:
-        """Whether the request is charged. If the client ended it, the work done is charged. If the service failed, the
-        output that the client was given is charged.
+        """Whether the request is charged. If the client ended the request, the work that was done is charged. If the
+        service failed, only the output that the client was given is charged.
         """
         return not self.status.is_ours or self.output_tokens > 0
 
@@ -313,7 +314,7 @@ def _check_types(values: dict[str, Any], types: Mapping[str, type]) -> None:
 
 
 def money_of(value: object) -> Decimal:
-    """The amount of money in a record: text, or a plain 0.  Raises:  InvalidRequest."""
+    """The amount of money in a record: a text, or the number 0.  Raises:  InvalidRequest."""
     amount = Decimal(value) if isinstance(value, str | int) else Decimal("NaN")
     if not amount.is_finite() or amount.adjusted() > _AMOUNT_DIGITS_MAX:
         raise InvalidRequest(f"an amount must be a number of at most {_AMOUNT_DIGITS_MAX} digits, is {shown(value)}")
@@ -327,7 +328,9 @@ def _canonical(values: dict[str, Any]) -> bytes:
 def _fields_of(payload: bytes) -> dict[str, Any]:
     values = parse_json(payload, "a ledger payload")
     if not isinstance(values, dict):
-        raise InvalidRequest("a ledger payload is not an object")
+        raise InvalidRequest("the payload of a ledger entry is not a JSON object")
     if values.pop("v", None) != PAYLOAD_VERSION:
-        raise InvalidRequest(f"a ledger payload is not of version {PAYLOAD_VERSION}; a newer Antefix wrote it")
+        raise InvalidRequest(
+            f"the payload of a ledger entry is not of version {PAYLOAD_VERSION}; a newer Antefix wrote it"
+        )
     return values

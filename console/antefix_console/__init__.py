@@ -1,1 +1,3 @@
-"""The command line and the tools that run whole deployments. Imports any room, and no room imports it."""
+"""The command line and the tools that run whole deployments. This package imports every other package, and no package
+imports it.
+"""

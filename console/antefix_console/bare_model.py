@@ -16,7 +16,7 @@ from antefix.tokenizer import load_tokenizer
 
 
 class Reference:
-    """Greedy generation from scratch, every time."""
+    """Greedy generation, computed from the first token each time."""
 
     def __init__(self, model_path: Path, kv_format: KVFormat, *, prefill_chunk: int = 512) -> None:
         # One thread gives the same bits as any number of threads, and never waits for another thread on a busy machine.

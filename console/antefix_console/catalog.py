@@ -1,7 +1,7 @@
 """Every command and role by name: a description, and how to load it. One row per command.
 
-A loader imports inside a function, so that a command imports only what it needs: `antefix --help` must not wait for
-torch, and the router and the store must start where torch is not installed.
+A loader imports inside a function, so that a command imports only the modules that it needs: `antefix --help` must not
+wait for torch, and the router and the store must start where torch is not installed.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 
 class CommandModule(Protocol):
-    """A module under `commands/`. It also has `add_arguments(parser)`, or `add_parser(subparsers)` where the command
-    has subcommands of its own."""
+    """A module under `commands/`. A command's module also has `add_arguments(parser)`, or `add_parser(subparsers)` if
+    the command has subcommands of its own.
+    """
 
     def run(self, args: argparse.Namespace, /) -> int: ...
 
@@ -30,7 +31,7 @@ class Command:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
-    """One service. load: gives the class of its settings, and the function that serves until it is told to stop."""
+    """One service. load: returns the class of its settings, and the function that serves until it is told to stop."""
 
     load: Callable[[], tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]]
     example: str
@@ -216,62 +217,62 @@ def _fleet_role() -> tuple[type[Any], Callable[..., Coroutine[Any, Any, None]]]:
 COMMANDS: dict[str, Command] = {
     "up": Command(
         load=_up,
-        help="run all roles on this machine until Ctrl-C",
+        help="start all services on this machine, and stop them at Ctrl-C",
         example="antefix up --model models/antefix-tiny --data-dir /var/lib/antefix",
     ),
     "generate": Command(
         load=_generate,
-        help="generate from a prompt, streaming to the terminal",
+        help="generate text from a prompt, streaming to the terminal",
         example="antefix generate 'def fibonacci(n):' --max-tokens 64",
     ),
     "demo": Command(
         load=_demo,
-        help="show hits from disk on a real document, and that hits change no answer",
+        help="show cache hits from disk on a real document, and that a hit does not change the answer",
         example="antefix demo --json",
     ),
     "inspect": Command(
         load=_inspect,
-        help="show what a store directory holds",
+        help="show what the directory of a store contains",
         example="antefix inspect /var/lib/antefix/store",
     ),
     "fsck": Command(
         load=_fsck,
-        help="check a store that no service has open, and repair it",
+        help="check a store, and repair it; no service may have the store open",
         example="antefix fsck /var/lib/antefix/store --repair",
     ),
     "store": Command(
         load=_store,
-        help="copy a store, or purge a tenant from stores",
+        help="copy a store, or delete all data of a tenant from stores",
         example="antefix store copy antefix-data/store /backup/store",
     ),
     "drain": Command(
         load=_drain,
-        help="move records from a store that is taken out of service to the stores that stay",
+        help="move the records of a store that is shut down to the stores that stay in service",
         example="antefix drain /data/a --to host-b:7010 host-c:7010",
     ),
     "simulate": Command(
         load=_simulate,
-        help="compare window-state strategies on a trace",
+        help="compare window-state strategies on a recorded or generated request trace",
         example="antefix simulate --generate agents --strategy all",
     ),
     "trace": Command(
         load=_trace,
-        help="turn a log of requests, or the ledger, into a trace for `simulate`, `plan` and `load`",
+        help="convert a log of requests, or the ledger, to a trace for `simulate`, `plan` and `load`",
         example="antefix trace import --format openai-jsonl requests.jsonl --output trace.jsonl.gz",
     ),
     "plan": Command(
         load=_plan,
-        help="calculate how many machines a trace takes, what they cost, and which resource is the limit",
+        help="calculate how many machines the load of a trace needs, what they cost, and which resource limits them",
         example="antefix plan --trace trace.jsonl.gz --model v4-flash --gpu h200 --retention 72h --ttft-p90 2s",
     ),
     "usage": Command(
         load=_usage,
-        help="export, verify and report what was used and billed",
+        help="export, verify and report recorded usage and charges",
         example="antefix usage report --ledger antefix-data/ledger",
     ),
     "window": Command(
         load=_window,
-        help="show or change the workers' window strategy, and how well they predict restores",
+        help="show or change the workers' window strategy, and show how accurate their restore-time predictions are",
         example="antefix window --router 127.0.0.1:8400 --strategy auto",
     ),
     "explain": Command(
@@ -281,47 +282,50 @@ COMMANDS: dict[str, Command] = {
     ),
     "verify": Command(
         load=_verify,
-        help="compare hits with cold runs, bit by bit, for every strategy and plan",
+        help="check bit by bit that cache hits give the same output as cold runs, for every strategy and restore plan",
         example="antefix verify --json",
     ),
     "model": Command(
         load=_model,
-        help="say what a model directory is, and whether it would run here",
+        help="describe the model in a directory, and say whether the model would run here",
         example="antefix model check models/antefix-tiny --json",
     ),
     "bench": Command(
         load=_bench,
-        help="compare storage with the machine's limits and with peers (in a checkout)",
+        help="compare storage with the machine's limits and with other caches (needs a source checkout)",
         example="antefix bench store --json",
     ),
     "top": Command(
         load=_top,
-        help="watch a deployment in the terminal: load, hit rates, tenants, newest misses",
+        help="watch a deployment in the terminal: load, hit rates, tenants, latest misses",
         example="antefix top --url http://127.0.0.1:8000",
     ),
     "certs": Command(
         load=_certs,
-        help="make and show the certificates of a deployment over several hosts",
+        help="make and show the TLS certificates of a deployment over several hosts",
         example="antefix certs issue prefill p1 --ca ca --out credentials/p1 --host worker1.example",
     ),
     "load": Command(
         load=_load,
-        help="replay a trace against an OpenAI- or Anthropic-compatible endpoint, and report what its clients see",
+        help=(
+            "send the requests of a trace to an OpenAI- or Anthropic-compatible endpoint, and report what the "
+            "clients see"
+        ),
         example="antefix load --url http://127.0.0.1:8000/v1 --generate agents --scale 0.1 --speed 20",
     ),
     "audit": Command(
         load=_audit,
-        help="find out what an endpoint's prefix cache really does, and whether it keeps its promises",
+        help="measure how an endpoint's prefix cache behaves, and whether it keeps its documented promises",
         example="antefix audit --url http://127.0.0.1:8000/v1 --report audit.md",
     ),
     "doctor": Command(
         load=_doctor,
-        help="check this machine: packages, arithmetic, disk",
+        help="check this machine: installed packages, arithmetic, disk",
         example="antefix doctor --json",
     ),
     "health": Command(
         load=_health,
-        help="tell whether a role serves; the exit code is for probes and supervisors",
+        help="test whether a service is ready; the exit status tells probes and supervisors",
         example="antefix health 127.0.0.1:7000 --service antefix.v1.RouterService",
     ),
     "keys": Command(

@@ -1,5 +1,5 @@
-"""The `antefix` command: parses arguments, runs the command, turns errors into exit codes. Only this module reads the
-environment.
+"""The `antefix` command: parses arguments, runs the command, turns errors into exit codes. Of all modules, only this
+one reads environment variables.
 
 Exit codes: 0 done; 1 the command ran, and its check failed; 2 a wrong call, setting or model; 3 a service cannot be
 reached or is full; 70 a bug of ours (with a traceback, or an error id that is in a service's log); 130 interrupted.
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Unavailable, ResourceExhausted) as err:
         return _fail(err, EXIT_UNAVAILABLE)
     except InternalError as err:
-        log.exception("a bug of Antefix; please report it with this trace")
+        log.exception("this is a bug of Antefix; please report it with this trace")
         return _fail(err, EXIT_INTERNAL)
     except AntefixError as err:
         return _fail(err, EXIT_FAILED)
@@ -78,12 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if err.filename is not None:
             return _fail(err, EXIT_USAGE)
         if "temporary directory" in str(err):
-            return _fail(ConfigError(f"{err.strerror}: set TMPDIR to one that can be written"), EXIT_USAGE)
+            return _fail(
+                ConfigError(
+                    f"{err.strerror}: set the environment variable TMPDIR to a directory that can be written to"
+                ),
+                EXIT_USAGE,
+            )
         raise
 
 
 def parser_of(args: list[str]) -> tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], int] | None]:
-    """The parser for these arguments, and the function that runs the command; None where no command is named."""
+    """The parser for these arguments, and the function that runs the command; None if no command is named."""
     # Only the requested command is imported: `antefix --help` must not wait for torch.
     name = next((arg for arg in args if not arg.startswith("-")), "")
     parser = argparse.ArgumentParser(prog="antefix", description=antefix.__doc__)
@@ -137,7 +142,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def _finish(parser: argparse.ArgumentParser) -> None:
-    """Make this parser and those of its commands keep examples whole and refuse numbers out of bounds."""
+    """Make this parser, and those of its commands, keep examples on one line and refuse numbers out of bounds."""
     parser.formatter_class = _Help
     for action in parser._actions:
         action.type = _BOUNDED.get(action.type, action.type)
@@ -147,7 +152,7 @@ def _finish(parser: argparse.ArgumentParser) -> None:
 
 
 def _number(text: str) -> float:
-    """A number. Python's own `float` takes nan and inf, which make no sense for any command."""
+    """A number. Python's own `float` accepts nan and inf, which make no sense for any command."""
     try:
         number = float(text[:_DIGITS_MAX])
     except ValueError:
@@ -179,7 +184,9 @@ def _add_roles(parser: argparse.ArgumentParser, args: list[str]) -> None:
     roles = parser.add_subparsers(dest="role", required=True, metavar="|".join(ROLES))
     for role, about in ROLES.items():
         sub = roles.add_parser(role, help=f"run a {role} service", epilog=_example(about.example))
-        sub.add_argument("--watch-stdin", action="store_true", help="stop when stdin closes (set by `antefix up`)")
+        sub.add_argument(
+            "--watch-stdin", action="store_true", help="stop when standard input closes (set by `antefix up`)"
+        )
         if role in args:
             add_flags(sub, about.load()[0])
             add_file_flags(sub)

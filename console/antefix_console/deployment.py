@@ -2,8 +2,8 @@
 
     kvstore -> prefill, decode -> router      each role is told the addresses of those before it
 
-A role prints its address to stdout once it serves. A role's stdin is a pipe from us, so it ends when we end, in any
-way.
+A service prints its address to stdout once it serves. The stdin of a service is a pipe from this process, so the
+service ends when this process ends, in any way.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ _LOG_BYTES_MAX = 64 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeploymentConfig(WorkerSettings):
-    """What to run: the workers' settings and the following.
+    """The settings of a deployment: those of the workers, and the following.
 
     data_dir: directory for the secret, the store, the bill and the logs; made if it does not exist.
     http_address: address of the HTTP API; empty for none. Only the first router gets the addresses set here.
@@ -127,7 +127,7 @@ class DeploymentConfig(WorkerSettings):
         return self.data_dir / "store"
 
     def store_dir_of(self, number: int) -> Path:
-        """The directory of a store; number counts from 0."""
+        """The directory of a store; stores are numbered from 0."""
         return self.store_dir if not number else self.data_dir / f"store-{number + 1}"
 
     @property
@@ -136,7 +136,7 @@ class DeploymentConfig(WorkerSettings):
         return self.data_dir / "ledger"
 
     def ledger_dir_of(self, number: int) -> Path:
-        """The ledger of a router; number counts from 0."""
+        """The ledger of a router; routers are numbered from 0."""
         return self.ledger_dir if not number else self.data_dir / f"ledger-{number + 1}"
 
     @property
@@ -150,7 +150,7 @@ class DeploymentConfig(WorkerSettings):
 
 @dataclass(slots=True)
 class RoleProcess:
-    """One running role. flags: the flags it was started with."""
+    """One running service. flags: the flags that it was started with."""
 
     role: str
     process: asyncio.subprocess.Process
@@ -167,7 +167,7 @@ class RoleProcess:
 
     @property
     def serves(self) -> bool:
-        """The process lives and has announced its address."""
+        """Whether the process lives and has announced its address."""
         return self.alive and bool(self.address)
 
 
@@ -175,7 +175,7 @@ class Deployment:
     """`async with Deployment(config) as deployment:` starts everything, and stops everything at the end."""
 
     def __init__(self, config: DeploymentConfig, tell: Callable[[str], None] = lambda _: None) -> None:
-        """tell: called every 10 s with what a start waits for."""
+        """tell: called every 10 s with a text that says what the start waits for."""
         self.config = config
         self._tell = tell
         self.processes: list[RoleProcess] = []
@@ -210,7 +210,7 @@ class Deployment:
 
     @property
     def router(self) -> RouterClient:
-        """A client of the present router; closed with the deployment."""
+        """A client of the present router, which is closed together with the deployment."""
         address = self.one("router").address
         if self._client is None or self._client.address != address:
             self._client = RouterClient(address, credentials=self._credentials)
@@ -224,7 +224,7 @@ class Deployment:
         return [process.address for process in self.processes if process.role == role and process.serves]
 
     async def start(self) -> None:
-        """Start all roles, each after those that it needs.
+        """Start all services, each after the services that it needs.
 
         Raises:  ConfigError: the data directory cannot be made or written, or a role refused its settings; then the
         message is the role's own.
@@ -293,10 +293,10 @@ class Deployment:
         return await self.start_role(role, [*self._shared_flags(), *flags])
 
     async def start_router(self, address: str = "127.0.0.1:0", *, http_address: str | None = None) -> RoleProcess:
-        """Start a router over the workers that are alive now. http_address None: the deployment's.
+        """Start a router for the workers that are alive now. http_address: None stands for the deployment's address.
 
-        The router takes the first ledger that no living router has. After a crash this is the dead router's, whose
-        open bills it closes.
+        The router takes the first ledger that no living router has. After a crash this is the dead router's ledger,
+        whose open bills the new router closes.
         """
         taken = {process.ledger_dir for process in self.processes if process.alive}
         ledger_dir = next(path for n in itertools.count() if (path := self.config.ledger_dir_of(n)) not in taken)
@@ -325,7 +325,8 @@ class Deployment:
 
     def _threads(self) -> int:
         """The cores, divided among workers: two workers with all cores each would wait for each other after every
-        parallel loop."""
+        parallel loop.
+        """
         workers = max(1, self.config.num_prefill + self.config.num_decode)
         return max(1, usable_cores() // (workers * self.config.tensor_parallel_size))
 
@@ -339,14 +340,14 @@ class Deployment:
         ]
 
     def _object_flags(self) -> list[str]:
-        """Flags for the object tier, which every role reads or writes."""
+        """Flags for the object store, which every service reads or writes."""
         url, key = self.config.object_store, self.config.data_dir / STORE_KEY_FILE
         if not url:
             return []
         return ["--object-store", url, *(("--object-encrypt-key-file", str(key)) if key.exists() else ())]
 
     def store_of(self, process: RoleProcess) -> str:
-        """Name and directory of this process's store, where there are several; empty for other processes."""
+        """Name and directory of this process's store, if there are several; empty for processes that are not stores."""
         if process not in self._stores or self.config.num_stores == 1:
             return ""
         number = self._stores.index(process)
@@ -422,7 +423,9 @@ class Deployment:
         return started
 
     async def _first_line(self, starting: RoleProcess, said_before: int) -> bytes:
-        """The address line it prints; empty where it ended instead.  Raises:  Unavailable: it took too long."""
+        """The line with the address that a process prints; empty if the process ended instead. Raises: Unavailable: it
+        took too long.
+        """
         assert starting.process.stdout is not None
         reading = asyncio.ensure_future(starting.process.stdout.readline())
         begun = time.monotonic()
@@ -438,7 +441,8 @@ class Deployment:
             reading.cancel()
         last = _log_tail(starting.log_path, said_before)
         raise Unavailable(
-            f"{starting.role} did not start within {START_TIMEOUT_S:.0f} s: {last}; {starting.log_path} has the rest"
+            f"{starting.role} did not start within {START_TIMEOUT_S:.0f} s: {last}; {starting.log_path} has the "
+            "rest of its log"
         )
 
     def _telemetry_flags(self) -> list[str]:
@@ -448,7 +452,8 @@ class Deployment:
 
     def _write_targets(self) -> None:
         """Write the roles' addresses for Prometheus' file_sd_configs; ports change at each start
-        (deploy/prometheus.yml)."""
+        (deploy/prometheus.yml).
+        """
         targets = [
             {"targets": [each.metrics_address], "labels": {"role": each.role}}
             for each in self.processes
@@ -465,9 +470,9 @@ class Deployment:
         await process.process.wait()
 
     async def stop(self, tell: Callable[[str], None] = lambda _: None) -> list[RoleProcess]:
-        """Stop the roles; a role stops before the roles that it uses. Returns those that had to be killed.
+        """Stop the roles; a role stops before the roles that it uses. Returns the services that had to be killed.
 
-        tell: called with what is waited for.
+        tell: called with a text that says what is waited for.
         """
         if self._client is not None:
             await self._client.close()
@@ -485,7 +490,7 @@ class Deployment:
         return killed
 
     def hurry(self) -> None:
-        """Called while `stop` waits: end running requests now, with an error for their clients."""
+        """Called while `stop` waits: end the running requests now, with an error for their clients."""
         self._stop_by = time.monotonic()
         for process in self.processes:
             if process.alive:
@@ -521,7 +526,9 @@ class Deployment:
 
 
 def _door_settings(config: DeploymentConfig) -> dict[str, str]:
-    """The gateway settings to be saved. Files are named by their full path, since the reader may run elsewhere."""
+    """The gateway settings to be saved. Files in the saved settings are named by their full path, because the reader
+    may run in another directory.
+    """
     files = {"model_aliases": config.model_aliases, "prefix_rules": config.prefix_rules}
     whole = {name: str(Path(path).absolute()) if Path(path).is_file() else path for name, path in files.items()}
     return {"chat_format": config.chat_format, **whole}
@@ -536,8 +543,8 @@ def _given(flag: str, value: str) -> list[str]:
 
 
 def _child_environment(data_dir: Path) -> dict[str, str]:
-    """Our environment, tuned for workers; sets a directory for temporary files where the system has none (torch needs
-    one).
+    """The environment of this process, tuned for workers. A directory for temporary files is set if the system has
+    none, because torch needs one.
 
     By default glibc would map and unmap each 1 to 4 MiB buffer again, and OpenMP threads would spin at the end of each
     loop, on a busy machine for a thread that is not running: a prefill of 3,000 tokens took 6.9 s instead of 0.9 s.
@@ -558,7 +565,8 @@ def _child_environment(data_dir: Path) -> dict[str, str]:
 
 
 def _log_bytes(path: Path) -> int:
-    """The length of the log to which a role will append. A large log is moved aside, and kept until the next such move.
+    """The length of the log file to which a service will append. A large log is renamed, and kept until the next such
+    renaming.
 
     Earlier runs' lines are kept: after a crash they explain it, and restarts must not lose them.
     """
@@ -572,7 +580,7 @@ def _log_bytes(path: Path) -> int:
 
 
 def _log_tail(path: Path, begin: int) -> str:
-    """The log's last line after byte `begin`."""
+    """The last line of the log after byte `begin`."""
     data = path.read_bytes()[begin:][-_LOG_TAIL_BYTES:]
     lines = data.decode(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("antefix: ") if lines else "it said nothing"

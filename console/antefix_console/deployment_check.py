@@ -1,5 +1,6 @@
 """Checks that a deployment of several hosts fits together: asks its services, from any host, and compares the
-answers."""
+answers.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ _SKEW_WARN: Final = 0.2
 class Asked:
     """One service, with its answer or the reason why it did not answer.
 
-    fingerprint: of workers and routers.  lost_s_ago: for a worker that the router has lost, how long ago.
+    fingerprint: reported by workers and routers. lost_s_ago: for a worker that the router has lost, how long ago.
     """
 
     role: Role
@@ -60,7 +61,7 @@ async def _ask_all(router: str) -> list[Asked]:
 
 
 async def _ask_lost(worker: LostWorker) -> Asked:
-    """Ask a worker that the router has lost. The worker may answer us although the router cannot reach it."""
+    """Ask a worker that the router has lost. The worker may answer this process although the router cannot reach it."""
     return replace(await _ask(Role(worker.role), worker.address), lost_s_ago=worker.seconds_ago)
 
 
@@ -83,7 +84,7 @@ async def _fingerprint(role: Role, address: str) -> bytes:
 
 
 def findings_of(asked: list[Asked]) -> Iterator[Finding]:
-    """Pure. The first element is the router."""
+    """Pure. The first element of the result is the router."""
     for each in asked:
         yield _of_one(each)
     there = [each for each in asked if each.about is not None]

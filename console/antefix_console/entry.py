@@ -53,16 +53,16 @@ def _end_at_once(ended_with: list[int]) -> None:
 
 
 def hear_signals(args: list[str]) -> None:
-    """Set the process's handling of signals.
+    """Set how the process handles signals.
 
     SIGHUP ends no service: a closed terminal, or an operator who wants a reload, must not stop a deployment. Routers
     read tenants and rate cards again on SIGHUP. Certificates, keys and secrets are read again when their files change.
 
-    A process inherits blocked and ignored signals from its parent. Both are unblocked here: otherwise a stop would not
-    arrive, and the way in which a role ended would not be known.
+    A process inherits blocked and ignored signals from its parent. Blocked and ignored signals are reset here:
+    otherwise a stop would not arrive, and the way in which a service ended would not be known.
 
-    As PID 1 of a container, a process drops signals that have no handler. A stop that comes during imports must not be
-    dropped.
+    As PID 1 of a container, a process drops signals that have no handler. A stop that comes while modules are imported
+    must not be dropped.
     """
     if _is_service(args):
         # The roles that `antefix up` starts inherit this from their first moment on.
@@ -78,7 +78,9 @@ def _is_service(args: list[str]) -> bool:
 
 
 def _has_directory() -> bool:
-    """Whether the working directory exists. Without it, libraries fail to find files, with misleading messages."""
+    """Whether the working directory exists. Without the current directory, libraries fail to find files, with
+    misleading messages.
+    """
     try:
         os.getcwd()  # noqa: PTH109 - before anything is imported
     except OSError:

@@ -1,7 +1,7 @@
 """Checks that Antefix's requirements are installed, and new enough, from the package's own metadata.
 
-Pip checks versions when it installs. Installing another package later may change them, which nobody checks, and which
-shows much later as a failed import.
+Pip checks versions only when it installs a package. Installing another package later may change the versions. Nobody
+checks them then, and the fault shows much later as a failed import.
 """
 
 from __future__ import annotations

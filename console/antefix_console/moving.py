@@ -1,4 +1,4 @@
-"""Shared by commands that move records: a copy with a progress line, grants for stores, the report."""
+"""The parts that commands share that move records: a copy with a progress line, grants for stores, the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _GRANT_S = 300.0
 
 
 def grant_of_owner(address: str, owner: bytes) -> bytes:
-    """The grant that a store requires to act for this owner; empty if we cannot sign one, or none is required."""
+    """The grant that a store requires for calls about this owner; empty if this process cannot sign one, or none is
+    required.
+    """
     shown = credentials_for(address)
     return b"" if shown is None else shown.grant_for_owners([owner], ttl_s=_GRANT_S)
 
@@ -25,7 +27,7 @@ async def copy_between(
     bytes_per_s: int = 0,
     bytes_max: int | None = None,
 ) -> CopyReport:
-    """Copy, and close the targets.  Raises:  AntefixError: a target does not answer."""
+    """Copy, and close the targets.  Raises:  AntefixError: a target of the copy does not answer."""
     try:
         with ProgressLine("copying") as progress:
             return await copy_store(

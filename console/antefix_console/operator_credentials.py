@@ -44,7 +44,7 @@ def find_credentials(args: argparse.Namespace, environ: Mapping[str, str]) -> Cr
 
 
 def hold_grant(address: str, tenant: str, tokens: TokenArray) -> None:
-    """Show a grant of the operator's own with the calls that follow, which do a router's work without one."""
+    """Send a grant of the operator's own with the following calls, which do a router's work without a router."""
     from antefix.security.grants import hold
     from antefix.security.own_credentials import credentials_for
 
@@ -53,7 +53,8 @@ def hold_grant(address: str, tenant: str, tokens: TokenArray) -> None:
 
 
 def tls_for_url(url: str, *, shows_key: bool) -> ssl.SSLContext | None:
-    """What a command checks an https:// door with: the CAs of the operator's directory, where there is one.
+    """How a command checks the certificate of an https:// server: by the CAs in the operator's directory, if there is
+    one.
 
     Raises:  ConfigError: a key would cross a network unencrypted.
     """

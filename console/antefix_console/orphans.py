@@ -1,5 +1,6 @@
-"""As PID 1 of a container, we become the parent of orphaned processes, which stay zombies for ever unless we wait for
-them."""
+"""As PID 1 of a container, this process becomes the parent of orphaned processes, which stay zombies for ever unless it
+waits for them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ _EVERY_S: Final = 1.0
 
 
 async def reap_orphans(own: Callable[[], Collection[int]]) -> None:
-    """Wait for orphans until cancelled. own: processes that other code waits for."""
+    """Wait for orphaned processes until this task is cancelled. own: processes that other code waits for."""
     while True:
         with contextlib.suppress(ChildProcessError):
             reap(own())
@@ -21,11 +22,12 @@ async def reap_orphans(own: Callable[[], Collection[int]]) -> None:
 
 
 def reap(own: Collection[int]) -> int:
-    """Wait for children that ended and are not our own. Returns how many.  Raises:  ChildProcessError: no child is
-    left.
+    """Wait for child processes that ended and are not this program's own. Returns how many. Raises: ChildProcessError:
+    no child is left.
 
-    A child's id is read before waiting for it: if one of our own were waited for here, other code would never learn
-    that it ended. While an own child that ended has not been waited for, the children behind it stay for the next call.
+    The id of a child is read before it is waited for: if an own child were waited for here, other code would never
+    learn that it ended. As long as an own child that ended has not been waited for, the children behind it stay for the
+    next call.
     """
     num = 0
     while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:

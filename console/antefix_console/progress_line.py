@@ -57,13 +57,13 @@ class ProgressLine:
             self._shown = None
 
     def step(self, text: str) -> None:
-        """Set the text that says what is being done."""
+        """Set the text that says what the command is doing."""
         if self._shown is not None and self._task is not None:
             self._shown.update(self._task, description=f"{self._label}: {text}")
         elif self._lines:
             print(f"{time.monotonic() - self._started:7.1f} s  {text}", file=sys.stderr, flush=True)
 
     def count(self, done: int, total: int) -> None:
-        """Set the progress. Cheap enough to be called for each of millions of items."""
+        """Set the progress. The call is cheap enough to be made for each of millions of items."""
         if self._shown is not None and self._task is not None:
             self._shown.update(self._task, description=f"{self._label}: {done:,} of {total:,}")

@@ -1,6 +1,7 @@
-"""Drops a tenant's records from all stores, window pools and the object tier, in an order that leaves nothing behind.
+"""Deletes a tenant's records from all stores, window pools and the object store, in an order that leaves nothing
+behind.
 
-Stores come first and the object tier last, because a store that still has records may upload them. Records that were
+Stores come first and the object store last, because a store that still has records may upload them. Records that were
 being uploaded are found by repeating the purge until a round finds nothing. A store that does not answer does not delay
 the others.
 """
@@ -37,7 +38,7 @@ def plain_access(url: str) -> RedisAccess:
 
 @dataclass(slots=True)
 class PurgeReport:
-    """purged: number of records dropped, by store.  failed: stores that could not be purged, and why."""
+    """purged: number of records deleted, by store. failed: stores that could not be purged, and why."""
 
     purged: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -47,7 +48,8 @@ async def stores_of(texts: Sequence[str], keyring: Keyring | None, access: Acces
     """The stores that the texts name, each once, object stores last.
 
     A text may be a directory, an address, an object store's URL, or an entry of --stores: NAME=ADDRESS, or a place
-    where stores are found. A Redis URL is kept next to the stores found there, since it may also be a window pool.
+    where stores are found. A Redis URL is kept next to the stores that were found there, because it may also be a
+    window pool.
 
     Raises:  ConfigError: Redis lists stores, and there is no secret to verify the list with.  Unavailable: Redis does
     not
@@ -71,8 +73,9 @@ def is_redis_url(text: str) -> bool:
 
 
 async def purge_all(stores: Sequence[str], owners: Sequence[bytes], access: Access = plain_access) -> PurgeReport:
-    """stores: as `stores_of` gives them.  Raises:  ConfigError: one is not a store; those before it have been
-    purged."""
+    """stores: as `stores_of` gives them. Raises: ConfigError: one of the texts does not name a store; the stores before
+    it have been purged.
+    """
     report = PurgeReport(purged=dict.fromkeys(stores, 0))
     for _ in range(_ROUNDS_MAX):
         before = sum(report.purged.values())
@@ -108,7 +111,7 @@ def _source(text: str, keyring: Keyring | None, access: Access) -> Source | None
     if not is_redis_url(text):
         return None
     if keyring is None:
-        raise ConfigError(f"{text}: --secret-file is needed to check that what Redis says of stores is signed")
+        raise ConfigError(f"{text}: --secret-file is needed to check that Redis' list of stores is signed")
     return LeaseReader(access(text), role=Role.KVSTORE, keys=EventKeys.of(keyring))
 
 

@@ -1,4 +1,4 @@
-"""Restarts roles that died, after a pause that doubles, at the same addresses, so that other roles find them.
+"""Restarts services that died, after a pause that doubles, at the same addresses, so that other services find them.
 
 lives for HEALTHY_S     the count starts again: its next death is the first
 dies NUM_DEATHS_MAX times in a row     restarting does not help: give up, with an error
@@ -23,7 +23,7 @@ NUM_DEATHS_MAX: Final = 7
 
 
 class GaveUp(AntefixError):
-    """A role died too often in a row. The role's log says what the operator must repair."""
+    """A service died too often in a row. The service's log says what the operator must repair."""
 
 
 @dataclass(slots=True)

@@ -29,7 +29,7 @@ class Adopted:
 
 
 async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff | None:
-    """The handoff. None: there is no handoff, or it belongs to another prompt."""
+    """The handoff. None: there is no handoff, or the handoff belongs to another prompt."""
     if not name:
         return None
     try:
@@ -53,7 +53,8 @@ async def take_handoff(engine: Engine, prompt: Prompt, name: bytes) -> Handoff |
 
 
 async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | None:
-    """Load blocks from the store and the rest from the handoff. None: a block is missing or a part does not fit.
+    """Load blocks from the store, and the rest of the state from the handoff. Returns None if a block is missing, or a
+    part of the handoff does not fit.
 
     Raises:  Overloaded: no room in the pool.
     """
@@ -84,7 +85,7 @@ async def adopt(engine: Engine, prompt: Prompt, handoff: Handoff) -> Adopted | N
 
 
 async def prefill_here(engine: Engine, prompt: Prompt) -> Adopted:
-    """Restore the prompt from the store as far as possible, and compute the rest."""
+    """Restore as much of the prompt as possible from the store, and compute the rest."""
     computed = await run_prompt(engine, prompt)
     return Adopted(sequence=computed.sequence, logits=computed.logits, report=computed.report)
 
@@ -93,7 +94,7 @@ async def _put_back_row(engine: Engine, block_id: int, row: bytes) -> None:
     target = engine.pool.landing([block_id])[0]
     if len(row) != len(target):
         raise BlockCorrupt(
-            f"the handoff's unfinished block has {len(row)} bytes, but a row of the pool has {len(target)}"
+            f"the handoff's unfinished block has {len(row)} bytes, but a row of the block pool has {len(target)}"
         )
     target[:] = row
     if await engine.compute.run(engine.pool.fill, [block_id]):

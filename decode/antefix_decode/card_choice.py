@@ -66,7 +66,7 @@ class Wish:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """are_numbers: whether all logits were finite; if not, the token means nothing."""
+    """are_numbers: whether all logits were finite; if they were not, the token means nothing."""
 
     token: int
     are_numbers: bool
@@ -75,7 +75,7 @@ class Choice:
 
 @torch.inference_mode()
 def choose_tokens(logits: Tensor, wishes: Sequence[Wish]) -> list[Choice]:
-    """Choose a token per sequence. logits: [S, V], not changed. Copies numbers from the device once."""
+    """Choose a token per sequence. logits: [S, V], not changed. The numbers are copied from the device only once."""
     logits = logits.float()
     low, high = logits.aminmax(dim=1)
     edited = _edited(logits, wishes)

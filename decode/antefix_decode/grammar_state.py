@@ -27,7 +27,7 @@ READY_S_MAX = 10.0
 
 
 class Matcher:
-    """One output's position in its grammar. See `antefix_decode.token_choice.Constraint`."""
+    """The position of one output in its grammar. See `antefix_decode.token_choice.Constraint`."""
 
     def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
         self._matcher = matcher

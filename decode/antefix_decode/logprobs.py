@@ -1,4 +1,5 @@
-"""Log probabilities of an output's tokens. Pure: equal logits give equal numbers, so a hit gives a cold run's numbers.
+"""Log probabilities of an output's tokens. The module keeps no state: equal logits give equal numbers, so a hit gives a
+cold run's numbers.
 
 Log probabilities are the model's own probabilities: the softmax over the unchanged logits, before temperature and
 top_p.
@@ -38,8 +39,9 @@ def _likeliest(logits: npt.NDArray[np.float32], num_top: int) -> npt.NDArray[np.
 
 
 class Logprobs:
-    """Log probabilities of one output. Log probabilities of tokens that may not be shown yet wait here. If the request
-    wants none, there are none."""
+    """Log probabilities of one output. Log probabilities of tokens that may not be shown yet wait in this object. If
+    the request asks for no log probabilities, there are none.
+    """
 
     def __init__(self, num_top: int | None = None) -> None:
         self._num_top = num_top
@@ -55,7 +57,7 @@ class Logprobs:
         return self._num_top
 
     def add(self, logprob: TokenLogprob) -> None:
-        """Add the next token's log probability, computed elsewhere."""
+        """Add the log probability of the next token, which was computed elsewhere."""
         self._waiting.append(logprob)
 
     def take(self, num_tokens: int) -> tuple[TokenLogprob, ...]:

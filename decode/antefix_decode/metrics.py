@@ -12,14 +12,22 @@ from antefix_prefill.metrics import PREFETCH
 from antefix_prefill.prefetch import PrefetchCounters
 
 STEPS: Table = {
-    "graphs_recorded": Shown(name="antefix_decode_graphs_recorded", help="Decode steps recorded as CUDA graphs."),
+    "graphs_recorded": Shown(
+        name="antefix_decode_graphs_recorded", help="Decode steps that were recorded as CUDA graphs."
+    ),
     "recording_errors": Shown(
         name="antefix_decode_recording_errors",
-        help="Decode steps that could not be recorded; after the first, the kernels of each step are launched.",
+        help=(
+            "Decode steps that could not be recorded as a CUDA graph; after the first failure, each step launches "
+            "its kernels one by one."
+        ),
     ),
-    "steps_replayed": Shown(name="antefix_decode_steps_replayed", help="Decode steps that were replayed as a graph."),
+    "steps_replayed": Shown(
+        name="antefix_decode_steps_replayed", help="Decode steps that ran as a recorded CUDA graph."
+    ),
     "steps_launched": Shown(
-        name="antefix_decode_steps_launched", help="Decode steps of whole batches on a card that were launched."
+        name="antefix_decode_steps_launched",
+        help="Decode steps of whole batches on a card that launched kernels one by one.",
     ),
 }
 

@@ -20,7 +20,7 @@ Logits = npt.NDArray[np.float32]
 
 
 class Penalties:
-    """The penalties of one output. Penalties cost nothing if no setting asks for them."""
+    """The penalties of one output. If no setting asks for penalties, they cost nothing."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Penalties:
             self._repeated.add(token)
 
     def apply(self, logits: Logits) -> Logits:
-        """logits: [vocab] float32, not changed.  Returns the same array if there is nothing to do."""
+        """logits: [vocab] float32, not changed.  If there is nothing to change, the same array is returned."""
         if self._must_go_on or len(self._biased) or self._counts:
             logits = logits.copy()
         if self._must_go_on:
@@ -125,7 +125,7 @@ class _Counts:
 
 
 def _forbid(logits: Logits, tokens: npt.NDArray[np.int64]) -> None:
-    """Forbid tokens unless no other token is left: a grammar may allow nothing but the end."""
+    """Forbid tokens, unless no other token is left: a grammar may allow nothing but the end of the output."""
     before = logits[tokens[tokens < len(logits)]]
     logits[tokens[tokens < len(logits)]] = -np.inf
     if not np.isfinite(logits.max()):

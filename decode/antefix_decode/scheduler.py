@@ -53,7 +53,7 @@ _EXTRA_OF = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VisibleTokens:
-    """Tokens that may be shown now. logprobs: one per token, if they were asked for."""
+    """Tokens that may be shown now. logprobs: one per token, if log probabilities were requested."""
 
     tokens: list[int]
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -129,7 +129,8 @@ class Scheduler:
 
     @contextlib.asynccontextmanager
     async def place(self, tenant: str = "", num_tokens: int = 0, share: int = 1) -> AsyncIterator[Place]:
-        """Hold a place from the beginning of a request: many requests may be loading before the first one joins. If no
+        """Hold a place from the beginning of a request, because many requests may be loading before the first one joins
+        the batch. If no
         place is free, waits for one; tenants take turns.  num_tokens: the most that the request may generate.  share:
         the tenant's share relative to other tenants' shares.
 
@@ -153,7 +154,9 @@ class Scheduler:
             self._task = asyncio.create_task(self._loop(), context=Context())
 
     async def leave(self, running: Running) -> None:
-        """Remove a sequence and free its blocks. Waits for the running step, which may be using them."""
+        """Remove a sequence and free its blocks. The call waits for the running step, which may be using the sequence's
+        blocks.
+        """
         running.done = True
         # If the caller is cancelled again here, the blocks must still be freed.
         await uninterrupted(self._leave(running))
@@ -174,7 +177,7 @@ class Scheduler:
             await asyncio.gather(self._task, return_exceptions=True)
 
     async def tokens(self, running: Running) -> AsyncIterator[VisibleTokens]:
-        """Tokens that may be shown, until the output is over.
+        """Tokens that may be shown, until the output has ended.
 
         Raises:  Overloaded: the pool had no room for another token.  AntefixError: the step failed.
         """
@@ -232,7 +235,7 @@ class Scheduler:
         self.busy_s += time.perf_counter() - started
 
     async def _step_on_card(self, ready: list[Running]) -> int:
-        """`_step` where tokens are chosen on the card. Returns how many tokens were generated."""
+        """Like `_step`, but tokens are chosen on the card. Returns how many tokens were generated."""
         items = [(r.sequence, r.next_token, False) for r in ready]
         choosers = {id(r.sequence): (r.sampler, r.logprobs.num_top) for r in ready}
 
@@ -248,7 +251,8 @@ class Scheduler:
         self, ready: list[Running], items: list[tuple[Sequence, int, bool]], run: RunStep[Step]
     ) -> tuple[list[Running], list[Step]]:
         """The sequences whose step has run, and their steps. If the batch fails, each sequence runs alone, so that only
-        the faulty one fails."""
+        the faulty one fails.
+        """
         positions = [running.sequence.position for running in ready]
         try:
             return ready, await self._engine.compute.run_step(self._repaid_s, self._run_step, run, items)
@@ -269,7 +273,9 @@ class Scheduler:
         return able, steps
 
     def _run_step(self, run: RunStep[Step], items: list[tuple[Sequence, int, bool]]) -> list[Step]:
-        """Runs in the compute thread. Time spent waiting for that thread does not count as the step's time."""
+        """Runs in the compute thread. Time that is spent waiting for the compute thread does not count as the step's
+        time.
+        """
         self._began = time.perf_counter()
         return run(self._engine, items)
 
@@ -328,7 +334,9 @@ class Scheduler:
         return True
 
     async def store_end(self, running: Running) -> None:
-        """Call when the output has ended: stores its last checkpoint and waits until all of the output is durable."""
+        """This method must be called when the output has ended: it stores the output's last checkpoint and waits until
+        all of the output is durable.
+        """
         await store_end(self._engine, running)
 
 
@@ -343,8 +351,14 @@ def _emit(running: Running, token: int, *, is_last: bool) -> None:
 
 
 def step_failed(err: Exception | None) -> AntefixError:
-    """The error for the caller, who tries another worker: our own errors unchanged, any other one as a failed step."""
-    return err if isinstance(err, AntefixError) else StepFailed("a step of the model failed; the worker's log has it")
+    """The error for the caller, who tries another worker: our own errors are unchanged, and any other error becomes a
+    failed step.
+    """
+    return (
+        err
+        if isinstance(err, AntefixError)
+        else StepFailed("a step of the model failed; the worker's log has its cause")
+    )
 
 
 def _fail(running: Running, err: AntefixError) -> None:

@@ -195,7 +195,7 @@ class DecodeServicer(decode_pb2_grpc.DecodeServiceServicer):
     def _prompt(self, request: decode_pb2.DecodeRequest, sampling: Sampling) -> tuple[Prompt, list[int]]:
         tokens = tokens_from_wire(request.prompt)
         if request.num_emitted > len(tokens) or request.num_emitted >= sampling.max_tokens:
-            raise InvalidRequest(f"num_emitted is {request.num_emitted}: nothing is left to generate")
+            raise InvalidRequest(f"num_emitted is {request.num_emitted}, so no token is left to generate")
         self._engine.check_grant(request.tenant, tokens[: len(tokens) - request.num_emitted])
         remaining = sampling.max_tokens - request.num_emitted
         sampling.check_vocabulary(self._engine.identity.vocab_size)

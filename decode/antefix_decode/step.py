@@ -2,7 +2,7 @@
 
     draft -> run both tokens -> keep the first -> the sampler chooses what follows -> if that is the draft, keep it too
 
-The drafted token is kept only if the sampler chooses it from the main model's own logits. The sampler's random number
+A drafted token is kept only if the sampler chooses it from the main model's own logits. The sampler's random number
 depends on seed and position alone, so the output is, token for token, the one without drafting, greedy or not.
 """
 
@@ -29,8 +29,8 @@ _ANY = Wish(sampling=Sampling(max_tokens=1))
 class Stepped:
     """A sequence after a step, which has advanced it by one token.
 
-    drafted: the token that was run after the chosen one; None: none.  logits: [1 or 2, vocab] float32: for the token
-    after the chosen one, and for the token after the drafted one.
+    drafted: the token that was run after the chosen one; None if none was. logits: [1 or 2, vocab] float32: for the
+    token after the chosen one, and for the token after the drafted one.
     """
 
     number: int
@@ -47,7 +47,9 @@ class ChosenStep:
 
 
 def chooses_on_card(engine: Engine) -> bool:
-    """Whether steps choose their tokens on the card. Not with drafts: the host's choice is compared with a draft."""
+    """Whether steps choose their tokens on the card. Models that draft do not choose on the card, because the host's
+    choice is compared with the draft.
+    """
     return engine.ops.step_runner is not None and not engine.model.mtp
 
 
@@ -56,7 +58,7 @@ def run_and_choose(
 ) -> list[ChosenStep]:
     """`run_step` without drafts, which also chooses the next tokens on the card. Runs in the compute thread.
 
-    choosers: for each item, its sampler and for how many of the likeliest tokens log probabilities are wanted.
+    choosers: for each item, its sampler, and for how many of the likeliest tokens log probabilities are wanted.
     """
     batch = [(sequence, np.array([token], np.uint32)) for sequence, token, _ in items]
     ran = run_tokens(engine.model, engine.pool, batch, ops=engine.ops)
@@ -80,7 +82,7 @@ def _wish(sampler: Sampler, position: int, num_top: int | None) -> Wish | Antefi
 
 
 def run_step(engine: Engine, items: list[tuple[Sequence, int, bool]]) -> list[Stepped]:
-    """items: sequence, its chosen token, and whether there is room for a second token. Runs in the compute thread."""
+    """items: a sequence, its chosen token, and whether there is room for a second token. Runs in the compute thread."""
     drafted = _draft(engine, items)
     given = [[token] if extra is None else [token, extra] for (_, token, _), extra in zip(items, drafted, strict=True)]
     batch = [(item[0], np.array(tokens, np.uint32)) for item, tokens in zip(items, given, strict=True)]
@@ -94,7 +96,9 @@ def run_step(engine: Engine, items: list[tuple[Sequence, int, bool]]) -> list[St
 
 
 def keep_drafted(engine: Engine, right: list[tuple[Sequence, Stepped]]) -> None:
-    """Call when drafted tokens were chosen: advance these sequences past them. Runs in the compute thread."""
+    """This method must be called when drafted tokens were chosen: it advances these sequences past them. Runs in the
+    compute thread.
+    """
     for sequence, step in right:
         tokens = np.array([0, step.drafted], np.uint32)
         keep(engine, step.ran, step.number, (sequence, tokens), count=2)

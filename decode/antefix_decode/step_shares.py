@@ -35,7 +35,9 @@ _MEMORY: Final = 0.99
 
 @dataclass(slots=True, eq=False)
 class Place:
-    """A request's place, from its admission on. share: its tenant's.  is_loading: its sequence has not joined yet."""
+    """The place of a request, from its admission on. share: its tenant's share. is_loading: its sequence has not joined
+    the batch yet.
+    """
 
     tenant: str = ""
     share: int = 1
@@ -69,7 +71,8 @@ class StepShares:
 
     def choose(self, able: list[R], computing: Collection[str] = ()) -> list[R]:
         """Choose, from the sequences that can run, those that do: per tenant the ones whose last step is longest ago.
-        computing: tenants whose prompts' chunks wait for the same thread."""
+        computing: tenants whose prompts' chunks wait for the same thread.
+        """
         self._number += 1
         counts = Counter(each.place.tenant for each in able)
         shares = {each.place.tenant: each.place.share for each in able}
@@ -83,8 +86,8 @@ class StepShares:
         return able
 
     def repaid_s(self, step: list[R], computing: Collection[str]) -> float | None:
-        """How much of the time that other tenants' chunks took a step gives back to tenants that have only steps.
-        None: there is no such tenant. That time is `own * others' shares / their shares`, minus the time of other
+        """How much of the time that other tenants' chunks took one step gives back to tenants that have only steps.
+        None: no tenant has only steps. That time is `own * others' shares / their shares`, minus the time of other
         tenants' sequences in the step.
         """
         shares = {place.tenant: place.share for place in self._places}
@@ -98,7 +101,7 @@ class StepShares:
         return max(owed_s - (self._step_s(len(step)) - own_s), owed_s / 2)
 
     def observe(self, num_sequences: int, seconds: float) -> None:
-        """Record that a step of this many sequences took `seconds`, with its work on the event loop."""
+        """Record that a step of this many sequences took `seconds`, including its work on the event loop."""
         self._law.observe((1.0, float(num_sequences)), seconds)
 
     def _step_s(self, num_sequences: int) -> float:

@@ -11,7 +11,9 @@ LENGTH = "length"
 
 
 class Stopper:
-    """Watches one output. Holds back tokens that may be the beginning of a stop sequence until that is decided."""
+    """Watches one output. Tokens that may be the beginning of a stop sequence are held back until it is clear whether
+    they are.
+    """
 
     def __init__(self, sampling: Sampling, eos_ids: frozenset[int], emitted: Sequence[int] = ()) -> None:
         self._sampling = sampling
@@ -25,7 +27,8 @@ class Stopper:
         self.stop_number = 0
 
     def push(self, token: int, *, is_last: bool = False) -> list[int]:
-        """Take the next token. Returns the tokens that may be shown now. Sets `finish_reason` when the output is over.
+        """Take the next token. Returns the tokens that may be shown now. When the output is over, `finish_reason` is
+        set.
 
         End tokens count as output but are not shown. Stop sequences are not shown either. A stop sequence does not end
         the output before min_tokens; end tokens are not chosen before that.  is_last: the grammar allows nothing more.
@@ -55,7 +58,7 @@ class Stopper:
         return shown
 
     def _num_undecided(self) -> int:
-        """How many of the last tokens are the beginning of a stop sequence: the longest such run."""
+        """How many of the last tokens are the beginning of a stop sequence; the longest such run counts."""
         longest = 0
         for sequence in self._sampling.stop:
             for size in range(min(len(sequence) - 1, len(self._seen)), longest, -1):

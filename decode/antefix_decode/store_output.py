@@ -18,7 +18,9 @@ from antefix_prefill.worker.engine import Engine
 
 
 class StorableOutput(Protocol):
-    """A sequence being generated. `prompt.chain` grows with it. boundary_window: window state at its last boundary."""
+    """A sequence being generated. `prompt.chain` grows with the output. boundary_window: window state at the output's
+    last block boundary.
+    """
 
     prompt: Prompt
     sequence: Sequence
@@ -28,7 +30,9 @@ class StorableOutput(Protocol):
 
 
 async def store_token(engine: Engine, output: StorableOutput, token: int) -> None:
-    """Call when `token` has been run. If it completed a block: name and store the block, and keep its window state."""
+    """This method must be called when `token` has been run. If the token completed a block, the block is named and
+    stored, and its window state is kept.
+    """
     before = output.prompt.chain.unfinished
     output.prompt.chain.extend([token])
     position = output.sequence.position
@@ -48,15 +52,17 @@ async def store_token(engine: Engine, output: StorableOutput, token: int) -> Non
 
 
 def _usable_payload(engine: Engine, block_id: int) -> memoryview | None:
-    """The block's payload; None: it holds NaN or infinity. Runs in the compute thread as one job, because each job
-    waits for the running work."""
+    """The payload of a block; None if it holds NaN or infinity. The work runs in the compute thread as one job, because
+    each job waits for the running work.
+    """
     (payload,) = engine.pool.payloads([block_id])
     return None if engine.pool.unusable([block_id]) else payload
 
 
 async def store_end(engine: Engine, output: StorableOutput) -> None:
     """Store the checkpoint at the output's last boundary, from which the next turn continues. Returns when all is
-    durable."""
+    durable.
+    """
     window = output.boundary_window
     position = output.sequence.position
     for mark in marks_for_output(engine, num_tokens=position, prompt_tokens=output.prompt_tokens):

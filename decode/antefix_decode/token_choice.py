@@ -1,5 +1,5 @@
-"""Chooses the next token from logits. Pure: equal logits, settings, output so far and position give the same token
-on any worker.
+"""Chooses the next token from logits. The choice has no other inputs: equal logits, settings, output so far and
+position give the same token on any worker.
 
     grammar -> penalties (vLLM's order) -> greedy, or temperature -> min_p -> top_k -> top_p -> draw
 """
@@ -33,7 +33,8 @@ class Constraint(Protocol):
 
 class Sampler:
     """One request's sampling. The random number for a position depends on seed and position alone (Philox as a
-    counter-based generator), so a request that continues on another worker gets the same tokens."""
+    counter-based generator), so a request that continues on another worker gets the same tokens.
+    """
 
     def __init__(
         self, sampling: Sampling, penalties: Penalties | None = None, constraint: Constraint | None = None
@@ -45,13 +46,14 @@ class Sampler:
 
     @property
     def is_over(self) -> bool:
-        """Whether the output is complete by its grammar, so that no token may follow."""
+        """Whether the output is complete according to its grammar, so that no token may follow."""
         return self._constraint is not None and self._constraint.is_over
 
     def choose(self, logits: npt.NDArray[np.float32], position: int) -> int:
-        """The next token, which counts as output from now on. logits: [vocab] float32.  position: tokens before it.
+        """The next token, which counts as output from now on. logits: [vocab] float32. position: how many tokens come
+        before it.
 
-        Of equal logits the lowest id wins.  Raises:  InvalidRequest: the grammar cannot be continued.
+        Of equal logits the lowest id wins. Raises: InvalidRequest: no token can continue the output in its grammar.
         """
         if self._constraint is not None:
             logits = self._constraint.mask(logits)
@@ -60,10 +62,10 @@ class Sampler:
         return token
 
     def wish(self, position: int, num_top: int | None = None) -> Wish:
-        """The settings for choosing the next token on the card. After the choice the caller must call `take`.
+        """The settings for choosing the next token on the card. After the card has chosen, the caller must call `take`.
 
-        num_top: for how many tokens log probabilities are wanted.  Raises:  InvalidRequest: the grammar cannot be
-        continued.
+        num_top: for how many tokens log probabilities are wanted. Raises: InvalidRequest: no token can continue the
+        output in its grammar.
         """
         return Wish(
             sampling=self._sampling,
@@ -74,7 +76,7 @@ class Sampler:
         )
 
     def take(self, token: int) -> None:
-        """Call when `token` was chosen elsewhere; it counts as output from now on."""
+        """This method must be called when `token` was chosen elsewhere; the token counts as output from now on."""
         self._penalties.push(token)
         if self._constraint is not None:
             self._constraint.push(token)

@@ -1,6 +1,7 @@
 """Writes the dashboards next to this file: `python deploy/grafana/generate.py`. Import them in Grafana as they are.
 
-One row a panel: title, unit, and its expressions with their legends. Each has the job and the interval as variables.
+One row per panel of a dashboard: title, unit, and its expressions with their legends. Each panel has the job and the
+interval as variables.
 """
 
 from __future__ import annotations

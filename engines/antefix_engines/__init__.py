@@ -1,5 +1,5 @@
-"""Antefix's store under other inference engines: transformers, vLLM, SGLang, LMCache. Optional; the core never imports
-it.
+"""Antefix's store under other inference engines: transformers, vLLM, SGLang, LMCache. These engines are optional: the
+core of Antefix never imports this package.
 
 Shared by all engines:
     `engine_layout.EngineLayout`  describes the parts of a block and a checkpoint, and names the layout.

@@ -2,8 +2,8 @@
 
 A *group* is one kind of KV that an engine keeps together: keys of full attention, compressed entries, the window, a
 state.
-A part is one group of one layer: `num_rows` equal rows, each made of fields. A payload is its parts, one after the
-other.
+A part is one group of one layer: `num_rows` equal rows, each made of fields. A payload consists of its parts, one after
+the other.
 
     block        KV that every later token may need: one record per block, and a restore reads all blocks of a prefix.
     checkpoint   state that only the next tokens need: window rows of the block's last tokens, states at its end.
@@ -33,7 +33,8 @@ LAYOUT_VERSION: Final = 1
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Part:
     """`num_rows` rows of one group of one layer.  dtype: of the numbers, such as "bfloat16"; for display and
-    comparisons."""
+    comparisons.
+    """
 
     layer: int
     group: str
@@ -48,10 +49,10 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLayout:
-    """A model's KV as one engine keeps it. Not slotted: the derived numbers are computed once.
+    """A model's KV as one engine keeps it. This class has no slots, so that the derived numbers are computed only once.
 
-    engine: the engine's name, so that two engines never read each other's payloads.
-    block_size: tokens in a block.  num_checkpoints: how many consecutive checkpoints a restore needs (above).
+    engine: the engine's name, so that two engines never read each other's payloads. block_size: tokens in a block.
+    num_checkpoints: how many consecutive checkpoints a restore needs.
     """
 
     engine: str
@@ -63,9 +64,12 @@ class EngineLayout:
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
-            raise InvalidRequest(f"a block has at least one token, block_size is {self.block_size}")
+            raise InvalidRequest(f"a block must have at least one token, but block_size is {self.block_size}")
         if bool(self.checkpoint) != bool(self.num_checkpoints):
-            raise InvalidRequest("a layout has parts in its checkpoints if and only if a restore needs checkpoints")
+            raise InvalidRequest(
+                "a layout must have parts in its checkpoints if a restore needs checkpoints, and no such parts "
+                "otherwise"
+            )
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -86,7 +90,7 @@ class EngineLayout:
         return sum(part.nbytes for part in self.checkpoint)
 
     def num_checkpoints_at(self, num_blocks: int) -> int:
-        """How many checkpoints a restore of `num_blocks` blocks needs; the last of them is at the end."""
+        """How many checkpoints a restore of `num_blocks` blocks needs; the last of them is at the prefix's end."""
         return min(self.num_checkpoints, num_blocks)
 
     def restorable(self, num_blocks: int, checkpoints: Collection[int]) -> list[int]:
@@ -102,7 +106,7 @@ class EngineLayout:
         return ends
 
     def digest(self) -> bytes:
-        """16 bytes that identify this layout; used as the geometry in a fingerprint."""
+        """The 16 bytes that identify this layout; they are used as the geometry in a fingerprint."""
         text = json.dumps({"layout_version": LAYOUT_VERSION, **asdict(self)}, sort_keys=True)
         return hashlib.blake2b(text.encode(), digest_size=16, person=b"antefix-englayou").digest()
 

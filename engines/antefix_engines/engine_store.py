@@ -7,8 +7,9 @@
     ...
     kv.put([kv.block(hash, parent, position, payload), ...])
 
-No call raises because of the store. If the store cannot deliver a record, it is a miss; if it cannot take one, the
-record is not kept. `counters` says how often this happens. Knows bytes and names, never tensors or an engine.
+No call raises because of the store. If the store cannot deliver a record, the record counts as a miss; if the store
+cannot take one, the record is not kept. `counters` says how often the store could not deliver or take records. This
+module knows bytes and names, never tensors or an engine.
 """
 
 from __future__ import annotations
@@ -74,13 +75,18 @@ class StoreSettings:
 
     def __post_init__(self) -> None:
         if self.stores and (self.directory or self.address):
-            raise ConfigError("stores gives addresses and directories already: leave directory and address out")
+            raise ConfigError(
+                "the setting stores gives addresses and directories already: leave directory and address out"
+            )
         if not self.directory and not self.address and not self.stores:
             raise ConfigError(
-                "name the store: directory (in this process) or address (a kvstore service), or both; several: stores"
+                "name the store by its directory (opened in this process), by its address (a kvstore service), "
+                "or by both; name several stores with the setting stores"
             )
         if not self.directory and not self.secret_file:
-            raise ConfigError("a store that is reached by address alone needs secret_file, the deployment's secret")
+            raise ConfigError(
+                "a store that is reached only by its address needs secret_file, the file with the deployment's secret"
+            )
         parse_byte_size(self.budget_bytes)
         parse_byte_size(self.local_copies_bytes)
         if self.is_served:
@@ -148,8 +154,9 @@ class EngineStore:
         tenant: str = "default",
         credentials: Credentials | None = None,
     ) -> None:
-        """store: closed together with this object.  credentials: sign for the tenant; None: the store requires no
-        signature."""
+        """store: closed together with this object. credentials: sign grants for the tenant; None: the store requires no
+        grants.
+        """
         self._credentials: Final = credentials
         self._grant: tuple[float, bytes] = (0.0, b"")
         self._told: Final[set[tuple[str, str]]] = set()
@@ -184,7 +191,7 @@ class EngineStore:
         where = store_addresses(services)
         if len(where) < len(services.stores):
             raise ConfigError(
-                "an engine needs its stores by name, as NAME=ADDRESS: it cannot find stores by DNS or Redis"
+                "an engine needs its stores by name, as NAME=ADDRESS, because it cannot find stores by DNS or Redis"
             )
         for each in where:
             check_calling(each.address, has_tls=files is not None)
@@ -195,7 +202,9 @@ class EngineStore:
         return cls(BlockingStore(store), keyring, tenant=settings.tenant, credentials=credentials)
 
     def kv(self, fingerprint: Fingerprint, layout: EngineLayout) -> KvOfModel:
-        """The records of one model, engine and layout. Registers the layout with the store, so that it can compress."""
+        """The records of one model, engine and layout. The layout is registered with the store, so that the store can
+        compress.
+        """
         kv = KvOfModel(self, fingerprint, layout)
         self.attempt("register", lambda store: store.register(kv.digest, layout, statement=fingerprint.statement), None)
         return kv
@@ -219,8 +228,9 @@ class EngineStore:
             return otherwise
 
     def _signed_grant(self) -> bytes:
-        """A grant for the tenant, renewed before it expires. Calls in other threads run in this context, which has
-        it."""
+        """A grant for the tenant, renewed before it expires. Calls in other threads run in this context, which carries
+        the grant.
+        """
         if self._credentials is None:
             return b""
         with self._lock:
@@ -247,7 +257,7 @@ class EngineStore:
 
 
 class KvOfModel:
-    """The records under one fingerprint (`antefix.block.Fingerprint`). Made by `EngineStore.kv`."""
+    """The records in the store under one fingerprint (`antefix.block.Fingerprint`). Made by `EngineStore.kv`."""
 
     def __init__(self, store: EngineStore, fingerprint: Fingerprint, layout: EngineLayout) -> None:
         self.layout: Final = layout
@@ -272,13 +282,15 @@ class KvOfModel:
         )
 
     def hash_of(self, engine_key: bytes) -> bytes:
-        """The name of a record that the engine calls `engine_key`. The key must identify all tokens up to the record's
-        end."""
+        """The name of a record that the engine calls `engine_key`. The engine's key must identify all tokens up to the
+        record's end.
+        """
         return engine_key_hash(self.root, engine_key, self._key)
 
     def block(self, hash: bytes, parent: bytes, position: int, payload: Buffer) -> Record:
         """A block's record. parent: the block before, or the root.  position: number of tokens up to the block's
-        end."""
+        end.
+        """
         return self._record(RecordKind.BLOCK, hash, parent, position, payload)
 
     def checkpoint(self, hash: bytes, parent: bytes, position: int, payload: Buffer) -> Record:
@@ -296,8 +308,9 @@ class KvOfModel:
         return found
 
     def get_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview]) -> int:
-        """Fill `into[i]` with block `hashes[i]`. Returns how many leading blocks are right; later buffers are
-        undefined."""
+        """Fill `into[i]` with block `hashes[i]`. Returns how many leading blocks passed all checks; the content of
+        later buffers is undefined.
+        """
         num_good: int = self._store.attempt(
             "read blocks",
             lambda store: store.get_blocks(hashes, into, fingerprint=self.digest, tenant=self._owner),
@@ -321,7 +334,7 @@ class KvOfModel:
         return payload
 
     def put(self, records: Sequence[Record]) -> int:
-        """Store records, parents first. Returns how many of them are stored now."""
+        """Store records, parents first. Returns how many of the blocks are stored now."""
         done = self._put(records)
         return 0 if done is None else int(done.num_stored) + int(done.num_existing)
 
@@ -338,13 +351,13 @@ class KvOfModel:
             self._store.attempt("pin blocks", call, 0)
 
     def evict(self, hashes: Sequence[bytes]) -> int:
-        """Drop blocks and all records that depend on them. Returns how many records were dropped."""
+        """Delete blocks and all records that depend on them. Returns how many records were deleted."""
         names = [(RecordKind.BLOCK, name) for name in hashes]
         went: int = self._store.attempt("evict blocks", lambda store: store.evict(names, owner=self._owner), 0)
         return went
 
     def _put(self, records: Sequence[Record]) -> PutResult | None:
-        """The store's result; None if there was nothing to do, or the store failed."""
+        """The result of the store; None if there was nothing to do, or the store failed."""
         if not records:
             return None
         done: PutResult | None = self._store.attempt("store records", lambda store: store.put(records), None)
@@ -352,7 +365,9 @@ class KvOfModel:
             return None
         if done.refused:
             log.warning(
-                "the store refused %d records, the first: %s", len(done.refused), next(iter(done.refused.values()))
+                "the store refused %d records; the reason for the first was: %s",
+                len(done.refused),
+                next(iter(done.refused.values())),
             )
         sent = sum(memoryview(record.payload).nbytes for record in records)
         self._store.count(stored_records=done.num_stored, sent_bytes=sent, refused_records=len(done.refused))
@@ -386,11 +401,12 @@ def _check_grant(files: CredentialFiles, keyring: Keyring, settings: StoreSettin
     """
     loaded, how = files.now(), f"`antefix certs grant {settings.tenant}` makes one"
     if not loaded.tenant_grant:
-        raise ConfigError(f"{files.directory} has no {TENANT_GRANT}, so the store would serve nothing: {how}")
+        raise ConfigError(f"{files.directory} has no {TENANT_GRANT}, so the store would refuse all calls: {how}")
     grant = unchecked(loaded.tenant_grant)
     if keyring.owner(settings.tenant) not in grant.owners:
         raise ConfigError(
-            f"{files.directory / TENANT_GRANT} is not for tenant {settings.tenant!r} under this secret: {how}"
+            f"{files.directory / TENANT_GRANT} is not for tenant {settings.tenant!r}, or was signed under "
+            f"another secret: {how}"
         )
     if grant.expires_ms < 1000 * time.time():
-        raise ConfigError(f"{files.directory / TENANT_GRANT} has ended: {how}")
+        raise ConfigError(f"the permission in {files.directory / TENANT_GRANT} has expired: {how}")

@@ -136,7 +136,7 @@ def of_transformers(own: BlockLayout, layout: EngineLayout, blocks: Sequence[byt
 
 
 def compare(one: StoredV4, other: StoredV4) -> list[Difference]:
-    """Every group of every layer, in order.
+    """Every group of KV in every layer, in order.
 
     Raises:  ValueError: groups or rows of the two differ, so they cannot be compared.
     """
@@ -149,7 +149,10 @@ def compare(one: StoredV4, other: StoredV4) -> list[Difference]:
 def _difference(one: StoredV4, other: StoredV4, layer: int, group: Group) -> Difference:
     a, b = one.entries[layer, group], other.entries[layer, group]
     if a.shape != b.shape:
-        raise ValueError(f"layer {layer}, {group}: {one.engine} has {tuple(a.shape)}, {other.engine} {tuple(b.shape)}")
+        raise ValueError(
+            f"layer {layer}, {group}: {one.engine} stored the shape {tuple(a.shape)}, but {other.engine} "
+            f"{tuple(b.shape)}"
+        )
     share = _share_rounded(one, other, layer, group)
     if group is Group.INDEXER_KEYS and one.keys_rotated != other.keys_rotated:
         a, b = (x if stored.keys_rotated else hadamard(x) for x, stored in ((a, one), (b, other)))

@@ -33,7 +33,9 @@ def antefix_entries(model_dir: Path, tokens: Sequence[int], kv_format: KVFormat)
 
 
 def transformers_entries(model_dir: Path, tokens: Sequence[int], scratch: Path) -> StoredV4:
-    """Run the same in transformers in float32, with a store in `scratch`, and read the entries back from that store."""
+    """Run the same prompt in transformers in float32, with a store in `scratch`, and read the entries back from that
+    store.
+    """
     import transformers
 
     model = transformers.DeepseekV4ForCausalLM.from_pretrained(str(model_dir), attn_implementation="eager").eval()
@@ -54,5 +56,7 @@ def transformers_entries(model_dir: Path, tokens: Sequence[int], scratch: Path) 
 def _whole_blocks(tokens: Sequence[int], block_size: int) -> int:
     num_blocks = len(tokens) // block_size
     if not num_blocks:
-        raise InvalidRequest(f"a prompt to compare has at least a block of {block_size} tokens, not {len(tokens)}")
+        raise InvalidRequest(
+            f"a prompt to compare must have at least one block of {block_size} tokens, has {len(tokens)}"
+        )
     return num_blocks

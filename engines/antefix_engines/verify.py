@@ -1,8 +1,8 @@
 """Runs `antefix verify --engine NAME`: compares an engine's own cold runs with its restored ones, and plants faults.
 
 An engine's checks are a function `findings` in the module that `CHECKS` names. The function takes a `CheckRequest` and
-yields a `Finding` for each check as it is done. A planted fault ("a group of zeros") is a check as well, which passes
-if the comparison detected the fault. So a comparison that cannot fail is reported as a failure.
+yields a `Finding` for each check as it is done. A planted fault ("a group of zeros") is also a check, which passes if
+the comparison detected the fault. So a comparison that cannot fail is reported as a failure.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from antefix.errors import ConfigError
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckRequest:
     """scratch: an empty folder for stores.  model: a model directory to check too; None: only the engine's own small
-    models."""
+    models.
+    """
 
     scratch: Path
     seed: int
@@ -53,7 +54,7 @@ CHECKS: Final = {
 
 
 def findings_of(engine: str) -> Findings:
-    """The checks of an engine.  Raises:  ConfigError: not a supported engine, or its packages are not installed."""
+    """The checks of an engine. Raises: ConfigError: the engine is not supported, or its packages are not installed."""
     if engine not in CHECKS:
         raise ConfigError(f"--engine must be one of {', '.join(CHECKS)}, is {engine!r}")
     try:

@@ -2,12 +2,12 @@
 
 One program takes 16 to 64 heads of one query and a range of the query's list of entries. The list has the compressed
 entries first (selected: row t of slots; HCA: the first lens[t] of the sequence, through its block table), then the
-window rows. Records are decoded to FP16 once per tile and used twice, as keys and as values. If few queries would
-leave the card idle, the list is split, and a second kernel merges the parts.
+window rows. Records are decoded to FP16 once per tile and used twice, as keys and as values. If there are so few
+queries that the card would be idle, the list of entries is split, and a second kernel merges the parts.
 
 FP16 holds a decoded entry exactly (four bits of mantissa, power-of-two scales) as long as it lies within +-65,504.
 Entries are RMS-normed, so they are under sqrt(D) times the largest norm weight. Queries are FP16 too, so that the
-tensor cores can read them as they are loaded. FP16 probabilities have three more bits than BF16 ones.
+tensor cores can read them in the form in which they are loaded. FP16 probabilities have three more bits than BF16 ones.
 
 Shapes:  T = S * Q queries (S sequences of Q each, in order), H heads, D = nope + rope dims, K selected,
          P, E, R = blocks, entries per block, record bytes, B blocks per sequence, W window rows per sequence.
@@ -45,7 +45,8 @@ _ROLES_TILES_MIN = 8
 def _load_raw(entries, offset, C: tl.constexpr, CHUNKS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
               UNIT: tl.constexpr, SCALE_OFFSET: tl.constexpr, WORD_SCALES: tl.constexpr):  # fmt: skip
     """The stored form of the entries at offsets [N] (in units of UNIT bytes): a tuple of chunks of codes or RoPE values
-    (a chunk that has both comes twice), then their scales, in one word if there are eight."""
+    (a chunk that has both comes twice), then their scales, in one word if there are eight.
+    """
     raw = ()
     for c in tl.static_range(CHUNKS):
         d = c * C + tl.arange(0, C)
@@ -76,7 +77,7 @@ def _load_raw(entries, offset, C: tl.constexpr, CHUNKS: tl.constexpr, NOPE: tl.c
 @triton.jit
 def _decode(raw, c: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, NOPE: tl.constexpr, N: tl.constexpr,
             WORD_SCALES: tl.constexpr):  # fmt: skip
-    """Chunk c of raw as FP16 [N, C], with zeros after the last dim."""
+    """Chunk c of the records `raw` as FP16 [N, C], with zeros after the last dim."""
     MIXED: tl.constexpr = NOPE // C if NOPE % C else CHUNKS
     # Chunks after the mixed one lie one place later; the scales come last.
     AT: tl.constexpr = c if c <= MIXED else c + 1
@@ -105,7 +106,7 @@ def _decode(raw, c: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr, NOPE: t
 @triton.jit
 def _places(tile, listed, compressed, first, slots, block_table, SELECTED: tl.constexpr, ENTRIES: tl.constexpr,
             N: tl.constexpr):  # fmt: skip
-    """Where a tile's entries are: pool slots [N]; -1 - i means row `first + i` of the window."""
+    """Where the entries of a tile are: pool slots [N]; -1 - i stands for row `first + i` of the window."""
     # Past the list's end, its last entry is read again and masked, so that every address and value is valid.
     n = tl.minimum(tile * N + tl.arange(0, N), tl.maximum(listed, 1) - 1)
     if SELECTED:
@@ -117,7 +118,9 @@ def _places(tile, listed, compressed, first, slots, block_table, SELECTED: tl.co
 
 @triton.jit
 def _offset(place, first, stride_p, window_offset, WINDOW: tl.constexpr, ENTRIES: tl.constexpr, RAW: tl.constexpr):
-    """Offsets [N] of places, in units of RAW per record. Window offsets are relative to the pool's start."""
+    """Offsets [N] of these places, in units of RAW per record. Offsets of window rows are relative to the
+    pool's start.
+    """
     slot = tl.maximum(place, 0)
     stored = (slot // ENTRIES).to(tl.int64) * stride_p + (slot % ENTRIES) * RAW
     ring = (first + tl.maximum(-1 - place, 0)) % WINDOW

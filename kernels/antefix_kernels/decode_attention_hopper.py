@@ -5,11 +5,12 @@
     summer    4 warps       sums the right half of the dims; prefetches the loaders' next tiles into the L2 cache
 
 The same function as the kernel of decode_attention.py, but only for V4's entry (512 dims, 64 of them RoPE; 584 bytes)
-on compute capability 9.0. Everything else, and Triton's interpreter, uses the plain kernel.
+on compute capability 9.0. All other cases, and Triton's interpreter, use the plain kernel.
 
-What a tile of 64 entries and 64 heads costs a multiprocessor, in cycles: 3,250 for loading from memory, 2,048 of the
+The cycles that a tile of 64 entries and 64 heads costs a multiprocessor: 3,250 for loading from memory, 2,048 of the
 tensor cores, 3,500 on the path to L1 and shared memory (1,660 of them operands of products, 500 decoded entries, 950
-cache lines of loads, counted by Nsight Compute). So that path bounds this kernel. A tile takes about 5,000 cycles.
+cache lines of loads, counted by Nsight Compute). So the path to L1 and shared memory bounds this kernel. One tile takes
+about 5,000 cycles.
 
 Shapes:  as in attention.py; 64 heads and 64 entries a tile, dims in two halves of 256.
 """
@@ -43,7 +44,8 @@ def _exp2(x):
 @gluon.jit
 def _soften(s, tile, listed, top, total, scale_log2, own: gl.constexpr):
     """A tile's softmax. Returns the largest score so far, the sum of weights so far, FP16 weights relative to that
-    largest score, and the factor by which earlier sums must shrink."""
+    largest score, and the factor by which earlier sums must shrink.
+    """
     if tile * N + N > listed:
         column = gl.arange(0, N, gl.SliceLayout(0, s.type.layout))
         s = gl.where(gl.expand_dims(tile * N + column < listed, 0), s, float("-inf"))
@@ -56,7 +58,9 @@ def _soften(s, tile, listed, top, total, scale_log2, own: gl.constexpr):
 
 @gluon.jit
 def _write(x, room, target, row_stride, h0, heads):
-    """Write x [H, HALF] as rows of target. BF16 goes through `room`, a query's memory, so that stores are 16 bytes."""
+    """Write x [H, HALF] as rows of target. BF16 values go through `room`, a query's memory, so that stores are 16 bytes
+    wide.
+    """
     if target.dtype.element_ty == gl.bfloat16:
         spread: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
         there = view(room, gl.bfloat16, [H, HALF], room.layout)

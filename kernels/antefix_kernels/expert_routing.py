@@ -146,7 +146,7 @@ def sort_picks(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The order, place, experts, firsts and stops of a `linear.Routing`, for picks [R] int64, R at most FEW_PICKS.
 
-    num_tiles: the largest possible number of tiles.
+    num_tiles: the largest number of tiles that these picks can need.
     """
     check(picks.dtype is torch.int64 and picks.is_contiguous(), "picks must be contiguous int64")
     order, place = torch.empty_like(picks), torch.empty_like(picks)

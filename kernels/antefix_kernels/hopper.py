@@ -1,7 +1,8 @@
 """Whether the Gluon kernels (decode_attention_hopper, index_scores_hopper) run here: on an H100 or similar, in a
 Triton that has Gluon.
 
-On such a card they are the default. ANTEFIX_GLUON=0 turns them off; the plain Triton kernels compute the same.
+On such a card the Gluon kernels are the default. ANTEFIX_GLUON=0 turns the Gluon kernels off; the plain Triton kernels
+compute the same results.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ _GLUON = os.environ.get("ANTEFIX_GLUON") != "0" and importlib.util.find_spec("tr
 
 
 def available(x: torch.Tensor) -> bool:
-    """Whether the kernels for Hopper run on x's device. They contain Hopper's own instructions, so they need compute
-    capability 9.0."""
+    """Whether the kernels for Hopper run on x's device. The kernels contain Hopper's own instructions, so they need
+    compute capability 9.0.
+    """
     return _GLUON and x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)

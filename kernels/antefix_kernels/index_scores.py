@@ -3,8 +3,9 @@
     score[t, n] = sum_h weight[t, h] * relu(q[t, h] . key[n])
 
 Keys and queries are FP4 with power-of-two scales, so products are exact in FP16 once each row is divided by its largest
-scale. ReLU is homogeneous, so that scale can multiply the sum (for keys) or the head's weight (for queries) instead.
-Nothing overflows, whatever the scales are; only groups whose scale is 2^23 below their row's largest can round to zero.
+scale. Because ReLU is homogeneous, the scale can multiply the sum (for keys) or the head's weight (for queries)
+instead. Nothing overflows, whatever the scales are; only groups whose scale is 2^23 below their row's largest can round
+to zero.
 
 Shapes:  T = S * Q queries (S sequences of Q each, in order), H index heads, d indexer dim, N entries at most a
          sequence, P, E, R = blocks, keys per block, record bytes, B blocks per sequence, G scores to one maximum.
@@ -42,8 +43,9 @@ _PREFILL_QUERIES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexScores:
-    """scores [T, N] float32, and maxima [T, N / group] of each `group` neighbours. After a query's visible entries
-    scores may be anything, and maxima too: read them with the query's length."""
+    """scores [T, N] float32, and maxima [T, N / group] of each `group` neighbours. After a query's visible entries,
+    scores and maxima may have any value: readers must use the query's length.
+    """
 
     scores: torch.Tensor
     maxima: torch.Tensor
@@ -113,7 +115,7 @@ def _decode_keys(codes, scales, N: tl.constexpr, DIM: tl.constexpr, PACKED: tl.c
 
 @triton.jit
 def _blocks(start, length, block_table, N: tl.constexpr, ENTRIES: tl.constexpr):
-    """Block ids for the tile from `start` on; past the end the last id is repeated."""
+    """Block ids for the tile that begins at `start`; past the sequence's end the last id is repeated."""
     if N % ENTRIES == 0:
         # The tile has whole blocks: one look-up per block, and rows at constant distances.
         j = start // ENTRIES + tl.arange(0, N // ENTRIES)
@@ -124,7 +126,7 @@ def _blocks(start, length, block_table, N: tl.constexpr, ENTRIES: tl.constexpr):
 
 @triton.jit
 def _offsets(blocks, start, length, stride_p, N: tl.constexpr, ENTRIES: tl.constexpr, STEP: tl.constexpr):
-    """Offsets [N] of the tile's keys, in units of STEP per record; past the end those of some stored key."""
+    """Offsets [N] of the tile's keys, in units of STEP per record; past the end, offsets of some stored key."""
     first = blocks.to(tl.int64) * stride_p
     if N % ENTRIES == 0:
         return tl.reshape(first[:, None] + (tl.arange(0, ENTRIES) * STEP)[None, :], (N,))
@@ -180,7 +182,8 @@ def _prefill_kernel(codes, weights, records, block_table, lens, scores, maxima, 
                     H: tl.constexpr, N: tl.constexpr, Q_TILE: tl.constexpr, Q_STEP: tl.constexpr, GROUP: tl.constexpr,
                     PACKED: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """One tile of N keys and Q_TILE queries of one sequence: keys are decoded once, then queries are loaded, Q_STEP for
-    each product."""
+    each product.
+    """
     tiles = tl.cdiv(queries, Q_TILE)
     sequence = tl.program_id(1) // tiles
     first = (tl.program_id(1) % tiles) * Q_TILE

@@ -101,7 +101,7 @@ def _top(scales):
 
 @gluon.jit
 def _factor(top):
-    """2^(top - 127) as float32: what a row's values are relative to."""
+    """2^(top - 127) as float32, by which a row's values are divided."""
     return (gl.maximum(top, 1) << 23).to(gl.float32, bitcast=True)
 
 
@@ -124,14 +124,16 @@ def _decode(words, scales, top, N: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _block_ids(tile, last, block_table, ENTRIES: gl.constexpr):
-    """Block ids [4] of the warps' 32 keys each; past the last key its block again. Needs ENTRIES % 32 == 0."""
+    """Block ids [4] of the warps' 32 keys each; past the last key its block again. The number of entries must be a
+    multiple of 32 (ENTRIES).
+    """
     n = gl.minimum(tile * TILE + 32 * gl.arange(0, 4, gl.SliceLayout(1, SIXTEENS)), last)
     return gl.load(block_table + (n.to(gl.uint32) // ENTRIES).to(gl.int32))
 
 
 @gluon.jit
 def _offsets(tile, block, stride_p, ENTRIES: gl.constexpr):
-    """Offsets [64], in words, of each warp's first 16 keys of a tile."""
+    """Offsets [64], in words, of the first 16 keys of each warp in a tile."""
     i = gl.arange(0, 4, gl.SliceLayout(1, SIXTEENS))
     j = gl.arange(0, 16, gl.SliceLayout(0, SIXTEENS))
     inside = ((tile * TILE + 32 * i).to(gl.uint32) % ENTRIES).to(gl.int32) * KEY
@@ -304,7 +306,8 @@ def _score(weights, records, block_table, lens, scores, maxima, stride_p, stride
 def prefill_kernel(queries, weights, records, block_table, lens, scores, maxima, per_sequence, stride_p, stride_b,
                    stride_s, stride_m, Q_TILE: gl.constexpr, ENTRIES: gl.constexpr, GROUP: gl.constexpr):  # fmt: skip
     """256 keys against Q_TILE queries of one sequence: indexer.py's _prefill_kernel. queries: a TMA descriptor of
-    codes [T * 64, 128], 64 heads."""
+    codes [T * 64, 128], 64 heads.
+    """
     tiles = (per_sequence + Q_TILE - 1) // Q_TILE
     sequence = gl.program_id(1) // tiles
     first = (gl.program_id(1) % tiles) * Q_TILE

@@ -45,7 +45,8 @@ _ROW_TILES_TOGETHER = 8
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Which rows go to which expert, sorted by expert. Computed on the card; the host never waits for it.
+    """Which rows go to which expert, sorted by expert. The routing is computed on the card; the host never waits for
+    it.
 
     order: [R] int64, the (token, pick) pair of each sorted row.  place: [R] int64, its inverse.
     experts, firsts, stops: [tiles] int32, each tile's expert (E for none) and its range of sorted rows.
@@ -244,7 +245,7 @@ def _launch(
 
 
 def _tile(dtype: torch.dtype, num_rows: int, num_outputs: int, *, is_routed: bool) -> tuple[int, int, int, int, int]:
-    """Rows, outputs, addends, warps, stages. The order of sums is the same in all tiles of a type."""
+    """Rows, outputs, addends, warps, stages. All tiles of one type add in the same order."""
     if dtype is torch.float32:
         return _TILE_FLOAT32
     if is_routed:

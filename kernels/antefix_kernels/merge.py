@@ -54,7 +54,9 @@ def _merge_kernel(part_out, part_lse, sinks, cos, sin, out, heads, splits, strid
 
 
 def merge_parts(part_out: torch.Tensor, part_lse: torch.Tensor, heads: Heads, out: torch.Tensor) -> None:
-    """Weigh the parts by their sums, add the sink, rotate back: out [T, H, D] bfloat16 or float32, written whole."""
+    """Weigh the partial results by their sums, add the sink, rotate back: out [T, H, D] bfloat16 or float32, all of it
+    written.
+    """
     num_queries, splits, num_heads, dim = part_out.shape
     _merge_kernel[(num_queries, num_heads)](
         part_out,

@@ -1,4 +1,5 @@
-"""Byte layout of packed entries and keys, as the kernels read it. Knows bytes and tensors' shapes, but no kernel.
+"""Byte layout of packed entries and keys, as the kernels read it. This module knows bytes and tensors' shapes, but no
+kernel.
 
 An entry (head_dim = nope + rope): nope FP8 E4M3 codes | rope BF16 | one UE8M0 scale per 64 codes | zero padding to
 a multiple of 8 bytes. A key: FP4 E2M1 codes, two per byte, even dim in the low nibble | one UE8M0 scale per 32 codes.
@@ -27,7 +28,9 @@ class EntryFormat:
 
     def __post_init__(self) -> None:
         if self.rope_dim < 2 or self.rope_dim % 2 or self.rope_dim >= self.head_dim or self.head_dim % 2:
-            raise ValueError(f"need even 2 <= rope_dim < head_dim, are {self.rope_dim} and {self.head_dim}")
+            raise ValueError(
+                f"rope_dim must be even, at least 2 and less than head_dim, are {self.rope_dim} and {self.head_dim}"
+            )
 
     @property
     def nope_dim(self) -> int:
@@ -66,14 +69,14 @@ class KeyFormat:
 
 
 def check_records(records: torch.Tensor, nbytes: int, name: str = "records") -> None:
-    """Accept [P, E, R] uint8 views of a pool: rows of records in order, anything between two rows.
+    """Check [P, E, R] uint8 views of a pool: rows of records in order, with any number of bytes between two rows.
 
     Raises:  ValueError: wrong dtype, shape or stride.
     """
     if records.dtype is not torch.uint8 or records.dim() != 3 or records.shape[2] != nbytes:
         raise ValueError(f"{name} must be [P, E, {nbytes}] uint8, is {list(records.shape)} {records.dtype}")
     if records.stride(2) != 1 or records.stride(1) != nbytes:
-        raise ValueError(f"{name}' records must lie side by side, strides are {records.stride()}")
+        raise ValueError(f"{name}' records must be contiguous in memory, strides are {records.stride()}")
 
 
 def byte_alignment(records: torch.Tensor) -> int:
@@ -86,7 +89,7 @@ def byte_alignment(records: torch.Tensor) -> int:
 
 
 def check(condition: bool, message: str) -> None:
-    """One line of a wrapper's checks.
+    """One line of the checks that a wrapper makes.
 
     Raises:  ValueError(message) unless `condition`.
     """

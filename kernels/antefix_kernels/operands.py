@@ -17,7 +17,8 @@ from antefix_kernels.number_formats import EntryFormat, byte_alignment, check, c
 class Window:
     """The window of each query: `counts` rows of records [S, W, R] uint8 from row `firsts`, wrapping at W.
 
-    firsts, counts [T] int32, counts <= W. A decode ring has W = n_win; a prefill buffer is long and never wraps.
+    firsts, counts [T] int32, counts <= W. The ring of a decoding sequence has W = n_win rows; a prefill buffer is long
+    and never wraps.
     """
 
     records: torch.Tensor
@@ -28,7 +29,8 @@ class Window:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
     """What a layer's heads add: sinks [H] float32, softmax scale, cos and sin [T, rope / 2] float32 of the queries'
-    positions, by which the output's RoPE dims are rotated back."""
+    positions, by which the output's RoPE dims are rotated back.
+    """
 
     sinks: torch.Tensor
     scale: float

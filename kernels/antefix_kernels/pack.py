@@ -49,7 +49,8 @@ class Target:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overlap:
     """What precedes each CSA group: prior_rows [G] int32, the first row of the group before, or -1 - s for slot s of
-    kv and gate [S, m, c] float32 (the overlap state: gates with their bias added, -inf where nothing came before)."""
+    kv and gate [S, m, c] float32 (the overlap state: gates with their bias added, -inf where nothing came before).
+    """
 
     prior_rows: torch.Tensor
     kv: torch.Tensor

@@ -4,8 +4,8 @@ In packed_fp8, each sum of 32 addends is multiplied by its scale, which takes ab
 In this candidate, codes get their group's scale before they enter: an E2M1 number times a power of two is an E4M3
 number too, as long as the scales of 128 addends lie within a factor of 2^11. So a sum is that of FP8 weights,
     total = fma(sum of 128 addends, scale of the inputs * least scale of the weights, total),
-in another order than packed_fp8's: other bits, other names of KV. No worker takes it; benchmarks/packed_products.py
-measures it.
+in another order than packed_fp8's: other bits, other names of KV. No worker uses this candidate;
+benchmarks/packed_products.py measures it.
 
 Shapes:  as in packed_fp8.
 """
@@ -49,7 +49,8 @@ def takes(weight: Weight) -> bool:
 @triton.jit
 def _scaled_codes(words, spread, N: tl.constexpr, ASM: tl.constexpr):
     """FP8 codes [N, 32], even addends first, of 32 FP4 codes in words [N, 4] times 2^(spread + 1), spread [N]: numbers
-    0, 0.5, 1, 1.5, 2, 3, 4 and 6 are codes 0, 8, 16, 20, 24, 28, 32 and 36, and a power of two adds 8 to all but 0."""
+    0, 0.5, 1, 1.5, 2, 3, 4 and 6 are codes 0, 8, 16, 20, 24, 28, 32 and 36, and a power of two adds 8 to all but 0.
+    """
     if ASM:
         first = tl.broadcast_to((0x14100800 + spread * 0x08080800)[:, None], (N, 4))
         second = tl.broadcast_to((0x24201C18 + spread * 0x08080808)[:, None], (N, 4))
@@ -150,7 +151,7 @@ def multiply_routed(
     tile: Tile,
     gate_limit: float | None = None,
 ) -> torch.Tensor:
-    """As packed_fp8.multiply_routed, of a weight that this module `takes`, which is not checked here."""
+    """As packed_fp8.multiply_routed, for a weight for which `takes` is true; this is not checked here."""
     check(weight.is_fp4, "these products are of FP4 weights")
     is_gated, device = gate_limit is not None, inputs.codes.device
     on_card = device.type == "cuda"

@@ -12,7 +12,7 @@ The order of a sum, which decides its bits, is the same for every number of rows
     few outputs    the addends are split into runs, whose number depends on the weight alone; the runs' float32 sums
                    are added up from left to right
 So a row's bits depend neither on the other rows nor on their number. The bits differ from those of packed_linear, which
-multiplies in BF16. A worker measures what its card computes, and names of KV depend on it.
+multiplies in BF16. A worker measures what its card computes, and the names of KV depend on the result.
 
 Shapes:  N = rows, K = addends, O = outputs, B = bytes of a weight's row (K, or K / 2 for FP4), G = groups, E = experts,
          R = routed rows, S = runs.
@@ -46,7 +46,7 @@ _PROGRAMS_OF_ALL_RUNS = 264
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """Outputs and rows of a tile, its warps, and how many steps of addends are loaded ahead."""
+    """The numbers of outputs and rows of a tile, its warps, and how many steps of addends are loaded ahead."""
 
     outputs: int
     rows: int
@@ -109,7 +109,7 @@ def _prepare_kernel(x, codes, scales, num_addends, stride_n, factor, HALVES: tl.
 
 
 def takes(weight: Weight) -> bool:
-    """Whether these kernels can multiply with this weight; if not, packed_linear does."""
+    """Whether these kernels can multiply with this weight; if they cannot, packed_linear is used."""
     return weight.num_addends % INPUT_GROUP == 0 and (weight.is_fp4 or weight.block[1] == INPUT_GROUP)
 
 
@@ -164,8 +164,9 @@ def multiply(inputs: Inputs, weight: Weight, dtype: torch.dtype, *, tile: Tile |
 
 
 def takes_all_runs(weight: Weight, num_programs: int) -> bool:
-    """Whether a program computes all runs of its sums and adds them up itself. The bits are the same. It saves writing
-    and reading the runs' sums, and needs no more programs than there are tiles."""
+    """Whether a program computes all runs of its sums and adds them up itself. The bits are the same. Adding all runs
+    in one program saves writing and reading the runs' sums, and needs no more programs than there are tiles.
+    """
     splits = num_splits(weight)
     has_equal_runs = weight.num_addends // INPUT_GROUP % splits == 0
     return not weight.is_fp4 and splits > 1 and has_equal_runs and num_programs >= _PROGRAMS_OF_ALL_RUNS

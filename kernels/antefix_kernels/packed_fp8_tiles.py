@@ -1,7 +1,7 @@
 """The kernels that packed_fp8.py launches: tiles of products with packed weights on FP8 tensor cores.
 
 FP4 codes are decoded in words of four bytes, which the compiler keeps in the registers that the tensor cores read. So
-no weight has to be exchanged through shared memory.
+no weight has to be exchanged between threads through shared memory.
 
 Shapes:  a tile is N outputs times M rows; a word holds 4 FP8 or 8 FP4 codes.
 """
@@ -73,7 +73,8 @@ def _bytes(words, N: tl.constexpr, ASM: tl.constexpr):
 @triton.jit
 def _fp8_of_fp4(words, N: tl.constexpr, ASM: tl.constexpr):
     """FP8 codes [N, 32], even addends first, of 32 FP4 codes in words [N, 4]: the sign to bit 7, the other bits to 4, 3
-    and 2."""
+    and 2.
+    """
     low = ((words << 4) & -2139062144) | ((words << 2) & 0x1C1C1C1C)
     high = (words & -2139062144) | ((words >> 2) & 0x1C1C1C1C)
     pair = tl.join(_bytes(low, N, ASM), _bytes(high, N, ASM))
@@ -143,7 +144,7 @@ def fp4_kernel(x, x_scales, codes, scales, out, experts, firsts, stops, sources,
     """One tile of a weight times rows. codes and scales come as words, of 4 and of 4 or (WIDE) 8 bytes.
 
     BULK: codes is a tensor descriptor [E, O, words], by which Hopper's copy engine loads tiles. The copy engine stores
-    them in an order that registers are filled from without conflicts of banks.
+    tiles in an order from which registers are filled without conflicts of banks.
 
     GATED: half of the tile's outputs are gates and the other half the values that they gate. num_outputs counts gates,
     and the activation of the two is stored.

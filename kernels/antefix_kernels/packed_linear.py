@@ -2,9 +2,9 @@
 
 A weight tile is the product's left side, so that decoded numbers never pass through shared memory; tokens are its
 right side. A product with few outputs is split over its addends, in a number of parts that depends on the weight alone,
-and the parts are added up in order. For few rows a tile has fewer rows. Fewer rows change no bit: an element's sum has
-the same addends in the same instructions whatever the tile (benchmarks/weights_on_card.py compares them to the bit,
-and so does the probe of a worker's arithmetic at every start).
+and the parts are added up in order. If there are few rows, a tile has fewer rows. A tile of fewer rows changes no bit:
+an element's sum has the same addends in the same instructions whatever the tile (benchmarks/weights_on_card.py compares
+them to the bit, and so does the probe of a worker's arithmetic at every start).
 
 Decoded values are exact in BF16: an FP8 or FP4 code times a power of two, and inputs that `prepare_inputs` rounded.
 Scales that are not powers of two (float32 scales of FP8) multiply the sum over their block instead.

@@ -29,7 +29,8 @@ def _prefill_kernel(q, values, indices, lens, firsts, counts, sinks, cos, sin, o
                            NOPE: tl.constexpr, ROPE: tl.constexpr, D: tl.constexpr, SELECTED: tl.constexpr,
                            H: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """H heads of one query over decoded entries: values [S, rows + WINDOW, D] FP16, a sequence's entries, then its
-    window rows. No decoding in the loop: copies go straight to where the tensor cores read."""
+    window rows. The loop decodes nothing, because copies go straight to where the tensor cores read.
+    """
     t = tl.program_id(1).to(tl.int64)
     sequence = t // queries
     h = tl.program_id(0) * H + tl.arange(0, H)

@@ -34,7 +34,9 @@ def _tails_kernel(kv, gate, bias, positions, seats, tails, stride_kv, stride_gat
 @triton.jit(do_not_specialize=["num_rows"])
 def _lines_kernel(kv, gate, bias, positions, owners, seats, firsts, starts, tails, line, new, stride_kv, stride_gate,
                   stride_line, stride_new, num_rows, X, M: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """One new token's kv, and its gate with its bias; behind the last token, a row of a sequence's unfinished group."""
+    """One new token's kv, and its gate with its bias; behind the last token comes a row of a sequence's unfinished
+    group.
+    """
     n = tl.program_id(0)
     x = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     used = x < X
@@ -122,7 +124,7 @@ def write_tails(
 class Lines:
     """Where rows of sequences that run several tokens lie.
 
-    Of each row its position and its sequence's number [N] int32; of each sequence its seat, its position before its
+    For each row, its position and its sequence's number [N] int32; for each sequence, its seat, its position before its
     first row, and that row [S] int32, ascending.
     """
 
@@ -145,7 +147,7 @@ def line_up_rows(
     """Put each sequence's new rows in line after those of its unfinished group, and also store the new rows separately.
 
     Row n of sequence s lies in row s * m + n + firsts[s] % m of the line, row j of its unfinished group in row
-    s * m + starts[s] + j. Rows that no sequence has are not written.
+    s * m + starts[s] + j. Rows of memory that belong to no sequence are not written.
 
     Shapes:  kv, gate [N, X] float32 or bfloat16, last dim contiguous; bias [m, X] float32; lines as in its class;
              tails [P, 2, m, X], line [2, N + S * m, X] and new [2, at least N, X] float32, contiguous: kv, then gates

@@ -66,8 +66,10 @@ def view(memory, dtype, shape, layout, _semantic=None):
 
 @gluon.jit
 def share(lens, firsts, counts, splits, SPLIT: gl.constexpr):
-    """Of a program's query: its compressed entries, its window's first row, its list's length; of the program: its
-    first tile, and the one after its last. Every role loads them for itself, so that none waits for another."""
+    """Facts about a program's query: its compressed entries, its window's first row, its list's length; and about the
+    program: its first tile, and the one after its last. Every role loads these numbers for itself, so that no role
+    waits for another.
+    """
     compressed = gl.load(lens)
     first = gl.load(firsts)
     listed = compressed + gl.load(counts)
@@ -83,8 +85,9 @@ def share(lens, firsts, counts, splits, SPLIT: gl.constexpr):
 
 @gluon.jit
 def _slots(n, compressed, slots, k, block_table, SELECTED: gl.constexpr, ENTRIES: gl.constexpr):
-    """Of entries n of the list: their slots, or their blocks; anything of those that are not compressed. A row of slots
-    is read before it is known how many of them there are."""
+    """For entries n of the list: their slots, or their blocks; entries that are not compressed get any value. A row of
+    slots is read before it is known how many slots it has.
+    """
     if SELECTED:
         return gl.load(slots + n, mask=n < k, other=0)
     return gl.load(block_table + n // ENTRIES, mask=n < compressed, other=0)
@@ -105,7 +108,8 @@ def _offsets(n, slot, compressed, first, stride_p, window_offset, SELECTED: gl.c
 @gluon.jit
 def _placed(group, begin, PART: gl.constexpr):
     """The entries of the list that a loader takes of PLACED tiles, PLACED * ROWS of them, some past the list's end.
-    The list's first entry then comes again in their place: every address and value stays valid."""
+    In place of these entries the list's first entry comes again, so that every address and value stays valid.
+    """
     i = gl.arange(0, PLACED * ROWS, gl.BlockedLayout([1], [32], [4], [0]))
     return (begin + group * PLACED + i // ROWS) * N + PART * ROWS + i % ROWS
 
@@ -113,7 +117,7 @@ def _placed(group, begin, PART: gl.constexpr):
 @gluon.jit
 def prefetch(tile, entries, listed, compressed, first, slots, k, block_table, stride_p, window_offset,
               SELECTED: gl.constexpr, ENTRIES: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
-    """Ask the L2 cache for the records of a tile."""
+    """Ask the card's L2 cache to load the records of a tile."""
     # A warp issues bulk copies one by one, so each of the four has sixteen.
     lane: gl.constexpr = gl.DistributedLinearLayout([], [[1], [2], [4], [8], [64]], [[16], [32]], [], [2 * N])
     i = gl.arange(0, 2 * N, lane)

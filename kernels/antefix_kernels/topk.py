@@ -41,10 +41,10 @@ def _value(i):
 
 @triton.jit
 def _bisect(keys, low, high, k):
-    """A bound that exactly k of keys reach; if ties allow none, the k-th largest key itself.
+    """A bound that exactly k of the keys reach; if ties make this impossible, the k-th largest key itself.
 
-    At least k keys must reach low, and none may exceed high. The first rounds halve the range of values, which suits
-    scores of one magnitude. Later rounds halve the number of floats in the range, which ends for any scores.
+    At least k keys must reach `low`, and none may exceed `high`. The first rounds halve the range of values, which
+    suits scores of one magnitude. Later rounds halve the number of floats in the range, which ends for any scores.
     """
     low, high = _ordered(low), _ordered(high)
     found = False
@@ -66,7 +66,8 @@ def _ranks(picked, N: tl.constexpr):
     """How many of picked [N] come before each of them, and how many there are.
 
     Counts of eight neighbours lie in the nibbles of a word, those of four eights in its bytes: a product with ones sums
-    what precedes. Only every 32nd count is left for a scan: scans of all made half of the kernel's instructions.
+    what precedes. Only every 32nd count is left for a scan, because scans of all counts made half of the kernel's
+    instructions.
     """
     ones = picked.to(tl.int32)
     if N % 32 == 0:
@@ -152,7 +153,8 @@ def _topk_kernel(scores, maxima, lens, block_table, groups, indices, slots, coun
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Picks:
     """The picked entries: indices in the sequence and slots in the pool, both [T, k] int32, ascending by index; of a
-    row, the first counts[t] [T] int32 are valid, the rest -1."""
+    row, the first counts[t] [T] int32 are valid, the rest -1.
+    """
 
     indices: torch.Tensor
     slots: torch.Tensor

@@ -1,5 +1,6 @@
 """Decides which records of a put are written, which are stored already and which are refused, and why. Writes
-nothing."""
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ class Admission:
 
     new: records to write, parents first; names: their names.  first: those that begin a chain.  apart: those whose
     parent may be in another store.
-    anchors: stored records that the new ones depend on, or that were put again. Eviction spares them during this put.
+    anchors: stored records that the new ones depend on, or that were put again. Eviction spares these anchors during
+    the put.
     """
 
     new: list[Record] = field(default_factory=list)
@@ -65,7 +67,7 @@ def check_record(record: Record, record_bytes_max: int, registered_bytes: int | 
     if not 0 <= record.position < 1 << 32:
         raise InvalidRequest(f"position must fit 32 bits, is {record.position}")
     if record.kind not in STORED_KINDS:
-        raise InvalidRequest(f"records of kind {record.kind.name.lower()} do not go to disk")
+        raise InvalidRequest(f"records of kind {record.kind.name.lower()} are not kept on disk")
     (_check_v1 if record.version == 1 else _check_v2)(record)
     if not 0 <= record.cost_s < COST_S_MAX:
         raise InvalidRequest(f"cost_s must be in [0, {COST_S_MAX}), is {record.cost_s}")
@@ -74,15 +76,16 @@ def check_record(record: Record, record_bytes_max: int, registered_bytes: int | 
 
 
 def _has_draft_state(record: Record, registered_bytes: int) -> bool:
-    """Whether the payload is longer than its layout because a draft layer's state follows. The draft state is numbers
-    of four bytes each; whether their values make sense is checked by those who read the checkpoint."""
+    """Whether the payload is longer than its layout because a draft layer's state follows. The draft state consists of
+    numbers of four bytes each; readers of the checkpoint check whether the values make sense.
+    """
     more = memoryview(record.payload).nbytes - registered_bytes
     return record.kind is RecordKind.CHECKPOINT and more > 0 and more % 4 == 0
 
 
 def _check_v1(record: Record) -> None:
     if len(record.tenant) > TENANT_BYTES_MAX_V1:
-        raise InvalidRequest(f"version 1 takes {TENANT_BYTES_MAX_V1} bytes of a tenant's name")
+        raise InvalidRequest(f"record format version 1 has room for {TENANT_BYTES_MAX_V1} bytes of a tenant's name")
 
 
 def _check_v2(record: Record) -> None:
@@ -130,7 +133,9 @@ def admit(
 
 
 def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record], out: Admission) -> Refusal | None:
-    """Why a record may not be stored, or None. Notes its anchor, or that it begins a chain."""
+    """Why a record may not be stored; None if it may. The record that it depends on is noted, or that it begins a
+    chain.
+    """
     name = (record.kind, record.hash)
     parent = parent_of(name, record.parent)
     if parent in out.names:
@@ -158,8 +163,9 @@ def _refusal(index: Index, txn: Any, record: Record, following: Sequence[Record]
 
 
 def _is_first(index: Index, txn: Any, record: Record, out: Admission) -> bool:
-    """Whether a block begins its chain, where it might also continue another store's chain. Only a known block size
-    tells."""
+    """Whether a block begins its chain, although it might also continue another store's chain. Where a chain begins can
+    be told only if the block size is known.
+    """
     known = out.block_tokens.get(record.fingerprint) or index.block_tokens(txn, record.fingerprint)
     return 0 < record.position <= known
 
@@ -176,7 +182,7 @@ _PARENT_REFUSED: Final = _no_parent("its parent was refused")
 
 
 def _block_tokens(index: Index, txn: Any, record: Record, following: Sequence[Record], out: Admission) -> int:
-    """Tokens in a block of this fingerprint: registered, or learned from the first block that it ever put.
+    """Tokens per block of this fingerprint: registered by a worker, or learned from the first block that was put.
 
     A store must tell a chain's first block from one whose parent was evicted, and a record does not say which it is.
     """
@@ -221,7 +227,7 @@ def refuse(batch: Sequence[Record], admission: Admission, reason: Refusal) -> No
 
 
 def results_of(puts: Sequence[Sequence[Record]], admission: Admission) -> list[PutResult]:
-    """Split the outcome among the puts. A record that two puts bring counts as stored by the first of them."""
+    """Split the outcome among the puts. A record that is in two puts counts as stored by the first of them."""
     unclaimed = admission.names - admission.refused.keys()
     results = []
     for records in puts:

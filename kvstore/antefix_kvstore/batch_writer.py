@@ -1,7 +1,7 @@
 """Writes one batch of records: makes room, appends, syncs, commits. The engine's lock covers it.
 
-The index transaction is prepared while the disk syncs, and committed when the records are durable. Only then is a
-record stored. If any step fails, neither records nor index entries are left.
+The index transaction is prepared while the disk syncs, and committed when the records are durable. Only after this
+commit is a record stored. If any step fails, neither records nor index entries are left.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class BatchWriter:
         self.sync_thread.shutdown()
 
     def put(self, batch: Sequence[Record], admission: Admission) -> None:
-        """Store records with one sync for all of them; refuse them all when there is no space."""
+        """Store records with one sync for all of them; if there is no space, all of them are refused."""
         batch = without_orphans(batch, admission)
         try:
             drafts = self._drafter.drafts(batch, admission.first)
@@ -111,8 +111,9 @@ class BatchWriter:
 
     @contextlib.contextmanager
     def _syncing(self) -> Iterator[Callable[[], None]]:
-        """Sync the segments while the code inside runs. Yields a function that waits for the sync; leaving waits for it
-        too."""
+        """Sync the segments to disk while the code inside this context runs. The context yields a function that waits
+        for the sync; leaving the context waits for the sync too.
+        """
         if not self._durable:
             self._segments.written()
             self._segments.sync_name()

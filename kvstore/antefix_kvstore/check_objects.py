@@ -1,4 +1,4 @@
-"""Checks an object tier while it is in use, and repairs it on request.
+"""Checks an object store while it is in use, and repairs it on request.
 
 Segments are the truth. A repair copies the sound records of a damaged segment to a new one, and makes the index again
 from the segments' footers. A segment that somebody deletes during the check is not reported as a fault.
@@ -33,7 +33,7 @@ class _Found:
 
 
 async def fsck_objects(url: str, *, repair: bool = False, progress: Progress | None = None) -> FsckReport:
-    """Read every segment and every tile; with `repair`, mend what is damaged or delete it.
+    """Read every segment and every tile of the index; with `repair`, mend or delete what is damaged.
 
     progress: called with the number of segments done and the number in all.
     Raises:  ConfigError: the URL names no object store.  Unavailable: the object store does not answer.
@@ -104,7 +104,7 @@ async def _check_segment(
 
 
 def _problem_of(data: Buffer, ref: SegmentRef) -> tuple[str, int]:
-    """What is wrong with a segment (empty if nothing), and how many of its records are sound."""
+    """What is wrong with a segment (empty if nothing), and how many of its records are valid."""
     view = memoryview(data).cast("B")
     try:
         records = [header for header, _ in scan_segment(view, ref) if header.kind is not RecordKind.STATEMENT]

@@ -2,7 +2,8 @@
 
 The segments are the truth and the index is derived from them. A repair rebuilds the index from the records whose
 checksums hold; damaged records, and records that depend on them, are left out. Records that were evicted but still lie
-in a segment come back. Such records are valid, and the store evicts them again when it needs the room.
+in a segment come back after a repair. Such evicted records are valid, and the store evicts them again when it needs the
+room.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(slots=True)
 class FsckReport:
-    """problems: number of problems of each sort.  examples: a few of them in words."""
+    """problems: the number of problems of each kind. examples: a few of them in words."""
 
     num_records: int = 0
     num_bytes: int = 0
@@ -72,7 +73,7 @@ class FsckReport:
 
 
 def fsck(directory: Path, *, repair: bool = False, progress: Progress | None = None) -> FsckReport:
-    """Check every record and how records depend on each other; with `repair`, rebuild the index.
+    """Check every record, and how records depend on each other; with `repair`, rebuild the index.
 
     progress: called with the number of records done and the number in all.
     Raises:  ConfigError: not a store, or one that a service has open.

@@ -1,8 +1,8 @@
 """Compaction: copies the live records of segments that are mostly dead, then deletes these segments.
 
-The index forgets a segment first, then its file is deleted. A crash between the two leaves an unreferenced file, which
-the next opening deletes. A segment in which a transaction leaves no live record is forgotten in that same transaction,
-because each further commit would wait for the disk.
+The segment is removed from the index first; its file is deleted after that. If the store crashes between the two steps,
+a file stays that nothing refers to, and the next start deletes it. A segment in which a transaction leaves no live
+record is forgotten in that same transaction, because each further commit would wait for the disk.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class SpaceCounters:
 
 
 class Compactor:
-    """Not thread-safe: the engine's lock covers it."""
+    """The object is not thread-safe, because the engine's lock protects it."""
 
     def __init__(self, segments: Segments, index: Index, counters: SpaceCounters, *, now_ms: Callable[[], int]) -> None:
         self._segments = segments
@@ -53,12 +53,13 @@ class Compactor:
         self.on_dropped: Callable[[], object] = lambda: None
 
     def restart(self) -> None:
-        """Forget the segment being compacted: the directory holds other files now."""
+        """Forget the segment that was being compacted, because the directory holds other files now."""
         self._begun = None
 
     def transaction(self) -> IndexTxn:
-        """An index transaction that also forgets segments in which it leaves no live record; `delete` them once it
-        committed."""
+        """An index transaction that also forgets segments in which it leaves no live record; `delete` deletes their
+        files after the commit.
+        """
         return IndexTxn(self._index, may_drop=lambda number: number != self._segments.active)
 
     def delete(self, numbers: Sequence[int]) -> None:
@@ -72,7 +73,7 @@ class Compactor:
             self._segments.let_go()
 
     def drop_dead(self) -> int:
-        """Drop segments of which the index names no record. Returns how many."""
+        """Drop segments of which the index names no record any more. Returns how many."""
         dead = [n for n, state in self.states().items() if not state.live_records and n != self._segments.active]
         if not dead:
             return 0
@@ -89,16 +90,18 @@ class Compactor:
         return {number: states.get(number, SegmentState()) for number in self._segments.sizes}
 
     def compact_one(self, gain_min: float) -> int | None:
-        """Copy the live records of the segment with most dead bytes, then drop it. Returns bytes copied; None if none
-        pays."""
+        """Copy the live records of the segment with most dead bytes, then drop it. Returns the bytes copied; None if no
+        segment is worth compacting.
+        """
         copied = self.compact_step(gain_min, self._segments.segment_bytes)
         while self._begun is not None:
             copied = (copied or 0) + (self.compact_step(gain_min, self._segments.segment_bytes) or 0)
         return copied
 
     def compact_step(self, gain_min: float, nbytes: int) -> int | None:
-        """Continue compacting, or begin with the segment that frees most. Copies about `nbytes`; None if no segment
-        pays."""
+        """Continue to compact a segment, or begin with the segment that frees most bytes. About `nbytes` are copied;
+        None if no segment is worth compacting.
+        """
         if self._begun is None or self._begun[0] not in self._segments.sizes:
             deadest = self._by_gain(gain_min)[:1]
             if not deadest:
@@ -120,7 +123,8 @@ class Compactor:
         """Compact the segments that free most until `wanted_bytes` are free, with one sync and one commit for all of
         them.
 
-        All copies go into one segment, so less may be freed. Returns the bytes copied, None if no segment pays.
+        All copies must fit into one segment, so less may be freed. Returns the bytes copied; None if no segment is
+        worth compacting.
         """
         if self._begun is not None:
             return self.compact_one(gain_min)
@@ -142,8 +146,9 @@ class Compactor:
         return copied
 
     def _by_gain(self, gain_min: float) -> list[tuple[int, int]]:
-        """(bytes that compacting frees, segment number) where these bytes are at least `gain_min` of the segment; most
-        first."""
+        """Pairs of the bytes that compacting frees and the segment's number, where these bytes are at least `gain_min`
+        of the segment; most first.
+        """
         found = []
         for number, state in self.states().items():
             size = self._segments.sizes[number]
@@ -163,7 +168,7 @@ class Compactor:
         return found
 
     def copy(self, headers: Sequence[RecordHeader]) -> int:
-        """Move those records that the index still names to the active segment. Returns the bytes copied."""
+        """Move the records that the index still names to the active segment. Returns the bytes copied."""
         return sum(self._copy_part(part) for part in self._parts(self._live(headers)))
 
     def _parts(self, headers: Sequence[RecordHeader]) -> Iterator[Sequence[RecordHeader]]:
@@ -180,8 +185,9 @@ class Compactor:
             yield headers[first:]
 
     def _copy_part(self, headers: Sequence[RecordHeader]) -> int:
-        """Copy one part with one sync and one commit. A group is small enough to stay in the core's caches until
-        written."""
+        """Copy one part with one sync and one commit. A group of records is small enough to stay in the core's caches
+        until it is written.
+        """
         now_ms, segments = self._now_ms(), self._segments
         groups = list(groups_of(headers, lambda header: header.extent_bytes))
         segments.make_way(sum(header.extent_bytes for header in headers) + len(groups) * BATCH_ALIGN, now_ms)
@@ -212,7 +218,8 @@ class Compactor:
 
     def _read_ahead(self, groups: Iterable[Sequence[RecordHeader]]) -> None:
         """Tell the kernel which records are read next. Large puts bypass the page cache, so they may be on the disk
-        alone."""
+        alone.
+        """
         for number, of_segment in groupby(chain.from_iterable(groups), key=lambda header: header.segment):
             with self._segments.reading(number) as fd:
                 for header in of_segment:
@@ -233,8 +240,9 @@ class Compactor:
         ]
 
     def _drafts(self, headers: Sequence[RecordHeader], arena: memoryview) -> list[Draft]:
-        """The records to be written again, with their bytes in `arena`. Records that fail their check are reported
-        instead."""
+        """The records to be written again, with their bytes in `arena`. Records that fail their check are not copied
+        but reported.
+        """
         drafts: list[Draft] = []
         broken: list[RecordName] = []
         at = 0
@@ -254,7 +262,7 @@ class Compactor:
 
 
 def note_end(txn: IndexTxn, segments: Segments) -> None:
-    """Record up to which offset the active segment is committed."""
+    """Record the offset up to which the active segment is committed."""
     assert segments.active is not None
     state = txn.segment(segments.active) or SegmentState()
     txn.set_segment(segments.active, dataclasses.replace(state, end=segments.sizes[segments.active]))

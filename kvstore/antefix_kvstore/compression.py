@@ -1,8 +1,9 @@
-"""Decides which payloads are compressed. Holds the plane plans that clients registered (coding:
-antefix.store_files.codec).
+"""Decides which payloads are compressed. Holds the compression plans that clients registered (the code that compresses
+is in antefix.store_files.codec).
 
-auto: reading a compressed payload takes 1 / (ratio * disk) + 1 / codec seconds per byte, a raw one 1 / disk; the faster
-way wins. The disk's speed is measured once; the codec's speed and the ratio on the first payloads of each fingerprint.
+auto: reading a compressed payload takes 1 / (ratio * disk) + 1 / codec seconds per byte, reading a raw one 1 / disk;
+the faster way is chosen. The disk's speed is measured once; the codec's speed and the ratio on the first payloads of
+each fingerprint.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ Layout = tuple[bytes, RecordKind]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judgement:
-    """Why payloads of a layout are compressed or not. Speeds in payload bytes per second; codec: of all cores
-    together."""
+    """Why the payloads of a layout are compressed or not. Speeds in payload bytes per second. codec: the speed of all
+    cores together.
+    """
 
     compress: bool
     ratio: float
@@ -42,7 +44,7 @@ class Judgement:
     disk_bytes_per_s: float
 
     def __str__(self) -> str:
-        """The end of a log sentence, which begins with what is stored."""
+        """The end of a sentence in the log, which begins with the kind of records."""
         verdict = "compressed" if self.compress else "stored as they are"
         decoded, disk = self.codec_bytes_per_s / 1e9, self.disk_bytes_per_s / 1e9
         return (
@@ -83,7 +85,7 @@ class Compression:
         return [(*layout, plan) for layout, plan in self._plans.items()]
 
     def registered_bytes(self, fingerprint: bytes, kind: RecordKind) -> int | None:
-        """Size of a payload of this layout; None where the layout was not registered."""
+        """The size of a payload of this layout; None if the layout was not registered."""
         plan = self._plans.get((fingerprint, kind))
         return None if plan is None else plan.payload_bytes
 
@@ -96,7 +98,7 @@ class Compression:
         return self.mode == "zstd" or judgement is None or judgement.compress
 
     def encode(self, record: Record) -> bytes | None:
-        """The compressed payload, or None where it is stored raw."""
+        """The compressed payload; None if it is stored raw."""
         if not self.wants(record):
             return None
         layout = (record.fingerprint, record.kind)
@@ -109,7 +111,9 @@ class Compression:
         try:
             return self._measure_disk()
         except OSError as err:
-            log.warning("the disk's speed cannot be measured (%s); %g bytes/s are assumed", err, DISK_BYTES_PER_S)
+            log.warning(
+                "the disk's speed cannot be measured (%s); a speed of %g bytes/s is assumed", err, DISK_BYTES_PER_S
+            )
             return DISK_BYTES_PER_S
 
     def _sample(self, layout: Layout, payload: Buffer, coded: bytes | None) -> None:
@@ -133,4 +137,9 @@ class Compression:
                 codec_bytes_per_s=max(speed for _, speed in samples) * usable_cores(),
                 disk_bytes_per_s=self._disk_bytes_per_s,
             )
-        log.info("%ss of fingerprint %s are %s", layout[1].name.lower(), layout[0].hex()[:16], self.judgements[layout])
+        log.info(
+            "records of kind %s with fingerprint %s are %s",
+            layout[1].name.lower(),
+            layout[0].hex()[:16],
+            self.judgements[layout],
+        )

@@ -15,8 +15,9 @@ _HASHES_PER_MESSAGE = 2048
 
 
 def contents_to_wire(contents: StoreContents) -> Iterator[kvstore_pb2.ContentsResponse]:
-    """Messages with the layouts first, then the stretches as `StoreContents.stretches` gives them; a long one in
-    several."""
+    """Protobuf messages that carry first the layouts, then the stretches as `StoreContents.stretches` returns them; a
+    long stretch takes several messages.
+    """
     layouts = [
         kvstore_pb2.RegisterRequest(
             fingerprint=layout.fingerprint,
@@ -63,7 +64,7 @@ def stretch_from_wire(message: kvstore_pb2.StoredStretch) -> Stretch:
         costs_ms=tuple(message.costs_ms),
     )
     if any(number >= len(hashes) for number in stretch.checkpoints) or len(stretch.ttls_s) != len(stretch.names):
-        raise InternalError("a store's answer has a stretch of records whose parts do not fit each other")
+        raise InternalError("a store's answer is inconsistent: parts of a list of records differ in length")
     return stretch
 
 

@@ -1,9 +1,9 @@
-"""Copies a store's contents to other stores: resumable, verified, at a bounded rate. Used by `antefix store copy` and
-`antefix drain`.
+"""Copies a store's contents to other stores: resumable, verified, at a bounded rate. The copy is used by `antefix store
+copy` and `antefix drain`.
 
-Records that a target has already are not sent. So a copy that broke off continues when it is run again, and a store
-that is written to is copied again until nothing new is found. Each record is checked when it is read, in transit, and
-by the target's readers.
+Records that a target store has already are not sent. So a copy that broke off continues when it is run again, and a
+store that is being written to is copied repeatedly until nothing new is found. Each record is checked when it is read,
+in transit, and by the target's readers.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ Progress = Callable[[int, int], None]
 
 class CopySource(Protocol):
     """A source of records: a directory (`StoreContents`), a service (`ServedContents`) or an object store
-    (`ObjectContents`). Its calls block."""
+    (`ObjectContents`). Its calls block.
+    """
 
     def layouts(self) -> list[LayoutOf]:
         """The payload layouts of all fingerprints."""
@@ -35,11 +36,11 @@ class CopySource(Protocol):
         """All stretches of blocks in the store, the most valuable first."""
 
     def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
-        """The wanted records of a stretch, verified. Records that cannot be read are left out."""
+        """The wanted records of a stretch of chain, verified. Records that cannot be read are left out."""
 
 
 class CopyTarget(Protocol):
-    """Where records go. Stores are targets; an object store can be one."""
+    """Where records go. The targets of a copy are stores, and one of them can be an object store."""
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held: ...
 
@@ -48,7 +49,7 @@ class CopyTarget(Protocol):
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int: ...
 
     async def register_layout(self, layout: LayoutOf) -> None:
-        """Called before the first record of a fingerprint is put."""
+        """This method is called before the first record of a fingerprint is put."""
 
     async def stats(self) -> StoreTotals: ...
 
@@ -57,7 +58,7 @@ class CopyTarget(Protocol):
 
 @dataclass(slots=True)
 class CopyReport:
-    """Counts are of records, sizes of payload bytes.
+    """Counts are numbers of records; sizes are payload bytes.
 
     num_there: records that a target had already.  num_left: records not copied for lack of room.
     num_missing: records that the targets should hold after the copy and do not.  refusals: why targets refused records.
@@ -78,7 +79,8 @@ class CopyReport:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyLimits:
     """bytes_per_s: payload bytes per second; 0: no limit.  bytes_max: payload bytes in all, most valuable first; None:
-    all."""
+    all.
+    """
 
     bytes_per_s: int = 0
     bytes_max: int | None = None
@@ -126,7 +128,7 @@ async def copy_store(
 
 
 async def _missing(targets: Sequence[CopyTarget], stretch: Stretch, owner: bytes) -> list[RecordName]:
-    """The records of a stretch that none of the targets has."""
+    """The records of a stretch that none of the target stores has."""
     asked = (target.held(stretch.hashes, fingerprint=stretch.fingerprint, tenant=owner) for target in targets)
     there: set[RecordName] = set()
     for held in await asyncio.gather(*asked):
@@ -138,7 +140,7 @@ async def _missing(targets: Sequence[CopyTarget], stretch: Stretch, owner: bytes
 async def _copy_stretch(
     contents: CopySource, target: CopyTarget, stretch: Stretch, wanted: Sequence[RecordName], run: _Run
 ) -> int:
-    """Returns the payload bytes that were stored."""
+    """Returns the payload bytes that were stored at the targets."""
     copied = 0
     for records in contents.records(stretch, wanted):
         for batch in _batches(records):
@@ -155,7 +157,7 @@ async def _copy_stretch(
 
 
 async def _keep_pin(target: CopyTarget, stretch: Stretch, owner: bytes) -> None:
-    """Pin at the target what is pinned at the source, for the rest of its time."""
+    """Records that are pinned at the source are pinned at the target, for the rest of their pins' time."""
     left_s = (stretch.pinned_ms - wall_ms()) / 1000
     if left_s > 0:
         kind = RecordKind.BLOCK if stretch.has_blocks else RecordKind.CHECKPOINT
@@ -182,14 +184,14 @@ def _batches(records: Sequence[Record]) -> Iterator[list[Record]]:
 
 @dataclass(slots=True)
 class _Run:
-    """One run of a copy: its counts and its rate limit."""
+    """One run of a copy, with its counts and its rate limit."""
 
     bytes_per_s: int
     report: CopyReport = field(default_factory=CopyReport)
     started_s: float = field(default_factory=time.monotonic)
 
     async def wait(self) -> None:
-        """Wait until the bytes copied so far are within the rate."""
+        """Wait until the bytes copied so far do not exceed the rate limit."""
         if self.bytes_per_s:
             due_s = self.started_s + self.report.bytes_copied / self.bytes_per_s
             await asyncio.sleep(max(0.0, due_s - time.monotonic()))

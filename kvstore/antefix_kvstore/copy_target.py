@@ -68,15 +68,16 @@ def open_target(
 
 
 def _is_address(text: str) -> bool:
-    """Whether this is host:port or a Unix socket. A name without a port is a directory, which need not exist yet; so is
-    a name with a port if a directory has it."""
+    """Whether the text is host:port or names a Unix socket. A name without a port is a directory, which need not exist
+    yet; so is a name with a port if a directory has it.
+    """
     if text.startswith(UNIX):
         return True
     return "/" not in text and re.search(r":[0-9]+$", text) is not None and not Path(text).is_dir()
 
 
 class DirectoryTarget:
-    """A store directory that no service has open."""
+    """The directory of a store that no service has open."""
 
     def __init__(self, store: EmbeddedStore) -> None:
         self._store = store

@@ -1,5 +1,6 @@
-"""What an object tier holds, by namespace, owner, kind and age. Reads names and footers only, also while it is in
-use."""
+"""What an object tier holds, by namespace, owner, kind and age. Only names and footers of objects are read, also while
+the object store is in use.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +42,9 @@ class ObjectHolding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectReport:
-    """num_twice: records that are in more than one segment.  num_unreadable: segments without a sound footer.
+    """num_twice: records that are in more than one segment. num_unreadable: segments without a valid footer.
 
-    index_bytes: memory that the tier's index takes in a process that reads the tier.
+    index_bytes: memory that the index takes in a process that reads the object store.
     """
 
     url: str

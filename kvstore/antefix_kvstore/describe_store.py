@@ -45,10 +45,10 @@ AGES: Final = ((60, "< 1 min"), (3600, "< 1 h"), (86_400, "< 1 d"), (7 * 86_400,
 class Holding:
     """Records of one namespace (fingerprint), owner and kind.
 
-    tenant, user: names where they are known, else digests. The user is empty where the cache belongs to the tenant as a
-    whole.
-    about: which model and settings the fingerprint stands for, where known.  version: of the records.  generation: of
-    the secret that named and sealed the records; 0: no secret.  ages: number of records by time since last use.
+    tenant, user: names if they are known, else digests. The user is empty if all users of the tenant share one cache.
+    about: the model and settings that the fingerprint stands for, if known. version: format version of the records.
+    generation: of the secret that named and sealed the records; 0: no secret. ages: number of records by time since
+    last use.
     """
 
     fingerprint: str
@@ -68,7 +68,7 @@ class Holding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Blocks without a fork between them.  depth: number of forks above."""
+    """A run of blocks without a fork between them. depth: the number of forks above the run."""
 
     depth: int
     first_position: int
@@ -99,7 +99,8 @@ def inspect(
     known: KnownNames | None = None,
     progress: Progress = lambda done, total: None,
 ) -> StoreReport:
-    """known: tenants' names, shown instead of their digests.  progress: called with entries read and entries in all.
+    """known: tenants' names, shown instead of their digests. progress: called with the number of entries read and the
+    number of all entries.
 
     Raises:  ConfigError: not a store.  Unavailable: its index cannot be opened.
     """
@@ -262,7 +263,7 @@ _HEAD: Final = (
 
 
 def _row(holding: Holding) -> list[str]:
-    """A row of the table. Ages count from the last use; bad: number of quarantined records."""
+    """A row of the table. Ages of records count from their last use; bad: number of quarantined records."""
     return [
         *(holding.fingerprint[:12], holding.tenant or "(no tenant)", holding.user or "-", holding.kind.name.lower()),
         *(str(holding.num_records), shown_size(holding.payload_bytes), shown_size(holding.stored_bytes)),
@@ -272,7 +273,7 @@ def _row(holding: Holding) -> list[str]:
 
 
 def _about(report: StoreReport) -> list[str]:
-    """What each fingerprint stands for, without digests of files, which say the least."""
+    """The model and settings that each fingerprint stands for, without digests of files, which tell a reader least."""
     texts = {
         holding.fingerprint[:12]: ", ".join(f"{name} {holding.about[name]}" for name in _TOLD if name in holding.about)
         for holding in report.holdings

@@ -29,7 +29,8 @@ _CANNOT: Final = (errno.EINVAL, errno.EOPNOTSUPP)
 
 
 class DirectWriter:
-    """Writes batches of one file at a time. Not thread-safe; buffers and threads are made for the first batch.
+    """Writes batches of one file at a time. The object is not thread-safe; buffers and threads are made for the first
+    batch.
 
     A batch: `begin`, `write` any number of times, `end`, `finish`.
     """
@@ -87,7 +88,7 @@ class DirectWriter:
             self._send()
 
     def finish(self) -> None:
-        """Wait until the batch is written. It is durable after a sync of the file. Without a batch, do nothing.
+        """Wait until the batch is written. The data is durable after a sync of the file. Without a batch, do nothing.
 
         Raises:  OSError: a piece could not be written, so parts of the batch are missing.
         """

@@ -1,7 +1,7 @@
 """The file operations that durability needs, in one place, so that tests can simulate power loss and full disks.
 
-Everything that the engine writes goes through a Disk, except the index, which LMDB writes. Reads do not: they change
-nothing.
+All files that the engine writes go through a Disk, except the index, which LMDB writes. Reads do not go through a Disk,
+because they change nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ IOV_MAX: Final = 1024
 
 class Disk:
     """The real disk. A write that returns is in the page cache; only `sync_data` and `sync_directory` make it
-    durable."""
+    durable.
+    """
 
     def create(self, path: Path) -> int:
         """Create a new file, open for reading and writing.
@@ -88,7 +89,8 @@ class Disk:
     def start_writeback(self, fd: int, offset: int, nbytes: int) -> None:
         """Ask the kernel to begin writing these bytes to disk, so that the next sync has less to wait for.
 
-        A hint: promises nothing, and does nothing where the C library has no such call.
+        The request to the kernel is only a hint: it promises nothing, and does nothing if the C library has no such
+        call.
         """
         if _sync_file_range is not None:
             _sync_file_range(fd, offset, nbytes, _SYNC_FILE_RANGE_WRITE)
@@ -114,7 +116,7 @@ class Disk:
         source.rename(target)
 
     def replace_file(self, path: Path, content: bytes) -> None:
-        """Write a small file atomically: after a crash it is there whole or not at all."""
+        """Write a small file atomically: after a crash, either the whole file is there or nothing."""
         draft = path.with_suffix(".new")
         fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:

@@ -1,5 +1,6 @@
-"""Measures how fast the store's disk reads, which decides whether compression pays. Bypasses the page cache if
-possible."""
+"""Measures how fast the store's disk reads, which decides whether compression pays. The measurement bypasses the page
+cache if possible.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ _NUM_IN_FLIGHT: Final = 4
 
 
 def read_bytes_per_s(directory: Path) -> float:
-    """Measure with a file of 32 MiB that is deleted again; takes tens of milliseconds.
+    """Measure with a file of 32 MiB, which is deleted afterwards; the measurement takes tens of milliseconds.
 
     Raises:  OSError: no space for the file.
     """

@@ -39,7 +39,9 @@ class DiskReserve:
         return self._path.is_file()
 
     def hold(self) -> bool:
-        """Make the file if it does not exist. Returns whether it exists now; on a full disk it cannot be made."""
+        """Make the reserve file if it does not exist. Returns whether the reserve file exists now; on a full disk it
+        cannot be made.
+        """
         if self.held:
             return True
         put_aside(self._path)
@@ -54,7 +56,7 @@ class DiskReserve:
         return True
 
     def release(self) -> bool:
-        """Give the space back to the file system. Returns whether there was any."""
+        """Give the reserve's space back to the file system. Returns whether there was any."""
         with contextlib.suppress(OSError):
             self._path.unlink()
             return True
@@ -62,10 +64,10 @@ class DiskReserve:
 
 
 def is_full(err: lmdb.Error | OSError, directory: Path) -> bool:
-    """Whether the disk, LMDB's map or a file system quota is full.
+    """Whether the disk, LMDB's map of the index or a file system quota is full.
 
     LMDB reports a full disk as a plain error, and a page that was written only partly as an input/output error. So the
-    file system is asked whether it is full.
+    file system itself is asked whether it is full.
     """
     if isinstance(err, OSError):
         return err.errno in _FULL

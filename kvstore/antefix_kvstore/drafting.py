@@ -34,7 +34,7 @@ class Drafter:
         self._pool.shutdown()
 
     def refusal(self, record: Record) -> Refusal | None:
-        """Why a record cannot be written at all, or None."""
+        """Why a record cannot be written at all; None if it can be written."""
         if self._keys is not None and owner_row(record.version, record.tenant) not in self._keys:
             return Refusal(
                 RefusalReason.NO_KEY, f"this store is encrypted and has no key for tenant {record.tenant.hex()}"
@@ -42,7 +42,7 @@ class Drafter:
         return None
 
     def drafts(self, records: Sequence[Record], first: set[RecordName]) -> list[Draft]:
-        """One draft per record. first: names of the records that begin a chain."""
+        """One draft per record is returned. first: names of the records that begin a chain."""
         works = self._keys is not None or any(self._compression.wants(record) for record in records)
         mapping = self._pool.map if works and len(records) > 1 else map
         return list(mapping(lambda record: self._draft(record, (record.kind, record.hash) in first), records))

@@ -41,12 +41,14 @@ _READ_THREADS: Final = 4
 
 
 class EmbeddedStore:
-    """A store directory, open for writing in this process. Close it, or use it in `async with`.
+    """A store directory, open for writing in this process. The store must be closed with `close`, or used in `async
+    with`.
 
     The store neither makes nor checks seals: any process that can write the directory is trusted.
 
-    Calls run in threads and wait for the disk there. Make them from one event loop only. `engine` is the same store for
-    callers without an event loop. `BlockingStore(antefix_kvstore.open(...))` has the same calls without `await`.
+    Calls run in threads, which wait for the disk. All calls must be made from one event loop. `engine` is the same
+    store for callers without an event loop. `BlockingStore(antefix_kvstore.open(...))` has the same calls without
+    `await`.
     """
 
     def __init__(self, config: KvStoreConfig) -> None:
@@ -60,12 +62,14 @@ class EmbeddedStore:
         self._threads = ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="antefix-embedded")
 
     async def close(self) -> None:
-        """Commit what is queued and close the files. Closing again does nothing."""
+        """Commit the writes that are queued, and close the files. Closing again does nothing."""
         if self.engine.is_open:
             await asyncio.get_running_loop().run_in_executor(None, self.close_here)
 
     def close_here(self) -> None:
-        """Close in the calling thread. Works also while Python exits, when no thread may be started."""
+        """Close in the calling thread. Closing also works while Python exits, when no thread may be started any
+        more.
+        """
         if not self.engine.is_open:
             return
         self._scrubber.stop()
@@ -105,7 +109,9 @@ class EmbeddedStore:
     async def get_blocks(
         self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes, tenant: bytes = b""
     ) -> int:
-        """Fill `into[i]` with block `hashes[i]`, verified. Returns the number of leading blocks that are right."""
+        """Fill `into[i]` with block `hashes[i]`, verified. Returns the number of leading blocks that passed all
+        checks.
+        """
         return await self._in_thread(lambda: self.get_blocks_here(hashes, into, fingerprint=fingerprint, tenant=tenant))
 
     def get_blocks_here(
@@ -117,7 +123,7 @@ class EmbeddedStore:
         return outcome.num_good
 
     async def get(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
-        """One verified payload, or None when it is not stored (any more) or was corrupt."""
+        """One verified payload; None if it is not stored (any more) or was corrupt."""
         return await self._in_thread(lambda: self.get_here(kind, hash, fingerprint=fingerprint, tenant=tenant))
 
     def get_here(self, kind: RecordKind, hash: bytes, *, fingerprint: bytes, tenant: bytes = b"") -> bytes | None:
@@ -145,7 +151,7 @@ class EmbeddedStore:
         return await self._in_thread(read)
 
     async def put(self, records: Sequence[Record]) -> PutResult:
-        """Store records in order, durable when this returns (handoffs: in memory).
+        """Store records in order; they are durable when this returns, except handoffs, which are kept in memory.
 
         Raises:  InvalidRequest: a malformed record, or a payload that its registered layout does not fit; nothing has
             been stored.  Overloaded: too much is waiting for the disk.
@@ -164,14 +170,17 @@ class EmbeddedStore:
         return PutResult(num_stored=stored.num_stored + num_kept, num_existing=stored.num_existing, refused=refused)
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
-        """Turn records into misses until they are put again: their checksums held, but their content is unusable."""
+        """Make records count as missing until they are put again: their checksums were right, but their content cannot
+        be used.
+        """
         if kind in STORED_KINDS:
             names = [(kind, block_hash) for block_hash in hashes]
             await self._in_thread(lambda: self.engine.note_use((), (), unusable=names))
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         """Register a fingerprint's payload layout. The fingerprint's payloads may then be compressed, and payloads of
-        other sizes are refused."""
+        other sizes are refused.
+        """
         plans = {
             RecordKind.BLOCK: codec.plan_of_block(layout),
             RecordKind.CHECKPOINT: codec.plan_of_checkpoint(layout),
@@ -181,7 +190,8 @@ class EmbeddedStore:
         await self._in_thread(lambda: self.engine.register(fingerprint, layout.block_size, told, statement=statement))
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
-        """Keep an owner's records from eviction for a time; 0 unpins them. Returns how many of them are stored.
+        """Keep an owner's records from eviction for a time; 0 unpins them. Returns how many of the named records are
+        stored.
 
         owner: the owner's digest, as in the records' `tenant` field.
         """
@@ -189,17 +199,22 @@ class EmbeddedStore:
         return await self._in_thread(lambda: self.engine.pin(_stored(names), duration_s, owner=row))
 
     async def evict(self, names: Sequence[RecordName], *, owner: bytes) -> int:
-        """Drop an owner's records and all records that depend on them, pinned or not. Returns how many were dropped."""
+        """Delete an owner's records and all records that depend on them, pinned or not. Returns how many were
+        dropped.
+        """
         row = owner_row(2, owner)
         return await self._in_thread(lambda: self.engine.evict(_stored(names), owner=row))
 
     async def purge(self, owner: bytes) -> int:
-        """Drop all records of an owner; of a whole tenant if the owner names no user. Returns how many were dropped."""
+        """Delete all records of an owner; if the owner names no user, those of the whole tenant. Returns how many were
+        dropped.
+        """
         return self._memory.purge(owner) + await self._in_thread(lambda: self.engine.purge(owner_row(2, owner)))
 
     def watch(self, cursor: Cursor | None = None) -> AsyncGenerator[Batch[BlockEvent], None]:
-        """Events: first all that is stored now, then every change without gaps; with `cursor`, only the changes since
-        it."""
+        """Events of the store: first all that is stored now, then every change without gaps; with `cursor`, only the
+        changes since the cursor.
+        """
         return watch_log(self.engine.events, cursor or Cursor(), self._snapshot)
 
     async def _snapshot(self) -> AsyncGenerator[Batch[BlockEvent], None]:
@@ -223,8 +238,9 @@ class EmbeddedStore:
         return StoreTotals(kinds=kinds, **{name: known[name] for name in names})
 
     async def _in_thread(self, call: Callable[[], T]) -> T:
-        """Run a call in a thread. After this returned, raised or was cancelled, no thread writes to the caller's
-        buffers."""
+        """Run a blocking call in a thread. After this has returned, raised or was cancelled, no thread writes to the
+        caller's buffers.
+        """
         work = asyncio.get_running_loop().run_in_executor(self._threads, call)
         try:
             return await asyncio.shield(work)
@@ -236,5 +252,5 @@ class EmbeddedStore:
 def _stored(names: Sequence[RecordName]) -> list[RecordName]:
     """Raises:  InvalidRequest: a kind that is not kept on disk."""
     if any(kind not in STORED_KINDS for kind, _ in names):
-        raise InvalidRequest("only blocks and checkpoints are kept on disk")
+        raise InvalidRequest("only blocks and checkpoints can be kept on disk")
     return list(names)

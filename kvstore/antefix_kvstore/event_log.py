@@ -1,5 +1,6 @@
-"""Numbered changes of a store, for those who keep an index of it elsewhere. Each opening of the store begins an
-epoch."""
+"""Numbered changes of a store, for processes that keep an index of its contents elsewhere. Each opening of the store
+begins an epoch.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ class EventLog(NumberedLog[BlockEvent]):
         self._fingerprints: dict[int, bytes] = {}
 
     def publish(self, changes: Sequence[Change]) -> None:
-        """Called by the writer after each commit, under the engine's lock."""
+        """The writer calls this after each commit, under the engine's lock."""
         self.append(
             event
             for (kind, present, fingerprint_id), group in groupby(
@@ -43,7 +44,7 @@ class EventLog(NumberedLog[BlockEvent]):
         )
 
     def snapshot(self) -> Iterator[Batch[BlockEvent]]:
-        """Everything stored at the time of this call, read in batches later.
+        """Everything that is stored at the time of this call; the records are read in batches later.
 
         The caller holds the engine's lock during this call, but need not hold it while iterating.
         """

@@ -1,13 +1,14 @@
-"""The order in which records are evicted. Pure: knows sizes, times and costs; no files, no clock. The simulator uses it
-too.
+"""The order in which records are evicted. This module knows sizes, times and costs, but no files and no clock. The
+simulator uses it too.
 
 Records form a forest: a block's parent is the block before it, a checkpoint depends on its block. Only leaves are
-taken, so the ancestors of a stored record are always stored. Among leaves the lowest rank goes first.
+evicted, so the ancestors of a stored record are always stored. Among leaves, the one with the lowest rank is evicted
+first.
 
 Rank. The chance that a record is used again falls with its idle time. We assume that it halves every `half_life_s`, so
 keeping a record saves  cost / bytes * 2^(-idle / half_life).  The order of these values does not change as time passes,
-so a fixed number can stand for it:  rank = last use + half_life * log2(cost per byte / reference).  With equal costs
-this is LRU.
+so a fixed number can stand for it: rank = last use + half_life * log2(cost per byte / reference). If all costs are
+equal, this order is LRU.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class EvictionPolicy:
     doublings_max: float = 6.0
 
     def rank_ms(self, *, used_ms: int, cost_s: float, nbytes: int) -> int:
-        """The number by which leaves are ordered. A cost of 0 (unknown) counts as the reference cost."""
+        """The number by which leaves are ordered for eviction. A cost of 0 (unknown) counts as the reference cost."""
         if cost_s <= 0 or nbytes <= 0:
             return used_ms
         doublings = math.log2(cost_s / nbytes / self.reference_cost_s_per_byte)
@@ -73,8 +74,8 @@ def victims(
 ) -> Iterator[Name]:
     """Leaves in the order in which they are evicted; each is removed before it is yielded.
 
-    leaves: (rank, name), lowest rank first, at the start.  remove: removes a leaf; returns its parent with the parent's
-    rank if that is a leaf now, else None.  The caller stops iterating when enough is freed.
+    leaves: Pairs (rank, name), lowest rank first, at the start. remove: removes a leaf, and returns its parent with the
+    parent's rank if the parent is a leaf now, else None. The caller stops iterating when enough is freed.
     """
     exposed: list[tuple[int, Name]] = []
     for rank, name in leaves:
@@ -109,7 +110,9 @@ class _Node(Generic[Name]):
 
 
 class Forest(Generic[Name]):
-    """A store's records in memory, for replaying traces. The engine keeps the same forest in its index."""
+    """The records of a store in memory only, for replaying traces. The storage engine keeps the same forest in its
+    index.
+    """
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self.policy = policy
@@ -133,7 +136,9 @@ class Forest(Generic[Name]):
         self.nbytes += nbytes
 
     def touch(self, name: Name, now_ms: int) -> None:
-        """Note a use. A use of a leaf is a use of all ancestors too, and is counted for each when it becomes a leaf."""
+        """Note a use. A use of a leaf is also a use of all its ancestors; it is counted for each ancestor when that
+        becomes a leaf.
+        """
         node = self._nodes[name]
         rank = self.policy.rank_ms(used_ms=now_ms, cost_s=node.cost_s, nbytes=node.nbytes)
         node.rank_ms = max(node.rank_ms, rank)

@@ -1,6 +1,8 @@
-"""Which record depends on which, computed for many records at once. Pure: knows rows and names, no files, no index.
+"""Which record depends on which, computed for many records at once. This module knows rows and names, but no files and
+no index.
 
-A row's parent is the number of the parent's row, or -1. Sums along all ancestors take one round per doubling of the
+A row's parent is given as the number of the parent's row, or -1. Sums along all ancestors take one round per doubling
+of the
 longest chain: in each round a row adds what the ancestor it points to has gathered, and then points to where that
 ancestor pointed.
 """
@@ -27,8 +29,8 @@ _ELSEWHERE: Final = int(RecordFlag.ELSEWHERE)
 class Forest:
     """Arrays with one element per row.  parent: the parent's row, or -1.  known_parent: the parent is indexed already.
 
-    stands: the row may be indexed.  apart: without its parent.  prefix_bytes: bytes from the start of its chain to this
-    row.
+    stands: the row may be indexed. apart: it is indexed without its parent. prefix_bytes: bytes from the start of its
+    chain to this row.
     """
 
     parent: Array
@@ -51,7 +53,7 @@ def parent_names(rows: Array) -> list[bytes]:
 
 
 def follow_parents(rows: Array) -> Array:
-    """Which rows come directly after the block that they depend on. Most rows do.  Shapes:  [N] bool."""
+    """Which rows come directly after the row of the block that they depend on. Most rows do.  Shapes:  [N] bool."""
     is_block = rows["kind"] == RecordKind.BLOCK
     names = np.where(is_block, rows["parent"], rows["hash"])
     follows = np.zeros(len(rows), bool)
@@ -65,7 +67,7 @@ def hang_together(
     """Arrange the rows as a forest.
 
     known_prefix: prefix bytes by hash, for indexed blocks that rows depend on and that are not among the rows.
-    takes_apart: rows whose parent may be in another store are indexed without it.
+    takes_apart: whether rows whose parent may be in another store are indexed without it.
     """
     is_block = rows["kind"] == RecordKind.BLOCK
     is_first = (rows["flags"] & _FIRST) != 0
@@ -105,7 +107,8 @@ def _lost(parent: Array, missing: Array) -> Array:
 
 def sums_to_root(parent: Array, values: Array) -> tuple[Array, Array]:
     """For each row, the sum of `values` over it and all its ancestors, and whether these form a circle (no topmost
-    one)."""
+    one).
+    """
     num = len(parent)
     # One more row, which is above all others and adds nothing.
     gathered = np.append(values.astype(np.int64), 0)

@@ -55,20 +55,21 @@ class FreeSpace:
 
     @property
     def is_sudden(self) -> bool:
-        """Whether somebody else has taken most of the margin as well."""
+        """Whether other programs have taken most of the margin as well."""
         return self.nbytes < self.margin_bytes * _SUDDEN_SHARE
 
     def room(self) -> int:
-        """Bytes by which the store may grow; negative where the margin is used already."""
+        """Bytes by which the store may grow; negative if the margin is used already."""
         return self.nbytes - self.margin_bytes
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether `nbytes` may be written now."""
+        """Whether `nbytes` bytes may be written now."""
         return self.nbytes - nbytes >= self.margin_bytes * _STOP_SHARE
 
 
 def fit_to_disk(config: KvStoreConfig, *, statvfs: Callable[[Path], os.statvfs_result] = os.statvfs) -> KvStoreConfig:
-    """The settings, with the budget lowered to what the file system can hold (including the store's present files).
+    """The settings, with the budget lowered to the size for which the file system has room (including the store's
+    present files).
 
     A segment size that is too large for that budget is lowered too.
     """
@@ -79,7 +80,8 @@ def fit_to_disk(config: KvStoreConfig, *, statvfs: Callable[[Path], os.statvfs_r
     if can_hold >= config.budget_bytes:
         return config
     log.warning(
-        "the file system of %s can hold only %d bytes of the store's budget of %d, with %d left free for others. The"
+        "the file system of %s has room for only %d bytes of the store's budget of %d, with %d bytes left free "
+        "for other programs. The"
         " store takes at most %d bytes; set a lower --budget-bytes, or use a larger disk",
         *(config.dir, can_hold, config.budget_bytes, free.margin_bytes, can_hold),
     )

@@ -20,7 +20,9 @@ _WAITING_BYTES_MAX: Final = 1 << 30
 
 
 class FreshBytes:
-    """Not thread-safe.  written_bytes, read_bytes: written past the page cache, and read into it, since the start."""
+    """The object is not thread-safe. written_bytes, read_bytes: bytes written past the page cache, and read into it,
+    since the start.
+    """
 
     def __init__(self) -> None:
         self.written_bytes = self.read_bytes = 0

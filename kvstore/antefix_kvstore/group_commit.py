@@ -1,4 +1,6 @@
-"""The single writer thread: gathers waiting puts into one commit, and tidies the store when there are no puts."""
+"""The single writer thread of a store: it gathers waiting puts into one commit, and tidies the store when there are no
+puts.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ class GroupCommitter:
         return self._queued_bytes
 
     def submit(self, records: Sequence[Record]) -> Future[PutResult]:
-        """Queue a put. The future's result comes when the records are durable.
+        """Queue a put. The future has its result when the records are durable.
 
         Raises:  InvalidRequest: a malformed record, or a size other than its registered layout's.  Overloaded: too many
         bytes are waiting already.  Unavailable: the store is stopping.
@@ -60,7 +62,7 @@ class GroupCommitter:
             if self._stopping:
                 raise Unavailable("the store is stopping")
             if self._queue and self._queued_bytes + nbytes > self._queue_bytes_max:
-                raise Overloaded("too many puts are waiting for the disk", retry_after_s=RETRY_AFTER_S)
+                raise Overloaded("too many writes are waiting for the store's disk", retry_after_s=RETRY_AFTER_S)
             put = _Put(records, nbytes, Future())
             self._queue.append(put)
             self._queued_bytes += nbytes

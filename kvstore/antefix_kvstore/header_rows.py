@@ -82,7 +82,7 @@ def extents_of(rows: Array) -> Array:
 
 
 def short_entries(of: Mapping[str, Array], hashes: Array, parents: Array) -> tuple[Array, Array]:
-    """Index entries in the short form, and which of them fit it. Other entries must use the long form.
+    """Index entries in the short form, and which of the entries fit that form. Other entries must use the long form.
 
     of: the fields of IndexEntry, int64; `place` is the offset / 8.
     Shapes:  hashes, parents [N] V32; result [N] V84 and [N] bool.

@@ -1,4 +1,4 @@
-"""Identifies a store's directory: its STORE file and its lock. Refuses to touch a directory that is not a store's."""
+"""Identifies a store's directory: its STORE file and its lock. A directory that is not a store's is left untouched."""
 
 from __future__ import annotations
 
@@ -62,11 +62,14 @@ def prepare_directory(directory: Path) -> None:
     except OSError as err:
         raise _unusable(directory, err) from err
     if names and STORE_FILE not in names and SEGMENT_DIR not in names and not names <= _KNOWN_FILES:
-        raise ConfigError(f"{directory} is not an Antefix store and not empty; name an empty directory")
+        raise ConfigError(
+            f"the directory {directory} is not an Antefix store and is not empty; name an empty directory"
+        )
 
 
 def put_aside_misplaced(directory: Path) -> None:
-    """Rename entries that have the store's names but are of another kind (a directory for a file). Needs the lock.
+    """Rename directory entries that have the names of a store's files but are of another kind (a directory for a file).
+    Needs the lock.
 
     Raises:  ConfigError: the segment directory is a link to nothing. The disk that it leads to may not be mounted.
     """
@@ -104,8 +107,9 @@ def lock_directory(directory: Path) -> DirectoryLock:
 
 
 def read_identity(directory: Path, disk: Disk, clock_ms: Callable[[], int]) -> StoreIdentity:
-    """Read the STORE file; if it is lost or damaged, take the identity from the segments; if there are none, make a new
-    one."""
+    """Read the STORE file. If it is lost or damaged, the identity is taken from the segments; if there are none, a new
+    identity is made.
+    """
     path = directory / STORE_FILE
     segment_dir = directory / SEGMENT_DIR
     identity = None
@@ -120,7 +124,9 @@ def read_identity(directory: Path, disk: Disk, clock_ms: Callable[[], int]) -> S
             disk.replace_file(path, pack_identity(identity))
     if identity is None:
         if path.exists() and segment_dir.exists() and any(segment_dir.iterdir()):
-            raise ConfigError(f"{directory}: neither the STORE file nor any segment can be read; not an Antefix store")
+            raise ConfigError(
+                f"{directory} is not an Antefix store: neither the STORE file nor any segment can be read"
+            )
         identity = StoreIdentity(store_id=secrets.token_bytes(16), created_ms=clock_ms())
         segment_dir.mkdir(mode=0o700, exist_ok=True)
         disk.replace_file(path, pack_identity(identity))

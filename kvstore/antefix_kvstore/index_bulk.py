@@ -39,7 +39,9 @@ _ENTRY_FIELDS: Final = tuple(name for name in IndexEntry.__dataclass_fields__ if
 
 
 class BulkIndex:
-    """An index that no other process has open. Each call may reopen it, so `index` is another object afterwards."""
+    """An index that no other process has open. Each call may reopen the index, so `index` is another object
+    afterwards.
+    """
 
     def __init__(self, open_index: Callable[[], Index], num_records_max: int) -> None:
         """num_records_max: an upper bound of the records that will be added."""
@@ -50,14 +52,14 @@ class BulkIndex:
         self._seen = SeenNames(num_records_max)
 
     def reopen(self) -> None:
-        """Close and reopen the index, which frees pages read through its map, where these may be many."""
+        """Close and reopen the index, which frees the pages that were read through its map, if they may be many."""
         if (self.index.directory / DATA_FILE).stat().st_size <= _MAPPED_BYTES_MAX:
             return
         self.index.close()
         self.index = self._open_index()
 
     def known_copies(self, rows: Array) -> list[tuple[int, IndexEntry]]:
-        """The rows whose names are indexed already, and their entries."""
+        """The rows whose names are indexed already, with their entries."""
         suspects = np.flatnonzero(self._seen.have(rows))
         found: list[tuple[int, IndexEntry]] = []
         for kind in TABLE_OF_KIND:
@@ -67,7 +69,7 @@ class BulkIndex:
         return found
 
     def entries(self, kind: RecordKind, hashes: Iterable[bytes]) -> Iterator[tuple[bytes, IndexEntry]]:
-        """The hashes that are indexed, with their entries."""
+        """The hashes that are indexed already, with their entries."""
         ordered = sorted(hashes) if self.num_indexed else []
         for first in range(0, len(ordered), _SLICE_RECORDS):
             with self.index.txn() as txn, txn.cursor(db=self.index.db[TABLE_OF_KIND[kind]]) as cursor:
@@ -81,7 +83,7 @@ class BulkIndex:
     def add(self, rows: Array, *, takes_apart: bool) -> Array:
         """Index the rows that may be indexed. Returns the others.
 
-        rows: none of them is indexed yet, and all names differ.
+        rows: none of them may be indexed already, and all names must differ.
         """
         if not len(rows):
             return rows
@@ -213,7 +215,7 @@ def _runs(*columns: Array) -> tuple[Array, Array]:
 def _counts(
     rows: Array, of: dict[str, Array], extents: Array, stands: Array
 ) -> tuple[dict[bytes, list[int]], dict[int, list[int]]]:
-    """What the rows add to the totals of kinds and owners, and to the segments' totals."""
+    """How much the rows add to the totals of kinds and owners, and to the segments' totals."""
     totals: dict[bytes, list[int]] = defaultdict(lambda: [0, 0, 0])
     live: dict[int, list[int]] = defaultdict(lambda: [0, 0])
     ones, payload = np.ones_like(extents), of["payload_bytes"]

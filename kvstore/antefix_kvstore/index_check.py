@@ -25,7 +25,9 @@ from antefix_kvstore.index_writer import PLAN_PREFIX, read_segments, read_totals
 
 
 def index_fault(directory: Path) -> str | None:
-    """What is wrong with the index in a directory that nobody writes to now. None: it may be opened and trusted."""
+    """What is wrong with the index in a directory to which nobody writes now. None: the index may be opened and
+    trusted.
+    """
     derived = Derived()
     if fault := structure_fault(directory / DATA_FILE, TABLES, derived.add):
         return fault
@@ -91,7 +93,9 @@ def _total_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
 
 
 def _name_faults(index: Index, txn: Any, derived: Derived) -> Iterator[str]:
-    """Names and ids must map to each other, and every id in use must be among them."""
+    """Names and numbers of owners and fingerprints must map to each other, and every number in use must be
+    among them.
+    """
     with txn.cursor(db=index.db["names"]) as cursor:
         rows = {bytes(key): bytes(value) for key, value in cursor}
     # Owners have two kinds of names, but one set of ids.

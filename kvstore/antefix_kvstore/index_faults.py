@@ -1,5 +1,6 @@
 """Detects damage to an open store's files before LMDB touches them: reading a truncated file's map kills the
-process."""
+process.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +23,7 @@ _LIMITS: Final = (lmdb.MapFullError, lmdb.ReadersFullError, lmdb.TxnFullError, l
 
 
 class IndexDamaged(Unavailable):
-    """The store's index is damaged and is being rebuilt. The caller continues without the store."""
+    """The store's index is damaged and is being rebuilt. The caller continues without the store until then."""
 
 
 def fault_of(store: OpenStore) -> str:
@@ -51,7 +52,7 @@ def _fault_of_index(path: Path) -> str:
 
 @contextmanager
 def told(directory: Path, tell: Callable[[str], object]) -> Iterator[None]:
-    """Turn LMDB's or an entry's report of damage into IndexDamaged, and call `tell` with it."""
+    """Turn a report of damage by LMDB or by an entry into IndexDamaged, and call `tell` with it."""
     try:
         yield
     except (lmdb.Error, BlockCorrupt, FileNotFoundError) as err:

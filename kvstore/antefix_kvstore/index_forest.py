@@ -20,10 +20,11 @@ _APART: Final = int(RecordFlag.APART)
 
 
 def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *, used_ms: int) -> bool:
-    """Index a record of a segment. Returns False, and changes nothing, if it needs a parent that is not indexed.
+    """Index a record of a segment. Returns False, and changes nothing, if the record needs a parent that is not
+    indexed.
 
-    An entry that exists already is updated: it keeps its place in the forest and points to the new record. If it was
-    stored apart and its parent is indexed by now, it depends on that parent from then on.
+    An entry that exists already is updated: it keeps its place in the forest and points to the new record. If the
+    record was stored apart and its parent has been indexed since, the record depends on that parent from then on.
     """
     name = (header.kind, header.hash)
     parent_name = parent_of(name, header.parent)
@@ -69,7 +70,8 @@ def insert_entry(txn: IndexTxn, header: RecordHeader, policy: EvictionPolicy, *,
 
 def drop_subtrees(txn: IndexTxn, space: Space, roots: Iterable[RecordName]) -> int:
     """Remove records and all records that depend on them. Reads the whole index, so use it for repair only. Returns the
-    number removed."""
+    number removed.
+    """
     waiting = list(roots)
     if not waiting:
         return 0
@@ -95,7 +97,8 @@ def drop_subtrees(txn: IndexTxn, space: Space, roots: Iterable[RecordName]) -> i
 
 def drop_false_roots(txn: IndexTxn, space: Space, fingerprint_id: int, block_tokens: int) -> int:
     """Remove chains that do not begin at token 0, stored before the block size was known. Returns the number
-    removed."""
+    removed.
+    """
     roots = [
         name
         for name, entry in txn.names(RecordKind.BLOCK)

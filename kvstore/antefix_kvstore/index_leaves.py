@@ -24,7 +24,7 @@ _NODE_BYTES: Final = 8
 
 
 class Fault(Exception):
-    """The file is not as LMDB writes it. The message says where."""
+    """The file does not have the form in which LMDB writes files. The message says where."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ class LeafBatch:
         return self.key(self.num_nodes - 1)
 
     def _padded_keys(self, width: int) -> Array:
-        """The keys of all nodes, padded as by `_padded`."""
+        """The keys of all nodes, padded to one length as by `_padded`."""
         padded = np.zeros((self.num_nodes, width), np.uint8)
         for nbytes in np.unique(self.key_bytes).tolist():
             nodes = np.flatnonzero(self.key_bytes == nbytes)
@@ -106,7 +106,8 @@ class LeafBatch:
 
 def _padded(keys: Sequence[bytes], width: int) -> Array:
     """Shapes:  [len(keys), W] big-endian u64 words: the key, zeros, then its length. These compare in the order of the
-    keys."""
+    keys.
+    """
     rows = b"".join(key.ljust(width - 1, b"\0") + bytes([len(key) & 0xFF]) for key in keys)
     return np.frombuffer(rows, ">u8").reshape(len(keys), width // 8)
 
@@ -125,7 +126,7 @@ def _greater(ones: Array, others: Array) -> Array:
 
 
 def read_leaves(fd: int, page_bytes: int, numbers: Sequence[int], overflow: Overflow) -> LeafBatch:
-    """Read the pages with these numbers, and check each by itself.
+    """Read the pages with these numbers, and check each page by itself.
 
     overflow: called with the first overflow page and the size of a large value; returns that value.
     Raises:  Fault: a page is no leaf, or its nodes lie outside it or overlap.
@@ -167,7 +168,7 @@ def read_leaves(fd: int, page_bytes: int, numbers: Sequence[int], overflow: Over
 
 
 def _check_nodes(page_of: Array, at: Array, taken: Array, upper: Array, page_bytes: int) -> None:
-    """Check that nodes fill their page from `upper` to its end without gaps, each at an even offset.
+    """Check that the nodes of each page fill it from `upper` to its end without gaps, each at an even offset.
 
     Raises:  Fault.
     """

@@ -43,10 +43,9 @@ def fill_index(open_index: Callable[[], Index], segments: Segments, *, check_all
     """Index all records whose parents are indexed, or may be in another store.
 
     open_index: opens the new index, which no other process has open.
-    check_all: verify every payload and leave out damaged records. Otherwise only the last segment's payloads are
-    verified:
-    it may end in a batch that was never acknowledged, and all earlier segments were synced before it began.
-    Returns for each segment the offset at which its last record ends.
+    check_all: verify every payload and leave out damaged records. Without it, only the last segment's payloads are
+    verified: that segment may end in a batch that was never acknowledged, and all earlier segments were synced before
+    it began. Returns for each segment the offset at which its last record ends.
     """
     bulk = BulkIndex(open_index, sum(segments.sizes.values()) // RECORD_HEADER_BYTES)
     try:
@@ -101,7 +100,9 @@ class _Filling:
         self._replace(newer_copies)
 
     def start_again(self) -> Sequence[int]:
-        """Numbers of the segments to be read once more. Drops the waiting rows of these segments, which come again."""
+        """The numbers of the segments that must be read once more. Waiting rows of these segments are dropped, because
+        they come again.
+        """
         numbers, self.crowded = sorted(self.crowded), set()
         self._waiting = self._waiting[~np.isin(self._waiting["segment"], numbers)]
         return numbers
@@ -147,7 +148,9 @@ def _last_copies(rows: Array) -> Array:
 
 
 def _chunks(segments: Segments, numbers: Sequence[int], last: int, check_all: bool) -> Iterator[Array]:
-    """Rows of these segments, in order. A few segments are read ahead, one chunk of each."""
+    """The rows of these segments, in the order of the files. A few segments are read ahead, one chunk of each at a
+    time.
+    """
 
     def next_of(scan: Iterator[bytes]) -> Array | None:
         raws = list(itertools.islice(scan, _CHUNK_RECORDS))

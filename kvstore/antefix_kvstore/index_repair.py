@@ -1,8 +1,8 @@
 """Checks an index before it is used, and rebuilds it from the segments' headers if it is not sound.
 
 LMDB trusts the file that it maps, so it must never open a damaged one. An index is opened only if its checksum from the
-last clean close matches. After a crash there is no such checksum; then `index_check`, which does not use LMDB, must
-find that its structure is sound and its tables match its entries, which have checksums of their own.
+last clean close still matches. After a crash there is no such checksum; then `index_check`, which does not use LMDB,
+must find that its structure is sound and its tables match its entries, which have checksums of their own.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def _index_fault(directory: Path, config: KvStoreConfig) -> str | None:
-    """Why the index must be rebuilt, or None if it may be opened."""
+    """Why the index must be rebuilt; None if it may be opened."""
     data = directory / INDEX_DIR / "data.mdb"
     if not data.exists():
         return "there is none"
@@ -101,7 +101,7 @@ def index_sum(directory: Path) -> bytes:
 
 
 def rebuild_index(directory: Path, index_bytes: int, segments: Segments, *, check_all: bool = False) -> Index:
-    """A new index from the segments' headers, put in place only when it is whole."""
+    """A new index, made from the segments' headers and put in place only when it is complete."""
     new = directory / REBUILT_DIR
     new.mkdir(mode=0o700)
     _fill(lambda: Index(new, map_bytes=index_bytes, write=True, durable=False), segments, check_all)
@@ -130,7 +130,9 @@ def _fill(open_index: Callable[[], Index], segments: Segments, check_all: bool) 
 
 
 def index_headers(index: Index, headers: Iterable[RecordHeader]) -> int:
-    """Index records of segments, parents first. Records without a parent are left out. Returns the number indexed."""
+    """Index records of segments, parents first. Records whose parent is not indexed are left out. Returns the number
+    indexed.
+    """
     policy = EvictionPolicy()
     ordered = list(headers)
     num_indexed = 0
@@ -143,7 +145,7 @@ def index_headers(index: Index, headers: Iterable[RecordHeader]) -> int:
 
 
 def ends_of(headers: Iterable[RecordHeader]) -> dict[int, int]:
-    """For each segment, the offset at which its last record ends.
+    """For each segment, the offset at which the segment's last record ends.
 
     The offset is the exact end, not the start of the next batch. A torn record's header may lie in between; if a new
     batch overwrote only its payload, a scan would trust that header and skip the new batch's beginning.

@@ -1,11 +1,12 @@
 """Checks the structure of an LMDB file before LMDB opens it, because LMDB trusts what it maps.
 
-Reads with `pread`, never through a map. Walks every tree from the newest meta page: branches one by one, leaves many
-at a time with numpy, because a store of a million blocks has tens of thousands of leaves. Each batch of a table's
-leaves is passed to the caller (`LeafBatch`), so the file is read once. Memory grows by one byte per page only.
+The file is read with `pread`, never through a memory map. Walks every tree from the newest meta page: branches one by
+one, leaves many at a time with numpy, because a store of a million blocks has tens of thousands of leaves. Each batch
+of leaf pages is passed to the caller (`LeafBatch`), so the file is read only once. The memory that the check needs
+grows only by one byte per page.
 
-Stricter than LMDB: duplicates, reserved flags and gaps, which our own writer never makes, are faults. The page format
-is in `antefix.store_files.index_pages`. `lmdb.verify` checks the same page by page; tests compare with it.
+The check is stricter than LMDB: duplicates, reserved flags and gaps, which our own writer never makes, are faults. The
+page format is in `antefix.store_files.index_pages`. `lmdb.verify` checks the same page by page; tests compare with it.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class _Tree:
 
 
 def structure_fault(path: Path, tables: Sequence[str], leaves: Leaves) -> str | None:
-    """What is wrong with the file, or None.
+    """What is wrong with the index file; None if nothing is.
 
     tables: names of the tables that the file may have.  leaves: called with each batch of a table's leaf pages, in
     order.
@@ -146,8 +147,9 @@ class _Walk:
         self._note(numbers[1:].astype(np.int64), _FREE)
 
     def _walk(self, tree: _Tree) -> Iterator[LeafBatch]:
-        """The leaves of a tree in order, checked by themselves, against each other and against the branches above
-        them."""
+        """The leaf pages of a tree in order; each is checked by itself, against the others and against the branches
+        above them.
+        """
         found = tree.found
         if tree.root != _NO_ROOT:
             if not 1 <= tree.depth <= _DEPTH_MAX:

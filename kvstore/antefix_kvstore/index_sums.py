@@ -1,5 +1,6 @@
-"""Sums up what the entries of an index imply, many at a time. The derived tables of a sound index have the same
-sums."""
+"""Sums up what the entries of an index imply about its other tables, many entries at a time. The other tables of an
+undamaged index have the same sums.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +50,7 @@ _WEIGHTS: Final = np.array([0x9E3779B185EBCA87 * (2 * n + 1) % 2**64 | 1 for n i
 
 @dataclass(slots=True)
 class KeySum:
-    """The number of keys and the sum of their hashes, in any order. Detects damage, not malice."""
+    """The number of keys and the sum of their hashes, whatever their order. Detects damage, not malice."""
 
     count: int = 0
     total: int = 0

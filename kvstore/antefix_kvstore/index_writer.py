@@ -1,8 +1,8 @@
 """Changes the index: one LMDB transaction that updates the derived tables from the entries that changed.
 
 The engine edits entries. On commit, each changed entry is compared with its old value, and leaves, expiry, totals,
-segment counts and the number of quarantined records are updated to match. So entries and derived tables cannot
-disagree.
+segment counts and the number of quarantined records are updated to match. So the entries and the tables derived from
+them cannot disagree.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class FingerprintState:
 
 
 class IndexTxn:
-    """One write transaction. Use as a context manager: commits at the end, aborts on an exception."""
+    """One write transaction. The transaction is used as a context manager: it commits at the end, and aborts on an
+    exception.
+    """
 
     def __init__(
         self,
@@ -53,7 +55,8 @@ class IndexTxn:
         before_commit: Callable[[], object] | None = None,
         may_drop: Callable[[int], bool] = lambda _number: False,
     ) -> None:
-        """before_commit: called when everything is ready to be committed. If it raises, the transaction is aborted.
+        """before_commit: called when everything is ready to be committed. If this function raises, the transaction is
+        aborted.
 
         may_drop: whether the transaction may forget a segment that has no live record; `dropped` lists those that it
         forgot.
@@ -94,7 +97,8 @@ class IndexTxn:
             self._index.on_change(self._changes)
 
     def get(self, name: RecordName) -> IndexEntry | None:
-        """The entry as this transaction sees it. Changes that the caller makes to it are written at commit.
+        """The index entry as this transaction sees it. Changes that the caller makes to the entry are written at
+        commit.
 
         Raises:  BlockCorrupt: the index itself is damaged.
         """
@@ -114,13 +118,13 @@ class IndexTxn:
         self._new[name] = None
 
     def leaves(self) -> Iterator[tuple[int, RecordName]]:
-        """Leaves as of the transaction's start, lowest rank first."""
+        """Leaves of the forest as they were at the transaction's start, lowest rank first."""
         for key in _keys(self._txn, self._index.db["leaves"]):
             rank_ms, kind = _RANK.unpack_from(key)
             yield rank_ms, (RecordKind(kind), bytes(key[_RANK.size :]))
 
     def expiring(self, now_ms: int) -> list[RecordName]:
-        """Leaves that have expired, as of the transaction's start."""
+        """Leaves that had expired at the transaction's start."""
         found = []
         for key in _keys(self._txn, self._index.db["expiry"]):
             expires_ms, kind = _RANK.unpack_from(key)
@@ -130,7 +134,9 @@ class IndexTxn:
         return found
 
     def names(self, kind: RecordKind) -> Iterator[tuple[RecordName, IndexEntry]]:
-        """Every entry of a kind, as of the transaction's start. Reads the whole table, so use it for repair only."""
+        """Every entry of a kind of record, as at the transaction's start. The whole table is read, so this is for
+        repair only.
+        """
         with self._txn.cursor(db=self._index.db[TABLE_OF_KIND[kind]]) as cursor:
             for key, value in cursor:
                 name = (kind, bytes(key))
@@ -148,7 +154,7 @@ class IndexTxn:
     def fingerprint_of(self, number: int) -> FingerprintState:
         value = self._txn.get(b"F" + number.to_bytes(4, "little"), db=self._index.db["names"])
         if value is None:
-            raise BlockCorrupt(f"the index names no fingerprint {number}")
+            raise BlockCorrupt(f"the store's index has no fingerprint number {number}")
         return FingerprintState(id=number, digest=bytes(value[:32]), block_tokens=int.from_bytes(value[32:], "little"))
 
     def set_fingerprint(self, digest: bytes, block_tokens: int) -> FingerprintState:
@@ -161,7 +167,9 @@ class IndexTxn:
         return state
 
     def owner_id(self, owner: bytes, generation: int) -> int:
-        """The number of a record's owner, for a record that is about to be indexed. A new owner gets a new number."""
+        """The number of a record's owner, for a record that is about to be indexed. A new owner gets a number that was
+        never used before.
+        """
         return self._owners.number(owner, generation)
 
     def known_owner_id(self, owner: bytes) -> int | None:
@@ -236,7 +244,7 @@ class IndexTxn:
             self._txn.put(APART_KEY, _U64.pack(known + self._num_apart), db=db["meta"])
 
     def _derive(self, name: RecordName, old: IndexEntry | None, new: IndexEntry | None) -> None:
-        """Update the leaf and expiry keys of an entry."""
+        """Update the rows for an entry in the tables of leaves and of expiry times."""
         for table, of in (("leaves", leaf_key), ("expiry", expiry_key)):
             before = of(name, old) if old else None
             after = of(name, new) if new else None
@@ -304,7 +312,8 @@ def _keys(txn: Any, table: Any) -> Iterator[bytes]:
 
 def leaf_key(name: RecordName, entry: IndexEntry) -> bytes | None:
     """The key of a leaf. A pinned leaf is sorted by the end of its pin, so eviction need not step over it
-    repeatedly."""
+    repeatedly.
+    """
     return None if entry.children else _RANK.pack(max(entry.rank_ms, entry.pinned_ms), name[0]) + name[1]
 
 

@@ -15,7 +15,7 @@ from antefix_kvstore.segments import Segments
 
 
 def pin_records(txn: IndexTxn, names: Iterable[RecordName], until_ms: int, *, owner: bytes | None) -> list[RecordName]:
-    """Keep records from eviction until `until_ms`. Returns those that are stored and belong to the owner.
+    """Keep records from being evicted until `until_ms`. Returns the records that are stored and belong to the owner.
 
     owner: as the index has it (`antefix.store_files.record_header.owner_row`); None: any owner.
     """
@@ -39,8 +39,9 @@ def owned_records(txn: IndexTxn, names: Iterable[RecordName], owner: bytes | Non
 
 
 def records_of_owner(txn: IndexTxn, owner: bytes) -> list[RecordName]:
-    """All records of an owner; of the whole tenant if the owner names no user. Reads the whole index if there are
-    any."""
+    """All records of an owner; of the whole tenant if the owner names no user. The whole index is read if the owner has
+    any records.
+    """
     meant = {number for number, row in txn.owners().items() if without_user(owner) in (row, account_of(row))}
     if not meant:
         return []

@@ -154,7 +154,7 @@ class KvStoreConfig(ObjectUploadConfig):
 
     @property
     def record_bytes_max(self) -> int:
-        """Size limit of a record. A larger one would not fit the reserve in which compaction works."""
+        """Size limit of a record. A larger segment would not fit the reserve in which compaction works."""
         return min(PAYLOAD_BYTES_MAX, self.segment_bytes_in_force - (8 << 10))
 
     def ttl_s(self, kind: RecordKind) -> float:

@@ -1,5 +1,6 @@
 """Window state that is useful for minutes only: handoffs and pooled checkpoints, kept in memory with a time to live and
-a size limit in bytes."""
+a size limit in bytes.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ class _Kept:
 
 
 class MemoryRecords:
-    """Payloads by kind and hash. When the limit is reached, the oldest are dropped. Used from one event loop."""
+    """Payloads by kind and hash. When the limit is reached, the oldest payloads are dropped. Used from one
+    event loop.
+    """
 
     def __init__(self, *, bytes_max: int, ttl_s: float) -> None:
         self.bytes_max = bytes_max
@@ -40,12 +43,14 @@ class MemoryRecords:
         return len(self._kept)
 
     def count(self, kind: RecordKind) -> tuple[int, int]:
-        """Number of payloads of a kind, and their bytes."""
+        """The number of payloads of a kind, and the sum of their bytes."""
         found = [len(kept.payload) for (each, _), kept in self._kept.items() if each is kind]
         return len(found), sum(found)
 
     def put(self, record: Record) -> bool:
-        """Keep a payload; replaces one of the same name. Returns False if the payload alone exceeds the limit."""
+        """Keep a payload in memory, in place of one with the same name. Returns False if the payload alone exceeds the
+        limit.
+        """
         name = (record.kind, record.hash)
         self._drop(name)
         nbytes = memoryview(record.payload).nbytes
@@ -66,7 +71,7 @@ class MemoryRecords:
     def get(
         self, kind: RecordKind, name: bytes, fingerprint: bytes, *, owners: Collection[bytes] | None = None
     ) -> tuple[bytes, bytes] | None:
-        """A payload and its sealed part. owners: who it may belong to; None: anybody."""
+        """A payload and its sealed part. owners: the owners that it may belong to; None: any owner."""
         kept = self._kept.get((kind, name))
         if kept is None or kept.fingerprint != fingerprint or kept.expires_s <= time.monotonic():
             return None
@@ -78,7 +83,9 @@ class MemoryRecords:
         return kept is not None and kept.owner != owner and kept.expires_s > time.monotonic()
 
     def purge(self, owner: bytes) -> int:
-        """Drop an owner's payloads; a whole tenant's if the owner names no user. Returns how many were dropped."""
+        """Drop an owner's payloads; if the owner names no user, those of the whole tenant. Returns how many were
+        dropped.
+        """
         account = owner[:TENANT_BYTES] if owner.endswith(bytes(USER_BYTES)) else owner
         names = [name for name, kept in self._kept.items() if kept.owner.startswith(account)]
         for name in names:

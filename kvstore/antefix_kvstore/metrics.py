@@ -27,32 +27,34 @@ _CORRUPT_HELP = (
 # Fields of `engine_stats.StoreStats.numbers`, which are also fields of StatsResponse.
 STATS: Final[Table] = {
     "budget_bytes": Shown(
-        name="antefix_store_budget_bytes", help="Disk space that the store may take.", kind=Kind.GAUGE
+        name="antefix_store_budget_bytes", help="Disk space that the store may use.", kind=Kind.GAUGE
     ),
     "limit_bytes": Shown(
         name="antefix_store_limit_bytes",
-        help="Bytes of the budget that the store's file system can hold now.",
+        help="Bytes of the store's size limit for which its file system has room now.",
         kind=Kind.GAUGE,
     ),
     "used_bytes": Shown(
-        name="antefix_store_used_bytes", help="Bytes that segments, index and reserve take.", kind=Kind.GAUGE
+        name="antefix_store_used_bytes", help="Disk space that segments, index and reserve use.", kind=Kind.GAUGE
     ),
     "index_bytes": Shown(name="antefix_store_index_bytes", help="Bytes that the index takes.", kind=Kind.GAUGE),
     "dead_bytes": Shown(
-        name="antefix_store_dead_bytes", help="Dead bytes in segments, waiting for compaction.", kind=Kind.GAUGE
+        name="antefix_store_dead_bytes",
+        help="Bytes of deleted records in segments that compaction has not freed yet.",
+        kind=Kind.GAUGE,
     ),
     "segments": Shown(name="antefix_store_segments", help="Segment files.", kind=Kind.GAUGE),
     "free_bytes": Shown(
-        name="antefix_store_disk_free_bytes", help="Bytes free on the store's file system.", kind=Kind.GAUGE
+        name="antefix_store_disk_free_bytes", help="Free bytes on the store's file system.", kind=Kind.GAUGE
     ),
     "free_bytes_min": Shown(
         name="antefix_store_disk_free_min_bytes",
-        help="Bytes of the file system that the store leaves free for others.",
+        help="Free bytes that the store leaves on its file system for other programs.",
         kind=Kind.GAUGE,
     ),
     "quarantined": Shown(
         name="antefix_store_quarantine_records",
-        help="Quarantined records that are still in the store.",
+        help="Damaged records that are set aside and still in the store.",
         kind=Kind.GAUGE,
     ),
     "evictions": Shown(name=_EVICTED, help=_EVICTED_HELP, labels=(("cause", "space"),)),
@@ -60,12 +62,16 @@ STATS: Final[Table] = {
     "corrupt": Shown(name=_CORRUPT, help=_CORRUPT_HELP, labels=(("cause", "corrupt"),)),
     "forged": Shown(name=_CORRUPT, help=_CORRUPT_HELP, labels=(("cause", "forged"),)),
     "hits": Shown(name="antefix_store_read_records", help="Records that readers found."),
-    "misses": Shown(name="antefix_store_missed_records", help="Records that readers asked for and did not get."),
+    "misses": Shown(
+        name="antefix_store_missed_records", help="Records that readers asked for and the store did not return."
+    ),
     "bytes_read": Shown(name="antefix_store_read_bytes", help="Payload bytes that were read."),
-    "bytes_written": Shown(name="antefix_store_written_bytes", help="Bytes appended to segments by puts."),
-    "refused": Shown(name="antefix_store_refused_records", help="Records that a put did not store."),
+    "bytes_written": Shown(name="antefix_store_written_bytes", help="Bytes that puts appended to segment files."),
+    "refused": Shown(
+        name="antefix_store_refused_records", help="Records that a put offered and the store did not keep."
+    ),
     "impossible_writes": Shown(
-        name="antefix_store_impossible_writes", help="Writes that the store could never take, whatever its state."
+        name="antefix_store_impossible_writes", help="Writes that the store can never accept, whatever its state."
     ),
     "compacted_bytes": Shown(name="antefix_store_compacted_bytes", help="Bytes that compaction copied."),
     "syncs": Shown(name="antefix_store_syncs", help="Syncs of segments for puts."),
@@ -74,26 +80,26 @@ STATS: Final[Table] = {
 ENGINE: Final[Table] = {
     "puts": Shown(name="antefix_store_put_records", help="Records that puts stored."),
     "payload_bytes_written": Shown(
-        name="antefix_store_written_payload_bytes", help="Payload bytes that puts stored, before compression."
+        name="antefix_store_written_payload_bytes", help="Uncompressed payload bytes that puts stored."
     ),
     "unusable": Shown(name=_CORRUPT, help=_CORRUPT_HELP, labels=(("cause", "unusable"),)),
     "heals": Shown(
-        name="antefix_store_heals", help="Times that the index was rebuilt because the store's files were damaged."
+        name="antefix_store_heals", help="Times that the index was rebuilt because files of the store were damaged."
     ),
     "asked": Shown(name=_EVICTED, help=_EVICTED_HELP, labels=(("cause", "asked"),)),
 }
 # Fields of `space.SpaceCounters` that StatsResponse does not have.
 SPACE: Final[Table] = {
     "dropped_segments": Shown(
-        name="antefix_store_dropped_segments", help="Segments whose space was given back to the disk."
+        name="antefix_store_dropped_segments", help="Segment files whose disk space was given back."
     ),
 }
 # Fields of `scrubber.ScrubCounters`.
 SCRUBBER: Final[Table] = {
-    "passes": Shown(name="antefix_store_scrub_passes", help="Passes of the scrubber over all records."),
+    "passes": Shown(name="antefix_store_scrub_passes", help="Complete passes of the scrubber over all records."),
     "records": Shown(name="antefix_store_scrubbed_records", help="Records that the scrubber read."),
     "bytes": Shown(name="antefix_store_scrubbed_bytes", help="Bytes that the scrubber read."),
-    "corrupt": Shown(name="antefix_store_scrub_corrupt_records", help="Corrupt records that the scrubber found."),
+    "corrupt": Shown(name="antefix_store_scrub_corrupt_records", help="Damaged records that the scrubber found."),
 }
 
 

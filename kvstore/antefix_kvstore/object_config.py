@@ -18,7 +18,8 @@ POLICIES: Final = ("reused", "pinned", "evicting", "all")
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectUploadConfig:
     """Part of `KvStoreConfig`. Settings that concern the whole tier must be the same on all hosts that share a
-    bucket."""
+    bucket.
+    """
 
     object_store: str = setting(
         "", "object store behind this store: s3://BUCKET/PREFIX, gs://, az:// or file:///PATH; empty: none"

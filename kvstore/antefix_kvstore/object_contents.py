@@ -60,7 +60,7 @@ class ObjectContents:
         ]
 
     def stretches(self) -> list[Stretch]:
-        """All stretches in the tier, the newest first."""
+        """All stretches of blocks in the object store, the newest first."""
         tables = StretchTables()
         fingerprints: dict[bytes, int] = {}
         owners: dict[bytes, int] = {}
@@ -77,7 +77,7 @@ class ObjectContents:
         return stretches_of(tables)
 
     def records(self, stretch: Stretch, wanted: Sequence[RecordName]) -> Iterator[list[Record]]:
-        """The wanted records of a stretch, verified, in batches. Records that cannot be read are left out."""
+        """The wanted records of a stretch of chain, verified, in batches. Records that cannot be read are left out."""
         for kind in (RecordKind.BLOCK, RecordKind.CHECKPOINT):
             names = [name for each, name in wanted if each is kind]
             while names:
@@ -95,7 +95,7 @@ async def _opened(url: str, keys: KeyRing | None) -> ObjectTier:
 
 
 async def statements_of(catalog: Catalog, refs: Sequence[SegmentRef]) -> dict[bytes, bytes]:
-    """The statements about fingerprints, by digest. The statements are between a segment's last record and its
+    """The statements about fingerprints, by digest. The statements lie in a segment between its last record and its
     footer.
     """
     said: dict[bytes, bytes] = {}
@@ -121,7 +121,7 @@ async def statements_of(catalog: Catalog, refs: Sequence[SegmentRef]) -> dict[by
 
 
 def _entry_of(header: RecordHeader, fingerprint_id: int, tenant_id: int) -> IndexEntry:
-    """The index entry that a store would have for this record."""
+    """The index entry that a store would have for this record of the object store."""
     return IndexEntry(
         segment=header.segment,
         offset=header.offset,
@@ -144,8 +144,9 @@ def _entry_of(header: RecordHeader, fingerprint_id: int, tenant_id: int) -> Inde
 
 
 def _block_tokens(headers: Sequence[RecordHeader]) -> dict[bytes, int]:
-    """Tokens per block, by fingerprint. Positions are multiples of it, so it is the smallest distance of two positions,
-    or the first position."""
+    """Tokens per block, by fingerprint. Positions are multiples of the block size, so the block size is the smallest
+    distance of two positions, or the first position.
+    """
     positions: dict[bytes, set[int]] = {}
     for header in headers:
         positions.setdefault(header.fingerprint, set()).add(header.position)
@@ -156,11 +157,14 @@ def _block_tokens(headers: Sequence[RecordHeader]) -> dict[bytes, int]:
 
 
 class ObjectTarget:
-    """An object store as the target of a copy. Records are gathered into segments, and the last segment is written on
-    close."""
+    """An object store as the target of a copy. Records are gathered into segments, and the last segment is written when
+    the target is closed.
+    """
 
     def __init__(self, url: str, *, keys: KeyRing | None = None, ttl_s: float = 0.0) -> None:
-        """ttl_s: lifetime of the copies; 0: no limit.  Raises:  ConfigError: the URL names no object store."""
+        """ttl_s: the lifetime of the copies in seconds; 0: no limit. Raises: ConfigError: the URL is not that of an
+        object store.
+        """
         self._plans: dict[tuple[bytes, RecordKind], codec.PlanePlan] = {}
         self._statements: dict[bytes, bytes] = {}
         self._tier = ObjectTier(open_bucket(url), decrypt=keys.decrypt if keys else None)
@@ -175,7 +179,7 @@ class ObjectTarget:
         self._waiting_bytes = 0
 
     async def held(self, chain: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b"") -> Held:
-        """What the tier holds of `chain`, including records that wait here to be written."""
+        """Which blocks of `chain` the object store has, including records that wait here to be written."""
         there = await self._tier.held(chain, fingerprint=fingerprint, tenant=tenant)
         flags = [(RecordKind.BLOCK, name) in self._waiting for name in chain]
         for start, stop in there.spans:
@@ -203,7 +207,7 @@ class ObjectTarget:
         self._waiting_bytes = 0
 
     async def pin(self, names: Sequence[RecordName], *, duration_s: float, owner: bytes) -> int:
-        """Does nothing: records in the object tier are not evicted by use, so there are no pins."""
+        """Pinning does nothing here, because the object store does not evict records by use."""
         return 0
 
     async def purge(self, owner: bytes) -> int:

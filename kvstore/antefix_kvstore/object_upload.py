@@ -1,7 +1,8 @@
-"""Uploads a store's records to the object tier in the background, by policy and at a bounded rate, and tidies the tier.
+"""Uploads a store's records to the object store in the background, by policy and at a bounded rate, and enforces the
+object store's limits.
 
-Runs in a thread with its own event loop, so no request waits for it. A failed upload is tried again later; the store
-does not notice it.
+Uploading runs in a thread with its own event loop, so no request waits for it. A failed upload is tried again later,
+and does not affect the store.
 """
 
 from __future__ import annotations
@@ -55,8 +56,9 @@ _RENEWED_SHARE: Final = 0.25
 
 @dataclass(slots=True)
 class UploadCounters:
-    """Counts are of records, sizes of payload bytes. num_left: records not read, or without a key.  num_failures:
-    failed uploads and failed passes."""
+    """Counts are numbers of records; sizes are payload bytes. num_left: records not read, or without a key.
+    num_failures: failed uploads and failed maintenance passes.
+    """
 
     num_uploaded: int = 0
     bytes_uploaded: int = 0
@@ -117,7 +119,7 @@ class ObjectUploader:
         return len(self._waiting) + len(self._reused)
 
     def note(self, policy: str, names: Sequence[RecordName]) -> None:
-        """Called by the engine with records that a policy may want to upload."""
+        """The engine calls this with records that a policy may want to upload."""
         if policy not in self._policies or not names:
             return
         with self._lock:
@@ -130,7 +132,7 @@ class ObjectUploader:
                 self._want(names)
 
     def recall(self) -> None:
-        """Note the records that were pinned before this process began."""
+        """Record which records were pinned before this process began."""
         self.note("pinned", pinned(self._engine, self._engine.clock_ms()))
 
     def _want(self, names: Iterable[RecordName]) -> None:
@@ -184,9 +186,11 @@ class ObjectUploader:
         return self._stopped.is_set()
 
     async def step(self, *, flush: bool = False) -> None:
-        """Tidy the tier when that is due. Then upload records that have waited long enough, or that fill a segment.
+        """Do the maintenance of the object store when it is due. After that, upload records that have waited long
+        enough, or that fill a segment.
 
-        flush: upload all waiting records.  Raises:  Unavailable: records that were not uploaded keep waiting.
+        flush: upload all waiting records. Raises: Unavailable: the object store does not answer, so records that were
+        not uploaded keep waiting.
         """
         if time.monotonic() >= self._next_tidy_s or not self.catalog.loaded_ms:
             await self.janitor.tidy()
@@ -252,7 +256,8 @@ class ObjectUploader:
                 return
 
     def _read(self, chosen: Sequence[Chosen]) -> list[Record]:
-        """Read and verify the records. Leaves out those that cannot be read, or that have no key for the tier.
+        """Read and verify the records. Records that cannot be read, or that have no key for the object store, are left
+        out.
 
         Payloads are in buffers that the next call reuses; the records of the call before are uploaded by then.
         """

@@ -33,7 +33,8 @@ def drop_locked(index: Index, space: Space, keys: KeyRing) -> None:
 
 def log_newest(segments: Segments, log: StoreLog) -> None:
     """Log the blocks of the last two segments as stored: the process may have crashed between a commit and its log
-    entry."""
+    entry.
+    """
     for number in sorted(segments.sizes)[-2:]:
         headers = segments.scan(number, check_payloads=False)
         log.stored([header.hash for header in headers if header.kind is RecordKind.BLOCK])
@@ -41,7 +42,8 @@ def log_newest(segments: Segments, log: StoreLog) -> None:
 
 def load_plans(index: Index, compression: Compression) -> None:
     """Load the payload layouts registered before, so that a restarted service can compress before its workers
-    restart."""
+    restart.
+    """
     with index.txn() as txn, txn.cursor(db=index.db["meta"]) as cursor:
         for key, value in cursor:
             if key.startswith(PLAN_PREFIX):

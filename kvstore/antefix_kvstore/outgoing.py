@@ -1,4 +1,5 @@
-"""Turns payloads that were looked up together into messages. Knows the reader and the wire format, never gRPC.
+"""Turns payloads that were looked up together into messages. This module knows the reader of segments and the wire
+format, but never gRPC.
 
 Plain records are sent as they are in their segments; the store only copies them, and the caller verifies them. All
 other payloads are verified here: compressed or encrypted ones, those larger than a message, those that a caller
@@ -25,7 +26,8 @@ _COLD_BYTES: Final = 4 << 20
 
 def can_go_plain(located: Located, record_format: int) -> bool:
     """Whether a caller that knows records up to version `record_format` can verify all of these records, each of which
-    must fit one message."""
+    must fit one message.
+    """
     return all(
         want.plain and want.version <= record_format and want.entry.extent_bytes <= PIECE_BYTES
         for want in located.wanted
@@ -45,7 +47,7 @@ class _Stretch:
 
 
 class PlainBatch:
-    """Stretches of segments, each copied into one message."""
+    """Stretches of segment files, each of which is copied into one message."""
 
     verified: ClassVar[bool] = False
 
@@ -64,7 +66,7 @@ class PlainBatch:
         return not self._unread
 
     def read_cached(self) -> list[bytes]:
-        """The next message.  Raises:  BlockingIOError: part of it is not in the page cache."""
+        """The next message.  Raises:  BlockingIOError: a part of the bytes is not in the page cache."""
         return self._read_next(wait=False)
 
     def read(self) -> list[bytes]:
@@ -101,7 +103,8 @@ def _stretches(located: Located, seed: int, first: int) -> Iterator[_Stretch]:
 @dataclass(frozen=True, slots=True)
 class _Window:
     """The payloads to be read next, and where the parts of each go. last: whether these are the last that were looked
-    up."""
+    up.
+    """
 
     located: Located
     parts: list[list[memoryview]]
@@ -109,7 +112,9 @@ class _Window:
 
 
 class VerifiedBatch:
-    """Payloads that are read, decoded and verified here. The payloads' pieces follow each other without gaps."""
+    """Payloads that are read, decompressed and verified in this process. The payloads' pieces follow each other without
+    gaps.
+    """
 
     verified: ClassVar[bool] = True
 
@@ -141,7 +146,7 @@ class VerifiedBatch:
         return self.broken or (self._waiting is None and self._num_cut == len(self._located.wanted))
 
     def read_cached(self) -> list[bytes]:
-        """The next messages; none if a piece needs more than one call.
+        """The next messages to send; none if a piece needs more than one call.
 
         Raises:  BlockingIOError: part of it is not in the page cache, or must be decoded.
         """
@@ -151,7 +156,9 @@ class VerifiedBatch:
         return self._fill(window, wait=False)
 
     def read(self) -> list[bytes]:
-        """The next messages. May wait for the disk; none if a piece needs more than one call."""
+        """The next messages. This call may wait for the disk; it returns no messages if a piece needs more than one
+        call.
+        """
         return self._fill(self._waiting or self._cut(_COLD_BYTES), wait=True)
 
     def _fill(self, window: _Window, *, wait: bool) -> list[bytes]:
@@ -167,7 +174,7 @@ class VerifiedBatch:
         return self._pieces.messages(self._num_read, last=window.last or self.broken)
 
     def _cut(self, bytes_max: int) -> _Window:
-        """The next window of the payloads that were looked up."""
+        """The next part (window) of the payloads that were looked up."""
         located = self._located.window(self._num_cut, bytes_max)
         parts = [self._pieces.parts_of(self._num_cut + number) for number in range(len(located.wanted))]
         self._num_cut += len(parts)

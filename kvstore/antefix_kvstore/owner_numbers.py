@@ -55,7 +55,7 @@ class OwnerNumbers:
     def forget_empty(self, changed: Iterable[int]) -> None:
         """Drop the owners that have no stored records, among those in `changed` and those added by this transaction.
 
-        Call it when the totals are written, since they tell who has records.
+        This method must be called when the totals are written, because the totals tell which owners have records.
         """
         names, totals = self._index.db["names"], self._index.db["totals"]
         for number in {*changed, *self._given}:
@@ -70,7 +70,8 @@ class OwnerNumbers:
 
     def forget_all_empty(self) -> None:
         """`forget_empty` for all owners: stores of earlier versions kept the name of every owner that ever stored
-        something."""
+        something.
+        """
         self.forget_empty(self._index.owners(self._txn))
 
 
@@ -84,8 +85,8 @@ def next_number(index: Index, txn: Any, prefix: bytes) -> int:
     number = 1 + (0 if value is None else int.from_bytes(value, "little"))
     if number > _NUMBER_MAX:
         raise StoreFull(
-            f"the index has given out all its numbers: stop the service and delete {index.directory}, which is then"
-            " rebuilt from the segments"
+            f"the store's index has given out all its numbers: stop the service and delete {index.directory}; "
+            "the index is then rebuilt from the segments"
         )
     txn.put(key, number.to_bytes(4, "little"), db=names)
     return number

@@ -3,7 +3,7 @@
 Payloads in the page cache are read on the event loop itself, which costs less than handing the read to a thread and
 waking the loop again. The first window that would wait for the disk, or must be decoded, moves the rest of the stream
 to threads; these read each window while the one before it is sent. A stream holds at most two windows in memory.
-Streams take turns, so that no stream holds up the event loop for long.
+Streams take turns, so that no stream blocks the event loop for long.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NUM_LOCATED: Final = 512
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetRange:
-    """Payloads of hashes[first:], the first one from byte `offset` on.
+    """The payloads of hashes[first:], the first of them from byte `offset` on.
 
     record_format: the newest version of plain records that the caller can verify; 0: none.  wants_seals: send the seals
     of payloads that are not plain.  owners: who the payloads may belong to; None: anybody.
@@ -63,9 +63,9 @@ class PayloadStream:
         self._batch = self._batch_of(Located(wanted.kind, wanted.fingerprint, [], False))
 
     async def messages(self, counted: AbstractContextManager[None]) -> AsyncGenerator[bytes, None]:
-        """Messages as they become ready. Ends at the first payload that is missing or wrong.
+        """Messages as they become ready. The stream ends at the first payload that is missing or damaged.
 
-        counted: held while the stream lasts.
+        counted: a context that is held as long as the stream lasts.
         """
         in_thread, threads = asyncio.get_running_loop().run_in_executor, self._threads
         upcoming: asyncio.Future[list[bytes] | None] | None = None
@@ -94,7 +94,7 @@ class PayloadStream:
                     threads.submit(self._note)
 
     def _read(self) -> list[bytes] | None:
-        """The next messages; may wait for the disk. None at the end."""
+        """The next messages of the stream; this call may wait for the disk. None at the end."""
         while not self._batch.drained or self._locate():
             if messages := self._batch.read():
                 return messages
@@ -126,6 +126,6 @@ class PayloadStream:
         )
 
     def _note(self) -> None:
-        """Note the use of the last payload, which counts as a use of all before it."""
+        """Record a use of the last payload, which counts as a use of all payloads before it."""
         hashes = self._wanted.hashes[self._wanted.first :]
         self._engine.settle(self._wanted.kind, hashes, self._found, num_missed=int(self._found.num_good < len(hashes)))

@@ -42,7 +42,7 @@ class ReadingHere(BlockingStore):
             return self._here.get_here(kind, hash, fingerprint=fingerprint, tenant=tenant)
 
     def close(self) -> None:
-        """Wait for running reads, then close: nobody may read from closed files."""
+        """Wait for running reads, then close, because nobody may read from closed files."""
         with self._condition:
             self._is_ending = True
             self._condition.wait_for(lambda: not self._num_reading)

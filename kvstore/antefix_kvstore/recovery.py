@@ -1,8 +1,8 @@
 """Opens a store after a clean close or a crash: identity, lock, index checked or rebuilt, segment tails cut.
 
-After a crash the index may be older than the segments. The index is never newer in a way that matters, because records
-are durable before the index names them. So whole records behind the indexed end of a segment are indexed, and the rest
-is cut off. A segment of which the index names no record is dropped. An index that is lost, damaged or inconsistent with
+After a crash the index may be older than the segments. The index is never newer than the segments, because records are
+durable before the index names them. So whole records behind the indexed end of a segment are indexed, and the rest is
+cut off. A segment of which the index names no record is dropped. An index that is lost, damaged or inconsistent with
 the files is rebuilt from the headers. docs/FORMAT.md lists the cases one by one.
 """
 
@@ -66,14 +66,16 @@ class OpenStore:
     lock: DirectoryLock
 
     def close(self) -> None:
-        """Close cleanly: store the index's checksum, so that the next opening need not examine the index."""
+        """Close the store cleanly: the index's checksum is stored, so that the next opening need not examine
+        the index.
+        """
         self.segments.close()
         self.index.env.sync(True)
         self.index.close()
         try:
             self.disk.replace_file(self.directory / CLEAN_FILE, index_sum(self.directory))
         except OSError as err:
-            log.warning("the store could not be sealed: %s; its next start examines the index", err)
+            log.warning("the store's index could not be marked as complete: %s; the next start checks the index", err)
         self.lock.close()
 
     def abandon(self) -> None:
@@ -146,7 +148,7 @@ def _settle(index: Index, segments: Segments) -> None:
 
 
 class _IndexAtOdds(Exception):
-    """Index and segments contradict each other. The segments are taken as right."""
+    """Index and segments contradict each other. In this case the segments are taken as right."""
 
 
 def _settle_segments(index: Index, segments: Segments) -> None:
@@ -212,7 +214,9 @@ def _close_segments(index: Index, segments: Segments, ends: dict[int, int], last
 
 
 def rebuild_store(directory: Path, disk: Disk, *, index_bytes: int = _REPAIR_INDEX_BYTES) -> None:
-    """Rebuild the index from the records whose payloads are sound. For repair; the caller holds the lock."""
+    """Rebuild the index from the records whose payloads are sound. This method is for repair; the caller holds the
+    store's lock.
+    """
     identity = read_identity(directory, disk, wall_ms)
     segments = Segments(directory / SEGMENT_DIR, identity, disk, segment_bytes=0)
     for number in list(segments.sizes):

@@ -1,5 +1,6 @@
 """Stores in the index what a fingerprint means: tokens per block, payload layouts, a statement of what it was made
-from."""
+from.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def register_fingerprint(
     plans: Mapping[RecordKind, codec.PlanePlan],
     statement: bytes,
 ) -> None:
-    """block_tokens: tokens per block; 0: not known.  statement: what the fingerprint stands for; empty: not told.
+    """block_tokens: tokens per block; 0: not known. statement: the settings that the fingerprint stands for; empty: not
+    known.
 
     Raises:  FingerprintMismatch: the block size is known already, and is another.
     """

@@ -38,7 +38,7 @@ class ScrubCounters:
 
 
 class Scrubber:
-    """A thread that reads at most `bytes_per_s`."""
+    """A thread that reads at most `bytes_per_s` bytes per second."""
 
     def __init__(self, engine: StorageEngine, bytes_per_s: int, *, pause_s: float = PAUSE_S) -> None:
         self.counters = ScrubCounters()

@@ -1,4 +1,5 @@
-"""Reads the headers of a segment, one after the other, and skips damaged bytes. Knows bytes of a file, never the index.
+"""Reads the headers of a segment, one after the other, and skips damaged bytes. This module knows bytes of a file,
+never the index.
 
 A rebuild reads every header of the store with this. So a sound header is recognized by one unpack and one checksum,
 without making an object, and headers of small records are read many at a time.
@@ -87,7 +88,7 @@ def raw_headers(path: Path, number: int, seed: int, start: int, *, check_payload
 def _alike(window: bytes, at: int, extent: int, number: int, offset: int, seed: int) -> list[bytes]:
     """The headers of the next records of this extent that are wholly in the window, up to the first that is not sound.
 
-    Makes the checks of `_stored_bytes`, but for all headers at once.
+    Makes the same checks as `_stored_bytes`, but for all headers at once.
     """
     num = (len(window) - at) // extent
     if num < _ALIKE_MIN:
@@ -114,7 +115,7 @@ def _alike(window: bytes, at: int, extent: int, number: int, offset: int, seed: 
 def _stored_bytes(raw: bytes, number: int, offset: int, seed: int) -> int | None:
     """Stored bytes of the record whose sound header is at this place; None if there is no sound header.
 
-    A payload may contain bytes that look like a header. A real one names its own segment and offset.
+    A payload may contain bytes that look like a header. A real header names its own segment and offset.
     """
     if len(raw) < RECORD_HEADER_BYTES:
         return None

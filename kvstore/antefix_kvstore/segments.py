@@ -1,4 +1,5 @@
-"""Segment files as the writer sees them: append, sync, roll over, scan, drop. Knows files and headers, never the index.
+"""Segment files as the writer sees them: append, sync, roll over, scan, drop. This module knows files and headers,
+never the index.
 
 A batch (one group commit) starts at a multiple of 4,096 bytes, so that a torn write of a later batch cannot reach the
 sectors of an acknowledged one. Records inside a batch follow each other at multiples of 8.
@@ -50,7 +51,7 @@ T = TypeVar("T")
 class Draft:
     """A record that has no place in a segment yet: `header` without segment and offset, and the bytes to store.
 
-    sealed: the header already has the payload's checksum, computed when the payload was first written.
+    sealed: whether the header already has the payload's checksum, computed when the payload was first written.
     """
 
     header: RecordHeader
@@ -83,7 +84,7 @@ class Segments:
         self.read_directory(identity)
 
     def read_directory(self, identity: StoreIdentity) -> None:
-        """List the segments in the directory. No segment is open for writing afterwards."""
+        """List the segments in the directory. After this, no segment is open for writing."""
         self.identity = identity
         self.active, self._fd, self._is_new = None, -1, False
         self.sizes.clear()
@@ -103,12 +104,13 @@ class Segments:
         return self.directory / segment_name(number)
 
     def start_after(self, number: int) -> None:
-        """Number new segments above this one. A number is never used again: a reader may still have the old file
-        open."""
+        """Give new segments numbers above this one. A segment number is never used again, because a reader may still
+        have the old file open.
+        """
         self._next = max(self._next, number + 1)
 
     def resume(self, number: int, end: int) -> None:
-        """Continue appending to a segment at `end`; bytes behind it are cut off."""
+        """Continue to append to a segment at `end`; bytes behind this offset are cut off."""
         self._close_active()
         self._fd = self.disk.open(self.path(number))
         self.active = number
@@ -120,7 +122,8 @@ class Segments:
             self.roll(created_ms)
 
     def append(self, drafts: Sequence[Draft], created_ms: int) -> list[RecordHeader]:
-        """Write a batch behind the last one; it is not durable yet. Returns the headers with segment and offset.
+        """Write a batch behind the last one; the batch is not durable yet. Returns the records' headers, now with
+        segment and offset.
 
         A large batch bypasses the page cache, and may still be on its way to the disk until `written` or `sync`.
 
@@ -178,8 +181,8 @@ class Segments:
         return headers, buffers
 
     def sync(self) -> None:
-        """Make the appended bytes durable, then the segment's directory entry. Most of the latter is done by the
-        former.
+        """Make the appended bytes durable, then the segment's directory entry. Syncing the bytes does most of the work
+        for the directory entry too.
 
         Raises:  OSError: they could not be written; the caller calls `rollback`.
         """
@@ -193,7 +196,8 @@ class Segments:
 
     def sync_name(self) -> None:
         """Make the active segment's directory entry durable. The sync must happen before anything refers to the
-        segment."""
+        segment.
+        """
         if self._is_new:
             self.disk.sync_directory(self.directory)
             self._is_new = False
@@ -249,7 +253,8 @@ class Segments:
 
     def drop(self, number: int) -> None:
         """Delete a segment that nothing refers to. The segment's space is freed by `let_go`, or when this object is
-        closed."""
+        closed.
+        """
         if number == self.active:
             self._close_active()
         # Closing a deleted file's last descriptor blocks until all its pages and extents are freed.
@@ -317,7 +322,7 @@ class Segments:
 
 
 def groups_of(items: Sequence[T], nbytes_of: Callable[[T], int]) -> Iterator[Sequence[T]]:
-    """Cut the items into groups of enough bytes for the disk to start writing."""
+    """Cut the records into groups that have enough bytes for the disk to start writing."""
     first = nbytes = 0
     for number, item in enumerate(items, start=1):
         nbytes += nbytes_of(item)

@@ -1,5 +1,6 @@
 """The contents of a store that is served, for copies from another host; `StoreContents` does the same for a
-directory."""
+directory.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ class ServedContents:
     """Calls block; for tools. The list of stored records is read at the first call, records when they are requested."""
 
     def __init__(self, store: RemoteStore) -> None:
-        """store: closed when this object is closed."""
+        """store: the client of the store, which is closed when this object is closed."""
         self._store: Final = store
         self._thread: Final = LoopThread()
         self._layouts: list[LayoutOf] | None = None

@@ -1,4 +1,4 @@
-"""The store's gRPC service. Knows protobuf and the event loop; every disk access happens in other threads.
+"""The store's gRPC service. The servicer knows protobuf and the event loop; every disk access happens in other threads.
 
 Memory is bounded: a Get reads two windows of 4 MiB before they are sent, a Put collects at most PUT_BATCH_BYTES before
 it waits for the writer, and both count against the number of streams served at once.
@@ -90,7 +90,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
         return self._num_streams
 
     async def close(self) -> None:
-        """Commit queued puts and close the store."""
+        """Commit the puts that are queued, and close the store."""
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, self.scrubber.stop)
         if self.uploader is not None:
@@ -134,7 +134,7 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
     ) -> AsyncGenerator[bytes, None]:
         kind, hashes = kind_of(request.kind), split_hashes(request.hashes)
         if len(hashes) > HASHES_MAX or request.first > len(hashes):
-            raise InvalidRequest(f"at most {HASHES_MAX} hashes per stream, `first` included")
+            raise InvalidRequest(f"at most {HASHES_MAX} hashes are allowed per stream, including those in `first`")
         if kind in MEMORY_KINDS:
             return self._from_memory(kind, request, hashes)
         rows = _granted_rows()
@@ -330,14 +330,16 @@ class KvStoreServicer(kvstore_pb2_grpc.KvStoreServiceServicer):
 
 
 class _Counted:
-    """Counts a payload stream while it lasts; refuses a stream above the limit."""
+    """Counts a payload stream as long as it lasts; a stream above the limit is refused."""
 
     def __init__(self, servicer: KvStoreServicer) -> None:
         self._servicer = servicer
 
     def __enter__(self) -> None:
         if self._servicer._num_streams >= STREAMS_MAX:
-            raise Overloaded(f"{STREAMS_MAX} payload streams are being served", retry_after_s=0.5)
+            raise Overloaded(
+                f"the store serves {STREAMS_MAX} payload streams already, which is the limit", retry_after_s=0.5
+            )
         self._servicer._num_streams += 1
 
     def __exit__(self, *_: object) -> None:
@@ -346,7 +348,7 @@ class _Counted:
 
 def _names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]:
     if len(records) > NAMES_MAX:
-        raise InvalidRequest(f"at most {NAMES_MAX} records per call")
+        raise InvalidRequest(f"at most {NAMES_MAX} records may be named per call")
     return [(kind_of(record.kind), record.hash) for record in records]
 
 
@@ -354,12 +356,12 @@ def _stored_names(records: Sequence[kvstore_pb2.RecordName]) -> list[RecordName]
     """Raises:  InvalidRequest: a kind that is not kept on disk."""
     names = _names(records)
     if any(kind not in STORED_KINDS for kind, _ in names):
-        raise InvalidRequest("only blocks and checkpoints are kept on disk")
+        raise InvalidRequest("only blocks and checkpoints can be kept on disk")
     return names
 
 
 def _owner_of(request: kvstore_pb2.PinRequest | kvstore_pb2.EvictRequest) -> bytes:
-    """The owner whose records are meant; a caller of version 1 gives a name.
+    """The owner whose records are meant; callers of version 1 give a name instead of a digest.
 
     Raises:  PermissionDenied: the call's grant is for another owner.
     """
@@ -370,8 +372,8 @@ def _owner_of(request: kvstore_pb2.PinRequest | kvstore_pb2.EvictRequest) -> byt
 
 
 def _granted_rows(asked: bytes = b"") -> tuple[bytes, ...] | None:
-    """The owners whose records the call's grant covers, as the index names them; None: all owners, where the service is
-    open.
+    """The owners whose records the call's grant covers, in the index's form; None: all owners, if the service
+    authenticates nobody.
 
     asked: the owner that the caller names; empty: the caller names none.
     """
@@ -422,7 +424,8 @@ def register(servicer: KvStoreServicer, server: grpc.aio.Server, turns: Turns | 
 
 class _Accepting(grpc.GenericRpcHandler):
     """Finds a call's handler, which happens as soon as a call arrives. Makes payload streams give way to an urgent
-    call."""
+    call.
+    """
 
     def __init__(self, handlers: dict[str, grpc.RpcMethodHandler[Any, Any]], turns: Turns) -> None:
         self._handlers = {f"/{SERVICE}/{name}": handler for name, handler in handlers.items()}
@@ -449,7 +452,7 @@ class _Handlers:
 
 
 async def run(config: KvStoreConfig, *, watch_stdin: bool = False) -> None:
-    """Serve the store in `config.dir` until a signal.
+    """Serve the store in `config.dir` until a signal ends the process.
 
     Raises:  ConfigError: the directory is not a store or is in use, or the address cannot be listened on.
     """
@@ -500,7 +503,7 @@ def registry_of(servicer: KvStoreServicer) -> Registry:
 def _telling(
     config: KvStoreConfig, engine: StorageEngine, address: str
 ) -> contextlib.AbstractAsyncContextManager[object]:
-    """While entered, publishes the store's events to Redis, if that is configured."""
+    """Inside this context, the store's events are published to Redis, if that is configured."""
     if not config.events_redis:
         return contextlib.nullcontext()
     # Imported here, because loading the Redis client takes a good part of a small store's start.
@@ -512,7 +515,7 @@ def _telling(
 
 
 def _leased(config: KvStoreConfig, address: str) -> contextlib.AbstractAsyncContextManager[object]:
-    """While entered, keeps a lease in Redis that says where the store is, if that is configured."""
+    """Inside this context, a lease in Redis says where the store is, if that is configured."""
     if not config.lease_redis:
         return contextlib.nullcontext()
     where = RedisAccess.of(config.lease_redis, config)

@@ -1,8 +1,8 @@
 """Keeps the store within its budget: expiry, leaf-first eviction, and when to compact (`antefix_kvstore.compaction`).
 
-The budget covers everything under the directory. The usable part of it depends on the free space of the file system
-(`antefix_kvstore.free_space`). A reserve of two segments inside the budget is never given to puts, so that compaction,
-which copies before it deletes, always has room.
+The budget covers everything under the directory. How much of the budget can be used depends on the free space of the
+file system (`antefix_kvstore.free_space`). A reserve of two segments inside the budget is never given to puts, so that
+compaction, which copies before it deletes, always has room.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COMPACT_GAIN_MIN: Final = 1 / 16
 
 
 class Space:
-    """Not thread-safe: the engine's lock covers it."""
+    """The object is not thread-safe, because the engine's lock protects it."""
 
     def __init__(
         self,
@@ -77,7 +77,8 @@ class Space:
     def make_room(self, nbytes: int, keep: Collection[RecordName]) -> None:
         """Make sure that a batch of `nbytes` may be appended.
 
-        keep: records that the batch depends on.  Raises:  StoreFull: the batch does not fit the budget.
+        keep: records that the batch depends on, which may not be evicted. Raises: StoreFull: the batch does not fit the
+        budget.
         """
         nbytes += BATCH_ALIGN + SEGMENT_HEADER_BYTES
         if self.free.is_sudden:
@@ -105,10 +106,12 @@ class Space:
         if bool(stopped) != bool(self.stopped):
             if stopped:
                 log.warning(
-                    "nothing is stored now: %s, and %d bytes must stay free for others", stopped, free.margin_bytes
+                    "nothing is stored now: %s, and %d bytes must stay free for other programs",
+                    stopped,
+                    free.margin_bytes,
                 )
             else:
-                log.warning("the file system has room again: the store stores again")
+                log.warning("the file system has room again, so the store stores again")
         self.stopped = stopped
         if stopped:
             raise StoreFull(stopped)
@@ -126,7 +129,9 @@ class Space:
             if excess > 0:
                 if self.evict(excess + ahead, keep):
                     continue
-                raise StoreFull(f"the store's budget of {self.budget_bytes} bytes is taken by records that must stay")
+                raise StoreFull(
+                    f"the store's budget of {self.budget_bytes} bytes is full of records that may not be evicted"
+                )
             wanted = self.used_bytes + nbytes + ahead - self.limit_bytes
             if self.compactor.compact_together(COMPACT_GAIN_MIN, wanted) is None:
                 # Segments have so little dead space that none is worth compacting until more live data is evicted.
@@ -137,7 +142,7 @@ class Space:
     def evict(self, nbytes: int, keep: Collection[RecordName] = (), *, owners: Collection[bytes] | None = None) -> int:
         """Evict leaves, lowest rank first, until `nbytes` are dead. Returns the number of records evicted.
 
-        owners: evict these owners' records only.
+        owners: evict only these owners' records.
         """
         now_ms = self._now_ms()
         num_taken = freed = 0
@@ -193,7 +198,7 @@ class Space:
         return num_taken
 
     def remove(self, txn: IndexTxn, name: RecordName) -> tuple[int, RecordName] | None:
-        """Remove a leaf. Returns its parent with the parent's rank if the parent is a leaf now, else None.
+        """Remove a leaf. Returns the parent of the removed leaf with its rank if the parent is a leaf now, else None.
 
         The parent inherits time of last use and time to live: a use of a record is a use of its ancestors.
         """
@@ -218,5 +223,6 @@ class Space:
 
 def parent_of(name: RecordName, parent: bytes) -> RecordName:
     """The record that this one depends on: for a block the block before it, for a checkpoint the block of the same
-    hash."""
+    hash.
+    """
     return (RecordKind.BLOCK, parent if name[0] is RecordKind.BLOCK else name[1])

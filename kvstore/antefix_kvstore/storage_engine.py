@@ -5,8 +5,8 @@
     3. append    write to the active segment, then fdatasync
     4. commit    commit the index transaction; only now is a record stored
 
-A reader in any process sees a record only after step 4. Calls block: callers that must not wait use
-`antefix_kvstore.group_commit`. Never sees tokens, tensors or protobuf.
+A reader in any process sees a record only after step 4. All calls block; callers that must not wait use
+`antefix_kvstore.group_commit`. The engine never sees tokens, tensors or protobuf.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ _FOR_EVER: Final = (RefusalReason.INVALID, RefusalReason.NO_KEY, RefusalReason.T
 
 
 class StorageEngine:
-    """One store directory, open for writing. Thread-safe; one thread writes at a time."""
+    """One store directory, open for writing. The engine is thread-safe; only one thread writes at a time."""
 
     def __init__(
         self,
@@ -159,8 +159,9 @@ class StorageEngine:
         return self._store.is_open
 
     def close(self) -> None:
-        """Write what is only in memory, and store the index's checksum, so that the next opening can trust the
-        index."""
+        """Write everything that is only in memory, and store the index's checksum, so that the next opening can trust
+        the index.
+        """
         with self._lock:
             if self.space.free.is_sudden:
                 # Storing the checksum needs disk space; the next opening makes the reserve again.
@@ -202,7 +203,9 @@ class StorageEngine:
         return [name for name, entry in entries if entry is not None and entry.tenant_id in ids]
 
     def read_blocks(self, hashes: Sequence[bytes], into: Sequence[memoryview], *, fingerprint: bytes) -> ReadOutcome:
-        """Fill `into` and note the use. Records that the reader found damaged are checked again and quarantined."""
+        """Fill the buffers `into`, and record the use of the records. Records that the reader found damaged are checked
+        again and quarantined.
+        """
         outcome = self.reader.read_blocks(hashes, into, fingerprint=fingerprint)
         self.settle(RecordKind.BLOCK, hashes, outcome, num_missed=len(hashes) - outcome.num_good)
         return outcome
@@ -232,8 +235,8 @@ class StorageEngine:
         """Note what readers did.
 
         used: the last record of each path that was read.  suspects: records that a reader found damaged.  forged:
-        records without a right seal.  unusable: records whose content is not valid numbers. Waits for a commit only if
-        there are suspects, so reads do not wait for writes.
+        records without a right seal. unusable: records whose content is not valid numbers. The call waits for a commit
+        only if there are damaged records to report, so reads do not wait for writes.
         """
         names = list(used)
         self._touches.add(names, self.clock_ms())
@@ -311,7 +314,9 @@ class StorageEngine:
         known already, and is another.
         """
         if statement and digest_of(statement) != fingerprint:
-            raise InvalidRequest("the statement is not the one that the fingerprint is the digest of")
+            raise InvalidRequest(
+                "the statement of the worker's settings does not match the fingerprint, which must be its digest"
+            )
         with self._lock:
             with IndexTxn(self.index) as txn:
                 register_fingerprint(txn, fingerprint, block_tokens, plans, statement)
@@ -327,13 +332,13 @@ class StorageEngine:
     # --- keeping -------------------------------------------------------------------------------------------------
 
     def pin(self, names: Iterable[RecordName], duration_s: float, *, owner: bytes | None = None) -> int:
-        """Keep records from eviction for a time; 0 unpins them. Returns how many of them are stored.
+        """Keep records from eviction for a time; 0 unpins them. Returns how many of the records are stored.
 
         owner: who they must belong to (`antefix.store_files.record_header.owner_row`); None: anybody.
         Raises:  InvalidRequest: the duration is invalid.
         """
         if not 0 <= duration_s <= PIN_S_MAX:
-            raise InvalidRequest(f"records are pinned for 0 to {PIN_S_MAX} s, not {duration_s}")
+            raise InvalidRequest(f"records can be pinned for 0 to {PIN_S_MAX} s, not for {duration_s} s")
         until_ms = self.clock_ms() + round(duration_s * 1000) if duration_s > 0 else 0
         with self._lock, IndexTxn(self.index) as txn:
             pinned = pin_records(txn, names, until_ms, owner=owner)
@@ -342,14 +347,15 @@ class StorageEngine:
         return len(pinned)
 
     def evict(self, names: Iterable[RecordName], *, owner: bytes | None = None) -> int:
-        """Drop records and all records that depend on them, pinned or not. Returns how many were dropped."""
+        """Delete records and all records that depend on them, pinned or not. Returns how many were dropped."""
         with self._lock, IndexTxn(self.index) as txn:
             num_gone = drop_subtrees(txn, self.space, owned_records(txn, names, owner))
         self.counters.asked += num_gone
         return num_gone
 
     def purge(self, owner: bytes) -> int:
-        """Drop all records of an owner; of a whole tenant if the owner names no user. Returns how many were dropped.
+        """Delete all records of an owner; if the owner names no user, those of the whole tenant. Returns how many were
+        dropped.
 
         owner: as the index has it (`antefix.store_files.record_header.owner_row`).
         """
@@ -359,7 +365,8 @@ class StorageEngine:
         return num_gone
 
     def quarantine(self, name: RecordName, *, judge: bool = True) -> bool:
-        """Read a suspect record again; if it is damaged, make it a miss. Returns whether it was made one.
+        """Read a record again that a reader found damaged; if it is damaged, it counts as missing from now on. Returns
+        whether the record counts as missing now.
 
         judge: False makes it a miss without reading it, where only the caller can tell: a forged seal has right
         checksums.
@@ -377,7 +384,9 @@ class StorageEngine:
         return True
 
     def maintain(self) -> None:
-        """Background work: note uses, expire, compact at the allowed rate, and repair files that were damaged."""
+        """The engine's background work: record uses, delete expired records, compact at the allowed rate, and repair
+        damaged files.
+        """
         with self._lock:
             if fault := self._damage or fault_of(self._store):
                 self._heal(fault)
@@ -391,11 +400,14 @@ class StorageEngine:
                 # Reads still work. The next put, or the next call, finds room or reports why not.
                 if not is_full(err, self.index.directory):
                     raise
-                log.debug("there is no room to delete expired records and compact segments: %s", err)
+                log.debug(
+                    "the disk has no room for the work of deleting expired records and compacting segments: %s", err
+                )
 
     def read_back(self) -> bool:
         """Read some of the newest records into the page cache, if their puts bypassed it. False: nothing is left to be
-        read."""
+        read.
+        """
         with self._lock:
             return self.segments.fresh.read_some()
 
@@ -414,7 +426,7 @@ class StorageEngine:
         """One step of background compaction, at the allowed rate; at half of it if payloads were read since the last
         step, so that reads are hardly slowed.
 
-        gain_min: as for `Compactor.compact_step`. Returns the bytes copied; None if no segment pays.
+        gain_min: as for `Compactor.compact_step`. Returns the bytes copied; None if no segment is worth compacting.
         """
         with self._lock:
             before, self._bytes_read_before = self._bytes_read_before, self.counters.bytes_read
@@ -423,7 +435,8 @@ class StorageEngine:
 
     def _check_directory(self) -> None:
         """Raises:  IndexDamaged: the files in our directory are not ours (another writer's, perhaps), or are
-        damaged."""
+        damaged.
+        """
         if not self._store.lock.is_of_the_present:
             self.note_damage("its directory is gone or was replaced")
         if self._damage:
@@ -437,8 +450,9 @@ class StorageEngine:
         return told(self.index.directory, self.note_damage)
 
     def _heal(self, fault: str) -> None:
-        """Use what the directory holds now: rebuild the index from its segments, or start empty if all files are
-        gone."""
+        """Use the files that the directory holds now: rebuild the index from the segments, or start empty if all files
+        are gone.
+        """
         try:
             self._store.renew(self.config, self.clock_ms)
         except (AntefixError, OSError, lmdb.Error) as err:

@@ -1,4 +1,5 @@
-"""The contents of a store directory. Any process on the host may read them, also while a service serves the store.
+"""The contents of a store directory. Any process on the host may read these contents, also while a service serves the
+store.
 
 Records come as stretches of chains, parents first, so that another store can store them in this order.
 """
@@ -28,7 +29,7 @@ _BATCH_RECORDS: Final = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stretch:
-    """Consecutive blocks of one chain, with their checkpoints. Each record is in one stretch only.
+    """Consecutive blocks of one chain, with their checkpoints. Each record is in exactly one stretch.
 
     hashes: parents first. Blocks before them are in another stretch, or not stored here.  checkpoints: those of the
     blocks that have one.  owner: the owner's row in the index.  rank_ms, pinned_ms: the largest of any record, as in
@@ -50,7 +51,8 @@ class Stretch:
 
     def part(self, start: int, stop: int) -> Stretch:
         """Blocks [start, stop) with their checkpoints. Other fields are kept; the number of bytes is scaled to the
-        part."""
+        part.
+        """
         chosen = [number for number, block in enumerate(self.checkpoints) if start <= block < stop]
         kept = [*range(start, stop), *(len(self.hashes) + number for number in chosen)]
         return dataclasses.replace(
@@ -93,8 +95,9 @@ class StoreContents:
     """Reads one directory. Calls block; for tools."""
 
     def __init__(self, directory: Path, *, decrypt: Decrypt | None = None) -> None:
-        """decrypt: decrypts an encrypted store.  Raises:  ConfigError: no store.  Unavailable: its index cannot be
-        read."""
+        """decrypt: decrypts an encrypted store. Raises: ConfigError: no store. Unavailable: the store's index cannot be
+        read.
+        """
         if not (directory / SEGMENT_DIR).is_dir():
             raise ConfigError(f"{directory} is not an Antefix store")
         self.directory = directory
@@ -117,7 +120,8 @@ class StoreContents:
 
     def layouts(self) -> list[LayoutOf]:
         """The layouts of all fingerprints, so that another store can compress and check their records in the same
-        way."""
+        way.
+        """
         index = self._reader.index
         plans: dict[bytes, dict[RecordKind, codec.PlanePlan]] = defaultdict(dict)
         with index.txn() as txn:

@@ -1,4 +1,6 @@
-"""Quotas: how much of the store a tenant may use. A tenant over its quota loses its own least valuable leaves only."""
+"""Quotas: how much of the store a tenant may use. A tenant over its quota loses its own least valuable records (leaves)
+only.
+"""
 
 from __future__ import annotations
 
@@ -38,8 +40,9 @@ class Quotas:
     def over(
         self, space: Space, index: Index, drafts: Sequence[Draft], keep: Collection[RecordName]
     ) -> dict[bytes, Refusal]:
-        """Evict within the quotas of the owners that write. Returns the owners for whom that was not enough, and
-        why."""
+        """Evict within the quotas of the owners that write. Returns the owners for whom evicting was not enough, and
+        why.
+        """
         if not self._default_bytes and not self._own_bytes:
             return {}
         needed: dict[bytes, int] = defaultdict(int)

@@ -1,5 +1,5 @@
-"""Uses of records that are not in the index yet. The uses are kept in memory, so noting a use never waits for a
-commit.
+"""Uses of records that have not been written to the index yet. The uses are kept in memory, so noting a use never waits
+for a commit.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ TOUCHED_MAX: Final = 65_536
 
 
 class Touches:
-    """Names and times of last use. Thread-safe; the lock is never held during a write."""
+    """Names of records, with the times of their last use. The object is thread-safe; its lock is never held during a
+    write.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -33,7 +35,7 @@ class Touches:
                 del self._used_ms[next(iter(self._used_ms))]
 
     def take(self) -> dict[RecordName, int]:
-        """Take all uses out, for the caller to write."""
+        """Remove and return all uses, which the caller then writes."""
         with self._lock:
             taken, self._used_ms = self._used_ms, {}
             return taken

@@ -26,7 +26,7 @@ PAUSE_S: Final = 0.001
 
 
 class Turns:
-    """The turns of one event loop. Fair: streams get their turn in the order in which they ask."""
+    """The turns of one event loop. The order is fair: streams get their turn in the order in which they ask."""
 
     def __init__(self) -> None:
         self._is_taken = False
@@ -34,7 +34,7 @@ class Turns:
         self._given_way_until = 0.0
 
     def give_way(self) -> None:
-        """Called when a call begins that should not wait for payload streams."""
+        """This method is called when a call begins that should not wait for payload streams."""
         self._given_way_until = asyncio.get_running_loop().time() + GIVE_WAY_S
 
     async def take(self) -> None:
@@ -58,7 +58,7 @@ class Turns:
             self._pass_on()
 
     def _pass_on(self) -> None:
-        """Give the turn to the stream that waits longest."""
+        """Give the turn to the stream that has waited longest."""
         while self._waiting:
             turn = self._waiting.popleft()
             # A stream that was cancelled gets no turn.

@@ -1,6 +1,8 @@
-"""Chooses which records of a store are uploaded to the object tier: those that are named, and all they depend on.
+"""Chooses which records of a store are uploaded to the object store: those that are named, and all records that they
+depend on.
 
-Reads the store's index, never its payloads. The tier's catalog tells what the tier has already.
+Choosing reads the store's index, never its payloads. The catalog of the object store tells which records are there
+already.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ _KINDS: Final = (RecordKind.BLOCK, RecordKind.CHECKPOINT)
 
 
 def _created_ms(engine: StorageEngine, entry: IndexEntry) -> int:
-    """When the record was written; 0 if that cannot be read, and the upload will notice."""
+    """When the record was written; 0 if its header cannot be read, which the upload will notice."""
     try:
         raw = engine.segments.read(entry.segment, entry.offset, RECORD_HEADER_BYTES)
         return unpack_record_header(raw, engine.identity.seed).created_ms
@@ -76,7 +78,7 @@ def next_evicted(engine: StorageEngine) -> list[RecordName]:
 
 
 def pinned(engine: StorageEngine, now_ms: int) -> list[RecordName]:
-    """Leaves that are pinned; after a restart this is all that is known of pins."""
+    """Leaves of the forest that are pinned; after a restart nothing else is known of pins."""
     with engine.index.txn() as txn:
         names = list(_leaves(engine, txn, from_ms=now_ms))
         entries = [engine.index.entry(txn, *name) for name in names]
@@ -93,10 +95,10 @@ def _leaves(engine: StorageEngine, txn: Any, from_ms: int = 0) -> Iterator[Recor
 def choose(
     engine: StorageEngine, catalog: Catalog, names: Iterable[RecordName], *, alive_ms: Mapping[RecordKind, int]
 ) -> list[Chosen]:
-    """These records and their ancestors up to those that the tier has, parents first.
+    """These records and their ancestors, up to those that the object store has, parents first.
 
-    alive_ms: by kind, the time until which a copy must live to count as present. Records of version 1 are not uploaded:
-    outside this store nobody can tell whose they are.
+    alive_ms: by kind, the time until which a copy must live to count as present. Records of version 1 are not uploaded,
+    because outside this store nobody can tell their owner.
     """
     found: dict[RecordName, Chosen] = {}
     with engine.index.txn() as txn:
@@ -110,8 +112,8 @@ def choose(
 
 
 def _lacking(catalog: Catalog, names: Iterable[RecordName], alive_ms: Mapping[RecordKind, int]) -> Iterator[RecordName]:
-    """The records that the tier lacks. All names of a kind are looked up in one search, because the tier has most
-    records that are named repeatedly.
+    """Those of the records that the object store does not have. All names of a kind are looked up in one search,
+    because the object store has most records that are named repeatedly.
     """
     by_kind: dict[RecordKind, list[bytes]] = {}
     for kind, hash in names:

@@ -17,32 +17,40 @@ _DELETED_HELP = "Segments that this service deleted, by reason: expired, budget 
 # Fields of `object_upload.UploadCounters`.
 UPLOADS: Final[Table] = {
     "num_uploaded": Shown(
-        name="antefix_object_uploaded_records", help="Records that were uploaded to the object tier."
+        name="antefix_object_uploaded_records", help="Records that were uploaded to the object store."
     ),
     "bytes_uploaded": Shown(
         name="antefix_object_uploaded_payload_bytes",
-        help="Payload bytes of records that were uploaded to the object tier.",
+        help="Uncompressed bytes of the records that were uploaded to the object store.",
     ),
     "num_left": Shown(
         name="antefix_object_left_records",
-        help="Records chosen for upload that could not be read, or whose tenant has no key for the object tier.",
+        help=(
+            "Records not uploaded because they could not be read, or because their tenant has no key for the "
+            "object store."
+        ),
     ),
     "num_forgotten": Shown(
-        name="antefix_object_forgotten_names", help="Names dropped from the upload queue because they waited too long."
+        name="antefix_object_forgotten_names",
+        help="Records dropped from the upload queue because they waited too long.",
     ),
     "num_failures": Shown(
         name="antefix_object_failures",
-        help="Uploads and passes over the object tier that failed; they are tried again.",
+        help="Failed uploads and failed maintenance passes over the object store; they are tried again.",
     ),
     "num_passes": Shown(
-        name="antefix_object_passes", help="Passes over the object tier that keep its budget, times to live and index."
+        name="antefix_object_passes",
+        help=(
+            "Maintenance passes over the object store, which enforce its size limit and times to live and update "
+            "its index."
+        ),
     ),
 }
 # Fields of `object_writer.ObjectWriteCounters`.
 WRITES: Final[Table] = {
-    "num_records": Shown(name="antefix_object_written_records", help="Records in objects that were written."),
+    "num_records": Shown(name="antefix_object_written_records", help="Records in the objects that were written."),
     "num_segments": Shown(name="antefix_object_written_segments", help="Segments that were written."),
-    "bytes_written": Shown(name="antefix_object_written_bytes", help="Bytes of the segments that were written."),
+    "bytes_written": Shown(name="antefix_object_written_bytes", help="Bytes of the segment objects that were written."),
 }
 # Fields of `janitor.JanitorCounters`.
 JANITOR: Final[Table] = {
@@ -50,7 +58,9 @@ JANITOR: Final[Table] = {
     "num_over_budget": Shown(name=_DELETED, help=_DELETED_HELP, labels=(("cause", "budget"),)),
     "num_over_quota": Shown(name=_DELETED, help=_DELETED_HELP, labels=(("cause", "quota"),)),
     "num_drafts": Shown(name="antefix_object_deleted_drafts", help="Half-finished uploads that were deleted."),
-    "num_tiles": Shown(name="antefix_object_written_tiles", help="Tiles of the object tier's index that were written."),
+    "num_tiles": Shown(
+        name="antefix_object_written_tiles", help="Parts (tiles) of the object store's index that were written."
+    ),
 }
 
 

@@ -63,7 +63,7 @@ def count(data: NDArray[np.uint8], max_order: int = MAX_ORDER) -> list[tuple[Key
 
 
 def prune(counted: list[tuple[Keys, Counts]], *, size_bytes: int) -> list[Order]:
-    """Keep the most frequent pairs that fit."""
+    """Keep the most frequent pairs that fit into the size."""
     budget = size_bytes // ENTRY_BYTES
     frequencies = np.sort(np.concatenate([counts for _, counts in counted]))[::-1]
     least = int(frequencies[budget]) + 1 if len(frequencies) > budget else 1
@@ -103,7 +103,7 @@ def bits_per_byte(orders: list[Order], data: NDArray[np.uint8]) -> float:
 
 
 def _find(keys: Keys, values: Counts, wanted: Keys) -> Counts:
-    """Each wanted key's value, 0 where it is not there."""
+    """The value of each wanted key, 0 for a key that is not in the table."""
     if not len(keys):
         return np.zeros(len(wanted), dtype=np.int64)
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)

@@ -63,7 +63,8 @@ class CachedModel:
     def replayed_window(self, sequence: Sequence, tokens: Tokens, num_tokens: int) -> WindowState:
         """Window state at the sequence's end, rebuilt from its last `num_tokens` tokens and its stored global KV.
 
-        The window before the replay's start counts as empty. From `layout.geometry.replay_tokens` on this is exact.
+        The window before the start of the replay counts as empty. From `layout.geometry.replay_tokens` tokens on, the
+        rebuilt state is exact.
         """
         begin = max(sequence.position - num_tokens, 0)
         replay = Sequence(list(sequence.block_table), WindowState.zeros(self.layout, begin))

@@ -47,7 +47,7 @@ def documents(stdlib: Path) -> Iterator[tuple[str, str]]:
 
 
 def _read_text(path: Path) -> str | None:
-    """The file's text, or None where it is not UTF-8 or holds a NUL, which separates documents."""
+    """The text of a file, or None if the file is not UTF-8 or contains a NUL, which separates documents."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -56,12 +56,12 @@ def _read_text(path: Path) -> str | None:
 
 
 def is_validation(name: str) -> bool:
-    """Whether a document is held out."""
+    """Whether a document is held out of the training text."""
     return hashlib.blake2b(name.encode(), digest_size=2).digest()[0] * 100 // 256 < VALID_PERCENT
 
 
 def build(stdlib: Path, out: Path) -> dict[str, int]:
-    """Write both halves; returns their sizes in bytes of text."""
+    """Write both halves of the text; returns their sizes in bytes."""
     halves: dict[str, list[bytes]] = {"train": [], "valid": []}
     for name, text in documents(stdlib):
         halves["valid" if is_validation(name) else "train"].append(f"\0{name}\n{text}".encode())

@@ -76,7 +76,9 @@ def forward(
     """
     shape = Shape.from_config(config)
     if any(tokens.shape[1] % unit for unit in (shape.window, shape.csa_ratio, shape.hca_ratio)):
-        raise ValueError(f"{tokens.shape[1]} tokens are no multiple of window {shape.window} and the ratios")
+        raise ValueError(
+            f"{tokens.shape[1]} tokens are no multiple of the window {shape.window} and of the compression ratios"
+        )
     embedded = parameters["model.embed_tokens.weight"][tokens.flatten()]
     streams = embedded.unsqueeze(1).expand(-1, shape.streams, -1).contiguous()
     layers: list[DenseLayer] = []

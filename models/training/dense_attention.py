@@ -1,8 +1,8 @@
 """Attention of the training forward: window, compressed entries and sink in one softmax, and the indexer's loss.
 
-The selection of entries has no gradient. The indexer learns on a sample of queries: its scores, as a distribution over
-the closed entries, follow the attention's own mass there (V3.2 report, section 2.1). The indexer's inputs are cut off
-from the rest of the model, so that loss moves nothing but the indexer.
+No gradient flows through the selection of entries. The indexer learns on a sample of queries: its scores, as a
+distribution over the closed entries, follow the attention's own mass there (V3.2 report, section 2.1). The indexer's
+inputs are cut off from the rest of the model, so that loss moves nothing but the indexer.
 
 Legend:  B = sequences, T = tokens, H = heads, C = head dim, W = n_win, K = T / W bands, S = compressed entries,
          J = indexer heads, R = sampled queries.

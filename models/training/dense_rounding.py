@@ -30,7 +30,7 @@ def round_entries(x: Tensor, rope_dim: int, *, enabled: bool) -> Tensor:
 def round_keys(x: Tensor, *, enabled: bool) -> Tensor:
     """Indexer keys or queries [..., C]: Hadamard-rotated, then FP4 E2M1 with power-of-two scales a group.
 
-    Without rounding nothing is done: the rotation leaves dot products as they are.
+    Without rounding nothing needs to be done, because the rotation leaves dot products as they are.
     """
     if not enabled:
         return x

@@ -42,7 +42,7 @@ def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
 
 
 class Muon:
-    """Momentum whose update is made orthogonal. Matrices of one shape are handled as one batch."""
+    """Momentum whose update is made orthogonal. Matrices of the same shape are handled as one batch."""
 
     def __init__(self, parameters: Iterable[Tensor], *, momentum: float = 0.95, weight_decay: float = 0.01) -> None:
         self.groups: dict[tuple[int, ...], list[Tensor]] = defaultdict(list)

@@ -10,7 +10,9 @@ from models.training.parameters import initial_parameters, read_config, save_par
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="holds config.json; model.safetensors is written next to it")
+    parser.add_argument(
+        "directory", type=Path, help="model directory that has config.json, and to which model.safetensors is written"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     parameters = initial_parameters(read_config(arguments.directory), seed=arguments.seed, noise=0.2)

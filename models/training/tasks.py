@@ -131,7 +131,7 @@ def encode(text: str) -> Tokens:
 
 
 def held_out(key: str) -> bool:
-    """Whether a key is kept for tests."""
+    """Whether a key is kept for tests only."""
     return zlib.crc32(key.encode()) % _HELD_OUT_SHARE == 0
 
 
@@ -210,7 +210,7 @@ def add_fact(sequence: Sequence, fact: Fact) -> None:
 
 
 def add_question(sequence: Sequence, fact: Fact) -> None:
-    """Ask, and answer in a full sentence, of which only the value counts as an answer."""
+    """Ask a question, and answer it in a full sentence, of which only the value counts as an answer."""
     sequence.add("\n\n" + fact.question, NOISE)
     sequence.add_special(END)
     sequence.add_special(ASSISTANT)
@@ -243,7 +243,9 @@ def _add_statement(sequence: Sequence, fact: Fact, *, code: bool, again: bool) -
 
 
 def repeat_sequence(rng: np.random.Generator, corpus: Tokens, length: int) -> Sequence:
-    """Text in which passages come back word for word. The second time all but the first bytes are an answer."""
+    """Text in which passages come back word for word. In the repeated passage, all bytes but the first ones count as an
+    answer.
+    """
     sequence = empty_sequence()
     passages: list[Tokens] = []
     while sequence.length < length:
@@ -283,10 +285,10 @@ def retrieval_sequence(
     """A test: for each distance a fact with an unseen key, asked for that many tokens later, all in one text.
 
     Returns the tokens and, for each distance, where its answer's value starts and ends. Twice as many facts are planted
-    as are asked for. Raises ValueError where a distance does not fit.
+    as are asked for. Raises ValueError if a distance does not fit into the text.
     """
     if max(distances) > length - 400:
-        raise ValueError(f"a distance of {max(distances)} does not fit {length} tokens")
+        raise ValueError(f"a distance of {max(distances)} tokens does not fit into a text of {length} tokens")
     facts = random_facts(rng, 2 * len(distances), test=True)
     events: list[tuple[int, int]] = []
     for index, distance in enumerate(distances):

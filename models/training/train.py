@@ -202,7 +202,9 @@ class Trainer:
         return {name: value.detach() for name, value in losses.items()}
 
     def compile(self, text: corpus_module.Tokens, stages: tuple[Stage, ...]) -> None:
-        """One gradient at every stage's shapes, thrown away: it compiles, and shows at once what does not fit."""
+        """One gradient step at the shapes of every stage, whose result is dropped: it compiles the code, and shows at
+        once which shapes do not fit.
+        """
         for stage in stages:
             rope = dense.rope_tables(self.config, stage.length, self.device)
             tokens, classes = next(iter(Batches(text, stage, seed=0)))
@@ -253,8 +255,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="directory with config.json")
     parser.add_argument("--corpus", type=Path, required=True, help="directory written by models.training.corpus")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=8.0, help="seconds from the start, compiling included")
-    parser.add_argument("--start", type=Path, help="master.safetensors to continue from: makes this the second run")
+    parser.add_argument(
+        "--minutes", type=float, default=8.0, help="time limit of the training in minutes, compilation included"
+    )
+    parser.add_argument("--start", type=Path, help="master.safetensors of an earlier run, whose training is continued")
     parser.add_argument("--peak", type=float, default=1.0, help="factor on every learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=12)

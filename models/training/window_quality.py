@@ -5,7 +5,7 @@
 Every document is prefilled cold up to the hit. Then the window state is thrown away and rebuilt from the last k windows
 of tokens and the stored global KV (k = 0: not at all), and the same continuation is run from there: the text that
 follows, questions about facts planted shortly and long before the hit, and a question that the hit cuts in two. The
-reference is the exact state.
+exact window state is the reference.
 `python -m models.training.window_plot` draws the result.
 """
 

@@ -9,7 +9,8 @@
     32      32    digest of the prompt
     64      ...   window state, row, then vocab_size float32 logits of the last token
 
-This module checks only the shape. The store checks the payload's integrity and the fingerprint. Little-endian.
+This module checks only the shape of a handoff. The store checks the payload's integrity and the fingerprint.
+Little-endian.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ _MAGIC = b"AFH2"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Handoff:
-    """What a decode worker needs in addition to the finished blocks. logits: [vocab_size] float32.
+    """The state that a decode worker needs in addition to the finished blocks. logits: [vocab_size] float32.
 
-    prompt: `Chain.digest` of the tokens that the handoff was made from. The handoff must not be used for any other
-    prompt.
+    prompt: `Chain.digest` of the tokens from which the handoff was made. A handoff must not be used for any prompt but
+    its own.
     """
 
     position: int
@@ -49,10 +50,10 @@ class Handoff:
     def from_bytes(cls, data: bytes) -> Handoff:
         """Raises:  BlockCorrupt: not a handoff, or its parts do not add up."""
         if len(data) < _HEADER.size:
-            raise BlockCorrupt(f"a handoff has at least {_HEADER.size} bytes, this has {len(data)}")
+            raise BlockCorrupt(f"a handoff must have at least {_HEADER.size} bytes, this handoff has {len(data)}")
         magic, vocab_size, position, window_bytes, row_bytes, prompt = _HEADER.unpack_from(data)
         if magic != _MAGIC or len(data) != _HEADER.size + window_bytes + row_bytes + 4 * vocab_size:
-            raise BlockCorrupt("a handoff's header does not fit its length")
+            raise BlockCorrupt("the lengths in a handoff's header do not add up to the handoff's length")
         row_at = _HEADER.size + window_bytes
         return cls(
             position=position,

@@ -1,4 +1,6 @@
-"""Writes checkpoints: asks the strategy where, and makes a record for each mark. Prefill and decode share it."""
+"""Writes checkpoints: asks the window strategy where to leave them, and makes a record for each mark. Prefill and
+decode share it.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,7 @@ def marks_for_output(engine: Engine, *, num_tokens: int, prompt_tokens: int) -> 
 async def leave_checkpoint(
     engine: Engine, prompt: Prompt, window: WindowState, mark: Mark, writer: RecordWriter
 ) -> None:
-    """Queue the window state for the tier that the mark names. `window` may be changed when this returns.
+    """Queue the window state for the tier that the mark names. When this returns, `window` may be changed.
 
     Window state with NaN or infinity is not written; the same error shows in the logits, which fail the request.
     """

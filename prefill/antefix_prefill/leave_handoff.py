@@ -10,7 +10,9 @@ from antefix_prefill.worker.engine import Engine
 
 
 async def leave_handoff(engine: Engine, computed: ComputedPrompt) -> bytes:
-    """The handoff's name; empty if the store could not keep it, and then the decode worker prefills by itself."""
+    """The handoff's name; empty if the store could not keep the handoff, in which case the decode worker prefills by
+    itself.
+    """
     sequence = computed.sequence
     unstored = sequence.position % engine.align_tokens // engine.block_size
     if unstored:

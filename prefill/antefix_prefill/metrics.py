@@ -15,26 +15,36 @@ from antefix_prefill.prefill_queue import PrefillQueue
 # Metrics of the fields of `prefetch.PrefetchCounters`.
 PREFETCH: Final[Table] = {
     "num_prefetched": Shown(
-        name="antefix_prefill_prefetched_prompts", help="Prompts whose blocks were loaded while they waited."
+        name="antefix_prefill_prefetched_prompts",
+        help="Prompts whose stored blocks were loaded while the prompts waited for their turn.",
     ),
     "num_blocks_prefetched": Shown(
-        name="antefix_prefill_prefetched_blocks", help="Blocks loaded for prompts that waited."
+        name="antefix_prefill_prefetched_blocks",
+        help="Stored blocks that were loaded for prompts that waited for their turn.",
     ),
     "num_checkpoints_prefetched": Shown(
-        name="antefix_prefill_prefetched_checkpoints", help="Checkpoints read for prompts that waited."
+        name="antefix_prefill_prefetched_checkpoints",
+        help="Checkpoints of window state that were read for prompts that waited for their turn.",
     ),
     "num_blocks_wanted": Shown(
         name="antefix_prefill_waited_blocks",
-        help="Stored blocks of prompts that waited for a second or more. They should be in memory at the prompt's"
-        " turn.",
+        help=(
+            "Stored blocks of prompts that waited for a second or more. The blocks should be in memory at the "
+            "prompt's turn."
+        ),
     ),
     "num_blocks_found": Shown(
         name="antefix_prefill_waited_blocks_found",
-        help="Stored blocks of prompts that waited for a second or more, and that were in memory at the prompt's turn.",
+        help=(
+            "Stored blocks of prompts that waited for a second or more, if the blocks were in memory at the "
+            "prompt's turn."
+        ),
     ),
     "num_skipped": Shown(
         name="antefix_prefill_unprefetched_prompts",
-        help="Prompts that waited without prefetching, for lack of room or because nothing was worth loading.",
+        help=(
+            "Prompts that waited and had no blocks loaded early, because memory was short or nothing was worth loading."
+        ),
     ),
 }
 

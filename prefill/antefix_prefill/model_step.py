@@ -23,5 +23,5 @@ def model_step(position: int) -> Iterator[None]:
     except AntefixError:
         raise
     except Exception as err:
-        log.exception("the model failed for a prompt, after its token %d", position)
-        raise StepFailed("a step of the model failed; the worker's log has it") from err
+        log.exception("the model failed for a prompt, after the prompt's token %d", position)
+        raise StepFailed("a step of the model failed; the worker's log has its cause") from err

@@ -1,7 +1,8 @@
 """Finds the part of a prompt that is stored under an older secret, while the deployment's secrets rotate.
 
-The part is read by its older names and stored again under the present ones, like any block that the store has lost. So
-KV that is used moves to the new names, and KV that is not used expires by its time to live.
+The part that is stored under an older secret is read by its older names and stored again under the present names, like
+any block that the store has lost. So KV that is used moves to the new names, and KV that is not used expires by its
+time to live.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class OlderNames:
 
 
 async def find_older(engine: Engine, tenant: str, tokens: Tokens, found: LookupResult) -> OlderNames | None:
-    """The older names, if more of the prompt is stored under them than was found; None: there is no more.
+    """The older names, if more of the prompt is stored under them than was found before; None if there is no more.
 
     Raises:  AntefixError: the store does not answer.
     """

@@ -1,8 +1,8 @@
-"""Loads what a prompt will need into memory while the prompt waits for its turn.
+"""Loads the stored blocks that a prompt will need into memory while the prompt waits for its turn.
 
-Prefetching reads what the planner would read now: blocks and the checkpoint. Loaded blocks are idle, so running
-prompts may take their places; the checkpoint is kept with the prompt. If there is no room for everything, it loads the
-beginning. It computes nothing. A part that could not be loaded in time is loaded or computed when the prompt's turn
+Prefetching reads what the planner would read now: blocks and the checkpoint. Loaded blocks are idle, so running prompts
+may take their memory; the checkpoint is kept with the prompt. If there is no room for the whole prefix, its beginning
+is loaded. It computes nothing. Blocks that could not be loaded in time are loaded or computed when the prompt's turn
 comes.
 """
 
@@ -65,7 +65,9 @@ class Prefetcher:
 
     @contextlib.asynccontextmanager
     async def while_waiting(self, prompt: Prompt) -> AsyncIterator[None]:
-        """Wraps the wait for a turn. At its end it waits for a running load, because its result is needed at once."""
+        """A context around a prompt's wait for its turn. At the end of the wait, a running load is waited for, because
+        its result is needed at once.
+        """
         task, started = asyncio.create_task(self._prefetch(prompt)), time.monotonic()
         try:
             yield

@@ -16,7 +16,8 @@ _EXTRA_OF = 8
 class PrefillQueue:
     """At most `num_running_max` prompts run and `num_waiting_max` wait; tenants take turns.
 
-    With two running prompts, one loads and writes while the other computes; more would only hold pool blocks. Prompts
+    With two running prompts, one loads and writes while the other computes; more running prompts would only hold pool
+    blocks. Prompts
     with little left to compute do not wait for these places: up to `num_short_max` of them run in addition, because the
     compute thread takes their chunks first.
     """
@@ -44,8 +45,8 @@ class PrefillQueue:
         share: int = 1,
         num_tokens: int = 0,
     ) -> AsyncIterator[None]:
-        """Wait for a turn.  is_short: whether little is left to compute; called only if the prompt would wait.
-        num_tokens: tokens to compute, as far as is known.  share: the tenant's share.
+        """Wait for the prompt's turn. is_short: tells whether few tokens are left to compute; called only if the prompt
+        would wait. num_tokens: tokens to compute, as far as known. share: the tenant's share.
 
         Raises:  Overloaded: the queue is full; nothing was queued.
         """

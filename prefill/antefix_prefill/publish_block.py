@@ -9,7 +9,9 @@ from antefix_prefill.worker.engine import Engine
 
 
 class NamedTokens(Protocol):
-    """The sequence that owns the block. tokens: those known when it was named; an output grows beyond them."""
+    """The sequence that owns the block. tokens: those that were known when the chain was named; an output grows beyond
+    them.
+    """
 
     @property
     def tokens(self) -> TokenArray: ...

@@ -1,7 +1,7 @@
-"""Writes a request's records to the store and the window pool while the request computes on.
+"""Writes a request's records to the store and the window pool while the request continues to compute.
 
-The cache may cost speed, never an answer: a failed write is counted and not raised. A failed write ends this request's
-writing to the store, because the following records would lack their parent.
+The cache may cost speed, but never an answer: a failed write is counted and not raised. A failed write ends this
+request's writing to the store, because the following records would lack their parent.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PENDING_BYTES_MAX = 128 << 20
 class RecordWriter:
     """Writes the records of one request. Payloads must stay unchanged until `flush` returns.
 
-    writes: False for a worker that must not store KV under the names that it works with: all records are dropped.
+    writes: False for a worker that must not store KV under the names that it uses: all records are then dropped.
     """
 
     def __init__(
@@ -57,7 +57,9 @@ class RecordWriter:
         self.error = ""
 
     async def put(self, record: Record, *, tier: Tier = Tier.DISK) -> None:
-        """Queue one record. Waits only if too much is pending. If the window pool refuses it, it goes to disk."""
+        """Queue one record. The call waits only if too many records are pending. If the window pool refuses the
+        checkpoint, it goes to disk.
+        """
         if not self._writes or (self._broken and tier is Tier.DISK):
             return
         await self._room.wait()
@@ -70,7 +72,9 @@ class RecordWriter:
         self._wake.set()
 
     async def flush(self) -> None:
-        """Wait until every queued record is durable or has failed. Ends the writer; completes even if cancelled."""
+        """Wait until every queued record is durable or has failed. Ends the writer of records; the ending completes
+        even if it is cancelled.
+        """
         self._closing = True
         self._wake.set()
         if self._task is not None:
@@ -102,7 +106,7 @@ class RecordWriter:
                 self._room.set()
 
     def _next_batch(self) -> tuple[list[Record], Tier]:
-        """The next records of one tier: one record for the pool, up to BATCH_BYTES_MAX for the store."""
+        """The next records for one tier: one record for the window pool, up to BATCH_BYTES_MAX for the store."""
         record, tier = self._queue.popleft()
         batch, nbytes = [record], len(record.payload)
         while tier is Tier.DISK and self._queue and self._queue[0][1] is Tier.DISK:
@@ -132,7 +136,7 @@ class RecordWriter:
             self._broken = True
             _note_failure(self._counters, err, len(batch))
             self.error = self.error or f"{type(err).__name__}: {err}"
-            log.warning("the store refused a write, so this request writes no more records: %s", err)
+            log.warning("the store refused a write, so no more records of this request are written: %s", err)
             return
         self._counters.note_refusals(result.refused.values())
         self._broken = bool(result.refused)
@@ -147,7 +151,7 @@ class RecordWriter:
 
 
 async def put_quietly(store: Store, record: Record, counters: StoreCounters) -> bool:
-    """Put one record now. If the store could not take it, this is counted and the result is False."""
+    """Put one record now. If the store could not take the record, this is counted and the result is False."""
     try:
         result = await store.put([record])
     except AntefixError as err:

@@ -1,8 +1,8 @@
 """Restores a prompt's prefix: finds what is stored, chooses the cheapest plan, loads it, rebuilds window state.
 
-If something turns out to be missing (a block that was evicted meanwhile, a corrupt checkpoint, a dead store), the known
-prefix becomes shorter and a new plan is made. So the worst case is a cold run. Restoring never raises an error of the
-store.
+If a record turns out to be missing (a block that was evicted meanwhile, a corrupt checkpoint, a dead store), the known
+prefix becomes shorter and a new plan is made. So in the worst case the prompt is computed cold. A restore never raises
+an error of the store.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ DISK_TIER = Tier.DISK.value
 class Prefetched:
     """Blocks [first, stop) that were loaded for a prompt while it waited. report: the tiers that they came from.
 
-    checkpoints: window state that was read, by boundary.
+    checkpoints: window state that was read for the prompt, by boundary.
     """
 
     first: int
@@ -66,7 +66,9 @@ class Prompt:
 
 @dataclass(slots=True)
 class Restored:
-    """A sequence ready to continue from `sequence.position`, and what the restore learned about the prompt's prefix."""
+    """A sequence that can continue from `sequence.position`, with the facts that the restore learned about the prompt's
+    prefix.
+    """
 
     sequence: Sequence
     plan: Plan
@@ -78,12 +80,13 @@ class Restored:
 
 @dataclass(slots=True)
 class _Known:
-    """What is believed to be stored. The known prefix shrinks whenever something turns out to be missing.
+    """The blocks and checkpoints that are believed to be stored. The known prefix shrinks whenever a record turns out
+    to be missing.
 
-    checkpoints: the tier of each, by boundary.  pooled: window state that the pool has already given, by boundary.
-    block_tiers: for several stores, as `LookupResult.tiers`.
-    store_failed: the store did not answer.  came_short: it promised blocks and did not give them.
-    older: what is stored only under the names of an older secret.
+    checkpoints: the tier of each, by boundary. pooled: window state that the pool has given already, by boundary.
+    block_tiers: for several stores, as `LookupResult.tiers`. store_failed: whether the store did not answer.
+    came_short: whether the store promised blocks and did not deliver them. older: the blocks that are stored only under
+    the names of an older secret.
     """
 
     num_blocks: int
@@ -97,13 +100,14 @@ class _Known:
 
     @property
     def own_checkpoints(self) -> tuple[int, ...]:
-        """Checkpoints under the present names. The other checkpoints have to be written again."""
+        """Checkpoints under the present names. All other checkpoints have to be written again."""
         older = self.older.checkpoints if self.older else frozenset()
         return tuple(sorted(self.checkpoints.keys() - older))
 
 
 async def has_short_rest(engine: Engine, prompt: Prompt) -> bool:
-    """Whether at most one chunk of the prompt is neither in memory nor in the store, and the pool has room for all.
+    """Whether at most one chunk of the prompt is neither in memory nor in the store, and the pool has room for the
+    whole prompt.
 
     The check takes one look-up in addition to `restore`'s own, so it is for prompts that would otherwise wait.
     """
@@ -182,7 +186,7 @@ async def _look_up(engine: Engine, prompt: Prompt, report: RestoreReport) -> _Kn
 
 
 def _take_prefetched(prompt: Prompt, known: _Known) -> None:
-    """Use what was read while the prompt waited, except what was found missing or bad since."""
+    """Use the blocks that were read while the prompt waited, except those found missing or bad since."""
     if prompt.prefetched is None:
         return
     for block, data in prompt.prefetched.checkpoints.items():
@@ -191,13 +195,15 @@ def _take_prefetched(prompt: Prompt, known: _Known) -> None:
 
 
 async def read_checkpoint(engine: Engine, prompt: Prompt, block: int, report: RestoreReport) -> bytes | None:
-    """Window state at a boundary, read as `restore` would read it; None: it is not stored."""
+    """Window state at a boundary, read as `restore` would read it; None if it is not stored."""
     known = _Known(num_blocks=block, num_in_store=block, checkpoints={}, pooled={})
     return await _read_checkpoint(engine, prompt, block, known, report)
 
 
 async def _ask_pool(engine: Engine, prompt: Prompt, known: _Known, report: RestoreReport) -> None:
-    """Ask the pool for a checkpoint after the disk's last one, where it could be cheaper than a replay at hit's end."""
+    """Ask the window pool for a checkpoint after the disk's last one, if it could be cheaper than a replay at the end
+    of the hit.
+    """
     if engine.window_pool is None:
         return
     step = engine.align_blocks
@@ -239,7 +245,9 @@ def _stored_prefix(engine: Engine, prompt: Prompt, known: _Known) -> StoredPrefi
 async def _carry_out(
     engine: Engine, prompt: Prompt, plan: Plan, known: _Known, report: RestoreReport
 ) -> Sequence | None:
-    """The sequence that the plan gives. None: something was missing, and `known` has been corrected."""
+    """The sequence that results from carrying out the plan. Returns None if a record was missing, in which case `known`
+    has been corrected.
+    """
     if plan.kind is PlanKind.COLD:
         return Sequence(block_table=[], window=WindowState.zeros(engine.layout, 0, engine.device))
     window: WindowState | None = None
@@ -283,7 +291,7 @@ async def _load_checkpoint(
 
 
 def _checkpoint_name(engine: Engine, prompt: Prompt, block: int, older: OlderNames | None) -> tuple[bytes, bytes]:
-    """The checkpoint's name and its owner."""
+    """The name of the checkpoint, and its owner."""
     if older is not None and block in older.checkpoints:
         return older.hashes[block - 1], older.owner
     return prompt.chain.hashes[block - 1], engine.keyring.owner(prompt.tenant)
@@ -345,7 +353,9 @@ async def load_blocks(
 def _stored_as(
     engine: Engine, prompt: Prompt, blocks: range, older: OlderNames | None
 ) -> list[tuple[bytes, Seq[bytes]]]:
-    """Owner and hashes of these blocks in the store, as one stretch, or as two if some have older names."""
+    """The owner and the hashes of these blocks in the store, as one stretch, or as two if some blocks have
+    older names.
+    """
     first_older = blocks.stop if older is None else min(max(older.first, blocks.start), blocks.stop)
     owner, own = engine.keyring.owner(prompt.tenant), prompt.chain.hashes[blocks.start : first_older]
     stretches: list[tuple[bytes, Seq[bytes]]] = [(owner, own)]
@@ -389,7 +399,9 @@ async def _read_into_pool(
 
 
 async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report: RestoreReport) -> int:
-    """How many of the landed blocks are usable, from the first on. The store is told of an unusable one."""
+    """How many of the blocks that were read are usable, from the first on. The store is told of a block that is not
+    usable.
+    """
     # One job, because each job waits for the running work.
     unusable = await engine.compute.run(engine.pool.fill, landed)
     if unusable:
@@ -404,7 +416,9 @@ async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report:
 async def _read_stretch(
     engine: Engine, hashes: Seq[bytes], into: Seq[memoryview], owner: bytes, report: RestoreReport
 ) -> int:
-    """The number of leading blocks that were read. With several stores the report says which gave what, and errors."""
+    """The number of leading blocks that were read. If there are several stores, the report says which store gave which
+    blocks, and which errors occurred.
+    """
     store = engine.store
     if not isinstance(store, ManyStores):
         return await uninterrupted(store.get_blocks(hashes, into, fingerprint=engine.fingerprint, tenant=owner))
@@ -486,7 +500,7 @@ def _account_prefetched(engine: Engine, prefetched: Prefetched, report: RestoreR
 
 
 async def _miss_reason(engine: Engine, prompt: Prompt, plan: Plan, known: _Known) -> MissReason:
-    """Why the first missing block missed. Empty if only the unfinished last block is missing."""
+    """Why the first missing block missed. Empty if only the prompt's unfinished last block is missing."""
     full_blocks = (prompt.num_tokens - 1) // engine.block_size
     if full_blocks == 0:
         return MissReason.BELOW_MINIMUM

@@ -1,8 +1,9 @@
 """Runs a prompt: restores what is stored, computes the rest in chunks, writes what is new.
 
-Chunks end at multiples of `prefill_chunk` counted from token 0 (never from the hit), and where a checkpoint is to be
-written. On a CPU results do not depend on where chunks end (docs/ARCHITECTURE.md, "Exactness"). Where they do, in
-reproducible mode, the blocks of a prompt's unfinished last chunk serve this prompt alone and are not stored.
+Chunks end at multiples of `prefill_chunk`, counted from token 0 (never from the hit), and at each position where a
+checkpoint is to be written. On a CPU results do not depend on where chunks end (docs/ARCHITECTURE.md, "Exactness").
+If results depend on it, as in reproducible mode, the blocks of a prompt's unfinished last chunk serve only this prompt
+and are not stored.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from antefix_prefill.worker.plan_log import PlanOutcome
 
 @dataclass(slots=True)
 class ComputedPrompt:
-    """A prompt's KV in the pool, and its last token's logits. Call `release` when done. logits: [vocab] float32."""
+    """A prompt's KV in the pool, and its last token's logits. `release` must be called when the prompt is done. logits:
+    [vocab] float32.
+    """
 
     prompt: Prompt
     sequence: Sequence
@@ -40,7 +43,8 @@ class ComputedPrompt:
 
 
 async def run_prompt(engine: Engine, prompt: Prompt) -> ComputedPrompt:
-    """The prompt's KV; everything new is stored or counted as not storable. The caller releases the blocks.
+    """The prompt's KV; everything that is new in it has been stored, or counted as not storable. The caller releases
+    the blocks.
 
     Raises:  Overloaded: no room in the pool.
     """
@@ -122,7 +126,7 @@ async def _compute(engine: Engine, prompt: Prompt, restored: Restored, writer: R
             await leave_checkpoint(engine, prompt, sequence.window, mark, writer)
     engine.rates.observe_prefill(prompt.num_tokens - context, context=context, seconds=time.perf_counter() - begun)
     if logits is None:
-        raise InternalError("a restored prefix left no token to run")
+        raise InternalError("a restored prefix covers the whole prompt, so no token is left to compute")
     return logits
 
 
@@ -144,7 +148,9 @@ def grow(engine: Engine, sequence: Sequence, num_tokens: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """new: blocks whose payloads are wanted.  is_last: it has the prompt's last token, whose logits are wanted."""
+    """new: blocks whose payloads are wanted. is_last: whether the chunk has the prompt's last token, whose logits are
+    wanted.
+    """
 
     engine: Engine
     sequence: Sequence
@@ -169,7 +175,7 @@ async def _run_piece(piece: _Piece, remaining: int, began: float) -> _PieceResul
 
 
 def _run_pieces(pieces: list[_Piece]) -> list[_PieceResult | Exception]:
-    """Run pieces of several prompts in one call of the model. Runs in the compute thread."""
+    """Run chunks of several prompts in one call of the model. Runs in the compute thread."""
     engine = pieces[0].engine
     ran = run_tokens(engine.model, engine.pool, [(each.sequence, each.tokens) for each in pieces], ops=engine.ops)
     results: list[_PieceResult | Exception] = []
@@ -197,4 +203,4 @@ def _finish_piece(piece: _Piece, ran: Ran, number: int) -> _PieceResult:
 
 def not_finite(position: int) -> NotFinite:
     """The error for NaN or infinity: nothing computed from such values may be stored or be an answer."""
-    return NotFinite(f"the model computed NaN or infinity by token {position}; nothing of that was stored")
+    return NotFinite(f"the model computed NaN or infinity by token {position}; nothing from there on was stored")

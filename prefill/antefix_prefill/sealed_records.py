@@ -51,8 +51,9 @@ def checkpoint_record(engine: Engine, prompt: Prompt, mark: Mark, payload: Buffe
 
 
 def handoff_record(engine: Engine, prompt: Prompt, payload: Buffer) -> Record:
-    """The record of live state after the whole prompt. The record's name is random; anyone who knows it may take the
-    handoff."""
+    """The record of live state after the whole prompt. The record's name is random, and anyone who knows the name may
+    take the handoff.
+    """
     chain = prompt.chain
     return engine.seals.seal(
         Record(

@@ -1,5 +1,5 @@
-"""Why a prompt's first missing block missed, as far as the store can tell. The answer explains a bill and decides
-nothing.
+"""Why the first missing block of a prompt is missing, as far as the store can tell. The answer explains a bill, and no
+decision depends on it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ _NUM_FINGERPRINTS_TRIED: Final = 4
 async def why_missed(
     engine: Engine, chain: Chain, tokens: Tokens, *, tenant: str, index: int, came_short: bool
 ) -> MissReason:
-    """Why block `index`, the first missing one, is missing. Call this before the block is computed and stored.
+    """Why block `index`, the first missing one, is missing. This method must be called before the block is computed and
+    stored.
 
-    came_short: the store promised the block and reading it failed.
+    came_short: whether the store promised the block and reading it failed.
     """
     try:
         found = await engine.store.fate(chain.hashes[index], fingerprint=engine.fingerprint)
@@ -40,7 +41,9 @@ async def why_missed(
 
 
 def _what_differs(mine: bytes, other: bytes) -> MissReason:
-    """The difference between two set-ups. If only their arithmetic differs, they were meant to share KV but cannot."""
+    """The difference between two set-ups. If only the arithmetic of two fingerprints differs, they were meant to share
+    KV but cannot.
+    """
     if mine and other and differing_fields(mine, other) == ("arithmetic",):
         return MissReason.ARITHMETIC_DIFFERS
     return MissReason.FINGERPRINT_DIFFERS

@@ -1,1 +1,3 @@
-"""The router: names a prompt's blocks, places the request, relays the answer, accounts for it."""
+"""The router turns a prompt into names of blocks, places the request on workers, relays the answer, and writes the
+bill.
+"""

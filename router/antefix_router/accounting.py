@@ -2,13 +2,15 @@
 
     admit: reserve quota, begin the OPEN entry -> run -> (OPEN is durable) first token ... -> settle -> response ends
 
-The OPEN entry is synced while the prompt is computed, so it delays nothing. Before each piece of output goes out, the
-request's counts so far are written to the ledger's progress file. A cancelled request is settled after its client has
-left. A request that a crash interrupted is closed when the router starts again, and costs what its client was given.
+The ledger's OPEN entry is synced while the prompt is computed, so the sync delays nothing. Before each piece of output
+goes out, the request's counts so far are written to the ledger's progress file. A cancelled request is settled after
+its client has left. A request that a crash interrupted is closed when the router starts again; it is charged for the
+output that its client was given.
 
-A client that named its request's id may send the request again at any time. While the first one runs, the second client
-reads the same answer from its start; afterwards it gets the kept answer (`answers`). If the first one was cancelled,
-failed or crashed, the request runs as a new attempt, whose price is reduced by what earlier attempts were charged.
+A client that gave its request an id may send the request again at any time. While the first attempt runs, the second
+client reads the same answer from its start; afterwards it gets the kept answer (`answers`). If the first attempt was
+cancelled, failed or crashed, the request runs as a new attempt, whose price is reduced by what earlier attempts were
+charged.
 """
 
 from __future__ import annotations
@@ -110,7 +112,7 @@ class Accounts:
         if crashed:
             num_charged = sum(record.is_charged for record in crashed)
             log.warning(
-                "%d requests were cut off when the router last stopped; %d of them had output",
+                "%d requests were cut off when the router last stopped; %d of these requests had sent output already",
                 len(crashed),
                 num_charged,
             )
@@ -141,7 +143,9 @@ class Accounts:
         if retryable and (joined := self.retries.join(request, opened)) is not None:
             return joined
         if opened.key in self._running:
-            raise Conflict(f"request {request.request_id} is running; wait for it or use another id")
+            raise Conflict(
+                f"request {request.request_id} is still running; wait for its end, or use another request id"
+            )
         self._running.add(opened.key)
         self._admitting[opened.key] = asyncio.get_running_loop().create_future()
         try:
@@ -188,7 +192,9 @@ class Accounts:
         return None if found is None else (found, source_of_name(found.record.source))
 
     async def _bill(self, generation: Generation, opened: OpenEntry, before: tuple[Settled | None, Decimal]) -> Bill:
-        """The bill of the next run under this id: a first attempt, another attempt, or the finished answer again."""
+        """The bill of the next run under this request id: a first attempt, another attempt, or the finished answer
+        again.
+        """
         request, (standing, paid) = generation.request, before
         if standing is None:
             bill = Bill(generation, opened, await self._reserve(request))
@@ -198,7 +204,7 @@ class Accounts:
         # While secrets are rotated, the record's digest may have been made with the older secret.
         digests = (self.records.digest(request, number) for number in self._keyring.generations)
         if standing.record.user != opened.user or standing.record.request_digest not in digests:
-            raise InvalidRequest(f"request id {request.request_id} was used for another request")
+            raise InvalidRequest(f"request id {request.request_id} was used before for another request")
         kept = self.retries.kept(request, opened)
         if standing.record.is_final:
             bill = self._repeat(generation, opened, standing, kept)
@@ -212,7 +218,7 @@ class Accounts:
         return bill
 
     def run(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """The request's output. When the output ends, `bill.record` is durable.
+        """The request's output. When the output ends, the record in `bill.record` is on disk.
 
         Raises:  what running the request raised, after settling it.  Unavailable: the ledger could not be written.
         Draining.
@@ -225,7 +231,7 @@ class Accounts:
         return self._run_alone(bill, run, timeout_s)
 
     async def _run_alone(self, bill: Bill, run: Run, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """The output for a request with only one client. If the client leaves, the work stops."""
+        """The output for a request with only one client. If the client of the output leaves, the work stops."""
         opening = asyncio.create_task(self.writer.open(bill.opened))
         status, detail = Status.CANCELLED, CLIENT_LEFT
         try:
@@ -250,11 +256,11 @@ class Accounts:
     async def _run_shared(
         self, bill: Bill, shared: SharedRun, run: Run, timeout_s: float
     ) -> AsyncGenerator[OutputPiece, None]:
-        """The output for one of several clients of an answer. The first client that has the whole answer is charged.
-        Without any client, the answer is still made for a limited time.
+        """The output for one of several clients that read the same answer. The first client that has the whole answer
+        is charged. If no client is left, the answer is still generated for a limited time.
         """
         if shared.settling is not None:
-            raise Unavailable("the request was just given up; send it again")
+            raise Unavailable("the earlier attempt of this request was given up just now; send the request again")
         opening = shared.opening = shared.opening or asyncio.create_task(self.writer.open(bill.opened))
         shared.begin(run, timeout_s, on_end=lambda: self.retries.made(shared))
         shared.enter()
@@ -354,7 +360,7 @@ class Accounts:
                 self.measures.count(record)
                 self.activity.note(record, bill.generation.restore)
         except AntefixError as err:
-            log.error("request %s could not be settled: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
+            log.error("the charge for request %s could not be recorded: %s", bill.opened.request_id, err)  # noqa: TRY400 - no trace needed
             if status is not Status.CANCELLED and status is not Status.FAILED:
                 raise
         finally:
@@ -371,8 +377,8 @@ class Accounts:
         return bill.settled
 
     async def _write(self, record: UsageRecord) -> Settled:
-        """Write a record into the ledger, and then tell the other routers, which may be asked for it as soon as the
-        answer ends.
+        """Write a record into the ledger, and then tell the other routers, because they may be asked for the record as
+        soon as the answer ends.
         """
         if self.shared is None:
             return await self.writer.settle(record)
@@ -403,8 +409,8 @@ class Accounts:
         return await reserved if isinstance(reserved, Awaitable) else reserved
 
     def _repeat(self, generation: Generation, opened: OpenEntry, standing: Settled, kept: KeptAnswer | None) -> Bill:
-        """The bill of a finished request's answer given again: the kept answer, or the answer made again without a
-        charge.
+        """The bill for giving a finished request's answer again: either the kept answer, or the answer generated again
+        without a charge.
         """
         if kept is None:
             self._count_repeat(generation.request, opened)
@@ -415,7 +421,10 @@ class Accounts:
     def _count_repeat(self, request: GenerationRequest, opened: OpenEntry) -> None:
         num_repeats = self._repeats.pop(opened.key, 0) + 1
         if num_repeats > NUM_REPEATS_MAX:
-            raise Overloaded(f"request {request.request_id} was repeated {NUM_REPEATS_MAX} times; use another id")
+            raise Overloaded(
+                f"request {request.request_id} was repeated {NUM_REPEATS_MAX} times, which is the limit; use "
+                "another request id"
+            )
         self._repeats[opened.key] = num_repeats
         while len(self._repeats) > _NUM_REPEATED_IDS_MAX:
             self._repeats.popitem(last=False)

@@ -1,4 +1,6 @@
-"""Signs the ledger's head and writes it to other places at intervals, and once more at the end."""
+"""Signs the latest entry of the ledger (its head), and writes the signature to other places at intervals, and once more
+at the end.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ log = logging.getLogger("antefix.router")
 
 
 class Anchoring:
-    """num_failed: writes to a place that failed. A failed write is tried again after the next interval."""
+    """num_failed: how many times writing to a place failed. A failed write is tried again after the next interval."""
 
     def __init__(self, ledger: Ledger, signer: Signer, places: Sequence[str], every_s: float) -> None:
         self._ledger = ledger
@@ -30,7 +32,7 @@ class Anchoring:
 
     @property
     def anchored_to(self) -> int:
-        """The last entry that is anchored in all places."""
+        """The last entry of the ledger whose signature is in all places."""
         return min((self._done.get(place, 0) for place in self._places), default=0)
 
     def start(self) -> None:
@@ -42,7 +44,7 @@ class Anchoring:
         await asyncio.to_thread(self.anchor)
 
     def anchor(self) -> None:
-        """Write the head to each place that does not have it yet."""
+        """Write the signature of the ledger's head to each place that does not have it yet."""
         sequence, hash = self._ledger.head
         if not sequence:
             return
@@ -57,7 +59,7 @@ class Anchoring:
                 self._done[place] = sequence
             except (OSError, AntefixError) as err:
                 self.num_failed += 1
-                log.error("the ledger's head could not be anchored in %s: %s", place, err)  # noqa: TRY400
+                log.error("the signed hash of the ledger could not be written to %s: %s", place, err)  # noqa: TRY400
 
     async def _run(self) -> None:
         while True:

@@ -1,10 +1,11 @@
-"""Answers for retries: answers still being made, which continue when their client leaves, and finished answers.
+"""Answers for retries of requests: answers that are being generated, which continue when their client leaves, and
+finished answers.
 
     SharedRun (made once, read by any number of clients, each from its first token) --at its end--> KeptAnswer
 
-Only requests whose client named an id (`Idempotency-Key`) have answers here, because no client can ask again for any
-other request. The answers are in this process's memory, which is bounded. An answer that was dropped is made again when
-it is asked for.
+Only requests whose client gave an id (`Idempotency-Key`) have answers here, because clients can ask again only for
+those. The answers are in this process's memory, whose size is bounded. An answer that was dropped from memory is
+generated again when it is asked for.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class RetryConfig:
 
 
 class SharedRun:
-    """One request's answer while it is made."""
+    """The answer of one request while it is generated."""
 
     def __init__(self, bill: Bill) -> None:
         self.generation: Generation = bill.generation
@@ -84,13 +85,13 @@ class SharedRun:
         self._task: asyncio.Task[None] | None = None
 
     def begin(self, run: Run, timeout_s: float, *, on_end: Callable[[], None]) -> None:
-        """Start to make the answer, once.  on_end: called when the answer is complete or has failed."""
+        """Start to generate the answer, once. on_end: called when the answer is complete or has failed."""
         if self._task is None:
             self._task = asyncio.create_task(self._make(run, timeout_s))
             self._task.add_done_callback(lambda _: on_end())
 
     async def read(self) -> AsyncGenerator[OutputPiece, None]:
-        """The answer from its first token on, as it is made.  Raises:  what making it raised."""
+        """The answer from its first token on, as it is generated.  Raises:  what making it raised."""
         samples = self.generation.samples
         positions = [0] * len(samples)
         while True:
@@ -111,14 +112,16 @@ class SharedRun:
                 await self._grown.wait()
 
     def give(self, bill: Bill, num_tokens: int) -> bool:
-        """Note that a client is about to be given this many tokens. Returns whether no other client has had as many."""
+        """Record that a client is about to be given this many tokens. Returns whether no other client has been given as
+        many tokens.
+        """
         if bill.is_held or num_tokens <= self.num_given:
             return False
         self.num_given, self.bill = num_tokens, bill
         return True
 
     def cut(self, num_tokens: int) -> None:
-        """End the answer (of one output) after this many tokens. Later tokens are not part of it."""
+        """End the answer (of one output) after this many tokens. Tokens after this end are not part of the answer."""
         (sample,) = self.generation.samples
         sample.end(num_tokens)
         sample.cut()
@@ -179,7 +182,7 @@ class KeptOutput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptAnswer:
-    """A finished answer, with what its record and its client need.  started_us: when making the answer began."""
+    """A finished answer, with the data for its record and its client. started_us: when generating the answer began."""
 
     request_digest: str
     user: str
@@ -209,7 +212,7 @@ class KeptAnswer:
         return sum(_ANSWER_BYTES + each.tokens.nbytes + len(each.logprobs) * a_logprob for each in self.outputs)
 
     def fits(self, request: GenerationRequest, opened: OpenEntry) -> bool:
-        """Whether this answer belongs to that request and has everything it asks for."""
+        """Whether this kept answer belongs to that request, and has everything that the request asks for."""
         return (self.request_digest, self.user, self.num_top_logprobs) == (
             opened.request_digest,
             opened.user,
@@ -217,7 +220,7 @@ class KeptAnswer:
         )
 
     async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """Give the kept answer's output. Same interface as `Generator.run`, but no worker is called."""
+        """Give the kept answer's output. This class has the same interface as `Generator.run`, but calls no worker."""
         generation.restore, generation.ttft_s = self.restore, self.ttft_s
         for index, output in enumerate(self.outputs):
             sample = generation.samples[index]
@@ -231,7 +234,7 @@ class KeptAnswer:
 
 
 class Shelf:
-    """Finished answers by request. When the memory is full, the oldest is dropped first."""
+    """Finished answers by request. When the memory for kept answers is full, the oldest answer is dropped first."""
 
     def __init__(self, bytes_max: int, ttl_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.bytes_max = bytes_max
@@ -256,7 +259,7 @@ class Shelf:
         return kept[0] if kept is not None else None
 
     def _drop(self) -> None:
-        """All answers live equally long, so the oldest also expires first."""
+        """All kept answers live equally long, so the oldest answer also expires first."""
         now = self._clock()
         while self._kept:
             key, (_, until) = next(iter(self._kept.items()))

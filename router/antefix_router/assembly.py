@@ -1,4 +1,6 @@
-"""Builds a router from its parts and connects them. The calls that use it are in server.py and gateway/."""
+"""Builds a router from its parts and connects them. The calls that use the router's parts are in server.py and
+gateway/.
+"""
 
 from __future__ import annotations
 
@@ -64,10 +66,11 @@ log = logging.getLogger("antefix_router")
 
 
 class Router:
-    """All parts of a router behind its gRPC and HTTP calls. Call `learn` first, then `start`, and `close` at the end.
+    """All parts of a router behind its gRPC and HTTP calls. `learn` must be called first, then `start`, and `close` at
+    the end.
 
-    fingerprint: part of every block's name. The fingerprint changes if the workers turn out to compute with another
-    arithmetic.
+    fingerprint: the digest that is part of every block's name. The fingerprint changes if the workers turn out to
+    compute with another arithmetic.
     """
 
     def __init__(
@@ -80,7 +83,7 @@ class Router:
         granter: Callable[[], Granter | None] = lambda: None,
         may_call: Callable[[str], object] = lambda address: None,
     ) -> None:
-        """granter: returns the signer of grants that workers and the store demand; None if they demand none.
+        """granter: returns the signer of grants that workers and the store demand; None if they demand no grants.
         may_call: raises ConfigError for an address that was found and must not be called.
         """
         self.identity = identity
@@ -136,8 +139,8 @@ class Router:
         self.live_books = LiveBooks(config, self.front)
 
     def _store_feed(self, events: str | RedisAccess, keys: EventKeys) -> StoreFeed:
-        """Follows the store's events of stored and dropped blocks.  events: the Redis that carries them; empty: the
-        store's own stream.
+        """Follows the store's events of stored and dropped blocks. events: the Redis server that carries them; empty:
+        the store's own stream is used.
         """
         config = self.config
         return StoreFeed(
@@ -178,8 +181,8 @@ class Router:
         )
 
     def why_unready(self) -> str:
-        """Why a request could not be served now; empty if it could. Prefill workers are not required, since decode can
-        prefill.
+        """Why a request could not be served now; empty if a request could be served. The router can serve without
+        prefill workers, because decode workers can prefill.
         """
         return why_unready(self.front.accounts, self.decode)
 
@@ -228,7 +231,7 @@ class Router:
             self._adopt(await learn(workers))
 
     def _adopt(self, arithmetic: str) -> None:
-        """Use this arithmetic in all names from now on."""
+        """Use this arithmetic in all block names from now on."""
         log.info("workers compute %s", arithmetic)
         self.arithmetic, self.fingerprint = arithmetic, self._fingerprint_of(arithmetic)
         self._names.fingerprint = self._prefilling.fingerprint = self.leases.fingerprint = self.fingerprint
@@ -239,13 +242,16 @@ class Router:
         accounts.served = replace(accounts.served, fingerprint=self.fingerprint.hex())
 
     def admit(self, role: WorkerRole, address: str, status: Status) -> None:
-        """Give work to a worker that was found.  Raises:  FingerprintMismatch: the worker cannot serve here."""
+        """Give work to a worker that was found by DNS or Redis. Raises: FingerprintMismatch: the worker computes other
+        KV than this router names, so it cannot serve here.
+        """
         arithmetic, setup = status.arithmetic, status.setup
         self.check_arithmetic(role, address, fingerprint=status.fingerprint, arithmetic=arithmetic, setup=setup)
         self.leases.add_found(role, address, fingerprint=status.fingerprint, arithmetic=arithmetic, setup=setup)
 
     def check_arithmetic(self, role: str, address: str, *, fingerprint: bytes, arithmetic: str, setup: str) -> None:
-        """If the arithmetic is not known yet, take it from this worker. Otherwise the worker must have the same one.
+        """If the router does not know the arithmetic yet, it takes the arithmetic of this worker. Otherwise the worker
+        must have the arithmetic that the router knows.
 
         Raises:  FingerprintMismatch: this worker computes with another arithmetic.
         """
@@ -269,7 +275,7 @@ class Router:
         return [member.feed for member in self.store.members.stores if member.feed is not None]
 
     def metrics(self) -> Iterable[Metric]:
-        """The router's metrics, apart from those of its HTTP door. Read in the event loop."""
+        """The router's metrics, apart from those of its HTTP server. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
         yield from placement_metrics((self.prefill, self.decode), self.config.policy, self.memory.in_step)
         yield from lost_metrics(self.leases.lost(time.monotonic()))

@@ -17,15 +17,15 @@ from antefix_router.open_bill import Bill, Served
 
 
 class BillRecords:
-    """Builds the entries of one router. New records have no price yet."""
+    """Builds the ledger entries of one router. New records do not have a price yet."""
 
     def __init__(self, source_name: str, keyring: Keyring) -> None:
         self._source_name = source_name
         self._keyring = keyring
 
     def opened(self, request: GenerationRequest, served: Served) -> tuple[GenerationRequest, OpenEntry]:
-        """The request with a seed, and its OPEN entry.  served: the values that all records of this router
-        share now.
+        """The request with a seed, and its OPEN entry. served: the values that are now the same in all records of this
+        router.
         """
         sampling, tenant = request.sampling, request.caller.tenant
         if sampling.temperature and sampling.seed is None:
@@ -49,8 +49,8 @@ class BillRecords:
         )
 
     def ended(self, bill: Bill, status: Status, detail: str) -> UsageRecord:
-        """The record of an ended request. If the answer is complete, all of its output counts; otherwise only the
-        output that a client was given.
+        """The record of an ended request. If the answer is complete, all of its output counts as used; otherwise only
+        the output that a client was given counts.
         """
         has_ended = status in (Status.STOP, Status.LENGTH)
         num_output = bill.generation.num_emitted if has_ended else bill.num_given
@@ -86,7 +86,9 @@ class BillRecords:
         )
 
     def digest(self, request: GenerationRequest, generation: int = 0) -> str:
-        """Keyed hash of prompt and sampling. The key keeps a reader of the ledger from testing guesses of a prompt."""
+        """A keyed hash of the prompt and the sampling settings. Without the key, a reader of the ledger cannot test
+        guesses of a prompt.
+        """
         key = self._keyring.key(request.caller.tenant, generation)
         digest = hashlib.blake2b(key=key, digest_size=16, person=b"antefix-digest")
         # Log probabilities are left out of the hash, because they report on the answer without changing it.

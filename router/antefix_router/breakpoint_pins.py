@@ -17,17 +17,17 @@ log = logging.getLogger("antefix.router")
 
 
 class BreakpointPins:
-    """Sets pins in the background. A pin that fails costs a later hit, never an answer."""
+    """Sets pins in the background. If a pin fails, a later request may miss, but no answer is lost."""
 
     def __init__(self, store: Store, fingerprint: Callable[[], bytes]) -> None:
-        """fingerprint: returns the present fingerprint of all chains."""
+        """fingerprint: returns the fingerprint that all chains have at present."""
         self._store = store
         self._fingerprint = fingerprint
         self._tasks: set[asyncio.Task[None]] = set()
 
     def pin(self, chain: Chain, breakpoints: Sequence[Breakpoint], *, owner: bytes) -> None:
-        """Pin the last whole block before each breakpoint, and its checkpoint. A pinned block also keeps all blocks
-        before it.
+        """Pin the last whole block before each breakpoint, and its checkpoint. As long as a block is pinned, all blocks
+        before it are kept too.
 
         owner: the owner of the records in the store.
         """
@@ -51,4 +51,4 @@ class BreakpointPins:
             else:
                 await store.pin(names, duration_s=ttl_s, owner=owner)
         except AntefixError as err:
-            log.warning("a cache breakpoint could not be pinned: %s", err)
+            log.warning("the blocks up to a cache breakpoint could not be pinned: %s", err)

@@ -1,8 +1,9 @@
 """Reads the messages of one call to a decode worker, and limits how long to wait for each if another worker could take
 over.
 
-A worker that hangs is abandoned (`antefix.pulse`). A late worker is abandoned only within a budget. The request
-continues at another worker with the tokens that its client already has, so the answer stays the same.
+A worker that hangs is abandoned (`antefix.pulse`). A late worker is given up only as long as the budget for such moves
+allows. The request continues at another worker with the tokens that its client already has, so the answer stays the
+same.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _GRAMMAR_S: Final = 10.0
 
 
 def first_work_s(work: Work, has_handoff: bool, worker: Worker, tokens_per_s: float, has_grammar: bool) -> float:
-    """How long this worker should take for what it has to compute and load before it generates.
+    """How long this worker should need for everything that it must compute and load before it generates.
 
     tokens_per_s: the speed of a prefill.
     """
@@ -42,7 +43,9 @@ class DecodeStream:
     """Waits for the messages of one call."""
 
     def __init__(self, workers: Workers, worker: Worker, tried: set[str], budget: HedgeBudget, *, own_s: float) -> None:
-        """tried: the addresses that have had this output, including this one.  own_s: the result of `first_work_s`."""
+        """tried: the addresses that have had this output, including this worker's. own_s: the result of
+        `first_work_s`.
+        """
         self._workers, self._worker, self._tried, self._budget = workers, worker, tried, budget
         self._own_s = own_s
         self._num_messages = 0

@@ -3,7 +3,8 @@
 A Hugging Face tokenizer takes a quarter of a second for a million characters, and would delay every stream for as long.
 Short texts are tokenized in the event loop, because passing them to a thread would cost more time than it saves.
 
-Tenants take turns, measured in characters. Of the longest texts, which need most memory, one is tokenized at a time.
+Tenants take turns at tokenizing, and the turns are measured in characters. The longest texts need most memory, so only
+one of them is tokenized at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _NUM_WAITING_MAX: Final = 256
 
 
 class Encoding:
-    """Has threads of its own, so that the ledger's writes do not wait for prompts."""
+    """Tokenizing has threads of its own, so that the ledger's writes do not wait for prompts."""
 
     def __init__(self) -> None:
         num_threads = min(_THREADS_MAX, usable_cores())

@@ -1,5 +1,5 @@
-"""The end of a router's grace period. Requests that still run then end with a proper error instead of a cut
-connection.
+"""The end of a router's grace period. Requests that still run when the grace period ends get a proper error instead of
+a cut connection.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The common part of gRPC and HTTP: checks a request, and runs it with its bill. Knows neither protocol."""
+"""The part that gRPC and HTTP have in common: a request is checked, and run with its bill. Knows neither protocol."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ NUM_SAMPLES_MAX = 16
 
 
 class ContextTooLong(InvalidRequest):
-    """Prompt and output do not fit the model's context. The caller shortens one of them."""
+    """Prompt and output together do not fit into the model's context. The caller must shorten the prompt or the
+    output.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +111,9 @@ class BillingConfig(RetryConfig):
 
 
 class BilledFront:
-    """What gRPC and HTTP share: authentication, the bill, receipts.  run: makes the output of an admitted request."""
+    """The part that gRPC and HTTP have in common: authentication, the bill, receipts. run: generates the output of an
+    admitted request.
+    """
 
     def __init__(self, run: Run, accounts: Accounts, *, keys: KeyRegister, signer: Signer | None) -> None:
         self.accounts = accounts
@@ -121,7 +125,9 @@ class BilledFront:
         self._run = run
 
     def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """The output; when it ends, `bill.record` is durable. Closing it early cancels the request."""
+        """The output; when the output ends, the record in `bill.record` is on disk. Closing the output early cancels
+        the request.
+        """
         return self.accounts.run(bill, self._run, timeout_s)
 
     def take_signer(self, signer: Signer) -> None:
@@ -138,7 +144,7 @@ class BilledFront:
             self.accounts.anchoring.start()
 
     async def close(self) -> None:
-        """Settle the requests that are running."""
+        """Write the records of all requests that are running."""
         await self.accounts.close()
 
 
@@ -157,7 +163,9 @@ class Front(BilledFront):
         keys: KeyRegister | None = None,
         shedding: LoadShedding | None = None,
     ) -> None:
-        """keys: None: the keys in `tenants`.  shedding: None: no request is refused for its wait."""
+        """keys: None: the API keys are those in `tenants`. shedding: None: no request is refused because its wait would
+        be long.
+        """
         # Looked up at each request, because a dry run has no generator.
         super().__init__(
             lambda *args: generator.run(*args), accounts, keys=keys or key_register(tenants), signer=signer
@@ -171,7 +179,7 @@ class Front(BilledFront):
         self.shedding.share_of = lambda tenant: accounts.quotas.limits_of(tenant).share
 
     def check_text(self, num_characters: int, *, num_plain: int | None = None, payer: str | None = None) -> None:
-        """Check a prompt before it is encoded, by the least number of tokens that it can have.
+        """Check a prompt before it is encoded, by the smallest number of tokens that its text can have.
 
         num_plain: characters of text in which nothing is a special token; None: special tokens may occur anywhere.
         payer: the tenant whose quota must cover the tokens.
@@ -192,7 +200,7 @@ class Front(BilledFront):
             self.accounts.quotas.check(payer, tokens=at_least, now=datetime.now(UTC))
 
     async def admit(self, request: GenerationRequest, *, retryable: bool = False) -> Bill:
-        """Check a request and open its bill. A request without an id gets one.  retryable: see `Accounts.admit`.
+        """Check a request and open its bill. A request without an id gets one here. retryable: see `Accounts.admit`.
 
         Raises:  InvalidRequest: the request itself is wrong.  QuotaExceeded, Conflict: see `Accounts.admit`.
         """
@@ -220,11 +228,11 @@ class Front(BilledFront):
         return bill
 
     def run(self, bill: Bill, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """As `BilledFront.run`. With its first output, the request no longer counts as waiting."""
+        """As `BilledFront.run`. From its first output on, the request no longer counts as waiting."""
         return until_served(super().run(bill, timeout_s))
 
     async def close(self) -> None:
-        """Settle the requests that are running, and stop the grammar checker."""
+        """Write the records of all requests that are running, and stop the process that checks grammars."""
         await super().close()
         await self.grammars.close()
 
@@ -319,7 +327,7 @@ def open_books(config: BillingConfig, keyring: Keyring) -> tuple[Accounts, Tenan
 
 
 def share_bill(config: BillingConfig, accounts: Accounts, keyring: Keyring) -> SharedBill:
-    """The bill shared with other routers, by the settings. Call `start` on it."""
+    """The bill that is shared with other routers, by the settings. Call `start` on it."""
     writer = accounts.writer
     assert isinstance(writer, LedgerWriter)
     exchange = BillExchange(RedisAccess.of(config.bill_redis, config), keyring, keep_s=config.bill_keep_s)
@@ -330,10 +338,10 @@ def share_bill(config: BillingConfig, accounts: Accounts, keyring: Keyring) -> S
 
 
 def key_register(tenants: TenantBook, *, needed: bool = False) -> KeyRegister:
-    """The register of a tenants file's keys.  needed: there are other keys as well."""
+    """The register of the keys in a tenants file. needed: whether there are other keys as well."""
     return KeyRegister(named=tenants.keys, open_as="" if is_open_to_all(tenants, needed=needed) else None)
 
 
 def is_open_to_all(tenants: TenantBook, *, needed: bool) -> bool:
-    """Whether callers need no key.  needed: there are keys besides those of the tenants file."""
+    """Whether callers need no API key. needed: whether there are keys besides those of the tenants file."""
     return not (needed or tenants.needs_keys or tenants.keys)

@@ -1,8 +1,9 @@
-"""Runs one request from its tokens to the last output token: place, prefill, decode, relay, account.
+"""Runs one request from its tokens to the last output token: place the request, prefill, decode, relay the output,
+account for it.
 
 A worker that fails before its part is done is replaced, and the client sees no gap and no repeat: an output is
-continued elsewhere from the prompt plus the tokens that the client already has. Several outputs over one prompt share
-its prefill.
+continued elsewhere from the prompt plus the tokens that the client already has. Several outputs for one prompt share
+the prompt's prefill.
 """
 
 from __future__ import annotations
@@ -53,11 +54,11 @@ class OutputPiece(NamedTuple):
 
 @dataclass(slots=True)
 class Sample:
-    """One output while it is made.  emitted: the tokens that the client has.  logprobs: their log probabilities, if
-    asked for.
+    """One output while it is generated. emitted: the tokens that the client has. logprobs: their log probabilities, if
+    they were requested.
 
-    stop_number: the number, from 1, of the stop sequence that ended it.
-    num_wanted: how many of its tokens are wanted, if its reader found the end among them.
+    stop_number: the number, from 1, of the stop sequence that ended the output. num_wanted: how many of its tokens are
+    wanted, if its reader found the end among them.
     """
 
     emitted: list[int] = field(default_factory=list)
@@ -72,11 +73,11 @@ class Sample:
         return self.num_wanted is not None
 
     def end(self, num_tokens: int) -> None:
-        """The reader has found the end after this many tokens. No more are wanted."""
+        """The reader has found the output's end after this many tokens. No more are wanted."""
         self.num_wanted = num_tokens
 
     def cut(self) -> None:
-        """The output is over. Tokens after its end are not part of it."""
+        """The output is over. Tokens after the output's end do not belong to it."""
         del self.emitted[self.num_wanted :]
         del self.logprobs[self.num_wanted :]
         self.finish_reason = "stop"
@@ -84,7 +85,7 @@ class Sample:
 
 @dataclass(slots=True)
 class Generation:
-    """A running request: what was asked for, and its results so far.  prompt_marks: of its blocks, once they
+    """A running request: its settings, and its results so far. prompt_marks: marks of the prompt's blocks, once they
     are named.
     """
 
@@ -110,14 +111,16 @@ class Generation:
 
     @property
     def finish_reason(self) -> str:
-        """The finish reason of all outputs: "length" if any was cut off by the limit; empty while one is still being
-        made.
+        """The finish reason of all outputs: "length" if any output was cut off by the limit; empty while one is still
+        being generated.
         """
         reasons = {sample.finish_reason for sample in self.samples}
         return "" if "" in reasons else "length" if "length" in reasons else "stop"
 
     def used(self, num_output: int, reasoning_tokens: int) -> Usage:
-        """The usage for this many output tokens. Without a restore report, no prompt token counts as worked on."""
+        """The usage of the request with this many output tokens. Without a restore report, no prompt token counts as
+        worked on.
+        """
         prompt = Usage() if self.restore is None else self.restore.usage(len(self.tokens))
         return replace(
             prompt,
@@ -139,7 +142,7 @@ class _Ready:
     """A prompt that is ready for its outputs.  first: set once the prompt's KV is stored or held where all outputs can
     use it.
 
-    located: which of several stores holds what.
+    located: which of several stores holds which blocks.
     """
 
     prompt: NamedPrompt
@@ -167,9 +170,9 @@ class Generator:
     ) -> None:
         """budget: limits the requests that move because a worker is late.
 
-        between_tokens: called with the wait for a message's tokens, and their number.
+        between_tokens: called with the seconds waited for a message's tokens, and with their number.
 
-        on_named: called with each prompt after its blocks were named.
+        on_named: called with each prompt after its blocks have been named.
         """
         self._on_named = on_named
         self._between_tokens = between_tokens
@@ -182,8 +185,8 @@ class Generator:
         self._directory = directory
 
     async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """The output tokens as they arrive. Afterwards `generation` has the finish reasons, the restore report and the
-        counts.
+        """The output tokens as they arrive. After the last token, `generation` has the finish reasons, the restore
+        report and the counts.
 
         Raises:  the error of the last worker that was tried.
         """
@@ -214,7 +217,7 @@ class Generator:
     async def _run_sample(
         self, generation: Generation, index: int, ready: _Ready, timeout_s: float
     ) -> AsyncGenerator[OutputPiece, None]:
-        """Make one output. If a worker goes away, another one continues it."""
+        """Make one output. If a worker goes away, another worker continues the output."""
         if index:
             # If the decode worker prefills, the first output does it, and the others use the blocks that it leaves.
             await ready.first.wait()
@@ -238,7 +241,7 @@ class Generator:
                 request_id = f"request {generation.request.request_id}"
                 if not await moves.may_go_on(err, request_id, ends - time.monotonic()):
                     raise
-                log.warning("%s moves to another decode worker: %s", request_id, err)
+                log.warning("%s is moved to another decode worker because the first one failed: %s", request_id, err)
                 handoff = b""
         ready.first.set()
 

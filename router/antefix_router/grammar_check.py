@@ -23,11 +23,13 @@ START_S_MAX = 120.0
 
 
 class UnusableGrammar(InvalidRequest):
-    """No output can follow this grammar: it is wrong, impossible, or needs too much work."""
+    """No output can follow this grammar: the grammar is wrong, impossible, or needs too much work."""
 
 
 class GrammarCheck:
-    """Checks grammars. Remembers the results, refusals included, so that no grammar is checked twice."""
+    """Checks grammars. The results of checks, including refusals, are remembered, so that no grammar is checked
+    twice.
+    """
 
     def __init__(self, model: Path, vocab_size: int) -> None:
         self._arguments = (str(model), str(vocab_size))
@@ -52,7 +54,9 @@ class GrammarCheck:
 
     async def _find_out(self, name: bytes, grammar: str) -> str:
         if self._num_waiting >= NUM_WAITING_MAX:
-            raise Overloaded(f"{self._num_waiting} output formats are being checked already", retry_after_s=1.0)
+            raise Overloaded(
+                f"{self._num_waiting} output formats are being checked already, which is the limit", retry_after_s=1.0
+            )
         self._num_waiting += 1
         try:
             async with self._turn:
@@ -99,7 +103,7 @@ class GrammarCheck:
             async with asyncio.timeout(START_S_MAX):
                 await process.stdin.drain()
                 if await process.stdout.readline() != b'""\n':
-                    raise Overloaded("the check of output formats does not start", retry_after_s=5.0)
+                    raise Overloaded("the process that checks output formats does not start", retry_after_s=5.0)
         except BaseException:
             with contextlib.suppress(ProcessLookupError):
                 process.kill()

@@ -1,9 +1,9 @@
-"""A process that checks grammars. The grammar engine's own limits do not stop every grammar, but a process can be
-ended.
+"""A process that checks grammars. The grammar engine's own limits do not stop every grammar from taking too long, but a
+process can be ended.
 
-Reads one grammar per line, as a JSON string. Answers each with a JSON string that says why the grammar cannot be used,
-or an empty one if it can. The process ends if a grammar exceeds its limit of processor time or memory; the caller then
-starts another.
+The process reads one grammar per line, as a JSON string. It answers each grammar with a JSON string that says why the
+grammar cannot be used; the string is empty if it can. The process ends if a grammar exceeds its limit of processor time
+or memory; the caller then starts another.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NUM_STEPS = 16
 
 
 def fault(vocabulary: Vocabulary, grammar: str) -> str:
-    """Why no output can follow the grammar; empty if one can."""
+    """Why no output can follow the grammar; empty if some output can."""
     matcher = vocabulary.matcher(grammar)
     bits = masks.allocate_token_bitmask(1, vocabulary.size)
     draw = np.random.default_rng(0)

@@ -1,8 +1,8 @@
 """Follows the workers' health. A draining worker gets no new work, a worker that died has lost its memory, and the
 router does not wait for a worker that gives no sign of life.
 
-Each worker has a health watch and a pulse (grpc.health.v1). Health watches and pulses guide placement, and end the
-wait for a worker that hangs. Whether a call fails is known only by calling.
+The router keeps a health watch and a pulse for each worker (grpc.health.v1). Health watches and pulses guide placement,
+and end the wait for a worker that hangs. Whether a call to a worker fails is known only by calling.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _RETRY_S = 1.0
 
 
 class HealthWatch:
-    """Keeps `draining` of all workers up to date. Call `follow` whenever workers come or go."""
+    """Keeps the state `draining` of all workers up to date. `follow` must be called whenever workers come or go."""
 
     def __init__(self, directory: Directory) -> None:
         self._directory = directory
@@ -37,7 +37,7 @@ class HealthWatch:
         self._ending: set[asyncio.Task[None]] = set()
 
     def follow(self, groups: tuple[Workers, ...]) -> None:
-        """Watch these workers and no others."""
+        """Watch these workers, and no others."""
         known = {worker.address: worker for group in groups for worker in group.workers}
         for address in set(self._tasks) - set(known):
             self._end(self._tasks.pop(address))

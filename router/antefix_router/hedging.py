@@ -1,7 +1,7 @@
-"""Limits how many requests are given to a second worker because the first one is late.
+"""Limits how many requests are given to a second worker because the first worker is late.
 
-A late worker may hang, or everything may be slow from overload. Under overload, doing work twice makes things worse. So
-hedges are limited to a small share of the requests.
+A late worker may hang, or all workers may be slow from overload. Under overload, doing work twice makes things worse.
+So second workers (hedges) are limited to a small share of the requests.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ SLACK_S: Final = 1.5
 
 
 class HedgeBudget:
-    """The budget of one router.  num_hedges: hedges granted.  num_denied: hedges asked for and refused."""
+    """The budget of one router for second workers. num_hedges: how many were granted. num_denied: how many were asked
+    for and refused.
+    """
 
     def __init__(self) -> None:
         self.num_hedges = 0
@@ -42,12 +44,12 @@ class HedgeBudget:
 
 
 class Late(Unavailable):
-    """The worker is later than predicted. The request moves to another one."""
+    """The worker is later than predicted, so the request moves. The request moves to another worker."""
 
 
 @contextlib.contextmanager
 def moved_when_late(limit_s: float, may_move: Callable[[], bool]) -> Iterator[None]:
-    """Limits a wait for a worker.  may_move: called once, after `limit_s`; if it returns False, the wait continues.
+    """Limits the wait for a worker. may_move: called once, after `limit_s`; if it returns False, the wait continues.
 
     Raises:  Late.
     """

@@ -1,5 +1,5 @@
-"""Tracks the prefixes that are being computed, so that equal ones are computed only once. Pure: the callers do the
-waiting.
+"""Tracks the prefixes that are being computed, so that equal ones are computed only once. This module has no tasks: its
+callers do the waiting.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ def worth_waiting(remaining_s: float, shared_s: float) -> bool:
 
 
 def wait_deadline_s(remaining_s: float, shared_s: float) -> float:
-    """The longest wait: the longest predicted wait that would be accepted, plus the tolerance."""
+    """The longest wait: the longest predicted wait that would be accepted, plus a tolerance."""
     return WAIT_FACTOR * max(remaining_s, shared_s, 0.0) + WAIT_SLACK_S
 
 
 class InFlight(Generic[Flight]):
-    """Block key -> the request that computes it. A request in flight is the leader of the blocks it was first to claim.
+    """Maps a block's key to the request that computes the block. A request in flight is the leader of the blocks it was
+    first to claim.
 
-    The running requests bound its size: a flight's blocks are removed when it ends in any way.
+    The map's size is bounded by the running requests: a request's blocks are removed when it ends in any way.
     """
 
     def __init__(self) -> None:
@@ -40,8 +41,8 @@ class InFlight(Generic[Flight]):
         return len(self._leaders)
 
     def find(self, keys: Sequence[Key], num_stored: int) -> tuple[Flight, int] | None:
-        """The request that computes the deepest block of this chain beyond the stored ones, and how many blocks lead to
-        it.
+        """The request that computes the last block of this chain that any request computes beyond the stored ones, and
+        how many blocks lead to it.
         """
         # Most prompts share nothing with those in flight. This is found in one pass of a builtin.
         if self._leaders.keys().isdisjoint(keys[num_stored:]):
@@ -53,7 +54,7 @@ class InFlight(Generic[Flight]):
         return None
 
     def lead(self, flight: Flight, keys: Sequence[Key], num_stored: int) -> list[Key]:
-        """Claim the blocks that no request computes yet. Returns the keys to pass to `end`."""
+        """Claim the blocks that no other request computes yet. Returns the keys to pass to `end`."""
         claimed = [key for key in keys[num_stored:] if key not in self._leaders]
         self._leaders.update(dict.fromkeys(claimed, flight))
         return claimed

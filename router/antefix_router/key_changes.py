@@ -1,7 +1,8 @@
-"""Follows changes of API keys while a router runs: checks their file, and Redis if it is used, once a second.
+"""Follows changes of API keys while a router runs: once per second it looks at the file of keys and, if used, at Redis.
 
-If the file is missing or faulty, the known keys stay in force, and the fault is logged and counted. A newer book in
-Redis is also written to the file. So a router that starts later has it, and an older book cannot come back into force.
+If the file is missing or faulty, the known keys stay in force, and the fault is logged and counted. If Redis has a
+newer list of keys, the list is also written to the file. So a router that starts later has the newer list, and an older
+list cannot come back into force.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ LOOK_S: Final = 1.0
 
 
 class KeyChanges:
-    """Keeps a register up to date with its file and Redis. num_errors: by source, how often it could not be read or
-    verified.
+    """Keeps a register of keys up to date with its file and Redis. num_errors: by source, how often it could not be
+    read or verified.
     """
 
     def __init__(self, register: KeyRegister, path: str | Path, exchange: KeyExchange | None = None) -> None:
@@ -53,7 +54,7 @@ class KeyChanges:
             await self._exchange.close()
 
     async def look(self) -> None:
-        """Apply what has changed since the last look."""
+        """Apply the changes of keys since the last look."""
         with self._counted("file"):
             await asyncio.to_thread(self._look_at_file)
         if self._exchange is not None:
@@ -88,11 +89,11 @@ class KeyChanges:
 
     def _take(self, book: KeyBook, source: str) -> bool:
         if book.number < self._register.number:
-            log.warning("the API keys in the %s are older than those in force, and are not taken", source)
+            log.warning("the API keys in the %s are older than those in force, so they are not used", source)
             return False
         if not self._register.take(book):
             return False
-        log.info("API keys number %d are in force, from the %s", book.number, source)
+        log.info("the API keys with number %d, from the %s, are in force now", book.number, source)
         return True
 
     def _keep(self, book: KeyBook) -> None:
@@ -109,7 +110,7 @@ class KeyChanges:
             self.num_errors[source] += 1
             # The file is checked every second, but each fault is logged once.
             if self._told.get(source) != str(err):
-                log.error("API keys stay as they were: %s", err)  # noqa: TRY400 - a fault of the file's, no trace needed
+                log.error("the API keys in force stay as they were: %s", err)  # noqa: TRY400 - a fault of the file's, no trace needed
                 self._told[source] = str(err)
 
 
@@ -124,7 +125,7 @@ class KeySettings(RedisConfig, Protocol):
 
 
 def follow_keys(config: KeySettings, register: KeyRegister, keyring: Keyring) -> KeyChanges | None:
-    """Create the follower by the settings; None if they name no key file. Call `start` on it."""
+    """The object that follows changes, as the settings ask; None if they name no key file. Call `start` on it."""
     if not config.api_keys_file:
         return None
     exchange = None

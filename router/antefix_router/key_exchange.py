@@ -1,9 +1,10 @@
-"""The book of API keys in Redis, for routers on several hosts. A process that can write to Redis cannot forge it.
+"""The list of API keys in Redis, for routers on several hosts. A process that can write to Redis cannot forge the list
+of keys.
 
     antefix:api-keys    a hash of three fields: number, book (JSON, as in the file), mac
 
-The MAC is made with the deployment's secret. If an old book is put back, its smaller number reveals it, and it is
-refused.
+The MAC of the list is made with the deployment's secret. If somebody puts an old list back, its smaller number reveals
+it, and the list is refused.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class ForgedKeys(ConfigError):
 
 
 class KeyExchange:
-    """Reads and writes the book in Redis. Used from one event loop."""
+    """Reads and writes the list of API keys in Redis. Used from one event loop."""
 
     def __init__(self, access: RedisAccess, keyring: Keyring) -> None:
         """Raises:  ConfigError: the URL cannot be used. This does not connect yet."""
@@ -46,7 +47,7 @@ class KeyExchange:
         self._keyring = keyring
 
     async def get(self, newer_than: int = -1) -> KeyBook | None:
-        """The book, or None if there is none, or none newer than `newer_than`.
+        """The list of API keys; None if there is no list, or none newer than `newer_than`.
 
         Raises:  Unavailable: Redis does not answer.  ForgedKeys: the value was not written by this deployment.
         """
@@ -67,7 +68,7 @@ class KeyExchange:
         text = to_json(book).encode()
         mac = self._keyring.proof(_PURPOSE, text)
         if await self._ask(self._redis.eval(_PUT, 1, _KEY, book.number, text, mac)) is not None:
-            raise Conflict("the API keys in Redis were changed meanwhile; look at them and try again")
+            raise Conflict("the API keys in Redis were changed by somebody else meanwhile; look at them and try again")
 
     async def close(self) -> None:
         await self._redis.aclose()

@@ -1,10 +1,11 @@
 """Applies changes to tenants, keys, limits, rate cards and the receipt key while a router runs: on SIGHUP, and when a
 file changes.
 
-All files are read and checked first. Then either all changes apply, or none do and the fault is logged and counted. The
-ledger records the settings in force. A card that would change the price of existing records is refused unless it has
-`rerate = true`; then adjustments bring those records to the new prices. Existing records are never rewritten. The same
-holds for cards that changed while the router was down. A re-rating that a crash interrupted is continued.
+All changed files are read and checked first. After that, either all changes apply, or none of them does and the fault
+is logged and counted. Which settings are in force is recorded in the ledger. A rate card that would change the price of
+existing records is refused unless the card has `rerate = true`; then adjustments bring those records to the new prices.
+Existing records are never rewritten. The same holds for rate cards that changed while the router was down. If a crash
+interrupted the pricing of earlier records, the next start continues it.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ _NUM_A_BATCH: Final = 500
 
 
 class LiveBooks:
-    """Applies one router's changes. Call `start` on it. num_changes, num_refused: reloads that were applied, and that
-    were refused.
+    """Applies one router's changes. The object works after `start`. num_changes, num_refused: how many changes were
+    applied, and how many refused.
     """
 
     def __init__(self, config: BillingConfig, front: BilledFront) -> None:
@@ -77,7 +78,7 @@ class LiveBooks:
             await end_tasks([self._task])
 
     def ask(self) -> None:
-        """Check the files now, whatever their times. SIGHUP does this."""
+        """Check the files now, even if their times did not change. SIGHUP does this."""
         self._asked.set()
 
     def _check_start(self) -> list[ChangedTime]:
@@ -96,7 +97,7 @@ class LiveBooks:
         return times
 
     async def _begin(self) -> None:
-        """Do what changed cards require since the last run."""
+        """Price records again where rate cards have changed since the last run."""
         accounts = self._front.accounts
         ledger = accounts.ledger
         if ledger is None or accepted_texts(ledger.directory) == self._cards_text:
@@ -112,7 +113,8 @@ class LiveBooks:
             await self._begin()
         except Exception:
             log.exception(
-                "rate cards that changed while this router was down could not be recorded; the next start records them"
+                "rate cards that changed while this router was down could not be recorded; the next start of "
+                "the router records them"
             )
         while True:
             is_asked = self._asked.is_set()
@@ -126,7 +128,7 @@ class LiveBooks:
                     await self._asked.wait()
 
     async def look(self, *, is_asked: bool = False) -> None:
-        """Apply waiting adjustments, and files that changed."""
+        """Apply adjustments that are waiting, and files that changed."""
         await self._take_inbox()
         await self._note_keys()
         seen = await asyncio.to_thread(self._look_at_files)
@@ -137,7 +139,9 @@ class LiveBooks:
             await self._reload()
         except (AntefixError, OSError) as err:
             self.num_refused += 1
-            log.error("nothing was changed; the tenants and rate cards in force stay in force: %s", err)  # noqa: TRY400 - a fault of the file's
+            log.error(  # noqa: TRY400 - a fault of the file's
+                "the new files cannot be used: %s; the tenants and rate cards that were in force stay in force", err
+            )
 
     async def _reload(self) -> None:
         """Raises:  ConfigError: a file is faulty, or a card would change existing prices without asking for a
@@ -178,7 +182,9 @@ class LiveBooks:
             await asyncio.to_thread(accept_cards, accounts.ledger.directory, texts)
 
     async def _check_cards(self, old: RateCards, new: RateCards) -> tuple[list[ChangedTime], int | None]:
-        """(times in which records must be priced again, the last ledger entry that was read).  Raises:  ConfigError."""
+        """The periods in which records must be priced again, and the last ledger entry that was read. Raises:
+        ConfigError.
+        """
         ledger = self._front.accounts.ledger
         if ledger is None:
             return [], None
@@ -192,14 +198,14 @@ class LiveBooks:
         return times, read_to
 
     def _models(self, ledger: Ledger, old: RateCards, new: RateCards) -> list[str]:
-        """The models that a change of cards may concern."""
+        """The models whose prices a change of rate cards may concern."""
         models = {*old.models, *new.models, self._front.accounts.served.model}
         if "*" in models:
             models |= models_of(ledger)
         return sorted(models - {"*", ""})
 
     def _check_again(self, times: list[ChangedTime], read_to: int | None) -> None:
-        """Check the records that were settled while the ledger was read."""
+        """Check the records that were written while the ledger was being read."""
         ledger = self._front.accounts.ledger
         if ledger is not None and read_to is not None and ledger.sequence > read_to:
             refuse_priced(ledger, read_to, times)
@@ -211,7 +217,10 @@ class LiveBooks:
         front.keys.open_as = "" if is_open_to_all(tenants, needed=bool(self._config.api_keys_file)) else None
 
     async def _record(self, digest: dict[str, str]) -> None:
-        log.info("tenants and rate cards were read again and are in force: %s", ", ".join(sorted(digest)) or "none")
+        log.info(
+            "the files of tenants and rate cards were read again, and are in force: %s",
+            ", ".join(sorted(digest)) or "none",
+        )
         await self._note(ChangeKind.TENANTS, [self._config.tenants_file], digest)
         await self._note(ChangeKind.RATE_CARDS, list(self._config.ratecards), digest)
 
@@ -267,7 +276,7 @@ class LiveBooks:
                 log.error("%s", err)  # noqa: TRY400 - a fault of the file's
                 await asyncio.to_thread(path.rename, path.with_suffix(".refused"))
             except AntefixError as err:
-                log.warning("adjustments in %s are not in the ledger yet: %s", path, err)
+                log.warning("the bill adjustments in %s are not in the ledger yet: %s", path, err)
 
     def _look_at_files(self) -> tuple[object, ...]:
         return tuple(_state_of(path) for path in self._paths)

@@ -1,5 +1,5 @@
-"""Refuses requests whose wait for the first token would be too long. Load shedding decides by the head, before the
-body is read and before there is a bill.
+"""Refuses requests whose wait for the first token would be too long. A request is refused by its head, before its body
+is read and before it has a bill.
 
     wait = a tenant's waiting requests / its share among waiting tenants / first tokens per second measured under a
     queue
@@ -8,7 +8,7 @@ Workers serve tenants' queues in turn, so this predicts when the tenant's next r
 waiting request is never refused here. No request is refused while fewer wait than the workers run at once. A refusal
 costs almost nothing. A request that is accepted and then abandoned by an impatient client costs as much as an answer.
 
-A short burst is not an overload: a new queue may have five times the wait of a lasting one.
+A short burst is not an overload: a queue that is new may have five times the wait of a queue that lasts.
 """
 
 from __future__ import annotations
@@ -38,12 +38,16 @@ BURST_FACTOR: Final = 5
 
 
 class LoadShedding:
-    """Refuses requests at one router.  num_refused: requests.  share_of: returns a tenant's share of the workers."""
+    """Refuses requests at one router. num_refused: how many requests. share_of: returns a tenant's share of the
+    workers.
+    """
 
     def __init__(
         self, wait_s_max: float, num_workers: Callable[[], int], *, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """wait_s_max: the longest accepted wait; 0: any.  num_workers: returns the number of decode workers."""
+        """wait_s_max: the longest wait that is accepted; 0: any wait. num_workers: returns the number of decode
+        workers.
+        """
         self.wait_s_max = wait_s_max
         self.num_refused = 0
         self._num_workers = num_workers
@@ -79,7 +83,7 @@ class LoadShedding:
             place.leave()
 
     def wait_s(self, tenant: str) -> float:
-        """The predicted wait of the tenant's next request; 0 if there is no wait, or if it is not known yet."""
+        """The predicted wait of the tenant's next request; 0 if there is no wait, or if the wait is not known yet."""
         self._pass()
         own = self._waiting[tenant]
         if not own or not self._has_queue or self._queued_s < _SEEN_S_MIN:
@@ -89,7 +93,7 @@ class LoadShedding:
 
     @property
     def bound_s(self) -> float:
-        """The longest predicted wait that is accepted now; 0: any."""
+        """The longest predicted wait that is accepted now; 0: any wait."""
         burst_s = BURST_FACTOR * self.wait_s_max
         return burst_s if self._standing_s < burst_s else self.wait_s_max
 
@@ -108,7 +112,7 @@ class LoadShedding:
         return self.num_waiting >= FREE_PER_WORKER * max(1, self._num_workers())
 
     def _pass(self) -> None:
-        """Account for the time that has passed. Call this before any change."""
+        """Take the time that has passed into account. Call this before any change."""
         now = self._clock()
         passed_s = now - self._seen_s
         change_s = passed_s if self._has_queue else -passed_s
@@ -129,7 +133,7 @@ class LoadShedding:
 
 
 class _Place:
-    """The place of one waiting request."""
+    """The place of one waiting request in the counts."""
 
     def __init__(self, shedding: LoadShedding, tenant: str) -> None:
         self._shedding: LoadShedding | None = shedding
@@ -146,7 +150,7 @@ _place: ContextVar[_Place | None] = ContextVar("antefix_waiting_place", default=
 
 
 async def until_served(outputs: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
-    """The same outputs. With the first one, the request no longer counts as waiting."""
+    """The same outputs. With its first token, a request no longer counts as waiting."""
     async with contextlib.aclosing(outputs):
         async for output in outputs:
             if (place := _place.get()) is not None:

@@ -18,7 +18,8 @@ class _End(Generic[Item]):
 
 
 async def merged(streams: Sequence[AsyncGenerator[Item, None]]) -> AsyncGenerator[Item, None]:
-    """Ends when all streams have ended. If one fails, or if this is closed early, the others are ended.
+    """Ends when all streams have ended. If one stream fails, or if the merged stream is closed early, the other streams
+    are ended.
 
     A slow reader holds up all streams: none is more than two items ahead.
     """

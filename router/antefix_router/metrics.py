@@ -47,44 +47,58 @@ PREFILLING: Final[Table] = {
     "num_refused": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "refused"),)),
     "num_straight": Shown(name=_PREFILLS, help=_PREFILLS_HELP, labels=(("way", "straight"),)),
     "num_hedged": Shown(
-        name="antefix_router_hedged_prefills", help="Prompts given to a second worker because the first one was late."
+        name="antefix_router_hedged_prefills",
+        help="Prompts sent to a second prefill worker because the first worker was late.",
     ),
     "num_hedges_won": Shown(
-        name="antefix_router_won_hedges", help="Prompts given to a second worker that finished there first."
+        name="antefix_router_won_hedges",
+        help="Prompts sent to a second prefill worker that finished before the first worker.",
     ),
     "num_left": Shown(
         name="antefix_router_left_prefills",
-        help="Prompts that no prefill worker finished; a decode worker computed them.",
+        help="Prompts that no prefill worker finished, so that a decode worker computed them.",
     ),
     "overhead_s": Shown(
         name="antefix_router_prefill_overhead_seconds",
-        help="Measured overhead of a call to an idle prefill worker.",
+        help="Measured fixed time of a call to an idle prefill worker.",
         kind=Kind.GAUGE,
     ),
 }
 _RETRIES, _RETRIES_HELP = "antefix_router_retries", "Requests that came again under the same id."
 # `AnswerCounters`, which RouterStatus has too.
 ANSWERS: Final[Table] = {
-    "running": Shown(name="antefix_answers_running", help="Running answers that retries may join.", kind=Kind.GAUGE),
+    "running": Shown(
+        name="antefix_answers_running",
+        help="Answers in progress that a retry of the same request may join.",
+        kind=Kind.GAUGE,
+    ),
     "unattended": Shown(
-        name="antefix_answers_unattended", help="Running answers that have no client.", kind=Kind.GAUGE
+        name="antefix_answers_unattended", help="Answers in progress whose client has gone.", kind=Kind.GAUGE
     ),
     "unattended_max": Shown(
-        name="antefix_answers_unattended_limit", help="Most running answers that may have no client.", kind=Kind.GAUGE
+        name="antefix_answers_unattended_limit",
+        help="Largest number of answers that may continue after their client has gone.",
+        kind=Kind.GAUGE,
     ),
-    "kept": Shown(name="antefix_answers_kept", help="Finished answers kept for a retry.", kind=Kind.GAUGE),
+    "kept": Shown(
+        name="antefix_answers_kept", help="Finished answers that are kept for a retry of the request.", kind=Kind.GAUGE
+    ),
     "kept_bytes": Shown(name="antefix_answers_kept_bytes", help="Bytes that kept answers take.", kind=Kind.GAUGE),
     "kept_bytes_max": Shown(
-        name="antefix_answers_kept_limit_bytes", help="Bytes that kept answers may take.", kind=Kind.GAUGE
+        name="antefix_answers_kept_limit_bytes",
+        help="Most bytes that answers kept for retries may use.",
+        kind=Kind.GAUGE,
     ),
-    "dropped": Shown(name="antefix_answers_dropped", help="Kept answers that were dropped to make room."),
+    "dropped": Shown(
+        name="antefix_answers_dropped", help="Answers kept for retries that were dropped to make room for others."
+    ),
     "joined": Shown(name=_RETRIES, help=_RETRIES_HELP, labels=(("way", "joined"),)),
     "given_again": Shown(name=_RETRIES, help=_RETRIES_HELP, labels=(("way", "given_again"),)),
 }
 # `usage_commit.CommitCounters`.
 COMMITS: Final[Table] = {
-    "batches": Shown(name="antefix_ledger_batches", help="Writes to the ledger, with one sync each."),
-    "entries": Shown(name="antefix_ledger_entries", help="Ledger entries written, two per request."),
+    "batches": Shown(name="antefix_ledger_batches", help="Writes to the ledger file, with one sync to disk per write."),
+    "entries": Shown(name="antefix_ledger_entries", help="Entries written to the ledger, two per request."),
 }
 _SHARED, _SHARED_HELP = (
     "antefix_shared_bill_requests",
@@ -102,13 +116,15 @@ SHARED: Final[Table] = {
 # `antefix.events.follower.FollowCounters`: of workers' memory, and of the store's events where they are followed.
 FOLLOW: Final[Table] = {
     "num_events": Shown(name="antefix_router_events", help="Events that were processed.", key="source"),
-    "num_gaps": Shown(name="antefix_router_event_gaps", help="Gaps in the sequence numbers of events.", key="source"),
+    "num_gaps": Shown(
+        name="antefix_router_event_gaps", help="Gaps in the sequence numbers of received events.", key="source"
+    ),
     "num_snapshots": Shown(name="antefix_router_snapshots", help="Snapshots that were processed.", key="source"),
 }
 
 
 def accounts_metrics(accounts: Accounts) -> Iterable[Metric]:
-    """Requests, tokens, money, retries, the ledger."""
+    """Metrics of requests, tokens, money, retries and the ledger."""
     yield from accounts.measures.metrics()
     yield gauge(
         "antefix_running_requests", "Requests that were admitted and have not ended.", {(): float(accounts.num_running)}
@@ -145,7 +161,7 @@ def reload_metrics(books: LiveBooks) -> Iterable[Metric]:
 
 
 def shared_bill_metrics(shared: SharedBill) -> Iterable[Metric]:
-    """What is told to other routers through Redis."""
+    """Metrics of what this router tells other routers through Redis."""
     yield from families(SHARED, shared.counters)
     yield gauge("antefix_shared_bill_out", "1 while the shared bill cannot rely on Redis.", {(): float(shared.is_out)})
     yield gauge(
@@ -161,7 +177,7 @@ def shared_bill_metrics(shared: SharedBill) -> Iterable[Metric]:
 
 
 def placement_metrics(groups: Sequence[Workers], policy: str, knows_memory: Callable[[str], bool]) -> Iterable[Metric]:
-    """Workers, and what was placed on them."""
+    """Metrics of the workers, and of what was placed on them."""
     now = time.monotonic()
     known = [worker for group in groups for worker in group.workers]
     where = {(worker.role.value, worker.address): worker for worker in known}
@@ -239,7 +255,7 @@ def lost_metrics(lost: Sequence[tuple[WorkerRole, str, float]]) -> Iterable[Metr
 
 
 def finding_metrics(found: FoundWorkers) -> Iterable[Metric]:
-    """Workers that are found by DNS names or leases in Redis."""
+    """Metrics of workers that are found by DNS names or leases in Redis."""
     yield counter(
         "antefix_router_failed_lookups",
         "Failed look-ups of workers by name or lease; the workers that were known stay known.",
@@ -284,7 +300,7 @@ def router_metrics(prefilling: PrefillingCounters, memory: MemoryFeed, store: St
 
 
 def store_names_metrics(feeds: Iterable[StoreFeed]) -> Iterable[Metric]:
-    """The known names of stored blocks, from the stores' events."""
+    """Metrics of the names of stored blocks that the router knows from the stores' events."""
     feeds = list(feeds)
     yield gauge(
         "antefix_router_store_names",
@@ -299,7 +315,7 @@ def store_names_metrics(feeds: Iterable[StoreFeed]) -> Iterable[Metric]:
 
 
 def shedding_metrics(shedding: LoadShedding) -> Iterable[Metric]:
-    """Requests that wait for a first token, and requests refused because they would wait too long."""
+    """Metrics of requests that wait for a first token, and of requests refused because they would wait too long."""
     waiting = {(): float(shedding.num_waiting)}
     yield gauge("antefix_router_waiting_requests", "Requests that wait for their first token.", waiting)
     yield counter(
@@ -310,7 +326,7 @@ def shedding_metrics(shedding: LoadShedding) -> Iterable[Metric]:
 
 
 def key_metrics(keys: KeyRegister, changes: KeyChanges | None) -> Iterable[Metric]:
-    """API keys. Neither keys nor tenants' names are shown."""
+    """API keys. These metrics show neither keys nor tenants' names."""
     states = keys.states()
     yield gauge(
         "antefix_api_keys",

@@ -1,8 +1,8 @@
-"""Names the blocks of prompts. Of a growing conversation, only the new part is hashed.
+"""Names the blocks of prompts. When a conversation grows, only its new part is hashed.
 
-Hashing 128K tokens takes longer than the rest of placement together, and most of them were in the previous turn. So
-recent prompts are kept in memory with their hashes, up to a limit. A prompt that begins like one of them reuses its
-hashes.
+Hashing 128K tokens takes longer than the rest of placement together, and most of these tokens were in the previous
+turn. So recent prompts are kept in memory with their hashes, up to a limit. A prompt that begins like a prompt in
+memory reuses its hashes.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ _NUM_RUNS_MAX = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedPrompt:
-    """A named prompt.  keys: its blocks' keys in the directory.  replay_tokens: the model's, for `Work`.
+    """A named prompt. keys: the keys of its blocks in the directory. replay_tokens: the model's number, for `Work`.
 
-    owner: stands for the tenant in the store.  grant: what workers and the store demand to see; empty: nothing.
+    owner: stands for the tenant in the store. grant: the permission that workers and the store demand; empty: they
+    demand none.
     """
 
     tokens: Tokens
@@ -52,7 +53,7 @@ class NamedPrompt:
     def work(self, num_stored_blocks: int | None, known_tokens: int = 0, *, located: Located | None = None) -> Work:
         """The prompt's work, given how many leading blocks the store holds; None if the store did not answer.
 
-        located: which of several stores holds them.
+        located: which of several stores holds which of the blocks.
         """
         num_tokens, size = len(self.tokens), self.chain.block_size
         stored = None if num_stored_blocks is None else min(num_stored_blocks * size, num_tokens - 1)
@@ -83,7 +84,7 @@ class PromptNames:
         self._memo = _Memo(self.block_size)
 
     def prompt(self, tenant: str, tokens: Tokens, *, timeout_s: float = GRANT_S) -> NamedPrompt:
-        """timeout_s: how long the prompt's grant has to last."""
+        """timeout_s: for how many seconds the prompt's grant must be valid."""
         chain = Chain(self.fingerprint, self.keyring.key(tenant), self.block_size)
         beginnings = self._memo.beginnings(tenant, tokens)
         known = self._memo.hashes(tenant, tokens, beginnings)
@@ -108,10 +109,11 @@ class PromptNames:
 
 
 class _Memo:
-    """Prompts and their hashes, found by fast hashes of their first 1, 2, 4, ... blocks. The tokens are then compared
-    in full.
+    """Prompts and their hashes, found by fast hashes of their first 1, 2, 4, ... blocks. The tokens of two prompts are
+    then compared in full.
 
-    The fast hash only finds candidates. Hashes are reused only for equal tokens of the same tenant.
+    The fast hash is only used to find candidates. Hashes are reused only if all tokens are equal and the tenant is the
+    same.
     """
 
     def __init__(self, block_size: int) -> None:
@@ -157,7 +159,7 @@ class _Memo:
                 del self._by_beginning[beginning]
 
     def beginnings(self, tenant: str, tokens: Tokens) -> list[int]:
-        """Fast hashes of the first 1, 2, 4, ... blocks; none for a prompt that is too short."""
+        """Fast hashes of the first 1, 2, 4, ... blocks; no hashes for a prompt that is too short."""
         if len(tokens) < _MEMO_BLOCKS_MIN * self._block_size:
             return []
         seed = xxhash.xxh3_64_intdigest(tenant.encode())

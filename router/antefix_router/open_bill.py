@@ -25,7 +25,7 @@ WRITE_ERROR_CHARACTERS_MAX: Final = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """The values that all records of this router share."""
+    """The values that are the same in all records of this router."""
 
     model: str
     revision: str
@@ -35,7 +35,7 @@ class Served:
 class Bill:
     """One admitted request. `reasoning_tokens` is set by the reader of the output, before its end.
 
-    mode: how the model thinks, as clients are told; empty if the prompt is not a conversation.
+    mode: the thinking mode, in the words that clients are told; empty if the prompt is not a conversation.
 
     prefix_volatile: as `volatile_prefix` found it at admission. is_held: the reader holds the output until it is
     complete, so a client has none of an output that breaks off. shared: the answer is made for several readers, each
@@ -79,20 +79,22 @@ class Bill:
 
     @property
     def write_error(self) -> str:
-        """Why some computed blocks could not be stored; empty if all were."""
+        """Why some computed blocks could not be stored; empty if all of them were stored."""
         report = self.generation.restore
         return ((report.write_error if report else "") or self.generation.write_error)[:WRITE_ERROR_CHARACTERS_MAX]
 
     @property
     def num_given(self) -> int:
-        """Output tokens that the client has been given so far; with several clients, those of the one that has most."""
+        """Output tokens that the client has been given so far; if there are several clients, those of the client that
+        has most.
+        """
         if self.shared is not None:
             return self.shared.num_given
         return 0 if self.is_held else self.generation.num_emitted
 
     @property
     def record(self) -> UsageRecord:
-        """The request's record. The record exists after the output has ended."""
+        """The request's record. The record exists only after the output has ended."""
         assert self.settled is not None
         return self.settled.record
 

@@ -39,7 +39,7 @@ class Limits:
     """prefill_tokens_min: a request with at most this many uncached tokens goes straight to decode; negative: measured
     speeds decide.
 
-    ttft_s_max: a request whose first token would take longer is refused, unless a worker is idle.
+    ttft_s_max: a request whose first token would take longer than this is refused, unless a worker is idle.
     """
 
     prefill_tokens_min: int = 0
@@ -51,8 +51,8 @@ class PrefillingCounters:
     """Counts of requests since the router started.  overhead_s: the measured overhead of a call to an idle prefill
     worker.
 
-    num_hedged: given to a second worker because the first was late.  num_hedges_won: the second was first.
-    num_left: left to decode because no prefill worker finished.
+    num_hedged: prompts given to a second worker because the first was late. num_hedges_won: those that the second
+    worker finished first. num_left: prompts left to decode because no prefill worker finished.
     """
 
     num_led: int = 0
@@ -68,9 +68,9 @@ class PrefillingCounters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """A request to a prefill worker.  ends: the request's deadline, by the router's clock.
+    """A prompt to be computed by a prefill worker. ends: the request's deadline, by the router's clock.
 
-    located: which of several stores probably holds what.
+    located: which of several stores probably holds which blocks.
     """
 
     request: GenerationRequest
@@ -85,7 +85,7 @@ class Order:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A leader's prefill.  until: when it should be done, by the router's clock.  address: the worker that
+    """The prefill of a leading request. until: when it should be done, by the router's clock. address: the worker that
     computes it.
     """
 
@@ -96,8 +96,8 @@ class Flight:
 
 @dataclass(slots=True, eq=False)
 class _Attempt:
-    """One order and its calls.  calls: the running calls, the first one first.  predicted_s: the latest call's
-    prediction.
+    """One prompt and the calls for it. calls: the running calls, the first one first. predicted_s: the prediction for
+    the latest call.
     """
 
     order: Order
@@ -111,7 +111,7 @@ class _Attempt:
 
     @property
     def late_s(self) -> float | None:
-        """When to look for another worker; None: not again."""
+        """When to look for another worker; None: no other worker is looked for."""
         return None if self.has_hedged else self.predicted_s + SLACK_S
 
 
@@ -135,7 +135,7 @@ class PrefillCalls:
         self._budget = budget
 
     async def run(self, order: Order, work: Work, flight: Flight, soon: tuple[str, int] | None) -> Prefilled | None:
-        """None: no prefill worker could compute the prompt, so decode has to.
+        """None: no prefill worker could compute the prompt, so a decode worker must compute it.
 
         soon: the worker that is computing the prompt's beginning, and how many blocks of it.
         Raises:  Overloaded: every worker that was asked is full, or the wait would be too long.
@@ -160,7 +160,9 @@ class PrefillCalls:
         return None
 
     def _begin(self, attempt: _Attempt) -> None:
-        """Call the best worker that was not tried.  Raises:  Overloaded: it would be too late."""
+        """Call the best worker that the prompt was not tried on. Raises: Overloaded: the first token would come too
+        late.
+        """
         order, prompt, tried = attempt.order, attempt.order.prompt, attempt.tried
         hint = self._sessions.last(prompt.tenant, order.request.caller.session, WorkerRole.PREFILL)
         with span("place", role="prefill", attempt=len(tried) + 1) as placing:
@@ -182,7 +184,7 @@ class PrefillCalls:
         attempt.calls[asyncio.create_task(self._call(worker, order, own))] = worker
 
     async def _hedge(self, attempt: _Attempt) -> bool:
-        """The call is late: ask a second worker. False: give up, and leave the prompt to decode."""
+        """The call is late, so ask a second worker. Returns False to give up, and leave the prompt to decode."""
         attempt.has_hedged = True
         (task, late), *_ = attempt.calls.items()
         if not self._workers.may_help(late, attempt.tried):
@@ -196,14 +198,16 @@ class PrefillCalls:
         return True
 
     async def _has_waited_alone(self, attempt: _Attempt, late: Worker, task: asyncio.Task[Prefilled]) -> bool:
-        """Continue to wait for the only worker. False: the answer is so late that decode would be faster."""
+        """Continue to wait for the only worker that has the prompt. Returns False if the answer is so late that decode
+        would be faster.
+        """
         if not late.backlog.tokens_per_s:
             return True  # the prediction is only a guess
         done, _ = await asyncio.wait({task}, timeout=(_ALONE_FACTOR - 1) * attempt.predicted_s)
         return bool(done) or not self._budget.take()
 
     def _taken(self, attempt: _Attempt, task: asyncio.Task[Prefilled]) -> Prefilled | None:
-        """The answer of an ended call. None: the call failed; the caller then looks for another worker.
+        """The answer of a call that has ended. None: the call failed, so the caller looks for another worker.
 
         Raises:  Overloaded: the worker was overloaded, and there is no other.
         """
@@ -212,7 +216,7 @@ class PrefillCalls:
         try:
             answer = task.result()
         except (Unavailable, InternalError) as err:
-            log.warning("request %s: prefill worker %s: %s", request.request_id, worker.address, err)
+            log.warning("request %s: prefill worker %s failed: %s", request.request_id, worker.address, err)
             self._directory.forget(worker.address)
             return None
         except Overloaded:
@@ -225,8 +229,8 @@ class PrefillCalls:
         return answer
 
     def _own_tokens(self, worker: Worker, prompt: NamedPrompt, work: Work) -> int:
-        """The request's work for this worker in tokens. Tokens in its memory need not be loaded; if the store did not
-        answer, they need not be computed.
+        """The work of the request for this worker, in tokens. Tokens in the worker's memory need not be loaded; if the
+        store did not answer, they need not be computed.
         """
         resident = int(self._directory.leading([worker.address], prompt.keys)[0]) * prompt.chain.block_size
         if work.stored_tokens is None:
@@ -237,7 +241,7 @@ class PrefillCalls:
         return round(work.num_tokens - work.stored_tokens + loading)
 
     def _admit(self, worker: Worker, own_tokens: int) -> float:
-        """Seconds until this worker would be done.
+        """Seconds until this worker would have computed the prompt.
 
         Raises:  Overloaded: too many seconds. The request is refused now instead of after a long wait.
         """

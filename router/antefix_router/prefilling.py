@@ -1,5 +1,5 @@
-"""The first half of a request: what its prompt still needs, which worker computes it, and what happens if that worker
-fails.
+"""The first half of a request: which tokens of its prompt must still be computed, which worker computes them, and what
+happens if that worker fails.
 
 Equal prefixes in flight are computed once: the first request leads, and the others wait for its blocks, up to a
 deadline. When a leader ends in any way, its followers wake up and one of them becomes the leader.
@@ -39,9 +39,9 @@ _STRAIGHT_TOKENS_MAX = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
-    """A prompt on which decode may start.  answer: None if decode has to prefill.
+    """A prompt on which decode may start. answer: what prefill returned; None if decode must prefill the prompt.
 
-    located: which of several stores probably holds what of it now.
+    located: which of several stores probably holds which of its blocks now.
     """
 
     work: Work
@@ -51,7 +51,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Stored:
-    """num_blocks: leading stored blocks; None: the store did not answer.  located: if there are several stores."""
+    """num_blocks: leading stored blocks; None: the store did not answer. located: set if there are several stores."""
 
     num_blocks: int | None = None
     located: Located | None = None
@@ -152,8 +152,8 @@ class Prefilling:
     def _goes_straight(self, work: Work) -> bool:
         """Whether decode should compute the uncached tokens itself, compared with a call to a prefill worker.
 
-        On a decode worker it delays the running sequences, so its time counts once for each of them. The call costs the
-        measured overhead of calls, plus the waiting work at the worker that has least.
+        Prefill on a decode worker delays the running sequences, so its time counts once for each of them. A call to a
+        prefill worker costs the measured overhead of calls, plus the waiting work at the worker that has least.
         """
         rest = work.num_tokens - (work.stored_tokens or 0)
         if self._limits.prefill_tokens_min >= 0:
@@ -177,8 +177,8 @@ class Prefilling:
 
 
 def _located_now(located: Located | None, answer: Prefilled | None, prompt: NamedPrompt) -> Located | None:
-    """The stores' contents including what a prefill worker has stored since. None: not known, so the stores
-    are asked.
+    """The stores' contents, including the blocks that a prefill worker has stored since the look-up. None: the contents
+    are not known, so the stores are asked.
     """
     if located is None or answer is None or not answer.near_stores:
         return None

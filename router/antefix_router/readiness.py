@@ -1,5 +1,5 @@
-"""Whether a request would be served now. A process that is alive but not ready is waited for; one that is not alive is
-restarted.
+"""Whether a request would be served now. Supervisors wait for a process that is alive but not ready, and restart one
+that is not alive.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ _EVERY_S: Final = 0.5
 
 
 def why_unready(accounts: Accounts, workers: Workers) -> str:
-    """Why a request would not be served; empty if it would.  workers: those of the role that every request needs."""
+    """Why a request would not be served; empty if it would be served. workers: those of the role that every request
+    needs.
+    """
     if accounts.retries.is_draining:
         return "the service is stopping"
     if accounts.writer.is_failing:
@@ -32,8 +34,8 @@ def why_unready(accounts: Accounts, workers: Workers) -> str:
 
 
 async def tell_readiness(server: rpc.Server, services: Sequence[str], why: Callable[[], str]) -> None:
-    """Until cancelled, set the health of these services (grpc.health.v1) to whether they are ready. The health of the
-    whole server, under the empty name, says that it is alive.
+    """Until this task is cancelled, set the health of these services (grpc.health.v1) to whether they are ready. The
+    health of the whole server, under the empty name, says that the server is alive.
     """
     told: bool | None = None
     while True:

@@ -109,7 +109,7 @@ class RequestMeasures:
         self._count_tenant(record, currency)
 
     def note_pace(self, seconds: float, num_tokens: int) -> None:
-        """Count this many tokens that came together after this time."""
+        """Record that this many tokens came together, after this time of waiting."""
         for _ in range(num_tokens):
             self._between_tokens_s.observe(seconds / num_tokens)
 

@@ -59,12 +59,13 @@ class Retries:
         return kept
 
     def share(self, bill: Bill) -> None:
-        """Allow other clients to read an admitted request's answer from now on."""
+        """Allow other clients to read the answer of an admitted request from now on."""
         bill.shared = self._shared[bill.opened.key] = SharedRun(bill)
         self._wait_for_a_reader(bill.shared, _ADMITTED_S)
 
     def join(self, request: GenerationRequest, opened: OpenEntry) -> Bill | None:
-        """Join another client to a running answer, which it reads from the beginning. None: no such answer is running.
+        """Join another client to a running answer, which it reads from the beginning. None: no answer to this request
+        is running.
 
         Raises:  InvalidRequest: the id belongs to another request.  Conflict: the answer lacks something that this
         request asks for.
@@ -74,9 +75,9 @@ class Retries:
             return None
         first = shared.bill
         if (first.opened.request_digest, first.opened.user) != (opened.request_digest, opened.user):
-            raise InvalidRequest(f"request id {request.request_id} is used for another request")
+            raise InvalidRequest(f"request id {request.request_id} is in use for another request")
         if shared.generation.request.sampling.num_top_logprobs != request.sampling.num_top_logprobs:
-            raise Conflict(f"request {request.request_id} is running with other logprobs; wait for it")
+            raise Conflict(f"request {request.request_id} is running with another number of logprobs; wait for its end")
         self._num_joined += 1
         if not shared.num_readers:
             self._wait_for_a_reader(shared, _ADMITTED_S)
@@ -85,8 +86,8 @@ class Retries:
         return bill
 
     def left(self, shared: SharedRun) -> None:
-        """A client left. If it was the last one, the answer is still made, within limits, because the client may ask
-        again.
+        """A client left. If the client was the last one, the answer is still generated, within limits, because the
+        client may ask again.
         """
         if shared.num_readers or shared.settling is not None:
             return
@@ -97,13 +98,15 @@ class Retries:
             self._wait_for_a_reader(shared, self._config.unattended_s)
 
     def made(self, shared: SharedRun) -> None:
-        """The answer is complete or has failed. Without a reader it is settled, and kept for a retry."""
+        """Record that the answer is complete or has failed. If an answer has no reader, it is charged here, and kept
+        for a retry.
+        """
         if not shared.num_readers and shared.settling is None:
             self._wait_for_a_reader(shared, _MADE_S)
 
     def end(self, shared: SharedRun, bill: Bill, status: Status, detail: str) -> asyncio.Task[Settled | None]:
-        """Settle the answer, once for all of its clients.  bill: that of a client that has the whole answer, if there
-        is one.
+        """Write the answer's record, once for all of its clients. bill: that of a client that has the whole answer, if
+        there is one.
         """
         if shared.settling is None:
             if shared.error is None and shared.generation.finish_reason and status is not Status.FAILED:
@@ -115,7 +118,7 @@ class Retries:
         return shared.settling
 
     def drain(self) -> None:
-        """No client can come any more, so answers without a client are abandoned, now and later."""
+        """Because no client can come any more, answers without a client are abandoned, now and later."""
         self.is_draining = True
         for shared in [each for each in self._shared.values() if not each.num_readers]:
             self._give_up(shared)

@@ -1,4 +1,4 @@
-"""Settings of a router: those of its HTTP server and its bill, and its own."""
+"""Settings of a router: those of its HTTP server and of its bill, and further ones."""
 
 from __future__ import annotations
 

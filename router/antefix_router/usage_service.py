@@ -75,7 +75,9 @@ class UsageServicer(usage_pb2_grpc.UsageServiceServicer):
 
 
 def _tenant_of(asked: str) -> str | None:
-    """The tenant whose records a caller gets; None: all tenants, only for a caller that may act for every tenant."""
+    """The tenant whose records a caller may read; None: all tenants, only for a caller that may act for every
+    tenant.
+    """
     identity = admitted().identity
     return None if not asked and ALL_TENANTS in identity.tenants else identity.tenant(asked)
 

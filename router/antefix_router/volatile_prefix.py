@@ -1,9 +1,10 @@
-"""Detects that a client's prompts begin with text that changes each time. The detection is only a warning in the bill.
+"""Detects that a client's prompts begin with text that changes each time. Volatile beginnings have no effect other than
+a warning in the bill.
 
 A prefix cache hits up to the first token that differs. A client that puts a time, an id or a checksum at the head of
-its prompts computes the whole prompt again each time. So the heads of each client's last prompts are kept. If a new
-prompt differs from them early but continues with the same text, its beginning is volatile. The memory is bounded per
-client (tenant and user) and in all. A prompt takes under a millisecond.
+its prompts computes the whole prompt again each time. So the first tokens of each client's last prompts are kept. If a
+new prompt differs early from a kept one but continues with the same text, its beginning is volatile. The memory is
+bounded, both per client (tenant and user) and in all. Checking a prompt takes less than a millisecond.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class _Head:
 
 
 class PrefixWatch:
-    """The heads of the last prompts, by client. The least recently seen clients are dropped first."""
+    """The first tokens of the last prompts, by client. The clients that were not seen for the longest time are dropped
+    first.
+    """
 
     def __init__(self, num_clients_max: int = NUM_CLIENTS_MAX) -> None:
         self._num_clients_max = num_clients_max
@@ -86,6 +89,8 @@ def _says_the_same(new: npt.NDArray[np.uint32], old: npt.NDArray[np.uint32]) -> 
 
 
 def _windows(tokens: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
-    """A hash of each window, with wrap-around. A collision would only make a wrong warning slightly more likely."""
+    """A hash of each window of tokens, where the last windows continue at the beginning. A collision would only make a
+    wrong warning slightly more likely.
+    """
     windows = np.lib.stride_tricks.sliding_window_view(tokens.astype(np.uint64), _WINDOW_TOKENS)
     return (windows * _FACTORS).sum(axis=1, dtype=np.uint64)  # type: ignore[no-any-return]

@@ -23,7 +23,7 @@ _RETRY_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """who: role and address.  setup: the hardware and software set-up, for people."""
+    """who: role and address of the worker. setup: its hardware and software, for people to read."""
 
     who: str
     arithmetic: str
@@ -40,7 +40,7 @@ def difference(one: Said, other: Said) -> str:
 
 
 def agreed(said: Sequence[Said]) -> str:
-    """The one arithmetic that all workers have; empty if none reported one.
+    """The one arithmetic that all workers have; empty if no worker reported any.
 
     Raises:  ConfigError: there are two.
     """
@@ -51,14 +51,17 @@ def agreed(said: Sequence[Said]) -> str:
 
 
 async def learn(workers: Sequence[Worker]) -> str:
-    """Ask the workers until one has answered. Returns the arithmetic of all that answered.
+    """Ask the workers until one has answered. Returns the arithmetic of all workers that answered.
 
     Raises:  ConfigError: they differ.
     """
     is_told = False
     while not (said := await _ask(workers)):
         if not is_told:
-            log.warning("no worker has said yet which arithmetic it computes; blocks cannot be named before")
+            log.warning(
+                "no worker has said yet with which arithmetic it computes, and blocks cannot be named without "
+                "knowing it"
+            )
             is_told = True
         await asyncio.sleep(_RETRY_S)
     return agreed(said)
@@ -69,7 +72,9 @@ async def _ask(workers: Iterable[Worker]) -> list[Said]:
         try:
             status = await worker.client.status(timeout_s=_ASK_TIMEOUT_S)
         except AntefixError as err:
-            log.info("%s worker %s does not say what it computes: %s", worker.role, worker.address, err)
+            log.info(
+                "%s worker %s does not say with which arithmetic it computes: %s", worker.role, worker.address, err
+            )
             return None
         worker.arithmetic, worker.setup = status.arithmetic, status.setup
         who = f"{worker.role} worker {worker.address}"

@@ -1,7 +1,8 @@
-"""Placement rules of other routers, from their documents, to compare with ours. Our router does not offer them.
+"""Placement rules of other routers, from their documents, to compare with ours. The router of Antefix does not offer
+these rules.
 
-The baselines get the same information as ours: the same directory, and the same clock for finished work. Ties are
-broken at random.
+The baselines get the same information as our policies: the same directory, and the same clock for finished work. Ties
+are broken at random.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ class LeastLoaded:
 
 
 class Rendezvous:
-    """Places by a hash of the prompt's first two blocks, whatever the load. The first block alone may be a system
-    prompt's."""
+    """Places each request by a hash of its prompt's first two blocks, whatever the load. The first block alone may
+    belong to a system prompt that many requests share.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
@@ -58,7 +60,8 @@ class DynamoLinear:
 
 class LMetric:
     """New prefill tokens times batch size (arXiv 2603.15202). The store's tokens count as cached, which favours this
-    rule."""
+    rule.
+    """
 
     def __init__(self, seed: int = 0) -> None:
         self._rng = random.Random(seed)
@@ -109,5 +112,7 @@ ALL_POLICIES: dict[str, Callable[[int], Policy]] = {
 
 
 def make_policy(name: str, seed: int = 0, *, compute_weight: float = COMPUTE_WEIGHT) -> Policy:
-    """A policy or a baseline by name.  Raises:  InvalidRequest: no policy has this name."""
+    """A policy of ours or a baseline, by its name. Raises: InvalidRequest: neither a policy nor a baseline has this
+    name.
+    """
     return make_served_policy(name, seed, compute_weight=compute_weight, policies=ALL_POLICIES)

@@ -1,10 +1,10 @@
 """The break-even table: for each prefix length, disk speed and reuse age, which strategy saves most time per stored
 byte?
 
-One prompt of P tokens was prefilled cold, and the strategy wrote its checkpoints. After `age_s` a second prompt comes.
-The second prompt continues from the end (the next turn), or differs from some position inside on (another question,
-another document). Checkpoints that have expired by then are gone. The real strategies decide what was written, the
-real planner decides how to restore, and the model machine tells how long this takes.
+One prompt of P tokens was prefilled cold, and the strategy wrote its checkpoints. After `age_s` seconds a second prompt
+comes. The second prompt continues from the end (the next turn), or differs from some position inside on (another
+question, another document). Checkpoints that have expired by that age are gone. The real strategies decide what was
+written, the real planner decides how to restore, and the model machine tells how long this takes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ LEAVES = tuple((0.5 + i * 0.618_033_988_75) % 1 for i in range(32))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PointOutcome:
-    """One strategy at one point. stored_bytes: at that age.  *_saved_s: time saved against a cold run of the same
-    request."""
+    """One strategy at one point of the table. stored_bytes: the bytes stored at that age. *_saved_s: the time saved
+    against a cold run of the same request.
+    """
 
     strategy: str
     stored_bytes: int
@@ -47,10 +48,11 @@ class PointOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BreakEven:
-    """All strategies at one point, and the best: `*_fastest` by time, `*_per_byte` by seconds saved per stored byte.
+    """All strategies at one point of the table, and the best ones: `*_fastest` by time, `*_per_byte` by seconds saved
+    per stored byte.
 
-    The best is "none" where nothing stored is faster than a cold run. Among equals, the one that stores least is the
-    best.
+    The best is "none" if no strategy is faster than a cold run. Among equal strategies, the one that stores least is
+    the best.
     """
 
     prefix_tokens: int
@@ -74,7 +76,9 @@ def break_even(
     disks: Sequence[float] = DISK_BYTES_PER_S,
     ages: Sequence[float] = AGES_S,
 ) -> list[BreakEven]:
-    """The table for every combination, grouped by disk. The machine's own disk speed and jitter are not used."""
+    """The table for every combination, grouped by disk. The disk speed and the jitter of the machine itself are not
+    used.
+    """
     strategies = [parse(name) for name in STRATEGIES]
     rows = []
     for disk in disks:
@@ -90,9 +94,9 @@ def break_even(
 def chance_needed(sizes: Sizes, gap_tokens: int) -> float:
     """The chance of use, relative to that of its blocks, above which a checkpoint is worth its bytes.
 
-    A checkpoint `gap_tokens` after the previous one saves that many tokens when used, but at most a replay's work. A
-    block saves its own tokens. At the returned ratio, a byte of checkpoint saves as much as a byte of block, whatever
-    the machine's speed.
+    A checkpoint `gap_tokens` after the previous one saves that many tokens when it is used, but at most the work of a
+    replay. A block saves the tokens that it holds. At the returned ratio, a byte of checkpoint saves as much as a byte
+    of block, whatever the machine's speed.
     """
     saved = min(gap_tokens, sizes.exact_replay_work_tokens)
     if not saved:
@@ -121,7 +125,7 @@ def break_even_text(rows: Sequence[BreakEven]) -> str:
 
 
 def _planner(sizes: Sizes, machine: Machine) -> RestorePlanner:
-    """A planner that knows the machine's speeds: its rates are fitted to the machine's own answers."""
+    """A planner that knows the machine's speeds: its rates are fitted to the machine's own times."""
     rates = Rates(RatePriors(prefill_tokens_per_s=machine.prefill_tokens_per_s))
     for _ in range(3):
         for tokens in (128, 4_096, 65_536, 1_048_576):
@@ -188,7 +192,7 @@ def _row(tokens: int, disk: float, age_s: float, outcomes: tuple[PointOutcome, .
 
 
 def human_age(seconds: float) -> str:
-    """Minutes for ages below an hour, else hours."""
+    """The age in minutes if it is below an hour, else in hours."""
     if seconds < 3600:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.0f} h"

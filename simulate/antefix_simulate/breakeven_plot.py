@@ -24,7 +24,7 @@ CASES = (("continue", "next turn"), ("leave", "left inside"))
 
 
 def plot_break_even(rows: Sequence[BreakEven], path: Path) -> None:
-    """Write the picture to `path` (.svg or .png).
+    """Write the plot to `path` (.svg or .png).
 
     The upper part has one map per disk speed and case: for each prefix length and reuse age, the strategy that saves
     most seconds against a cold run per stored GB, and those seconds. The lower part has every strategy's savings by

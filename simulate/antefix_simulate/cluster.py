@@ -3,7 +3,7 @@ code.
 
 Real: placement policies, directory, backlogs, single flight, restore planner, window strategies, store eviction.
 Modelled: the time that loading, computing and generating take (simulate.machine). Events are processed in order of
-time. A prefill worker computes one prompt after the other; the KV it computed is stored when the prompt is done.
+time. A prefill worker computes one prompt after the other; the KV that it computed is stored when the prompt is done.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ Progress = Callable[[int, int], None]
 
 class EngineHits(StrEnum):
     """Where workers that do not use our store and planner, such as vLLM and SGLang, can resume. Such a worker does both
-    prefill and decode, keeps the KV that fits its own memory, and never replays.
+    prefill and decode, keeps as much KV as fits its own memory, and never replays.
 
-    FULL: after any block, as with full attention.  WINDOW: only where window state was kept, as with DeepSeek-V4.
+    FULL: it resumes after any block, as with full attention. WINDOW: it resumes only where window state was kept, as
+    with DeepSeek-V4.
     """
 
     FULL = "full"
@@ -62,7 +63,7 @@ class EngineHits(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """The machines, and events such as failures.
+    """The machines of a simulated fleet, and events such as failures.
 
     kills: (second of death, second of return or 0 for never), for one prefill worker each: the first, the second, ...
     look_s: without kills, the second around which the windows "before" and "after" lie, for comparison with a run with
@@ -97,7 +98,7 @@ class Fleet:
 
     @property
     def has_tiers(self) -> bool:
-        """Whether blocks can come from more than one store."""
+        """Whether blocks can come from more than one store of the fleet."""
         return self.num_stores > 1 or self.object_bytes > 0
 
 
@@ -187,7 +188,7 @@ class _Run:
         heapq.heappush(self._events, (when_s, next(self._order), action))
 
     def until(self, when_s: float) -> None:
-        """Process all events up to this time."""
+        """Process all simulated events up to this time."""
         while self._events and self._events[0][0] <= when_s:
             self.now, _, action = heapq.heappop(self._events)
             action()
@@ -245,14 +246,15 @@ class _Run:
 
     def _loading(self, work: Work) -> np.ndarray:
         """The cost of loading the stored prefix on each worker, in tokens, as the router knows it from workers'
-        measurements."""
+        measurements.
+        """
         rate = self.fleet.machine.prefill_tokens_per_s
         resident = self.loads.resident_tokens.tolist()
         speeds = [self.read_speeds[self.many.home_of(row)] for row in range(len(self.workers))]
         return np.array([loading_tokens(work, own, each, rate) for own, each in zip(resident, speeds, strict=True)])
 
     def _read_speeds(self, home: int) -> dict[str, ReadSpeed]:
-        """Read speeds of a worker on that store's host, by tier."""
+        """Read speeds of a worker on the same host as that store, by tier."""
         machine, bytes_per_token = self.fleet.machine, self.sizes.block_bytes / self.sizes.block_size
 
         def speed(fixed_s: float, bytes_per_s: float) -> ReadSpeed:
@@ -314,7 +316,9 @@ class _Run:
         return self.many.of(row) if self.fleet.has_tiers else self.store
 
     def _parts(self, job: Job, plan: Plan, stored: StoredPrefix) -> dict[str, int]:
-        """Bytes that the plan loads from each tier. Counts them, and copies blocks that are read often."""
+        """Bytes that the plan loads from each tier. The bytes are counted, and blocks that are read often are
+        copied.
+        """
         parts: dict[str, int] = {}
         start = stored.num_resident_blocks
         for end, tier in stored.block_tiers:
@@ -328,7 +332,9 @@ class _Run:
         return parts
 
     def _engine_plan(self, job: Job, num_units: int) -> Plan:
-        """Resume after `num_units` units in memory. The last token, and so its unit, is always computed."""
+        """Resume the request after `num_units` units in memory. The last token, and so the unit that has it, is always
+        computed.
+        """
         num_units = min(num_units, (job.request.num_tokens - 1) // self.unit_tokens)
         rest = job.request.num_tokens - num_units * self.unit_tokens
         block = num_units * self.unit_blocks
@@ -424,7 +430,7 @@ class _Run:
         self.at(self.now + tokens * step_s, lambda: _add(decode, row, -1, -tokens, -job.request.num_tokens))
 
     def _kill(self, row: int) -> None:
-        """Remove the worker and its memory; its requests are placed on other workers."""
+        """Remove the worker and its memory; the requests on it are placed on other workers."""
         worker = self.workers[row]
         lost = [*([worker.running] if worker.running else []), *worker.queue]
         worker.epoch += 1

@@ -57,7 +57,8 @@ class PolicyResult:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSimulation:
     """All policies on one trace and one fleet. engines: where other engines' workers resume; empty: the workers are
-    ours."""
+    ours.
+    """
 
     trace: str
     num_requests: int
@@ -90,7 +91,7 @@ class Outcomes:
     num_moved: int = 0
 
     def bytes_in_memory(self, sizes: Sizes) -> int:
-        """Bytes of blocks that were hit in memory, without a load."""
+        """Bytes of blocks that were hit in memory, so that nothing was loaded."""
         tokens = sum(max(0, hit - fetched) for hit, fetched in zip(self.hit_tokens, self.fetched_tokens, strict=True))
         return tokens // sizes.block_size * sizes.block_bytes
 
@@ -99,7 +100,7 @@ class Outcomes:
         return [finished - arrived for finished, arrived in zip(self.finished_s, self.arrived_s, strict=True)]
 
     def window(self, start_s: float, end_s: float) -> tuple[float | None, float | None]:
-        """Hit rate and p90 time of the requests that arrived in this window; None if there were none."""
+        """Hit rate and p90 time of the requests that arrived in this window; None if no request arrived."""
         arrived = np.asarray(self.arrived_s)
         rows = np.flatnonzero((arrived >= start_s) & (arrived < end_s))
         if not len(rows):

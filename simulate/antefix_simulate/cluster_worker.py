@@ -12,10 +12,10 @@ from antefix_simulate.trace import TraceRequest
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One request on its way. names: its units as numbers, like the directory's keys.  claimed: units registered in
-    flight.
+    """One request on its way through the fleet. names: its units as numbers, like the directory's keys. claimed: units
+    registered as being computed.
 
-    row: number of the worker that has it; -1: none yet.
+    row: number of the worker that has the request; -1: none yet.
     """
 
     request: TraceRequest
@@ -39,7 +39,9 @@ class Memory:
         self._units: OrderedDict[int, bool] = OrderedDict()
 
     def num_leading(self, names: Sequence[int]) -> int:
-        """How many leading units are in memory. Ends of prefixes are evicted first, so bisection finds the number."""
+        """How many leading units of the prompt are in memory. Ends of prefixes are evicted first, so bisection finds
+        the number.
+        """
         low, high = 0, len(names)
         while low < high:
             middle = (low + high + 1) // 2
@@ -47,11 +49,13 @@ class Memory:
         return low
 
     def last_checkpoint(self, names: Sequence[int], num_units: int) -> int:
-        """The last boundary up to `num_units` that has window state in memory; 0: none."""
+        """The last boundary up to `num_units` that has window state in memory; 0: there is none."""
         return next((unit for unit in range(num_units, 0, -1) if self._units.get(names[unit - 1])), 0)
 
     def use(self, names: Sequence[int], checkpoints: Sequence[int]) -> list[int]:
-        """Keep these units, with window state after the given numbers of units. Returns the units that were evicted."""
+        """Keep these units, with window state after the given numbers of units. Returns the units that were evicted for
+        them.
+        """
         units = self._units
         marked = {names[unit - 1] for unit in checkpoints}
         # Deepest units first, so that a prefix is evicted after its continuations.

@@ -1,4 +1,5 @@
-"""Generated traces: seeded, of any size, shaped like real ones. For tests, and for users without a trace.
+"""Generated traces: seeded, of any size, shaped like real ones. Generated traces are for tests, and for users who have
+no trace.
 
 chat       conversations that share a system prompt; sometimes a user rewrites a turn (a fork).
 agents     long conversations in small steps, a few minutes apart; sometimes one restarts from its preamble.
@@ -77,14 +78,14 @@ SHAPES = {
 
 
 def generate(shape_name: str, *, num_requests: int, unit_tokens: int, seed: int = 0) -> Trace:
-    """A trace of the named shape with so many requests.
+    """A trace of the named shape with this many requests.
 
     Raises:  InvalidRequest: an unknown shape, or a number of requests that is not in [1, REQUESTS_MAX].
     """
     if shape_name not in SHAPES:
-        raise InvalidRequest(f"unknown shape {shape_name!r}: use one of {', '.join(SHAPES)}")
+        raise InvalidRequest(f"unknown shape of generated traces {shape_name!r}: use one of {', '.join(SHAPES)}")
     if not 1 <= num_requests <= REQUESTS_MAX:
-        raise InvalidRequest(f"requests must be in [1, {REQUESTS_MAX}], are {num_requests}")
+        raise InvalidRequest(f"the number of requests must be in [1, {REQUESTS_MAX}], is {num_requests}")
     shape, rng = SHAPES[shape_name], random.Random(seed)
     fresh = itertools.count()
     preamble = [next(fresh) for _ in range(shape.preamble_tokens // unit_tokens)] if shape.shared_preamble else []
@@ -140,6 +141,6 @@ class _Session:
         return self.num_tokens
 
     def _rewind(self, num_tokens: int) -> None:
-        """Go back to the first `num_tokens` tokens; the tokens after them will be new."""
+        """Go back to the first `num_tokens` tokens of the conversation; the tokens after them will be new."""
         self.num_tokens = max(num_tokens, 1)
         del self.names[self.num_tokens // self.unit_tokens :]

@@ -1,5 +1,6 @@
 """How checkpoints are used, by the reason for leaving them: how many are ever used, and how long after their last
-use."""
+use.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ AGES_S = {"within_1min": 60.0, "within_5min": 300.0, "within_1h": 3600.0, "withi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReasonUse:
-    """left: checkpoints written.  used: those of them used at least once.  ages: share of all uses, by time since last
-    use."""
+    """left: checkpoints that were written. used: those used at least once. ages: share of all uses, by time since the
+    last use.
+    """
 
     left: int
     used: int
@@ -37,7 +39,7 @@ class _Left:
 
 @dataclass(slots=True)
 class Habits:
-    """Counts filled in during a replay. A checkpoint that expired and is written again counts twice."""
+    """Counts that are filled in during a replay. A checkpoint that expired and is written again counts twice."""
 
     _current: dict[int, _Left] = field(default_factory=dict)
     _left: dict[Reason, int] = field(default_factory=dict)

@@ -1,6 +1,6 @@
 """The cost model: the time that tokens and bytes take on a machine, the size of a model's KV, the price of tokens.
 
-Every number is a setting, not a measurement: use the results of `benchmarks/` on your machine.
+Every number here is a setting, not a measurement: use the results of `benchmarks/` on your machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from antefix.window import Plan, Sizes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """One prefill worker and its disk. The defaults are eight H100 with V4-Flash and one NVMe disk.
+    """One simulated prefill worker and its disk. The default numbers stand for eight H100 with V4-Flash and one NVMe
+    disk.
 
     prefill_tokens_per_s: 64K tokens cold in 3.62 s (vLLM, V4.1-Flash).  context_half_tokens: the context at which a
     token takes twice as long as without context. V4's sparse attention makes it large; the value is an assumption.
@@ -68,7 +69,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """The actual time of each part of a plan, in seconds."""
+    """The actual time of each part of a restore plan, in seconds."""
 
     load_blocks_s: float
     load_checkpoint_s: float
@@ -83,7 +84,7 @@ class Timing:
 def carry_out(
     machine: Machine, sizes: Sizes, plan: Plan, rng: random.Random, *, bytes_by_tier: Mapping[str, int] | None = None
 ) -> Timing:
-    """Carry out a plan on the machine: first loads, then compute, as the worker does.
+    """Carry out a restore plan on the simulated machine: first the loads, then the computing, as the worker does.
 
     bytes_by_tier: bytes that each of several stores delivers; they deliver at the same time.
     """

@@ -24,7 +24,8 @@ NUM_READS: Final = 3
 
 class ManySimStores:
     """limits: of each store. copies_bytes: limit on copies per store.  object_bytes: size of the object tier; 0: none.
-    num_processes: number of processes that use the object tier."""
+    num_processes: number of processes that use the object tier.
+    """
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ def store_name(number: int) -> str:
 
 
 class HostStore:
-    """The stores as one host sees them: the same calls as `SimStore`, and which tier has which part."""
+    """The stores as one host sees them: the same calls as `SimStore` has, and in addition which tier has which part."""
 
     def __init__(self, many: ManySimStores, home: int) -> None:
         self._many = many
@@ -88,30 +89,31 @@ class HostStore:
         return self._own.checkpoint_bytes_kept()
 
     def num_stored(self, names: Names) -> int:
-        """How many leading units at least one store has."""
+        """How many leading units are in at least one store."""
         return next((unit for unit in range(len(names)) if not self._has(names, unit)), len(names))
 
     def tiers(self, names: Names, num_units: int) -> tuple[tuple[int, str], ...]:
-        """Which tier has each stretch of the leading `num_units` units: (number of blocks at its end, tier)."""
+        """Which tier has each part of the leading `num_units` units: (number of blocks at its end, tier)."""
         labels = [self._tier_of(int(names[unit])) for unit in range(num_units)]
         ends = [end for end in range(1, num_units + 1) if end == num_units or labels[end - 1] != labels[end]]
         return tuple((end * self._many.unit_blocks, labels[end - 1]) for end in ends)
 
     def last_checkpoint(self, names: Names, num_units: int, now_s: float) -> tuple[int, Tier] | None:
-        """The last checkpoint in any store; the one in this host's store, if several have it."""
+        """The last checkpoint in any store; if several stores have it, the one in this host's store is chosen."""
         found = [store.last_checkpoint(names, num_units, now_s) for store in self._in_order()]
         return max((each for each in found if each is not None), key=lambda each: each[0], default=None)
 
     def touch(self, names: Names, num_units: int, now_s: float) -> None:
-        """Note a use, in each store, of the last unit that was read there."""
+        """Record a use, in each store, of the last unit that was read there."""
         for store in self._many.stores:
             last = next((unit for unit in range(num_units, 0, -1) if store.has(int(names[unit - 1]))), 0)
             if last:
                 store.touch(names, last, now_s)
 
     def note_read(self, names: Names, first: int, stop: int, now_s: float) -> None:
-        """Note that units [first, stop) were loaded: count bytes by tier, and copy units that are often read from
-        elsewhere."""
+        """Record that units [first, stop) were loaded: bytes are counted by tier, and units that are often read from
+        elsewhere are copied.
+        """
         many = self._many
         many.objects.now_s = now_s
         tiers = {unit: self._tier_of(int(names[unit])) for unit in range(first, stop)}

@@ -1,4 +1,4 @@
-"""Plots of simulations. Optional: needs matplotlib; table and JSON have the same numbers."""
+"""Plots of simulations. Plots are optional and need matplotlib; table and JSON have the same numbers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plot(simulations: Sequence[Simulation], path: Path) -> None:
 
 
 def check_path(path: Path) -> None:
-    """Check the path before a long simulation whose plot could not be written.
+    """Check a plot's path before a long simulation, so that the simulation is not wasted.
 
     Raises:  InvalidRequest: the suffix is another, or the directory does not exist.
     """
@@ -48,7 +48,7 @@ def check_path(path: Path) -> None:
 
 
 def load_pyplot() -> Any:
-    """matplotlib.pyplot with a backend that needs no screen.
+    """matplotlib.pyplot with a backend that works without a screen.
 
     Raises:  InvalidRequest: it is not installed; the message says how to get it.
     """

@@ -1,7 +1,7 @@
 """Names of a prompt's prefixes, one per unit: keyed hashes, shortened so that every JSON reader keeps them exact.
 
-A name covers everything before it, so equal names mean equal prefixes. Without the key nobody can test whether a trace
-has some text.
+A name covers everything before it, so equal names mean equal prefixes. Without the key, nobody can test whether a trace
+contains some text.
 """
 
 from __future__ import annotations

@@ -22,11 +22,10 @@ class StrategyResult:
     saved.
     ideal_token_hit_rate: share of tokens in the longest prefix that any earlier request had, in whole units, without
     the
-        last token: a store of unlimited size with window state at every boundary.  The ideal does not depend on the
-        strategy.
-    share_of_ideal, work_share_of_ideal: token_hit_rate and work_hit_rate divided by ideal_token_hit_rate.
-    checkpoints_per_request: checkpoints written per request, to disk or pool.
-    bytes_kept: on disk at the end, blocks and checkpoints that have not expired.  *_max: the most at any time.
+        last token: a store of unlimited size with window state at every boundary. The ideal hit rate does not depend on
+        the strategy. share_of_ideal, work_share_of_ideal: token_hit_rate and work_hit_rate divided by
+        ideal_token_hit_rate. checkpoints_per_request: checkpoints written per request, to disk or pool. bytes_kept: on
+        disk at the end, blocks and checkpoints that have not expired. *_max: the most at any time.
     bytes_written: to disk and pool.
     recomputed_tokens: tokens run again, by prefill or replay, although their global KV was stored at that time.
     replayed_tokens: those of them that a replay ran, from its start to its end.
@@ -68,7 +67,7 @@ class StrategyResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Simulation:
-    """All strategies over one trace with one store size.
+    """All strategies over one trace with one size of the store.
 
     store_ideal_token_hit_rate: the hit rate of the same store if window state took no bytes and were at every boundary.
     savings: of `auto` if it is among the strategies, else of the first one; None: not requested.

@@ -1,4 +1,4 @@
-"""Simulations as text: one table a store size, ideal and strategies side by side."""
+"""Simulations as text: one table per store size, with the ideal and the strategies as columns."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ _COLUMNS: tuple[tuple[str, Callable[[StrategyResult], str]], ...] = (
 )
 
 LEGEND = """\
-hit: share of prompt tokens not run, replayed ones counted as run; of ideal: that over an endless store's with window
-state everywhere; spared: the same by work, since a replayed token runs through about half of the layers; ckpt/req:
-checkpoints written a request; kept: bytes at the end, windows: of them in checkpoints; recomputed: tokens run again
-although stored; p50 to p99: time to first token without queueing; dollars: price of all prompt tokens"""
+hit: share of prompt tokens that did not run; replayed tokens count as run
+of ideal: "hit" divided by the hit rate of an endless store with window state everywhere
+spared: the same by work, since a replayed token runs through about half of the layers
+ckpt/req: checkpoints written per request
+kept: bytes in the store at the end; windows: the part of these bytes that checkpoints take
+written: bytes written to the store
+recomputed: tokens that ran again although they were stored
+p50 to p99: time to first token, without waiting in queues
+dollars: price of all prompt tokens"""
 
 
 def as_text(simulation: Simulation) -> str:

@@ -49,7 +49,8 @@ def savings_of(
     trace: Trace, own: Trace, *, own_hit_tokens: int, hit_rate: float, strategy: str, prices: TokenPrices
 ) -> Savings:
     """trace: in the model's blocks.  own: the same trace at its own resolution.  hit_rate: of the strategy on
-    `trace`."""
+    `trace`.
+    """
     tokens = trace.num_tokens
     hits = round(tokens * hit_rate)
     return Savings(
@@ -66,7 +67,7 @@ def savings_of(
 
 
 def savings_text(savings: Savings) -> str:
-    """A summary of at most four lines."""
+    """A summary of the savings in at most four lines."""
     lines = [
         f"hit rate: {savings.own_hit_rate:.2%} at the trace's own resolution of {savings.unit_tokens} tokens, "
         f"{savings.hit_rate:.2%} in units of {savings.block_tokens} with strategy {savings.strategy}",

@@ -15,7 +15,9 @@ _BINS = 60
 
 
 def plot_savings(savings: Savings, own: Trace, path: Path, *, model: str) -> None:
-    """own: the trace at its own resolution. Raises:  InvalidRequest: as `check_path`, or without matplotlib."""
+    """own: the trace at its own resolution, before it is cut into blocks. Raises: InvalidRequest: as `check_path`, or
+    matplotlib is not installed.
+    """
     check_path(path)
     pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), width_ratios=(3, 2), layout="constrained")

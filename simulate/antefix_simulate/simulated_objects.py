@@ -1,4 +1,4 @@
-"""The object tier of a simulated fleet: its contents, the requests to it, and their cost.
+"""The object store of a simulated fleet: its contents, the requests to it, and their cost.
 
 Units that were read again or are about to be evicted are uploaded; the oldest upload is deleted first. Checkpoints are
 not uploaded.
@@ -40,8 +40,9 @@ class ObjectPrices:
 
     @classmethod
     def parse(cls, text: str) -> ObjectPrices:
-        """Parse `put=0.005,get=0.0004`; prices that are not named are the defaults.  Raises:  InvalidRequest: another
-        form."""
+        """Parse prices such as `put=0.005,get=0.0004`; prices that are not named keep their defaults. Raises:
+        InvalidRequest: another form.
+        """
         prices = {}
         for part in filter(None, text.split(",")):
             name, _, value = part.partition("=")
@@ -58,7 +59,7 @@ class ObjectPrices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectBill:
-    """A run's requests to the object store, and their cost.  num_*: requests.  gb_months: storage used."""
+    """The requests of a run to the object store, and their cost. num_*: requests. gb_months: storage used."""
 
     num_puts: int = 0
     num_lists: int = 0
@@ -75,7 +76,9 @@ class ObjectBill:
 
 
 class SimObjects:
-    """num_processes: processes that list new segments.  now_s: set it before each event at a later time."""
+    """num_processes: processes that list new segments. now_s: the simulated time, which must be set before each event
+    at a later time.
+    """
 
     def __init__(self, bytes_max: int, unit_bytes: int, *, num_processes: int = 0) -> None:
         self.bytes_uploaded = 0
@@ -109,7 +112,7 @@ class SimObjects:
         self._num_gets += math.ceil(nbytes / RANGE_BYTES)
 
     def bill(self, prices: ObjectPrices) -> ObjectBill:
-        """The bill up to now. Stored objects cost more as time passes, also after the run."""
+        """The bill up to now. Objects in the store cost more as time passes, also after the end of the run."""
         self._count_storage()
         # A segment that is not full is uploaded as well; within seconds others fill it.
         num_puts = math.ceil(self.bytes_uploaded / SEGMENT_BYTES)

@@ -1,8 +1,8 @@
 """The simulated store: bytes only, kept and evicted by the real policy (`antefix_kvstore.eviction`).
 
-Names: a unit of a prefix has its name in the trace. The lowest bit tells its block record from its checkpoint, and a
-checkpoint depends on its block, as in the engine. The blocks' lifetime of three days exceeds any trace, so it is left
-out.
+Names: a unit of a prefix has its name in the trace. The lowest bit of a name tells a block's record from its
+checkpoint; as in the engine, a checkpoint depends on its block. The lifetime of blocks, three days, exceeds any trace,
+so it is left out.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ _SWEEP_EVERY_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreLimits:
-    """store_bytes: for blocks and checkpoints together; None: unlimited.  pool_bytes: for the window pool."""
+    """store_bytes: the limit for blocks and checkpoints together; None: unlimited. pool_bytes: the limit for the window
+    pool.
+    """
 
     store_bytes: int | None = None
     pool_bytes: int | None = None
 
 
 class SimStore:
-    """A prefix-closed set of units, their checkpoints, and a window pool. Times in seconds of the trace."""
+    """A prefix-closed set of units, their checkpoints, and a window pool. Times are given in seconds of the trace."""
 
     def __init__(self, sizes: Sizes, limits: StoreLimits, *, unit_blocks: int, apart: bool = False) -> None:
         """apart: whether this is one of several stores, and keeps records whose parent is in another store."""
@@ -55,11 +57,11 @@ class SimStore:
 
     @property
     def bytes_kept(self) -> int:
-        """Bytes on disk; the pool is in memory."""
+        """Bytes on disk, without the window pool, which is in memory."""
         return self._disk.nbytes
 
     def checkpoint_bytes_kept(self, tier: Tier = Tier.DISK) -> int:
-        """Bytes of checkpoints in a tier, as of the last `expire`."""
+        """Bytes of checkpoints in a tier, as of the last call of `expire`."""
         return self.sizes.checkpoint_bytes * len(self._expiry[tier])
 
     def expire(self, now_s: float) -> None:
@@ -76,7 +78,7 @@ class SimStore:
         return 2 * name in self._disk
 
     def num_stored(self, names: Names) -> int:
-        """How many leading units are stored. The set is prefix-closed, so bisection finds the number."""
+        """How many leading units of the prompt are stored. The set is prefix-closed, so bisection finds the number."""
         low, high = 0, len(names)
         while low < high:
             middle = (low + high + 1) // 2
@@ -99,12 +101,12 @@ class SimStore:
         return None
 
     def touch(self, names: Names, num_units: int, now_s: float) -> None:
-        """Note a read of the leading `num_units` units; their ancestors' ranks change when they become leaves."""
+        """Record a read of the leading `num_units` units; their ancestors' ranks change when they become leaves."""
         if num_units:
             self._disk.touch(2 * int(names[num_units - 1]), _ms(now_s))
 
     def touch_checkpoint(self, names: Names, num_units: int, tier: Tier, now_s: float) -> None:
-        """Note a use of a checkpoint, which restarts its lifetime."""
+        """Record a use of a checkpoint, which restarts its lifetime."""
         name = 2 * int(names[num_units - 1]) + 1
         _, ttl_s = self._expiry[tier][name]
         self._expiry[tier][name] = (now_s + ttl_s, ttl_s)
@@ -112,7 +114,8 @@ class SimStore:
 
     def put_units(self, names: Names, first: int, now_s: float, cost_s: float) -> int:
         """Store units [first, end) in order, as far as they fit. Returns how many leading units are stored
-        afterwards."""
+        afterwards.
+        """
         parent = 2 * int(names[first - 1]) if first else None
         if self._apart and parent is not None and parent not in self._disk:
             parent = None
@@ -130,8 +133,9 @@ class SimStore:
     def put_checkpoint(
         self, names: Names, num_units: int, *, tier: Tier, ttl_s: float, now_s: float, cost_s: float
     ) -> bool:
-        """Store a checkpoint after `num_units` units. False if its block is not stored, or it exists, or does not
-        fit."""
+        """Store a checkpoint after `num_units` units. Returns False if the checkpoint's block is not stored, or the
+        checkpoint exists, or it does not fit.
+        """
         block = 2 * int(names[num_units - 1])
         name, nbytes = block + 1, self.sizes.checkpoint_bytes
         if block not in self._disk and not self._apart:
@@ -158,7 +162,7 @@ class SimStore:
         return True
 
     def sweep(self, now_s: float) -> None:
-        """Free the bytes of expired checkpoints."""
+        """Free the bytes of checkpoints that have expired."""
         self.expire(now_s)
         self._swept_s = now_s
         for tier, gone in self._dead.items():
@@ -169,7 +173,7 @@ class SimStore:
         return self._disk if tier is Tier.DISK else self._pool
 
     def _make_room(self, nbytes: int, now_s: float, kept: int | None) -> bool:
-        """Make room for `nbytes` without evicting the block `kept`; False if that is not possible."""
+        """Make room for `nbytes` without evicting the block `kept`; returns False if that is not possible."""
         limit = self.limits.store_bytes
         if limit is None or self._disk.nbytes + nbytes <= limit:
             return True

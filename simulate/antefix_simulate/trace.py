@@ -103,7 +103,7 @@ def _load_claude_code(path: Path, block_size: int, spread_s: float) -> Trace:
                 raise ValueError(f"hash_id_scope is {row['hash_id_scope']!r}, not local")
             hash_tokens = int(row["block_size"])
             if hash_tokens < 1 or unit not in (0, math.lcm(block_size, hash_tokens)):
-                raise ValueError(f"block_size is {hash_tokens}; it must be positive and the same in all lines")
+                raise ValueError(f"block_size is {hash_tokens}, but must be positive and the same in all lines")
             unit = math.lcm(block_size, hash_tokens)
             start_s = rng.uniform(0, spread_s)
             for at_s, call in _calls(row["requests"], start_s):
@@ -126,7 +126,10 @@ def _load_antefix(path: Path, block_size: int, spread_s: float) -> Trace:
     where, head = next(rows, (path.name, {}))
     try:
         if head["antefix_trace"] != TRACE_VERSION:
-            raise ValueError(f"its version is {head['antefix_trace']!r}, not {TRACE_VERSION}; a newer Antefix wrote it")
+            raise ValueError(
+                f"the trace's version is {head['antefix_trace']!r}, not {TRACE_VERSION}; a newer Antefix wrote the "
+                "trace"
+            )
         unit_tokens = int(head["unit_tokens"])
         if not 1 <= unit_tokens < 1 << 32:
             raise ValueError(f"unit_tokens is {unit_tokens}")
@@ -162,17 +165,17 @@ def _names(row: dict[str, Any], chains: list[Names]) -> Names:
     own = np.asarray(row["names"], dtype=np.int64)
     shared, like = int(row.get("shared", 0)), int(row.get("like", 0))
     if own.ndim != 1 or (len(own) and not 0 <= int(own.min()) <= int(own.max()) < _NAMES_MAX):
-        raise ValueError(f"names must be numbers in [0, 2^{_NAMES_MAX.bit_length() - 1})")
+        raise ValueError(f"names of blocks must be numbers in [0, 2^{_NAMES_MAX.bit_length() - 1})")
     if not shared:
         return own
     if not (0 <= like < len(chains) and 0 < shared <= len(chains[like])):
-        raise ValueError(f"request {like} has no {shared} names to share")
+        raise ValueError(f"request {like} does not have {shared} names that a later request could share")
     return np.concatenate((chains[like][:shared], own))
 
 
 def _tokens(value: Any) -> int:
     if not 0 <= int(value) < _TOKENS_MAX:
-        raise ValueError(f"{value} is not a number of tokens")
+        raise ValueError(f"{value} is not a valid number of tokens")
     return int(value)
 
 
@@ -229,7 +232,7 @@ def _calls(rows: list[dict[str, Any]], start_s: float) -> Iterator[tuple[float, 
 
 
 def _units(hash_ids: list[int], base: int, num_tokens: int, hash_tokens: int, unit_tokens: int) -> Names:
-    """Names of the complete units. Hashes are chained, so a unit's last hash identifies everything before it."""
+    """Names of the complete units. Hashes are chained, so the last hash of a unit identifies all blocks before it."""
     step = unit_tokens // hash_tokens
     num_units = num_tokens // unit_tokens
     if num_tokens < 1 or len(hash_ids) < num_units * step:

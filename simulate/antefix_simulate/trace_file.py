@@ -3,7 +3,7 @@
     {"antefix_trace": 1, "unit_tokens": 64, "source": "openai-jsonl", ...}
     {"at_s": 0.0, "tokens": 5210, "output": 312, "like": 0, "shared": 80, "names": [81985529216486, ...]}
 
-A request's first `shared` names are those of request number `like`, counted from 0. Conversations repeat their
+The first `shared` names of a request are those of request number `like`, counted from 0. Conversations repeat their
 beginning, and a file that repeated these names each time would be a hundred times larger.
 """
 
@@ -24,8 +24,8 @@ _NO_TIME: Final = 0
 
 
 def write_trace(path: Path, requests: Iterable[TraceRequest], *, unit_tokens: int, about: dict[str, Any]) -> int:
-    """Write requests in order of arrival, with times from the first one on. Returns how many. Plain text, or .gz by
-    suffix.
+    """Write requests in order of arrival, with times counted from the first request. Returns how many. The file is
+    plain text, or compressed if its name ends in .gz.
 
     about: further fields of the first line, which say where the trace comes from.
     Raises:  InvalidRequest: the file cannot be written.
@@ -74,7 +74,9 @@ def _rows(requests: Iterable[TraceRequest]) -> Iterable[dict[str, Any]]:
 
 
 def _num_known(names: list[int], latest: dict[int, int]) -> int:
-    """How many leading names some earlier request had. Names are chained, so the last of them implies the others."""
+    """How many leading names some earlier request had. Names are chained, so the last shared name implies all earlier
+    ones.
+    """
     low, high = 0, len(names)
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,9 +1,9 @@
 """Replays one trace under one strategy: each request is looked up, planned, run on the model machine, and stored.
 
-A request ends before the next one arrives: the next one finds all that it wrote, and nothing waits in a queue.
-Replaying one request at a time favours all strategies equally; another simulation (`cluster`) has queues and many
-workers. Outputs are not stored, because traces do not name their tokens; so hits on outputs are missing, also from the
-ideal.
+A request ends before the next one arrives: the next request finds everything that was written, and nothing waits in a
+queue. Replaying one request at a time favours all strategies equally; another simulation (`cluster`) has queues and
+many workers. Outputs are not stored, because traces do not name their tokens; so hits on outputs are missing in all
+results, also in the ideal.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Tally:
 
 
 def ideal_hits(trace: Trace) -> Iterator[int]:
-    """For each request, the tokens that an unlimited store would save if window state were at every boundary."""
+    """For each request, the tokens that an unlimited store would save if it had window state at every boundary."""
     seen: set[int] = set()
     for request in trace.requests:
         low, high = 0, len(request.names)
@@ -80,7 +80,7 @@ def ideal_hit_tokens(trace: Trace) -> int:
 
 
 def store_hit_tokens(trace: Trace, setup: ReplaySetup) -> int:
-    """Tokens that the same limited store would save if window state took no bytes: its own ideal."""
+    """The tokens that the same limited store would save if window state took no bytes, which is its own ideal."""
     unit_blocks = trace.unit_tokens // setup.sizes.block_size
     store = SimStore(setup.sizes, setup.limits, unit_blocks=unit_blocks)
     unit_s = trace.unit_tokens / setup.machine.prefill_tokens_per_s
@@ -154,7 +154,7 @@ class _Run:
         self.tally.checkpoint_bytes_kept_max = max(self.tally.checkpoint_bytes_kept_max, window_bytes)
 
     def _look_at_store(self, now_s: float) -> None:
-        """Measure the store as the worker does: every few seconds, not for every request."""
+        """Measure the simulated store as a worker does: every few seconds, not for every request."""
         if now_s >= self.looked_s + _LOOK_EVERY_S:
             self.looked_s = now_s
             self.turnover.observe(

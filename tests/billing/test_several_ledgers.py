@@ -90,7 +90,7 @@ def test_an_anchor_says_whose_it_is(data, capsys):
     status, _, error = run(capsys, "verify", "--ledger", data, "--anchor", anchors[0].partition(":")[2])
     assert status == 2 and "source" in error
     status, _, error = run(capsys, "verify", "--ledger", data / "ledger", "--anchor", anchors[1])
-    assert status == 2 and "not among these" in error
+    assert status == 2 and "not one of the given" in error
 
 
 def test_exports_and_reports_take_them_together(data, capsys):

@@ -108,7 +108,7 @@ def test_what_v41_stores_is_said_though_it_does_not_load(tmp_path: Path, capsys:
     assert known["checkpoint"] == V41Layout(geometry=V41Geometry.from_config(V41)).checkpoint_bytes
     assert known["file_bytes"] == 3 << 20
     assert main(["model", "check", str(tmp_path)]) == 1
-    assert "890 B a token" in capsys.readouterr().out
+    assert "890 B per token" in capsys.readouterr().out
     # A config that has only the model type gives no sizes.
     (tmp_path / "config.json").write_text(json.dumps(V41 | {"text_config": {}}))
     assert "known" not in check(capsys, tmp_path)[1]

@@ -78,7 +78,7 @@ async def openai_turns(deployment, num_turns, about=""):
         for number in range(num_turns):
             messages.append({"role": "user", "content": f"Question {number}: what comes next? <|end|>"})
             answer = await client.chat.completions.create(
-                model=MODEL, messages=messages, max_tokens=40, temperature=1.0, seed=number
+                model=MODEL, messages=messages, max_tokens=80, temperature=1.0, seed=number
             )
             messages.append(answer.choices[0].message.model_dump(exclude_none=True))
             usage = answer.usage
@@ -96,7 +96,7 @@ async def anthropic_turns(deployment, num_turns, about=""):
                 model=MODEL,
                 messages=messages,
                 system=system,
-                max_tokens=40,
+                max_tokens=80,
                 extra_body={"temperature": 1.0, "seed": number},
             ) as stream:
                 answer = await stream.get_final_message()

@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 
+from antefix.window.auto import CUE_TOKENS
+
 BLOCK = 64
 
 
@@ -20,7 +22,7 @@ def check_hits(turns, *what):
         # The last token of a cut-off answer was chosen but not run, so the next turn computes its KV.
         kept = before.prompt + before.answer
         full = {(kept - 1) // BLOCK * BLOCK, kept // BLOCK * BLOCK}
-        # A prompt that ends at a boundary has its checkpoint one block earlier, so that the same prompt can also resume
-        # there.
-        full |= {before.prompt - BLOCK} & {end - BLOCK for end in full if end == before.prompt}
+        # A prompt that ends at a boundary, or a few tokens after it, has its checkpoint one block earlier: the same
+        # prompt, or one with another cue at its end, can also resume there.
+        full |= {end - BLOCK for end in full if 0 <= before.prompt - end < CUE_TOKENS}
         assert turn.hit in full, (*what, turns)

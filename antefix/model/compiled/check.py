@@ -33,10 +33,11 @@ _refused = False
 
 
 def enable(model: Model) -> bool:
-    """Use the kernels in this process if Numba is installed and all results of this model's layers are the same.
+    """Use the compiled kernels in this process if Numba is installed and all results for this model's layers equal
+    torch's.
 
-    If they differ, the kernels stay off for the life of the process: its arithmetic must not depend on which models it
-    loads later.
+    If the results differ, the kernels stay off for the life of the process, because its arithmetic must not depend on
+    which models are loaded later.
     """
     global _refused
     if _refused or importlib.util.find_spec("numba") is None or not _is_theirs(model) or not exponential_address():
@@ -71,7 +72,9 @@ def _is_theirs(model: Model) -> bool:
 
 
 def _same_rows(whole: Tensor, part: Tensor) -> Tensor:
-    """From results of all rows, the rows that `part` has. A compressor's results have their rows in the second dim."""
+    """From the results of all rows, select the rows of `part`. A compressor's results have their rows in the second
+    dim.
+    """
     return whole[: len(part)] if whole.shape[1:] == part.shape[1:] else whole[:, : part.shape[1]]
 
 
@@ -103,7 +106,9 @@ def _compare(model: Model, on: bool, num_rows: int = _ROWS) -> Iterator[tuple[st
 
 
 def _compare_together(model: Model, num: int) -> Iterator[tuple[tuple[str, Tensor], tuple[str, Tensor]]]:
-    """Pairs of named results of a layer of each kind: computed call by call, and by `layers` in three calls."""
+    """Pairs of named results for one layer of each kind: first computed call by call, then by `layers` in three
+    calls.
+    """
     from antefix.model.compiled.layers import layer_rows
 
     config, random = model.config, torch.Generator().manual_seed(2)

@@ -1,6 +1,6 @@
 """Kernels around the experts' products: choice of experts, rows sorted by expert, activation, weighted sums.
 
-All arrays are float32 or int64, contiguous, and addressed by `Tensor.data_ptr()`. They replace torch code in
+All arrays are float32 or int64, contiguous, and addressed by `Tensor.data_ptr()`. The kernels replace torch code in
 `antefix.model.moe`.
 
 Shapes:  N = tokens, E = experts, K = experts per token, D = hidden size, I = intermediate size, R = rows.
@@ -18,7 +18,9 @@ from antefix.model.compiled.sums import row_sum, scratch
 
 @plain
 def _best(ranked: Any, picked: Any) -> None:
-    """The highest ranked experts, ascending by id. Of equal ones the first wins; NaN ranks highest, as in torch."""
+    """The highest ranked experts, ascending by id. Of experts with equal scores, the first one wins; NaN ranks highest,
+    as in torch.
+    """
     for k in range(len(picked)):
         best = -1
         for e in range(len(ranked)):
@@ -74,7 +76,8 @@ def pick(experts: int, weights: int, scores: int, bias: int, table: int, tokens:
 def spread(rows: int, places: int, counts: int, x: int, experts: int, num: int, E: int, K: int, D: int,
            tile: int) -> None:  # fmt: skip
     """Copy each pick's row of x [N, D] into the run of rows of the picked expert. Runs are whole tiles, padded with
-    zeros. places [N, K]: the row of each pick. counts [E]: rows of each run."""
+    zeros. places [N, K]: the row of each pick. counts [E]: rows of each run.
+    """
     counts_, picks, places_ = integers(counts, 0, E), integers(experts, 0, num * K), integers(places, 0, num * K)
     starts = np.zeros(E + 1, np.int64)
     for e in range(E):
@@ -110,7 +113,7 @@ def gates(out: int, gate_up: int, num: int, inner: int, limit: float) -> None:
 
 @kernel("void(int64, int64, int64, int64, float32)")
 def activate(out: int, gate_up: int, num: int, inner: int, limit: float) -> None:
-    """`moe.clamped_swiglu` of gate_up [R, 2I]. `out` holds the exponentials [R, I] and is overwritten."""
+    """`moe.clamped_swiglu` of gate_up [R, 2I]. `out` holds the exponentials [R, I] at the start, and is overwritten."""
     top = f32(limit)
     for n in range(num):
         gate, up = floats(gate_up, 2 * n * inner, inner), floats(gate_up, (2 * n + 1) * inner, inner)
@@ -124,7 +127,8 @@ def activate(out: int, gate_up: int, num: int, inner: int, limit: float) -> None
 @kernel("void(int64, int64, int64, int64, int64, int64, int64)")
 def combine(out: int, rows: int, places: int, weights: int, num: int, K: int, D: int) -> None:
     """Add each token's expert rows, weighted, in order of expert id, to out [N, D], which holds the shared expert's
-    rows."""
+    rows.
+    """
     total = np.empty(D, np.float32)
     for n in range(num):
         place, weight, made = integers(places, n * K, K), floats(weights, n * K, K), floats(out, n * D, D)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 def run(layer: MoE, x_ND: Tensor, tokens_n: Tensor) -> Tensor:
-    """x_ND may have padding rows behind the tokens' rows. The output has them too; their values mean nothing."""
+    """x_ND may have padding rows behind the tokens' rows. The output has the same padding rows; their values mean
+    nothing.
+    """
     num_tokens, (num_rows, size) = tokens_n.shape[0], x_ND.shape
     experts, weights = _pick(layer.gate, x_ND, tokens_n)
     gate_up_stack, down_stack = layer.experts.gate_up_proj, layer.experts.down_proj

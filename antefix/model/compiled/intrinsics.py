@@ -1,7 +1,6 @@
 """What Numba lacks for kernels over torch's memory: pointers, fused multiply-adds, access to the bits of floats.
 
-This code does not allow the compiler to fuse, reorder or approximate operations: the source alone decides a kernel's
-bits.
+The compiler may not fuse, reorder or approximate operations here: the source alone decides a kernel's bits.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ i32 = np.int32
 
 @intrinsic
 def fma(_context: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c, rounded once."""
+    """a * b + c, rounded only once."""
 
     def build(_: Any, builder: Any, __: Any, args: Any) -> Any:
         kind = args[0].type
@@ -95,8 +94,8 @@ plain = numba.njit(error_model="numpy")
 def floats(address: int, first: int, size: int) -> Any:
     """A view of `size` float32 from number `first` on, counted from an address (`Tensor.data_ptr`).
 
-    Index such views with the loop's own counter only. For any other index Numba checks whether it is negative, and then
-    it does not vectorise the loop.
+    Such views must be indexed only with the loop's own counter. For any other index, Numba inserts a check for negative
+    values, and then does not vectorise the loop.
     """
     return numba.carray(_pointer(address + 4 * first), (size,), dtype=np.float32)
 
@@ -108,7 +107,9 @@ def integers(address: int, first: int, size: int) -> Any:
 
 
 def kernel(signature: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Compile a function for one signature; it runs without Python's lock. The code is cached on disk if possible."""
+    """Compile a function for one signature; the compiled function runs without Python's global lock. The compiled code
+    is cached on disk if possible.
+    """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         try:

@@ -1,7 +1,8 @@
 """Layers as three compiled calls each, with attention between the first and the second: decode steps and prefills.
 
-For models whose weights are all plain, small matrices held by this process, if MKL's exponential can be called at its
-address. The bits are those of `layer_loop.run_layers` and `runner`, which define the computation.
+This works for models whose weights are all plain, small matrices held by this process, and only if MKL's exponential
+can be called at its address. The bits equal those of `layer_loop.run_layers` and `runner`, which define the
+computation.
 
 Shapes:  N = rows, a token each; M = streams, D = hidden size, H = heads, C = head dim, E = experts.
 """
@@ -40,7 +41,9 @@ class AttendRows(Protocol):
 
 @dataclass(slots=True)
 class LayerPlan:
-    """One layer's weights as the kernels need them. held: tensors that `fields` addresses, kept so that they live."""
+    """One layer's weights in the form that the kernels need. held: tensors whose addresses are in `fields`; keeping
+    them here keeps them alive.
+    """
 
     layer: DecoderLayer
     fields: _Integers
@@ -59,7 +62,7 @@ class LayerPlan:
 
 
 def layer_rows(model: Model, tokens_N: Tensor, positions_N: Tensor) -> LayerRows | None:
-    """The runner for these rows; None where the layers must be run call by call."""
+    """The object that runs the layers for these rows; None if the layers must be run call by call."""
     if model.ranks is not None or model.offload is not None:
         return None
     plans = plans_of(model)
@@ -76,10 +79,11 @@ class _Kept:
 
 
 def plans_of(model: Model) -> list[LayerPlan] | None:
-    """Each layer's plan, kept with the model until a weight changes. None: these kernels cannot run this model.
+    """Each layer's plan, kept with the model until a weight changes. Returns None if the compiled kernels cannot run
+    this model.
 
-    Each step compares every weight's version and address. The comparison does not notice that a module was replaced by
-    another.
+    Each step compares every weight's version and address with the plan's. The comparison does not notice if a module
+    was replaced by another module.
     """
     kept: _Kept | None = getattr(model, "_antefix_plans", None)
     if kept is None:
@@ -124,7 +128,7 @@ class _Maker:
         self.numbers = np.zeros(len(Number), np.float32)
 
     def plan(self) -> LayerPlan | None:
-        """None: a weight is not a plain float32 matrix, or is too large to keep a transposed copy of it."""
+        """Returns None if a weight is not a plain float32 matrix, or is too large to keep a transposed copy of it."""
         self._sizes()
         self._attention(self.layer.self_attn)
         self._mixing(Field.MIX, self.layer.attn_hc)
@@ -232,7 +236,7 @@ class LayerRows:
         self._work = new(num * max(plan.work_size for plan in plans) + 2 * config.num_experts)
 
     def run(self, attend: AttendRows) -> Tensor:
-        """Run all layers. Returns the streams [N, M, D] after the last one."""
+        """Run all layers. Returns the residual streams [N, M, D] after the last layer."""
         model = self._model
         ropes = {kind: model.rope(kind, self._positions) for kind in set(model.config.geometry.layers)}
         embedded = model.model.embed_tokens(self._tokens).unsqueeze(1)
@@ -245,7 +249,7 @@ class LayerRows:
 
     @property
     def streams(self) -> Tensor:
-        """The streams [N, M, D] between two layers."""
+        """The residual streams [N, M, D] between two layers."""
         return self._streams[0]
 
     def before(self, plan: LayerPlan, cos: Tensor, sin: Tensor) -> TokenRows:
@@ -271,7 +275,7 @@ class LayerRows:
         self._experts(plan, torch.sqrt_(softplus(self._router_logits(plan, attended, cos, sin))))
 
     def _router_logits(self, plan: LayerPlan, attended: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Logits [N, E], after attention's output projection and the second mixing."""
+        """The router's logits [N, E] for the experts, after attention's output projection and the second mixing."""
         logits = self._x.new_empty(self._num, plan.fields[Field.NUM_EXPERTS])
         attended = attended.contiguous()
         parts = (attended, self._streams[0], *self._mixes[0], self._streams[1], *self._mixes[1], self._normed, logits)
@@ -291,6 +295,7 @@ class LayerRows:
 
 
 def _places(tensors: tuple[Tensor | None, ...]) -> _Integers:
-    """The tensors' addresses. Hold the returned array during the call: a kernel runs without Python's lock, so if the
-    array were freed, other threads could get its memory."""
+    """The tensors' addresses. The caller must hold the returned array during the call: a kernel runs without Python's
+    lock, so if the array were freed, other threads could get its memory.
+    """
     return np.array([0 if each is None else each.data_ptr() for each in tensors], np.int64)

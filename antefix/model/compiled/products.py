@@ -1,8 +1,8 @@
-"""Products, in MKL's order of addition but without the padding rows of its tiles.
+"""Matrix products in MKL's order of addition, but without the padding rows of MKL's tiles.
 
-MKL adds in one chain of fused multiply-adds per element, but only if there is at least a whole tile of rows
-(`numerics`). For one row that is sixteen times the arithmetic. In these kernels, the chain is written out, over
-transposed weights.
+MKL adds each element's products in one chain of fused multiply-adds, but only if there is at least a whole tile of rows
+(`numerics`). For one row, padding to a whole tile would cost sixteen times the arithmetic. These kernels spell that
+chain of additions out, over transposed weights.
 
 Shapes:  N = rows, K = addends, O = columns.
 """
@@ -43,7 +43,7 @@ def _chain(made: Any, row: Any, weights: int, O: int) -> None:  # noqa: E741
 
 @plain
 def _wide(out: int, step: int, x: int, K: int, weights: int, O: int, num: int, many: int, adds: int) -> None:  # noqa: E741
-    """Two vectors of columns of at most `tiles.ROWS_MAX` rows."""
+    """A tile of two vectors of columns, of at most `tiles.ROWS_MAX` rows."""
     if num == 6:
         tiles.tile_6(out, step, x, K, weights, O, many, adds)
     elif num == 5:
@@ -60,7 +60,7 @@ def _wide(out: int, step: int, x: int, K: int, weights: int, O: int, num: int, m
 
 @plain
 def _narrow(out: int, step: int, x: int, K: int, weights: int, O: int, num: int, many: int, adds: int) -> None:  # noqa: E741
-    """One vector of columns of at most `tiles.ROWS_MAX` rows."""
+    """A tile of one vector of columns, of at most `tiles.ROWS_MAX` rows."""
     if num == 6:
         tiles.narrow_6(out, step, x, K, weights, O, many, adds)
     elif num == 5:
@@ -108,7 +108,8 @@ def _sums(out: int, step: int, x: int, K: int, weights: int, O: int, num: int, m
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64)")
 def multiply_rows(out: int, x: int, weights: int, num: int, K: int, O: int, step: int, tile: int) -> None:  # noqa: E741
     """out [N, O], with rows `step` numbers apart: x [N, K] times weights [K, O]. Sums are cut into parts of `tile`
-    addends, which are added up in order."""
+    addends; the parts are added up in order.
+    """
     if num > 1:
         for start in range(0, K, tile):
             _sums(out, step, x + 4 * start, K, weights + 4 * start * O, O, num, min(tile, K - start), start)
@@ -127,7 +128,9 @@ def multiply_rows(out: int, x: int, weights: int, num: int, K: int, O: int, step
 
 
 def multiply(x: Tensor, weight: Tensor, tile: int, out: Tensor | None = None) -> Tensor | None:
-    """x [N, K] times weight [O, K] transposed, to `out`, whose rows may be apart. None: the weight is too large."""
+    """x [N, K] times weight [O, K] transposed, to `out`, whose rows may be apart. Returns None if the weight is too
+    large to keep a transposed copy.
+    """
     columns, addends = weight.shape
     matrix = turned(weight)
     if matrix is None:
@@ -141,7 +144,9 @@ def multiply(x: Tensor, weight: Tensor, tile: int, out: Tensor | None = None) ->
 
 
 def turned(weight: Tensor) -> Tensor | None:
-    """The weights transposed [K, O]. The copy is kept with them and renewed if they were changed or moved."""
+    """The weights transposed [K, O]. The transposed copy is kept with the weights, and made again if the weights were
+    changed or moved.
+    """
     if weight.numel() > _NUMBERS_MAX or weight.dtype is not torch.float32:
         return None
     if weight.is_inference():

@@ -21,7 +21,7 @@ _SIDE = 8
 
 @inline
 def _power_above(largest: Any, share: Any) -> Any:
-    """The scale of a group (`quant._scales`)."""
+    """The scale of a group of numbers in a KV record (`quant._scales`)."""
     return float_of(i32((i32(bits_of(largest * share)) + i32(0x7FFFFF)) & i32(0x7F800000)))
 
 

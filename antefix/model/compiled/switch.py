@@ -13,8 +13,9 @@ _is_on = False
 
 
 def is_compiled(x: Tensor) -> bool:
-    """Whether the kernels compute the steps between products of `x`: on a CPU, in float32, without gradients, and only
-    if they were found to give the same bits as torch."""
+    """Whether the compiled kernels compute the steps between products of `x`: on a CPU, in float32, without gradients,
+    and only if they were found to give the same bits as torch.
+    """
     return _is_on and x.dtype is torch.float32 and x.is_cpu and not torch.is_grad_enabled()
 
 

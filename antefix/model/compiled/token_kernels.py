@@ -1,6 +1,6 @@
 """Kernels for computations that concern one token alone: mixing, norms and rotations. float32, contiguous.
 
-Arrays are addressed by `Tensor.data_ptr()`. torch computes the exponentials, between two kernels. Each kernel gives the
+Arrays are given by `Tensor.data_ptr()`; exponentials are computed by torch, between two kernels. Each kernel gives the
 bits of the torch code that its docstring names; `antefix.model.compiled.check` compares them when a model is loaded.
 
 Shapes:  N = rows, M = streams, J = (2 + M) * M mixing logits, D = hidden size, C = channels, R = RoPE dims, H = heads.
@@ -63,7 +63,8 @@ def _rows(comb: int, M: int, eps: Any) -> None:
 def mix_logits(out: int, raw: int, streams: int, scale: int, base: int, num: int, M: int, D: int, lanes: int,
                eps: float) -> None:  # fmt: skip
     """The arguments of `HyperConnection`'s exponentials: the gates' logits [N, 2M], negated, and the mixing logits
-    minus their row's largest [N, M * M]. raw [N, J]: streams times `fn`. scale [J], base [J]."""
+    minus their row's largest [N, M * M]. raw [N, J]: streams times `fn`. scale [J], base [J].
+    """
     J, width = (2 + M) * M, M * D
     scale_, base_ = floats(scale, 0, J), floats(base, 0, J)
     work = scratch(lanes)
@@ -139,7 +140,8 @@ def expand(out: int, streams: int, output: int, post: int, comb: int, num: int, 
 def norm_rotate(out: int, x: int, weight: int, cos: int, sin: int, num: int, heads: int, size: int, stride: int,
                 rope: int, lanes: int, eps: float, scale: float) -> None:  # fmt: skip
     """`norms_rope.norm_rotate` of x [N, stride], whose rows begin with H heads of C channels: [N, H, C]. weight [C],
-    or 0 for no weight; cos, sin [N, R / 2]; rope 0 for no rotation; scale 1 for no scaling."""
+    or 0 for no weight; cos, sin [N, R / 2]; rope 0 for no rotation; scale 1 for no scaling.
+    """
     half, weights = rope // 2, floats(weight, 0, size)
     work, factor_of_all = scratch(lanes), f32(scale)
     for n in range(num):
@@ -164,8 +166,9 @@ def norm_rotate(out: int, x: int, weight: int, cos: int, sin: int, num: int, hea
 @kernel("void(int64, int64, int64, int64, int64, int64, int64, int64, int64, int64, float32)")
 def rotate(out: int, x: int, cos: int, sin: int, num: int, heads: int, size: int, stride: int, rope: int, groups: int,
            sign: float) -> None:  # fmt: skip
-    """Rotate x [N, stride], whose rows begin with H heads of C channels, by the angle times `sign`. The result is
-    [G, N, H / G, C]."""
+    """Rotate x [N, stride], whose rows begin with H heads of C channels, by the angle times `sign`. The result of the
+    rotation has the shape [G, N, H / G, C].
+    """
     half, each = rope // 2, heads // groups
     for n in range(num):
         for h in range(heads):

@@ -1,6 +1,7 @@
 """The compiled kernels as functions of tensors, called by `mhc`, `norms_rope`, `quant` and `compressor`.
 
-Each function gives the bits of the torch code that calls it; `enable` has compared the two. Inputs: float32 on a CPU.
+Each function gives the same bits as the torch code that calls it; `enable` has compared the two. Inputs: float32 on a
+CPU.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from antefix_billing.ledger_files import Settled
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delivery:
-    """id: stays the same when the item is sent again, and is unique.  customer: the receiving system's name for the
-    tenant.
+    """id: stays the same when the item is sent again, and is unique. customer: the name that the receiving system uses
+    for the tenant.
 
     event: the CloudEvent.  counts: tokens, by the record's field names; empty for an adjustment.
     """

@@ -49,7 +49,7 @@ class SinkConfig:
     customers: dict[str, str] = field(default_factory=dict)
 
     def customer(self, tenant: str) -> str | None:
-        """The receiver's name for this tenant; None if it has none."""
+        """The receiver's name for this tenant; None if the receiver has no such customer."""
         return self.customers.get(tenant or "default") or ((tenant or "default") if self.unmapped == "name" else None)
 
 
@@ -62,7 +62,7 @@ def load_sinks(path: Path) -> list[SinkConfig]:
     sinks = [_sink(table, path.parent) for table in file.children("sink")]
     file.close()
     if not sinks:
-        raise ConfigError(f"push settings {path}: it names no [[sink]]")
+        raise ConfigError(f"push settings {path} must name at least one [[sink]]")
     if len({sink.name for sink in sinks}) < len(sinks):
         raise ConfigError(f"push settings {path}: two sinks have one name")
     return sinks

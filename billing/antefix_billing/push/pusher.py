@@ -1,5 +1,5 @@
-"""Sends new ledger entries to one receiver, and records how far it got. An entry that is refused for good becomes a
-dead letter.
+"""Sends new ledger entries to one receiver, and records how far it got. An entry that the receiver refuses for good is
+set aside as a dead letter.
 
     STATE/NAME.json     a cursor per ledger: entries up to it were accepted or are dead letters; replaced as a whole
     STATE/NAME.dead     dead letters, one JSON object per line, synced before the cursor passes them
@@ -37,7 +37,7 @@ _WAIT_MAX_S: Final = 60.0
 
 
 def sent_to(state: Path, source: bytes) -> int:
-    """The last entry of a ledger up to which every receiver in this state directory has all entries, dead letters
+    """The last entry up to which all receivers in this state directory have every entry of a ledger, dead letters
     included; 0: none.
     """
     found = [read_cursors(path) for path in sorted(state.glob("*.json"))]
@@ -45,7 +45,7 @@ def sent_to(state: Path, source: bytes) -> int:
 
 
 def read_cursors(path: Path) -> dict[str, int]:
-    """One receiver's cursors, by ledger.  Raises:  ConfigError: the file is not a cursor file."""
+    """One receiver's cursors, by ledger.  Raises:  ConfigError: the file does not hold cursors."""
     if not path.exists():
         return {}
     found = read_json(path, "push cursors")
@@ -79,7 +79,9 @@ class DeadLetter:
 
 
 class Pusher:
-    """Sends the entries of any number of ledgers to one receiver. Only one process may use its state directory."""
+    """Sends the entries of any number of ledgers to one receiver of usage. Only one process at a time may use the state
+    directory.
+    """
 
     def __init__(
         self,
@@ -111,7 +113,7 @@ class Pusher:
         return len(self._read_dead())
 
     def push(self) -> bool:
-        """Send everything that is there now. Returns False if the pusher was stopped while it waited."""
+        """Send all entries that exist now. Returns False if the pusher was stopped while it waited."""
         for source, ledger in self._ledgers.items():
             durable = mark.sequence if (mark := Mark.of(ledger)) is not None else None
             self._tell_pruned(source, ledger)
@@ -131,8 +133,8 @@ class Pusher:
         last, _ = pruned_to(ledger)
         if (cursor := self.cursors.get(source, 0)) < last:
             log.error(
-                "%s: entries %d to %d of ledger %s were pruned and are not sent; `antefix usage restore` brings them"
-                " back for an export",
+                "the receiver %s will not get entries %d to %d of ledger %s, which were pruned (removed); "
+                "`antefix usage restore` brings them back for an export",
                 self.config.name, cursor + 1, last, source,
             )  # fmt: skip
             self.cursors[source] = last
@@ -154,7 +156,7 @@ class Pusher:
         return len(left)
 
     def _of_letter(self, letter: DeadLetter) -> Delivery | None:
-        """None if the entry's ledger is not among these, or its tenant still has no customer."""
+        """Returns None if the entry's ledger is not among these, or if its tenant still has no customer."""
         ledger = self._ledgers.get(letter.ledger)
         if ledger is None:
             return None
@@ -196,7 +198,12 @@ class Pusher:
                 return True
             except TryLater as err:
                 self.counters.failed += 1
-                log.warning("%s: %s; again in %g s", self.config.name, err, max(wait_s, err.retry_after_s))
+                log.warning(
+                    "sending to %s failed: %s; the next try is in %g s",
+                    self.config.name,
+                    err,
+                    max(wait_s, err.retry_after_s),
+                )
                 if self._sleep(max(wait_s, err.retry_after_s)):
                     return False
                 wait_s = min(_WAIT_MAX_S, 2 * wait_s)
@@ -205,7 +212,13 @@ class Pusher:
         if any((letter.ledger, letter.sequence) == (source, sequence) for letter in self._read_dead()):
             return
         self.counters.dead += 1
-        log.error("%s: entry %d of ledger %s is a dead letter: %s", self.config.name, sequence, source, why)
+        log.error(
+            "the receiver %s refused entry %d of ledger %s, so it was set aside: %s",
+            self.config.name,
+            sequence,
+            source,
+            why,
+        )
         with open_private(self._dead_path, "a") as file:
             file.write(DeadLetter(ledger=source, sequence=sequence, why=why).to_json() + "\n")
             file.flush()

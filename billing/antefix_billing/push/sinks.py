@@ -29,7 +29,7 @@ _EXTRA: Final = "pip install 'antefix[push]'"
 
 
 class Rejected(Exception):
-    """The receiver says that it will never accept this."""
+    """The receiver reports that it will never accept this item."""
 
 
 class TryLater(Exception):
@@ -43,16 +43,16 @@ class TryLater(Exception):
 
 
 class Sink(Protocol):
-    """A receiver of usage.  num_a_batch: how many items it accepts at a time."""
+    """A receiver of usage. num_a_batch: how many items the receiver accepts at a time."""
 
     num_a_batch: int
 
     def send(self, batch: Sequence[Delivery]) -> None:
-        """Send a batch. The receiver has accepted it when this returns.  Raises:  Rejected, TryLater."""
+        """Send a batch. When this returns, the receiver has accepted the items.  Raises:  Rejected, TryLater."""
 
 
 def open_sink(config: SinkConfig) -> Sink:
-    """Open a receiver.  Raises:  ConfigError: its client library is not installed."""
+    """Open a receiver.  Raises:  ConfigError: the client library of the receiver is not installed."""
     kinds: dict[str, Callable[[SinkConfig], Sink]] = {
         "openmeter": OpenMeterSink,
         "lago": LagoSink,
@@ -202,8 +202,8 @@ class StripeSink:
 
 
 def _failure_of(err: Exception) -> Rejected | TryLater:
-    """Classify a client's exception by its HTTP status, which the clients store in different attributes. No status
-    means that nobody answered.
+    """Classify a client's exception by its HTTP status, which the clients store in different attributes. Without a
+    status, nobody has answered the call.
 
     Raises:  the exception itself, if it is a bug of this program.
     """

@@ -40,7 +40,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.prompt_tokens < 256 or self.samples < 2:
-            raise InvalidRequest("an audit needs prompts of 256 tokens or more, and 2 samples or more")
+            raise InvalidRequest("an audit needs prompts of at least 256 tokens, and at least 2 samples per test")
         if unknown_probes := set(self.probes) - set(PROBES):
             raise InvalidRequest(f"unknown probes {sorted(unknown_probes)}: use some of {', '.join(PROBES)}")
 
@@ -63,12 +63,13 @@ class Plan:
 
     @property
     def num_tokens(self) -> int:
-        """About how many tokens the audit takes. Prompts of the trace grow to twice the usual length."""
+        """About how many tokens the whole audit takes. Prompts of the trace grow to twice the usual length."""
         return int(1.1 * self.prompt_tokens * self.num_requests)
 
 
 async def run_audit(probing: Probing, plan: Plan, on_probe: Callable[[str], None]) -> list[Finding]:
-    """All findings. A probe that ran out of budget, or that the endpoint stopped, says so; the other probes still run.
+    """All findings. A probe that ran out of budget, or that the endpoint stopped, reports this; the other probes still
+    run.
 
     Raises:  Unavailable: the endpoint does not answer a first request.
     """

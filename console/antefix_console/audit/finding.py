@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Verdict(StrEnum):
-    """FACT: how the endpoint behaves.  VIOLATION: it breaks a promise.  UNKNOWN: the audit could not tell."""
+    """FACT: how the endpoint behaves.  VIOLATION: it breaks a promise.  UNKNOWN: the audit could not find out."""
 
     FACT = "fact"
     VIOLATION = "violation"
@@ -17,7 +17,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """probe: the probe that found it.  says: the finding in one sentence.  figures: the numbers behind it.
+    """probe: the name of the probe that found it. says: the finding in one sentence. figures: the numbers behind it.
 
     p_value: the probability of such figures by chance; None where no test is needed (a count that is wrong once is
     wrong).

@@ -47,7 +47,7 @@ async def find_granularity(probing: Probing) -> list[Finding]:
 
 
 async def _hit_tokens(probing: Probing, prompt: str) -> int:
-    """Tokens that a prompt hits after it was sent before; 0 if it still misses after some tries."""
+    """The tokens that a prompt hits after it was sent before; 0 if the prompt still misses after some tries."""
     for attempt in range(_TRIES):
         reply = await probing.ask(prompt)
         if reply.usage.cached_tokens:

@@ -33,8 +33,9 @@ async def find_isolation(probing: Probing) -> list[Finding]:
 
 
 async def _wall(probing: Probing, what: str, callers: list[Scope], *, promised: bool) -> list[Finding]:
-    """Test one boundary: the second caller sends the first caller's prompts. As a control, the first caller sends them
-    again, and fresh prompts are sent."""
+    """Test one boundary: the second caller sends the first caller's prompts. As a control, the first caller sends its
+    prompts again, and prompts that nobody sent before are sent.
+    """
     first, second = callers
     crossed, again, fresh = [], [], []
     for _ in range(probing.samples):

@@ -19,7 +19,9 @@ def num_requests(waits_s: tuple[float, ...]) -> int:
 
 
 async def find_lifetime(probing: Probing, waits_s: tuple[float, ...]) -> list[Finding]:
-    """waits_s: waits in seconds. Each has prompts of its own. All run at the same time, so the longest wait decides."""
+    """waits_s: waits in seconds. Each waiting time has prompts of its own. All waits run at the same time, so the
+    longest wait decides how long the probe takes.
+    """
     sender = probing.sender
     # 1. The control: prompts sent again at once.
     at_once = await _hits_after(probing, [probing.fresh_prompt() for _ in range(PROMPTS_PER_WAIT)], first=True)
@@ -63,7 +65,7 @@ async def find_lifetime(probing: Probing, waits_s: tuple[float, ...]) -> list[Fi
 
 
 async def _hits_after(probing: Probing, prompts: list[str], *, first: bool) -> int:
-    """How many of the prompts hit now. first: send each of them once before."""
+    """How many of the prompts hit now. first: whether each prompt is sent once before."""
     if first:
         for prompt in prompts:
             await probing.ask(prompt)

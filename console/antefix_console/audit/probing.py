@@ -1,4 +1,4 @@
-"""What all probes use: callers, fresh prompts, and sample sizes."""
+"""The parts that all probes use: callers, new prompts, and sample sizes."""
 
 from __future__ import annotations
 

@@ -11,10 +11,10 @@ from antefix.errors import InvalidRequest
 class Promises:
     """hit_unit_tokens: each hit is a multiple of this (1: any number).  smallest_hit_tokens: no hit is smaller.
 
-    users_apart: end users (`user`, `metadata.user_id`) do not share a cache.  keys_apart: API keys (accounts) do not.
-    salts_apart: requests with different `cache_salt`s do not.  retries_once: a retry with the same Idempotency-Key gets
-    the same answer and is billed once.  lifetime_s: a prefix hits for at least this time after its last use; 0: no
-    promise.
+    users_apart: end users (`user`, `metadata.user_id`) do not share a cache. keys_apart: API keys (accounts) do not
+    share one. salts_apart: requests with different `cache_salt`s do not share one. retries_once: a retry with the same
+    Idempotency-Key gets the same answer and is billed once. lifetime_s: a prefix hits for at least this time after its
+    last use; 0: no promise.
     """
 
     name: str
@@ -62,7 +62,7 @@ PROVIDERS: dict[str, Promises] = {
 
 
 def promises_of(name: str, *, lifetime_s: float | None = None) -> Promises:
-    """lifetime_s: replaces the lifetime in the provider's row.
+    """lifetime_s: used in place of the lifetime in the provider's row.
 
     Raises:  InvalidRequest: an unknown name.
     """

@@ -73,7 +73,8 @@ async def find_sameness(probing: Probing) -> list[Finding]:
 
 class _Pairs:
     """differs: for each pair, whether the texts differ.  distances: for each pair, the largest log probability
-    difference."""
+    difference.
+    """
 
     def __init__(self) -> None:
         self.differs: list[bool] = []

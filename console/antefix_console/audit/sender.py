@@ -26,12 +26,14 @@ _TRANSIENT = {0, 408, 425, 429, 500, 502, 503, 504, 529}
 
 
 class BudgetSpent(AntefixError):
-    """The budget announced before the audit allows no further request."""
+    """The budget that was announced before the audit allows no further request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """requests, tokens: the most that may be used, tokens in and out together. per_s: requests per second."""
+    """requests, tokens: the most that may be used, with input and output tokens counted together. per_s: requests per
+    second.
+    """
 
     requests: int
     tokens: int
@@ -109,7 +111,7 @@ class Sender:
         return reply
 
     def findings(self) -> list[Finding]:
-        """One finding for each rule that was broken, with the first cases."""
+        """One finding for each rule that answers broke, with the first cases."""
         found = [
             Finding(
                 probe="rules",
@@ -150,7 +152,7 @@ class Sender:
             broken("hits on text that was never sent", f"{cached} tokens, at most {most} of them were sent before")
 
     def _shared_tokens_max(self, known: list[str], prompt: str) -> int:
-        """The most tokens of the prompt that can have been part of a known prompt."""
+        """The largest number of the prompt's tokens that can have been part of a known prompt."""
         assert self.rate is not None
         shared = max((_shared_length(prompt, each) for each in known), default=0)
         num_words = prompt.count(" ", 0, shared) + 1
@@ -159,8 +161,7 @@ class Sender:
 
 
 def _shared_length(one: str, other: str) -> int:
-    """The number of characters that both texts begin with, found by halving: there are many prompts, and they are
-    long."""
+    """The number of characters with which both texts begin, found by halving, because there are many long prompts."""
     shared, differs = 0, min(len(one), len(other)) + 1
     while differs - shared > 1:
         middle = (shared + differs) // 2

@@ -1,4 +1,6 @@
-"""The statistical tests of an audit, by scipy. Each returns a p-value: small means "not by chance"."""
+"""The statistical tests of an audit, by scipy. Each test returns a p-value: a small one means that the difference is
+not by chance.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def happens_more_often(times: int, of: int, control_times: int, control_of: int)
 
 
 def is_larger(values: Sequence[float], control: Sequence[float]) -> float:
-    """One-sided Mann-Whitney test: are the values larger than the control's? Returns 1 where all are equal."""
+    """One-sided Mann-Whitney test: are the values larger than the control's? The p-value is 1 if all values are
+    equal.
+    """
     if len({*values, *control}) <= 1:
         return 1.0
     return float(_stats().mannwhitneyu(values, control, alternative="greater").pvalue)

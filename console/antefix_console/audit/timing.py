@@ -1,4 +1,4 @@
-"""Tests whether hits are faster than misses. Where an endpoint reports no hits, time is the only sign of a cache."""
+"""Tests whether hits are faster than misses. If an endpoint reports no hits, time is the only sign of a cache."""
 
 from __future__ import annotations
 

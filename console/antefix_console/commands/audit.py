@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--provider",
         choices=sorted(PROVIDERS),
         default="any",
-        help="provider whose documented rules the endpoint must keep (default any)",
+        help="provider whose documented cache rules the endpoint must follow (default: any)",
     )
     parser.add_argument(
         "--other-key-file",
@@ -42,17 +42,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file with a second account's key, to test whether accounts share a cache",
     )
     parser.add_argument(
-        "--prompt-tokens", type=int, default=2048, metavar="N", help="length of a usual prompt in tokens (default 2048)"
+        "--prompt-tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="length of an ordinary prompt in tokens (default 2048)",
     )
     parser.add_argument(
         "--samples",
         type=int,
         default=250,
         metavar="N",
-        help="samples per test (default 250, as in published audits; 30 for a quick look)",
+        help="number of samples per test (default 250, as in published audits; 30 for a quick look)",
     )
     parser.add_argument(
-        "--probe", action="append", choices=PROBES, help="run only this probe; may be repeated (default: all)"
+        "--probe",
+        action="append",
+        choices=PROBES,
+        help="run only the probe with this name; may be repeated (default: all probes)",
     )
     parser.add_argument(
         "--wait",
@@ -62,29 +69,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="test whether prompts still hit after this time, such as 30s, 5m or 1h; may be repeated",
     )
     parser.add_argument(
-        "--promised-lifetime", metavar="TIME", help="time to live that the cache promises, instead of the provider's"
+        "--promised-lifetime",
+        metavar="TIME",
+        help="time to live that the cache promises, if it differs from the provider's",
     )
     parser.add_argument("--rate", type=float, default=2.0, metavar="N", help="requests per second (default 2)")
     parser.add_argument(
-        "--max-requests", type=int, metavar="N", help="stop after so many requests (default: what the plan needs)"
+        "--max-requests",
+        type=int,
+        metavar="N",
+        help="stop after this many requests (default: as many as the plan needs)",
     )
     parser.add_argument(
         "--max-total-tokens",
         type=int,
         metavar="N",
-        help="stop after so many input tokens (default: what the plan needs)",
+        help="stop after this many input tokens (default: as many as the plan needs)",
     )
     parser.add_argument(
-        "--price", type=float, metavar="DOLLARS", help="price per million input tokens, to state the cost"
+        "--price", type=float, metavar="DOLLARS", help="price per million input tokens, used to show the audit's cost"
     )
     parser.add_argument("--yes", action="store_true", help="do not ask before starting")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be sent, and send nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show which requests would be sent, but send nothing")
     parser.add_argument("--report", type=Path, metavar="FILE", help="also write the report to this file, as Markdown")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the report")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 1 where a promise is broken.
+    """The exit status is 1 if a promise is broken.
 
     Raises:  InvalidRequest: arguments make no sense, or the user did not confirm.  Unavailable: the endpoint does not
     answer.
@@ -102,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _EXIT_OK
     if not args.yes and not _agreed():
-        raise InvalidRequest("nothing was sent: say --yes to start without being asked")
+        raise InvalidRequest("nothing was sent: to start without a question, give --yes")
     report = asyncio.run(_audit(args, plan, promises, budget))
     text = report.as_markdown()
     if args.report:
@@ -184,5 +196,5 @@ def _seconds(text: str) -> float:
     except ValueError:
         value = math.nan
     if not (math.isfinite(value) and 0 <= value <= 86_400 * 7):
-        raise InvalidRequest(f"{text!r} is no time: write 30s, 5m or 1h, up to a week")
+        raise InvalidRequest(f"{text!r} is not a valid time: write a time such as 30s, 5m or 1h, up to a week")
     return value

@@ -26,14 +26,14 @@ def add_parser(subparsers: Any) -> None:
     store = which.add_parser(
         "store",
         help=_ABOUT_STORE,
-        description=f"{_ABOUT_STORE}, in one interleaved run of some minutes",
+        description=f"{_ABOUT_STORE}, measured in one interleaved run that takes some minutes",
         epilog="example: antefix bench store --json > store.json",
     )
     add_store_arguments(store)
     tier = which.add_parser(
         "tier",
         help=_ABOUT_TIER,
-        description=f"{_ABOUT_TIER}: restores by ranges, seconds by tier, uploads next to restores, the index",
+        description=f"{_ABOUT_TIER}: restores with range reads, seconds per tier, uploads during restores, the index",
         epilog="example: antefix bench tier --json > tier.json",
     )
     add_tier_arguments(tier)
@@ -45,23 +45,27 @@ def add_tier_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks",
         type=int,
         default=1024,
-        help="blocks of 128 tokens to store and restore (default: 1024, a prefix of 128K tokens)",
+        help="number of 128-token blocks to store and restore (default: 1024, a prefix of 128K tokens)",
     )
     parser.add_argument("--repeats", type=int, default=5, help="rounds of everything (default: 5)")
     parser.add_argument(
         "--object-store",
         default="",
         metavar="URL",
-        help="object store to measure against (default: an S3 server that it starts itself)",
+        help="object store to measure (default: an S3 server that the benchmark starts)",
     )
     parser.add_argument(
         "--s3",
         type=Path,
         default=_S3,
         metavar="DIR",
-        help="Python environment with that server and boto3 (`make test-s3` makes one)",
+        help="Python environment with an S3 server and boto3 (`make test-s3` makes one)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object to standard output, and the progress to standard error",
+    )
 
 
 def add_store_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,28 +73,37 @@ def add_store_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", choices=("flash", "pro"), default="flash", help="model whose block sizes are used (default: flash)"
     )
-    parser.add_argument("--dir", type=Path, help="directory to write about 4 GB to; a temporary one by default")
+    parser.add_argument("--dir", type=Path, help="directory to write about 4 GB to (default: a temporary directory)")
     parser.add_argument(
         "--blocks",
         type=int,
         default=1024,
-        help="blocks of 128 tokens to store and restore (default: 1024, a prefix of 128K tokens)",
+        help="number of 128-token blocks to store and restore (default: 1024, a prefix of 128K tokens)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="rounds of everything (default: 3)")
     parser.add_argument(
         "--peers",
         default=str(_PEERS_PYTHON) if _PEERS_PYTHON.exists() else "",
         metavar="PYTHON",
-        help="a Python that has the peers; by default the one of `make bench-peers`, where it was made",
+        help=(
+            "Python interpreter that has the other caches installed (default: the one that `make bench-peers` "
+            "made, if any)"
+        ),
     )
-    parser.add_argument("--long", action="store_true", help="add a 1M-token prefix and a store of a million blocks")
+    parser.add_argument(
+        "--long", action="store_true", help="also measure a 1M-token prefix, and a store of a million blocks"
+    )
     parser.add_argument(
         "--record",
         type=Path,
         metavar="FILE",
         help="also write the figures to this file, with commit, date, machine and load",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object; progress goes to stderr")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON object to standard output, and the progress to standard error",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -100,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if not (CHECKOUT / "benchmarks" / "store.py").exists():
         raise InvalidRequest(
-            f"benchmarks are part of a checkout of Antefix, not of the package installed in {CHECKOUT}; run it there"
+            "benchmarks are part of a checkout of Antefix's sources, not of the package installed in "
+            f"{CHECKOUT}; run them in a checkout"
         )
     if args.blocks < 1 or args.repeats < 1:
         raise InvalidRequest("--blocks and --repeats must be at least 1")
@@ -121,7 +135,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_tier(args: argparse.Namespace) -> int:
     if not args.object_store and not (args.s3 / "bin" / "weed").exists():
-        raise InvalidRequest(f"there is no S3 server in {args.s3}: `make test-s3` makes one, or give --object-store")
+        raise InvalidRequest(
+            f"there is no S3 server in {args.s3}: make one with `make test-s3`, or give --object-store"
+        )
     command = [
         *(sys.executable, "-m", "benchmarks.tier", "--s3", str(args.s3.resolve())),
         *("--blocks", str(args.blocks), "--rounds", str(args.repeats)),

@@ -29,10 +29,12 @@ from antefix.text_table import text_table
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser("certs", help="make and show the certificates of a deployment")
+    parser = subparsers.add_parser("certs", help="make and show the TLS certificates of a deployment")
     actions = parser.add_subparsers(dest="action", required=True, metavar="init|issue|grant|show")
     init = actions.add_parser(
-        "init", help="make a private CA, and the key that signs grants", epilog="example: antefix certs init ca"
+        "init",
+        help="make a private CA, and the key that signs grants (permissions to use the store)",
+        epilog="example: antefix certs init ca",
     )
     init.add_argument(
         "directory",
@@ -49,7 +51,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example: antefix certs issue prefill p1 --ca ca --out credentials/p1 --host worker1.example",
     )
     made.add_argument("role", choices=[role.value for role in ISSUED])
-    made.add_argument("name", help="name of this process among those of its role, or name of the tenant")
+    made.add_argument("name", help="name of this process among those with the same role, or name of the tenant")
     made.add_argument(
         "--ca", type=Path, required=True, metavar="CA_DIR", help="directory that `antefix certs init` made"
     )
@@ -58,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         required=True,
         metavar="DIR",
-        help="directory to write; the process takes it as --credentials",
+        help="directory to write the certificate to; the process takes this directory as --credentials",
     )
     made.add_argument(
         "--host",
@@ -67,10 +69,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="HOST",
         help="host name or IP address of the process; may be repeated",
     )
-    made.add_argument("--days", type=int, default=DAYS, help=f"days until the certificate expires (default: {DAYS})")
+    made.add_argument(
+        "--days", type=int, default=DAYS, help=f"number of days until the certificate expires (default: {DAYS})"
+    )
+    granted = _add_grant(actions)
+    show = actions.add_parser(
+        "show",
+        help="show what certificates contain, and how long they are valid",
+        epilog="example: antefix certs show credentials/p1 --json",
+    )
+    show.add_argument(
+        "paths", type=Path, nargs="+", metavar="PATH", help="a certificate file, or a --credentials directory"
+    )
+    for each in (init, made, granted, show):
+        each.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _add_grant(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     granted = actions.add_parser(
         "grant",
-        help="sign an engine's grant for one tenant, next to its certificate",
+        help=(
+            "sign a grant that lets an engine use the store for one tenant, and write it next to the engine's "
+            "certificate"
+        ),
         epilog="example: antefix certs grant acme --ca ca --secret-file antefix-data/secret --out credentials/e1",
     )
     granted.add_argument("tenant", help="tenant whose records the engine may read, write, pin and evict")
@@ -82,20 +103,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=Path,
         required=True,
         metavar="FILE",
-        help="file with the deployment's secret; sign again when the secret changes",
+        help="file with the deployment's secret; grants must be signed again when the secret changes",
     )
     granted.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="directory that the engine takes as --credentials"
+        "--out", type=Path, required=True, metavar="DIR", help="directory that the engine uses as --credentials"
     )
     granted.add_argument("--days", type=int, default=DAYS, help=f"days until the grant expires (default: {DAYS})")
-    show = actions.add_parser(
-        "show",
-        help="show what certificates say, and how long they are valid",
-        epilog="example: antefix certs show credentials/p1 --json",
-    )
-    show.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a certificate, or a --credentials directory")
-    for each in (init, made, granted, show):
-        each.add_argument("--json", action="store_true", help="print one JSON object")
+    return granted
 
 
 # A hundred years.
@@ -122,7 +136,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(found: dict[Path, Issued], grants: dict[Path, float], *, as_json: bool) -> int:
-    """Print certificates, and the days left of grants. Returns 1 if one has expired."""
+    """Print what certificates contain, and how many days grants are still valid. The exit status is 1 if a certificate
+    or grant has expired.
+    """
     if as_json:
         certificates = [{"file": str(path), **_plain(each)} for path, each in found.items()]
         held = [{"file": str(path), "days_left": round(days, 2)} for path, days in grants.items()]
@@ -145,7 +161,7 @@ def _files(given: Path) -> list[Path]:
         return [given]
     found = [given / name for name in (CERTIFICATE, CA) if (given / name).exists()]
     if not found:
-        raise InvalidRequest(f"{given} has neither {CERTIFICATE} nor {CA}")
+        raise InvalidRequest(f"the directory {given} has neither {CERTIFICATE} nor {CA}")
     return found
 
 

@@ -74,9 +74,15 @@ class DemoStep:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_arguments(parser)
-    parser.add_argument("--document", type=Path, help="ask about this file (default: the project's own documents)")
-    parser.add_argument("--max-tokens", type=int, default=48, metavar="N", help="tokens of each answer (default: 48)")
-    parser.add_argument("--data-dir", type=Path, help="keep store and logs here (default: a scratch directory)")
+    parser.add_argument(
+        "--document", type=Path, help="document to ask questions about (default: the project's own documentation)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=48, metavar="N", help="number of tokens of each answer (default: 48)"
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, help="directory for the store and the logs (default: a temporary directory)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
 
 
@@ -96,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Demo:
-    """The steps in order; `run` returns the report."""
+    """The steps of the demo in order; `run` returns the report."""
 
     def __init__(
         self, config: DeploymentConfig, tokenizer: Tokenizer, document: Tokens, max_tokens: int, console: Console
@@ -152,8 +158,9 @@ class Demo:
 
     @property
     def _next_turn(self) -> Tokens:
-        """The tokens between an answer and the next question: the answer's end token, which its output lacks, and the
-        format."""
+        """The tokens between an answer and the next question: the answer's end token, which the output itself lacks,
+        and tokens of the chat format.
+        """
         return np.array(self._tokenizer.encode("<|end|><|user|>"), np.uint32)
 
     def _report(

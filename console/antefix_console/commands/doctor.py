@@ -38,32 +38,39 @@ _BUDGET_HELD_MIN = 0.9
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data-dir", type=Path, help="probe this directory's disk (default: the temporary directory)")
     parser.add_argument(
-        "--model", type=Path, default=shipped.MODEL, help="probe this model's shapes (default: shipped)"
+        "--data-dir", type=Path, help="test the disk of this directory (default: the temporary directory)"
     )
     parser.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="number of torch threads, as a worker would have"
+        "--model",
+        type=Path,
+        default=shipped.MODEL,
+        help="test the tensor shapes of this model (default: the shipped model)",
     )
-    parser.add_argument("--device", default="", help="device to probe too (default: a card, if there is one)")
+    parser.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="number of torch threads; use the workers' setting"
+    )
+    parser.add_argument(
+        "--device", default="", help="device to test in addition to the CPU (default: a graphics card, if there is one)"
+    )
     parser.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
         default="float32",
-        help="precision of weights to probe with, as the workers have it",
+        help="precision of the weights in the test; use the workers' setting",
     )
     parser.add_argument(
-        "--reproducible", action="store_true", help="probe the reproducible mode on a card, as the workers have it"
+        "--reproducible", action="store_true", help="test the reproducible mode on a card; use the workers' setting"
     )
     parser.add_argument(
         "--store",
         metavar="HOST:PORT",
-        help="also ask this store service whether everything is stored and there is room",
+        help="also ask this store service whether all writes are stored and whether there is room",
     )
     parser.add_argument(
         "--router",
         metavar="HOST:PORT",
-        help="also ask this router whether its workers compute the same and everything is stored",
+        help="also ask this router whether all workers compute alike and whether all writes are stored",
     )
     parser.add_argument(
         "--deployment",
@@ -115,7 +122,9 @@ def _python() -> Finding:
 
 
 def _arithmetic(args: argparse.Namespace) -> list[Finding]:
-    """The arithmetic of this machine for the model with these threads: its name, and operations not found exact."""
+    """The arithmetic of this machine for the model with these threads: its name, and the operations that were not found
+    exact.
+    """
     import torch
 
     from antefix.errors import AntefixError
@@ -144,8 +153,9 @@ def _arithmetic(args: argparse.Namespace) -> list[Finding]:
 
 
 def _model(model: Model, name: str) -> list[Finding]:
-    """Parts of the config that we compute differently from others, and how much KV a worker keeps in memory by
-    default."""
+    """The fields of the config that Antefix computes differently from others, and how much KV a worker keeps in memory
+    by default.
+    """
     from antefix_prefill.worker.engine import BLOCK_BYTES_MIN, EngineConfig, pool_block_bytes
 
     (pool_bytes,) = (field.default for field in fields(EngineConfig) if field.name == "pool_bytes")
@@ -246,7 +256,7 @@ def _disk(directory: Path | None) -> Finding:
 
 
 def _store(address: str) -> list[Finding]:
-    """Whether a running store accepts what it is given. Raises:  Unavailable: it does not answer."""
+    """Whether a running store stores all records that it is given. Raises:  Unavailable: it does not answer."""
     from antefix.store.remote_store import RemoteStore
 
     async def ask() -> StoreTotals:

@@ -1,10 +1,10 @@
 """`antefix drain STORE --to STORE...`: before a store is removed, copies its valuable records to stores that stay.
 
-STORE is a directory of this host, or the address of a service, which continues to serve during the copy. Records that
-one of the other stores has are left out. The copy is repeated until nothing new has come; then the store can be
+STORE is a directory on this host, or the address of a service, which continues to serve during the copy. Records that
+one of the other stores has already are left out. The copy is repeated until nothing new has come; then the store can be
 stopped.
 
-Exit code 0 if everything to be copied is there, else 1.
+The exit code is 0 if all records that should be copied are there, else 1.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _ROUNDS_MAX = 5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="STORE", help="store to empty: host:port, or its directory on this host")
+    parser.add_argument("source", metavar="STORE", help="store to empty, as host:port or as its directory on this host")
     parser.add_argument(
-        "--to", nargs="+", required=True, metavar="STORE", help="host:port of the stores that take the records"
+        "--to", nargs="+", required=True, metavar="STORE", help="host:port of the stores that receive the records"
     )
     parser.add_argument(
         "--bytes-max",
         default="",
         metavar="SIZE",
-        help="most bytes to move, pinned and last used records first (default: all)",
+        help="most bytes to move; pinned and recently used records are moved first (default: no limit)",
     )
     add_copy_arguments(parser)
 

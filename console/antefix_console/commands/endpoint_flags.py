@@ -12,22 +12,25 @@ from antefix_console.endpoint.dialects import DIALECTS
 
 def add_endpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--url", required=True, help="URL of the endpoint with its version, such as http://127.0.0.1:8000/v1"
+        "--url", required=True, help="URL of the endpoint, including its version, such as http://127.0.0.1:8000/v1"
     )
     parser.add_argument(
-        "--api", choices=sorted(DIALECTS), default="chat", help="API that the endpoint speaks (default: chat)"
+        "--api", choices=sorted(DIALECTS), default="chat", help="API that is used to call the endpoint (default: chat)"
     )
     parser.add_argument(
-        "--model", default="", help="model, as the endpoint names it (default: the first that it lists)"
+        "--model", default="", help="model name at the endpoint (default: the first that the endpoint lists)"
     )
     parser.add_argument(
         "--key-file",
         type=Path,
         metavar="FILE",
-        help="file with the API key; other users would see a key on the command line",
+        help="file with the API key, because other users could see a key on the command line",
     )
     parser.add_argument(
-        "--timeout-s", type=float, default=300.0, help="how long the endpoint may be silent, in seconds (default 300)"
+        "--timeout-s",
+        type=float,
+        default=300.0,
+        help="longest time in seconds that the endpoint may send nothing (default 300)",
     )
 
 

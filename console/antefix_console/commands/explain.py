@@ -1,5 +1,6 @@
-"""`antefix explain`: why a prompt hits or misses. Reads the deployment's directory, without any running service; only
-`--fleet` asks a running router."""
+"""`antefix explain`: why a prompt hits or misses. The command reads the deployment's directory, without any running
+service; only `--fleet` asks a running router.
+"""
 
 from __future__ import annotations
 
@@ -60,22 +61,26 @@ _SETTINGS = (*NAMING, "window_pool", "redis_password_file", "redis_ca_file")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the prompt")
-    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the prompt; - reads stdin")
-    prompt.add_argument("--tokens-file", type=Path, metavar="FILE", help="JSON list of token ids; - reads stdin")
+    prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="file with the prompt (-: standard input)")
+    prompt.add_argument(
+        "--tokens-file", type=Path, metavar="FILE", help="file with a JSON list of token ids (-: standard input)"
+    )
     explain_requests.add_arguments(parser, prompt)
     explain_fleet.add_arguments(parser, prompt)
     parser.add_argument(
-        "--data-dir", type=Path, help="data directory of `antefix up`, with store, secret and the store's log"
+        "--data-dir",
+        type=Path,
+        help="data directory of `antefix up`, which has the store, the secret and the store's log",
     )
     parser.add_argument(
         "--store-dir",
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="the stores' directories, if not in --data-dir",
+        help="directories of the stores, if they are not in --data-dir",
     )
     parser.add_argument(
-        "--object-store", default="", metavar="URL", help="the object store behind the stores, if there is one"
+        "--object-store", default="", metavar="URL", help="URL of the object store behind the stores, if there is one"
     )
     parser.add_argument("--secret-file", type=Path, help="file with the deployment's secret, if not in --data-dir")
     parser.add_argument(
@@ -83,33 +88,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="DIR",
-        help="directories of the stores' logs, which tell evicted blocks from blocks never seen",
+        help="directories of the stores' logs; the logs tell evicted blocks from blocks that were never stored",
     )
     parser.add_argument("--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped one)")
     add_flags(parser.add_argument_group("as the workers have them"), WorkerSettings, _SETTINGS)
     parser.add_argument(
         "--arithmetic",
         metavar="NAME",
-        help="arithmetic of the workers, by the name that `antefix doctor` prints (default: what the last `antefix"
-        " up` found)",
+        help="arithmetic of the workers, as named by `antefix doctor` (default: as found by the last `antefix up`)",
     )
     parser.add_argument(
-        "--tenant", default="", help="tenant whose prompt it is (default: no tenant, as without API keys)"
+        "--tenant", default="", help="tenant that the prompt belongs to (default: no tenant, as without API keys)"
     )
-    parser.add_argument("--user", default="", help="the tenant's end user, if requests name one")
+    parser.add_argument("--user", default="", help="the tenant's end user, if the requests name one")
+    _add_other_places(parser)
+    parser.add_argument(
+        "--store-address", metavar="HOST:PORT", help="address of the store service, needed with --window-pool memory"
+    )
+    parser.add_argument("--check", action="store_true", help="read all stored blocks and verify their checksums")
+    parser.add_argument(
+        "--worker", metavar="HOST:PORT", help="use the prefill speed that this running prefill worker reports"
+    )
+    parser.add_argument(
+        "--prefill-rate",
+        type=float,
+        metavar="N",
+        help="prefill speed for predictions in tokens per second, if --worker is not given",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object that has every block")
+
+
+def _add_other_places(parser: argparse.ArgumentParser) -> None:
+    """Flags that name where else to look for the prompt's blocks."""
     parser.add_argument(
         "--also-namespace",
         action="append",
         default=[],
         metavar="NAME",
-        help="also look in this namespace; may be repeated",
+        help="also search this namespace; may be repeated",
     )
     parser.add_argument(
         "--also-tenant",
         action="append",
         default=[],
         metavar="NAME",
-        help="also look for this tenant's blocks; may be repeated",
+        help="also search the blocks of this tenant; may be repeated",
     )
     parser.add_argument(
         "--also-model",
@@ -117,27 +140,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=Path,
         metavar="DIR",
-        help="also look for this model's blocks; may be repeated",
+        help="also search the blocks of this model; may be repeated",
     )
-    parser.add_argument(
-        "--store-address", metavar="HOST:PORT", help="address of the kvstore service, for --window-pool memory"
-    )
-    parser.add_argument("--check", action="store_true", help="read all stored blocks and verify their checksums")
-    parser.add_argument("--worker", metavar="HOST:PORT", help="take the prefill speed from this running prefill worker")
-    parser.add_argument(
-        "--prefill-rate",
-        type=float,
-        metavar="N",
-        help="prefill tokens per second to predict with, if no worker is asked",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with every block")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.fleet:
         return explain_fleet.run(args)
     if args.workers:
-        raise InvalidRequest("--workers needs --fleet: the address of the router that has them")
+        raise InvalidRequest("--workers needs --fleet, the address of the router that has the workers")
     with ProgressLine("reading the model"):
         identity = identify(args.model)
     secret = args.secret_file or (args.data_dir / "secret" if args.data_dir else None)
@@ -199,7 +210,7 @@ def _explain(args: argparse.Namespace, identity: ModelIdentity, tokens: Tokens) 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Whose:
-    """Everything that names depend on, except the tokens and the deployment's secret."""
+    """All settings that block names depend on, except the tokens and the deployment's secret."""
 
     identity: ModelIdentity
     kv_format: KVFormat
@@ -221,8 +232,9 @@ class Whose:
         return self.names_under(self.fingerprint.statement, tokens, keyring, differs)
 
     def names_under(self, statement: bytes, tokens: Tokens, keyring: Keyring, differs: str) -> NamedChain:
-        """The names of these tokens for the same tenant under another stated fingerprint with blocks of the same
-        size."""
+        """The block names of these tokens for the same tenant under another known fingerprint with blocks of the same
+        size.
+        """
         digest = digest_of(statement)
         chain = chain_of(
             tokens,
@@ -267,7 +279,7 @@ def _arithmetic(args: argparse.Namespace) -> str:
 
 
 def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]:
-    """Other names that the caller asks about, and the setting that differs."""
+    """Other names that the caller asks about, each with the setting that differs."""
     for namespace in args.also_namespace:
         yield replace(mine, namespace=namespace), f"namespace {namespace}"
     for tenant in args.also_tenant:
@@ -276,7 +288,8 @@ def _asked(args: argparse.Namespace, mine: Whose) -> Iterator[tuple[Whose, str]]
         identity = identify(directory)
         if identity.geometry.block_size != mine.identity.geometry.block_size:
             raise InvalidRequest(
-                f"--also-model {directory}: its blocks have another size, so its KV cannot be the one you look for"
+                f"--also-model {directory}: blocks of this model have another size, so its KV cannot be the KV "
+                "that you look for"
             )
         yield replace(mine, identity=identity), f"model {directory}"
 
@@ -294,13 +307,16 @@ def _shown_tenant(args: argparse.Namespace, tenant: str) -> str:
 async def _pooled(
     worker: WorkerSettings, store_address: str | None, names: NamedChain, num_stored: int
 ) -> tuple[tuple[int, ...] | None, str]:
-    """The boundary in the window pool that is nearest to the end of the stored prefix, None if there is no pool; and
-    why a pool did not answer.
+    """The block boundary with a checkpoint in the window pool that is nearest to the end of the stored prefix, or None
+    if there is no pool; and why a pool did not answer.
     """
     if worker.window_pool == DISK:
         return None, ""
     if worker.window_pool == MEMORY and not store_address:
-        raise InvalidRequest("--window-pool memory is the store service's: say where it is with --store-address")
+        raise InvalidRequest(
+            "the setting --window-pool memory keeps checkpoints in the store service: give its address with "
+            "--store-address"
+        )
     store = RemoteStore(store_address or "")
     pool = open_window_pool(
         worker.window_pool,
@@ -325,7 +341,9 @@ def _path(args: argparse.Namespace, name: str, within: str) -> Path:
     if given is not None:
         return given
     if args.data_dir is None:
-        raise InvalidRequest("say where the deployment is: --data-dir, or both --store-dir and --secret-file")
+        raise InvalidRequest(
+            "say where the deployment's files are: give --data-dir, or both --store-dir and --secret-file"
+        )
     return Path(args.data_dir / within)
 
 

@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExc
     prompt.add_argument(
         "--workers",
         action="store_true",
-        help="with --fleet, show what the router knows of its workers, without a prompt",
+        help="with --fleet, show what the router knows about its workers; needs no prompt",
     )
     parser.add_argument(
-        "--fleet", metavar="HOST:PORT", help="gRPC address of a router in front of other engines' workers"
+        "--fleet", metavar="HOST:PORT", help="gRPC address of a router that serves workers of other inference engines"
     )
 
 
@@ -66,7 +66,9 @@ def _body(args: argparse.Namespace) -> str:
         return json.dumps({"prompt": given_text(args.prompt)})
     if args.prompt_file is not None:
         return json.dumps({"prompt": read_text(args.prompt_file)})
-    raise InvalidRequest("--fleet explains --prompt, --prompt-file, --tokens-file, --messages or --workers")
+    raise InvalidRequest(
+        "--fleet explains a prompt or the workers: give --prompt, --prompt-file, --tokens-file, --messages or --workers"
+    )
 
 
 def _workers(status: Sequence[EngineStatus]) -> Iterator[str]:

@@ -48,44 +48,53 @@ _DOOR_SETTINGS = ("chat_format", "model_aliases", "prefix_rules")
 def add_arguments(parser: argparse.ArgumentParser, prompt: argparse._MutuallyExclusiveGroup) -> None:
     """prompt: the group of flags that name a prompt."""
     prompt.add_argument(
-        "--messages", metavar="FILE", help="JSON file of a request's body or of its messages, as a client sends them"
+        "--messages", metavar="FILE", help="JSON file with a request's body or messages, as a client sends them"
     )
     prompt.add_argument(
         "--request-id",
         metavar="ID",
-        help="explain this request of the ledger: what it hit, and which earlier request is most like it",
+        help=(
+            "explain this request of the ledger: which part of its prompt hit, and which earlier request is most "
+            "similar"
+        ),
     )
     parser.add_argument(
         "--against",
         metavar="FILE|ID",
-        help="another request, as a JSON file or by its id: shows where the two prompts part, and which line makes"
-        " the difference",
+        help=(
+            "another request, as a JSON file or by its id; shows where the two prompts begin to differ, and which "
+            "line causes the difference"
+        ),
     )
     parser.add_argument(
         "--api", choices=APIS, default="chat", help="API whose format the JSON files have (default: chat)"
     )
     parser.add_argument(
         "--chat-format",
-        help="format in which the router writes conversations (default: as the last `antefix up` did, or auto)",
+        help="format in which the router writes conversations (default: that of the last `antefix up`, or auto)",
     )
     parser.add_argument(
         "--model-aliases",
         metavar="FILE",
-        help="model aliases, as the router has them (default: those of the last `antefix up`)",
+        help="file of model aliases that the router uses (default: that of the last `antefix up`)",
     )
     parser.add_argument(
         "--prefix-rules",
         metavar="FILE",
-        help="prefix rules, as the router has them (default: those of the last `antefix up`)",
+        help="file of prefix rules that the router uses (default: that of the last `antefix up`)",
     )
     parser.add_argument(
-        "--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, where they are not in --data-dir"
+        "--ledger",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="directories of the ledgers, if they are not in --data-dir",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GivenPrompt:
-    """facts: what else the gateway derived from the request, as text and as JSON."""
+    """facts: what else the gateway derived from the request, both as text and as JSON."""
 
     source: SourcedPrompt
     user: str = ""
@@ -100,7 +109,9 @@ class GivenPrompt:
 
 
 def given_prompt(args: argparse.Namespace, identity: ModelIdentity, keyring: Keyring | None) -> GivenPrompt:
-    """The prompt that the arguments name.  Raises:  InvalidRequest: unreadable, or the gateway would refuse it."""
+    """The prompt that the arguments name. Raises: InvalidRequest: the prompt is unreadable, or the gateway would refuse
+    it.
+    """
     if args.messages is not None:
         return _rendered(args, args.messages, identity, keyring)
     tokenizer = load_tokenizer(args.model)
@@ -242,13 +253,13 @@ def _ledgers(args: argparse.Namespace) -> list[Path]:
     if args.ledger:
         return list(args.ledger)
     if args.data_dir is None:
-        raise InvalidRequest("say where the ledger is: --data-dir, or --ledger")
+        raise InvalidRequest("say where the ledger is: give --data-dir, or --ledger")
     return [args.data_dir]
 
 
 def _needed(keyring: Keyring | None) -> Keyring:
     if keyring is None:
-        raise InvalidRequest("block hashes need the deployment's secret: --data-dir, or --secret-file")
+        raise InvalidRequest("block hashes depend on the deployment's secret: give --data-dir, or --secret-file")
     return keyring
 
 

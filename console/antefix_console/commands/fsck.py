@@ -24,9 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directories",
         nargs="+",
         metavar="DIR",
-        help="store directories that no service has open, or an object store's s3://..., which may be used meanwhile",
+        help="directories of stores that no service has open, or URLs (s3://...) of object stores, which may be in use",
     )
-    parser.add_argument("--repair", action="store_true", help="rebuild what is damaged, and drop what cannot be saved")
+    parser.add_argument(
+        "--repair", action="store_true", help="rebuild damaged parts, and delete what cannot be repaired"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -23,23 +23,29 @@ from antefix_console.deployment import Deployment
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_deployment_arguments(parser)
-    parser.add_argument("prompt", nargs="?", help="the prompt; without it, --file or standard input")
-    parser.add_argument("--file", type=Path, metavar="FILE", help="read the prompt from a file; - is standard input")
+    parser.add_argument("prompt", nargs="?", help="the prompt (default: read from --file or standard input)")
+    parser.add_argument("--file", type=Path, metavar="FILE", help="file to read the prompt from (-: standard input)")
     parser.add_argument(
         "--router",
         metavar="HOST:PORT",
-        help="address of a running router; without it, services are started for this call",
+        help="address of a running router (default: start the services for this call)",
     )
-    parser.add_argument("--data-dir", type=Path, help="directory that keeps the store between calls (without --router)")
+    parser.add_argument(
+        "--data-dir", type=Path, help="directory in which the store stays between calls (only without --router)"
+    )
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="(default: 128)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="(default: 1)")
-    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same output")
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end the output at this text; may be repeated"
+        "--seed", type=int, metavar="N", help="seed of the sampling; the same seed gives the same output"
+    )
+    parser.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="stop the output at this text; may be repeated"
     )
     parser.add_argument("--tenant", default="", help="tenant whose cache is used")
-    parser.add_argument("--json", action="store_true", help="print one JSON object at the end instead of streaming")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object at the end instead of streaming text"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,7 +76,7 @@ async def _run(args: argparse.Namespace) -> int:
 
 def _prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None and args.file is not None:
-        raise InvalidRequest("give a prompt or --file, not both")
+        raise InvalidRequest("give either a prompt or --file, not both")
     if args.prompt is not None:
         return given_text(args.prompt)
     return read_text(args.file if args.file is not None else Path("-"))

@@ -1,5 +1,6 @@
-"""`antefix health ADDRESS`: asks whether a role serves. For supervisors, containers and probes, which read the exit
-code."""
+"""`antefix health ADDRESS`: asks whether a role serves. Supervisors, containers and probes call this command and read
+its exit code.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +19,17 @@ _ROLES = ("kvstore", "prefill", "decode", "router")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("address", metavar="ADDRESS", help="host:port or unix:PATH of a role")
+    parser.add_argument("address", metavar="ADDRESS", help="address of the service, as host:port or unix:PATH")
     parser.add_argument(
-        "--role", choices=_ROLES, help="role that must answer there; with TLS its certificate is checked for it"
+        "--role",
+        choices=_ROLES,
+        help="role that the service at this address must have; with TLS, its certificate is checked for the role",
     )
     parser.add_argument(
         "--service",
         default="",
         metavar="NAME",
-        help='service to ask for, such as antefix.v1.RouterService (default: "", alive)',
+        help='gRPC service to ask about, such as antefix.v1.RouterService (default: "", alive)',
     )
     parser.add_argument(
         "--timeout-s", type=float, default=5.0, metavar="S", help="time limit of the whole call in seconds (default 5)"
@@ -35,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 if the role serves; 1 if it says that it does not, or does not answer."""
+    """The exit code is 0 if the service serves, and 1 if it reports that it does not, or does not answer."""
     if not (math.isfinite(args.timeout_s) and args.timeout_s > 0):
         raise InvalidRequest(f"--timeout-s must be above 0, is {args.timeout_s}")
     status = asyncio.run(_ask(args))

@@ -1,4 +1,6 @@
-"""`antefix inspect DIR...` or `s3://...`: shows what stores hold. Works with and without a running service."""
+"""`antefix inspect DIR...` or `s3://...`: shows what stores hold. The command works whether a service has the store
+open or not.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +24,25 @@ from antefix_kvstore.describe_store import NUM_LINES_MAX, StoreReport, inspect, 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "directories", nargs="+", metavar="DIR", help="store directories, or an object store's s3://..."
+        "directories", nargs="+", metavar="DIR", help="directories of stores, or URLs of object stores (s3://...)"
     )
     parser.add_argument(
         "--lines",
         type=int,
         default=NUM_LINES_MAX,
         metavar="N",
-        help="levels of the prefix forest to show (default: %(default)s)",
+        help="number of levels of the prefix tree to show (default: %(default)s)",
     )
     parser.add_argument(
         "--secret-file",
         metavar="FILE",
-        help="the deployment's secret, to find tenants by name (default: `secret` next to DIR, if it is there)",
+        help="file with the deployment's secret, to find tenants by name (default: the file `secret` next to DIR, if "
+        "there is one)",
     )
     parser.add_argument(
-        "--tenant", action="append", default=[], metavar="NAME", help="show this tenant by name; may be repeated"
+        "--tenant", action="append", default=[], metavar="NAME", help="show this tenant with its name; may be repeated"
     )
-    parser.add_argument("--tenants-file", metavar="FILE", help="show all tenants of this file by name")
+    parser.add_argument("--tenants-file", metavar="FILE", help="show all tenants of this file with their names")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -74,7 +77,7 @@ def _known(args: argparse.Namespace) -> KnownNames:
 
 
 def _named_in(path: str) -> list[str]:
-    """The tenants in a tenants file. Whether their limits are valid is not checked here."""
+    """The tenants in a tenants file. The limits of the tenants in the file are not checked here."""
     file = Table(read_toml(path, "tenants file"), f"tenants file {path}")
     return [table.text("name", empty=True) for table in file.children("tenant")]
 

@@ -1,5 +1,6 @@
 """`antefix keys`: makes, lists, replaces and revokes API keys. Routers see a change within seconds, without a
-restart."""
+restart.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +45,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     create.add_argument(
         "--scopes",
         default=",".join(sorted(USUAL_SCOPES)),
-        help=f"what the key may do, of {', '.join(Scope)}, separated by commas (default: %(default)s)",
+        help=f"scopes of the key, out of {', '.join(Scope)}, separated by commas (default: %(default)s)",
     )
-    create.add_argument("--note", default="", help="label that lists show for the key")
+    create.add_argument("--note", default="", help="label that is shown with the key in lists")
     _add_making(create)
 
     follow = _command(commands, "rotate", "make a key that replaces another one", "3f9c01ab --overlap 24h")
     follow.add_argument("id", help="id of the key to replace")
     follow.add_argument(
-        "--overlap", default="24h", metavar="TIME", help="how long the old key stays valid (default: 24h)"
+        "--overlap",
+        default="24h",
+        metavar="TIME",
+        help="how long the old key stays valid after the replacement (default: 24h)",
     )
     _add_making(follow)
 
@@ -78,10 +82,12 @@ def _add_making(parser: argparse.ArgumentParser) -> None:
         "--expires",
         default="",
         metavar="WHEN",
-        help="when the key expires: a date or time (UTC), or a time from now such as 90d or 12h",
+        help="when the key expires, as a UTC date or time, or as a time from now such as 90d or 12h",
     )
     parser.add_argument(
-        "--output", type=Path, help="write the key to this file, readable by its owner only, instead of printing it"
+        "--output",
+        type=Path,
+        help="write the key to this file instead of printing it; only the owner may read the file",
     )
     _add_file(parser)
 
@@ -132,7 +138,7 @@ def _revoked(args: argparse.Namespace, book: KeyBook) -> tuple[str, KeyBook]:
 
 
 async def _change(args: argparse.Namespace, change: Change) -> tuple[str, KeyBook, KeyBook]:
-    """Write to Redis first; if somebody else has changed the keys there meanwhile, nothing is changed."""
+    """Write to Redis first; if somebody else has changed the keys in Redis meanwhile, nothing is changed."""
     if args.keys_command == "create":
         args.file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     exchange = _exchange(args)
@@ -212,12 +218,14 @@ def _shown(key: ApiKey) -> dict[str, Any]:
 def _scopes(text: str) -> frozenset[Scope]:
     names = {name.strip() for name in text.split(",") if name.strip()}
     if unknown := names - set(Scope):
-        raise ConfigError(f"--scopes must be of {', '.join(Scope)}; {', '.join(sorted(unknown))} is none")
+        raise ConfigError(f"--scopes may have only {', '.join(Scope)}; {', '.join(sorted(unknown))} is not one of them")
     return frozenset(Scope(name) for name in names)
 
 
 def _moment(text: str) -> datetime | None:
-    """A date, a time, or a duration from now. Raises:  ConfigError: the text is none of these."""
+    """A text that is a date, a time, or a duration from now. Raises: ConfigError: the text is neither a date, a time
+    nor a duration.
+    """
     if not text:
         return None
     try:

@@ -31,20 +31,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_endpoint_flags(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", type=Path, metavar="FILE", help="a trace file, plain or .gz (see `antefix trace`)")
-    source.add_argument("--generate", choices=sorted(SHAPES), help="a generated trace instead of a file")
+    source.add_argument("--generate", choices=sorted(SHAPES), help="use a generated trace instead of a file")
     parser.add_argument(
-        "--format", choices=sorted(FORMATS), help="format of the trace file (default: found out from its content)"
+        "--format", choices=sorted(FORMATS), help="format of the trace file (default: detected from the file's content)"
     )
     parser.add_argument(
-        "--requests", type=int, default=200, metavar="N", help="use the trace's first N requests (default 200)"
+        "--requests",
+        type=int,
+        default=200,
+        metavar="N",
+        help="send only the first N requests of the trace (default 200)",
     )
-    parser.add_argument("--speed", type=float, default=1.0, help="speed of the trace's clock, as a factor (default 1)")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor for all lengths (default 1)")
     parser.add_argument(
-        "--max-output-tokens", type=int, default=256, metavar="N", help="most output tokens of an answer (default 256)"
+        "--speed", type=float, default=1.0, help="factor by which the trace is replayed faster (default 1)"
     )
     parser.add_argument(
-        "--concurrency", type=int, default=256, metavar="N", help="most requests at a time (default 256)"
+        "--scale", type=float, default=1.0, help="factor by which all lengths in the trace are multiplied (default 1)"
+    )
+    parser.add_argument(
+        "--max-output-tokens", type=int, default=256, metavar="N", help="most output tokens per answer (default 256)"
+    )
+    parser.add_argument(
+        "--concurrency",
+        type=int,
+        default=256,
+        metavar="N",
+        help="most requests that run at the same time (default 256)",
     )
     parser.add_argument("--spread-s", type=float, default=3600.0, help="seconds over which conversations start")
     parser.add_argument("--seed", type=int, default=0, help="seed of a generated trace (default 0)")
@@ -52,14 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--salt",
         default="",
         metavar="TEXT",
-        help="seed of the prompts' text (default: a new one, so that all is cold)",
+        help="seed of the prompts' text (default: a new seed, so that no prompt is cached)",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot too, .svg or .png; needs matplotlib")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also write a plot, as .svg or .png; needs matplotlib"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0 if all requests were answered, else 1.
+    """The exit code is 0 if all requests were answered, else 1.
 
     Raises:  InvalidRequest: the arguments or the trace are invalid.  Unavailable: the endpoint does not answer.
     """

@@ -1,7 +1,7 @@
 """`antefix model check DIR`: what a model directory is, whether and how it would run here, and how much memory it
 takes.
 
-Reads config.json and the files' headers, which takes seconds for any model; no weight is read.
+Only config.json and the files' headers are read, which takes seconds for any model.
 """
 
 from __future__ import annotations
@@ -40,12 +40,16 @@ class Place:
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `model` with its subcommands; `run` runs them."""
-    parser = subparsers.add_parser("model", help="say what a model directory is, and whether it would run here")
+    parser = subparsers.add_parser(
+        "model", help="describe the model in a directory, and say whether the model would run here"
+    )
     commands = parser.add_subparsers(dest="model_command", required=True)
     example = "antefix model check models/antefix-tiny --json"
     check = commands.add_parser(
         "check",
-        help="check a directory without reading its weights; exit status 1 if it would not run here",
+        help=(
+            "check a model directory without reading its weights; the exit status is 1 if the model would not run here"
+        ),
         description=__doc__,
         epilog=f"example: {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -127,7 +131,7 @@ def _cards(found: Description, pool_bytes: int) -> list[Place]:
 
 
 def _several_cards(directory: Path, pool_bytes: int, num_cards: int) -> list[Place]:
-    """The fewest cards (2, 4, 8 and so on) that a worker fits on; empty where it fits on none."""
+    """The fewest cards (2, 4, 8 and so on) that a worker fits on; empty if it fits on none."""
     from antefix.model.describe import describe
 
     num_ranks = 2
@@ -158,8 +162,8 @@ def render(about: Description, places: list[Place]) -> str:
         f"  memory      {_gib(about.memory_bytes['float32'])} with --dtype float32,"
         f" {_gib(about.memory_bytes['bfloat16'])} with --dtype bfloat16"
         + (f", in each of {about.num_ranks} ranks" if about.num_ranks > 1 else ""),
-        f"  KV          {about.kv.token:,.0f} B a token on disk and on a card, {about.kv.pool_token:,.0f} B in a CPU's"
-        f" pool; blocks of {about.kv.block_tokens} tokens; a checkpoint {about.kv.checkpoint / 1e6:.2f} MB",
+        f"  KV          {about.kv.token:,.0f} B per token on disk and on a card, {about.kv.pool_token:,.0f} B in a"
+        f" CPU's pool; blocks of {about.kv.block_tokens} tokens; a checkpoint {about.kv.checkpoint / 1e6:.2f} MB",
         f"  prompts     up to {about.max_tokens:,} tokens, {about.vocab_size:,} token ids;"
         f" {'has a tokenizer' if about.has_tokenizer else 'has no tokenizer: token ids only'}",
         *(f"  note        {note}" for note in about.notes),

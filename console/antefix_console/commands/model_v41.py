@@ -1,5 +1,6 @@
 """The description that `antefix model check` gives of a DeepSeek-V4.1 directory. KV of a DeepSeek-V4.1 model can be
-stored and simulated, but the model is not loaded."""
+stored and simulated, but the model is not loaded.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ class V41Description:
 
 
 def describe_v41(directory: Path) -> V41Description | None:
-    """None for a directory of another model, or if the config turns out not to be that of V4.1."""
+    """Returns None for a directory of another model, or if the config turns out not to be that of V4.1."""
     try:
         config = read_config(directory)
         if config.get("model_type") != MODEL_TYPE:
@@ -68,7 +69,7 @@ def render_v41(about: V41Description) -> str:
         (
             'What an engine that computes it would store through Antefix (docs/WEIGHTS.md, "V4.1"):',
             f"  layers      {sum(about.layers.values())}: {layers}; KV is made by {sources or 'none'}",
-            f"  KV          {about.token:,.0f} B a token; blocks of {about.block_tokens} tokens, {about.block:,} B;"
+            f"  KV          {about.token:,.0f} B per token; blocks of {about.block_tokens} tokens, {about.block:,} B;"
             f" a checkpoint {about.checkpoint / 1e6:.2f} MB",
             f"  replays     {about.replay_tokens:,} tokens exact, {about.bounded_tokens:,} approximate",
             f"  weights     {about.num_files} files of {about.file_bytes / (1 << 30):.2f} GiB",

@@ -30,48 +30,58 @@ _PLOT_POINTS = 13
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="a trace (see `antefix trace`)")
     parser.add_argument(
-        "--format", choices=sorted(FORMATS), help="format of the trace (default: found out from its content)"
+        "--format", choices=sorted(FORMATS), help="format of the trace (default: detected from the file's content)"
     )
     parser.add_argument(
-        "--spread-s", type=float, default=3600.0, help="seconds over which conversations of a claude-code trace start"
+        "--spread-s",
+        type=float,
+        default=3600.0,
+        help="number of seconds over which the conversations of a claude-code trace begin",
     )
-    parser.add_argument("--model", default="v4-flash", help="v4-flash, v4-pro, v4.1-flash or a model directory")
     parser.add_argument(
-        "--gpu", default="h200", help="hardware to buy: a file of deploy/sites, named without .toml, or a path"
+        "--model", default="v4-flash", help="model to plan for: v4-flash, v4-pro, v4.1-flash or a model directory"
+    )
+    parser.add_argument(
+        "--gpu",
+        default="h200",
+        help="hardware to plan with: the name of a file in deploy/sites without .toml, or a path",
     )
     parser.add_argument("--retention", default="72h", metavar="TIME", help="how long unused KV is kept, such as 72h")
     parser.add_argument(
         "--local-retention",
         metavar="TIME",
-        help="how long KV stays on disks; for the rest of the retention KV stays in an object store",
+        help="how long KV stays on local disks; after that time KV is kept in an object store",
     )
     parser.add_argument(
         "--ttft-p90",
         default="2s",
         metavar="TIME",
-        help="time to first token that 90 of 100 requests must keep (default 2s)",
+        help="limit of the time to first token that 90 of 100 requests must meet (default 2s)",
     )
-    parser.add_argument("--tpot", metavar="TIME", help="most time per token of an answer (default: any)")
+    parser.add_argument("--tpot", metavar="TIME", help="longest time per output token (default: no limit)")
     parser.add_argument(
         "--tokens-per-day",
         type=float,
         metavar="N",
-        help="tokens per day to plan for, such as 1e12 (default: the trace's own rate)",
+        help="tokens per day to plan for, such as 1e12 (default: the rate of the trace)",
     )
     parser.add_argument(
         "--rates",
         type=Path,
         metavar="FILE",
-        help="file of a model's rates that benchmarks.weights_on_card measured (default: on an H200)",
+        help="file with a model's measured speed, from benchmarks.weights_on_card (default: measured on an H200)",
     )
     parser.add_argument(
         "--store-rates",
         type=Path,
         metavar="FILE",
-        help="file of a store's rates that `antefix bench store --json` measured",
+        help="file with a store's measured speed, from `antefix bench store --json`",
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="plot machines and dollars up to 1e12 tokens per day, as .svg or .png"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="plot the number of machines and the cost in dollars up to 1e12 tokens per day, as .svg or .png",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -138,7 +148,7 @@ def _site_path(name: str) -> Path:
     known = sorted(each.stem for each in _SITES.glob("*.toml"))
     if name not in known:
         raise InvalidRequest(
-            f"--gpu {name!r} is none of {', '.join(known)}, nor a .toml file: copy one of deploy/sites"
+            f"--gpu {name!r} is neither one of {', '.join(known)} nor a .toml file: copy a file from deploy/sites"
         )
     return _SITES / f"{name}.toml"
 

@@ -42,10 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add.add_argument(
         "--stage",
         action="store_true",
-        help="only read with the new secret for now: give the file to all roles, then rotate again without --stage",
+        help=(
+            "use the new secret only to read at first; give the file to all services, then rotate again without --stage"
+        ),
     )
     drop = _command(commands, "drop", "stop reading with a generation, so that its records become misses", "secret 1")
-    drop.add_argument("generation", type=int, help="number of the generation, as `antefix secret show` prints it")
+    drop.add_argument(
+        "generation", type=int, help="number of the secret's generation, as `antefix secret show` prints it"
+    )
     _command(
         commands,
         "events-key",
@@ -81,15 +85,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def rotated(generations: Generations, *, stage: bool = False) -> Generations:
-    """Add a new secret. The new secret becomes the current one; with `stage` it is used for reading only, until the
-    next rotation makes it the current one.
+    """Add a new secret. The new secret becomes the current one at once; with `stage` it is used for reading only, until
+    the next rotation makes it the current one.
 
     Raises:  InvalidRequest: a secret is staged already, or generation numbers are used up.
     """
     current, newest = generations[0][0], max(number for number, _ in generations)
     staged = newest if newest > current else 0
     if staged and stage:
-        raise InvalidRequest(f"generation {staged} is staged already: once all roles have it, rotate without --stage")
+        raise InvalidRequest(
+            f"generation {staged} of the secret is staged already: once all services have it, rotate without --stage"
+        )
     if staged:
         first = next(each for each in generations if each[0] == staged)
         return [first, *(each for each in generations if each[0] != staged)]
@@ -101,9 +107,10 @@ def rotated(generations: Generations, *, stage: bool = False) -> Generations:
 
 def dropped(generations: Generations, number: int) -> Generations:
     """Raises:  InvalidRequest: no generation has that number, or it is the current one, which new KV is written
-    under."""
+    under.
+    """
     if number == generations[0][0]:
-        raise InvalidRequest(f"records are written with generation {number}: rotate first")
+        raise InvalidRequest(f"records are written with generation {number} of the secret: rotate the secret first")
     rest = [each for each in generations if each[0] != number]
     if len(rest) == len(generations):
         raise InvalidRequest(f"there is no generation {number}")
@@ -112,7 +119,7 @@ def dropped(generations: Generations, number: int) -> Generations:
 
 @contextmanager
 def _changing(path: Path) -> Iterator[None]:
-    """Lock the file: two rotations at once would make two secrets with one number."""
+    """Lock the secret file, because two rotations at the same time would make two secrets with one number."""
     try:
         lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT, FILE_MODE)
     except OSError as err:

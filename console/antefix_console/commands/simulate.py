@@ -37,9 +37,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add the `simulate` command to an argparse subparsers object; `run` runs it."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "simulate",
-        help="compare window-state strategies on a trace",
+        help="compare window-state strategies on a recorded or generated request trace",
         description="Replay a trace through the real window strategies, restore planner and eviction policy, under a "
-        "cost model of a machine. Nothing is run and nothing is stored.",
+        "cost model of a machine. No model runs and nothing is stored.",
     )
     add_arguments(parser)
     return parser
@@ -49,29 +49,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `simulate`."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--trace", type=Path, metavar="FILE", help="a trace file, plain or .gz (see `antefix trace`)")
-    source.add_argument("--generate", choices=sorted(SHAPES), help="a generated trace instead of a file")
+    source.add_argument("--generate", choices=sorted(SHAPES), help="use a generated trace instead of a file")
     source.add_argument(
-        "--break-even", action="store_true", help="the best strategy for each prefix length, disk speed and reuse age"
+        "--break-even",
+        action="store_true",
+        help="print the best strategy for each prefix length, disk speed and reuse age",
     )
     parser.add_argument(
-        "--format", choices=sorted(FORMATS), help="format of the trace file (default: found out from its content)"
+        "--format", choices=sorted(FORMATS), help="format of the trace file (default: detected from the file's content)"
     )
     parser.add_argument(
         "--strategy",
         action="append",
         metavar="NAME",
-        help="full, periodic(TOKENS), boundary, auto, auto(budget=SIZE, ends=disk|pool), zero, or all "
-        "(default all; may be given several times)",
+        help=(
+            "window strategy to simulate: full, periodic(TOKENS), boundary, auto, auto(budget=SIZE, "
+            "ends=disk|pool), zero, or all (default: all; may be repeated)"
+        ),
     )
     parser.add_argument(
         "--store-bytes",
         action="append",
         metavar="SIZE",
-        help="the store's budget, such as 64GB (default endless; given several times, each is simulated)",
+        help="size limit of the store, such as 64GB (default: no limit; may be repeated, to simulate each size)",
     )
-    parser.add_argument("--pool-bytes", metavar="SIZE", help="the window pool's budget (default endless)")
-    parser.add_argument("--no-replay", action="store_true", help="forbid exact replay: resume at checkpoints only")
-    parser.add_argument("--model", default="v4-flash", help="v4-flash, v4-pro, v4.1-flash or a model directory")
+    parser.add_argument("--pool-bytes", metavar="SIZE", help="size limit of the window pool (default: no limit)")
+    parser.add_argument(
+        "--no-replay", action="store_true", help="do not recompute window state; resume only at stored checkpoints"
+    )
+    parser.add_argument(
+        "--model", default="v4-flash", help="model to simulate: v4-flash, v4-pro, v4.1-flash or a model directory"
+    )
     machine = Machine()
     _add_number(parser, "--prefill-tokens-per-s", machine.prefill_tokens_per_s, "prefill speed without context")
     _add_number(parser, "--disk-gb-per-s", machine.disk_bytes_per_s / 1e9, "read speed of the store")
@@ -82,15 +90,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_number(parser, "--miss-price", None, "dollars per million other input tokens (default: the same)")
     _add_number(parser, "--output-price", None, "dollars per million output tokens (default: the same)")
     _add_number(parser, "--spread-s", 3600.0, "seconds over which a claude-code trace's conversations start")
-    parser.add_argument("--requests", type=int, default=2000, help="requests of a generated trace (default 2000)")
+    parser.add_argument(
+        "--requests", type=int, default=2000, help="number of requests of a generated trace (default 2000)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of a generated trace (default 0)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot too, .svg or .png; needs matplotlib")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also write a plot, as .svg or .png; needs matplotlib"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     cluster_cli.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the parsed command: results go to standard output, progress to standard error. Returns the exit status.
+    """Run the parsed command; results go to standard output, progress to standard error. Returns the exit status.
 
     Raises:  InvalidRequest, ConfigError: the arguments or the trace are invalid.
     """
@@ -151,7 +163,9 @@ def _compare(trace: Trace, strategies: Sequence[Strategy], setup: ReplaySetup, m
 
 
 def _savings(simulation: Simulation, trace: Trace, own: Trace, prices: TokenPrices) -> Savings:
-    """Savings under `auto`, which services use, or else under the first strategy that was requested."""
+    """The savings under the strategy `auto`, which services use, or else under the first strategy that was
+    requested.
+    """
     results = {result.strategy: result for result in simulation.results}
     result = results.get("auto", simulation.results[0])
     return savings_of(

@@ -1,5 +1,6 @@
 """`antefix simulate --workers P:D`: compares placement policies on a simulated fleet. Flags, trace copies, table,
-plot."""
+plot.
+"""
 
 from __future__ import annotations
 
@@ -37,46 +38,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags for a fleet."""
     fleet = parser.add_argument_group("a fleet", "many workers under a placement policy, with queues; needs --workers")
     fleet.add_argument(
-        "--workers", metavar="P:D", help=f"prefill and decode workers, up to {WORKERS_MAX} each; with --engines N"
+        "--workers",
+        metavar="P:D",
+        help=f"number of prefill and decode workers, up to {WORKERS_MAX} each (one number N with --engines)",
     )
     fleet.add_argument(
         "--engines",
         choices=[each.value for each in EngineHits],
-        help="workers of other engines, with neither store nor planner: full continues after any block in memory,"
-        " window only where the strategy left window state there",
+        help=(
+            "workers of other engines, without a store: full resumes after any block in memory, window only where "
+            "the strategy left window state"
+        ),
     )
     fleet.add_argument(
-        "--policy", action="append", metavar="NAME", help=f"{', '.join(ALL_POLICIES)}, or all (default all; may repeat)"
+        "--policy",
+        action="append",
+        metavar="NAME",
+        help=f"placement policy to simulate: {', '.join(ALL_POLICIES)}, or all (default: all; may be repeated)",
+    )
+    _add_store_arguments(fleet)
+    fleet.add_argument(
+        "--no-coalesce",
+        action="store_true",
+        help="allow two running requests to compute the same prefix at the same time",
     )
     fleet.add_argument(
-        "--stores",
-        type=int,
-        default=1,
-        metavar="N",
-        help="number of stores, one per host, each of --store-bytes; workers are given to them in turn",
-    )
-    fleet.add_argument(
-        "--copies-bytes",
-        default="64GB",
-        metavar="SIZE",
-        help="most bytes per store for copies of records that are read often from other stores (64GB)",
-    )
-    fleet.add_argument(
-        "--object-store", default="0", metavar="SIZE", help="size of an object tier behind the stores (none)"
-    )
-    fleet.add_argument(
-        "--object-prices",
-        default="",
-        metavar="NAME=DOLLARS,...",
-        help="put and get per 1,000 requests (lists cost as puts), month per GB kept, read per GB read (default: S3"
-        " Standard's, put=0.005,get=0.0004,month=0.023,read=0)",
-    )
-    fleet.add_argument("--no-store", action="store_true", help="no shared store: workers have their own memory only")
-    fleet.add_argument(
-        "--no-coalesce", action="store_true", help="let requests in flight compute the same prefix twice"
-    )
-    fleet.add_argument(
-        "--worker-memory", default="64GB", metavar="SIZE", help="memory for KV per prefill worker (default 64GB)"
+        "--worker-memory", default="64GB", metavar="SIZE", help="memory for KV of each prefill worker (default: 64GB)"
     )
     fleet.add_argument("--unit-tokens", type=int, default=UNIT_TOKENS, metavar="N", help="resolution (default 512)")
     fleet.add_argument(
@@ -84,19 +71,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="copies of the trace that run at once, each with its own prompts",
+        help="number of copies of the trace that run at once, each with prompts of its own",
     )
+    fleet.add_argument("--speedup", type=float, default=1.0, metavar="N", help="factor by which the trace runs faster")
     fleet.add_argument(
-        "--speedup", type=float, default=1.0, metavar="N", help="factor for the speed of the trace's clock"
+        "--kill",
+        action="append",
+        metavar="S[:BACK]",
+        help="stop a prefill worker at second S, and start it again at second BACK",
     )
-    fleet.add_argument("--kill", action="append", metavar="S[:BACK]", help="a prefill worker dies, and comes back")
     fleet.add_argument("--join", action="append", type=float, metavar="S", help="one more prefill worker joins")
     fleet.add_argument(
         "--ttft-limit",
         type=float,
         default=2.0,
         metavar="S",
-        help="most seconds to the first token of a good request (default 2)",
+        help="a request counts as good up to this many seconds to the first token (default 2)",
+    )
+
+
+def _add_store_arguments(fleet: argparse._ArgumentGroup) -> None:
+    fleet.add_argument(
+        "--stores",
+        type=int,
+        default=1,
+        metavar="N",
+        help="number of stores, one per host, of --store-bytes each; the workers are distributed over them in turn",
+    )
+    fleet.add_argument(
+        "--copies-bytes",
+        default="64GB",
+        metavar="SIZE",
+        help="most bytes that each store uses for copies of other stores' popular records (default: 64GB)",
+    )
+    fleet.add_argument(
+        "--object-store",
+        default="0",
+        metavar="SIZE",
+        help="size of an object store behind the stores (default: no object store)",
+    )
+    fleet.add_argument(
+        "--object-prices",
+        default="",
+        metavar="NAME=DOLLARS,...",
+        help="the object store's prices: put and get per 1,000 requests (lists cost as puts), month per GB stored, read"
+        " per GB read (default: those of S3 Standard, put=0.005,get=0.0004,month=0.023,read=0)",
+    )
+    fleet.add_argument(
+        "--no-store", action="store_true", help="simulate without a shared store: each worker has only its own memory"
     )
 
 
@@ -107,7 +129,9 @@ def unit_tokens(args: argparse.Namespace, sizes: Sizes) -> int:
     """
     tokens = int(args.unit_tokens)
     if tokens < 1 or tokens % sizes.block_size:
-        raise InvalidRequest(f"--unit-tokens must be a multiple of the block of {sizes.block_size}, is {tokens}")
+        raise InvalidRequest(
+            f"--unit-tokens must be a multiple of the block size of {sizes.block_size} tokens, is {tokens}"
+        )
     return tokens
 
 
@@ -176,7 +200,7 @@ def run(args: argparse.Namespace, trace: Trace, sizes: Sizes, machine: Machine, 
 
 
 def copies(trace: Trace, num_copies: int, speedup: float) -> Iterator[tuple[TraceRequest, int]]:
-    """The requests of all copies in order of arrival, each with the number that its copy adds to names."""
+    """The requests of all copies of the trace in order of arrival, each with the number that its copy adds to names."""
     rng = random.Random(0)
     shifts = [0.0, *(rng.uniform(0, _COPY_SHIFT_S) for _ in range(num_copies - 1))]
     order = sorted(
@@ -251,12 +275,12 @@ def _workers(text: str) -> tuple[int, int]:
 
 
 def _engines(args: argparse.Namespace) -> tuple[int, int]:
-    """Numbers of workers where each engine does both prefill and decode."""
+    """Numbers of workers in a fleet where each engine does both prefill and decode."""
     text: str = args.workers
     if not (number := whole_number(text, WORKERS_MAX)):
         raise InvalidRequest(f"--workers of --engines must be a number from 1 to {WORKERS_MAX}, is {text!r}")
     if args.store_bytes or args.pool_bytes:
-        raise InvalidRequest("--engines have no store of ours: leave --store-bytes and --pool-bytes out")
+        raise InvalidRequest("with --engines there is no store to simulate: leave --store-bytes and --pool-bytes out")
     return number, number
 
 
@@ -267,5 +291,7 @@ def _kill(text: str) -> tuple[float, float]:
     except ValueError as err:
         raise InvalidRequest(f"--kill must be SECOND or SECOND:SECOND, is {text!r}") from err
     if kill[0] < 0 or (kill[1] and kill[1] <= kill[0]):
-        raise InvalidRequest(f"--kill {text}: a worker comes back after it died")
+        raise InvalidRequest(
+            f"--kill {text}: the second at which a worker comes back must be after the second at which it dies"
+        )
     return kill

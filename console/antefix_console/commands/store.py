@@ -1,7 +1,7 @@
 """`antefix store copy SRC DST`: copies one store's contents to another. `antefix store purge`: deletes a tenant's
 records.
 
-Exit code 0 if everything was done, else 1; the same command then continues where it stopped.
+The exit code is 0 if everything was done, else 1; the same command then continues where it stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from antefix_kvstore.copy_target import open_source, open_target
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `store` with its subcommands; `run` runs them."""
-    add_arguments(subparsers.add_parser("store", help="copy a store, or purge a tenant from stores"))
+    add_arguments(subparsers.add_parser("store", help="copy a store, or delete all data of a tenant from stores"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,19 +38,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "antefix-data/store /backup/store",
     )
     copy.add_argument(
-        "source", metavar="SRC", help="directory of a store on this host, served or not; host:port; or s3://..."
+        "source",
+        metavar="SRC",
+        help="store to copy from: its directory on this host (in use or not), host:port, or s3://...",
     )
     copy.add_argument(
-        "target", metavar="DST", help="directory that no service has open, made if missing; host:port; or s3://..."
+        "target",
+        metavar="DST",
+        help="store to copy to: a directory that no service has open (made if missing), host:port, or s3://...",
     )
     copy.add_argument(
-        "--budget-bytes", default="", metavar="SIZE", help="budget of a directory that is made (default: 64G)"
+        "--budget-bytes", default="", metavar="SIZE", help="size limit of a newly made directory store (default: 64G)"
     )
     copy.add_argument(
         "--ttl-s",
         type=float,
         default=0.0,
-        help="seconds after which copies in an object store are deleted (default: never)",
+        help="number of seconds after which copies in an object store are deleted (default: never)",
     )
     add_copy_arguments(copy)
     purge = _command(
@@ -63,12 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "stores",
         nargs="+",
         metavar="STORE",
-        help="all stores to purge, in any order: host:port, a directory that no service has open, s3://..., or as"
-        " roles have them in --stores: NAME=ADDRESS, dns:HOST:PORT, redis://... (its window pool as well)",
+        help=(
+            "all stores to purge, in any order: host:port, a directory that no service has open, s3://..., or the "
+            "form that services use in --stores: NAME=ADDRESS, dns:HOST:PORT, redis://... (its window pool as well)"
+        ),
     )
-    purge.add_argument("--tenant", required=True, help="tenant whose records are dropped; or digest:HEX")
-    purge.add_argument("--user", default="", help="purge only this user of the tenant")
-    purge.add_argument("--secret-file", help="file with the deployment's secret, which names the tenant in stores")
+    purge.add_argument("--tenant", required=True, help="tenant whose records are deleted, by name or as digest:HEX")
+    purge.add_argument("--user", default="", help="delete only the records of this user of the tenant")
+    purge.add_argument(
+        "--secret-file", help="file with the deployment's secret, from which the tenant's name in stores is derived"
+    )
     purge.add_argument("--json", action="store_true", help="print one JSON object")
     group = purge.add_argument_group("Redis", "where it is named, as roles have it")
     add_flags(group, WorkerSettings, ("redis_password_file", "redis_ca_file"))
@@ -83,9 +91,11 @@ def _command(
 
 def add_copy_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that `store copy` and `drain` share."""
-    parser.add_argument("--bytes-per-s", default="0", metavar="SIZE", help="most bytes per second (default: no limit)")
-    parser.add_argument("--secret-file", help="file with the deployment's secret, which served stores ask for")
-    parser.add_argument("--encrypt-key-file", default="", help="file with the key that directories are encrypted with")
+    parser.add_argument(
+        "--bytes-per-s", default="0", metavar="SIZE", help="most bytes per second that are copied (default: no limit)"
+    )
+    parser.add_argument("--secret-file", help="file with the deployment's secret, which running store services ask for")
+    parser.add_argument("--encrypt-key-file", default="", help="file with the key that encrypts the directories")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -1,4 +1,6 @@
-"""`antefix top`: the router's status page in a terminal. Keys sort and filter; `--once` prints it once and ends."""
+"""`antefix top`: the router's status page in a terminal. Keys sort and filter the tables; `--once` prints the page once
+and ends.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,16 @@ _ANSWER_BYTES_MAX = 64 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="URL of the router's HTTP door (default http://127.0.0.1:8000)"
+        "--url", default="http://127.0.0.1:8000", help="URL of the router's HTTP API (default http://127.0.0.1:8000)"
     )
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="file with an API key that has the scope admin")
     parser.add_argument(
-        "--every-s", type=float, default=2.0, metavar="N", help="seconds between two refreshes (default 2)"
+        "--every-s", type=float, default=2.0, metavar="N", help="seconds between two updates of the screen (default 2)"
     )
     parser.add_argument(
-        "--once", action="store_true", help="print the screen once, and end; the default where there is no terminal"
+        "--once", action="store_true", help="print the screen once, and exit (the default without a terminal)"
     )
-    parser.add_argument("--json", action="store_true", help="print the figures once as JSON, and end")
+    parser.add_argument("--json", action="store_true", help="print the figures once as JSON, and exit")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +89,7 @@ def _watch(args: argparse.Namespace, key: str, data: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _single_keys() -> Iterator[None]:
-    """Read keys one by one, without Enter."""
+    """Read pressed keys one by one, without waiting for Enter."""
     before = termios.tcgetattr(sys.stdin)
     tty.setcbreak(sys.stdin)
     try:
@@ -118,12 +120,16 @@ def _read(url: str, key: str) -> dict[str, Any]:
             data = json.loads(answer.read(_ANSWER_BYTES_MAX))
     except urllib.error.HTTPError as err:
         if err.code == 401:
-            raise Unauthenticated(f"{url} asks for an API key: name a file with --key-file") from err
+            raise Unauthenticated(
+                f"the router at {url} asks for an API key: name a file with the key in --key-file"
+            ) from err
         if err.code == 403:
             raise PermissionDenied("this API key does not have the scope admin") from err
-        raise Unavailable(f"{url} answered {err.code}: is it a router of this version?") from err
+        raise Unavailable(
+            f"the server at {url} answered with status {err.code}: is it a router of this version?"
+        ) from err
     except (OSError, ValueError) as err:
         raise Unavailable(f"no router answers at {url}: {err}") from err
     if not isinstance(data, dict) or "workers" not in data:
-        raise Unavailable(f"{url} is not a router's HTTP door")
+        raise Unavailable(f"the server at {url} is not a router's HTTP API")
     return data

@@ -1,5 +1,6 @@
-"""`antefix trace import`: turns a log of requests, or the ledger, into a trace. Text is hashed with a key, never
-stored."""
+"""`antefix trace import`: turns a log of requests, or the ledger, into a trace. The text of requests is hashed with a
+key, never stored.
+"""
 
 from __future__ import annotations
 
@@ -28,40 +29,44 @@ _LEDGER = "ledger"
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `trace` with its subcommands; `run` runs them."""
-    add_arguments(subparsers.add_parser("trace", help="turn a log of requests, or the ledger, into a trace"))
+    add_arguments(subparsers.add_parser("trace", help="convert a log of requests, or the ledger, to a trace"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="trace_command", required=True)
     text = "Turn a log of requests into a trace: lengths, times and keyed hashes of prefixes, never any text."
     example = "example: antefix trace import --format openai-jsonl requests.jsonl --output trace.jsonl.gz"
-    command = commands.add_parser("import", help="a log, or the ledger, as a trace", description=text, epilog=example)
-    command.add_argument("files", nargs="+", type=Path, metavar="FILE", help="logs, plain or .gz; a ledger's directory")
+    command = commands.add_parser(
+        "import", help="convert a log of requests, or the ledger, to a trace", description=text, epilog=example
+    )
+    command.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="log files, plain or .gz, or the directory of a ledger"
+    )
     command.add_argument("--format", required=True, choices=[*LOG_FORMATS, _LEDGER], help="format of the logs")
     command.add_argument(
         "--output", type=Path, default=Path("trace.jsonl.gz"), metavar="FILE", help="the trace to write"
     )
     command.add_argument(
-        "--secret-file", metavar="FILE", help="the deployment's secret to hash with (default: a new key for this trace)"
+        "--secret-file", metavar="FILE", help="the deployment's secret to hash with (default: a new random key)"
     )
     command.add_argument("--tokenizer", type=Path, metavar="DIR", help="count tokens by this tokenizer.json")
     command.add_argument(
         "--bytes-per-token",
         type=float,
         metavar="N",
-        help="how text becomes tokens (default: from the log's own counts)",
+        help="how text is counted in tokens (default: by the token counts in the log)",
     )
     command.add_argument(
         "--unit-tokens",
         type=int,
         metavar="N",
-        help=f"tokens per unit of the trace (default {_UNIT_TOKENS}; for a ledger its block size)",
+        help=f"number of tokens per unit of the trace (default {_UNIT_TOKENS}, or the ledger's block size)",
     )
     command.add_argument(
-        "--per-user", action="store_true", help="keep users apart: they share no prefixes, like tenants"
+        "--per-user", action="store_true", help="treat users like tenants: two users never share a prefix"
     )
     command.add_argument(
-        "--gap-s", type=float, default=1.0, metavar="S", help="seconds between requests of a log without times"
+        "--gap-s", type=float, default=1.0, metavar="S", help="seconds between two requests, for a log without times"
     )
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -112,7 +117,8 @@ def _check(args: argparse.Namespace) -> None:
 
 def _key(secret_file: str | None) -> bytes:
     """The key from a secret file. The same secret file gives the same names for the same text, so traces can be
-    compared."""
+    compared.
+    """
     return secrets.token_bytes(32) if secret_file is None else Keyring.from_file(secret_file).proof(b"trace")
 
 

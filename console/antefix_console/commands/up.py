@@ -27,7 +27,9 @@ from antefix_console.supervise import GaveUp, Supervisor
 
 def add_deployment_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that all commands that start services have."""
-    parser.add_argument("--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped one)")
+    parser.add_argument(
+        "--model", type=Path, default=shipped.MODEL, help="model directory (default: the shipped model)"
+    )
     parser.add_argument("--num-prefill", type=int, default=1, metavar="N", help="prefill workers (default: 1)")
     parser.add_argument("--num-decode", type=int, default=1, metavar="N", help="decode workers (default: 1)")
     group = parser.add_argument_group("workers", "docs/OPERATIONS.md has examples")
@@ -44,26 +46,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=GRACE_S,
         metavar="S",
-        help=f"how long running requests may take when the deployment stops (default: {GRACE_S:g})",
+        help=f"how many seconds running requests may take when the deployment stops (default: {GRACE_S:g})",
     )
     parser.add_argument(
-        "--log-level", choices=LEVELS, default="info", help="lowest level that is logged (default: info)"
+        "--log-level", choices=LEVELS, default="info", help="lowest level of log lines that are written (default: info)"
     )
     parser.add_argument(
-        "--log-format", choices=FORMATS, default="text", help="format of all roles' logs (default: text)"
+        "--log-format", choices=FORMATS, default="text", help="format of the logs of all services (default: text)"
     )
     parser.add_argument(
-        "--traces", default="", metavar="URL", help="OTLP collector (gRPC) that gets traces (default: none)"
+        "--traces",
+        default="",
+        metavar="URL",
+        help="address of an OTLP collector (gRPC) to send traces to (default: send no traces)",
     )
-    parser.add_argument("--json", action="store_true", help="print addresses as one JSON line")
+    parser.add_argument("--json", action="store_true", help="print the addresses of the services as one line of JSON")
 
 
 def _add_store_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data-dir", type=Path, default=Path("antefix-data"), help="directory of secret, store and logs"
+        "--data-dir", type=Path, default=Path("antefix-data"), help="directory for the secret, the store and the logs"
     )
     parser.add_argument(
-        "--store-bytes", default="", metavar="SIZE", help="disk space of the store, such as 200G (default: 64G)"
+        "--store-bytes",
+        default="",
+        metavar="SIZE",
+        help="disk space that the store may use, such as 200G (default: 64G)",
     )
     for kind, usual in (("block", "72 hours"), ("checkpoint", "6 hours")):
         help_text = f"how long a {kind} stays in the store after its last use; 0 for ever (default: {usual})"
@@ -79,12 +87,14 @@ def _add_store_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="number of stores, each as on a host of its own; workers are given to them in turn (default: 1)",
+        help=(
+            "number of stores, as if each were on another host; workers are distributed over them in turn (default: 1)"
+        ),
     )
     parser.add_argument(
         "--encrypt",
         action="store_true",
-        help="encrypt what is stored, with a key per tenant that is derived from DATA_DIR/store.key (default: off)",
+        help="encrypt stored records with one key per tenant, derived from DATA_DIR/store.key (default: off)",
     )
 
 
@@ -93,16 +103,18 @@ def _add_router_arguments(parser: argparse.ArgumentParser) -> None:
         "--address", default="127.0.0.1:0", help="address at which the router listens (default: a free port)"
     )
     parser.add_argument(
-        "--http-address", default="127.0.0.1:0", help="address at which the HTTP API listens; empty for none"
+        "--http-address", default="127.0.0.1:0", help="address at which the HTTP API listens (empty: no HTTP API)"
     )
     parser.add_argument(
         "--num-routers",
         type=int,
         default=1,
         metavar="N",
-        help="number of routers, each with a ledger of its own (default: 1)",
+        help="number of routers, each with its own ledger (default: 1)",
     )
-    parser.add_argument("--tenants-file", type=_not_empty, metavar="FILE", help="file with tenants' limits and keys")
+    parser.add_argument(
+        "--tenants-file", type=_not_empty, metavar="FILE", help="file with the tenants' limits and keys"
+    )
     parser.add_argument(
         "--api-keys-file", type=_not_empty, metavar="FILE", help="file with API keys, made by `antefix keys`"
     )
@@ -110,21 +122,25 @@ def _add_router_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat-format",
         choices=("auto", "plain", "deepseek-v4", "deepseek-v4-0731", "template"),
         default="auto",
-        help="format in which conversations are written for the model; deepseek-v4 has tools and thinking (default:"
-        " auto)",
+        help=(
+            "chat format in which conversations are given to the model; deepseek-v4 supports tools and thinking "
+            "(default: auto)"
+        ),
     )
     parser.add_argument(
         "--model-aliases",
         default="",
         metavar="FILE",
-        help="file with model names that clients may use (deploy/model_aliases.toml)",
+        help="file of model names that clients may use in requests (example: deploy/model_aliases.toml)",
     )
     parser.add_argument(
         "--prefix-rules",
         default="",
         metavar="FILE",
-        help="file of rules for lines of system text that are moved behind the stable prefix"
-        " (deploy/prefix_rules.toml), or off",
+        help=(
+            "file of rules that move changing lines of a system prompt behind its stable part "
+            "(deploy/prefix_rules.toml), or off"
+        ),
     )
 
 
@@ -134,22 +150,22 @@ def _add_bill_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=(),
         metavar="FILE",
-        help="file or directory of prices (deploy/ratecards has examples)",
+        help="file or directory of prices (examples: deploy/ratecards)",
     )
     parser.add_argument(
         "--anchors",
         nargs="*",
         default=(),
         metavar="PLACE",
-        help="files elsewhere or object stores that get the ledgers' signed heads",
+        help="files on another disk or host, or object stores, that receive signed hashes of the ledgers",
     )
     parser.add_argument(
-        "--bill-redis", default="", metavar="URL", help="Redis through which several routers share one bill"
+        "--bill-redis", default="", metavar="URL", help="Redis server through which several routers share one bill"
     )
 
 
 def _not_empty(text: str) -> str:
-    """Refuse an empty name, such as that of an unset variable: it would turn API keys off."""
+    """Refuse an empty file name, such as that of an unset variable, because it would turn API keys off."""
     require(bool(text.strip()), "--tenants-file or --api-keys-file is empty: leave it out where it is not meant")
     return text
 
@@ -232,7 +248,9 @@ async def _start(deployment: Deployment, config: DeploymentConfig, *, as_json: b
 
 
 async def _until(work: Coroutine[Any, Any, None], stopped: asyncio.Task[Any]) -> bool:
-    """Run until the work ends or we are told to stop. Returns whether the work ended. Raises what the work raised."""
+    """Run until the work ends or this process is told to stop. Returns whether the work ended. Raises what the work
+    raised.
+    """
     working = asyncio.create_task(work)
     await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
     if not working.done():
@@ -245,7 +263,7 @@ async def _until(work: Coroutine[Any, Any, None], stopped: asyncio.Task[Any]) ->
 
 
 async def _stop(deployment: Deployment) -> int:
-    """Returns 1 if a role had to be killed."""
+    """The exit code is 1 if a service had to be killed."""
     _tell("stopping ...")
     with contextlib.suppress(AntefixError):
         if num_running := await deployment.num_running():
@@ -261,14 +279,17 @@ def _tell(text: str) -> None:
 
 
 def _say(text: str, stream: TextIO | None) -> None:
-    """Print, and ignore errors such as a full disk or a closed pipe: the running services must continue."""
+    """Print a line, and ignore errors such as a full disk or a closed pipe, because the running services must
+    continue.
+    """
     with contextlib.suppress(OSError, ValueError):
         print(text, file=stream, flush=True)
 
 
 async def warn_of_pool(address: str, config: RedisConfig | None = None) -> None:
-    """Warn if Redis does not answer. This is no error, since checkpoints go to disk then, but the address may be
-    mistyped."""
+    """Warn if Redis does not answer. An unreachable Redis is no error, because checkpoints then go to disk, but its
+    address may be mistyped.
+    """
     if address in (DISK, MEMORY):
         return
     pool = RedisWindowPool(RedisAccess.of(address, config) if config else address, bytes_max=1)

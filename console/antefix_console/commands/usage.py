@@ -1,4 +1,6 @@
-"""`antefix usage`: shows usage and bills. Reads ledger directories; needs neither a running service nor torch."""
+"""`antefix usage`: shows usage and bills. The commands read ledger directories, and need neither a running service nor
+torch.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ _KEY = "--key-file antefix-data/ledger/receipts.key"
 
 
 class _Command(NamedTuple):
-    """help: description in one line.  example: its arguments."""
+    """help: a description of the subcommand in one line. example: arguments that show its use."""
 
     help: str
     example: str
@@ -54,7 +56,7 @@ class _Command(NamedTuple):
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add `usage` with its subcommands; `run` runs them."""
-    add_arguments(subparsers.add_parser("usage", help="export, verify and report what was used and billed"))
+    add_arguments(subparsers.add_parser("usage", help="export, verify and report recorded usage and charges"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Exit status: 0; 1 if a check failed; 2 if the command cannot be run."""
+    """The exit status is 0; 1 if a check failed; 2 if the command cannot be run."""
     try:
         return _COMMANDS[args.usage_command].run(args)
     except BrokenPipeError:
@@ -79,17 +81,19 @@ def run(args: argparse.Namespace) -> int:
 def _add_export_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     parser.add_argument(
-        "--json", action="store_true", help="print on standard error, as JSON, how many records were written"
+        "--json", action="store_true", help="print the number of written records as JSON on standard error"
     )
     parser.add_argument("--format", choices=[kind.value for kind in ExportFormat], default="cloudevents")
-    parser.add_argument("--output", type=Path, help="file to write (default: standard output; parquet needs a file)")
+    parser.add_argument("--output", type=Path, help="file to write to (default: standard output; parquet needs a file)")
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     by_default = ",".join(report.GROUPS_BY_DEFAULT)
     parser.add_argument(
-        "--by", default=by_default, help=f"what to group by, comma-separated, of {', '.join(report.GROUPS)}"
+        "--by",
+        default=by_default,
+        help=f"what to group the report by, comma-separated, out of {', '.join(report.GROUPS)}",
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
@@ -97,15 +101,15 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         metavar="FILE",
-        help="rate cards, to add the column missed: what misses cost",
+        help="price files; with them, the report shows what the misses cost",
     )
     parser.add_argument(
         "--savings",
         action="store_true",
-        help="report instead how much a longer time to live and a larger store would have saved at most",
+        help="report how much a longer time to live or a larger store could have saved at most",
     )
     parser.add_argument(
-        "--plot", type=Path, help="also draw tokens, money and misses by reason over time (SVG, PNG or PDF)"
+        "--plot", type=Path, help="also plot tokens, charges and misses by reason over time (SVG, PNG or PDF)"
     )
 
 
@@ -136,7 +140,9 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _last_of(ledger: Path) -> int:
-    """The last entry's number. Reads the whole ledger, so that a damaged ledger fails before anything is written."""
+    """The last entry's number. The whole ledger is read first, so that a damaged ledger fails before anything is
+    written.
+    """
     return max((entry.sequence for _, entry in read_entries(ledger)), default=0)
 
 
@@ -162,8 +168,9 @@ def _report(args: argparse.Namespace) -> int:
 
 
 def _pruned_totals(args: argparse.Namespace, by: Sequence[str]) -> list[Total]:
-    """Totals from the summaries of pruned entries, where these have the requested fields; else says that they lack
-    them."""
+    """Totals from the summaries of pruned entries, if these have the requested fields; otherwise a note that they lack
+    them.
+    """
     found = [(ledger, each) for ledger in ledgers_of(args.ledger) for each in pruned_of(ledger)]
     if found and (args.since or args.until or args.after or args.savings or not report.GROUPS_OF_PRUNED.issuperset(by)):
         for ledger, each in found:
@@ -174,7 +181,9 @@ def _pruned_totals(args: argparse.Namespace, by: Sequence[str]) -> list[Total]:
 
 def _rerate(args: argparse.Namespace) -> int:
     if args.after:
-        raise ConfigError("rerate needs all of a ledger; choose records with --since, --until, --tenant and --model")
+        raise ConfigError(
+            "the rerate command needs all of a ledger; choose records with --since, --until, --tenant and --model"
+        )
     return run_rerate(args, chooser(args))
 
 

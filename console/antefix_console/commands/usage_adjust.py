@@ -31,17 +31,17 @@ def add_adjust_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--amount",
         required=True,
-        help="amount that the adjustment adds to the bill, such as --amount=-1.25 for a credit",
+        help="amount to add to the bill, such as --amount=-1.25 for a credit",
     )
-    parser.add_argument("--reason", required=True, help="reason of the adjustment, which the customer can read")
-    parser.add_argument("--request-id", help="request that the adjustment is about; without one, give --tenant")
+    parser.add_argument("--reason", required=True, help="reason of the adjustment, which is shown to the customer")
+    parser.add_argument("--request-id", help="request that is adjusted; without a request, give --tenant")
     parser.add_argument(
-        "--tenant", help="tenant whose bill it is; with --request-id only where two tenants have that id"
+        "--tenant", help="tenant whose bill is adjusted; with --request-id, needed only if two tenants used the same id"
     )
     parser.add_argument("--currency", default="", help="three letters (default: the request's)")
     _add_common(parser)
     parser.add_argument(
-        "--id", default="", help="id of the adjustment; giving the same id again changes nothing (default: a new one)"
+        "--id", default="", help="id of the adjustment; using the same id again changes nothing (default: a new id)"
     )
 
 
@@ -52,22 +52,22 @@ def add_rerate_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="directory or file of the rate cards that are in force",
+        help="directory or file of the prices that are in force",
     )
     parser.add_argument("--model", help="rerate only this model's records")
     parser.add_argument(
         "--reason",
         default="priced again by another rate card",
-        help="reason of the adjustments, which the customer can read",
+        help="reason of the adjustments, which is shown to the customer",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would change, and change nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would change, but change nothing")
     _add_common(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--reference", default="", help="reference, such as a ticket's number")
+    parser.add_argument("--reference", default="", help="reference for the adjustment, such as a ticket's number")
     parser.add_argument(
-        "--author", default="", help="who decides the adjustment (default: the user who runs this command)"
+        "--author", default="", help="person who decided the adjustment (default: the user who runs this command)"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -76,11 +76,11 @@ def run_adjust(args: argparse.Namespace) -> int:
     """Raises:  ConfigError: no such request, or an invalid amount."""
     kind, amount = AdjustmentKind(args.kind), _amount(args.amount)
     if kind is not AdjustmentKind.CORRECTION and amount >= 0:
-        raise ConfigError(f"a {kind} is taken off the bill: write the amount with a minus, --amount=-{abs(amount)}")
+        raise ConfigError(f"a {kind} lowers the bill: write the amount with a minus sign, --amount=-{abs(amount)}")
     ledgers = ledgers_of(args.ledger)
     found = _request(ledgers, args.request_id, args.tenant) if args.request_id else None
     if found is None and args.tenant is None:
-        raise ConfigError("say whose bill it is: --request-id or --tenant")
+        raise ConfigError("say whose bill is adjusted: give --request-id or --tenant")
     ledger, record = found if found is not None else (ledgers[0], None)
     currency = args.currency or (record.currency if record else "")
     if record is not None and record.currency and currency != record.currency:
@@ -109,8 +109,9 @@ def run_adjust(args: argparse.Namespace) -> int:
 
 
 def run_rerate(args: argparse.Namespace, chosen: Callable[[UsageRecord], bool]) -> int:
-    """chosen: whether a record is meant, by time and tenant.  Raises:  ConfigError: a rate card has another
-    currency."""
+    """chosen: decides by time and tenant whether a record is meant. Raises: ConfigError: one of the rate cards has
+    another currency.
+    """
     cards = load_cards(args.ratecards)
     changes: list[tuple[Path, list[Adjustment]]] = []
     with ProgressLine("reading the ledger"):
@@ -151,7 +152,7 @@ def _request(ledgers: list[Path], request_id: str, tenant: str | None) -> tuple[
     if not found:
         raise ConfigError(f"no record of request {request_id}")
     if len({record.tenant for _, record in found}) > 1:
-        raise ConfigError(f"several tenants have a request {request_id}: say which with --tenant")
+        raise ConfigError(f"several tenants have a request {request_id}: say which tenant is meant with --tenant")
     return max(found, key=lambda pair: (pair[1].price > 0, pair[1].attempt))
 
 

@@ -39,22 +39,29 @@ def run_archive(args: argparse.Namespace) -> int:
 
 def add_prune_arguments(parser: argparse.ArgumentParser) -> None:
     add_ledgers(parser)
-    parser.add_argument("--before", required=True, help="prune entries from before this date or time (UTC)")
+    parser.add_argument("--before", required=True, help="remove ledger entries from before this UTC date or time")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--archive", default="", metavar="PLACE", help=f"where archived entries are kept: {_PLACE}")
     where.add_argument(
-        "--without-archive", action="store_true", help="do not archive the entries; keep only their summary"
+        "--archive", default="", metavar="PLACE", help=f"place in which archived entries are kept: {_PLACE}"
+    )
+    where.add_argument(
+        "--without-archive", action="store_true", help="do not archive the removed entries; keep only their summary"
     )
     parser.add_argument(
-        "--key-file", type=Path, required=True, help="the deployment's receipt key, which signs the summary"
+        "--key-file",
+        type=Path,
+        required=True,
+        help="file with the deployment's receipt key, which signs the summary of the removed entries",
     )
     parser.add_argument(
         "--push-state",
         type=Path,
         metavar="DIR",
-        help="state directory of `antefix usage push`; entries that are not sent yet are kept",
+        help="state directory of `antefix usage push`; entries that were not sent yet are not removed",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say which entries would go, and change nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show which entries would be removed, but change nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print the summaries as JSON")
 
 
@@ -86,11 +93,15 @@ def run_prune(args: argparse.Namespace) -> int:
 
 def add_restore_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--ledger", type=Path, required=True, metavar="DIR", help="directory of the ledger that was pruned"
+        "--ledger",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="directory of the ledger from which entries were removed",
     )
     parser.add_argument("--from", dest="place", required=True, metavar="PLACE", help=_PLACE)
     parser.add_argument(
-        "--to", type=Path, required=True, metavar="DIR", help="empty directory to write the whole ledger to"
+        "--to", type=Path, required=True, metavar="DIR", help="empty directory to write the complete ledger to"
     )
     parser.add_argument("--json", action="store_true", help=_JSON)
 
@@ -107,7 +118,9 @@ def run_restore(args: argparse.Namespace) -> int:
 def add_compact_arguments(parser: argparse.ArgumentParser) -> None:
     add_ledgers(parser)
     parser.add_argument("--store-log", type=Path, nargs="+", required=True, metavar="DIR", help="the stores' logs")
-    parser.add_argument("--before", required=True, help="lines of files that ended before this date or time (UTC)")
+    parser.add_argument(
+        "--before", required=True, help="restore lines of files that ended before this UTC date or time"
+    )
     parser.add_argument("--json", action="store_true", help=_JSON)
 
 

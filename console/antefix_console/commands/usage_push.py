@@ -28,9 +28,12 @@ from antefix_console.commands.usage_source import add_ledgers
 _EVERY_S = 2.0
 # Fields of `pusher.PushCounters`.
 PUSH: Final[Table] = {
-    "sent": Shown(name="antefix_push_sent", help="Records and adjustments that a receiver took."),
-    "dead": Shown(name="antefix_push_refused", help="Records and adjustments that became dead letters."),
-    "failed": Shown(name="antefix_push_failed", help="Calls to a receiver that failed and are repeated."),
+    "sent": Shown(name="antefix_push_sent", help="Usage records and adjustments that a receiver accepted."),
+    "dead": Shown(
+        name="antefix_push_refused",
+        help="Usage records and adjustments that were set aside because a receiver refused them.",
+    ),
+    "failed": Shown(name="antefix_push_failed", help="Failed calls to a receiver of usage records; they are repeated."),
 }
 
 
@@ -39,22 +42,28 @@ def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", type=Path, required=True, help="file that says where to send usage (TOML, docs/BILLING.md)"
     )
-    parser.add_argument("--state", type=Path, required=True, help="directory that keeps cursors and dead letters")
-    parser.add_argument("--once", action="store_true", help="send the entries that are there now, and end")
+    parser.add_argument(
+        "--state", type=Path, required=True, help="directory that keeps the sending positions and the refused entries"
+    )
+    parser.add_argument("--once", action="store_true", help="send the entries that exist now, and exit")
     parser.add_argument("--retry-dead", action="store_true", help="send dead letters again first")
     parser.add_argument(
-        "--metrics-address", default="", help="host:port that serves metrics, on loopback (default: none)"
+        "--metrics-address", default="", help="host:port on loopback at which metrics can be read (default: none)"
     )
-    parser.add_argument("--json", action="store_true", help="print at the end, as JSON, what was sent, and the cursors")
+    parser.add_argument(
+        "--json", action="store_true", help="print as JSON at the end what was sent, and the sending positions"
+    )
 
 
 def run_push(args: argparse.Namespace) -> int:
-    """Exit status 1 if dead letters remain.  Raises:  ConfigError: a setting or a client is not usable."""
+    """The exit status is 1 if entries that a receiver refused (dead letters) remain. Raises: ConfigError: a setting or
+    a client library cannot be used.
+    """
     args.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         lock = DirectoryLock(args.state, "lock")
     except BlockingIOError as err:
-        raise ConfigError(f"--state {args.state}: another `antefix usage push` uses it") from err
+        raise ConfigError(f"--state {args.state}: another `antefix usage push` uses this directory") from err
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
@@ -100,14 +109,16 @@ def _follow(pusher: Pusher, stopped: threading.Event, once: bool) -> None:
 def _serve(address: str, pushers: list[Pusher]) -> None:
     host, port = parse_address(address)
     if not is_loopback(host):
-        raise ConfigError(f"--metrics-address {address}: metrics of a push are for this host only")
+        raise ConfigError(
+            f"--metrics-address {address}: the metrics of `antefix usage push` may be served on loopback only"
+        )
     registry = Registry("push")
     registry.add(lambda: push_metrics(pushers))
     MetricsServer(registry, host, port, tls=None)
 
 
 def push_metrics(pushers: list[Pusher]) -> Iterable[Metric]:
-    """Metrics of what is sent to receivers."""
+    """Metrics of the entries that are sent to receivers."""
     by_name = {(each.config.name,): each for each in pushers}
     label = ("sink",)
     backlog = {name: float(each.backlog()) for name, each in by_name.items()}

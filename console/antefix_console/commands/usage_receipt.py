@@ -16,24 +16,31 @@ from antefix_console.progress_line import ProgressLine
 
 
 def add_receipt_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON, which is the default")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, which is the default")
     parser.add_argument(
-        "--ledger", type=Path, nargs="+", metavar="DIR", help="ledger directories, to issue a receipt from"
+        "--ledger",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="directories of the ledgers that have the request (to issue a receipt)",
     )
-    parser.add_argument("--request-id", help="id of the request, to issue its receipt")
-    parser.add_argument("--key-file", type=Path, help="the deployment's receipt key, to issue a receipt")
-    parser.add_argument("--check", type=Path, help="receipt file to check, instead of issuing one")
-    parser.add_argument("--public-key", help="the published key in hex, to check a receipt")
-    parser.add_argument("--ratecards", type=Path, nargs="*", help="rate cards to recompute the price with")
+    parser.add_argument("--request-id", help="id of the request that a receipt is issued for")
+    parser.add_argument("--key-file", type=Path, help="file with the deployment's receipt key, which signs a receipt")
+    parser.add_argument("--check", type=Path, help="receipt file to check (instead of issuing a receipt)")
+    parser.add_argument("--public-key", help="published key in hex that a receipt is checked with")
+    parser.add_argument(
+        "--ratecards", type=Path, nargs="*", help="price files with which the price in a receipt is calculated again"
+    )
 
 
 def run_receipt(args: argparse.Namespace) -> int:
-    """Exit status 1 if a receipt is not valid.  Raises:  ConfigError: no such request."""
+    """The exit status is 1 if a receipt is not valid.  Raises:  ConfigError: no such request."""
     if args.check is not None:
         return _check_receipt(args)
     if not (args.ledger and args.request_id and args.key_file):
         raise ConfigError(
-            "issuing needs --ledger, --request-id and --key-file; checking needs --check and --public-key"
+            "issuing a receipt needs --ledger, --request-id and --key-file; checking a receipt needs --check "
+            "and --public-key"
         )
     with ProgressLine("reading the ledger"):
         found = [
@@ -54,7 +61,7 @@ def _check_receipt(args: argparse.Namespace) -> int:
     try:
         receipt, key = read_json(args.check, "receipt"), bytes.fromhex(args.public_key or "")
     except ValueError as err:
-        raise ConfigError(f"the receipt must be JSON and --public-key 64 hex digits: {err}") from err
+        raise ConfigError(f"the receipt must be JSON, and --public-key must be 64 hex digits: {err}") from err
     checked = check_receipt(receipt, key, load_cards(args.ratecards) if args.ratecards else None)
     result: dict[str, object] = {"ok": checked.ok, "signature_ok": checked.signature_ok, "hash_ok": checked.hash_ok}
     result["price_ok"] = checked.price_ok if checked.price_ok is not None else "not checked"

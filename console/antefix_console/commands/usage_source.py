@@ -22,7 +22,7 @@ def add_ledgers(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="DIR",
-        help="ledger directories, one for each router, or a directory that holds them",
+        help="ledger directories, one per router, or a directory that contains ledgers",
     )
 
 
@@ -30,10 +30,10 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     """Add `--ledger`, and the flags that select records."""
     add_ledgers(parser)
     parser.add_argument(
-        "--after", type=int, default=0, metavar="CURSOR", help="only entries after this sequence number"
+        "--after", type=int, default=0, metavar="CURSOR", help="export only entries after this sequence number"
     )
-    parser.add_argument("--since", help="only requests that started at or after this date or time (UTC)")
-    parser.add_argument("--until", help="only requests that started before this date or time (UTC)")
+    parser.add_argument("--since", help="select only requests that started at or after this UTC date or time")
+    parser.add_argument("--until", help="select only requests that started before this UTC date or time")
     parser.add_argument("--tenant", help="only this tenant's")
 
 
@@ -43,7 +43,8 @@ def billed(args: argparse.Namespace) -> Iterator[tuple[Path, Settled | Adjusted]
     ledgers = ledgers_of(args.ledger)
     if args.after and len(ledgers) > 1:
         raise ConfigError(
-            "--after is a place in one ledger; export each of several on its own to continue from a cursor"
+            "--after is a position in one ledger; to continue from a position in several ledgers, export each "
+            "ledger on its own"
         )
     for ledger in ledgers:
         check_cursor(ledger, args.after)
@@ -77,7 +78,7 @@ def _adjustment_chooser(args: argparse.Namespace) -> Callable[[Adjustment], bool
 
 
 def time_us_of(text: str | None) -> int | None:
-    """Unix microseconds; None for None.  Raises:  ConfigError: not a date or a time."""
+    """Unix microseconds; None for None.  Raises:  ConfigError: the text is neither a date nor a time."""
     if text is None:
         return None
     try:
@@ -89,4 +90,6 @@ def time_us_of(text: str | None) -> int | None:
     try:
         return int(moment.timestamp() * 1_000_000)
     except (OverflowError, ValueError) as err:
-        raise ConfigError(f"{text!r} is before or after all times in UTC") from err
+        raise ConfigError(
+            f"the time {text!r} cannot be converted to UTC, because it is before or after all times there"
+        ) from err

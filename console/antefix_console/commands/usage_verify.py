@@ -18,39 +18,50 @@ from antefix_console.progress_line import ProgressLine
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     add_ledgers(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON, which is the default")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, which is the default")
     parser.add_argument(
-        "--store-log", type=Path, nargs="+", metavar="DIR", help="directories of the stores' logs of hits and writes"
+        "--store-log",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="directories of the stores' logs, which record hits and writes",
     )
     parser.add_argument(
         "--anchor",
         action="append",
         default=[],
         metavar="[SOURCE:]SEQUENCE:HASH",
-        help="head of a ledger that an earlier run reported, and that must still be there; with several ledgers, put"
-        " the source before it",
+        help=(
+            "last entry of a ledger as an earlier run reported it; the check fails if the entry is gone; with "
+            "several ledgers, put the source before it"
+        ),
     )
     parser.add_argument(
         "--anchors",
         nargs="+",
         default=[],
         metavar="PLACE",
-        help="places of anchored heads (--anchors of routers) and of receipts: files, directories, object stores' URLs",
+        help=(
+            "files, directories or object stores that keep signed hashes of ledgers (--anchors of routers) or receipts"
+        ),
     )
     parser.add_argument(
         "--public-key",
         nargs="+",
         default=[],
         metavar="HEX",
-        help="published keys that may have signed the anchors and the summaries of what was pruned",
+        help="published keys that may have signed the hashes of ledgers, or the summaries of removed entries",
     )
     parser.add_argument(
-        "--archive", default="", metavar="PLACE", help="archives of pruned entries, to check the summaries against"
+        "--archive",
+        default="",
+        metavar="PLACE",
+        help="archive of removed ledger entries, which the summaries are checked against",
     )
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Exit status 1 if a check failed.  Raises:  ConfigError."""
+    """The exit status is 1 if a check failed.  Raises:  ConfigError."""
     ledgers = ledgers_of(args.ledger)
     anchors = dict(_anchor(text, ledgers) for text in args.anchor)
     for store_log in args.store_log or ():
@@ -88,9 +99,9 @@ def _anchor(text: str, ledgers: Sequence[Path]) -> tuple[bytes, tuple[int, str]]
     if number is None or len(hash) != 64:
         raise ConfigError(f"--anchor must be SEQUENCE:HASH or SOURCE:SEQUENCE:HASH, is {text!r}")
     if not source and len(ledgers) > 1:
-        raise ConfigError("with several ledgers --anchor needs the source: SOURCE:SEQUENCE:HASH")
+        raise ConfigError("with several ledgers, --anchor must also name the ledger's source: SOURCE:SEQUENCE:HASH")
     known = {source_of(ledger).hex(): source_of(ledger) for ledger in ledgers}
     name = source[0] if source else next(iter(known))
     if name not in known:
-        raise ConfigError(f"--anchor names ledger {name}, which is not among these")
+        raise ConfigError(f"--anchor names ledger {name}, which is not one of the given ledgers")
     return known[name], (number, hash)

@@ -1,5 +1,6 @@
 """`antefix verify`: checks that a hit gives what a cold run gives, for every strategy, plan and boundary, on this
-machine."""
+machine.
+"""
 
 from __future__ import annotations
 
@@ -46,12 +47,14 @@ FAILURES_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, help="model directory to verify as well (default: the shipped one)")
+    parser.add_argument(
+        "--model", type=Path, help="model directory to verify in addition to random models (default: the shipped model)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument(
         "--long",
         action="store_true",
-        help="verify longer prompts, and every plan in both formats; takes minutes, and prints the progress",
+        help="verify longer prompts, and every restore plan in both formats; takes minutes, and prints the progress",
     )
     add_flags(
         parser.add_argument_group("as the workers have them"),
@@ -61,14 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast",
         action="store_true",
-        help="on a card, use the faster kernels, whose hits equal cold runs only within bounds",
+        help="use the faster kernels on a card; their hits equal cold runs only within bounds",
     )
     parser.add_argument("--plans", nargs="*", choices=PLANS, help="which random models to verify (default: all)")
     parser.add_argument(
-        "--drawn", type=int, metavar="N", help="number of models with random shapes (default: 2; with --long 40)"
+        "--drawn", type=int, metavar="N", help="number of random model shapes to verify (default: 2; with --long 40)"
     )
     parser.add_argument(
-        "--seed", type=int, help="seed of the random shapes, prompts and cuts, to repeat a verification"
+        "--seed",
+        type=int,
+        help="seed of the random shapes, prompts and cut positions; the same seed repeats a verification",
     )
     parser.add_argument(
         "--against",
@@ -80,24 +85,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         choices=CHECKS,
-        help="instead, verify another engine over the store: its restored runs against its cold runs",
+        help="verify another inference engine instead: compare its runs from the store with its cold runs",
     )
     parser.add_argument(
         "--stores",
         type=int,
         default=1,
         metavar="N",
-        help="spread the blocks over so many store services: one on this host's disk, the others as if on other hosts"
-        " (default 1)",
+        help=(
+            "number of store services that the blocks are distributed over: one on this host's disk, the others as "
+            "if on other hosts (default 1)"
+        ),
     )
     parser.add_argument(
         "--object-store",
         default="",
         metavar="URL",
-        help="put some of the blocks into an object store, such as s3://BUCKET/PREFIX or file:///PATH; these objects"
-        " are deleted at the end",
+        help=(
+            "keep some of the blocks in an object store, such as s3://BUCKET/PREFIX or file:///PATH; its new "
+            "objects are deleted at the end"
+        ),
     )
-    parser.add_argument("--data-dir", type=Path, help="directory of the scratch store (default: a temporary one)")
+    parser.add_argument(
+        "--data-dir", type=Path, help="directory of the temporary store (default: a temporary directory)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -191,7 +202,7 @@ async def _verify(
 
 
 def read_text(stores: SpreadStores) -> str:
-    """How much was read from each store. A store from which nothing was read has not been tested."""
+    """How many blocks were read from each store. A store from which nothing was read has not been tested."""
     read = stores.num_blocks_read
     parts = [f"{read[tier.label]} from {tier.label}" for tier in stores.tiers]
     return f"blocks were read from all tiers at once: {', '.join(parts)}"
@@ -199,7 +210,9 @@ def read_text(stores: SpreadStores) -> str:
 
 @asynccontextmanager
 async def _stores(scratch: Path, num_stores: int, object_store: str) -> AsyncIterator[Store]:
-    """Real store services on scratch directories. Blocks of the first store are read from its files, as workers do."""
+    """Real store services on temporary directories. Blocks of the first store are read from its files, as
+    workers do.
+    """
     deployment = Deployment(DeploymentConfig(model=scratch, data_dir=scratch))
     (scratch / "logs").mkdir()
     try:

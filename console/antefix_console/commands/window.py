@@ -1,5 +1,6 @@
 """`antefix window`: shows or switches the strategy in force without a restart; compares predicted with real
-restores."""
+restores.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +19,21 @@ from antefix.window import parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--router", metavar="HOST:PORT", help="ask all workers that the router at this address knows")
+    parser.add_argument("--router", metavar="HOST:PORT", help="ask all workers that the router at this address has")
     parser.add_argument(
-        "--worker", metavar="HOST:PORT", action="append", default=[], help="ask this worker; may be repeated"
+        "--worker",
+        metavar="HOST:PORT",
+        action="append",
+        default=[],
+        help="ask the worker at this address; may be repeated",
     )
     parser.add_argument(
-        "--strategy", help="strategy to use from the next request on: full, periodic(TOKENS), boundary, auto or zero"
+        "--strategy",
+        help=(
+            "window strategy that workers use from the next request on: full, periodic(TOKENS), boundary, auto or zero"
+        ),
     )
-    parser.add_argument("--plans", type=int, default=0, metavar="N", help="show the newest N restores of each worker")
+    parser.add_argument("--plans", type=int, default=0, metavar="N", help="show the latest N restores of each worker")
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -37,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if not args.router and not args.worker:
-        raise InvalidRequest("say which workers: --router HOST:PORT or --worker HOST:PORT")
+        raise InvalidRequest("say which workers are meant: give --router HOST:PORT or --worker HOST:PORT")
     if args.strategy:
         parse(args.strategy)
     if args.plans < 0:
@@ -51,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _ask(args: argparse.Namespace) -> dict[str, WindowStatus]:
-    """Switch first if requested, so that the answer shows what is in force afterwards."""
+    """If a switch is requested, it is made first, so that the answer shows the strategy in force afterwards."""
     addresses = list(args.worker)
     if args.router:
         async with RouterClient(args.router) as router:

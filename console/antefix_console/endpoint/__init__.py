@@ -1,4 +1,5 @@
 """A client for any OpenAI- or Anthropic-compatible endpoint: requests, answers, times, reported usage.
 
-For `antefix load` and `antefix audit`. Knows nothing of Antefix: the endpoint may be anybody's.
+`antefix load` and `antefix audit` use this client. The client knows nothing of Antefix, because the endpoint may be
+anybody's.
 """

@@ -47,7 +47,7 @@ class EndpointConfig:
         if self.api not in DIALECTS:
             raise InvalidRequest(f"unknown API {self.api!r}: use one of {', '.join(DIALECTS)}")
         if not self.url.startswith(("http://", "https://")):
-            raise InvalidRequest(f"{self.url!r} is no URL of an endpoint: it begins with http:// or https://")
+            raise InvalidRequest(f"{self.url!r} is no URL of an endpoint: such a URL begins with http:// or https://")
 
     def __repr__(self) -> str:
         return f"{self.api} at {self.url}"
@@ -80,7 +80,7 @@ class EndpointClient:
         await self._http.aclose()
 
     async def choose_model(self) -> str:
-        """The model to use: the one that was named, else the first one that the endpoint lists.
+        """The model to use: the named one, or else the first one that the endpoint lists.
 
         Raises:  InvalidRequest: none was named, and the endpoint lists none.  Unavailable: the endpoint does not
         answer.
@@ -93,7 +93,7 @@ class EndpointClient:
         return self.model
 
     async def models(self) -> list[str]:
-        """The models that the endpoint lists; empty where it offers no list.
+        """The models that the endpoint lists; empty if it offers no list.
 
         Raises:  Unavailable: the endpoint does not answer.
         """
@@ -211,5 +211,5 @@ def _httpx() -> Any:
     try:
         import httpx
     except ModuleNotFoundError as err:
-        raise InvalidRequest("this needs httpx: pip install 'antefix[client]'") from err
+        raise InvalidRequest("this command needs httpx: pip install 'antefix[client]'") from err
     return httpx

@@ -18,7 +18,7 @@ _ANTHROPIC_VERSION = "2023-06-01"
 
 @dataclass(slots=True)
 class Stream:
-    """What was received of one answer so far."""
+    """The part of one answer that was received so far."""
 
     text: list[str] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -37,7 +37,7 @@ class Dialect(Protocol):
     def body(self, model: str, question: Question) -> dict[str, Any]: ...
 
     def read(self, event: Mapping[str, Any], into: Stream) -> bool:
-        """Add an event to the answer. Returns True if it contained text."""
+        """Add one event of a stream to the answer. Returns True if the event contained text."""
         ...
 
     def usage(self, stream: Stream) -> ReportedUsage: ...
@@ -206,5 +206,5 @@ def _count(found: Mapping[str, Any], name: str) -> int:
 
 def _whole(value: Any, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 53:
-        raise InvalidRequest(f"the endpoint's usage has {name} {value!r}, which is not a count of tokens")
+        raise InvalidRequest(f"the endpoint reports {name} {value!r} as usage, which is not a number of tokens")
     return value

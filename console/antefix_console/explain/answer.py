@@ -1,4 +1,6 @@
-"""What a worker with empty memory would do with a prompt: the plans it would compare, and why the rest misses."""
+"""What a worker with empty memory would do with a prompt: the restore plans it would compare, and why the rest of the
+prompt misses.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,7 @@ def explain(
     holdings: Holdings | None = None,
     asked: Sequence[str] = (),
 ) -> Explanation:
-    """Plan as a worker does. The planner predicts with the caller's rates: measured ones, or defaults.
+    """Plan as a worker does. The planner predicts with the rates that the caller gives: measured ones, or defaults.
 
     pooled: boundaries whose checkpoint a window pool has; None if no pool was asked.  holdings: explains why nothing of
     the prompt is stored.  asked: labels of other names that the user asked about.
@@ -113,7 +115,7 @@ def explain(
 
 
 def _stranger(holdings: Holdings) -> tuple[MissReason, str]:
-    """The reason where this store never had anything under the prompt's fingerprint."""
+    """The reason if this store never had any record under the prompt's fingerprint."""
     if not holdings.num_others:
         return MissReason.FIRST_SEEN, "the store is empty"
     others = "another one is" if holdings.num_others == 1 else f"{holdings.num_others} others are"
@@ -123,7 +125,7 @@ def _stranger(holdings: Holdings) -> tuple[MissReason, str]:
 def _miss(
     num_tokens: int, blocks: Sequence[BlockEvidence], stored: StoredPrefix, decision: Decision, sizes: Sizes
 ) -> tuple[MissReason, str]:
-    """The first missed block's reason, by the rules of a worker's report."""
+    """The reason why the first missed block misses, by the rules of a worker's report."""
     hit, full = decision.plan.resume_block, (num_tokens - 1) // sizes.block_size
     if full == 0:
         return MissReason.BELOW_MINIMUM, f"a hit needs a whole block of {sizes.block_size} tokens and one token more"
@@ -136,7 +138,8 @@ def _miss(
 
 def _no_state(hit: int, stored: StoredPrefix, decision: Decision, sizes: Sizes) -> str:
     """Why stored blocks after `hit` are computed again: no window state near them allows a resume that is fast
-    enough."""
+    enough.
+    """
     end, size = stored.num_blocks, sizes.block_size
     nearest = max(stored.checkpoints, default=0)
     replay = next((plan for plan in decision.plans if plan.replay_tokens), None)

@@ -1,4 +1,6 @@
-"""What a store's directory tells about a prompt's blocks. Reads the index, the log and, if requested, the payloads."""
+"""What a store's directory tells about a prompt's blocks. The index, the log and, if requested, the payloads
+are read.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ _TELLING: Final = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordPlace:
-    """A record's place and lifetime. expires_s, pinned_s: seconds from now, 0 for never; negative: seconds since
-    then."""
+    """A record's place and lifetime. expires_s, pinned_s: seconds from now, 0 for never; negative numbers are seconds
+    since then.
+    """
 
     segment: int
     offset: int
@@ -40,7 +43,7 @@ class RecordPlace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockEvidence:
-    """Evidence about block `index` of the prompt. reason: why it would miss; NONE while it is stored.
+    """Evidence about block `index` of the prompt. reason: why the block would miss; NONE if it is stored.
 
     checkpoint: the window state after the block, if it is stored and readable.
     checkpoint_lost: why a checkpoint in the index cannot be used; "" if there is none, or it can be used.
@@ -60,7 +63,7 @@ class BlockEvidence:
 
     @property
     def state(self) -> str:
-        """A word for the reader: `stored`, or why the block would miss."""
+        """A word for the reader: `stored`, or the reason why the block would miss."""
         return self.reason.value or "stored"
 
 
@@ -138,7 +141,8 @@ def _with_cached(block: BlockEvidence, cached: Sequence[tuple[int, int]] | None)
 
 def _most_telling(rows: Sequence[BlockEvidence], named: Sequence[str]) -> BlockEvidence:
     """The most informative of several stores' evidence of a block. named: the stores' names, where there are
-    several."""
+    several.
+    """
     best = min(range(len(rows)), key=lambda number: (_TELLING.get(rows[number].reason, len(_TELLING)), number))
     block = replace(rows[best], store=named[best] if rows[best].reason is MissReason.NONE else "")
     if block.checkpoint is not None:
@@ -226,7 +230,7 @@ def _missing(directory: Path, number: int, name: bytes, known: frozenset[bytes])
 
 
 def _checkpoint(index: Index, txn: Any, name: bytes, names: NamedChain, now_ms: int) -> tuple[RecordPlace | None, str]:
-    """The checkpoint after a block, or why the one in the index cannot be used."""
+    """The checkpoint after a block, or why the checkpoint in the index cannot be used."""
     entry = index.entry(txn, RecordKind.CHECKPOINT, name)
     if entry is None:
         return None, ""
@@ -259,7 +263,7 @@ def _place(entry: IndexEntry, now_ms: int) -> RecordPlace:
 
 
 def _check(reader: StoreReader, names: NamedChain) -> dict[int, str]:
-    """Read every block that can be located. Returns the damaged ones, by number, each with the reason."""
+    """Read every block that can be located. Returns the damaged blocks by number, each with the reason."""
     broken: dict[int, str] = {}
     for number, name in enumerate(names.hashes):
         with reader.index.txn() as txn:

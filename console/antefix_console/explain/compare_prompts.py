@@ -1,5 +1,6 @@
-"""Finds where two prompts begin to differ. Exact for two given prompts; for a usage record, to a factor of 1.5 in
-blocks."""
+"""Finds where two prompts begin to differ. The answer is exact for two given prompts; for a usage record, it is known
+to a factor of 1.5 in blocks.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ class Comparison:
 
     @property
     def blocks_alike(self) -> int:
-        """The number of blocks that each prompt can hit of the other one's."""
+        """The number of blocks that one of two prompts can hit of the other prompt's blocks."""
         return self.tokens_alike // self.block_size
 
     def as_dict(self) -> dict[str, Any]:
@@ -81,8 +82,9 @@ def _where(spot: Spot) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoughComparison:
-    """A comparison by a record's hashes. spots: places in the given prompt between which the prompts begin to
-    differ."""
+    """A comparison by the hashes in a usage record. spots: places in the given prompt between which the prompts begin
+    to differ.
+    """
 
     first_name: str
     second_name: str

@@ -1,4 +1,6 @@
-"""What an object tier tells about a prompt's blocks. Reads names, the tier's index and footers, never payloads."""
+"""What an object store tells about a prompt's blocks. Names, the index and footers of the object store are read, never
+payloads.
+"""
 
 from __future__ import annotations
 

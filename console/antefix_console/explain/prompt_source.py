@@ -1,4 +1,6 @@
-"""Finds the part of a request that a token comes from: a JSON path and a line. Knows no store and no ledger."""
+"""Finds the part of a request that a token comes from: a JSON path and a line. This module knows no store and no
+ledger.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ _SHOWN_CHARACTERS: Final = 60
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spot:
     """One place in a prompt. path: the request field that it comes from; empty if the chat format wrote it.
-    line: the line within that field's text, from 1.  shown: the text there, with « before the token."""
+    line: the line within that field's text, from 1.  shown: the text there, with « before the token.
+    """
 
     token: int
     path: str
@@ -29,7 +32,8 @@ class Spot:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourcedPrompt:
     """name: the prompt's name in an explanation.  body: the request, if there is one.  spans: the origin of its
-    tokens."""
+    tokens.
+    """
 
     name: str
     tokens: TokenArray
@@ -38,7 +42,7 @@ class SourcedPrompt:
     spans: tuple[TextSpan, ...] = ()
 
     def spot(self, token: int) -> Spot | None:
-        """Where the token at this index comes from; None after the prompt's end."""
+        """Where the token at this index comes from; None if the index is after the prompt's end."""
         if token >= len(self.tokens):
             return None
         index = next((i for i, span in enumerate(self.spans) if span.start <= token < span.end), -1)
@@ -53,7 +57,8 @@ class SourcedPrompt:
 
     def _field(self, index: int, at: int) -> tuple[str, str, int]:
         """The request field whose text covers position `at` of a piece: its path, its text, the position in that
-        text."""
+        text.
+        """
         text, leaves = self.spans[index].text, list(_leaves(self.body))
         covering = _covering(text, at, leaves)
         if covering:
@@ -81,7 +86,8 @@ class SourcedPrompt:
 
 def _covering(text: str, at: int, leaves: list[tuple[str, str]]) -> list[tuple[int, str, int]]:
     """(number of a field, its text in the piece, the position in that text) of the longest fields that cover a position
-    of a piece. Shorter fields that match are mostly words that occur in it by chance."""
+    of a piece. Shorter fields that match are mostly words that occur in the piece by chance.
+    """
     found: list[tuple[int, str, int]] = []
     for number, (_, said) in enumerate(leaves):
         for written in {said, json.dumps(said, ensure_ascii=False)[1:-1]} - {""}:

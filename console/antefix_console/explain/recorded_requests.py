@@ -37,7 +37,7 @@ def find_record(ledgers: Sequence[Path], request_id: str, tenant: str | None = N
     if not found:
         raise InvalidRequest(f"there is no record of request {request_id!r} in {', '.join(map(str, ledgers))}")
     if len(found) > 1:
-        raise InvalidRequest(f"several tenants have a request {request_id!r}: say whose it is with --tenant")
+        raise InvalidRequest(f"several tenants have a request {request_id!r}: say with --tenant whose request is meant")
     return next(iter(found.values()))
 
 
@@ -50,7 +50,9 @@ class Neighbour:
 
 
 def nearest_before(ledgers: Sequence[Path], record: UsageRecord) -> Neighbour | None:
-    """The same user's earlier request that shares most blocks with this one; the last, if several do."""
+    """The same user's earlier request that shares most blocks with this one; if several share as many, the last of
+    them.
+    """
     best: Neighbour | None = None
     for other in _records(ledgers):
         if other.started_us < record.started_us and comparable(record, other):
@@ -108,7 +110,9 @@ def record_lines(record: UsageRecord, block_size: int) -> Iterator[str]:
 
 
 def _of_a_fleet(record: UsageRecord) -> Iterator[str]:
-    """Lines about a request to a fleet's engine: the hits that the engine reported, and those the router expected."""
+    """Lines about a request to another engine of a fleet: the hits that the engine reported, and those that the router
+    expected.
+    """
     prompt, hit = record.prompt_tokens, record.cache_hit_tokens
     said = f"{record.evidence.label} by {record.worker}"
     yield f"  {hit} of {prompt} prompt tokens were hits ({hit / prompt:.0%}), {said}."

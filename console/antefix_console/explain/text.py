@@ -48,7 +48,7 @@ FLEET_ADVICE: Final = {
 
 
 def lines(explanation: Explanation) -> Iterator[str]:
-    """The answer first, then the evidence for it."""
+    """The answer comes first, then the evidence for the answer."""
     size = explanation.sizes.block_size
     yield from _verdict(explanation)
     yield ""
@@ -84,7 +84,7 @@ def _verdict(explanation: Explanation) -> Iterator[str]:
 
 
 def _window_state(explanation: Explanation, size: int) -> Iterator[str]:
-    """At which positions a hit can resume, and at which others there could have been a checkpoint."""
+    """At which positions a hit can resume, and at which other positions there could have been a checkpoint."""
     yield f"Checkpoints of window state on disk, after so many tokens: {_some(explanation.checkpoints, size)}"
     if explanation.pool_error:
         yield f"  the window pool does not answer, so workers do without it: {explanation.pool_error}"

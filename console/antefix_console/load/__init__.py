@@ -1,4 +1,4 @@
 """`antefix load`: replays a trace against an endpoint and measures what its clients see.
 
-Knows endpoints and traces; nothing of Antefix's services.
+The package knows endpoints and traces, but nothing of Antefix's services.
 """

@@ -19,7 +19,7 @@ _ERRORS_SHOWN = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """Percentiles and mean of times in seconds; all zero where there are no times."""
+    """Percentiles and mean of times in seconds; all are zero if there are no times."""
 
     p50: float
     p90: float

@@ -1,4 +1,5 @@
-"""Makes text for a trace's requests. Equal names give equal text, so prompts share exactly the prefixes in the trace.
+"""Makes text for the requests of a trace. Equal names give equal text, so prompts share exactly the prefixes in the
+trace.
 
 A trace has no text, only names of prefixes. Each unit of a prompt becomes words that are drawn by the unit's name. The
 number of words per unit follows from a measurement at the endpoint, because its tokenizer is not known.
@@ -33,7 +34,7 @@ class TokenRate:
 
 
 async def measure_token_rate(ask: Callable[[Question], Awaitable[Reply]], seed: int) -> TokenRate:
-    """Measure the rate with two requests of one output token each.
+    """Measure the number of tokens per word with two requests of one output token each.
 
     Raises:  Unavailable: one of the requests failed.
     """
@@ -41,11 +42,13 @@ async def measure_token_rate(ask: Callable[[Question], Awaitable[Reply]], seed: 
     for num_words in (_SHORT_WORDS, _LONG_WORDS):
         reply = await ask(Question(prompt=words(f"measure {seed} {num_words}", num_words)))
         if not reply.ok:
-            raise Unavailable(f"the endpoint did not answer a first request: {reply.error}")
+            raise Unavailable(f"the endpoint did not answer the first request: {reply.error}")
         tokens.append(reply.usage.prompt_tokens)
     per_word = (tokens[1] - tokens[0]) / (_LONG_WORDS - _SHORT_WORDS)
     if per_word <= 0:
-        raise Unavailable(f"the endpoint counts {tokens[1]} tokens for {_LONG_WORDS} words and {tokens[0]} for fewer")
+        raise Unavailable(
+            f"the endpoint counts {tokens[1]} tokens for {_LONG_WORDS} words, but {tokens[0]} for fewer words"
+        )
     return TokenRate(tokens_per_word=per_word, fixed_tokens=tokens[0] - per_word * _SHORT_WORDS)
 
 

@@ -28,8 +28,9 @@ class Planned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sent:
-    """at_s: when it was sent, from the start.  late_s: delay after its planned time. More than some milliseconds means
-    that the sender was too slow."""
+    """at_s: when it was sent, from the start. late_s: delay after its planned time. If the delay is more than some
+    milliseconds, the sender was too slow.
+    """
 
     planned: Planned
     at_s: float
@@ -41,7 +42,8 @@ async def replay(
     planned: list[Planned], ask: Ask, *, concurrency_max: int, on_sent: Callable[[Sent], None] = lambda sent: None
 ) -> list[Sent]:
     """Send all requests, in order. A request that is due while `concurrency_max` requests run waits, and is sent
-    late."""
+    late.
+    """
     started = time.perf_counter()
     free = asyncio.Semaphore(concurrency_max)
     results: list[Sent] = []

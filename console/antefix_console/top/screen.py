@@ -1,4 +1,6 @@
-"""Renders the data of a router's status page for a terminal. Pure: the data includes the time."""
+"""Renders the data of a router's status page for a terminal. The module reads no clock, because the data includes the
+time.
+"""
 
 from __future__ import annotations
 

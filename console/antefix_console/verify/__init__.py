@@ -1,4 +1,4 @@
-"""Cold against hit: runs prompts with and without a store and compares every bit (`antefix verify`).
+"""Compares cold runs with hits: prompts are run with and without a store, and every bit is compared (`antefix verify`).
 
 models       what is verified: a model directory, and small random models with other layer plans and ratios
 stores       stores for the runs: an empty one, a full one, or one that shows a prefix only

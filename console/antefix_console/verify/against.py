@@ -61,7 +61,8 @@ async def compare_workers(addresses: Sequence[str], report: Report, *, seed: int
     if len(peers) < 2 or not decode:
         found = ", ".join(peer.label for peer in peers) or "none"
         raise InvalidRequest(
-            f"--against needs two workers, one of them a decode worker, or a router that has them; found: {found}"
+            "--against needs two workers, at least one of them a decode worker, or a router that has such "
+            f"workers; found: {found}"
         )
     first, others = decode[0], [peer for peer in peers if peer is not decode[0]]
     cases = Cases(report=report, subject=first.address, kv_format="as served")
@@ -137,7 +138,7 @@ def _compare_names(first: Peer, other: Peer, cases: Cases) -> None:
 async def _ask(
     peer: Peer, decode: Peer, prompt: Tokens, tenant: str, seed: int
 ) -> tuple[ServedAnswer, RestoreReport | None]:
-    """The worker's answer, and how it restored the prompt."""
+    """The answer that a worker gave, and how the worker restored the prompt."""
     sampling = Sampling(
         max_tokens=_OUTPUT_TOKENS, temperature=_TEMPERATURE, seed=seed, num_top_logprobs=_NUM_TOP, ignore_eos=True
     )
@@ -149,7 +150,10 @@ async def _ask(
         prefilled = await PrefillClient(peer.address).prefill(request, timeout_s=_TIMEOUT_S)
         handoff, restored, target = prefilled.handoff, prefilled.restore, decode
         if not handoff:
-            raise AntefixError(f"{peer.label} could not leave a handoff: its store did not take the handoff")
+            raise AntefixError(
+                f"the worker {peer.label} could not pass on its state for decoding: its store did not accept the "
+                "handoff"
+            )
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []
     answer = DecodeClient(target.address).decode(request, sampling, handoff=handoff, emitted=(), timeout_s=_TIMEOUT_S)

@@ -1,5 +1,6 @@
 """Compares a prompt on a card (GPU) with the same prompt on the CPU. Sums run in another order, so bits may differ
-within bounds."""
+within bounds.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ _BF16_STEP = 2.0**-8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgainstCpu:
-    """One comparison. bound: the largest error that is allowed.  problem: why it says nothing; empty if it does."""
+    """One comparison of a card with the CPU. bound: the largest error that is allowed. problem: why the comparison says
+    nothing; empty if it does.
+    """
 
     what: str
     difference: Difference
@@ -37,7 +40,8 @@ class AgainstCpu:
 def against_cpu(workers: WorkerPair, tokens: Tokens, bound: float) -> list[AgainstCpu]:
     """The largest logit difference of each token, relative to the largest logit; the median over tokens.
 
-    bound: allowed where products do not round their inputs. Rounding to FP8 turns a difference in the last bit into a
+    bound: the largest error that is allowed if products do not round their inputs. Rounding to FP8 turns a difference
+    in the last bit into a
     step of up to an eighth, which the next layers carry on. So a model that rounds inputs is compared twice: without
     the rounding, by `bound`; and as it is, by what the CPU's own logits differ if each number of the embeddings moves
     by one BF16 step. Over several ranks, rounding cannot be turned off, so only the second comparison is made.
@@ -98,7 +102,7 @@ class _Pair:
 
 @contextmanager
 def plain_inputs(model: Model) -> Iterator[None]:
-    """Products do not round their inputs while this lasts."""
+    """Inside this context, products do not round their inputs."""
     packed = _packed(model)
     forms = [module.form for module in packed]
     try:
@@ -128,7 +132,7 @@ def move_embeddings(model: Model) -> None:
 
 
 def typical_difference(cpu: Tensor, card: Tensor) -> Difference:
-    """The same for logits [T, V]. NaN counts as the largest difference."""
+    """The largest relative difference, for logits [T, V]. In this comparison, NaN counts as the largest difference."""
     errors = torch.nan_to_num((card - cpu).abs().amax(1) / cpu.abs().max(), nan=float("inf"))
     if not errors.any():
         return Difference(identical=True)

@@ -21,8 +21,9 @@ from antefix_prefill.worker.engine import Engine
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RunOutcome:
-    """Everything that a prompt's run leaves. logits: [V] float32 of the last token.  rows: [blocks, block_bytes]
-    uint8."""
+    """Everything that the run of a prompt leaves. logits: [V] float32 of the last token. rows: [blocks, block_bytes]
+    uint8.
+    """
 
     logits: npt.NDArray[np.float32]
     rows: Tensor
@@ -37,7 +38,8 @@ class RunOutcome:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """identical: equal in every bit of logits, global KV and window state.  error: the largest relative error, and
-    where."""
+    where.
+    """
 
     identical: bool
     error: float = 0.0

@@ -1,7 +1,7 @@
 """Small models drawn from a seed: random layer plans, ratios, windows, widths, streams, heads and experts.
 
-The fixed plans cover difficulties that we know; drawn models are for those that nobody has thought of. One number gives
-one model: a failed case is repeated with the seed that was printed.
+The fixed plans cover difficulties that we know; drawn models are for those that nobody has thought of. One number
+stands for one model, so a failed case is repeated with the seed that was printed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def drawn_subject(
 
 
 def drawn_config(random: np.random.Generator) -> dict[str, Any]:
-    """A config.json of random shape. Every such config can be loaded and served."""
+    """A config.json of random shape. Every config that is drawn can be loaded and served."""
 
     def between(low: int, high: int) -> int:
         return int(random.integers(low, high + 1))
@@ -75,7 +75,7 @@ def drawn_config(random: np.random.Generator) -> dict[str, Any]:
 
 
 def _ratios(random: np.random.Generator) -> tuple[int, int]:
-    """m and m', in any order and with any common divisor."""
+    """The compression ratios m and m', in any order and with any common divisor."""
     while True:
         csa, hca = (int(n) for n in random.integers(1, 17, 2))
         if 2 <= math.lcm(csa, hca) <= _BLOCK_TOKENS_MAX:

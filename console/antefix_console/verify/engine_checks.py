@@ -19,7 +19,7 @@ from antefix_engines.verify import CheckRequest, Finding, findings_of
 
 
 def run(args: argparse.Namespace, seed: int) -> int:
-    """Run the checks of `args.engine`. The exit code is 1 if a check failed.
+    """Run the checks of `args.engine`. The exit code of the command is 1 if a check failed.
 
     Raises:  InvalidRequest: no such model.  ConfigError: the engine's packages are not installed.
     """

@@ -37,7 +37,7 @@ def prompt_of_answer(block_size: int, vocab_size: int) -> Tokens:
 
 
 def check_answer(subject: Subject, report: Report) -> None:
-    """Compare with the known answer, if the model has one."""
+    """Compare the model's logits with the known answer, if the model has one."""
     wanted = _answers().get(subject.name)
     if wanted is None:
         return

@@ -1,7 +1,7 @@
 """The models to verify: a model directory, and small random models with other layer plans and ratios.
 
-In the random models every weight, bias, sink and routing table affects the result, so that nothing that a restore
-forgets stays unnoticed. With the small weights that training starts from, logits would hardly depend on window state.
+In the random models every weight, bias, sink and routing table affects the result, so that anything that a restore
+forgets is noticed. With the small weights that training starts from, logits would hardly depend on window state.
 """
 
 from __future__ import annotations

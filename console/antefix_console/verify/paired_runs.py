@@ -47,7 +47,7 @@ class FixedPlanner(RestorePlanner):
 
 @dataclass(slots=True)
 class WorkerPair:
-    """Makes workers, one after another, over one loaded model. A new worker has nothing in memory.
+    """Makes workers, one after another, over one loaded model. Each new worker begins with an empty memory.
 
     kernels, reproducible: as in a worker's settings.
     """
@@ -74,7 +74,7 @@ class WorkerPair:
         kind: PlanKind = PlanKind.COLD,
         bounded_windows: int = 0,
     ) -> Engine:
-        """A worker whose pool has room for `num_tokens`. Each strategy has its own namespace."""
+        """A worker whose block pool has room for `num_tokens` tokens. Each strategy has its own namespace."""
         subject, layout = self.subject, self.subject.model.layout
         num_blocks = -(-num_tokens // subject.block_size) + 1
         pool, ops = self.backend(num_blocks)
@@ -100,7 +100,7 @@ class WorkerPair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestoredRun:
-    """What a prompt's run left, and how the prompt was restored ("cold", "checkpoint", "replay", "bounded-K")."""
+    """The outcome of a prompt's run, and how the prompt was restored ("cold", "checkpoint", "replay", "bounded-K")."""
 
     outcome: RunOutcome
     plan: str
@@ -108,7 +108,7 @@ class RestoredRun:
 
 
 async def run(engine: Engine, tokens: Tokens) -> RestoredRun:
-    """Restore, compute and store the prompt. The pool is empty again afterwards."""
+    """Restore, compute and store the prompt. After the run, the pool is empty again."""
     computed = await run_prompt(engine, prompt_of(engine, tokens))
     outcome = RunOutcome.of(engine, computed.sequence, computed.logits)
     engine.blocks.release(computed.sequence.block_table)
@@ -116,7 +116,7 @@ async def run(engine: Engine, tokens: Tokens) -> RestoredRun:
 
 
 async def run_cold(workers: WorkerPair, tokens: Tokens) -> RunOutcome:
-    """Run the prompt without a store."""
+    """Run the prompt without any store."""
     return (await run(workers.new(EmptyStore(), len(tokens)), tokens)).outcome
 
 
@@ -158,7 +158,9 @@ async def step(engine: Engine, sequence: Sequence, token: int) -> npt.NDArray[np
 
 
 async def hand_over(workers: WorkerPair, store: Store, tokens: Tokens, next_token: int) -> RunOutcome | None:
-    """Prefill in one worker, adopt the handoff in another, and run one more token there; None if a part was lost."""
+    """Prefill in one worker, adopt the handoff in another worker, and run one more token there; None if a part of the
+    state was lost.
+    """
     prefill = workers.new(store, len(tokens))
     computed = await run_prompt(prefill, prompt_of(prefill, tokens))
     name = await leave_handoff(prefill, computed)
@@ -170,7 +172,7 @@ async def hand_over(workers: WorkerPair, store: Store, tokens: Tokens, next_toke
     if adopted is None:
         return None
     if not np.array_equal(adopted.logits, computed.logits):
-        raise AntefixError("a handoff's logits changed on their way")
+        raise AntefixError("the logits in a handoff changed between prefill and decode")
     return await _one_more(decode, adopted.sequence, next_token)
 
 

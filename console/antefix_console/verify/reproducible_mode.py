@@ -1,6 +1,7 @@
 """Tests reproducible mode on a simulated machine whose results depend on the shapes of calls.
 
-The processors that we know do not need this mode, so without the simulation it would never be tested where it matters.
+The processors that we know do not need reproducible mode, so without the simulation the mode would never be tested
+where it matters.
 """
 
 from __future__ import annotations

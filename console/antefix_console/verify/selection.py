@@ -76,7 +76,8 @@ LONG_LARGE_BLOCKS = replace(LONG_SHIPPED, num_blocks=10, num_output_blocks=1, nu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """model: a directory, or None.  plans: which of the fixed models.  num_drawn: None for the form's default number.
+    """model: a directory, or None. plans: which of the fixed models are verified. num_drawn: None for the default
+    number of the short or long form.
 
     ranks: processes over which every model is loaded; None for one process.
     """
@@ -90,7 +91,7 @@ class Selection:
     ranks: RankProcesses | None = None
 
     def subjects(self) -> Iterator[tuple[Subject, Coverage]]:
-        """Load the models as they are needed. In the short form each plan is tried in one format, the formats in turn,
+        """Load each model when it is needed. In the short form each plan is tried in one format, the formats in turn,
         and the model in the served format.
 
         On a card, all models use FP8, the format that the GPU kernels support.

@@ -42,7 +42,7 @@ class ServedAnswer:
     logprobs: tuple[TokenLogprob, ...]
 
     def unlike(self, other: ServedAnswer) -> str:
-        """Where another answer differs from this one; empty if it does not."""
+        """Where another answer differs from this one; empty if the answers are equal."""
         for number, pair in enumerate(zip(self.tokens, other.tokens, strict=False)):
             if pair[0] != pair[1]:
                 return f"output token {number} is {pair[1]}, not {pair[0]}"

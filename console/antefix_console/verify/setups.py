@@ -1,8 +1,8 @@
 """Other set-ups of this machine: processes with other numbers of threads and other code paths of the math library.
 
-What one set-up stores, another may hit if both have the same arithmetic name. So equal names require equal bits. Each
-process runs the same prompts of the same models cold, and reports its arithmetic's name and the results. Set-ups with
-different bits are no fault as long as their names differ.
+If two set-ups have the same name of arithmetic, one may hit what the other has stored. So set-ups with equal names must
+compute equal bits. Each process runs the same prompts of the same models cold, and reports its arithmetic's name and
+the results. Set-ups with different bits are no fault as long as the names of their arithmetic differ.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _compare(subject: Subject, ours: SetupSaid, theirs: SetupSaid, label: str, c
 
 
 async def _ask(setup: ProcessSetup) -> list[list[SetupSaid]]:
-    """Start a process with that set-up. Returns its results for each number of threads and each model.
+    """Start a process with a certain set-up. Returns its results for each number of threads and each model.
 
     Raises:  AntefixError: the process failed.
     """
@@ -112,7 +112,7 @@ async def _ask(setup: ProcessSetup) -> list[list[SetupSaid]]:
     out, err = await process.communicate()
     if process.returncode:
         last = err.decode(errors="replace").strip().rpartition("\n")[2]
-        raise AntefixError(f"the process with {setup.label(setup.threads[0])} failed: {last}")
+        raise AntefixError(f"the verification process with {setup.label(setup.threads[0])} failed: {last}")
     return [[SetupSaid(**model) for model in models] for models in json.loads(out)]
 
 

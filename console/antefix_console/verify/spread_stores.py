@@ -1,4 +1,5 @@
-"""Several stores and an object store as one store. Each has some of the records, so every restore reads from all.
+"""Several stores and an object store as one store. Each of these stores has some of the records, so every restore reads
+from all of them.
 
 Reads work as in workers (`antefix.store.many_stores`). Writes differ: a record's hash decides where it goes, and a
 record for the object store is there when the put returns, not some seconds later.
@@ -32,7 +33,8 @@ class SpreadStores(ManyStores):
     """num_blocks_read: blocks read from each tier, by the tier's label."""
 
     def __init__(self, members: Sequence[Member], object_store: str = "") -> None:
-        """object_store: a URL. Only a folder below it is used, and deleted at the end. Empty: no object store.
+        """object_store: a URL. Only a folder below this URL is used, and it is deleted at the end. Empty: no object
+        store.
 
         Raises:  ConfigError: the URL cannot be used.
         """

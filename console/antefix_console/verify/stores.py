@@ -39,7 +39,7 @@ class EmptyStore:
         return PutResult(num_stored=len(records), num_existing=0)
 
     async def reject(self, kind: RecordKind, hashes: Sequence[bytes]) -> None:
-        """Does nothing. No check should reject a record; if one does, this shows as a miss."""
+        """Does nothing. No check should reject a record; if a check does, this shows as a miss."""
 
     async def register(self, fingerprint: bytes, layout: PayloadLayout, *, statement: bytes = b"") -> None:
         pass
@@ -102,7 +102,7 @@ class MemoryStore(EmptyStore):
 class PrefixView(EmptyStore):
     """A store that shows only the first `num_blocks` blocks of a chain, as after eviction, which starts from the end.
 
-    Notes which blocks were put, by the number of tokens up to their end.
+    Records which blocks were put, by the number of tokens up to their end.
     """
 
     def __init__(self, store: Store, num_blocks: int) -> None:
@@ -125,7 +125,7 @@ class PrefixView(EmptyStore):
         return await self._store.get(kind, hash, fingerprint=fingerprint, tenant=tenant)
 
     async def put(self, records: Sequence[Record]) -> PutResult:
-        """Keeps nothing, so that the next case finds the same store as this one."""
+        """This store keeps nothing, so that the next case finds the same records as this one."""
         self.put_positions += [record.position for record in records if record.kind is RecordKind.BLOCK]
         return PutResult(num_stored=len(records), num_existing=0)
 

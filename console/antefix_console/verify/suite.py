@@ -2,14 +2,15 @@
 
 1. A conversation is prefilled and decoded under the strategy. Then the store holds what the strategy leaves, including
    blocks and checkpoints written by decode.
-2. Its next turn is run cold once. Then it is run as a hit at every block boundary, by every plan that the strategy
-   allows: the store shows a prefix that ends at the boundary, as if the rest had been evicted.
-3. Prompts that differ from the conversation from a random token on are run cold and as hits; under `auto`, the second
+2. The conversation's next turn is run cold once. After that it is run as a hit at every block boundary, by every plan
+that the strategy allows: the store shows only a prefix that ends at the boundary, as if the rest had been evicted. 3.
+Prompts that differ from the conversation from a random token on are run cold and as hits; under `auto`, the second
    such prompt resumes from the fork's checkpoint.
 4. Once per model: handoffs at random positions, adopted by another worker that runs one more token.
 5. Once per model: prompts cut at any row and run among others (cuts), through one small pool (worker_checks), as whole
    requests to a decode worker (served); other names and foreign handoffs; ties; reproducible mode; known answers.
-6. On a card: a prompt on the card and on the CPU. Over several ranks: a prompt over the ranks and on one rank.
+6. On a card: the results of a prompt on the card and on the CPU are compared. Over several ranks: the results of a
+prompt over the ranks and on one rank are compared.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ LARGE_BLOCK = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """The subject of verification: a device, and the worker settings `kernels` and so on."""
+    """The subject of verification: a device, and worker settings such as `kernels`."""
 
     device: str = "cpu"
     kernels: str = "auto"
@@ -95,7 +96,7 @@ CPU = Backend()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Coverage:
-    """How much is verified of one model. Counts are of blocks, tokens or prompts.
+    """How much is verified of one model. Counts are numbers of blocks, tokens or prompts.
 
     bounded_windows: the values of k for bounded replay.
     every_pair: try every boundary by every plan under every strategy. Otherwise repetitions are left out: replays do
@@ -132,7 +133,7 @@ PARTS: Final = (
 
 
 class Suite:
-    """Verifies one model against a store. `progress` is called with what is being done."""
+    """Verifies one model against a store. `progress` is called with a text that says what is being done."""
 
     def __init__(
         self,
@@ -214,7 +215,8 @@ class Suite:
 
     def _ranks(self, alone: Subject) -> None:
         """Run the same prompt over ranks and on one rank. On a CPU, where the names are the same, bits must be
-        equal."""
+        equal.
+        """
         tokens = self._tokens(2 * self._subject.block_size + 3)
         cuts = (1, self._subject.block_size + 1, len(tokens) - 1)
         one = replace(self._workers, subject=alone)
@@ -226,8 +228,9 @@ class Suite:
 
     @property
     def _can_simulate_shapes(self) -> bool:
-        """Not with FP8, whose rounding would hide what the simulated machine adds, and not over ranks, which cannot
-        simulate."""
+        """This check is not made with FP8, whose rounding would hide what the simulated machine adds, and not over
+        ranks, which cannot simulate.
+        """
         if self._subject.model.lead is not None:
             return False
         if self._subject.model.device.type != "cpu" or self._subject.kv_format is not KVFormat.FLOAT32:
@@ -274,7 +277,7 @@ class Suite:
                 await self._fork(strategy, history)
 
     async def _run_cold(self, turn: Tokens) -> RunOutcome:
-        """Run without a store. Strategies do not affect this, so the last result is kept."""
+        """Run without a store. Strategies do not affect this result, so the last result is kept."""
         if self._cold is None or self._cold[0] != turn.tobytes():
             self._cold = turn.tobytes(), await run_cold(self._workers, turn)
         return self._cold[1]
@@ -378,7 +381,7 @@ class Suite:
 
 
 def _problem(kind: PlanKind, restored: RestoredRun, view: PrefixView, *, stored_tokens: int, errors: str) -> str:
-    """Other failures than the comparison: another plan than requested, or existing global KV written again."""
+    """Failures other than unequal bits: another plan than requested, or existing global KV written again."""
     if not restored.plan.startswith(kind.value):
         return f"asked for {kind.value}, got {restored.plan} {errors}"
     if kind in (PlanKind.REPLAY, PlanKind.BOUNDED) and restored.hit_tokens != stored_tokens:

@@ -13,8 +13,9 @@ from antefix_console.verify.verdict import Cases
 
 
 def check_ties(workers: WorkerPair, tokens: Tokens, cases: Cases) -> None:
-    """Check that among entries of equal score the lowest indices are selected, whatever else is scored. Queries of
-    zeros make all entries tie."""
+    """Check that among entries of equal score the lowest indices are selected, whatever else is scored. If all queries
+    are zeros, all entries have equal scores.
+    """
     model, layout = workers.subject.model, workers.subject.model.layout
     part = next((part for part in layout.parts if part.kind is PartKind.INDEXER_KEYS), None)
     if part is None:

@@ -105,7 +105,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Report:
-    """All cases. `ok` decides the command's exit code."""
+    """All cases. The field `ok` decides the command's exit code."""
 
     total: Tally = field(default_factory=Tally)
     by_strategy: dict[str, Tally] = field(default_factory=dict)

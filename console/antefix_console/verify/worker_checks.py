@@ -1,6 +1,6 @@
 """Checks that a worker does not mix up pool rows, names or handoffs.
 
-Each check adds its cases to a report, and none depends on another one.
+Each check adds its cases to a report, and no check depends on another one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from antefix_prefill.run_prompt import run_prompt
 
 async def check_reused_rows(workers: WorkerPair, prompts: Many[Tokens], cases: Cases, *, bound: float) -> None:
     """Run prompts in turn through one worker whose pool has room for little more than one prompt. Rows are reused,
-    blocks are evicted, and prompts that come again are restored from the store or from memory."""
+    blocks are evicted, and prompts that come again are restored from the store or from memory.
+    """
     size = workers.subject.block_size
     num_blocks = max(-(-len(tokens) // size) for tokens in prompts) + 1
     cold = [await run_cold(workers, tokens) for tokens in prompts]
@@ -48,7 +49,7 @@ async def check_reused_rows(workers: WorkerPair, prompts: Many[Tokens], cases: C
 
 
 async def check_names(workers: WorkerPair, store: Store, tokens: Tokens, strategies: Many[str], cases: Cases) -> None:
-    """Check that what is stored under one name is found under no other fingerprint and for no other tenant.
+    """Check that a record that is stored under one name is found under no other fingerprint and for no other tenant.
 
     With several stores and an object tier, only what they deliver counts: their answers to lookups are hints, and an
     object tier's index has hashes only, which include the fingerprint.
@@ -85,7 +86,8 @@ async def check_names(workers: WorkerPair, store: Store, tokens: Tokens, strateg
 
 def check_fingerprints(workers: WorkerPair, cases: Cases) -> None:
     """Check that everything that changes bits changes the fingerprint: weights, geometry, format, tokenizer, exactness,
-    arithmetic, number of cards, namespace."""
+    arithmetic, number of cards, namespace.
+    """
     subject = workers.subject
     identity, own = subject.identity, subject.kv_format
     plain = identity.fingerprint(own).digest

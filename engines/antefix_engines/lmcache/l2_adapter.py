@@ -1,9 +1,9 @@
 """The class that LMCache's plug-in adapter loads: its L2 interface over Antefix's store.
 
 LMCache names an object by a hash of its tokens, model, rank, object group and cache_salt. LMCache tells neither which
-object precedes another nor how an object is laid out. So each object is stored as one record, as it is. The record's
-name also includes the revision of the weights, which LMCache's name lacks. Calls return at once; a few threads do the
-work, and an event fd signals when it is done.
+object precedes another nor how an object is laid out. So each object of LMCache is stored as one record, without a
+change. The record's name also includes the revision of the weights, which LMCache's name lacks. LMCache's calls return
+at once; a few threads do the work, and an event fd signals when it is done.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             return self._done["load"].pop(task_id, None)
 
     def delete(self, keys: list[Any]) -> None:
-        """Done in the calling thread: LMCache deletes to make room, and retries if there is none."""
+        """Done in the calling thread: LMCache deletes objects to make room, and retries if there is none."""
         self._kv.evict(self._names(keys))
 
     def report_status(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
             answer = work()
         except Exception:
             # Without an answer LMCache would wait for ever.
-            log.exception("a task of LMCache (%s) failed", kind)
+            log.exception("a task of LMCache of the kind %s failed", kind)
             answer = otherwise
         with self._lock:
             self._done[kind][task] = answer
@@ -191,7 +191,8 @@ class AntefixL2Adapter(L2AdapterInterface):  # type: ignore[misc]
 
 def _name_of(key: Any) -> bytes:
     """A name from all fields of an ObjectKey, including fields that a later LMCache adds, so that distinct keys stay
-    distinct."""
+    distinct.
+    """
     values = {field.name: getattr(key, field.name) for field in dataclasses.fields(key)}
     fields = {name: value.hex() if isinstance(value, bytes) else value for name, value in values.items()}
     return json.dumps(fields, sort_keys=True).encode()

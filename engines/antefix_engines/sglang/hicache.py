@@ -63,7 +63,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         self._pages[str(host_pool_name)] = PoolPages(host_pool)
 
     def batch_exists(self, keys: list[str], extra_info: HiCacheStorageExtraInfo | None = None) -> int:
-        """How many leading keys are stored."""
+        """How many of the first keys are stored."""
         return self._of(ANCHOR).lookup(keys).num_blocks
 
     def batch_exists_v2(
@@ -72,7 +72,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         pool_transfers: list[PoolTransfer] | None = None,
         extra_info: HiCacheStorageExtraInfo | None = None,
     ) -> PoolTransferResult:
-        """The boundaries at which every pool can be restored."""
+        """The page boundaries at which every pool can be restored."""
         num_stored = self._of(ANCHOR).lookup(keys).num_blocks
         hits = {ANCHOR: num_stored} if num_stored else {}
         ends = set(range(1, num_stored + 1))
@@ -124,9 +124,9 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         return done
 
     def get(self, key: str, target_location: Any = None, target_sizes: Any = None) -> Any:
-        """Read one page of the anchor pool into a tensor; None where it is not stored."""
+        """Read one page of the anchor pool into a tensor; None if the page is not stored."""
         if target_location is None:
-            raise InvalidRequest("get needs target_location, a tensor of a page's size")
+            raise InvalidRequest("a get needs target_location, a tensor with the size of a page")
         page = _page_of(target_location)
         return target_location if self._of(_BY_KEY, page.nbytes).get([key], [page])[0] else None
 
@@ -158,8 +158,12 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         return any(records.lookup([key]).num_blocks for records in by_key)
 
     def clear(self) -> None:
-        """Does nothing: other processes share the store, which has its own budget and lifetimes (docs/ENGINES.md)."""
-        log.warning("SGLang asked to clear its storage; Antefix's store is shared, so nothing is deleted")
+        """Clearing does nothing, because other processes share the store, which has a size limit and lifetimes of its
+        own (docs/ENGINES.md).
+        """
+        log.warning(
+            "SGLang asked to clear its storage; nothing is deleted, because Antefix's store is shared with others"
+        )
 
     def get_stats(self) -> None:
         """None: SGLang makes its own gauges of transfers, and our metrics are `antefix_engine_*`."""
@@ -171,7 +175,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         self.store.close()
 
     def _reachable(self, transfer: PoolTransfer, keys: Sequence[str]) -> frozenset[int]:
-        """The prefix lengths that this pool can restore."""
+        """The prefix lengths, in pages, that this pool can restore."""
         is_trailing = self._is_trailing(transfer)
         found = self._of(str(transfer.name), is_trailing=is_trailing).lookup(keys)
         if not is_trailing:
@@ -191,7 +195,7 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         try:
             pages = self._pool(pool).at(host_indices, len(keys))
         except InvalidRequest as err:
-            log.error("pages of %s cannot be read: %s", pool, err)  # noqa: TRY400 (SGLang's mistake, not a fault here)
+            log.error("pages of KV of %s cannot be read: %s", pool, err)  # noqa: TRY400 (SGLang's mistake, not a fault here)
             return [False] * len(keys)
         return self._of(pool, is_trailing=is_trailing).get(keys, pages)
 
@@ -208,13 +212,15 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         if prefix is None:
             if not self._told_of_orphans:
                 self._told_of_orphans = True
-                log.error("nothing can be stored: set hicache_storage_pass_prefix_keys to true in the extra config")
+                log.error(
+                    "no KV can be stored: set hicache_storage_pass_prefix_keys to true in the extra config of SGLang"
+                )
             self.store.count(refused_records=len(keys))
             return [False] * len(keys)
         try:
             pages = self._pool(pool).at(host_indices, len(keys))
         except InvalidRequest as err:
-            log.error("pages of %s cannot be stored: %s", pool, err)  # noqa: TRY400
+            log.error("pages of KV of %s cannot be stored: %s", pool, err)  # noqa: TRY400
             return [False] * len(keys)
         return self._of(pool, is_trailing=is_trailing).put(keys, pages, prefix)
 
@@ -225,7 +231,9 @@ class AntefixHiCache(HiCacheStorage):  # type: ignore[misc]
         return self._pages[pool]
 
     def _of(self, pool: str, page_bytes: int | None = None, *, is_trailing: bool = False) -> PoolRecords:
-        """A pool's records.  page_bytes: page size, for pages that come by a single key, whose pool is not known."""
+        """The records of a pool. page_bytes: the size of a page, for pages that come by a single key, whose pool is not
+        known.
+        """
         name = pool if page_bytes is None else f"{pool}-{page_bytes}"
         with self._lock:
             records = self._records.get((name, is_trailing))

@@ -17,7 +17,7 @@ from antefix.errors import InvalidRequest
 
 @dataclass(frozen=True, slots=True)
 class PageMemory:
-    """One page: its runs of memory, in the order of its bytes. Valid while SGLang holds the page."""
+    """One page: its runs of memory, in the order of its bytes. The page is valid only as long as SGLang holds it."""
 
     runs: tuple[memoryview, ...]
 
@@ -36,7 +36,7 @@ class PageMemory:
             offset += run.nbytes
 
     def landing(self) -> memoryview:
-        """A buffer into which a store may write the page; call `settle` afterwards."""
+        """A buffer into which a store may write the page; `settle` must be called afterwards."""
         return self.runs[0] if len(self.runs) == 1 else memoryview(bytearray(self.nbytes))
 
     def settle(self, landed: memoryview) -> None:
@@ -79,7 +79,9 @@ class PoolPages:
             return [PageMemory(()) for _ in range(num_pages)]
         if host_indices is None or host_indices.numel() != num_pages * self.page_size:
             given = 0 if host_indices is None else host_indices.numel()
-            raise InvalidRequest(f"{num_pages} pages of {self.page_size} tokens need as many indices, got {given}")
+            raise InvalidRequest(
+                f"{num_pages} pages of {self.page_size} tokens need one index per token, got {given} indices"
+            )
         if not num_pages:
             return []
         pointers, sizes = self._pool.get_page_buffer_meta(host_indices)

@@ -7,8 +7,8 @@ SGLang keeps pools apart and writes them at different times, so each is a separa
                       stored: one lookup says at which of all boundaries it can be restored
 
 A page's name is made from SGLang's own key, a SHA-256 chain over tokens that begins with cache_salt and LoRA. The key
-before it must be known: a store keeps a block only if it has the block before it, so that a lookup is one search and
-not one search per page.
+of the page before must be known: a store keeps a block only if it has the block before it, so that a lookup is one
+search and not one search per page.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _EMPTY = bytes(1)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolName:
     """What the names of a pool's pages include, besides the layout. shard: empty where all ranks have the same
-    pages."""
+    pages.
+    """
 
     pool: str
     is_trailing: bool
@@ -86,11 +87,11 @@ class PoolRecords:
         self.kv: KvOfModel = store.kv(name.fingerprint(layout), layout)
 
     def lookup(self, keys: Sequence[str]) -> LookupResult:
-        """How many leading keys are stored, and after which of them there is a trailing page."""
+        """How many of the first keys are stored, and after which of them there is a trailing page."""
         return self.kv.lookup(self._hashes(keys))
 
     def get(self, keys: Sequence[str], pages: Sequence[PageMemory]) -> list[bool]:
-        """Fill pages. Returns which of them are right; the content of the others is undefined."""
+        """Fill pages. Returns which pages passed all checks; the content of the others is undefined."""
         if self.name.is_trailing:
             return [self._get_trailing(name, page) for name, page in zip(self._hashes(keys), pages, strict=True)]
         landed = [page.landing() if page.runs else memoryview(bytearray(_EMPTY)) for page in pages]
@@ -107,7 +108,7 @@ class PoolRecords:
         return True
 
     def put(self, keys: Sequence[str], pages: Sequence[PageMemory], prefix: Sequence[str]) -> list[bool]:
-        """Store pages that directly follow `prefix`. Returns which of them the store has now."""
+        """Store pages that directly follow `prefix`. Returns which of the pages the store has now."""
         hashes = self._hashes([*prefix, *keys])
         first = len(prefix)
         if self.name.is_trailing:

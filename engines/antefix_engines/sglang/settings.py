@@ -42,15 +42,19 @@ class HiCacheSettings:
         own = {field.name for field in dataclasses.fields(cls)} - {"store"}
         rest = {name: value for name, value in values.items() if name not in own | _OF_SGLANG}
         if not values.get("interface_v1"):
-            raise ConfigError("extra config: interface_v1 must be 1, so that SGLang says which pages come before")
+            raise ConfigError(
+                "extra config: interface_v1 must be 1, so that SGLang tells which pages come before a page"
+            )
         if not values.get("weights_revision"):
             raise ConfigError(
-                "extra config: weights_revision is missing; give the checkpoint's revision, such as its commit, or"
-                f" {FROM_FILES!r} to hash the files of the model's folder"
+                "extra config: weights_revision is missing; give the checkpoint's revision, such as its "
+                f"commit, or {FROM_FILES!r} to hash the files in the model's directory"
             )
         store = StoreSettings.from_mapping(rest)
         if not store.is_served and _num_processes(storage_config) > 1:
-            raise ConfigError("several ranks cannot open one store: run a kvstore service and give its address")
+            raise ConfigError(
+                "several ranks cannot open one store in their own processes: run a kvstore service and give its address"
+            )
         mine = {name: str(values[name]) for name in own if name in values}
         if mine["weights_revision"] == FROM_FILES:
             mine["weights_revision"] = _hashed(storage_config.model_name)
@@ -68,7 +72,7 @@ def shard_of(storage_config: Any, pool: str) -> str:
 
 
 def arithmetic() -> str:
-    """A name for the hardware and software that compute the KV, as far as they are known here."""
+    """A name for the hardware and software that compute the KV, as far as SGLang's configuration tells them."""
     try:
         return f"sglang-{importlib.metadata.version('sglang')}"
     except importlib.metadata.PackageNotFoundError:

@@ -1,8 +1,8 @@
 """Prefix caching for one transformers model: restore, prefill in whole blocks, save.
 
 A block is also the chunk of prefill. The last bits of KV depend on how a prompt is cut. So prompts are computed here in
-chunks that end at multiples of `block_size`, and a hit at any of these equals a cold run with the same chunks to the
-bit.
+chunks that end at multiples of `block_size`, and a hit at any of these ends equals a cold run with the same chunks to
+the bit.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class SaveReport:
 
 @dataclass(frozen=True, slots=True)
 class _Served:
-    """A model in its present state: what its cache holds, and its records."""
+    """A model in its present state: what its KV cache holds, and its records in the store."""
 
     payloads: CachePayloads
     kv: KvOfModel
 
 
 class AntefixCache:
-    """Blocks of one model in a store. Thread-safe; takes one sequence at a time, never a batch.
+    """Blocks of one model in a store. The object is thread-safe; it takes one sequence at a time, never a batch.
 
     No call fails because of the store: blocks that it cannot deliver are computed.
     """
@@ -105,12 +105,12 @@ class AntefixCache:
 
     @property
     def layout(self) -> EngineLayout:
-        """What a block and a checkpoint of this model hold."""
+        """The parts that a block and a checkpoint of this model hold."""
         return self.payloads.layout
 
     @property
     def payloads(self) -> CachePayloads:
-        """Converts this model's cache to bytes; for comparisons."""
+        """Converts the cache of this model to bytes; for comparisons."""
         return self._of(self._model).payloads
 
     @property
@@ -130,7 +130,7 @@ class AntefixCache:
         self.close()
 
     def empty_cache(self) -> WatchedCache:
-        """An empty cache. A cold run may begin with it, and `save` accepts it."""
+        """An empty cache. A cold run may begin with this empty cache, and `save` accepts it."""
         return WatchedCache(config=self._model.config, block_size=self.block_size)
 
     def restore(self, ids: Tensor | Sequence[int]) -> WatchedCache:
@@ -158,7 +158,10 @@ class AntefixCache:
         Raises:  InvalidRequest: a model with other weights than this cache is for, or in training mode.
         """
         if model is not self._model and self._names(model) != self._names(self._model):
-            raise InvalidRequest("this model has other weights or settings: make an AntefixCache for it")
+            raise InvalidRequest(
+                "this model has other weights or settings than the model that this AntefixCache was made for: make "
+                "a new AntefixCache"
+            )
         _check_mode(model)
         tokens = self._tokens(ids)
         cache = self.restore(tokens)
@@ -194,7 +197,7 @@ class AntefixCache:
         served = self._of(self._model)
         chain = served.kv.chain(tokens)
         if cache.block_size != self.block_size or cache.hashes != chain.hashes[: len(cache.hashes)]:
-            raise InvalidRequest("the cache was made for other tokens, another block size or another model")
+            raise InvalidRequest("the cache was made for other tokens, for another block size or for another model")
         num_tokens = cache.get_seq_length()
         num_blocks = min(cache.num_exact_tokens // self.block_size, len(chain))
         found = served.kv.lookup(chain.hashes[:num_blocks])
@@ -256,13 +259,13 @@ class AntefixCache:
     def _probe(self, model: Any) -> tuple[CachePayloads, str]:
         """Find out what the model's cache keeps, and which bits it computes, by running one block.
 
-        Running a block is the only way that works for every model. On a card bits may differ from run to run, so there
-        they are not part of names.
+        For some models, running a block is the only way to find this out. On a card, bits may differ from run to run,
+        so on a card bits are not part of names.
         """
         _check_mode(model)
         if getattr(model.config, "is_encoder_decoder", False):
             raise InvalidRequest(
-                "a model with an encoder is not served: its decoder's KV depends on more than its tokens"
+                "a model with an encoder cannot be cached: its decoder's KV depends on more than the decoder's tokens"
             )
         device = model_identity.device_of(model)
         cache = WatchedCache(config=model.config, block_size=self.block_size)
@@ -280,18 +283,22 @@ class AntefixCache:
         if tensor.ndim == 2 and tensor.shape[0] == 1:
             tensor = tensor[0]
         if tensor.ndim != 1 or tensor.is_floating_point():
-            raise InvalidRequest(f"one sequence of token ids at a time is cached, not a tensor {tuple(tensor.shape)}")
+            raise InvalidRequest(
+                f"only one sequence of token ids at a time can be cached, not a tensor of shape {tuple(tensor.shape)}"
+            )
         tokens = [int(token) for token in tensor.tolist()]
         special = {getattr(self._model.config, name, None) for name in _NOT_TEXT}
         if found := special.intersection(tokens):
             raise InvalidRequest(
-                f"token {found.pop()} stands for an image or sound: its KV depends on more than its id"
+                f"token {found.pop()} stands for an image or a sound: its KV depends on more than the token's id"
             )
         return tokens
 
 
 def _compute(model: Any, row: Tensor, cache: WatchedCache) -> None:
-    """One pass. Logits only for the last token: for all tokens they would cost more than a small model itself."""
+    """One pass. Logits are computed only for the last token, because logits for all tokens would cost more than a small
+    model itself.
+    """
     less = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     with torch.no_grad():
         model(input_ids=row, past_key_values=cache, use_cache=True, **less)

@@ -45,7 +45,8 @@ class Slot:
 
 
 class LayerRows(ABC):
-    """Reads and fills one layer of a cache with one sequence. `block` and `checkpoint` always list the same slots.
+    """Reads and fills one layer of a KV cache that has one sequence. `block` and `checkpoint` always list the same
+    slots.
 
     num_checkpoints: how many consecutive checkpoints hold what this layer needs at a boundary.
     """
@@ -60,13 +61,15 @@ class LayerRows(ABC):
 
     def take_checkpoint(self, layer: Any, index: int, num_tokens: int) -> list[Tensor] | None:
         """The rows of the checkpoint at the end of block `index`; None if the layer, at `num_tokens`, no longer has all
-        of them."""
+        of them.
+        """
         return []
 
     @abstractmethod
     def fill(self, layer: Any, blocks: Sequence[Tensor], checkpoints: Sequence[Tensor], num_tokens: int) -> None:
         """Fill an empty layer as if it had seen `num_tokens`, from the rows of all blocks and of the last
-        checkpoints."""
+        checkpoints.
+        """
 
 
 class FullRows(LayerRows):
@@ -92,7 +95,7 @@ class IndexedRows(FullRows):
     def __init__(self, layer: Any, block_size: int) -> None:
         super().__init__(layer, block_size)
         if layer.indexer_position_ids is not None:
-            raise InvalidRequest("indexer keys with positions of their own are not kept by AntefixCache")
+            raise InvalidRequest("AntefixCache cannot keep indexer keys that have positions of their own")
         self._has_keys = layer.indexer_keys is not None
         if self._has_keys:
             shape = tuple(layer.indexer_keys.shape[2:])
@@ -252,7 +255,7 @@ def rows_of(cache: cache_utils.DynamicCache, block_size: int, *, is_v4: bool = F
         if name not in _KINDS:
             raise InvalidRequest(f"layer {index} keeps a {name}: AntefixCache keeps {', '.join(_KINDS)}")
         if name != "DummyLayer" and not layer.is_initialized:
-            raise InvalidRequest(f"layer {index} ({name}) was not used by the model")
+            raise InvalidRequest(f"the model did not use layer {index} ({name})")
         if is_v4 and name == "DynamicSlidingWindowLayer":
             name = "V4 window"
         found.append(_KINDS[name](layer, block_size))
@@ -260,7 +263,7 @@ def rows_of(cache: cache_utils.DynamicCache, block_size: int, *, is_v4: bool = F
 
 
 def _kv_slot(group: str, tensor: Tensor, num_rows: int) -> Slot:
-    """Of keys or values [1, heads, tokens, head_dim]: a row is a token's, head by head."""
+    """Keys or values [1, heads, tokens, head_dim] as rows: a row has one token, head by head."""
     shape = tensor.shape[1], tensor.shape[3]
     return Slot(group=group, num_rows=num_rows, shape=shape, dtype=tensor.dtype, device=tensor.device)
 

@@ -1,8 +1,8 @@
 """`antefix verify --engine transformers`: compares cold runs with restored ones bit by bit, and plants faults.
 
 A cold run computes the same chunks without a store. After a restore, the next block is computed, and its logits and
-stored bytes are compared. Each group of KV affects one of them. A planted fault reads one group as zeros, and the
-comparison must detect it.
+stored bytes are compared. Each group of KV affects the next block's logits or its stored bytes. A planted fault reads
+one group as zeros, and the comparison must detect it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ColdRun:
 
 
 def findings(request: CheckRequest) -> Iterator[Finding]:
-    """All checks of the small models in float32 and bfloat16, or of the model that was given."""
+    """All checks of the small models in float32 and bfloat16, or only those of the model that was given."""
     for number, (name, model, block_size) in enumerate(_subjects(request)):
         settings = StoreSettings(directory=str(request.scratch / f"{number}"), budget_bytes="1G")
         checks = ModelChecks(name, model, settings, block_size=block_size, seed=request.seed)
@@ -94,7 +94,7 @@ class ModelChecks:
             yield self._damaged(cache, cold)
 
     def cold_run(self, cache: AntefixCache, prompt: Sequence[int]) -> ColdRun:
-        """Every whole block of a prompt, without a store."""
+        """Every whole block of a prompt, computed without a store."""
         run, past = ColdRun(), transformers.DynamicCache(config=self.model.config)
         for index in range(len(prompt) // self.block_size):
             self._pass(cache, past, prompt, index, run)
@@ -115,7 +115,9 @@ class ModelChecks:
         into.checkpoints.append(bytes(cache.payloads.checkpoint(past, index, end) or b""))
 
     def _difference(self, cache: AntefixCache, past: Any, cold: ColdRun, index: int, prompt: Sequence[int]) -> str:
-        """Where computing block `index` after the cache `past` differs from the cold run; empty if nowhere."""
+        """Where computing block `index` after the cache `past` differs from the cold run; empty if it differs
+        nowhere.
+        """
         run = ColdRun()
         self._pass(cache, past, prompt, index, run)
         if not torch.equal(run.logits[0], cold.logits[index]):

@@ -1,7 +1,8 @@
 """Encodes rows of KV as bytes: exactly, to the last bit, or as FP8 with a scale per group, which is approximate.
 
 FP8 row: the numbers as E4M3, one byte each, in groups of 64; then one byte per group, the exponent of its power-of-two
-scale plus 127 (UE8M0). The largest number of a group lands between 224 and 448: about two digits are kept.
+scale plus 127 (UE8M0). The largest number of a group is scaled to lie between 224 and 448, which keeps about two
+digits.
 """
 
 from __future__ import annotations
@@ -83,6 +84,6 @@ ENCODINGS: Final[dict[str, KvEncoding]] = {"exact": Exact(), "fp8": Fp8()}
 
 
 def _groups(rows: Tensor) -> Tensor:
-    """[rows, groups, 64], the last group filled up with zeros."""
+    """[rows, groups, 64]; the last group is filled up with zeros."""
     padding = -rows.shape[1] % GROUP
     return torch.nn.functional.pad(rows, (0, padding)).reshape(rows.shape[0], -1, GROUP)

@@ -1,8 +1,8 @@
 """Everything besides tokens that a transformers model's KV depends on: weights, config, adapters, hardware and
 software.
 
-Weights are hashed once per model, and again only when a tensor was replaced or written to. PyTorch counts writes,
-except those through `.data`, which the caller must report (`forget`). Four threads hash about 1 GB/s each.
+Weights are hashed once per model, and again only when a tensor was replaced or written to. PyTorch counts writes to
+tensors, except those through `.data`, which the caller must report (`forget`). Four threads hash about 1 GB/s each.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def arithmetic_of(model: Any) -> str:
-    """Everything known to change last bits: versions, device, dtype, kernels, threads, settings."""
+    """All facts that are known to change last bits: versions, device, dtype, kernels, threads, settings."""
     device = device_of(model)
     where = f"{torch.backends.cpu.get_cpu_capability()}-t{torch.get_num_threads()}"
     if device.type == "cuda":
@@ -101,7 +101,9 @@ def _tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
     tensors = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in tensors:
         if tensor.is_meta:
-            raise InvalidRequest(f"{name} is not in memory, so it cannot be hashed: give weights_revision")
+            raise InvalidRequest(
+                f"parameter {name} is not in memory, so its values cannot be hashed: give weights_revision"
+            )
     return sorted(tensors, key=lambda each: each[0])
 
 

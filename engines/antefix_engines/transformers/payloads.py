@@ -61,7 +61,8 @@ class CachePayloads:
 
     def fill(self, cache: WatchedCache, blocks: bytearray, checkpoints: bytearray, num_blocks: int) -> None:
         """Fill an empty cache as if it had seen these blocks, from their payloads and the last checkpoints, in
-        order."""
+        order.
+        """
         num_states = self.layout.num_checkpoints_at(num_blocks)
         block_rows = iter(self._decoded(blocks, num_blocks, self._block_slots, self.layout.block))
         state_rows = iter(self._decoded(checkpoints, num_states, self._state_slots, self.layout.checkpoint))
@@ -72,7 +73,8 @@ class CachePayloads:
 
     def bits_of(self, cache: WatchedCache) -> str:
         """A digest of the first block in a cache. The digest's last bits depend on the hardware and software that
-        computed it."""
+        computed it.
+        """
         state = hashlib.blake2b(self.block(cache, 0), digest_size=5)
         state.update(self.checkpoint(cache, 0, self.layout.block_size) or b"")
         return state.hexdigest()

@@ -148,7 +148,7 @@ def write_v4(directory: Path, *, num_experts: int = 8, seed: int = 0) -> Path:
 
 
 def small_model(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """One of SMALL. The process's random generator keeps its state."""
+    """One of SMALL. The random generator of the process keeps its state."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = SMALL[name]()

@@ -1,4 +1,4 @@
-"""Reading and writing one prompt's blocks and checkpoints. Knows bytes and names, never tensors.
+"""Reading and writing one prompt's blocks and checkpoints. This module knows bytes and names, never tensors.
 
 If a read delivers less than the lookup promised (damage, or eviction in between), the longest prefix that can still be
 restored is used.

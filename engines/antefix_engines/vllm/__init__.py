@@ -1,7 +1,8 @@
 """Antefix as a disk tier of vLLM: `AntefixTier`, which vLLM loads by its configuration (docs/ENGINES.md).
 
 vLLM copies finished blocks of its KV cache into *rows* of host memory, one row per block of one cache group. vLLM asks
-its tiers to store rows by key, and to load them again. The modules, those without vLLM imports first:
+its tiers to store rows by key, and to load them again. The modules of this package; those that do not import vLLM come
+first:
 
     shape       what vLLM tells a tier about the cache: groups, rows, ranks.
     v4_pages    the position of each part of a V4 row; recognizes whether a row is V4's.

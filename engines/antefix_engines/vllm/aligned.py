@@ -2,9 +2,9 @@
 
 vLLM's offloading scheduler shortens a hit that covers the whole prompt by one token, so that one token is computed. For
 a prompt of exactly 1,024 tokens it would load 1,023 tokens, and compute the last one from the state of unfinished
-groups. Compact windows lack that state (most of V4-Flash's 15 MB). Restored rows also stay in vLLM's host memory, which
-then answers without asking a tier. So the rule is applied before vLLM's manager: such a prompt hits up to the block
-before, and rows that are in no block's tail are never hit.
+groups. Compact windows lack that state (most of V4-Flash's 15 MB). Rows that were restored also stay in vLLM's host
+memory, which then answers without asking a tier. So the rule is applied before vLLM's manager: such a prompt hits up to
+the block before, and rows that are in no block's tail are never hit.
 """
 
 from __future__ import annotations

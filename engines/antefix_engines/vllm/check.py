@@ -4,8 +4,8 @@ One process computes prompts cold, stores them, and runs them again to hit vLLM'
 process restores them: the whole prompt, a fork inside it, five prompts at once, and for V4 a prompt that ends at the
 end of a block. Tokens and log probabilities must equal the cold run's in all digits of a float. If vLLM's own hits
 differ from its cold runs (MLA on a CPU, the uncached parts of several prompts in one batch), they must equal those of
-its own hit. Then bits in the store are flipped, which must give a miss, and one kind of KV is zeroed on restore, which
-must be detected.
+its own hit. After that, bits in the store are flipped, which must give a miss, and one kind of KV is zeroed on restore,
+which must be detected.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def prompts_of(draw: random.Random) -> dict[str, list[list[int]]]:
 
 
 def run_process(job: dict[str, Any]) -> Answers:
-    """Run a job in a process. Returns the answers, by the names of its runs.  Raises:  InternalError: it failed."""
+    """Run a job in a process. Returns the answers of all runs, by the runs' names. Raises: InternalError: it failed."""
     done = subprocess.run(
         [sys.executable, "-m", "antefix_engines.vllm.run_prompts"],
         input=json.dumps(job),
@@ -129,8 +129,8 @@ def run_step(name: str, prompts: list[list[int]], *, is_stored: bool, is_cold: b
 
 
 def own_steps(name: str, prompts: list[list[int]]) -> list[dict[str, Any]]:
-    """Runs that are cold, and from vLLM's own cache. Prompts to be stored come first; prompts that depend on them must
-    not be in vLLM's cache before.
+    """Runs that are computed cold, and runs that hit vLLM's own cache. Prompts that are to be stored come first;
+    prompts that depend on them must not be in vLLM's cache before.
     """
     is_stored = name in ("whole", STREAMS)
     cold = run_step(name, prompts, is_cold=True, is_stored=is_stored)
@@ -172,8 +172,9 @@ def _planted(model: CheckModel, fault: str, own: Answers, restored: dict[str, An
 
 
 def _missed(model: CheckModel, own: Answers, restored: dict[str, Any]) -> Finding:
-    """Nothing after the first block may be hit. The uncached tokens are computed, from token 0 or from the end of that
-    block."""
+    """No row after the first block may be hit. The uncached tokens are computed, from token 0 or from the end of that
+    block.
+    """
     answer = restored["answers"][0]
     is_hit = answer["num_cached"] > model.hit_tokens
     told = f"{answer['num_cached']} tokens were hit, of which the block up to {2 * model.hit_tokens} is damaged"
@@ -190,7 +191,9 @@ def _missed(model: CheckModel, own: Answers, restored: dict[str, Any]) -> Findin
 
 
 def _differs_from_both(own: Answers, name: str, number: int, answer: dict[str, Any]) -> str:
-    """Empty if an answer equals the cold one, or that of a hit in vLLM's own cache; else the difference."""
+    """The difference between an answer and the cold one, or that of a hit in vLLM's own cache; empty if it equals one
+    of the two.
+    """
     from_cold = difference(own[name]["answers"][number], answer)
     return from_cold and difference(own[f"{name}, own cache"]["answers"][number], answer) and from_cold
 

@@ -21,7 +21,7 @@ _STATES: Final = {Kind.CSA_STATE: Group.OVERLAP, Kind.KEYS_STATE: Group.INDEXER_
 def of_vllm(own: BlockLayout, pages: V4Pages, blocks: Sequence[bytes], checkpoint: bytes) -> StoredV4:
     """Read the entries from blocks in order and the compact window after the last one, as the tier stores them.
 
-    own: the geometry, with the FP8 format: entries are the same records.
+    own: the geometry, with the FP8 format, because the entries are the same records.
     """
     rows: dict[tuple[int, Group], list[Tensor]] = {}
     for payload in blocks:

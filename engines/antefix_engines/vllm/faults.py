@@ -1,5 +1,6 @@
 """Faults to plant in checks, so that a check that cannot fail is noticed: incomplete restored rows, and flipped
-bits."""
+bits.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def _zero_group(rows: WholeRows, row: Row, group: int) -> None:
 def flip_blocks(directory: Path, position: int) -> int:
     """Flip one bit in the middle of each block that ends at `position`. Returns how many there were.
 
-    directory: of the data; its store is in `store/`.
+    directory: the folder of the data; its store is in `store/`.
     """
     store = directory / "store"
     seed = unpack_identity((store / STORE_FILE).read_bytes()).seed

@@ -36,7 +36,7 @@ class Lookups:
         self._thread.start()
 
     def ask(self, prompt: Prompt, asked: Asked) -> bool | None:
-        """Whether a load would get the key; None: not known yet, ask again in the next step."""
+        """Whether a load would get the row of the key; None: not known yet, so vLLM asks again in the next step."""
         self._take_answers()
         verdict = prompt.verdicts.get(asked.key)
         if verdict is not None:
@@ -52,7 +52,7 @@ class Lookups:
         return None
 
     def flush(self) -> None:
-        """Send the questions of this step."""
+        """Send the questions of this scheduler step."""
         for prompt in self._asked.values():
             self._asking.put((prompt, prompt.unsent))
             prompt.unsent = []
@@ -69,7 +69,7 @@ class Lookups:
         self._thread.join()
 
     def _give_up(self, prompt: Prompt) -> None:
-        """Give up all of the request's open questions: one slow answer has used up its time."""
+        """Give up all open questions of the request, because one slow answer has used up its time."""
         self._on_late(len(prompt.waiting))
         for key in prompt.waiting:
             prompt.verdicts.setdefault(key, False)
@@ -90,5 +90,5 @@ class Lookups:
                 found = self._find(prompt, asked)
             except Exception:
                 # A bug in our code must not leave requests waiting, or end all later lookups.
-                log.exception("a lookup failed; its keys count as missing")
+                log.exception("a look-up in the store failed; its keys count as not stored")
             self._answers.append((prompt, asked, found))

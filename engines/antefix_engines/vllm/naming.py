@@ -1,7 +1,7 @@
 """What the names of vLLM's rows depend on: weights, layout, arithmetic. vLLM's own block hash identifies the tokens.
 
 vLLM chains SHA-256 over tokens, LoRA and cache salt, but nothing else of the model: two models with one tokenizer give
-equal hashes. The fingerprint has the rest, so that KV of other weights, dtype or layout has another name.
+equal hashes. The fingerprint has the other facts, so that KV of other weights, dtype or layout has another name.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ def revision_of(model: str) -> str:
     weights = sorted(path.glob("*.safetensors")) if path.is_dir() else []
     if not weights:
         raise ConfigError(
-            f"the Antefix tier must know which weights it stores KV of, and {model!r} is no folder with *.safetensors:"
-            " name them by `weights_revision` in its configuration, for example the commit on the hub"
+            f"the Antefix tier must know the weights whose KV it stores, and {model!r} is no directory with "
+            "*.safetensors: give `weights_revision` in its configuration, for example the commit on the hub"
         )
     nbytes = sum(file.stat().st_size for file in weights)
-    log.info("hashing %.1f GB of weights to name their KV; `weights_revision` spares that", nbytes / 1e9)
+    log.info("hashing %.1f GB of weights to name their KV; the setting `weights_revision` avoids this", nbytes / 1e9)
     beside = [path / name for name in (CONFIG_FILE, INDEX_FILE) if (path / name).is_file()]
     return hash_files([*beside, *weights])

@@ -39,7 +39,7 @@ class TierCounters:
 class Stored:
     """num_bytes: of payloads sent to the store.  keys: keys whose rows a lookup finds from now on.
 
-    is_right: False if the store took fewer records than it was given.
+    is_right: False if the store took fewer records than were offered.
     """
 
     num_bytes: int = 0
@@ -59,13 +59,13 @@ class RowStore(Protocol):
     """Stores and loads rows for a tier. No call raises because of the store."""
 
     def may_have(self, asked: Asked) -> bool:
-        """False for keys that are never stored. Must be fast, because vLLM's thread calls it."""
+        """Returns False for keys that are never stored. This call must be fast, because vLLM's own thread makes it."""
 
     def remembers(self, group: int) -> bool:
-        """Whether it uses a group's earlier rows in `Prompt.rows`."""
+        """Whether the implementation uses a group's earlier rows in `Prompt.rows`."""
 
     def find(self, prompt: Prompt, asked: Sequence[Asked]) -> set[bytes]:
-        """The keys that a load would get."""
+        """The keys whose rows a load would get."""
 
     def put(self, prompt: Prompt, rows: Sequence[Row]) -> Stored:
         """Store rows, in any order."""

@@ -1,4 +1,5 @@
-"""What vLLM tells a tier about its cache: groups, rows and ranks. Reads an `OffloadingSpec`; does not import vLLM.
+"""What vLLM tells a tier about its cache: groups, rows and ranks. This module reads an `OffloadingSpec`, but does not
+import vLLM.
 
 A *row* is one chunk of host memory: one block of one group, for all ranks of this engine. Each rank has a *cell*; the
 cells have equal size and follow each other, and the row is padded to a whole page of memory.
@@ -26,7 +27,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """num_tokens of a group: of one row.  cell_bytes: bytes of a row that one rank uses.
+    """num_tokens of a group: the tokens of one row. cell_bytes: bytes of a row that one rank uses.
 
     is_replicated: vLLM keeps one cell for all ranks, because they hold the same.  is_one_whole: the cells together are
     the same bytes with any number of ranks.  is_cut_otherwise: layers or tokens are divided over ranks too, not only

@@ -1,6 +1,7 @@
 """`AntefixSpec`: vLLM's tiered offloading, with hits that end at the ends of blocks, which keeps V4's windows small.
 
-Optional: with vLLM's own `TieringOffloadingSpec` the tier stores windows with all states, which are right for any hit.
+This class is optional: with vLLM's own `TieringOffloadingSpec` the tier stores windows with all states, which are right
+for any hit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`AntefixTier`: the class that vLLM loads by `secondary_tiers`, written for vLLM 0.32 and 0.33.
 
-All methods run in vLLM's scheduler. The methods never block, except that `drain_jobs` and `shutdown` wait for our own
-threads.
+All methods are called by vLLM's scheduler. The methods never block, except that `drain_jobs` and `shutdown` wait for
+our own threads.
 """
 
 from __future__ import annotations
@@ -145,14 +145,14 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
     def shutdown(self) -> None:
         """Finish running jobs and release vLLM's memory, which vLLM could not unmap otherwise.
 
-        Never raises, because vLLM would then skip the rest of its own shutdown.
+        Closing never raises, because vLLM would then skip the rest of its own shutdown.
         """
         self._transfers.close()
         self._lookups.close()
         try:
             self._store.close()
         except Exception:
-            log.exception("the store was left without being closed; its next start checks it")
+            log.exception("closing the store failed; the next start of the store checks its files")
         self.rows.close()
 
     # --- telling -------------------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         return {shown.name: OffloadingCounterMetadata(documentation=shown.help) for shown in VLLM_TIER.values()}
 
     def get_stats(self) -> OffloadingConnectorStats | None:
-        """What was counted since the last call."""
+        """The counts since the last call."""
         stats = OffloadingConnectorStats()
         for name, shown in VLLM_TIER.items():
             number = getattr(self.counters, name)
@@ -222,7 +222,7 @@ class AntefixTier(SecondaryTierManager):  # type: ignore[misc]
         if len(hash) >= HASH_BYTES_MIN:
             return False
         if not self.counters.weak_hashes:
-            log.warning("vLLM's block hash is not SHA-256, so nothing is stored: start it with %s", _WANTED_HASH)
+            log.warning("vLLM's block hash is not SHA-256, so nothing is stored: start vLLM with %s", _WANTED_HASH)
         self.counters.count(weak_hashes=1)
         return True
 

@@ -1,4 +1,5 @@
-"""Jobs between vLLM's host memory and the store, in threads. Bounded: rows that cannot be stored in time are dropped.
+"""Jobs between vLLM's host memory and the store, in threads. The jobs are bounded: rows that cannot be stored in time
+are dropped.
 
 vLLM pins a job's rows until its result is fetched, so a slow store would occupy all of vLLM's host memory. One thread
 stores, because a block must not overtake the block before it; several threads load.
@@ -22,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finished(Generic[T]):
-    """outcome: the work's result; None if it failed or was not started."""
+    """outcome: the result of the work; None if it failed or was not started."""
 
     job_id: int
     outcome: T | None
@@ -44,7 +45,7 @@ class Transfers(Generic[T]):
         self._queued_bytes = 0
 
     def store(self, job_id: int, nbytes: int, work: Callable[[], T]) -> bool:
-        """Queue a job. False: too many bytes wait already, and the job counts as failed."""
+        """Queue a job. Returns False if too many bytes wait already, in which case the job counts as failed."""
         with self._lock:
             # A job larger than the whole queue is accepted if no other job waits.
             is_full = self._queued_bytes > 0 and self._queued_bytes + nbytes > self._queue_bytes_max
@@ -59,14 +60,16 @@ class Transfers(Generic[T]):
         self._start(self._loading, job_id, 0, work)
 
     def finished(self) -> list[Finished[T]]:
-        """Jobs that ended since the last call; each is returned once."""
+        """The jobs that ended since the last call; each job is returned once."""
         done = []
         while self._done:
             done.append(self._done.popleft())
         return done
 
     def drain(self) -> None:
-        """Wait until the jobs so far have ended: no thread touches vLLM's memory, and `finished` has them all."""
+        """Wait until the jobs so far have ended; after that no thread touches vLLM's memory, and `finished` has all
+        jobs.
+        """
         with self._ended:
             jobs = set(self._under_way)
             # Not `concurrent.futures.wait`: a future is done a moment before its callback has run.
@@ -85,7 +88,10 @@ class Transfers(Generic[T]):
         def finish(ended: Future[T]) -> None:
             err = ended.exception()
             if err is not None:
-                log.error("a transfer failed; its rows are computed again", exc_info=err)
+                log.error(
+                    "loading blocks into vLLM or storing blocks failed; blocks that were not loaded are computed again",
+                    exc_info=err,
+                )
             outcome = None if err is not None else ended.result()
             self._done.append(Finished(job_id=job_id, outcome=outcome, seconds=time.monotonic() - began))
             with self._ended:

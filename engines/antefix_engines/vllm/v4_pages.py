@@ -11,7 +11,7 @@ vLLM packs one block of every layer of a group into a row. A page per layer, pad
 
 n entries of 584 B lie as n x 576 B (448 FP8 codes, 64 BF16), then n x 8 B of scales; n keys as n x 128 B, then n x 4 B,
 or as n x 64 B and n x 4 B. `V4Pages.of` knows a cache by the names of its layers, and believes it only if its pages add
-up to vLLM's row to the byte. Everything else is not V4, and is stored whole.
+up to vLLM's row to the byte. A cache that is not recognised is not V4, and its rows are stored whole.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class V4Pages:
-    """Not slotted, because the layout is computed once and kept.
+    """This class has no slots, because the layout is computed once and kept.
 
     runs: the runs of each group, by its id.  blocks: the group that every later token may need.  compact: windows
     without state that hits at block ends do not need; `antefix_engines.vllm.aligned` restricts hits to block ends.
@@ -126,7 +126,7 @@ class V4Pages:
 
     @classmethod
     def of(cls, shape: Shape, *, compact: bool) -> Self | None:
-        """None if this is not a V4 cache with a known layout; then nothing may be assumed about its rows."""
+        """Returns None if this is not a V4 cache with a known layout; nothing may then be assumed about its rows."""
         if (
             shape.dtype != "fp8_ds_mla"
             or shape.layout != "BLHNC"
@@ -166,7 +166,7 @@ class V4Pages:
         return WINDOW_TOKENS if kinds & {Kind.WINDOW, Kind.HCA_STATE} else 0
 
     def end_of(self, position: int) -> int:
-        """The end of the block that contains this position: a row there may belong to the window at that end."""
+        """The end of the block that contains this position; a row there may belong to the window at that end."""
         return -(-position // self.block_tokens) * self.block_tokens
 
     def is_in_window(self, group_id: int, position: int) -> bool:
@@ -179,7 +179,7 @@ class V4Pages:
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """What a checkpoint holds, row by row."""
+        """The contents of a checkpoint, row by row."""
         pieces = []
         for group in self.shape.groups:
             kinds = _kinds(group)
@@ -251,7 +251,8 @@ def _used_bytes(kind: Kind, num_tokens: int, key_bytes: int) -> int:
 
 def _runs_of(group: Group, key_bytes: int) -> tuple[Run, ...]:
     """The runs of a group's row: vLLM puts layers of one kind side by side, kinds in the order of their first layers.
-    Empty: a layer of another kind."""
+    Returns nothing for a layer of another kind.
+    """
     by_kind: dict[Kind, list[int]] = {}
     for name in group.layers:
         found = _kind_of(name, group)

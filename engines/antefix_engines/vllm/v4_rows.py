@@ -38,7 +38,8 @@ RowAt = tuple[int, int]
 @dataclass(slots=True)
 class _Window:
     """A window whose rows are arriving. parts: by place.  keys: those of all rows that a lookup finds once it is
-    stored."""
+    stored.
+    """
 
     parts: dict[RowAt, bytes] = field(default_factory=dict)
     keys: list[bytes] = field(default_factory=list)
@@ -77,7 +78,8 @@ class V4Rows:
 
     def find(self, prompt: Prompt, asked: Sequence[Asked]) -> set[bytes]:
         """Keys of blocks up to the last stored window, and of the rows of all windows. Later blocks would be
-        useless."""
+        useless.
+        """
         blocks = sorted((each for each in asked if each.group == self.pages.blocks.id), key=lambda each: each.position)
         if blocks:
             found = self._kv.lookup([self._kv.hash_of(each.hash) for each in blocks])
@@ -140,8 +142,9 @@ class V4Rows:
         return Restored(num_bytes=nbytes, keys=good)
 
     def _run(self, works: Sequence[Callable[[], int]], nbytes: int) -> list[int]:
-        """The results of all works. All have ended by then, even if one failed, because the rows belong to vLLM
-        afterwards."""
+        """The results of all works. All reads have ended when this returns, even if one failed, because the rows belong
+        to vLLM afterwards.
+        """
         if nbytes <= ALONE_BYTES:
             return [work() for work in works]
         running = [self._readers.submit(work) for work in works]
@@ -155,7 +158,7 @@ class V4Rows:
     # --- storing -------------------------------------------------------------------------------------------------
 
     def _cell(self, row: Row) -> Bytes | None:
-        """The first rank's cell; None if another rank's differs, which must not happen with V4."""
+        """The cell of the first rank; None if another rank's cell differs, which must not happen with V4."""
         width = self.pages.shape.cell_bytes
         line: Bytes = self.memory[row.chunk]
         first = line[:width]
@@ -176,7 +179,9 @@ class V4Rows:
             keys.append(row.key)
 
     def _take_window_row(self, prompt: Prompt, row: Row, cell: Bytes, records: list[Record], keys: list[bytes]) -> None:
-        """Keep this row's part of the checkpoint. The last missing part completes the record."""
+        """Keep the part of the checkpoint that this row has. The last missing part completes the checkpoint's
+        record.
+        """
         end = self.pages.end_of(row.position)
         if not self.pages.is_in_window(row.group, row.position) or not self._name_at(prompt, end):
             return
@@ -205,17 +210,17 @@ class V4Rows:
             self.counters.count(unfinished_windows=1)
 
     def _parent(self, prompt: Prompt, position: int) -> bytes:
-        """The name of the block before; empty if it is not known."""
+        """The name of the block before this one; empty if it is not known."""
         before = position - self.pages.block_tokens
         return self._name_at(prompt, before) if before > 0 else self._kv.root
 
     def _name_at(self, prompt: Prompt, end: int) -> bytes:
-        """The name of the block that ends there; empty if its hash is not known."""
+        """The name of the block that ends at this position; empty if its hash is not known."""
         found = prompt.rows.get((self.pages.blocks.id, end))
         return b"" if found is None else self._kv.hash_of(found)
 
     def _is_new(self, kind: RecordKind, name: bytes) -> bool:
-        """Whether this process has not stored this name yet; marks it as stored."""
+        """Whether this process has not stored this name yet; the name is marked as stored."""
         is_new = (kind, name) not in self._known
         self._known[kind, name] = None
         self._known.move_to_end((kind, name))
@@ -246,7 +251,7 @@ class V4Rows:
         return ends
 
     def _get_blocks(self, blocks: Sequence[Row]) -> int:
-        """Read blocks and fill their rows. Returns how many leading ones are right."""
+        """Read blocks and fill their rows. Returns how many leading blocks passed all checks."""
         payloads = np.empty((len(blocks), self.pages.block_bytes), np.uint8)
         names = [self._kv.hash_of(row.hash) for row in blocks]
         num_good = self._kv.get_blocks(names, [line.data for line in payloads])

@@ -1,8 +1,8 @@
 """Stores rows as they are, for models other than V4 and for unknown layouts: plain, MLA, sliding windows, Mamba.
 
-Each row of each group is a BLOCK under its group's fingerprint. The tier assumes nothing about the row's bytes except
-the ranks' cells. A row depends on the row before it if that is stored; otherwise it begins a chain, since windows and
-states may begin anywhere.
+Each row of each group is a BLOCK under its group's fingerprint. The tier assumes nothing about the bytes of a row,
+except that each rank has a cell. A row depends on the row before it if that is stored; otherwise it begins a chain,
+since windows and states may begin anywhere.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ class WholeRows:
         self._groups: Final = {group.id: self._shards(store, identity, group) for group in shape.groups}
 
     def _shards(self, store: EngineStore, identity: Identity, group: Group) -> list[KvOfModel]:
-        """One per cell, or one for all cells, if they are together the same bytes with any number of ranks."""
+        """One part per cell of a row, or one for all cells, if they are together the same bytes with any number of
+        ranks.
+        """
         num_shards = self._num_shards
         nbytes = self.shape.cell_bytes * self.shape.num_cells // num_shards
         width = _WIDTHS.get(self.shape.dtype, 1)
@@ -79,7 +81,9 @@ class WholeRows:
         return found
 
     def _found_of(self, group: Group, asked: Sequence[Asked]) -> set[bytes]:
-        """Leading stored rows; for windows the last rows, one by one. Both for a group that may be either."""
+        """The leading rows that are stored; for windows the last rows, one by one. For a group that may be of either
+        kind, both are looked up.
+        """
         kv = self._groups[group.id][-1]
         is_window = group.num_window_rows if len(self.shape.groups) > 1 else 0
         num_found = 0 if is_window else kv.lookup([kv.hash_of(each.hash) for each in asked]).num_blocks
@@ -119,7 +123,7 @@ class WholeRows:
         return records
 
     def _parent(self, kv: KvOfModel, group: Group, prompt: Prompt, row: Row, before: Row | None) -> bytes:
-        """The row before, if it is stored or about to be stored; else empty."""
+        """The name of the row before, if that row is stored or about to be stored; else empty."""
         wanted = row.position - group.num_tokens
         if before is not None and before.position == wanted:
             return kv.hash_of(before.hash)

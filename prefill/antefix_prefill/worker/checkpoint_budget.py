@@ -1,4 +1,6 @@
-"""The store's figures that strategies need, some seconds old: bytes of checkpoints, and how fast contents change."""
+"""The store's figures that window strategies need, some seconds old: the bytes of checkpoints, and how fast the store's
+contents change.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,8 @@ REFRESH_S = 5.0
 class CheckpointBudget:
     """Counts the checkpoints that this worker writes, and refreshes the store's figures. Used from one event loop.
 
-    The store counts checkpoints of all namespaces together. So if several share it, fewer checkpoints are written than
-    the budget allows.
+    The store counts checkpoints of all namespaces together. So if several namespaces share the store, fewer checkpoints
+    are written than the budget allows.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class CheckpointBudget:
         self._used_bytes += nbytes
 
     def refresh_soon(self) -> None:
-        """Ask the store in the background if its last answer is old. Nobody waits for the answer."""
+        """Ask the store in the background if its last answer is too old. Nobody waits for the answer."""
         if self._count is None or self._asking is not None or time.monotonic() - self._asked_s < REFRESH_S:
             return
         self._asked_s = time.monotonic()

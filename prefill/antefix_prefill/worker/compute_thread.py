@@ -4,17 +4,17 @@
     chunks        of the tenant that has had the least time; of its prompts, the one with the least work left, and every
                   few turns the one that began first, so that a stream of short prompts starves nobody
 
-So a short rest after a hit waits for the running chunk of a long prompt and for at most one more, never for the whole
-prompt. Short rests that wait at the same time run as one call of the model, because most of the cost of a call is
-fixed. If several tenants want the worker, such a call takes no longer than its first piece would take on its tenant's
-share alone.
+So a prompt with few tokens left after a hit waits for the running chunk of a long prompt and for at most one more
+chunk, never for the whole long prompt. Chunks of such short prompts that wait at the same time run as one call of the
+model, because most of the cost of a call is fixed. If several tenants want the worker, such a joint call takes no
+longer than its first chunk would take on its tenant's share alone.
 
 Between two decode steps the thread is free for a moment, and a chunk could start each time. So if a tenant has only
 decode steps, another tenant's chunk waits until steps have got back the time that the previous chunk took. A step in
 which other tenants' sequences take part counts for less than its time (`StepShares.repaid_s` in decode).
 
-A cancelled request frees its pool rows. If the thread (or a read) still wrote into them, it would overwrite another
-request's KV. So cancellation waits for the running work, which takes one chunk at most.
+A request that is cancelled frees its rows of the pool. If the thread (or a read) still wrote into these rows, it would
+overwrite another request's KV. So a cancellation waits for the running work, which takes one chunk at most.
 """
 
 from __future__ import annotations
@@ -73,13 +73,15 @@ _tenant: ContextVar[tuple[str, int]] = ContextVar("antefix_compute_tenant", defa
 
 
 def compute_for(tenant: str, share: int = 1) -> None:
-    """Set this task's tenant. Tenants take turns at chunks, by the time that their chunks took and by their shares."""
+    """Set this task's tenant. Tenants take turns at chunks of prompts, by the time that their chunks took and by their
+    shares.
+    """
     _tenant.set((tenant, share))
 
 
 @dataclass(frozen=True, slots=True)
 class _Together:
-    """function: takes many pieces and returns a result or an error for each, in their order."""
+    """function: takes several pieces of work and returns a result or an error for each, in their order."""
 
     function: Callable[[list[Any]], list[Any]]
     piece: object
@@ -89,7 +91,8 @@ class _Together:
 @dataclass(slots=True, eq=False)
 class _Job:
     """remaining: tokens that its prompt has left; None: a small job.  began: when the computation of its prompt began.
-    together: how it can run with other jobs, if it can.  repaid_s: see `run_step`."""
+    together: how it can run with other jobs, if it can.  repaid_s: see `run_step`.
+    """
 
     work: Callable[[], object]
     done: Future[object]
@@ -154,7 +157,7 @@ class ComputeThread:
         )
 
     async def run(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run a small job. The job waits only for the running work and for small jobs that came before it."""
+        """Run a small job. The job waits only for the running work, and for small jobs that came before it."""
         job = _Job(lambda: function(*args, **kwargs), Future())
         return cast(T, await self._submit(job))
 
@@ -162,7 +165,8 @@ class ComputeThread:
         self, repaid_s: float | None, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
         """Run a decode step.  repaid_s: how much of the time that other tenants' chunks took counts as given back with
-        this step; None: the time that the step takes."""
+        this step; None: the time that the step takes.
+        """
         job = _Job(lambda: function(*args, **kwargs), Future(), repaid_s=repaid_s)
         return cast(T, await self._submit(job))
 
@@ -184,7 +188,7 @@ class ComputeThread:
         """`run_chunk` for a chunk of `num_tokens` that may run together with chunks of other prompts.
 
         function: takes all pieces of one call and returns a result or an error for each. If it raises for several
-        pieces, it must not have changed anything: then each piece runs alone.
+        pieces, it must not have changed anything: each piece then runs alone.
         """
 
         def alone() -> T:
@@ -198,7 +202,9 @@ class ComputeThread:
         return cast(T, await self._submit(job))
 
     def stepping_for(self, shares: Mapping[str, int]) -> None:
-        """Sequences of these tenants take part in decode steps that follow one another; empty: no step will come."""
+        """Tell the thread that sequences of these tenants take part in decode steps that follow one another; empty: no
+        further step will come.
+        """
         now = time.perf_counter()
         with self._lock:
             self._stepping = frozenset(shares)
@@ -256,12 +262,13 @@ class ComputeThread:
 
     def _steps_go_first(self) -> bool:
         """Whether chunks wait for a step: some tenant has only steps here, and all tenants that have chunks have steps
-        too."""
+        too.
+        """
         chunks = {job.tenant for job in self._chunks}
         return bool(chunks) and chunks < self._stepping and self._steps_first_s > 0 and not self._small
 
     def _charge(self, jobs: list[_Job], took: float) -> None:
-        """Add to each tenant's clock its jobs' share of the time."""
+        """Add to each tenant's clock the share of the time that its jobs took."""
         with self._lock:
             if not self._chunks:
                 self._clocks.clear()
@@ -271,9 +278,10 @@ class ComputeThread:
                 self._clocks[job.tenant] = self._clocks.get(job.tenant, self._now) + took / len(jobs) / job.share
 
     def _join_others(self, first: _Job) -> list[_Job]:
-        """`first` and the jobs that run in the same call: up to TOGETHER_TOKENS and, if several tenants want the
-        thread, up to what the share of each piece's tenant allows. Each tenant gets one piece before any gets a second;
-        of one tenant the piece with the least left comes first."""
+        """`first` and the jobs that run in the same call: up to TOGETHER_TOKENS tokens and, if several tenants want the
+        thread, up to the tokens that the share of each piece's tenant allows. Each tenant gets one chunk of a prompt
+        before any tenant gets a second; of one tenant, the chunk of the prompt with the least left comes first.
+        """
         jobs = [first]
         if first.together is None:
             return jobs
@@ -294,7 +302,7 @@ class ComputeThread:
         return jobs
 
     def _in_turn(self, served: str) -> list[_Job]:
-        """The other chunks in the order of turns, after the tenant `served` has had one."""
+        """The other waiting chunks in the order of turns, after the tenant `served` has had one."""
         number = collections.Counter({served: 1})
         turns = []
         for job in sorted(self._chunks, key=lambda job: (job.remaining, job.began)):
@@ -303,7 +311,9 @@ class ComputeThread:
         return [job for _, job in sorted(turns, key=lambda turn: turn[0])]
 
     def _parts(self, first: _Job) -> dict[str, float]:
-        """The part of the thread for each tenant that wants it now (as `first` does) or did recently; they sum to 1."""
+        """The share of the thread for each tenant that wants it now (as `first` does) or did recently; all shares add
+        up to 1.
+        """
         since = time.perf_counter() - _RECENT_S
         if len(self._recent) > _NUM_RECENT_MAX:
             self._recent = {name: seen for name, seen in self._recent.items() if seen[0] >= since}
@@ -313,7 +323,9 @@ class ComputeThread:
         return {name: share / total for name, share in shares.items()}
 
     def _next_chunk(self) -> _Job:
-        """A chunk of the tenant that had the least time: of its shortest prompt, and sometimes of its oldest one."""
+        """A chunk of the tenant that had the least time: a chunk of its shortest prompt, and sometimes of its oldest
+        one.
+        """
         self._num_chunks_run += 1
         # In order of arrival, which decides between tenants that had equal time.
         tenants = list(dict.fromkeys(job.tenant for job in self._chunks))
@@ -334,7 +346,9 @@ class ComputeThread:
 
 
 def _tokens_max(job: _Job, parts: Mapping[str, float]) -> float:
-    """Most tokens of a call with this piece in it, so that it ends no later than on its tenant's part alone."""
+    """The largest number of tokens of a call that includes this piece, so that the call ends no later than the piece
+    would on its tenant's share alone.
+    """
     part = parts.get(job.tenant, 1.0)
     return cast(_Together, job.together).num_tokens / part if part < 1.0 else math.inf
 
@@ -345,7 +359,7 @@ def _run(jobs: list[_Job]) -> None:
         try:
             results = together[0].function([each.piece for each in together])
         except Exception:
-            log.exception("a call for chunks of %d prompts failed; each chunk now runs alone", len(jobs))
+            log.exception("a model call for chunks of %d prompts together failed; each chunk now runs alone", len(jobs))
         else:
             for job, result in zip(jobs, results, strict=True):
                 job.settle(result)

@@ -101,19 +101,19 @@ class EngineConfig(WorkerSettings):
 
 @dataclass(slots=True)
 class Engine:
-    """The parts that a worker works with. The event loop owns `blocks`; only the compute thread calls the model.
+    """The parts that a worker consists of. The event loop owns `blocks`; the model is called only by the compute
+    thread.
 
-    strategy: may be replaced while running; the new one applies from the next request on.
-    bounded_windows: windows of approximate replays that the namespace allows. The engine's `fingerprint` says so as
+    strategy: may be replaced while the worker runs; the new strategy applies from the next request on. bounded_windows:
+    windows of approximate replays that the namespace allows. The engine's `fingerprint` says so as
         well: every block that it reads or writes is named as approximate, whether it is or not.
     align_tokens: 1; in reproducible mode, where arithmetic depends on shapes, the prefill chunk.
     ops: the cache path's operations, of the same kind as the pool.
     arithmetic: what was measured here; its name is in the names of the KV that this worker treats as its own.
-    borrows: True if this worker computes with other arithmetic than the KV that it reads was made with. Then it writes
-        no KV under these names.
-    labels, statement: of the fingerprint.  seals: make the seal of every record that is written.
-    kv_events: tells other projects' routers which blocks enter and leave the pool, if the settings ask for it.
-    ranks: the other processes that run the model, if there are any.
+    borrows: True if this worker computes with other arithmetic than the KV that it reads was made with. Such a worker
+        writes no KV under these names. labels, statement: those of the fingerprint. seals: make the seal of every
+        record that is written. kv_events: tells routers of other projects which blocks enter and leave the pool, if the
+        settings ask for it. ranks: the other processes that run the model, if there are any.
     """
 
     identity: ModelIdentity
@@ -159,7 +159,7 @@ class Engine:
 
     @property
     def num_stream_values(self) -> int:
-        """Values of one token's streams, M * D."""
+        """How many values one token's streams have, M * D."""
         return self.model.config.hc_mult * self.model.config.hidden_size
 
     @property
@@ -181,12 +181,13 @@ class Engine:
 
     @property
     def stores_output(self) -> bool:
-        """Whether output KV is stored. Decoding runs other shapes than prefill: if bits depend on shapes, reproducible
-        mode stores none."""
+        """Whether output KV is stored. Decoding computes in other shapes than prefill, so if bits depend on shapes,
+        reproducible mode stores no output.
+        """
         return self.align_tokens == 1 and not self.borrows
 
     def chain(self, tenant: str, generation: int = 0) -> Chain:
-        """An empty chain for a tenant's tokens.  generation: of the secret; 0: the present secret."""
+        """An empty chain for a tenant's tokens. generation: number of the secret; 0: the present secret."""
         return Chain(self.fingerprint, self.keyring.key(tenant, generation), self.block_size)
 
     def check_prompt(self, num_tokens: int, largest_id: int, max_new_tokens: int = 0) -> None:
@@ -195,7 +196,8 @@ class Engine:
             raise InvalidRequest("the prompt is empty")
         if num_tokens + max_new_tokens > self.identity.max_tokens:
             raise InvalidRequest(
-                f"{num_tokens} prompt tokens and {max_new_tokens} new exceed the model's {self.identity.max_tokens}"
+                f"{num_tokens} prompt tokens and {max_new_tokens} new tokens exceed the model's "
+                f"{self.identity.max_tokens}"
             )
         num_blocks = -(-(num_tokens + max_new_tokens) // self.block_size)
         if num_blocks > self.pool.num_blocks:
@@ -216,12 +218,12 @@ class Engine:
         if grant is None:
             return
         if not any(self.keyring.owner(tenant, number) in grant.owners for number in self.keyring.generations):
-            raise PermissionDenied("the grant is for another tenant")
+            raise PermissionDenied("the grant (permission to use this prompt's KV) is for another tenant")
         if not fits_prompt(self.keyring, grant, prompt):
-            raise PermissionDenied("the grant is for another prompt")
+            raise PermissionDenied("the grant (permission to use a prompt's KV) is for another prompt")
 
     async def register(self) -> None:
-        """Tell the store the layout of payloads, which it needs to compress them; without it they stay uncompressed."""
+        """Tell the store the layout of payloads, without which it stores them uncompressed."""
         try:
             await self.store.register(self.fingerprint, self.layout, statement=self.statement)
         except AntefixError as err:
@@ -238,7 +240,7 @@ class Engine:
 
 
 def build_engine(config: EngineConfig, store: Store, keyring: Keyring | None = None) -> Engine:
-    """Load the model and set everything up.  keyring: pass it if the caller has already read the secret file.
+    """Load the model and set up all parts of the worker. keyring: given if the caller has read the secret file already.
 
     Raises:  ModelError: the model directory is not usable.  ConfigError: a setting is not.
     """
@@ -269,8 +271,8 @@ def _warn_of_memory(config: EngineConfig) -> None:
     limit = memory_limit_bytes()
     if limit is not None and config.device == "cpu" and config.pool_bytes >= limit:
         log.warning(
-            "pool_bytes is %d, and this process's control group has %d bytes of memory: the system will kill the worker"
-            " once they are used; lower pool_bytes or raise the limit",
+            "pool_bytes is %d, but this process's control group has only %d bytes of memory: the system will "
+            "kill the worker when it uses them up; lower pool_bytes or raise the limit",
             config.pool_bytes,
             limit,
         )
@@ -320,7 +322,8 @@ def _build_engine(
     borrows = fingerprint.arithmetic != measured.name
     if borrows:
         log.warning(
-            "this worker computes %s but uses KV of %s (--arithmetic), so it stores nothing",
+            "this worker's arithmetic is %s, but it uses KV that was computed with %s (--arithmetic), so it "
+            "stores nothing",
             measured.name,
             config.arithmetic,
         )
@@ -363,7 +366,7 @@ def tier_laws(store: Store) -> Mapping[str, Law]:
 
 
 class _TierLaws(Mapping[str, Law]):
-    """The speeds of the tiers that exist now: stores come and go."""
+    """The speeds of the tiers that exist now, since stores come and go."""
 
     def __init__(self, stores: ManyStores) -> None:
         self._stores = stores
@@ -405,17 +408,19 @@ def _measure(model: Model, config: EngineConfig, ranks: RankProcesses | None, *,
     log.info("arithmetic %s on %s", measured.name, measured.setup)
     for text in measured.failed:
         log.warning(
-            "some hits are not exact on this machine: %s (see `antefix doctor`); with --reproducible true all hits are",
+            "some cache hits are not exact on this machine: %s (see `antefix doctor`); with --reproducible "
+            "true, all hits are exact",
             text,
         )
     if measured.unproved:
-        log.info("not proved to be exact on this machine: %s", "; ".join(measured.unproved))
+        log.info("it is not proved that cache hits are exact on this machine: %s", "; ".join(measured.unproved))
     return measured
 
 
 def ignores_shapes(measured: Arithmetic, device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
-    """Whether a token's bits are the same however its prompt is cut into chunks. By construction this holds on a CPU,
-    and on a card with the reproducible kernels; it is denied if the probe saw otherwise."""
+    """Whether a token's bits are the same however its prompt is cut into chunks. By construction the bits are the same
+    on a CPU, and on a card with the reproducible kernels; if the probe saw a difference, the answer is no.
+    """
     return measured.ignores_shapes and (reproducible_kernels or torch.device(device).type == "cpu")
 
 

@@ -1,4 +1,4 @@
-"""How the processes of one model find each other: NCCL between cards, gloo on a CPU, on this host alone."""
+"""How the processes that run one model find each other: NCCL between cards, gloo on a CPU, on this host alone."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ def device_of(rank: int, size: int, device: str) -> str:
     if torch.device(device).type != "cuda":
         return device
     if torch.device(device).index is not None:
-        raise ConfigError(f"--tensor-parallel-size {size} uses as many cards: give --device cuda, not {device}")
+        raise ConfigError(f"--tensor-parallel-size {size} needs that many cards: give --device cuda, not {device}")
     if torch.cuda.device_count() < size:
-        raise ConfigError(f"--tensor-parallel-size {size} needs as many cards; {torch.cuda.device_count()} are visible")
+        raise ConfigError(
+            f"--tensor-parallel-size {size} needs as many cards, but {torch.cuda.device_count()} are visible"
+        )
     return f"cuda:{rank}"
 
 
 def join_ranks(rank: int, size: int, device: str, *, rendezvous: Path, timeout_s: float) -> Ranks:
-    """Meet the other ranks through a file. A rank that waits longer than `timeout_s` for another one, now or in any
+    """Meet the other ranks through a file. A rank that waits longer than `timeout_s` for another rank, now or in any
     later exchange, fails.
 
     device: this rank's own.

@@ -1,4 +1,6 @@
-"""Metrics that every worker has: of its store, pools and plans. The counters belong to the parts that count."""
+"""Metrics that every worker has, about its store, its pools and its restore plans. The counters themselves belong to
+the parts that count.
+"""
 
 from __future__ import annotations
 
@@ -18,68 +20,82 @@ from antefix_prefill.worker.engine import Engine
 
 # Metrics of the fields of `store_counters.StoreCounters`; the last words of each name what is counted.
 STORE: Final[Table] = {
-    "errors": Shown(name="antefix_worker_store_errors", help="Store failures; each became a recompute."),
-    "by_kind": Shown(
-        name="antefix_worker_store_errors_by_kind", help="Store failures by the error's class.", key="error"
+    "errors": Shown(
+        name="antefix_worker_store_errors",
+        help="Failed calls to the store; each made the worker compute again what it could not read.",
     ),
-    "refused": Shown(name="antefix_worker_unstored_records", help="Records that the store did not take."),
+    "by_kind": Shown(
+        name="antefix_worker_store_errors_by_kind", help="Failed calls to the store, by the error's class.", key="error"
+    ),
+    "refused": Shown(
+        name="antefix_worker_unstored_records", help="Records that a worker offered and the store did not accept."
+    ),
     "refused_by_reason": Shown(
         name="antefix_worker_unstored_records_by_reason",
-        help="Records that the store refused, by its reason.",
+        help="Records that the store refused, by the reason of the refusal.",
         key="reason",
     ),
     "short_reads": Shown(
-        name="antefix_worker_short_reads", help="Reads that returned fewer blocks than the look-up had promised."
+        name="antefix_worker_short_reads",
+        help="Reads that returned fewer blocks than the look-up before them had promised.",
     ),
     "pool_refused": Shown(
-        name="antefix_worker_pool_refused_checkpoints", help="Checkpoints that the window pool did not take."
+        name="antefix_worker_pool_refused_checkpoints",
+        help="Checkpoints of window state that the window pool did not accept.",
     ),
     "tokens_by_tier": Shown(
-        name="antefix_worker_tier_read_tokens", help="Tokens read from each tier, where there are several.", key="tier"
+        name="antefix_worker_tier_read_tokens",
+        help="Tokens whose KV was read from each tier, if there are several tiers.",
+        key="tier",
     ),
     "bytes_by_tier": Shown(
         name="antefix_worker_tier_read_bytes",
-        help="Payload bytes read from each tier, where there are several.",
+        help="Payload bytes that were read from each tier, if there are several tiers.",
         key="tier",
     ),
 }
 # Metrics of the fields of `antefix.store.local_copies.CopyCounters`.
 COPIES: Final[Table] = {
     "num_copied": Shown(
-        name="antefix_worker_local_copies", help="Records copied from another host's store to this one's."
+        name="antefix_worker_local_copies", help="Records copied from another host's store to the store on this host."
     ),
     "bytes_copied": Shown(
-        name="antefix_worker_local_copy_bytes", help="Payload bytes copied from another host's store to this one's."
+        name="antefix_worker_local_copy_bytes",
+        help="Payload bytes copied from another host's store to the store on this host.",
     ),
     "num_over_budget": Shown(
-        name="antefix_worker_local_copies_over_budget", help="Records not copied, because the budget was used up."
+        name="antefix_worker_local_copies_over_budget",
+        help="Records not copied to this host's store, because the byte limit of copies was reached.",
     ),
     "num_failed": Shown(
         name="antefix_worker_local_copies_failed",
-        help="Copies that failed because a store did not give or take the record.",
+        help="Failed copies between stores: one store did not give, or the other did not accept, the record.",
     ),
 }
 # Metrics of the fields of `antefix.window.planner.KindRecord`, by plan.
 PLANS: Final[Table] = {
     "num_plans": Shown(
-        name="antefix_plans", help="Restores that were planned, by the plan that was predicted fastest."
+        name="antefix_plans",
+        help="Planned restores of prefixes, by the restore plan that was predicted to be the fastest.",
     ),
-    "num_outcomes": Shown(name="antefix_plan_outcomes", help="Planned restores that were carried out, by plan."),
+    "num_outcomes": Shown(
+        name="antefix_plan_outcomes", help="Restores of prefixes that were carried out, by restore plan."
+    ),
     "predicted_s": Shown(
-        name="antefix_plan_predicted_seconds", help="Predicted time of the restores that were carried out."
+        name="antefix_plan_predicted_seconds", help="Predicted time of the restores of prefixes that were carried out."
     ),
     "actual_s": Shown(
         name="antefix_plan_actual_seconds",
-        help="Actual time of the restores that were carried out, until the prompt was computed.",
+        help="Actual time of the restores that were carried out, until the whole prompt was computed.",
     ),
     "mean_error": Shown(
         name="antefix_plan_mean_error_ratio",
-        help="Mean of |actual - predicted| / predicted over restores, in which older ones count less.",
+        help="Mean relative error |actual - predicted| / predicted of restore times; older restores count less.",
         kind=Kind.GAUGE,
     ),
     "stated_error": Shown(
         name="antefix_plan_stated_error_ratio",
-        help="Relative error that the planner states for its next predictions.",
+        help="Relative error that the restore planner expects of its next predictions.",
         kind=Kind.GAUGE,
     ),
 }
@@ -87,7 +103,7 @@ PLANS: Final[Table] = {
 KV_EVENTS: Final[Table] = {
     "num_batches": Shown(name="antefix_worker_kv_event_batches", help="Messages of KV events that were published."),
     "num_events": Shown(name="antefix_worker_kv_events", help="KV events in the messages that were published."),
-    "num_replays": Shown(name="antefix_worker_kv_event_replays", help="Times that a reader asked for KV events again."),
+    "num_replays": Shown(name="antefix_worker_kv_event_replays", help="Requests of readers to send KV events again."),
 }
 
 
@@ -201,7 +217,7 @@ def worker_registry(role: str, engine: Engine) -> Registry:
 
 
 def _tier_metrics(engine: Engine) -> Iterable[Metric]:
-    """With several stores: the state and speed that the worker assumes for each."""
+    """If there are several stores: the state and the speed that the worker assumes for each store."""
     store = engine.store
     if not isinstance(store, ManyStores):
         return

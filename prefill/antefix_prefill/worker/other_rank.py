@@ -1,8 +1,8 @@
 """The process of a rank other than rank 0: joins the other ranks, loads its share, and runs what rank 0 sends.
 
 `rank_processes` starts it with one end of a socket, over which all messages come. When the socket closes, however rank
-0 ended, this process ends too, at most `END_S` later, whatever it is waiting for. It ignores signals, which only rank 0
-handles: a supervisor that signals every process must not end this one while requests are drained.
+0 ended, this process ends too, at most `END_S` seconds later, whatever it is waiting for. This process ignores signals,
+which only rank 0 handles: a supervisor that signals every process must not end a rank while requests are drained.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ log = logging.getLogger("antefix_prefill.ranks")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Join:
-    """This rank's number and the number of ranks.  rendezvous: a file where all ranks meet.  threads: for torch."""
+    """The number of this rank, and the number of ranks. rendezvous: a file where all ranks meet. threads: for torch."""
 
     rank: int
     size: int
@@ -65,7 +65,8 @@ class Measure:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Up:
     """An answer to rank 0.  text: for `failed` the reason, for `measured` the arithmetic's name.  num_exchanges: the
-    number of exchanges so far."""
+    number of exchanges so far.
+    """
 
     what: str
     text: str = ""
@@ -120,8 +121,8 @@ def _read(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
 
 
 def _may_carry_on(inbox: queue.Queue[Any]) -> bool:
-    """Whether rank 0 says to continue after a call that failed here. Rank 0 says nothing if the call did not fail
-    there.
+    """Whether rank 0 tells this rank to continue after a call that failed here. If the call did not fail on rank 0,
+    rank 0 sends nothing.
     """
     try:
         return bool(inbox.get(timeout=END_S / 2) == CARRY_ON)
@@ -148,7 +149,7 @@ def _serve(rank_0: Connection, inbox: queue.Queue[Any]) -> None:
                 follower = model = None
                 model = load(ranks=ranks, device=join.device, **settings)
                 follower = Follower(model, ranks)
-                log.info("this rank's share of the model, one of %d, is loaded onto %s", join.size, join.device)
+                log.info("this rank's share of the model, one of %d shares, is loaded onto %s", join.size, join.device)
                 rank_0.send(Up(what="loaded"))
             case Measure(settings=settings):
                 assert model is not None

@@ -16,7 +16,8 @@ _ERRORS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOutcome:
-    """One decision. plans: all plans that were compared, cheapest first; plan: the one that was carried out.
+    """One restore and how it was decided. plans: all plans that were compared, cheapest first; plan: the one that was
+    carried out.
 
     actual_s: seconds until the prompt was computed and stored, the time that `plan.predicted_s` predicts.
     """
@@ -34,7 +35,7 @@ class PlanOutcome:
 
 
 class PlanLog:
-    """The last NUM_KEPT outcomes, oldest first."""
+    """The last NUM_KEPT restores, oldest first."""
 
     def __init__(self) -> None:
         self.errors = histogram(

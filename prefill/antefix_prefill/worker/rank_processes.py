@@ -1,11 +1,13 @@
-"""The other ranks of a worker: starts a process for each, loads the model over all, and ends the worker if one dies.
+"""The other ranks of a worker: starts a process for each rank, loads the model over all of them, and ends the worker if
+one dies.
 
     rank 0 (the worker: services, pool's bookkeeping, store)  --socket each-->  other_rank 1 .. N-1
         all ranks                                             <--NCCL or gloo-->  all ranks
 
-Rank 0 tells the others what to run (`antefix.model.lead`); they answer only while they start. A dead rank cannot be
-replaced, because it held its part of the sequences' state. So the worker ends as a whole, at once, with the reason in
-its log, and routers react as to any dead worker: they retry requests, or continue them, on other workers.
+Rank 0 tells the other ranks what to run (`antefix.model.lead`); they answer only while they start. A dead rank cannot
+be
+replaced, because it held its part of the sequences' state. So the whole worker ends at once, with the reason in its
+log. Routers treat it like any dead worker: they retry requests, or continue them, on other workers.
 """
 
 from __future__ import annotations
@@ -48,14 +50,14 @@ _STARTED: Final = ("-P", "-c", "from antefix_prefill.worker.other_rank import ma
 
 
 def end_process(reason: str) -> None:
-    """End this process, whatever its threads are waiting for."""
+    """End this process, whatever its threads are waiting for, because a rank is lost."""
     log.critical("%s; this worker ends", reason)
     logging.shutdown()
     os._exit(EXIT_LOST)
 
 
 class RankProcesses:
-    """`size` processes, of which this one is rank 0. `close` ends the others.
+    """`size` processes that run one model; this process is rank 0. `close` ends the others.
 
     device: "cpu", or "cuda" for cards 0 to size - 1.  threads: torch's threads in each rank; 0: the cores, divided.
     timeout_s: the longest that a rank waits for another one in an exchange.
@@ -135,12 +137,15 @@ class RankProcesses:
             connection.send(Measure(settings=settings))
 
     def check_measured(self, measured: Arithmetic) -> None:
-        """Check that every rank has this rank's arithmetic.  Raises:  ConfigError: one has another, or died."""
+        """Check that every rank has this rank's arithmetic. Raises: ConfigError: one rank has another arithmetic, or
+        died.
+        """
         names = [answer.text for answer in self._await("measured", None)]
         for rank, name in enumerate(names, 1):
             if name != measured.name:
                 raise ConfigError(
-                    f"rank {rank} computes {name}, rank 0 {measured.name}: all ranks need cards and threads of one kind"
+                    f"rank {rank} computes with {name}, but rank 0 with {measured.name}: all ranks need the "
+                    "same kind of card and the same number of threads"
                 )
         self._end_of_start()
 
@@ -162,7 +167,7 @@ class RankProcesses:
             try:
                 process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                log.warning("rank with pid %d did not end and is killed", process.pid)
+                log.warning("the process of a rank, pid %d, did not end and is killed", process.pid)
                 process.kill()
                 process.wait()
         if hasattr(self, "ranks"):
@@ -189,7 +194,7 @@ class RankProcesses:
         threading.Thread(target=self._watch, args=(rank,), name=f"rank {rank}", daemon=True).start()
 
     def _watch(self, rank: int) -> None:
-        """Read a rank's messages until it ends; before `close` its end is an error."""
+        """Read a rank's messages until the rank ends; before `close` its end is an error."""
         connection, answers = self._connections[rank - 1], self._answers[rank - 1]
         reason = ""
         try:
@@ -228,7 +233,7 @@ class RankProcesses:
             connection.send_bytes(data)
 
     def _has_failed_everywhere(self) -> bool:
-        """Whether the call failed on all other ranks too, after as many exchanges; then all ranks continue."""
+        """Whether the call failed on all other ranks too, after as many exchanges; if so, all ranks continue."""
         deadline = time.monotonic() + FAILED_S
         for answers in self._answers:
             try:
@@ -242,8 +247,9 @@ class RankProcesses:
         return True
 
     def _broken(self, err: BaseException) -> None:
-        """A call failed here that was sent to the other ranks. The other ranks wait for this rank, or are ahead of
-        it."""
+        """A call that was sent to the other ranks failed on this rank. The other ranks wait for this rank, or are ahead
+        of it in the call.
+        """
         # If a rank died, its reason arrives within a moment; until then only its absence is known.
         time.sleep(0.5)
         self._lose(f"a call over {self.ranks.size} ranks failed on rank 0: {type(err).__name__}: {err}")

@@ -1,4 +1,6 @@
-"""What a worker tells routers about the stores and tiers that it reads: their speeds, and which stores are near."""
+"""The facts that a worker tells routers about the stores and tiers that it reads: their speeds, and which stores are
+near.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ def near_stores(store: Store) -> list[str]:
 def read_speeds(engine: Engine, names: Collection[str]) -> dict[str, ReadSpeed]:
     """Speeds by name: of the stores in `names`, near stores, and tiers that are not stores. Empty for one store.
 
-    Of a store whose files are read here also by the labels of its page cache and its disk. Its name alone then stands
-    for a read of which it is not known how much is in the page cache: the share of the last minute is assumed.
+    For a store whose files are read on this host, speeds are also given for its page cache and its disk, by their
+    labels. The store's name alone then stands for a read of which it is not known how much is in the page cache: the
+    share of the last minute is assumed.
     """
     store = engine.store
     if not isinstance(store, ManyStores):
@@ -47,7 +50,7 @@ def _speed(speed: TierSpeed, token_bytes: float) -> ReadSpeed:
 
 
 def _mixed(first: ReadSpeed, second: ReadSpeed, share: float) -> ReadSpeed:
-    """share: of bytes that come at the first speed."""
+    """share: the share of bytes that are read at the first speed."""
     return ReadSpeed(
         latency_s=share * first.latency_s + (1 - share) * second.latency_s,
         seconds_per_token=share * first.seconds_per_token + (1 - share) * second.seconds_per_token,

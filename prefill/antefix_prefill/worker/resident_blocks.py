@@ -1,7 +1,7 @@
 """Blocks in a worker's pool: which are in use, which are idle but still valid, and which to evict for room.
 
-Called from the event loop only. A block is private to the sequence that fills it until `publish`. After that it never
-changes, and any sequence with the same chain may use it.
+All methods are called from the event loop only. A block is private to the sequence that fills it until `publish`. After
+`publish` the block never changes, and any sequence with the same chain may use it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from antefix.events.memory_log import MemoryLog
 
 
 class Pool(Protocol):
-    """The methods of `antefix.model.BlockPool` that are used here."""
+    """The methods of `antefix.model.BlockPool` that this module uses."""
 
     num_blocks: int
     num_free: int
@@ -51,14 +51,14 @@ class ResidentBlocks:
         return self._pool.num_free + len(self._idle)
 
     def num_leading(self, hashes: Sequence[bytes]) -> int:
-        """How many of the chain's first blocks are here. Does not take a reference."""
+        """How many of the chain's first blocks are in this worker's memory. Does not take a reference."""
         for index, name in enumerate(hashes):
             if name not in self._by_hash:
                 return index
         return len(hashes)
 
     def take(self, hashes: Sequence[bytes]) -> list[int]:
-        """Take a reference to the chain's leading blocks that are here; call `release` afterwards."""
+        """Take a reference to the chain's leading blocks that are in memory; `release` must be called afterwards."""
         taken: list[int] = []
         for name in hashes:
             block_id = self._by_hash.get(name)
@@ -70,14 +70,14 @@ class ResidentBlocks:
         return taken
 
     def allocate(self, num_blocks: int, *, after: int | None = None) -> list[int]:
-        """Private blocks, next to block `after` if possible. Evicts idle blocks if the pool is full.
+        """Private blocks, next to block `after` if possible. If the pool is full, idle blocks are evicted.
 
         Raises:  Overloaded: too many blocks are in use; nothing was taken.
         """
         if num_blocks > self.num_available:
             raise Overloaded(
-                f"the block pool has {self.num_available} of {self._pool.num_blocks} blocks to give,"
-                f" {num_blocks} needed: fewer or shorter requests, or a larger pool_bytes",
+                f"the block pool can give {self.num_available} of its {self._pool.num_blocks} blocks, but "
+                f"{num_blocks} are needed: send fewer or shorter requests, or raise pool_bytes",
                 retry_after_s=1.0,
             )
         while self._pool.num_free < num_blocks:
@@ -88,8 +88,9 @@ class ResidentBlocks:
         return block_ids
 
     def publish(self, name: bytes, block_id: int) -> bool:
-        """Declare this block finished and exact. False: another block has the name already, so this one stays
-        private."""
+        """Declare this block finished and its contents exact. Returns False if another block has the name already, so
+        that this block stays private.
+        """
         if name in self._by_hash:
             return False
         self._by_hash[name] = block_id
@@ -98,7 +99,9 @@ class ResidentBlocks:
         return True
 
     def release(self, block_ids: Sequence[int]) -> None:
-        """Drop references. Later blocks become idle first, so they are evicted before the blocks that they extend."""
+        """Drop references. Later blocks of a chain become idle first, so they are evicted before the blocks that they
+        extend.
+        """
         for block_id in reversed(block_ids):
             self._refs[block_id] -= 1
             if self._refs[block_id]:

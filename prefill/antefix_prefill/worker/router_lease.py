@@ -1,8 +1,8 @@
 """Keeps a worker registered with its routers while it serves, and deregisters it before it drains.
 
-A router that does not answer is asked again, so after it returns it knows the worker within a third of a lease.
-`dns:HOST:PORT` means a router at each address of the name. The name is looked up again as often, so routers may come
-and go.
+A router that does not answer is asked again, so after it comes back it knows the worker within a third of a lease.
+`dns:HOST:PORT` stands for a router at each address of the name. The name is looked up again at the same intervals, so
+routers may come and go.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class WorkerLease:
         await self._stop()
 
     async def end(self) -> None:
-        """Ask for no more work. A router that misses this learns it when the lease expires, or when it calls."""
+        """Ask for no more work. A router that misses the deregistration learns of it when the lease expires, or when it
+        calls the worker.
+        """
         await self._stop()
         self._ttl_s = 0.0
         await asyncio.gather(*(self._say(router) for router in self._routers()))
@@ -121,7 +123,7 @@ class WorkerLease:
             try:
                 await self._register(router_pb2_grpc.RouterServiceStub(channel))
             except AntefixError as err:
-                log.info("router %s could not be told that this worker leaves: %s", router, err)
+                log.info("router %s could not be told that this worker is shutting down: %s", router, err)
 
     async def _register(self, stub: router_pb2_grpc.RouterServiceStub) -> None:
         registration = Registration(

@@ -117,7 +117,9 @@ class WorkerConfig(EngineConfig):
 
 
 def secure_worker(config: WorkerConfig, role: Role) -> ProcessSecurity:
-    """The identity that this worker uses from now on.  Raises:  ConfigError: its credentials cannot be used."""
+    """The identity under which this worker serves from now on. Raises: ConfigError: the worker's credentials cannot be
+    used.
+    """
     security = open_security(role, config.credentials, keyring=Keyring.from_file(config.secret_file))
     security.use()
     security.check_calling(
@@ -130,7 +132,7 @@ def secure_worker(config: WorkerConfig, role: Role) -> ProcessSecurity:
 
 
 async def start_engine(config: WorkerConfig, *, may_call: Callable[[str], object] = lambda address: None) -> Engine:
-    """The worker's engine over its store. Also tells the store how payloads are laid out.
+    """The worker's engine over its store. The store is also told how payloads are laid out.
 
     may_call: as in `open_stores`.
     Raises:  ModelError, ConfigError: the model or a setting is not usable.
@@ -139,7 +141,9 @@ async def start_engine(config: WorkerConfig, *, may_call: Callable[[str], object
     for directory in (each.directory for each in where if each.directory):
         if not (Path(directory) / STORE_FILE).exists():
             # Not an error, because the store may start later. But a misspelt directory must not go unnoticed.
-            log.warning("there is no store in --store-dir %s; until there is one, every look-up misses", directory)
+            log.warning(
+                "there is no store in --store-dir %s; until a store is made there, every look-up misses", directory
+            )
     keyring = Keyring.from_file(config.secret_file)
     seals = Seals(keyring)
     store = open_stores(
@@ -172,7 +176,7 @@ async def serve_worker(
     """Serve the worker's own service and the services that all workers have, until told to stop. While it serves, the
     worker is registered with the routers.
 
-    metrics: of the worker's own service, read in the event loop.
+    metrics: those of the worker's own service, read in the event loop.
     """
 
     def add_services(server: grpc.aio.Server) -> None:

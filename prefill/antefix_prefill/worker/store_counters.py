@@ -1,4 +1,4 @@
-"""Counts how the store behaved towards one worker: each error was counted here and led to a recomputation."""
+"""Counts how the store behaved towards one worker: each error that is counted here led to a recomputation."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from antefix.record import Refusal
 
 @dataclass(slots=True)
 class StoreCounters:
-    """How the store behaved towards this worker since it started. Each error led to a recomputation.
+    """How the store has behaved towards this worker since the worker started. Each counted error led to a
+    recomputation.
 
     tokens_by_tier, bytes_by_tier: what was read from each tier, by its label, if there are several stores.
     refused_by_reason: records that the store refused, by `antefix.record.Reason`.

@@ -53,7 +53,7 @@ class WindowServicer(window_pb2_grpc.WindowServiceServicer):
     ) -> window_pb2.SetStrategyResponse:
         strategy = in_force(parse(request.strategy), has_pool=self._engine.window_pool is not None)
         previous, self._engine.strategy = self._engine.strategy, strategy
-        log.info("strategy of namespace %s: %s, was %s", self._engine.namespace, strategy, previous)
+        log.info("the window strategy of namespace %s is now %s, was %s", self._engine.namespace, strategy, previous)
         return window_pb2.SetStrategyResponse(previous=str(previous))
 
 

@@ -1,3 +1,3 @@
-"""Turns conversations into tokens, and outputs into messages. A longer conversation begins with the tokens of the
-shorter one.
+"""Turns conversations into tokens, and outputs into messages. The tokens of a longer conversation begin with the tokens
+of the shorter one.
 """

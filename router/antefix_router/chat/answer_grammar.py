@@ -20,7 +20,7 @@ _WRITTEN: Final = {"item_separator": ", ", "key_separator": ": ", "whitespace_fl
 
 
 def quoted(text: str) -> str:
-    """The text as a literal of the grammar."""
+    """The text, written as a literal of the grammar."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -32,7 +32,7 @@ def json_rule(schema: Any) -> str:
 
 
 def json_answer(schema: dict[str, Any] | None) -> str:
-    """The rule for an answer that is JSON. Without a schema, any object is allowed.  Raises:  UnusableSchema"""
+    """The rule for an answer that is JSON. Without a schema, any JSON object is allowed.  Raises:  UnusableSchema"""
     return json_rule({"type": "object"} if schema is None else prepared(schema, strict=True))
 
 
@@ -42,7 +42,7 @@ def json_grammar(schema: dict[str, Any] | None) -> str:
 
 
 def search_regex(pattern: str) -> str:
-    """Turn a schema's `pattern` into a regex for the whole text. Without anchors, the pattern may match anywhere in the
+    """Turn a schema's `pattern` into a regex for the whole text. A pattern without anchors may match anywhere in the
     text.
 
     Raises:  UnusableSchema: the pattern has anchors elsewhere than at its ends.
@@ -59,8 +59,8 @@ def search_regex(pattern: str) -> str:
 
 
 def _has_bare(pattern: str, chars: str, *, outermost: bool = False) -> bool:
-    """Whether the pattern contains one of these characters unescaped and outside character classes.  outermost: only
-    outside groups too.
+    """Whether the pattern contains one of these characters unescaped and outside character classes. outermost: only
+    characters outside groups count.
     """
     is_escaped = in_class = False
     depth = 0

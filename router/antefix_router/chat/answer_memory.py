@@ -1,13 +1,13 @@
 """Remembers the tokens of recent answers, so that a resent answer becomes exactly the tokens that were generated.
 
 Tokenizing an answer's text does not always give back the model's tokens: the model may split a word differently than
-the tokenizer, or stop within a character. The resent conversation would then miss from its first answer on. An answer
-is found by all tokens before it and by the message that the client was given. The memory belongs to this process and
-drops the least recently used answers.
+the tokenizer, or stop within a character. Without this memory, the resent conversation would miss from its first answer
+on. An answer is found by all tokens before it and by the message that the client was given. Each process has its own
+memory of answers, which drops the least recently used ones.
 
-Many clients of OpenAI's chat API cannot store reasoning and send an answer back without it. If the format keeps
-reasoning, such an answer would have other tokens and miss from there on. So an answer is looked up without its
-reasoning, and put back with it.
+Many clients of OpenAI's chat API cannot store reasoning and send an answer back without it. If the chat format keeps
+reasoning, such an answer would have other tokens, and the prompt would miss from there on. So an answer is looked up
+without its reasoning, and put back with it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _TOKENS_A_NAME = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoundAnswer:
-    """An answer's tokens.  is_restored: they hold reasoning that the client did not send back."""
+    """The tokens of an answer. is_restored: they hold reasoning that the client did not send back."""
 
     tokens: list[int]
     is_restored: bool
@@ -40,7 +40,7 @@ class FoundAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kept:
-    """said: the answer's name without its reasoning, if it has reasoning."""
+    """said: the name of the answer without its reasoning, if it has reasoning."""
 
     packed: bytes
     said: bytes | None
@@ -55,8 +55,8 @@ class _Kept:
 
 
 class AnswerMemory:
-    """Answers of all tenants. The cache tenant is part of an answer's name, so no tenant gets another's.
-    Thread-safe.
+    """Answers of all tenants. The cache tenant is part of an answer's name, so that no tenant gets another tenant's
+    answer. Thread-safe.
     """
 
     def __init__(self, num_tokens_max: int = NUM_TOKENS_MAX) -> None:
@@ -69,9 +69,7 @@ class AnswerMemory:
         self._said: dict[bytes, bytes] = {}
 
     def put(self, before: Sequence[int], message: Message, tokens: Sequence[int], *, tenant: str) -> None:
-        """Remember that after `before` (the prompt) the model wrote `tokens`, which the client was shown as
-        `message`.
-        """
+        """Record that after `before` (the prompt) the model wrote `tokens`, which the client was shown as `message`."""
         prefix = prefix_state(tenant, before)
         said = answer_name(prefix, replace(message, reasoning="")) if message.reasoning else None
         self._keep(answer_name(prefix, message), tokens, said)
@@ -99,7 +97,7 @@ class AnswerMemory:
                 self._drop(next(iter(self._answers)))
 
     def get(self, prefix: hashlib.blake2b, message: Message) -> FoundAnswer | None:
-        """The tokens that the model generated for this message after this prefix."""
+        """The tokens that the model generated when it wrote this message after this prefix."""
         name = answer_name(prefix, message)
         with self._lock:
             if is_restored := name not in self._answers and not message.reasoning:
@@ -144,9 +142,9 @@ def aside_name(prefix: hashlib.blake2b) -> bytes:
 
 
 def answer_name(prefix: hashlib.blake2b, message: Message) -> bytes:
-    """The name of an answer after a prefix. Of a tool call, name and arguments count: clients keep those, and some
-    replace the ids. Many clients parse the arguments and write them again, so arguments that are equal as JSON count as
-    equal.
+    """The name of an answer that follows a prefix. Of a tool call, only name and arguments count in the answer's name:
+    clients keep those, and some replace the ids. Many clients parse the arguments and write them again, so arguments
+    that are equal as JSON count as equal.
     """
     state = prefix.copy()
     parts = [message.reasoning, message.content]
@@ -159,7 +157,7 @@ def answer_name(prefix: hashlib.blake2b, message: Message) -> bytes:
 
 
 def _canonical(arguments: str) -> str:
-    """Returns the same text for all spellings of the same JSON. Text that is not JSON stays as it is."""
+    """All spellings of the same JSON give the same text. A text that is not JSON stays as it is."""
     try:
         return json.dumps(json.loads(arguments, parse_float=_number), sort_keys=True)
     except (ValueError, RecursionError):
@@ -167,6 +165,6 @@ def _canonical(arguments: str) -> str:
 
 
 def _number(text: str) -> float | int:
-    """Clients in JavaScript write 1.0 as 1."""
+    """Clients in JavaScript write the number 1.0 as 1."""
     number = float(text)
     return int(number) if number.is_integer() else number

@@ -8,7 +8,9 @@ from antefix_router.chat.messages import Conversation, Delta, Effort, Piece
 
 
 class OutputParser(Protocol):
-    """Parses an answer's text as it arrives. `push` and `finish` return what is certain; undecided text waits."""
+    """Parses an answer's text as it arrives. `push` and `finish` return the parts of the answer that are certain;
+    undecided text waits.
+    """
 
     in_reasoning: bool
 
@@ -19,7 +21,7 @@ class OutputParser(Protocol):
 
 class ChatFormat(Protocol):
     """One model family's chat format. As far as the format allows, the rendering of a longer conversation begins with
-    the rendering of the shorter one. The common beginning makes the next turn hit.
+    the rendering of the shorter one. Because of the common beginning, the next turn of a conversation can hit.
     """
 
     name: str
@@ -28,7 +30,7 @@ class ChatFormat(Protocol):
     is_program: bool
 
     def render(self, conversation: Conversation) -> list[Piece]:
-        """Write the conversation.  Raises:  InvalidRequest: the format cannot express it."""
+        """Write the conversation.  Raises:  InvalidRequest: the chat format cannot express this conversation."""
 
     def parser(self, conversation: Conversation) -> OutputParser: ...
 
@@ -40,11 +42,11 @@ class ChatFormat(Protocol):
         """
 
     def mode_name(self, effort: Effort) -> str:
-        """The thinking mode as clients and bills name it: "off", "low", "high" or "max"."""
+        """The thinking mode, in the words that clients and bills use: "off", "low", "high" or "max"."""
 
 
 def mode_name(effort: Effort) -> str:
-    """The mode's name in a format that distinguishes all efforts."""
+    """The name of the thinking mode, in a format that distinguishes all efforts."""
     return "off" if effort is Effort.NONE else effort.value
 
 

@@ -14,7 +14,7 @@ from antefix_router.chat.template import TemplateFormat, template_of
 
 
 def choose_format(name: str, model: Path, tokenizer: Tokenizer, *, bounded: bool = False) -> ChatFormat:
-    """The format that the setting names. "auto" takes the model directory's own template, or else the V4 format, or
+    """The format that the setting names. "auto" takes the template in the model's directory, or else the V4 format, or
     else the plain one.
 
     Raises:  ConfigError: the template was asked for and the model directory has none.
@@ -29,7 +29,7 @@ def choose_format(name: str, model: Path, tokenizer: Tokenizer, *, bounded: bool
             name = _deepseek_v4(model) or "plain"
     if name == "template":
         if template is None:
-            raise ConfigError(f"--chat-format template: {model} has no chat template")
+            raise ConfigError(f"--chat-format template needs a chat template, and the model {model} has none")
         return TemplateFormat(template, model, bounded=bounded)
     if name == "deepseek-v4-0731":
         return DeepSeekV4Format(EFFORTS_0731)
@@ -37,8 +37,9 @@ def choose_format(name: str, model: Path, tokenizer: Tokenizer, *, bounded: bool
 
 
 def _deepseek_v4(model: Path) -> str:
-    """The format name of a V4 checkpoint; empty if it is none. The config is the same for both V4 checkpoints. The
-    encoder shipped with the checkpoint distinguishes them or, without it, the directory's name.
+    """The name of the chat format of a V4 checkpoint; empty if the model is no V4 checkpoint. Both V4 checkpoints have
+    the same config. They are told apart by the encoder in the checkpoint's files or, without one, by the directory's
+    name.
     """
     config = read_config(model)
     if config.get("model_type") != "deepseek_v4":

@@ -2,15 +2,16 @@
 
     BOS [effort] system [tools] (USER text ASSISTANT think-tag answer [calls] EOS)*
 
-The checkpoint of July 31st (DeepSeek-V4-Flash-0731) has other prompts for the efforts. The format of that checkpoint
-is otherwise the same.
+The checkpoint of July 31st (DeepSeek-V4-Flash-0731) has other prompts for the levels of effort. Apart from these
+prompts, that checkpoint's format is the same.
 
-Non-thinking answers follow `</think>`, thinking ones `<think>`. Reasoning of earlier turns is left out, unless there
-are tools: then the model has to see why it made its calls. Tool results go into the next user turn, in the order of the
-calls. Tool calls are DSML: `<｜DSML｜tool_calls>` around `invoke` elements with one `parameter` each.
+Answers without thinking follow `</think>`, answers with thinking follow `<think>`. Reasoning of earlier turns is left
+out, unless there
+are tools: then the model has to see why it made its calls. Tool results are written into the next user turn, in the
+order of the calls. Tool calls are DSML: `<｜DSML｜tool_calls>` around `invoke` elements with one `parameter` each.
 
-The format has a place for system text only at the head. Later system text stays where the client put it, as text of a
-user's turn.
+The format has a place for system text only at the head. System text that comes later stays where the client put it, as
+text of a user's turn.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ _SCHEMA: Final = "## Response Format:\n\nYou MUST strictly adhere to the followi
 
 
 class DeepSeekV4Format:
-    """The format described above.  efforts: for each effort, the text that begins a prompt if the model is to think;
-    EFFORTS_0731 for that checkpoint.
+    """The format described above. efforts: for each level of effort, the text that begins a prompt if the model is to
+    think; EFFORTS_0731 for the checkpoint of July 31st.
     """
 
     supports_reasoning = True
@@ -136,7 +137,7 @@ class DeepSeekV4Format:
         return [*pieces, *_aside(conversation, messages[head:], is_last=True), *_opening(conversation.effort, True)]
 
     def mode_name(self, effort: Effort) -> str:
-        """LOW and HIGH have the same name, except for the later checkpoint, which distinguishes them."""
+        """LOW and HIGH have the same name, except in the later checkpoint, whose format distinguishes them."""
         if effort is Effort.LOW and self._efforts is not EFFORTS_0731:
             return Effort.HIGH.value
         return mode_name(effort)
@@ -170,7 +171,7 @@ def _preamble(conversation: Conversation, messages: tuple[Message, ...]) -> list
 
 
 def _num_system(messages: tuple[Message, ...]) -> int:
-    """How many messages at the head are system text."""
+    """How many messages at the beginning are system text."""
     return next((i for i, message in enumerate(messages) if message.role is not ChatRole.SYSTEM), len(messages))
 
 
@@ -223,8 +224,8 @@ def _call(call: ToolCall) -> list[Special | Plain]:
 
 
 def _arguments(text: str) -> dict[str, Any]:
-    """The arguments of an earlier call. Text that is not a JSON object stays text, so that the model sees its mistake
-    and the conversation is not refused in all later turns.
+    """The arguments of a call in an earlier turn. Text that is not a JSON object stays text, so that the model sees its
+    mistake and the conversation is not refused in all later turns.
     """
     try:
         arguments = json.loads(text or "{}")
@@ -243,8 +244,8 @@ def _spoken(message: Message) -> list[Piece]:
 
 
 def _in_call_order(messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """Put the results of parallel calls in the order of the calls, whatever order the client sent. So every turn gives
-    the same prefix.
+    """Put the results of parallel calls in the order of the calls, whatever order the client sent. So every turn of a
+    conversation gives the same prefix.
     """
     ordered = list(messages)
     order: dict[str, int] = {}

@@ -1,7 +1,7 @@
 """Parses DeepSeek-V4's answers as they arrive: reasoning, text, and tool calls in DSML.
 
 A call is passed on piece by piece: its name, then its arguments as pieces of a JSON object. Markup never appears in the
-text, neither complete nor cut off. A call is passed on as a call, or is left out if no client could execute it.
+text, neither complete nor cut off. A tool call is passed on as a call, or is left out if no client could execute it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _IS_TEXT: Final = re.compile(r'string="true"')
 
 
 class DeepSeekV4Parser:
-    """Parses one answer. Text that may begin a tag is held until that is decided.
+    """Parses one answer. Text that may begin a tag is held until it is clear whether it does.
 
     text -> block -> call -> value        each state reads `_waiting` and sets the next state
     """
@@ -61,8 +61,8 @@ class DeepSeekV4Parser:
         return self._said(text)
 
     def _text(self, deltas: list[Delta]) -> bool:
-        """State: reasoning or content, up to the next tag. Like all states, returns whether there is more to
-        read now.
+        """State of the parser: reasoning or content, up to the next tag. Like all states of the parser, this one
+        returns whether there is more to read now.
         """
         places = [self._waiting.find(tag) for tag in self._ends()]
         place = min((each for each in places if each >= 0), default=-1)
@@ -93,7 +93,7 @@ class DeepSeekV4Parser:
         return True
 
     def _wait_for_tag(self, place: int, deltas: list[Delta]) -> bool:
-        """The tag at `place` is still incomplete. The empty line before it may belong to it."""
+        """The tag at `place` is still incomplete. The empty line before the tag may belong to the tag."""
         rest = self._waiting[place + 1 :]
         if len(rest) > _TAG_CHARACTERS_MAX or "\n" in rest or "<" in rest:
             # The tag can never become complete. Its beginning is dropped, and what follows is text.
@@ -118,7 +118,7 @@ class DeepSeekV4Parser:
         return [Delta(reasoning=text) if self.in_reasoning else Delta(content=text)]
 
     def _hidden(self, deltas: list[Delta]) -> bool:
-        """State: inside a block that is not passed on."""
+        """State of the parser: inside a block that is not passed on."""
         ends = (_CALLS_END, _THINK_END) if self.in_reasoning else (_CALLS_END,)
         found = sorted((place, end) for end in ends if (place := self._waiting.find(end)) >= 0)
         if not found:
@@ -133,7 +133,7 @@ class DeepSeekV4Parser:
         return True
 
     def _block(self, deltas: list[Delta]) -> bool:
-        """State: between calls. Everything that is not a tag is dropped."""
+        """State: between calls. Everything in such a block that is not a tag is dropped."""
         tag = self._next_tag()
         if tag is None:
             return False
@@ -147,7 +147,7 @@ class DeepSeekV4Parser:
         return True
 
     def _parameters(self, deltas: list[Delta]) -> bool:
-        """State: inside a call, between its parameters."""
+        """State of the parser: inside a call, between its parameters."""
         tag = self._next_tag()
         if tag is None:
             return False
@@ -165,8 +165,8 @@ class DeepSeekV4Parser:
         return True
 
     def _value(self, deltas: list[Delta]) -> bool:
-        """State: inside a parameter. Only the parameter's own closing tag ends it, because its text may contain
-        anything, markup too.
+        """State: inside a parameter. A parameter ends only with its own closing tag, because its text may contain
+        anything, including markup.
         """
         value, end, rest = self._waiting.partition(_PARAMETER_END)
         if end:
@@ -215,7 +215,7 @@ class _Call:
         return CallDelta(id=self.id, arguments=f"{separator}{_json(name)}: " + ('"' if is_text else ""))
 
     def add(self, text: str) -> CallDelta:
-        """Add to a value. Text goes out at once. Any other value is held until it is complete, because only then is it
+        """Add to a value. Text goes out at once. Any other value is held until it is complete, because only then it is
         known to be JSON.
         """
         if self._is_repeated:
@@ -259,7 +259,7 @@ def _json(value: Any) -> str:
 
 
 def _split_undecided(text: str, tags: tuple[str, ...]) -> tuple[str, str]:
-    """Split the text into the part that is certain, and the longest end that may begin one of the tags."""
+    """Split the text into the part that is certain, and the longest end that may be the beginning of a tag."""
     for size in range(min(len(text), max(map(len, tags)) - 1), 0, -1):
         if any(tag.startswith(text[-size:]) for tag in tags):
             return text[:-size], text[-size:]

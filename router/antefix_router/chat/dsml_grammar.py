@@ -4,7 +4,7 @@ each tool's schema.
     calls: "<tool_calls>\\n" call+ "</tool_calls>"        call: <invoke name> parameters in the schema's order </invoke>
 
 A text parameter is written as it is, up to its closing tag. All other parameters are JSON. Parameters that the schema
-allows but does not name are never written.
+allows without naming them are never written.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _FORMATS["date-time"] = f"{_FORMATS['date']}T{_FORMATS['time']}"
 
 
 def dsml_grammar(conversation: Conversation, *, thinks: bool) -> str:
-    """The grammar of an answer that has a form.  thinks: the answer begins inside the reasoning.
+    """The grammar of an answer that must have a certain form. thinks: the answer begins inside the reasoning.
 
     Raises:  UnusableSchema, UnusableTool: the form of the answer or of a tool's calls cannot be enforced.
     """
@@ -101,7 +101,7 @@ def call_rules(name: str, tool: Mapping[str, Any], *, strict: bool) -> Iterator[
 
 
 class _Whole(Resolver):
-    """A tool's whole schema.  strict: refuse what cannot be enforced."""
+    """The whole schema of a tool. strict: refuse what cannot be enforced."""
 
     def __init__(self, root: Mapping[str, Any], *, strict: bool) -> None:
         super().__init__(root)
@@ -128,8 +128,8 @@ def _objects(schema: Any, whole: _Whole, depth: int = 0) -> Iterator[dict[str, A
 
 
 def _argument_rules(name: str, schema: dict[str, Any], whole: _Whole) -> Iterator[str]:
-    """Rules for the arguments. Each parameter is followed by the remaining ones; optional ones may be left out. A call
-    without parameters has an empty line.
+    """Rules for the arguments. Each parameter is followed by the remaining parameters; optional parameters may be left
+    out. A call without parameters has an empty line.
     """
     properties = dict(schema.get("properties", {}))
     required = list(dict.fromkeys(schema.get("required", ())))
@@ -158,7 +158,7 @@ def _argument_rules(name: str, schema: dict[str, Any], whole: _Whole) -> Iterato
 
 
 def _kinds(schema: Any, whole: _Whole, depth: int = 0) -> _Kinds | None:
-    """The values that a schema allows; None if it allows none."""
+    """The values that a schema allows; None if the schema allows no value."""
     whole.step(depth)
     schema = whole.resolved(schema)
     if schema is False:
@@ -222,7 +222,7 @@ def _parameter_rules(rule: str, name: str, kinds: _Kinds, root: Mapping[str, Any
 
 
 def _text_regexes(schema: Mapping[str, Any]) -> Iterator[str]:
-    """Regexes for a text parameter, which is written as it is."""
+    """Regexes for a text parameter, which is written without quotes."""
     low, high = schema.get("minLength", 0), schema.get("maxLength")
     if high is not None and high < low:
         raise UnusableSchema("'maxLength' is less than 'minLength'")

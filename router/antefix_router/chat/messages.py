@@ -15,7 +15,7 @@ class ChatRole(StrEnum):
 
 
 class Effort(StrEnum):
-    """How much the model reasons before it answers. LOW to MAX think; NONE does not."""
+    """How much the model reasons before it answers. The efforts LOW to MAX let the model think; NONE does not."""
 
     NONE = "none"
     LOW = "low"
@@ -34,10 +34,10 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextBreakpoint:
-    """A client's cache breakpoint: everything before it is to be kept for `ttl_s`.
+    """A client's cache breakpoint: the prompt before it is to be kept for `ttl_s` seconds.
 
-    offset: characters of the text before it. None: the breakpoint is at the end of the message, tools or other part
-    that has it.
+    offset: how many characters of the text lie before the breakpoint. None: the breakpoint is at the end of the
+    message, of the tools or of the other part that has it.
     """
 
     ttl_s: float
@@ -116,7 +116,9 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Special:
-    """Text written by the format itself. Special tokens in it become their ids.  breakpoints: positions within it."""
+    """Text written by the format itself. Special tokens in this text become their ids. breakpoints: positions within
+    the text.
+    """
 
     text: str
     breakpoints: tuple[TextBreakpoint, ...] = ()
@@ -124,7 +126,7 @@ class Special:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plain:
-    """Text from outside. Nothing in it is read as a special token.  breakpoints: positions within it."""
+    """Text from outside. Nothing in this text is read as a special token. breakpoints: positions within the text."""
 
     text: str
     breakpoints: tuple[TextBreakpoint, ...] = ()
@@ -132,7 +134,7 @@ class Plain:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A whole assistant turn without its end token. The tokens that the model generated can replace it."""
+    """A whole turn of the assistant, without its end token. The tokens that the model generated can replace it."""
 
     message: Message
     pieces: tuple[Special | Plain, ...]
@@ -140,9 +142,9 @@ class Answer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Aside:
-    """Text that changes with every request, at the end of the turn before an answer. Without pieces, it marks an
-    earlier turn's text: the client does not send that text again, and it must be restored so that the answer after it
-    can hit.
+    """Text that changes with every request, at the end of the turn before an answer. Without pieces, it marks the
+    changing text of an earlier turn: the client does not send that text again, and it must be restored so that the
+    answer after it can hit.
     """
 
     pieces: tuple[Special | Plain, ...] = ()
@@ -154,9 +156,10 @@ Piece = Special | Plain | Answer | TextBreakpoint | Aside
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallDelta:
-    """What new output text adds to a tool call. All pieces of `arguments` together are a JSON object.
+    """The addition that new output text makes to a tool call. The pieces of `arguments`, joined, are a JSON object.
 
-    name: only in the call's first piece.  is_last: the call is complete. A call without a last piece was cut off.
+    name: set only in the call's first piece. is_last: the call is complete. If no last piece came, the call was cut
+    off.
     """
 
     id: str
@@ -167,7 +170,7 @@ class CallDelta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """What new output text adds to the answer. One of the three fields is set."""
+    """The addition that new output text makes to the answer. Exactly one of the three fields is set."""
 
     reasoning: str = ""
     content: str = ""
@@ -175,8 +178,9 @@ class Delta:
 
 
 def plain_of(message: Message) -> Plain:
-    """A turn's content with the name of its speaker. The content leaves out breakpoints at the turn's end: see
-    `end_of`."""
+    """A turn's content with the name of its speaker. Breakpoints at the turn's end are not part of the content: see
+    `end_of`.
+    """
     said_by = f"{message.name}: " if message.name else ""
     inside = tuple(
         TextBreakpoint(ttl_s=each.ttl_s, offset=len(said_by) + each.offset)

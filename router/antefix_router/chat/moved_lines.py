@@ -1,11 +1,11 @@
 """Moves changing lines of the system text to a later place, because no prefix can be hit beyond the first change. Pure.
 
 For example, some clients begin their system text with a line about themselves: a version, a checksum, a billing
-account. The line differs in every session or every request, and everything after it would miss. A table of rules
+account. Such a line differs in every session or every request, and everything after it would miss. A table of rules
 recognises these lines. No text is dropped. A line that changes with the session moves to the beginning of the first
-user message. A line that changes with the request moves to the end of the last user message (`messages.Aside`). The
-old and the new place come after system text and tools. The prompt is the text with the lines moved, for hits and
-misses alike. Operators can add rules in a file (deploy/prefix_rules.toml).
+user message. A line that changes with the request moves to the end of the last user message (`messages.Aside`). The old
+and the new place come after system text and tools. The prompt always is the text with the lines moved, both for hits
+and for misses. Operators can add rules in a file (deploy/prefix_rules.toml).
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ SHIPPED: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:
-    """A line that was moved, and the rule that matched it."""
+    """A line that was moved, with the rule that matched it."""
 
     rule: Rule
     text: str
 
 
 def move_lines(conversation: Conversation, rules: Sequence[Rule]) -> tuple[Conversation, list[Moved]]:
-    """Move the lines that the rules match. Returns the conversation and the moved lines."""
+    """Move the lines that the rules match. Returns the conversation after the move, and the moved lines."""
     if not rules:
         return conversation, []
     head: list[Message] = []
@@ -96,7 +96,7 @@ class _Text:
     cuts: list[tuple[int, int]] = field(default_factory=list)
 
     def place(self, offset: int) -> int:
-        """The present position of the text that was at this offset."""
+        """The position that the text at this offset has at present."""
         return offset - sum(min(size, offset - start) for start, size in self.cuts if start < offset)
 
 
@@ -131,7 +131,7 @@ def _rule_of(line: str, rules: Sequence[Rule], *, is_head: bool) -> Rule | None:
 
 
 def load_rules(setting: str) -> tuple[Rule, ...]:
-    """The shipped rules, preceded by those of a file if one is named. No rules if the setting is `off`.
+    """The shipped rules, preceded by those of a file if one is named. If the setting is `off`, there are no rules.
 
     A file has `[[rule]]` tables with `name`, `line` (a regular expression), `changes` and optionally `anywhere`. A rule
     replaces the shipped rule of the same name; `shipped = false` leaves out all shipped rules.
@@ -160,6 +160,6 @@ def _rule(table: Table) -> Rule:
         pattern = re.compile(line)
         matches_all = pattern.match("") is not None
     except (re.error, RecursionError, OverflowError) as err:
-        raise ConfigError(f"{table.where}: {line!r:.200} is no regular expression: {err}") from err
+        raise ConfigError(f"{table.where}: {line!r:.200} is not a valid regular expression: {err}") from err
     require(not matches_all, f"{table.where}: {line!r:.200} matches every line")
     return Rule(name=name, line=pattern, changes=changes, anywhere=anywhere)

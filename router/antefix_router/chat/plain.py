@@ -64,7 +64,7 @@ class PlainFormat:
         return PlainParser()
 
     def grammar(self, conversation: Conversation) -> str:
-        """The model is not told about a schema. The grammar alone makes its answer satisfy the schema."""
+        """The model is not told about a schema. Only the grammar makes the model's answer satisfy the schema."""
         return json_grammar(conversation.response_schema) if conversation.answers_json else ""
 
     def mode_name(self, effort: Effort) -> str:
@@ -72,7 +72,7 @@ class PlainFormat:
 
 
 def _aside(conversation: Conversation, *, is_last: bool) -> list[Piece]:
-    """The request-dependent text, as a separate user turn."""
+    """The text that changes with each request, as a separate user turn."""
     if not conversation.aside:
         return []
     said = Special(text="<|user|>"), Plain(text=conversation.aside), Special(text="<|end|>")

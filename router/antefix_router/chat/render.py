@@ -17,7 +17,7 @@ from antefix_router.chat.messages import Answer, Aside, Piece, Plain, Special, T
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """A prompt.  breakpoints: the client's, ascending.
+    """A prompt in tokens. breakpoints: the client's cache breakpoints, in ascending order.
 
     num_remembered: answers for which the generated tokens were used.  num_restored: those of them whose reasoning the
     client did not send back.  aside: this request's changing text, if it has one: the name to remember it by, and its
@@ -33,7 +33,7 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextSpan:
-    """The tokens [start, end) that a piece of text became."""
+    """The tokens [start, end) into which a piece of text was encoded."""
 
     start: int
     end: int
@@ -85,8 +85,8 @@ def render_tokens(pieces: Sequence[Piece], tokenizer: Tokenizer, memory: AnswerM
 
 
 def num_characters(pieces: Sequence[Piece]) -> int:
-    """The length of the text that `render_tokens` has to encode. Text before a breakpoint inside a piece is encoded
-    again.
+    """The length of the text that `render_tokens` has to encode. Text before a breakpoint that lies inside a piece is
+    encoded a second time.
     """
     total = 0
     for piece in pieces:
@@ -97,15 +97,15 @@ def num_characters(pieces: Sequence[Piece]) -> int:
 
 
 def num_plain_characters(pieces: Sequence[Piece]) -> int:
-    """The length of the text from outside, which holds no special tokens. Answers are not counted, because some are
-    remembered.
+    """The length of the text from outside, which holds no special tokens. Answers do not count in this length, because
+    some of them are remembered as tokens.
     """
     return sum(len(piece.text) for piece in pieces if isinstance(piece, Plain))
 
 
 def _encode(pieces: Sequence[Special | Plain], tokenizer: Tokenizer) -> tuple[list[int], list[Breakpoint]]:
-    """The tokens, and the positions of the breakpoints in them. The text is never split at a breakpoint: clients move
-    breakpoints from turn to turn, and a split would change the tokens around it and so every later block.
+    """The tokens of the text, and the positions of the breakpoints in them. The text is never split at a breakpoint:
+    clients move breakpoints from turn to turn, and a split would change the tokens around it and so every later block.
     """
     tokens: list[int] = []
     breakpoints: list[Breakpoint] = []

@@ -48,7 +48,7 @@ _ROOT: Final = "antefix-root"
 
 
 class UnusableSchema(InvalidRequest):
-    """No output can satisfy this schema: it is wrong, impossible, or has keywords that cannot be enforced."""
+    """No output can satisfy the client's schema: it is wrong, impossible, or has keywords that cannot be enforced."""
 
 
 class UnusableTool(UnusableSchema):
@@ -79,8 +79,8 @@ def prepared(schema: Any, *, strict: bool) -> Any:
 
 
 class _Ends:
-    """Finds whether a schema has a finite value. A schema that requires itself has none, and its output would never
-    end.
+    """Finds out whether a schema allows a finite value. A schema that requires itself allows no finite value, and its
+    output would never end.
     """
 
     def __init__(self, root: Any) -> None:
@@ -163,7 +163,7 @@ def _of(kind: type, name: str, value: Any) -> Any:
 
 
 def _is_idle(name: str, value: Any) -> bool:
-    """Whether the keyword allows everything. Generated schemas often contain such keywords."""
+    """Whether the keyword allows everything. Generated schemas often contain keywords without effect."""
     return (name == "uniqueItems" and value is False) or (
         name in ("propertyNames", "unevaluatedProperties", "unevaluatedItems", "additionalItems")
         and value in (True, {}, {"type": "string"})
@@ -231,7 +231,9 @@ def _pointed(reference: str, root: Mapping[str, Any]) -> Any:
 
 
 def merged(first: Any, second: Any) -> Any:
-    """A schema that allows what both allow.  Raises:  UnusableSchema: two keywords contradict each other."""
+    """A schema that allows only what both of the given schemas allow. Raises: UnusableSchema: two keywords contradict
+    each other.
+    """
     if isinstance(first, bool) or isinstance(second, bool):
         if first is False or second is False:
             return False
@@ -256,7 +258,7 @@ ALL_TYPES: Final = ("object", "array", "string", "number", "boolean", "null")
 
 
 def types_of(schema: Mapping[str, Any]) -> tuple[str, ...]:
-    """The types of values that it allows, judged by `type` alone."""
+    """The types of values that the schema allows, judged by `type` alone."""
     kinds = schema.get("type", ALL_TYPES)
     return (kinds,) if isinstance(kinds, str) else tuple(kinds)
 
@@ -274,7 +276,7 @@ def standalone(schema: Any, root: Mapping[str, Any]) -> Any:
 
 
 def _moved(value: Any) -> Any:
-    """The value with references into the root changed to the root's new place."""
+    """The schema with references into the old root changed to the root's new place."""
     if isinstance(value, list):
         return [_moved(each) for each in value]
     if not isinstance(value, dict):

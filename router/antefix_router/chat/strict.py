@@ -25,7 +25,7 @@ _num_references: ContextVar[list[int]] = ContextVar("num_references")
 
 
 class _TooMuch(Exception):
-    """The schema refers to itself too often."""
+    """The schema refers to itself more often than is allowed."""
 
 
 def _reference(validator: Any, reference: str, instance: Any, schema: Any) -> Iterator[Any]:
@@ -41,8 +41,8 @@ def _skipped(validator: Any, value: Any, instance: Any, schema: Any) -> None:
 
 
 def _additional(validator: Any, rest: Any, instance: Any, schema: Any) -> Iterator[Any]:
-    """Check additional properties. If there are patterns, only they could tell which properties are additional, so none
-    are checked.
+    """Check additional properties. If a schema has patterns, only these could tell which properties are additional, so
+    additional properties are not checked.
     """
     if "patternProperties" not in schema:
         yield from Draft202012Validator.VALIDATORS["additionalProperties"](validator, rest, instance, schema) or ()
@@ -73,7 +73,7 @@ def check_schema(schema: Any) -> None:
     except exceptions.SchemaError as err:
         raise InvalidRequest(f"not a JSON schema: {err.message[:200]}") from err
     except RecursionError as err:
-        raise InvalidRequest("not a JSON schema: it is nested too deeply") from err
+        raise InvalidRequest("the schema of the output is not a JSON schema: it is nested too deeply") from err
     if len(_checked) >= _NUM_CHECKED_MAX:
         _checked.clear()
     _checked.add(digest)
@@ -87,7 +87,7 @@ def keeps_to(call: ToolCall, schemas: Mapping[str, Any]) -> bool:
 
 
 def matches(value: Any, schema: Any) -> bool:
-    """Whether a JSON value is valid. A value that cannot be checked within the limits counts as invalid."""
+    """Whether a JSON value satisfies the schema. A value that cannot be checked within the limits counts as invalid."""
     token = _num_references.set([0])
     try:
         return bool(_Validator(schema, registry=referencing.Registry()).is_valid(value))

@@ -52,7 +52,7 @@ def _tagless(schema: Any) -> Any:
 
 
 def _restricted(schema: dict[str, Any]) -> dict[str, Any]:
-    """Restrict each type of value that the schema allows. A keyword concerns only its own type."""
+    """Restrict each type of value that the schema allows. Each keyword concerns only one type of value."""
     made, kinds = dict(schema), types_of(schema)
     if "type" not in made and not made.keys() & set(_CHOICES):
         made["type"] = list(ALL_TYPES)
@@ -71,7 +71,9 @@ def _restricted(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _named_properties(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """An object's properties. If it names some, no others may be added; if it names none, all names are free."""
+    """An object's properties. If the schema names some properties, no others may be added; if it names none, all names
+    are free.
+    """
     others = _tagless(schema.get("additionalProperties", True))
     properties = {name: _tagless(each) for name, each in schema.get("properties", {}).items()}
     properties |= {name: others for name in schema.get("required", ()) if name not in properties}

@@ -1,5 +1,5 @@
 """A model's own chat template (Jinja), as found in Hugging Face model directories. The template runs in a sandbox,
-because it was downloaded.
+because it may have been downloaded.
 
 Inside message contents, a private mark is inserted into everything that looks like a special token. The rendered text
 is cut at the marks before it is tokenized. So no message can pretend to be another speaker.
@@ -48,16 +48,16 @@ def template_of(model: Path) -> str | None:
 
 
 class TemplateFormat:
-    """The format described above. Answers are treated as plain text, because templates write tool calls in different
-    ways.
+    """The format described above. Answers are treated as plain text, because each template writes tool calls in its own
+    way.
     """
 
     name = "template"
     supports_reasoning = False
 
     def __init__(self, template: str, model: Path, *, bounded: bool = False) -> None:
-        """bounded: run the template in a separate process with limits on time and memory; `render` then blocks
-        meanwhile.
+        """bounded: run the template in a separate process with limits on time and memory; `render` then blocks until
+        the process has answered.
 
         Raises:  ModelError: the template does not compile.
         """
@@ -72,9 +72,9 @@ class TemplateFormat:
 
     def render(self, conversation: Conversation) -> list[Piece]:
         if conversation.tools or any(message.tool_calls for message in conversation.messages):
-            raise InvalidRequest("this deployment cannot read tool calls in this model's chat template")
+            raise InvalidRequest("Antefix cannot read tool calls that are written in this model's chat template")
         if conversation.continue_last:
-            raise InvalidRequest("this model's chat template cannot continue an answer that was begun")
+            raise InvalidRequest("this model's chat template cannot continue an answer of the assistant that was begun")
         messages = conversation.messages
         if conversation.aside:
             # The request-dependent text of earlier turns is lost, because a template has no place to put it back.
@@ -95,8 +95,8 @@ class TemplateFormat:
 
     def _breakpoints(self, messages: tuple[Message, ...], text: str) -> list[tuple[int, float]]:
         """The breakpoints' positions in the rendered text. The conversation is rendered a second time with a character
-        at each breakpoint. If the template does anything but copy this character, there are no breakpoints, because the
-        prompt must not depend on them.
+        at each breakpoint. If the template does anything but copy this character, the prompt has no breakpoints,
+        because the prompt must not depend on them.
         """
         lifetimes = [each.ttl_s for message in messages for each in _sorted(message)]
         if not lifetimes:

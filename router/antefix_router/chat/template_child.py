@@ -1,8 +1,9 @@
 """A process that renders conversations with a chat template. A template is a foreign program that may loop without end
-or fill memory. Python cannot stop that from inside, but a process can be ended.
+or fill memory. Python cannot stop such a program from inside, but a process can be ended.
 
-Reads JSON lines: first the template, then the template's input for each conversation. Answers each line with {"text":
-...}, or with {"error": ...} and the reason. The process ends if it exceeds its limit of processor time or memory.
+Reads JSON lines: first the template, then the template's input for each conversation. The process answers each line
+with {"text": ...}, or with {"error": ...} and the reason. The process ends if it exceeds its limit of processor time or
+memory.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ Write = Callable[[dict[str, Any]], str]
 
 
 def compiled(template: str) -> Write:
-    """A function that renders a text from the template's input.  Raises:  any of TEMPLATE_FAILS, here or when it is
-    called.
+    """A function that renders a text from the template's input. Raises: any of the errors in TEMPLATE_FAILS, either
+    here or when the function is called.
     """
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _refuse

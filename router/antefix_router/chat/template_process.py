@@ -1,5 +1,5 @@
-"""Runs a chat template in a separate process (`template_child`) with limits on time and memory. Calls block, so they
-run in threads.
+"""Runs a chat template in a separate process (`template_child`) with limits on time and memory. The calls block, so
+callers run them in threads.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class TemplateProcess:
             return self._asked(self._started(), given)
 
     def close(self) -> None:
-        """End the process. The next use starts another one."""
+        """End the process. The next use of the template starts another process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
@@ -96,7 +96,7 @@ class TemplateProcess:
 
 
 def _line_of(process: subprocess.Popen[bytes]) -> bytes:
-    """The process's answer line; incomplete if the process ended or did not answer in time."""
+    """The line that the process answered; incomplete if the process ended or did not answer in time."""
     assert process.stdout is not None
     pieces: list[bytes] = []
     ends = time.monotonic() + ANSWER_S_MAX

@@ -1,1 +1,1 @@
-"""A router in front of other engines' workers: vLLM, SGLang and other servers with an OpenAI HTTP API."""
+"""A router that serves workers of other inference engines: vLLM, SGLang and other servers with an OpenAI HTTP API."""

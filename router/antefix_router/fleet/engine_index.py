@@ -1,10 +1,10 @@
-"""Tracks what one engine (one data-parallel rank) holds, by its KV events, and enters it into the directory under our
-block names.
+"""Tracks which blocks one engine (one data-parallel rank) holds, by its KV events, and enters them into the directory
+under our block names.
 
-The directory has the engine itself as the holder of what it has in any medium, and a holder per medium for what it has
-there. A model may keep several cache groups. Groups of full attention must hold every block of a prefix. Groups of a
-sliding window, of state, or with blocks of another size must hold only what is needed at the prefix's end. So a hit
-ends at the last block where every group has what it needs. The engine's hash of a position is the same in all groups.
+In the directory, the engine has one entry for the blocks in any of its media, and one entry per medium. A model may
+keep several cache groups. Groups of full attention must hold every block of a prefix. Groups of a sliding window, of
+state, or with blocks of another size must hold only what is needed at the prefix's end. So a hit ends at the last block
+at which every group has the data that it needs. An engine uses the same hash for a position in all groups.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Held:
         self.groups = 0
 
     def among(self, medium: int) -> int:
-        """The groups that hold the block in this medium."""
+        """The groups that hold the block in this medium, as bits."""
         return self.groups >> (medium * GROUPS_MAX) & _ALL_GROUPS
 
     def is_whole(self, medium: int, groups: int) -> bool:
@@ -45,8 +45,8 @@ class _Held:
 
 
 class GoneBlocks:
-    """Blocks that engines dropped, so that a later miss can be explained. Bounded: when it is full, the older half is
-    forgotten.
+    """Blocks that engines dropped, which are remembered so that a later miss can be explained. The memory is bounded:
+    when it is full, the older half is forgotten.
     """
 
     def __init__(self, num_blocks_max: int = 1 << 20) -> None:
@@ -64,7 +64,7 @@ class GoneBlocks:
 
 
 class EngineIndex:
-    """address: the engine's name in the directory.  block_size: that of its full-attention groups; 0: not
+    """address: the engine's name in the directory. block_size: tokens per block of its full-attention groups; 0: not
     reported yet.
     """
 
@@ -96,7 +96,7 @@ class EngineIndex:
 
     @property
     def media(self) -> tuple[str, ...]:
-        """The names of its holders in the directory, nearest medium first."""
+        """The names of the block's holders in the directory, nearest medium first."""
         return tuple(f"{self.address}|{medium}" for medium in MEDIA)
 
     @property
@@ -104,8 +104,8 @@ class EngineIndex:
         return bool(self._window)
 
     def num_usable(self, num_leading: int, keys: Sequence[Key]) -> int:
-        """How many of these leading blocks a hit can use, given that it has to end where all window groups hold what it
-        needs.
+        """How many of these leading blocks a hit can use, since it must end where all window groups hold the blocks
+        that they need.
         """
         if self._window:
             while num_leading and keys[num_leading - 1] not in self._window_ends:
@@ -217,13 +217,14 @@ class EngineIndex:
 
 
 def _number(hash_: Hash) -> int:
-    """The engine's hash as 64 bits. The shorter hash takes half the memory, and a collision only costs a wrong
-    guess."""
+    """The engine's hash of a block, as 64 bits. The shorter hash takes half the memory, and a collision only costs a
+    wrong guess.
+    """
     return hash_ if isinstance(hash_, int) else hash(hash_)
 
 
 def _scope(event: KvStored) -> str:
-    """The scope of a first block. A later block has its parent's scope."""
+    """The scope (adapter and salt) of the first block of a chain. A later block has its parent's scope."""
     lora, salt = event.lora_name or "", event.cache_salt or ""
     if event.extra_keys and event.extra_keys[0]:
         last = _without_lora(event.extra_keys[0], lora)[-1:]

@@ -33,12 +33,12 @@ _MODELS_S: Final = 30.0
 
 @dataclass(slots=True)
 class HitCounters:
-    """What one engine's answers reported, compared with what the directory expected. The unit is tokens, except for the
-    first three counters.
+    """What one engine's answers reported, compared with what the router expected from its directory. All numbers are
+    tokens, except for the first three counters.
 
-    num_answers: complete answers.  num_unreported: those of them without a count of hits.  num_other_prompts: those
-    whose prompt length differed from the router's count.  lost: tokens expected and not reported.  found: tokens
-    reported and not expected.
+    num_answers: complete answers. num_unreported: those of them without a count of hits. num_other_prompts: those whose
+    prompt had another length than the router counted. lost: tokens expected and not reported. found: tokens reported
+    and not expected.
     """
 
     num_answers: int = 0
@@ -52,7 +52,7 @@ class HitCounters:
 
 @dataclass(slots=True, eq=False)
 class Engine:
-    """One cache of the fleet.  is_up: it answered when it was last asked."""
+    """One cache of the fleet. is_up: whether it answered when it was last asked."""
 
     place: EnginePlace
     door: OpenAIDoor
@@ -64,7 +64,9 @@ class Engine:
 
     @property
     def tells(self) -> bool:
-        """Whether the directory is up to date with its events. If not, the router guesses what it holds."""
+        """Whether the directory is up to date with this engine's events. If the directory is not up to date, the router
+        guesses which blocks the engine holds.
+        """
         return self.subscriber is not None and self.subscriber.in_step
 
     def serves(self, model: str) -> bool:
@@ -77,7 +79,7 @@ def engine_of(worker: Worker) -> Engine:
 
 
 class Engines:
-    """All engines of a fleet.  workers: is told which engines are up."""
+    """All engines of a fleet. workers: the object that is told which engines are up."""
 
     def __init__(self, config: FleetConfig, workers: Workers, directory: Directory, names: FleetNames) -> None:
         """Raises:  ConfigError: a key cannot be read. This does not connect to any engine yet."""
@@ -121,7 +123,7 @@ class Engines:
 
     @property
     def block_sizes(self) -> tuple[int, ...]:
-        """All block sizes in use. For an engine that has not reported one, the size in the settings."""
+        """All block sizes in use. For an engine that has not reported a block size, the size in the settings."""
         return tuple(dict.fromkeys(self.block_size(engine) for engine in self.engines))
 
     def block_size(self, engine: Engine) -> int:
@@ -134,7 +136,7 @@ class Engines:
         return tuple(found.values())
 
     async def start(self) -> None:
-        """Ask all workers once, then follow them until `close`."""
+        """Ask all workers once about their models and health, then follow them until `close`."""
         await asyncio.gather(*(self._look(engines) for engines in self._by_url()))
         for engine in self.engines:
             if engine.subscriber is not None:
@@ -153,7 +155,7 @@ class Engines:
         return list(found.values())
 
     async def _watch(self, engines: Sequence[Engine]) -> None:
-        """Watch one worker with all its ranks."""
+        """Watch the health of one worker, with all its ranks."""
         asked_s = 0.0
         clock = asyncio.get_running_loop().time
         while True:

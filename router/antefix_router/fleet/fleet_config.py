@@ -1,4 +1,4 @@
-"""Settings of a router in front of other engines' workers."""
+"""Settings of a router that serves workers of other inference engines."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ class FleetConfig(GatewayConfig):
         self.places()
 
     def places(self) -> tuple[EnginePlace, ...]:
-        """The caches, one per rank.  Raises:  ConfigError: an address is invalid, or its events would cross a network
-        unencrypted.
+        """The caches, one per rank. Raises: ConfigError: an address is invalid, or the engine's events would cross a
+        network unencrypted.
         """
         found = []
         for index, worker in enumerate(self.workers):
@@ -160,7 +160,7 @@ def _url(worker: str, *, plain: bool) -> tuple[str, str]:
 
 
 def _of(name: str, values: tuple[str, ...], index: int, num_workers: int) -> str:
-    """The value for this worker: its own, or the one value that holds for all workers."""
+    """The value for this worker: its own value, or the one that holds for all workers."""
     require(len(values) in (0, 1, num_workers), f"--{name.replace('_', '-')} takes one value, or one for each worker")
     return values[index if len(values) == num_workers else 0] if values else ""
 
@@ -176,7 +176,7 @@ def _endpoint(name: str, values: tuple[str, ...], index: int, host: str, num_wor
 
 
 def _of_rank(endpoint: str, rank: int) -> str:
-    """The endpoint of a rank. As in vLLM and SGLang, each rank has the next port."""
+    """The endpoint of a rank. As in vLLM and SGLang, each rank of a worker uses the next port number."""
     if not rank or not endpoint.startswith("tcp://"):
         return endpoint
     host, _, port = endpoint.rpartition(":")

@@ -1,4 +1,5 @@
-"""The HTTP door of a fleet: passes OpenAI's chat and text completions unchanged to the best placed worker.
+"""The HTTP API of a fleet's router, which passes OpenAI's chat and text completions unchanged to the best placed
+worker.
 
 The router reads only the parts of a body that it needs: model, prompt, limits, and whether the answer is a stream. The
 worker reads or refuses everything else, such as tools, and its answer goes back unchanged.
@@ -51,7 +52,9 @@ PATHS: Final = (CHAT, COMPLETIONS)
 
 
 class FleetDoor(Door):
-    """One router's door to a fleet. The door admits and identifies callers as the door of our own workers does."""
+    """The HTTP API of one router in front of a fleet. Callers are admitted and identified in the same way as at a
+    router of our own workers.
+    """
 
     def __init__(self, front: BilledFront, config: FleetConfig, engines: Engines, tokens: PromptTokens) -> None:
         super().__init__(front, config, Encoding(), num_tokens_max=_TOKEN_IDS_MAX)
@@ -72,7 +75,7 @@ class FleetDoor(Door):
         return PassedAnswer(self.books, bill, config.http_timeout_s, wants_details=caller.wants_details)
 
     async def call(self, path: str, body: dict[str, Any], caller: HttpCaller) -> PassedCall:
-        """The body as it is passed to a worker, and what is known of its prompt.  Raises: as `prepare`."""
+        """The body as it is passed to a worker, and what is known about the prompt in it.  Raises: as `prepare`."""
         model = self._model(_text(body, "model"))
         sent, options = {**body, "model": model.name}, _options(body)
         stream = body.get("stream") is True
@@ -131,8 +134,8 @@ class FleetDoor(Door):
         return [_model_json(model, self.started) for model in self._engines.models]
 
     def _model(self, name: str) -> ServedModel:
-        """The model of this name.  Raises:  ModelNotFound: no worker serves it, and no single other model could replace
-        it.
+        """The model of this name. Raises: ModelNotFound: no worker serves the requested model, and there is no single
+        other model that could replace it.
         """
         models = self._engines.models
         found = next((model for model in models if model.name == name), None)
@@ -144,7 +147,7 @@ class FleetDoor(Door):
         return found
 
     def _limit(self, body: Mapping[str, Any]) -> int:
-        """The largest number of output tokens that the client allows; 0 if it does not say."""
+        """The largest number of output tokens that the client allows; 0 if the client sets none."""
         for name in ("max_completion_tokens", "max_tokens"):
             value = body.get(name)
             if value is not None:
@@ -154,7 +157,9 @@ class FleetDoor(Door):
         return 0
 
     def _salt(self, caller: HttpCaller, asked: Any) -> str:
-        """The engine's cache salt, which separates the prefixes of tenants. The salt includes the client's own salt."""
+        """The engine's cache salt, which separates the prefixes of tenants. The salt includes the salt that the client
+        sent.
+        """
         if asked is not None and not (isinstance(asked, str) and asked):
             raise wrong_value("cache_salt", " must be a text that is not empty")
         if not caller.tenant or self._fleet.share_caches:
@@ -207,7 +212,7 @@ class PassedAnswer:
 def build_fleet_app(
     door: FleetDoor, config: FleetConfig, measures: HttpMeasures, more: Iterable[Route] = ()
 ) -> Starlette:
-    """The ASGI application.  more: further addresses that are not part of an API."""
+    """The ASGI application of the HTTP API. more: further addresses that are not part of an API."""
     routes = [
         Route(
             path,
@@ -266,6 +271,8 @@ def _options(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:
-    """The part of the body that is the same in equal requests. The part leaves out how the answer is delivered."""
+    """The part of a request's body that is the same in equal requests. This part of the body leaves out how the answer
+    is delivered.
+    """
     said = {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,4 +1,6 @@
-"""The names of a fleet router's metrics of its workers. The counters belong to the router's parts."""
+"""The metrics that a fleet's router has about its workers: their names. The counters themselves belong to the router's
+parts.
+"""
 
 from __future__ import annotations
 
@@ -35,11 +37,13 @@ _TOKENS, _TOKENS_HELP = (
 HITS: Final[Table] = {
     "num_answers": Shown(name="antefix_fleet_answers", help="Complete answers, by worker.", key="worker"),
     "num_unreported": Shown(
-        name="antefix_fleet_unreported_answers", help="Answers whose worker did not report its hits.", key="worker"
+        name="antefix_fleet_unreported_answers",
+        help="Answers in which the worker did not report its cache hits.",
+        key="worker",
     ),
     "num_other_prompts": Shown(
         name="antefix_fleet_prompt_mismatches",
-        help="Answers whose prompt had another length at the worker than at the router.",
+        help="Answers whose prompt had another number of tokens at the worker than at the router.",
         key="worker",
     ),
     **{
@@ -50,22 +54,26 @@ HITS: Final[Table] = {
 # Names for `kv_subscriber.KvFollowCounters`, per worker.
 EVENTS: Final[Table] = {
     "num_batches": Shown(
-        name="antefix_fleet_event_batches", help="Messages of KV events that were processed.", key="worker"
+        name="antefix_fleet_event_batches", help="Messages with KV events that the router processed.", key="worker"
     ),
     "num_events": Shown(name="antefix_fleet_events", help="KV events that were processed.", key="worker"),
-    "num_unread": Shown(name="antefix_fleet_unread_events", help="KV events that could not be used.", key="worker"),
-    "num_gaps": Shown(name="antefix_fleet_event_gaps", help="Gaps in the numbers of KV event messages.", key="worker"),
+    "num_unread": Shown(
+        name="antefix_fleet_unread_events", help="KV events that the router could not use.", key="worker"
+    ),
+    "num_gaps": Shown(
+        name="antefix_fleet_event_gaps", help="Gaps in the sequence numbers of messages with KV events.", key="worker"
+    ),
     "num_replays": Shown(
         name="antefix_fleet_event_replays",
-        help="Times that the router asked a worker to repeat messages.",
+        help="Requests of the router to a worker to send messages again.",
         key="worker",
     ),
     "num_lives": Shown(
-        name="antefix_fleet_worker_lives", help="Restarts of the worker that the router noticed.", key="worker"
+        name="antefix_fleet_worker_lives", help="Restarts of the worker that the router detected.", key="worker"
     ),
     "num_forgotten": Shown(
         name="antefix_fleet_forgotten_workers",
-        help="Times that the router forgot all that it knew of the worker's cache.",
+        help="Times that the router discarded all its knowledge of the worker's cache.",
         key="worker",
     ),
 }

@@ -1,4 +1,5 @@
-"""Names other engines' blocks: hashes their token ids in the same way as prompts, so that the two can be compared.
+"""Gives names to other engines' blocks: their token ids are hashed in the same way as prompts, so that the two can be
+compared.
 
 Names are keyed with the deployment's secret and never leave the process. A *scope* stands for everything besides tokens
 that has to match: the adapter, and the salt under which the engine keeps the cache.
@@ -29,7 +30,7 @@ class FleetNames:
         self._by_size: dict[int, PromptNames] = {}
 
     def prompt(self, tokens: Tokens, scope: str, block_size: int) -> NamedPrompt:
-        """A request's prompt, named in blocks of this size."""
+        """The prompt of a request, named in blocks of this size."""
         names = self._by_size.get(block_size)
         if names is None:
             names = PromptNames(fingerprint=_FINGERPRINT, keyring=self._keyring, block_size=block_size)
@@ -37,7 +38,7 @@ class FleetNames:
         return names.prompt(scope, as_tokens(tokens))
 
     def continued(self, parent: bytes | None, tokens: Tokens, scope: str, block_size: int) -> list[bytes]:
-        """The names of the whole blocks after the block `parent`; None: from the beginning."""
+        """The names of the whole blocks after the block `parent`; None: of the blocks from the beginning on."""
         chain = Chain(_FINGERPRINT, self._keyring.key(scope), block_size)
         if parent is not None:
             chain.hashes = [parent]

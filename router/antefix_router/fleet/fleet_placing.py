@@ -1,4 +1,4 @@
-"""Chooses the worker for each request of a fleet: from what each engine holds of the prompt, its load, and
+"""Chooses the worker for each request of a fleet, by the blocks that each engine holds of the prompt, by load, and by
 the policy.
 """
 
@@ -34,8 +34,8 @@ class _Flight:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A worker as placement sees it for one prompt. All counts are tokens.  here: tokens that it may hit.  leading:
-    leading tokens that it holds.  media: tokens that it holds in each medium, nearest first.
+    """A worker as placement sees it for one prompt. All counts are tokens. here: tokens that may hit at the worker.
+    leading: leading tokens that the worker holds. media: tokens that the worker holds in each medium, nearest first.
     """
 
     worker: Worker
@@ -47,13 +47,13 @@ class Candidate:
 
     @property
     def far(self) -> int:
-        """How many of the hit's tokens it has to load from a slower medium of its own."""
+        """How many of the hit's tokens the worker must load from a slower medium of its own."""
         return max(0, self.here - self.media[0][1]) if self.media else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """Where a request goes, and the hit expected there."""
+    """The worker that a request goes to, and the hit that is expected there."""
 
     worker: Worker
     engine: Engine
@@ -63,8 +63,8 @@ class Placed:
 
 @dataclass(slots=True)
 class PassingCounters:
-    """Counts of requests since the router started.  num_unnamed: placed without knowing their tokens.  num_full:
-    refused because all workers were full.  num_late: refused because the first token would be too late.
+    """Counts of requests since the router started. num_unnamed: placed without knowing their tokens. num_full: refused
+    because all workers were full. num_late: refused because the first token would have come too late.
     """
 
     num_unnamed: int = 0
@@ -73,7 +73,7 @@ class PassingCounters:
 
 
 class FleetPlacing:
-    """Places the requests of one router.  sessions: where each conversation was placed last."""
+    """Places the requests of one router. sessions: the worker of each conversation's last request."""
 
     def __init__(
         self, config: FleetConfig, engines: Engines, workers: Workers, directory: Directory, names: FleetNames
@@ -88,7 +88,7 @@ class FleetPlacing:
         self._in_flight: InFlight[_Flight] = InFlight()
 
     def named(self, call: PassedCall) -> dict[int, NamedPrompt]:
-        """The prompt's names by block size; empty if its tokens are not known."""
+        """The names of the prompt's blocks, by block size; empty if its tokens are not known."""
         if call.tokens is None:
             return {}
         return {size: self._names.prompt(call.tokens, call.scope, size) for size in self._engines.block_sizes}
@@ -96,15 +96,17 @@ class FleetPlacing:
     def place(
         self, call: PassedCall, prompts: dict[int, NamedPrompt], session: tuple[str, str], tried: frozenset[str]
     ) -> Placed:
-        """Choose a worker.  Raises:  Unavailable: no worker is left.  Overloaded: all are full, or the first token
-        would be too late.
+        """Choose a worker. Raises: Unavailable: no worker is left. Overloaded: all workers are full, or the first token
+        would come too late.
         """
         serving = [worker for worker in self._workers.workers if engine_of(worker).serves(call.model)]
         workers = self._workers.fit(serving, tried)
         room = [worker for worker in workers if worker.num_requests < self._config.worker_requests_max]
         if not room:
             self.counters.num_full += 1
-            raise Overloaded(f"{self._config.worker_requests_max} requests run at each worker", retry_after_s=1.0)
+            raise Overloaded(
+                f"{self._config.worker_requests_max} requests run at each worker, which is the limit", retry_after_s=1.0
+            )
         candidates = tuple(self._candidate(worker, prompts) for worker in room)
         best = max(candidates, key=lambda each: each.here)
         work, soon = self._work(call, prompts, best), self._soon(prompts)
@@ -186,7 +188,8 @@ class FleetPlacing:
             yield landed
 
     def computed(self, placed: Placed, prompt: NamedPrompt | None) -> None:
-        """The worker holds the prompt now. The placement is not noted for a worker with events, because its events
-        report it."""
+        """From now on, the worker counts as holding the prompt. For a worker with events the placement is not recorded,
+        because its events report the blocks.
+        """
         if prompt is not None:
             self._directory.guess(placed.worker.address, prompt.keys)

@@ -1,5 +1,5 @@
-"""Builds a fleet's router from its parts and connects them. The calls that use it are in fleet_server.py and
-fleet_door.py.
+"""Builds a fleet's router from its parts, and connects the parts. The calls that use these parts are in fleet_server.py
+and fleet_door.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from antefix_router.placement.workers import WorkerRole, Workers
 
 
 class FleetRouter:
-    """All parts of the router behind its calls. Call `start` first, and `close` at the end."""
+    """All parts of a fleet's router behind its gRPC and HTTP calls. `start` must be called first, and `close` at the
+    end.
+    """
 
     def __init__(self, config: FleetConfig, keyring: Keyring) -> None:
         """Raises:  ConfigError: a file in the settings cannot be used.  LedgerCorrupt."""
@@ -68,7 +70,7 @@ class FleetRouter:
         await self.engines.close()
 
     def metrics(self) -> Iterable[Metric]:
-        """The router's metrics, apart from those of its HTTP door. Read in the event loop."""
+        """The router's metrics, apart from those of its HTTP server. Read in the event loop."""
         yield from accounts_metrics(self.front.accounts)
         known = {engine.place.address: engine.tells for engine in self.engines.engines}
         yield from placement_metrics((self.workers,), self.config.policy, lambda address: known.get(address, False))

@@ -62,7 +62,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
         try:
             call = await router.door.call(CHAT if "messages" in body else COMPLETIONS, body, caller)
         except PassedError as err:
-            raise InvalidRequest(f"the worker refuses the request: {err}") from err
+            raise InvalidRequest(f"the worker refused the request: {err}") from err
         prompts = router.placing.named(call)
         placed = router.placing.place(call, prompts, (caller.cache_tenant, caller.session), frozenset())
         known = placed.expected
@@ -102,7 +102,7 @@ class FleetServicer(fleet_pb2_grpc.FleetServiceServicer):
 
 
 async def run(config: FleetConfig, *, watch_stdin: bool = False) -> None:
-    """Serve until told to stop.  Raises:  ConfigError: a setting is not usable."""
+    """Serve until told to stop.  Raises:  ConfigError: one of the settings cannot be used."""
     keyring = Keyring.from_file(create_secret_file(Path(config.secret_file)))
     security = open_security(
         Role.ROUTER,

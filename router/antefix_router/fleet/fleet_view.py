@@ -1,4 +1,4 @@
-"""The page's data for a fleet, in the same form as for our own workers. Reads the router's state."""
+"""The data of the web page for a fleet, in the same form as for our own workers. Reads the router's state."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _NO_STORE: Final = "these workers have no Antefix store; each has its own cache"
 
 
 class FleetView:
-    """The page's data for one router."""
+    """The data of the web page for one router."""
 
     def __init__(self, router: FleetRouter, activity: Activity) -> None:
         self._router = router
         self._activity = activity
 
     async def data(self, seconds: int) -> dict[str, Any]:
-        """seconds: how far back the series goes."""
+        """seconds: the length of the time series before now."""
         activity, router = self._activity, self._router
         sizes = router.engines.block_sizes
         return {

@@ -31,8 +31,8 @@ _RETRY_AFTER_S_MAX: Final = 24 * 3600
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedModel:
-    """num_tokens_max: the model's context; 0 if the worker does not report it.  is_adapter: the model is an adapter of
-    another model. An adapter has a KV of its own.
+    """num_tokens_max: the model's context in tokens; 0 if the worker does not report it. is_adapter: the model is an
+    adapter of another model. An adapter of a model has KV of its own.
     """
 
     name: str
@@ -54,7 +54,9 @@ def http_client(api_key: str = "") -> httpx.AsyncClient:
 
 
 class OpenAIDoor:
-    """place: the engine. A rank of a worker with several is named in a header, which both vLLM and SGLang read."""
+    """place: the engine. If a worker has several ranks, a header names the rank; both vLLM and SGLang read this
+    header.
+    """
 
     def __init__(self, place: EnginePlace, http: httpx.AsyncClient) -> None:
         self.place = place
@@ -96,7 +98,7 @@ class OpenAIDoor:
         return tokens
 
     async def whole(self, path: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """The answer as one JSON object.  Raises: as `events`."""
+        """The worker's answer as one JSON object.  Raises: as `events`."""
         return await self._json("POST", path, body, timeout_s)
 
     async def events(self, path: str, body: dict[str, Any], timeout_s: float) -> AsyncGenerator[str, None]:
@@ -118,7 +120,7 @@ class OpenAIDoor:
                     async with asyncio.timeout(ends - time.monotonic()):
                         data = await anext(found, None)
                     if data is None:
-                        raise Unavailable(f"{self.place.address} ended an answer before its end")
+                        raise Unavailable(f"the worker at {self.place.address} broke an answer off before its end")
                     if data == "[DONE]":
                         return
                     yield data
@@ -165,13 +167,13 @@ class OpenAIDoor:
 
 
 async def _data_of(response: httpx.Response) -> AsyncGenerator[str, None]:
-    """The data of each event. Several data lines are joined as the standard says."""
+    """The data of each event. Several data lines of an event are joined as the standard says."""
     lines: list[str] = []
     async for line in response.aiter_lines():
         if line.startswith("data:"):
             lines.append(line[5:].removeprefix(" "))
             if sum(map(len, lines)) > _EVENT_BYTES_MAX:
-                raise Unavailable("an event of a worker is too long")
+                raise Unavailable("one event in the stream of a worker is too long")
         elif not line and lines:
             yield "\n".join(lines)
             lines = []

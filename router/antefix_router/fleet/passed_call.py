@@ -20,11 +20,11 @@ PLAN: Final = "foreign"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassedCall:
-    """path, body: as they go to the worker.  scope: the tenant's cache and the adapter.  tokens: the prompt's tokens;
-    None if they are not known.  num_prompt_tokens_about: a lower bound of their number if they are not known.
+    """path, body: as they are sent to the worker. scope: the tenant's cache and the adapter. tokens: the prompt's
+    tokens; None if they are not known. num_prompt_tokens_about: a lower bound of their number if they are not known.
 
-    affinity: chooses the worker of a prompt without names if nothing else decides.
-    wants_usage, wants_running_usage: the parts of the usage that the client asked its stream for.
+    affinity: a value that chooses the worker of a prompt without block names if nothing else decides. wants_usage,
+    wants_running_usage: the parts of the usage that the client asked for in its stream.
     """
 
     path: str
@@ -45,8 +45,8 @@ class PassedCall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reported:
-    """A worker's counts for one answer.  cached_tokens: None if the worker does not report them.  is_whole: the counts
-    are those at the answer's end.
+    """A worker's counts for one answer. cached_tokens: None if the worker does not report cached tokens. is_whole: the
+    counts are those at the answer's end.
     """
 
     prompt_tokens: int
@@ -57,7 +57,7 @@ class Reported:
 
     @classmethod
     def read(cls, usage: Any, *, is_whole: bool) -> Reported | None:
-        """Read the `usage` of an answer or of a piece of one; None: it holds no counts."""
+        """Read the `usage` of an answer or of a piece of an answer; None if it holds no counts."""
         if not isinstance(usage, dict):
             return None
         prompt, output = _count(usage.get("prompt_tokens")), _count(usage.get("completion_tokens"))
@@ -78,7 +78,7 @@ class Reported:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What the directory said when the request was placed, in tokens.  best: at the engine that holds most."""
+    """What the directory said when the request was placed, in tokens. best: the hit at the engine that holds most."""
 
     here: int = 0
     best: int = 0
@@ -88,7 +88,7 @@ class Expected:
     was_evicted: bool = False
 
     def miss_reason(self, hit: int) -> MissReason:
-        """Why only this many tokens hit, as far as the fleet's events show."""
+        """Why no more than this many tokens hit, as far as the fleet's events show."""
         if not self.is_named:
             return MissReason.UNKNOWN
         if self.most == 0:
@@ -113,7 +113,8 @@ class PassedGeneration(Generation):
     does not count tokens.
 
     answer: a complete answer that is not a stream.  events: events of a stream that are ready for the client.
-    last: the event with the usage that the client asked for. The last event goes out after the record is written.
+    last: the event with the usage that the client asked for. The last event is sent after the record of the request is
+    written.
     """
 
     call: PassedCall = field(kw_only=True)
@@ -129,7 +130,9 @@ class PassedGeneration(Generation):
 
     @property
     def num_emitted(self) -> int:
-        """Output tokens as the worker counts them. Without its count, each piece counts as one token."""
+        """The number of output tokens, as the worker counts them. If the worker gives no count, each piece of output
+        counts as one token.
+        """
         return self.num_pieces if self.reported is None else max(self.reported.output_tokens, 0)
 
     @property
@@ -137,23 +140,26 @@ class PassedGeneration(Generation):
         return "length" if "length" in self.reasons.values() else "stop"
 
     def take_answer(self, answer: dict[str, Any]) -> None:
-        """Take a complete answer from the worker."""
+        """Take over a complete answer from the worker."""
         self.answer = answer
         self.reported = Reported.read(answer.get("usage"), is_whole=True)
         self._note_choices(answer)
 
     def take_piece(self, data: str) -> None:
-        """Take an event of a stream.  Raises:  Unavailable: the worker says that it cannot continue."""
+        """Take over one event of the worker's stream. Raises: Unavailable: the worker reports that it cannot continue
+        the answer.
+        """
         if (event := self._passed(data)) is not None:
             self.events.append(event)
 
     def taken(self) -> list[str]:
-        """The events that arrived since the last call."""
+        """The events of the stream that arrived since the last call."""
         events, self.events = self.events, []
         return events
 
     def _passed(self, data: str) -> str | None:
-        """The part of an event that the client gets: all of it, or all but a usage that only the router asked for.
+        """The part of an event that the client gets: all of the event, or all but a usage that only the router asked
+        for.
         None: nothing.
         """
         try:
@@ -183,7 +189,9 @@ class PassedGeneration(Generation):
         return json.dumps(piece, ensure_ascii=False, separators=(",", ":"))
 
     def used(self, num_output: int, reasoning_tokens: int) -> Usage:
-        """The usage as the worker reports it. If the answer broke off before the report, the expected hit is used."""
+        """The usage of the answer, as the worker reports it. If the answer broke off before the worker's report, the
+        expected hit is used.
+        """
         said = self.reported
         ttft_us = round(self.ttft_s * 1e6)
         if said is None:

@@ -1,6 +1,6 @@
-"""Runs requests on the engines of a fleet: places each request, passes it on, and tries another worker if one fails
-before the client has received anything. If all have failed, it waits for one that answers again. The worker makes
-the answer; this module only counts and compares.
+"""Runs requests on the engines of a fleet: places each request, passes it on, and tries another worker if the first
+fails before the client has received anything. If all workers have failed, the request waits for a worker that answers
+again. The worker generates the answer; this module only counts and compares.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Passing:
         self._on_named = on_named
 
     async def run(self, generation: Generation, timeout_s: float) -> AsyncGenerator[OutputPiece, None]:
-        """The answer, which is put into the generation's `events` or `answer`. Each (empty) piece signals that there is
-        more.
+        """The answer, which is put into the generation's `events` or `answer`. Each yielded piece is empty, and only
+        signals that there is more output.
 
         Raises:  the error of the last worker that was tried.
         """
@@ -84,7 +84,7 @@ class Passing:
                 request_id = f"request {generation.request.request_id}"
                 if generation.has_given or not await moves.may_go_on(err, request_id, _left_s(ends)):
                     raise
-                log.warning("%s moves to another worker: %s", request_id, err)
+                log.warning("%s is sent to another worker because the first one failed: %s", request_id, err)
                 failed = err
         # 4. Compare the expected hit with the reported one.
         self._compare(generation, placed)
@@ -127,7 +127,7 @@ class Passing:
         prompt: NamedPrompt | None,
         placed: Placed,
     ) -> None:
-        """The prompt is computed, so its worker is free for the next one."""
+        """The prompt is computed, so its worker is free for the next prompt."""
         if generation.ttft_s:
             return
         if generation.call.stream:

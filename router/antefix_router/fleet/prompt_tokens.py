@@ -2,7 +2,7 @@
 
 The workers render a conversation with their own template, tools and settings, so their answer is what they will
 compute. If the router rendered it itself and one token differed, no block would match. vLLM and SGLang have the address
-`/tokenize` for this. If no worker answers there, the request is placed by load alone.
+`/tokenize` for this. If no worker answers `/tokenize`, the request is placed by load alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _COMPLETION_FIELDS: Final = ("model", "prompt", "add_special_tokens")
 
 
 class PromptTokens:
-    """Asks the workers of one fleet. A worker without this address is not asked again."""
+    """Asks the workers of one fleet for tokens. A worker that does not have `/tokenize` is not asked again."""
 
     def __init__(self, engines: Sequence[Engine], workers: Workers) -> None:
         self._engines = engines
@@ -41,8 +41,8 @@ class PromptTokens:
         self._without: set[str] = set()
 
     async def of(self, path: str, body: Mapping[str, Any], model: str) -> Tokens | None:
-        """The prompt's tokens. None: no worker could count the tokens; the worker that gets the request will accept or
-        refuse it.
+        """The prompt's tokens. None: no worker could count the prompt's tokens; the worker that gets the request will
+        accept or refuse it.
         """
         prompt = body.get("prompt") if path == COMPLETIONS else None
         if (given := _token_ids(prompt)) is not None:
@@ -61,15 +61,15 @@ class PromptTokens:
                         # says why.
                         return None
                     log.warning(
-                        "worker %s has no /tokenize: the router asks it for tokens no more", engine.place.address
+                        "worker %s has no /tokenize, so the router stops asking it for tokens", engine.place.address
                     )
                     self._without.add(engine.place.url)
                 except AntefixError as err:
-                    log.warning("worker %s did not tokenize a prompt: %s", engine.place.address, err)
+                    log.warning("worker %s did not turn a prompt into tokens: %s", engine.place.address, err)
         return None
 
     def _to_ask(self, model: str) -> list[Engine]:
-        """The workers that have this address, the least busy first."""
+        """The workers that have the address `/tokenize`, the least busy first."""
         able = [each for each in self._engines if each.is_up and each.serves(model)]
         able = [each for each in able if each.place.url not in self._without]
         busy = {worker.address: worker.num_requests for worker in self._workers.workers}

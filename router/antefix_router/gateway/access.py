@@ -1,7 +1,7 @@
-"""Wraps every HTTP request: adds its id to the answer and to log lines, its trace, its line in the access log, and its
-counts.
+"""Wraps every HTTP request: adds an id to the answer and to log lines, a trace, a line in the access log, and counts.
 
-Access logging does not read or log bodies. The request's path is chosen by the client, so it is logged encoded and cut.
+Access logging does not read or log bodies. The request's path is chosen by the client, so it is logged encoded and cut
+to a length.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OTHER: Final = "(other)"
 
 
 class HttpMeasures:
-    """paths: the addresses that are counted by name."""
+    """paths: the addresses that are counted by name; all others are counted together."""
 
     def __init__(self, paths: Iterable[str] = ()) -> None:
         self._paths = frozenset(paths)

@@ -12,7 +12,9 @@ from antefix_router.gateway.fields import Fields, WrongField, missing, unsupport
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerForm:
-    """is_json: the answer is JSON, which satisfies `schema` if there is one.  param: the field that asked for this."""
+    """is_json: the answer must be JSON, which satisfies `schema` if there is one. param: the field of the request that
+    asked for this.
+    """
 
     is_json: bool = False
     schema: dict[str, Any] | None = None
@@ -36,7 +38,7 @@ ANTHROPIC_NAMES = SchemaNames(answer="output_config.format.schema", tool="tools[
 
 
 def chat_form(fields: Fields) -> AnswerForm:
-    """Read OpenAI's `response_format`.  Raises:  WrongField: an unknown kind or a wrong type."""
+    """Read OpenAI's `response_format`.  Raises:  WrongField: a field has an unknown kind or a wrong type."""
     form = fields.child("response_format")
     if form is None:
         return AnswerForm()
@@ -105,8 +107,8 @@ def _allowed(allowed: Mapping[str, Any], names: Collection[str], parallel: bool)
 
 
 def _name(tool: Any) -> str:
-    """The tool that a choice names. Chat wraps the name in "function"; Responses does not. A choice of a provider's
-    tool names its kind.
+    """The name of the tool in a `tool_choice`. The chat API wraps the tool's name in "function"; the Responses API does
+    not. A choice of a tool that the provider runs gives the tool's kind.
     """
     tool = tool if isinstance(tool, Mapping) else {}
     kind = tool.get("type", "function")

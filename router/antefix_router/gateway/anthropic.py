@@ -35,7 +35,7 @@ _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Asked:
-    """A request after reading its fields."""
+    """A request of Anthropic's API after its fields were read."""
 
     model: str
     user: str
@@ -45,7 +45,7 @@ class _Asked:
 
 
 async def prepare_messages(gateway: Gateway, request: Request) -> MessagesCall:
-    """Read and admit a request.  Raises:  InvalidRequest and the other errors of `Gateway.chat`."""
+    """Read and admit a request.  Raises:  InvalidRequest and the other errors that `Gateway.chat` raises."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
     asked = _read(gateway, fields, tenant)
@@ -64,7 +64,7 @@ async def prepare_messages(gateway: Gateway, request: Request) -> MessagesCall:
 
 
 async def count_tokens(gateway: Gateway, request: Request) -> JSONResponse:
-    """The prompt's length, without running it. Accepts whatever `prepare_messages` accepts."""
+    """The length of a request's prompt, without running the request. Accepts whatever `prepare_messages` accepts."""
     try:
         with gateway.entering(request):
             tenant = gateway.tenant(request)
@@ -191,8 +191,8 @@ class MessagesCall:
 
 
 class _Blocks:
-    """Opens content blocks one after the other: thinking, text, then one per call. Thinking ends with its signature;
-    without it, clients do not keep the thinking.
+    """Opens content blocks one after the other: thinking, then text, then one block per call. Thinking ends with its
+    signature, because clients do not keep thinking without a signature.
     """
 
     def __init__(self, signatures: Signatures) -> None:
@@ -222,7 +222,7 @@ class _Blocks:
         return [*events, *self._end()]
 
     def _begin(self, what: str, block: dict[str, Any]) -> list[bytes]:
-        """what: the kind of block, or the call."""
+        """what: the kind of content block, or the call."""
         if self._open == what:
             return []
         events = self._end() if self._open else []

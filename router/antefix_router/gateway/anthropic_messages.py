@@ -33,7 +33,7 @@ REDACTED = "[thinking redacted]"
 def anthropic_messages(
     fields: Fields, signatures: Signatures, deferred: Mapping[str, Any] | None = None
 ) -> tuple[Message, ...]:
-    """System text first, then the turns. A turn with tool results becomes one message per result.
+    """System text comes first, then the turns. A turn with tool results becomes one message per result.
     deferred: tools that are shown to the model where a result refers to them.
 
     Raises:  WrongField: a block of an unknown kind; the field is named.
@@ -80,7 +80,7 @@ def _read_turn(
     ends: tuple[TextBreakpoint, ...],
     deferred: Mapping[str, Any],
 ) -> None:
-    """Read tool results, then the rest of what the user says."""
+    """Read tool results, then the rest of the user's message."""
     said, has_results = Content(), False
     for block in blocks:
         if not block.takes("type", "tool_result"):

@@ -1,4 +1,4 @@
-"""The HTTP server: routes, start and graceful stop. Runs in the router's event loop."""
+"""The HTTP server: routes, start and graceful stop. The HTTP server runs in the router's event loop."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ _PREPARE: dict[str, tuple[Callable[[Gateway, Request], Awaitable[Call]], Provide
 
 
 def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, more: Iterable[Route] = ()) -> Starlette:
-    """The ASGI application.  more: further addresses that are not part of an API."""
+    """The ASGI application of the HTTP server. more: further addresses that are not part of an API."""
     routes = [
         Route(
             path,
@@ -96,7 +96,7 @@ def build_app(gateway: Gateway, config: GatewayConfig, measures: HttpMeasures, m
 
 
 def common_routes(door: Door) -> list[Route]:
-    """The addresses that every door has besides its APIs."""
+    """The addresses that every HTTP server has besides its APIs."""
     return [
         *usage_routes(door),
         Route("/v1/usage/receipts/{request_id:path}", partial(_receipt, door), methods=["GET"]),
@@ -119,7 +119,7 @@ def application(routes: list[Route], measures: HttpMeasures, config: GatewayConf
 
 
 def _cors(config: GatewayConfig) -> dict[str, Any]:
-    """Keys come in headers and never in cookies, so browsers' credentials are not allowed."""
+    """API keys come in headers and never in cookies, so browsers' credentials are not allowed."""
     return {
         "allow_origins": config.http_cors_origins,
         "allow_methods": ("GET", "POST"),
@@ -129,12 +129,12 @@ def _cors(config: GatewayConfig) -> dict[str, Any]:
 
 
 async def _receipt(gateway: Door, request: Request) -> Response:
-    """The receipt of one of the tenant's requests. With the scope `admin`, another tenant may be named."""
+    """The receipt of one of the tenant's requests. A caller whose key has the scope `admin` may name another tenant."""
     try:
         holder = gateway.holder(request, Scope.USAGE)
         tenant = request.query_params.get("tenant", holder.tenant)
         if tenant != holder.tenant and Scope.ADMIN not in holder.scopes:
-            raise PermissionDenied("another tenant's receipts need an API key with the scope admin")
+            raise PermissionDenied("receipts of another tenant need an API key with the scope admin")
         front = gateway.books
         if front.accounts.ledger is None or front.signer is None:
             raise Unavailable("this router keeps no ledger")
@@ -169,7 +169,7 @@ async def _livez(request: Request) -> Response:
 
 
 async def _readyz(door: Door, request: Request) -> Response:
-    """Whether a request would be served."""
+    """Whether a request would be served now."""
     if why := door.why_unready():
         return JSONResponse({"status": "unavailable", "reason": why}, status_code=503, headers={"retry-after": "1"})
     return JSONResponse({"status": "ok"})
@@ -247,8 +247,8 @@ async def start_http(
     more: MakeRoutes = lambda gateway: (),
     why_unready: Callable[[], str] = lambda: "",
 ) -> HttpServer:
-    """security: if it has TLS, its certificate is used here too.  more: makes addresses that are not part of an API.
-    why_unready: returns why a request would not be served; empty if it would.
+    """security: if it has TLS, its certificate is used here too. more: makes addresses that are not part of an API.
+    why_unready: returns why a request would not be served; empty if it would be served.
 
     Raises:  ConfigError: the address cannot be listened on, or the file of model aliases has another format.
     """
@@ -276,8 +276,8 @@ async def serve_door(
     security.check_listening(config.http_address, flag="--http-address")
     if not is_loopback(host) and not (config.tenants_file or config.api_keys_file):
         raise ConfigError(
-            f"--http-address {config.http_address}: others can reach it, so say who may call: --api-keys-file or"
-            ' --tenants-file (which may say keys = "none")'
+            f"--http-address {config.http_address}: other hosts can reach this address, so say who may call: give"
+            ' --api-keys-file or --tenants-file (which may say keys = "none")'
         )
     path = host.removeprefix(UNIX) if host.startswith(UNIX) else ""
     family = socket.AF_UNIX if path else socket.AF_INET6 if ":" in host else socket.AF_INET

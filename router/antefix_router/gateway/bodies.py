@@ -1,7 +1,7 @@
 """Reads request bodies, with limits on their number, size, time and structure, in all and per tenant.
 
-Limits are checked before work is done. The head alone gives the caller and the body's length. A tenant that may run no
-more requests, or has nothing left to use, is refused before its body is read.
+Limits on request bodies are checked before any work is done. Only the head is needed to know the caller and the body's
+length. A tenant that may run no more requests, or has used up its limit, is refused before its body is read.
 
     head        key, content-length, the tenant's requests, its quotas, room for the tenant
     body        bytes of this body, bytes of all bodies held, time
@@ -39,7 +39,7 @@ _SHARE: Final = 0.75
 
 
 class Room:
-    """Counts the calls in progress, from the end of their heads on, and the memory of their bodies."""
+    """Counts the calls in progress, from the end of their heads on, and the memory that their bodies take."""
 
     def __init__(self, num_max: int, *, held_bytes_max: int = _HELD_BYTES_MAX) -> None:
         self.num_running = 0
@@ -74,7 +74,7 @@ class Room:
 
     @contextlib.contextmanager
     def holding(self, tenant: str, *, is_shared: bool) -> Iterator[_Held]:
-        """Counts a body's memory until the body is parsed."""
+        """Counts the memory of a request body until the body is parsed."""
         held = _Held(self, tenant, int(_SHARE * self._held_bytes_max) if is_shared else self._held_bytes_max)
         try:
             yield held
@@ -99,21 +99,23 @@ class _Held:
             room.held_bytes + nbytes > room._held_bytes_max
             or room._held_by_tenant[self._tenant] + nbytes > self._most_bytes
         ):
-            raise Overloaded("too many large requests are being read", retry_after_s=1.0)
+            raise Overloaded("too many large request bodies are being read now", retry_after_s=1.0)
         self.nbytes += nbytes
         room.held_bytes += nbytes
         room._held_by_tenant[self._tenant] += nbytes
 
 
 def _take_off(counts: Counter[str], name: str, number: int) -> None:
-    """Subtract, and remove counts of zero: names come from callers, so there may be any number of them."""
+    """Subtract from a count, and remove counts of zero: names come from callers, so there may be any number of them."""
     counts[name] -= number
     if counts[name] <= 0:
         del counts[name]
 
 
 def check_length(request: Request, nbytes_max: int) -> None:
-    """Check what a head says about its body.  Raises:  TooLarge.  InvalidRequest: an unknown content coding."""
+    """Check what the head of a request says about its body. Raises: TooLarge. InvalidRequest: an unknown content
+    coding.
+    """
     if (coding := request.headers.get("content-encoding", "identity")) != "identity":
         raise InvalidRequest(f"content-encoding {coding!r} is not supported: send the body as it is")
     if int(request.headers.get("content-length") or 0) > nbytes_max:
@@ -151,15 +153,17 @@ def _parse_large(body: bytearray, num_tokens_max: int) -> Any:
         body = bytearray(body.decode(json.detect_encoding(body), "replace").encode())
     num_containers, num_values = structure_of(body)
     if num_containers > _CONTAINERS_MAX:
-        raise InvalidRequest(f"the body has {num_containers} lists and objects, more than {_CONTAINERS_MAX}")
+        raise InvalidRequest(
+            f"the request body has {num_containers} lists and objects, more than the limit of {_CONTAINERS_MAX}"
+        )
     if num_values > (most := _VALUES_MAX + num_tokens_max):
-        raise InvalidRequest(f"the body has {num_values} values, more than {most}")
+        raise InvalidRequest(f"the request body has {num_values} values, more than the limit of {most}")
     return _parse(body)
 
 
 def structure_of(body: bytes | bytearray) -> tuple[int, int]:
     """How many lists and objects the JSON text begins, and how many values follow a comma. Exact for valid JSON. The
-    text is not parsed, and most of the time runs without the interpreter's lock.
+    JSON text is not parsed, and most of the time runs without Python's lock.
     """
     plain = np.frombuffer(bytes(body).replace(b"\\\\", b"").replace(b'\\"', b""), np.uint8)
     # The parity of the number of quotes before a byte says whether the byte is inside a string. uint8 wraps around,

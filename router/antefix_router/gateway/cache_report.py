@@ -22,7 +22,7 @@ def cache_headers(used: Usage) -> dict[str, str]:
 
 
 def cache_details(used: Usage) -> dict[str, Any]:
-    """`usage.antefix`: counts taken from the bill's record."""
+    """`usage.antefix`: counts that are taken from the record in the bill."""
     return {
         "plan": used.restore_plan or _NONE,
         "tier": _tier(used),
@@ -39,7 +39,7 @@ def cache_details(used: Usage) -> dict[str, Any]:
 
 
 def _of_a_fleet(used: Usage) -> dict[str, Any]:
-    """The fields for an answer by another engine's worker."""
+    """The fields for an answer that another engine's worker generated."""
     return {
         "evidence": used.evidence.label,
         "worker": used.worker,
@@ -48,6 +48,8 @@ def _of_a_fleet(used: Usage) -> dict[str, Any]:
 
 
 def _tier(used: Usage) -> str:
-    """Memory first, then the store. With several stores and tiers, the name of each, the one that gave most first."""
+    """Memory first, then the store. If there are several stores and tiers, the name of each, the one that gave most
+    first.
+    """
     tiers = sorted(used.tokens_by_tier.items(), key=lambda tier: (tier[0] != "memory", -tier[1]))
     return "+".join(label if label == "memory" or ":" in label else "store" for label, _ in tiers) or _NONE

@@ -10,7 +10,7 @@ from antefix_router.chat.strict import keeps_to
 
 
 class Calls:
-    """strict: schemas of the tools whose calls must satisfy them. A strict tool's call is held until it is complete
+    """strict: schemas of the tools whose calls must satisfy them. A call of a strict tool is held until it is complete
     and valid.
     """
 
@@ -21,7 +21,7 @@ class Calls:
 
     @property
     def cut_off(self) -> ToolCall | None:
-        """A call whose end never came, as far as its client was shown it."""
+        """A call whose end never came, up to the part that its client was shown."""
         return None if self._open is None or self._is_held else self._open
 
     @property

@@ -25,7 +25,7 @@ _CHUNK: Final = "chat.completion.chunk"
 
 
 async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
-    """Read and admit a request.  Raises:  InvalidRequest and the other errors of `Gateway.chat`."""
+    """Read and admit a request.  Raises:  InvalidRequest and the other errors that `Gateway.chat` raises."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
     model = gateway.model(fields)
@@ -43,7 +43,9 @@ async def prepare_chat(gateway: Gateway, request: Request) -> ChatCall:
     # DeepSeek's prefix completion: the last message is the beginning of the answer.
     is_answer = messages[-1].role is ChatRole.ASSISTANT
     if is_answer and not begun:
-        raise InvalidRequest('the last message is the assistant\'s; set "prefix": true in it to continue it')
+        raise InvalidRequest(
+            'the last message is from the assistant; to continue that message, set "prefix": true in it'
+        )
     fields.close()
     fields.notes.close()
     conversation = Conversation(
@@ -144,7 +146,9 @@ def _call_json(call: ToolCall) -> dict[str, Any]:
 
 
 def _delta_json(delta: Delta, call_ids: list[str]) -> dict[str, Any] | None:
-    """call_ids: the calls so far, in order; extended here.  None: this API has no form for the delta."""
+    """call_ids: the ids of the calls so far, in order; extended here. Returns None if this API has no form for the
+    delta.
+    """
     if delta.call is None:
         return {"reasoning_content": delta.reasoning} if delta.reasoning else {"content": delta.content}
     call = delta.call

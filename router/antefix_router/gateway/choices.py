@@ -1,4 +1,4 @@
-"""Several outputs for one prompt, as OpenAI's APIs show them: by number as they arrive, or only the best ones."""
+"""Several outputs for one prompt, as OpenAI's APIs show them: numbered as they arrive, or only the best ones."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Choices:
 
     @property
     def shown(self) -> list[Output]:
-        """The outputs to show, by number. With `best_of` they are known after the end."""
+        """The outputs to show, by number. With `best_of`, these outputs are known only after all outputs have ended."""
         return self._outputs[: self._num_shown]
 
     async def deltas(self, timeout_s: float, *, held: bool = False) -> AsyncGenerator[tuple[int, Delta], None]:
-        """(number, new text of that output). Closing this early cancels the request.
+        """Pairs of an output's number and new text of that output. Closing this iterator early cancels the request.
 
-        held: none of the output goes out before all of it is there.
+        held: no part of the output is sent before all of the output is there.
         """
         if len(self._outputs) == 1:
             async with contextlib.aclosing(self._outputs[0].deltas(timeout_s, held=held)) as deltas:

@@ -13,7 +13,7 @@ from antefix_router.gateway.output import Output
 
 
 class ChoicesCall:
-    """One answer, or several.  kind, id_prefix: of the JSON objects in the answer."""
+    """One answer, or several. kind, id_prefix: those of the JSON objects in the answer."""
 
     kind: str
     id_prefix: str

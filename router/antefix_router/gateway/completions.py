@@ -27,7 +27,7 @@ from antefix_router.gateway.output import Output
 
 
 async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCall:
-    """Read and admit a request.  Raises:  InvalidRequest and the other errors of `Gateway.complete`."""
+    """Read and admit a request.  Raises:  InvalidRequest and the other errors that `Gateway.complete` raises."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
     model = gateway.model(fields)
@@ -38,7 +38,9 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
     knobs = read_knobs(fields, "max_tokens", num_top_logprobs=fields.integer("logprobs"), several=True)
     form = chat_form(fields)
     if echo and knobs.num_top_logprobs is not None:
-        raise InvalidRequest("logprobs: with echo they would include the prompt's, which are not computed")
+        raise InvalidRequest(
+            "logprobs cannot be combined with echo, because log probabilities of the prompt are not computed"
+        )
     fields.only("suffix", lambda value: value == "", "this model does not fill in the middle")
     session = fields.text("prompt_cache_key", "")
     retention_s = retention_ttl(fields)
@@ -61,8 +63,8 @@ async def prepare_completion(gateway: Gateway, request: Request) -> CompletionCa
 
 
 async def _prompt(gateway: Gateway, prompt: Any, tenant: str, *, echo: bool) -> tuple[str, list[int]]:
-    """The prompt as text and as tokens. In this API the caller writes directly for the model, so special tokens in the
-    text count as such.
+    """The prompt of a request, as text and as tokens. In this API the caller writes directly for the model, so special
+    tokens in the text count as such.
     """
     tokenizer = gateway.front.tokenizer
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], (str, list)):

@@ -30,7 +30,7 @@ _TELL_EVERY_S: Final = 10.0
 
 
 def connections_max() -> int:
-    """How many connections this process has descriptors for, after its other needs."""
+    """For how many connections this process has file descriptors, after its other needs."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return _CONNECTIONS_MAX if soft == resource.RLIM_INFINITY else max(4, min(_CONNECTIONS_MAX, int(_SHARE * soft)))
 
@@ -46,12 +46,12 @@ def accepted_at_once() -> int:
 
 
 class Connection(Protocol):
-    """The part of a connection that this module uses."""
+    """The part of a connection's interface that this module uses."""
 
     address: str
 
     def drop(self) -> None:
-        """Close it now. The connection is idle, or never began a request."""
+        """Close it now. Whether the connection is idle, or never began a request."""
 
 
 class Connections:
@@ -70,8 +70,8 @@ class Connections:
         unread_s: float = 120.0,
         trusts: Callable[[str], bool],
     ) -> None:
-        """most, per_address: 0: as many as the descriptors allow, and half of that.  trusts: whether an address is a
-        proxy with many clients behind it.
+        """most, per_address: 0 means as many as the descriptors allow, and half of that number. trusts: whether an
+        address is a proxy with many clients behind it.
         """
         self.most = most or connections_max()
         self.per_address = per_address or max(1, self.most // 2)
@@ -87,7 +87,7 @@ class Connections:
         return self._by_address.total()
 
     def enter(self, connection: Connection) -> bool:
-        """Enter a new connection. False: there is no room for the connection, and it is not counted."""
+        """Enter a new connection. Returns False if there is no room for the connection, which is then not counted."""
         address = connection.address
         if self._is_full(address) and not self._make_room(connection):
             self.num_refused += 1
@@ -130,12 +130,15 @@ class Connections:
         return False
 
     def _tell(self, address: str) -> None:
-        """Log this only now and then. A log line per connection would make a flood of connections worse."""
+        """Log refused connections only now and then. A log line per connection would make a flood of
+        connections worse.
+        """
         now = time.monotonic()
         if now >= self._quiet_until:
             self._quiet_until = now + _TELL_EVERY_S
             log.warning(
-                "connections are refused: %d are open (limit %d), %d of %s (limit %d); %d were refused so far",
+                "connections are refused: %d connections are open (limit %d), of which %d are from %s (limit "
+                "%d); %d connections were refused so far",
                 len(self),
                 self.most,
                 self._by_address[address],
@@ -146,7 +149,7 @@ class Connections:
 
 
 class QuietAccepting:
-    """Logs one line where asyncio logs a traceback for each connection that cannot be accepted for lack of
+    """Logs one line where asyncio would log a traceback for each connection that cannot be accepted for lack of
     descriptors.
     """
 
@@ -172,4 +175,4 @@ class QuietAccepting:
         now = time.monotonic()
         if now >= self._quiet_until:
             self._quiet_until = now + _TELL_EVERY_S
-            log.error("connections cannot be accepted (%s); raise the limit of open files", err)
+            log.error("new connections cannot be accepted (%s); raise the limit of open files", err)

@@ -50,7 +50,7 @@ _MEDIA_FIELDS = (
 
 @dataclass(frozen=True, slots=True)
 class Unseen:
-    """Content that was replaced by a placeholder.  path: its place in the request."""
+    """Content of a message that was replaced by a placeholder. path: its place in the request."""
 
     path: str
     what: str
@@ -80,7 +80,7 @@ class Content:
             self.breakpoints.append(TextBreakpoint(ttl_s=ttl_s, offset=len(self.text)))
 
     def add_part(self, part: Fields, kind: Any = None) -> None:
-        """kind: the part's type, if it was read already.
+        """kind: the type of the part, if it was read already.
 
         Raises:  WrongField: an unknown kind of part.
         """
@@ -120,7 +120,7 @@ class Content:
         return f"[tool: {name}]" if schema is None else f"[tool: {name}]\n{as_json(schema)}\n"
 
     def _document(self, part: Fields) -> str:
-        """The text of a document that is itself text."""
+        """The text in a document that consists of text."""
         source = part.peek("source")
         if not isinstance(source, dict):
             return ""
@@ -144,8 +144,8 @@ class Content:
 
     @staticmethod
     def _drop_media(part: Fields) -> None:
-        """Drop the fields that make up a picture or document, which was noted already. Any other field is reported as
-        ignored.
+        """Drop the fields that make up a picture or a document, which was reported already. Any other field of the part
+        is reported as ignored.
         """
         for name in _MEDIA_FIELDS:
             if isinstance(part.peek(name), dict):
@@ -160,7 +160,7 @@ def result_of(fields: Fields, name: str, deferred: Mapping[str, Any] | None = No
 
 
 def content_of(fields: Fields, name: str, default: Any = None, *, is_inner: bool = False) -> Content:
-    """A string, or parts.  is_inner: they are parts of a part, and cannot have parts themselves.
+    """A string, or parts. is_inner: they are parts within a part, and cannot have parts themselves.
 
     Raises:  WrongField: neither, or a part of an unknown kind.
     """
@@ -192,7 +192,9 @@ _RETENTIONS_S: Final[dict[str, float | None]] = {"in_memory": None, "in-memory":
 
 
 def breakpoint_ttl(fields: Fields) -> float | None:
-    """The lifetime that `cache_control` asks for, in seconds. An unknown kind asks for nothing."""
+    """The lifetime that `cache_control` asks for, in seconds. An unknown kind of `cache_control` asks for no
+    lifetime.
+    """
     control = fields.child("cache_control")
     if control is None or not control.known("type", {"ephemeral": True}, False):
         return None
@@ -255,7 +257,8 @@ class MessageList:
         return tuple(self.messages)
 
     def _newest_question(self) -> int:
-        """The index of the user message to be answered, or -1. A user message after a tool's result counts as part of
+        """The index of the user message that is to be answered; -1 if there is none. A user message after a tool's
+        result counts as part of
         the result: clients send screenshots in this way where their API has no other place, sometimes with system text
         before them.
         """
@@ -276,7 +279,7 @@ def _search_result(part: Fields) -> str:
 
 
 def as_json(value: Any) -> str:
-    """JSON in the form of a call's arguments. The spacing is the same everywhere, so that a resent value is the same
-    text.
+    """JSON text in the form of a call's arguments. The spacing is always the same, so that a resent value gives the
+    same text.
     """
     return json.dumps(value, ensure_ascii=False)

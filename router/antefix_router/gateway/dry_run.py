@@ -1,4 +1,5 @@
-"""Turns a request's body into its prompt without running it, with the HTTP gateway's own code up to admission.
+"""Turns a request's body into its prompt without running the request, with the same code as the HTTP server up to
+admission.
 
 For `antefix explain`, offline. Answers are encoded from their text, because the generated tokens are remembered only by
 a running router.
@@ -44,7 +45,7 @@ APIS: Final = tuple(_PREPARE)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DryPrompt:
-    """A prompt, its tenant, and the text that its tokens were made from.  moved: the value of the header
+    """A prompt, its tenant, and the text that its tokens were made from. moved: the value of the answer's header
     `antefix-moved`.
     """
 

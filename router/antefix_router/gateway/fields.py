@@ -1,8 +1,8 @@
 """Reads JSON requests: known fields are read and checked, all others are ignored and reported. Pure.
 
-Clients add fields every month, and most change nothing. So a reader takes the fields that it knows, refuses by name the
-few that would change the answer (`only`), and at the end `close` reports all others with their JSON paths, at any
-level.
+Clients add fields every month, and most change nothing. So a reader of a request takes the fields that it knows, and
+refuses by name the few that would change the answer (`only`). At the end `close` reports all other fields with their
+JSON paths, at any level.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _INTEGER_MAX: Final = 2**64 - 1
 
 
 class WrongField(InvalidRequest):
-    """A field of the request is missing, of a wrong type, or not supported.  param: its name.  code: the kind of error,
-    in OpenAI's terms.
+    """A field of the request is missing, of a wrong type, or not supported. param: the field's name. code: the kind of
+    error, in OpenAI's terms.
     """
 
     def __init__(self, message: str, *, param: str, code: str) -> None:
@@ -48,13 +48,13 @@ def unsupported(param: str, why: str) -> WrongField:
 
 
 def is_number(value: Any, number: float) -> bool:
-    """Whether a JSON value is this number; true and false are not numbers."""
+    """Whether a JSON value is exactly this number; true and false are not numbers."""
     return value == number and not isinstance(value, bool)
 
 
 class Fields:
-    """One JSON object, and the objects inside it that were read. null counts as a missing field, because some clients
-    send it so.
+    """One JSON object of a request, and the objects inside it that were read. null counts as a missing field, because
+    some clients send null so.
     """
 
     def __init__(self, values: Any, where: str = "", notes: Notes | None = None) -> None:
@@ -73,7 +73,7 @@ class Fields:
         return default if value is None else value
 
     def peek(self, name: str, default: Any = None) -> Any:
-        """A field's value as it was sent. The field still counts as not taken."""
+        """A field's value, exactly as it was sent. The field still counts as not read."""
         value = self._values.get(name)
         return default if value is None else value
 
@@ -89,7 +89,7 @@ class Fields:
         return self._values.get(name) is not None
 
     def child(self, name: str) -> Fields | None:
-        """An object inside this one; None if there is none.  Raises:  WrongField: the field is not an object."""
+        """An object inside this JSON object; None if there is none. Raises: WrongField: the field is not an object."""
         value = self.take(name)
         return None if value is None else self.inside(value, self.name_of(name))
 
@@ -99,7 +99,7 @@ class Fields:
         return [self.inside(item, f"{self.name_of(name)}[{index}]") for index, item in items]
 
     def inside(self, value: Any, where: str) -> Fields:
-        """An object that belongs to this one, and is closed with it."""
+        """An object that belongs to this one, and is closed together with this one."""
         fields = Fields(value, where, self.notes)
         self._inner.append(fields)
         return fields
@@ -144,7 +144,7 @@ class Fields:
         return value
 
     def texts(self, name: str) -> list[str]:
-        """A string or a list of strings."""
+        """A field's value, which is a string or a list of strings."""
         value = self.take(name, [])
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(item, str) and item for item in values):
@@ -165,7 +165,7 @@ class Fields:
         return choices[value]
 
     def known(self, name: str, choices: Mapping[str, T], default: T) -> T:
-        """Read a hint. An unknown value is ignored like an unknown field."""
+        """Read a hint. An unknown value of the field is ignored, as an unknown field is."""
         value = self._values.get(name)
         if not isinstance(value, str) or value not in choices:
             return default
@@ -173,7 +173,7 @@ class Fields:
         return choices[value]
 
     def only(self, name: str, allowed: Callable[[Any], bool], why: str) -> None:
-        """Check a field that would change the answer, unless its value is an allowed one.
+        """Check a field that would change the answer, unless its value is one of the allowed values.
 
         Raises:  WrongField: the field has another value.
         """
@@ -182,13 +182,13 @@ class Fields:
             raise unsupported(self.name_of(name), f": {why}")
 
     def rest(self) -> dict[str, Any]:
-        """All fields that were not taken yet, for objects whose names the client chooses."""
+        """All fields that were not read yet, for objects in which the client chooses the names."""
         rest, self._values = self._values, {}
         return rest
 
     def drop(self, *names: str) -> None:
-        """Ignore fields that our own answers have. Clients send them back with every turn, and they have no meaning
-        then.
+        """Ignore fields that the server's own answers have. Clients send these fields back with every turn, where they
+        have no meaning.
         """
         for name in names:
             self._values.pop(name, None)
@@ -198,7 +198,7 @@ class Fields:
         self._values = {name: self._values[name] for name in but if name in self._values}
 
     def close(self) -> None:
-        """Report all fields that were not taken, in this object and those inside it."""
+        """Report all fields that were not read, in this object and in those inside it."""
         self.notes.ignore_all(self.where, self._values)
         for fields in self._inner:
             fields.close()

@@ -1,5 +1,5 @@
-"""What all APIs share: authentication, the choice of the model, the conversation as tokens, admission. Knows no
-provider.
+"""The part that all APIs share: authentication, the choice of the model, the conversation as tokens, admission. Knows
+no provider.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _BETA_HEADERS = ("anthropic-beta", "openai-beta")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HttpCaller(Caller):
-    """has_key: the client named the id, so it may ask for the answer again.
+    """has_key: whether the client gave the request an id, so that it may ask for the answer again.
 
     wants_details: whether the usage reports what the cache did.
     """
@@ -70,17 +70,17 @@ class HttpCaller(Caller):
 
     @property
     def is_named(self) -> bool:
-        """Whether the client named the id. Other requests get an id from the router."""
+        """Whether the client gave the request an id. Other requests get an id from the router."""
         return self.has_key
 
 
 class Door:
-    """Decides which HTTP callers are admitted, and identifies them.  books: authentication and the bill."""
+    """Decides which HTTP callers are admitted, and identifies them. books: checks API keys and writes the bill."""
 
     def __init__(
         self, front: BilledFront, config: GatewayConfig, encoding: Encoding, *, num_tokens_max: int = 0
     ) -> None:
-        """encoding: parses large bodies.  num_tokens_max: token ids that a prompt may have."""
+        """encoding: parses large bodies. num_tokens_max: the largest number of token ids in a prompt."""
         self.config = config
         self.room = Room(config.http_requests_max)
         self.why_unready: Callable[[], str] = lambda: ""
@@ -92,7 +92,7 @@ class Door:
 
     @contextlib.contextmanager
     def entering(self, request: Request) -> Iterator[None]:
-        """Wraps a call whose head is known and whose body is not read yet.
+        """Wraps a call whose head has arrived and whose body has not been read yet.
 
         Raises:  TooLarge, InvalidRequest: judged by its head.  QuotaExceeded: its tenant has nothing left, or already
         runs as many requests as it may.  Overloaded: no room.  Also the errors of `tenant`.
@@ -111,7 +111,7 @@ class Door:
             yield
 
     def limit_headers(self, request: Request, provider: Provider) -> dict[str, str]:
-        """Headers with what the tenant has left, if it has limits."""
+        """Headers with the remaining limits of the tenant, if it has limits."""
         tenant = request.scope.get(TENANT)
         if tenant is None:
             return {}
@@ -143,7 +143,7 @@ class Door:
         return self.holder(request, Scope.GENERATE).tenant
 
     def holder(self, request: Request, scope: Scope) -> KeyHolder:
-        """The holder of the request's key.  Raises:  as `tenant`."""
+        """The holder of the API key in the request.  Raises:  as `tenant`."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         bearer = token.strip() if scheme.lower() == "bearer" else ""
         holder = self.books.keys.authenticate(request.headers.get("x-api-key") or bearer, scope)
@@ -152,8 +152,8 @@ class Door:
         return holder
 
     def caller(self, request: Request, tenant: str, user: str, session: str = "") -> HttpCaller:
-        """user: the client's name for the user, which may contain a session. The session is used as a hint if `session`
-        is empty.
+        """user: the client's name for the user, in which a session may be included. The session in the name is used as
+        a placement hint if `session` is empty.
         """
         named = split_user(user)
         key = request.headers.get("idempotency-key", "")
@@ -187,7 +187,7 @@ class Gateway(Door):
 
     @contextlib.contextmanager
     def generating(self, request: Request) -> Iterator[None]:
-        """As `entering`, for a call that runs the model.
+        """As `entering`, but for a call that runs the model.
 
         Raises:  Overloaded: its first token would take too long.
         """
@@ -198,7 +198,10 @@ class Gateway(Door):
                 yield
 
     async def fields(self, request: Request) -> Fields:
-        """The body, with the request's notes.  Raises:  InvalidRequest: it is not a JSON object."""
+        """The request's body, with its notes on ignored fields.
+
+        Raises:  InvalidRequest: the body is not a JSON object.
+        """
         body = await self.body(request, request.scope.get(TENANT, ""))
         notes = Notes(self.ignored)
         for name in _BETA_HEADERS:
@@ -207,7 +210,9 @@ class Gateway(Door):
         return Fields(body, notes=notes)
 
     def model(self, fields: Fields) -> NamedModel:
-        """The model that the request names.  Raises:  ModelNotFound: an unknown name, and unknown names are refused."""
+        """The model that the request names. Raises: ModelNotFound: the name is unknown, and the settings refuse unknown
+        names.
+        """
         found = self.models.find(fields.text("model"))
         if not found.is_own:
             fields.notes.model = self.front.identity.name
@@ -219,7 +224,7 @@ class Gateway(Door):
     def choose_effort(self, wish: Wish, model: NamedModel, default: Effort, notes: Notes) -> Effort:
         """How the model should think: as the request says, else as the model's name says, else the default.
 
-        A model that cannot think answers without thinking. The fields that asked for it are reported as ignored.
+        A model that cannot think answers without thinking. The fields that asked for thinking are reported as ignored.
         """
         effort = wish.effort or model.effort or default
         if not self.format.supports_reasoning:
@@ -239,8 +244,8 @@ class Gateway(Door):
     async def render(
         self, conversation: Conversation, tenant: str, notes: Notes, *, payer: str | None = None
     ) -> Rendered:
-        """The prompt's tokens, and the positions of the client's cache breakpoints.  payer: the tenant whose quota must
-        cover the tokens; None: nobody pays.
+        """The prompt's tokens, and the positions of the client's cache breakpoints. payer: the tenant whose quota must
+        cover the tokens; None: no quota is checked.
 
         Raises:  ContextTooLong, QuotaExceeded: the text is so long that it must have too many tokens.
         """
@@ -320,8 +325,8 @@ class Gateway(Door):
         *,
         retention_s: float | None = None,
     ) -> Choices:
-        """Admit the request for continuations of these tokens.  retention_s: how long they are to be kept; None: as
-        usual.
+        """Admit the request for continuations of these tokens. retention_s: for how many seconds the prompt is to be
+        kept; None: as usual.
         """
         grammar = ""
         if form.is_json:
@@ -386,8 +391,8 @@ class Gateway(Door):
         )
 
     async def _grammar(self, conversation: Conversation, names: SchemaNames) -> str:
-        """The grammar of the answer, after checking it; empty: any answer.  Raises:  WrongField: the schema at fault is
-        named.
+        """The grammar that the answer must follow, after a check of the grammar; empty: any answer is allowed. Raises:
+        WrongField: the error names the schema that cannot be used.
         """
         if not conversation.has_form:
             return ""

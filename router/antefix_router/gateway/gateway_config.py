@@ -15,7 +15,7 @@ _ORIGIN: Final = re.compile(r"https?://(\[[0-9A-Fa-f:.]+\]|[0-9A-Za-z.-]+)(:[0-9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig(BillingConfig):
-    """Settings of the HTTP gateway. Without an address there is no gateway."""
+    """Settings of the HTTP gateway. If no HTTP address is set, the router has no HTTP gateway."""
 
     http_address: str = setting("", "host:port of the HTTP API; port 0 takes a free one; empty: none")
     http_body_bytes_max: int = setting(32 << 20, "larger request bodies are refused", unit="bytes")

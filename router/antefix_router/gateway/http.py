@@ -1,8 +1,8 @@
 """Runs one HTTP call from first byte to last: limits, the body, the answer (complete or as events), clients that leave.
 
-A stream's head goes out with its first event, or HEAD_AFTER_S after admission. An error before that gets its own HTTP
-status; a later error becomes an error event. After the head, keep-alives regularly tell the client that the server is
-still working.
+A stream's head goes out with its first event, or HEAD_AFTER_S after admission. An error before the head gets an HTTP
+status of its own; a later error becomes an error event. After the head, keep-alives tell the client regularly that the
+server is still working.
 
 For a complete answer, this module watches the connection itself, because the work must stop when the client leaves,
 even while nothing is sent.
@@ -36,13 +36,13 @@ class Call(Protocol):
     headers: dict[str, str]
 
     async def whole(self) -> dict[str, Any]:
-        """The answer as one JSON object. Afterwards `headers` also says what the cache did."""
+        """The answer as one JSON object. After the call, `headers` also says what the cache did."""
 
     def events(self) -> AsyncGenerator[bytes, None]:
         """The answer as server-sent events."""
 
     def failed(self, err: Exception) -> bytes:
-        """The final event after `events` raised an error once the head was sent."""
+        """The last event of a stream if `events` raised an error after the head was sent."""
 
 
 # Most refusals happen before this time and so get their own status. Clients wait at most a second for a head.
@@ -57,8 +57,8 @@ Limits = Callable[[Request, Provider], dict[str, str]]
 
 
 class Endpoint:
-    """An ASGI application for one address.  enter: wraps a call from its head on; raises if there is no room for it.
-    keep_alive_s: the interval of a stream's keep-alives.
+    """An ASGI application for one address. enter: wraps a call from its head on; raises if there is no room for the
+    call. keep_alive_s: the interval between a stream's keep-alives.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Endpoint:
         keep_alive_s: float,
         limits: Limits = lambda request, provider: {},
     ) -> None:
-        """limits: makes headers that show what is left of the caller's limits."""
+        """limits: makes headers that show the remaining limits of the caller."""
         self._limits = limits
         self._prepare = prepare
         self._provider = provider
@@ -104,7 +104,7 @@ class Endpoint:
                 else:
                     await _unless_gone(self._send_whole(call, scope, receive, send), receive)
         except ClientDisconnect:
-            log.info("a client left before its request was whole")
+            log.info("a client left before its whole request had arrived")
         except Exception as err:  # noqa: BLE001 - the one place where HTTP turns exceptions into answers
             await error_response(err, self._provider)(scope, receive, send)
 
@@ -159,7 +159,7 @@ async def _unless_gone(work: Any, receive: Receive) -> None:
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            log.info("a client left; its request is cancelled")
+            log.info("a client left (closed its connection); its request is cancelled")
     finally:
         watching.cancel()
         if not working.done():
@@ -181,6 +181,6 @@ def event_bytes(data: Any, *, name: str = "") -> bytes:
 
 
 def error_event(err: Exception, provider: Provider) -> bytes:
-    """The error in the form in which the provider's own streams end after a failure."""
+    """The error, in the form in which the provider's own streams end after a failure."""
     _, body = error_body(err, provider)
     return event_bytes(body, name="error" if provider is Provider.ANTHROPIC else "")

@@ -40,7 +40,7 @@ class TooSlow(errors.DeadlineExceeded):
 
 
 class PassedError(errors.AntefixError):
-    """Another engine's worker refused the request itself. The client gets that worker's error message."""
+    """Another engine's worker refused the request as invalid. The client gets that worker's error message."""
 
     def __init__(self, status: int, body: dict[str, Any]) -> None:
         error = body.get("error", body)
@@ -74,7 +74,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str, str], ...] = (
 
 
 def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]:
-    """Status and body. For an unexpected error, the body has only an id, which the log has too."""
+    """Status and body. After an unexpected error, the body has only an id, which the log has too."""
     if isinstance(err, PassedError):
         return err.status, err.body
     for kind, status, openai_type, code, anthropic_type in _TABLE:
@@ -85,7 +85,7 @@ def error_body(err: Exception, provider: Provider) -> tuple[int, dict[str, Any]]
             return status, _body(message, provider, openai_type, anthropic_type, code, param, has_code=status == 429)
     if isinstance(err, RecursionError):
         # Every JSON parser reports this in its own way: the body nests brackets deeper than any real request.
-        return error_body(errors.InvalidRequest("the body is nested too deeply"), provider)
+        return error_body(errors.InvalidRequest("the request body is nested too deeply"), provider)
     error_id = secrets.token_hex(6)
     log.error("internal error %s", error_id, exc_info=err)
     message = f"internal error {error_id}; the service's log has it"
@@ -128,7 +128,7 @@ def _body(
     *,
     has_code: bool = False,
 ) -> dict[str, Any]:
-    """has_code: the code has information that no other field has, so Anthropic's form gets it too."""
+    """has_code: the error's code has information that no other field has, so Anthropic's form gets the code too."""
     if provider is Provider.ANTHROPIC:
         # Anthropic's API does not define these fields. Its clients pass on fields that they do not know.
         named = {**({} if param is None else {"param": param}), **({"code": code} if has_code else {})}

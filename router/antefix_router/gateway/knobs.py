@@ -1,5 +1,5 @@
-"""Reads sampling settings from a request: OpenAI's names, and vLLM's for settings that OpenAI lacks. `Sampling` has the
-ranges.
+"""Reads sampling settings from a request: OpenAI's names of settings, and vLLM's names for settings that OpenAI lacks.
+`Sampling` has the ranges.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def read_knobs(
     stop_name: str = "stop",
     several: bool = False,
 ) -> Knobs:
-    """length_names: the names of the output limit; the first one present counts.  several: n and best_of are read as
-    well.
+    """length_names: the names of the output limit, of which the first one present counts. several: whether n and
+    best_of are read as well.
 
     Raises:  WrongField: a wrong type. Values out of range are refused later, by `sampling`.
     """

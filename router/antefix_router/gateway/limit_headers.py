@@ -12,7 +12,7 @@ from antefix_router.gateway.http_errors import Provider
 
 
 def limit_headers(states: dict[LimitPassed, LimitState | None], provider: Provider, now: datetime) -> dict[str, str]:
-    """Headers for the limits on requests and on tokens, if there are any."""
+    """Headers for a tenant's limits on requests and on tokens, if there are any."""
     headers: dict[str, str] = {}
     for what, state in states.items():
         if state is None:

@@ -12,8 +12,8 @@ from antefix.wire import TokenLogprob
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpokenToken:
-    """One token of an answer.  start: characters of the raw answer before it, before reasoning and calls are
-    separated.
+    """One token of an answer. start: how many characters of the raw answer come before the token, before reasoning and
+    calls are separated.
     """
 
     token: int
@@ -29,8 +29,8 @@ class LogprobWriter:
         self._tokenizer = tokenizer
 
     def chat(self, tokens: Sequence[SpokenToken]) -> dict[str, Any] | None:
-        """`choices[].logprobs` of chat, with reasoning separate as in DeepSeek's API. None if there are no tokens to
-        report.
+        """`choices[].logprobs` of chat, with reasoning separate as in DeepSeek's API. Returns None if there are no
+        tokens to report.
         """
         if not tokens:
             return None
@@ -49,7 +49,7 @@ class LogprobWriter:
         }
 
     def full(self, spoken: SpokenToken) -> dict[str, Any]:
-        """One token in chat's format, which the Responses API uses too."""
+        """One token in the chat API's format, which the Responses API uses too."""
         top = [self._one(token, logprob) for token, logprob in spoken.logprob.top]
         return {**self._one(spoken.token, spoken.logprob.logprob), "top_logprobs": top}
 

@@ -23,8 +23,8 @@ NAME_CHARACTERS_MAX: Final = 256
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Alias:
-    """pattern: a name, or the beginning of one followed by `*`.  effort: how requests by this name think if they do not
-    say so.
+    """pattern: a name, or the beginning of a name followed by `*`. effort: how much the model thinks in requests by
+    this name that do not say so.
     """
 
     pattern: str
@@ -33,7 +33,9 @@ class Alias:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedModel:
-    """asked_for: the client's name for the model, which the answer repeats.  is_own: it is the model's own name."""
+    """asked_for: the client's name for the model, which the answer repeats. is_own: whether this is the model's own
+    name.
+    """
 
     asked_for: str
     effort: Effort | None
@@ -41,7 +43,7 @@ class NamedModel:
 
 
 class ModelNames:
-    """own: the model's name, and further names given by the operator."""
+    """own: the model's own name, and further names that the operator gave."""
 
     def __init__(self, own: tuple[str, ...], aliases: tuple[Alias, ...] = (), *, serve_unknown: bool = True) -> None:
         self.own = own

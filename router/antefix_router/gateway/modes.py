@@ -1,8 +1,8 @@
 """Reads how much the model should think, from all the fields that clients use for it, as one effort. Pure.
 
 Some fields switch thinking on or off (`thinking`, `enable_thinking`), some give an amount (`reasoning_effort`,
-budgets), some do both. If any field says off, thinking is off. Otherwise the strongest named effort counts. If thinking
-is only switched on, the model's default effort is used.
+budgets), some do both. If any field says off, thinking is off. Otherwise the strongest effort that any field names
+counts. If thinking is only switched on, the model's default effort is used.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Wish:
 
     @property
     def effort(self) -> Effort | None:
-        """The effort; None if the request does not say."""
+        """The effort that the request asks for; None if the request does not say."""
         if False in self.switches or Effort.NONE in self.efforts:
             return Effort.NONE
         if self.efforts:
@@ -59,7 +59,7 @@ class Wish:
             self._switch(fields.name_of(name), on=fields.boolean(name))
 
     def read_budget(self, fields: Fields, name: str) -> None:
-        """Read an upper bound in tokens; -1 means none. The bound itself has no effect, since max_tokens limits the
+        """Read an upper bound in tokens; -1 means none. The bound itself has no effect, because max_tokens limits the
         output. Only 0 switches thinking off.
         """
         budget = fields.integer(name, low=-1)
@@ -67,7 +67,7 @@ class Wish:
             self._switch(fields.name_of(name), on=budget != 0)
 
     def read_thinking(self, fields: Fields, name: str) -> None:
-        """Read an object with a type and a budget, or true, or false."""
+        """Read a field that is an object with a type and a budget, or true, or false."""
         value: Any = fields.take(name)
         if value is None:
             return

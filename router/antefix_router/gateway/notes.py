@@ -1,5 +1,5 @@
-"""Records what was not used as the client sent it. Such a field is named in the answer's headers, counted, and logged
-once per field.
+"""Records which parts of a request were not used as the client sent them. Such a field is named in the answer's
+headers, counted, and logged once per field.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class IgnoredFields:
             if is_full or not _SHOWN.fullmatch(name):
                 name = self.OTHERS
             if name not in self.counts:
-                log.info("requests have the field %s, which changes nothing here; it is ignored and counted", name)
+                log.info("requests have the field %s, which has no effect here; the field is ignored and counted", name)
             self.counts[name] = self.counts.get(name, 0) + 1
 
 
@@ -67,30 +67,32 @@ class Notes:
         self._moved: list[str] = []
 
     def ignore(self, path: str) -> None:
-        """Note a field that has no effect here."""
+        """Record that a field has no effect here."""
         self._ignored.setdefault(_printable(_INDEX.sub("[]", path)), path)
 
     def ignore_all(self, where: str, names: Collection[str]) -> None:
-        """Note the fields of the object at `where` that were not used."""
+        """Record the fields of the object at `where` that were not used."""
         room = max(0, _NUM_IGNORED_MAX - len(self._ignored))
         for name in islice(names, room):
             self.ignore(f"{where}.{name}" if where else name)
         self._num_unnamed += max(0, len(names) - room)
 
     def leave_out(self, path: str, what: str) -> None:
-        """Note something that the model is not shown, except perhaps as a placeholder."""
+        """Record a part of the request that the model is not shown, except perhaps as a placeholder."""
         self._left_out.append(f"{path} ({what})")
 
     def flatten(self, path: str, what: str) -> None:
-        """Note something that the model is shown in another form."""
+        """Record a part of the request that the model is shown in another form."""
         self._flattened.append(f"{path} ({what})")
 
     def move(self, name: str, what: str) -> None:
-        """Note something that the model is shown in a later place."""
+        """Record a part of the request that the model is shown in a later place."""
         self._moved.append(f"{name} ({what})")
 
     def call_foreign(self, path: str) -> None:
-        """Note thinking without a valid signature of this deployment. The model is shown it as ordinary text."""
+        """Record that thinking came without a valid signature of this deployment. Such thinking is shown to the model
+        as ordinary text.
+        """
         self._foreign.append(path)
 
     def close(self) -> None:
@@ -113,7 +115,7 @@ class Notes:
 
 
 def _listed(paths: list[str], *, num_more: int = 0) -> str:
-    """As many paths as fit, and how many more there are."""
+    """As many paths of ignored fields as fit into a header, and how many more there are."""
     text = ""
     for number, path in enumerate(paths):
         longer = f"{text}, {_printable(path)}" if text else _printable(path)

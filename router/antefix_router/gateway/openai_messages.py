@@ -20,7 +20,7 @@ _ROLES = {
 
 
 def chat_messages(fields: Fields) -> tuple[tuple[Message, ...], bool]:
-    """The messages, and whether the last one is the beginning of an answer to be continued.
+    """The messages, and whether the last one is the beginning of an answer that is to be continued.
 
     Raises:  WrongField: a message has an unknown form; the field is named.
     """
@@ -67,7 +67,9 @@ def _read_message(item: Fields, found: MessageList) -> None:
 
 
 def _reasoning(item: Fields) -> str:
-    """DeepSeek's field for reasoning, or the names that other servers use. The details hold the same text in parts."""
+    """DeepSeek's field for reasoning, or the field that another kind of server uses. The details hold the same text in
+    parts.
+    """
     text = item.text("reasoning_content", "")
     # Some servers send the same text under several names.
     other = item.take("reasoning", "")
@@ -84,8 +86,8 @@ def _details(item: Fields) -> str:
 
 
 def _calls(item: Fields) -> tuple[tuple[ToolCall, ...], tuple[TextBreakpoint, ...]]:
-    """The calls, and the breakpoints on them. Calls are written as one piece, so these breakpoints are at the message's
-    end.
+    """The tool calls of a message, and the breakpoints on them. Calls are written as one piece, so these breakpoints
+    are at the message's end.
     """
     ends: list[TextBreakpoint] = []
     calls: list[ToolCall] = []

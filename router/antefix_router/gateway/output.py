@@ -23,7 +23,7 @@ from antefix_router.open_bill import Bill
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """reason: "stop", "length" or "tool_calls".  stop: the stop text that ended it, if one did."""
+    """reason: "stop", "length" or "tool_calls". stop: the stop text that ended the answer, if one did."""
 
     reason: str
     stop: str | None
@@ -37,7 +37,7 @@ class Ended:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What the head of a complete answer says about it."""
+        """The fields at the head of a complete answer."""
         return cache_headers(self.record)
 
 
@@ -56,8 +56,8 @@ class Output:
         index: int = 0,
         tells_logprobs: bool = True,
     ) -> None:
-        """strict: schemas of the tools whose calls must satisfy them.  index: the number of this output within the
-        request.
+        """strict: schemas of the tools whose calls must satisfy their schema. index: the number of this output within
+        the request.
 
         tells_logprobs: whether the client gets the log probabilities, if there are any.
         """
@@ -89,7 +89,9 @@ class Output:
 
     @property
     def restore(self) -> RestoreReport | None:
-        """Where the prompt's KV came from. Known from the first delta on."""
+        """Where the prompt's KV came from (memory, a store, or computed). This report is known from the first
+        delta on.
+        """
         return self._bill.generation.restore
 
     @property
@@ -98,19 +100,19 @@ class Output:
 
     @property
     def total_logprob(self) -> float:
-        """The sum over all tokens, if log probabilities were asked for."""
+        """The sum of the log probabilities of all tokens, if they were requested."""
         return sum(each.logprob for each in self._sample.logprobs)
 
     @property
     def has_ended(self) -> bool:
-        """Whether a stop text was found. Later text is not part of the answer."""
+        """Whether a stop text has ended the answer. Text after the stop text is not part of the answer."""
         return self._stop.found is not None
 
     async def deltas(self, timeout_s: float, *, held: bool = False) -> AsyncGenerator[Delta, None]:
-        """The pieces of the answer as they arrive. Closing this early cancels the request; after its end, `ended` is
-        known.
+        """The pieces of the answer as they arrive. Closing the iterator early cancels the request; after its end,
+        `ended` is known.
 
-        held: none of the answer goes out before all of it is there.
+        held: no part of the answer is sent before all of the answer is there.
         """
         self._bill.is_held = self.is_held = held
         async with contextlib.aclosing(self._front.run(self._bill, timeout_s)) as pieces:
@@ -135,7 +137,7 @@ class Output:
         return deltas
 
     def finish(self) -> list[Delta]:
-        """The output is over. Held text is now passed on as ordinary text."""
+        """The output is over. Text that was held back is now passed on as ordinary text."""
         deltas: list[Delta] = []
         if not self.has_ended:
             deltas += self._take(self._stop.push(self._text.finish()) + self._stop.finish())
@@ -155,7 +157,7 @@ class Output:
         return Ended(reason=reason, stop=stop, record=self._bill.record, wants_details=self.wants_details)
 
     def new_logprobs(self) -> list[SpokenToken]:
-        """The tokens of the text that went out since the last call; empty if log probabilities were not asked for."""
+        """The tokens of the text that was sent since the last call; empty if log probabilities were not requested."""
         is_over = self._stop.is_finished
         given = [each for each in self._spoken if is_over or each.start < self._stop.num_given]
         self._spoken = self._spoken[len(given) :]
@@ -198,7 +200,7 @@ class Output:
 
 class StopTexts:
     """Finds stop texts in the answer. The decode worker searches by tokens, and misses a stop text that the model
-    spells with other tokens than the tokenizer. Text that may begin a stop text is held.
+    spells with other tokens than the tokenizer. Text that may begin a stop text is held back.
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
@@ -214,7 +216,7 @@ class StopTexts:
         return self.num_taken - len(self._held)
 
     def push(self, text: str, *, may_stop: bool = True) -> str:
-        """may_stop: whether a stop text that ends within `text` ends the answer."""
+        """may_stop: whether a stop text that ends within `text` may end the answer."""
         if self.found is not None:
             return ""
         self.num_taken += len(text)
@@ -248,7 +250,7 @@ def _num_begun(text: str, stop: str) -> int:
 
 
 def stop_tokens(tokenizer: Tokenizer, stop: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """The token sequences of the stop texts, for the decode worker. The worker ends the output there without a round
-    trip, and stores it.
+    """The token sequences of the stop texts, for the decode worker. At a stop sequence, the worker ends the output
+    without asking the router, and stores it.
     """
     return tuple(tuple(tokenizer.encode_plain(text)) for text in stop)

@@ -29,7 +29,7 @@ _SEALED = "reasoning.encrypted_content"
 
 
 async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
-    """Read and admit a request.  Raises:  InvalidRequest and the other errors of `Gateway.chat`."""
+    """Read and admit a request.  Raises:  InvalidRequest and the other errors that `Gateway.chat` raises."""
     tenant = gateway.tenant(request)
     fields = await gateway.fields(request)
     model = gateway.model(fields)
@@ -81,8 +81,8 @@ async def prepare_response(gateway: Gateway, request: Request) -> ResponsesCall:
 
 
 def _num_top_logprobs(fields: Fields, wanted: list[str]) -> int | None:
-    """How many alternatives to give for each token: `include` asks for log probabilities, `top_logprobs` gives the
-    number. Other values of `include` have no effect.
+    """How many alternatives the answer gives for each token: `include` asks for log probabilities, `top_logprobs` gives
+    the number. Other values in `include` have no effect.
     """
     for index, name in enumerate(wanted):
         if name not in (_LOGPROBS, _SEALED):

@@ -22,7 +22,7 @@ _SERVED_ELSEWHERE = ("_call", "_output", "mcp_list_tools", "mcp_approval_request
 
 
 def input_messages(fields: Fields, instructions: str, signatures: Signatures) -> tuple[Message, ...]:
-    """The messages, instructions first. Adjacent reasoning, text and calls form one assistant turn.
+    """The messages, instructions first. Adjacent items of reasoning, text and calls form one turn of the assistant.
 
     Raises:  WrongField: an item of an unknown kind; the field is named.
     """
@@ -44,7 +44,9 @@ def input_messages(fields: Fields, instructions: str, signatures: Signatures) ->
 
 
 class _Reader:
-    """Reads one request's items. Each item gives one message, which may continue the turn of the previous one."""
+    """Reads one request's items. Each input item gives one message, which may continue the turn of the previous
+    message.
+    """
 
     def __init__(self, items: list[Any], signatures: Signatures) -> None:
         self._by_id = {
@@ -109,7 +111,7 @@ class _Reader:
         return replace(message, breakpoints=(*message.breakpoints, *ends)), said
 
     def _reasoning(self, item: Fields) -> str:
-        """The reasoning as it was shown; or unsealed, for clients that send nothing else back; or another model's
+        """The reasoning as it was shown; or decrypted, for clients that send nothing else back; or another model's
         summary.
         """
         shown = content_of(item, "content", "").text

@@ -13,7 +13,8 @@ from antefix_router.gateway.tools import GroupedName
 
 
 class Items:
-    """Output items, one after the other: reasoning, a message, calls. Each method returns the events of its step.
+    """The output items of a response, one after the other: reasoning, a message, calls. Each method returns the events
+    that announce its step.
 
     grouped: functions that the client knows by a name within a group.  seal: encrypts reasoning for a client that
     cannot send it back otherwise; None if the client did not ask for that.
@@ -43,12 +44,14 @@ class Items:
         return [*events, {"type": "response.output_text.delta", **self._place(), "delta": text, "logprobs": logprobs}]
 
     def _new_logprobs(self) -> list[dict[str, Any]]:
-        """Log probabilities of the message's text. The Responses API has no place for those of reasoning."""
+        """Log probabilities of the tokens in the message's text. The Responses API has no place for log probabilities
+        of reasoning.
+        """
         return [self._output.logprobs.full(each) for each in self._output.new_logprobs() if not each.is_reasoning]
 
     def finish(self, *, is_shown: bool = True) -> list[dict[str, Any]]:
         """End the answer. An answer without text is still one message.  is_shown: the client has seen the beginning of
-        a call that was cut off, so it gets the rest. Otherwise that call is left out.
+        a call that was cut off, so it gets the rest. Without such a beginning, a call that was cut off is left out.
         """
         events = self._end_call("incomplete") if is_shown else []
         return [*events, *([] if self._kind or self.done else self._open("message")), *self._close()]
@@ -121,7 +124,9 @@ class Items:
         return [{"type": "response.output_item.added", **place}]
 
     def _end_call(self, status: str) -> list[dict[str, Any]]:
-        """End a call, even one that was cut off. The arguments of such a call are incomplete and not valid JSON."""
+        """End a call, even one that was cut off. The arguments of a call that was cut off are incomplete and not valid
+        JSON.
+        """
         if self._call is None:
             return []
         call, self._call = {**self._call, "status": status}, None

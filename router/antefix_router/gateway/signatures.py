@@ -1,5 +1,5 @@
-"""Signs thinking that is sent to clients, so that it is recognised when it comes back, and seals (encrypts) it for
-clients that can only send it back sealed.
+"""Signs thinking that is sent to clients, so that it is recognised when it comes back. For clients that can only send
+it back encrypted, the thinking is encrypted.
 
 Anthropic's clients resend a thinking block with its signature. Some clients of OpenAI's Responses API resend only
 `encrypted_content`. The keys are derived from the deployment's secret and the tenant, so they are the same at all
@@ -25,8 +25,8 @@ _NONCE_BYTES: Final = 12
 
 
 class Signatures:
-    """One tenant's signatures. New ones use the current secret. While secrets are rotated, those made with the older
-    secret are still accepted.
+    """One tenant's signatures. New signatures are made with the current secret. While secrets are rotated, signatures
+    made with the older secret are still accepted.
     """
 
     def __init__(self, keyring: Keyring, tenant: str) -> None:
@@ -42,13 +42,13 @@ class Signatures:
         return any(hmac.compare_digest(signature.encode("utf-8", "surrogatepass"), each.encode()) for each in made)
 
     def seal(self, text: str) -> str:
-        """The text encrypted, so that no other party can read or change it."""
+        """The encrypted text, which no other party can read or change."""
         nonce = os.urandom(_NONCE_BYTES)
         sealed = self._cipher(self._keyring.generation).encrypt(nonce, _bytes(text), _VERSION)
         return _encoded(_VERSION + nonce + sealed)
 
     def open(self, sealed: str) -> str | None:
-        """The sealed text; None if it was not sealed by this deployment for this tenant."""
+        """The decrypted text; None if the text was not encrypted by this deployment for this tenant."""
         try:
             raw = base64.b64decode(sealed, validate=True)
         except ValueError:

@@ -1,9 +1,9 @@
 """Parses HTTP/1.1 strictly: a message that another HTTP parser could divide differently is refused.
 
 uvicorn's parser, h11, accepts lines that end in LF alone, folded headers, chunk extensions, a length next to chunks,
-and a repeated length. Each is harmless until a proxy interprets the same bytes differently. Then the rest of one
-client's request becomes the beginning of another client's request (request smuggling). So these are answered with 400
-and a closed connection, and nothing after them is read.
+and a repeated length. Each of these irregular forms is harmless until a proxy interprets the same bytes differently.
+In that case the rest of one client's request becomes the beginning of another client's request (request smuggling). So
+such messages are answered with 400 and a closed connection, and nothing after them is read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _CHUNK_HEAD_BYTES_MAX: Final = 17
 
 
 class _StrictBuffer(ReceiveBuffer):
-    """The received bytes, which are checked before h11 takes lines from them."""
+    """The received bytes, which are checked before h11 reads lines from them."""
 
     def maybe_extract_lines(self) -> list[bytearray] | None:
         """The lines of a request's head, or of the trailer after its last chunk."""
@@ -44,16 +44,16 @@ class _StrictBuffer(ReceiveBuffer):
         return super().maybe_extract_lines()
 
     def maybe_extract_next_line(self) -> bytearray | None:
-        """The line that begins a chunk."""
+        """The line of a chunked body that begins a chunk."""
         line = super().maybe_extract_next_line()
         is_good = _CHUNK_HEAD.fullmatch(line) if line is not None else len(self) <= _CHUNK_HEAD_BYTES_MAX
         if not is_good:
-            raise h11.LocalProtocolError("a chunk must begin with its size and nothing else")
+            raise h11.LocalProtocolError("each chunk of a request body must begin with its size and nothing else")
         return line
 
 
 def _fault_of(head: bytes) -> str:
-    """Why another parser could divide these lines differently; empty if it could not."""
+    """Why another parser could divide these lines differently; empty if no parser could."""
     if _BAD_BYTES.search(head):
         return "a line must end in CRLF, and hold no NUL"
     if _FOLDED.search(head):
@@ -79,7 +79,7 @@ class HttpFaults:
 
 
 class StrictProtocol(H11Protocol):
-    """One connection.  http_faults, http_connections: shared by the connections of a server; `strict_protocol` sets
+    """One HTTP connection. http_faults, http_connections: shared by the connections of a server; `strict_protocol` sets
     them.
     """
 
@@ -148,7 +148,7 @@ class StrictProtocol(H11Protocol):
         self.transport.abort()
 
     def _is_between(self) -> bool:
-        """Whether no request is in progress."""
+        """Whether no request is in progress on the connection."""
         return self.cycle is None or self.cycle.response_complete
 
     def _wait_for_head(self, seconds: float) -> None:

@@ -24,7 +24,9 @@ def is_text(text: str) -> bool:
 
 
 def may_hold_surrogates(body: bytes | bytearray) -> bool:
-    """Whether the body may hold a surrogate. If not, a body of megabytes need not be searched value by value."""
+    """Whether the body may hold half of a surrogate pair. If it cannot, a body of megabytes need not be searched value
+    by value.
+    """
     is_utf8 = b"\x00" not in body[:4]
     return not is_utf8 or _ESCAPED.search(body) is not None or _RAW.search(body) is not None
 
@@ -50,8 +52,9 @@ def path_of_no_text(value: Any) -> str | None:
 
 
 def as_text(value: Any) -> Any:
-    """A JSON value with U+FFFD in place of invalid text. The replacement is used for the model's output, which cannot
-    be refused."""
+    """A JSON value with U+FFFD in place of invalid text. The replacement is used in the model's output, which cannot be
+    refused.
+    """
     if isinstance(value, str):
         return _REPLACED.sub("\ufffd", value)
     if isinstance(value, dict):

@@ -1,11 +1,11 @@
 """Reads the tools of all APIs as the functions that the model is shown. Pure.
 
-Only functions that the client runs itself can be called here. Tools that a provider would run are left out of the list,
-and groups of functions are flattened. A header reports both.
+Only functions that the client runs itself can be called through the router. Tools that the provider would run are left
+out of the list, and groups of functions are flattened. A header reports both.
 
-If the client searches for tools itself, tools with `defer_loading` are not in the list either. Each is shown where a
-search result refers to it. If it were added to the list, the list would change with each tool found, and everything
-after it would miss.
+If the client searches for tools itself, tools with `defer_loading` are left out of the list too. Each of these tools is
+shown where a search result refers to it. If a tool that was found were added to the list, the list would change with
+each search, and everything after it would miss.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SEARCH: Final = re.compile(r"tool_?search", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class GroupedName:
-    """A function's name as its client knows it: within a group."""
+    """A function's name as its client knows it: a name within a group."""
 
     group: str
     name: str
@@ -54,7 +54,7 @@ class Tools:
         return frozenset(schema["name"] for schema in self.schemas)
 
     def without_schemas(self) -> Tools:
-        """The tools for `tool_choice` none: the model is shown none, and a breakpoint after them still counts."""
+        """The tools if `tool_choice` is none: the model is shown no tools, and a breakpoint after them still counts."""
         return Tools(grouped=self.grouped, breakpoint=self.breakpoint)
 
 
@@ -81,7 +81,7 @@ def read_tools(fields: Fields, own_kind: str) -> Tools:
 
 
 class _Reader:
-    """defers: whether there is a function that finds deferred tools."""
+    """defers: whether the client has a function that finds deferred tools."""
 
     def __init__(self, own_kind: str) -> None:
         self.defers = False
@@ -136,8 +136,8 @@ class _Reader:
 
 
 def grouped_name(group: str, name: str) -> str:
-    """The model's name for a function of a group. The name depends only on the two names, so that every turn has the
-    same text.
+    """The model's name for a function of a group. The model's name depends only on the names of group and function, so
+    that every turn has the same text.
     """
     if not group:
         return name
@@ -145,7 +145,7 @@ def grouped_name(group: str, name: str) -> str:
 
 
 def function_schema(name: str, description: Any, parameters: Any) -> dict[str, Any]:
-    """A tool in the form that the model is shown. Absent parts stay absent, so that every API gives the same
+    """A tool in the form that the model is shown. Parts that are absent stay absent, so that every API gives the same
     rendering.
     """
     schema: dict[str, Any] = {"name": name}

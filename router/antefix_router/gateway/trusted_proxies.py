@@ -1,7 +1,8 @@
 """Finds a client's address from the header that trusted proxies set.
 
-Any client can write such headers. So without this setting they are all ignored. With it, the named header counts only
-on connections from the named proxies, and only as far back as the chain of these proxies goes.
+Any client can write such headers. So without the setting of trusted proxies, all such headers are ignored. With the
+setting, the named header counts only on connections from the named proxies, and only as far back as the chain of these
+proxies goes.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class TrustedProxies:
         self._networks = [_network(proxy) for proxy in proxies if proxy != UNIX_PEER]
 
     def client(self, peer: str, headers: Headers) -> str:
-        """The client's address: the last one in the header that is not a trusted proxy's, or else the peer's."""
+        """The client's address: the last address in the header that is not a trusted proxy's, or else the peer's."""
         if not self.header or not self.trusts(peer):
             return peer
         lines = headers.getlist(self.header)
@@ -95,7 +96,9 @@ def _network(text: str) -> Network:
 
 
 def _address(hop: str, *, is_forwarded: bool) -> str | None:
-    """The address of a hop. None: the entry names no address, so the entries before it cannot be trusted either."""
+    """The address of a hop. None: the entry names no address, so that the entries before it cannot be trusted
+    either.
+    """
     if is_forwarded:
         found = _FOR.search(hop)
         hop = found[1] if found else ""

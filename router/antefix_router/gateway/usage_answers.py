@@ -1,4 +1,4 @@
-"""`GET /v1/usage` and `/v1/organization/usage/completions`: what a tenant used, from the ledgers on this host."""
+"""`GET /v1/usage` and `/v1/organization/usage/completions`: the usage of a tenant, from the ledgers on this host."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ async def _usage(door: Door, turn: asyncio.Lock, request: Request) -> Response:
         holder = door.holder(request, Scope.USAGE)
         tenants = _several(request, "tenant") or _several(request, "project_ids")
         if any(tenant != holder.tenant for tenant in tenants) and Scope.ADMIN not in holder.scopes:
-            raise PermissionDenied("another tenant's usage needs an API key with the scope admin")
+            raise PermissionDenied("usage of another tenant needs an API key with the scope admin")
         # A key with the scope `admin` gets all tenants unless the request names some.
         is_admin = Scope.ADMIN in holder.scopes
         query, next_page = _query(request, frozenset(tenants or ([] if is_admin else [holder.tenant])))
@@ -73,12 +73,12 @@ def _read(directories: list[Path], query: UsageQuery) -> Iterator[Settled | Adju
 
 
 def _num_pruned(directories: list[Path]) -> int:
-    """How many entries were pruned. An answer about their time lacks them."""
+    """How many entries were pruned. Entries that were pruned are missing from an answer about their time."""
     return sum(pruned_to(directory)[0] for directory in directories if directory.exists())
 
 
 def _query(request: Request, tenants: frozenset[str]) -> tuple[UsageQuery, str | None]:
-    """The query, and the page to begin at. A page is named by its first second.
+    """The query of a request, and the page to begin at. A page is named by its first second.
 
     Raises:  InvalidRequest: a parameter is invalid.
     """
@@ -105,7 +105,7 @@ def _query(request: Request, tenants: frozenset[str]) -> tuple[UsageQuery, str |
 
 
 def _several(request: Request, name: str) -> list[str]:
-    """A list in one of the forms that clients use: NAME=a&NAME=b, NAME[]=a, or NAME=a,b."""
+    """A list of usage in one of the forms that clients use: NAME=a&NAME=b, NAME[]=a, or NAME=a,b."""
     found = [*request.query_params.getlist(name), *request.query_params.getlist(f"{name}[]")]
     return [part for text in found for part in text.split(",") if part]
 

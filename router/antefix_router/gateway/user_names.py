@@ -1,8 +1,9 @@
-"""Separates a request's end user from a session that the client wrote into the same name. Pure; a table of known forms.
+"""Separates a request's end user from a session that the client wrote into the same name. The module has no state; it
+uses a table of known forms.
 
-Each user has a separate cache. If the name changed with every session, each session would have its own cache. So the
-stable part is the user, and the session is a placement hint like `prompt_cache_key`. A name in an unknown form is used
-as a whole, because removing anything but a known session could let different users share a cache.
+Each end user has a separate cache. If a user's name changed with every session, each session would have its own cache.
+So the stable part of the name is the user, and the session is a placement hint like `prompt_cache_key`. A name in an
+unknown form is used as a whole, because removing anything but a known session could let different users share a cache.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _SESSIONS: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserName:
-    """user: the user whose cache is used.  session: the user's conversation, or empty.  shape: the row of the table."""
+    """user: the user whose cache is used. session: the user's conversation, or empty. shape: the row of the table that
+    matched.
+    """
 
     user: str
     session: str = ""
@@ -37,7 +40,7 @@ class UserName:
 
 
 def split_user(name: str) -> UserName:
-    """The stable part and the session of a name in a known form. Any other name is returned as it is."""
+    """The stable part and the session in a name of a known form. A name of any other form is returned unchanged."""
     if len(name) <= _CHARACTERS_MAX:
         for shape, split in SHAPES.items():
             found = split(name)
@@ -50,8 +53,8 @@ def split_user(name: str) -> UserName:
 
 
 def _json_name(name: str) -> tuple[str, str] | None:
-    """Split a JSON object of texts. The user is all members except the session's, in a fixed order, whatever order the
-    client used.
+    """Split a name that is a JSON object of texts. The user is all members except the session's, in a fixed order,
+    whatever order the client used.
     """
     if not name.startswith("{"):
         return None

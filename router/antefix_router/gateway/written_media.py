@@ -1,8 +1,8 @@
 """Replaces pictures and documents that are written as JSON text in a tool's result. Pure.
 
-Some clients have no place for a picture in a tool's result and send its JSON as text. A text model cannot use it, and
-it takes a hundred thousand tokens in every later turn. So a short placeholder replaces the data, and the rest of the
-JSON stays.
+Some clients have no place for a picture in a tool's result and send its JSON as text. A text model cannot use the data
+of a picture, which takes a hundred thousand tokens in every later turn. So a short placeholder replaces the picture's
+data, and the rest of the JSON stays.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def placeholder(what: str) -> str:
 
 
 def without_media(text: str) -> tuple[str, list[str]]:
-    """The text with placeholders, and a description of each. Only JSON is examined: elsewhere the data may be the very
-    text that the tool was asked for.
+    """The text with placeholders, and a description of each placeholder. Only JSON is searched for pictures: in other
+    text, the data may be the very text that the tool was asked for.
     """
     if not text.lstrip().startswith(("{", "[")):
         return text, []

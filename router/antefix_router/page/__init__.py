@@ -1,4 +1,4 @@
-"""What a router shows of its deployment to people: the page at /ui, and `antefix top`.
+"""What a router shows people about its deployment: the page at /ui, and `antefix top`.
 
-Counts and names only: no text of a prompt, no token ids, no keys.
+The page shows counts and names only: no text of a prompt, no token ids, no keys.
 """

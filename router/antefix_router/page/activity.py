@@ -49,9 +49,9 @@ class Totals:
 class Life:
     """The phases of one request in seconds, in order, and the worker's work for its prompt.
 
-    wait_s: everything before the first token: tokenizing, look-ups, placing, queues and the handoff.
-    restore_s: reading stored KV and rebuilding window state.  predicted_s: the planner's prediction of restore_s.
-    compute_s: computing the tokens that missed.  output_s: from the first token to the end.
+    wait_s: all time before the first token that is not restoring or computing: tokenizing, look-ups, placing, queues
+    and the handoff. restore_s: reading stored KV and rebuilding window state. predicted_s: the planner's prediction of
+    restore_s. compute_s: computing the tokens that missed. output_s: from the first token to the end.
     """
 
     wait_s: float
@@ -153,7 +153,9 @@ class Activity:
         self.newest.append(Ended(record, Life.of(record, report)))
 
     def series(self, seconds: int, num_points: int = 120) -> list[dict[str, float]]:
-        """The last `seconds`, in at most `num_points` equal steps, oldest first; `at` is a step's end, Unix seconds."""
+        """The activity of the last `seconds`, in at most `num_points` equal steps, oldest first; `at` is a step's end,
+        in Unix seconds.
+        """
         step = max(1, -(-seconds // SECONDS_PER_BUCKET // num_points))
         last = int(self._clock() // SECONDS_PER_BUCKET)
         first = last - -(-seconds // SECONDS_PER_BUCKET // step) * step + 1
@@ -167,7 +169,7 @@ class Activity:
         return points
 
     def over(self, seconds: int) -> Totals:
-        """The sums over the last `seconds`."""
+        """The sums over all requests of the last `seconds`."""
         totals, last = Totals(), int(self._clock() // SECONDS_PER_BUCKET)
         for number in range(last - -(-seconds // SECONDS_PER_BUCKET) + 1, last + 1):
             if found := self._buckets.get(number):

@@ -32,7 +32,7 @@ _PLANS: Final = {
 
 
 def explained(record: UsageRecord) -> list[str]:
-    """One sentence per fact, the most important first."""
+    """The explanation has one sentence per fact, the most important first."""
     hit, prompt = record.cache_hit_tokens, record.prompt_tokens
     if not prompt:
         return ["No worker has begun on it."]

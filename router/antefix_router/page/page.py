@@ -1,4 +1,4 @@
-"""The page's addresses. The data needs an API key with the scope `admin`, where keys are needed at all."""
+"""The page's addresses. If the router has API keys, the page's data needs a key with the scope `admin`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PageView(Protocol):
     """The source of the page's data."""
 
     async def data(self, seconds: int) -> dict[str, Any]:
-        """seconds: how far back the series goes."""
+        """seconds: the length of the time series before now."""
 
 
 def page_routes(view: PageView, check: Callable[[Request], object]) -> list[Route]:

@@ -1,5 +1,5 @@
-"""The prefixes that the newest prompts share: a forest of runs of blocks, by hash. Bounded; the least used runs are
-dropped.
+"""The prefixes that the newest prompts share, as a forest: each node is a run of blocks, given by their hashes.
+The size of the forest is bounded; the least used runs are dropped.
 
 node     a run of blocks shared by all prompts through it, so it has no children or at least two
 insert   follow the forest while blocks are equal; where they differ inside a run, split the run in two
@@ -20,7 +20,9 @@ _ROOTS_MAX: Final = 2_000
 
 @dataclass(slots=True, eq=False)
 class Run:
-    """num_prompts: the prompts that went through this run.  tenants: their owners' digests.  used_at: Unix seconds."""
+    """num_prompts: how many prompts went through this run of blocks. tenants: their owners' digests. used_at: Unix
+    seconds.
+    """
 
     hashes: list[bytes]
     parent: Run | None
@@ -31,7 +33,7 @@ class Run:
 
     @property
     def path(self) -> list[bytes]:
-        """All hashes from the beginning of the prompt to the end of this run."""
+        """The hashes of all blocks from the beginning of the prompt to the end of this run."""
         runs: list[list[bytes]] = []
         each: Run | None = self
         while each is not None:
@@ -50,7 +52,7 @@ class PrefixForest:
         self._clock = clock
 
     def note(self, hashes: Sequence[bytes], owner: bytes) -> None:
-        """Add a prompt, given the hashes of its whole blocks in order."""
+        """Add a prompt to the forest, given the hashes of its whole blocks in order."""
         if not hashes or len(hashes) > self._hashes_max:
             return
         now, children, parent, at = self._clock(), self.roots, None, 0
@@ -81,7 +83,9 @@ class PrefixForest:
             waiting += run.children.values()
 
     def _cut(self, run: Run, num_first: int) -> None:
-        """Split the run. The split node keeps its first blocks; the rest becomes its only child for now."""
+        """Split the run. The node that is split keeps its first blocks; the remaining blocks become its only child for
+        now.
+        """
         rest = Run(run.hashes[num_first:], run, run.children, run.num_prompts, set(run.tenants), run.used_at)
         for child in rest.children.values():
             child.parent = rest
@@ -114,6 +118,6 @@ class PrefixForest:
 
 
 def _same(run: Sequence[bytes], hashes: Sequence[bytes], at: int) -> int:
-    """How many of the run's blocks are equal to the prompt's from `at` on; at least one is known to be."""
+    """How many of the run's blocks equal the prompt's blocks from `at` on; at least one is known to be equal."""
     most = min(len(run), len(hashes) - at)
     return next((index for index in range(1, most) if run[index] != hashes[at + index]), most)

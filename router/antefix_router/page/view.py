@@ -1,4 +1,4 @@
-"""Everything that the page shows, as one JSON object. Reads the router's state; changes nothing."""
+"""Everything that the page shows, as one JSON object. This module reads the router's state and changes nothing."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class View:
         self._versions_read_at = -_VERSIONS_FRESH_S
 
     async def data(self, seconds: int) -> dict[str, Any]:
-        """seconds: how far back the series goes."""
+        """seconds: the length of the time series before now."""
         activity, router = self._activity, self._router
         await asyncio.gather(self._read_store(), self._read_versions())
         return {
@@ -126,7 +126,7 @@ class View:
             self._store_error = str(err)
 
     async def _checkpoints_of(self, run: Run) -> tuple[int, ...]:
-        """Numbers of blocks from the run's beginning after which the store has window state."""
+        """The numbers of blocks, counted from the run's beginning, after which the store has window state."""
         path = run.path
         found = await self._store.lookup(path, fingerprint=self._router.fingerprint)
         before = len(path) - len(run.hashes)
@@ -148,7 +148,7 @@ class View:
         return [where.address for where in store_addresses(self._router.config)]
 
     def _stores_data(self) -> list[dict[str, Any]]:
-        """A row per store if there are several; empty if there is one."""
+        """One row per store if there are several stores; empty if there is only one."""
         store = self._store
         if not isinstance(store, ManyStores):
             return []
@@ -168,7 +168,9 @@ class View:
         ]
 
     def _ages(self) -> list[dict[str, Any]]:
-        """Tokens of the prefixes that this router has seen, by the time since they were used."""
+        """How many tokens the prefixes that this router has seen contain, by the time since the prefixes were last
+        used.
+        """
         size, now = self._router.identity.geometry.block_size, time.time()
         tokens = [0] * (len(AGES_S) + 1)
         for run in self._forest.walk():
@@ -215,13 +217,13 @@ def prefix_rows(
 
 
 def request_rows(activity: Activity) -> list[dict[str, Any]]:
-    """The newest requests first, each with the reason why it hit or missed."""
+    """The newest requests first, each with the reason why its prompt hit or missed."""
     newest = reversed(list(activity.newest)[-_REQUESTS_SHOWN:])
     return [ended.as_dict() | {"explained": explained(ended.record)} for ended in newest]
 
 
 def tenant_rows(activity: Activity, quotas: QuotaBook) -> list[dict[str, Any]]:
-    """The busiest tenants first, with what is left of their limits."""
+    """The busiest tenants first, with their remaining limits."""
     now = datetime.datetime.now(datetime.UTC)
     rows = []
     for name, tenant in activity.busiest(_TENANTS_SHOWN):
@@ -251,7 +253,7 @@ def tenant_rows(activity: Activity, quotas: QuotaBook) -> list[dict[str, Any]]:
 
 
 async def _version(role: Role, address: str) -> str:
-    """The process's version; empty if it does not report one, as older ones do not."""
+    """The version of a process; empty if the process does not report its version, as older versions do not."""
     try:
         return (await ask_about(address, role=role)).version
     except AntefixError:

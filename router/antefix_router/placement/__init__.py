@@ -1,3 +1,3 @@
-"""Chooses the worker for each request: the known workers, what each holds and has to do, and the policy that
+"""Chooses the worker for each request: the workers that are known, their blocks and load, and the policy that
 chooses.
 """

@@ -1,7 +1,7 @@
 """The unfinished work of one worker, in tokens of prefill, and the worker's measured speed.
 
-A worker computes one prompt after the other, so the remaining work of the first prompt shrinks over time. Without this,
-a worker that is nearly done would look like one that has just begun.
+A worker computes one prompt after the other, so the remaining work of the first prompt shrinks over time. Without this
+estimate, a worker that is nearly done would look like a worker that has just begun.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class BacklogState:
 
 
 class Backlog:
-    """Tickets in order of placement. Times are seconds of any steady clock, passed in by the caller."""
+    """Tickets in order of placement. Times are seconds of any steady clock, and are passed in by the caller."""
 
     def __init__(self, tokens_per_s: float = 0.0) -> None:
         self.tokens_per_s = tokens_per_s
@@ -38,7 +38,7 @@ class Backlog:
         return len(self._waiting)
 
     def add(self, tokens: float, now: float) -> int:
-        """Add the work of a new request. Returns its ticket."""
+        """Add the work of a request that was placed on the worker. Returns its ticket."""
         if not self._waiting:
             self._head_since = now
         self._next += 1
@@ -47,7 +47,9 @@ class Backlog:
         return self._next
 
     def remove(self, ticket: int, now: float, *, done: bool) -> None:
-        """Remove an ended request.  done: it was computed completely, so its time measures the worker's speed."""
+        """Remove the work of an ended request. done: whether it was computed completely, so that its time measures the
+        worker's speed.
+        """
         was_head = next(iter(self._waiting)) == ticket
         tokens = self._waiting.pop(ticket)
         self._total = self._total - tokens if self._waiting else 0.0
@@ -67,7 +69,9 @@ class Backlog:
         )
 
     def pending_tokens(self, now: float) -> float:
-        """The remaining work. The backlog is read for every worker at every placement, so this allocates no objects."""
+        """The remaining work. The amount is read for every worker at every placement, so reading it allocates no
+        objects.
+        """
         if not self._waiting:
             return 0.0
         done = max(0.0, now - self._head_since) * self.tokens_per_s

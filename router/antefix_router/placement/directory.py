@@ -22,8 +22,9 @@ _SETS_MAX = 1 << 16
 
 
 class Directory:
-    """Bounded: two generations, each with half of the blocks. Using a block moves it to the young generation; when that
-    is full, the old one is dropped. The effect is close to least recently used, without a cost per block.
+    """The directory's size is bounded: it has two generations, each with half of the blocks. Using a block moves it to
+    the young generation; when the young generation is full, the old one is dropped. The effect is close to least
+    recently used, without a cost per block.
     """
 
     def __init__(self, num_blocks_max: int = 1 << 20) -> None:
@@ -44,7 +45,7 @@ class Directory:
         return len(self._young) + len(self._old)
 
     def placed(self, address: str, keys: Sequence[Key]) -> None:
-        """The worker holds these blocks of one chain, or soon will."""
+        """Record that the worker holds these blocks of one chain, or soon will."""
         bit = 1 << self._bit_of(address)
         for first in range(0, len(keys), self._half):
             self._placed(bit, keys[first : first + self._half])
@@ -70,7 +71,7 @@ class Directory:
         return None
 
     def evicted(self, address: str, keys: Sequence[Key]) -> None:
-        """The worker reports that it has dropped these blocks."""
+        """Record the worker's report that it has dropped these blocks."""
         keep = ~(1 << self._bit_of(address))
         for key in keys:
             for part in (self._young, self._old):
@@ -83,26 +84,30 @@ class Directory:
                     del part[key]
 
     def guess(self, address: str, keys: Sequence[Key]) -> None:
-        """A request was placed on this worker, so it holds the request's blocks or soon will. Ignored for a worker with
-        events.
+        """Record that a request was placed on this worker, so that the worker holds the request's blocks or soon will.
+        For a worker with events, a placement is ignored.
         """
         if address not in self._telling:
             self.placed(address, keys)
 
     def know(self, address: str) -> int:
-        """The worker reports its contents by events from now on. Returns the serial number of its entry."""
+        """Record that the worker reports its contents by events from now on. Returns the serial number of the worker's
+        entry.
+        """
         self._bit_of(address)
         self._telling.add(address)
         return self._serials[address]
 
     def doubt(self, address: str) -> None:
-        """The worker's events are no longer up to date. The worker's known blocks are kept as guesses, and `guess`
-        counts again.
+        """Record that the worker's events are no longer up to date. The worker's known blocks are kept as guesses, and
+        `guess` counts again.
         """
         self._telling.discard(address)
 
     def serial(self, address: str) -> int:
-        """The serial number of the worker's entry; it changes after the worker was forgotten. 0: no entry."""
+        """The serial number of the worker's entry, which changes after the worker was forgotten; 0: the worker has no
+        entry.
+        """
         return self._serials.get(address, 0)
 
     def forget(self, address: str) -> None:
@@ -121,8 +126,8 @@ class Directory:
     def leading(self, addresses: Sequence[str], keys: Sequence[Key]) -> npt.NDArray[np.int64]:
         """How many of the chain's first blocks each worker probably holds; [len(addresses)].
 
-        Each worker holds a leading part of the chain, because the end of a prefix is dropped first. So one bisection
-        serves all workers.
+        Each worker holds a leading part of the chain, because a worker drops the end of a prefix first. So one
+        bisection finds the numbers for all workers.
         """
         depths: dict[int, int] = {}
         rows, mask = self._bits_of(addresses)
@@ -145,8 +150,8 @@ class Directory:
         return found[rows]
 
     def _bits_of(self, addresses: Sequence[str]) -> tuple[npt.NDArray[np.int64], int]:
-        """Each worker's bit, or -1, and all bits together. Cached, because the same workers are looked up again and
-        again.
+        """The bit of each worker, or -1, and all bits together. The result is cached, because the same workers are
+        looked up again and again.
         """
         if self._asked is None or self._asked[0] != self._num_changes or self._asked[1] != addresses:
             bits = [self._bit.get(address, -1) for address in addresses]

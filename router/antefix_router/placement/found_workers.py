@@ -42,7 +42,7 @@ async def ask_worker(role: WorkerRole, address: str) -> Status:
 
 
 class FoundWorkers:
-    """Looks for workers at intervals after `start`.
+    """After `start`, looks for workers at intervals.
 
     num_failed, num_refused: counts by role since the start: look-ups that failed, and workers that cannot serve here.
     """
@@ -56,7 +56,7 @@ class FoundWorkers:
         may_call: Callable[[str], object] = lambda address: None,
         ask: Ask = ask_worker,
     ) -> None:
-        """admit: gives the worker work, or raises FingerprintMismatch.  may_call: raises ConfigError for an address
+        """admit: gives work to a worker, or raises FingerprintMismatch. may_call: raises ConfigError for an address
         that must not be called.
         """
         # Several workers may listen on one host, so a worker is identified by its address.
@@ -94,7 +94,7 @@ class FoundWorkers:
         await self._follow()
 
     async def _follow(self) -> None:
-        """Remove the workers that are gone, and ask the new ones."""
+        """Remove the workers that are gone, and ask the new ones about their model and settings."""
         wanted = {(role, each.address) for role, following in self._following.items() for each in following.known}
         for role, address in self._leases.found - wanted:
             self._leases.drop_found(role, address)
@@ -114,7 +114,7 @@ class FoundWorkers:
                 self.num_refused[role] += 1
             self._refused[role, address] = str(err)
         except AntefixError as err:
-            log.debug("the %s worker at %s does not say yet what it computes: %s", role, address, err)
+            log.debug("the %s worker at %s does not say yet with which arithmetic it computes: %s", role, address, err)
 
     async def _run(self) -> None:
         while True:

@@ -1,5 +1,5 @@
-"""Workers that register themselves. A router knows them while they renew their lease. Workers in the settings need no
-lease, and found workers (`found_workers.py`) are known while they are found.
+"""Workers that register themselves. A router knows registered workers as long as they renew their lease. Workers in the
+settings need no lease, and found workers (`found_workers.py`) are known while they are found.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class _Lease:
 
 
 class Leases:
-    """The leases for each role.  instance: differs in each process; a new instance at an address starts with an empty
-    memory.
+    """The leases of the workers of each role. instance: differs in each process; a new instance at an address starts
+    with an empty memory.
 
-    memory: is told which workers come and go, so that it follows their events.  block_size: that of the router's model,
-    in tokens; 0: any.
+    memory: the object that is told which workers come and go, so that it follows their events. block_size: tokens per
+    block of the router's model; 0: any size.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Leases:
         block_size: int = 0,
         name: str = "",
     ) -> None:
-        """Extend the worker's lease to `ttl_s` from now; a ttl of 0 ends it.
+        """Extend the worker's lease to `ttl_s` seconds from now; a ttl of 0 ends the lease.
 
         name: the name in the worker's certificate.
         Raises:  InvalidRequest, FingerprintMismatch: it cannot serve here.  ResourceExhausted: too many leases.
@@ -107,7 +107,7 @@ class Leases:
             )
         self._check_fingerprint(address, fingerprint)
         if ttl_s and not TTL_S_MIN <= ttl_s <= TTL_S_MAX:
-            raise InvalidRequest(f"a lease lasts {TTL_S_MIN:g} to {TTL_S_MAX:g} s, not {ttl_s:g}")
+            raise InvalidRequest(f"the lease of a worker must last {TTL_S_MIN:g} to {TTL_S_MAX:g} s, not {ttl_s:g}")
         key = (role, address)
         lease = self._leases.get(key)
         if lease is not None and lease.name != name:
@@ -141,7 +141,9 @@ class Leases:
             self._followed()
 
     def drop_found(self, role: WorkerRole, address: str) -> None:
-        """Remove a worker that is no longer found. If it also has a lease, it stays until the lease ends."""
+        """Remove a worker that DNS or Redis no longer names. If the worker also has a lease, it stays until the lease
+        ends.
+        """
         self.found.discard((role, address))
         if (role, address) not in self._leases:
             self._leave(role, address, "is no longer found")
@@ -155,7 +157,9 @@ class Leases:
             del self._lost_at[key]
 
     def lost(self, now: float) -> list[tuple[WorkerRole, str, float]]:
-        """Workers that stopped renewing and have not come back: role, address, and seconds since the loss."""
+        """Workers that stopped renewing their lease and have not come back: role, address, and seconds since the lease
+        ended.
+        """
         self._lost_at = {key: at for key, at in self._lost_at.items() if now - at < LOST_KEPT_S}
         return [(role, address, now - at) for (role, address), at in self._lost_at.items()]
 

@@ -1,9 +1,9 @@
-"""The cost of loading a stored prefix on a worker, from the worker's measured read speed per store. Pure.
+"""The cost of loading a stored prefix on a worker, from the speed at which the worker reads each store. Pure.
 
 A worker reports with its answers how fast it read from each store (`antefix.located.ReadSpeed`). A worker reads a store
 on its own host faster than a remote one, and blocks in its host's page cache faster than others, so otherwise equal
-workers differ by where a prompt's blocks are. If loading would be slower than computing, the tokens count as computed,
-because the worker then plans a cold run.
+workers differ by where a prompt's blocks are. If loading a token would be slower than computing it, the token counts as
+computed, because the worker then plans a cold run.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from antefix_router.placement.work import FETCH_WEIGHT, Work
 
 
 def loading_tokens(work: Work, resident_tokens: int, speeds: Mapping[str, ReadSpeed], tokens_per_s: float) -> float:
-    """The cost in tokens of prefill, of which the worker computes `tokens_per_s`.  resident_tokens: leading tokens of
-    the prompt that are in the worker's memory.
+    """The cost in tokens of prefill, of which the worker computes `tokens_per_s` per second. resident_tokens: leading
+    tokens of the prompt that are in the worker's memory.
     """
     stored, left = work.stored_tokens or 0, resident_tokens
     loading = 0.0

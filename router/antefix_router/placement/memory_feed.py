@@ -69,7 +69,7 @@ class MemoryFollower(Follower[BlockEvent]):
 
 
 class MemoryFeed:
-    """Keeps the directory up to date with the workers' events. Call `follow` whenever workers come or go."""
+    """Keeps the directory up to date with the workers' events. `follow` must be called whenever workers come or go."""
 
     def __init__(
         self,
@@ -80,8 +80,8 @@ class MemoryFeed:
         watch: WatchMemory = watch_memory,
         callee: Callable[[str], tuple[Role | None, str]] = lambda _: (None, ""),
     ) -> None:
-        """keys: the keys that sign events in Redis.
-        callee: the role and name of the process expected at an address; no other process is believed.
+        """keys: the keys that sign events in Redis. callee: the role and name of the process that is expected at an
+        address; no other process is believed.
 
         Raises:  ConfigError: the URL cannot be used. This does not connect yet.
         """
@@ -109,12 +109,12 @@ class MemoryFeed:
         return self._reader.dropped if self._reader is not None else {}
 
     def start(self) -> None:
-        """Begin to read Redis, if it is used. Needs a running event loop."""
+        """Begin to read events from Redis, if Redis is used. Needs a running event loop."""
         if self._reader is not None:
             self._reader.start()
 
     def follow(self, addresses: Iterable[str]) -> None:
-        """Follow these workers and no others."""
+        """Follow the events of these workers, and of no others."""
         addresses = set(addresses)
         for address in set(self._tasks) - addresses:
             self._end(self._tasks.pop(address))

@@ -1,8 +1,8 @@
-"""The workers on which one output of a request was tried, and whether it may move to another. Used for our decode
-workers, and for a fleet's workers.
+"""The workers on which one output of a request was tried, and whether it may move to another. The moves of our own
+requests between decode workers, and of requests between a fleet's workers, are decided here.
 
-If every worker has failed the output, it waits for one that answers again. A worker may be stopped, cut off or
-restarted for a few seconds, and would then be available again.
+If every worker has failed the output, the output waits for a worker that answers again. A worker may be stopped, cut
+off or restarted for only a few seconds, and would then be available again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _NUM_NOTICED: Final = 2
 
 
 class Moves:
-    """The moves of one output.  tried: the addresses that must not get it again."""
+    """The moves of one output between workers. tried: the addresses that must not get the output again."""
 
     def __init__(self, workers: Workers, fits: Callable[[Worker], bool] = lambda worker: True) -> None:
-        """fits: whether the output may go to this worker at all."""
+        """fits: decides whether the output may go to this worker at all."""
         self.tried: set[str] = set()
         self._workers = workers
         self._fits = fits
@@ -39,7 +39,7 @@ class Moves:
         self._num_back = 0
 
     def note(self, worker: Worker) -> None:
-        """Note that this worker now has the output."""
+        """Record that this worker now has the output."""
         self.tried.add(worker.address)
         self._had[worker.address] = (worker, worker.num_returns)
 
@@ -48,7 +48,7 @@ class Moves:
         again.
 
         Waits for such a worker until `LAST_PATIENCE_S` after the output's first failure, and no longer than
-        `timeout_s`.  what: names the waiting output in the log.
+        `timeout_s`. what: the name of the waiting output in the log.
         """
         now = time.monotonic()
         if self._waits_until is None:
@@ -58,7 +58,7 @@ class Moves:
         asked_every_s = [worker.pulse.every_s for worker, _ in self._had.values() if worker.pulse is not None]
         if not isinstance(err, Unavailable) or not asked_every_s or self._num_back >= NUM_MOVES_MAX:
             return False
-        log.warning("%s waits for a worker that answers again: %s", what, err)
+        log.warning("%s waits until a worker that failed answers again: %s", what, err)
         until, noticed = min(self._waits_until, now + timeout_s), now + _NUM_NOTICED * max(asked_every_s)
         while not self._take_back() and not self._workers.has_another(self.tried, self._fits):
             now = time.monotonic()
@@ -81,7 +81,7 @@ class Moves:
         return worker is not had or worker.num_returns > num_returns
 
     def _is_any_away(self) -> bool:
-        """Whether a worker that had the output may come back: it does not answer at present, or has left."""
+        """Whether a worker that had the output may come back: the worker does not answer at present, or has left."""
         known = {worker.address: worker for worker in self._workers.workers}
         return any(
             address not in known or known[address].draining or known[address].answers is False for address in self._had

@@ -23,7 +23,7 @@ PROBE_S: Final = 10.0
 @dataclass(slots=True)
 class Pace:
     """Decaying means for one worker's outputs: seconds to a first token minus the prompt's own work, and seconds
-    between messages. 0: not measured.
+    between messages. 0: not measured yet.
     """
 
     first_s: float = 0.0
@@ -37,8 +37,8 @@ class Pace:
 
 
 def without_slow(workers: Sequence[Worker], now: float) -> Sequence[Worker]:
-    """The workers to choose from. A slow worker is left out, except for one request every PROBE_S. If all are equally
-    slow, none is left out.
+    """The workers to choose from. A slow worker gets no requests, except one every PROBE_S seconds. If all workers are
+    equally slow, none of them is left out.
     """
     if len(workers) < 2:
         return workers

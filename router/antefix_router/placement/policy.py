@@ -25,12 +25,13 @@ COMPUTE_WEIGHT = 8.0
 
 class LeastWork:
     """Chooses the worker with the least work until this request's first token. The request's own work also counts for
-    those who will queue behind it.
+    the requests that will wait behind it.
 
     cost = pending + own * (1 + queue_weight * requests there) + compute_weight * computing, in tokens of prefill, where
     own is computing and loading. Within `own`, blocks in memory cost less than on disk, and on disk less than remote.
-    Ties are decided by fewer requests, then by the conversation's last worker. Then rendezvous hashing decides for a
-    prefix that no worker holds, and history for any other prefix. The last tie is random.
+    If two workers are equal, the one with fewer requests is chosen, then the conversation's last worker. If they are
+    still equal, rendezvous hashing decides for a prefix that no worker holds, and history for any other prefix. The
+    last tie is random.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ def make_policy(
     compute_weight: float = COMPUTE_WEIGHT,
     policies: Mapping[str, Callable[[int], Policy]] = POLICIES,
 ) -> Policy:
-    """compute_weight: for least_work; the other policies have none.
+    """compute_weight: used by least_work only; the other policies have no such weight.
 
     Raises:  InvalidRequest: no policy has this name.
     """

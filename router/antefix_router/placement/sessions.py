@@ -1,5 +1,5 @@
-"""The worker of each conversation's last turn, as a hint for its next turn. Bounded; the oldest entries are dropped
-first.
+"""The worker of each conversation's last turn, as a hint for its next turn. The memory is bounded; the oldest entries
+are dropped first.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ NUM_SESSIONS_MAX: Final = 1 << 16
 
 
 class Sessions:
-    """(tenant, session) -> for each role, the address of the worker that last had it. The names themselves are not
-    stored.
+    """Maps (tenant, session) to the address of the worker that last had the conversation, for each role. The names of
+    tenant and session themselves are not stored.
     """
 
     def __init__(self, num_max: int = NUM_SESSIONS_MAX) -> None:
@@ -28,11 +28,11 @@ class Sessions:
         return len(self._last)
 
     def last(self, tenant: str, session: str, role: WorkerRole) -> str:
-        """The address; empty if the request named no session, or a new one."""
+        """The address of that worker; empty if the request named no session, or a new one."""
         return self._last.get((_key(tenant, session), role), "") if session else ""
 
     def note(self, tenant: str, session: str, role: WorkerRole, address: str) -> None:
-        """The session's request was placed there."""
+        """Record that a request of the session was placed there."""
         if not session:
             return
         key = (_key(tenant, session), role)

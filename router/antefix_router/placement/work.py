@@ -1,4 +1,4 @@
-"""The inputs of placement: the request's work, the workers' loads, and the interface of a policy.
+"""The data that placement needs: the request's work, the workers' loads, and the interface of a policy.
 
 Workers are rows of arrays, so that a few vector operations compare a thousand of them. Pure: no clock, no RPC.
 """
@@ -28,13 +28,11 @@ class Work:
     """The work of a request.
 
     stored_tokens: the leading tokens that the store holds; None if the store did not answer.
-    affinity: 64 bits that name the first block that no worker holds. Placing new prefixes by it sends equal prompts to
-    the same worker.
-    head: names the first two blocks. Only a baseline policy places by it, because it would send all prompts with one
-    system prompt to one worker.
-    replay_tokens: how many tokens have to be replayed to rebuild window state from blocks alone; 0: none.
-    places: with several stores, the stored prefix as a series of runs: the length of each in tokens, and the names of
-    the stores that hold it.
+    affinity: 64 bits that name the first block that no worker holds. Placing new prefixes by these bits sends equal
+    prompts to the same worker. head: names the first two blocks. Only a baseline policy places by `head`, because it
+    would send all prompts with one system prompt to one worker. replay_tokens: how many tokens must be replayed to
+    rebuild window state from blocks alone; 0: none. places: with several stores, the stored prefix as a series of runs:
+    the length of each in tokens, and the names of the stores that hold it.
     """
 
     num_tokens: int
@@ -76,10 +74,12 @@ class Loads:
 
 
 class Policy(Protocol):
-    """A placement policy. A policy may keep state, such as a counter or a random generator."""
+    """A placement policy. A policy may keep state, for example a counter or a random generator."""
 
     def choose(self, work: Work, loads: Loads) -> int:
-        """The row of the chosen worker. The caller guarantees at least one row, and at least one that may be chosen."""
+        """The row of the worker that the policy chose. The caller guarantees at least one row, and at least one worker
+        that may be chosen.
+        """
 
 
 def seed_of(address: str) -> int:
@@ -92,8 +92,8 @@ def seeds_of(addresses: Sequence[str]) -> Seeds:
 
 
 def rendezvous(key: int, seeds: Seeds) -> Seeds:
-    """A weight per worker (Thaler and Ravishankar, 1998). The lowest weight wins, so a lost worker moves only its own
-    prefixes.
+    """A weight per worker for rendezvous hashing (Thaler and Ravishankar, 1998). The worker with the lowest weight
+    wins, so a lost worker moves only its own prefixes.
     """
     mixed = seeds ^ np.uint64(key & 0xFFFFFFFFFFFFFFFF)
     # The finaliser of splitmix64 (Steele, Lea and Flood, 2014): each bit of key and seed reaches each bit of weight.
@@ -105,8 +105,8 @@ def rendezvous(key: int, seeds: Seeds) -> Seeds:
 def cached_tokens(work: Work, loads: Loads) -> Amounts:
     """Tokens of the prompt that each worker need not compute.
 
-    If the store answered, its answer decides. Blocks that it lacks do not count, because a worker's memory is only
-    guessed.
+    If the store answered, its answer decides. Blocks that the store lacks do not count, because a worker's memory is
+    only guessed.
     """
     if work.stored_tokens is None:
         return loads.resident_tokens.astype(np.float64)
@@ -116,8 +116,8 @@ def cached_tokens(work: Work, loads: Loads) -> Amounts:
 def saved_by_replay(prefix_tokens: npt.ArrayLike, replay_tokens: int) -> Amounts:
     """Tokens of prefill that blocks in memory save if window state has to be rebuilt from them.
 
-    Each layer replays some tokens less than the layer below, and the top layer none. So half of a replay of R tokens is
-    work. For a shorter prefix of P tokens, whose replay starts at its beginning, the work is P - P^2 / 2R.
+    Each layer replays some tokens less than the layer below it, and the top layer none. So half of a replay of R tokens
+    is work. For a shorter prefix of P tokens, whose replay starts at its beginning, the work is P - P^2 / 2R.
     """
     prefix = np.asarray(prefix_tokens, np.float64)
     if not replay_tokens:

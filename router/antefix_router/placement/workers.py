@@ -1,8 +1,9 @@
 """The workers that a router knows, and the load that it has placed on each.
 
-Load counts only the router's own requests. A request's load is added when a request is placed, and subtracted when
-that part of the request ends in any way. Nothing else may change it: a health check that reset a worker's load would
-send all requests to that worker.
+The load counts only the requests of this router. A request's load is added when a request is placed, and subtracted
+when
+that part of the request ends in any way. Nothing else may change a load: a health check that reset a worker's load
+would send all requests to that worker.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class Worker:
     speeds: dict[str, ReadSpeed] = field(default_factory=dict)
 
     def note_speeds(self, speeds: Mapping[str, ReadSpeed]) -> None:
-        """Keep the read speeds that the worker reported."""
+        """Keep the speeds of reads that the worker reported."""
         self.speeds.update(speeds)
         while len(self.speeds) > _NUM_SPEEDS_MAX:
             del self.speeds[next(iter(self.speeds))]
@@ -89,12 +90,12 @@ class Worker:
 
     @property
     def is_silent(self) -> bool:
-        """The worker hangs or cannot be reached."""
+        """Record that the worker hangs or cannot be reached."""
         return self.pulse is not None and self.pulse.is_silent
 
     @property
     def answers(self) -> bool | None:
-        """Whether the worker answered its last ping; None: it was not pinged."""
+        """Whether the worker answered its last ping; None if it was not pinged."""
         return self.pulse.answers if self.pulse is not None else None
 
     @property
@@ -117,7 +118,9 @@ class LoadPart:
         self._ticket: int | None = worker.backlog.add(num_tokens, time.monotonic())
 
     def computed(self) -> None:
-        """The worker has computed the prompt, and is free for the next one: its first token came."""
+        """Record that the worker has computed the prompt, and is free for the next one, because its first token
+        came.
+        """
         self.end(done=True)
 
     def end(self, *, done: bool) -> None:
@@ -156,7 +159,7 @@ class Workers:
         self.workers.append(worker)
 
     def leave(self, address: str) -> None:
-        """Place nothing there any more. The requests that run there end normally."""
+        """Place nothing there any more. The requests that run on a removed worker end normally."""
         self.workers = [worker for worker in self.workers if worker.address != address]
 
     def find(self, address: str) -> Worker | None:
@@ -164,14 +167,14 @@ class Workers:
 
     def has_another(self, tried: Collection[str], fits: Callable[[Worker], bool] = lambda worker: True) -> bool:
         """Whether a request tried at these addresses may move to another worker that fits. A worker that failed may
-        have left since.
+        have been removed since.
         """
         return len(tried) < NUM_MOVES_MAX and any(
             worker.address not in tried and fits(worker) for worker in self.workers
         )
 
     def may_help(self, late: Worker, tried: Collection[str]) -> bool:
-        """Whether a late worker's request can move: another worker answers and has no more work."""
+        """Whether the request of a late worker can move: another worker answers and has no more work."""
         return len(tried) < NUM_MOVES_MAX and any(
             worker.address not in tried
             and not (worker.is_silent or worker.draining or worker.is_shunned(time.monotonic()))
@@ -195,7 +198,7 @@ class Workers:
         soon: tuple[str, int] | None = None,
     ) -> Worker:
         """Choose a worker for this prompt by the policy. A worker that failed or drains is chosen only if there is no
-        other.
+        other worker.
 
         hint: the address of the conversation's last worker; decides among equals.  soon: the worker that is computing
         the prompt's beginning, and how many blocks of it.
@@ -210,14 +213,14 @@ class Workers:
         return self.choose(workers, work, resident, hint=hint, soon=soon_tokens)
 
     def fit(self, workers: Sequence[Worker], exclude: frozenset[str]) -> Sequence[Worker]:
-        """The workers that may be chosen.  Raises:  Unavailable: there is none besides the excluded ones."""
+        """The workers that may be chosen.  Raises:  Unavailable: there is no worker besides the excluded ones."""
         now = time.monotonic()
         workers = [worker for worker in workers if worker.address not in exclude] if exclude else workers
         workers = [worker for worker in workers if not worker.draining] or workers
         workers = [worker for worker in workers if not worker.is_silent] or workers
         workers = [worker for worker in workers if now >= worker.shunned_until] or workers
         if not workers:
-            raise Unavailable(f"no {self.role} worker is left to try")
+            raise Unavailable(f"no {self.role} worker is left to try for this request")
         return without_slow(workers, now)
 
     def choose(
@@ -250,7 +253,7 @@ class Workers:
     def _loading(
         self, workers: Sequence[Worker], work: Work, resident_tokens: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64] | None:
-        """None: the router does not know which store holds what, or no worker has reported read speeds."""
+        """None: the router does not know which store holds which blocks, or no worker has reported read speeds."""
         if not work.places or not any(worker.speeds for worker in workers):
             return None
         rate = self.tokens_per_s()

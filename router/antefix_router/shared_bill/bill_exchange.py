@@ -1,5 +1,5 @@
-"""Reads and changes the bill's keys in Redis. A value is replaced only if it is still the one from which the change was
-made.
+"""Reads and changes the bill's keys in Redis. A value in Redis is replaced only if it is still the value from which the
+change was made.
 
     antefix:bill:request:HASH    one request's account (`antefix_billing.request_account`), with a MAC; for `keep_s`
     antefix:bill:router:SOURCE   a live router's instance; expires after some seconds antefix:bill:routers         the
@@ -57,7 +57,7 @@ class BillExchange:
         return self._opened(key, await self.ask(self._redis.get(_name(key))))
 
     async def change(self, key: str, change: Change) -> tuple[RequestAccount, Decimal] | None:
-        """Replace a request's account if it is unchanged since it was read.
+        """Replace the account of a request if it is unchanged since it was read.
 
         change: called with the present account; it may be called again after a conflict. None leaves the account as it
         is.
@@ -71,7 +71,7 @@ class BillExchange:
             text = self._sealed(key, changed[0])
             if await self.ask(self._redis.eval(_SWAP, 1, _name(key), found or b"", text, self._keep_ms)):
                 return changed
-        raise Conflict("this request is being changed by other routers; try again")
+        raise Conflict("other routers are changing the entry of this request in the shared bill; try again")
 
     async def say_alive(self, me: RunningAt) -> None:
         await self.ask(self._redis.set(f"{PREFIX}router:{me.source}", me.instance, px=ALIVE_MS))
@@ -87,7 +87,7 @@ class BillExchange:
         return found
 
     async def epoch(self, drawn: str) -> str:
-        """The present epoch; `drawn` becomes the epoch if there was none."""
+        """The present epoch of the shared bill; `drawn` becomes the epoch if there was none."""
         await self.ask(self._redis.set(f"{PREFIX}epoch", drawn, nx=True))
         return str((await self.ask(self._redis.get(f"{PREFIX}epoch")) or b"").decode())
 
@@ -135,7 +135,9 @@ class BillExchange:
         except ValueError:
             mac = b""
         if not self._keyring.proves(mac, _PURPOSE, key.encode(), text):
-            raise Unavailable("Redis has an entry for this request that this deployment did not write")
+            raise Unavailable(
+                "the shared bill in Redis has an entry for this request that this deployment did not write"
+            )
         return RequestAccount.from_json(text)
 
 

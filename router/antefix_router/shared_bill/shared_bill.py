@@ -42,7 +42,7 @@ _TOLD_AT_ONCE: Final = 64
 
 
 class NotReady(Unavailable):
-    """Redis is not asked, because its data about requests cannot be relied on yet."""
+    """Redis was not asked, because its data about requests cannot be relied on yet."""
 
 
 @dataclass(slots=True)
@@ -80,8 +80,8 @@ class _Pending:
 
 
 class SharedBill:
-    """One router's part of the shared bill. Call `start` first, and `close` after the last request is settled and
-    before the ledger closes.
+    """One router's part of the shared bill. `start` must be called first, and `close` after the last request is
+    recorded and before the ledger closes.
     """
 
     def __init__(
@@ -131,7 +131,9 @@ class SharedBill:
             if self._epoch:
                 await self._tell_backlog()
         except AntefixError as err:
-            log.warning("the next start tells Redis what it was not told of the shared bill: %s", err)
+            log.warning(
+                "Redis was not told everything about the shared bill; the next start of this router does it: %s", err
+            )
         await self.quotas.close()
         await self._exchange.close()
 
@@ -145,8 +147,8 @@ class SharedBill:
         return len(self._pending.untold)
 
     async def claim(self, key: str) -> RequestAccount | None:
-        """Claim a request with a client's id for this router. Returns what is known about it; None: it is served
-        without Redis.
+        """Claim a request with a client's id for this router. Returns what is known about the request; None if it is
+        served without Redis.
 
         Raises:  Conflict: another router runs it.  Unavailable: it is not known whether another router runs it.
         """
@@ -168,7 +170,9 @@ class SharedBill:
             return None
         if changed is None:
             self.counters.elsewhere += 1
-            raise Conflict("this request is running at another router of this deployment; wait for it, then try again")
+            raise Conflict(
+                "this request is running at another router of this deployment; wait for its end, then try again"
+            )
         self.counters.claimed += 1
         self.counters.taken_over += before.running is not None and before.running != self.me
         self._claimed.add(key)
@@ -178,13 +182,13 @@ class SharedBill:
         if not self._serves_alone:
             self.counters.refused += 1
             raise Unavailable(
-                "Redis is out, so nobody can tell whether another router has this request: try again, or send it"
-                " without an id"
+                "Redis cannot be reached, so it is not known whether another router has this request: try "
+                "again, or send the request without an id"
             ) from err
         self.counters.unshared += 1
 
     async def let_go(self, key: str) -> None:
-        """Release the claim, because nothing was run or no record will be written."""
+        """Release the claim on the request, because nothing was run or no record will be written."""
         if key not in self._claimed:
             return
         self._claimed.discard(key)
@@ -202,8 +206,8 @@ class SharedBill:
             return None
 
     def begin(self) -> int:
-        """Announce that a record is about to be written to the ledger. Call `settled` or `failed` with the returned
-        number.
+        """Announce that a record is about to be written to the ledger. The returned number must be passed to `settled`
+        or `failed` later.
         """
         return self._pending.begin(self._writer.ledger.sequence)
 
@@ -211,7 +215,7 @@ class SharedBill:
         self._pending.begun.pop(number, None)
 
     async def settled(self, number: int, settled: Settled) -> None:
-        """Write a record that is in the ledger to Redis. If this fails, it is written later."""
+        """Write a record that is in the ledger to Redis. If writing to Redis fails, the record is written later."""
         self._pending.untold[settled.sequence] = settled
         self._pending.begun.pop(number, None)
         self._claimed.discard(settled.record.key)
@@ -235,7 +239,9 @@ class SharedBill:
             # The adjustment has its own id, so the ledger takes it only once.
             await self._writer.adjust(_too_much(settled, changed[1]))
             self.counters.credited += 1
-            log.warning("request %s was charged by two routers; %s is credited", record.request_id, changed[1])
+            log.warning(
+                "request %s was charged by two routers; the charge %s is credited", record.request_id, changed[1]
+            )
         self.counters.told += 1
         self._again.discard(settled.sequence)
         self._pending.untold.pop(settled.sequence, None)
@@ -281,7 +287,7 @@ class SharedBill:
         ledger = self._writer.ledger
         after = 0 if was_empty else await self._exchange.cursor(self.me.source)
         if self._epoch:
-            log.warning("Redis lost the shared bill; this router writes its part again")
+            log.warning("Redis lost the shared bill; this router writes its own part there again")
         since_s = time.time() - self._keep_s
         if not after:
             after = await asyncio.to_thread(sequence_before, ledger.directory, since_s)
@@ -327,12 +333,12 @@ class SharedBill:
 
     def _note_failure(self, err: AntefixError) -> None:
         if not self.is_out:
-            log.warning("the bill is not shared with other routers: %s", err)
+            log.warning("the bill is not shared with other routers now: %s", err)
         self._failed_at = time.monotonic()
 
 
 def _recent(ledger: Ledger, after: int, since_s: float) -> tuple[list[Settled], dict[str, Decimal]]:
-    """The records that ended since then, and the credits already given for double charges on them."""
+    """The records of requests that ended since then, and the credits already given for double charges on them."""
     settled, credits = [], {}
     for item in read_billed(ledger.directory, after=after):
         if isinstance(item, Adjusted):

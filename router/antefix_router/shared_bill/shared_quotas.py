@@ -104,7 +104,9 @@ _TELL: Final = _WRITE + "write()\nreturn false\n"
 
 
 class SharedQuotas:
-    """One router's part of the shared limits.  book: its own counts, which alone are checked while Redis is down."""
+    """One router's part of the shared limits. book: the router's own counts, which alone are checked while Redis is
+    down.
+    """
 
     def __init__(self, exchange: BillExchange, book: QuotaBook, source: str) -> None:
         self._exchange = exchange
@@ -118,7 +120,7 @@ class SharedQuotas:
         self.num_alone = 0
 
     async def reserve(self, tenant: str, *, tokens: int, money: Decimal, now: datetime) -> Reservation:
-        """As `QuotaBook.reserve`, with the counts of all routers.
+        """As `QuotaBook.reserve`, but with the counts of all routers.
 
         Raises:  QuotaExceeded, Overloaded.
         """
@@ -168,8 +170,9 @@ class SharedQuotas:
             raise limit_error(what, limits, limit, now, used=int(passed.get("used", 0)), needs=reservation.tokens)
 
     def others(self, tenant: str) -> dict[tuple[LimitWindow, LimitPassed], int]:
-        """The other routers' counts at the last reservation for this tenant, in windows that are still
-        running."""
+        """The other routers' counts at the last reservation for this tenant, in limit windows that are still
+        running.
+        """
         now, found = datetime.now(UTC), {}
         for name, counts in self._others.get(tenant, {}).items():
             window = LimitWindow(name)
@@ -179,8 +182,8 @@ class SharedQuotas:
         return found
 
     def changed(self, tenant: str) -> None:
-        """The tenant's counts differ from those in Redis. The counts are written at once or, if that fails, with a
-        later beat.
+        """Record that the tenant's counts differ from those in Redis. The counts are written at once or, if that fails,
+        with a later heartbeat.
         """
         self._changed.add(tenant)
         if self._telling is None or self._telling.done():
@@ -196,7 +199,7 @@ class SharedQuotas:
                 await self.tell()
 
     async def tell(self, *, all_again: bool = False) -> None:
-        """Write the counts that changed, and extend the reservations.  Raises:  Unavailable."""
+        """Write the counts that changed, and extend the reservations, in Redis.  Raises:  Unavailable."""
         now = datetime.now(UTC)
         if all_again:
             self._changed |= self._book.counted_tenants()

@@ -1,2 +1,3 @@
-"""Turns other programs' request logs into traces (`antefix trace import`). Text is hashed as it is read, never
-stored."""
+"""Turns other programs' request logs into traces (`antefix trace import`). The text of requests is hashed as it is
+read, never stored.
+"""

@@ -38,10 +38,10 @@ def read_chats(path: Path, ignored: Ignored) -> Iterator[LoggedCall]:
 def calls_of(
     row: dict[str, Any], body: dict[str, Any], answer: dict[str, Any], ignored: Ignored, said: dict[str, bytes]
 ) -> Iterator[LoggedCall]:
-    """The calls of one row: several where a Completions body has several prompts.
+    """The calls in one row of a log: several if a Completions body has several prompts.
 
-    said: for each Responses answer's id, all text up to its end. A later body names the id instead of repeating the
-    text.
+    said: for the id of each Responses answer, all text up to its end. A later body names this id instead of repeating
+    the text.
     """
     metadata = next((each for each in (body.get("metadata"), row.get("metadata")) if isinstance(each, dict)), {})
     usage = usage_in(answer, row, body)
@@ -79,7 +79,7 @@ def calls_of(
 
 
 def body_of(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The request body in a row, at whatever depth; None if there is none."""
+    """The request body in a row, at whatever depth; None if the row has none."""
     for _ in range(3):
         if _has_prompt(row):
             return row
@@ -92,7 +92,7 @@ def body_of(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def answer_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The response in a row; empty if there is none."""
+    """The response in a row; empty if the row has none."""
     for name in _ANSWERS:
         found = unpacked(row.get(name))
         if isinstance(found, dict):
@@ -113,7 +113,7 @@ def _has_prompt(row: dict[str, Any]) -> bool:
 
 
 def _prompts(body: dict[str, Any]) -> list[Any] | None:
-    """The prompts of a Completions body; None for a chat."""
+    """The prompts of a Completions body; None if the body is a chat."""
     if _tokens(body.get("prompt_token_ids")) is not None:
         return [body["prompt_token_ids"]]
     prompt = body.get("prompt")

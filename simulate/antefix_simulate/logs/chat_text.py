@@ -1,8 +1,8 @@
 """A chat request's prompt as bytes in the order in which a cache sees it: tools, system prompt, messages.
 
-The order of texts is not any model's chat format. Two requests share a beginning here if they share one in a chat
-format that keeps this order. Fields that clients change between turns without changing the prompt (cache marks,
-signatures) are left out.
+The texts are not in the order of any model's chat format. Two requests share a beginning of this text if they share one
+in a chat format that keeps the order. Fields that clients change between turns without changing the prompt (cache
+marks, signatures) are left out.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Claude Code's sessions (`~/.claude/projects/*/*.jsonl`), and the published traces of such sessions.
 
 A session's lines form a tree by `parentUuid`. An assistant message, which may take several lines, is one call, and its
-prompt is everything above it. The system prompt and the tools are not in the file. The length of both follows from
-the call's count of input tokens; sessions with the same client, folder and kind of agent have the same system prompt
-and tools.
+prompt consists of all lines above it. A session's file contains neither the system prompt nor the tools. The length of
+the missing system prompt and tools follows from the call's count of input tokens; sessions with the same client, folder
+and kind of agent have the same ones.
 """
 
 from __future__ import annotations
@@ -95,7 +95,9 @@ def _note(row: dict[str, Any], lines: dict[str, _Line], ignored: Ignored) -> Non
 
 
 def _calls(lines: dict[str, _Line]) -> Iterator[_Call]:
-    """The calls in the order of the file. A message's first line is the call; later lines add to its answer."""
+    """The calls in the order in which the file has them. The first line of a message is the call; later lines add to
+    its answer.
+    """
     seen: dict[str, _Line] = {}
     firsts: list[_Line] = []
     for line in lines.values():
@@ -121,7 +123,9 @@ def _calls(lines: dict[str, _Line]) -> Iterator[_Call]:
 
 
 def _bytes_per_token(calls: list[_Call]) -> float:
-    """Measured from the growth between two calls of one conversation: the tokens before the text are equal in both."""
+    """The rate is measured from the growth between two calls of one conversation, because the tokens before the text
+    are equal in both.
+    """
     last: dict[str, _Call] = {}
     rates = []
     for call in calls:

@@ -1,7 +1,7 @@
 """Turns a log into a trace: reads a format, converts text to tokens, and names the requests' prefixes.
 
-The file is read twice: first to learn how many bytes a token takes, then to name prefixes. Text is kept in memory only
-while its row is processed.
+The log is read twice: first to learn how many bytes a token takes, then to name prefixes. The text of a row is kept in
+memory only while the row is processed.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ _RATES: Final = (1.0, 12.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportSetup:
-    """key: prefixes are hashed with it.  gap_s: seconds between requests, for a log without times.  tokenize: turns
-    text into tokens."""
+    """key: the key that prefixes are hashed with. gap_s: seconds between requests, for a log without times. tokenize:
+    turns text into tokens.
+    """
 
     key: bytes
     unit_tokens: int
@@ -53,7 +54,7 @@ class ImportSetup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportedLog:
-    """counted: where token counts come from: "logged", "tokenizer" or "estimated", with words for the reader."""
+    """counted: where the token counts come from: "logged", "tokenizer" or "estimated", with words for the reader."""
 
     requests: tuple[TraceRequest, ...]
     counted: str

@@ -2,7 +2,7 @@
 
 A record has a hash (mark) of its prompt after 1, 2, 3, 4, 6, 8, 12, ... blocks and after the last one. So the length of
 a beginning that two prompts share is known to a factor of 1.5 from marks alone. Blocks that were hit were shared as
-well, and their number is exact. The larger of the two is used, which is never more than was shared.
+well, and their number is known exactly. Of the two numbers the larger is used, which is never more than was shared.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCK_SIZE_MAX: Final = 1 << 20
 
 
 def import_ledger(paths: Sequence[Path], *, block_size: int | None = None) -> tuple[ImportedLog, int]:
-    """All settled requests in ledgers, in order of their start, and the block size: as given, or one that fits all
+    """All settled requests in the ledgers, in order of their start, and the block size: as given, or one that fits all
     records.
 
     Raises:  InvalidRequest: no record has marks, or no block size fits.  LedgerCorrupt: as `read_settled`.
@@ -43,7 +43,8 @@ def import_ledger(paths: Sequence[Path], *, block_size: int | None = None) -> tu
     marked = [record for record in records if record.prompt_marks]
     if not marked:
         raise InvalidRequest(
-            f"no record of {', '.join(map(str, paths))} marks its prompt: nothing tells what is shared"
+            f"no record in {', '.join(map(str, paths))} has marks of its prompt, so nothing tells which prompts "
+            "share a prefix"
         )
     size = block_size or _block_size(marked)
     names = _Names(size)
@@ -83,7 +84,7 @@ def _block_size(records: Iterable[UsageRecord]) -> int:
     for low, high in sorted(spans, key=lambda span: span[1] - span[0])[:1000]:
         votes.update(range(low, min(high, _BLOCK_SIZE_MAX, low + 4096) + 1))
     if not votes:
-        raise InvalidRequest("no block size fits the records' marks: say --unit-tokens")
+        raise InvalidRequest("no block size fits the marks of prompts in the records: give --unit-tokens")
     most = max(votes.values())
     fitting = [size for size, number in votes.items() if number == most]
     return next((size for size in sorted(fitting) if size & (size - 1) == 0), min(fitting))

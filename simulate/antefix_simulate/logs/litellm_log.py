@@ -1,5 +1,6 @@
 """LiteLLM's logs: rows of StandardLoggingPayload, alone or inside a callback's arguments, and rows of its spend
-logs."""
+logs.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def _payload(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _body(row: dict[str, Any]) -> dict[str, Any] | None:
-    """The prompt, together with the tools, which LiteLLM logs separately."""
+    """The prompt of a row, together with the tools, which LiteLLM logs separately."""
     messages = unpacked(row.get("messages"))
     if isinstance(messages, dict):
         return body_of(messages)

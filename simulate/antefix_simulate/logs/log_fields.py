@@ -1,5 +1,6 @@
-"""Field names that logs use for times, token counts and users. All readers use them, so all programs' names are
-known."""
+"""Field names that logs use for times, token counts and users. All readers of logs use these names, so the names of all
+programs are known to each reader.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _TOKENS_MAX: Final = 1 << 40
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedUsage:
-    """Counts given by a provider; None: not given. prompt: all of it, cached or not."""
+    """Counts that a provider reported; None: not reported. prompt: all tokens of the prompt, cached or not."""
 
     prompt: int | None = None
     output: int | None = None
@@ -60,7 +61,7 @@ def usage_in(*rows: Any) -> LoggedUsage:
 
 
 def count(value: Any) -> int | None:
-    """A number of tokens; None if the value is not one."""
+    """A number of tokens; None if the value is not a number of tokens."""
     if isinstance(value, str):
         value = whole_number(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -1,4 +1,6 @@
-"""Rows of a log file: JSON lines, one JSON value, or CSV; plain or .gz. Other rows are counted and left out."""
+"""Rows of a log file: JSON lines, one JSON value, or CSV; plain or .gz. Rows that are no JSON objects are counted and
+left out.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,8 @@ def _whole(lines: Iterable[str], path: Path) -> Any:
         length += text.write(line)
         if length > WHOLE_BYTES_MAX:
             raise InvalidRequest(
-                f"{path.name} is one JSON value of more than {WHOLE_BYTES_MAX} bytes: write one row per line"
+                f"{path.name} is one JSON value of more than {WHOLE_BYTES_MAX} bytes: write the log with one "
+                "row per line"
             )
     return parse_json(text.getvalue(), path.name)
 

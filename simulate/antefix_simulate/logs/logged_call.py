@@ -1,4 +1,4 @@
-"""One model call found in a log, and a count of everything else in the log. Knows no format."""
+"""One model call found in a log, and counts of all other entries in the log. Knows no format."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tokens = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoggedCall:
-    """One call: its prompt as text or tokens, and what the log tells about it.
+    """One model call: its prompt as text or tokens, and the facts that the log has about it.
 
     at_s: Unix seconds; None if the log has no times.
     text: the prompt in the order in which it is cached: tools, system prompt, messages.  tokens: given instead of text.

@@ -3,7 +3,7 @@ r"""vLLM's own log, with `--enable-log-requests` (and `--enable-log-outputs` for
     INFO 10-09 12:00:01 [logger.py:39] Received request ID: prompt: '...', params: ..., prompt_token_ids: [1, 2], ...
     DEBUG 10-09 12:00:01 [logger.py:55] Request ID details: prompt: '...', prompt_token_ids: [1, 2], ...
 
-Where the log has token ids, these are hashed, which is exact. Newer versions log neither without
+If the log has token ids, these are hashed, which is exact. Newer versions log neither without
 `VLLM_LOGGING_LEVEL=DEBUG`. JSON rows, as `vllm run-batch` reads and writes them, are read as OpenAI's.
 """
 

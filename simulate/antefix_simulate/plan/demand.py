@@ -44,12 +44,13 @@ class Demand:
 
     def kept_bytes(self, sizes: Sizes, checkpoint_share: float) -> float:
         """Bytes on disk in the steady state: the write rate times the lifetime. checkpoint_share: checkpoints per
-        request."""
+        request.
+        """
         blocks = self.new_tokens_per_s * self.life_s / sizes.block_size * sizes.block_bytes
         return blocks + self.requests_per_s * checkpoint_share * self.life_s * sizes.checkpoint_bytes
 
     def scaled(self, factor: float) -> Demand:
-        """The demand of `factor` times as many users with such requests, who share nothing with each other."""
+        """The demand of `factor` times as many users with the same requests, who share nothing with each other."""
         return Demand(
             requests_per_s=self.requests_per_s * factor,
             prompt_tokens_per_s=self.prompt_tokens_per_s * factor,
@@ -73,8 +74,8 @@ def demand_of(trace: Trace, *, retention_s: float) -> Demand:
     span_s = float(times[-1] - times[0])
     if span_s <= 0:
         raise InvalidRequest(
-            f"{trace.name} has no times between its requests, so its rate is not known and nothing can be planned for"
-            " it"
+            f"the trace {trace.name} has no times of its requests, so its rate is not known and nothing can be "
+            "planned for it"
         )
     # 1. Hits, and the lifetime of each unit.
     hits = np.zeros(len(times), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""A plan as text, and a plot of plans for growing load."""
+"""A plan for buying machines as text, and a plot of plans for growing load."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def plan_text(plan: Plan, sources: Sequence[str]) -> str:
 
 
 def plot_plans(plans: Sequence[Plan], path: Path, title: str) -> None:
-    """Machines and dollars over tokens per day. Raises:  InvalidRequest: as `check_path`, or without matplotlib."""
+    """Machines and dollars over tokens per day. Raises: InvalidRequest: as `check_path`, or matplotlib is not
+    installed.
+    """
     check_path(path)
     pyplot = load_pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")

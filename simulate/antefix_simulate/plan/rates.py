@@ -1,6 +1,6 @@
 """Speeds of machines, from files that benchmarks write; prices of machines, from a file that people write.
 
-No speed is a constant in the code: without measured files there is no plan.
+No speed is a constant in the code: without files of measured speeds there is no plan.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Site:
 def worker_rates(path: Path, *, num_layers: int, card_bytes: float) -> WorkerRates:
     """Speeds measured by `python -m benchmarks.weights_on_card`, for a model with `num_layers` layers.
 
-    Speeds of a file with fewer layers are scaled by the number of layers. Raises:  InvalidRequest: the file lacks these
-    measurements.
+    The speeds in a file with fewer layers are scaled by the number of layers. Raises: InvalidRequest: the file lacks
+    these measurements.
     """
     data = read_json(path, "measured rates", error=InvalidRequest)
     try:
@@ -128,7 +128,7 @@ def load_site(path: Path) -> Site:
 
 
 def best_step(steps: Sequence[DecodeStep], tpot_s: float | None) -> DecodeStep:
-    """The step with most tokens per second whose time per token is within `tpot_s`.
+    """The measured decode step with most tokens per second whose time per token is within `tpot_s`.
 
     Raises:  InvalidRequest: the fastest measured step takes longer; the message says how long.
     """

@@ -37,7 +37,8 @@ _HANDOFF_S: Final = 10.0
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goal:
     """ttft_p90_s: time to first token that 90 of 100 requests must keep. tpot_s: seconds per output token; None: any.
-    local_s: the part of the retention time for which KV is kept on disks; afterwards it is in an object store only."""
+    local_s: the part of the retention time for which KV is kept on disks; afterwards it is in an object store only.
+    """
 
     retention_s: float
     ttft_p90_s: float
@@ -47,8 +48,9 @@ class Goal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Need:
-    """One resource that is needed. number: units to buy.  use: their utilization.  more: what one more unit would
-    give."""
+    """One resource that a plan needs. number: units to buy. use: the share of them that is used. more: what one more
+    unit would give.
+    """
 
     name: str
     number: int
@@ -60,7 +62,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """The machines that a load needs.
+    """The machines that a certain load needs.
 
     peak: the busiest part's rate over the average.  ttft_p90_s: the bound used for sizing, not a measurement.
     """
@@ -148,7 +150,9 @@ def ttft_bound(demand: Demand, service_s: np.ndarray[Any, Any], num_workers: int
 
 
 def _erlang_c(offered: float, num_servers: int) -> float:
-    """The probability that an arrival has to wait. Source: Erlang 1917; Halfin and Whitt 1981 for many servers."""
+    """The probability that a request that arrives has to wait. Source: Sources: Erlang 1917; Halfin and Whitt 1981 for
+    many servers.
+    """
     if num_servers > 2000:
         beta = (num_servers - offered) / math.sqrt(offered)
         density = math.exp(-beta * beta / 2) / math.sqrt(2 * math.pi)
@@ -195,7 +199,9 @@ def _decode(demand: Demand, sizes: Sizes, workers: WorkerRates, site: Site, goal
     per_sequence = demand.context_tokens / sizes.block_size * sizes.block_bytes + sizes.checkpoint_bytes
     sequences = min(step.sequences, int(left / per_sequence))
     if sequences < 1:
-        raise InvalidRequest(f"a decode worker's memory holds no sequence of {demand.context_tokens:,.0f} tokens")
+        raise InvalidRequest(
+            f"the memory of a decode worker is too small for a sequence of {demand.context_tokens:,.0f} tokens"
+        )
     rate = sequences / step.step_s
     wanted = demand.output_tokens_per_s * demand.peak
     number = max(1, math.ceil(wanted / rate / _FILL))
@@ -288,7 +294,7 @@ def _objects(nbytes: float, site: Site) -> tuple[Need, ...]:
 
 
 def _least(low: int, enough: Callable[[int], bool]) -> int:
-    """The smallest number above `low` for which `enough` holds; it also holds for all larger numbers."""
+    """The smallest number above `low` for which `enough` is true; it must also be true for all larger numbers."""
     low, high = max(low, 0), max(low, 1)
     while not enough(high):
         low, high = high, high * 2
