@@ -54,7 +54,7 @@ def tag(version: str, *, sign: bool) -> None:
     """Raises:  ValueError: it is tagged already, there are changes, or the changelog has nothing to say."""
     check_committed()
     if output("git", "tag", "--list", f"v{version}"):
-        raise ValueError(f"version v{version} exists already: write the next version into antefix/version.py")
+        raise ValueError(f"v{version} is there already: write the next version into antefix/version.py")
     log = ROOT / "CHANGELOG.md"
     text = dated(version, log.read_text(), datetime.now(UTC).date())
     changes = changes_of(version, text)
@@ -74,9 +74,7 @@ def build(version: str, *, is_rehearsal: bool) -> None:
     if not is_rehearsal:
         check_committed()
         if f"v{version}" not in output("git", "tag", "--points-at", "HEAD").splitlines():
-            raise ValueError(
-                f"this commit does not have the tag v{version}: run make release-tag, or git checkout v{version}"
-            )
+            raise ValueError(f"this commit has no tag v{version}: run make release-tag, or git checkout v{version}")
     shutil.rmtree(DIST, ignore_errors=True)
     DIST.mkdir()
     # 2. Wheel and sdist, of tracked files alone.
