@@ -120,7 +120,7 @@ def changes_of(version: str, changelog: str, *, allow_unreleased: bool = False) 
     if found is None and allow_unreleased:
         found = re.search(r"^## \S+(.*?)$\n(.*?)(?=^## |\Z)", changelog, re.MULTILINE | re.DOTALL)
     if found is None:
-        raise ValueError(f"CHANGELOG.md has no section for {version}: is antefix/version.py up to date?")
+        raise ValueError(f"CHANGELOG.md has no part for {version}: is antefix/version.py up to date?")
     if "unreleased" in found[1] and not allow_unreleased:
         raise ValueError(f"CHANGELOG.md says that {version} is unreleased: `make release-tag` writes the date there")
     if not found[2].strip():
