@@ -148,7 +148,7 @@ def _site_path(name: str) -> Path:
     known = sorted(each.stem for each in _SITES.glob("*.toml"))
     if name not in known:
         raise InvalidRequest(
-            f"--gpu {name!r} is neither one of {', '.join(known)} nor a .toml file: copy a file from deploy/sites"
+            f"--gpu {name!r} is none of {', '.join(known)}, nor a .toml file: copy a file from deploy/sites"
         )
     return _SITES / f"{name}.toml"
 
