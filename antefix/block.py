@@ -100,8 +100,8 @@ class Fingerprint:
     weights_revision: hash of the checkpoint's files.  tokenizer: hash of the tokenizer's files.
     exactness: "exact", or "bounded-K" for KV computed after an approximate replay of K windows.
     arithmetic: names the arithmetic that computed the KV. Equal names mean equal bits. Each kind of device and each
-    precision has its own name of arithmetic; a card's fast and reproducible kernels have different names too.
-    num_cards: how many cards computed the KV together, where the number changes bits. group: the cache group of the
+    precision has its own name of arithmetic; a GPU's fast and reproducible kernels have different names too.
+    num_cards: how many GPUs computed the KV together, where the number changes bits. group: the cache group of the
     model, where an engine keeps several. shard: "rank/ranks" for a group that is split over ranks; empty if all ranks
     hold the same KV.
     """
@@ -177,7 +177,7 @@ def arithmetic_of(device: str, dtype: str, *, reproducible: bool = False) -> str
     """The name of a set-up's arithmetic, on which KV's bits depend, such as "cpu-float32" or "cuda-bfloat16".
 
     device: torch's name of a device, such as "cuda:1". reproducible: the worker's setting of that name. On a CPU the
-    setting `reproducible` changes nothing. On a card, the reproducible setting changes the name to
+    setting `reproducible` changes nothing. On a GPU, the reproducible setting changes the name to
     "cuda-bfloat16-reproducible", because KV from the faster kernels agrees only within bounds: a hit on such KV would
     not equal a cold run bit for bit.
     """
@@ -185,18 +185,18 @@ def arithmetic_of(device: str, dtype: str, *, reproducible: bool = False) -> str
     return f"{kind}-{dtype}{_REPRODUCIBLE if reproducible and kind != 'cpu' else ''}"
 
 
-# The suffix that `antefix.model.arithmetic` adds: digests of measured bits, and the numbers of threads and cards where
+# The suffix that `antefix.model.arithmetic` adds: digests of measured bits, and the numbers of threads and GPUs where
 # they change bits.
 _MEASURED: Final = re.compile(r"-[0-9a-f]{10}-[0-9a-f]{10}(-t[0-9]+)?(-x([1-9][0-9]{0,3}))?$")
 
 
 def on_cards(num_cards: int) -> str:
-    """The suffix of an arithmetic's name for `num_cards` cards that compute together, where the number changes bits."""
+    """The suffix of an arithmetic's name for `num_cards` GPUs that compute together, where the number changes bits."""
     return f"-x{num_cards}"
 
 
 def cards_of(arithmetic: str) -> int:
-    """How many cards computed together, by the arithmetic's name; 1 where the number does not change bits."""
+    """How many GPUs computed together, by the arithmetic's name; 1 where the number does not change bits."""
     found = _MEASURED.search(arithmetic)
     return int(found[3]) if found and found[3] else 1
 

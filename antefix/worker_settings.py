@@ -18,7 +18,7 @@ from antefix.window_pool import DISK, MEMORY, check_address
 # Settings that enter the names of KV. A router, and any tool that looks for KV, needs the workers' values.
 NAMING: Final = ("kv_format", "namespace", "bounded_windows")
 
-# One host has 8 or 16 cards, so a larger number of ranks is a mistake.
+# One host has 8 or 16 GPUs, so a larger number of ranks is a mistake.
 RANKS_MAX: Final = 64
 
 

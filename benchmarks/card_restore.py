@@ -1,8 +1,8 @@
-"""On a card, how long does a long prompt take cold and when restored from disk, and where does the time go?
+"""On a GPU, how long does a long prompt take cold and when restored from disk, and where does the time go?
 
     python -m benchmarks.card_restore --lengths 16384 65536 262144 --out results
 
-The model has V4-Flash's width, as many layers as fit on the card, bfloat16 and random weights. The weights' values
+The model has V4-Flash's width, as many layers as fit on the GPU, bfloat16 and random weights. The weights' values
 affect the times only through how evenly experts are picked. All parts other than the weights run as in workers: store
 service, restore, chunks, writes. Before each restore the benchmark drops the store's files from the page cache and
 makes a new
@@ -235,7 +235,7 @@ def _record_rest(engine: Engine, num_tokens: int) -> None:
 
 
 def _timed_copy(engine: Engine) -> list[float]:
-    """Seconds for copying payloads to the card and checking them there."""
+    """Seconds for copying payloads to the GPU and checking them there."""
     seconds = [0.0]
     plain = engine.pool.fill
 

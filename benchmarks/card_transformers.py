@@ -1,4 +1,4 @@
-"""How long does transformers' implementation of the architecture take for a prompt on a card, compared with ours?
+"""How long does transformers' implementation of the architecture take for a prompt on a GPU, compared with ours?
 
     python -m benchmarks.card_transformers --lengths 1024 2048 4096 8192 --out results
 

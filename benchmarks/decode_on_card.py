@@ -1,4 +1,4 @@
-"""Decode steps of batches on a card: are they right, how long do they take, and how far from the lower bound is that?
+"""Decode steps of batches on a GPU: are they right, how long do they take, and how far from the lower bound is that?
 
     python -m benchmarks.decode_on_card --parts check products steps --layers WCHC --out results
 
@@ -6,12 +6,12 @@ check     compares a small model's steps, batched and as CUDA graphs, with each 
           reproducible mode, by relative error otherwise.
 products  measures products of V4-Flash's shapes at 1, 32 and 128 rows, by tile: microseconds, share of the floor (the
           time to read the weights at copy bandwidth), and whether the bits equal those of the tile for many rows.
-steps     measures a step at V4-Flash's width, with weights drawn on the card, for several numbers of sequences, each
+steps     measures a step at V4-Flash's width, with weights drawn on the GPU, for several numbers of sequences, each
           with a context of its own: sequence by sequence, batched, and as graphs. It reports launches, time on the
-          card, the largest kernels, and the floor: the time to read the step's weights (only picked experts) and KV
+          GPU, the largest kernels, and the floor: the time to read the step's weights (only picked experts) and KV
           once at copy bandwidth.
 
-If one part of the benchmark fails, it prints the reason, and the next part runs. Needs a CUDA card. `--toy` runs the
+If one part of the benchmark fails, it prints the reason, and the next part runs. Needs a CUDA GPU. `--toy` runs the
 code anywhere, in Triton's interpreter if necessary, and measures nothing.
 """
 
@@ -378,7 +378,7 @@ def measure(
 
 
 def profile(step: Callable[[], object], device: str) -> dict[str, Any]:
-    """A step's launches, milliseconds that the card was busy, calls that wait for the card, and the largest kernels."""
+    """A step's launches, milliseconds that the GPU was busy, calls that wait for the GPU, and the largest kernels."""
     if device != "cuda":
         step()
         return {"kernels": ""}

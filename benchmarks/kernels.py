@@ -1,8 +1,8 @@
-"""How near are the cache path's kernels to the card's limits ("floors"), and how much faster than plain torch?
+"""How near are the cache path's kernels to the GPU's limits ("floors"), and how much faster than plain torch?
 
     python -m benchmarks.kernels --out benchmarks/results [--only PATTERN] [--compile PATTERN]
 
-Needs a CUDA card. A kernel's floor is the larger of two times: its bytes over copy bandwidth, and its operations over
+Needs a CUDA GPU. A kernel's floor is the larger of two times: its bytes over copy bandwidth, and its operations over
 the dense BF16 matrix rate. Both rates are measured first. Times are medians of ten CUDA graph replays over rotated
 operand sets, so a launch costs what it costs inside a graph. Eager and compiled torch are launched from Python, as
 users run them. Writes kernels.json and kernels.md.
@@ -63,7 +63,7 @@ def _events_ms(call: Callable[[], object]) -> float:
 
 
 def ceilings() -> dict[str, float]:
-    """Copy bandwidth (bytes read plus written) and BF16 matrix rate of this card."""
+    """Copy bandwidth (bytes read plus written) and BF16 matrix rate of this GPU."""
     source = torch.randn(1 << 29, device="cuda")
     target = torch.empty_like(source)
     copy = min(replay_ms([lambda: target.copy_(source)]), replay_ms([lambda: torch.neg(source, out=target)]))

@@ -1,7 +1,7 @@
 """The cases of benchmarks.kernels: each kernel and shape's operands, minimal bytes and operations, and baselines.
 
 Bytes count each input read once and each output written once, and only rows that the operation touches. A multiply-add
-counts as two operations. A case rotates several operand sets, so that the kernel reads the card's memory and not its
+counts as two operations. A case rotates several operand sets, so that the kernel reads the GPU's memory and not its
 50 MB cache. If a case's data is larger than the cache, one set is enough.
 """
 

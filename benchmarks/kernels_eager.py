@@ -1,4 +1,4 @@
-"""Baselines: the cache path in plain torch on the card, eager or under torch.compile.
+"""Baselines: the cache path in plain torch on the GPU, eager or under torch.compile.
 
 The code is written as one would write it without kernels: decode the records with tensor operations, then multiply.
 Shapes as in the kernels' modules.

@@ -2,7 +2,7 @@
 
     python -m benchmarks.packed_products --out results [--steps compile check products layers model]
 
-compile   compiles all kernels of the other steps in several processes at once, so that the card is idle for less time.
+compile   compiles all kernels of the other steps in several processes at once, so that the GPU is idle for less time.
 check     compares products of V4-Flash's shapes with the decoded weight in float64. Rows computed alone must have the
           same bits as rows among others, and so must gates with and without their activation.
 products  measures milliseconds by number of tokens and tile, divided by the floor: packed bytes at copy bandwidth, or
@@ -16,7 +16,7 @@ layers    measures the part of a layer that computes each token alone, as one CU
 model     measures steps of a model of --layers layers with and without FP8 tensor cores, in the same way as
           benchmarks/weights_on_card.py.
 
-Every step runs, even if another step fails. Needs a Hopper card. Writes packed_products.json after each step.
+Every step runs, even if another step fails. Needs a Hopper GPU. Writes packed_products.json after each step.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""A worker over several cards: is it right, and how near is V4-Flash, in its released formats, to the cards' floors?
+"""A worker over several GPUs: is it right, and how near is V4-Flash, in its released formats, to the GPUs' floors?
 
     R="python -m benchmarks.ranks_on_cards --tensor-parallel-size 2 --out $OUT"; export PYTHONUNBUFFERED=1
     $R --steps verify;  $R --steps model;  $R --steps restore --lengths 16384 65536 262144;  $R --steps services
 
 verify    runs `antefix verify` over 1, 2, 4 ... ranks: hits must equal cold runs. It also compares a prompt over
           several ranks with the same prompt over one.
-model     measures memory per card, decode steps of 1, 32 and 128 sequences after `--context` tokens, and prefill chunks
+model     measures memory per GPU, decode steps of 1, 32 and 128 sequences after `--context` tokens, and prefill chunks
           after 16K to 256K tokens. Each row has tokens per second, the floor, and the share of time that ranks spend
           in exchanges.
 restore   measures the time to first token of prefixes of `--lengths` tokens, cold as a worker runs them, and from disk
@@ -16,7 +16,7 @@ services  runs `antefix up` with a model of `--service-layers` layers: prefill o
 
 Each step writes to ranks_on_cards.STEP.json after every row, so that an interrupted run keeps its finished rows.
 `--toy` runs everything at small widths, with `--device cpu` over gloo, to test the code. Its figures mean nothing.
-A floor is the time in which a card can read its share of packed bytes at copy bandwidth, or compute its share of
+A floor is the time in which a GPU can read its share of packed bytes at copy bandwidth, or compute its share of
 operations at the BF16 rate, whichever is longer.
 """
 
@@ -97,7 +97,7 @@ def ceilings(args: argparse.Namespace) -> dict[str, float]:
 
 
 class Share:
-    """The bytes that one card must read and the operations that it must compute for its share of the weights."""
+    """The bytes that one GPU must read and the operations that it must compute for its share of the weights."""
 
     def __init__(self, model: Model, size: int, top: dict[str, float]) -> None:
         self._config, self._size = model.config, size
@@ -116,14 +116,14 @@ class Share:
                 dense += module.codes.numel()
             elif isinstance(module, nn.Linear):
                 dense += module.weight.numel()
-        # A card computes only its share of a token's picks. A byte of FP4 codes is two numbers, and 16 of 17
+        # A GPU computes only its share of a token's picks. A byte of FP4 codes is two numbers, and 16 of 17
         # bytes are codes.
         self._active = dense + self._num_picked * self._own_experts / self._num_experts * self._expert * 32 / 17
 
     def floor_s(self, num_tokens: int, *, context: int, num_sequences: int = 1) -> float:
         """Floor of a forward pass over `num_tokens` new tokens in each sequence, with attention and index scores.
 
-        A card attends with its share of the heads, and scores all index keys.
+        A GPU attends with its share of the heads, and scores all index keys.
         """
         count = num_tokens * num_sequences
         picked = self._own_experts * (1 - (1 - self._num_picked / self._num_experts) ** count)
@@ -167,7 +167,7 @@ def start(args: argparse.Namespace, found: Found) -> tuple[RankProcesses, Model]
 
 
 def memory(args: argparse.Namespace) -> float:
-    """GiB that this rank's card holds now."""
+    """GiB that this rank's GPU holds now."""
     return torch.cuda.memory_allocated() / 2**30 if args.device == "cuda" else 0.0
 
 
@@ -326,7 +326,7 @@ async def measure_services(args: argparse.Namespace, found: Found) -> None:
             for tokens, what in ((prompt, "cold"), (longer, "hit")):
                 row = await _ask(deployment, tokens, f"prefill {size}, decode {size}, {what}")
                 found.add("services", row, to_list=True)
-        # 2. Decode over one rank with the same store, so the request is a hit from disk. On cards this rank stores
+        # 2. Decode over one rank with the same store, so the request is a hit from disk. On GPUs this rank stores
         # nothing.
         decode = ("--tensor-parallel-size", "1", "--arithmetic", arithmetic)
         where = DeploymentConfig(data_dir=Path(scratch) / "one", extra_flags={"decode": decode}, **shared)

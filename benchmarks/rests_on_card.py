@@ -1,4 +1,4 @@
-"""Short prefills on a card, in shared launches and graphs: are they right, how long do they take, how far is the floor?
+"""Short prefills on a GPU, in shared launches and graphs: are they right, how long do they take, how far is the floor?
 
     python -m benchmarks.rests_on_card --parts check times --layers WCHC --out results
 
@@ -10,7 +10,7 @@ times     measures milliseconds until the likeliest ids are on the host, at V4-F
           together, and as graphs. The times are divided by the floor of `benchmarks.decode_on_card`.
 
 If a part fails, it prints the reason, and the next part runs. rests_on_card.json is written after every row. The
-program needs a CUDA card to measure anything. `--toy` runs the code anywhere, in Triton's interpreter if necessary, and
+program needs a CUDA GPU to measure anything. `--toy` runs the code anywhere, in Triton's interpreter if necessary, and
 measures nothing.
 """
 

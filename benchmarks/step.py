@@ -5,7 +5,7 @@
     python -m benchmarks.step --device cuda                 # with the kernels; there is no one-by-one to compare with
 
 All sequences continue one prompt, whose blocks they share. Times are CPU seconds on a CPU, so that other load on the
-machine does not count, and wall seconds on a card. The variants take turns, and each figure is the median of `--steps`.
+machine does not count, and wall seconds on a GPU. The variants take turns, and each figure is the median of `--steps`.
 "ratio" is the time one by one divided by the time together; higher is better. "sequence" is the time that one more
 sequence adds, computed from the first row. "torch alone" runs all sequences together without the compiled kernels, if
 those are in use.
@@ -108,7 +108,7 @@ def profile(model: Model, num_tokens: int, num_sequences: int) -> str:
     return f"{found}\n{counts({each.key: each.count for each in averages})}"
 
 
-# Names in a profile of calls that launch a kernel, and of calls that wait for the card or would wait on a card.
+# Names in a profile of calls that launch a kernel, and of calls that wait for the GPU or would wait on a GPU.
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy",
          "aten::_local_scalar_dense", "aten::nonzero")  # fmt: skip

@@ -382,7 +382,7 @@ def restores_over_ranks(record: Any) -> Iterable[Row]:
 
 @table("ranks_on_cards_verify.json", *RANKS)
 def verified_over_ranks(record: Any) -> Iterable[Row]:
-    yield "ranks, a card each", "cases", "equal to the bit", "within bounds", "failed (0 wanted)"
+    yield "ranks, a GPU each", "cases", "equal to the bit", "within bounds", "failed (0 wanted)"
     for run in record["verify"]:
         report = run["report"]
         counts = (report[key] for key in ("cases", "bit_identical", "within_bounds", "failed"))

@@ -1,4 +1,4 @@
-"""Tables of what was measured on cards; benchmarks/tables.py says how tables are made."""
+"""Tables of what was measured on GPUs; benchmarks/tables.py says how tables are made."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def decode_steps(record: Any) -> Iterable[Row]:
     found = {(step["sequences"], step["reproducible"]): step for step in record["steps"]}
     yield (
         *("sequences, tokens behind", "a step, ms", "floor, ms", "times the floor (1.5 wanted, lower is better)"),
-        *("the same, `--reproducible`", "launches per step", "the card is busy, ms"),
+        *("the same, `--reproducible`", "launches per step", "the GPU is busy, ms"),
     )
     for number in sorted({sequences for sequences, _ in found}):
         step = found[number, False]
@@ -220,7 +220,7 @@ def whole_steps_before(record: Any) -> Iterable[Row]:
 def restored_on_a_card(record: Any) -> Iterable[Row]:
     yield (
         *("tokens", "cold, ms", "restored, ms", "times (higher is better)", "look-up, ms", "reading, ms"),
-        *("read, MB", "copy to the card, ms", "checkpoint, ms", "recomputing 100 tokens, ms", "other, ms"),
+        *("read, MB", "copy to the GPU, ms", "checkpoint, ms", "recomputing 100 tokens, ms", "other, ms"),
     )
     for row in record["rows"]:
         cold, hit = row["cold"]["until_logits_s"], row["checkpoint"]

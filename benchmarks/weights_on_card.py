@@ -1,4 +1,4 @@
-"""Packed weights on a card: are products right, and how near are products and a model to the lower bound ("floor")?
+"""Packed weights on a GPU: are products right, and how near are products and a model to the lower bound ("floor")?
 
     python -m benchmarks.weights_on_card --steps check products model load --layers 36 --out results
 
@@ -6,13 +6,13 @@ check     compares every product with the decoded weight in float64. Rows comput
           among others. If this step fails, no other step runs. If a later step fails, the next one still runs.
 products  measures milliseconds of V4-Flash's products by number of tokens, divided by the floor: packed bytes at copy
           bandwidth, or operations at the BF16 matrix rate, whichever is longer. Only picked experts count.
-model     measures a model of V4-Flash's width with `--layers` layers in the released formats, drawn on the card:
+model     measures a model of V4-Flash's width with `--layers` layers in the released formats, drawn on the GPU:
           memory, decode steps of 1, 32 and 128 sequences at `--context` tokens, and prefill of 2,048-token chunks. Each
           time is divided by its floor.
 load      writes a directory of `--load-layers` such layers and reads it back: GB/s cold and from the page cache, and
           the disk's own rate.
 
-Needs a CUDA card. Writes weights_on_card.json. Over several cards: benchmarks/ranks_on_cards.py.
+Needs a CUDA GPU. Writes weights_on_card.json. Over several GPUs: benchmarks/ranks_on_cards.py.
 """
 
 from __future__ import annotations
@@ -150,12 +150,12 @@ def products(top: dict[str, float]) -> list[dict[str, Any]]:
 
 
 def copies(nbytes: int) -> int:
-    """The number of operands that are twice as large as the card's 50 MB cache, so that they are read from memory."""
+    """The number of operands that are twice as large as the GPU's 50 MB cache, so that they are read from memory."""
     return max(1, min(32, (100 << 20) // nbytes))
 
 
 def row(name: str, tokens: int, ms: float, nbytes: float, flops: float, top: dict[str, float]) -> dict[str, Any]:
-    # A copy reads and writes. On this card, reads alone run at the same rate.
+    # A copy reads and writes. On this GPU, reads alone run at the same rate.
     bytes_ms, flops_ms = (nbytes / top["copy_bytes_per_s"] * 1e3, flops / top["bf16_flops_per_s"] * 1e3)
     floor = max(bytes_ms, flops_ms)
     found = {
@@ -170,7 +170,7 @@ def row(name: str, tokens: int, ms: float, nbytes: float, flops: float, top: dic
 
 
 def random_model(num_layers: int) -> Model:
-    """A model with the first layers of Flash's plan, in the released formats, whose weights are drawn on the card."""
+    """A model with the first layers of Flash's plan, in the released formats, whose weights are drawn on the GPU."""
     return draw_share(ranks=None, device="cuda", num_layers=num_layers)
 
 

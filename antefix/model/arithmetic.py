@@ -8,8 +8,8 @@ look-up is a miss.
 
     cpu-float32-1f3a5b7c9d-0a2c4e6f81       device and precision; digest of products; digest of functions and sums
     cpu-float32-1f3a5b7c9d-0a2c4e6f81-t3    the same, where bits were seen to depend on the number of threads, here 3
-    cuda-bfloat16-reproducible-...          on a card; both digests also cover the card, the driver and the libraries
-    cuda-bfloat16-reproducible-...-x2       a model over two cards: a card's share may be summed in other parts
+    cuda-bfloat16-reproducible-...          on a GPU; both digests also cover the GPU, the driver and the libraries
+    cuda-bfloat16-reproducible-...-x2       a model over two GPUs: a GPU's share may be summed in other parts
 
 The probe also checks what exact hits need: a row's results must be the same whether the input is computed whole or in
 pieces, and with one thread as with all. The probe takes at most TIME_S_MAX seconds, and reports the checks that failed
@@ -94,7 +94,7 @@ def probe(
 ) -> Arithmetic:
     """Measure what this process computes for this model, with torch's present number of threads.
 
-    reproducible, kernels: settings of the attention and cache code, which are part of a card's name. cache_dir:
+    reproducible, kernels: settings of the attention and cache code, which are part of a GPU's name. cache_dir:
     directory of saved probes. A saved probe of the same set-up is used only if a sample of the bits still agrees with
     it; a new probe is saved in that directory. setup: pretend to be on this set-up, for tests.
     """
@@ -102,7 +102,7 @@ def probe(
     steps = list(steps_of(model))
     prefix = arithmetic_of(str(model.device), str(model.dtype).removeprefix("torch."), reproducible=reproducible)
     is_card = setup.card != ""
-    # A card's attention kernels are not probed; instead the name says which kernels are used.
+    # A GPU's attention kernels are not probed; instead the name says which kernels are used.
     salt = f"{setup.card} kernels {kernels}" if is_card else ""
     num_cards = model.ranks.size if is_card and model.ranks is not None else 1
     if num_cards > 1:
@@ -135,7 +135,7 @@ def probe(
 def steps_of(model: Model) -> Iterator[Step]:
     """Every operation of a forward pass whose result depends on more than one number, once per shape.
 
-    On a card, attention, index scores and compressors run as kernels over a pool, and are not probed.
+    On a GPU, attention, index scores and compressors run as kernels over a pool, and are not probed.
     """
     seen: set[tuple[str, torch.dtype, tuple[int, ...]]] = set()
     on_card = model.device.type == "cuda"

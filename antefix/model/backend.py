@@ -1,4 +1,4 @@
-"""Which implementation of the cache path runs: plain torch, or Triton kernels on a CUDA card."""
+"""Which implementation of the cache path runs: plain torch, or Triton kernels on a CUDA GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from antefix.model.lead import Lead
 
 KERNELS = ("auto", "triton", "torch")
-# How the kernels run decode steps of one token per sequence: as recorded CUDA graphs (on one card only, or also over
+# How the kernels run decode steps of one token per sequence: as recorded CUDA graphs (on one GPU only, or also over
 # several), in launches that all sequences share, or sequence by sequence.
 DECODE_STEPS = ("graphs", "graphs-over-ranks", "together", "alone")
 # How short calls of several tokens per sequence run where steps share launches: in these launches, or one by one.
@@ -24,7 +24,7 @@ SHORT_PREFILLS = ("together", "alone")
 
 
 def uses_triton(kernels: str, layout: BlockLayout, device: str | torch.device) -> bool:
-    """Whether Triton kernels run. auto: they run if there is a card, Triton and the FP8 record format.
+    """Whether Triton kernels run. auto: they run if there is a GPU, Triton and the FP8 record format.
 
     Raises:  ConfigError: an unknown choice, or triton where it cannot run.
     """
@@ -69,7 +69,7 @@ def make_backend(
         raise ConfigError(f"decode_steps must be one of {DECODE_STEPS}, is {decode_steps!r}")
     if short_prefills not in SHORT_PREFILLS:
         raise ConfigError(f"short_prefills must be one of {SHORT_PREFILLS}, is {short_prefills!r}")
-    # Exchanges between ranks have not been recorded on cards yet, so graphs over ranks must be asked for by name. All
+    # Exchanges between ranks have not been recorded on GPUs yet, so graphs over ranks must be asked for by name. All
     # ranks must run the same way.
     steps = "alone" if lead is not None and decode_steps == "graphs" else decode_steps
     pool, ops = _make_backend(kernels, layout, num_blocks, device, reproducible, takes_payloads, steps, short_prefills)

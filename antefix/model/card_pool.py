@@ -1,9 +1,9 @@
-"""A block pool for the kernels, which read and write its packed rows directly. A pool on a card keeps no decoded copies
+"""A block pool for the kernels, which read and write its packed rows directly. A pool on a GPU keeps no decoded copies
 of its rows.
 
 Payloads enter and leave through pinned host memory (`antefix.model.host_rows`).
 
-Memory: Memory: `num_blocks * block_bytes` on the card, and as much pinned memory on the host.
+Memory: Memory: `num_blocks * block_bytes` on the GPU, and as much pinned memory on the host.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class CardPool(BlockPool):
             self._host = HostRows(self.rows)
 
     def decode_rows(self, block_ids: list[int]) -> None:
-        """This method does nothing, because a pool on a card keeps no decoded copies."""
+        """This method does nothing, because a pool on a GPU keeps no decoded copies."""
 
     def decoded(self, part: Part) -> Tensor:
-        """Raises InternalError: a card pool keeps no decoded values."""
+        """Raises InternalError: a GPU pool keeps no decoded values."""
         raise InternalError("this pool of blocks keeps no decoded values of KV; read its packed records")
 
     def write(self, part: Part, block_ids: Tensor, row_ids: Tensor, values: Tensor) -> None:

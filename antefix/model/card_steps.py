@@ -1,4 +1,4 @@
-"""Steps that the probe of arithmetic runs on a card: a layer's per-token computations, whole and in pieces, in the
+"""Steps that the probe of arithmetic runs on a GPU: a layer's per-token computations, whole and in pieces, in the
 model's shapes.
 
 A compiler may round the same expression in two ways within one kernel, depending on where a row lies in its tile. So

@@ -1,7 +1,7 @@
 """Measures which share of the time of a model's calls ranks spend in exchanges, including the time that ranks wait for
 each other.
 
-On a CPU every exchange is timed. A card works asynchronously, so on a card CUDA events are recorded around exchanges.
+On a CPU every exchange is timed. A GPU works asynchronously, so on a GPU CUDA events are recorded around exchanges.
 Only one of `SAMPLED` calls is measured, because recording events takes time. Both ways give the share.
 """
 
@@ -22,7 +22,7 @@ SAMPLED: Final = 16
 class ExchangeTime:
     """Seconds spent in exchanges, and in the calls of the model that contain them. Belongs to these calls' thread.
 
-    num_calls, num_exchanges: counts of all calls and exchanges, timed or not. sampled: on a card, one of this many
+    num_calls, num_exchanges: counts of all calls and exchanges, timed or not. sampled: on a GPU, one of this many
     calls is timed.
     """
 
@@ -32,7 +32,7 @@ class ExchangeTime:
         self.num_calls = self.num_exchanges = 0
         self.sampled = SAMPLED
         self._is_sampled = False
-        # For a card: which of the two sums to add to, and the events at the beginning and end of the time.
+        # For a GPU: which of the two sums to add to, and the events at the beginning and end of the time.
         self._pending: deque[tuple[bool, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @property
@@ -80,7 +80,7 @@ class ExchangeTime:
         self._pending.append((is_call, begin, end))
 
     def settle(self) -> None:
-        """Add up the times between recorded events that the card has passed. Events pass in the order in which they
+        """Add up the times between recorded events that the GPU has passed. Events pass in the order in which they
         were recorded; a call's event comes after those of its exchanges.
         """
         while self._pending and self._pending[0][2].query():

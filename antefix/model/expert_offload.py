@@ -1,15 +1,15 @@
-"""Keeps the experts of some layers in pinned host memory and copies them to the card one layer ahead of their use.
+"""Keeps the experts of some layers in pinned host memory and copies them to the GPU one layer ahead of their use.
 
     host      the stacks of every offloaded layer, as they were loaded
-    places    two buffers on the card, which offloaded layers use in turn: even ones the first, odd ones the second
+    places    two buffers on the GPU, which offloaded layers use in turn: even ones the first, odd ones the second
 
 While one layer is computed, the other place is filled for the next offloaded layer, on a separate stream. If layers
-with experts on the card lie between two offloaded layers, their computation hides the copy. A forward pass uses layers
+with experts on the GPU lie between two offloaded layers, their computation hides the copy. A forward pass uses layers
 in order, and after the last one the first is fetched for the next pass. If a layer is used that was not fetched ahead,
 as after a replay that left out the top layers, it is fetched at that moment. The results have the same bits as with all
-experts on the card.
+experts on the GPU.
 
-The card's memory holds two layers' stacks, so offloading fewer than three layers saves nothing.
+The GPU's memory holds two layers' stacks, so offloading fewer than three layers saves nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def names_of(model: Model, layers: tuple[int, ...]) -> set[str]:
 
 @dataclass(slots=True)
 class _Place:
-    """One layer's expert weights on the card. layer: the layer they belong to, valid once the card has passed the event
+    """One layer's expert weights on the GPU. layer: the layer they belong to, valid once the GPU has passed the event
     `ready`. After the event `free`, these weights are not read any more.
     """
 
@@ -96,7 +96,7 @@ class ExpertOffload:
 
     @contextlib.contextmanager
     def use(self, layer: int) -> Iterator[None]:
-        """Inside this context, the expert weights of the layer are on the card. At the context's end, the memory is
+        """Inside this context, the expert weights of the layer are on the GPU. At the context's end, the memory is
         filled with the next layer's weights.
         """
         number = self._order.index(layer)
@@ -112,7 +112,7 @@ class ExpertOffload:
         self._fetch(self._next(number))
 
     def _next(self, number: int) -> int:
-        """The next layer in order that uses the same memory on the card; after the last layer, the first one that uses
+        """The next layer in order that uses the same memory on the GPU; after the last layer, the first one that uses
         it.
         """
         following = number + _NUM_PLACES

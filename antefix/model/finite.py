@@ -32,7 +32,7 @@ _BF16_MAX: Final = (127 + MAGNITUDE_LOG2_MAX) << 7
 _F32_MAX: Final = (127 + MAGNITUDE_LOG2_MAX) << 23
 _F64_MAX: Final = (1023 + MAGNITUDE_LOG2_MAX) << 52
 
-# Rows that are checked at once on a card. The check takes up to eight times their bytes of the card's memory.
+# Rows that are checked at once on a GPU. The check takes up to eight times their bytes of the GPU's memory.
 _ROWS_AT_ONCE: Final = 32
 
 Bytes = npt.NDArray[np.uint8]
@@ -56,7 +56,7 @@ def unusable_rows(rows: Bytes, layout: BlockLayout) -> Flags:
 
 
 def unusable_on_card(rows: Tensor, ids: Tensor, layout: BlockLayout) -> Tensor | None:
-    """The same check for the rows `ids` [N] of a pool's rows on a card; the result is [N] bool. The host does not wait
+    """The same check for the rows `ids` [N] of a pool's rows on a GPU; the result is [N] bool. The host does not wait
     for the result of this check.
 
     Returns None if the layout has BF16 numbers at odd addresses, so that rows have to be checked on the host.
@@ -99,7 +99,7 @@ def _unusable_records(records: Bytes, part: Part, layout: BlockLayout) -> Flags:
 
 @functools.lru_cache(maxsize=8)
 def _pairs(layout: BlockLayout, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """`_bounds_of_pairs` on a card, [2, block_bytes / 2] int32 each."""
+    """`_bounds_of_pairs` on a GPU, [2, block_bytes / 2] int32 each."""
     bounds = _bounds_of_pairs(layout)
     if bounds is None:
         return None

@@ -1,7 +1,7 @@
-"""Pinned host memory for a pool on a card: payloads pass through it on their way from and to the disk.
+"""Pinned host memory for a pool on a GPU: payloads pass through it on their way from and to the disk.
 
-    restore   disk -> landing(ids), pinned -> send(ids): one copy per run of neighbours -> rows on the card
-    capture   rows on the card -> fetch(ids): one copy per run -> pinned rows -> disk
+    restore   disk -> landing(ids), pinned -> send(ids): one copy per run of neighbours -> rows on the GPU
+    capture   rows on the GPU -> fetch(ids): one copy per run -> pinned rows -> disk
 
 Apart from this copy, payloads are not copied in either direction. Memory: as many bytes of pinned memory as the pool's
 rows have.
@@ -26,7 +26,7 @@ def upload(array: np.ndarray[Any, Any], device: torch.device) -> Tensor:
 
 
 class HostRows:
-    """One host row for each of `rows` [num_blocks, block_bytes] uint8 on a card.
+    """One host row for each of `rows` [num_blocks, block_bytes] uint8 on a GPU.
 
     After `send` or `fetch` a host row holds its block's payload until the block is written again.
     """
@@ -46,7 +46,7 @@ class HostRows:
         return [self._host[block_id].numpy().data for block_id in block_ids]
 
     def send(self, block_ids: Iterable[int]) -> None:
-        """Copy payloads that have arrived in host memory to the card. When this method returns, the host rows may be
+        """Copy payloads that have arrived in host memory to the GPU. When this method returns, the host rows may be
         filled again.
         """
         for run in _runs(block_ids):
@@ -54,7 +54,7 @@ class HostRows:
         self._wait()
 
     def fetch(self, block_ids: Iterable[int]) -> list[memoryview]:
-        """The blocks' present payloads. Waits for the card once."""
+        """The blocks' present payloads. Waits for the GPU once."""
         ids = list(block_ids)
         for run in _runs(ids):
             self._host[run].copy_(self._rows[run], non_blocking=True)

@@ -32,7 +32,7 @@ from antefix.model.read_spans import fill
 log = logging.getLogger("antefix.model")
 
 _LOG_EVERY_S = 10.0
-# The limit of the card's kernels (`antefix_kernels.packed_linear.Weight`). Scales of trained models are far below it.
+# The limit of the GPU's kernels (`antefix_kernels.packed_linear.Weight`). Scales of trained models are far below it.
 _FP4_SCALE_MAX = 2.0
 
 # Called with the bytes read so far and the total.
@@ -113,7 +113,7 @@ def plan_model(
 def check_device(device: str | torch.device) -> None:
     """Raises:  ConfigError: `device` is not a device, or cannot be used here."""
     try:
-        # Torch says that it was built without this device, or that there is no card, only when a tensor is put there.
+        # Torch says that it was built without this device, or that there is no GPU, only when a tensor is put there.
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as err:
         reason = str(err).strip().partition("\n")[0]

@@ -51,7 +51,7 @@ class HyperConnection(nn.Module):
         return collapse(streams_NMD, pre), post.to(dtype), comb.to(dtype)
 
     def _on_card(self, streams_NMD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Like `forward`, but on a card; post and comb stay float32."""
+        """Like `forward`, but on a GPU; post and comb stay float32."""
         from antefix_kernels import tokens
 
         logits = tokens.mixing_logits(streams_NMD, self.fn, self.norm_eps)

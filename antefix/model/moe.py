@@ -69,7 +69,7 @@ class ExpertRouter(nn.Module):
         return experts, weights / (_row_sums(weights) + 1e-20) * self.scaling
 
     def _on_card(self, scores_NE: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
-        """`forward` in one kernel launch, on a card."""
+        """`forward` in one kernel launch, on a GPU."""
         from antefix_kernels import expert_routing
 
         pick = functools.partial(expert_routing.pick_experts, scores_NE.contiguous(), self.num_picked, self.scaling)
@@ -242,7 +242,7 @@ def _own_picks(stacks: Experts, experts_NK: Tensor) -> tuple[Tensor, int, Tensor
 
 
 def _row_sums(weights_NK: Tensor) -> Tensor:
-    """Sums [N, 1]. On a card the picks are ordered column by column, because the order of a reduction depends there on
+    """Sums [N, 1]. On a GPU the picks are ordered column by column, because the order of a reduction depends there on
     the row count.
     """
     if not has_kernels(weights_NK):

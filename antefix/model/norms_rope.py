@@ -110,7 +110,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def norm_rotate(
     x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor, *, scale: float = 1.0
 ) -> Tensor:
-    """RMS norm, rotation and multiplication by `scale`; on a card in one pass over x."""
+    """RMS norm, rotation and multiplication by `scale`; on a GPU in one pass over x."""
     if has_kernels(x):
         return _on_card(x, weight, eps, cos, sin, scale)
     if is_compiled(x):

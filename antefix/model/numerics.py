@@ -17,7 +17,7 @@ numbers of threads. On a CPU two things break that, and both are handled here an
                 one thread.
 `antefix.model.arithmetic` tests all of this on the machine where it runs, for the shapes of the loaded model.
 
-On a card, libraries choose kernels by shape as well. So on a card (`has_kernels`) the model uses the kernels of
+On a GPU, libraries choose kernels by shape as well. So on a GPU (`has_kernels`) the model uses the kernels of
 `antefix_kernels.linear` and `antefix_kernels.tokens`, which compute a row in the same way whatever else is computed.
 
 Shapes:  N = rows, K = input width, O = output width, R = rows of one pair.
@@ -74,7 +74,7 @@ def _has_triton() -> bool:
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether per-token computations on `x` use our kernels: on a card with Triton, no gradients, not in float64."""
+    """Whether per-token computations on `x` use our kernels: on a GPU with Triton, no gradients, not in float64."""
     # Called some hundred times per step, so the usual answer comes first.
     return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled() and _has_triton()
 
@@ -87,7 +87,7 @@ def is_plain(a: Tensor, b: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor | PackedMatrix) -> Tensor:
     """x [..., K] times weight [O, K] transposed, each row's bits independent of the other rows.
 
-    Gradients, float64 on a card and other devices use the plain product, for which equal bits are not promised.
+    Gradients, float64 on a GPU and other devices use the plain product, for which equal bits are not promised.
     """
     if isinstance(weight, PackedMatrix):
         if has_kernels(x):

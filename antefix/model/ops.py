@@ -99,7 +99,7 @@ class Ops(Protocol):
 
 
 class TorchOps:
-    """The torch implementation. On a CPU a row's bits do not depend on other rows; on a CUDA card they may."""
+    """The torch implementation. On a CPU a row's bits do not depend on other rows; on a CUDA GPU they may."""
 
     steps_together = True
     step_runner: StepRunner | None = None

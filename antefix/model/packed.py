@@ -28,7 +28,7 @@ from antefix.model.quant import fp4_pairs, fp8_values, round_groups
 
 # How many addends share a scale when inputs are rounded.
 INPUT_GROUP = 128
-# True: rounded inputs and packed weights are multiplied on FP8 tensor cores where a card has them
+# True: rounded inputs and packed weights are multiplied on FP8 tensor cores where a GPU has them
 # (`antefix_kernels.packed_fp8`). False: in BF16 everywhere (`antefix_kernels.packed_linear`). The two give different
 # bits, so names of KV differ.
 USES_FP8 = True
@@ -87,7 +87,7 @@ def takes_fp8(x: Tensor, weight: Weight, *, rounds_inputs: bool) -> bool:
 
 
 def card_product(x: Tensor, weight: PackedMatrix) -> Tensor:
-    """x [N, G, K] times a matrix [G * O, K], computed group by group: [N, G, O]. The kernels on a card read the packed
+    """x [N, G, K] times a matrix [G * O, K], computed group by group: [N, G, O]. The kernels on a GPU read the packed
     codes.
     """
     from antefix_kernels import packed_fp8, packed_linear
@@ -154,7 +154,7 @@ class PackedStack(nn.Module):
         return PackedMatrix(self.codes[expert], self.scales[expert], self.form.block, self.form.rounds_inputs)
 
     def card_tile(self, x: Tensor, num_rows: int) -> int:
-        """How many rows a tile of the routed product has on a card, for `num_rows` picks."""
+        """How many rows a tile of the routed product has on a GPU, for `num_rows` picks."""
         from antefix_kernels import packed_fp8, packed_linear
 
         weight = self._operand()

@@ -1,7 +1,7 @@
 """The paged pool of global KV: one row per block, whose bytes are the payload that goes to disk.
 
 A restore reads from disk straight into `landing(block_ids)` and then calls `fill`. Bytes that are to be written to disk
-come from `payloads(block_ids)`. In this class both calls return the rows themselves; a pool on a card returns pinned
+come from `payloads(block_ids)`. In this class both calls return the rows themselves; a pool on a GPU returns pinned
 host memory instead. The pool knows which rows are in use, but not by how many sequences: references are counted by a
 worker's `ResidentBlocks`. A pool belongs to one thread.
 
@@ -43,7 +43,7 @@ _CHECKED_BLOCKS = 8
 class BlockPool:
     """`num_blocks` rows of `layout.block_bytes` on `device`.
 
-    takes_payloads: False for a pool on a card whose payloads are neither read from the host nor copied to the host.
+    takes_payloads: False for a pool on a GPU whose payloads are neither read from the host nor copied to the host.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class BlockPool:
         """Take in payloads that were read into host memory, up to the first payload that holds unusable values. Returns
         all blocks whose payloads hold such values.
 
-        A card checks its own rows, which takes a fraction of the time that the host needs.
+        A GPU checks its own rows, which takes a fraction of the time that the host needs.
         """
         block_ids = list(block_ids)
         if self._host is not None:

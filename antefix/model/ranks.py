@@ -3,9 +3,9 @@
 Every rank runs the same calls in the same order, on its own pool and window states, whose bytes are equal on all
 ranks. A rank computes its heads and its experts, and the results are gathered, never added up: each number comes from
 one rank, by the same sum that a single process would compute. So on a CPU the number of ranks changes no bit: KV has
-the same names for any number of ranks, and workers with different numbers share a store. On a card a rank's share of a
-weight may be summed in other parts than the whole weight, and fewer heads may use another kernel. So on cards, the
-number of cards is part of the names of KV.
+the same names for any number of ranks, and workers with different numbers share a store. On a GPU a rank's share of a
+weight may be summed in other parts than the whole weight, and fewer heads may use another kernel. So on GPUs, the
+number of GPUs is part of the names of KV.
 
     layer         split                                   gathered                          as a whole on each rank
     attention     heads: wq_b, sinks, attention itself;   [N, G * R] of the output groups   wq_a, wkv, compressors,
@@ -85,7 +85,7 @@ class Ranks:
 
         The rows of other ranks are set to -0.0. Adding -0.0 to any number, -0.0 included, leaves its bits. So this sum
         of all ranks' tensors only picks each row, in any order of addition. Unlike a gather, which would have to count
-        rows, the sum never waits for the card.
+        rows, the sum never waits for the GPU.
         """
         x = torch.where(is_mine, x, -0.0)
         with self.time.of(x):

@@ -1,7 +1,7 @@
 """Fills tensors from files. Each file is read from front to back in spans; while one span is read, the previous span is
 copied.
 
-Spans lie in two buffers, which are pinned where tensors are on a card; no other part of a file is ever in memory.
+Spans lie in two buffers, which are pinned where tensors are on a GPU; no other part of a file is ever in memory.
 If the model keeps another number type than the file, numbers are converted while they are copied.
 
 Span:  up to SPAN_BYTES of a file, cut between numbers; holds pieces of one tensor or of several.
@@ -24,7 +24,7 @@ from antefix.errors import ModelError
 from antefix.model.checkpoint import StoredTensor
 from antefix.model.load_plan import Copy
 
-# Long enough for the full rate of a disk and of a card. A load takes two spans of host memory and no more.
+# Long enough for the full rate of a disk and of a GPU. A load takes two spans of host memory and no more.
 SPAN_BYTES = 64 << 20
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,

@@ -390,7 +390,7 @@ class LayerPass:
         # 2. Attention across tokens: for sequences with one token all together, for the others one by one.
         only = split.longer[0] if self.steps is None and len(split.longer) == 1 else None
         if only is not None and only.stop - only.start == len(rows.q) and not isinstance(self.ops, TorchOps):
-            # A chunk of one prompt on a card: nothing is put together, so nothing is copied.
+            # A chunk of one prompt on a GPU: nothing is put together, so nothing is copied.
             return attention.output(self.attend_item(only, rows), *rope)
         together: Tensor | None = None
         if self.steps is not None and not isinstance(self.steps, Steps):

@@ -1,6 +1,6 @@
-"""Steps of several tokens per sequence on a card: short prefills, drafted tokens and decode steps in shared launches.
+"""Steps of several tokens per sequence on a GPU: short prefills, drafted tokens and decode steps in shared launches.
 
-Rows are tokens, sequence after sequence (ragged). All inputs of a launch are on the card in one array of integers whose
+Rows are tokens, sequence after sequence (ragged). All inputs of a launch are on the GPU in one array of integers whose
 size depends on the bucket alone, so such a call can be recorded and replayed like a step.
 
 A sequence's new tokens would overwrite rows of its ring and tails that the first of the new tokens still need. So each
@@ -110,7 +110,7 @@ def _kinds(seats: Seats) -> tuple[CompressorRows, ...]:
 class SeatedChunks(SeatedSteps):
     """One forward pass over new tokens of several sequences, whose window states have seats.
 
-    integers: made by `chunk_integers`, on the card.  new: where new rows are written.
+    integers: made by `chunk_integers`, on the GPU.  new: where new rows are written.
     """
 
     def __init__(self, *args: Any, shape: ChunkShape, new: NewRows, **settings: Any) -> None:
@@ -242,7 +242,7 @@ class PendingChunk:
 
     @torch.inference_mode()
     def settle(self) -> None:
-        """Update rings, overlap states and tails with the kept tokens. Never waits for the card."""
+        """Update rings, overlap states and tails with the kept tokens. Never waits for the GPU."""
         going = [n for n in range(len(self.counts)) if self.kept[n] > self.moved[n]]
         if not going:
             return

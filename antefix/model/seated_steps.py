@@ -1,8 +1,8 @@
-"""Decode steps of many sequences on a card: the parts of each layer that work across tokens.
+"""Decode steps of many sequences on a GPU: the parts of each layer that work across tokens.
 
 A decode step takes as many kernel launches for one sequence as for a hundred. Each sequence runs one token. The kernels
 read all
-inputs on the card: position, seat (`antefix.model.seats`) and block table come as one array of integers, and
+inputs on the GPU: position, seat (`antefix.model.seats`) and block table come as one array of integers, and
 everything else of a step is computed from it. So the host never waits, and a step can be recorded once and replayed
 (`antefix.model.step_runner`).
 
@@ -79,7 +79,7 @@ class _Closing:
 class SeatedSteps:
     """One forward pass over sequences that run one token each, whose window states have seats.
 
-    integers: made by `step_integers`, on the card. write: whether entries of complete groups are written.
+    integers: made by `step_integers`, on the GPU. write: whether entries of complete groups are written.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""Window states of decoding sequences on a card: one array per kind of state, indexed by a seat number.
+"""Window states of decoding sequences on a GPU: one array per kind of state, indexed by a seat number.
 
 A decode step reads and writes the states of its whole batch by seat number, in one launch per layer. A sequence gets a
-seat number in its first decode step on a card. The sequence keeps the seat until the sequence is dropped, or until its
+seat number in its first decode step on a GPU. The sequence keeps the seat until the sequence is dropped, or until its
 tensors are asked for (by a prefill chunk or a replay), which moves the state out of the seat. Copying a window state
 does not move it out of its seat.
 
@@ -121,7 +121,7 @@ class Seats:
         return [number for number in numbers if number is not None]
 
     def reserve(self, num_states: int) -> None:
-        """Make room for this many states, so that the arrays on the card need not move later."""
+        """Make room for this many states, so that the arrays on the GPU need not move later."""
         if self.num_seats <= num_states:
             self._grow(num_states + 1 - self.num_seats)
 

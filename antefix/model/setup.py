@@ -1,4 +1,4 @@
-"""A process's set-up: its processor or card, its libraries, and those of their settings that are known to
+"""A process's set-up: its processor or GPU, its libraries, and those of their settings that are known to
 change bits.
 """
 
@@ -67,7 +67,7 @@ def _libraries() -> str:
 
 
 def _card(device: torch.device) -> str:
-    """The card's model, its driver, and the versions that the kernels are built with."""
+    """The GPU's model, its driver, and the versions that the kernels are built with."""
     properties = torch.cuda.get_device_properties(device)
     try:
         triton = importlib.metadata.version("triton")

@@ -1,4 +1,4 @@
-"""Counters of a worker's decode steps on a card."""
+"""Counters of a worker's decode steps on a GPU."""
 
 from __future__ import annotations
 

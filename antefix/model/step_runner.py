@@ -1,4 +1,4 @@
-"""Decode steps on a card, launched one kernel after another or replayed as recorded CUDA graphs.
+"""Decode steps on a GPU, launched one kernel after another or replayed as recorded CUDA graphs.
 
 A decode step of four layers is some hundred launches, and issuing them from Python takes longer than running them. A
 CUDA
@@ -86,7 +86,7 @@ class _Graph(Generic[Run]):
 
 class StepRunner:
     """Runs decode steps with one model's operations. graphs: whether to record steps as CUDA graphs; only on a CUDA
-    card.
+    GPU.
 
     over_ranks: whether graphs of a model over several ranks are recorded too. Exchanges between ranks are then part of
         the graphs, so all ranks record the same steps in the same order. chunks: whether short calls of several tokens
@@ -327,7 +327,7 @@ class StepRunner:
 
 
 def run_rows(model: Model, steps: SeatedSteps) -> tuple[Tensor, Tensor]:
-    """Streams [N, M, D] of all rows, and the inputs of the head [N, D]. Never waits for the card."""
+    """Streams [N, M, D] of all rows, and the inputs of the head [N, D]. Never waits for the GPU."""
 
     def attend(layer: int, attention: Attention, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         return attention.output(steps.attend(layer, attention, x, rope), *rope)

@@ -28,7 +28,7 @@ def step_threads(model: Model, num_tokens: int) -> Iterator[int]:
     """Inside this context, operations use as many threads as make a pass over `num_tokens` tokens faster. The context
     yields the number of all threads.
 
-    Operations use all of torch's threads on a card. A pass also uses all threads if the probe has not shown that bits
+    Operations use all of torch's threads on a GPU. A pass also uses all threads if the probe has not shown that bits
     do not depend on the number of threads (`model.threads_are_free`).
     """
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""The five steps that touch cached KV, on a card: Triton kernels on the pool's packed records (FP8 format only).
+"""The five steps that touch cached KV, on a GPU: Triton kernels on the pool's packed records (FP8 format only).
 
 These operations need no decoded copies, so they work on a CardPool. Attention reads FP16, so its outputs agree with
 TorchOps' within about 1e-3. Stored records agree too, except for values that another order of sums moves across a

@@ -116,7 +116,7 @@ class DraftState:
 
 
 class Seat(Protocol):
-    """The place of a window state on a card while decode steps run it (`antefix.model.seats`)."""
+    """The place of a window state on a GPU while decode steps run it (`antefix.model.seats`)."""
 
     def copy_out(self, state: WindowState) -> None:
         """Copy the values of the seat to an empty window state."""
@@ -130,7 +130,7 @@ class WindowState:
 
     window: [L, n_win, c]; the token at position p lies in slot p mod n_win.
     main, indexer: compressor states by layer.
-    seat: after a decode step on a card, the place of the three fields above. Reading one of these fields moves all of
+    seat: after a decode step on a GPU, the place of the three fields above. Reading one of these fields moves all of
         them out of the seat, so the reader may change them in place. draft: the draft state of a model that drafts; it
         affects speed, never an answer. cut: windows do not attend to tokens before this position, which is 0 except
         during a bounded replay. The cut is not part of the bytes, because n_win tokens later it has no effect.
@@ -237,7 +237,7 @@ class WindowState:
         pieces += [piece.contiguous().view(torch.uint8) for piece in self._float_pieces()]
         if self.draft is not None and self.draft.is_at(self.position):
             pieces += self.draft.pieces(self.layout)
-        # Joined on the device, so that only one copy waits for a card.
+        # Joined on the device, so that only one copy waits for a GPU.
         return torch.cat([piece.flatten() for piece in pieces]).cpu().numpy().tobytes()
 
     @classmethod

@@ -54,7 +54,7 @@ SEGMENT_HEADER_BYTES: Final = BATCH_ALIGN
 # Segments are numbered in u32 from 1 on. No store gets half-way, so a file with a higher number is not a store's.
 _SEGMENT_MAX: Final = 1 << 31
 # magic, checksum of the rest, payload checksum; the sealed part: hash, parent, fingerprint, tenant, user, payload
-# bytes, position, key generation, cards, kind, hash kind, family, zero, salt, MAC; then nonce, segment, offset, stored
+# bytes, position, key generation, GPUs, kind, hash kind, family, zero, salt, MAC; then nonce, segment, offset, stored
 # bytes, codec, flags, zero, created ms, expires ms, cost us, zero
 RECORD_HEADER: Final = struct.Struct("<8sQ16s32s32s32s16s8sIIHHBBBB16s16s12sIQIBBHQQII")
 # magic, checksum of the rest, payload checksum, hash, parent, fingerprint, segment, offset, stored bytes,

@@ -24,7 +24,7 @@ from antefix.record import Buffer, Record, RecordKind
 from antefix.store_files.record_format import MAC_BYTES, SALT_BYTES
 from antefix.store_files.record_header import SEALED_BYTES
 
-# hash, parent, fingerprint, owner, payload bytes, position, key generation, cards, kind, hash kind, family, zero
+# hash, parent, fingerprint, owner, payload bytes, position, key generation, GPUs, kind, hash kind, family, zero
 SIGNED: Final = struct.Struct("<32s32s32s24sIIHHBBBB")
 assert SIGNED.size + SALT_BYTES + MAC_BYTES == SEALED_BYTES
 _KIND_AT: Final = struct.calcsize("<32s32s32s24sIIHH")

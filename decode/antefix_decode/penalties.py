@@ -66,7 +66,7 @@ class Penalties:
         return logits
 
     def edits(self) -> Edits | None:
-        """The changes that `apply` makes, for logits on a card; None if there are none."""
+        """The changes that `apply` makes, for logits on a GPU; None if there are none."""
         if not (self._must_go_on or len(self._biased) or self._counts):
             return None
         none, sampling = np.zeros(0, np.int64), self._sampling

@@ -123,7 +123,7 @@ class Scheduler:
 
     @property
     def step_counters(self) -> StepCounters | None:
-        """Counters of steps on a card; None where a batch does not share launches."""
+        """Counters of steps on a GPU; None where a batch does not share launches."""
         runner = self._engine.ops.step_runner
         return None if runner is None else runner.counters
 
@@ -235,7 +235,7 @@ class Scheduler:
         self.busy_s += time.perf_counter() - started
 
     async def _step_on_card(self, ready: list[Running]) -> int:
-        """Like `_step`, but tokens are chosen on the card. Returns how many tokens were generated."""
+        """Like `_step`, but tokens are chosen on the GPU. Returns how many tokens were generated."""
         items = [(r.sequence, r.next_token, False) for r in ready]
         choosers = {id(r.sequence): (r.sampler, r.logprobs.num_top) for r in ready}
 

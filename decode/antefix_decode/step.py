@@ -41,13 +41,13 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChosenStep:
-    """A sequence after a step that also chose the next token on the card; or the error that prevented it."""
+    """A sequence after a step that also chose the next token on the GPU; or the error that prevented it."""
 
     choice: Choice | AntefixError
 
 
 def chooses_on_card(engine: Engine) -> bool:
-    """Whether steps choose their tokens on the card. Models that draft do not choose on the card, because the host's
+    """Whether steps choose their tokens on the GPU. Models that draft do not choose on the GPU, because the host's
     choice is compared with the draft.
     """
     return engine.ops.step_runner is not None and not engine.model.mtp
@@ -56,13 +56,13 @@ def chooses_on_card(engine: Engine) -> bool:
 def run_and_choose(
     engine: Engine, items: list[tuple[Sequence, int, bool]], choosers: list[Chooser]
 ) -> list[ChosenStep]:
-    """`run_step` without drafts, which also chooses the next tokens on the card. Runs in the compute thread.
+    """`run_step` without drafts, which also chooses the next tokens on the GPU. Runs in the compute thread.
 
     choosers: for each item, its sampler, and for how many of the likeliest tokens log probabilities are wanted.
     """
     batch = [(sequence, np.array([token], np.uint32)) for sequence, token, _ in items]
     ran = run_tokens(engine.model, engine.pool, batch, ops=engine.ops)
-    # While the card computes, the host evaluates the grammars.
+    # While the GPU computes, the host evaluates the grammars.
     wishes = [_wish(sampler, sequence.position + 1, num_top)
               for (sequence, _, _), (sampler, num_top) in zip(items, choosers, strict=True)]  # fmt: skip
     fine = [wish if isinstance(wish, Wish) else _ANY for wish in wishes]

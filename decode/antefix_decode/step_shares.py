@@ -26,7 +26,7 @@ from typing import Final, Protocol, TypeVar
 
 from antefix.linear_law import LinearLaw
 
-# Times assumed before anything is measured: antefix-tiny's on two cores; a card with a large model has similar ones.
+# Times assumed before anything is measured: antefix-tiny's on two cores; a GPU with a large model has similar ones.
 _FIXED_S: Final = 0.02
 _EACH_S: Final = 0.001
 # Weight of old measurements per step. There are hundreds of steps: after 100 more, a step counts a third.

@@ -62,7 +62,7 @@ class Sampler:
         return token
 
     def wish(self, position: int, num_top: int | None = None) -> Wish:
-        """The settings for choosing the next token on the card. After the card has chosen, the caller must call `take`.
+        """The settings for choosing the next token on the GPU. After the GPU has chosen, the caller must call `take`.
 
         num_top: for how many tokens log probabilities are wanted. Raises: InvalidRequest: no token can continue the
         output in its grammar.

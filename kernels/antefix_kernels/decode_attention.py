@@ -3,7 +3,7 @@
 One program takes 16 to 64 heads of one query and a range of the query's list of entries. The list has the compressed
 entries first (selected: row t of slots; HCA: the first lens[t] of the sequence, through its block table), then the
 window rows. Records are decoded to FP16 once per tile and used twice, as keys and as values. If there are so few
-queries that the card would be idle, the list of entries is split, and a second kernel merges the parts.
+queries that the GPU would be idle, the list of entries is split, and a second kernel merges the parts.
 
 FP16 holds a decoded entry exactly (four bits of mantissa, power-of-two scales) as long as it lies within +-65,504.
 Entries are RMS-normed, so they are under sqrt(D) times the largest norm weight. Queries are FP16 too, so that the
@@ -33,7 +33,7 @@ _LOG2E = 1.4426950408889634
 _CHUNK = 128
 # Entries and warps of a program: the fastest measured.
 _TILE = (64, 8)
-# How many programs fill the card, and the fewest tiles that are worth a program of their own.
+# How many programs fill the GPU, and the fewest tiles that are worth a program of their own.
 _PROGRAMS = 132
 _TILES_MIN = 2
 # From this many programs (before the split) and tiles on, the Gluon kernel with roles is faster.

@@ -1,7 +1,7 @@
 """Whether the Gluon kernels (decode_attention_hopper, index_scores_hopper) run here: on an H100 or similar, in a
 Triton that has Gluon.
 
-On such a card the Gluon kernels are the default. ANTEFIX_GLUON=0 turns the Gluon kernels off; the plain Triton kernels
+On such a GPU the Gluon kernels are the default. ANTEFIX_GLUON=0 turns the Gluon kernels off; the plain Triton kernels
 compute the same results.
 """
 

@@ -26,12 +26,12 @@ from antefix_kernels.rounding import power_of_two
 
 __all__ = ["IndexQuery", "IndexScores", "group_for", "index_scores", "prepare_queries"]
 
-# How many programs fill the card in decode: the fastest of 264 to 19,200.
+# How many programs fill the GPU in decode: the fastest of 264 to 19,200.
 _DECODE_PROGRAMS = 1584
 # Keys of a tile, queries of a product (prefill), warps, stages (prefill): the fastest measured.
 _DECODE_TILE = (64, 1, 4, 1)
 _PREFILL_TILE = (128, 2, 4, 2)
-# The same for the kernels of index_scores_hopper: twice as many decode programs as a card holds at once (four per
+# The same for the kernels of index_scores_hopper: twice as many decode programs as a GPU holds at once (four per
 # multiprocessor, because of their registers), and the keys of their tiles.
 _HOPPER_PROGRAMS = 1056
 _HOPPER_REGISTERS = 128
@@ -236,7 +236,7 @@ def index_scores(
              lens [T] int32, at most num_entries_max <= B * E, not decreasing within a sequence (causal order).
              tile: keys per program, queries per product, warps and stages; None: the fastest measured.
              as_chunk: use the kernel of longer chunks also for sequences of one query.
-    Raises:  ValueError: wrong dtype, shape or stride, or tables and lens that are not on the card.
+    Raises:  ValueError: wrong dtype, shape or stride, or tables and lens that are not on the GPU.
     Source:  V4 report, section 2.3.1, equations 13 to 16; oracle: reference.index_scores.
     """
     num_queries, heads, dim = query.codes.shape

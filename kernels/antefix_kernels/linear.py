@@ -45,7 +45,7 @@ _ROW_TILES_TOGETHER = 8
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """Which rows go to which expert, sorted by expert. The routing is computed on the card; the host never waits for
+    """Which rows go to which expert, sorted by expert. The routing is computed on the GPU; the host never waits for
     it.
 
     order: [R] int64, the (token, pick) pair of each sorted row.  place: [R] int64, its inverse.
@@ -167,7 +167,7 @@ def route(experts: torch.Tensor, num_experts: int, *, tile: int = _TILE_ROUTED[0
     counts = torch.zeros(num_experts, dtype=torch.int64, device=device).scatter_add_(0, flat, torch.ones_like(flat))
     ends = counts.cumsum(0)
     tile_ends = ((counts + tile - 1) // tile).cumsum(0)
-    # The largest possible number of tiles, because only the card knows the actual number.
+    # The largest possible number of tiles, because only the GPU knows the actual number.
     number = torch.arange(min(rows, rows // tile + num_experts), device=device)
     owner = torch.searchsorted(tile_ends, number, right=True)
     held = owner.clamp(max=num_experts - 1)

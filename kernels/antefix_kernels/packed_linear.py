@@ -38,7 +38,7 @@ _TILES_FP4 = ((8, (64, 16, 128, 4, 4)), (None, (128, 64, 128, 8, 3)))
 _SPLIT_OUTPUTS = 128
 # Float32 models are small; their products use no tensor cores.
 _TILE_FLOAT32 = (32, 32, 32, 4, 1)
-# Programs that keep a card of 132 processors busy: fewer tiles of outputs are split over their addends.
+# Programs that keep a GPU of 132 processors busy: fewer tiles of outputs are split over their addends.
 _PROGRAMS_MIN = 128
 # A part has at least this many addends.
 _SPLIT_ADDENDS_MIN = 512

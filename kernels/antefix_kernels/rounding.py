@@ -1,5 +1,5 @@
 """Device functions that round to the stored formats, and decode them. Bit arithmetic only, so that the interpreter
-and the card agree to the bit: Triton's interpreter truncates where the card rounds to nearest even.
+and the GPU agree to the bit: Triton's interpreter truncates where the GPU rounds to nearest even.
 """
 
 from __future__ import annotations

@@ -117,7 +117,7 @@ def _placed(group, begin, PART: gl.constexpr):
 @gluon.jit
 def prefetch(tile, entries, listed, compressed, first, slots, k, block_table, stride_p, window_offset,
               SELECTED: gl.constexpr, ENTRIES: gl.constexpr, WINDOW: gl.constexpr):  # fmt: skip
-    """Ask the card's L2 cache to load the records of a tile."""
+    """Ask the GPU's L2 cache to load the records of a tile."""
     # A warp issues bulk copies one by one, so each of the four has sixteen.
     lane: gl.constexpr = gl.DistributedLinearLayout([], [[1], [2], [4], [8], [64]], [[16], [32]], [], [2 * N])
     i = gl.arange(0, 2 * N, lane)

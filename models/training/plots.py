@@ -1,4 +1,4 @@
-"""Draw the model card's figures from logs and measurements.
+"""Draw the model GPU's figures from logs and measurements.
 
     python -m models.training.plots --figures models/antefix-tiny/figures
 

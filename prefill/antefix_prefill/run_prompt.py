@@ -193,7 +193,7 @@ def _finish_piece(piece: _Piece, ran: Ran, number: int) -> _PieceResult:
     if engine.model.mtp:
         follow_ran(engine.model, ran, number, sequence.window, tokens, stop=len(tokens), ops=engine.ops)
     logits: npt.NDArray[np.float32] | None = ran.logits[number].float().cpu().numpy() if piece.is_last else None
-    # Without new blocks the host does not wait for the card: it prepares the next chunk while this one runs.
+    # Without new blocks the host does not wait for the GPU: it prepares the next chunk while this one runs.
     block_ids = [sequence.block_table[index] for index in piece.new]
     payloads = engine.pool.payloads(block_ids) if piece.new else []
     if engine.pool.unusable(block_ids) or (logits is not None and not are_numbers(logits)):

@@ -26,7 +26,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A device on which a worker could run. needed_bytes: weights and a block pool of `--pool-bytes`, for each card."""
+    """A device on which a worker could run. needed_bytes: weights and a block pool of `--pool-bytes`, for each GPU."""
 
     name: str
     dtype: str
@@ -56,7 +56,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     check.add_argument("directory", type=Path, metavar="DIR", help="config.json and *.safetensors")
     check.add_argument("--pool-bytes", default="1G", help="memory for a worker's block pool (default: %(default)s)")
-    # By default, as few cards as the worker fits on.
+    # By default, as few GPUs as the worker fits on.
     add_flags(check, WorkerSettings, ("tensor_parallel_size",))
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -110,7 +110,7 @@ def _free_memory() -> int:
 
 
 def _cards(found: Description, pool_bytes: int) -> list[Place]:
-    """Each card, or as many cards as a worker of several ranks needs."""
+    """Each GPU, or as many GPUs as a worker of several ranks needs."""
     import torch
 
     needed = found.memory_bytes["bfloat16"] + pool_bytes
@@ -131,7 +131,7 @@ def _cards(found: Description, pool_bytes: int) -> list[Place]:
 
 
 def _several_cards(directory: Path, pool_bytes: int, num_cards: int) -> list[Place]:
-    """The fewest cards (2, 4, 8 and so on) that a worker fits on; empty if it fits on none."""
+    """The fewest GPUs (2, 4, 8 and so on) that a worker fits on; empty if it fits on none."""
     from antefix.model.describe import describe
 
     num_ranks = 2

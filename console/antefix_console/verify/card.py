@@ -1,4 +1,4 @@
-"""Compares a prompt on a card (GPU) with the same prompt on the CPU. Sums run in another order, so bits may differ
+"""Compares a prompt on a GPU (GPU) with the same prompt on the CPU. Sums run in another order, so bits may differ
 within bounds.
 """
 
@@ -27,7 +27,7 @@ _BF16_STEP = 2.0**-8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgainstCpu:
-    """One comparison of a card with the CPU. bound: the largest error that is allowed. problem: why the comparison says
+    """One comparison of a GPU with the CPU. bound: the largest error that is allowed. problem: why the comparison says
     nothing; empty if it does.
     """
 

@@ -94,7 +94,7 @@ class Selection:
         """Load each model when it is needed. In the short form each plan is tried in one format, the formats in turn,
         and the model in the served format.
 
-        On a card, all models use FP8, the format that the GPU kernels support.
+        On a GPU, all models use FP8, the format that the GPU kernels support.
         """
         formats = _FORMATS if self.device == "cpu" else _FORMATS[:1]
         for number, plan in enumerate(self.plans):

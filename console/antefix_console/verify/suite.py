@@ -9,7 +9,7 @@ Prompts that differ from the conversation from a random token on are run cold an
 4. Once per model: handoffs at random positions, adopted by another worker that runs one more token.
 5. Once per model: prompts cut at any row and run among others (cuts), through one small pool (worker_checks), as whole
    requests to a decode worker (served); other names and foreign handoffs; ties; reproducible mode; known answers.
-6. On a card: the results of a prompt on the card and on the CPU are compared. Over several ranks: the results of a
+6. On a GPU: the results of a prompt on the GPU and on the CPU are compared. Over several ranks: the results of a
 prompt over the ranks and on one rank are compared.
 """
 
@@ -67,7 +67,7 @@ SHAPE_BOUND = {"float32": 1e-3, "float64": 1e-9, "fp8": 0.334}
 # Bounded replays are approximate by design. Two unrelated values of one size differ by at most 2, so more is garbage.
 # How good they are, by k, is measured by benchmarks/bounded_replay.py (docs/results/window_state.md, "Bounded replay").
 BOUNDED_BOUND = 2.0
-# Card against CPU: the largest logit difference of each token, median over tokens. Float16 in attention and other
+# GPU against CPU: the largest logit difference of each token, median over tokens. Float16 in attention and other
 # orders of sums round a few values the other way. Rarely this selects another expert or entry; then that token's logits
 # differ by any amount. Models whose products round their inputs have a bound of their own (`card.against_cpu`).
 CPU_BOUND = {"float32": 1e-3, "float64": 1e-9, "fp8": 5e-2}

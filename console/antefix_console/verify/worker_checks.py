@@ -86,7 +86,7 @@ async def check_names(workers: WorkerPair, store: Store, tokens: Tokens, strateg
 
 def check_fingerprints(workers: WorkerPair, cases: Cases) -> None:
     """Check that everything that changes bits changes the fingerprint: weights, geometry, format, tokenizer, exactness,
-    arithmetic, number of cards, namespace.
+    arithmetic, number of GPUs, namespace.
     """
     subject = workers.subject
     identity, own = subject.identity, subject.kv_format

@@ -259,8 +259,8 @@ class AntefixCache:
     def _probe(self, model: Any) -> tuple[CachePayloads, str]:
         """Find out what the model's cache keeps, and which bits it computes, by running one block.
 
-        For some models, running a block is the only way to find this out. On a card, bits may differ from run to run,
-        so on a card bits are not part of names.
+        For some models, running a block is the only way to find this out. On a GPU, bits may differ from run to run,
+        so on a GPU bits are not part of names.
         """
         _check_mode(model)
         if getattr(model.config, "is_encoder_decoder", False):

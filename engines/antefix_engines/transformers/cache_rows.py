@@ -29,7 +29,7 @@ class Slot:
     """Rows of one group of one layer in a block or checkpoint. shape: of a row. is_state: not KV; always stored
     exactly.
 
-    device: of the layer; a large model's layers may be on several cards.
+    device: of the layer; a large model's layers may be on several GPUs.
     """
 
     group: str

@@ -44,7 +44,7 @@ NUM_STREAMS: Final = 5
 STREAMS: Final = "prompts at once"
 ENDS: Final = "a block's end"
 FIRST_BLOCK: Final = "the first block's hit"
-# Time limit of a process on a busy machine; with a card it takes seconds.
+# Time limit of a process on a busy machine; with a GPU it takes seconds.
 PROCESS_S: Final = 3600.0
 Answers = dict[str, dict[str, Any]]
 

@@ -419,7 +419,7 @@ def _measure(model: Model, config: EngineConfig, ranks: RankProcesses | None, *,
 
 def ignores_shapes(measured: Arithmetic, device: str | torch.device, *, reproducible_kernels: bool = False) -> bool:
     """Whether a token's bits are the same however its prompt is cut into chunks. By construction the bits are the same
-    on a CPU, and on a card with the reproducible kernels; if the probe saw a difference, the answer is no.
+    on a CPU, and on a GPU with the reproducible kernels; if the probe saw a difference, the answer is no.
     """
     return measured.ignores_shapes and (reproducible_kernels or torch.device(device).type == "cpu")
 

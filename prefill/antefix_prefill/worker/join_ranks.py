@@ -1,4 +1,4 @@
-"""How the processes that run one model find each other: NCCL between cards, gloo on a CPU, on this host alone."""
+"""How the processes that run one model find each other: NCCL between GPUs, gloo on a CPU, on this host alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from antefix.model.ranks import Ranks
 
 
 def device_of(rank: int, size: int, device: str) -> str:
-    """The device of a rank: on cards, the card with the rank's number.
+    """The device of a rank: on GPUs, the GPU with the rank's number.
 
-    Raises:  ConfigError: fewer cards are visible than ranks, or one card is named for all.
+    Raises:  ConfigError: fewer GPUs are visible than ranks, or one GPU is named for all.
     """
     if torch.device(device).type != "cuda":
         return device

@@ -104,7 +104,7 @@ def main() -> None:
         except OSError:
             log.info("rank 0 is gone")
     logging.shutdown()
-    # Not a normal exit of the interpreter: a card's library might wait there for ranks that are gone.
+    # Not a normal exit of the interpreter: a GPU's library might wait there for ranks that are gone.
     os._exit(status)
 
 

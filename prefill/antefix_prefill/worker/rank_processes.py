@@ -59,10 +59,10 @@ def end_process(reason: str) -> None:
 class RankProcesses:
     """`size` processes that run one model; this process is rank 0. `close` ends the others.
 
-    device: "cpu", or "cuda" for cards 0 to size - 1.  threads: torch's threads in each rank; 0: the cores, divided.
+    device: "cpu", or "cuda" for GPUs 0 to size - 1.  threads: torch's threads in each rank; 0: the cores, divided.
     timeout_s: the longest that a rank waits for another one in an exchange.
     on_lost: called once, from a separate thread, when a rank has ended or its state may differ from the others'.
-    Raises:  ConfigError: not enough cards, or a rank did not start; nothing is left running then.
+    Raises:  ConfigError: not enough GPUs, or a rank did not start; nothing is left running then.
     """
 
     def __init__(

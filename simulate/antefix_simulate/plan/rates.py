@@ -83,7 +83,7 @@ def worker_rates(path: Path, *, num_layers: int, card_bytes: float) -> WorkerRat
         prefill = _positive(model["prefill"]["tokens_per_s"]) / scale
     except (KeyError, TypeError, ValueError) as err:
         raise InvalidRequest(f"{path} has no measured prefill and decode of a whole model: {err!r}") from err
-    # A tenth of a card is left for KV, activations and libraries.
+    # A tenth of a GPU is left for KV, activations and libraries.
     cards = max(1, -(-int(weights) // int(card_bytes * 0.9)))
     return WorkerRates(
         prefill_tokens_per_s=prefill,

@@ -194,7 +194,7 @@ def _prefill(
 
 def _decode(demand: Demand, sizes: Sizes, workers: WorkerRates, site: Site, goal: Goal) -> Need:
     step = best_step(workers.steps, goal.tpot_s)
-    # The memory left on a card limits the number of sequences.
+    # The memory left on a GPU limits the number of sequences.
     left = workers.cards * site.card_bytes * 0.9 - workers.weights_bytes
     per_sequence = demand.context_tokens / sizes.block_size * sizes.block_bytes + sizes.checkpoint_bytes
     sequences = min(step.sequences, int(left / per_sequence))
