@@ -1,6 +1,6 @@
 """The interface of the five operations that touch cached KV: torch implements it here, kernels elsewhere.
 
-All other code of the model computes each token alone. An implementation reads and writes packed pool rows through the
+Apart from these five operations, the model computes each token independently of all other tokens. An implementation reads and writes packed pool rows through the
 pool that it is given. Attention always uses values that are rounded as stored KV is, so that a hit computes with the
 same values as a cold run.
 

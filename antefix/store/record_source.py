@@ -11,7 +11,7 @@ from antefix.store_files.seal import record_of
 
 @runtime_checkable
 class RecordSource(Protocol):
-    """A store or tier that can return whole records; every store can."""
+    """A store or a storage tier from which whole records can be read. Every store is one; some tiers are not."""
 
     async def get_records(
         self, kind: RecordKind, hashes: Sequence[bytes], *, fingerprint: bytes, tenant: bytes = b""

@@ -12,7 +12,8 @@ The order of a sum, which decides its bits, is the same for every number of rows
     few outputs    the addends are split into runs, whose number depends on the weight alone; the runs' float32 sums
                    are added up from left to right
 So a row's bits depend neither on the other rows nor on their number. The bits differ from those of packed_linear, which
-multiplies in BF16. A worker measures what its GPU computes, and the names of KV depend on the result.
+multiplies in BF16. At its start a worker computes a few fixed products, and a hash of their bits is part of the names
+under which the worker stores KV.
 
 Shapes:  N = rows, K = addends, O = outputs, B = bytes of a weight's row (K, or K / 2 for FP4), G = groups, E = experts,
          R = routed rows, S = runs.

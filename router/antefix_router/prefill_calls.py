@@ -111,7 +111,7 @@ class _Attempt:
 
     @property
     def late_s(self) -> float | None:
-        """When to look for another worker; None: no other worker is looked for."""
+        """Seconds to wait for the running calls before a second worker is asked; None if none will be asked."""
         return None if self.has_hedged else self.predicted_s + SLACK_S
 
 
