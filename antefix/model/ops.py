@@ -1,8 +1,8 @@
 """The interface of the five operations that touch cached KV: torch implements it here, kernels elsewhere.
 
-Apart from these five operations, the model computes each token independently of all other tokens. An implementation reads and writes packed pool rows through the
-pool that it is given. Attention always uses values that are rounded as stored KV is, so that a hit computes with the
-same values as a cold run.
+Apart from these five operations, the model computes each token independently of all other tokens. An implementation
+reads and writes packed pool rows through the pool that it is given. Attention always uses values that are rounded as
+stored KV is, so that a hit computes with the same values as a cold run.
 
 Shapes:  T = tokens of one sequence's chunk, H = heads, C = head dim (entries) or indexer dim (keys), I = indexer heads,
          W = n_win, S = width of a compressor's rows, k = entries a query keeps, R = RoPE dims.

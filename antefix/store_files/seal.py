@@ -153,7 +153,7 @@ def record_of(sealed: bytes, payload: Buffer) -> Record | None:
     """The record that consists of a header's sealed part and its payload, in order to store it elsewhere unchanged;
     None for a record of version 1.
 
-    The record's checksums are not checked here: whoever reads the record checks them.
+    The record's checksums are not checked here: the reader of the record checks them.
     """
     if len(sealed) != SEALED_BYTES or sealed == bytes(SEALED_BYTES):
         return None

@@ -1,8 +1,8 @@
 """Several stores and an object store as one store. Each of these stores has some of the records, so every restore reads
 from all of them.
 
-Records are read in the same way as workers read them (`antefix.store.many_stores`). Writes differ: a record's hash decides where it goes, and a
-record for the object store is there when the put returns, not some seconds later.
+Records are read in the same way as workers read them (`antefix.store.many_stores`). Writes differ: a record's hash
+decides where it goes, and a record for the object store is there when the put returns, not some seconds later.
 """
 
 from __future__ import annotations
