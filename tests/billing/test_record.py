@@ -11,14 +11,14 @@ from tests.billing.usage_records import opened, record
 
 
 def test_no_more_is_hit_than_the_prompt_has():
-    with pytest.raises(InternalError, match="cache_miss_tokens is -1"):
+    with pytest.raises(InternalError, match="cache_miss_tokens is impossible: -1"):
         record(hit=128, miss=72, prompt_tokens=127)
 
 
 @pytest.mark.parametrize(
     ("changes", "rule"),
     [
-        ({"hit_memory_tokens": 129}, "hit_store_tokens is -1"),
+        ({"hit_memory_tokens": 129}, "hit_store_tokens is impossible: -1"),
         ({"cache_write_tokens": 73}, "part of the miss"),
         ({"reasoning_tokens": 11}, "part of the output"),
         ({"last_hit_hash": ""}, "last block"),

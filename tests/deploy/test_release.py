@@ -82,7 +82,7 @@ def test_a_tag_is_on_the_commit_that_has_the_date_and_only_that_is_released(tmp_
     # 1. Without a tag there is no release. With uncommitted changes there is no tag.
     assert release() == (
         2,
-        "release: CHANGELOG.md says that 0.2.0 is unreleased: make release-tag puts the date there\n",
+        "release: CHANGELOG.md says that 0.2.0 is unreleased: `make release-tag` writes the date there\n",
     )
     log.write_text(log.read_text() + "\n")
     assert release("--tag") == (2, "release: there are changes that are not committed\n")

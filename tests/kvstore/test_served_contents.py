@@ -130,5 +130,5 @@ def test_a_stretch_whose_parts_do_not_fit_is_refused(tmp_path):
     with StoreContents(tmp_path / "a") as contents:
         (stretch, *_) = contents.stretches()
     for wrong in (dataclasses.replace(stretch, checkpoints=(99,)), dataclasses.replace(stretch, ttls_s=())):
-        with pytest.raises(Exception, match="do not fit"):
+        with pytest.raises(Exception, match="differ in length"):
             stretch_from_wire(contents_wire._to_wire(wrong))

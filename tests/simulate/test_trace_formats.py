@@ -119,7 +119,7 @@ def test_a_trace_without_requests_is_refused(tmp_path: Path, name: str, trace_fo
             gzip.compress(json.dumps(_mooncake(0, 600, [1])).encode() * 40, mtime=0)[:60],
             "cannot be read to its end",
         ),
-        ("a.jsonl", b'{"timestamp": 0', "line 1: it is not JSON"),
+        ("a.jsonl", b'{"timestamp": 0', "line 1: the text is not JSON"),
         (
             "a.jsonl",
             b'{"timestamp": NaN, "input_length": 600, "output_length": 1, "hash_ids": [1]}',
