@@ -366,7 +366,13 @@ async def test_429_says_whether_rate_concurrency_money_or_the_server_is_at_its_e
             await refusals(CONCURRENCY, busy=True),
             *("requests", "concurrency_limit_exceeded", "concurrency limit: 1 requests", 1),
         ),
-        "money": (await refusals(MONEY), "insufficient_quota", "insufficient_quota", "budget of 0.000001 per day", 86400),
+        "money": (
+            await refusals(MONEY),
+            "insufficient_quota",
+            "insufficient_quota",
+            "budget of 0.000001 per day",
+            86400,
+        ),
         "server": (
             await refusals(limited(), busy=True, http_requests_max=1),
             *("rate_limit_error", "server_overloaded", "running already", 1),
