@@ -107,7 +107,7 @@ _DISTURBANCES = {
 
 
 @table("overload_parts.json", "router", "decode", "prefill")
-def disturbed_on_a_busy_machine(record: Any) -> Iterable[Row]:
+def disturbed_by_connections_and_prompts(record: Any) -> Iterable[Row]:
     yield from _disturbed(record)
 
 
