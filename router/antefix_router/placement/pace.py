@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -42,26 +43,23 @@ def without_slow(workers: Sequence[Worker], now: float) -> Sequence[Worker]:
     """
     if len(workers) < 2:
         return workers
-    fast = [worker for worker in workers if not _is_slow(worker, workers) or now >= worker.probed_at + PROBE_S]
+    slow = {id(worker) for worker in slow_ones(workers)}
+    fast = [worker for worker in workers if id(worker) not in slow or now >= worker.probed_at + PROBE_S]
     return fast or workers
 
 
 def slow_ones(workers: Sequence[Worker]) -> list[Worker]:
-    return [worker for worker in workers if _is_slow(worker, workers)]
-
-
-def _is_slow(worker: Worker, workers: Sequence[Worker]) -> bool:
-    others = [other for other in workers if other is not worker]
-    return (
-        _is_behind(_rtt_s(worker), [_rtt_s(other) for other in others], _RTT_S_MIN)
-        or _is_behind(worker.pace.gap_s, [other.pace.gap_s for other in others], _GAP_S_MIN)
-        or _is_behind(_token_s(worker), [_token_s(other) for other in others], 0.0)
-    )
-
-
-def _is_behind(own_s: float, others_s: Sequence[float], least_s: float) -> bool:
-    best = min((seconds for seconds in others_s if seconds), default=0.0)
-    return bool(best) and own_s > least_s and own_s > SLOW_FACTOR * best
+    """The workers that are far behind the best one, by one of three measures. The time is linear in their number."""
+    paces = [(_rtt_s(worker), worker.pace.gap_s, _token_s(worker)) for worker in workers]
+    limits = [
+        max(least_s, SLOW_FACTOR * min((seconds for seconds in measured if seconds), default=inf))
+        for measured, least_s in zip(zip(*paces, strict=True), (_RTT_S_MIN, _GAP_S_MIN, 0.0), strict=False)
+    ]
+    return [
+        worker
+        for worker, own in zip(workers, paces, strict=True)
+        if any(seconds > limit for seconds, limit in zip(own, limits, strict=True))
+    ]
 
 
 def _rtt_s(worker: Worker) -> float:
