@@ -5,8 +5,7 @@ come from `payloads(block_ids)`. In this class both calls return the rows themse
 host memory instead. The pool knows which rows are in use, but not by how many sequences: references are counted by a
 worker's `ResidentBlocks`. A pool belongs to one thread.
 
-Memory: Memory: `num_blocks * layout.block_bytes` for the rows. The FP8 format also keeps decoded float32 copies,
-because
+Memory: `num_blocks * layout.block_bytes` for the rows. The FP8 format also keeps decoded float32 copies, because
 decoding for every step would cost more than the attention itself: 3.5 to 7.5 times the rows' bytes (V4: 584 -> 2048 and
 68 -> 512 bytes per record). The float formats need no decoded copies, because they read the rows in place. The
 operating system provides the memory only as blocks are used.

@@ -38,7 +38,7 @@ def announce_log(store_directory: Path, log_directory: str) -> None:
 
 class ReadEvidence:
     """The log lines of one reader. A log line that cannot be written loses evidence of a hit, but never fails a read.
-    The service is told of the use too.
+    The service is also told that the records were used.
     """
 
     def __init__(self, store_directory: Path) -> None:

@@ -399,8 +399,8 @@ async def _read_into_pool(
 
 
 async def _take_in(engine: Engine, landed: list[int], names: Seq[bytes], report: RestoreReport) -> int:
-    """How many of the blocks that were read are usable, from the first on. The store is told of a block that is not
-    usable.
+    """The number of usable blocks at the beginning of the blocks that were read. An unusable block is reported to the
+    store.
     """
     # One job, because each job waits for the running work.
     unusable = await engine.compute.run(engine.pool.fill, landed)
