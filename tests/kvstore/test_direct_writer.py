@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, Prompt
+from tests.waiting import wait_until
 
 MIB = 1 << 20
 
@@ -141,8 +141,6 @@ def test_the_writer_reads_back_when_no_put_waits(engine: StorageEngine) -> None:
     writer = GroupCommitter(engine)
     assert writer.submit(LARGE.blocks()).result().num_stored == 5
     fresh = engine.segments.fresh
-    deadline = time.monotonic() + 60
-    while fresh.read_bytes < fresh.written_bytes and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: fresh.read_bytes >= fresh.written_bytes)
     writer.stop()
     assert fresh.read_bytes == fresh.written_bytes > 5 * MIB
