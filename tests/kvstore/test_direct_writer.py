@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import errno
 import os
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -190,3 +191,17 @@ def test_the_writer_reads_back_when_no_put_waits(engine: StorageEngine) -> None:
         time.sleep(0.01)
     writer.stop()
     assert fresh.read_bytes == fresh.written_bytes > 5 * MIB
+
+
+def test_a_failure_to_read_back_does_not_end_the_writer(engine: StorageEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def fail() -> bool:
+        asked.set()
+        raise ValueError("nobody expected this")
+
+    monkeypatch.setattr(engine, "read_back", fail)
+    writer = GroupCommitter(engine)
+    assert asked.wait(300)
+    assert writer.submit(LARGE.blocks()).result(300).num_stored == 5
+    writer.stop()
