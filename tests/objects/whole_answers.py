@@ -25,12 +25,11 @@ from antefix_billing.ledger_files import read_settled
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment
 from tests.objects.faulty_proxy import Harm
+from tests.waiting import AT_MOST_S
 
 Prompt = npt.NDArray[np.uint32]
 OUTPUT_TOKENS: Final = 8
 QUESTION_TOKENS: Final = 40
-# An answer that takes longer counts as stuck. A cold answer takes about a second.
-STUCK_S: Final = 300.0
 _IN_FLIGHT: Final = 4
 
 
@@ -38,7 +37,7 @@ _IN_FLIGHT: Final = 4
 class Round:
     """Answers under one kind of harm.
 
-    failed: requests that ended with an error.  stuck: requests without an answer within STUCK_S.  different: answers
+    failed: requests that ended with an error.  stuck: requests without an answer within AT_MOST_S.  different: answers
     unlike the cold run's.  from_objects: answers with a hit from the object tier.  hit_tokens: tokens of these hits.
     harmed: damaged answers of the S3 server.  grown_mb: by how much the memory of the process that grew most exceeded,
     at its peak, its memory when the round began.
@@ -122,7 +121,7 @@ class WholeAnswers:
         started = time.perf_counter()
         found.answers += 1
         try:
-            async with asyncio.timeout(STUCK_S):
+            async with asyncio.timeout(AT_MOST_S):
                 found.different += await answer(self.deployment, question) != cold
         except TimeoutError:
             found.stuck += 1
@@ -144,7 +143,7 @@ async def answer(deployment: Deployment, prompt: Prompt) -> list[int]:
 
 async def ask(deployment: Deployment, prompt: Prompt) -> list[int]:
     """The output of a request, which is repeated until the router has found the restarted workers."""
-    async with asyncio.timeout(300):
+    async with asyncio.timeout(AT_MOST_S):
         while True:
             try:
                 return await answer(deployment, prompt)
@@ -159,7 +158,7 @@ def drawn(rng: np.random.Generator, num_tokens: int) -> Prompt:
 
 async def until_uploaded(url: str, num_blocks: int) -> None:
     catalog = Catalog(open_bucket(url))
-    async with asyncio.timeout(300):
+    async with asyncio.timeout(AT_MOST_S):
         while catalog.num_records < num_blocks:
             await asyncio.sleep(0.2)
             await catalog.refresh()
