@@ -108,9 +108,7 @@ async def test_an_index_that_cannot_be_read_at_the_start_does_not_end_uploads(
         monkeypatch.setattr(uploader, "recall", recall)
         uploader.start()
         engine.put(PROMPT.blocks(5))
-        async with asyncio.timeout(300):
-            while uploader.counters.num_uploaded < 5:  # noqa: ASYNC110  (it counts in another thread)
-                await asyncio.sleep(0.01)
+        await until(lambda: uploader.counters.num_uploaded >= 5)
         uploader.stop()
         assert recalled == [0, 1] and uploader.counters.num_failures == 1
 
