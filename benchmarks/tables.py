@@ -263,6 +263,15 @@ def memory_under_long_prompts(record: Any) -> Iterable[Row]:
         yield role, *(f"{value:.0f}" for value in (held["idle"], most, held["after"], held["cpu_s"]))
 
 
+@table("verify.json", "antefix/model", "antefix/window", "prefill", "decode", "kvstore", "console/antefix_console/verify")
+def verified_on_a_cpu(record: Any) -> Iterable[Row]:
+    yield "strategy or part", "cases", "equal to the bit", "within bounds", "failed (0 wanted)"
+    report = record["report"]
+    for row in [*report["rows"], {**report, "strategy": "all"}]:
+        counts = (row[key] for key in ("cases", "bit_identical", "within_bounds", "failed"))
+        yield row["strategy"], *(f"{count:,}" for count in counts)
+
+
 @table("worker_memory.json", "router", "prefill", "decode", "kvstore", "antefix")
 def idle_memory(record: Any) -> Iterable[Row]:
     yield "MB, lower is better", "PSS when started", f"after {record['requests']} requests", "wanted", "RSS"
