@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ Tokens = npt.NDArray[np.uint32]
 
 # Tokens of the system prompt that all conversations share, and of the longest prompt. Two cores need too long for more.
 SYSTEM_TOKENS, PROMPT_TOKENS_MAX = 192, 4000
+# A burst's prompts are shorter, so that the whole burst ends within the time limit.
+BURST_TOKENS_MAX = 600
 STUCK_S = 180.0
 SAMPLE_S, SAVE_S = 10.0, 60.0
 RESTART_S = 3.0
@@ -133,11 +136,18 @@ class Soak:
         helpers = [asyncio.create_task(each()) for each in (self.sample, self.kill, self.save)]
         conversations = playable(self.args.trace, self.rng)
         try:
-            await asyncio.gather(*(self.play(conversations) for _ in range(self.args.clients)))
+            players = [self.play(conversations) for _ in range(self.args.clients)]
+            await asyncio.gather(*players, self.burst(playable(self.args.trace, random.Random(self.args.seed + 1))))
         finally:
             for helper in helpers:
                 helper.cancel()
             await asyncio.gather(*helpers, return_exceptions=True)
+
+    async def burst(self, conversations: Iterator[list[Tokens]]) -> None:
+        """Send many requests at once, some times, so that pools of threads and files reach their full size early."""
+        short = (prompt[:BURST_TOKENS_MAX] for prompts in conversations for prompt in prompts[:1])
+        for _ in range(self.args.bursts):
+            await asyncio.gather(*(self.request(prompt, 1.0) for prompt in islice(short, self.args.burst_requests)))
 
     async def play(self, conversations: Iterator[list[Tokens]]) -> None:
         """One client: one conversation after the other, at its own pace."""
@@ -320,6 +330,8 @@ def main() -> int:
         default=0.15,
         help="share of requests of which several identical copies are sent at the same time",
     )
+    parser.add_argument("--bursts", type=int, default=0, help="bursts of requests at the start, one after the other")
+    parser.add_argument("--burst-requests", type=int, default=32, help="requests that a burst sends at once")
     parser.add_argument("--cancels", type=float, default=0.1, help="share of requests that the client cancels early")
     parser.add_argument("--kill-every-s", type=float, default=90.0)
     parser.add_argument(
