@@ -4,13 +4,15 @@
     python -m benchmarks.faults --only 'stop' --rounds 3         # faults whose name has this
     python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: disks, mounts, clocks
     python -m benchmarks.faults --clients 16 --pause-s 0         # under as much load as two cores can take
+    python -m benchmarks.faults --redis --trace TRACE.jsonl.gz   # Redis has checkpoints and the bill; agents' prompts
 
 The benchmark runs one supervised deployment, as `antefix up` does, with the roles behind proxies. Clients play
-conversations that continue, and repeat earlier prompts. Faults happen one after the other. --seed fixes their order and
-all prompts. Each answer is compared with a run of the bare model, without store and without faults. A request without
-an answer must get a clear error. A fault's recovery is the time from the fault's beginning until a request that was
-sent after the beginning is answered. This recovery time should be compared with the time of an undisturbed request. At
-the end the ledger must have one record for each request, in which hit tokens plus miss tokens equal the prompt.
+conversations that continue and repeat earlier prompts, or the conversations of an agents' trace. Faults happen one
+after the other. --seed fixes their order and all prompts. Each answer is compared with a run of the bare model, without
+store and without faults. A request without an answer must get a clear error. A fault's recovery is the time from the
+fault's beginning until a request that was sent after the beginning is answered. This recovery time should be compared
+with the time of an undisturbed request. At the end the ledger must have one record for each request, in which hit
+tokens plus miss tokens equal the prompt.
 """
 
 from __future__ import annotations
@@ -38,13 +40,16 @@ from antefix.clients import RouterClient
 from antefix.errors import AntefixError, InternalError
 from antefix.layout import KVFormat
 from antefix.sampling import Sampling
+from antefix.window_pool import DISK
 from antefix_billing.ledger_files import read_settled
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import DeploymentConfig
 from antefix_console.supervise import Supervisor
-from benchmarks.fault_kinds import CLOCK_FAULTS, FAULTS, MORE_FAULTS, Fault, clock_file
+from benchmarks.fault_kinds import CLOCK_FAULTS, FAULTS, MORE_FAULTS, REDIS_FAULTS, Fault, clock_file
 from benchmarks.fault_links import LinkedDeployment
 from benchmarks.run_record import write
+from benchmarks.soak import playable
+from tests.redis_servers import RedisServer
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
@@ -54,6 +59,8 @@ Tokens = npt.NDArray[np.uint32]
 STUCK_S = 60.0
 RECOVERY_S_MAX = 120.0
 SETTLE_S = 1.0
+# Longest prompt that is taken from a trace, so that two cores answer it within a second.
+TRACE_TOKENS_MAX = 900
 
 
 @dataclass(slots=True)
@@ -82,7 +89,8 @@ class Campaign:
         self._computing = asyncio.Lock()
         self._expected: dict[bytes, list[int]] = {}
         self._ids = iter(f"fault-{args.seed}-{number}" for number in range(1 << 30))
-        self.prompts = conversations(random.Random(args.seed + 1))
+        rng = random.Random(args.seed + 1)
+        self.prompts = from_trace(args.trace, rng) if args.trace else conversations(rng)
 
     async def run(self) -> None:
         """Run all faults --rounds times, each round in a different order. None begins after --minutes."""
@@ -173,6 +181,12 @@ def conversations(rng: random.Random) -> Iterator[Tokens]:
         yield prompt
 
 
+def from_trace(path: Path, rng: random.Random) -> Iterator[Tokens]:
+    """The conversations of an agents' trace, one after the other."""
+    for prompts in playable(path, rng):
+        yield from (prompt for prompt in prompts if len(prompt) <= TRACE_TOKENS_MAX)
+
+
 def bill(ledger_dir: Path) -> dict[str, int]:
     """Errors in the ledger: requests that have two records, or whose counts do not add up."""
     records = [settled.record for settled in read_settled(ledger_dir)]
@@ -224,10 +238,20 @@ def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[s
 
 async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     known = FAULTS | (MORE_FAULTS if args.small_disk else {}) | (CLOCK_FAULTS if args.faketime else {})
+    known |= REDIS_FAULTS if args.redis else {}
+    redis = RedisServer(scratch) if args.redis else None
     faults = {name: fault for name, fault in known.items() if args.only in name}
     pool = ("--pool-bytes", "64M")
-    flags = {"prefill": pool, "decode": pool, "kvstore": ("--budget-bytes", "64M")}
-    config = DeploymentConfig(model=MODEL, data_dir=scratch / "data", num_decode=2, extra_flags=flags, grace_s=10)
+    flags: dict[str, tuple[str, ...]] = {"prefill": pool, "decode": pool, "kvstore": ("--budget-bytes", "64M")}
+    config = DeploymentConfig(
+        model=MODEL,
+        data_dir=scratch / "data",
+        num_decode=2,
+        extra_flags=flags,
+        grace_s=10,
+        window_pool=redis.url if redis else DISK,
+        bill_redis=redis.url if redis else "",
+    )
     if args.faketime:
         clock_file(config.data_dir).write_text("+0")
         # All roles get the same clock steps; only this process keeps the true clock.
@@ -237,9 +261,11 @@ async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             "FAKETIME_CACHE_DURATION": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",
         }
-    deployment = LinkedDeployment(config)
+    deployment = LinkedDeployment(config, redis)
     supervisor = Supervisor(deployment, lambda text: print(text, file=sys.stderr, flush=True))
     try:
+        if redis is not None:
+            await asyncio.to_thread(redis.start)
         await deployment.start()
         run, begun = Campaign(args, deployment, faults), time.monotonic()
         supervising = asyncio.create_task(supervisor.run())
@@ -256,6 +282,8 @@ async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     finally:
         await deployment.stop()
         await deployment.close_links()
+        if redis is not None:
+            redis.kill()
 
 
 @contextlib.contextmanager
@@ -296,6 +324,12 @@ def main() -> int:
         "--faketime",
         action="store_true",
         help="also move the clocks of the services forward and back (with libfaketime)",
+    )
+    parser.add_argument(
+        "--redis", action="store_true", help="keep checkpoints and the bill in a Redis server, which fails as well"
+    )
+    parser.add_argument(
+        "--trace", type=Path, help="play the conversations of this agents' trace (Claude Code's format)"
     )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
