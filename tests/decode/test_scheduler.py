@@ -1,11 +1,13 @@
 """Continuous batching: other requests never change an output, and no request waits for another one's slow reader."""
 
 import asyncio
+import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from antefix.errors import AntefixError, InvalidRequest, NotFinite, Overloaded, Unavailable
+from antefix.errors import AntefixError, InvalidRequest, NotFinite, Overloaded, StepFailed, Unavailable
 from antefix.record import RecordKind
 from antefix.sampling import Sampling
 from antefix.tokenizer import load_tokenizer
@@ -203,6 +205,36 @@ async def test_outputs_leave_their_blocks_and_one_checkpoint(make_engine, make_p
     marks = [position for kind, position in store.puts if kind is RecordKind.CHECKPOINT]
     assert blocks == [64, 128, 192]
     assert marks == [64, 192]
+    await scheduler.close()
+
+
+async def test_an_unexpected_error_of_the_loop_fails_its_sequences_and_the_loop_goes_on(monkeypatch):
+    """Without an engine: the step itself is replaced."""
+    compute = SimpleNamespace(chunk_tenants=frozenset(), stepping_for=lambda shares: None)
+    scheduler, steps = Scheduler(SimpleNamespace(compute=compute), 8), []
+
+    async def step(batch):
+        steps.append(batch)
+        if len(steps) == 1:
+            raise RuntimeError("nobody expected this")
+        for running in batch:
+            running.done = True
+            running.unread.put_nowait(None)
+
+    def running():
+        parts = dict.fromkeys(("prompt", "sequence", "sampler", "stopper", "writer"))
+        return Running(**parts, next_token=0, prompt_tokens=1)
+
+    monkeypatch.setattr(scheduler, "_step", step)
+    monkeypatch.setattr("antefix.keep_running.AGAIN_S", 0.0)
+    async with scheduler.place() as place, asyncio.timeout(300):
+        for fails in (True, False):
+            one = running()
+            one.place = place
+            scheduler.join(one)
+            with pytest.raises(StepFailed) if fails else contextlib.nullcontext():
+                assert [token async for token in scheduler.tokens(one)] == []
+            scheduler._running.remove(one)
     await scheduler.close()
 
 

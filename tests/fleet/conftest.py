@@ -39,7 +39,7 @@ class Fleet:
         following = self.engine(worker).subscriber
         return following is None or (following.in_step and (following._next or 0) == worker.publisher.number)
 
-    async def heard(self, condition=None, timeout_s=60.0):
+    async def heard(self, condition=None, timeout_s=300.0):
         """Wait until the router has received all workers' events, and the condition holds."""
         ends = time.monotonic() + timeout_s
         while True:
@@ -49,7 +49,7 @@ class Fleet:
             assert time.monotonic() < ends, "the router did not hear it"
             await asyncio.sleep(0.01)
 
-    async def heard_down(self, worker, timeout_s=60.0):
+    async def heard_down(self, worker, timeout_s=300.0):
         """Wait until the router has noticed that the worker is down."""
         ends = time.monotonic() + timeout_s
         while self.engine(worker).is_up or self.engine(worker).tells:
