@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import random
 import statistics
@@ -81,7 +82,13 @@ class Tally:
 class Campaign:
     """One run over one deployment."""
 
-    def __init__(self, args: argparse.Namespace, deployment: LinkedDeployment, faults: dict[str, Fault]) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        deployment: LinkedDeployment,
+        faults: dict[str, Fault],
+        prompts: Iterator[Tokens],
+    ) -> None:
         self.args, self.deployment, self.faults = args, deployment, faults
         self.tally = Tally()
         self.rng = random.Random(args.seed)
@@ -90,8 +97,7 @@ class Campaign:
         self._expected: dict[bytes, list[int]] = {}
         # While the bill's Redis is away, routers refuse ids that they do not know, which is no failure to recover.
         self._ids = iter("" if args.redis else f"fault-{args.seed}-{number}" for number in range(1 << 30))
-        rng = random.Random(args.seed + 1)
-        self.prompts = from_trace(args.trace, rng) if args.trace else conversations(rng)
+        self.prompts = prompts
 
     async def run(self) -> None:
         """Run all faults --rounds times, each round in a different order. None begins after --minutes."""
@@ -241,6 +247,10 @@ async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     known = FAULTS | (MORE_FAULTS if args.small_disk else {}) | (CLOCK_FAULTS if args.faketime else {})
     known |= REDIS_FAULTS if args.redis else {}
     redis = RedisServer(scratch) if args.redis else None
+    rng = random.Random(args.seed + 1)
+    prompts = from_trace(args.trace, rng) if args.trace else conversations(rng)
+    # Reading the trace takes seconds, in which the proxies of this process would pass nothing on.
+    prompts = itertools.chain([next(prompts)], prompts)
     faults = {name: fault for name, fault in known.items() if args.only in name}
     pool = ("--pool-bytes", "64M")
     flags: dict[str, tuple[str, ...]] = {"prefill": pool, "decode": pool, "kvstore": ("--budget-bytes", "64M")}
@@ -268,7 +278,7 @@ async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         if redis is not None:
             await asyncio.to_thread(redis.start)
         await deployment.start()
-        run, begun = Campaign(args, deployment, faults), time.monotonic()
+        run, begun = Campaign(args, deployment, faults, prompts), time.monotonic()
         supervising = asyncio.create_task(supervisor.run())
         running = asyncio.create_task(run.run())
         await asyncio.wait({supervising, running}, return_when=asyncio.FIRST_COMPLETED)

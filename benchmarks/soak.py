@@ -38,11 +38,13 @@ from antefix.clients import RouterClient
 from antefix.errors import AntefixError
 from antefix.layout import KVFormat
 from antefix.sampling import Sampling
+from antefix.store.remote_store import RemoteStore
 from antefix_console.bare_model import Reference
 from antefix_console.deployment import Deployment, DeploymentConfig, RoleProcess
 from antefix_simulate.trace import TraceRequest, load
 from benchmarks.run_record import about
 from benchmarks.soak_samples import Samples, disk_mb, num_threads
+from tests.kvstore.small_store import BLOCK, Prompt
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "models" / "antefix-tiny"
@@ -52,6 +54,7 @@ Tokens = npt.NDArray[np.uint32]
 SYSTEM_TOKENS, PROMPT_TOKENS_MAX = 192, 4000
 # A burst's prompts are shorter, so that the whole burst ends within the time limit.
 BURST_TOKENS_MAX = 600
+FILLER_BLOCKS, FILLER_BYTES = 16, 20_000
 STUCK_S = 180.0
 SAMPLE_S, SAVE_S = 10.0, 60.0
 RESTART_S = 3.0
@@ -114,8 +117,17 @@ class Soak:
             self.victims[role] = await self.worker(role)
         while len((await self.client.status()).workers) < 4:  # noqa: ASYNC110 - another process's state
             await asyncio.sleep(0.2)
+        if self.args.fill_store:
+            await self.fill()
         self.cpu_before_s = cpu_s(router)
         self.started = time.monotonic()
+
+    async def fill(self) -> None:
+        """Put blocks that nobody reads into the store until it has evicted some, so that it has its full size."""
+        async with contextlib.aclosing(RemoteStore(self.steady["kvstore"].address)) as store:
+            for number in range(2 * parse_byte_size(self.args.store_bytes) // (FILLER_BLOCKS * FILLER_BYTES) + 1):
+                prompt = Prompt([number] * BLOCK * FILLER_BLOCKS, payload_bytes=FILLER_BYTES)
+                await store.put(prompt.blocks())
 
     def shared(self) -> list[str]:
         return self.deployment._shared_flags()
@@ -344,6 +356,7 @@ def main() -> int:
         "--pool-bytes", default="64M", help="size of each worker's block pool (small, so that the pool is full early)"
     )
     parser.add_argument("--store-bytes", default="128M", help="size of the store (small, so that the store evicts)")
+    parser.add_argument("--fill-store", action="store_true", help="fill the store before the first request")
     parser.add_argument("--ttl-divisor", type=float, default=1.0, help="number by which all times to live are divided")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", type=Path)
