@@ -22,6 +22,7 @@ from antefix_router.answers import KeptAnswer, KeptOutput, RetryConfig, Shelf
 from tests.billing.test_ratecard import DEPLOY
 from tests.gateway.scripted import Script, make_front, serving
 from tests.on_demand import openai
+from tests.waiting import AT_MOST_S, until
 
 pytestmark = pytest.mark.slow
 
@@ -46,19 +47,13 @@ def short_waits(monkeypatch):
 @contextlib.asynccontextmanager
 async def door(script, ledger, **settings):
     front = make_front(script, ledger=ledger, cards=CARDS, retries=RetryConfig(**settings))
-    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=30) as client:
+    async with serving(front) as url, httpx2.AsyncClient(base_url=url, timeout=AT_MOST_S) as client:
         yield client, front
 
 
 def ask(client, path, *, stream=False, key="k", **changes):
     body = {"model": MODEL, "stream": stream, "temperature": 0, **BODIES[path], **changes}
     return client.post(path, json=body, headers={"idempotency-key": key})
-
-
-async def until(holds):
-    async with asyncio.timeout(60):
-        while not holds():  # noqa: ASYNC110 - what is waited for happens in other tasks
-            await asyncio.sleep(0.01)
 
 
 def records(ledger):

@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import os
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from antefix_kvstore.group_commit import GroupCommitter
 from antefix_kvstore.kvstore_config import KvStoreConfig
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, Prompt
+from tests.waiting import AT_MOST_S, wait_until
 
 MIB = 1 << 20
 
@@ -186,9 +186,7 @@ def test_the_writer_reads_back_when_no_put_waits(engine: StorageEngine) -> None:
     writer = GroupCommitter(engine)
     assert writer.submit(LARGE.blocks()).result().num_stored == 5
     fresh = engine.segments.fresh
-    deadline = time.monotonic() + 60
-    while fresh.read_bytes < fresh.written_bytes and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: fresh.read_bytes >= fresh.written_bytes)
     writer.stop()
     assert fresh.read_bytes == fresh.written_bytes > 5 * MIB
 
@@ -202,6 +200,6 @@ def test_a_failure_to_read_back_does_not_end_the_writer(engine: StorageEngine, m
 
     monkeypatch.setattr(engine, "read_back", fail)
     writer = GroupCommitter(engine)
-    assert asked.wait(300)
-    assert writer.submit(LARGE.blocks()).result(300).num_stored == 5
+    assert asked.wait(AT_MOST_S)
+    assert writer.submit(LARGE.blocks()).result(AT_MOST_S).num_stored == 5
     writer.stop()
