@@ -4,7 +4,7 @@
     python -m benchmarks.faults --only 'stop' --rounds 3         # faults whose name has this
     python -m benchmarks.faults --small-disk 96M --faketime      # as root, with libfaketime: disks, mounts, clocks
     python -m benchmarks.faults --clients 16 --pause-s 0         # under as much load as two cores can take
-    python -m benchmarks.faults --redis --trace TRACE.jsonl.gz   # Redis has checkpoints and the bill; agents' prompts
+    python -m benchmarks.faults --redis --trace                  # Redis has checkpoints and the bill; agents' prompts
 
 The benchmark runs one supervised deployment, as `antefix up` does, with the roles behind proxies. Clients play
 conversations that continue and repeat earlier prompts, or the conversations of an agents' trace. Faults happen one
@@ -21,6 +21,7 @@ import argparse
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import random
 import statistics
@@ -208,23 +209,13 @@ def bill(ledger_dir: Path) -> dict[str, int]:
 
 
 def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[str, Any]:
+    """What a run counted and timed. `joined` adds the report of another run, and `summed_up` makes the percentiles."""
     tally = campaign.tally
-    rows = {
-        name: {
-            "times": len(found),
-            "recovery_p50_s": round(statistics.median(found), 2),
-            "recovery_p99_s": round(float(np.quantile(found, 0.99)), 2),
-            "recovery_max_s": round(max(found), 2),
-        }
-        for name, found in sorted(tally.recovery_s.items())
-    }
-    every = [seconds for found in tally.recovery_s.values() for seconds in found]
     return {
         "seed": campaign.args.seed,
         "minutes": round(minutes, 1),
         "clients": campaign.args.clients,
-        "answers_per_s": round(tally.num_checked / max(60 * minutes, 1e-9), 2),
-        "faults": len(every) + len(tally.not_recovered),
+        "faults": sum(map(len, tally.recovery_s.values())) + len(tally.not_recovered),
         "answers_checked": tally.num_checked,
         "wrong": tally.num_wrong,
         "stuck": tally.num_stuck,
@@ -233,14 +224,67 @@ def report(campaign: Campaign, supervisor: Supervisor, minutes: float) -> dict[s
         "not_recovered": tally.not_recovered,
         "restarts": supervisor.num_restarts,
         "manual_steps": 0,
-        "undisturbed_p50_s": round(statistics.median(tally.undisturbed_s), 2) if tally.undisturbed_s else None,
-        "undisturbed_max_s": round(max(tally.undisturbed_s), 2) if tally.undisturbed_s else None,
-        "recovery_p50_s": round(float(np.quantile(every, 0.5)), 2) if every else None,
-        "recovery_p99_s": round(float(np.quantile(every, 0.99)), 2) if every else None,
-        "by_fault": rows,
+        "undisturbed_s": [round(seconds, 2) for seconds in tally.undisturbed_s],
+        "recovery_s": {name: [round(each, 2) for each in found] for name, found in tally.recovery_s.items()},
         "bill": bill(campaign.deployment.config.ledger_dir),
         "wrong_answers": tally.wrong[:3],
     }
+
+
+def joined(before: Any, now: Any) -> Any:
+    """The sum of two reports, field by field: numbers are added, lists are put together."""
+    if isinstance(now, dict):
+        return {
+            name: joined(before[name], now[name]) if name in before and name in now else (before | now)[name]
+            for name in before | now
+        }
+    return before + now
+
+
+def summed_up(found: dict[str, Any]) -> dict[str, Any]:
+    """A report with its percentiles."""
+    every = [seconds for times in found["recovery_s"].values() for seconds in times]
+    return {
+        **found,
+        "answers_per_s": round(found["answers_checked"] / max(60 * found["minutes"], 1e-9), 2),
+        "undisturbed_p50_s": round(statistics.median(found["undisturbed_s"]), 2) if found["undisturbed_s"] else None,
+        "undisturbed_max_s": max(found["undisturbed_s"], default=None),
+        "recovery_p50_s": round(float(np.quantile(every, 0.5)), 2) if every else None,
+        "recovery_p99_s": round(float(np.quantile(every, 0.99)), 2) if every else None,
+        "by_fault": {
+            name: {
+                "times": len(times),
+                "recovery_p50_s": round(statistics.median(times), 2),
+                "recovery_p99_s": round(float(np.quantile(times, 0.99)), 2),
+                "recovery_max_s": max(times),
+            }
+            for name, times in sorted(found["recovery_s"].items())
+        },
+    }
+
+
+def earlier(file: Path | None, num_clients: int) -> dict[str, Any] | None:
+    """The runs that the file has already.
+
+    Raises:  SystemExit: these runs had another number of clients, so their times cannot be compared.
+    """
+    if file is None or not file.exists():
+        return None
+    before: dict[str, Any] = json.loads(file.read_text())
+    if before["clients"] != num_clients:
+        raise SystemExit(f"{file} has runs with {before['clients']} clients, not {num_clients}")
+    return before
+
+
+def added(before: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The report together with those of earlier runs, which are listed under "runs"."""
+    about_it = {name: before[name] for name in ("commit", "date", "machine", "command", "seed", "minutes")}
+    once = {name: found[name] for name in ("seed", "clients")}
+    sums = joined(
+        {name: before[name] for name in found if name not in once},
+        {name: found[name] for name in found if name not in once},
+    )
+    return {**once, **sums, "minutes": round(sums["minutes"], 1), "runs": [*before.get("runs", []), about_it]}
 
 
 async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
@@ -343,9 +387,12 @@ def main() -> int:
         "--trace", type=Path, help="play the conversations of this agents' trace (Claude Code's format)"
     )
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--add", action="store_true", help="add to what --json has already, such as another seed's run")
     args = parser.parse_args()
+    before = earlier(args.json, args.clients) if args.add else None
     with tempfile.TemporaryDirectory(prefix="antefix-faults-") as scratch, small_disk(args.small_disk, Path(scratch)):
         result = asyncio.run(campaign(args, Path(scratch)))
+    result = summed_up(result if before is None else added(before, result))
     if args.json:
         write(args.json, result, "grpcio", "torch")
     print(result)
