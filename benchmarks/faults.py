@@ -94,8 +94,7 @@ class Campaign:
         self.tally = Tally()
         self.rng = random.Random(args.seed)
         self.reference = Reference(MODEL, KVFormat.FP8)
-        self._computing = asyncio.Lock()
-        self._expected: dict[bytes, list[int]] = {}
+        self._answers: list[tuple[Tokens, list[int]]] = []
         # While the bill's Redis is away, routers refuse ids that they do not know, which is no failure to recover.
         self._ids = iter("" if args.redis else f"fault-{args.seed}-{number}" for number in range(1 << 30))
         self.prompts = prompts
@@ -155,21 +154,22 @@ class Campaign:
             self.tally.errors[type(err).__name__] += 1
             self.tally.num_unclear += isinstance(err, InternalError)
             return None
-        answered_at = time.monotonic()
-        expected = await self._expect(prompt)
-        self.tally.num_checked += 1
-        if output != expected:
-            self.tally.num_wrong += 1
-            self.tally.wrong.append({"prompt": prompt.tolist(), "output": output, "expected": expected})
-        return answered_at
+        self._answers.append((prompt, output))
+        return time.monotonic()
 
-    async def _expect(self, prompt: Tokens) -> list[int]:
-        key = prompt.tobytes()
-        async with self._computing:
-            if key not in self._expected:
-                generate = self.reference.generate
-                self._expected[key] = await asyncio.to_thread(generate, prompt, self.args.max_tokens)
-        return self._expected[key]
+    def check(self) -> None:
+        """Compare all answers with runs of the bare model. This comes last, because the runs would take processor time
+        from the deployment, and clients would wait for them.
+        """
+        known: dict[bytes, list[int]] = {}
+        for prompt, output in self._answers:
+            key = prompt.tobytes()
+            if key not in known:
+                known[key] = self.reference.generate(prompt, self.args.max_tokens)
+            self.tally.num_checked += 1
+            if output != known[key]:
+                self.tally.num_wrong += 1
+                self.tally.wrong.append({"prompt": prompt.tolist(), "output": output, "expected": known[key]})
 
 
 def conversations(rng: random.Random) -> Iterator[Tokens]:
@@ -332,8 +332,10 @@ async def campaign(args: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         for err in ended:
             if isinstance(err, Exception):
                 run.tally.not_recovered.append(repr(err))
+        minutes = (time.monotonic() - begun) / 60
         await deployment.stop()
-        return report(run, supervisor, (time.monotonic() - begun) / 60)
+        await asyncio.to_thread(run.check)
+        return report(run, supervisor, minutes)
     finally:
         await deployment.stop()
         await deployment.close_links()
