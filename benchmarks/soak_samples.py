@@ -1,7 +1,5 @@
 """Samples what processes and directories use during a soak, and fits a line to see if it grows.
 
-    python -m benchmarks.soak_samples RECORD.json --warm-up-minutes 12     # fits a soak's record again
-
 The line is fitted to the samples after a warm-up, in which pools of threads, caches and a store's budget fill up. A
 series is flat if the line rises by no more than is allowed (a fiftieth of memory and disk, one descriptor, one thread),
 or by no more than the scatter of the samples explains (three standard errors).
@@ -9,9 +7,7 @@ or by no more than the scatter of the samples explains (three standard errors).
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -178,35 +174,3 @@ def disk_mb(directory: Path) -> float:
         with contextlib.suppress(OSError):
             nbytes += path.stat().st_blocks * 512 if path.is_file() else 0
     return nbytes / 1e6
-
-
-def fit_again(record: dict[str, Any], warm_up_minutes: float) -> None:
-    """Fit a record's lines again, to its samples per minute, with another length of the warm-up."""
-    for kinds in record["growth"].values():
-        for kind, told in kinds.items():
-            if "samples" not in told:
-                continue
-            values = told["samples"]
-            # Older records do not have the samples' times, which were a minute apart or a little more.
-            times = told.get("minutes") or np.linspace(0, record["minutes"], len(values)).tolist()
-            found = growth(kind, [60 * minute for minute in times], values, 60 * warm_up_minutes)
-            told |= {name: round(getattr(found, name), 2) for name in ("half", "per_h", "rise")}
-            told |= {"allowed": round(max(found.allowed, _ERRORS_MAX * found.error), 2), "flat": found.is_flat}
-    record["warm_up_minutes"] = warm_up_minutes
-    record["grew"] = sorted(
-        name for name, kinds in record["growth"].items() if not all(told.get("flat", True) for told in kinds.values())
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("record", type=Path)
-    parser.add_argument("--warm-up-minutes", type=float, required=True)
-    args = parser.parse_args()
-    record = json.loads(args.record.read_text())
-    fit_again(record, args.warm_up_minutes)
-    args.record.write_text(json.dumps(record, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    main()

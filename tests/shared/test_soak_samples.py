@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.soak_samples import Samples, disk_mb, fit_again, growth
+from benchmarks.soak_samples import Samples, disk_mb, growth
 
 TIMES = [10.0 * number for number in range(361)]
 
@@ -65,17 +65,3 @@ def test_a_process_and_a_directory_are_measured(tmp_path):
     assert "more_threads" not in samples.figures()
     (tmp_path / "file").write_bytes(bytes(1 << 20))
     assert disk_mb(tmp_path) >= 1.0
-
-
-def test_a_record_is_fitted_again_with_a_longer_warm_up():
-    """A store that is full after 12 minutes grows after 8 minutes, and is flat after 12."""
-    samples = Samples(warm_up_s=480.0)
-    for at_s in TIMES:
-        samples.add(at_s, disk_mb=0.4 if at_s < 700 else 0.9)
-    record = {"minutes": 60.0, "growth": {"files of store": samples.figures()}, "grew": ["files of store"]}
-    assert not record["growth"]["files of store"]["disk_mb"]["flat"]
-    fit_again(record, 12.0)
-    assert record["growth"]["files of store"]["disk_mb"]["flat"]
-    assert (record["grew"], record["warm_up_minutes"]) == ([], 12.0)
-    fit_again(record, 8.0)
-    assert record["grew"] == ["files of store"]
