@@ -99,6 +99,8 @@ def _told(err: Exception, status: int) -> str:
     message = without_places(str(err)) if not isinstance(err, errors.InvalidRequest) or status >= 500 else str(err)
     if status >= 500:
         log.warning("answered %d: %s: %s", status, type(err).__name__, err)
+    if status == 504:
+        message += "; this server has a limit on the time of a request (--http-timeout-s): ask for fewer output tokens"
     return message
 
 
