@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from tests.waiting import AT_MOST_S
+
 pytestmark = pytest.mark.services
 
 
@@ -23,5 +25,7 @@ config = DeepseekV4Config(
 )
 assert DeepseekV4ForCausalLM(config)(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 8)
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=100, check=False)
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=AT_MOST_S, check=False
+    )
     assert run.returncode == 0, run.stderr

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import lmdb
 import pytest
 
 from antefix.errors import ConfigError, Unavailable
@@ -22,6 +22,7 @@ from antefix_kvstore.object_upload import ObjectUploader
 from antefix_kvstore.storage_engine import StorageEngine
 from tests.kvstore.small_store import BLOCK, FINGERPRINT, Clock, Prompt, owner
 from tests.objects.small_tier import OWNER, num_restored, tier_of, url_of
+from tests.waiting import until
 
 pytestmark = pytest.mark.asyncio
 PROMPT = Prompt(list(range(BLOCK * 40)))
@@ -86,12 +87,30 @@ async def test_a_service_uploads_and_stops_by_itself(tmp_path: Path) -> None:
         uploader = ObjectUploader(engine, step_s=0.01)
         uploader.start()
         engine.put(PROMPT.blocks())
-        async with asyncio.timeout(60):
-            while uploader.counters.num_uploaded < 40:  # noqa: ASYNC110  (it counts in another thread)
-                await asyncio.sleep(0.01)
+        await until(lambda: uploader.counters.num_uploaded >= 40)
         uploader.stop()
         assert uploader.counters.num_failures == 0
     assert await num_in_tier(tmp_path) == 40
+
+
+async def test_an_index_that_cannot_be_read_at_the_start_does_not_end_uploads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with uploading(tmp_path, object_upload=("all",), object_wait_s=0.0) as (engine, _):
+        uploader = ObjectUploader(engine, step_s=0.01)
+        recalled: list[int] = []
+
+        def recall() -> None:
+            recalled.append(len(recalled))
+            if len(recalled) == 1:
+                raise lmdb.CorruptedError("a page is damaged")
+
+        monkeypatch.setattr(uploader, "recall", recall)
+        uploader.start()
+        engine.put(PROMPT.blocks(5))
+        await until(lambda: uploader.counters.num_uploaded >= 5)
+        uploader.stop()
+        assert recalled == [0, 1] and uploader.counters.num_failures == 1
 
 
 async def test_what_is_pinned_goes_up_also_after_a_restart(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from antefix.security.identity import Role
 from antefix.security.listening import advertised, check_listening, is_loopback, names_host, parse_address
 from antefix.security.process_security import OPEN
 from antefix.store.payload_channel import PayloadChannel
+from tests.waiting import AT_MOST_S
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,9 @@ def test_what_others_reach_needs_tls_and_the_error_says_what_to_do(address):
         "2130706433:0",
         "0x7f000001:0",
         "256.0.0.1:0",
+        "a..b:0",
+        ".example:0",
+        f"{'a' * 64}.example:0",
     ],
 )
 def test_what_is_no_address_is_refused(address):
@@ -64,6 +68,9 @@ def test_an_address_of_another_host_is_not_called_a_port_in_use(host):
 
 def test_an_address_is_taken_apart():
     assert parse_address("worker1.example:7002") == ("worker1.example", 7002)
+    assert parse_address("_worker-1.example.:7002") == ("_worker-1.example.", 7002)
+    assert parse_address("bücher.example:7002") == ("bücher.example", 7002)
+    assert parse_address(f"{'a' * 63}.example:7002")[1] == 7002
     assert parse_address("[::1]:7002") == ("[::1]", 7002)
     assert parse_address("unix:/tmp/x") == ("unix:/tmp/x", 0)
     assert is_loopback("localhost") and not is_loopback("::")
@@ -99,7 +106,7 @@ async def call_health(channel):
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     async with channel:
-        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=60)
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=AT_MOST_S)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
