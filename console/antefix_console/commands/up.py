@@ -333,5 +333,6 @@ def _announce(deployment: Deployment, *, as_json: bool) -> None:
         lines.append(f"{row['role']:<8} {where} metrics {metrics}{more}")
     lines += [f"HTTP API (OpenAI, Anthropic) at http://{http_address}/v1" for http_address in http_addresses]
     lines += [f"Page with load and hits at http://{http_address}/ui" for http_address in http_addresses[:1]]
-    lines += ["", f"Try:  antefix generate --router {deployment.one('router').address} 'class Test(unittest.TestCase):'"]
+    router = deployment.one("router").address
+    lines += ["", f"Try:  antefix generate --router {router} 'class Test(unittest.TestCase):'"]
     _say("\n".join([*lines, "Ctrl-C stops everything."]), sys.stdout)
