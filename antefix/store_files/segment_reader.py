@@ -284,7 +284,8 @@ class StoreReader:
         finally:
             # No thread may write to the caller's buffers after this returns, even after an error.
             stop()
-            wait([helper for helper in helpers if not helper.cancel()])
+            if helpers:
+                wait([helper for helper in helpers if not helper.cancel()])
 
     def read(
         self, kind: RecordKind, block_hash: bytes, *, fingerprint: bytes, tenant: bytes = b""
