@@ -103,8 +103,8 @@ def parser_of(args: list[str]) -> tuple[argparse.ArgumentParser, Callable[[argpa
     # Only the requested command is imported: `antefix --help` must not wait for torch.
     name = next((arg for arg in args if not arg.startswith("-")), "")
     # The package's other lines are for programmers.
-    about = (antefix.__doc__ or "").partition("\n")[0]
-    parser = argparse.ArgumentParser(prog="antefix", description=about, epilog=_BEGIN)
+    description = (antefix.__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="antefix", description=description, epilog=_BEGIN)
     parser.add_argument("--version", action="version", version=f"antefix {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run: Callable[[argparse.Namespace], int] | None = None
